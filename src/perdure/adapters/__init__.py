@@ -1,0 +1,1 @@
+"""Bricks that are put on layers; they know modules, not tasks."""

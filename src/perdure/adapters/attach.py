@@ -1,0 +1,134 @@
+"""Injection: an adapter sees a layer's input and output and returns a new output.
+
+The pre-trained model's code and names stay as they are, adapters belong to the method, and `detach` gives the
+pre-trained weights back bit for bit. Linear updates that are finished are folded into the layer's weight, so a step
+and a prediction cost the same after any number of tasks.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from perdure.types import Site
+
+
+class Adapter(nn.Module):
+    """What is added to one or more layers that read the same input."""
+
+    folded: bool = False
+    """True while all of the update stands in the layers' weights, so that there is nothing left to add."""
+
+    def forward(self, x: Tensor, y: Tensor, part: int) -> Tensor:
+        """Input (..., fan_in) and output (..., fan_out) of the adapted layer number `part` to its new output."""
+        raise NotImplementedError
+
+    def delta(self, part: int, branches: bool) -> Tensor | None:
+        """The linear update as a matrix (fan_out, fan_in), None when there is none.
+
+        Args:
+            part: which of the adapted layers.
+            branches: with the branch in training, not only what is settled.
+        """
+        raise NotImplementedError
+
+
+@dataclass
+class _Seat:
+    """What stands on one layer. Kept on the layer as a plain attribute: it is no part of any state."""
+
+    pretrained: Tensor | None = None
+    adapters: list[tuple[Adapter, int, Site]] = field(default_factory=list)
+    handles: list[RemovableHandle] = field(default_factory=list)
+
+
+_SEAT = "perdure_seat"
+
+
+def attach(model: nn.Module, sites: Sequence[Site], adapter: Adapter) -> None:
+    """Put `adapter` on `sites`, which read the same input; part i of the adapter goes to site i."""
+    for part, site in enumerate(sites):
+        layer = model.get_submodule(site.layer)
+        seat = getattr(layer, _SEAT, None)
+        if seat is None:
+            seat = _Seat()
+            setattr(layer, _SEAT, seat)
+        whole = site.rows == (0, layer.weight.shape[0])
+        # partial, not a closure: a copied learner must call its own adapters.
+        hook = partial(_adapt, adapter, part, None if whole else site.rows)
+        seat.adapters.append((adapter, part, site))
+        seat.handles.append(layer.register_forward_hook(hook))
+
+
+def _adapt(
+    adapter: Adapter, part: int, rows: tuple[int, int] | None, _layer: nn.Module, args: tuple[Any, ...], y: Tensor
+) -> Tensor | None:
+    if adapter.folded:
+        return None
+    if rows is None:
+        return adapter(args[0], y, part)
+    # In place: the output of a linear layer is needed by no backward, and copying a fused one costs more than the update.
+    y[..., rows[0] : rows[1]] = adapter(args[0], y[..., rows[0] : rows[1]], part)
+    return y
+
+
+def _seats(model: nn.Module) -> Iterator[tuple[nn.Module, _Seat]]:
+    for layer in model.modules():
+        seat = getattr(layer, _SEAT, None)
+        if seat is not None:
+            yield layer, seat
+
+
+def adapted(model: nn.Module) -> bool:
+    """Whether any layer of `model` carries an adapter."""
+    return next(_seats(model), None) is not None
+
+
+@torch.no_grad()
+def fold(model: nn.Module, branches: bool) -> None:
+    """Write the linear updates of all adapters into the weights of their layers.
+
+    Always computed anew from the pre-trained weight, so it can be repeated and undone without drift.
+
+    Args:
+        model: the module whose layers carry adapters.
+        branches: fold what is in training too (for prediction), or only what is settled (for training).
+    """
+    for layer, seat in _seats(model):
+        weight = layer.weight
+        if weight.requires_grad:
+            raise ValueError(
+                "a layer is both adapted and fine-tuned: the adapter's update would be lost. Use one of the two"
+            )
+        if seat.pretrained is None:
+            seat.pretrained = weight.detach().clone()
+        folded = seat.pretrained.to(weight.device, copy=True)
+        for adapter, part, site in seat.adapters:
+            update = adapter.delta(part, branches)
+            if update is not None:
+                folded[site.rows[0] : site.rows[1]] += update
+        weight.copy_(folded)
+    for _, seat in _seats(model):
+        for adapter, _, _ in seat.adapters:
+            adapter.folded = branches
+
+
+def detach(model: nn.Module) -> None:
+    """Take all adapters off and restore the pre-trained weights bit for bit."""
+    for layer, seat in list(_seats(model)):
+        for handle in seat.handles:
+            handle.remove()
+        if seat.pretrained is not None:
+            layer.weight.data.copy_(seat.pretrained)
+        delattr(layer, _SEAT)
+
+
+def updates(model: nn.Module) -> Iterator[tuple[Site, Adapter, int]]:
+    """All (site, adapter, part) of `model`, for export."""
+    for _, seat in _seats(model):
+        for adapter, part, site in seat.adapters:
+            yield site, adapter, part

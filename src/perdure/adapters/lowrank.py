@@ -1,0 +1,107 @@
+"""Low-rank updates of linear layers: one branch in training, what past tasks learnt settled beside it."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from perdure.adapters.attach import Adapter
+from perdure.memory.tensors import Tensors
+from perdure.types import Site
+
+
+class LowRank(Adapter):
+    """y + scale · up (down x), for one or more layers that read the same input.
+
+    `down` (rank, fan_in) is shared by the layers, each has its own `up` (fan_out, rank): in the letters of the LoRA
+    paper, A and B. Settled branches are kept as factors while that is smaller than the dense update, else dense.
+
+    Args:
+        sites: the layers, which read the same input.
+        rank: inner dimension of a branch.
+        scale: factor of a branch (alpha / rank in PEFT).
+    """
+
+    def __init__(self, sites: Sequence[Site], rank: int, scale: float = 1.0) -> None:
+        super().__init__()
+        if rank < 1 or rank > sites[0].fan_in:
+            raise ValueError(f"rank={rank}: expected 1 to {sites[0].fan_in}, the inputs of {sites[0].layer}")
+        self.rank, self.scale, self.fan_in = rank, scale, sites[0].fan_in
+        self.fan_outs = [site.fan_out for site in sites]
+        self.down: nn.Parameter | None = None
+        self.up = nn.ParameterList()
+        self.settled = Tensors()
+
+    def open(self, train_down: bool = True) -> None:
+        """Start a branch that changes nothing yet: `down` as in LoRA (Kaiming uniform), `up` zero."""
+        down = torch.empty(self.rank, self.fan_in)
+        nn.init.kaiming_uniform_(down, a=math.sqrt(5))
+        self.down = nn.Parameter(down, requires_grad=train_down)
+        self.up = nn.ParameterList(torch.zeros(fan_out, self.rank) for fan_out in self.fan_outs)
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Close the branch: its update becomes part of the past."""
+        if self.down is None:
+            return
+        if "down" in self.settled or not self.settled:
+            down = self.down if not self.settled else torch.cat([self.settled["down"], self.down])
+            smaller = down.shape[0] * (self.fan_in + sum(self.fan_outs)) <= self.fan_in * sum(self.fan_outs)
+        else:
+            smaller = False
+        for part, up in enumerate(self.up):
+            if smaller:
+                past = self.settled.get(f"up/{part}")
+                self.settled[f"up/{part}"] = self.scale * up if past is None else torch.cat([past, self.scale * up], 1)
+            else:
+                whole = self.delta(part, branches=True)
+                assert whole is not None
+                self.settled[f"dense/{part}"] = whole
+                self.settled.pop(f"up/{part}", None)
+        if smaller:
+            self.settled["down"] = down
+        else:
+            self.settled.pop("down", None)
+        self.down, self.up = None, nn.ParameterList()
+
+    def forward(self, x: Tensor, y: Tensor, part: int) -> Tensor:
+        """The layer's output with the branch in training; settled branches stand in the layer's weight."""
+        if self.down is None:
+            return y
+        update = F.linear(F.linear(x, self.down), self.up[part])
+        return y + (update if self.scale == 1 else self.scale * update)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if f"{prefix}down" not in state_dict:  # saved between tasks, when no branch was open
+            self.down, self.up = None, nn.ParameterList()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def factors(self, part: int) -> tuple[Tensor, Tensor] | None:
+        """All of the update as (up (fan_out, k), down (k, fan_in)), exact; None when there is none."""
+        ups, downs = [], []
+        if f"dense/{part}" in self.settled:
+            dense = self.settled[f"dense/{part}"]
+            ups.append(dense)
+            downs.append(torch.eye(self.fan_in, dtype=dense.dtype, device=dense.device))
+        elif self.settled:
+            ups.append(self.settled[f"up/{part}"])
+            downs.append(self.settled["down"])
+        if self.down is not None:
+            ups.append(self.scale * self.up[part].detach())
+            downs.append(self.down.detach())
+        return (torch.cat(ups, 1), torch.cat(downs)) if ups else None
+
+    def delta(self, part: int, branches: bool) -> Tensor | None:
+        """See `Adapter.delta`."""
+        past: Tensor | None = None
+        if f"dense/{part}" in self.settled:
+            past = self.settled[f"dense/{part}"]
+        elif self.settled:
+            past = self.settled[f"up/{part}"] @ self.settled["down"]
+        if not branches or self.down is None:
+            return past
+        new = self.scale * (self.up[part] @ self.down)
+        return new if past is None else past + new

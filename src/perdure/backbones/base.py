@@ -1,0 +1,190 @@
+"""What every pre-trained model offers: features of a batch, and the layers that can be adapted."""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from perdure.images import Preprocess
+from perdure.types import Batch, Site
+
+Tower = Literal["vision", "text", "both"]
+
+# Letter -> names, inside a block, of its linear layer in the model families we know: timm, HF vision and CLIP, BERT
+# (the text tower of Chinese-CLIP).
+_PROJECTIONS = {
+    "q": re.compile(r"(.*\.)?(q_proj|query|q)"),
+    "k": re.compile(r"(.*\.)?(k_proj|key|k)"),
+    "v": re.compile(r"(.*\.)?(v_proj|value|v)"),
+    "o": re.compile(r"(.*\.)?(out_proj|o_proj|proj|attention\.output\.dense)"),
+    "fc1": re.compile(r"(.*\.)?(fc1|up_proj|intermediate\.dense)"),
+    "fc2": re.compile(r"(.*\.)?(fc2|down_proj)|output\.dense"),
+}
+_FUSED = re.compile(r"(.*\.)?qkv")
+
+
+class Backbone(nn.Module):
+    """A pre-trained encoder: `batch -> features`, (B, dim) float.
+
+    Subclasses set `dim`, `preprocess` and `spec` (the text that rebuilds them) and implement `encode_pixels`.
+    """
+
+    dim: int
+    preprocess: Preprocess
+    spec: str
+
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """Normalised pixels (B, 3, S, S) to features (B, dim)."""
+        raise NotImplementedError
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Features (B, dim) of `batch["image"]`, uint8 (B, 3, S, S)."""
+        return self.encode_pixels(self.normalise(batch["image"]))
+
+    def normalise(self, image: Tensor) -> Tensor:
+        """uint8 images to the pixel values the model was trained on."""
+        pixels = image.to(torch.float32, copy=True)
+        # In place and with plain numbers: no temporaries, and on a GPU no copy of constants that waits for the stream.
+        for channel, (mean, std) in enumerate(zip(self.preprocess.mean, self.preprocess.std, strict=True)):
+            pixels[:, channel].mul_(1 / (255 * std)).sub_(mean / std)
+        return pixels
+
+    def towers(self) -> dict[str, str]:
+        """Tower -> dotted name of its module; every backbone has `vision`, CLIP-like ones `text` too."""
+        return {"vision": ""}
+
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """Embeddings (n, dim) of `texts`, in the space of the features."""
+        raise ValueError(f"{self.spec} has no text tower; zero-shot needs a CLIP-like backbone such as clip(path=...)")
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """Inverse temperature of image-text scores, a positive scalar: scores are `logit_scale * cosine`."""
+        raise ValueError(f"{self.spec} has no text tower; zero-shot needs a CLIP-like backbone such as clip(path=...)")
+
+    def set_attention(self, implementation: Literal["eager", "sdpa"]) -> None:
+        """Choose how attention is computed; the result is the same up to rounding."""
+        raise NotImplementedError
+
+    def fingerprint(self) -> str:
+        """sha256 of the pre-trained weights: says whether a checkpoint belongs to this backbone."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    def blocks(self, tower: str = "vision") -> list[str]:
+        """Dotted names of the transformer blocks of `tower`, bottom first."""
+        if tower not in self.towers():
+            raise ValueError(f"{self.spec} has no {tower} tower; it has: {', '.join(self.towers())}")
+        root = self.towers()[tower]
+        prefix = root + "." if root else ""
+        stacks = [
+            (name, len(stack))
+            for name, stack in self.named_modules()
+            if name.startswith(prefix) and isinstance(stack, nn.ModuleList | nn.Sequential) and _is_stack(stack)
+        ]
+        if not stacks:
+            raise ValueError(f"{self.spec}: the {tower} tower has no stack of transformer blocks to adapt; use a ViT")
+        name, depth = max(stacks, key=lambda stack: stack[1])
+        return [f"{name}.{i}" for i in range(depth)]
+
+    def sites(self, at: str, blocks: str | None = None, tower: Tower = "vision") -> list[Site]:
+        """The layers that `at` names, in one notation for fused and separate projections.
+
+        Args:
+            at: letters of attention projections (`q`, `k`, `v`, `o`), or `fc1`, `fc2`, `mlp` (both), joined by
+                commas: `"kv"`, `"qkvo,mlp"`.
+            blocks: `"0-4"`, `"0,2,11"`, counted from the bottom; all when None.
+            tower: which encoder.
+
+        Raises:
+            ValueError: when a part of the request matches nothing, or would have no effect.
+        """
+        chosen = ("vision", "text") if tower == "both" else (tower,)
+        found = []
+        for each in chosen:
+            names = self.blocks(each)
+            for i in _indices(blocks, len(names)):
+                found += [self._site(names[i], letter) for letter in _letters(at)]
+        return found
+
+    def sites_by_input(self, at: str, blocks: str | None = None, tower: Tower = "vision") -> dict[str, list[Site]]:
+        """The same, grouped by what the layers read."""
+        groups: dict[str, list[Site]] = {}
+        for site in self.sites(at, blocks, tower):
+            groups.setdefault(site.input, []).append(site)
+        return groups
+
+    def tower_parameters(self, tower: Tower) -> dict[str, nn.Parameter]:
+        """Parameters of one encoder with its projection, without the logit scale; for full fine-tuning."""
+        return dict(self.named_parameters())
+
+    def _site(self, block: str, letter: str) -> Site:
+        inside = self.get_submodule(block).named_modules()
+        linear = {name: layer for name, layer in inside if isinstance(layer, nn.Linear)}
+        key = f"{block}:{letter}"
+        read = f"{block}:qkv" if letter in "qkv" else key
+        for short, layer in linear.items():
+            name = f"{block}.{short}"
+            if _PROJECTIONS[letter].fullmatch(short):
+                if isinstance(self.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
+                    raise ValueError(
+                        f"{name} is part of nn.MultiheadAttention, which never calls it: an adapter there would have "
+                        "no effect; choose other sites, or a timm or Hugging Face copy of the model"
+                    )
+                return Site(key, name, read, layer.in_features, (0, layer.out_features))
+            if letter in "qkv" and _FUSED.fullmatch(short):
+                width, part = layer.out_features // 3, "qkv".index(letter)
+                return Site(key, name, read, layer.in_features, (part * width, (part + 1) * width))
+        have = ", ".join(linear) or "no linear layer"
+        raise ValueError(f"{self.spec}: nothing matches at={letter!r} in block {block!r}, which has: {have}")
+
+
+def _is_stack(modules: nn.Module) -> bool:
+    """Whether the children are blocks with attention, all alike: neither an MLP's layers nor a pooling head."""
+    children = list(modules.children())
+    return len({type(child) for child in children}) == 1 and all(map(_has_attention, children))
+
+
+def _has_attention(block: nn.Module) -> bool:
+    return any(
+        isinstance(module, nn.MultiheadAttention)
+        or (isinstance(module, nn.Linear) and (_FUSED.fullmatch(name) or _PROJECTIONS["q"].fullmatch(name)))
+        for name, module in block.named_modules()
+    )
+
+
+def _letters(at: str) -> list[str]:
+    letters: list[str] = []
+    for word in at.replace(" ", "").split(","):
+        if word == "mlp":
+            letters += ["fc1", "fc2"]
+        elif word in ("fc1", "fc2"):
+            letters.append(word)
+        elif word and set(word) <= set("qkvo"):
+            letters += list(word)
+        else:
+            raise ValueError(f"at={at!r}: cannot read {word!r}; write letters of q, k, v, o, or fc1, fc2, mlp: 'kv,mlp'")
+    if len(set(letters)) < len(letters):
+        raise ValueError(f"at={at!r} names a layer twice")
+    return letters
+
+
+def _indices(blocks: str | None, depth: int) -> list[int]:
+    if blocks is None:
+        return list(range(depth))
+    chosen: list[int] = []
+    for word in str(blocks).replace(" ", "").split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", word)
+        if not match:
+            raise ValueError(f"blocks={blocks!r}: cannot read {word!r}; write '0-4' or '0,2,5'")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last >= depth or first > last:
+            raise ValueError(f"blocks={blocks!r}: {word!r} is outside 0-{depth - 1}, the blocks of this model")
+        chosen += range(first, last + 1)
+    return sorted(set(chosen))

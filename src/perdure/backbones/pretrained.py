@@ -1,0 +1,209 @@
+"""Reading Hugging Face models from a folder or the hub: safetensors only, quietly, with errors of one line."""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from perdure.backbones.base import Backbone
+from perdure.images import Interpolation, Preprocess
+
+InputNorm = Literal["model", "none"]
+"""`model`: the mean and deviation that the model's image processor gives; `none`: raw pixels in [0, 1]."""
+
+Attention = Literal["eager", "sdpa"]
+
+# Pillow's numbers, which image processors write as `resample`.
+_RESAMPLE: dict[int, Interpolation] = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
+
+
+def locate(path: str) -> str:
+    """An existing folder as an absolute path, anything else as the hub name that it must be.
+
+    Raises:
+        ValueError: when `path` is a folder that is missing or holds no safetensors.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        _check(path, folder)
+        # What is recorded must still lead there when the program is started elsewhere.
+        return os.path.abspath(folder)
+    if folder.exists():
+        raise ValueError(f"path={path!r} is a file: give the folder that holds config.json and model.safetensors")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) or path.startswith("."):
+        raise ValueError(
+            f"path={path!r}: no such folder; give one that holds config.json and model.safetensors, or a hub name "
+            "such as 'openai/clip-vit-base-patch16'"
+        )
+    return path
+
+
+@contextmanager
+def reading(path: str) -> Iterator[None]:
+    """Load in silence, without touching the random state, and turn what the libraries raise into one line."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    except (OSError, SafetensorError, RuntimeError, KeyError, TypeError, ImportError) as error:
+        raise ValueError(f"cannot load {path!r}: {_reason(path, error)}") from error
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def read_model(kind: Any, path: str, **options: Any) -> Any:
+    """The float32 model of class `kind` in `path`, with every weight read from there.
+
+    Raises:
+        ValueError: when weights are missing: random ones in their place would go unnoticed.
+    """
+    model, found = kind.from_pretrained(
+        path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
+    )
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(
+            f"{path!r} lacks {len(missing)} weights of a {kind.__name__}, such as {missing[0]}: give a folder or hub "
+            "name of a complete model of that kind"
+        )
+    return model
+
+
+def read_config(path: str) -> Any:
+    """The model's configuration.
+
+    Raises:
+        ValueError: when it is missing or of no kind that transformers knows.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except ValueError as error:
+        raise ValueError(
+            f"cannot load {path!r}: its config.json names no model that transformers knows without running foreign code"
+        ) from error
+
+
+def read_preprocess(path: str, input_norm: str) -> Preprocess:
+    """The image processor that `path` brings, as plain values.
+
+    Raises:
+        ValueError: when there is none, or it does what a `Preprocess` cannot.
+    """
+    from transformers import AutoImageProcessor
+
+    check_norm(input_norm)
+    try:
+        processor = AutoImageProcessor.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path!r} has no usable preprocessor_config.json: copy the one of the original model there; it says how "
+            "images are resized and normalised"
+        ) from error
+    return _preprocess(path, processor, input_norm)
+
+
+def set_attention(model: Any, implementation: Attention) -> None:
+    """Switch a transformers model between its two ways to compute attention."""
+    check_attention(implementation)
+    model.set_attn_implementation(implementation)
+
+
+def check_attention(implementation: str) -> None:
+    """Raise ValueError unless `implementation` is one of the two."""
+    if implementation not in get_args(Attention):
+        raise ValueError(f"attention={implementation!r}: expected 'eager' or 'sdpa'")
+
+
+def check_norm(input_norm: str) -> None:
+    """Raise ValueError unless `input_norm` is one of the two."""
+    if input_norm not in get_args(InputNorm):
+        raise ValueError(
+            f"input_norm={input_norm!r}: expected 'model' (the model's own mean and std) or 'none' (pixels in [0, 1])"
+        )
+
+
+def features_of(backbone: Backbone) -> int:
+    """Number of features, from one black image: also shows that model and image processor agree on the size.
+
+    Raises:
+        ValueError: when they do not.
+    """
+    side = backbone.preprocess.size
+    try:
+        with torch.no_grad():
+            return backbone.encode_pixels(torch.zeros(1, 3, side, side)).shape[-1]
+    except (ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{backbone.spec}: the model refuses images of {side} pixels, the size that its image "
+                         f"processor gives ({reason[:160]}); correct preprocessor_config.json") from error
+
+
+def frozen(model: nn.Module) -> nn.Module:
+    """The model as a backbone keeps it: float32, in evaluation mode, without gradients."""
+    return model.float().eval().requires_grad_(False)
+
+
+def _check(path: str, folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"path={path!r} has no config.json: give the folder of a Hugging Face model")
+    if any(folder.glob("*.safetensors")):
+        return
+    if pickled := sorted(f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")):
+        raise ValueError(
+            f"path={path!r} has its weights only as {pickled[0]}, a pickle, which can run foreign code when read: "
+            "convert it to model.safetensors on a machine you trust (load it with transformers and save_pretrained)"
+        )
+    raise ValueError(f"path={path!r} has no *.safetensors file: give the folder of a complete Hugging Face model")
+
+
+def _reason(path: str, error: Exception) -> str:
+    if Path(path).is_dir():
+        text = " ".join(str(error).split())
+        return f"{text[:200]}; check the folder, or download it again"
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return f"no such folder, and the hub gave no model ({first[:160]}); check the name and the network"
+
+
+def _preprocess(path: str, processor: Any, input_norm: str) -> Preprocess:
+    facts = processor.to_dict()
+
+    def refuse(name: str, expected: str) -> ValueError:
+        return ValueError(f"{path!r}: its image processor has {name}={facts.get(name)!r}, expected {expected}; correct "
+                          "preprocessor_config.json")
+
+    if not facts.get("do_resize", True):
+        raise refuse("do_resize", "true")
+    if not facts.get("do_rescale", True) or abs(facts.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-4:
+        raise refuse("rescale_factor", "1/255 with do_rescale")
+    if facts.get("resample") not in _RESAMPLE:
+        raise refuse("resample", "0 (nearest), 1 (lanczos), 2 (bilinear) or 3 (bicubic)")
+    size = {k: v for k, v in dict(facts["size"]).items() if v is not None}
+    squash = "shortest_edge" not in size
+    resize = size.get("shortest_edge") or size.get("height")
+    if not resize or (squash and size.get("width") != resize):
+        raise refuse("size", "a shortest_edge, or height and width alike")
+    side = resize
+    if facts.get("do_center_crop"):
+        crop = dict(facts["crop_size"])
+        side = crop.get("height")
+        if not side or crop.get("width") != side:
+            raise refuse("crop_size", "height and width alike")
+    elif not squash:
+        raise refuse("do_center_crop", "true, since only the shortest_edge is given")
+    mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    if input_norm == "model" and facts.get("do_normalize", True):
+        mean, std = tuple(facts["image_mean"]), tuple(facts["image_std"])
+    return Preprocess(side, resize, mean, std, _RESAMPLE[int(facts["resample"])], squash)

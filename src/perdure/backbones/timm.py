@@ -1,0 +1,156 @@
+"""Vision transformers from timm, with weights from the hub or from a local safetensors file."""
+
+import difflib
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from perdure.backbones import pretrained
+from perdure.backbones.base import Backbone
+from perdure.images import Preprocess
+from perdure.spec import Spec
+
+
+def timm(name: str, checkpoint: str | None = None, input_norm: str = "model") -> "Timm":
+    """A model of the timm library by its name; adapters need one with transformer blocks.
+
+    Features are what the model's own classifier would read: of a ViT, the class token after the last norm.
+
+    Args:
+        name: as in `timm.list_models()`, for example "vit_base_patch16_224.augreg_in21k".
+        checkpoint: a local .safetensors file with the weights; from the hub when None.
+        input_norm: "model" for the mean and deviation the weights were trained with, "none" for raw pixels in [0, 1],
+            as the published results of InfLoRA used.
+
+    Raises:
+        ValueError: when there is no such model or file, or the weights do not fit.
+    """
+    pretrained.check_norm(input_norm)
+    options: dict[str, str] = {"name": name}
+    file = None
+    if checkpoint is not None:
+        file = _local(checkpoint)
+        options["checkpoint"] = str(file)
+    if input_norm != "model":
+        options["input_norm"] = input_norm
+    with pretrained.reading(name):
+        model = _create(name)
+        weights = _weights(file or _download(name, model))
+        _fill(model, weights, str(file or name))
+        return Timm(model, _preprocess(name, model, input_norm), str(Spec("timm", tuple(options.items()))))
+
+
+class Timm(Backbone):
+    """See `timm`.
+
+    Args:
+        model: a timm model without classifier.
+        preprocess: its image processor.
+        spec: the text that rebuilds this backbone.
+    """
+
+    def __init__(self, model: Any, preprocess: Preprocess, spec: str) -> None:
+        super().__init__()
+        self.model = pretrained.frozen(model)
+        self.preprocess = preprocess
+        self.spec = spec
+        self.dim = pretrained.features_of(self)
+
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """Normalised pixels (B, 3, S, S) to features (B, dim)."""
+        features: Tensor = self.model.forward_head(self.model.forward_features(pixels), pre_logits=True)
+        return features
+
+    def towers(self) -> dict[str, str]:
+        """Tower -> dotted name of its module."""
+        return {"vision": "model"}
+
+    def set_attention(self, implementation: pretrained.Attention) -> None:
+        """Choose how attention is computed; the result is the same up to rounding."""
+        pretrained.check_attention(implementation)
+        for module in self.model.modules():
+            if hasattr(module, "fused_attn"):
+                module.fused_attn = implementation == "sdpa"
+
+
+def _local(checkpoint: str) -> Path:
+    file = Path(checkpoint).expanduser()
+    if file.suffix != ".safetensors":
+        raise ValueError(
+            f"checkpoint={checkpoint!r}: only .safetensors is read, since other formats can run foreign code; convert "
+            "it with safetensors.torch.save_file on a machine you trust"
+        )
+    if not file.is_file():
+        raise ValueError(f"checkpoint={checkpoint!r}: no such file; leave it out to take the weights from the hub")
+    return file.absolute()
+
+
+def _create(name: str) -> Any:
+    import timm
+
+    if not name.startswith("hf-hub:") and not timm.is_model(name):
+        # Names carry the tag of their weights after a dot; people misspell either half.
+        near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "see timm.list_models()"
+        raise ValueError(f"name={name!r}: timm has no such model; {hint}")
+    return timm.create_model(name, pretrained=False, num_classes=0)
+
+
+def _download(name: str, model: Any) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    where = model.pretrained_cfg.get("hf_hub_id")
+    if not where:
+        raise ValueError(
+            f"name={name!r}: timm knows no weights on the hub for it; add their tag, as in "
+            "'vit_base_patch16_224.augreg_in21k', or give checkpoint="
+        )
+    return Path(hf_hub_download(where, "model.safetensors"))
+
+
+def _weights(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"cannot read {str(file)!r} ({error}): damaged or not safetensors; get it again") from error
+
+
+def _fill(model: Any, weights: dict[str, Tensor], source: str) -> None:
+    classifier = model.pretrained_cfg.get("classifier") or ()
+    heads = tuple(f"{head}." for head in ([classifier] if isinstance(classifier, str) else classifier))
+    own = model.state_dict()
+    kept = {key: value for key, value in weights.items() if key in own or not key.startswith(heads)}
+    differing = [
+        f"{key} {tuple(kept[key].shape) if key in kept else 'missing'} instead of {tuple(value.shape)}"
+        for key, value in own.items()
+        if key not in kept or kept[key].shape != value.shape
+    ] + [f"{key} is not in the model" for key in kept if key not in own]
+    if differing:
+        raise ValueError(
+            f"{source!r} does not fit the model in {len(differing)} tensors, first: {differing[0]}; give the weights of "
+            "exactly this timm model, under timm's names"
+        )
+    with torch.no_grad():
+        model.load_state_dict(kept)
+
+
+def _preprocess(name: str, model: Any, input_norm: str) -> Preprocess:
+    from timm.data import resolve_model_data_config
+
+    facts = resolve_model_data_config(model)
+    channels, height, width = facts["input_size"]
+    if channels != 3 or height != width or facts["crop_mode"] not in ("center", "squash"):
+        raise ValueError(
+            f"name={name!r} reads images of {facts['input_size']} with crop mode {facts['crop_mode']!r}; expected 3 "
+            "channels, a square, and 'center' or 'squash': choose another model"
+        )
+    mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    if input_norm == "model":
+        mean, std = facts["mean"], facts["std"]
+    resize = math.floor(height / facts["crop_pct"])
+    return Preprocess(height, resize, mean, std, facts["interpolation"], facts["crop_mode"] == "squash", "round")

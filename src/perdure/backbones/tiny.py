@@ -1,0 +1,206 @@
+"""A tiny seeded transformer with image and text tower, the same on every machine: for tests and examples."""
+
+import math
+import zlib
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from perdure.backbones.base import Backbone
+from perdure.images import Preprocess
+from perdure.spec import Spec
+
+HEADS = 4
+PATCH = 4
+"""Side of a patch, in pixels."""
+LENGTH = 48
+"""Characters of a text that are read."""
+
+
+def tiny(
+    dim: int = 32, depth: int = 2, size: int = 16, seed: int = 7, fused: bool = True, text: bool = False
+) -> "Tiny":
+    """A ViT of random weights, for tests: milliseconds a step, no files.
+
+    Args:
+        dim: width, and number of features; a multiple of 4.
+        depth: number of blocks.
+        size: side of the images, in pixels; a multiple of 4.
+        seed: of the weights; the random state of torch is left alone.
+        fused: one `qkv` layer as in timm, or `q_proj`, `k_proj`, `v_proj` as in Hugging Face; the features are the same.
+        text: add a text tower, as CLIP has.
+    """
+    for name, value, unit in (("dim", dim, HEADS), ("size", size, PATCH), ("depth", depth, 1)):
+        if value < unit or value % unit:
+            raise ValueError(f"{name}={value}: expected a positive multiple of {unit}, for example {name}={4 * unit}")
+    model = Tiny(dim, depth, size, seed, fused, text)
+    return model.eval().requires_grad_(False)
+
+
+class Tiny(Backbone):
+    """See `tiny`."""
+
+    def __init__(self, dim: int, depth: int, size: int, seed: int, fused: bool, text: bool) -> None:
+        super().__init__()
+        options = {"dim": dim, "depth": depth, "size": size, "seed": seed, "fused": fused, "text": text}
+        self.dim = dim
+        self.preprocess = Preprocess(size=size, resize=size, interpolation="bilinear")
+        self.spec = str(Spec("tiny", tuple(options.items())))
+        # Modules draw their default weights from the global generator; on "meta" they draw nothing.
+        with torch.device("meta"):
+            self.vision = VisionTower(dim, depth, size, fused)
+            self.text = TextTower(dim, depth, fused) if text else None
+        self.to_empty(device="cpu")
+        _fill(self, seed)
+
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """Normalised pixels (B, 3, size, size) to features (B, dim): the class token after the last norm."""
+        features: Tensor = self.vision(pixels)
+        return features
+
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """Embeddings (n, dim) of `texts`: the mean over characters after the last norm."""
+        if self.text is None:
+            return super().encode_text(texts)
+        embeddings: Tensor = self.text(_characters(texts).to(self.text.position.device))
+        return embeddings
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """Inverse temperature of image-text scores, a positive scalar."""
+        return super().logit_scale if self.text is None else self.text.scale.exp()
+
+    def towers(self) -> dict[str, str]:
+        """Tower -> dotted name of its module."""
+        return {"vision": "vision"} if self.text is None else {"vision": "vision", "text": "text"}
+
+    def set_attention(self, implementation: Literal["eager", "sdpa"]) -> None:
+        """Choose how attention is computed; the result is the same up to rounding."""
+        if implementation not in ("eager", "sdpa"):
+            raise ValueError(f"attention={implementation!r}: expected 'eager' or 'sdpa'")
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.implementation = implementation
+
+
+class VisionTower(nn.Module):
+    """Normalised pixels to the class token's features."""
+
+    def __init__(self, dim: int, depth: int, size: int, fused: bool) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, dim, PATCH, PATCH)
+        self.token = nn.Parameter(torch.empty(1, 1, dim))
+        self.position = nn.Parameter(torch.empty(1, 1 + (size // PATCH) ** 2, dim))
+        self.blocks = nn.ModuleList(Block(dim, fused) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        patches = self.patch(pixels).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(len(patches), -1, -1), patches], 1) + self.position
+        for block in self.blocks:
+            x = block(x, None)
+        features: Tensor = self.norm(x[:, 0])
+        return features
+
+
+class TextTower(nn.Module):
+    """Character ids, 0 where the text has ended, to embeddings."""
+
+    def __init__(self, dim: int, depth: int, fused: bool) -> None:
+        super().__init__()
+        self.character = nn.Embedding(256, dim)
+        self.position = nn.Parameter(torch.empty(1, LENGTH, dim))
+        self.blocks = nn.ModuleList(Block(dim, fused) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim)
+        self.scale = nn.Parameter(torch.empty(()))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        real = ids > 0
+        x = self.character(ids) + self.position[:, : ids.shape[1]]
+        for block in self.blocks:
+            x = block(x, real[:, None, None])
+        weight = (real / real.sum(1, keepdim=True)).unsqueeze(-1)
+        embeddings: Tensor = self.norm((x * weight).sum(1))
+        return embeddings
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block."""
+
+    def __init__(self, dim: int, fused: bool) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.attn, self.mlp = Attention(dim, fused), Mlp(dim)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        x = x + self.attn(self.norm1(x), mask)
+        out: Tensor = x + self.mlp(self.norm2(x))
+        return out
+
+
+class Attention(nn.Module):
+    """Self-attention with one fused or three separate input projections."""
+
+    def __init__(self, dim: int, fused: bool) -> None:
+        super().__init__()
+        self.implementation = "sdpa"
+        self.fused = fused
+        if fused:
+            self.qkv = nn.Linear(dim, 3 * dim)
+        else:
+            self.q_proj, self.k_proj, self.v_proj = (nn.Linear(dim, dim) for _ in range(3))
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        parts = self.qkv(x).chunk(3, -1) if self.fused else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        q, k, v = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in parts)
+        if self.implementation == "sdpa":
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        else:
+            scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+            out = (scores if mask is None else scores.masked_fill(~mask, -math.inf)).softmax(-1) @ v
+        projected: Tensor = self.proj(out.transpose(1, 2).flatten(2))
+        return projected
+
+
+class Mlp(nn.Module):
+    """The two layers after attention."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc2(F.gelu(self.fc1(x)))
+        return out
+
+
+def _characters(texts: Sequence[str]) -> Tensor:
+    codes = [[1 + ord(c) % 255 for c in text[:LENGTH]] or [1] for text in texts]
+    longest = max(map(len, codes), default=1)
+    return torch.tensor([row + [0] * (longest - len(row)) for row in codes], dtype=torch.int64).view(-1, longest)
+
+
+def _fill(model: nn.Module, seed: int) -> None:
+    """Set every parameter from the seed and its name, so that fused and separate projections get the same values."""
+    for name, parameter in model.named_parameters():
+        with torch.no_grad():
+            if ".norm" in name:
+                parameter.fill_(float(name.endswith("weight")))
+            elif name == "text.scale":
+                parameter.fill_(math.log(10))
+            elif ".qkv." in name:
+                for part, letter in zip(parameter.chunk(3), "qkv", strict=True):
+                    _draw(part, name.replace("qkv", f"{letter}_proj"), seed)
+            else:
+                _draw(parameter, name, seed)
+
+
+def _draw(tensor: Tensor, name: str, seed: int) -> None:
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+    fan_in = tensor[0].numel() if name.endswith("weight") and "character" not in name else 1
+    spread = 0.02 if name.endswith("bias") else 0.5 if name.endswith("position") else 1 / math.sqrt(fan_in)
+    tensor.copy_(torch.randn(tensor.shape, generator=generator) * spread)

@@ -1,0 +1,75 @@
+"""What a run is asked to do: one frozen dataclass, which is the command line's help and run.json's content."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from perdure.augment import AUGMENTS
+from perdure.backbones import BACKBONES
+from perdure.method import METHODS, Method, compose
+from perdure.objectives import OBJECTIVES, Objective
+from perdure.runtime import Attention, Precision
+from perdure.spec import build, parse
+from perdure.train import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(TrainConfig):
+    """One method on one stream."""
+
+    stream: str
+    """What is learnt, such as 'cifar100(tasks=10)' or 'images(path="my/photos", tasks=5)'; see `perdure list streams`."""
+    backbone: str = "pocket()"
+    """The pre-trained model, such as 'clip(path="openai/clip-vit-base-patch16")'; see `perdure list backbones`."""
+    method: str = "inflora(rank=10)"
+    """How, such as 'inflora(rank=10) + replay(size=500)'; see `perdure list methods`."""
+    objective: str = "classify()"
+    """What is asked of the features: classify() learns a head, zeroshot() answers by the class names' text embeddings."""
+    augment: Literal["none", "flip", "crop"] = "none"
+    """Random views of training images."""
+    seed: int = 0
+    """All randomness, and the order of classes unless the stream fixes it."""
+    precision: Precision = "auto"
+    """Of the encoder: auto takes bf16 where the processor has it natively."""
+    attention: Attention = "auto"
+    """auto times both implementations at the start and takes the faster."""
+    device: str = "auto"
+    """cpu, cuda, mps, ..."""
+    save_every: int = 0
+    """Steps between snapshots within a task; 0 saves as often as costs at most 2 % of the time."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.save_every < 0:
+            raise ValueError(f"save_every={self.save_every}: expected a number of steps, or 0 for automatic")
+        if self.augment not in AUGMENTS:
+            raise ValueError(f"augment={self.augment!r}: expected one of {', '.join(AUGMENTS)}")
+
+    def describe(self) -> dict[str, Any]:
+        """As JSON."""
+        return dataclasses.asdict(self)
+
+
+def make_method(text: str) -> Method:
+    """A method from its spec: `lora(rank=8) + replay(size=200)`."""
+    import perdure.methods  # noqa: F401  (registers them)
+
+    return compose([build(spec, METHODS, "method") for spec in parse(text)])
+
+
+def make_objective(text: str) -> Objective:
+    """An objective from its spec."""
+    return one(text, OBJECTIVES, "objective")  # type: ignore[no-any-return]
+
+
+def make_backbone(text: str) -> Any:
+    """A backbone from its spec."""
+    return one(text, BACKBONES, "backbone")
+
+
+def one(text: str, registry: Any, kind: str, **given: Any) -> Any:
+    """What a spec without `+` names."""
+    specs = parse(text)
+    if len(specs) != 1:
+        raise ValueError(f"--{kind} {text!r}: expected one {kind}, not a sum; only methods can be combined with +")
+    return build(specs[0], registry, kind, **given)

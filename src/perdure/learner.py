@@ -1,0 +1,193 @@
+"""The one module that is trained, saved, used and exported: backbone + objective + method."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from perdure.adapters.attach import adapted, fold
+from perdure.augment import AUGMENTS, Augment
+from perdure.backbones.base import Backbone
+from perdure.method import Method, encodes, parts_of
+from perdure.objectives.base import Objective
+from perdure.types import Batch, Data, Scenario, Stream, Task
+
+
+class Core(nn.Module):
+    """A backbone, what is asked of it, and how it learns; knows the tasks that it has grown for.
+
+    Args:
+        backbone: the pre-trained model; frozen here, a method may thaw it.
+        objective: loss, scores and evaluation.
+        method: the algorithm.
+        scenario: which classes may be answered at test time.
+        seed: all randomness derives from it.
+    """
+
+    def __init__(
+        self, backbone: Backbone, objective: Objective, method: Method, scenario: Scenario = "class", seed: int = 0
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone.requires_grad_(False).eval()
+        self.fingerprint = backbone.fingerprint()  # now, before anything is learnt
+        self.objective, self.method = objective, method
+        self.scenario, self.seed = scenario, seed
+        self.tasks: list[Task] = []
+        self.learnt = 0  # number of tasks behind us
+        self.step = 0  # within the current task
+        self.precision = torch.float32  # of the matrix products in the encoder
+        self.augment: Augment = AUGMENTS["none"]
+        self._encoded: dict[int, tuple[Data, Encoded]] = {}
+
+    @property
+    def stream(self) -> Stream:
+        """The tasks grown so far, as a stream."""
+        return Stream("", self.scenario, tuple(self.tasks))
+
+    @property
+    def task(self) -> Task:
+        """The task last grown for."""
+        return self.tasks[-1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.backbone.parameters()).device
+
+    def train(self, mode: bool = True) -> Self:
+        """As in `nn.Module`; the backbone always stays in evaluation mode (no dropout, as in the published codes)."""
+        super().train(mode)
+        self.backbone.eval()
+        return self
+
+    def generator(self, purpose: str, step: int | None = None) -> torch.Generator:
+        """Randomness derived from what it is for, never carried along; so it needs no saving."""
+        index = self.task.index if self.tasks else 0
+        return torch.Generator().manual_seed(derived_seed(self.seed, index, purpose, step))
+
+    def grow(self, task: Task) -> None:
+        """Make room for `task`. Depends on descriptions only, so a resumed run can replay it."""
+        self.tasks.append(task)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derived_seed(self.seed, task.index, "grow"))
+            self.objective.grow(self, task)
+            self.method.grow(self, task)
+        self.to(self.device)
+
+    def encode(self, batch: Batch) -> Tensor:
+        """Features (B, dim) in float32."""
+        if "features" in batch:
+            return batch["features"]
+        with self.autocast():
+            features = self.method.encode(self, batch)
+        return features.float()
+
+    def autocast(self) -> Any:
+        """The precision of the encoder's matrix products."""
+        if self.precision == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.precision)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Objective plus penalty."""
+        features = self.encode(batch)
+        return self.objective.loss(features, batch) + self.method.penalty(self, batch, features)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Scores (B, seen classes)."""
+        return self.method.predict(self, batch)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Parameters that the current task trains."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def shared(self) -> dict[str, nn.Parameter]:
+        """Trainable parameters that outlive the task: not the branches that a method opens for one task only."""
+        own = {
+            id(p) for part in parts_of(self.method) if not part.shares for p in part.parameters() if p.requires_grad
+        }
+        return {name: p for name, p in self.trainable().items() if id(p) not in own}
+
+    def memory(self) -> dict[str, Tensor]:
+        """All that was learnt: the state without the frozen backbone."""
+        tuned = {f"backbone.{n}" for n, p in self.backbone.named_parameters() if p.requires_grad}
+        return {k: v for k, v in self.state_dict().items() if not k.startswith("backbone.") or k in tuned}
+
+    @property
+    def constant_encoder(self) -> bool:
+        """Whether features can never change: nothing in the backbone is trained or adapted."""
+        tuned = any(p.requires_grad for p in self.backbone.parameters())
+        return not tuned and not adapted(self.backbone) and not encodes(self.method)
+
+    def fold(self, branches: bool) -> None:
+        """See `perdure.adapters.fold`."""
+        fold(self.backbone, branches)
+
+    @contextmanager
+    def inference(self) -> Iterator[None]:
+        """Evaluation mode, no gradients, all linear updates folded into the weights."""
+        training = self.training
+        self.eval()
+        self.fold(branches=True)
+        self.objective.refresh()
+        try:
+            with torch.inference_mode():
+                yield
+        finally:
+            self.fold(branches=False)
+            self.train(training)
+
+    def features(self, data: Data, size: int = 256) -> tuple[Tensor, Tensor]:
+        """Features (n, dim) and labels (n,) of all of `data`, without augmentation."""
+        with self.inference():
+            pieces = [self.encode(batch) for batch in self.batches(data, size)]
+        # cloned: tensors made under inference_mode may not take part in training
+        return torch.cat(pieces).clone(), data.labels.to(self.device)
+
+    def encoded(self, data: Data) -> Data:
+        """`data` with features in place of images where the encoder is constant, else `data` itself.
+
+        What a frozen encoder makes of an image is computed once and kept: 4 · dim bytes an image.
+        """
+        if not self.constant_encoder or not len(data):
+            return data
+        if id(data) not in self._encoded:
+            self._encoded[id(data)] = data, Encoded(*self.features(data))
+        return self._encoded[id(data)][1]
+
+    def views(self, data: Data, most: int, purpose: str, size: int = 64) -> Iterator[Batch]:
+        """At most `most` random training examples as the training sees them (augmented), in batches."""
+        order = torch.randperm(len(data), generator=self.generator(purpose))[:most]
+        for number, batch in enumerate(self.batches(data, size, order)):
+            yield self.augment(batch, self.generator(purpose, number))
+
+    def batches(self, data: Data, size: int, order: Tensor | None = None) -> Iterator[Batch]:
+        """`data` in batches on the learner's device, in `order` (positions) or as it stands."""
+        positions: Sequence[int] = range(len(data)) if order is None else order.tolist()
+        for start in range(0, len(positions), size):
+            batch = data.__getitems__(positions[start : start + size])
+            yield {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
+
+
+class Encoded:
+    """Data whose images have been encoded: `features` (n, dim) in place of `image`."""
+
+    def __init__(self, features: Tensor, labels: Tensor) -> None:
+        self.encoded, self.labels = features, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitems__(self, positions: Sequence[int]) -> Batch:
+        """Features and labels."""
+        index = torch.as_tensor(positions, device=self.encoded.device)
+        return {"features": self.encoded[index], "label": self.labels[index]}
+
+
+def derived_seed(seed: int, task: int, purpose: str, step: int | None = None) -> int:
+    """A seed for one purpose at one place of a run."""
+    text = f"{seed}/{task}/{purpose}/{step}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")

@@ -1,0 +1,48 @@
+"""Named tensors that are saved and loaded whatever their number and sizes."""
+
+from collections.abc import Callable, Iterator, MutableMapping
+from typing import Any, Self
+
+from torch import Tensor, nn
+
+
+class Tensors(nn.Module, MutableMapping[str, Tensor]):
+    """A dictionary that follows its module to devices and into checkpoints.
+
+    Buffers must exist, with their final shape, before a state is loaded; what a method remembers (Fisher diagonals,
+    bases, memories) depends on data and cannot. Keys may hold dots.
+    """
+
+    __eq__, __hash__ = nn.Module.__eq__, nn.Module.__hash__  # a module is itself, not its contents
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._held: dict[str, Tensor] = {}
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._held[key]
+
+    def __setitem__(self, key: str, value: Tensor) -> None:
+        self._held[key] = value.detach().clone()
+
+    def __delitem__(self, key: str) -> None:
+        del self._held[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._held)
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def __bool__(self) -> bool:
+        return bool(self._held)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._held = {k: fn(v) for k, v in self._held.items()}
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        destination.update({prefix + k: v for k, v in self._held.items()})
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        self._held = {k[len(prefix) :]: v.detach().clone() for k, v in state_dict.items() if k.startswith(prefix)}

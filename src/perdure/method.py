@@ -1,0 +1,199 @@
+"""A continual-learning method: a handful of hooks, every one optional."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor, nn
+
+from perdure.types import Batch, Data, Task
+
+if TYPE_CHECKING:
+    from perdure.learner import Learner
+
+METHODS: dict[str, type[Method]] = {}
+"""Every method by name; a class registers itself by `class Mine(Method, name="mine")`."""
+
+_EXCLUSIVE = ("encode", "predict", "data")
+
+
+class Method(nn.Module):
+    """Base of all methods; by itself, trains the head on frozen features.
+
+    `__init__` stores options. Everything a method remembers is a parameter, a submodule or in `Tensors`, so that
+    `state_dict()` is its whole memory and a stopped run can go on exactly. Randomness comes from
+    `learner.generator(purpose)`. Hooks return; they never write into the trainer.
+    """
+
+    name: ClassVar[str]
+    shares: ClassVar[bool] = False
+    """Whether tasks train the same encoder parameters: those that regularisers can protect."""
+    protects: ClassVar[bool] = False
+    """Whether the method only guards shared parameters, and so needs a part that has some."""
+
+    def __init_subclass__(cls, name: str = "", **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if name:
+            if name in METHODS and METHODS[name].__qualname__ != cls.__qualname__:
+                raise ValueError(f"two methods are named {name!r}: {METHODS[name]} and {cls}; rename one")
+            cls.name, METHODS[name] = name, cls
+
+    # Structure: a function of the task's description alone, so that a resumed run can replay it.
+    def grow(self, learner: Learner, task: Task) -> None:
+        """Make room for `task`: new branches, heads, prompts; decide what is trained."""
+
+    # Task boundaries: may read the task's data.
+    def data(self, learner: Learner, task: Task) -> Data:
+        """What the task is trained on; its own training set unless a method says otherwise."""
+        return task.train
+
+    def begin_task(self, learner: Learner, task: Task) -> None:
+        """Prepare from the task's data, before the first step."""
+
+    def end_task(self, learner: Learner, task: Task) -> None:
+        """Remember what later tasks need, after the last step."""
+
+    def measures(self, learner: Learner) -> dict[str, float]:
+        """Facts about the method itself after a task, for results and report: `{"free_dimension/<layer>": 120}`."""
+        return {}
+
+    # Steps, in the order in which they run.
+    def batch(self, learner: Learner, batch: Batch) -> Batch:
+        """The batch that is trained on, e.g. with old examples mixed in."""
+        return batch
+
+    def penalty(self, learner: Learner, batch: Batch, features: Tensor) -> Tensor | float:
+        """What is added to the objective's loss."""
+        return 0.0
+
+    def after_backward(self, learner: Learner) -> None:
+        """Change gradients."""
+
+    def after_step(self, learner: Learner, batch: Batch) -> None:
+        """Look at, or change, parameters after the optimizer's step."""
+
+    def param_groups(self, learner: Learner) -> dict[str, float]:
+        """Names of trainable parameters whose learning rate differs -> factor."""
+        return {}
+
+    # Inference; in a composition at most one part may define each.
+    def encode(self, learner: Learner, batch: Batch) -> Tensor:
+        """Features (B, dim) of a batch."""
+        return learner.backbone(batch)  # type: ignore[no-any-return]
+
+    def predict(self, learner: Learner, batch: Batch) -> Tensor:
+        """Scores (B, seen classes) of a batch; must not depend on which examples share the batch."""
+        return learner.objective.scores(learner.encode(batch))
+
+
+class Compose(Method):
+    """Several methods as one: additive hooks run in the order written, exclusive ones have one owner.
+
+    Raises:
+        ValueError: when two parts define the same exclusive hook, a part stands twice, or a part that protects shared
+            parameters has none to protect.
+    """
+
+    def __init__(self, parts: Sequence[Method]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+        names = [part.name for part in parts]
+        if twice := [n for n in names if names.count(n) > 1]:
+            raise ValueError(f"{twice[0]} stands twice in {' + '.join(names)}; write each part once")
+        for hook in _EXCLUSIVE:
+            owners = [p for p in parts if _defines(p, hook)]
+            if len(owners) > 1:
+                clash = " and ".join(p.name for p in owners)
+                raise ValueError(f"{clash} cannot be combined: each defines {hook!r}; keep one of them")
+
+    def _owner(self, hook: str) -> Method | None:
+        return next((p for p in self if _defines(p, hook)), None)
+
+    def __iter__(self) -> Any:
+        return iter(self.parts)
+
+    def grow(self, learner: Learner, task: Task) -> None:
+        """See `Method.grow`."""
+        for part in self:
+            part.grow(learner, task)
+
+    def data(self, learner: Learner, task: Task) -> Data:
+        """See `Method.data`."""
+        owner = self._owner("data")
+        return task.train if owner is None else owner.data(learner, task)
+
+    def begin_task(self, learner: Learner, task: Task) -> None:
+        """See `Method.begin_task`."""
+        for part in self:
+            part.begin_task(learner, task)
+
+    def end_task(self, learner: Learner, task: Task) -> None:
+        """See `Method.end_task`."""
+        for part in self:
+            part.end_task(learner, task)
+
+    def measures(self, learner: Learner) -> dict[str, float]:
+        """See `Method.measures`."""
+        return {k: v for part in self for k, v in part.measures(learner).items()}
+
+    def batch(self, learner: Learner, batch: Batch) -> Batch:
+        """See `Method.batch`."""
+        for part in self:
+            batch = part.batch(learner, batch)
+        return batch
+
+    def penalty(self, learner: Learner, batch: Batch, features: Tensor) -> Tensor | float:
+        """See `Method.penalty`."""
+        return sum(part.penalty(learner, batch, features) for part in self)
+
+    def after_backward(self, learner: Learner) -> None:
+        """See `Method.after_backward`."""
+        for part in self:
+            part.after_backward(learner)
+
+    def after_step(self, learner: Learner, batch: Batch) -> None:
+        """See `Method.after_step`."""
+        for part in self:
+            part.after_step(learner, batch)
+
+    def param_groups(self, learner: Learner) -> dict[str, float]:
+        """See `Method.param_groups`."""
+        return {k: v for part in self for k, v in part.param_groups(learner).items()}
+
+    def encode(self, learner: Learner, batch: Batch) -> Tensor:
+        """See `Method.encode`."""
+        return (self._owner("encode") or super()).encode(learner, batch)
+
+    def predict(self, learner: Learner, batch: Batch) -> Tensor:
+        """See `Method.predict`."""
+        return (self._owner("predict") or super()).predict(learner, batch)
+
+
+def parts_of(method: Method) -> tuple[Method, ...]:
+    """The parts of a composition; a method by itself is its own only part."""
+    return tuple(method) if isinstance(method, Compose) else (method,)
+
+
+def compose(parts: Sequence[Method]) -> Method:
+    """One method from its parts, refused when it could have no effect.
+
+    Raises:
+        ValueError: see `Compose`, or when a part would protect nothing.
+    """
+    for guard in (p for p in parts if p.protects):
+        if not any(p.shares for p in parts):
+            raise ValueError(
+                f"{guard.name} has nothing to protect in {' + '.join(p.name for p in parts)!r}: no part trains "
+                f"parameters that tasks share. Write 'lora + {guard.name}' or 'finetune + {guard.name}'"
+            )
+    return parts[0] if len(parts) == 1 else Compose(parts)
+
+
+def _defines(part: Method, hook: str) -> bool:
+    return getattr(type(part), hook) is not getattr(Method, hook)
+
+
+def encodes(method: Method) -> bool:
+    """Whether a part replaces the backbone's plain features."""
+    return any(_defines(part, "encode") for part in parts_of(method))

@@ -1,0 +1,138 @@
+"""InfLoRA: interference-free low-rank adaptation (Liang & Li, CVPR 2024, arXiv:2404.00228).
+
+`begin_task` designs the frozen projection B_t (section 3.2, "designing dimensionality reduction matrix"): the leading
+directions of the new task's inputs inside the space that old tasks' inputs leave free. Only A_t is trained, so whatever
+it becomes, the layer's output on old inputs does not change. `end_task` takes the new inputs' space (DualGPM, section
+3.3) and settles the branch. In this package's letters B_t is `down` and A_t is `up`.
+
+Differs: the symmetric projected moment F R F with float64 `eigh` instead of an SVD of F R; rows beyond the free space
+are zero (the official code's are arbitrary there and leave the space); the first task reaches `keep` instead of
+stopping one direction short, and is never mislabelled when it takes more than half; moments come from at most `moments`
+images; old branches are folded into the weights instead of being recomputed in every step.
+"""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from perdure.adapters.attach import attach
+from perdure.adapters.lowrank import LowRank
+from perdure.backbones.base import Tower
+from perdure.learner import Core
+from perdure.memory.inputs import second_moments
+from perdure.memory.subspace import Subspace, keep_schedule
+from perdure.memory.tensors import Tensors
+from perdure.method import Method
+from perdure.types import Site, Task
+
+# Kaiming-uniform rows, which the official code starts from, have norm 1/√3; B_t's rows keep it.
+_ROW_NORM = 1 / math.sqrt(3)
+
+
+class InfLoRA(Method, name="inflora"):
+    """One branch per task whose input projection avoids the input space of former tasks.
+
+    Args:
+        rank: rows of each task's B_t.
+        at: which layers, see `Backbone.sites`; layers that read the same input share B_t.
+        blocks: which blocks, all by default; "0-4" is the paper's InfLoRA-b5.
+        tower: which encoder.
+        keep: share of the old inputs' energy to protect (the paper's ε), in (0, 1].
+        power: energy counted as λ² (2, official code) or λ = σ² (1, GPM) of the second moment.
+        schedule: `linear` raises `keep` to 1 over a known number of tasks; `fixed`, and an open end, hold it.
+        design: `inputs` as in the paper, `random` for its ablation.
+        project: False drops the projection on the free space, for the ablation.
+        moments: number of training images that second moments are taken from.
+    """
+
+    def __init__(
+        self,
+        rank: int = 10,
+        at: str = "kv",
+        blocks: str | None = None,
+        tower: Tower = "vision",
+        keep: float = 0.95,
+        power: Literal[1, 2] = 2,
+        schedule: Literal["linear", "fixed"] = "linear",
+        design: Literal["inputs", "random"] = "inputs",
+        project: bool = True,
+        moments: int = 512,
+    ) -> None:
+        super().__init__()
+        if not 0 < keep <= 1:
+            raise ValueError(f"keep={keep}: expected a share of energy in (0, 1], such as 0.95")
+        if moments < 1:
+            raise ValueError(f"moments={moments}: expected at least 1 image")
+        self.rank, self.at, self.blocks, self.tower = rank, at, blocks, tower
+        self.keep, self.power, self.schedule = keep, power, schedule
+        self.design, self.project, self.moments = design, project, moments
+        self.adapters = nn.ModuleDict()
+        self.spaces = Tensors()  # "<input>/taken" or "<input>/free" -> basis (d, k)
+        self._inputs: dict[str, Site] = {}  # adapter key -> one of the sites that read this input
+
+    def grow(self, learner: Core, task: Task) -> None:
+        """A new branch in every chosen layer; what the last one learnt is settled."""
+        if not self.adapters:
+            for key, sites in learner.backbone.sites_by_input(self.at, self.blocks, self.tower).items():
+                self.adapters[_key(key)] = LowRank(sites, self.rank)
+                self._inputs[_key(key)] = sites[0]
+                attach(learner.backbone, sites, self._adapter(_key(key)))
+        for key in self.adapters:
+            self._adapter(key).open(train_down=False)
+
+    def begin_task(self, learner: Core, task: Task) -> None:
+        """Design B_t (equations 8 and 9)."""
+        generator = learner.generator("design")
+        for key, moments in self._moments(learner, task, "design").items():
+            space = self._space(key) if self.project else Subspace.empty(len(moments))
+            if self.design == "random":
+                noise = torch.randn(len(moments), self.rank, dtype=torch.float64, generator=generator)
+                noise = noise.to(moments.device)
+                moments = noise @ noise.T
+            down = self._adapter(key).down
+            assert down is not None
+            with torch.no_grad():
+                down.copy_(_ROW_NORM * space.design(moments, self.rank))
+
+    def end_task(self, learner: Core, task: Task) -> None:
+        """Take the space of this task's inputs (equation 10 and DualGPM), and settle the branch."""
+        keep = self.keep if self.schedule == "fixed" else keep_schedule(self.keep, task.index, task.total)
+        for key, moments in self._moments(learner, task, "take").items():
+            space = self._space(key).take(moments, keep, self.power)
+            for kind in ("taken", "free"):
+                self.spaces.pop(f"{key}/{kind}", None)
+            self.spaces[f"{key}/{space.kind}"] = space.basis.float()
+            self._adapter(key).settle()
+
+    def measures(self, learner: Core) -> dict[str, float]:
+        """Free directions and the share taken, per input."""
+        facts: dict[str, float] = {}
+        for key, site in self._inputs.items():
+            free = self._space(key).free
+            facts[f"free_dimension/{site.input}"] = free
+            facts[f"occupied_share/{site.input}"] = 1 - free / site.fan_in
+        return facts
+
+    def _adapter(self, key: str) -> LowRank:
+        adapter = self.adapters[key]
+        assert isinstance(adapter, LowRank)
+        return adapter
+
+    def _space(self, key: str) -> Subspace:
+        if f"{key}/free" in self.spaces:
+            return Subspace(self.spaces[f"{key}/free"].double(), "free")
+        if f"{key}/taken" in self.spaces:
+            return Subspace(self.spaces[f"{key}/taken"].double())
+        return Subspace.empty(self._adapter(key).fan_in)
+
+    def _moments(self, learner: Core, task: Task, purpose: str) -> dict[str, Tensor]:
+        layers = {key: learner.backbone.get_submodule(site.layer) for key, site in self._inputs.items()}
+        views = learner.views(learner.method.data(learner, task), self.moments, purpose)
+        return second_moments(learner.encode, layers, views)
+
+
+def _key(name: str) -> str:
+    """A module's key may hold no dot."""
+    return name.replace(".", "/")

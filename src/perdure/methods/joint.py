@@ -1,0 +1,66 @@
+"""Joint training on all data so far: the upper bound that continual methods are measured against."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from perdure.learner import Core
+from perdure.method import Method
+from perdure.types import Batch, Data, Task
+
+
+class Joint(Method, name="joint"):
+    """Every task trains on the union of all training sets so far, and all seen classes compete.
+
+    By itself it fine-tunes the whole encoder; in a composition (`lora + joint`) it only decides on the data.
+
+    Args:
+        backbone_lr: as in `finetune`, when it stands alone.
+    """
+
+    shares = True
+
+    def __init__(self, backbone_lr: float = 0.1) -> None:
+        super().__init__()
+        self.backbone_lr = backbone_lr
+
+    def grow(self, learner: Core, task: Task) -> None:
+        """All heads learn; alone, the encoder too."""
+        learner.objective.requires_grad_(True)
+        learner.objective.mask = False
+        if learner.method is self:
+            for p in learner.backbone.tower_parameters("vision").values():
+                p.requires_grad_(True)
+
+    def data(self, learner: Core, task: Task) -> Data:
+        """All training sets up to this task."""
+        return Union([t.train for t in learner.tasks])
+
+    def param_groups(self, learner: Core) -> dict[str, float]:
+        """As in `finetune`, when alone."""
+        return {n: self.backbone_lr for n in learner.trainable() if n.startswith("backbone.")}
+
+
+class Union:
+    """Several data sets as one."""
+
+    def __init__(self, sets: Sequence[Data]) -> None:
+        self.sets = sets
+        self.labels: Tensor = torch.cat([s.labels for s in sets])
+        self._starts = torch.tensor([0] + [len(s) for s in sets]).cumsum(0)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitems__(self, positions: Sequence[int]) -> Batch:
+        """Examples at `positions`, in their order."""
+        wanted = torch.as_tensor(positions)
+        owner = torch.bucketize(wanted, self._starts[1:], right=True)
+        parts: list[Batch] = []
+        places = []
+        for index in owner.unique().tolist():
+            places.append((owner == index).nonzero().flatten())
+            parts.append(self.sets[index].__getitems__((wanted[places[-1]] - self._starts[index]).tolist()))
+        back = torch.cat(places).argsort()
+        return {key: torch.cat([part[key] for part in parts])[back] for key in parts[0]}

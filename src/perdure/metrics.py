@@ -1,0 +1,153 @@
+"""Numbers of continual learning, as pure functions of the score matrix.
+
+`matrix[i][j]` is the score on task j after learning task i, a share in [0, 1], None where it was not evaluated;
+both count from 0 and T is the number of tasks. A number that needs a score which is missing, or that is not defined for
+so few tasks, is None and never 0.
+"""
+
+import statistics
+from collections.abc import Iterable, Sequence
+
+from perdure.types import Row
+
+Scores = Sequence[float | None]
+Matrix = Sequence[Scores]
+
+
+def matrix_of(rows: Iterable[Row], metric: str, tasks: int) -> list[list[float | None]]:
+    """The T×T matrix of `metric` for T = `tasks`; of two rows for the same place the later one counts.
+
+    Rows of the pre-trained model (`after` = -1) and facts about the learner itself (`on` is None) are left out.
+
+    Raises:
+        ValueError: when a row is about a task beyond the last.
+    """
+    matrix: list[list[float | None]] = [[None] * tasks for _ in range(tasks)]
+    for row in rows:
+        if row.metric != metric or row.on is None or row.after == -1:
+            continue
+        if not (0 <= row.after < tasks and 0 <= row.on < tasks):
+            raise ValueError(
+                f"a result is about task {row.on} after task {row.after}, but there are {tasks} tasks (0-{tasks - 1}): "
+                "the results belong to another stream"
+            )
+        matrix[row.after][row.on] = row.value
+    return matrix
+
+
+def baseline_of(rows: Iterable[Row], metric: str, tasks: int) -> list[float | None]:
+    """Scores (T) of the pre-trained model, before the first task."""
+    baseline: list[float | None] = [None] * tasks
+    for row in rows:
+        if row.metric == metric and row.after == -1 and row.on is not None and row.on < tasks:
+            baseline[row.on] = row.value
+    return baseline
+
+
+def acc(matrix: Matrix) -> float | None:
+    """Mean score over all tasks after the last one: (1/T) Σ_j R_Tj."""
+    return _mean(_square(matrix)[-1]) if matrix else None
+
+
+def running_averages(matrix: Matrix) -> list[float | None]:
+    """For each i: mean score over the tasks learnt so far, A_i = (1/i) Σ_{j≤i} R_ij; length T."""
+    return [_mean(row[: i + 1]) for i, row in enumerate(_square(matrix))]
+
+
+def aaa(matrix: Matrix) -> float | None:
+    """Average of the running averages: (1/T) Σ_i A_i."""
+    return _mean(running_averages(matrix))
+
+
+def forgetting_per_task(matrix: Matrix) -> list[float | None]:
+    """For each j < T: best score before the last task minus the score after it, max_{i in j..T-1} R_ij - R_Tj.
+
+    Length T-1: the last task had no time to be forgotten. Negative where the last task improved an old one.
+    """
+    last = len(_square(matrix)) - 1
+    lost: list[float | None] = []
+    for j in range(last):
+        before = _known([matrix[i][j] for i in range(j, last)])
+        after = matrix[last][j]
+        lost.append(None if before is None or after is None else max(before) - after)
+    return lost
+
+
+def forgetting(matrix: Matrix) -> float | None:
+    """Mean of `forgetting_per_task`; None for a single task."""
+    return _mean(forgetting_per_task(matrix))
+
+
+def bwt(matrix: Matrix) -> float | None:
+    """Backward transfer: mean over j < T of R_Tj - R_jj; negative is forgetting; None for a single task."""
+    return _mean([_minus(matrix[-1][j], matrix[j][j]) for j in range(len(_square(matrix)) - 1)])
+
+
+def fwt(matrix: Matrix, baseline: Scores | None = None) -> float | None:
+    """Forward transfer: mean over j ≥ 2 of R_{j-1,j} - b_j, what earlier tasks gave to one not yet learnt.
+
+    Args:
+        matrix: with its first superdiagonal evaluated; otherwise the result is None.
+        baseline: score (T) on each task of the model that has learnt nothing; None gives None.
+    """
+    if baseline is None:
+        return None
+    if len(baseline) != len(_square(matrix)):
+        raise ValueError(f"baseline has {len(baseline)} scores, expected one for each of the {len(matrix)} tasks")
+    return _mean([_minus(matrix[j - 1][j], baseline[j]) for j in range(1, len(matrix))])
+
+
+def retention(matrix: Matrix) -> float | None:
+    """Mean over j < T of R_Tj / R_jj: the share of what was learnt that is still there; None when an R_jj is 0."""
+    kept: list[float | None] = []
+    for j in range(len(_square(matrix)) - 1):
+        first, after = matrix[j][j], matrix[-1][j]
+        kept.append(None if not first or after is None else after / first)
+    return _mean(kept)
+
+
+def summarise(matrix: Matrix, baseline: Scores | None = None) -> dict[str, float | None]:
+    """All of the above by name: acc, aaa, forgetting, bwt, fwt, retention."""
+    return {
+        "acc": acc(matrix),
+        "aaa": aaa(matrix),
+        "forgetting": forgetting(matrix),
+        "bwt": bwt(matrix),
+        "fwt": fwt(matrix, baseline),
+        "retention": retention(matrix),
+    }
+
+
+def spread(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and sample standard deviation (n-1) over seeds; the latter None for a single value.
+
+    Raises:
+        ValueError: when there is no value.
+    """
+    if not values:
+        raise ValueError("no values to average: give at least one")
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def _square(matrix: Matrix) -> Matrix:
+    for i, row in enumerate(matrix):
+        if len(row) != len(matrix):
+            raise ValueError(
+                f"row {i} of the score matrix has {len(row)} entries, expected {len(matrix)}, one a task; "
+                "write None where a task was not evaluated"
+            )
+    return matrix
+
+
+def _known(values: Scores) -> list[float] | None:
+    known = [v for v in values if v is not None]
+    return known if len(known) == len(values) else None
+
+
+def _mean(values: Scores) -> float | None:
+    known = _known(values)
+    return statistics.fmean(known) if known else None
+
+
+def _minus(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a - b

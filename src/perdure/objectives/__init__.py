@@ -1,0 +1,7 @@
+"""What is asked of the features, how it is learnt, and how it is scored."""
+
+from perdure.objectives.base import Objective
+from perdure.objectives.classify import Classify
+from perdure.objectives.zeroshot import ZeroShot
+
+OBJECTIVES: dict[str, type[Objective]] = {"classify": Classify, "zeroshot": ZeroShot}

@@ -1,0 +1,42 @@
+"""Classification by a linear head per task."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from perdure.objectives.base import Objective
+from perdure.types import Task
+
+if TYPE_CHECKING:
+    from perdure.learner import Core
+
+
+class Classify(Objective):
+    """One linear layer with bias for the classes that a task brings; prediction concatenates them.
+
+    A head is trained while its classes are part of the current task: in a domain-incremental stream the first task's
+    head goes on learning.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList()
+
+    def grow(self, learner: Core, task: Task) -> None:
+        """A head for the classes that are new; the heads of the task's classes are trained, the others frozen."""
+        before = len(self.classes)
+        super().grow(learner, task)
+        if len(self.classes) > before:
+            self.heads.append(nn.Linear(learner.backbone.dim, len(self.classes) - before))
+        first = 0
+        for head in self.heads:
+            columns = range(first, first + head.out_features)
+            head.requires_grad_(any(column in self.local for column in columns))
+            first += head.out_features
+
+    def scores(self, features: Tensor) -> Tensor:
+        """Logits (B, seen classes)."""
+        return torch.cat([head(features) for head in self.heads], dim=1)

@@ -1,0 +1,88 @@
+"""Classification by class names: the text tower's embeddings are the classifier (CLIP; Radford et al., ICML 2021)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from perdure.adapters.attach import adapted
+from perdure.objectives.base import Objective
+from perdure.types import Task
+
+if TYPE_CHECKING:
+    from perdure.learner import Core
+
+
+class ZeroShot(Objective):
+    """Cosine to the class names' text embeddings, times the model's frozen logit scale.
+
+    A class's embedding is the normalised mean over templates of normalised embeddings. While the text tower is neither
+    trained nor adapted they are computed once per task.
+
+    Args:
+        templates: one or several sentences with `{}` for the class name.
+    """
+
+    open_vocabulary = True
+
+    def __init__(self, templates: str | Sequence[str] = "a photo of a {}.") -> None:
+        super().__init__()
+        self.templates = (templates,) if isinstance(templates, str) else tuple(templates)
+        for template in self.templates:
+            if "{}" not in template:
+                raise ValueError(f"template {template!r} has no {{}} for the class name; write 'a photo of a {{}}.'")
+        self._learner: list[Core] = []  # in a list: the learner owns us, not we the learner
+        self._known: Tensor | None = None
+
+    def grow(self, learner: Core, task: Task) -> None:
+        """Remember the class names."""
+        if "text" not in learner.backbone.towers():
+            raise ValueError(
+                f"zeroshot needs a text tower, which {learner.backbone.spec} lacks: use clip(path=...) or pocket(), or "
+                "--objective classify"
+            )
+        super().grow(learner, task)
+        self._learner, self._known = [learner], None
+
+    def refresh(self) -> None:
+        """Forget the class embeddings when the text tower may have changed."""
+        if not self._constant():
+            self._known = None
+
+    def embed(self, names: Sequence[str]) -> Tensor:
+        """Unit-length embeddings (n, dim) of class names."""
+        backbone, per_template = self._learner[0].backbone, []
+        for template in self.templates:
+            with self._learner[0].autocast():
+                text = backbone.encode_text([template.format(name) for name in names])
+            per_template.append(F.normalize(text.float(), dim=1))
+        return F.normalize(torch.stack(per_template).mean(0), dim=1)
+
+    def scores(self, features: Tensor) -> Tensor:
+        """Scaled cosines (B, seen classes)."""
+        return self.similarity(features, self._classes())
+
+    def similarity(self, features: Tensor, classes: Tensor) -> Tensor:
+        """Scaled cosines (B, n) of image features to `classes` (n, dim)."""
+        scale = self._learner[0].backbone.logit_scale.detach()
+        return scale * F.normalize(features, dim=1) @ classes.T
+
+    def _classes(self) -> Tensor:
+        if self._known is not None and (self._constant() or torch.is_inference_mode_enabled()):
+            return self._known
+        if self._constant():
+            with torch.no_grad(), torch.inference_mode(False):
+                self._known = self.embed(self.names)
+            return self._known
+        fresh = self.embed(self.names)
+        self._known = fresh if torch.is_inference_mode_enabled() else None
+        return fresh
+
+    def _constant(self) -> bool:
+        backbone = self._learner[0].backbone
+        tower = backbone.get_submodule(backbone.towers()["text"])
+        return not adapted(tower) and not any(p.requires_grad for p in tower.parameters())

@@ -1,0 +1,213 @@
+"""One self-contained `report.html` about one or several runs, from what they wrote to disk."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from perdure import charts, metrics
+from perdure.runs import PHASES, Group, Run, grouped
+
+# A number's key in summary.json, its name, and what it says to someone who reads it for the first time.
+NUMBERS = (
+    ("acc", "Final accuracy", "Mean accuracy over all tasks after the last one was learnt. Higher is better."),
+    ("aaa", "Average accuracy", "The same mean taken after every task, then averaged: quality along the way."),
+    ("forgetting", "Forgetting", "How many points old tasks fell below their best, on average. Lower is better."),
+    ("bwt", "Backward transfer", "Change of old tasks since they were learnt. Negative means forgetting."),
+    ("fwt", "Forward transfer", "Gain on a task before it is learnt, over the model that has learnt nothing."),
+    ("retention", "Retention", "Share of an old task's first accuracy that is still there at the end."),
+    (
+        "acc_with_task_id",
+        "Accuracy with task given",
+        "Final accuracy when the model is told which task an image is from.",
+    ),
+    ("task_id_acc", "Task recognised", "How often the answer belongs to the image's own task, right class or not."),
+    ("gap", "Gap", "Accuracy with task given minus final accuracy: what confusing the tasks costs."),
+    ("trainable_parameters", "Trainable parameters", "Numbers that training may change, in the largest task."),
+    ("stored_bytes", "Stored", "Size on disk of everything learnt, without the pre-trained model."),
+    ("seconds", "Time", "Preparing, training, finishing and evaluating all tasks."),
+    ("images_per_second", "Images per second", "Speed of training."),
+    ("peak_rss_bytes", "Peak memory", "Most main memory that the run used at once."),
+)
+_COMPARED = ("acc", "aaa", "forgetting", "acc_with_task_id", "task_id_acc", "gap")
+_COSTS = ("trainable_parameters", "stored_bytes", "seconds", "images_per_second", "peak_rss_bytes")
+
+
+def write_report(folders: Sequence[Path], out: Path) -> Path:
+    """Write the report about `folders` to the file `out` (or `report.html` in it, when it is a folder).
+
+    Unfinished runs are shown as far as they got. The same folders give the same bytes.
+
+    Returns:
+        The file written.
+
+    Raises:
+        ValueError: when there is no folder, or one is not a run's or is damaged.
+    """
+    if not folders:
+        raise ValueError("no run to report: give at least one folder that `perdure run` wrote")
+    runs = [Run.read(Path(folder)) for folder in folders]
+    target = out / "report.html" if out.is_dir() else out
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(target.name + ".part")
+    part.write_text(_render(runs), encoding="utf-8")
+    part.replace(target)
+    return target
+
+
+def _render(runs: Sequence[Run]) -> str:
+    groups = grouped(runs)
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.globals.update(
+        bar=charts.bar, stack=charts.stack, legend=charts.legend, level=charts.level, percent=charts.percent
+    )
+    environment.globals.update(show=show, duration=duration)
+    template = environment.from_string(resources.files("perdure").joinpath("report.html.jinja").read_text("utf-8"))
+    facts = [_facts(run) for run in runs]
+    keys = list(dict.fromkeys(k for each in facts for k in each))
+    shared = [k for k in keys if all(each.get(k) == facts[0].get(k) for each in facts)]
+    longest = max((len(run.names()) for run in runs), default=0)
+    best = next((run.names() for run in runs if len(run.names()) == longest), [])
+    curves = [group.curve() for group in groups]
+    return template.render(
+        title=", ".join(dict.fromkeys(run.method for run in runs)),
+        streams=list(dict.fromkeys(str(run.config.get("stream", "–")) for run in runs)),
+        backbones=list(dict.fromkeys(str(run.config.get("backbone", "–")) for run in runs)),
+        created=_dates(runs),
+        groups=groups,
+        runs=[_view(run) for run in runs],
+        curves=charts.lines("Mean accuracy over the tasks learnt so far", curves, best) if longest else "",
+        numbers=NUMBERS,
+        compared=[(k, name) for k, name, _ in NUMBERS if k in _COMPARED],
+        costs=[(k, name) for k, name, _ in NUMBERS if k in _COSTS],
+        winners={k: _winner(groups, k) for k in ("acc", "aaa", "acc_with_task_id", "task_id_acc")},
+        shared=[(k, facts[0][k]) for k in shared],
+        differing=[k for k in keys if k not in shared],
+        facts=facts,
+        heat=[(charts.heat_colours(dark=False), ""), (charts.heat_colours(dark=True), "dark")],
+    )
+
+
+def _view(run: Run) -> dict[str, Any]:
+    names, done = run.names(), run.learnt()
+    matrix = run.matrix()
+    lost = metrics.forgetting_per_task([row[:done] for row in matrix[:done]])
+    seconds = run.seconds()
+    occupied = run.occupied()
+    return {
+        "run": run,
+        "names": names,
+        "tasks": run.tasks(),
+        "done": done,
+        "numbers": run.numbers(),
+        "before": metrics.baseline_of(run.rows, "accuracy", len(names)),
+        "matrix": matrix[:done],
+        "averages": run.averages(),
+        "forgotten": [(i, names[i], v) for i, v in enumerate(lost)],
+        "extent": (min([0.0, *(v for v in lost if v is not None)]), max([0.0, *(v for v in lost if v is not None)])),
+        "occupied": charts.lines("Occupied share of each layer's input space", occupied, names, ordered=True)
+        if occupied
+        else "",
+        "seconds": [_time(i, names, task) for i, task in enumerate(seconds)],
+        "phases": [(p, duration(sum(task[p] for task in seconds))) for p in PHASES],
+        "longest": max((sum(task.values()) for task in seconds), default=0.0),
+        "skipped": _skipped(run),
+    }
+
+
+def _time(index: int, names: Sequence[str], task: Mapping[str, float]) -> tuple[str, list[charts.Part], float]:
+    parts = [charts.Part(task[p], i, f"{p} {duration(task[p])}") for i, p in enumerate(PHASES)]
+    return names[index] if index < len(names) else f"task {index + 1}", parts, sum(task.values())
+
+
+def _facts(run: Run) -> dict[str, str]:
+    """What must be equal for a fair comparison, then everything else that was set."""
+    stream, backbone, preprocess = run.facts["stream"], run.facts["backbone"], run.facts["backbone"].get("preprocess")
+    answers = {
+        "class": "class-incremental: any class seen so far may be answered, the task is not told",
+        "task": "task-incremental: only the classes of the image's own task may be answered",
+        "domain": "domain-incremental: the same classes in every task",
+    }
+    order = [str(name) for task in run.tasks() for name in task.get("names") or []]
+    found: dict[str, Any] = {
+        "Seed": run.facts.get("seed", run.config.get("seed")),
+        "Backbone": run.config.get("backbone"),
+        "Backbone fingerprint": backbone.get("fingerprint"),
+        "Images and normalisation": ", ".join(f"{k} {v}" for k, v in preprocess.items())
+        if isinstance(preprocess, dict)
+        else preprocess,
+        "What may be answered": answers.get(stream.get("scenario"), stream.get("scenario")),
+        "Class order": ", ".join(dict.fromkeys(order)),
+        **{k.replace("_", " ").capitalize(): v for k, v in run.config.items() if k not in ("backbone", "seed")},
+        **{f"{k.replace('_', ' ').capitalize()} used": v for k, v in run.facts["resolved"].items()},
+        **{f"Version of {k}": v for k, v in run.facts["versions"].items()},
+        "Version of perdure": run.facts.get("perdure"),
+        "Git commit": run.facts.get("git"),
+    }
+    return {
+        k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False)
+        for k, v in found.items()
+        if v not in (None, "")
+    }
+
+
+def _winner(groups: Sequence[Group], key: str) -> str | None:
+    means = {group.label: found[0] for group in groups if (found := group.spread(key))}
+    return max(means, key=means.__getitem__) if len(means) > 1 else None
+
+
+def _skipped(run: Run) -> list[str]:
+    """Images left out, listed where the run listed them, else counted."""
+    listed = run.facts["stream"].get("skipped") or run.summary.get("skipped_images") or []
+    return [str(each) for each in listed] if isinstance(listed, list) else [f"{listed} images"]
+
+
+def _dates(runs: Sequence[Run]) -> str:
+    days = []
+    for run in runs:
+        created = str(run.facts.get("created") or "")
+        try:
+            days.append(datetime.fromisoformat(created).date().isoformat())
+        except ValueError:
+            days.append(created)
+    days = sorted({day for day in days if day})
+    return " – ".join(dict.fromkeys([days[0], days[-1]])) if days else "no date"
+
+
+def show(key: str, value: float | None, std: float | None = None) -> Markup:
+    """A number of `NUMBERS` with its unit, and ± one standard deviation."""
+    if value is None:
+        return Markup('<span class="none" title="not measured">–</span>')
+    if key == "trainable_parameters":
+        text, unit = f"{value:,.0f}", ""
+    elif key in ("stored_bytes", "peak_rss_bytes"):
+        power = min(int(math.log(max(value, 1), 1000)), 4)
+        text, unit = _digits(value / 1000**power), ("B", "kB", "MB", "GB", "TB")[power]
+    elif key == "seconds":
+        text, unit = duration(value), ""
+    elif key == "images_per_second":
+        text, unit = _digits(value), "/s"
+    else:
+        text = charts.percent(value) + ("" if std is None else f" ± {charts.percent(std)}")
+        unit = "points" if key in ("forgetting", "gap", "bwt", "fwt") else "%"
+    return Markup('{}<span class="unit"> {}</span>').format(text, unit) if unit else Markup("{}").format(text)
+
+
+def duration(seconds: float) -> str:
+    """`75.2` -> `1 min 15 s`."""
+    if seconds < 60:
+        return f"{_digits(seconds)} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _digits(value: float) -> str:
+    return f"{value:,.0f}" if value >= 99.5 else f"{value:.3g}"

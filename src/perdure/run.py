@@ -1,0 +1,281 @@
+"""A run in a folder: build what the configuration names, learn task after task, evaluate, write everything down."""
+
+import copy
+import json
+import platform
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from datetime import UTC, datetime
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from perdure import __version__, checkpoint, metrics
+from perdure.augment import AUGMENTS
+from perdure.config import RunConfig, make_backbone, make_method, make_objective
+from perdure.learner import Core
+from perdure.method import Method
+from perdure.runtime import Runtime, resolve
+from perdure.streams import make_stream
+from perdure.train import Progress, Quiet, evaluate, fit_task
+from perdure.types import Row, Stream, Task
+
+if sys.platform != "win32":
+    import resource
+
+
+class Interrupted(Exception):  # noqa: N818  (a wish of the user, not an error)
+    """The user asked to stop; everything done so far is saved."""
+
+
+def run(config: RunConfig, out: Path, progress: Progress | None = None, runtime: Runtime | None = None) -> dict[str, Any]:
+    """Learn a stream in a new folder; returns the summary.
+
+    Args:
+        config: what to do.
+        out: the run's folder; it must not hold a run yet.
+        progress: who is told.
+        runtime: how to compute, when that has been resolved already (in a grid, once for all).
+
+    Raises:
+        ValueError: for anything in `config` that cannot be done, before anything is learnt.
+        Interrupted: after SIGINT or SIGTERM.
+    """
+    with checkpoint.locked(out):
+        if (out / "run.json").exists():
+            raise ValueError(f"{out} already holds a run: go on with 'perdure resume {out}', or give another --out")
+        learner, stream, runtime = _build(config, runtime)
+        checkpoint.write_json(out / "run.json", _record(config, learner, stream, runtime))
+        return _learn(config, learner, stream, out, progress or Quiet())
+
+
+def resume(out: Path, progress: Progress | None = None) -> dict[str, Any]:
+    """Go on where a run's folder stands; a finished run only gets its summary again.
+
+    Raises:
+        ValueError: when `out` is no run's folder, or something in it is damaged.
+        Interrupted: after SIGINT or SIGTERM.
+    """
+    record = read_record(out)
+    with checkpoint.locked(out):
+        known = {f.name for f in fields(RunConfig)}
+        config = RunConfig(**{k: v for k, v in record["config"].items() if k in known})
+        learner, stream, _ = _build(config, Runtime(**record["resolved"]))
+        return _learn(config, learner, stream, out, progress or Quiet())
+
+
+def read_record(out: Path) -> dict[str, Any]:
+    """run.json of a folder.
+
+    Raises:
+        ValueError: when there is none, or it cannot be read.
+    """
+    path = out / "run.json"
+    if not path.is_file():
+        raise ValueError(f"{out} is not a run's folder: it has no run.json. Start one with 'perdure run ... --out {out}'")
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        record["config"], record["resolved"]
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{path} is damaged: it cannot be read as a run's record; restore it") from error
+    return record
+
+
+def _build(config: RunConfig, runtime: Runtime | None) -> tuple[Core, Stream, Runtime]:
+    method, objective = make_method(config.method), make_objective(config.objective)
+    backbone = make_backbone(config.backbone)
+    stream = make_stream(config.stream, backbone.preprocess, config.seed)
+    if runtime is None:
+        runtime = resolve(backbone, config.precision, config.attention, config.batch_size, config.device)
+    runtime.apply(backbone)
+    learner = Core(backbone, objective, method, stream.scenario, config.seed)
+    learner.precision, learner.augment = runtime.dtype, AUGMENTS[config.augment]
+    return learner, stream, runtime
+
+
+def _learn(config: RunConfig, learner: Core, stream: Stream, out: Path, progress: Progress) -> dict[str, Any]:
+    done = checkpoint.whole(out)
+    rows = [row for each in done for row in each.rows]
+    # The manifests vouch for what was measured; a line without its task is of a killed process.
+    checkpoint.drop_lines_after(out / "results.jsonl", [json.dumps(asdict(row)) for row in rows])
+    snapshot = checkpoint.latest_step(out, len(done)) if len(done) < len(stream) else None
+    if latest := snapshot or (done[-1] if done else None):
+        checkpoint.restore(learner, latest, stream.tasks)
+    with _interruptible() as stopped:
+        for task in stream.tasks[len(done) :]:
+            if stopped():
+                raise Interrupted(f"stopped before task {task.index}; go on with 'perdure resume {out}'")
+            resumed = None
+            if snapshot is not None:
+                before = snapshot.rows
+                resumed = snapshot.step or 0, partial(checkpoint.restore_optimizer, snapshot, learner)
+                snapshot = None
+            else:
+                before = _before(learner, task, stream, progress)
+            saver = _Saver(config.save_every, out, learner, before, stopped)
+            fitted = fit_task(learner, task, config, progress, saver, resumed)
+            start = time.perf_counter()
+            new = before + _measure(learner, task, stream)
+            facts = {
+                "seconds": {
+                    "prepare": fitted.prepare,
+                    "train": fitted.train,
+                    "finish": fitted.finish,
+                    "evaluate": time.perf_counter() - start,
+                },
+                "images": fitted.images,
+                "trainable_parameters": fitted.trainable,
+                "peak_rss_bytes": _peak_memory(),
+            }
+            checkpoint.save_task(out, learner, new, facts)
+            with (out / "results.jsonl").open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(asdict(row)) + "\n" for row in new)
+            progress.scores(task, new)
+    summary = summarise(out, stream)
+    checkpoint.write_json(out / "summary.json", summary)
+    return summary
+
+
+def _before(learner: Core, task: Task, stream: Stream, progress: Progress) -> list[Row]:
+    """Grow for `task`; where classes can be scored unseen, measure it before it is learnt (forward transfer)."""
+    rows: list[Row] = []
+    if learner.objective.open_vocabulary and task.index == 0:
+        progress.note("measuring the pre-trained model")
+        untaught = Core(learner.backbone, copy.copy(learner.objective), Method(), stream.scenario)
+        untaught.precision = learner.precision
+        for each in stream:
+            untaught.grow(each)
+            rows += [Row(-1, each.index, k, v) for k, v in evaluate(untaught, each).items()]
+    learner.grow(task)
+    if learner.objective.open_vocabulary and task.index > 0:
+        rows += [Row(task.index - 1, task.index, k, v) for k, v in evaluate(learner, task).items()]
+    return rows
+
+
+def _measure(learner: Core, task: Task, stream: Stream) -> list[Row]:
+    rows = []
+    for seen in stream.tasks[: task.index + 1]:
+        rows += [Row(task.index, seen.index, k, v) for k, v in evaluate(learner, seen).items()]
+    return rows + [Row(task.index, None, k, float(v)) for k, v in learner.method.measures(learner).items()]
+
+
+def summarise(out: Path, stream: Stream) -> dict[str, Any]:
+    """The content of summary.json, from the folder's whole checkpoints."""
+    done = checkpoint.whole(out)
+    rows = [row for each in done for row in each.rows]
+    matrices = {m: metrics.matrix_of(rows, m, len(done)) for m in ("accuracy", *_OTHER_METRICS)}
+    seconds = [each.manifest["seconds"] for each in done]
+    train = sum(s["train"] for s in seconds)
+    referenced = [row.value for row in rows if row.metric == "referenced_bytes"]
+    stored = (done[-1].folder / "learner.safetensors").stat().st_size + int(referenced[-1] if referenced else 0)
+    return (
+        metrics.summarise(matrices["accuracy"], metrics.baseline_of(rows, "accuracy", len(done)))
+        | {name: metrics.acc(matrices[metric]) for metric, name in _OTHER_METRICS.items()}
+        | {
+            "matrix": matrices["accuracy"],
+            "trainable_parameters": done[-1].manifest["trainable_parameters"],
+            "stored_bytes": stored,
+            "seconds_per_task": seconds,
+            "images_per_second": sum(each.manifest["images"] for each in done) / train if train else None,
+            "peak_rss_bytes": max(each.manifest["peak_rss_bytes"] for each in done),
+            "skipped_images": len(stream.notes.get("skipped", [])),
+        }
+    )
+
+
+_OTHER_METRICS = {"accuracy_with_task_id": "acc_with_task_id", "task_id_accuracy": "task_id_acc"}
+
+
+class _Saver:
+    """Snapshots within a task: every so many steps, or as often as costs at most a fiftieth of the time."""
+
+    def __init__(
+        self, every: int, out: Path, learner: Core, rows: list[Row], stopped: Callable[[], bool]
+    ) -> None:
+        self.every, self.out, self.learner, self.rows, self.stopped = every, out, learner, rows, stopped
+        self.saved, self.took = time.perf_counter(), 0.0
+
+    def __call__(self, step: int, optimizer: torch.optim.Optimizer | None) -> None:
+        stopped, now = self.stopped(), time.perf_counter()
+        due = step % self.every == 0 if self.every else now - self.saved > 50 * self.took
+        if not (due or stopped):
+            return
+        checkpoint.save_step(self.out, self.learner, step, optimizer, self.rows)
+        self.saved = time.perf_counter()
+        self.took = self.saved - now
+        if stopped:
+            raise Interrupted(
+                f"stopped after step {step} of task {self.learner.task.index}, all is saved; "
+                f"go on with 'perdure resume {self.out}'"
+            )
+
+
+@contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """SIGINT and SIGTERM finish the step instead of breaking it; a second SIGINT breaks."""
+    asked: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+
+    def ask(number: int, _frame: object) -> None:
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _record(config: RunConfig, learner: Core, stream: Stream, runtime: Runtime) -> dict[str, Any]:
+    return {
+        "perdure": __version__,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "git": _git_commit(),
+        "seed": config.seed,
+        "config": config.describe(),
+        "resolved": runtime.describe(),
+        "backbone": {
+            "spec": learner.backbone.spec,
+            "fingerprint": learner.fingerprint,
+            "preprocess": asdict(learner.backbone.preprocess),
+        },
+        "versions": {"python": platform.python_version()} | {n: version(n) for n in ("torch", "timm", "transformers")},
+        "stream": {
+            "name": stream.name,
+            "scenario": stream.scenario,
+            "tasks": [t.describe() | {"train": len(t.train), "test": len(t.test)} for t in stream],
+        }
+        | stream.notes,
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit of the folder perdure is run in, when it is a repository."""
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None
+
+
+def _peak_memory() -> int:
+    """Bytes this process has held at most."""
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,211 @@
+"""What runs left on disk, read back: facts, results and summaries, finished or not."""
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from perdure import metrics
+from perdure.charts import Series
+from perdure.spec import Spec, parse
+from perdure.types import Row
+
+PHASES = ("prepare", "train", "finish", "evaluate")
+"""What the time of a task is spent on."""
+_OCCUPIED = "occupied_share/"
+_COSTS = ("trainable_parameters", "stored_bytes", "seconds", "images_per_second", "peak_rss_bytes")
+_SCORES = ("accuracy", "accuracy_with_task_id", "task_id_accuracy")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run's folder says; fields of files that are missing so far are empty."""
+
+    folder: Path
+    facts: dict[str, Any]
+    """run.json"""
+    summary: dict[str, Any]
+    """summary.json"""
+    rows: tuple[Row, ...]
+    """results.jsonl"""
+
+    @classmethod
+    def read(cls, folder: Path) -> "Run":
+        """Read a folder that `perdure run` wrote, even while it is still being written.
+
+        Raises:
+            ValueError: when `run.json` is missing or a file is damaged.
+        """
+        if not (folder / "run.json").is_file():
+            raise ValueError(
+                f"{folder} has no run.json: it is not the folder of a run; give one that `perdure run` wrote"
+            )
+        facts, summary = _object(folder / "run.json"), _object(folder / "summary.json")
+        for key in ("config", "resolved", "backbone", "versions", "stream"):
+            if not isinstance(facts.setdefault(key, {}), dict):
+                raise ValueError(f"{folder / 'run.json'}: {key!r} is not an object; restore the file or run again")
+        return cls(folder, facts, summary, tuple(_rows(folder / "results.jsonl")))
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What was asked for."""
+        return dict(self.facts["config"])
+
+    @property
+    def method(self) -> str:
+        """The method's spec, as text."""
+        return str(self.config.get("method", "unknown method"))
+
+    def tasks(self) -> list[dict[str, Any]]:
+        """Descriptions of all tasks; empty ones for those that only the results mention."""
+        listed = [t for t in self.facts["stream"].get("tasks") or [] if isinstance(t, dict)]
+        seen = 1 + max((max(r.after, -1 if r.on is None else r.on) for r in self.rows), default=-1)
+        return [*listed, *({} for _ in range(max(seen, len(self._stored())) - len(listed)))]
+
+    def names(self) -> list[str]:
+        """Names of all tasks."""
+        return [str(task.get("name") or f"task {i + 1}") for i, task in enumerate(self.tasks())]
+
+    def matrix(self, metric: str = "accuracy") -> list[list[float | None]]:
+        """Scores of all tasks, learnt or not: from the results, or from the summary where these are missing."""
+        if metric == "accuracy" and not self.rows and (stored := self._stored()):
+            return stored
+        return metrics.matrix_of(self.rows, metric, len(self.tasks()))
+
+    def averages(self) -> list[float | None]:
+        """Mean accuracy over the tasks learnt so far, after each task."""
+        return metrics.running_averages(self.matrix())
+
+    def learnt(self) -> int:
+        """Number of tasks after which all tasks so far were evaluated."""
+        averages = self.averages()
+        return next((i for i, value in enumerate(averages) if value is None), len(averages))
+
+    def numbers(self) -> dict[str, float | None]:
+        """Scores and costs by their key in summary.json, else from the results so far; `gap` and `seconds` besides."""
+        done = self.learnt()
+        given, with_id, task_id = ([row[:done] for row in self.matrix(m)[:done]] for m in _SCORES)
+        baseline = metrics.baseline_of(self.rows, "accuracy", len(self.tasks()))[:done]
+        so_far: dict[str, float | None] = {**dict.fromkeys(_COSTS), **metrics.summarise(given, baseline)}
+        so_far |= {"acc_with_task_id": metrics.acc(with_id), "task_id_acc": metrics.acc(task_id)}
+        found = {k: v if (stored := _number(self.summary.get(k))) is None else stored for k, v in so_far.items()}
+        acc, told = found["acc"], found["acc_with_task_id"]
+        found["gap"] = None if acc is None or told is None else told - acc
+        if seconds := self.seconds():
+            found["seconds"] = sum(sum(task.values()) for task in seconds)
+        return found
+
+    def seconds(self) -> list[dict[str, float]]:
+        """Seconds of each phase, for each task."""
+        listed = self.summary.get("seconds_per_task") or []
+        return [{p: _number(task.get(p)) or 0.0 for p in PHASES} for task in listed if isinstance(task, dict)]
+
+    def _stored(self) -> list[list[float | None]]:
+        stored = self.summary.get("matrix") or []
+        if not isinstance(stored, list) or any(not isinstance(r, list) or len(r) != len(stored) for r in stored):
+            raise ValueError(
+                f"{self.folder / 'summary.json'} is damaged: 'matrix' is not square; restore it or run again"
+            )
+        return [[_number(v) for v in row] for row in stored]
+
+    def occupied(self) -> list[Series]:
+        """Per layer: the share of its input space that the tasks so far take, after each task."""
+        layers: dict[str, dict[int, float]] = {}
+        for row in self.rows:
+            if row.on is None and row.metric.startswith(_OCCUPIED):
+                layers.setdefault(row.metric.removeprefix(_OCCUPIED), {})[row.after] = row.value
+        count = len(self.tasks())
+        return [Series(layer, [at.get(i) for i in range(count)]) for layer, at in layers.items()]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in nothing but the seed and the order of classes."""
+
+    label: str
+    runs: tuple[Run, ...]
+
+    def spread(self, key: str) -> tuple[float, float | None] | None:
+        """Mean and standard deviation of a number over the runs that have it."""
+        values = [v for run in self.runs if (v := run.numbers().get(key)) is not None]
+        return metrics.spread(values) if values else None
+
+    def curve(self) -> Series:
+        """Running average after each task: mean over the runs that got there, and its standard deviation."""
+        columns = [[v for v in c if v is not None] for c in _transposed([run.averages() for run in self.runs])]
+        both = [metrics.spread(column) if column else (None, None) for column in columns]
+        return Series(self.label, [m for m, _ in both], [s for _, s in both] if len(self.runs) > 1 else ())
+
+
+def grouped(runs: Sequence[Run]) -> list[Group]:
+    """Runs of the same method and settings together, in the order given; other settings are added to the label."""
+    found: dict[str, list[Run]] = {}
+    for run in runs:
+        found.setdefault(json.dumps(_settings(run), sort_keys=True, default=str), []).append(run)
+    groups = []
+    for members in found.values():
+        same = [_settings(other[0]) for other in found.values() if other[0].method == members[0].method]
+        mine = _settings(members[0])
+        differing = [k for k in mine if any(other.get(k) != mine[k] for other in same)]
+        groups.append(Group(" · ".join([members[0].method, *(f"{k} {mine[k]}" for k in differing)]), tuple(members)))
+    return groups
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    """Configuration without what repetitions vary: seeds, the order of classes, the place on disk."""
+    return {k: _unseeded(v) for k, v in run.config.items() if k not in ("seed", "out")}
+
+
+def _unseeded(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        specs = parse(value)
+    except ValueError:
+        return value
+    varied = ("seed", "order", "class_order")
+    return " + ".join(str(Spec(s.name, tuple((k, v) for k, v in s.kwargs if k not in varied))) for s in specs)
+
+
+def _transposed(lists: Sequence[Sequence[float | None]]) -> list[list[float | None]]:
+    return [[each[i] for each in lists if i < len(each)] for i in range(max(map(len, lists), default=0))]
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def _object(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): restore it or run again") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged (expected a JSON object): restore it or run again")
+    return found
+
+
+def _rows(path: Path) -> Iterable[Row]:
+    if not path.exists():
+        return
+    lines = path.read_bytes().split(b"\n")
+    # What stands after the last line break is still being written, or was cut when the run was killed.
+    for number, line in enumerate(lines[:-1], start=1):
+        if not line.strip():
+            continue
+        try:
+            found = json.loads(line)
+            row = Row(int(found["after"]), None if found["on"] is None else int(found["on"]), str(found["metric"]), 0.0)
+            value = _number(found["value"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}, line {number}, is damaged: {error}; remove the line, or resume the run from its last task"
+            ) from error
+        if value is not None:
+            yield Row(row.after, row.on, row.metric, value)

@@ -1,0 +1,109 @@
+"""Device, precision, attention, threads: what the machine is good at, found out once and recorded with the run."""
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from accelerate import PartialState
+from torch import nn
+
+from perdure.backbones.base import Backbone
+
+Precision = Literal["auto", "fp32", "bf16"]
+Attention = Literal["auto", "eager", "sdpa"]
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How a run computes. Written to run.json, and taken from there by `resume`: other kernels round differently."""
+
+    device: str
+    precision: Literal["fp32", "bf16"]
+    attention: Literal["eager", "sdpa"]
+    threads: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the encoder's matrix products."""
+        return _DTYPES[self.precision]
+
+    def describe(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
+
+    def apply(self, backbone: Backbone) -> None:
+        """Prepare this process and the backbone."""
+        torch.set_num_threads(self.threads)
+        backbone.to(self.device)
+        backbone.set_attention(self.attention)
+
+
+def resolve(
+    backbone: Backbone, precision: Precision, attention: Attention, batch_size: int, device: str = "auto"
+) -> Runtime:
+    """Choose what `auto` leaves open.
+
+    Raises:
+        ValueError: for several processes, or a device that is not there.
+    """
+    # Accelerate finds the device (CUDA, MPS, XPU, NPU, CPU) and the launcher's processes.
+    state = PartialState(cpu=device == "cpu")
+    if state.num_processes > 1:
+        raise ValueError(
+            f"{state.num_processes} processes were launched; perdure trains in one: start it without a launcher"
+        )
+    name = state.device.type if device == "auto" else device
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} cannot be used here ({str(error).splitlines()[0]}); use auto") from error
+    chosen = precision if precision != "auto" else ("bf16" if native_bf16(name) else "fp32")
+    backbone.to(name)
+    best = attention if attention != "auto" else fastest_attention(backbone, _DTYPES[chosen], batch_size)
+    return Runtime(name, chosen, best, torch.get_num_threads())
+
+
+def native_bf16(device: str) -> bool:
+    """Whether the processor multiplies bfloat16 natively; emulation would be slower than float32."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return device in ("xpu", "npu")
+
+
+def fastest_attention(
+    backbone: Backbone, dtype: torch.dtype, batch_size: int, rounds: int = 3
+) -> Literal["eager", "sdpa"]:
+    """Time a training step with both implementations on this machine. Off the CPU, SDPA's fused kernels always win."""
+    device = next(backbone.parameters()).device
+    if device.type != "cpu":
+        return "sdpa"
+    side = backbone.preprocess.size
+    image = torch.zeros(min(batch_size, 32), 3, side, side, dtype=torch.uint8, device=device)
+    best: dict[Literal["eager", "sdpa"], float] = {}
+    watched = backbone.get_submodule(backbone.blocks()[0])
+    before = {p: p.requires_grad for p in watched.parameters()}
+    try:
+        watched.requires_grad_(True)  # so that the backward pass runs through all blocks
+        for name in ("eager", "sdpa"):
+            backbone.set_attention(name)
+            times = []
+            for _ in range(rounds + 1):
+                start = time.perf_counter()
+                with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+                    features = backbone({"image": image})
+                features.float().sum().backward()
+                times.append(time.perf_counter() - start)
+            best[name] = min(times[1:])
+    finally:
+        _clear(watched, before)
+    return min(best, key=lambda name: best[name])
+
+
+def _clear(module: nn.Module, before: dict[nn.Parameter, bool]) -> None:
+    for p in module.parameters():
+        p.grad = None
+        p.requires_grad_(before[p])

@@ -1,0 +1,222 @@
+"""The mini-language of methods, streams and backbones: `lora(rank=8) + replay(size=200)`."""
+
+import ast
+import difflib
+import functools
+import inspect
+import math
+import re
+import types
+import typing
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+_FORM = "write it like 'lora(rank=8) + replay(size=200)'"
+_SEQUENCES = (tuple, list, Sequence, Iterable, Collection)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A name and its keyword arguments; `str` gives the text that `parse` reads back.
+
+    Values are numbers, strings, bools, None, and tuples or lists of these.
+    """
+
+    name: str
+    kwargs: tuple[tuple[str, Any], ...] = ()
+
+    def __str__(self) -> str:
+        inner = ", ".join(f"{key}={value!r}" for key, value in self.kwargs)
+        return f"{self.name}({inner})" if inner else self.name
+
+
+def parse(text: str) -> tuple[Spec, ...]:
+    """Read one or several specs joined by `+`.
+
+    Raises:
+        ValueError: when `text` is anything but names with literal keyword arguments.
+    """
+    line = text.replace("\n", " ").strip()
+    if not line:
+        raise ValueError(f"cannot read an empty text: {_FORM}")
+    try:
+        with warnings.catch_warnings():
+            # An unknown escape such as '\d' of a Windows path is only a warning to Python; here it is a mistake.
+            warnings.simplefilter("error")
+            tree = ast.parse(line, mode="eval").body
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
+        raise ValueError(f"cannot read {text!r} ({_reason(error)}): {_FORM}") from error
+    # Python would silently drop a comment, and with it what the user wrote there.
+    if b"#" in line.encode()[tree.end_col_offset :]:
+        raise ValueError(f"cannot read {text!r}: '#' starts a comment; remove it and what follows")
+    parts = []
+    while isinstance(tree, ast.BinOp) and isinstance(tree.op, ast.Add):
+        parts.append(tree.right)
+        tree = tree.left
+    return tuple(_spec(part, text) for part in (tree, *reversed(parts)))
+
+
+def parse_one(text: str) -> Spec:
+    """Read exactly one spec, as a stream or a backbone needs."""
+    specs = parse(text)
+    if len(specs) > 1:
+        raise ValueError(f"{text!r} joins {len(specs)} parts with '+', but only one is possible here: keep {specs[0]}")
+    return specs[0]
+
+
+def build(spec: Spec, registry: Mapping[str, Callable[..., Any]], kind: str, **given: Any) -> Any:
+    """Call the factory or class that `registry` holds under `spec.name` with the options of `spec`.
+
+    Options are the factory's named parameters; `**kwargs` in its signature are not options.
+
+    Args:
+        spec: what the user wrote.
+        registry: name -> factory or class.
+        kind: what the registry holds, for messages: `"method"`.
+        given: arguments that the program supplies; the user may not write them.
+
+    Raises:
+        ValueError: for an unknown name or option, a missing option, or a value that does not fit.
+    """
+    if spec.name not in registry:
+        raise ValueError(f"unknown {kind} {spec.name!r}{_suggest(spec.name, registry)}")
+    factory = registry[spec.name]
+    who = f"{kind} {spec.name!r}"
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    signature = inspect.signature(factory)
+    options = {k: p for k, p in signature.parameters.items() if p.kind in named and k not in given}
+    hints = _hints(factory)
+    for key, value in spec.kwargs:
+        if key in given:
+            raise ValueError(f"{who}: option {key!r} is set by the program; remove it from {str(spec)!r}")
+        if key not in options:
+            near = _nearest(key, options)
+            have = f"it has: {', '.join(options)}" if options else "it takes none"
+            raise ValueError(f"{who} has no option {key!r}{near}; {have}")
+        if not _fits(value, hints.get(key, Any)):
+            literals = [a for a in typing.get_args(hints[key]) if isinstance(a, str)]
+            near = _nearest(value, literals) if isinstance(value, str) else ""
+            raise ValueError(f"{who}, option {key}={value!r}: expected {_describe(hints[key])}{near}")
+    written = dict(spec.kwargs)
+    if missing := [k for k, p in options.items() if p.default is p.empty and k not in written]:
+        raise ValueError(f"{who} needs {' and '.join(missing)}: write '{spec.name}({missing[0]}=...)'")
+    # Outside of the try below: arguments that do not bind are the program's fault, not the value's.
+    signature.bind(**written, **given)
+    try:
+        return factory(**written, **given)
+    except (TypeError, ValueError) as error:
+        # Subclasses carry their own meaning, and an error that does not name an option may be a bug of the factory.
+        if type(error) not in (TypeError, ValueError) or (guilty := _named_in(str(error), written)) is None:
+            raise
+        # "rank=0: must be positive" already shows the option.
+        shown = "" if str(error).startswith(f"{guilty}=") else f"{guilty}={written[guilty]!r}: "
+        raise ValueError(f"{who}, option {shown}{error}") from error
+
+
+def _spec(node: ast.expr, text: str) -> Spec:
+    match node:
+        case ast.Name(id=name):
+            return Spec(name)
+        case ast.Call(func=ast.Name(id=name), args=[], keywords=keywords):
+            kwargs: dict[str, Any] = {}
+            for keyword in keywords:
+                if keyword.arg is None:
+                    raise ValueError(f"cannot read '**' in {text!r}: write each option as name=value")
+                if keyword.arg in kwargs:
+                    raise ValueError(f"{text!r} gives option {keyword.arg!r} of {name!r} twice: keep one")
+                kwargs[keyword.arg] = _literal(keyword.value, f"{name}({keyword.arg}=...)", text)
+            return Spec(name, tuple(kwargs.items()))
+        case ast.Call(func=ast.Name(id=name), args=[first, *_]):
+            shown = ast.unparse(first)
+            raise ValueError(f"{text!r} gives {shown} to {name!r} without a name: write '{name}(option={shown})'")
+    raise ValueError(f"cannot read {ast.unparse(node)!r} in {text!r}: {_FORM}")
+
+
+def _literal(node: ast.expr, place: str, text: str) -> Any:
+    match node:
+        case ast.Constant(value=bool() | str() | None | int() as value):
+            return value
+        case ast.Constant(value=float() as value) if math.isfinite(value):
+            return value
+        case ast.UnaryOp(op=ast.USub() | ast.UAdd() as sign, operand=ast.Constant(value=int() | float() as value)) if (
+            not isinstance(value, bool) and math.isfinite(value)
+        ):
+            return -value if isinstance(sign, ast.USub) else value
+        case ast.Tuple(elts=items):
+            return tuple(_literal(item, place, text) for item in items)
+        case ast.List(elts=items):
+            return [_literal(item, place, text) for item in items]
+    shown = ast.unparse(node)
+    quote = f" (a text needs quotes: {shown!r})" if isinstance(node, ast.Name | ast.Attribute) else ""
+    raise ValueError(
+        f"{place} in {text!r}: {shown} is not a plain value{quote}; write a finite number, a quoted text, True, False, "
+        "None, or a tuple or list of these"
+    )
+
+
+def _reason(error: BaseException) -> str:
+    return str(getattr(error, "msg", None) or "too deep or not text").splitlines()[0]
+
+
+def _suggest(name: str, known: Iterable[str]) -> str:
+    return _nearest(name, known) or f"; known: {', '.join(sorted(known))}"
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _named_in(message: str, options: Iterable[str]) -> str | None:
+    """The option that `message` is about: named at its start, with `=` or in quotes; the first of several."""
+    places = {k: found.start() for k in options if (found := re.search(rf"^{k}\b|\b{k}\s?=|'{k}'", message))}
+    return min(places, key=places.__getitem__, default=None)
+
+
+def _hints(factory: Callable[..., Any]) -> dict[str, Any]:
+    while isinstance(factory, functools.partial):
+        factory = factory.func
+    target = factory.__init__ if isinstance(factory, type) else factory  # type: ignore[misc]
+    try:
+        return typing.get_type_hints(target)
+    except (NameError, TypeError):
+        # A name imported for the type checker only, or a callable without annotations: nothing to check against.
+        return {}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return any(value == each and type(value) is type(each) for each in inner)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, each) for each in inner)
+    if (origin or hint) in _SEQUENCES:
+        return isinstance(value, tuple | list) and _items_fit(value, origin, inner)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint in (bool, str):
+        return isinstance(value, hint)
+    return value is None if hint is type(None) else True
+
+
+def _items_fit(value: Sequence[Any], origin: Any, inner: tuple[Any, ...]) -> bool:
+    if origin is tuple and inner and inner[-1] is not ...:
+        return len(value) == len(inner) and all(_fits(v, hint) for v, hint in zip(value, inner, strict=True))
+    return not inner or all(_fits(v, inner[0]) for v in value)
+
+
+def _describe(hint: Any) -> str:
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        words = [repr(each) for each in inner]
+    elif origin in (typing.Union, types.UnionType):
+        words = [_describe(each) for each in inner]
+    elif hint is type(None):
+        words = ["None"]
+    else:
+        words = [hint.__name__ if isinstance(hint, type) and not inner else str(hint).replace("collections.abc.", "")]
+    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)

@@ -1,0 +1,58 @@
+"""Streams: where tasks come from, by name for the mini-language and as functions for Python."""
+
+from collections.abc import Callable
+from typing import Any
+
+from perdure.images import Preprocess
+from perdure.spec import Spec, build, parse_one
+from perdure.streams.folders import images
+from perdure.streams.hub import hub
+from perdure.streams.imageset import Budget, ImageSet
+from perdure.streams.known import cifar100, cub200, domainnet, imagenet_r
+from perdure.streams.onemore import folder_task, given_task
+from perdure.streams.options import Options, StreamPlan
+from perdure.streams.shapes import easy_vqa
+from perdure.streams.synthetic import synthetic
+from perdure.streams.tables import parquet
+from perdure.types import Stream
+
+__all__ = [
+    "STREAMS",
+    "Budget",
+    "ImageSet",
+    "Options",
+    "StreamPlan",
+    "build_stream",
+    "folder_task",
+    "given_task",
+]
+
+STREAMS: dict[str, Callable[..., StreamPlan]] = {
+    "images": images,
+    "parquet": parquet,
+    "hub": hub,
+    "cifar100": cifar100,
+    "imagenet_r": imagenet_r,
+    "cub200": cub200,
+    "domainnet": domainnet,
+    "easy_vqa": easy_vqa,
+    "synthetic": synthetic,
+}
+"""Name -> factory; its named parameters are the options a user may write."""
+
+
+def build_stream(what: str | Spec, preprocess: Preprocess, seed: int, **more: Any) -> Stream:
+    """The stream that `what` describes: `'cifar100(tasks=10)'`, or a name with the options in `more`.
+
+    Args:
+        what: text of the mini-language, or its parsed form.
+        preprocess: what the backbone wants.
+        seed: the run's; orders the classes or domains where the description does not.
+        more: further options; they win over those in `what`.
+
+    Raises:
+        ValueError: when the description or the data is not as expected; one line that says what to do.
+    """
+    spec = parse_one(what) if isinstance(what, str) else what
+    plan: StreamPlan = build(Spec(spec.name, tuple({**dict(spec.kwargs), **more}.items())), STREAMS, "stream")
+    return plan(preprocess, seed)

@@ -1,0 +1,104 @@
+"""Streams from data sets of the Hugging Face hub, or any folder that the `datasets` library loads."""
+
+import contextlib
+import importlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from perdure.images import Preprocess
+from perdure.streams.arrange import Found, arrange
+from perdure.streams.columns import Choice, Table, read_table, require_column
+from perdure.streams.options import Options, StreamPlan, near, stream
+from perdure.streams.sources import Rows
+from perdure.types import Stream
+
+
+@stream()
+def hub(
+    options: Options,
+    name: str,
+    label: str = "label",
+    image: str = "image",
+    train: str = "train",
+    test: str | None = "test",
+    names: str | None = None,
+    config: str | None = None,
+    revision: str | None = None,
+) -> StreamPlan:
+    """A data set of the Hugging Face hub; downloaded to the cache of the `datasets` library when it is not there.
+
+    Args:
+        options: the common ones.
+        name: of the data set, or a local folder.
+        label: column of the class.
+        image: column of the images.
+        train: which part is learnt.
+        test: which part is tested; None holds out 20 % of each class of `train`, the same ones in every run.
+        names: column that names the class of an integer label; ClassLabel names are found by themselves.
+        config: of a data set with several.
+        revision: commit or tag; the newest when None.
+
+    Raises:
+        ValueError: when the data set cannot be loaded, or a part, a column or a label is not as expected.
+    """
+
+    def plan(preprocess: Preprocess, seed: int) -> Stream:
+        if options.domain is not None and options.scenario != "domain":
+            raise ValueError(f"domain={options.domain!r} has no effect with scenario={options.scenario!r}; use 'domain'")
+        domain = None if options.domain is None else str(options.domain)
+        found = read_hub(name, Choice(label, names, domain), image, (train, test), config, revision)
+        return arrange(found, options, preprocess, seed)
+
+    return plan
+
+
+def read_hub(
+    name: str,
+    choice: Choice,
+    image: str,
+    parts: tuple[str, str | None],
+    config: str | None = None,
+    revision: str | None = None,
+) -> Found:
+    """The data set `name` of the hub; `parts` are its train and its test part."""
+    with quietly() as datasets:
+        try:
+            loaded = datasets.load_dataset(name, config, revision=revision)
+        except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"cannot load data set {name!r}: {reason}; check the name and the connection") from error
+        train, *test = [_table(datasets, loaded, name, part, image) for part in parts if part is not None]
+
+        def classes(column: str) -> Sequence[str] | None:
+            feature = loaded[parts[0]].features[column]
+            return list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+
+        return read_table(name, train, test[0] if test else None, choice, classes)
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[Any]:
+    """The `datasets` library without progress bars."""
+    datasets = importlib.import_module("datasets")
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield datasets
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
+def _table(datasets: Any, loaded: Any, name: str, part: str, image: str) -> Table:
+    if part not in loaded:
+        raise ValueError(f"{name} has no part {part!r}{near(part, list(loaded))}; its parts: {', '.join(loaded)}")
+    data = loaded[part]
+    require_column(name, data.column_names, image, "image")
+    feature = data.features[image]
+    if isinstance(feature, datasets.Image):
+        data = data.cast_column(image, datasets.Image(decode=False))
+    small = [k for k, f in data.features.items() if k != image and isinstance(f, datasets.Value | datasets.ClassLabel)]
+    cells: pa.Table = data.select_columns(small).with_format("arrow")[:]
+    return Table(cells, Rows(data.select_columns([image]), image, f"{name} {part}"))

@@ -1,0 +1,203 @@
+"""Labelled images as batches of uint8 tensors, decoded once when memory allows and at every access otherwise."""
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, SupportsIndex
+
+import psutil
+import torch
+from torch import Tensor
+from torch.utils.data import get_worker_info
+
+from perdure.images import Preprocess, UnreadableImage
+from perdure.streams.sources import Given, Picture, Source
+from perdure.types import Batch
+
+_CHUNK = 256
+
+
+class Budget:
+    """Bytes that decoded images may take, shared by the sets of a stream.
+
+    Args:
+        size: in bytes; None: a quarter of the machine's memory, or half of what is free when that is less.
+    """
+
+    def __init__(self, size: int | None = None) -> None:
+        if size is None:
+            memory = psutil.virtual_memory()
+            size = min(memory.total // 4, memory.available // 2)
+        self.left = size
+        self._lock = threading.Lock()
+
+    def take(self, size: int) -> bool:
+        """Reserve `size` bytes, all or nothing."""
+        with self._lock:
+            if size > self.left:
+                return False
+            self.left -= size
+            return True
+
+
+class ImageSet:
+    """Images of known labels; implements `perdure.types.Data`.
+
+    Decoded images are kept in memory when the whole set fits the budget, each from its first use on. The workers of a
+    `DataLoader` and pickled copies decode at every access, so that memory does not multiply; a loader needs
+    `collate_fn=lambda batch: batch`, for `__getitems__` returns whole batches.
+
+    Args:
+        source: where the images lie.
+        rows: which rows of `source`, int64 (n,).
+        labels: global class ids, int64 (n,).
+        preprocess: what the backbone wants.
+        budget: shared among sets; one of its own when None.
+    """
+
+    def __init__(
+        self, source: Source, rows: Tensor, labels: Tensor, preprocess: Preprocess, budget: Budget | None = None
+    ) -> None:
+        if len(rows) != len(labels):
+            raise ValueError(f"labels: got {len(labels)} for {len(rows)} images, expected one label an image")
+        self.source = source
+        self.rows = rows
+        self.labels = labels
+        self.preprocess = preprocess
+        self.skipped: tuple[str, ...] = ()
+        """File and row of the images that `readable` left out."""
+        self._budget = budget or Budget()
+        self._pixels: Tensor | None = None
+        self._done = torch.zeros(0, dtype=torch.bool)
+        self._asked = False
+
+    @classmethod
+    def of(
+        cls, images: Sequence[Picture] | Tensor, labels: Sequence[int] | Tensor, preprocess: Preprocess
+    ) -> "ImageSet":
+        """The set of images given in Python: Pillow images, uint8 arrays (H, W, 3), paths, or a uint8 tensor (n, 3, H, W).
+
+        Raises:
+            ValueError: when an image has another form, labels are not integers, or their numbers differ.
+        """
+        ids = _integers(labels)
+        made = cls(Given(images), torch.arange(len(images)), ids, preprocess)
+        side = preprocess.size
+        if isinstance(images, Tensor) and images.shape[2:] == (side, side) and preprocess.resize == side:
+            made._pixels, made._done, made._asked = images, torch.ones(len(images), dtype=torch.bool), True
+        return made
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitems__(self, positions: Sequence[int]) -> Batch:
+        """`image` uint8 (B, 3, S, S) and `label` int64 (B,).
+
+        Raises:
+            UnreadableImage: names file and row.
+        """
+        chosen = torch.as_tensor(positions, dtype=torch.int64).flatten()
+        if len(chosen) and not 0 <= int(chosen.min()) <= int(chosen.max()) < len(self):
+            raise IndexError(f"positions {int(chosen.min())}..{int(chosen.max())} of a set of {len(self)} images")
+        return {"image": self._images(chosen), "label": self.labels[chosen]}
+
+    @property
+    def cached(self) -> bool:
+        """Whether decoded images stay in memory: then a loader's workers cost more than they bring."""
+        self._reserve()
+        return self._pixels is not None
+
+    def where(self, position: int) -> str:
+        """File and row of an image, for people."""
+        return self.source.where(int(self.rows[position]))
+
+    def subset(self, positions: Tensor) -> "ImageSet":
+        """The images at `positions` (n,), in that order, with what is decoded of them."""
+        part = ImageSet(self.source, self.rows[positions], self.labels[positions], self.preprocess, self._budget)
+        part.skipped = self.skipped
+        if self._pixels is not None:
+            part._pixels, part._done, part._asked = self._pixels[positions], self._done[positions], True
+        return part
+
+    def readable(self) -> "ImageSet":
+        """The images that can be decoded; decodes all, and lists the others as `skipped`."""
+        bad: dict[int, str] = {}
+
+        def attempt(position: int) -> None:
+            try:
+                self._images(torch.tensor([position]))
+            except UnreadableImage:
+                bad[position] = self.where(position)
+
+        self._reserve()
+        _threaded(attempt, range(len(self)))
+        good = self
+        if bad:
+            good = self.subset(torch.tensor([p for p in range(len(self)) if p not in bad], dtype=torch.int64))
+        good.skipped = (*self.skipped, *(bad[p] for p in sorted(bad)))
+        return good
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = {k: v for k, v in self.__dict__.items() if k not in ("_pixels", "_done", "_budget")}
+        return {**kept, "_asked": True}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._budget = Budget(0)
+        self._pixels, self._done = None, torch.zeros(0, dtype=torch.bool)
+
+    def _reserve(self) -> None:
+        if self._asked or get_worker_info() is not None:
+            return
+        self._asked = True
+        side = self.preprocess.size
+        if self._budget.take(len(self) * 3 * side * side):
+            self._done = torch.zeros(len(self), dtype=torch.bool)
+            self._pixels = torch.empty(len(self), 3, side, side, dtype=torch.uint8)
+
+    def _images(self, chosen: Tensor) -> Tensor:
+        self._reserve()
+        if self._pixels is None:
+            return self._decode(chosen)
+        missing = chosen[~self._done[chosen]].unique()
+        if len(missing) and get_worker_info() is not None:
+            return self._decode(chosen)
+        for part in missing.split(_CHUNK):
+            self._pixels[part] = self._decode(part)
+            self._done[part] = True
+        return self._pixels[chosen]
+
+    def _decode(self, chosen: Tensor) -> Tensor:
+        side = self.preprocess.size
+        decoded = torch.empty(len(chosen), 3, side, side, dtype=torch.uint8)
+        rows = self.rows[chosen].tolist()
+
+        def fill(i: int) -> None:
+            decoded[i] = self.preprocess(self.source.read(rows[i]))
+
+        _threaded(fill, range(len(rows)))
+        return decoded
+
+
+def _threaded(work: Callable[[int], None], items: Iterable[int]) -> None:
+    # Pillow releases the GIL while it decodes. Threads live for one call: they would not survive a fork.
+    threads = min(8, torch.get_num_threads())
+    todo = list(items)
+    if threads < 2 or len(todo) < 2 * threads or get_worker_info() is not None:
+        for item in todo:
+            work(item)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in pool.map(work, todo):
+            pass
+
+
+def _integers(labels: Sequence[int] | Tensor) -> Tensor:
+    if not isinstance(labels, Tensor):
+        for row, label in enumerate(labels):
+            if isinstance(label, bool) or not isinstance(label, SupportsIndex):
+                raise ValueError(f"labels, row {row}: got {label!r}, expected an integer")
+    ids = labels if isinstance(labels, Tensor) else torch.tensor([int(label) for label in labels], dtype=torch.int64)
+    if ids.dim() != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise ValueError(f"labels: got {ids.dtype} of shape {tuple(ids.shape)}, expected integers (n,)")
+    return ids.to(torch.int64).cpu()

@@ -1,0 +1,74 @@
+"""The coloured shapes of the PyPI package easy-vqa as a stream of 24 classes such as "blue circle"."""
+
+import importlib.resources
+import json
+import re
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from perdure.images import Preprocess
+from perdure.streams.arrange import Found, Part, arrange
+from perdure.streams.options import Options, StreamPlan, stream
+from perdure.streams.sources import Files
+from perdure.types import Stream
+
+_SHAPES = ("circle", "rectangle", "triangle")
+_NEGATIVE = re.compile(r"\b(not|no)\b")
+
+
+@stream(tasks=8, domain=..., scenario="class")
+def easy_vqa(options: Options) -> StreamPlan:
+    """4,000 train and 1,000 test images, 64 × 64, of one coloured shape each; from the package `easy-vqa` (MIT).
+
+    The class of an image, one of 8 colours with one of 3 shapes, follows from the package's questions and answers on it.
+
+    Raises:
+        ValueError: when the package is missing.
+    """
+
+    def plan(preprocess: Preprocess, seed: int) -> Stream:
+        return arrange(_read(), options, preprocess, seed)
+
+    return plan
+
+
+def _read() -> Found:
+    try:
+        folder = importlib.resources.files("easy_vqa") / "data"
+    except ModuleNotFoundError as error:
+        raise ValueError("the data of easy_vqa is not installed: pip install 'perdure[demo]'") from error
+    answers = (folder / "answers.txt").read_text(encoding="utf-8").split()
+    colours = sorted(set(answers) - set(_SHAPES) - {"yes", "no"})
+    names = tuple(f"{colour} {shape}" for colour in colours for shape in _SHAPES)
+    train, test = (_part(folder / part, names) for part in ("train", "test"))
+    left_out = {"undetermined_images": train[1] + test[1]} if train[1] or test[1] else {}
+    return Found("easy_vqa", train[0], test[0], names, notes=left_out)
+
+
+def _part(folder: Traversable, names: tuple[str, ...]) -> tuple[Part, int]:
+    possible: dict[int, set[str]] = {}
+    for question, answer, image in json.loads((folder / "questions.json").read_text(encoding="utf-8")):
+        possible[image] = _consistent(possible.get(image, set(names)), question, answer)
+    known: dict[int, Any] = {i: names.index(*rest) for i, rest in sorted(possible.items()) if len(rest) == 1}
+    count = len(known)
+    part = Part(
+        Files(Path(str(folder)) / "images", [f"{i}.png" for i in known]),
+        np.arange(count),
+        np.array(list(known.values()), dtype=np.int64),
+        np.zeros(count, dtype=np.int64),
+    )
+    return part, len(possible) - count
+
+
+def _consistent(classes: set[str], question: str, answer: str) -> set[str]:
+    said = [word for word in question.rstrip("?").split() if any(word in name.split() for name in classes)]
+    if answer in ("yes", "no"):
+        if not (named := re.findall(r"[a-z]+", question)):
+            return classes
+        holds = (answer == "yes") != bool(_NEGATIVE.search(question))
+        return {c for c in classes if (bool(set(c.split()) & set(named))) == holds}
+    # "what is the blue shape?" says the colour and asks for the shape.
+    return {c for c in classes if answer in c.split() and set(said) <= set(c.split())}

@@ -1,0 +1,91 @@
+"""A stream of random pictures: no disk, no download, every seed another world; for tests and first steps."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from perdure.images import Preprocess
+from perdure.streams.draws import digest
+from perdure.streams.imageset import ImageSet
+from perdure.streams.options import Options, StreamPlan
+from perdure.types import Scenario, Stream, Task
+
+
+def synthetic(
+    tasks: int = 3,
+    classes_per_task: int = 3,
+    per_class: int = 16,
+    test_per_class: int = 10,
+    size: int = 16,
+    noise: float = 0.7,
+    scenario: Scenario = "class",
+) -> StreamPlan:
+    """Images drawn around one random picture a class; in a domain-incremental stream each domain adds a picture of its own.
+
+    Args:
+        tasks: number of tasks.
+        classes_per_task: new ones in every task; with scenario="domain" the same ones in every task.
+        per_class: train images of a class in a task.
+        test_per_class: test images of a class in a task.
+        size: side of the pictures, in pixels; they are resized to what the backbone wants.
+        noise: standard deviation of the noise, where that of the pictures is 1.
+        scenario: "class", "task" or "domain".
+
+    Raises:
+        ValueError: when a number is below 1, the noise negative, or there is only one class.
+    """
+    Options(scenario=scenario)
+    for name, value in (
+        ("tasks", tasks),
+        ("classes_per_task", classes_per_task),
+        ("per_class", per_class),
+        ("test_per_class", test_per_class),
+        ("size", size),
+    ):
+        if value < 1:
+            raise ValueError(f"{name}={value}: expected at least 1")
+    if noise < 0:
+        raise ValueError(f"noise={noise}: expected 0 or more")
+    if classes_per_task * (1 if scenario == "domain" else tasks) < 2:
+        raise ValueError(f"classes_per_task={classes_per_task}: only one class in all; a stream needs at least 2")
+
+    def plan(preprocess: Preprocess, seed: int) -> Stream:
+        def part(t: int, classes: tuple[int, ...], kind: str, count: int) -> ImageSet:
+            labels = torch.tensor(classes).repeat_interleave(count)
+            shift = _picture(size, seed, f"domain {t}") if scenario == "domain" else torch.zeros(3, size, size)
+            centres = {c: _picture(size, seed, f"class {c}") + shift for c in classes}
+            grain = torch.randn(len(labels), 3, size, size, generator=_generator(seed, f"{kind} {t}"))
+            pictures = torch.stack([centres[c] for c in labels.tolist()]) + noise * grain
+            return ImageSet.of((128 + 40 * pictures).round().clamp(0, 255).to(torch.uint8), labels, preprocess)
+
+        made = []
+        for t, classes in enumerate(_classes(tasks, classes_per_task, scenario)):
+            names = tuple(f"picture {c}" for c in classes)
+            title = f"domain {t}" if scenario == "domain" else f"{t}: {names[0]} to {classes[-1]} ({len(names)} classes)"
+            train, test = part(t, classes, "train", per_class), part(t, classes, "test", test_per_class)
+            made.append(Task(t, title, classes, names, tasks, train, test))
+        notes = {
+            "data": "synthetic",
+            "classes": list(dict.fromkeys(n for task in made for n in task.names)),
+            "train_images": [len(task.train) for task in made],
+            "test_images": [len(task.test) for task in made],
+            "split": {"kind": "given"},
+            "skipped": [],
+        }
+        return Stream("synthetic", scenario, tuple(made), notes)
+
+    return plan
+
+
+def _classes(tasks: int, each: int, scenario: Scenario) -> Iterator[tuple[int, ...]]:
+    for t in range(tasks):
+        yield tuple(range(each)) if scenario == "domain" else tuple(range(t * each, (t + 1) * each))
+
+
+def _picture(size: int, seed: int, purpose: str) -> Tensor:
+    return torch.randn(3, size, size, generator=_generator(seed, purpose))
+
+
+def _generator(seed: int, purpose: str) -> torch.Generator:
+    return torch.Generator().manual_seed(int(digest((seed, purpose))[:15], 16))

@@ -1,0 +1,244 @@
+"""The training loop."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from accelerate.utils import find_executable_batch_size
+from torch import Tensor, nn
+
+from perdure.augment import AUGMENTS
+from perdure.learner import Core, derived_seed
+from perdure.types import Batch, Data, Row, Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How each task is trained."""
+
+    epochs: int = 5
+    """Passes over each task's training set."""
+    batch_size: int = 64
+    """New examples per step."""
+    lr: float = 1e-3
+    """Learning rate at the start of each task."""
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    """Made anew for every task; sgd has momentum 0.9."""
+    weight_decay: float = 0.0
+    """Of the optimizer; above 0 it also shrinks what old tasks learnt and share."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Learning rate over a task's steps."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("epochs", 1), ("batch_size", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}: expected {least} or more")
+        if not (self.lr > 0 and math.isfinite(self.lr)):
+            raise ValueError(f"lr={self.lr}: expected a positive number, such as 1e-3")
+
+
+class Progress(Protocol):
+    """What is told while a run goes on; the console shows it, tests collect it."""
+
+    def task(self, task: Task, tasks: int | None, epochs: int, steps: int) -> None:
+        """A task begins, with so many steps in all."""
+
+    def step(self, step: int, loss: Tensor, images: int) -> None:
+        """A step ended; reading `loss` waits for the device."""
+
+    def scores(self, task: Task, rows: list[Row]) -> None:
+        """A task was learnt and evaluated."""
+
+    def note(self, text: str) -> None:
+        """Something the user should know."""
+
+
+class Quiet:
+    """No progress."""
+
+    def task(self, task: Task, tasks: int | None, epochs: int, steps: int) -> None:
+        """Nothing."""
+
+    def step(self, step: int, loss: Tensor, images: int) -> None:
+        """Nothing."""
+
+    def scores(self, task: Task, rows: list[Row]) -> None:
+        """Nothing."""
+
+    def note(self, text: str) -> None:
+        """Nothing."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What learning one task took: wall time of its parts (`prepare` and `finish` are the method's own hooks)."""
+
+    prepare: float
+    train: float
+    finish: float
+    images: int
+    trainable: int
+
+
+SaveStep = Callable[[int, torch.optim.Optimizer | None], None]
+
+
+def fit_task(
+    learner: Core,
+    task: Task,
+    config: TrainConfig,
+    progress: Progress | None = None,
+    save_step: SaveStep | None = None,
+    resumed: tuple[int, Callable[[torch.optim.Optimizer], None]] | None = None,
+) -> Fitted:
+    """Learn one task.
+
+    Args:
+        learner: already grown for `task`.
+        task: with its training data.
+        config: how.
+        progress: who is told.
+        save_step: called after every step with the number of steps done.
+        resumed: number of steps already done, and what puts the optimizer's state back; the learner's is in place.
+    """
+    progress, method = progress or Quiet(), learner.method
+    clock = [time.perf_counter()]
+    learner.train()
+    learner.fold(branches=False)
+    if resumed is None:
+        learner.step = 0
+        _reseed(learner, task, "begin")
+        method.begin_task(learner, task)
+    data = method.data(learner, task)
+    if learner.augment is AUGMENTS["none"] and learner.trainable():
+        data = learner.encoded(data)
+    clock.append(time.perf_counter())
+    steps = config.epochs * math.ceil(len(data) / config.batch_size)
+    done, images = 0, 0
+    optimizer = _optimizer(learner, config)
+    trainable = sum(p.numel() for p in learner.trainable().values())
+    progress.task(task, task.total, config.epochs, steps if optimizer else 0)
+    if optimizer:
+        if resumed:
+            done, restore = resumed
+            restore(optimizer)
+        for step, batch in _training_batches(learner, task, data, config, done):
+            learner.step = step
+            _reseed(learner, task, "step", step)
+            _set_rate(optimizer, config, step / steps)
+            batch = method.batch(learner, batch)
+            if "image" in batch:
+                batch = learner.augment(batch, learner.generator("augment", step))
+            optimizer.zero_grad()
+            loss = learner.loss(batch)
+            loss.backward()
+            if step == done:
+                _check_gradients(learner, task)
+            method.after_backward(learner)
+            optimizer.step()
+            method.after_step(learner, batch)
+            images += len(batch["label"])
+            progress.step(step + 1, loss.detach(), len(batch["label"]))
+            if save_step:
+                save_step(step + 1, optimizer)
+        _check_finite(learner, task)
+    clock.append(time.perf_counter())
+    _reseed(learner, task, "end")
+    method.end_task(learner, task)
+    learner.fold(branches=False)
+    learner.learnt = task.index + 1
+    clock.append(time.perf_counter())
+    return Fitted(clock[1] - clock[0], clock[2] - clock[1], clock[3] - clock[2], images, trainable)
+
+
+def _training_batches(
+    learner: Core, task: Task, data: Data, config: TrainConfig, done: int
+) -> Iterator[tuple[int, Batch]]:
+    """(step, batch) from step `done` on, in an order that depends on seed, task and epoch only."""
+    per_epoch = math.ceil(len(data) / config.batch_size)
+    for epoch in range(done // per_epoch, config.epochs):
+        order = torch.randperm(len(data), generator=learner.generator("shuffle", epoch))
+        skip = max(0, done - epoch * per_epoch)
+        batches = learner.batches(data, config.batch_size, order[skip * config.batch_size :])
+        yield from enumerate(batches, epoch * per_epoch + skip)
+
+
+def _optimizer(learner: Core, config: TrainConfig) -> torch.optim.Optimizer | None:
+    """A fresh optimizer; None when nothing is trained."""
+    scales = learner.method.param_groups(learner)
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, p in learner.trainable().items():
+        groups.setdefault(scales.get(name, 1.0), []).append(p)
+    if not groups:
+        return None
+    # the rate itself is set before every step
+    described = [{"params": params, "scale": scale} for scale, params in groups.items()]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(described, config.lr, momentum=0.9, weight_decay=config.weight_decay, fused=True)
+    kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
+    return kind(described, config.lr, weight_decay=config.weight_decay, fused=True)
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, config: TrainConfig, progress: float) -> None:
+    factor = 0.5 * (1 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1.0
+    for group in optimizer.param_groups:
+        group["lr"] = config.lr * factor * group["scale"]
+
+
+def _reseed(learner: Core, task: Task, purpose: str, step: int | None = None) -> None:
+    """The global generators too, for methods and models that draw from them."""
+    torch.manual_seed(derived_seed(learner.seed, task.index, purpose, step))
+
+
+def _check_gradients(learner: Core, task: Task) -> None:
+    """A parameter that is to be trained and gets no gradient is a request without effect."""
+    idle = [n for n, p in learner.trainable().items() if p.grad is None and not n.startswith("backbone.")]
+    if idle:
+        raise ValueError(
+            f"task {task.index}: {len(idle)} trainable parameters get no gradient, the first is {idle[0]}: the loss does "
+            "not depend on them. Is the adapted tower part of the objective? (classify uses the vision tower only)"
+        )
+
+
+def _check_finite(learner: Core, task: Task) -> None:
+    bad = [n for n, p in learner.trainable().items() if not torch.isfinite(p).all()]
+    if bad:
+        raise ValueError(f"training diverged in task {task.index}: {bad[0]} is not finite. Lower --lr and resume")
+
+
+def evaluate(learner: Core, task: Task, size: int = 256) -> dict[str, float]:
+    """Accuracy on `task`'s test set: as the scenario has it, with the task id given, and of the task id itself.
+
+    Batches are as large as fit; scores of an example never depend on the others.
+    """
+    classes, first = learner.objective.classes, learner.stream.first_task()
+    candidates = set(learner.stream.candidates(task, learner.learnt - 1)) & set(classes)
+    allowed = torch.tensor([i for i, c in enumerate(classes) if c in candidates or c in task.classes])
+    own = torch.tensor([i for i, c in enumerate(classes) if c in task.classes])
+    owner = torch.tensor([first[c] for c in classes])
+    labels = task.test.labels
+    with learner.inference():
+        scores = predict_scores(learner, task.test, size).cpu()
+    answer = allowed[scores[:, allowed].argmax(1)]
+    told = own[scores[:, own].argmax(1)]
+    target = learner.objective.columns(labels)
+    found = {
+        "accuracy": (answer == target).float().mean().item(),
+        "accuracy_with_task_id": (told == target).float().mean().item(),
+    }
+    if learner.scenario == "class":
+        found["task_id_accuracy"] = (owner[answer] == owner[target]).float().mean().item()
+    return found
+
+
+def predict_scores(learner: Core, data: Data, size: int = 256) -> Tensor:
+    """Scores (n, seen classes); a batch that does not fit the device's memory is halved."""
+
+    @find_executable_batch_size(starting_batch_size=size)
+    def whole(size: int) -> Tensor:
+        return torch.cat([learner(batch) for batch in learner.batches(learner.encoded(data), size)])
+
+    return whole()  # type: ignore[no-any-return]

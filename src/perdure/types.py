@@ -1,0 +1,129 @@
+"""The nouns of continual learning. Plain data; imports nothing of this package."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+Batch = dict[str, Tensor]
+"""Named tensors of one batch: `image` uint8 (B, 3, S, S), `label` int64 (B,), ..."""
+
+Scenario = Literal["class", "task", "domain"]
+"""What may be answered at test time: every seen class, the task's own, or the same classes in every task."""
+
+
+class Data(Protocol):
+    """A finite set of examples, read in batches."""
+
+    @property
+    def labels(self) -> Tensor:
+        """Global class ids, int64 (n,); known without reading an image."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitems__(self, positions: Sequence[int]) -> Batch:
+        """The examples at `positions`, collated."""
+        ...
+
+
+class Nothing:
+    """The data of a task that is known by its description only, as after loading a learner."""
+
+    labels = torch.empty(0, dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return 0
+
+    def __getitems__(self, positions: Sequence[int]) -> Batch:
+        raise IndexError(f"this task has no data; asked for {list(positions)}")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One step of a stream: what is learnt, and on which examples."""
+
+    index: int
+    name: str
+    classes: tuple[int, ...]
+    """Global class ids, numbered in the order in which classes arrive."""
+    names: tuple[str, ...]
+    """Names of `classes`."""
+    total: int | None = None
+    """How many tasks there will be; None when the end is open."""
+    train: Data = field(default_factory=Nothing, compare=False, repr=False)
+    test: Data = field(default_factory=Nothing, compare=False, repr=False)
+
+    def describe(self) -> dict[str, Any]:
+        """What `grow` may depend on, as JSON."""
+        return {k: getattr(self, k) for k in ("index", "name", "classes", "names", "total")}
+
+    @classmethod
+    def described(cls, facts: dict[str, Any]) -> "Task":
+        """A task without data, from what `describe` wrote."""
+        return cls(facts["index"], facts["name"], tuple(facts["classes"]), tuple(facts["names"]), facts["total"])
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Tasks in the order in which they arrive."""
+
+    name: str
+    scenario: Scenario
+    tasks: tuple[Task, ...]
+    notes: dict[str, Any] = field(default_factory=dict, compare=False)
+    """What a run records about the data, as JSON: class order, images per task, the split, skipped images."""
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    def __iter__(self) -> Iterator[Task]:
+        return iter(self.tasks)
+
+    def candidates(self, task: Task, last: int) -> tuple[int, ...]:
+        """Classes that may be answered on `task` once tasks 0..`last` are learnt."""
+        if self.scenario == "task":
+            return task.classes
+        return tuple(sorted({c for t in self.tasks[: last + 1] for c in t.classes}))
+
+    def first_task(self) -> dict[int, int]:
+        """Class id -> index of the task in which it first appears."""
+        first: dict[int, int] = {}
+        for task in self.tasks:
+            for c in task.classes:
+                first.setdefault(c, task.index)
+        return first
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place where an adapter can be put: a linear layer, or some output rows of a fused one.
+
+    `input` names what the layer reads: sites with the same `input` (q, k and v of a block) see the same tensor.
+    """
+
+    key: str
+    layer: str
+    input: str
+    fan_in: int
+    rows: tuple[int, int]
+
+    @property
+    def fan_out(self) -> int:
+        """Number of output features."""
+        return self.rows[1] - self.rows[0]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement: the score of `metric` on task `on` after task `after`; `on` is None for the learner itself.
+
+    `after` is -1 for the pre-trained model, before the first task.
+    """
+
+    after: int
+    on: int | None
+    metric: str
+    value: float
