@@ -74,16 +74,19 @@ def contrast(a: Colour, b: Colour) -> float:
     return (high + 0.05) / (low + 0.05)
 
 
-def lines(title: str, series: Sequence[Series], labels: Sequence[str], *, ordered: bool = False) -> Markup:
+def lines(
+    title: str, series: Sequence[Series], labels: Sequence[str], *, zero: bool = False, ordered: bool = False
+) -> Markup:
     """Lines of shares over tasks with axes, bands and a legend.
 
     Args:
         title: what the figure shows; read out by screen readers.
         series: at least one, each with as many values as `labels`.
         labels: one a task.
+        zero: the axis starts at zero, even where all values lie far above it.
         ordered: the series have an order, such as layers by depth: colour them along a ramp.
     """
-    low, high, step = _axis(v for s in series for v in _extent(s))
+    low, high, step = _axis([*([0.0] if zero else []), *(v for s in series for v in _extent(s))])
     ticks = [low + i * step for i in range(round((high - low) / step) + 1)]
 
     def y(value: float) -> float:
@@ -177,8 +180,8 @@ def _line(series: Series, labels: Sequence[str], x: _Place, y: _Scale, ink: Mark
 def _ink(index: int, count: int, ordered: bool) -> Markup:
     if not ordered or count == 1:
         dash = _DASHES[index // COLOURS % len(_DASHES)]
-        return Markup('style="--ink:var(--c{}){}"').format(index % COLOURS, f";--dash:{dash}" if dash else "")
-    return Markup('style="--ink:color-mix(in oklab,var(--ramp-b) {}%,var(--ramp-a))"').format(
+        return Markup('style="--hue:var(--c{}){}"').format(index % COLOURS, f";--dash:{dash}" if dash else "")
+    return Markup('style="--hue:color-mix(in oklab,var(--ramp-b) {}%,var(--ramp-a))"').format(
         round(100 * index / (count - 1))
     )
 

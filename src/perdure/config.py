@@ -1,6 +1,7 @@
 """What a run is asked to do: one frozen dataclass, which is the command line's help and run.json's content."""
 
 import dataclasses
+from importlib import import_module
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -50,10 +51,14 @@ class RunConfig(TrainConfig):
         return dataclasses.asdict(self)
 
 
+def register() -> None:
+    """Import all methods, which makes them known by name."""
+    import_module("perdure.methods")
+
+
 def make_method(text: str) -> Method:
     """A method from its spec: `lora(rank=8) + replay(size=200)`."""
-    import perdure.methods  # noqa: F401  (registers them)
-
+    register()
     return compose([build(spec, METHODS, "method") for spec in parse(text)])
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
@@ -22,7 +22,7 @@ _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error,
 _EXTREME = 16
 
 
-class UnreadableImage(ValueError):
+class UnreadableImage(ValueError):  # noqa: N818 - says what is wrong without "Error"
     """An image that cannot be decoded; the message names the file and the row."""
 
 
@@ -91,8 +91,9 @@ class Preprocess:
             ValueError: when `facts` has an entry this version does not know: ignoring it would change the pixels.
         """
         if unknown := set(facts) - {f.name for f in fields(cls)}:
-            raise ValueError(f"preprocess has an unknown entry {min(unknown)!r}: written by a newer perdure? upgrade it")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in facts.items()})
+            raise ValueError(f"preprocess has an unknown entry {min(unknown)!r}: written by a newer perdure? upgrade")
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in facts.items()}
+        return cls(**values)
 
 
 def decode(source: bytes | str | Path | Image.Image, where: str) -> Image.Image:
@@ -106,15 +107,16 @@ def decode(source: bytes | str | Path | Image.Image, where: str) -> Image.Image:
         UnreadableImage: when there is no such file or its content is no image or damaged.
     """
     try:
-        if not isinstance(source, Image.Image):
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
-                opened.load()
-                return ImageOps.exif_transpose(opened)
-        return ImageOps.exif_transpose(source)
+        if isinstance(source, Image.Image):
+            source.load()
+            return _upright(source)
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
+            opened.load()
+            return _upright(opened)
     except _DAMAGE as error:
-        reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else str(error) or "damaged"
-        reason = " ".join(reason.split())
-        raise UnreadableImage(f"cannot read image {where}: {reason}; replace it, or leave it out with skip_bad") from error
+        reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error) or "damaged"
+        remedy = "replace it, or leave it out with skip_bad"
+        raise UnreadableImage(f"cannot read image {where}: {' '.join(reason.split())}; {remedy}") from error
 
 
 def _centre(image: Image.Image) -> Image.Image:
@@ -127,8 +129,12 @@ def _centre(image: Image.Image) -> Image.Image:
     return image.crop((left, top, left + min(width, longest), top + min(height, longest)))
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    return image if image.getexif().get(ExifTags.Base.Orientation, 1) == 1 else ImageOps.exif_transpose(image)
+
+
 def _rgb(image: Image.Image) -> Image.Image:
-    image = ImageOps.exif_transpose(image)
+    image = _upright(image)
     if image.mode == "RGB":
         return image
     if image.mode.startswith("I"):

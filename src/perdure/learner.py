@@ -168,7 +168,8 @@ class Core(nn.Module):
         """`data` in batches on the learner's device, in `order` (positions) or as it stands."""
         positions: Sequence[int] = range(len(data)) if order is None else order.tolist()
         for start in range(0, len(positions), size):
-            batch = data.__getitems__(positions[start : start + size])
+            with torch.inference_mode(False):  # data sets keep what they decode, for training too
+                batch = data.__getitems__(positions[start : start + size])
             yield {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
 
 

@@ -1,8 +1,7 @@
 """One self-contained `report.html` about one or several runs, from what they wrote to disk."""
 
 import json
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from importlib import resources
 from pathlib import Path
@@ -12,7 +11,7 @@ import jinja2
 from markupsafe import Markup
 
 from perdure import charts, metrics
-from perdure.runs import PHASES, Group, Run, grouped
+from perdure.records import PHASES, Group, Run, grouped
 
 # A number's key in summary.json, its name, and what it says to someone who reads it for the first time.
 NUMBERS = (
@@ -52,7 +51,7 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
     """
     if not folders:
         raise ValueError("no run to report: give at least one folder that `perdure run` wrote")
-    runs = [Run.read(Path(folder)) for folder in folders]
+    runs = [Run.read(folder) for folder in dict.fromkeys(map(Path, folders))]
     target = out / "report.html" if out.is_dir() else out
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(target.name + ".part")
@@ -76,9 +75,10 @@ def _render(runs: Sequence[Run]) -> str:
     shared = [k for k in keys if all(each.get(k) == facts[0].get(k) for each in facts)]
     longest = max((len(run.names()) for run in runs), default=0)
     best = next((run.names() for run in runs if len(run.names()) == longest), [])
+    methods = list(dict.fromkeys(run.method for run in runs))
     curves = [group.curve() for group in groups]
     return template.render(
-        title=", ".join(dict.fromkeys(run.method for run in runs)),
+        title=", ".join(methods) if len(methods) <= 3 else f"{len(methods)} methods compared",
         streams=list(dict.fromkeys(str(run.config.get("stream", "–")) for run in runs)),
         backbones=list(dict.fromkeys(str(run.config.get("backbone", "–")) for run in runs)),
         created=_dates(runs),
@@ -113,7 +113,7 @@ def _view(run: Run) -> dict[str, Any]:
         "averages": run.averages(),
         "forgotten": [(i, names[i], v) for i, v in enumerate(lost)],
         "extent": (min([0.0, *(v for v in lost if v is not None)]), max([0.0, *(v for v in lost if v is not None)])),
-        "occupied": charts.lines("Occupied share of each layer's input space", occupied, names, ordered=True)
+        "occupied": charts.lines("Occupied share of each layer's input space", occupied, names, zero=True, ordered=True)
         if occupied
         else "",
         "seconds": [_time(i, names, task) for i, task in enumerate(seconds)],
@@ -146,8 +146,8 @@ def _facts(run: Run) -> dict[str, str]:
         else preprocess,
         "What may be answered": answers.get(stream.get("scenario"), stream.get("scenario")),
         "Class order": ", ".join(dict.fromkeys(order)),
-        **{k.replace("_", " ").capitalize(): v for k, v in run.config.items() if k not in ("backbone", "seed")},
-        **{f"{k.replace('_', ' ').capitalize()} used": v for k, v in run.facts["resolved"].items()},
+        **{_words(k): v for k, v in run.config.items() if k not in ("backbone", "seed")},
+        **{f"{_words(k)} used": v for k, v in run.facts["resolved"].items()},
         **{f"Version of {k}": v for k, v in run.facts["versions"].items()},
         "Version of perdure": run.facts.get("perdure"),
         "Git commit": run.facts.get("git"),
@@ -157,6 +157,10 @@ def _facts(run: Run) -> dict[str, str]:
         for k, v in found.items()
         if v not in (None, "")
     }
+
+
+def _words(key: str) -> str:
+    return "Learning rate" if key == "lr" else key.replace("_", " ").capitalize()
 
 
 def _winner(groups: Sequence[Group], key: str) -> str | None:
@@ -182,23 +186,23 @@ def _dates(runs: Sequence[Run]) -> str:
     return " – ".join(dict.fromkeys([days[0], days[-1]])) if days else "no date"
 
 
-def show(key: str, value: float | None, std: float | None = None) -> Markup:
-    """A number of `NUMBERS` with its unit, and ± one standard deviation."""
+def show(key: str, value: float | None, std: float | None = None, *, unit: bool = True) -> Markup:
+    """A number of `NUMBERS` with its unit unless `unit` is False, and ± one standard deviation."""
     if value is None:
         return Markup('<span class="none" title="not measured">–</span>')
     if key == "trainable_parameters":
-        text, unit = f"{value:,.0f}", ""
+        text, name = f"{value:,.0f}", ""
     elif key in ("stored_bytes", "peak_rss_bytes"):
-        power = min(int(math.log(max(value, 1), 1000)), 4)
-        text, unit = _digits(value / 1000**power), ("B", "kB", "MB", "GB", "TB")[power]
+        power = next((i for i in range(4) if value < 999.5 * 1000**i), 4)
+        text, name = _digits(value / 1000**power), ("B", "kB", "MB", "GB", "TB")[power]
     elif key == "seconds":
-        text, unit = duration(value), ""
+        text, name = duration(value), ""
     elif key == "images_per_second":
-        text, unit = _digits(value), "/s"
+        text, name = _digits(value), "/s"
     else:
         text = charts.percent(value) + ("" if std is None else f" ± {charts.percent(std)}")
-        unit = "points" if key in ("forgetting", "gap", "bwt", "fwt") else "%"
-    return Markup('{}<span class="unit"> {}</span>').format(text, unit) if unit else Markup("{}").format(text)
+        name = "points" if key in ("forgetting", "gap", "bwt", "fwt") else "%"
+    return Markup('{}<span class="unit"> {}</span>').format(text, name) if name and unit else Markup("{}").format(text)
 
 
 def duration(seconds: float) -> str:

@@ -26,7 +26,7 @@ from perdure.config import RunConfig, make_backbone, make_method, make_objective
 from perdure.learner import Core
 from perdure.method import Method
 from perdure.runtime import Runtime, resolve
-from perdure.streams import make_stream
+from perdure.streams import build_stream
 from perdure.train import Progress, Quiet, evaluate, fit_task
 from perdure.types import Row, Stream, Task
 
@@ -94,7 +94,7 @@ def read_record(out: Path) -> dict[str, Any]:
 def _build(config: RunConfig, runtime: Runtime | None) -> tuple[Core, Stream, Runtime]:
     method, objective = make_method(config.method), make_objective(config.objective)
     backbone = make_backbone(config.backbone)
-    stream = make_stream(config.stream, backbone.preprocess, config.seed)
+    stream = build_stream(config.stream, backbone.preprocess, config.seed)
     if runtime is None:
         runtime = resolve(backbone, config.precision, config.attention, config.batch_size, config.device)
     runtime.apply(backbone)

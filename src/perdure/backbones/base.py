@@ -169,7 +169,7 @@ def _letters(at: str) -> list[str]:
         elif word and set(word) <= set("qkvo"):
             letters += list(word)
         else:
-            raise ValueError(f"at={at!r}: cannot read {word!r}; write letters of q, k, v, o, or fc1, fc2, mlp: 'kv,mlp'")
+            raise ValueError(f"at={at!r}: cannot read {word!r}; write letters of qkvo, or fc1, fc2, mlp: 'kv,mlp'")
     if len(set(letters)) < len(letters):
         raise ValueError(f"at={at!r} names a layer twice")
     return letters

@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from perdure.backbones import pretrained
-from perdure.backbones.base import Backbone
+from perdure.backbones.base import Backbone, Tower
 from perdure.images import Preprocess
 from perdure.spec import Spec
 
@@ -27,19 +26,19 @@ def clip(path: str, input_norm: str = "model") -> "Clip":
     Raises:
         ValueError: when there is no such model, it is incomplete, or it has not both towers.
     """
-    place = pretrained.locate(path)
-    options = (("path", place),) if input_norm == "model" else (("path", place), ("input_norm", input_norm))
-    return read(place, str(Spec("clip", options)), input_norm)
+    written, folder = pretrained.locate(path)
+    options = (("path", written),) if input_norm == "model" else (("path", written), ("input_norm", input_norm))
+    return read(folder, str(Spec("clip", options)), input_norm)
 
 
-def read(path: str, spec: str, input_norm: str = "model") -> "Clip":
-    """The model in `path`, named `spec`."""
+def read(folder: str, spec: str, input_norm: str = "model") -> "Clip":
+    """The model in `folder`, named `spec`."""
     pretrained.check_norm(input_norm)
-    with pretrained.reading(path):
-        config = pretrained.read_config(path)
-        preprocess = pretrained.read_preprocess(path, input_norm)
-        model = pretrained.read_model(_model_class(path, config), path)
-        return Clip(model, _tokenizer(path), preprocess, spec)
+    with pretrained.reading(folder):
+        config = pretrained.read_config(folder)
+        preprocess = pretrained.read_preprocess(folder, input_norm)
+        model = pretrained.read_model(_model_class(folder, config), folder)
+        return Clip(model, _tokenizer(folder), preprocess, spec)
 
 
 class Clip(Backbone):
@@ -54,7 +53,7 @@ class Clip(Backbone):
 
     def __init__(self, model: Any, tokenizer: Any, preprocess: Preprocess, spec: str) -> None:
         super().__init__()
-        self.model = pretrained.frozen(model)
+        self.model: Any = pretrained.frozen(model)
         self.tokenizer = tokenizer
         self.preprocess = preprocess
         self.spec = spec
@@ -84,6 +83,12 @@ class Clip(Backbone):
         """Tower -> dotted name of its module."""
         return {"vision": "model.vision_model", "text": "model.text_model"}
 
+    def tower_parameters(self, tower: Tower) -> dict[str, nn.Parameter]:
+        """Parameters of one encoder with its projection; never the logit scale."""
+        of = {"vision": ("vision_model", "visual_projection"), "text": ("text_model", "text_projection")}
+        roots = tuple(f"model.{n}" for t in (of if tower == "both" else (tower,)) for n in of[t])
+        return {name: p for name, p in self.named_parameters() if name.startswith(roots)}
+
     def set_attention(self, implementation: pretrained.Attention) -> None:
         """Choose how attention is computed; the result is the same up to rounding."""
         pretrained.set_attention(self.model, implementation)
@@ -94,7 +99,7 @@ def _embeddings(output: Any) -> Tensor:
     return embeddings
 
 
-def _model_class(path: str, config: Any) -> Any:
+def _model_class(folder: str, config: Any) -> Any:
     # CLIPModel by name: looking it up through AutoModel imports far more of transformers.
     if config.model_type == "clip":
         from transformers import CLIPModel
@@ -104,22 +109,22 @@ def _model_class(path: str, config: Any) -> Any:
 
     kind = MODEL_MAPPING.get(type(config), None)
     if config.model_type == "siglip2":
-        raise ValueError(f"{path!r} is a SigLIP 2 of variable resolution: take one of fixed resolution, such as -224")
+        raise ValueError(f"{folder!r} is a SigLIP 2 of variable resolution: take one of fixed resolution, such as -224")
     if not hasattr(kind, "get_image_features") or not hasattr(kind, "get_text_features"):
         raise ValueError(
-            f"{path!r} is a {config.model_type} model without image and text tower: use vision(path=...) for features "
-            "alone, or give a CLIP or SigLIP"
+            f"{folder!r} is a {config.model_type} model without image and text tower: use vision(path=...) for "
+            "features alone, or give a CLIP or SigLIP"
         )
     return kind
 
 
-def _tokenizer(path: str) -> Any:
+def _tokenizer(folder: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(
-            f"{path!r} has no usable tokenizer: copy tokenizer.json and tokenizer_config.json of the original model "
+            f"{folder!r} has no usable tokenizer: copy tokenizer.json and tokenizer_config.json of the original model "
             "there, or use vision(path=...) for the images alone"
         ) from error

@@ -1,6 +1,6 @@
 """Reading Hugging Face models from a folder or the hub: safetensors only, quietly, with errors of one line."""
 
-import os
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,6 @@ from typing import Any, Literal, get_args
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
 
 from perdure.backbones.base import Backbone
 from perdure.images import Interpolation, Preprocess
@@ -19,48 +18,87 @@ InputNorm = Literal["model", "none"]
 
 Attention = Literal["eager", "sdpa"]
 
+# What a model needs; a hub repository often holds the same weights in other formats too.
+_FILES = [
+    "config.json",
+    "model*.safetensors",
+    "*.index.json",
+    "*processor_config.json",
+    "*token*",
+    "vocab*",
+    "merges.txt",
+]
+
 # Pillow's numbers, which image processors write as `resample`.
 _RESAMPLE: dict[int, Interpolation] = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 
 
-def locate(path: str) -> str:
-    """An existing folder as an absolute path, anything else as the hub name that it must be.
+def locate(path: str) -> tuple[str, str]:
+    """What to record of `path`, and the folder to read: itself, or the local copy of a hub model.
+
+    A hub model that is here already is read as it is, without asking the hub: it works offline, and does not change.
 
     Raises:
-        ValueError: when `path` is a folder that is missing or holds no safetensors.
+        ValueError: when it is a folder that is missing or lacks files, or the hub has no such model in safetensors.
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
         _check(path, folder)
         # What is recorded must still lead there when the program is started elsewhere.
-        return os.path.abspath(folder)
+        return str(folder.absolute()), str(folder.absolute())
     if folder.exists():
         raise ValueError(f"path={path!r} is a file: give the folder that holds config.json and model.safetensors")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) or path.startswith("."):
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path):
         raise ValueError(
             f"path={path!r}: no such folder; give one that holds config.json and model.safetensors, or a hub name "
             "such as 'openai/clip-vit-base-patch16'"
         )
-    return path
+    return path, fetch(path)
+
+
+def fetch(name: str) -> str:
+    """The folder with the local copy of the hub model `name`, downloaded if it is not here yet.
+
+    Raises:
+        ValueError: when the hub cannot be reached, or has no such model in safetensors.
+    """
+    from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
+
+    cached = [try_to_load_from_cache(name, file) for file in ("model.safetensors", "model.safetensors.index.json")]
+    with reading(name):
+        if any(isinstance(file, str) for file in cached):
+            return str(snapshot_download(name, allow_patterns=_FILES, local_files_only=True))
+        # Asked first because it does not retry: without network, a download waits for half a minute.
+        files = [sibling.rfilename for sibling in HfApi().model_info(name, timeout=20).siblings or ()]
+        if not any(file in ("model.safetensors", "model.safetensors.index.json") for file in files):
+            raise ValueError(
+                f"{name!r} has no model.safetensors on the hub, and other formats are not read since they can run "
+                "foreign code: choose another copy of the model, or convert it on a machine you trust"
+            )
+        return str(snapshot_download(name, allow_patterns=_FILES))
 
 
 @contextmanager
 def reading(path: str) -> Iterator[None]:
     """Load in silence, without touching the random state, and turn what the libraries raise into one line."""
-    from transformers.utils import logging
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+    from huggingface_hub.utils import logging as hub
+    from transformers.utils import logging as hf
 
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    level, hub_level, bars = hf.get_verbosity(), hub.get_verbosity(), hf.is_progress_bar_enabled()
+    hf.set_verbosity(logging.CRITICAL)
+    hub.set_verbosity(logging.CRITICAL)
+    hf.disable_progress_bar()
     try:
         with torch.random.fork_rng(devices=[]):
             yield
-    except (OSError, SafetensorError, RuntimeError, KeyError, TypeError, ImportError) as error:
+    except (OSError, HTTPError, SafetensorError, RuntimeError, ImportError) as error:
         raise ValueError(f"cannot load {path!r}: {_reason(path, error)}") from error
     finally:
-        logging.set_verbosity(level)
+        hf.set_verbosity(level)
+        hub.set_verbosity(hub_level)
         if bars:
-            logging.enable_progress_bar()
+            hf.enable_progress_bar()
 
 
 def read_model(kind: Any, path: str, **options: Any) -> Any:
@@ -147,11 +185,13 @@ def features_of(backbone: Backbone) -> int:
             return backbone.encode_pixels(torch.zeros(1, 3, side, side)).shape[-1]
     except (ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{backbone.spec}: the model refuses images of {side} pixels, the size that its image "
-                         f"processor gives ({reason[:160]}); correct preprocessor_config.json") from error
+        raise ValueError(
+            f"{backbone.spec}: the model refuses images of {side} pixels, the size that its image "
+            f"processor gives ({reason[:160]}); correct preprocessor_config.json"
+        ) from error
 
 
-def frozen(model: nn.Module) -> nn.Module:
+def frozen(model: Any) -> Any:
     """The model as a backbone keeps it: float32, in evaluation mode, without gradients."""
     return model.float().eval().requires_grad_(False)
 
@@ -174,15 +214,18 @@ def _reason(path: str, error: Exception) -> str:
         text = " ".join(str(error).split())
         return f"{text[:200]}; check the folder, or download it again"
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return f"no such folder, and the hub gave no model ({first[:160]}); check the name and the network"
+    first = first[:160].rstrip(".")
+    return f"no such folder, and the hub gave no model ({first}); check name and network, or give a folder"
 
 
 def _preprocess(path: str, processor: Any, input_norm: str) -> Preprocess:
     facts = processor.to_dict()
 
     def refuse(name: str, expected: str) -> ValueError:
-        return ValueError(f"{path!r}: its image processor has {name}={facts.get(name)!r}, expected {expected}; correct "
-                          "preprocessor_config.json")
+        return ValueError(
+            f"{path!r}: its image processor has {name}={facts.get(name)!r}, expected {expected}; correct "
+            "preprocessor_config.json"
+        )
 
     if not facts.get("do_resize", True):
         raise refuse("do_resize", "true")

@@ -15,6 +15,8 @@ from perdure.backbones.base import Backbone
 from perdure.images import Preprocess
 from perdure.spec import Spec
 
+_HUB = "hf-hub:"
+
 
 def timm(name: str, checkpoint: str | None = None, input_norm: str = "model") -> "Timm":
     """A model of the timm library by its name; adapters need one with transformer blocks.
@@ -22,7 +24,7 @@ def timm(name: str, checkpoint: str | None = None, input_norm: str = "model") ->
     Features are what the model's own classifier would read: of a ViT, the class token after the last norm.
 
     Args:
-        name: as in `timm.list_models()`, for example "vit_base_patch16_224.augreg_in21k".
+        name: as in `timm.list_models()`, for example "vit_base_patch16_224.augreg_in21k", or "hf-hub:" and a hub name.
         checkpoint: a local .safetensors file with the weights; from the hub when None.
         input_norm: "model" for the mean and deviation the weights were trained with, "none" for raw pixels in [0, 1],
             as the published results of InfLoRA used.
@@ -40,7 +42,7 @@ def timm(name: str, checkpoint: str | None = None, input_norm: str = "model") ->
         options["input_norm"] = input_norm
     with pretrained.reading(name):
         model = _create(name)
-        weights = _weights(file or _download(name, model))
+        weights = _weights(file or _from_hub(name, model))
         _fill(model, weights, str(file or name))
         return Timm(model, _preprocess(name, model, input_norm), str(Spec("timm", tuple(options.items()))))
 
@@ -56,7 +58,7 @@ class Timm(Backbone):
 
     def __init__(self, model: Any, preprocess: Preprocess, spec: str) -> None:
         super().__init__()
-        self.model = pretrained.frozen(model)
+        self.model: Any = pretrained.frozen(model)
         self.preprocess = preprocess
         self.spec = spec
         self.dim = pretrained.features_of(self)
@@ -93,7 +95,9 @@ def _local(checkpoint: str) -> Path:
 def _create(name: str) -> Any:
     import timm
 
-    if not name.startswith("hf-hub:") and not timm.is_model(name):
+    if name.startswith(_HUB):
+        name = f"local-dir:{pretrained.fetch(name.removeprefix(_HUB))}"
+    elif not timm.is_model(name):
         # Names carry the tag of their weights after a dot; people misspell either half.
         near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else "see timm.list_models()"
@@ -101,23 +105,22 @@ def _create(name: str) -> Any:
     return timm.create_model(name, pretrained=False, num_classes=0)
 
 
-def _download(name: str, model: Any) -> Path:
-    from huggingface_hub import hf_hub_download
-
-    where = model.pretrained_cfg.get("hf_hub_id")
+def _from_hub(name: str, model: Any) -> Path:
+    where = name.removeprefix(_HUB) if name.startswith(_HUB) else model.pretrained_cfg.get("hf_hub_id")
     if not where:
         raise ValueError(
             f"name={name!r}: timm knows no weights on the hub for it; add their tag, as in "
             "'vit_base_patch16_224.augreg_in21k', or give checkpoint="
         )
-    return Path(hf_hub_download(where, "model.safetensors"))
+    return Path(pretrained.fetch(where)) / "model.safetensors"
 
 
 def _weights(file: Path) -> dict[str, Tensor]:
     try:
-        return load_file(file)
+        weights: dict[str, Tensor] = load_file(file)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"cannot read {str(file)!r} ({error}): damaged or not safetensors; get it again") from error
+    return weights
 
 
 def _fill(model: Any, weights: dict[str, Tensor], source: str) -> None:
@@ -132,8 +135,8 @@ def _fill(model: Any, weights: dict[str, Tensor], source: str) -> None:
     ] + [f"{key} is not in the model" for key in kept if key not in own]
     if differing:
         raise ValueError(
-            f"{source!r} does not fit the model in {len(differing)} tensors, first: {differing[0]}; give the weights of "
-            "exactly this timm model, under timm's names"
+            f"{source!r} does not fit the model in {len(differing)} tensors, first: {differing[0]}; give the weights "
+            "of exactly this timm model, under timm's names"
         )
     with torch.no_grad():
         model.load_state_dict(kept)

@@ -13,11 +13,9 @@ from perdure.backbones.base import Backbone
 from perdure.images import Preprocess
 from perdure.spec import Spec
 
-HEADS = 4
-PATCH = 4
-"""Side of a patch, in pixels."""
-LENGTH = 48
-"""Characters of a text that are read."""
+_HEADS = 4
+_PATCH = 4  # side, in pixels
+_LENGTH = 48  # characters of a text that are read
 
 
 def tiny(
@@ -30,10 +28,10 @@ def tiny(
         depth: number of blocks.
         size: side of the images, in pixels; a multiple of 4.
         seed: of the weights; the random state of torch is left alone.
-        fused: one `qkv` layer as in timm, or `q_proj`, `k_proj`, `v_proj` as in Hugging Face; the features are the same.
+        fused: one `qkv` layer as in timm, or `q_proj`, `k_proj`, `v_proj` as in Hugging Face; same features.
         text: add a text tower, as CLIP has.
     """
-    for name, value, unit in (("dim", dim, HEADS), ("size", size, PATCH), ("depth", depth, 1)):
+    for name, value, unit in (("dim", dim, _HEADS), ("size", size, _PATCH), ("depth", depth, 1)):
         if value < unit or value % unit:
             raise ValueError(f"{name}={value}: expected a positive multiple of {unit}, for example {name}={4 * unit}")
     model = Tiny(dim, depth, size, seed, fused, text)
@@ -51,8 +49,8 @@ class Tiny(Backbone):
         self.spec = str(Spec("tiny", tuple(options.items())))
         # Modules draw their default weights from the global generator; on "meta" they draw nothing.
         with torch.device("meta"):
-            self.vision = VisionTower(dim, depth, size, fused)
-            self.text = TextTower(dim, depth, fused) if text else None
+            self.vision = _VisionTower(dim, depth, size, fused)
+            self.text = _TextTower(dim, depth, fused) if text else None
         self.to_empty(device="cpu")
         _fill(self, seed)
 
@@ -82,19 +80,19 @@ class Tiny(Backbone):
         if implementation not in ("eager", "sdpa"):
             raise ValueError(f"attention={implementation!r}: expected 'eager' or 'sdpa'")
         for module in self.modules():
-            if isinstance(module, Attention):
+            if isinstance(module, _Attention):
                 module.implementation = implementation
 
 
-class VisionTower(nn.Module):
+class _VisionTower(nn.Module):
     """Normalised pixels to the class token's features."""
 
     def __init__(self, dim: int, depth: int, size: int, fused: bool) -> None:
         super().__init__()
-        self.patch = nn.Conv2d(3, dim, PATCH, PATCH)
+        self.patch = nn.Conv2d(3, dim, _PATCH, _PATCH)
         self.token = nn.Parameter(torch.empty(1, 1, dim))
-        self.position = nn.Parameter(torch.empty(1, 1 + (size // PATCH) ** 2, dim))
-        self.blocks = nn.ModuleList(Block(dim, fused) for _ in range(depth))
+        self.position = nn.Parameter(torch.empty(1, 1 + (size // _PATCH) ** 2, dim))
+        self.blocks = nn.ModuleList(_Block(dim, fused) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -106,14 +104,14 @@ class VisionTower(nn.Module):
         return features
 
 
-class TextTower(nn.Module):
+class _TextTower(nn.Module):
     """Character ids, 0 where the text has ended, to embeddings."""
 
     def __init__(self, dim: int, depth: int, fused: bool) -> None:
         super().__init__()
         self.character = nn.Embedding(256, dim)
-        self.position = nn.Parameter(torch.empty(1, LENGTH, dim))
-        self.blocks = nn.ModuleList(Block(dim, fused) for _ in range(depth))
+        self.position = nn.Parameter(torch.empty(1, _LENGTH, dim))
+        self.blocks = nn.ModuleList(_Block(dim, fused) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
         self.scale = nn.Parameter(torch.empty(()))
 
@@ -127,13 +125,13 @@ class TextTower(nn.Module):
         return embeddings
 
 
-class Block(nn.Module):
+class _Block(nn.Module):
     """A pre-norm transformer block."""
 
     def __init__(self, dim: int, fused: bool) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.attn, self.mlp = Attention(dim, fused), Mlp(dim)
+        self.attn, self.mlp = _Attention(dim, fused), _Mlp(dim)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         x = x + self.attn(self.norm1(x), mask)
@@ -141,7 +139,7 @@ class Block(nn.Module):
         return out
 
 
-class Attention(nn.Module):
+class _Attention(nn.Module):
     """Self-attention with one fused or three separate input projections."""
 
     def __init__(self, dim: int, fused: bool) -> None:
@@ -156,7 +154,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         parts = self.qkv(x).chunk(3, -1) if self.fused else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
-        q, k, v = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in parts)
+        q, k, v = (part.unflatten(-1, (_HEADS, -1)).transpose(1, 2) for part in parts)
         if self.implementation == "sdpa":
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         else:
@@ -166,7 +164,7 @@ class Attention(nn.Module):
         return projected
 
 
-class Mlp(nn.Module):
+class _Mlp(nn.Module):
     """The two layers after attention."""
 
     def __init__(self, dim: int) -> None:
@@ -179,7 +177,7 @@ class Mlp(nn.Module):
 
 
 def _characters(texts: Sequence[str]) -> Tensor:
-    codes = [[1 + ord(c) % 255 for c in text[:LENGTH]] or [1] for text in texts]
+    codes = [[1 + ord(c) % 255 for c in text[:_LENGTH]] or [1] for text in texts]
     longest = max(map(len, codes), default=1)
     return torch.tensor([row + [0] * (longest - len(row)) for row in codes], dtype=torch.int64).view(-1, longest)
 

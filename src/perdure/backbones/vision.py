@@ -43,14 +43,14 @@ def vision(path: str, input_norm: str = "model") -> "Vision":
         ValueError: when there is no such model, it is incomplete, or of another kind.
     """
     pretrained.check_norm(input_norm)
-    place = pretrained.locate(path)
-    options = (("path", place),) if input_norm == "model" else (("path", place), ("input_norm", input_norm))
-    with pretrained.reading(place):
-        config = pretrained.read_config(place)
-        kind, pooled = _kind(place, config)
-        preprocess = pretrained.read_preprocess(place, input_norm)
+    written, folder = pretrained.locate(path)
+    options = (("path", written),) if input_norm == "model" else (("path", written), ("input_norm", input_norm))
+    with pretrained.reading(folder):
+        config = pretrained.read_config(folder)
+        kind, pooled = _kind(folder, config)
+        preprocess = pretrained.read_preprocess(folder, input_norm)
         extra = {"add_pooling_layer": False} if config.model_type in _WITH_POOLER else {}
-        model = pretrained.read_model(kind, place, **extra)
+        model = pretrained.read_model(kind, folder, **extra)
         return Vision(model, pooled, preprocess, str(Spec("vision", options)))
 
 
@@ -66,7 +66,7 @@ class Vision(Backbone):
 
     def __init__(self, model: Any, pooled: bool, preprocess: Preprocess, spec: str) -> None:
         super().__init__()
-        self.model = pretrained.frozen(model)
+        self.model: Any = pretrained.frozen(model)
         self.pooled = pooled
         self.preprocess = preprocess
         self.spec = spec
@@ -87,15 +87,15 @@ class Vision(Backbone):
         pretrained.set_attention(self.model, implementation)
 
 
-def _kind(path: str, config: Any) -> tuple[Any, bool]:
+def _kind(folder: str, config: Any) -> tuple[Any, bool]:
     import transformers
 
     kind = config.model_type.removesuffix("_vision_model")
     name = _POOLED.get(kind) or _CLASS_TOKEN.get(kind)
     if name is None or not hasattr(transformers, name):
         known = ", ".join(sorted(_CLASS_TOKEN | _POOLED))
-        raise ValueError(f"{path!r} is a {config.model_type} model; vision(path=...) reads: {known}")
+        raise ValueError(f"{folder!r} is a {config.model_type} model; vision(path=...) reads: {known}")
     tower = getattr(config, "vision_config", config)
     if kind == "siglip" and not tower.vision_use_head:
-        raise ValueError(f"{path!r} is a SigLIP without pooling head, so it gives no features of a whole image")
+        raise ValueError(f"{folder!r} is a SigLIP without pooling head, so it gives no features of a whole image")
     return getattr(transformers, name), kind in _POOLED

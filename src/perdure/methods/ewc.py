@@ -8,8 +8,9 @@ transformers it spans 1e-12 to 1e-2).
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from perdure.learner import Core
 from perdure.memory.tensors import Tensors
@@ -64,23 +65,27 @@ class EWC(Method, name="ewc"):
             self.anchor[k] = p
 
     @staticmethod
-    def _gradients(learner: Core, params: dict[str, torch.nn.Parameter], batch: Batch) -> dict[str, Tensor]:
+    def _gradients(learner: Core, params: dict[str, nn.Parameter], batch: Batch) -> dict[str, Tensor]:
         """Gradient of each example's loss, (B, *shape)."""
-        values = {k: p.detach() for k, p in params.items()}
+        local = learner.objective.competes_locally(batch)
 
         def loss(values: dict[str, Tensor], example: Batch) -> Tensor:
             single = {k: v.unsqueeze(0) for k, v in example.items()}
-            return functional_call(_Loss(learner), {f"learner.{k}": v for k, v in values.items()}, (single,))
+            named = {f"learner.{k}": v for k, v in values.items()}
+            out: Tensor = functional_call(_Loss(learner, local), named, (single,))
+            return out
 
-        return vmap(grad(loss), in_dims=(None, 0))(values, batch)
+        # vmap has no rule for the fused kernels and would run them one example at a time
+        with sdpa_kernel(SDPBackend.MATH):
+            return vmap(grad(loss), in_dims=(None, 0))({k: p.detach() for k, p in params.items()}, batch)  # type: ignore[no-any-return]
 
 
-class _Loss(torch.nn.Module):
+class _Loss(nn.Module):
     """The objective's loss as a module, for `functional_call`."""
 
-    def __init__(self, learner: Core) -> None:
+    def __init__(self, learner: Core, local: bool) -> None:
         super().__init__()
-        self.learner = learner
+        self.learner, self.local = learner, local
 
     def forward(self, batch: Batch) -> Tensor:
-        return self.learner.objective.loss(self.learner.encode(batch), batch)
+        return self.learner.objective.losses(self.learner.encode(batch), batch, self.local).mean()

@@ -19,8 +19,6 @@ class Joint(Method, name="joint"):
         backbone_lr: as in `finetune`, when it stands alone.
     """
 
-    shares = True
-
     def __init__(self, backbone_lr: float = 0.1) -> None:
         super().__init__()
         self.backbone_lr = backbone_lr

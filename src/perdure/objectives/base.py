@@ -36,7 +36,7 @@ class Objective(nn.Module):
         fresh = [(c, n) for c, n in zip(task.classes, task.names, strict=True) if c not in self.classes]
         self.classes += tuple(c for c, _ in fresh)
         self.names += tuple(n for _, n in fresh)
-        self.local = tuple(self.classes.index(c) for c in task.classes)
+        self.local = tuple(sorted(self.classes.index(c) for c in task.classes))
 
     def refresh(self) -> None:
         """Called before prediction, when parameters may have changed."""
@@ -55,19 +55,23 @@ class Objective(nn.Module):
         """Mean cross-entropy of the batch."""
         return self.losses(features, batch).mean()
 
-    def losses(self, features: Tensor, batch: Batch) -> Tensor:
-        """Cross-entropy of each example, (B,)."""
+    def losses(self, features: Tensor, batch: Batch, local: bool | None = None) -> Tensor:
+        """Cross-entropy of each example, (B,).
+
+        Args:
+            features: (B, dim).
+            batch: with `label`.
+            local: whether only the task's classes compete; None finds out from the labels.
+        """
         scores, target = self.scores(features), self.columns(batch["label"])
-        local = torch.tensor(self.local, device=target.device)
-        if self.mask and len(local) < scores.shape[1] and torch.isin(target, local).all():
-            scores = scores[:, local]
-            target = torch.searchsorted(local, target) if _sorted(self.local) else _positions(local, target)
+        if self.competes_locally(batch) if local is None else local:
+            mine = torch.tensor(self.local, device=target.device)
+            scores, target = scores[:, mine], torch.searchsorted(mine, target)
         return F.cross_entropy(scores, target, reduction="none")
 
-
-def _sorted(values: tuple[int, ...]) -> bool:
-    return list(values) == sorted(values)
-
-
-def _positions(values: Tensor, wanted: Tensor) -> Tensor:
-    return (wanted[:, None] == values).int().argmax(1)
+    def competes_locally(self, batch: Batch) -> bool:
+        """Whether the batch holds the task's own classes only, and the mask is on."""
+        if not self.mask or len(self.local) == len(self.classes):
+            return False
+        target = self.columns(batch["label"])
+        return bool(torch.isin(target, torch.tensor(self.local, device=target.device)).all())

@@ -144,8 +144,8 @@ def _increments(classes: int, options: Options) -> list[int]:
     if options.increments is not None:
         if sum(options.increments) != classes:
             raise ValueError(
-                f"increments={tuple(options.increments)}: they sum to {sum(options.increments)}, but there are {classes} "
-                "classes; make the two equal"
+                f"increments={tuple(options.increments)}: they sum to {sum(options.increments)}, but there are "
+                f"{classes} classes; make the two equal"
             )
         return list(options.increments)
     tasks = options.tasks or _TASKS
@@ -158,13 +158,13 @@ def _increments(classes: int, options: Options) -> list[int]:
 def _by_domain(found: Found, options: Options, seed: int) -> list[_Lot]:
     count = len(found.domains)
     if not count:
-        raise ValueError(f"{found.name}: scenario='domain' needs domain=..., the column or folder level of the domain")
+        raise ValueError("scenario='domain' needs domain=..., the column or the folder level that holds the domain")
     if count < 2:
         raise ValueError(f"{found.name}: only one domain, {found.domains[0]!r}; scenario='domain' needs at least 2")
     if options.increments is not None:
         raise ValueError("increments has no effect with scenario='domain', where each task is one domain: leave it out")
     if options.tasks not in (None, count):
-        raise ValueError(f"tasks={options.tasks}: scenario='domain' has a task for each of its {count} domains: leave it out")
+        raise ValueError(f"tasks={options.tasks}: scenario='domain' has one task a domain, here {count}: leave it out")
     everything = tuple(range(len(found.names)))
     return [_Lot(found.domains[d], everything, d) for d in _order(found.domains, options.order, "domain", seed)]
 
@@ -185,7 +185,7 @@ def _order(names: Sequence[str], order: str | int | Sequence[str | int] | None, 
     if twice := [c for c, n in Counter(chosen).items() if n > 1]:
         raise ValueError(f"order names the {kind} {names[twice[0]]!r} twice; name each once")
     if missing := [name for i, name in enumerate(names) if i not in set(chosen)]:
-        raise ValueError(f"order leaves out the {kind} {missing[0]!r}: it names {len(chosen)} of {len(names)}; name all")
+        raise ValueError(f"order leaves out the {kind} {missing[0]!r} ({len(chosen)} of {len(names)} named); name all")
     return chosen
 
 
@@ -204,7 +204,7 @@ def _tasks(
             learnt, tested = learnt.readable(), tested.readable()
             present = set(learnt.labels.tolist())
             if gone := [found.names[c] for c in lot.classes if ids[c] not in present and lot.domain is None]:
-                raise ValueError(f"{found.name}: class {gone[0]!r} has no readable train image; first: {learnt.skipped[0]}")
+                raise ValueError(f"{found.name}: class {gone[0]!r} has no readable train image; add some or remove it")
         for part, data in (("train", learnt), ("test", tested)):
             if not len(data):
                 raise ValueError(f"{found.name}: task {lot.name!r} has no {part} image; add some or leave it out")

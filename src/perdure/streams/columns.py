@@ -1,6 +1,7 @@
 """Classes and domains of a data set that is a table: from its columns to numbered names."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,8 @@ def read_table(
     """
     parts = [train] if test is None else [train, test]
     labels, names = _numbered(name, parts, choice.label, "label", choice.names, classes)
-    domains, domain_names = [np.zeros(len(p.source), dtype=np.int64) for p in parts], ()
+    domains = [np.zeros(len(p.source), dtype=np.int64) for p in parts]
+    domain_names: tuple[str, ...] = ()
     if choice.domain is not None:
         domains, domain_names = _numbered(name, parts, choice.domain, "domain", None, classes)
     made = [
@@ -105,7 +107,7 @@ def _numbered(
     values = [_values(part, column, option) for part in parts]
     kinds = {type(v) for each in values for v in each}
     if len(kinds) > 1:
-        raise ValueError(f"{name}: column {column!r} holds integers in one part and strings in the other; make them equal")
+        raise ValueError(f"{name}: column {column!r} holds integers in one part, strings in the other; make them equal")
     known = sorted({v for each in values for v in each})
     if not known:
         raise ValueError(f"{name} has no rows; choose another data set")
@@ -144,7 +146,7 @@ def _from_column(
         require_column(name, part.cells.column_names, naming, "names")
     found = _agreeing(parts, values, naming)
     if found is None:
-        raise ValueError(f"{name}: column {naming!r} (names=) does not give each {option} one name; choose another column")
+        raise ValueError(f"{name}: column {naming!r} (names=) does not give each {option} one name; choose another")
     return found
 
 
@@ -161,4 +163,5 @@ def _agreeing(parts: Sequence[Table], values: Sequence[list[Any]], naming: str) 
 
 def _distinct(names: list[str], values: Sequence[Any]) -> tuple[str, ...]:
     # ImageNet has two classes "crane"; names tell classes apart wherever people meet them.
-    return tuple(f"{n} ({v})" if names.count(n) > 1 else n for n, v in zip(names, values, strict=True))
+    count = Counter(names)
+    return tuple(f"{n} ({v})" if count[n] > 1 else n for n, v in zip(names, values, strict=True))

@@ -46,7 +46,7 @@ def read_folders(path: Path, domain: int | None = None) -> Found:
     names = sorted({folder for each in listed for folder, _, _ in each})
     domains = sorted({folder for each in listed for _, folder, _ in each}) if domain is not None else []
     made = [_part(root, each, names, domains) for root, each in zip(roots, listed, strict=True)]
-    return Found(path.name or str(path), made[0], made[1] if test else None, tuple(names), tuple(domains))
+    return Found(path.resolve().name, made[0], made[1] if test else None, tuple(names), tuple(domains))
 
 
 def parts(path: Path) -> tuple[Path, Path | None]:
@@ -55,8 +55,11 @@ def parts(path: Path) -> tuple[Path, Path | None]:
         here = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         what = "is a file" if path.is_file() else "does not exist"
         raise ValueError(f"path={str(path)!r} {what}{near(path.name, here)}; give a folder of class folders")
-    test = next((path / word for word in _TEST if (path / word).is_dir()), None)
-    if (path / "train").is_dir():
+    test = next((path / word for word in _TEST if (path / word).is_dir() and _folders(path / word)), None)
+    # "train", "test" and "val" may as well be classes: then they hold images, not folders.
+    if test is not None and not (path / "train").is_dir():
+        raise ValueError(f"path={str(path)!r} holds {test.name!r} but no 'train'; add the train images' folder")
+    if (path / "train").is_dir() and (test is not None or _folders(path / "train")):
         if test is None and len(_folders(path)) > 1:
             others = ", ".join(f.name for f in _folders(path) if f.name != "train")
             raise ValueError(f"path={str(path)!r} holds 'train' beside {others}; call the test images' folder 'test'")

@@ -45,10 +45,8 @@ def hub(
     """
 
     def plan(preprocess: Preprocess, seed: int) -> Stream:
-        if options.domain is not None and options.scenario != "domain":
-            raise ValueError(f"domain={options.domain!r} has no effect with scenario={options.scenario!r}; use 'domain'")
-        domain = None if options.domain is None else str(options.domain)
-        found = read_hub(name, Choice(label, names, domain), image, (train, test), config, revision)
+        choice = Choice(label, names, options.domain_column())
+        found = read_hub(name, choice, image, (train, test), config, revision)
         return arrange(found, options, preprocess, seed)
 
     return plan

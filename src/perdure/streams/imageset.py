@@ -1,7 +1,8 @@
 """Labelled images as batches of uint8 tensors, decoded once when memory allows and at every access otherwise."""
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, SupportsIndex
 
@@ -15,6 +16,9 @@ from perdure.streams.sources import Given, Picture, Source
 from perdure.types import Batch
 
 _CHUNK = 256
+_PROBE = 4
+_WORTH_A_THREAD = 0.002
+"""Seconds."""
 
 
 class Budget:
@@ -75,7 +79,7 @@ class ImageSet:
     def of(
         cls, images: Sequence[Picture] | Tensor, labels: Sequence[int] | Tensor, preprocess: Preprocess
     ) -> "ImageSet":
-        """The set of images given in Python: Pillow images, uint8 arrays (H, W, 3), paths, or a uint8 tensor (n, 3, H, W).
+        """Images given in Python: Pillow images, uint8 arrays (H, W, 3), paths, or one uint8 tensor (n, 3, H, W).
 
         Raises:
             ValueError: when an image has another form, labels are not integers, or their numbers differ.
@@ -130,7 +134,7 @@ class ImageSet:
                 bad[position] = self.where(position)
 
         self._reserve()
-        _threaded(attempt, range(len(self)))
+        _threaded(attempt, len(self))
         good = self
         if bad:
             good = self.subset(torch.tensor([p for p in range(len(self)) if p not in bad], dtype=torch.int64))
@@ -159,7 +163,7 @@ class ImageSet:
         self._reserve()
         if self._pixels is None:
             return self._decode(chosen)
-        missing = chosen[~self._done[chosen]].unique()
+        missing = torch.unique(chosen[~self._done[chosen]])
         if len(missing) and get_worker_info() is not None:
             return self._decode(chosen)
         for part in missing.split(_CHUNK):
@@ -175,20 +179,26 @@ class ImageSet:
         def fill(i: int) -> None:
             decoded[i] = self.preprocess(self.source.read(rows[i]))
 
-        _threaded(fill, range(len(rows)))
+        _threaded(fill, len(rows))
         return decoded
 
 
-def _threaded(work: Callable[[int], None], items: Iterable[int]) -> None:
-    # Pillow releases the GIL while it decodes. Threads live for one call: they would not survive a fork.
+def _threaded(work: Callable[[int], None], count: int) -> None:
+    # Pillow lets other threads run while it decodes, but of small images most of the time is Python's: there threads
+    # were measured to lose a third. They live for one call only, for they would not survive a fork.
     threads = min(8, torch.get_num_threads())
-    todo = list(items)
-    if threads < 2 or len(todo) < 2 * threads or get_worker_info() is not None:
-        for item in todo:
+    began, done = time.perf_counter(), 0
+    while done < count and (done < _PROBE or threads < 2 or get_worker_info() is not None):
+        work(done)
+        done += 1
+    if done == count:
+        return
+    if time.perf_counter() - began < _PROBE * _WORTH_A_THREAD:
+        for item in range(done, count):
             work(item)
         return
     with ThreadPoolExecutor(threads) as pool:
-        for _ in pool.map(work, todo):
+        for _ in pool.map(work, range(done, count)):
             pass
 
 

@@ -17,7 +17,7 @@ from perdure.streams.tables import parquet_columns, read_parquet
 from perdure.types import Stream
 
 
-@stream(tasks=10)
+@stream("domain")
 def cifar100(options: Options, path: str | None = None) -> StreamPlan:
     """CIFAR-100 (Krizhevsky 2009): 100 classes, 32 × 32.
 
@@ -28,7 +28,7 @@ def cifar100(options: Options, path: str | None = None) -> StreamPlan:
     return _plan("cifar100", path, options, _Hub("uoft-cs/cifar100", Choice("fine_label", None, None), "img"))
 
 
-@stream(tasks=10)
+@stream("domain")
 def imagenet_r(options: Options, path: str | None = None) -> StreamPlan:
     """ImageNet-R (Hendrycks et al. 2021, arXiv:2006.16241): 200 classes in renditions, about 30,000 images.
 
@@ -44,7 +44,7 @@ def imagenet_r(options: Options, path: str | None = None) -> StreamPlan:
     return _plan("imagenet_r", path, options, hub)
 
 
-@stream(tasks=10)
+@stream("domain")
 def cub200(options: Options, path: str | None = None) -> StreamPlan:
     """CUB-200-2011 (Wah et al. 2011): 200 birds, 5,994 train and 5,794 test images.
 
@@ -57,7 +57,7 @@ def cub200(options: Options, path: str | None = None) -> StreamPlan:
     return _plan("cub200", path, options, hub)
 
 
-@stream(scenario=..., domain=...)
+@stream("scenario", "domain")
 def domainnet(options: Options, path: str | None = None, protocol: Literal["class", "domain"] = "class") -> StreamPlan:
     """DomainNet (Peng et al. 2019, arXiv:1812.01754): 345 classes in 6 domains, about 587,000 images.
 
@@ -70,9 +70,7 @@ def domainnet(options: Options, path: str | None = None, protocol: Literal["clas
     """
     if protocol not in ("class", "domain"):
         raise ValueError(f"protocol={protocol!r}: expected 'class' or 'domain'")
-    options = replace(options, scenario=protocol, domain="domain")
-    if protocol == "class" and options.tasks is None and options.increments is None:
-        options = replace(options, tasks=5)
+    options = replace(options, scenario=protocol).by_default(tasks=5)
     return _plan("domainnet", path, options, _Hub("wltjr1007/DomainNet", Choice("label", None, "domain"), "image"))
 
 
@@ -86,10 +84,7 @@ class _Hub:
 
 def _plan(name: str, path: str | None, options: Options, hub: _Hub) -> StreamPlan:
     def plan(preprocess: Preprocess, seed: int) -> Stream:
-        if path is None:
-            found = read_hub(hub.name, hub.choice, hub.image, hub.parts)
-        else:
-            found = _read(Path(path), hub)
+        found = _read(Path(path), hub) if path else read_hub(hub.name, hub.choice, hub.image, hub.parts)
         return arrange(replace(found, name=name), options, preprocess, seed)
 
     return plan

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -66,7 +67,7 @@ def folder_task(
 
 def given_task(
     images: Sequence[Picture] | Tensor,
-    labels: Sequence[str] | Sequence[int],
+    labels: Sequence[str | int] | Tensor,
     preprocess: Preprocess,
     known: Mapping[str, int],
     index: int,
@@ -83,10 +84,12 @@ def given_task(
     Raises:
         ValueError: when an image or label has another form, or their numbers differ.
     """
-    values = labels.tolist() if isinstance(labels, Tensor) else list(labels)
+    values: list[Any] = labels.tolist() if isinstance(labels, Tensor) else list(labels)
     for row, value in enumerate(values):
-        if isinstance(value, bool | float) or not str(value):
+        if isinstance(value, bool) or not isinstance(value, str | SupportsIndex) or value == "":
             raise ValueError(f"labels, row {row}: got {value!r}, expected a name or an integer")
+    if len({isinstance(value, str) for value in values}) > 1:
+        raise ValueError("labels mix names and integers; give one kind")
     if not values:
         raise ValueError("labels are empty: a task needs at least one image")
     names = list(dict.fromkeys(map(str, sorted(set(values)))))
@@ -102,7 +105,9 @@ def _numbered(names: Sequence[str], known: Mapping[str, int]) -> dict[str, int]:
     return {**{n: known[n] for n in names if n in known}, **{n: following + i for i, n in enumerate(new)}}
 
 
-def _set(root: Path, listed: Sequence[tuple[str, str, str]], ids: Mapping[str, int], preprocess: Preprocess) -> ImageSet:
+def _set(
+    root: Path, listed: Sequence[tuple[str, str, str]], ids: Mapping[str, int], preprocess: Preprocess
+) -> ImageSet:
     real = [(name, file) for name, _, file in listed if file]
     labels = torch.tensor([ids[name] for name, _ in real], dtype=torch.int64)
     return ImageSet(Files(root, [file for _, file in real]), torch.arange(len(real)), labels, preprocess, Budget())

@@ -3,7 +3,7 @@
 import difflib
 import inspect
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, get_type_hints
 
 from perdure.images import Preprocess
@@ -20,7 +20,8 @@ class Options:
     """How examples become tasks.
 
     Args:
-        tasks: number of tasks (10 when None); the classes are spread as evenly as possible, the first tasks get one more.
+        tasks: number of tasks (10 when None, or what the data set's page says); classes are spread as evenly as
+            possible, the first tasks get one more.
         increments: classes of each task, in place of `tasks`: `(50, 10, 10)`; the sum must be the number of classes.
         scenario: "class" (all seen classes compete), "task" (the task is told), "domain" (the same classes every time).
         domain: where the domain is written: a column, or a level of folders (0 is the outermost).
@@ -51,46 +52,56 @@ class Options:
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}: expected at least 1")
         if self.increments is not None and (not self.increments or min(self.increments) < 1):
-            raise ValueError(f"increments={tuple(self.increments)}: expected the number of classes of each task, all >= 1")
+            raise ValueError(f"increments={tuple(self.increments)}: expected each task's number of classes, all >= 1")
         if self.tasks is not None and self.increments is not None and len(self.increments) != self.tasks:
             raise ValueError(
-                f"tasks={self.tasks} but increments={tuple(self.increments)} are {len(self.increments)}: leave tasks out"
+                f"tasks={self.tasks}, but increments={tuple(self.increments)} has {len(self.increments)}: drop tasks"
             )
         if isinstance(self.order, str) and self.order != "natural":
             raise ValueError(
                 f"order={self.order!r}: expected 'natural', a seed, or a list of names{near(self.order, ('natural',))}"
             )
 
+    def domain_column(self) -> str | None:
+        """The column of the domain; raises a ValueError when it would have no effect."""
+        if self.domain is None:
+            return None
+        if self.scenario != "domain":
+            raise ValueError(f"domain={self.domain!r} has no effect with scenario={self.scenario!r}; use 'domain'")
+        return str(self.domain)
 
-def stream(**defaults: Any) -> Callable[[Callable[..., StreamPlan]], Callable[..., StreamPlan]]:
-    """Give a factory the common options, in its signature and as its first argument.
+    def by_default(self, tasks: int) -> "Options":
+        """These options, with `tasks` where the user leaves the number open."""
+        undecided = self.tasks is None and self.increments is None and self.scenario != "domain"
+        return replace(self, tasks=tasks) if undecided else self
+
+
+def stream(*without: str) -> Callable[[Callable[..., StreamPlan]], Callable[..., StreamPlan]]:
+    """Give a factory the common options: in its signature, and as its first argument.
 
     Args:
-        defaults: other defaults than `Options` has. An option with the default `...` is not offered: the factory
-            decides it.
+        without: options that are not offered.
     """
 
     def decorate(factory: Callable[..., StreamPlan]) -> Callable[..., StreamPlan]:
         own = list(inspect.signature(factory).parameters.values())[1:]
-        hidden = {k for k, v in defaults.items() if v is ...}
-        hints = get_type_hints(factory)
-        common = {f.name: defaults.get(f.name, f.default) for f in fields(Options) if f.name not in hidden}
-        assert MISSING not in common.values()
+        common = {f.name: f.default for f in fields(Options) if f.name not in without}
 
         def made(*args: Any, **written: Any) -> StreamPlan:
-            bound = signature.bind(*args, **written)
-            chosen = {k: bound.arguments.pop(k, default) for k, default in common.items()}
-            return factory(Options(**chosen), **bound.arguments)
+            arguments = signature.bind(*args, **written).arguments
+            options = Options(**{k: arguments.pop(k) for k in common if k in arguments})
+            if options.scenario == "domain" and "domain" in without:
+                raise ValueError(f"scenario='domain': {factory.__name__} has no domains; use 'class' or 'task'")
+            return factory(options, **arguments)
 
-        signature = inspect.Signature(
-            [
-                *(p.replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD) for p in own),
-                *(inspect.Parameter(k, inspect.Parameter.KEYWORD_ONLY, default=v) for k, v in common.items()),
-            ]
-        )
+        hints = get_type_hints(factory)
+        everything = get_type_hints(Options)
+        hints = {p.name: hints[p.name] for p in own} | {k: everything[k] for k in common}
+        shown = [inspect.Parameter(k, inspect.Parameter.KEYWORD_ONLY, default=v) for k, v in common.items()]
+        parameters = [p.replace(annotation=hints[p.name]) for p in (*own, *shown)]
+        signature = inspect.Signature(parameters, return_annotation=StreamPlan)
         made.__signature__ = signature  # type: ignore[attr-defined]
-        made.__annotations__ = {p.name: hints[p.name] for p in own}
-        made.__annotations__ |= {k: hint for k, hint in get_type_hints(Options).items() if k in common}
+        made.__annotations__ = {**hints, "return": StreamPlan}
         made.__name__, made.__doc__, made.__module__ = factory.__name__, factory.__doc__, factory.__module__
         return made
 

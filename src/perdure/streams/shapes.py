@@ -5,7 +5,6 @@ import json
 import re
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -19,18 +18,20 @@ _SHAPES = ("circle", "rectangle", "triangle")
 _NEGATIVE = re.compile(r"\b(not|no)\b")
 
 
-@stream(tasks=8, domain=..., scenario="class")
+@stream("domain")
 def easy_vqa(options: Options) -> StreamPlan:
     """4,000 train and 1,000 test images, 64 × 64, of one coloured shape each; from the package `easy-vqa` (MIT).
 
-    The class of an image, one of 8 colours with one of 3 shapes, follows from the package's questions and answers on it.
+    The class of an image, one of 8 colours with one of 3 shapes, follows from the package's questions and answers on
+    it; images of which they do not tell enough (534 of the 5,000 in version 1.0) are left out and counted in the
+    stream's notes. 8 tasks by default.
 
     Raises:
         ValueError: when the package is missing.
     """
 
     def plan(preprocess: Preprocess, seed: int) -> Stream:
-        return arrange(_read(), options, preprocess, seed)
+        return arrange(_read(), options.by_default(tasks=8), preprocess, seed)
 
     return plan
 
@@ -52,7 +53,7 @@ def _part(folder: Traversable, names: tuple[str, ...]) -> tuple[Part, int]:
     possible: dict[int, set[str]] = {}
     for question, answer, image in json.loads((folder / "questions.json").read_text(encoding="utf-8")):
         possible[image] = _consistent(possible.get(image, set(names)), question, answer)
-    known: dict[int, Any] = {i: names.index(*rest) for i, rest in sorted(possible.items()) if len(rest) == 1}
+    known = {i: names.index(next(iter(rest))) for i, rest in sorted(possible.items()) if len(rest) == 1}
     count = len(known)
     part = Part(
         Files(Path(str(folder)) / "images", [f"{i}.png" for i in known]),

@@ -81,7 +81,7 @@ class Parquet:
         self.files = [Path(f) for f in files]
         self.column = column
         self.memory = memory
-        self.ends = list(itertools.accumulate(pq.read_metadata(f).num_rows for f in self.files))
+        self.ends: list[int] = list(itertools.accumulate(pq.read_metadata(f).num_rows for f in self.files))
         self._encoded: pa.ChunkedArray | None = None
         self._lock = threading.Lock()
 
@@ -121,7 +121,8 @@ class Parquet:
         if sum(f.stat().st_size for f in self.files) > budget:
             return _memory_mapped(self.files, self.column)
         tables = [pq.read_table(f, columns=[self.column], memory_map=True) for f in self.files]
-        return pa.concat_tables([t.replace_schema_metadata() for t in tables], promote_options="permissive")[self.column]
+        bare = [table.replace_schema_metadata() for table in tables]
+        return pa.concat_tables(bare, promote_options="permissive")[self.column]
 
 
 class Rows:
@@ -167,8 +168,8 @@ class Given:
     def __init__(self, images: Sequence[Picture] | Tensor) -> None:
         if isinstance(images, Tensor) and (images.dim() != 4 or images.shape[1] != 3 or images.dtype != torch.uint8):
             raise ValueError(
-                f"images: got a {images.dtype} tensor of shape {tuple(images.shape)}, expected torch.uint8 (n, 3, H, W) "
-                "with values 0-255"
+                f"images: got a {images.dtype} tensor of shape {tuple(images.shape)}, expected torch.uint8 "
+                "(n, 3, H, W) with values 0-255"
             )
         self.images = images
         if not isinstance(images, Tensor):
@@ -208,8 +209,8 @@ def _check(image: Any, row: int) -> None:
         fits, form = isinstance(image, Image.Image | str | Path), f"a {type(image).__name__}"
     if not fits:
         raise ValueError(
-            f"images, row {row}: got {form}, expected a Pillow image, a path, a uint8 array (H, W, 3) or a uint8 tensor "
-            "(3, H, W) with values 0-255"
+            f"images, row {row}: got {form}, expected a Pillow image, a path, a uint8 array (H, W, 3) or a uint8 "
+            "tensor (3, H, W) with values 0-255"
         )
 
 

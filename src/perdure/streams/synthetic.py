@@ -21,7 +21,7 @@ def synthetic(
     noise: float = 0.7,
     scenario: Scenario = "class",
 ) -> StreamPlan:
-    """Images drawn around one random picture a class; in a domain-incremental stream each domain adds a picture of its own.
+    """Images drawn around one random picture a class; with scenario="domain" each domain adds a picture of its own.
 
     Args:
         tasks: number of tasks.
@@ -62,7 +62,7 @@ def synthetic(
         made = []
         for t, classes in enumerate(_classes(tasks, classes_per_task, scenario)):
             names = tuple(f"picture {c}" for c in classes)
-            title = f"domain {t}" if scenario == "domain" else f"{t}: {names[0]} to {classes[-1]} ({len(names)} classes)"
+            title = f"domain {t}" if scenario == "domain" else f"{t}: {names[0]} ... ({len(names)} classes)"
             train, test = part(t, classes, "train", per_class), part(t, classes, "test", test_per_class)
             made.append(Task(t, title, classes, names, tasks, train, test))
         notes = {

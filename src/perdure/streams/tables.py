@@ -38,7 +38,7 @@ def parquet(
     """
 
     def plan(preprocess: Preprocess, seed: int) -> Stream:
-        return arrange(read_parquet(path, label, image, names, _domain_column(options)), options, preprocess, seed)
+        return arrange(read_parquet(path, label, image, names, options.domain_column()), options, preprocess, seed)
 
     return plan
 
@@ -77,14 +77,6 @@ def parquet_files(path: Path) -> tuple[list[Path], list[Path]]:
 def parquet_columns(path: Path) -> list[str]:
     """Names of the columns of the data set at `path`."""
     return list(_schema(parquet_files(path)[0][0]).names)
-
-
-def _domain_column(options: Options) -> str | None:
-    if options.domain is None:
-        return None
-    if options.scenario != "domain":
-        raise ValueError(f"domain={options.domain!r} has no effect with scenario={options.scenario!r}; write scenario='domain'")
-    return str(options.domain)
 
 
 def _table(name: str, files: list[Path], image: str) -> Table:

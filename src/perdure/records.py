@@ -44,7 +44,8 @@ class Run:
             )
         facts, summary = _object(folder / "run.json"), _object(folder / "summary.json")
         for key in ("config", "resolved", "backbone", "versions", "stream"):
-            if not isinstance(facts.setdefault(key, {}), dict):
+            facts[key] = {} if facts.get(key) is None else facts[key]
+            if not isinstance(facts[key], dict):
                 raise ValueError(f"{folder / 'run.json'}: {key!r} is not an object; restore the file or run again")
         return cls(folder, facts, summary, tuple(_rows(folder / "results.jsonl")))
 
@@ -154,8 +155,8 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
 
 
 def _settings(run: Run) -> dict[str, Any]:
-    """Configuration without what repetitions vary: seeds, the order of classes, the place on disk."""
-    return {k: _unseeded(v) for k, v in run.config.items() if k not in ("seed", "out")}
+    """Configuration without what repetitions vary: seeds, the order of classes, when and where to save."""
+    return {k: _unseeded(v) for k, v in run.config.items() if k not in ("seed", "out", "save_every")}
 
 
 def _unseeded(value: Any) -> Any:

@@ -1,0 +1,376 @@
+"""The report: what it shows, that it is one file, and what it says about damaged folders."""
+
+import html
+import json
+import math
+import random
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from perdure import charts
+from perdure.records import Run, grouped
+from perdure.report import duration, show, write_report
+
+INFLORA = "inflora(rank=10)"
+
+
+def write_run(
+    folder: Path,
+    method: str = INFLORA,
+    seed: int = 0,
+    tasks: int = 5,
+    learnt: int | None = None,
+    names: list[str] | None = None,
+    lost: float = 0.03,
+    **config: Any,
+) -> Path:
+    """A run's folder as `perdure run` writes it, with made-up numbers; `learnt` < `tasks` is a run still going."""
+    draw = random.Random(f"{method} {seed}")
+    names = names or [f"task {i + 1}" for i in range(tasks)]
+    done = tasks if learnt is None else learnt
+    folder.mkdir(parents=True)
+    facts = {
+        "perdure": "0.1.0",
+        "created": "2026-03-04T10:20:30+00:00",
+        "git": None,
+        "seed": seed,
+        "config": {
+            "stream": "cifar100(tasks=5)",
+            "backbone": "clip(path='openai/clip-vit-base-patch16')",
+            "method": method,
+            "objective": "classify()",
+            "epochs": 20,
+            "lr": 5e-4,
+            "batch_size": 128,
+            "precision": "auto",
+            "seed": seed,
+        }
+        | config,
+        "resolved": {"precision": "bf16", "attention": "eager", "threads": 2, "device": "cpu"},
+        "backbone": {"fingerprint": "5f" * 32, "preprocess": {"size": 224, "resize": 224, "mean": [0.5] * 3}},
+        "versions": {"torch": "2.9.0"},
+        "stream": {
+            "name": "cifar100",
+            "scenario": "class",
+            "tasks": [
+                {
+                    "index": i,
+                    "name": name,
+                    "classes": [2 * i, 2 * i + 1],
+                    "names": [f"{name} a", f"{name} b"],
+                    "train": 1000,
+                    "test": 200,
+                }
+                for i, name in enumerate(names)
+            ],
+            "skipped": [],
+        },
+    }
+    (folder / "run.json").write_text(json.dumps(facts, ensure_ascii=False), encoding="utf-8")
+    rows: list[dict[str, Any]] = []
+    matrix: list[list[float | None]] = []
+    for i in range(done):
+        row = [max(0.05, 0.92 - 0.01 * j - lost * (i - j) + draw.uniform(-0.02, 0.02)) for j in range(i + 1)]
+        matrix.append([*row, *[None] * (tasks - i - 1)])
+        for j, value in enumerate(row):
+            for metric, better in (("accuracy", 0.0), ("accuracy_with_task_id", 0.05), ("task_id_accuracy", 0.03)):
+                rows.append({"after": i, "on": j, "metric": metric, "value": min(1.0, value + better)})
+        if method.startswith("inflora"):
+            for k in range(12):
+                share = 1 - math.exp(-(i + 1) * (0.02 + 0.012 * k))
+                rows.append(
+                    {"after": i, "on": None, "metric": f"occupied_share/encoder.layers.{k}:qkv", "value": share}
+                )
+    with (folder / "results.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    if done == tasks:
+        summary = {
+            "matrix": matrix,
+            "trainable_parameters": 1_240_080,
+            "stored_bytes": 7_340_032 + 1000 * seed,
+            "seconds_per_task": [
+                {"prepare": 3.2, "train": 61 + 5 * draw.random(), "finish": 2.1 + 0.1 * i, "evaluate": 4 + 1.5 * i}
+                for i in range(tasks)
+            ],
+            "images_per_second": 318.4,
+            "peak_rss_bytes": 2_147_483_648,
+            "skipped_images": 0,
+        }
+        (folder / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+def render(out: Path, *folders: Path) -> str:
+    return write_report(folders, out / "out.html").read_text(encoding="utf-8")
+
+
+def text_of(page: str) -> str:
+    """What a reader sees, without the style sheet and with single spaces."""
+    body = re.sub(r"(?s)<style>.*?</style>|<[^>]+>", " ", page)
+    return " ".join(html.unescape(body).split())
+
+
+class Balance(HTMLParser):
+    """Every element is closed, in order."""
+
+    void = frozenset({"meta", "br", "link", "img", "hr"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in self.void:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        pass
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def check_balance(page: str) -> None:
+    parser = Balance()
+    parser.feed(page)
+    parser.close()
+    assert parser.open == []
+
+
+def test_one_run_shows_its_numbers_in_words(tmp_path: Path):
+    page = render(tmp_path, write_run(tmp_path / "a"))
+    check_balance(page)
+    text = text_of(page)
+    run = Run.read(tmp_path / "a")
+    meaning = "Mean accuracy over all tasks after the last one was learnt. Higher is better."
+    assert f"Final accuracy {meaning} {100 * run.numbers()['acc']:.1f} %" in text
+    assert "Trainable parameters Numbers that training may change, in the largest task. 1,240,080" in text
+    assert "7.34 MB" in text
+    assert "2.15 GB" in text
+    assert "318 /s" in text
+    assert "5f5f5f" in text
+    assert "any class seen so far may be answered" in text
+    assert "Comparison" not in text
+    assert "Not finished" not in text
+
+
+def test_every_evaluated_score_stands_in_the_matrix(tmp_path: Path):
+    page = render(tmp_path, write_run(tmp_path / "a", tasks=20))
+    cells = re.findall(r'<td class="(?:own )?h(\d+)">([\d.]+)</td>', page)
+    scores = [v for row in Run.read(tmp_path / "a").matrix() for v in row if v is not None]
+    assert [text for _, text in cells] == [f"{100 * v:.1f}" for v in scores]
+    assert [int(h) for h, _ in cells] == [charts.level(v) for v in scores]
+    assert len(scores) == 210
+
+
+def test_the_file_stands_alone(tmp_path: Path):
+    page = render(tmp_path, write_run(tmp_path / "a"), write_run(tmp_path / "b", "lora(rank=10)", lost=0.1))
+    assert not re.search(r"https?://|<script|<link|<img|@import|url\(|\bsrc=|\bhref=|file:", page)
+    assert "default-src 'none'" in page
+
+
+def test_the_same_folders_give_the_same_bytes(tmp_path: Path):
+    folder = write_run(tmp_path / "a")
+    assert render(tmp_path, folder) == render(tmp_path, folder)
+
+
+def test_names_with_markup_and_chinese_are_shown_as_they_are(tmp_path: Path):
+    names = ['<b>猫</b> & "狗"', "</title><script>alert(1)</script>", "{{ 7 * 7 }}"]
+    page = render(tmp_path, write_run(tmp_path / "<i>&", names=names, tasks=3, stream="images(path='图片 & <x>')"))
+    check_balance(page)
+    assert all(name in html.unescape(page) for name in names)
+    assert "images(path='图片 & <x>')" in text_of(page)
+    assert not re.search(r"<script|<b>猫|<x>|<i>&", page)
+
+
+def test_occupancy_is_drawn_only_where_it_was_recorded(tmp_path: Path):
+    assert "encoder.layers.11:qkv" in render(tmp_path, write_run(tmp_path / "a"))
+    assert "Space that past tasks take" not in render(tmp_path, write_run(tmp_path / "b", "lora(rank=10)"))
+
+
+def test_several_runs_are_compared_by_method_over_seeds(tmp_path: Path):
+    folders = [write_run(tmp_path / f"{m}{s}", f"{m}(rank=4)", s) for m in ("lora", "inflora") for s in range(3)]
+    page = render(tmp_path, *folders)
+    check_balance(page)
+    groups = grouped([Run.read(f) for f in folders])
+    assert [(g.label, len(g.runs)) for g in groups] == [("lora(rank=4)", 3), ("inflora(rank=4)", 3)]
+    values = [run.numbers()["acc"] for run in groups[0].runs]
+    mean = sum(values) / 3
+    std = (sum((v - mean) ** 2 for v in values) / 2) ** 0.5
+    assert f"lora(rank=4) 3 {100 * mean:.1f} ± {100 * std:.1f}" in text_of(page)
+    assert page.count('<polygon class="band"') == 2
+
+
+def test_runs_that_differ_in_more_than_the_seed_are_not_averaged(tmp_path: Path):
+    a = write_run(tmp_path / "a", seed=0, stream="cifar100(tasks=5, seed=0)")
+    b = write_run(tmp_path / "b", seed=1, stream="cifar100(tasks=5, seed=1)")
+    c = write_run(tmp_path / "c", seed=2, stream="cifar100(tasks=5, seed=2)", lr=0.01)
+    groups = grouped([Run.read(f) for f in (a, b, c)])
+    assert [(g.label, len(g.runs)) for g in groups] == [(f"{INFLORA} · lr 0.0005", 2), (f"{INFLORA} · lr 0.01", 1)]
+
+
+def test_runs_on_different_streams_are_told_apart_with_a_warning(tmp_path: Path):
+    page = render(tmp_path, write_run(tmp_path / "a"), write_run(tmp_path / "b", stream="cub200(tasks=5)"))
+    assert "These runs differ in stream: their numbers cannot be compared directly." in text_of(page)
+
+
+def test_a_run_still_going_is_shown_as_far_as_it_got(tmp_path: Path):
+    folder = write_run(tmp_path / "a", learnt=3)
+    with (folder / "results.jsonl").open("a") as file:
+        file.write('{"after": 3, "on": 0, "metric": "accuracy", "value": 0.5}\n{"after": 3, "on": 1, "metr')
+    run = Run.read(folder)
+    assert run.learnt() == 3
+    assert run.numbers()["acc"] == pytest.approx(sum(v for v in run.matrix()[2] if v is not None) / 3)
+    text = text_of(render(tmp_path, folder))
+    assert "Not finished: 3 of 5 tasks are learnt and evaluated." in text
+
+
+@pytest.mark.parametrize("learnt", [0, 1])
+def test_a_run_at_its_very_beginning_gives_a_report(tmp_path: Path, learnt: int):
+    folder = write_run(tmp_path / "a", learnt=learnt)
+    check_balance(render(tmp_path, folder))
+    assert Run.read(folder).numbers()["forgetting"] is None
+
+
+def test_a_folder_with_nothing_but_an_empty_record_gives_a_report(tmp_path: Path):
+    (tmp_path / "run.json").write_text('{"stream": null}')
+    check_balance(render(tmp_path / "out", tmp_path))
+
+
+def test_a_summary_without_results_is_enough(tmp_path: Path):
+    folder = write_run(tmp_path / "a")
+    before = Run.read(folder).numbers()["acc"]
+    (folder / "results.jsonl").unlink()
+    assert Run.read(folder).numbers()["acc"] == pytest.approx(before)
+    check_balance(render(tmp_path, folder))
+
+
+def test_scores_of_the_pre_trained_model_stand_above_the_first_task(tmp_path: Path):
+    folder = write_run(tmp_path / "a", tasks=2)
+    with (folder / "results.jsonl").open("a") as file:
+        file.writelines(
+            json.dumps({"after": -1, "on": j, "metric": "accuracy", "value": 0.25}) + "\n" for j in range(2)
+        )
+        file.write(json.dumps({"after": 0, "on": 1, "metric": "accuracy", "value": 0.35}) + "\n")
+    page = render(tmp_path, folder)
+    assert Run.read(folder).numbers()["fwt"] == pytest.approx(0.1)
+    assert "nothing yet" in page
+    assert page.count(">25.0</td>") == 2
+
+
+def test_images_left_out_are_listed(tmp_path: Path):
+    folder = write_run(tmp_path / "a")
+    facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    facts["stream"]["skipped"] = ["photos/x.jpg: cut off"]
+    (folder / "run.json").write_text(json.dumps(facts))
+    assert "photos/x.jpg: cut off" in text_of(render(tmp_path, folder))
+
+
+def test_the_report_goes_into_a_folder_that_is_named(tmp_path: Path):
+    folder = write_run(tmp_path / "a")
+    assert write_report([folder], folder) == folder / "report.html"
+    assert sorted(p.name for p in folder.iterdir()) == ["report.html", "results.jsonl", "run.json", "summary.json"]
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        write_report([folder], folder.parent / "out.html")
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path):
+    assert "has no run.json" in refusal(tmp_path)
+    assert "has no run.json" in refusal(tmp_path / "absent")
+    with pytest.raises(ValueError, match="no run to report"):
+        write_report([], tmp_path / "out.html")
+
+
+@pytest.mark.parametrize("name", ["run.json", "summary.json"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b'{"config": 3, "matrix": [[1, 2]]}'])
+def test_a_damaged_file_is_named_with_the_remedy(tmp_path: Path, name: str, content: bytes):
+    folder = write_run(tmp_path / "a")
+    (folder / name).write_bytes(content)
+    message = refusal(folder)
+    assert str(folder / name) in message
+    assert "restore" in message
+
+
+@pytest.mark.parametrize(
+    "line", ["{", "[]", "3", '{"after": 0}', '{"after": "x", "on": 0, "metric": "accuracy", "value": 1}']
+)
+def test_a_damaged_line_of_results_is_named_by_number(tmp_path: Path, line: str):
+    folder = write_run(tmp_path / "a")
+    path = folder / "results.jsonl"
+    path.write_text("\n" + line + "\n" + path.read_text())
+    assert "results.jsonl, line 2, is damaged" in refusal(folder)
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_text_on_the_heat_map_can_be_read(dark: bool):
+    def rgb(text: str) -> tuple[int, int, int]:
+        return int(text[1:3], 16), int(text[3:5], 16), int(text[5:7], 16)
+
+    colours = charts.heat_colours(dark)
+    assert min(charts.contrast(rgb(a), rgb(b)) for a, b in colours) >= 4.5
+    steps = [charts.contrast(rgb(a), (255, 255, 255)) for a, _ in colours]
+    assert steps == sorted(steps, reverse=dark), "lightness alone must tell the order"
+
+
+def test_contrast_is_that_of_the_accessibility_guidelines():
+    assert charts.contrast((0, 0, 0), (255, 255, 255)) == pytest.approx(21)
+    assert charts.contrast((119, 119, 119), (255, 255, 255)) == pytest.approx(4.48, abs=0.01)
+
+
+def test_a_line_breaks_nothing_with_gaps_one_task_or_many_series():
+    for labels in (["a"], ["a", "b", "c"]):
+        values = [None, *[0.5] * (len(labels) - 1)]
+        drawn = charts.lines("x", [charts.Series(f"s{i}", values) for i in range(30)], labels)
+        assert "None" not in drawn
+        assert "nan" not in drawn
+        assert drawn.count('<polyline class="line"') == 30
+
+
+def test_the_axis_starts_at_zero_when_asked():
+    high = [charts.Series("s", [0.92, 0.95])]
+    assert '%">0</span>' in charts.lines("x", high, ["a", "b"], zero=True)
+    assert '%">80</span>' in charts.lines("x", high, ["a", "b"])
+    assert '%">0</span>' not in charts.lines("x", high, ["a", "b"])
+
+
+def test_a_bar_grows_from_zero_to_either_side():
+    assert 'x="25.00%" width="75.00%"' in charts.bar(0.3, -0.1, 0.3, "lost")
+    assert 'x="0.00%" width="25.00%"' in charts.bar(-0.1, -0.1, 0.3, "gained")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "text"),
+    [
+        ("acc", 0.7134, "71.3 %"),
+        ("bwt", -0.031, "−3.1 points"),
+        ("bwt", -0.0001, "0.0 points"),
+        ("stored_bytes", 999.0, "999 B"),
+        ("stored_bytes", 1_000_000.0, "1 MB"),
+        ("stored_bytes", 0.0, "0 B"),
+        ("peak_rss_bytes", 5e15, "5,000 TB"),
+        ("images_per_second", 12.345, "12.3 /s"),
+        ("acc", None, "–"),
+    ],
+)
+def test_numbers_carry_their_unit(key: str, value: float | None, text: str):
+    assert text_of(str(show(key, value))) == text
+
+
+def test_durations_are_written_for_people():
+    assert [duration(s) for s in (0.1234, 59.7, 75.2, 119.9, 7260)] == [
+        "0.123 s",
+        "59.7 s",
+        "1 min 15 s",
+        "2 min 0 s",
+        "2 h 1 min",
+    ]
