@@ -27,7 +27,7 @@ from perdure.learner import Core
 from perdure.method import Method
 from perdure.runtime import Runtime, resolve
 from perdure.streams import build_stream
-from perdure.train import Progress, Quiet, evaluate, fit_task
+from perdure.train import Progress, Quiet, TrainConfig, evaluate, fit_task
 from perdure.types import Row, Stream, Task
 
 if sys.platform != "win32":
@@ -55,8 +55,8 @@ def run(config: RunConfig, out: Path, progress: Progress | None = None, runtime:
         if (out / "run.json").exists():
             raise ValueError(f"{out} already holds a run: go on with 'perdure resume {out}', or give another --out")
         learner, stream, runtime = _build(config, runtime)
-        checkpoint.write_json(out / "run.json", _record(config, learner, stream, runtime))
-        return _learn(config, learner, stream, out, progress or Quiet())
+        checkpoint.write_json(out / "run.json", record(config, learner, stream, runtime))
+        return learn_stream(config, learner, stream, out, progress or Quiet(), config.save_every)
 
 
 def resume(out: Path, progress: Progress | None = None) -> dict[str, Any]:
@@ -66,12 +66,12 @@ def resume(out: Path, progress: Progress | None = None) -> dict[str, Any]:
         ValueError: when `out` is no run's folder, or something in it is damaged.
         Interrupted: after SIGINT or SIGTERM.
     """
-    record = read_record(out)
+    written = read_record(out)
     with checkpoint.locked(out):
         known = {f.name for f in fields(RunConfig)}
-        config = RunConfig(**{k: v for k, v in record["config"].items() if k in known})
-        learner, stream, _ = _build(config, Runtime(**record["resolved"]))
-        return _learn(config, learner, stream, out, progress or Quiet())
+        config = RunConfig(**{k: v for k, v in written["config"].items() if k in known})
+        learner, stream, _ = _build(config, Runtime(**written["resolved"]))
+        return learn_stream(config, learner, stream, out, progress or Quiet(), config.save_every)
 
 
 def read_record(out: Path) -> dict[str, Any]:
@@ -84,11 +84,28 @@ def read_record(out: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{out} is not a run's folder: it has no run.json. Start one with 'perdure run ... --out {out}'")
     try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        record["config"], record["resolved"]
+        written: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        written["config"], written["resolved"]
     except (ValueError, KeyError) as error:
         raise ValueError(f"{path} is damaged: it cannot be read as a run's record; restore it") from error
-    return record
+    return written
+
+
+def read_summary(out: Path) -> dict[str, Any]:
+    """summary.json of a finished run.
+
+    Raises:
+        ValueError: when the run is not finished, or the file cannot be read.
+    """
+    read_record(out)
+    path = out / "summary.json"
+    if not path.is_file():
+        raise ValueError(f"{out} is not finished: it has no summary.json. Go on with 'perdure resume {out}'")
+    try:
+        summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: remove it and run 'perdure resume {out}', which writes it anew") from error
+    return summary
 
 
 def _build(config: RunConfig, runtime: Runtime | None) -> tuple[Core, Stream, Runtime]:
@@ -103,7 +120,26 @@ def _build(config: RunConfig, runtime: Runtime | None) -> tuple[Core, Stream, Ru
     return learner, stream, runtime
 
 
-def _learn(config: RunConfig, learner: Core, stream: Stream, out: Path, progress: Progress) -> dict[str, Any]:
+def learn_stream(
+    config: TrainConfig,
+    learner: Core,
+    stream: Stream,
+    out: Path,
+    progress: Progress,
+    save_every: int = 0,
+    extra: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Learn what `out` has not learnt yet of `stream`; returns the summary, which is also written.
+
+    Args:
+        config: how each task is trained.
+        learner: fresh; it is brought to the folder's last state first.
+        stream: all tasks, those already learnt too.
+        out: the learner's folder, locked.
+        progress: who is told.
+        save_every: see `RunConfig`.
+        extra: facts for the manifests of the tasks learnt now.
+    """
     done = checkpoint.whole(out)
     rows = [row for each in done for row in each.rows]
     # The manifests vouch for what was measured; a line without its task is of a killed process.
@@ -122,7 +158,7 @@ def _learn(config: RunConfig, learner: Core, stream: Stream, out: Path, progress
                 snapshot = None
             else:
                 before = _before(learner, task, stream, progress)
-            saver = _Saver(config.save_every, out, learner, before, stopped)
+            saver = _Saver(save_every, out, learner, before, stopped)
             fitted = fit_task(learner, task, config, progress, saver, resumed)
             start = time.perf_counter()
             new = before + _measure(learner, task, stream)
@@ -137,7 +173,7 @@ def _learn(config: RunConfig, learner: Core, stream: Stream, out: Path, progress
                 "trainable_parameters": fitted.trainable,
                 "peak_rss_bytes": _peak_memory(),
             }
-            checkpoint.save_task(out, learner, new, facts)
+            checkpoint.save_task(out, learner, new, facts | (extra or {}))
             with (out / "results.jsonl").open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(asdict(row)) + "\n" for row in new)
             progress.scores(task, new)
@@ -165,6 +201,8 @@ def _before(learner: Core, task: Task, stream: Stream, progress: Progress) -> li
 def _measure(learner: Core, task: Task, stream: Stream) -> list[Row]:
     rows = []
     for seen in stream.tasks[: task.index + 1]:
+        if not len(seen.test):
+            continue
         rows += [Row(task.index, seen.index, k, v) for k, v in evaluate(learner, seen).items()]
     return rows + [Row(task.index, None, k, float(v)) for k, v in learner.method.measures(learner).items()]
 
@@ -241,7 +279,8 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def _record(config: RunConfig, learner: Core, stream: Stream, runtime: Runtime) -> dict[str, Any]:
+def record(config: RunConfig, learner: Core, stream: Stream, runtime: Runtime) -> dict[str, Any]:
+    """The content of run.json."""
     return {
         "perdure": __version__,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),

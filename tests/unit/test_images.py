@@ -133,7 +133,7 @@ def test_truncated_image_is_unreadable_and_named(form: str) -> None:
 
 
 def test_missing_file_is_unreadable_and_named(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    with pytest.raises(UnreadableImage, match="gone.png"):
+    with pytest.raises(UnreadableImage, match=r"gone\.png"):
         decode(tmp_path / "gone.png", str(tmp_path / "gone.png"))
 
 

@@ -63,9 +63,9 @@ def tables(root: Path, **columns: list[Any]) -> Path:
     return root
 
 
-def build(name: str, seed: int = 0, preprocess: Preprocess = EIGHT, **options: Any) -> Stream:
+def build(which: str, /, seed: int = 0, preprocess: Preprocess = EIGHT, **options: Any) -> Stream:
     written = {k: str(v) if isinstance(v, Path) else v for k, v in options.items()}
-    return build_stream(Spec(name, tuple(written.items())), preprocess, seed)
+    return build_stream(Spec(which, tuple(written.items())), preprocess, seed)
 
 
 def reds(data: Any) -> list[int]:
@@ -208,7 +208,7 @@ def test_empty_cell_is_an_unreadable_image_with_its_row(tmp_path: Path) -> None:
 def test_skip_bad_leaves_out_damaged_images_and_lists_them(tmp_path: Path) -> None:
     root = split_folder(tmp_path / "d")
     (root / "train" / "fig" / "3.png").write_bytes(b"no image")
-    (root / "test" / "kiwi" / "0.png").write_bytes(png(1)[:-20])
+    (root / "test" / "kiwi" / "0.png").write_bytes(png(1)[:40])
     stream = build("images", path=root, tasks=2, order="natural", skip_bad=True)
     assert stream.tasks[0].train.skipped == (str(root / "train/fig/3.png"),)  # type: ignore[attr-defined]
     assert stream.notes["skipped"] == [str(root / "train/fig/3.png"), str(root / "test/kiwi/0.png")]
@@ -278,12 +278,14 @@ def test_classes_called_train_and_test_are_classes(tmp_path: Path) -> None:
     assert sorted(stream.notes["classes"]) == ["car", "test", "train"]
 
 
-def test_hidden_files_and_files_that_are_no_images_are_left_aside(tmp_path: Path) -> None:
+def test_hidden_files_are_left_aside_and_files_that_are_no_images_counted(tmp_path: Path) -> None:
     root = folder(tmp_path / "d")
     (root / ".cache").mkdir()
     (root / "fig" / "notes.txt").write_text("hello")
     (root / "fig" / "._0.png").write_bytes(b"")
-    assert sum(build("images", path=root, tasks=2).notes["train_images"]) == 16
+    stream = build("images", path=root, tasks=2)
+    assert sum(stream.notes["train_images"]) == 16
+    assert stream.notes["other_files"] == 1
 
 
 def test_missing_folder_is_named_with_a_near_one(tmp_path: Path) -> None:
@@ -304,7 +306,7 @@ def test_missing_folder_is_named_with_a_near_one(tmp_path: Path) -> None:
         (lambda root: split_folder(root) and folder(root / "test", ("gnu",)), r"class 'gnu' is in test \(5 images\)"),
         (lambda root: folder(root / "test"), "holds 'test' but no 'train'"),
         (lambda root: folder(root / "train") and folder(root / "tset"), "holds 'train' beside tset"),
-        (lambda root: root.write_text("x"), "is a file; give a folder"),
+        (lambda root: root.write_text("x"), "is a file; give a folder of class folders"),
     ],
 )
 def test_folder_that_is_no_data_set_is_explained(tmp_path: Path, make: Any, message: str) -> None:

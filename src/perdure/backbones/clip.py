@@ -57,6 +57,7 @@ class Clip(Backbone):
         self.tokenizer = tokenizer
         self.preprocess = preprocess
         self.spec = spec
+        self.eval()
         self.dim = pretrained.features_of(self)
         text = model.config.text_config
         self._length = min(tokenizer.model_max_length, text.max_position_embeddings)

@@ -112,8 +112,8 @@ def read_model(kind: Any, path: str, **options: Any) -> Any:
     )
     if missing := sorted(found["missing_keys"]):
         raise ValueError(
-            f"{path!r} lacks {len(missing)} weights of a {kind.__name__}, such as {missing[0]}: give a folder or hub "
-            "name of a complete model of that kind"
+            f"{path!r} lacks {len(missing)} of the weights of a {kind.__name__}, first {missing[0]}: give a folder or "
+            "hub name of a complete model of that kind"
         )
     return model
 
@@ -124,10 +124,15 @@ def read_config(path: str) -> Any:
     Raises:
         ValueError: when it is missing or of no kind that transformers knows.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except StrictDataclassError as error:
+        raise ValueError(
+            f"cannot load {path!r}: config.json: {' '.join(str(error).split())[:200]}; correct it"
+        ) from error
     except ValueError as error:
         raise ValueError(
             f"cannot load {path!r}: its config.json names no model that transformers knows without running foreign code"

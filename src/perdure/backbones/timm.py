@@ -61,6 +61,7 @@ class Timm(Backbone):
         self.model: Any = pretrained.frozen(model)
         self.preprocess = preprocess
         self.spec = spec
+        self.eval()
         self.dim = pretrained.features_of(self)
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:

@@ -70,6 +70,7 @@ class Vision(Backbone):
         self.pooled = pooled
         self.preprocess = preprocess
         self.spec = spec
+        self.eval()
         self.dim = pretrained.features_of(self)
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:

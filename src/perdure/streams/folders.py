@@ -22,7 +22,7 @@ def images(options: Options, path: str) -> StreamPlan:
     Classes are the folders' names. With `domain=0` the folders are `<domain>/<class>/*`, with `domain=1`
     `<class>/<domain>/*`. Without a test folder, 20 % of each class are held out; which ones depends on the files' paths
     within `path` only, never on the seed, so all runs are tested on the same images. Hidden files and files that
-    no reader of images knows by their ending are left aside.
+    no reader of images knows by their ending are left aside; the latter are counted in the stream's notes.
 
     Args:
         options: the common ones.
@@ -46,15 +46,17 @@ def read_folders(path: Path, domain: int | None = None) -> Found:
     names = sorted({folder for each in listed for folder, _, _ in each})
     domains = sorted({folder for each in listed for _, folder, _ in each}) if domain is not None else []
     made = [_part(root, each, names, domains) for root, each in zip(roots, listed, strict=True)]
-    return Found(path.resolve().name, made[0], made[1] if test else None, tuple(names), tuple(domains))
+    others = sum(not _is_image(file) for root in roots for file in _visible(root))
+    notes = {"other_files": others} if others else {}
+    return Found(path.resolve().name, made[0], made[1] if test else None, tuple(names), tuple(domains), notes)
 
 
 def parts(path: Path) -> tuple[Path, Path | None]:
     """The folders of the train and the test images; no test folder when there is none beside `train`."""
     if not path.is_dir():
         here = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        what = "is a file" if path.is_file() else "does not exist"
-        raise ValueError(f"path={str(path)!r} {what}{near(path.name, here)}; give a folder of class folders")
+        what = "is a file" if path.is_file() else f"does not exist{near(path.name, here)}"
+        raise ValueError(f"path={str(path)!r} {what}; give a folder of class folders")
     test = next((path / word for word in _TEST if (path / word).is_dir() and _folders(path / word)), None)
     # "train", "test" and "val" may as well be classes: then they hold images, not folders.
     if test is not None and not (path / "train").is_dir():
@@ -105,10 +107,17 @@ def _folders(path: Path) -> list[Path]:
 
 
 def _files(root: Path, folder: Path) -> list[str]:
-    known = Image.registered_extensions()
-    inside: Iterable[Path] = (p for p in folder.rglob("*") if p.suffix.lower() in known and p.is_file())
-    relative = [p.relative_to(root) for p in inside]
-    return sorted(p.as_posix() for p in relative if not any(part.startswith(".") for part in p.parts))
+    return sorted(file.relative_to(root).as_posix() for file in _visible(folder) if _is_image(file))
+
+
+def _visible(folder: Path) -> Iterable[Path]:
+    for file in folder.rglob("*"):
+        if file.is_file() and not any(part.startswith((".", "__")) for part in file.relative_to(folder).parts):
+            yield file
+
+
+def _is_image(file: Path) -> bool:
+    return Image.registered_extensions().get(file.suffix.lower()) in Image.OPEN
 
 
 def _hidden(path: Path) -> bool:

@@ -1,5 +1,6 @@
 """The coloured shapes of the PyPI package easy-vqa as a stream of 24 classes such as "blue circle"."""
 
+import functools
 import importlib.resources
 import json
 import re
@@ -50,9 +51,10 @@ def _read() -> Found:
 
 
 def _part(folder: Traversable, names: tuple[str, ...]) -> tuple[Part, int]:
-    possible: dict[int, set[str]] = {}
+    everything = frozenset(names)
+    possible: dict[int, frozenset[str]] = {}
     for question, answer, image in json.loads((folder / "questions.json").read_text(encoding="utf-8")):
-        possible[image] = _consistent(possible.get(image, set(names)), question, answer)
+        possible[image] = possible.get(image, everything) & _answering(names, question, answer)
     known = {i: names.index(next(iter(rest))) for i, rest in sorted(possible.items()) if len(rest) == 1}
     count = len(known)
     part = Part(
@@ -64,12 +66,12 @@ def _part(folder: Traversable, names: tuple[str, ...]) -> tuple[Part, int]:
     return part, len(possible) - count
 
 
-def _consistent(classes: set[str], question: str, answer: str) -> set[str]:
-    said = [word for word in question.rstrip("?").split() if any(word in name.split() for name in classes)]
+@functools.cache  # the package asks 48,248 questions, a few hundred different ones
+def _answering(names: tuple[str, ...], question: str, answer: str) -> frozenset[str]:
+    words = {name: set(name.split()) for name in names}
+    said = set(re.findall("[a-z]+", question)) & set().union(*words.values())
     if answer in ("yes", "no"):
-        if not (named := re.findall(r"[a-z]+", question)):
-            return classes
         holds = (answer == "yes") != bool(_NEGATIVE.search(question))
-        return {c for c in classes if (bool(set(c.split()) & set(named))) == holds}
+        return frozenset(name for name in names if bool(words[name] & said) == holds)
     # "what is the blue shape?" says the colour and asks for the shape.
-    return {c for c in classes if answer in c.split() and set(said) <= set(c.split())}
+    return frozenset(name for name in names if {answer, *said} <= words[name])
