@@ -77,9 +77,7 @@ def save_task(folder: Path, learner: Core, rows: list[Row], facts: dict[str, Any
     return target
 
 
-def save_step(
-    folder: Path, learner: Core, step: int, optimizer: torch.optim.Optimizer | None, rows: list[Row]
-) -> Path:
+def save_step(folder: Path, learner: Core, step: int, optimizer: torch.optim.Optimizer | None, rows: list[Row]) -> Path:
     """Write the state within the current task, with the optimizer's, and remove the snapshot before it.
 
     `rows` are measurements made before the task's first step.
@@ -167,7 +165,9 @@ def restore(learner: Core, checkpoint: Checkpoint, tasks: Sequence[Task] = ()) -
     except RuntimeError as error:
         raise ValueError(f"{path} does not fit this learner: {str(error).splitlines()[-1].strip()}") from error
     frozen = {f"backbone.{n}" for n, p in learner.backbone.named_parameters() if not p.requires_grad}
-    missing = [k for k in missing if k not in frozen and k not in dict(learner.backbone.named_buffers(prefix="backbone"))]
+    missing = [
+        k for k in missing if k not in frozen and k not in dict(learner.backbone.named_buffers(prefix="backbone"))
+    ]
     if missing or unexpected:
         raise ValueError(
             f"{path} does not fit this learner: missing {missing[:3]}, unexpected {unexpected[:3]}; was it made by "
@@ -280,9 +280,10 @@ def _read(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
     if hashlib.sha256(content).hexdigest() != checkpoint.manifest["sha256"].get(name):
         raise DamagedCheckpoint(f"{path} is damaged: its sha256 is not the one in its manifest; {remedy}")
     try:
-        return load(content)
+        tensors: dict[str, Tensor] = load(content)
     except SafetensorError as error:
         raise DamagedCheckpoint(f"{path} is damaged: {error}; {remedy}") from error
+    return tensors
 
 
 def drop_lines_after(path: Path, kept: list[str]) -> None:
@@ -290,5 +291,3 @@ def drop_lines_after(path: Path, kept: list[str]) -> None:
     text = "".join(f"{line}\n" for line in kept)
     if not path.exists() or path.read_text(encoding="utf-8") != text:
         write_text(path, text)
-
-

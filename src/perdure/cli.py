@@ -140,7 +140,9 @@ class Predict(_Command):
         found = Learner.load(self.learner).predict(files, top=self.top)
         for file, answer in zip(files, found, strict=True):
             line = "  ".join(f"{name} {share:.1%}" for name, share in answer)
-            screen.result({"image": str(file), "labels": [{"name": n, "score": s} for n, s in answer]}, f"{file}  {line}")
+            screen.result(
+                {"image": str(file), "labels": [{"name": n, "score": s} for n, s in answer]}, f"{file}  {line}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,7 +233,7 @@ class List(_Command):
         screen.listing([(_call(name, made), _sentence(made)) for name, made in sorted(tables[self.what].items())])
 
 
-COMMANDS = {
+COMMANDS: dict[str, Callable[..., Any]] = {
     "demo": Demo,
     "run": Run,
     "resume": Resume,

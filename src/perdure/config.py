@@ -1,8 +1,8 @@
 """What a run is asked to do: one frozen dataclass, which is the command line's help and run.json's content."""
 
 import dataclasses
-from importlib import import_module
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, Literal
 
 from perdure.augment import AUGMENTS
@@ -19,13 +19,13 @@ class RunConfig(TrainConfig):
     """One method on one stream."""
 
     stream: str
-    """What is learnt, such as 'cifar100(tasks=10)' or 'images(path="my/photos", tasks=5)'; see `perdure list streams`."""
+    """What is learnt, as 'cifar100(tasks=10)' or 'images(path="my/photos", tasks=5)'; see `perdure list streams`."""
     backbone: str = "pocket()"
     """The pre-trained model, such as 'clip(path="openai/clip-vit-base-patch16")'; see `perdure list backbones`."""
     method: str = "inflora(rank=10)"
     """How, such as 'inflora(rank=10) + replay(size=500)'; see `perdure list methods`."""
     objective: str = "classify()"
-    """What is asked of the features: classify() learns a head, zeroshot() answers by the class names' text embeddings."""
+    """What is asked of the features: classify() learns heads, zeroshot() answers by the class names' text embeddings."""
     augment: Literal["none", "flip", "crop"] = "none"
     """Random views of training images."""
     seed: int = 0

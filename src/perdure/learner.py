@@ -106,9 +106,7 @@ class Core(nn.Module):
 
     def shared(self) -> dict[str, nn.Parameter]:
         """Trainable parameters that outlive the task: not the branches that a method opens for one task only."""
-        own = {
-            id(p) for part in parts_of(self.method) if not part.shares for p in part.parameters() if p.requires_grad
-        }
+        own = {id(p) for part in parts_of(self.method) if not part.shares for p in part.parameters() if p.requires_grad}
         return {name: p for name, p in self.trainable().items() if id(p) not in own}
 
     def memory(self) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from perdure.types import Batch, Data, Task
 
 if TYPE_CHECKING:
-    from perdure.learner import Learner
+    from perdure.learner import Core
 
 METHODS: dict[str, type[Method]] = {}
 """Every method by name; a class registers itself by `class Mine(Method, name="mine")`."""
@@ -40,49 +40,50 @@ class Method(nn.Module):
             cls.name, METHODS[name] = name, cls
 
     # Structure: a function of the task's description alone, so that a resumed run can replay it.
-    def grow(self, learner: Learner, task: Task) -> None:
+    def grow(self, learner: Core, task: Task) -> None:
         """Make room for `task`: new branches, heads, prompts; decide what is trained."""
 
     # Task boundaries: may read the task's data.
-    def data(self, learner: Learner, task: Task) -> Data:
+    def data(self, learner: Core, task: Task) -> Data:
         """What the task is trained on; its own training set unless a method says otherwise."""
         return task.train
 
-    def begin_task(self, learner: Learner, task: Task) -> None:
+    def begin_task(self, learner: Core, task: Task) -> None:
         """Prepare from the task's data, before the first step."""
 
-    def end_task(self, learner: Learner, task: Task) -> None:
+    def end_task(self, learner: Core, task: Task) -> None:
         """Remember what later tasks need, after the last step."""
 
-    def measures(self, learner: Learner) -> dict[str, float]:
+    def measures(self, learner: Core) -> dict[str, float]:
         """Facts about the method itself after a task, for results and report: `{"free_dimension/<layer>": 120}`."""
         return {}
 
     # Steps, in the order in which they run.
-    def batch(self, learner: Learner, batch: Batch) -> Batch:
+    def batch(self, learner: Core, batch: Batch) -> Batch:
         """The batch that is trained on, e.g. with old examples mixed in."""
         return batch
 
-    def penalty(self, learner: Learner, batch: Batch, features: Tensor) -> Tensor | float:
+    def penalty(self, learner: Core, batch: Batch, features: Tensor) -> Tensor | float:
         """What is added to the objective's loss."""
         return 0.0
 
-    def after_backward(self, learner: Learner) -> None:
+    def after_backward(self, learner: Core) -> None:
         """Change gradients."""
 
-    def after_step(self, learner: Learner, batch: Batch) -> None:
+    def after_step(self, learner: Core, batch: Batch) -> None:
         """Look at, or change, parameters after the optimizer's step."""
 
-    def param_groups(self, learner: Learner) -> dict[str, float]:
+    def param_groups(self, learner: Core) -> dict[str, float]:
         """Names of trainable parameters whose learning rate differs -> factor."""
         return {}
 
     # Inference; in a composition at most one part may define each.
-    def encode(self, learner: Learner, batch: Batch) -> Tensor:
+    def encode(self, learner: Core, batch: Batch) -> Tensor:
         """Features (B, dim) of a batch."""
-        return learner.backbone(batch)  # type: ignore[no-any-return]
+        features: Tensor = learner.backbone(batch)
+        return features
 
-    def predict(self, learner: Learner, batch: Batch) -> Tensor:
+    def predict(self, learner: Core, batch: Batch) -> Tensor:
         """Scores (B, seen classes) of a batch; must not depend on which examples share the batch."""
         return learner.objective.scores(learner.encode(batch))
 
@@ -110,64 +111,71 @@ class Compose(Method):
     def _owner(self, hook: str) -> Method | None:
         return next((p for p in self if _defines(p, hook)), None)
 
-    def __iter__(self) -> Any:
-        return iter(self.parts)
+    def __iter__(self) -> Iterator[Method]:
+        for part in self.parts:
+            assert isinstance(part, Method)
+            yield part
 
-    def grow(self, learner: Learner, task: Task) -> None:
+    def grow(self, learner: Core, task: Task) -> None:
         """See `Method.grow`."""
         for part in self:
             part.grow(learner, task)
 
-    def data(self, learner: Learner, task: Task) -> Data:
+    def data(self, learner: Core, task: Task) -> Data:
         """See `Method.data`."""
         owner = self._owner("data")
         return task.train if owner is None else owner.data(learner, task)
 
-    def begin_task(self, learner: Learner, task: Task) -> None:
+    def begin_task(self, learner: Core, task: Task) -> None:
         """See `Method.begin_task`."""
         for part in self:
             part.begin_task(learner, task)
 
-    def end_task(self, learner: Learner, task: Task) -> None:
+    def end_task(self, learner: Core, task: Task) -> None:
         """See `Method.end_task`."""
         for part in self:
             part.end_task(learner, task)
 
-    def measures(self, learner: Learner) -> dict[str, float]:
+    def measures(self, learner: Core) -> dict[str, float]:
         """See `Method.measures`."""
         return {k: v for part in self for k, v in part.measures(learner).items()}
 
-    def batch(self, learner: Learner, batch: Batch) -> Batch:
+    def batch(self, learner: Core, batch: Batch) -> Batch:
         """See `Method.batch`."""
         for part in self:
             batch = part.batch(learner, batch)
         return batch
 
-    def penalty(self, learner: Learner, batch: Batch, features: Tensor) -> Tensor | float:
+    def penalty(self, learner: Core, batch: Batch, features: Tensor) -> Tensor | float:
         """See `Method.penalty`."""
-        return sum(part.penalty(learner, batch, features) for part in self)
+        total: Tensor | float = 0.0
+        for part in self:
+            total = total + part.penalty(learner, batch, features)
+        return total
 
-    def after_backward(self, learner: Learner) -> None:
+    def after_backward(self, learner: Core) -> None:
         """See `Method.after_backward`."""
         for part in self:
             part.after_backward(learner)
 
-    def after_step(self, learner: Learner, batch: Batch) -> None:
+    def after_step(self, learner: Core, batch: Batch) -> None:
         """See `Method.after_step`."""
         for part in self:
             part.after_step(learner, batch)
 
-    def param_groups(self, learner: Learner) -> dict[str, float]:
+    def param_groups(self, learner: Core) -> dict[str, float]:
         """See `Method.param_groups`."""
         return {k: v for part in self for k, v in part.param_groups(learner).items()}
 
-    def encode(self, learner: Learner, batch: Batch) -> Tensor:
+    def encode(self, learner: Core, batch: Batch) -> Tensor:
         """See `Method.encode`."""
-        return (self._owner("encode") or super()).encode(learner, batch)
+        owner = self._owner("encode")
+        return super().encode(learner, batch) if owner is None else owner.encode(learner, batch)
 
-    def predict(self, learner: Learner, batch: Batch) -> Tensor:
+    def predict(self, learner: Core, batch: Batch) -> Tensor:
         """See `Method.predict`."""
-        return (self._owner("predict") or super()).predict(learner, batch)
+        owner = self._owner("predict")
+        return super().predict(learner, batch) if owner is None else owner.predict(learner, batch)
 
 
 def parts_of(method: Method) -> tuple[Method, ...]:

@@ -38,7 +38,9 @@ class Interrupted(Exception):  # noqa: N818  (a wish of the user, not an error)
     """The user asked to stop; everything done so far is saved."""
 
 
-def run(config: RunConfig, out: Path, progress: Progress | None = None, runtime: Runtime | None = None) -> dict[str, Any]:
+def run(
+    config: RunConfig, out: Path, progress: Progress | None = None, runtime: Runtime | None = None
+) -> dict[str, Any]:
     """Learn a stream in a new folder; returns the summary.
 
     Args:
@@ -82,7 +84,9 @@ def read_record(out: Path) -> dict[str, Any]:
     """
     path = out / "run.json"
     if not path.is_file():
-        raise ValueError(f"{out} is not a run's folder: it has no run.json. Start one with 'perdure run ... --out {out}'")
+        raise ValueError(
+            f"{out} is not a run's folder: it has no run.json. Start one with 'perdure run ... --out {out}'"
+        )
     try:
         written: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         written["config"], written["resolved"]
@@ -104,7 +108,7 @@ def read_summary(out: Path) -> dict[str, Any]:
     try:
         summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: remove it and run 'perdure resume {out}', which writes it anew") from error
+        raise ValueError(f"{path} is damaged: remove it, 'perdure resume {out}' writes it anew") from error
     return summary
 
 
@@ -237,9 +241,7 @@ _OTHER_METRICS = {"accuracy_with_task_id": "acc_with_task_id", "task_id_accuracy
 class _Saver:
     """Snapshots within a task: every so many steps, or as often as costs at most a fiftieth of the time."""
 
-    def __init__(
-        self, every: int, out: Path, learner: Core, rows: list[Row], stopped: Callable[[], bool]
-    ) -> None:
+    def __init__(self, every: int, out: Path, learner: Core, rows: list[Row], stopped: Callable[[], bool]) -> None:
         self.every, self.out, self.learner, self.rows, self.stopped = every, out, learner, rows, stopped
         self.saved, self.took = time.perf_counter(), 0.0
 

@@ -68,9 +68,9 @@ def resolve(
 def native_bf16(device: str) -> bool:
     """Whether the processor multiplies bfloat16 natively; emulation would be slower than float32."""
     if device == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device == "cpu":
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return device in ("xpu", "npu")
 
 

@@ -27,10 +27,10 @@ OPEN = ""
 class Learner(Core):
     """A pre-trained model that goes on learning.
 
-        learner = Learner.create("pocket()", "inflora(rank=10)")
-        learner.learn(images, labels)
-        learner.predict(["cat.jpg"])      # [[("cat", 0.93), ("dog", 0.04), ...]]
-        learner.save("my.learner")
+    learner = Learner.create("pocket()", "inflora(rank=10)")
+    learner.learn(images, labels)
+    learner.predict(["cat.jpg"])      # [[("cat", 0.93), ("dog", 0.04), ...]]
+    learner.save("my.learner")
     """
 
     config: RunConfig
@@ -183,7 +183,12 @@ class Learner(Core):
 
 
 def teach_folder(
-    photos: Path, into: Path, config: RunConfig, given: Mapping[str, Any], progress: Progress | None = None, skip_bad: bool = False
+    photos: Path,
+    into: Path,
+    config: RunConfig,
+    given: Mapping[str, Any],
+    progress: Progress | None = None,
+    skip_bad: bool = False,
 ) -> tuple[Task, dict[str, Any]]:
     """Teach the learner in folder `into` one more task; it is made when it is not there.
 
@@ -208,8 +213,8 @@ def teach_folder(
                 fixed = name in ("backbone", "method", "objective", "seed", "precision", "attention", "device")
                 if fixed and value != getattr(learner.config, name):
                     raise ValueError(
-                        f"{into} was made with {name}={getattr(learner.config, name)!r}; {value!r} would have no effect: "
-                        "leave it out, or teach a new learner"
+                        f"{into} was made with {name}={getattr(learner.config, name)!r}; {value!r} would have no "
+                        "effect: leave it out, or teach a new learner"
                     )
             train = dataclasses.replace(
                 learner._train_config(),
@@ -248,5 +253,3 @@ def _tasks_with_data(learner: Learner, folder: Path) -> list[Task]:
         # A folder that changed since cannot give back the examples that were learnt.
         tasks.append(task if task == described else described)
     return tasks
-
-

@@ -134,7 +134,7 @@ def fit_task(
                 batch = learner.augment(batch, learner.generator("augment", step))
             optimizer.zero_grad()
             loss = learner.loss(batch)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             if step == done:
                 _check_gradients(learner, task)
             method.after_backward(learner)
@@ -198,8 +198,8 @@ def _check_gradients(learner: Core, task: Task) -> None:
     idle = [n for n, p in learner.trainable().items() if p.grad is None and not n.startswith("backbone.")]
     if idle:
         raise ValueError(
-            f"task {task.index}: {len(idle)} trainable parameters get no gradient, the first is {idle[0]}: the loss does "
-            "not depend on them. Is the adapted tower part of the objective? (classify uses the vision tower only)"
+            f"task {task.index}: {len(idle)} trainable parameters get no gradient, the first is {idle[0]}: the loss "
+            "does not depend on them. Is the adapted tower part of the objective? (classify uses the vision tower only)"
         )
 
 
@@ -237,8 +237,8 @@ def evaluate(learner: Core, task: Task, size: int = 256) -> dict[str, float]:
 def predict_scores(learner: Core, data: Data, size: int = 256) -> Tensor:
     """Scores (n, seen classes); a batch that does not fit the device's memory is halved."""
 
-    @find_executable_batch_size(starting_batch_size=size)
     def whole(size: int) -> Tensor:
         return torch.cat([learner(batch) for batch in learner.batches(learner.encoded(data), size)])
 
-    return whole()  # type: ignore[no-any-return]
+    scores: Tensor = find_executable_batch_size(whole, starting_batch_size=size)()
+    return scores

@@ -511,6 +511,25 @@ def test_unreachable_hub_is_told_from_a_missing_folder(monkeypatch: pytest.Monke
         assert "check name and network" in message
 
 
+def test_downloaded_hub_model_is_read_without_the_hub(
+    saved: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = tmp_path / "models--some--model"
+    shutil.copytree(saved["clip"], repository / "snapshots" / ("0" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for family in ("vision", "clip"):
+        backbone = BACKBONES[family](path="some/model")
+        assert backbone.spec == f"{family}(path='some/model')"
+        assert backbone.fingerprint() == BACKBONES[family](path=str(saved["clip"])).fingerprint()
+    # What an earlier download left out is asked for, not missed later.
+    for file in repository.rglob("tokenizer*"):
+        file.unlink()
+    assert "the hub gave no model" in refusal("clip", path="some/model")
+
+
 @pytest.mark.parametrize(
     ("without", "message"),
     [

@@ -52,7 +52,7 @@ _SEAT = "perdure_seat"
 def attach(model: nn.Module, sites: Sequence[Site], adapter: Adapter) -> None:
     """Put `adapter` on `sites`, which read the same input; part i of the adapter goes to site i."""
     for part, site in enumerate(sites):
-        layer = model.get_submodule(site.layer)
+        layer = _linear(model.get_submodule(site.layer), site.layer)
         seat = getattr(layer, _SEAT, None)
         if seat is None:
             seat = _Seat()
@@ -70,16 +70,22 @@ def _adapt(
     if adapter.folded:
         return None
     if rows is None:
-        return adapter(args[0], y, part)
-    # In place: the output of a linear layer is needed by no backward, and copying a fused one costs more than the update.
-    y[..., rows[0] : rows[1]] = adapter(args[0], y[..., rows[0] : rows[1]], part)
+        return adapter.forward(args[0], y, part)
+    # In place: no backward needs the output of a linear layer, and copying a fused one costs more than the update.
+    y[..., rows[0] : rows[1]] = adapter.forward(args[0], y[..., rows[0] : rows[1]], part)
     return y
 
 
-def _seats(model: nn.Module) -> Iterator[tuple[nn.Module, _Seat]]:
+def _linear(layer: nn.Module, name: str) -> nn.Linear:
+    if not isinstance(layer, nn.Linear):
+        raise ValueError(f"{name} is a {type(layer).__name__}: only nn.Linear can be adapted; choose other sites")
+    return layer
+
+
+def _seats(model: nn.Module) -> Iterator[tuple[nn.Linear, _Seat]]:
     for layer in model.modules():
         seat = getattr(layer, _SEAT, None)
-        if seat is not None:
+        if isinstance(layer, nn.Linear) and seat is not None:
             yield layer, seat
 
 

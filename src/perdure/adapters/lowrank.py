@@ -103,5 +103,5 @@ class LowRank(Adapter):
             past = self.settled[f"up/{part}"] @ self.settled["down"]
         if not branches or self.down is None:
             return past
-        new = self.scale * (self.up[part] @ self.down)
+        new: Tensor = self.scale * (self.up[part] @ self.down)
         return new if past is None else past + new

@@ -26,7 +26,7 @@ def clip(path: str, input_norm: str = "model") -> "Clip":
     Raises:
         ValueError: when there is no such model, it is incomplete, or it has not both towers.
     """
-    written, folder = pretrained.locate(path)
+    written, folder = pretrained.locate(path, "*processor_config.json", "tokenizer*")
     options = (("path", written),) if input_norm == "model" else (("path", written), ("input_norm", input_norm))
     return read(folder, str(Spec("clip", options)), input_norm)
 

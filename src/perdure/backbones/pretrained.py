@@ -33,10 +33,14 @@ _FILES = [
 _RESAMPLE: dict[int, Interpolation] = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 
 
-def locate(path: str) -> tuple[str, str]:
+def locate(path: str, *needed: str) -> tuple[str, str]:
     """What to record of `path`, and the folder to read: itself, or the local copy of a hub model.
 
     A hub model that is here already is read as it is, without asking the hub: it works offline, and does not change.
+
+    Args:
+        path: a folder or a hub name.
+        needed: patterns of files beside the weights, without which a local copy of a hub model is incomplete.
 
     Raises:
         ValueError: when it is a folder that is missing or lacks files, or the hub has no such model in safetensors.
@@ -53,10 +57,10 @@ def locate(path: str) -> tuple[str, str]:
             f"path={path!r}: no such folder; give one that holds config.json and model.safetensors, or a hub name "
             "such as 'openai/clip-vit-base-patch16'"
         )
-    return path, fetch(path)
+    return path, fetch(path, *needed)
 
 
-def fetch(name: str) -> str:
+def fetch(name: str, *needed: str) -> str:
     """The folder with the local copy of the hub model `name`, downloaded if it is not here yet.
 
     Raises:
@@ -64,10 +68,11 @@ def fetch(name: str) -> str:
     """
     from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 
-    cached = [try_to_load_from_cache(name, file) for file in ("model.safetensors", "model.safetensors.index.json")]
+    found = [try_to_load_from_cache(name, file) for file in ("model.safetensors", "model.safetensors.index.json")]
     with reading(name):
-        if any(isinstance(file, str) for file in cached):
-            return str(snapshot_download(name, allow_patterns=_FILES, local_files_only=True))
+        for here in (Path(file).parent for file in found if isinstance(file, str)):
+            if all(any(here.glob(pattern)) for pattern in ("config.json", *needed)):
+                return str(here)
         # Asked first because it does not retry: without network, a download waits for half a minute.
         files = [sibling.rfilename for sibling in HfApi().model_info(name, timeout=20).siblings or ()]
         if not any(file in ("model.safetensors", "model.safetensors.index.json") for file in files):

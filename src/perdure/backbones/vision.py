@@ -43,7 +43,7 @@ def vision(path: str, input_norm: str = "model") -> "Vision":
         ValueError: when there is no such model, it is incomplete, or of another kind.
     """
     pretrained.check_norm(input_norm)
-    written, folder = pretrained.locate(path)
+    written, folder = pretrained.locate(path, "*processor_config.json")
     options = (("path", written),) if input_norm == "model" else (("path", written), ("input_norm", input_norm))
     with pretrained.reading(folder):
         config = pretrained.read_config(folder)

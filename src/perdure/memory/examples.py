@@ -58,7 +58,7 @@ class Examples(nn.Module):
 
     def _balanced(self, old: Tensor, new: Tensor) -> Tensor:
         everything = torch.cat([old, new])
-        classes = everything[:, 2].unique().tolist()
+        classes = torch.unique(everything[:, 2]).tolist()
         share, extra = divmod(self.size, len(classes))
         picks = []
         for i, c in enumerate(classes):
@@ -77,7 +77,7 @@ def read(tasks: list[Task], refs: Tensor) -> Batch:
         ValueError: when a task's data is not at hand any more.
     """
     parts = []
-    for index in refs[:, 0].unique().tolist():
+    for index in torch.unique(refs[:, 0]).tolist():
         data = tasks[index].train
         if not len(data):
             raise ValueError(

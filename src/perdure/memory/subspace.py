@@ -90,7 +90,7 @@ def _complement(inside: Tensor, basis: Tensor) -> Tensor:
     """`basis` (d, n) without the directions whose coordinates in it are the columns of `inside` (n, k): (d, n - k)."""
     if not inside.shape[1]:
         return basis
-    whole = torch.linalg.qr(inside, mode="complete").Q
+    whole: Tensor = torch.linalg.qr(inside, mode="complete").Q
     return basis @ whole[:, inside.shape[1] :]
 
 

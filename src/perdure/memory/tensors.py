@@ -39,7 +39,8 @@ class Tensors(nn.Module, MutableMapping[str, Tensor]):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._held = {k: fn(v) for k, v in self._held.items()}
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         destination.update({prefix + k: v for k, v in self._held.items()})

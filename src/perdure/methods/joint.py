@@ -57,7 +57,7 @@ class Union:
         owner = torch.bucketize(wanted, self._starts[1:], right=True)
         parts: list[Batch] = []
         places = []
-        for index in owner.unique().tolist():
+        for index in torch.unique(owner).tolist():
             places.append((owner == index).nonzero().flatten())
             parts.append(self.sets[index].__getitems__((wanted[places[-1]] - self._starts[index]).tolist()))
         back = torch.cat(places).argsort()

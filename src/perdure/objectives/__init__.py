@@ -4,4 +4,6 @@ from perdure.objectives.base import Objective
 from perdure.objectives.classify import Classify
 from perdure.objectives.zeroshot import ZeroShot
 
+__all__ = ["OBJECTIVES", "Classify", "Objective", "ZeroShot"]
+
 OBJECTIVES: dict[str, type[Objective]] = {"classify": Classify, "zeroshot": ZeroShot}

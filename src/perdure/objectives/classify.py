@@ -31,11 +31,13 @@ class Classify(Objective):
         super().grow(learner, task)
         if len(self.classes) > before:
             self.heads.append(nn.Linear(learner.backbone.dim, len(self.classes) - before))
-        first = 0
-        for head in self.heads:
-            columns = range(first, first + head.out_features)
-            head.requires_grad_(any(column in self.local for column in columns))
-            first += head.out_features
+        owners = torch.repeat_interleave(torch.tensor([head.weight.shape[0] for head in self._linears()]))
+        current = set(owners[list(self.local)].tolist())
+        for index, head in enumerate(self.heads):
+            head.requires_grad_(index in current)
+
+    def _linears(self) -> list[nn.Linear]:
+        return [head for head in self.heads if isinstance(head, nn.Linear)]
 
     def scores(self, features: Tensor) -> Tensor:
         """Logits (B, seen classes)."""

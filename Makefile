@@ -1,0 +1,36 @@
+# Every target makes .venv when it is missing; PYTHON is any Python >= 3.11.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo test test-real check benchmark docs clean
+
+$(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || (echo "perdure needs Python >= 3.11; try: make PYTHON=python3.12"; exit 1)
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/pip install --quiet --editable ".[demo,peft]" --group dev
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/perdure demo
+
+test: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 tests/unit tests/property tests/contract tests/integration
+
+test-real: $(VENV)/.installed
+	$(BIN)/pytest tests/real
+
+check: $(VENV)/.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+docs: $(VENV)/.installed
+	$(BIN)/pip install --quiet mkdocs-material
+	$(BIN)/mkdocs build --strict
+
+clean:
+	rm -rf $(VENV) build dist site
