@@ -175,7 +175,7 @@ def restore(learner: Core, checkpoint: Checkpoint, tasks: Sequence[Task] = ()) -
         )
     learner.to(learner.device)
     learner.learnt = checkpoint.learnt
-    learner.fold(branches=False)
+    learner.settle()
 
 
 @contextmanager

@@ -1,10 +1,394 @@
-"""Export of a learner for other libraries."""
+"""Export: what was learnt as a folder that plain PEFT, transformers or timm load, with the classifier beside it.
 
+Exact, not an approximation: linear updates are either one LoRA per layer, whose inner dimension is the sum of all
+branches', or added to the weights.
+"""
+
+import dataclasses
+import difflib
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Literal, get_args
 
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from perdure import __version__
+from perdure.adapters.attach import Adapter, updates
+from perdure.adapters.lowrank import LowRank
+from perdure.backbones import pretrained
+from perdure.backbones.base import Backbone
+from perdure.backbones.clip import Clip
+from perdure.backbones.pocket import FOLDER as POCKET
+from perdure.backbones.timm import Timm
+from perdure.backbones.vision import Vision
+from perdure.checkpoint import write_json, write_text
 from perdure.learner import Core
+from perdure.method import Method, encodes, parts_of
+from perdure.objectives import Classify, ZeroShot
+from perdure.spec import parse_one
+
+Target = Literal["peft", "merged"]
+"""`peft`: a LoRA for the pre-trained model; `merged`: the whole model with the updates in its weights."""
+
+# Beside config and weights: how images and texts are read, and what may be done with the model.
+_COMPANIONS = ("*processor_config.json", "LICENSE*", "MODEL_CARD.md")
+_TOKENIZER = ("*token*", "vocab*", "merges.txt", "spiece.model")
 
 
-def export(learner: Core, folder: Path, to: str) -> Path:
-    """Placeholder."""
-    raise ValueError(to)
+def export(learner: Core, folder: Path, to: Target) -> Path:
+    """Write `learner` to `folder`, whole or not at all; returns `folder`.
+
+    Beside the model stand `head.safetensors` (`weight` (classes, dim), and `bias` or `logit_scale` where there is one),
+    `labels.json` (names of the classes in the order of the columns, and how to get from features to scores) and
+    `README.md` with a working example.
+
+    Args:
+        learner: that has learnt at least one task.
+        folder: new or empty.
+        to: `peft` or `merged`.
+
+    Raises:
+        ValueError: when the other library could not do the same as this learner, or the folder holds something.
+    """
+    _check(learner, to)
+    target = folder.expanduser().resolve()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{folder} is there already and not an empty folder: give a new one")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = target.with_name(f".{target.name}.draft")
+    shutil.rmtree(draft, ignore_errors=True)  # of a killed export
+    draft.mkdir()
+    try:
+        with learner.inference():
+            if to == "peft":
+                _write_lora(learner, draft)
+            elif isinstance(learner.backbone, Timm):
+                _write_timm(learner.backbone, draft)
+            else:
+                _write_transformers(learner.backbone, draft)
+            head, scores = _head(learner)
+        save_file({k: v.cpu().contiguous() for k, v in head.items()}, draft / "head.safetensors")
+        use = _use(learner.backbone, to)
+        write_json(draft / "labels.json", _facts(learner, use, scores))
+        write_text(draft / "README.md", _readme(learner, to, use, scores))
+        _force_to_disk(draft)
+        if target.exists():
+            target.rmdir()
+        draft.rename(target)
+        _force_to_disk(target.parent, files=False)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return folder
+
+
+def _check(learner: Core, to: str) -> None:
+    backbone, method = learner.backbone, learner.method
+    if to not in get_args(Target):
+        near = difflib.get_close_matches(to, get_args(Target), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "write 'peft' or 'merged'"
+        raise ValueError(f"unknown export {to!r}; {hint}")
+    if not learner.learnt:
+        raise ValueError("this learner has learnt nothing yet: there is nothing to export")
+    if not isinstance(backbone, Clip | Vision | Timm):
+        raise ValueError(
+            f"{backbone.spec} is no model of another library, so none could load it: learn on pocket(), clip(...), "
+            "vision(...) or timm(...), or keep it with save"
+        )
+    if encodes(method):
+        names = [part.name for part in parts_of(method) if type(part).encode is not Method.encode]
+        raise ValueError(
+            f"{names[0]} computes features in a way that no weights can express: another library would answer "
+            "differently; keep this learner with save"
+        )
+    _classifier_of(learner)
+    for site, adapter, part in updates(backbone):
+        if adapter.delta(part, branches=True) is None and adapter.state_dict():
+            raise ValueError(
+                f"the {type(adapter).__name__} on {site.layer} is no linear update of its weight: neither LoRA nor "
+                "merged weights can hold it; keep this learner with save"
+            )
+    if to == "peft":
+        if any(p.requires_grad for p in backbone.parameters()):
+            raise ValueError("the encoder's own weights were trained, which a LoRA cannot hold: export to 'merged'")
+        if next(updates(backbone), None) is None:
+            raise ValueError("no layer of the encoder was adapted, so there is no LoRA to write: export to 'merged'")
+
+
+# The model
+
+
+def _write_lora(learner: Core, folder: Path) -> None:
+    layers = {name.removeprefix("model."): pair for name, pair in _stacked(learner.backbone).items()}
+    tensors = {}
+    for name, (down, up) in layers.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = down.cpu().contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = up.cpu().contiguous()
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    ranks = {name: len(down) for name, (down, _) in layers.items()}
+    common = Counter(ranks.values()).most_common(1)[0][0]
+    others = {name: rank for name, rank in ranks.items() if rank != common}
+    kind = type(learner.backbone.model)
+    config = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "auto_mapping": {"base_model_class": kind.__name__, "parent_library": kind.__module__},
+        "base_model_name_or_path": _base_name(learner.backbone),
+        "revision": None,
+        "inference_mode": True,
+        "r": common,
+        "lora_alpha": common,  # PEFT multiplies by alpha / r
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "target_modules": list(layers),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "modules_to_save": None,
+    }
+    write_json(folder / "adapter_config.json", config)
+
+
+def _stacked(backbone: Backbone) -> dict[str, tuple[Tensor, Tensor]]:
+    """Layer -> (down (r, fan_in), up (fan_out, r)) of all that stands on it, float32."""
+    pieces: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for site, adapter, part in updates(backbone):
+        factors = _factors(adapter, part)
+        if factors is None:
+            continue
+        up, down = (factor.detach().float() for factor in factors)
+        whole = up.new_zeros(backbone.get_submodule(site.layer).weight.shape[0], up.shape[1])
+        whole[site.rows[0] : site.rows[1]] = up
+        known = pieces.setdefault(site.layer, [])
+        # k and v of a fused layer read through the same `down`: once is enough.
+        for i, (other, sofar) in enumerate(known):
+            if torch.equal(other, down):
+                known[i] = other, sofar + whole
+                break
+        else:
+            known.append((down, whole))
+    return {
+        layer: (torch.cat([down for down, _ in known]), torch.cat([up for _, up in known], 1))
+        for layer, known in pieces.items()
+    }
+
+
+def _factors(adapter: Adapter, part: int) -> tuple[Tensor, Tensor] | None:
+    if isinstance(adapter, LowRank):
+        return adapter.factors(part)
+    update = adapter.delta(part, branches=True)
+    return None if update is None else (update, torch.eye(update.shape[1], device=update.device))
+
+
+def _base_name(backbone: Backbone) -> str | None:
+    options = dict(parse_one(backbone.spec).kwargs)
+    if isinstance(backbone, Timm):
+        name = str(options["name"]).removeprefix("hf-hub:")
+        return options.get("checkpoint") or backbone.model.pretrained_cfg.get("hf_hub_id") or name
+    return options.get("path")
+
+
+def _write_transformers(backbone: Backbone, folder: Path) -> None:
+    from transformers.utils import logging as hf
+
+    bars = hf.is_progress_bar_enabled()
+    hf.disable_progress_bar()
+    try:
+        backbone.model.save_pretrained(folder)
+    finally:
+        if bars:
+            hf.enable_progress_bar()
+    options = dict(parse_one(backbone.spec).kwargs)
+    source = Path(pretrained.locate(options["path"])[1]) if "path" in options else POCKET
+    for pattern in _COMPANIONS + (_TOKENIZER if isinstance(backbone, Clip) else ()):
+        for file in source.glob(pattern):
+            shutil.copyfile(file, folder / file.name)
+    if _raw_pixels(backbone):
+        for file in folder.glob("*processor_config.json"):
+            facts = json.loads(file.read_text(encoding="utf-8"))
+            facts.get("image_processor", facts)["do_normalize"] = False
+            write_json(file, facts)
+
+
+def _write_timm(backbone: Timm, folder: Path) -> None:
+    from timm.models import save_for_hf
+
+    save_for_hf(backbone.model, str(folder), safe_serialization=True)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["pretrained_cfg"] |= {k: backbone.preprocess.describe()[k] for k in ("mean", "std")}
+    write_json(folder / "config.json", config)
+
+
+def _raw_pixels(backbone: Backbone) -> bool:
+    return dict(parse_one(backbone.spec).kwargs).get("input_norm") == "none"
+
+
+# The classifier
+
+
+def _classifier_of(learner: Core) -> str:
+    """Which of the classifiers that can be exported answers."""
+    from perdure.methods.ncm import NCM  # here, because it loads the methods of other packages too
+
+    owner = next((p for p in parts_of(learner.method) if type(p).predict is not Method.predict), None)
+    if owner is not None and type(owner).predict is NCM.predict:
+        return "means"
+    if owner is not None:
+        raise ValueError(f"{owner.name} predicts in a way that no exported head can express; keep this learner with save")
+    for kind, objective in (("head", Classify), ("texts", ZeroShot)):
+        if type(learner.objective).scores is objective.scores:
+            return kind
+    raise ValueError(
+        f"the scores of {type(learner.objective).__name__} cannot be exported, only those of classify() and zeroshot(); "
+        "keep this learner with save"
+    )
+
+
+def _head(learner: Core) -> tuple[dict[str, Tensor], str]:
+    """Tensors of the classifier, and the Python expression of its scores."""
+    objective = learner.objective
+    match _classifier_of(learner):
+        case "means":
+            owner = next(p for p in parts_of(learner.method) if type(p).predict is not Method.predict)
+            means = torch.stack([owner.sums[str(c)] / owner.counts[str(c)] for c in objective.classes])
+            return {"weight": F.normalize(means, dim=1)}, 'torch.nn.functional.normalize(features) @ head["weight"].T'
+        case "texts":
+            assert isinstance(objective, ZeroShot)
+            scale = learner.backbone.logit_scale.detach().float()
+            return (
+                {"weight": objective.embed(objective.names), "logit_scale": scale},
+                'head["logit_scale"] * torch.nn.functional.normalize(features) @ head["weight"].T',
+            )
+        case _:
+            assert isinstance(objective, Classify)
+            heads: Sequence[Any] = list(objective.heads)
+            weight, bias = torch.cat([h.weight for h in heads]), torch.cat([h.bias for h in heads])
+            return {"weight": weight.detach(), "bias": bias.detach()}, 'features @ head["weight"].T + head["bias"]'
+
+
+_CLASSIFIERS = {
+    "head": "a linear layer on the features",
+    "texts": "cosine to the class names' text embeddings (rows of `weight`, of unit length), times `logit_scale`",
+    "means": "cosine to the classes' mean features (rows of `weight`, of unit length)",
+}
+
+
+# How to use it
+
+
+@dataclasses.dataclass(frozen=True)
+class _Use:
+    """Lines of Python that end in `features` of `image` in the plain library."""
+
+    imports: tuple[str, ...]
+    load: tuple[str, ...]
+    pixels: str
+    features: str
+
+
+def _use(backbone: Backbone, to: Target) -> _Use:
+    imports = ("from peft import PeftModel",) if to == "peft" else ()
+    lora = ("model = PeftModel.from_pretrained(model, folder)",) if to == "peft" else ()
+    options = dict(parse_one(backbone.spec).kwargs)
+    if isinstance(backbone, Timm):
+        if to == "merged":
+            made = 'timm.create_model("local-dir:" + folder, pretrained=True)'
+        else:
+            made = f"timm.create_model({options['name']!r}, pretrained=True, num_classes=0)"
+            if "checkpoint" in options:
+                overlay = {"file": options["checkpoint"], "custom_load": False}
+                made = f"{made[:-1]}, pretrained_cfg_overlay={overlay!r})"
+        raw = " | dict(mean=(0, 0, 0), std=(1, 1, 1))" if to == "peft" and _raw_pixels(backbone) else ""
+        load = (f"model = {made}.eval()", f"facts = timm.data.resolve_model_data_config(model){raw}", *lora)
+        return _Use(("import timm", *imports), load, "timm.data.create_transform(**facts)(image)[None]", "model(pixels)")
+    kind = type(backbone.model).__name__
+    source, more, raw = "folder", "", ""
+    if to == "peft":
+        source, more = repr(options.get("path")), ", dtype=torch.float32"
+        raw = ", do_normalize=False" if _raw_pixels(backbone) else ""
+        if "path" not in options:
+            source, imports = "FOLDER", (*imports, "from perdure.backbones.pocket import FOLDER")
+    if getattr(backbone.model, "pooler", 0) is None:
+        more += ", add_pooling_layer=False"
+    imports = (*imports, f"from transformers import AutoImageProcessor, {kind}")
+    load = (
+        f"model = {kind}.from_pretrained({source}{more})",
+        *lora,
+        f"processor = AutoImageProcessor.from_pretrained({source}{raw})",
+    )
+    features = "model(pixel_values=pixels).last_hidden_state[:, 0]"
+    if isinstance(backbone, Clip):
+        features = "model.get_image_features(pixel_values=pixels).pooler_output"
+    elif isinstance(backbone, Vision) and backbone.pooled:
+        features = "model(pixel_values=pixels).pooler_output"
+    return _Use(imports, load, 'processor(image, return_tensors="pt")["pixel_values"]', features)
+
+
+def _facts(learner: Core, use: _Use, scores: str) -> dict[str, Any]:
+    config = getattr(learner, "config", None)
+    facts = {
+        "labels": list(learner.objective.names),
+        "objective": config.objective if config else type(learner.objective).__name__.lower(),
+        "classifier": _CLASSIFIERS[_classifier_of(learner)],
+        "features": f"features = {use.features}; head = head.safetensors; scores = {scores}",
+        "preprocess": learner.backbone.preprocess.describe(),
+        "perdure": __version__,
+        "backbone": learner.backbone.spec,
+        "fingerprint": learner.fingerprint,
+    }
+    if config:
+        facts["method"] = config.method
+    if isinstance(learner.objective, ZeroShot):
+        facts["templates"] = list(learner.objective.templates)
+    return facts
+
+
+def _readme(learner: Core, to: Target, use: _Use, scores: str) -> str:
+    library = "timm" if isinstance(learner.backbone, Timm) else "transformers"
+    what = f"a LoRA for {learner.backbone.spec}" if to == "peft" else f"{learner.backbone.spec} with what it learnt in its weights"
+    needed = f"{library} and peft" if to == "peft" else library
+    code = [
+        "import json",
+        "from pathlib import Path",
+        "import torch",
+        "from PIL import Image",
+        "from safetensors.torch import load_file",
+        *use.imports,
+        "",
+        'folder = "."  # where this file stands',
+        *use.load,
+        'head = load_file(folder + "/head.safetensors")',
+        'labels = json.loads(Path(folder, "labels.json").read_text(encoding="utf-8"))["labels"]',
+        'image = Image.open("photo.jpg").convert("RGB")',
+        f"pixels = {use.pixels}",
+        "with torch.inference_mode():",
+        f"    features = {use.features}",
+        f"    scores = {scores}",
+        "print(labels[int(scores.argmax())])",
+    ]
+    return (
+        f"# {len(learner.objective.names)} classes, learnt in {learner.learnt} tasks\n\n"
+        f"Written by perdure {__version__}: {what}. It needs {needed}, not perdure's code.\n"
+        f"The classifier is {_CLASSIFIERS[_classifier_of(learner)]}. `labels.json` says the rest.\n\n"
+        "```python\n" + "\n".join(code) + "\n```\n"
+    )
+
+
+def _force_to_disk(folder: Path, files: bool = True) -> None:
+    for file in folder.rglob("*") if files else ():
+        if file.is_file():
+            with file.open("rb+") as handle:
+                os.fsync(handle.fileno())
+    if os.name == "posix":  # Windows cannot open a folder
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

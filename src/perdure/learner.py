@@ -38,7 +38,7 @@ class Core(nn.Module):
         self.tasks: list[Task] = []
         self.learnt = 0  # number of tasks behind us
         self.step = 0  # within the current task
-        self.precision = torch.float32  # of the matrix products in the encoder
+        self.precision = torch.float32  # of the encoder
         self.augment: Augment = AUGMENTS["none"]
         self._encoded: dict[int, tuple[Data, Encoded]] = {}
 
@@ -81,15 +81,34 @@ class Core(nn.Module):
         """Features (B, dim) in float32."""
         if "features" in batch:
             return batch["features"]
-        with self.autocast():
+        with self.computing():
             features = self.method.encode(self, batch)
         return features.float()
 
-    def autocast(self) -> Any:
-        """The precision of the encoder's matrix products."""
-        if self.precision == torch.float32:
+    def computing(self) -> Any:
+        """The context in which the encoder runs.
+
+        A frozen encoder is itself in the run's precision (see `settle`). One that is trained stays in float32 and its
+        matrix products are cast.
+        """
+        if self.precision == torch.float32 or not self.tunes_backbone:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.precision)
+
+    @property
+    def tunes_backbone(self) -> bool:
+        """Whether pre-trained weights themselves are trained."""
+        return any(p.requires_grad for p in self.backbone.parameters())
+
+    def settle(self) -> None:
+        """Make ready for training: a frozen encoder in the run's precision, finished updates in its weights.
+
+        Frozen weights and activations in bfloat16 make a step on a CPU about 1.5 times faster than autocast, which casts
+        weights, residuals and norms again and again. What is trained, heads and scores stay in float32.
+        """
+        if self.precision != torch.float32 and not self.tunes_backbone:
+            self.backbone.to(self.precision)
+        fold(self.backbone, branches=False)
 
     def loss(self, batch: Batch) -> Tensor:
         """Objective plus penalty."""
@@ -117,25 +136,21 @@ class Core(nn.Module):
     @property
     def constant_encoder(self) -> bool:
         """Whether features can never change: nothing in the backbone is trained or adapted."""
-        tuned = any(p.requires_grad for p in self.backbone.parameters())
-        return not tuned and not adapted(self.backbone) and not encodes(self.method)
-
-    def fold(self, branches: bool) -> None:
-        """See `perdure.adapters.fold`."""
-        fold(self.backbone, branches)
+        return not self.tunes_backbone and not adapted(self.backbone) and not encodes(self.method)
 
     @contextmanager
     def inference(self) -> Iterator[None]:
         """Evaluation mode, no gradients, all linear updates folded into the weights."""
         training = self.training
         self.eval()
-        self.fold(branches=True)
+        self.settle()
+        fold(self.backbone, branches=True)
         self.objective.refresh()
         try:
             with torch.inference_mode():
                 yield
         finally:
-            self.fold(branches=False)
+            fold(self.backbone, branches=False)
             self.train(training)
 
     def features(self, data: Data, size: int = 256) -> tuple[Tensor, Tensor]:

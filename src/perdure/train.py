@@ -107,7 +107,7 @@ def fit_task(
     progress, method = progress or Quiet(), learner.method
     clock = [time.perf_counter()]
     learner.train()
-    learner.fold(branches=False)
+    learner.settle()
     if resumed is None:
         learner.step = 0
         _reseed(learner, task, "begin")
@@ -148,7 +148,7 @@ def fit_task(
     clock.append(time.perf_counter())
     _reseed(learner, task, "end")
     method.end_task(learner, task)
-    learner.fold(branches=False)
+    learner.settle()
     learner.learnt = task.index + 1
     clock.append(time.perf_counter())
     return Fitted(clock[1] - clock[0], clock[2] - clock[1], clock[3] - clock[2], images, trainable)

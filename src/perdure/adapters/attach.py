@@ -41,7 +41,7 @@ class Adapter(nn.Module):
 class _Seat:
     """What stands on one layer. Kept on the layer as a plain attribute: it is no part of any state."""
 
-    pretrained: Tensor | None = None
+    pretrained: Tensor
     adapters: list[tuple[Adapter, int, Site]] = field(default_factory=list)
     handles: list[RemovableHandle] = field(default_factory=list)
 
@@ -55,7 +55,8 @@ def attach(model: nn.Module, sites: Sequence[Site], adapter: Adapter) -> None:
         layer = _linear(model.get_submodule(site.layer), site.layer)
         seat = getattr(layer, _SEAT, None)
         if seat is None:
-            seat = _Seat()
+            # a copy, in the precision the model came in: what is folded is always computed from it
+            seat = _Seat(layer.weight.detach().clone())
             setattr(layer, _SEAT, seat)
         whole = site.rows == (0, layer.weight.shape[0])
         # partial, not a closure: a copied learner must call its own adapters.
@@ -110,9 +111,7 @@ def fold(model: nn.Module, branches: bool) -> None:
             raise ValueError(
                 "a layer is both adapted and fine-tuned: the adapter's update would be lost. Use one of the two"
             )
-        if seat.pretrained is None:
-            seat.pretrained = weight.detach().clone()
-        folded = seat.pretrained.to(weight.device, copy=True)
+        folded = seat.pretrained.to(weight.device, torch.float32, copy=True)
         for adapter, part, site in seat.adapters:
             update = adapter.delta(part, branches)
             if update is not None:
@@ -128,8 +127,7 @@ def detach(model: nn.Module) -> None:
     for layer, seat in list(_seats(model)):
         for handle in seat.handles:
             handle.remove()
-        if seat.pretrained is not None:
-            layer.weight.data.copy_(seat.pretrained)
+        layer.weight.data.copy_(seat.pretrained)
         delattr(layer, _SEAT)
 
 

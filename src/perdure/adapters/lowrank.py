@@ -71,7 +71,8 @@ class LowRank(Adapter):
         """The layer's output with the branch in training; settled branches stand in the layer's weight."""
         if self.down is None:
             return y
-        update = F.linear(F.linear(x, self.down), self.up[part])
+        # the master copies are float32, the encoder may compute in bfloat16
+        update = F.linear(F.linear(x, self.down.to(x.dtype)), self.up[part].to(x.dtype))
         return y + (update if self.scale == 1 else self.scale * update)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -45,12 +45,12 @@ class Backbone(nn.Module):
         return self.encode_pixels(self.normalise(batch["image"]))
 
     def normalise(self, image: Tensor) -> Tensor:
-        """uint8 images to the pixel values the model was trained on."""
+        """uint8 images to the pixel values the model was trained on, in the precision of its weights."""
         pixels = image.to(torch.float32, copy=True)
         # In place and with plain numbers: no temporaries, and on a GPU no copy of constants that waits for the stream.
         for channel, (mean, std) in enumerate(zip(self.preprocess.mean, self.preprocess.std, strict=True)):
             pixels[:, channel].mul_(1 / (255 * std)).sub_(mean / std)
-        return pixels
+        return pixels.to(next(self.parameters()).dtype)
 
     def towers(self) -> dict[str, str]:
         """Tower -> dotted name of its module; every backbone has `vision`, CLIP-like ones `text` too."""

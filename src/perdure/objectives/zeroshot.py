@@ -57,7 +57,7 @@ class ZeroShot(Objective):
         """Unit-length embeddings (n, dim) of class names."""
         backbone, per_template = self._learner[0].backbone, []
         for template in self.templates:
-            with self._learner[0].autocast():
+            with self._learner[0].computing():
                 text = backbone.encode_text([template.format(name) for name in names])
             per_template.append(F.normalize(text.float(), dim=1))
         return F.normalize(torch.stack(per_template).mean(0), dim=1)
