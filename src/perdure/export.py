@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -29,6 +28,7 @@ from perdure.backbones.pocket import FOLDER as POCKET
 from perdure.backbones.timm import Timm
 from perdure.backbones.vision import Vision
 from perdure.checkpoint import write_json, write_text
+from perdure.config import make_backbone
 from perdure.learner import Core
 from perdure.method import Method, encodes, parts_of
 from perdure.objectives import Classify, ZeroShot
@@ -42,7 +42,7 @@ _COMPANIONS = ("*processor_config.json", "LICENSE*", "MODEL_CARD.md")
 _TOKENIZER = ("*token*", "vocab*", "merges.txt", "spiece.model")
 
 
-def export(learner: Core, folder: Path, to: Target) -> Path:
+def export(learner: Core, folder: Path, to: Target | str) -> Path:
     """Write `learner` to `folder`, whole or not at all; returns `folder`.
 
     Beside the model stand `head.safetensors` (`weight` (classes, dim), and `bias` or `logit_scale` where there is one),
@@ -69,15 +69,16 @@ def export(learner: Core, folder: Path, to: Target) -> Path:
         with learner.inference():
             if to == "peft":
                 _write_lora(learner, draft)
-            elif isinstance(learner.backbone, Timm):
-                _write_timm(learner.backbone, draft)
             else:
-                _write_transformers(learner.backbone, draft)
-            head, scores = _head(learner)
-        save_file({k: v.cpu().contiguous() for k, v in head.items()}, draft / "head.safetensors")
+                whole = _merged(learner)
+                (_write_timm if isinstance(whole, Timm) else _write_transformers)(whole, draft)
+            head = _head(learner)
+        save_file({k: v.detach().cpu().contiguous() for k, v in head.items()}, draft / "head.safetensors")
         use = _use(learner.backbone, to)
-        write_json(draft / "labels.json", _facts(learner, use, scores))
-        write_text(draft / "README.md", _readme(learner, to, use, scores))
+        write_json(draft / "labels.json", _facts(learner, use))
+        write_text(draft / "README.md", _readme(learner, to, use))
+        for file in draft.iterdir():
+            shutil.copymode(draft / "README.md", file)  # safetensors writes files that only their owner may read
         _force_to_disk(draft)
         if target.exists():
             target.rmdir()
@@ -107,17 +108,20 @@ def _check(learner: Core, to: str) -> None:
             f"{names[0]} computes features in a way that no weights can express: another library would answer "
             "differently; keep this learner with save"
         )
-    _classifier_of(learner)
+    _classifier(learner)
+    linear = False
     for site, adapter, part in updates(backbone):
-        if adapter.delta(part, branches=True) is None and adapter.state_dict():
+        if adapter.delta(part, branches=True) is not None:
+            linear = True
+        elif adapter.state_dict():
             raise ValueError(
                 f"the {type(adapter).__name__} on {site.layer} is no linear update of its weight: neither LoRA nor "
                 "merged weights can hold it; keep this learner with save"
             )
     if to == "peft":
-        if any(p.requires_grad for p in backbone.parameters()):
+        if learner.tunes_backbone:
             raise ValueError("the encoder's own weights were trained, which a LoRA cannot hold: export to 'merged'")
-        if next(updates(backbone), None) is None:
+        if not linear:
             raise ValueError("no layer of the encoder was adapted, so there is no LoRA to write: export to 'merged'")
 
 
@@ -134,11 +138,13 @@ def _write_lora(learner: Core, folder: Path) -> None:
     ranks = {name: len(down) for name, (down, _) in layers.items()}
     common = Counter(ranks.values()).most_common(1)[0][0]
     others = {name: rank for name, rank in ranks.items() if rank != common}
-    kind = type(learner.backbone.model)
+    kind, auto = type(learner.backbone.model), None
+    if not isinstance(learner.backbone, Timm):
+        auto = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
     config = {
         "peft_type": "LORA",
         "task_type": None,
-        "auto_mapping": {"base_model_class": kind.__name__, "parent_library": kind.__module__},
+        "auto_mapping": auto,
         "base_model_name_or_path": _base_name(learner.backbone),
         "revision": None,
         "inference_mode": True,
@@ -164,7 +170,8 @@ def _stacked(backbone: Backbone) -> dict[str, tuple[Tensor, Tensor]]:
         if factors is None:
             continue
         up, down = (factor.detach().float() for factor in factors)
-        whole = up.new_zeros(backbone.get_submodule(site.layer).weight.shape[0], up.shape[1])
+        layer: Any = backbone.get_submodule(site.layer)
+        whole = up.new_zeros(len(layer.weight), up.shape[1])
         whole[site.rows[0] : site.rows[1]] = up
         known = pieces.setdefault(site.layer, [])
         # k and v of a fused layer read through the same `down`: once is enough.
@@ -195,7 +202,23 @@ def _base_name(backbone: Backbone) -> str | None:
     return options.get("path")
 
 
-def _write_transformers(backbone: Backbone, folder: Path) -> None:
+def _merged(learner: Core) -> Any:
+    """The backbone with all updates in its weights, in float32."""
+    backbone = learner.backbone
+    if all(p.dtype == torch.float32 for p in backbone.parameters()):
+        return backbone
+    # In bfloat16 most of a small update is lost: it has to meet the weights as they were published.
+    whole = make_backbone(backbone.spec)
+    if whole.fingerprint() != learner.fingerprint:
+        raise ValueError(f"{backbone.spec} has changed since this learner was made: give the weights it was learnt on")
+    for site, adapter, part in updates(backbone):
+        update = adapter.delta(part, branches=True)
+        if update is not None:
+            whole.get_submodule(site.layer).weight[site.rows[0] : site.rows[1]] += update.cpu()
+    return whole
+
+
+def _write_transformers(backbone: Any, folder: Path) -> None:
     from transformers.utils import logging as hf
 
     bars = hf.is_progress_bar_enabled()
@@ -233,51 +256,56 @@ def _raw_pixels(backbone: Backbone) -> bool:
 # The classifier
 
 
-def _classifier_of(learner: Core) -> str:
-    """Which of the classifiers that can be exported answers."""
+@dataclasses.dataclass(frozen=True)
+class _Classifier:
+    """How `head` and `features` give scores: in words, and in Python."""
+
+    what: str
+    scores: str
+
+
+_LINEAR = _Classifier("a linear layer on the features", 'features @ head["weight"].T + head["bias"]')
+_TEXTS = _Classifier(
+    "cosine to the class names' text embeddings (rows of `weight`, of unit length), times `logit_scale`",
+    'head["logit_scale"] * torch.nn.functional.normalize(features) @ head["weight"].T',
+)
+_MEANS = _Classifier(
+    "cosine to the classes' mean features (rows of `weight`, of unit length)",
+    'torch.nn.functional.normalize(features) @ head["weight"].T',
+)
+
+
+def _classifier(learner: Core) -> _Classifier:
     from perdure.methods.ncm import NCM  # here, because it loads the methods of other packages too
 
-    owner = next((p for p in parts_of(learner.method) if type(p).predict is not Method.predict), None)
-    if owner is not None and type(owner).predict is NCM.predict:
-        return "means"
+    owner, objective = _predicts(learner.method), learner.objective
     if owner is not None:
-        raise ValueError(f"{owner.name} predicts in a way that no exported head can express; keep this learner with save")
-    for kind, objective in (("head", Classify), ("texts", ZeroShot)):
-        if type(learner.objective).scores is objective.scores:
-            return kind
+        if type(owner).predict is NCM.predict:
+            return _MEANS
+        raise ValueError(f"{owner.name} predicts in a way that a plain head cannot; keep this learner with save")
+    for known, classifier in ((Classify, _LINEAR), (ZeroShot, _TEXTS)):
+        if type(objective).scores is known.scores:
+            return classifier
     raise ValueError(
-        f"the scores of {type(learner.objective).__name__} cannot be exported, only those of classify() and zeroshot(); "
-        "keep this learner with save"
+        f"the scores of {type(objective).__name__} cannot be exported, only those of classify() and zeroshot(): keep "
+        "this learner with save"
     )
 
 
-def _head(learner: Core) -> tuple[dict[str, Tensor], str]:
-    """Tensors of the classifier, and the Python expression of its scores."""
-    objective = learner.objective
-    match _classifier_of(learner):
-        case "means":
-            owner = next(p for p in parts_of(learner.method) if type(p).predict is not Method.predict)
-            means = torch.stack([owner.sums[str(c)] / owner.counts[str(c)] for c in objective.classes])
-            return {"weight": F.normalize(means, dim=1)}, 'torch.nn.functional.normalize(features) @ head["weight"].T'
-        case "texts":
-            assert isinstance(objective, ZeroShot)
-            scale = learner.backbone.logit_scale.detach().float()
-            return (
-                {"weight": objective.embed(objective.names), "logit_scale": scale},
-                'head["logit_scale"] * torch.nn.functional.normalize(features) @ head["weight"].T',
-            )
-        case _:
-            assert isinstance(objective, Classify)
-            heads: Sequence[Any] = list(objective.heads)
-            weight, bias = torch.cat([h.weight for h in heads]), torch.cat([h.bias for h in heads])
-            return {"weight": weight.detach(), "bias": bias.detach()}, 'features @ head["weight"].T + head["bias"]'
+def _predicts(method: Method) -> Any:
+    return next((part for part in parts_of(method) if type(part).predict is not Method.predict), None)
 
 
-_CLASSIFIERS = {
-    "head": "a linear layer on the features",
-    "texts": "cosine to the class names' text embeddings (rows of `weight`, of unit length), times `logit_scale`",
-    "means": "cosine to the classes' mean features (rows of `weight`, of unit length)",
-}
+def _head(learner: Core) -> dict[str, Tensor]:
+    objective: Any = learner.objective
+    classifier = _classifier(learner)
+    if classifier is _MEANS:
+        owner = _predicts(learner.method)
+        means = torch.stack([owner.sums[str(c)] / owner.counts[str(c)] for c in objective.classes])
+        return {"weight": F.normalize(means, dim=1)}
+    if classifier is _TEXTS:
+        return {"weight": objective.embed(objective.names), "logit_scale": learner.backbone.logit_scale.float()}
+    return {name: torch.cat([getattr(head, name) for head in objective.heads]) for name in ("weight", "bias")}
 
 
 # How to use it
@@ -293,7 +321,7 @@ class _Use:
     features: str
 
 
-def _use(backbone: Backbone, to: Target) -> _Use:
+def _use(backbone: Backbone, to: str) -> _Use:
     imports = ("from peft import PeftModel",) if to == "peft" else ()
     lora = ("model = PeftModel.from_pretrained(model, folder)",) if to == "peft" else ()
     options = dict(parse_one(backbone.spec).kwargs)
@@ -307,7 +335,8 @@ def _use(backbone: Backbone, to: Target) -> _Use:
                 made = f"{made[:-1]}, pretrained_cfg_overlay={overlay!r})"
         raw = " | dict(mean=(0, 0, 0), std=(1, 1, 1))" if to == "peft" and _raw_pixels(backbone) else ""
         load = (f"model = {made}.eval()", f"facts = timm.data.resolve_model_data_config(model){raw}", *lora)
-        return _Use(("import timm", *imports), load, "timm.data.create_transform(**facts)(image)[None]", "model(pixels)")
+        pixels = "timm.data.create_transform(**facts)(image)[None]"
+        return _Use(("import timm", *imports), load, pixels, "model(pixels)")
     kind = type(backbone.model).__name__
     source, more, raw = "folder", "", ""
     if to == "peft":
@@ -331,13 +360,13 @@ def _use(backbone: Backbone, to: Target) -> _Use:
     return _Use(imports, load, 'processor(image, return_tensors="pt")["pixel_values"]', features)
 
 
-def _facts(learner: Core, use: _Use, scores: str) -> dict[str, Any]:
-    config = getattr(learner, "config", None)
+def _facts(learner: Core, use: _Use) -> dict[str, Any]:
+    config, classifier = getattr(learner, "config", None), _classifier(learner)
     facts = {
         "labels": list(learner.objective.names),
         "objective": config.objective if config else type(learner.objective).__name__.lower(),
-        "classifier": _CLASSIFIERS[_classifier_of(learner)],
-        "features": f"features = {use.features}; head = head.safetensors; scores = {scores}",
+        "classifier": classifier.what,
+        "features": f"features = {use.features}; head = head.safetensors; scores = {classifier.scores}",
         "preprocess": learner.backbone.preprocess.describe(),
         "perdure": __version__,
         "backbone": learner.backbone.spec,
@@ -350,10 +379,12 @@ def _facts(learner: Core, use: _Use, scores: str) -> dict[str, Any]:
     return facts
 
 
-def _readme(learner: Core, to: Target, use: _Use, scores: str) -> str:
+def _readme(learner: Core, to: str, use: _Use) -> str:
+    spec, classifier = learner.backbone.spec, _classifier(learner)
     library = "timm" if isinstance(learner.backbone, Timm) else "transformers"
-    what = f"a LoRA for {learner.backbone.spec}" if to == "peft" else f"{learner.backbone.spec} with what it learnt in its weights"
-    needed = f"{library} and peft" if to == "peft" else library
+    what = f"a LoRA for {spec}; it needs {library} and peft"
+    if to == "merged":
+        what = f"{spec} with what was learnt added to its weights; it needs {library}"
     code = [
         "import json",
         "from pathlib import Path",
@@ -370,13 +401,13 @@ def _readme(learner: Core, to: Target, use: _Use, scores: str) -> str:
         f"pixels = {use.pixels}",
         "with torch.inference_mode():",
         f"    features = {use.features}",
-        f"    scores = {scores}",
+        f"    scores = {classifier.scores}",
         "print(labels[int(scores.argmax())])",
     ]
     return (
         f"# {len(learner.objective.names)} classes, learnt in {learner.learnt} tasks\n\n"
-        f"Written by perdure {__version__}: {what}. It needs {needed}, not perdure's code.\n"
-        f"The classifier is {_CLASSIFIERS[_classifier_of(learner)]}. `labels.json` says the rest.\n\n"
+        f"Written by perdure {__version__}: {what}.\n"
+        f"The classifier is {classifier.what}. `labels.json` says the rest.\n\n"
         "```python\n" + "\n".join(code) + "\n```\n"
     )
 
@@ -384,8 +415,8 @@ def _readme(learner: Core, to: Target, use: _Use, scores: str) -> str:
 def _force_to_disk(folder: Path, files: bool = True) -> None:
     for file in folder.rglob("*") if files else ():
         if file.is_file():
-            with file.open("rb+") as handle:
-                os.fsync(handle.fileno())
+            with file.open("rb+") as written:
+                os.fsync(written.fileno())
     if os.name == "posix":  # Windows cannot open a folder
         handle = os.open(folder, os.O_RDONLY)
         try:

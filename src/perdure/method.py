@@ -205,3 +205,8 @@ def _defines(part: Method, hook: str) -> bool:
 def encodes(method: Method) -> bool:
     """Whether a part replaces the backbone's plain features."""
     return any(_defines(part, "encode") for part in parts_of(method))
+
+
+def predicts(method: Method) -> bool:
+    """Whether a part replaces the objective's scores, which for classes not yet learnt it may not have."""
+    return any(_defines(part, "predict") for part in parts_of(method))

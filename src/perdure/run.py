@@ -24,7 +24,7 @@ from perdure import __version__, checkpoint, metrics
 from perdure.augment import AUGMENTS
 from perdure.config import RunConfig, make_backbone, make_method, make_objective
 from perdure.learner import Core
-from perdure.method import Method
+from perdure.method import Method, predicts
 from perdure.runtime import Runtime, resolve
 from perdure.streams import build_stream
 from perdure.train import Progress, Quiet, TrainConfig, evaluate, fit_task
@@ -191,13 +191,15 @@ def _before(learner: Core, task: Task, stream: Stream, progress: Progress) -> li
     rows: list[Row] = []
     if learner.objective.open_vocabulary and task.index == 0:
         progress.note("measuring the pre-trained model")
+        # in float32: the weights are not to lose digits before it is known whether they are trained
         untaught = Core(learner.backbone, copy.copy(learner.objective), Method(), stream.scenario)
-        untaught.precision = learner.precision
         for each in stream:
             untaught.grow(each)
-            rows += [Row(-1, each.index, k, v) for k, v in evaluate(untaught, each).items()]
+            if len(each.test):
+                rows += [Row(-1, each.index, k, v) for k, v in evaluate(untaught, each).items()]
     learner.grow(task)
-    if learner.objective.open_vocabulary and task.index > 0:
+    unseen = learner.objective.open_vocabulary and not predicts(learner.method)
+    if unseen and task.index > 0 and len(task.test):
         rows += [Row(task.index - 1, task.index, k, v) for k, v in evaluate(learner, task).items()]
     return rows
 
@@ -224,6 +226,7 @@ def summarise(out: Path, stream: Stream) -> dict[str, Any]:
         metrics.summarise(matrices["accuracy"], metrics.baseline_of(rows, "accuracy", len(done)))
         | {name: metrics.acc(matrices[metric]) for metric, name in _OTHER_METRICS.items()}
         | {
+            "forgetting_with_task_id": metrics.forgetting(matrices["accuracy_with_task_id"]),
             "matrix": matrices["accuracy"],
             "trainable_parameters": done[-1].manifest["trainable_parameters"],
             "stored_bytes": stored,

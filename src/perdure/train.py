@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
-from accelerate.utils import find_executable_batch_size
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 
 from perdure.augment import AUGMENTS
@@ -221,7 +221,7 @@ def evaluate(learner: Core, task: Task, size: int = 256) -> dict[str, float]:
     owner = torch.tensor([first[c] for c in classes])
     labels = task.test.labels
     with learner.inference():
-        scores = predict_scores(learner, task.test, size).cpu()
+        scores = predict_scores(learner, learner.encoded(task.test), size).cpu()
     answer = allowed[scores[:, allowed].argmax(1)]
     told = own[scores[:, own].argmax(1)]
     target = learner.objective.columns(labels)
@@ -236,9 +236,12 @@ def evaluate(learner: Core, task: Task, size: int = 256) -> dict[str, float]:
 
 def predict_scores(learner: Core, data: Data, size: int = 256) -> Tensor:
     """Scores (n, seen classes); a batch that does not fit the device's memory is halved."""
-
-    def whole(size: int) -> Tensor:
-        return torch.cat([learner(batch) for batch in learner.batches(learner.encoded(data), size)])
-
-    scores: Tensor = find_executable_batch_size(whole, starting_batch_size=size)()
-    return scores
+    while True:
+        try:
+            return torch.cat([learner(batch) for batch in learner.batches(data, size)])
+        except RuntimeError as error:
+            if size == 1 or not should_reduce_batch_size(error):
+                raise
+        # only now: collecting garbage takes longer than predicting a small set
+        clear_device_cache(garbage_collection=True)
+        size //= 2

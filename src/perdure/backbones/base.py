@@ -121,8 +121,18 @@ class Backbone(nn.Module):
         return groups
 
     def tower_parameters(self, tower: Tower) -> dict[str, nn.Parameter]:
-        """Parameters of one encoder with its projection, without the logit scale; for full fine-tuning."""
-        return dict(self.named_parameters())
+        """Parameters of one encoder with its projection, without the logit scale; for full fine-tuning.
+
+        Raises:
+            ValueError: when there is no such tower.
+        """
+        found: dict[str, nn.Parameter] = {}
+        for each in ("vision", "text") if tower == "both" else (tower,):
+            if each not in self.towers():
+                raise ValueError(f"{self.spec} has no {each} tower; it has: {', '.join(self.towers())}")
+            root = self.towers()[each]
+            found |= {n: p for n, p in self.named_parameters() if not root or n.startswith(f"{root}.")}
+        return found
 
     def _site(self, block: str, letter: str) -> Site:
         inside = self.get_submodule(block).named_modules()

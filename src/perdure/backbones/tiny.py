@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perdure.backbones.base import Backbone
+from perdure.backbones.base import Backbone, Tower
 from perdure.images import Preprocess
 from perdure.spec import Spec
 
@@ -74,6 +74,10 @@ class Tiny(Backbone):
     def towers(self) -> dict[str, str]:
         """Tower -> dotted name of its module."""
         return {"vision": "vision"} if self.text is None else {"vision": "vision", "text": "text"}
+
+    def tower_parameters(self, tower: Tower) -> dict[str, nn.Parameter]:
+        """Parameters of one encoder; never the logit scale."""
+        return {name: p for name, p in super().tower_parameters(tower).items() if name != "text.scale"}
 
     def set_attention(self, implementation: Literal["eager", "sdpa"]) -> None:
         """Choose how attention is computed; the result is the same up to rounding."""

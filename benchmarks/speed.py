@@ -1,0 +1,159 @@
+"""Speed as ratios within one run: InfLoRA against PEFT's LoRA, task 20 against task 1, prediction against the bare model.
+
+    python benchmarks/speed.py --backbone 'pocket()' --rounds 30
+
+Contestants take turns, so that what else the machine does meets all of them alike; ratios are of medians.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from perdure.config import make_backbone, make_method, make_objective
+from perdure.learner import Core
+from perdure.runtime import Runtime, fastest_attention
+from perdure.types import Batch, Task
+
+CLASSES = 10
+
+
+def learner(backbone: str, method: str, runtime: Runtime, tasks: int = 1) -> Core:
+    """A learner in the middle of task number `tasks`; the branches before it are settled, with random content."""
+    core = Core(make_backbone(backbone), make_objective("classify()"), make_method(method))
+    runtime.apply(core.backbone)
+    core.precision = runtime.dtype
+    for index in range(tasks):
+        classes = tuple(range(CLASSES * index, CLASSES * (index + 1)))
+        core.grow(Task(index, str(index), classes, tuple(map(str, classes)), tasks))
+        for adapter in core.method.adapters.values() if index < tasks - 1 else ():
+            for up in adapter.up:
+                nn.init.normal_(up, std=1e-3)
+            adapter.settle()
+    core.learnt = tasks - 1
+    core.train()
+    core.settle()
+    return core
+
+
+class Peft(nn.Module):
+    """The same sites, rank and head through Hugging Face PEFT, as its documentation has it: autocast around the model."""
+
+    def __init__(self, backbone: str, runtime: Runtime, rank: int) -> None:
+        super().__init__()
+        import peft
+
+        self.backbone = make_backbone(backbone)
+        runtime.apply(self.backbone)
+        names = [site.layer.removeprefix("model.") for site in self.backbone.sites("kv")]
+        config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=names)
+        self.backbone.model = peft.get_peft_model(self.backbone.model, config)
+        self.head = nn.Linear(self.backbone.dim, CLASSES)
+        self.dtype = runtime.dtype
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
+            features = self.backbone(batch)
+        return F.cross_entropy(self.head(features.float()), batch["label"])
+
+
+def step_of(model: Core | Peft, batch: Batch) -> Callable[[], None]:
+    params = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(params, lr=1e-6, fused=True)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model.loss(batch).backward()
+        optimizer.step()
+
+    return step
+
+
+def take_turns(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of each, after two rounds of warm-up."""
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(rounds + 2):
+        for name, action in contestants.items():
+            start = time.perf_counter()
+            action()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values[2:]) for name, values in times.items()}
+
+
+def peak_memory(backbone: str, method: str, runtime: Runtime, batch_size: int) -> int:
+    """Bytes a fresh process holds at most beyond the imports and the bare model, over a few training steps."""
+    code = (
+        "import sys, json, resource; sys.path.insert(0, sys.argv[1]); import peft, speed; from perdure.runtime import Runtime\n"
+        "backbone, method, runtime, size = json.loads(sys.argv[2])\n"
+        "runtime = Runtime(**runtime); image, before = speed.batch_for(backbone, size), None\n"
+        "model = speed.Peft(backbone, runtime, 10) if method == 'peft' else speed.learner(backbone, method, runtime)\n"
+        "step = speed.step_of(model, image); step(); step(); step()\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+    )
+    arguments = json.dumps([backbone, method, runtime.describe(), batch_size])
+    folder = __file__.rpartition("/")[0] or "."
+    done = subprocess.run([sys.executable, "-c", code, folder, arguments], capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1])
+
+
+def batch_for(backbone: str, size: int) -> Batch:
+    side = make_backbone(backbone).preprocess.size
+    images = torch.randint(0, 255, (size, 3, side, side), dtype=torch.uint8)
+    return {"image": images, "label": torch.randint(0, CLASSES, (size,))}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--backbone", default="pocket()")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    image = batch_for(options.backbone, options.batch_size)
+    found: dict[str, object] = {"threads": options.threads, "backbone": options.backbone}
+    for precision in ("fp32", "bf16"):
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+        attention = fastest_attention(make_backbone(options.backbone), dtype, options.batch_size)
+        runtime = Runtime("cpu", precision, attention, options.threads)
+        first = learner(options.backbone, "inflora(rank=10)", runtime)
+        late = learner(options.backbone, "inflora(rank=10)", runtime, tasks=20)
+        contestants = {
+            "inflora": step_of(first, image),
+            "inflora, task 20": step_of(late, image),
+            "lora": step_of(learner(options.backbone, "lora(rank=10)", runtime), image),
+            "peft lora": step_of(Peft(options.backbone, runtime, 10), image),
+        }
+        steps = take_turns(contestants, options.rounds)
+        # the very same learner bare and taught: its features with and without hooks and folded updates
+        bare = make_backbone(options.backbone).requires_grad_(False).eval()
+        runtime.apply(bare)
+        bare.to(runtime.dtype)
+        taught = learner(options.backbone, "inflora(rank=10)", runtime, tasks=20)
+        with taught.inference():
+            predictions = take_turns(
+                {"bare": lambda: bare(image), "taught": lambda: taught.encode(image)}, 2 * options.rounds
+            )
+        memory = {m: peak_memory(options.backbone, m, runtime, options.batch_size) for m in ("inflora(rank=10)", "peft")}
+        found[precision] = {
+            "attention": attention,
+            "step_ms": {name: round(1000 * seconds, 1) for name, seconds in steps.items()},
+            "step: inflora / peft lora": round(steps["inflora"] / steps["peft lora"], 3),
+            "step: task 20 / task 1": round(steps["inflora, task 20"] / steps["inflora"], 3),
+            "prediction after 20 tasks / bare backbone": round(predictions["taught"] / predictions["bare"], 3),
+            "peak memory: inflora / peft lora": round(memory["inflora(rank=10)"] / memory["peft"], 3),
+            "peak_bytes": memory,
+        }
+        print(json.dumps(found[precision], indent=2), flush=True)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

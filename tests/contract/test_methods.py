@@ -1,0 +1,252 @@
+"""What every method, and every combination of methods, must honour."""
+
+import copy
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from perdure.adapters.attach import detach
+from perdure.config import make_method, register
+from perdure.learner import Core
+from perdure.method import METHODS
+from perdure.train import fit_task, predict_scores
+from perdure.types import Task
+
+register()
+COMBINATIONS = [
+    "lora(rank=2) + ewc",
+    "lora(rank=2) + replay(size=12)",
+    "lora(rank=2) + ncm",
+    "lora(rank=2) + joint",
+    "lora(rank=2) + ewc + replay(size=12, selection='class_balanced')",
+    "inflora(rank=2) + replay(size=12)",
+    "inflora(rank=2) + ncm",
+    "inflora(rank=2) + replay(size=12) + ncm",
+    "inflora(rank=2) + joint",
+    "finetune + ewc",
+    "finetune + replay(size=12)",
+    "probe + replay(size=12)",
+    "finetune(mask=False) + ncm",
+]
+ALONE = sorted(name for name, method in METHODS.items() if not method.protects)
+SPECS = ALONE + COMBINATIONS
+FROZEN = [s for s in SPECS if "finetune" not in s and s != "joint"]
+ELSEWHERE = [
+    (spec, {"scenario": scenario})
+    for scenario in ("task", "domain")
+    for spec in ("lora", "inflora", "ncm", "probe + replay(size=12)", "finetune + ewc", "lora(rank=2) + joint")
+] + [
+    (spec, {"objective": "zeroshot"})
+    for spec in (
+        "ncm",
+        "joint",
+        "lora(rank=2, tower='both')",
+        "inflora(rank=2)",
+        "inflora(rank=2) + replay(size=12)",
+        "finetune(tower='both') + ewc",
+        "lora(rank=2) + ncm",
+    )
+]
+PLACES = [(spec, {}) for spec in SPECS] + ELSEWHERE
+every_place = pytest.mark.parametrize(
+    ("spec", "where"), PLACES, ids=[" ".join([spec, *w.values()]) for spec, w in PLACES]
+)
+
+
+@pytest.fixture(scope="module")
+def unbroken(lab: Any, content_of: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The content of a run that was never stopped."""
+
+    @cache
+    def made(spec: str, where: tuple[tuple[str, str], ...]) -> dict[str, Any]:
+        out = tmp_path_factory.mktemp("unbroken")
+        lab.but(**dict(where)).run(spec, out)
+        return content_of(out)
+
+    return lambda spec, where: made(spec, tuple(where.items()))
+
+
+@pytest.fixture(scope="module")
+def taught(lab: Any) -> Any:
+    """A learner that has learnt the whole stream; not to be changed."""
+
+    @cache
+    def made(spec: str, where: tuple[tuple[str, str], ...]) -> Core:
+        return lab.but(**dict(where)).taught(spec)
+
+    return lambda spec, where=(): made(spec, tuple(dict(where).items()))
+
+
+@every_place
+def test_run_stopped_after_a_task_equals_unbroken_run(
+    spec: str, where: Any, lab: Any, unbroken: Any, content_of: Any, tmp_path: Any
+) -> None:
+    lab.but(**where).broken_run(spec, tmp_path, task=0, step=None)
+    assert content_of(tmp_path) == unbroken(spec, where)
+
+
+@every_place
+def test_run_stopped_within_a_task_equals_unbroken_run(
+    spec: str, where: Any, lab: Any, unbroken: Any, content_of: Any, tmp_path: Any
+) -> None:
+    lab.but(**where).broken_run(spec, tmp_path, task=1, step=3, save_every=2)
+    assert content_of(tmp_path) == unbroken(spec, where)
+
+
+@pytest.mark.parametrize("spec", FROZEN)
+def test_detach_gives_the_pretrained_model_back_bit_for_bit(spec: str, lab: Any, taught: Any) -> None:
+    learner, before = copy.deepcopy(taught(spec)), lab.backbone().state_dict()
+    assert learner.backbone.state_dict().keys() == before.keys()
+    detach(learner.backbone)
+    after = learner.backbone.state_dict()
+    assert [k for k in before if not torch.equal(before[k], after[k])] == []
+
+
+@every_place
+def test_every_trainable_parameter_gets_a_gradient(spec: str, where: Any, lab: Any) -> None:
+    bench = lab.but(**where)
+    learner = bench.learner(spec)
+    for task in bench.stream().tasks[:2]:
+        learner.grow(task)
+        learner.method.begin_task(learner, task)
+        fixed = learner.trainable().items()
+        torch.manual_seed(0)
+        with torch.no_grad():  # a branch that adds nothing yet hides its first factor from the loss
+            for _, p in fixed:
+                p.add_(torch.randn_like(p), alpha=0.1)
+        batch = learner.method.batch(learner, task.train.__getitems__(range(len(task.train))))
+        learner.zero_grad()
+        if fixed:
+            learner.loss(batch).backward()
+        assert [n for n, p in fixed if p.grad is None or not p.grad.any()] == []
+        learner.method.end_task(learner, task)
+        learner.learnt += 1
+
+
+@every_place
+def test_growing_changes_no_feature_and_no_old_score_yet(spec: str, where: Any, lab: Any) -> None:
+    bench = lab.but(**where)
+    learner, stream = bench.learner(spec), bench.stream()
+    images = stream.tasks[0].test.__getitems__(range(8))
+    plain = bench.backbone()(images)
+    for task in stream:
+        seen = len(learner.objective.classes)
+        before = (encoded(learner, images), scored(learner, images)) if seen else (plain, plain[:, :0])
+        learner.grow(task)
+        learner.method.begin_task(learner, task)
+        torch.testing.assert_close(encoded(learner, images), before[0], rtol=0, atol=1e-6)
+        if "ncm" not in spec:  # which has no mean of a class that it has not seen
+            torch.testing.assert_close(scored(learner, images)[:, :seen], before[1], rtol=0, atol=1e-6)
+        fit_task(learner, task, bench.train_config(epochs=1))
+
+
+@every_place
+def test_predictions_depend_on_no_other_image_of_the_batch(spec: str, where: Any, lab: Any, taught: Any) -> None:
+    bench = lab.but(**where)
+    learner, data = taught(spec, where), bench.stream().tasks[1].test
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(1))
+    with learner.inference():
+        together, one_by_one = predict_scores(learner, data, 64), predict_scores(learner, data, 1)
+        shuffled = predict_scores(learner, data.subset(order), 5)
+    torch.testing.assert_close(one_by_one, together, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(shuffled, together[order], rtol=1e-5, atol=1e-5)
+
+
+@every_place
+def test_memory_in_a_learner_that_knows_only_descriptions_predicts_the_same(
+    spec: str, where: Any, lab: Any, taught: Any
+) -> None:
+    bench = lab.but(**where)
+    learner, images = taught(spec, where), bench.stream().tasks[0].test.__getitems__(range(8))
+    fresh = bench.learner(spec)
+    for task in learner.tasks:
+        fresh.grow(Task.described(task.describe()))
+    missing, unexpected = fresh.load_state_dict(learner.memory(), strict=False)
+    assert unexpected == []
+    assert [key for key in missing if not key.startswith("backbone.")] == []
+    assert torch.equal(scored(fresh, images), scored(learner, images))
+
+
+@every_place
+def test_state_is_all_that_a_method_remembers(spec: str, where: Any, lab: Any) -> None:
+    bench = lab.but(**where)
+    stream = bench.stream()
+    went_on = bench.teach(bench.learner(spec), stream.tasks[:1], epochs=1)
+    loaded = bench.learner(spec)
+    loaded.grow(stream.tasks[0])
+    loaded.load_state_dict(went_on.memory(), strict=False)
+    loaded.learnt = 1
+    a, b = (bench.teach(learner, stream.tasks[1:2], epochs=1).memory() for learner in (went_on, loaded))
+    assert a.keys() == b.keys()
+    assert [key for key in a if not torch.equal(a[key], b[key])] == []
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_step_costs_the_same_after_two_and_after_six_tasks(spec: str, lab: Any) -> None:
+    bench = lab.but(tasks=6, per_class=4, epochs=1)
+    learner, stream = bench.learner(spec), bench.stream()
+    bench.teach(learner, stream.tasks[:2])
+    after_two = structure(learner)
+    bench.teach(learner, stream.tasks[2:])
+    assert structure(learner) == after_two
+
+
+@pytest.mark.parametrize("spec", ["ncm + ncm", "lora + lora"])
+def test_a_part_that_stands_twice_is_refused_by_name(spec: str) -> None:
+    with pytest.raises(ValueError, match=r"^(ncm|lora) stands twice in .*; write each part once$"):
+        make_method(spec)
+
+
+def test_two_owners_of_an_exclusive_hook_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    for hook in ("encode", "predict", "data"):
+        one, two = (type(n, (METHODS["probe"],), {hook: lambda *_: None, "name": n}) for n in ("one", "two"))
+        monkeypatch.setitem(METHODS, "one", one)
+        monkeypatch.setitem(METHODS, "two", two)
+        with pytest.raises(ValueError, match=f"^one and two cannot be combined: each defines '{hook}'; keep one of"):
+            make_method("one + lora + two")
+
+
+def test_an_unknown_method_suggests_a_name() -> None:
+    with pytest.raises(ValueError, match=r"^unknown method 'inflor'; did you mean 'inflora'\?$"):
+        make_method("inflor")
+
+
+def test_an_unknown_option_suggests_a_name() -> None:
+    with pytest.raises(ValueError, match="has no option 'ranks'; did you mean 'rank'"):
+        make_method("lora(ranks=3)")
+
+
+@pytest.mark.parametrize("spec", ["ewc", "inflora + ewc", "probe + ewc", "ncm + replay + ewc"])
+def test_a_guard_without_anything_to_protect_is_refused_when_built(spec: str) -> None:
+    with pytest.raises(ValueError, match=r"^ewc has nothing to protect in .* Write 'lora \+ ewc' or 'finetune \+ ewc'$"):
+        make_method(spec)
+
+
+def encoded(learner: Core, images: dict[str, Tensor]) -> Tensor:
+    """Features as training computes them: the open branch beside the layer, the rest in its weight."""
+    learner.settle()
+    with torch.no_grad():
+        return learner.encode(images).clone()
+
+
+def scored(learner: Core, images: dict[str, Tensor]) -> Tensor:
+    with learner.inference():
+        return learner(images).clone()
+
+
+def structure(learner: Core) -> dict[str, int]:
+    """What a step's cost depends on, without heads."""
+
+    def hooks(module: nn.Module) -> int:
+        return len(module._forward_hooks) + len(module._forward_pre_hooks) + len(module._backward_hooks)
+
+    return {
+        "modules of the backbone": len(list(learner.backbone.modules())),
+        "hooks on the backbone": sum(map(hooks, learner.backbone.modules())),
+        "modules of the method": len(list(learner.method.modules())),
+        "parameters of the method": sum(p.numel() for p in learner.method.parameters()),
+        "trained parameters": sum(p.numel() for n, p in learner.trainable().items() if not n.startswith("objective.")),
+    }
