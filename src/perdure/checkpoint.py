@@ -67,7 +67,8 @@ def save_task(folder: Path, learner: Core, rows: list[Row], facts: dict[str, Any
         folder: of the run or learner.
         learner: whose `learnt` counts the task.
         rows: measurements made after it.
-        facts: anything else worth keeping (seconds, sources), as JSON.
+        facts: anything else worth keeping (seconds, sources), as JSON; with `alone` set, the tasks before this one were
+            never saved to `folder`.
     """
     target = folder / f"task-{learner.learnt - 1:03d}"
     manifest = _describe(learner) | {"rows": [asdict(row) for row in rows]} | facts
@@ -117,20 +118,30 @@ def whole(folder: Path) -> list[Checkpoint]:
     Raises:
         DamagedCheckpoint: when a manifest cannot be read or a task is missing in between.
     """
-    found = [_manifest(path) for path in sorted(folder.glob("task-[0-9]*/" + _MANIFEST))]
-    for index, checkpoint in enumerate(found):
+    found = [_manifest(path) for path in _manifests(folder, "task")]
+    index = 0
+    for checkpoint in found:
+        if checkpoint.manifest.get("alone"):
+            index = checkpoint.learnt - 1
         if checkpoint.learnt != index + 1:
             raise DamagedCheckpoint(
                 f"{folder} has {checkpoint.folder.name} but not task-{index:03d}: restore that folder, or remove the "
                 "later ones to go back"
             )
+        index += 1
     return found
 
 
 def latest_step(folder: Path, learnt: int) -> Checkpoint | None:
     """The last whole snapshot within task number `learnt`."""
-    found = sorted((folder / f"task-{learnt:03d}").glob(f"step-[0-9]*/{_MANIFEST}"))
+    found = _manifests(folder / f"task-{learnt:03d}", "step")
     return _manifest(found[-1]) if found else None
+
+
+def holds(checkpoint: Checkpoint, learner: Core) -> bool:
+    """Whether a checkpoint is what `learner` knows now."""
+    digest = hashlib.sha256(_packed(learner.memory())).hexdigest()
+    return checkpoint.tasks == learner.tasks and checkpoint.manifest["sha256"].get(_LEARNER) == digest
 
 
 def restore(learner: Core, checkpoint: Checkpoint, tasks: Sequence[Task] = ()) -> None:
@@ -222,13 +233,18 @@ def _write(target: Path, manifest: dict[str, Any], files: dict[str, dict[str, Te
     target.mkdir(parents=True, exist_ok=True)
     digests = {}
     for name, tensors in files.items():
-        content = save({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
+        content = _packed(tensors)
         digests[name] = hashlib.sha256(content).hexdigest()
         _place(target / name, content)
     manifest = manifest | {"sha256": digests}
     manifest["seal"] = _seal(manifest)
     write_json(target / _MANIFEST, manifest)
     _sync_folder(target.parent)
+
+
+def _packed(tensors: dict[str, Tensor]) -> bytes:
+    packed: bytes = save({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
+    return packed
 
 
 def _seal(manifest: dict[str, Any]) -> str:
@@ -259,15 +275,22 @@ def _sync_folder(folder: Path) -> None:
 def _manifest(path: Path) -> Checkpoint:
     remedy = f"restore it, or remove {path.parent} to go back to the one before"
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        sealed = manifest["seal"] == _seal(manifest)
+        text = path.read_text(encoding="utf-8")
+        manifest = json.loads(text)
+        sealed = text.endswith("}\n") and manifest["seal"] == _seal(manifest)
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedCheckpoint(f"{path} is damaged: it cannot be read as a manifest; {remedy}") from error
-    if manifest["format"] != FORMAT:
-        raise ValueError(f"{path} has format {manifest['format']}; this version of perdure reads {FORMAT}")
     if not sealed:
         raise DamagedCheckpoint(f"{path} is damaged: its content does not match its seal; {remedy}")
+    if manifest["format"] != FORMAT:
+        raise ValueError(f"{path} has format {manifest['format']}; this version of perdure reads {FORMAT}")
     return Checkpoint(path.parent, manifest)
+
+
+def _manifests(folder: Path, kind: str) -> list[Path]:
+    """Of the folders `kind`-N, in the order of N: beyond the padded digits, names do not sort."""
+    numbered = [(p.parent.name.removeprefix(f"{kind}-"), p) for p in folder.glob(f"{kind}-*/{_MANIFEST}")]
+    return [path for _, path in sorted((int(number), path) for number, path in numbered if number.isdecimal())]
 
 
 def _read(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:

@@ -1,250 +1,21 @@
-"""The command line: one frozen dataclass a command, whose fields are the flags and whose docstrings are the help."""
+"""The command line: what was typed becomes a command, and what goes wrong becomes one line and an exit code."""
 
-import dataclasses
 import errno
-import inspect
+import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
 
 import tyro
+from accelerate.utils.memory import should_reduce_batch_size
 
 from perdure import __version__
-from perdure.backbones import BACKBONES
-from perdure.compare import cells, compare
-from perdure.config import RunConfig, register
+from perdure.commands import COMMANDS, Command
 from perdure.console import Screen
-from perdure.export import export
-from perdure.method import METHODS
-from perdure.recipes import DEMO_METHODS, RECIPES, demo
-from perdure.report import write_report
-from perdure.run import Interrupted, read_record, read_summary, resume, run
-from perdure.streams import STREAMS, build_stream
-from perdure.teach import Learner, teach_folder
-from perdure.train import evaluate
-from perdure.types import Row
+from perdure.mistakes import mistake
+from perdure.run import Interrupted
 
-
-@dataclass(frozen=True, kw_only=True)
-class _Command:
-    """Flags that every command has."""
-
-    json: bool = False
-    """One JSON object per event or result, for programs."""
-
-    def __call__(self, screen: Screen) -> None:
-        """Do it."""
-        raise NotImplementedError
-
-
-@dataclass(frozen=True, kw_only=True)
-class Demo(_Command):
-    """Sequential LoRA and InfLoRA on coloured shapes, offline, in minutes."""
-
-    out: Path = Path("runs/demo")
-    """Folder of the two runs and the report."""
-
-    def __call__(self, screen: Screen) -> None:
-        """Compare the two methods and write the report."""
-        config = demo()
-        screen.note(f"{config.stream} on {config.backbone}: {' beside '.join(DEMO_METHODS)}")
-        _grid(config, DEMO_METHODS, (0,), self.out, screen, matrices=True)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run(RunConfig, _Command):
-    """Learn a stream with one method."""
-
-    out: Path
-    """Folder of the run; it must not hold one yet."""
-
-    def __call__(self, screen: Screen) -> None:
-        """Run, report."""
-        config = RunConfig(**{f.name: getattr(self, f.name) for f in fields(RunConfig)})
-        _finished(self.out, run(config, self.out, screen), screen)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Resume(_Command):
-    """Go on with a run that was stopped or killed, with the same result as if it never was."""
-
-    folder: tyro.conf.Positional[Path]
-    """The run's folder."""
-
-    def __call__(self, screen: Screen) -> None:
-        """Resume, report."""
-        _finished(self.folder, resume(self.folder, screen), screen)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Learn(_Command):
-    """Teach a learner one more task, from a folder whose sub-folders are the classes."""
-
-    folder: tyro.conf.Positional[Path]
-    """Folder of class folders; or with train/ and test/ in it."""
-    into: Path
-    """The learner's folder; a new one is made with the options below."""
-    backbone: str | None = None
-    """For a new learner; pocket() unless said otherwise."""
-    method: str | None = None
-    """For a new learner; inflora(rank=10) unless said otherwise."""
-    objective: str | None = None
-    """For a new learner; classify() unless said otherwise."""
-    epochs: int | None = None
-    """Passes over the images."""
-    lr: float | None = None
-    """Learning rate."""
-    batch_size: int | None = None
-    """Images per step."""
-    seed: int | None = None
-    """For a new learner."""
-    precision: Literal["auto", "fp32", "bf16"] | None = None
-    """For a new learner."""
-    skip_bad: bool = False
-    """Leave unreadable images out, and list them."""
-
-    def __call__(self, screen: Screen) -> None:
-        """Learn, say what is known now."""
-        names = ("backbone", "method", "objective", "epochs", "lr", "batch_size", "seed", "precision")
-        given = {n: getattr(self, n) for n in names if getattr(self, n) is not None}
-        config = RunConfig(stream="", **given)
-        task, summary = teach_folder(self.folder, self.into, config, given, screen, self.skip_bad)
-        skipped = getattr(task.train, "skipped", ())
-        if skipped:
-            screen.note(f"{len(skipped)} unreadable images were left out: {', '.join(skipped[:5])}")
-        write_report([self.into], self.into / "report.html")
-        screen.result(
-            {"event": "learnt", "task": task.describe(), "summary": summary, "skipped": list(skipped)},
-            f"learnt {', '.join(task.names)}; ask it with: perdure predict {self.into} IMAGE",
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Predict(_Command):
-    """What a learner sees in images."""
-
-    learner: tyro.conf.Positional[Path]
-    """A learner's or a run's folder."""
-    images: tyro.conf.Positional[tuple[Path, ...]]
-    """Image files, or folders of them."""
-    top: int = 3
-    """How many names per image."""
-
-    def __call__(self, screen: Screen) -> None:
-        """Print labels with scores."""
-        if self.top < 1:
-            raise ValueError(f"--top {self.top}: expected 1 or more")
-        files = [file for path in self.images for file in _images_in(path)]
-        found = Learner.load(self.learner).predict(files, top=self.top)
-        for file, answer in zip(files, found, strict=True):
-            line = "  ".join(f"{name} {share:.1%}" for name, share in answer)
-            screen.result(
-                {"image": str(file), "labels": [{"name": n, "score": s} for n, s in answer]}, f"{file}  {line}"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Compare(RunConfig, _Command):
-    """Methods side by side over several seeds (class orders): one table with mean and spread, and a report."""
-
-    methods: tuple[str, ...]
-    """Methods, each in quotes."""
-    method: Annotated[str, tyro.conf.Suppress] = field(default="")
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """One run a method for each; unless the stream fixes it, a seed is also a class order."""
-    seed: Annotated[int, tyro.conf.Suppress] = field(default=0)
-    out: Path
-    """Folder of the grid; finished runs in it are not repeated."""
-
-    def __call__(self, screen: Screen) -> None:
-        """Run the grid, print the table, write the report."""
-        names = [f.name for f in fields(RunConfig) if f.name not in ("method", "seed")]
-        config = RunConfig(**{n: getattr(self, n) for n in names})
-        _grid(config, self.methods, self.seeds, self.out, screen)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Eval(_Command):
-    """Measure a learner on all tasks of a stream: its own run's, or another one with the same class names."""
-
-    learner: tyro.conf.Positional[Path]
-    """A learner's or a run's folder."""
-    stream: str | None = None
-    """What to measure on; the run's own stream when left out."""
-
-    def __call__(self, screen: Screen) -> None:
-        """Print accuracy per task."""
-        rows = measure(self.learner, self.stream)
-        for row in rows:
-            screen.result(dataclasses.asdict(row), f"task {row.on}  {row.metric:<24}{row.value:7.1%}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Report(_Command):
-    """Write report.html for one or several runs."""
-
-    folders: tyro.conf.Positional[tuple[Path, ...]]
-    """Runs' folders, or a grid's."""
-    out: Path | None = None
-    """The file; report.html in the first folder when left out."""
-
-    def __call__(self, screen: Screen) -> None:
-        """Write and print the path."""
-        inner = [run for folder in self.folders for run in _runs_in(folder)]
-        path = write_report(inner, self.out or self.folders[0] / "report.html")
-        screen.result({"report": str(path)}, f"report: {path}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Export(_Command):
-    """Write a learner for other libraries."""
-
-    learner: tyro.conf.Positional[Path]
-    """A learner's or a run's folder."""
-    out: Path
-    """Folder to write; it must not exist yet."""
-    to: Literal["peft", "merged"] = "merged"
-    """peft: a LoRA that Hugging Face PEFT loads; merged: weights that transformers or timm load."""
-
-    def __call__(self, screen: Screen) -> None:
-        """Export and print the path."""
-        path = export(Learner.load(self.learner), self.out, self.to)
-        screen.result({"export": str(path), "to": self.to}, f"written: {path}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class List(_Command):
-    """What there is: methods, streams, backbones, recipes."""
-
-    what: tyro.conf.Positional[Literal["methods", "streams", "backbones", "recipes"]]
-    """Which."""
-
-    def __call__(self, screen: Screen) -> None:
-        """Print names, options and what they are."""
-        register()
-        tables: dict[str, Mapping[str, Callable[..., Any]]] = {
-            "methods": METHODS,
-            "streams": STREAMS,
-            "backbones": BACKBONES,
-            "recipes": RECIPES,
-        }
-        screen.listing([(_call(name, made), _sentence(made)) for name, made in sorted(tables[self.what].items())])
-
-
-COMMANDS: dict[str, Callable[..., Any]] = {
-    "demo": Demo,
-    "run": Run,
-    "resume": Resume,
-    "learn": Learn,
-    "predict": Predict,
-    "compare": Compare,
-    "eval": Eval,
-    "report": Report,
-    "export": Export,
-    "list": List,
-}
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -253,97 +24,48 @@ def main(args: Sequence[str] | None = None) -> None:
     if arguments in (["--version"], ["-V"]):
         print(f"perdure {__version__}")
         return
-    command = tyro.extras.subcommand_cli_from_dict(
+    screen = Screen("--json" in arguments)
+    if wrong := mistake(arguments, COMMANDS):
+        screen.error(wrong)
+        sys.exit(2)
+    command: Command = tyro.extras.subcommand_cli_from_dict(
         COMMANDS,
         prog="perdure",
         description="Teach pre-trained vision and vision-language models one task after another, without forgetting.",
         args=arguments,
         config=(tyro.conf.OmitArgPrefixes,),
     )
-    screen = Screen(command.json)
     try:
         command(screen)
-    except Interrupted as stop:
-        screen.error(str(stop))
+    except (Interrupted, KeyboardInterrupt) as stop:
+        screen.error(str(stop) or "stopped at once; what was saved before is whole, and the same command can go on")
         sys.exit(130)
+    except BrokenPipeError:
+        # Who reads our output has had enough; Python would complain once more when it closes it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except ValueError as error:
         screen.error(str(error))
         sys.exit(2)
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        remedy = "free some space, then resume; all tasks learnt before are whole" if full else "check the path"
-        screen.error(f"{error.strerror or error}: {error.filename or 'while writing'}: {remedy}")
+        screen.error(_said(error))
         sys.exit(2)
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error):
+            raise
+        screen.error("out of memory: give a smaller --batch-size; all tasks learnt before are whole")
+        sys.exit(2)
+    finally:
+        screen.close()
 
 
-def measure(folder: Path, stream: str | None) -> list[Row]:
-    """Accuracy of a learner on the tasks of a stream.
-
-    Raises:
-        ValueError: when the stream's classes are not those that were learnt.
-    """
-    learner = Learner.load(folder)
-    described = stream if stream is not None else learner.config.stream
-    if not described:
-        raise ValueError(f"{folder} was taught from folders: say what to measure on with --stream")
-    tasks = build_stream(described, learner.backbone.preprocess, learner.config.seed).tasks
-    rows = []
-    for task in tasks[: learner.learnt]:
-        unknown = [n for n, c in zip(task.names, task.classes, strict=True) if learner.known.get(n) != c]
-        if unknown:
-            raise ValueError(f"{described}: class {unknown[0]!r} of task {task.index} is not what {folder} has learnt")
-        rows += [Row(learner.learnt - 1, task.index, k, v) for k, v in evaluate(learner, task).items()]
-    return rows
+def _said(error: OSError) -> str:
+    where = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else None
+    if error.errno in _FULL:
+        full = f"{error.strerror}{f': {where}' if where else ''}"
+        return f"{full}: free some space, then resume (or learn again); all tasks learnt before are whole"
+    return f"{error.strerror or error}{f': {where}: check the path and its permissions' if where else ''}"
 
 
-def _grid(
-    config: RunConfig, methods: Sequence[str], seeds: Sequence[int], out: Path, screen: Screen, matrices: bool = False
-) -> None:
-    grid = cells(methods, seeds, out)
-    table = compare(config, grid, out, screen)
-    if matrices:
-        for cell in grid:
-            names = [t["name"] for t in read_record(cell.folder)["stream"]["tasks"]]
-            screen.matrix(read_summary(cell.folder), names, cell.method)
-    screen.table(table)
-    path = write_report([cell.folder for cell in grid], out / "report.html")
-    screen.result({"event": "report", "path": str(path)}, f"report: {path}")
-
-
-def _finished(out: Path, summary: dict[str, Any], screen: Screen) -> None:
-    record = read_record(out)
-    screen.matrix(summary, [t["name"] for t in record["stream"]["tasks"]], record["config"]["method"])
-    path = write_report([out], out / "report.html")
-    screen.result({"event": "done", "summary": summary, "report": str(path)}, f"report: {path}")
-
-
-def _images_in(path: Path) -> list[Path]:
-    if path.is_dir():
-        endings = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-        found = sorted(p for p in path.iterdir() if p.suffix.lower() in endings)
-        if not found:
-            raise ValueError(f"{path} has no image; give files, or a folder with {', '.join(sorted(endings))}")
-        return found
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist: give an image file or a folder of images")
-    return [path]
-
-
-def _runs_in(folder: Path) -> list[Path]:
-    if (folder / "run.json").exists():
-        return [folder]
-    inner = sorted(p.parent for p in folder.glob("*/run.json"))
-    if not inner:
-        raise ValueError(f"{folder} is neither a run's nor a grid's folder: it has no run.json")
-    return inner
-
-
-def _call(name: str, made: Callable[..., Any]) -> str:
-    options = [p for p in inspect.signature(made).parameters.values() if p.kind is not p.VAR_KEYWORD]
-    shown = [p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in options]
-    return f"{name}({', '.join(shown)})"
-
-
-def _sentence(made: Callable[..., Any]) -> str:
-    text = (sys.modules[made.__module__].__doc__ if inspect.isclass(made) else made.__doc__) or ""
-    return text.strip().splitlines()[0]
+if __name__ == "__main__":
+    main()

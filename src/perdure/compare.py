@@ -2,17 +2,18 @@
 
 import dataclasses
 import re
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from perdure import checkpoint, metrics
 from perdure.config import RunConfig, make_backbone, make_method
-from perdure.run import read_summary, resume, run
-from perdure.runtime import resolve
+from perdure.run import Interrupted, read_record, read_summary, resume, run
+from perdure.runtime import Runtime, resolve
 from perdure.train import Progress
 
-KEYS = ("acc", "aaa", "forgetting", "acc_with_task_id", "forgetting_with_task_id", "task_id_acc", "images_per_second", "stored_bytes")
+KEYS = ("acc", "aaa", "forgetting", "acc_with_task_id", "task_id_acc", "images_per_second", "stored_bytes")
 """What the table shows of each summary."""
 
 
@@ -24,24 +25,42 @@ class Cell:
     seed: int
     folder: Path
 
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to do."""
+        return (self.folder / "summary.json").exists()
+
+
+class GridProgress(Progress, Protocol):
+    """Progress that is also told of the grid."""
+
+    def cell(self, number: int, total: int, method: str, seed: int, left: float | None) -> None:
+        """Run number `number` (from 0) of `total` begins; `left` seconds are left for all, as far as one can tell."""
+
 
 def cells(methods: Sequence[str], seeds: Sequence[int], out: Path) -> list[Cell]:
     """The grid, seeds outermost: after each seed the table is complete for it.
 
     Raises:
-        ValueError: for a method that cannot be built, or one that stands twice.
+        ValueError: for a method that cannot be built, for no method or seed, or one that stands twice.
     """
+    for what, given in (("methods", methods), ("seeds", seeds)):
+        if not given:
+            raise ValueError(f"--{what} is empty: give at least one")
     for method in methods:
         make_method(method)
     names = [_folder_name(method) for method in methods]
     for name, method in zip(names, methods, strict=True):
         if names.count(name) > 1:
             raise ValueError(f"{method!r} stands twice among the methods; write each once")
+    for seed in seeds:
+        if seeds.count(seed) > 1:
+            raise ValueError(f"seed {seed} stands twice among the seeds; write each once")
     return [Cell(m, s, out / f"{n}-seed{s}") for s in seeds for n, m in zip(names, methods, strict=True)]
 
 
 def compare(
-    config: RunConfig, grid: Sequence[Cell], out: Path, progress: Progress | None = None
+    config: RunConfig, grid: Sequence[Cell], out: Path, progress: GridProgress | None = None
 ) -> list[dict[str, Any]]:
     """Run what is not finished of a grid; returns the table, one row a method.
 
@@ -53,24 +72,47 @@ def compare(
         grid: from `cells`.
         out: folder of the grid.
         progress: who is told.
+
+    Raises:
+        ValueError: when a run in `out` was made with other options, or anything in `config` cannot be done.
+        Interrupted: after SIGINT or SIGTERM.
     """
-    runtime = None
     with checkpoint.locked(out):
+        runtime = None
+        for cell in grid:
+            runtime = _made(config, cell) or runtime
         for number, cell in enumerate(grid):
+            if cell.finished:
+                continue
             if progress:
-                progress.note(f"{cell.method}, seed {cell.seed} ({number + 1} of {len(grid)})")
-            if (cell.folder / "summary.json").exists():
-                continue
-            if (cell.folder / "run.json").exists():
-                resume(cell.folder, progress)
-                continue
-            if runtime is None:
-                backbone = make_backbone(config.backbone)
-                runtime = resolve(backbone, config.precision, config.attention, config.batch_size, config.device)
-            run(dataclasses.replace(config, method=cell.method, seed=cell.seed), cell.folder, progress, runtime)
+                progress.cell(number, len(grid), cell.method, cell.seed, seconds_left(grid))
+            try:
+                if (cell.folder / "run.json").exists():
+                    resume(cell.folder, progress)
+                    continue
+                if runtime is None:
+                    backbone = make_backbone(config.backbone)
+                    runtime = resolve(backbone, config.precision, config.attention, config.batch_size, config.device)
+                run(dataclasses.replace(config, method=cell.method, seed=cell.seed), cell.folder, progress, runtime)
+            except Interrupted as stop:
+                said = str(stop).partition(";")[0]
+                raise Interrupted(f"{cell.folder.name}: {said}; the same command goes on from here") from stop
         table = tabulate([(cell.method, read_summary(cell.folder)) for cell in grid])
         checkpoint.write_json(out / "compare.json", table)
     return table
+
+
+def seconds_left(grid: Sequence[Cell]) -> float | None:
+    """What the unfinished cells will take, judged by finished ones of the same method, else by all; None at first."""
+    took = {cell: _seconds(cell) for cell in grid if cell.finished}
+    if not took:
+        return None
+    left = 0.0
+    for cell in grid:
+        if cell not in took:
+            alike = [seconds for other, seconds in took.items() if other.method == cell.method]
+            left += max(0.0, statistics.fmean(alike or took.values()) - _seconds(cell))
+    return left
 
 
 def tabulate(summaries: Sequence[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -87,6 +129,26 @@ def tabulate(summaries: Sequence[tuple[str, dict[str, Any]]]) -> list[dict[str, 
         row["trainable_parameters"] = mine[0]["trainable_parameters"]
         table.append(row)
     return table
+
+
+def _made(config: RunConfig, cell: Cell) -> Runtime | None:
+    """How a cell that is there computes; other options than it was made with would have no effect on it."""
+    if not (cell.folder / "run.json").exists():
+        return None
+    written = read_record(cell.folder)
+    asked = dataclasses.replace(config, method=cell.method, seed=cell.seed).describe()
+    for name, value in asked.items():
+        if name != "save_every" and written["config"].get(name, value) != value:
+            raise ValueError(
+                f"{cell.folder} was made with {name}={written['config'][name]!r}, not {value!r}: give the same options "
+                "to go on, or another --out to start anew"
+            )
+    return Runtime(**written["resolved"])
+
+
+def _seconds(cell: Cell) -> float:
+    """What a cell took so far."""
+    return sum(sum(each.manifest.get("seconds", {}).values()) for each in checkpoint.whole(cell.folder))
 
 
 def _folder_name(method: str) -> str:

@@ -1,6 +1,7 @@
 """What a person sees: live progress and tables on a terminal, plain lines elsewhere, JSON events on request."""
 
 import json
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -8,17 +9,26 @@ from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from perdure.types import Row, Task
 
 _REFRESH = 0.5  # seconds between readings of the loss, which waits for the device
+_UNBROKEN = 10_000  # columns of what is no terminal: a file or a pipe breaks no line
+_COLUMNS = {
+    "acc": "accuracy",
+    "aaa": "average",
+    "forgetting": "forgetting",
+    "acc_with_task_id": "with task id",
+    "task_id_acc": "task id",
+}
 
 
 class Screen:
-    """Implements `perdure.train.Progress`.
+    """Implements `perdure.compare.GridProgress`, and so `perdure.train.Progress`.
 
     Args:
         as_json: one JSON object per event on standard output, and nothing else there.
@@ -26,10 +36,30 @@ class Screen:
 
     def __init__(self, as_json: bool = False) -> None:
         self.json = as_json
-        self.out = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+        terminal = sys.stdout.isatty()
+        self.out = Console(highlight=False, markup=False, soft_wrap=not terminal, width=None if terminal else _UNBROKEN)
         self.live = Console(stderr=True, highlight=False)
         self._bar: Progress | None = None
         self._images, self._start, self._read, self._epochs, self._steps = 0, 0.0, 0.0, 1, 0
+        self._headed = False
+        self._grid = ""
+
+    def wait(self, text: str) -> None:
+        """On a terminal, say what is being done until something else is shown."""
+        self._close()
+        if not self.json and self.live.is_terminal:
+            self._show(SpinnerColumn("line"), TextColumn("{task.description}"), TimeElapsedColumn())
+            if self._bar is not None:
+                self._bar.add_task(text, total=None)
+
+    def cell(self, number: int, total: int, method: str, seed: int, left: float | None) -> None:
+        """Run number `number` (from 0) of a grid of `total` begins; about `left` seconds are left."""
+        self._close()
+        self._event("cell", cell=number, cells=total, method=method, seed=seed, seconds_left=left)
+        about = "" if left is None else f", about {human_seconds(left)} left"
+        self._say(f"[{number + 1}/{total}] {method}, seed {seed}{about}")
+        self._grid, self._headed = f"run {number + 1}/{total}{about}   ", False
+        self.wait(f"{self._grid}preparing")
 
     def task(self, task: Task, tasks: int | None, epochs: int, steps: int) -> None:
         """A task begins."""
@@ -37,18 +67,14 @@ class Screen:
         self._images, self._start, self._read = 0, time.perf_counter(), 0.0
         self._epochs, self._steps = epochs, steps
         self._event("task", task=task.index, tasks=tasks, name=task.name, epochs=epochs, steps=steps)
-        if self.json or not self.live.is_terminal:
-            return
-        self._bar = Progress(
-            TextColumn(f"task {task.index + 1}{f'/{tasks}' if tasks else ''}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.fields[line]}"),
-            TimeRemainingColumn(),
-            console=self.live,
-            transient=True,
-        )
-        self._bar.start()
-        self._bar.add_task("", total=max(steps, 1), line="preparing")
+        where = f"{self._grid}task {task.index + 1}{f'/{tasks}' if tasks else ''}"
+        if not steps:
+            self.wait(f"{where}  evaluating")
+        elif not self.json and self.live.is_terminal:
+            bar = BarColumn(bar_width=10 if self.live.width < 100 else 24)
+            self._show(TextColumn("{task.description}"), bar, TextColumn("{task.fields[line]}"), _TimeLeft())
+            if self._bar is not None:
+                self._bar.add_task(where, total=steps, line="")
 
     def step(self, step: int, loss: Tensor, images: int) -> None:
         """A step ended."""
@@ -61,7 +87,8 @@ class Screen:
         epoch = min(self._epochs, 1 + (step - 1) * self._epochs // max(self._steps, 1))
         if self._bar is not None:
             line = f"epoch {epoch}/{self._epochs}  loss {float(loss):.3f}  {rate:,.0f} images/s"
-            self._bar.update(self._bar.task_ids[0], completed=step, line=line)
+            done = "evaluating" if step == self._steps else line
+            self._bar.update(self._bar.task_ids[0], completed=step, line=done)
         elif self.json:
             self._event("step", step=step, steps=self._steps, epoch=epoch, loss=float(loss), images_per_second=rate)
 
@@ -69,36 +96,38 @@ class Screen:
         """A task was learnt and evaluated."""
         self._close()
         self._event("scores", task=task.index, rows=[asdict(row) for row in rows])
-        if self.json:
-            return
+        seconds = time.perf_counter() - self._start
 
-        def mean(metric: str) -> float:
+        def mean(metric: str) -> str:
             values = [row.value for row in rows if row.metric == metric and row.after == task.index]
-            return sum(values) / len(values) if values else float("nan")
+            return f"{sum(values) / len(values):.1%}" if values else "–"
 
         new = [r.value for r in rows if r.metric == "accuracy" and r.on == task.index == r.after]
-        if not new:
-            self.out.print(f"  task {task.index + 1:>2}  {task.name[:38]:<38}  no test images", markup=False)
-            return
-        self.out.print(
-            f"  task {task.index + 1:>2}  {task.name[:38]:<38}  new {new[0]:6.1%}  all so far {mean('accuracy'):6.1%}  "
-            f"with task id {mean('accuracy_with_task_id'):6.1%}  {time.perf_counter() - self._start:6.1f} s"
-        )
+        room = max(8, min(self.out.width, 100) - 53)
+        if not self._headed:
+            self._say(f"  task  {'':<{room}}     new   so far  with task id       time")
+        self._headed = True
+        name = task.name if len(task.name) <= room else f"{task.name[: room - 1]}…"
+        shares = f"{f'{new[0]:.1%}' if new else 'no test':>8} {mean('accuracy'):>8} {mean('accuracy_with_task_id'):>13}"
+        # Padded by what a character takes on the screen: a Chinese one takes two columns.
+        padding = " " * max(0, room - Text(name).cell_len)
+        self._say(f"  {task.index + 1:>4}  {name}{padding}{shares} {human_seconds(seconds):>10}")
+        if task.total is not None and task.index + 1 < task.total:
+            self.wait(f"{self._grid}preparing task {task.index + 2}/{task.total}")
 
     def note(self, text: str) -> None:
         """Something the user should know."""
         self._close()
         self._event("note", text=text)
-        if not self.json:
-            self.out.print(text, markup=False)
+        self._say(text)
 
     def result(self, content: Any, text: str = "") -> None:
         """The outcome of a command: `content` as JSON, or `text` for a person."""
         self._close()
         if self.json:
-            print(json.dumps(content, ensure_ascii=False))
+            print(_json(content), flush=True)
         elif text:
-            self.out.print(text, markup=False)
+            self._say(text)
 
     def matrix(self, summary: dict[str, Any], names: Sequence[str], title: str) -> None:
         """A run's score matrix and summary."""
@@ -106,63 +135,132 @@ class Screen:
         if self.json:
             return
         tasks = len(summary["matrix"])
-        table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 1))
-        table.add_column("after task", justify="right")
-        for j in range(tasks):
-            table.add_column(f"on {j + 1}", justify="right")
-        table.add_column("mean", justify="right", style="bold")
-        for i, line in enumerate(summary["matrix"]):
+        fitting = (self.out.width - len("after") - len("mean") - 4) // 4
+        shown = _ends(tasks, max(2, fitting))
+        self._say(f"\n{title}: % right on each task (columns), after each task (rows)")
+        table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+        table.add_column("after", justify="right")
+        for j in shown:
+            table.add_column("…" if j is None else str(j + 1), justify="right", min_width=3)
+        table.add_column("mean", justify="right", min_width=5)
+        for i in shown:
+            if i is None:
+                table.add_row("…")
+                continue
+            line = summary["matrix"][i]
             seen = [v for v in line[: i + 1] if v is not None]
-            cells = ["" if v is None else f"{100 * v:.0f}" for v in line]
-            table.add_row(str(i + 1), *cells, f"{100 * sum(seen) / len(seen):.1f}")
+            cells = ["" if j is None or line[j] is None else f"{100 * line[j]:.0f}" for j in shown]
+            table.add_row(str(i + 1), *cells, f"{100 * sum(seen) / len(seen):.1f}" if seen else "–")
         self.out.print(table)
-        self.out.print("  " + _headline(summary), markup=False)
+        if None in shown:
+            self._say(f"all {tasks} tasks are in summary.json and report.html")
+        parts = [f"{name} {summary[key]:.1%}" for key, name in _COLUMNS.items() if summary.get(key) is not None]
+        self._flow([*parts, f"stored {human_bytes(summary['stored_bytes'])}"])
 
     def table(self, rows: Sequence[dict[str, Any]]) -> None:
         """Methods side by side, mean ± spread."""
         self._close()
         if self.json:
-            print(json.dumps(list(rows), ensure_ascii=False))
+            self._event("compared", table=list(rows))
             return
-        table = Table(box=None, pad_edge=False, padding=(0, 2))
-        table.add_column("method", overflow="fold")
-        columns = {
-            "acc": "accuracy",
-            "aaa": "average",
-            "forgetting": "forgetting",
-            "acc_with_task_id": "with task id",
-            "task_id_acc": "task id",
-        }
-        for name in (*columns.values(), "images/s", "stored", "seconds"):
-            table.add_column(name, justify="right")
-        for row in rows:
-            table.add_row(
-                row["method"],
-                *[_share(row[key]) for key in columns],
-                _number(row["images_per_second"]),
-                human_bytes(row["stored_bytes"][0]),
-                _number(row["seconds"]),
-            )
-        self.out.print(table)
+        titles = [*_COLUMNS.values(), "images/s", "stored", "seconds"]
+        lines = [
+            [_share(row[key]) for key in _COLUMNS]
+            + [_number(row["images_per_second"]), human_bytes(row["stored_bytes"][0]), _number(row["seconds"])]
+            for row in rows
+        ]
+        widths = [max(map(len, column)) for column in zip(titles, *lines, strict=True)]
+        name = max(Text(row["method"]).cell_len for row in rows)
+        width, apart = self.out.width, "   "
+        beside = name + sum(widths) + len(apart) * len(widths) <= width
+        if not beside:
+            # Methods get a line of their own; then, if need be, numbers one below the other.
+            apart = next((gap for gap in ("   ", "  ", " ") if sum(widths) + len(gap) * len(widths) <= width), "")
+        heading = [f"{title:>{w}}" for title, w in zip(titles, widths, strict=True)]
+        self._say("")
+        if apart:
+            self._say(apart.join([" " * name if beside else "", *heading]))
+        for row, line in zip(rows, lines, strict=True):
+            cells = [f"{cell:>{w}}" for cell, w in zip(line, widths, strict=True)]
+            method = row["method"] + " " * (name - Text(row["method"]).cell_len)
+            if beside:
+                self._say(apart.join([method, *cells]))
+                continue
+            self._say(row["method"])
+            if apart:
+                self._say(apart.join(["", *cells]))
+            else:
+                self._flow([f"{title} {cell}" for title, cell in zip(titles, line, strict=True)])
+        spread = "mean ± standard deviation" if any("±" in cell for line in lines for cell in line) else "one run each"
+        self._say(f"in %, {spread}; average: over the stream; with task id: when told which task an image is of")
 
-    def listing(self, entries: Sequence[tuple[str, str]]) -> None:
-        """Names and what they are."""
+    def measured(self, tasks: Sequence[Task], rows: Sequence[Row]) -> None:
+        """Accuracy on each task."""
+        self._close()
         if self.json:
-            print(json.dumps(dict(entries), ensure_ascii=False))
+            for row in rows:
+                self.result(asdict(row))
             return
-        table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2))
-        for name, text in entries:
+        kinds = {"accuracy": "accuracy", "accuracy_with_task_id": "with task id", "task_id_accuracy": "task id"}
+        found = {(row.on, row.metric): row.value for row in rows}
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        for title in ("task", "", *kinds.values()):
+            table.add_column(title, justify="left" if not title else "right")
+        for task in tasks:
+            shares = [found.get((task.index, metric)) for metric in kinds]
+            table.add_row(str(task.index + 1), task.name, *["–" if s is None else f"{s:.1%}" for s in shares])
+        self.out.print(table)
+        every = [found[task.index, "accuracy"] for task in tasks]
+        self._say(f"mean over tasks {sum(every) / len(every):.1%}")
+
+    def listing(self, entries: Sequence[tuple[str, str, str]]) -> None:
+        """Names, options and what they are."""
+        if self.json:
+            for name, options, text in entries:
+                self.result({"name": name, "options": options, "about": text})
+            return
+        wide = max(len(name) for name, _, _ in entries) + 2
+        for name, options, text in entries:
+            # A table of one row: a long text goes on below itself, not below the name.
+            table = Table(box=None, pad_edge=False, show_header=False, padding=0)
+            table.add_column(width=wide, style="bold", no_wrap=True)
+            table.add_column()
             table.add_row(name, text)
-        self.out.print(table, markup=False)
+            if options:
+                table.add_row("", Text(f"({options})", style="dim"))
+            self.out.print(table)
 
     def error(self, text: str) -> None:
         """One line on standard error."""
         self._close()
         print(f"perdure: {' '.join(text.split())}", file=sys.stderr)
 
+    def close(self) -> None:
+        """Take away what is live."""
+        self._close()
+
+    def _say(self, text: str) -> None:
+        if not self.json:
+            self.out.print(text, soft_wrap=True)
+
+    def _flow(self, parts: Sequence[str]) -> None:
+        """Parts side by side, on as many lines as they need."""
+        line = ""
+        for part in parts:
+            if line and Text(f"{line}   {part}").cell_len > self.out.width:
+                self._say(line)
+                line = ""
+            line = f"{line}   {part}" if line else part
+        self._say(line)
+
     def _event(self, kind: str, **content: Any) -> None:
         if self.json:
-            print(json.dumps({"event": kind, **content}, ensure_ascii=False), flush=True)
+            print(_json({"event": kind, **content}), flush=True)
+
+    def _show(self, *columns: ProgressColumn) -> None:
+        # Standard output stays as it is: it may go elsewhere than the bar.
+        self._bar = Progress(*columns, console=self.live, transient=True, refresh_per_second=4, redirect_stdout=False)
+        self._bar.start()
 
     def _close(self) -> None:
         if self._bar is not None:
@@ -170,25 +268,50 @@ class Screen:
             self._bar = None
 
 
+class _TimeLeft(ProgressColumn):
+    """As `human_seconds`, once there is a speed to judge by."""
+
+    def render(self, task: Any) -> Text:
+        """The column's text."""
+        left = task.time_remaining
+        return Text("" if left is None else f"{human_seconds(left)} left")
+
+
 def human_bytes(count: float) -> str:
     """1536 -> '1.5 kB'."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
-    raise AssertionError
+    return f"{count:,.1f} GB"
 
 
-def _headline(summary: dict[str, Any]) -> str:
-    parts = [
-        ("accuracy", summary["acc"]),
-        ("average", summary["aaa"]),
-        ("forgetting", summary["forgetting"]),
-        ("with task id", summary["acc_with_task_id"]),
-        ("task id", summary["task_id_acc"]),
-    ]
-    shares = "   ".join(f"{name} {value:.1%}" for name, value in parts if value is not None)
-    return f"{shares}   stored {human_bytes(summary['stored_bytes'])}"
+def human_seconds(seconds: float) -> str:
+    """2.34 -> '2.3 s', 754 -> '13 min', 9000 -> '2.5 h'."""
+    if seconds < 99.5:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 99.5 * 60 else f"{seconds / 3600:.1f} h"
+
+
+def _ends(count: int, room: int) -> list[int | None]:
+    """All of 0..count-1 when there is room, else the first and the last ones around a None."""
+    if count <= room:
+        return list(range(count))
+    first = room // 2
+    return [*range(first), None, *range(count - (room - first - 1), count)]
+
+
+def _json(content: Any) -> str:
+    return json.dumps(_finite(content), ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no word for what is not a finite number."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    return [_finite(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def _share(value: list[float | None] | None) -> str:

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from perdure import __version__
-from perdure.adapters.attach import Adapter, updates
+from perdure.adapters.attach import updates
 from perdure.adapters.lowrank import LowRank
 from perdure.backbones import pretrained
 from perdure.backbones.base import Backbone
@@ -30,7 +31,7 @@ from perdure.backbones.vision import Vision
 from perdure.checkpoint import write_json, write_text
 from perdure.config import make_backbone
 from perdure.learner import Core
-from perdure.method import Method, encodes, parts_of
+from perdure.method import Method, parts_of
 from perdure.objectives import Classify, ZeroShot
 from perdure.spec import parse_one
 
@@ -79,18 +80,18 @@ def export(learner: Core, folder: Path, to: Target | str) -> Path:
         write_text(draft / "README.md", _readme(learner, to, use))
         for file in draft.iterdir():
             shutil.copymode(draft / "README.md", file)  # safetensors writes files that only their owner may read
-        _force_to_disk(draft)
+        _force_to_disk([*draft.iterdir(), draft])
         if target.exists():
             target.rmdir()
         draft.rename(target)
-        _force_to_disk(target.parent, files=False)
+        _force_to_disk([target.parent])
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return folder
 
 
 def _check(learner: Core, to: str) -> None:
-    backbone, method = learner.backbone, learner.method
+    backbone = learner.backbone
     if to not in get_args(Target):
         near = difflib.get_close_matches(to, get_args(Target), n=1)
         hint = f"did you mean {near[0]!r}?" if near else "write 'peft' or 'merged'"
@@ -102,11 +103,9 @@ def _check(learner: Core, to: str) -> None:
             f"{backbone.spec} is no model of another library, so none could load it: learn on pocket(), clip(...), "
             "vision(...) or timm(...), or keep it with save"
         )
-    if encodes(method):
-        names = [part.name for part in parts_of(method) if type(part).encode is not Method.encode]
+    if strange := [part.name for part in parts_of(learner.method) if type(part).encode is not Method.encode]:
         raise ValueError(
-            f"{names[0]} computes features in a way that no weights can express: another library would answer "
-            "differently; keep this learner with save"
+            f"{strange[0]} computes features in a way that no weights can express; keep this learner with save"
         )
     _classifier(learner)
     linear = False
@@ -138,27 +137,22 @@ def _write_lora(learner: Core, folder: Path) -> None:
     ranks = {name: len(down) for name, (down, _) in layers.items()}
     common = Counter(ranks.values()).most_common(1)[0][0]
     others = {name: rank for name, rank in ranks.items() if rank != common}
-    kind, auto = type(learner.backbone.model), None
-    if not isinstance(learner.backbone, Timm):
-        auto = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+    kind, options = type(learner.backbone.model), _options(learner.backbone)
     config = {
         "peft_type": "LORA",
         "task_type": None,
-        "auto_mapping": auto,
-        "base_model_name_or_path": _base_name(learner.backbone),
-        "revision": None,
+        "base_model_name_or_path": options.get("path"),
+        "auto_mapping": {"base_model_class": kind.__name__, "parent_library": kind.__module__},
         "inference_mode": True,
         "r": common,
         "lora_alpha": common,  # PEFT multiplies by alpha / r
         "rank_pattern": others,
         "alpha_pattern": others,
         "target_modules": list(layers),
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "use_rslora": False,
-        "modules_to_save": None,
     }
+    if isinstance(learner.backbone, Timm):
+        config["auto_mapping"] = None  # PEFT would look for `from_pretrained`, which timm's classes lack
+        config["base_model_name_or_path"] = options.get("checkpoint", options["name"])
     write_json(folder / "adapter_config.json", config)
 
 
@@ -166,7 +160,11 @@ def _stacked(backbone: Backbone) -> dict[str, tuple[Tensor, Tensor]]:
     """Layer -> (down (r, fan_in), up (fan_out, r)) of all that stands on it, float32."""
     pieces: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for site, adapter, part in updates(backbone):
-        factors = _factors(adapter, part)
+        factors = None
+        if isinstance(adapter, LowRank):
+            factors = adapter.factors(part)
+        elif (update := adapter.delta(part, branches=True)) is not None:
+            factors = update, torch.eye(update.shape[1], device=update.device)
         if factors is None:
             continue
         up, down = (factor.detach().float() for factor in factors)
@@ -185,21 +183,6 @@ def _stacked(backbone: Backbone) -> dict[str, tuple[Tensor, Tensor]]:
         layer: (torch.cat([down for down, _ in known]), torch.cat([up for _, up in known], 1))
         for layer, known in pieces.items()
     }
-
-
-def _factors(adapter: Adapter, part: int) -> tuple[Tensor, Tensor] | None:
-    if isinstance(adapter, LowRank):
-        return adapter.factors(part)
-    update = adapter.delta(part, branches=True)
-    return None if update is None else (update, torch.eye(update.shape[1], device=update.device))
-
-
-def _base_name(backbone: Backbone) -> str | None:
-    options = dict(parse_one(backbone.spec).kwargs)
-    if isinstance(backbone, Timm):
-        name = str(options["name"]).removeprefix("hf-hub:")
-        return options.get("checkpoint") or backbone.model.pretrained_cfg.get("hf_hub_id") or name
-    return options.get("path")
 
 
 def _merged(learner: Core) -> Any:
@@ -228,12 +211,12 @@ def _write_transformers(backbone: Any, folder: Path) -> None:
     finally:
         if bars:
             hf.enable_progress_bar()
-    options = dict(parse_one(backbone.spec).kwargs)
+    options = _options(backbone)
     source = Path(pretrained.locate(options["path"])[1]) if "path" in options else POCKET
     for pattern in _COMPANIONS + (_TOKENIZER if isinstance(backbone, Clip) else ()):
         for file in source.glob(pattern):
             shutil.copyfile(file, folder / file.name)
-    if _raw_pixels(backbone):
+    if options.get("input_norm") == "none":
         for file in folder.glob("*processor_config.json"):
             facts = json.loads(file.read_text(encoding="utf-8"))
             facts.get("image_processor", facts)["do_normalize"] = False
@@ -249,8 +232,8 @@ def _write_timm(backbone: Timm, folder: Path) -> None:
     write_json(folder / "config.json", config)
 
 
-def _raw_pixels(backbone: Backbone) -> bool:
-    return dict(parse_one(backbone.spec).kwargs).get("input_norm") == "none"
+def _options(backbone: Backbone) -> dict[str, Any]:
+    return dict(parse_one(backbone.spec).kwargs)
 
 
 # The classifier
@@ -322,41 +305,36 @@ class _Use:
 
 
 def _use(backbone: Backbone, to: str) -> _Use:
-    imports = ("from peft import PeftModel",) if to == "peft" else ()
-    lora = ("model = PeftModel.from_pretrained(model, folder)",) if to == "peft" else ()
-    options = dict(parse_one(backbone.spec).kwargs)
+    options, peft = _options(backbone), to == "peft"
+    raw = peft and options.get("input_norm") == "none"  # merged: the exported files say so
+    imports = ("from peft import PeftModel",) if peft else ()
+    lora = ("model = PeftModel.from_pretrained(model, folder)",) if peft else ()
     if isinstance(backbone, Timm):
-        if to == "merged":
-            made = 'timm.create_model("local-dir:" + folder, pretrained=True)'
-        else:
-            made = f"timm.create_model({options['name']!r}, pretrained=True, num_classes=0)"
+        made, facts = '"local-dir:" + folder, pretrained=True', "timm.data.resolve_model_data_config(model)"
+        if peft:
+            made = f"{options['name']!r}, pretrained=True, num_classes=0"
             if "checkpoint" in options:
-                overlay = {"file": options["checkpoint"], "custom_load": False}
-                made = f"{made[:-1]}, pretrained_cfg_overlay={overlay!r})"
-        raw = " | dict(mean=(0, 0, 0), std=(1, 1, 1))" if to == "peft" and _raw_pixels(backbone) else ""
-        load = (f"model = {made}.eval()", f"facts = timm.data.resolve_model_data_config(model){raw}", *lora)
+                made += f", pretrained_cfg_overlay={ {'file': options['checkpoint'], 'custom_load': False} }"
+        if raw:
+            facts += " | {'mean': (0, 0, 0), 'std': (1, 1, 1)}"
+        load = (f"model = timm.create_model({made}).eval()", f"facts = {facts}", *lora)
         pixels = "timm.data.create_transform(**facts)(image)[None]"
         return _Use(("import timm", *imports), load, pixels, "model(pixels)")
-    kind = type(backbone.model).__name__
-    source, more, raw = "folder", "", ""
-    if to == "peft":
+    kind, source, more = type(backbone.model).__name__, "folder", ""
+    if peft:
         source, more = repr(options.get("path")), ", dtype=torch.float32"
-        raw = ", do_normalize=False" if _raw_pixels(backbone) else ""
         if "path" not in options:
             source, imports = "FOLDER", (*imports, "from perdure.backbones.pocket import FOLDER")
     if getattr(backbone.model, "pooler", 0) is None:
         more += ", add_pooling_layer=False"
-    imports = (*imports, f"from transformers import AutoImageProcessor, {kind}")
-    load = (
-        f"model = {kind}.from_pretrained({source}{more})",
-        *lora,
-        f"processor = AutoImageProcessor.from_pretrained({source}{raw})",
-    )
     features = "model(pixel_values=pixels).last_hidden_state[:, 0]"
     if isinstance(backbone, Clip):
         features = "model.get_image_features(pixel_values=pixels).pooler_output"
     elif isinstance(backbone, Vision) and backbone.pooled:
         features = "model(pixel_values=pixels).pooler_output"
+    processor = f"AutoImageProcessor.from_pretrained({source}{', do_normalize=False' if raw else ''})"
+    load = (f"model = {kind}.from_pretrained({source}{more})", *lora, f"processor = {processor}")
+    imports = (*imports, f"from transformers import AutoImageProcessor, {kind}")
     return _Use(imports, load, 'processor(image, return_tensors="pt")["pixel_values"]', features)
 
 
@@ -412,13 +390,11 @@ def _readme(learner: Core, to: str, use: _Use) -> str:
     )
 
 
-def _force_to_disk(folder: Path, files: bool = True) -> None:
-    for file in folder.rglob("*") if files else ():
-        if file.is_file():
-            with file.open("rb+") as written:
-                os.fsync(written.fileno())
-    if os.name == "posix":  # Windows cannot open a folder
-        handle = os.open(folder, os.O_RDONLY)
+def _force_to_disk(paths: Iterable[Path]) -> None:
+    for path in paths:
+        if path.is_dir() and os.name != "posix":  # Windows cannot open a folder
+            continue
+        handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
         try:
             os.fsync(handle)
         finally:

@@ -1,7 +1,9 @@
 """The one module that is trained, saved, used and exported: backbone + objective + method."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from typing import Any, Self
 
@@ -14,6 +16,9 @@ from perdure.backbones.base import Backbone
 from perdure.method import Method, encodes, parts_of
 from perdure.objectives.base import Objective
 from perdure.types import Batch, Data, Scenario, Stream, Task
+
+
+_MOST_KEPT = 2**30  # bytes of hidden states kept for one task
 
 
 class Core(nn.Module):
@@ -81,7 +86,11 @@ class Core(nn.Module):
         """Features (B, dim) in float32."""
         if "features" in batch:
             return batch["features"]
-        with self.computing():
+        entered = batch.get("hidden")
+        with (
+            self.computing(),
+            nullcontext() if entered is None else self.backbone.entering(self.constant_blocks, entered),
+        ):
             features = self.method.encode(self, batch)
         return features.float()
 
@@ -135,8 +144,17 @@ class Core(nn.Module):
 
     @property
     def constant_encoder(self) -> bool:
-        """Whether features can never change: nothing in the backbone is trained or adapted."""
-        return not self.tunes_backbone and not adapted(self.backbone) and not encodes(self.method)
+        """Whether features can never change: nothing in the vision tower is trained or adapted."""
+        tower = self.backbone.get_submodule(self.backbone.towers()["vision"])
+        return not self.tunes_backbone and not adapted(tower) and not encodes(self.method)
+
+    @property
+    def constant_blocks(self) -> int:
+        """How many blocks at the bottom of the vision tower are neither trained nor adapted."""
+        if self.tunes_backbone or encodes(self.method):
+            return 0
+        names = self.backbone.blocks()
+        return next((i for i, n in enumerate(names) if adapted(self.backbone.get_submodule(n))), len(names))
 
     @contextmanager
     def inference(self) -> Iterator[None]:
@@ -160,6 +178,21 @@ class Core(nn.Module):
         # cloned: tensors made under inference_mode may not take part in training
         return torch.cat(pieces).clone(), data.labels.to(self.device)
 
+    def prefixed(self, data: Data) -> Data:
+        """`data` with what the constant blocks at the bottom make of each image, so that they are computed once.
+
+        `data` itself when there are none, or when their output would take more than a gigabyte.
+        """
+        entry = self.constant_blocks
+        if not entry or self.constant_encoder or not len(data):
+            return data
+        with torch.no_grad(), self.computing():
+            first = self.backbone.before(entry, next(self.batches(data, 1)))
+            if first.nbytes * len(data) > _MOST_KEPT:
+                return data
+            pieces = [self.backbone.before(entry, batch) for batch in self.batches(data, 256)]
+        return Encoded("hidden", torch.cat(pieces), data.labels, data)
+
     def encoded(self, data: Data) -> Data:
         """`data` with features in place of images where the encoder is constant, else `data` itself.
 
@@ -168,8 +201,17 @@ class Core(nn.Module):
         if not self.constant_encoder or not len(data):
             return data
         if id(data) not in self._encoded:
-            self._encoded[id(data)] = data, Encoded(*self.features(data))
+            self._encoded[id(data)] = data, Encoded("features", *self.features(data))
         return self._encoded[id(data)][1]
+
+    def completed(self, batch: Batch, like: Batch) -> Batch:
+        """`batch` of images with what the batch `like` holds of the constant part of the encoder."""
+        with torch.no_grad():
+            if "features" in like:
+                batch = batch | {"features": self.encode(batch)}
+            if "hidden" in like:
+                batch = batch | {"hidden": self.backbone.before(self.constant_blocks, batch)}
+        return {key: batch[key] for key in like}
 
     def views(self, data: Data, most: int, purpose: str, size: int = 64) -> Iterator[Batch]:
         """At most `most` random training examples as the training sees them (augmented), in batches."""
@@ -180,25 +222,47 @@ class Core(nn.Module):
     def batches(self, data: Data, size: int, order: Tensor | None = None) -> Iterator[Batch]:
         """`data` in batches on the learner's device, in `order` (positions) or as it stands."""
         positions: Sequence[int] = range(len(data)) if order is None else order.tolist()
-        for start in range(0, len(positions), size):
-            with torch.inference_mode(False):  # data sets keep what they decode, for training too
-                batch = data.__getitems__(positions[start : start + size])
+        chunks = (positions[start : start + size] for start in range(0, len(positions), size))
+        for batch in _ahead(data.__getitems__, chunks):
             yield {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
 
 
-class Encoded:
-    """Data whose images have been encoded: `features` (n, dim) in place of `image`."""
+def _ahead(read: Callable[[Sequence[int]], Batch], chunks: Iterator[Sequence[int]]) -> Iterator[Batch]:
+    """`read` of each chunk, one chunk ahead of its use: decoding overlaps with computing.
 
-    def __init__(self, features: Tensor, labels: Tensor) -> None:
-        self.encoded, self.labels = features, labels
+    The reading thread has its own grad and inference modes, so what data sets keep can be trained on.
+    """
+    with ThreadPoolExecutor(1, "perdure-read") as pool:
+        waiting: deque[Future[Batch]] = deque()
+        for chunk in chunks:
+            waiting.append(pool.submit(read, chunk))
+            if len(waiting) == 2:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+class Encoded:
+    """Data whose images have been encoded, wholly (`features`) or up to a block (`hidden`, beside the image).
+
+    Args:
+        name: of what is kept.
+        encoded: (n, ...).
+        labels: (n,).
+        images: the data, when images are still needed.
+    """
+
+    def __init__(self, name: str, encoded: Tensor, labels: Tensor, images: Data | None = None) -> None:
+        self.name, self.encoded, self.labels, self.images = name, encoded, labels, images
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitems__(self, positions: Sequence[int]) -> Batch:
-        """Features and labels."""
+        """What is kept, and labels; images where they are needed."""
         index = torch.as_tensor(positions, device=self.encoded.device)
-        return {"features": self.encoded[index], "label": self.labels[index]}
+        kept = {self.name: self.encoded[index], "label": self.labels[index.to(self.labels.device)]}
+        return kept if self.images is None else kept | self.images.__getitems__(positions)
 
 
 def derived_seed(seed: int, task: int, purpose: str, step: int | None = None) -> int:

@@ -3,6 +3,7 @@
 import copy
 import json
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,14 +28,14 @@ from perdure.learner import Core
 from perdure.method import Method, predicts
 from perdure.runtime import Runtime, resolve
 from perdure.streams import build_stream
-from perdure.train import Progress, Quiet, TrainConfig, evaluate, fit_task
+from perdure.train import Diverged, Fitted, Progress, Quiet, TrainConfig, check_finite, evaluate, fit_task
 from perdure.types import Row, Stream, Task
 
 if sys.platform != "win32":
     import resource
 
 
-class Interrupted(Exception):  # noqa: N818  (a wish of the user, not an error)
+class Interrupted(Exception):
     """The user asked to stop; everything done so far is saved."""
 
 
@@ -58,7 +59,21 @@ def run(
             raise ValueError(f"{out} already holds a run: go on with 'perdure resume {out}', or give another --out")
         learner, stream, runtime = _build(config, runtime)
         checkpoint.write_json(out / "run.json", record(config, learner, stream, runtime))
-        return learn_stream(config, learner, stream, out, progress or Quiet(), config.save_every)
+        with nothing_learnt_nothing_left(out):
+            return learn_stream(config, learner, stream, out, progress or Quiet(), config.save_every)
+
+
+@contextmanager
+def nothing_learnt_nothing_left(out: Path) -> Iterator[None]:
+    """A request that turns out to be impossible before anything was learnt leaves the folder to a better one."""
+    try:
+        yield
+    except ValueError:
+        if not any(out.glob("task-*/*/")) and not checkpoint.whole(out):
+            for task in out.glob("task-*"):
+                shutil.rmtree(task)
+            (out / "run.json").unlink(missing_ok=True)
+        raise
 
 
 def resume(out: Path, progress: Progress | None = None) -> dict[str, Any]:
@@ -72,7 +87,10 @@ def resume(out: Path, progress: Progress | None = None) -> dict[str, Any]:
     with checkpoint.locked(out):
         known = {f.name for f in fields(RunConfig)}
         config = RunConfig(**{k: v for k, v in written["config"].items() if k in known})
+        if not config.stream:
+            raise ValueError(f"{out} is taught from folders: go on with 'perdure learn FOLDER --into {out}'")
         learner, stream, _ = _build(config, Runtime(**written["resolved"]))
+        _check_unchanged(out, written["stream"], stream)
         return learn_stream(config, learner, stream, out, progress or Quiet(), config.save_every)
 
 
@@ -85,7 +103,8 @@ def read_record(out: Path) -> dict[str, Any]:
     path = out / "run.json"
     if not path.is_file():
         raise ValueError(
-            f"{out} is not a run's folder: it has no run.json. Start one with 'perdure run ... --out {out}'"
+            f"{out} is not a run's or a learner's folder: it has no run.json; give one that 'perdure run' or 'perdure "
+            "learn' wrote"
         )
     try:
         written: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -110,6 +129,15 @@ def read_summary(out: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} is damaged: remove it, 'perdure resume {out}' writes it anew") from error
     return summary
+
+
+def _check_unchanged(out: Path, written: dict[str, Any], stream: Stream) -> None:
+    now = json.loads(json.dumps(_facts_of_stream(stream)))
+    if changed := [key for key in now if now[key] != written.get(key)]:
+        raise ValueError(
+            f"the data of {out} has changed since the run began ({', '.join(changed)}): restore it, or start anew in "
+            "another folder"
+        )
 
 
 def _build(config: RunConfig, runtime: Runtime | None) -> tuple[Core, Stream, Runtime]:
@@ -148,11 +176,12 @@ def learn_stream(
     rows = [row for each in done for row in each.rows]
     # The manifests vouch for what was measured; a line without its task is of a killed process.
     checkpoint.drop_lines_after(out / "results.jsonl", [json.dumps(asdict(row)) for row in rows])
-    snapshot = checkpoint.latest_step(out, len(done)) if len(done) < len(stream) else None
+    learnt = done[-1].learnt if done else 0
+    snapshot = checkpoint.latest_step(out, learnt) if learnt < len(stream) else None
     if latest := snapshot or (done[-1] if done else None):
         checkpoint.restore(learner, latest, stream.tasks)
     with _interruptible() as stopped:
-        for task in stream.tasks[len(done) :]:
+        for task in stream.tasks[learnt:]:
             if stopped():
                 raise Interrupted(f"stopped before task {task.index}; go on with 'perdure resume {out}'")
             resumed = None
@@ -163,20 +192,18 @@ def learn_stream(
             else:
                 before = _before(learner, task, stream, progress)
             saver = _Saver(save_every, out, learner, before, stopped)
-            fitted = fit_task(learner, task, config, progress, saver, resumed)
+            try:
+                fitted = fit_task(learner, task, config, progress, saver, resumed)
+            except Diverged as error:
+                if not stream.name:
+                    raise
+                raise Diverged(
+                    f"{error}: start anew in another folder with a lower --lr than {config.lr:g}; the tasks before "
+                    f"can be used as they are in {out}"
+                ) from error
             start = time.perf_counter()
             new = before + _measure(learner, task, stream)
-            facts = {
-                "seconds": {
-                    "prepare": fitted.prepare,
-                    "train": fitted.train,
-                    "finish": fitted.finish,
-                    "evaluate": time.perf_counter() - start,
-                },
-                "images": fitted.images,
-                "trainable_parameters": fitted.trainable,
-                "peak_rss_bytes": _peak_memory(),
-            }
+            facts = facts_of(fitted, time.perf_counter() - start)
             checkpoint.save_task(out, learner, new, facts | (extra or {}))
             with (out / "results.jsonl").open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(asdict(row)) + "\n" for row in new)
@@ -213,17 +240,33 @@ def _measure(learner: Core, task: Task, stream: Stream) -> list[Row]:
     return rows + [Row(task.index, None, k, float(v)) for k, v in learner.method.measures(learner).items()]
 
 
+def facts_of(fitted: Fitted, evaluate: float) -> dict[str, Any]:
+    """What a task's manifest says of its cost; `evaluate` in seconds."""
+    return {
+        "seconds": {
+            "prepare": fitted.prepare,
+            "train": fitted.train,
+            "finish": fitted.finish,
+            "evaluate": evaluate,
+        },
+        "images": fitted.images,
+        "trainable_parameters": fitted.trainable,
+        "peak_rss_bytes": _peak_memory(),
+    }
+
+
 def summarise(out: Path, stream: Stream) -> dict[str, Any]:
     """The content of summary.json, from the folder's whole checkpoints."""
     done = checkpoint.whole(out)
     rows = [row for each in done for row in each.rows]
-    matrices = {m: metrics.matrix_of(rows, m, len(done)) for m in ("accuracy", *_OTHER_METRICS)}
+    tasks = done[-1].learnt
+    matrices = {m: metrics.matrix_of(rows, m, tasks) for m in ("accuracy", *_OTHER_METRICS)}
     seconds = [each.manifest["seconds"] for each in done]
     train = sum(s["train"] for s in seconds)
     referenced = [row.value for row in rows if row.metric == "referenced_bytes"]
     stored = (done[-1].folder / "learner.safetensors").stat().st_size + int(referenced[-1] if referenced else 0)
     return (
-        metrics.summarise(matrices["accuracy"], metrics.baseline_of(rows, "accuracy", len(done)))
+        metrics.summarise(matrices["accuracy"], metrics.baseline_of(rows, "accuracy", tasks))
         | {name: metrics.acc(matrices[metric]) for metric, name in _OTHER_METRICS.items()}
         | {
             "forgetting_with_task_id": metrics.forgetting(matrices["accuracy_with_task_id"]),
@@ -253,6 +296,7 @@ class _Saver:
         due = step % self.every == 0 if self.every else now - self.saved > 50 * self.took
         if not (due or stopped):
             return
+        check_finite(self.learner, self.learner.task)
         checkpoint.save_step(self.out, self.learner, step, optimizer, self.rows)
         self.saved = time.perf_counter()
         self.took = self.saved - now
@@ -299,13 +343,13 @@ def record(config: RunConfig, learner: Core, stream: Stream, runtime: Runtime) -
             "preprocess": asdict(learner.backbone.preprocess),
         },
         "versions": {"python": platform.python_version()} | {n: version(n) for n in ("torch", "timm", "transformers")},
-        "stream": {
-            "name": stream.name,
-            "scenario": stream.scenario,
-            "tasks": [t.describe() | {"train": len(t.train), "test": len(t.test)} for t in stream],
-        }
-        | stream.notes,
+        "stream": _facts_of_stream(stream),
     }
+
+
+def _facts_of_stream(stream: Stream) -> dict[str, Any]:
+    tasks = [t.describe() | {"train": len(t.train), "test": len(t.test)} for t in stream]
+    return {"name": stream.name, "scenario": stream.scenario, "tasks": tasks} | stream.notes
 
 
 def _git_commit() -> str | None:

@@ -3,25 +3,45 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
+from PIL import Image
 
 from perdure import checkpoint
 from perdure.augment import AUGMENTS
 from perdure.config import RunConfig, make_backbone, make_method, make_objective
 from perdure.learner import Core
-from perdure.run import learn_stream, read_record, record
+from perdure.run import (
+    Interrupted,
+    facts_of,
+    learn_stream,
+    nothing_learnt_nothing_left,
+    read_record,
+    record,
+    summarise,
+)
 from perdure.runtime import Runtime, resolve
+from perdure.spec import parse
 from perdure.streams import ImageSet, build_stream, folder_task, given_task
+from perdure.streams.draws import digest
 from perdure.streams.sources import Picture
-from perdure.train import Progress, Quiet, TrainConfig, fit_task, predict_scores
-from perdure.types import Row, Stream, Task
+from perdure.train import Diverged, Progress, Quiet, TrainConfig, fit_task, predict_scores
+from perdure.types import Data, Row, Stream, Task
 
 OPEN = ""
 """The stream of a learner that is taught one folder after another."""
+
+_SPECS = ("backbone", "method", "objective")
+_FIXED = (*_SPECS, "seed", "precision", "attention", "device")
+_SOURCE = "source.json"
+_WORDS = {"folder": "folders", "train_sha256": "images"}
 
 
 class Learner(Core):
@@ -35,6 +55,7 @@ class Learner(Core):
 
     config: RunConfig
     runtime: Runtime
+    _facts: dict[str, Any]
 
     @classmethod
     def create(
@@ -51,9 +72,7 @@ class Learner(Core):
         Raises:
             ValueError: for names and options that do not exist.
         """
-        known = {f.name for f in dataclasses.fields(RunConfig)}
-        if strange := [name for name in options if name not in known]:
-            raise ValueError(f"Learner.create has no option {strange[0]!r}; it has: {', '.join(sorted(known))}")
+        _check_options("create", options, RunConfig)
         return cls._build(RunConfig(stream=OPEN, backbone=backbone, method=method, objective=objective, **options))
 
     @classmethod
@@ -66,6 +85,7 @@ class Learner(Core):
         learner = cls(backbone, objective, method, scenario, config.seed)
         learner.precision, learner.augment = runtime.dtype, AUGMENTS[config.augment]
         learner.config, learner.runtime = config, runtime
+        learner._facts = {}
         return learner
 
     @property
@@ -92,6 +112,7 @@ class Learner(Core):
         Raises:
             ValueError: for images, labels or options that cannot be used.
         """
+        _check_options("learn", options, TrainConfig)
         train = dataclasses.replace(self._train_config(), **options)
         index = self.learnt
         if isinstance(images, str | Path):
@@ -101,9 +122,10 @@ class Learner(Core):
         elif labels is None:
             raise ValueError("labels are missing: give a name or number for each image")
         else:
-            task = given_task(images, labels, self.backbone.preprocess, self.known, index)
+            task = given_task(_several(images), labels, self.backbone.preprocess, self.known, index)
+        _check_first(self, task, self.known, "labels" if labels is not None else str(images))
         self.grow(task)
-        fit_task(self, task, train, progress)
+        self._facts = facts_of(fit_task(self, task, train, progress), 0.0)
         return self
 
     def predict(
@@ -121,6 +143,9 @@ class Learner(Core):
         """
         if not self.learnt:
             raise ValueError("this learner has learnt nothing yet: call learn(images, labels) first")
+        images = _several(images)
+        if not len(images):
+            return []
         data = ImageSet.of(images, [0] * len(images), self.backbone.preprocess)
         with self.inference():
             shares = predict_scores(self, data, batch_size).softmax(1).cpu()
@@ -132,10 +157,14 @@ class Learner(Core):
         ]
 
     def save(self, folder: str | Path, rows: Sequence[Row] = ()) -> Path:
-        """Write what was learnt to `folder`, new or of this learner.
+        """Write what was learnt to `folder`, new or of this learner; to save twice without learning changes nothing.
+
+        Args:
+            folder: where to.
+            rows: measurements made after the last task, for the report.
 
         Raises:
-            ValueError: when nothing was learnt since the last save there, or the folder holds another learner.
+            ValueError: when nothing was learnt yet, or the folder holds another learner.
         """
         folder = Path(folder)
         if not self.learnt:
@@ -145,7 +174,15 @@ class Learner(Core):
                 checkpoint.write_json(folder / "run.json", self._record())
             elif read_record(folder)["config"] != self.config.describe():
                 raise ValueError(f"{folder} holds another learner; save to a new folder")
-            checkpoint.save_task(folder, self, list(rows), {})
+            done = checkpoint.whole(folder)
+            before = done[-1].learnt if done else 0
+            if done and checkpoint.holds(done[-1], self):
+                return folder
+            if before >= self.learnt or (done and done[-1].tasks != self.tasks[:before]):
+                raise ValueError(f"{folder} has learnt something else since; save to a new folder")
+            gap = {"alone": True} if before < self.learnt - 1 else {}
+            checkpoint.save_task(folder, self, list(rows), self._facts | gap)
+            checkpoint.write_json(folder / "summary.json", summarise(folder, Stream(OPEN, self.scenario, ())))
         return folder
 
     @classmethod
@@ -205,51 +242,153 @@ def teach_folder(
 
     Raises:
         ValueError: for a folder that cannot be learnt from, options that would have no effect, or a damaged learner.
+        Interrupted: after SIGINT or SIGTERM.
     """
+    progress = progress or Quiet()
     with checkpoint.locked(into):
-        if (into / "run.json").exists():
+        there = (into / "run.json").exists()
+        if there:
             learner = Learner._from(into)
-            for name, value in given.items():
-                fixed = name in ("backbone", "method", "objective", "seed", "precision", "attention", "device")
-                if fixed and value != getattr(learner.config, name):
-                    raise ValueError(
-                        f"{into} was made with {name}={getattr(learner.config, name)!r}; {value!r} would have no "
-                        "effect: leave it out, or teach a new learner"
-                    )
-            train = dataclasses.replace(
-                learner._train_config(),
-                **{k: v for k, v in given.items() if k in {f.name for f in dataclasses.fields(TrainConfig)}},
-            )
+            _refuse_without_effect(into, learner.config, given)
         else:
             learner = Learner._build(dataclasses.replace(config, stream=OPEN))
-            train = learner._train_config()
-            checkpoint.write_json(into / "run.json", learner._record())
-        before = _tasks_with_data(learner, into)
+        trained = {k: v for k, v in given.items() if k in {f.name for f in dataclasses.fields(TrainConfig)}}
+        train = dataclasses.replace(learner._train_config(), **trained)
+        before = _tasks_with_data(learner, into, progress)
         known = {name: c for task in before for name, c in zip(task.names, task.classes, strict=True)}
         task = folder_task(photos, learner.backbone.preprocess, known, len(before), skip_bad, learner.seed)
-        if len(before) == 0 and len(task.classes) < 2 and config.objective.startswith("classify"):
-            raise ValueError(f"{photos} has one class only, {task.names[0]!r}; a first task needs at least two")
-        stream = Stream(OPEN, learner.scenario, (*before, task))
-        facts = {"source": {"folder": str(photos.resolve()), "skip_bad": skip_bad}}
-        return task, learn_stream(train, learner, stream, into, progress or Quiet(), config.save_every, facts)
+        _check_first(learner, task, known, str(photos))
+        source = _source(photos, task, skip_bad) | {"options": trained}
+        _refuse_other_task(into, len(before), source)
+        if not there:
+            checkpoint.write_json(into / "run.json", learner._record())
+        _place_source(into, len(before), source)
+        stream = Stream(OPEN, learner.scenario, (*before, task), {"skipped": _skipped((*before, task))})
+        facts = {"source": source}
+        try:
+            with nothing_learnt_nothing_left(into):
+                return task, learn_stream(train, learner, stream, into, progress, learner.config.save_every, facts)
+        except Interrupted as stop:
+            said = str(stop).partition(";")[0]
+            raise Interrupted(
+                f"{said}; go on with 'perdure learn {photos} --into {into}' and the same options"
+            ) from stop
+        except Diverged as error:
+            shutil.rmtree(into / f"task-{len(before):03d}", ignore_errors=True)  # of no use to go on from
+            raise ValueError(f"{error}: teach it again with a lower --lr than {train.lr:g}") from error
 
 
-def _tasks_with_data(learner: Learner, folder: Path) -> list[Task]:
+def _tasks_with_data(learner: Learner, folder: Path, progress: Progress) -> list[Task]:
     """The tasks already learnt, with their data where it is still at hand."""
-    tasks: list[Task] = []
     done = checkpoint.whole(folder)
+    if not done:
+        return []
     declared: tuple[Task, ...] = ()
-    if learner.config.stream != OPEN and done:
+    if learner.config.stream != OPEN:
         declared = build_stream(learner.config.stream, learner.backbone.preprocess, learner.config.seed).tasks
-    for checkpointed in done:
-        described = checkpointed.tasks[-1]
-        source = checkpointed.manifest.get("source")
-        task = declared[described.index] if described.index < len(declared) else described
-        if source and Path(source["folder"]).is_dir():
-            known = {name: c for t in tasks for name, c in zip(t.names, t.classes, strict=True)}
-            task = folder_task(
-                source["folder"], learner.backbone.preprocess, known, described.index, source["skip_bad"], learner.seed
+        if done[-1].learnt < len(declared):
+            raise ValueError(
+                f"{folder} has learnt {done[-1].learnt} of its stream's {len(declared)} tasks: finish it with "
+                f"'perdure resume {folder}' before it learns more"
             )
-        # A folder that changed since cannot give back the examples that were learnt.
+    sources = {each.learnt - 1: each.manifest.get("source") for each in done}
+    tasks: list[Task] = []
+    for described in done[-1].tasks:
+        task = declared[described.index] if described.index < len(declared) else described
+        if source := sources.get(described.index):
+            known = {name: c for t in tasks for name, c in zip(t.names, t.classes, strict=True)}
+            task = _again(source, described, learner, known)
+            if not len(task.train):
+                progress.note(
+                    f"{source['folder']} is gone or has changed since it was learnt (task {described.index + 1}): it "
+                    "is not evaluated again, and its images cannot be replayed"
+                )
         tasks.append(task if task == described else described)
     return tasks
+
+
+def _again(source: Mapping[str, Any], described: Task, learner: Learner, known: Mapping[str, int]) -> Task:
+    """A task with its data, read again; without when that is not what was learnt."""
+    if not Path(source["folder"]).is_dir():
+        return described
+    try:
+        task = folder_task(
+            source["folder"], learner.backbone.preprocess, known, described.index, source["skip_bad"], learner.seed
+        )
+    except ValueError:  # no folder of classes any more
+        return described
+    # A memory refers to images by their position.
+    return task if task == described and _digest(task.train) == source["train_sha256"] else described
+
+
+def _source(photos: Path, task: Task, skip_bad: bool) -> dict[str, Any]:
+    return {
+        "folder": str(photos.resolve()),
+        "skip_bad": skip_bad,
+        "train_sha256": _digest(task.train),
+        "skipped": _skipped([task]),
+    }
+
+
+def _digest(data: Data) -> str:
+    """Of which images there are, in their order."""
+    if not isinstance(data, ImageSet):
+        return ""
+    return digest(data.source.key(row) for row in data.rows.tolist())
+
+
+def _skipped(tasks: Sequence[Task]) -> list[str]:
+    sets = [data for task in tasks for data in (task.train, task.test) if isinstance(data, ImageSet)]
+    return [where for data in sets for where in data.skipped]
+
+
+def _refuse_without_effect(into: Path, config: RunConfig, given: Mapping[str, Any]) -> None:
+    for name, value in given.items():
+        made = getattr(config, name)
+        if name in _FIXED and value != made and (name not in _SPECS or parse(value) != parse(made)):
+            raise ValueError(
+                f"{into} was made with {name}={made!r}; {value!r} would have no effect: leave it out, or teach a new "
+                "learner"
+            )
+
+
+def _refuse_other_task(into: Path, index: int, source: Mapping[str, Any]) -> None:
+    """What was stopped within a task goes on with the same images and options only."""
+    begun = into / f"task-{index:03d}"
+    if checkpoint.latest_step(into, index) is None or not (begun / _SOURCE).is_file():
+        return
+    before = json.loads((begun / _SOURCE).read_text(encoding="utf-8"))
+    if before != source:
+        changed = next(key for key in before if before[key] != source.get(key))
+        raise ValueError(
+            f"{into} was stopped while it learnt {before['folder']}, and now the {_WORDS.get(changed, changed)} "
+            f"differ: give the same to finish that, or remove {begun} to give it up"
+        )
+
+
+def _place_source(into: Path, index: int, source: Mapping[str, Any]) -> None:
+    begun = into / f"task-{index:03d}"
+    begun.mkdir(exist_ok=True)
+    checkpoint.write_json(begun / _SOURCE, source)
+
+
+def _check_first(learner: Learner, task: Task, known: Mapping[str, int], where: str) -> None:
+    if not known and len(task.classes) < 2 and not learner.objective.open_vocabulary:
+        raise ValueError(f"{where}: one class only, {task.names[0]!r}; a first task needs at least two")
+
+
+def _check_options(call: str, options: Mapping[str, Any], config: type) -> None:
+    known = [f.name for f in dataclasses.fields(config)]
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            meant = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"Learner.{call} has no option {name!r}{meant}; it has: {', '.join(sorted(known))}")
+
+
+def _several(images: Any) -> Any:
+    """A sequence of images from what may be one of them."""
+    one = isinstance(images, str | Path | Image.Image)
+    # (H, W, 3) is one picture; several grey ones are (n, H, W).
+    one = one or (isinstance(images, np.ndarray) and images.ndim == 3 and images.shape[2] in (3, 4))
+    return [images] if one else images

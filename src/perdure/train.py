@@ -40,6 +40,10 @@ class TrainConfig:
             raise ValueError(f"lr={self.lr}: expected a positive number, such as 1e-3")
 
 
+class Diverged(ValueError):
+    """Training ended in parameters that are not finite."""
+
+
 class Progress(Protocol):
     """What is told while a run goes on; the console shows it, tests collect it."""
 
@@ -114,7 +118,7 @@ def fit_task(
         method.begin_task(learner, task)
     data = method.data(learner, task)
     if learner.augment is AUGMENTS["none"] and learner.trainable():
-        data = learner.encoded(data)
+        data = learner.prefixed(learner.encoded(data)) if config.epochs > 1 else learner.encoded(data)
     clock.append(time.perf_counter())
     steps = config.epochs * math.ceil(len(data) / config.batch_size)
     done, images = 0, 0
@@ -144,7 +148,7 @@ def fit_task(
             progress.step(step + 1, loss.detach(), len(batch["label"]))
             if save_step:
                 save_step(step + 1, optimizer)
-        _check_finite(learner, task)
+        check_finite(learner, task)
     clock.append(time.perf_counter())
     _reseed(learner, task, "end")
     method.end_task(learner, task)
@@ -203,10 +207,11 @@ def _check_gradients(learner: Core, task: Task) -> None:
         )
 
 
-def _check_finite(learner: Core, task: Task) -> None:
+def check_finite(learner: Core, task: Task) -> None:
+    """Raise `Diverged` when a trained parameter is not finite."""
     bad = [n for n, p in learner.trainable().items() if not torch.isfinite(p).all()]
     if bad:
-        raise ValueError(f"training diverged in task {task.index}: {bad[0]} is not finite. Lower --lr and resume")
+        raise Diverged(f"training diverged in task {task.index}: {bad[0]} is not finite")
 
 
 def evaluate(learner: Core, task: Task, size: int = 256) -> dict[str, float]:

@@ -508,10 +508,10 @@ def test_export_is_refused_when_no_library_has_the_model(tmp_path: Path) -> None
 
 def test_export_is_refused_when_the_method_does_what_no_file_can_say(families: dict[str, str], tmp_path: Path) -> None:
     for method, word in ((Prompting(), "features"), (Voting(), "predicts")):
-        learner = known(families["clip"], "probe", tasks=1)
+        learner = taught(families["clip"], "probe", tasks=1)
         learner.method = method
         refused(learner, tmp_path / "it", "merged", "strange", word, "save")
-    learner = known(families["clip"], "probe", tasks=1)
+    learner = taught(families["clip"], "probe", tasks=1)
     attach(learner.backbone, learner.backbone.sites("q", blocks="0"), Bottleneck())
     for to in ("peft", "merged"):
         refused(learner, tmp_path / "it", to, "Bottleneck", "layers.0.self_attn.q_proj", "save")

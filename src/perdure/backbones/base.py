@@ -2,8 +2,9 @@
 
 import hashlib
 import re
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -93,6 +94,38 @@ class Backbone(nn.Module):
         name, depth = max(stacks, key=lambda stack: stack[1])
         return [f"{name}.{i}" for i in range(depth)]
 
+    def before(self, block: int, batch: Batch) -> Tensor:
+        """What vision block number `block` reads, (B, tokens, width); nothing above it is computed."""
+        found: list[Tensor] = []
+
+        def hook(_block: nn.Module, args: tuple[Any, ...]) -> None:
+            found.append(args[0].detach())
+            raise _Reached
+
+        handle = self.get_submodule(self.blocks()[block]).register_forward_pre_hook(hook)
+        try:
+            with suppress(_Reached):
+                self(batch)
+        finally:
+            handle.remove()
+        return found[0]
+
+    @contextmanager
+    def entering(self, block: int, hidden: Tensor) -> Iterator[None]:
+        """Within, vision blocks below number `block` are skipped, and it reads `hidden` (B, tokens, width) instead."""
+        names = self.blocks()
+        skipped = [self.get_submodule(name) for name in names[:block]]
+        for each in skipped:
+            each.forward = _pass_on  # type: ignore[method-assign]
+        entry = self.get_submodule(names[block])
+        handle = entry.register_forward_pre_hook(lambda _block, args: (hidden, *args[1:]))
+        try:
+            yield
+        finally:
+            handle.remove()
+            for each in skipped:
+                del each.forward
+
     def sites(self, at: str, blocks: str | None = None, tower: Tower = "vision") -> list[Site]:
         """The layers that `at` names, in one notation for fused and separate projections.
 
@@ -167,6 +200,14 @@ def _has_attention(block: nn.Module) -> bool:
         or (isinstance(module, nn.Linear) and (_FUSED.fullmatch(name) or _PROJECTIONS["q"].fullmatch(name)))
         for name, module in block.named_modules()
     )
+
+
+class _Reached(Exception):  # noqa: N818  (a signal, not an error)
+    """The watched block has been reached."""
+
+
+def _pass_on(hidden: Tensor, *_args: object, **_kwargs: object) -> Tensor:
+    return hidden
 
 
 def _letters(at: str) -> list[str]:

@@ -36,8 +36,7 @@ class Replay(Method, name="replay"):
             return batch
         n = max(1, round(self.ratio * len(batch["label"])))
         old = self.memory.draw(learner.tasks, n, learner.generator("replay", learner.step))
-        if "features" in batch:  # the encoder is constant, and batches hold its output
-            old["features"] = learner.encode(old)
+        old = learner.completed(old, batch)
         return {key: torch.cat([value, old[key].to(value.device)]) for key, value in batch.items()}
 
     def end_task(self, learner: Core, task: Task) -> None:

@@ -1,0 +1,359 @@
+"""The commands: one frozen dataclass each, whose fields are the flags and whose docstrings are the help."""
+
+import dataclasses
+import difflib
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+
+from perdure.backbones import BACKBONES
+from perdure.compare import cells, compare
+from perdure.config import RunConfig, register
+from perdure.console import Screen
+from perdure.export import export
+from perdure.method import METHODS
+from perdure.recipes import DEMO_METHODS, RECIPES, demo
+from perdure.report import write_report
+from perdure.run import read_record, read_summary, resume, run
+from perdure.streams import STREAMS, build_stream
+from perdure.teach import Learner, teach_folder
+from perdure.train import evaluate
+from perdure.types import Batch, Data, Row, Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """Flags that every command has."""
+
+    json: bool = False
+    """One JSON object per event or result, for programs."""
+
+    def __call__(self, screen: Screen) -> None:
+        """Do it."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo(Command):
+    """Sequential LoRA and InfLoRA on coloured shapes, offline, in minutes."""
+
+    out: Path = Path("runs/demo")
+    """Folder of the two runs and the report."""
+
+    def __call__(self, screen: Screen) -> None:
+        """Compare the two methods and write the report."""
+        config = demo()
+        screen.note(f"{config.stream} on {config.backbone}: {' beside '.join(DEMO_METHODS)}")
+        _grid(config, DEMO_METHODS, (0,), self.out, screen, matrices=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(RunConfig, Command):
+    """Learn a stream with one method."""
+
+    out: Path
+    """Folder of the run; it must not hold one yet."""
+
+    def __post_init__(self) -> None:
+        """Nothing: values are checked when the command is called, where a mistake becomes one line."""
+
+    def __call__(self, screen: Screen) -> None:
+        """Run, report."""
+        screen.wait("reading the data and the model")
+        config = RunConfig(**{f.name: getattr(self, f.name) for f in fields(RunConfig)})
+        _finished(self.out, run(config, self.out, screen), screen)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resume(Command):
+    """Go on with a run that was stopped or killed, with the same result as if it never was."""
+
+    folder: tyro.conf.Positional[Path]
+    """The run's folder."""
+
+    def __call__(self, screen: Screen) -> None:
+        """Resume, report."""
+        screen.wait("reading the data and the model")
+        _finished(self.folder, resume(self.folder, screen), screen)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learn(Command):
+    """Teach a learner one more task, from a folder whose sub-folders are the classes."""
+
+    folder: tyro.conf.Positional[Path]
+    """Folder of class folders; or with train/ and test/ in it."""
+    into: Path
+    """The learner's folder; a new one is made with the options below."""
+    backbone: str | None = None
+    """For a new learner; pocket() unless said otherwise."""
+    method: str | None = None
+    """For a new learner; inflora(rank=10) unless said otherwise."""
+    objective: str | None = None
+    """For a new learner; classify() unless said otherwise."""
+    epochs: int | None = None
+    """Passes over the images."""
+    lr: float | None = None
+    """Learning rate."""
+    batch_size: int | None = None
+    """Images per step."""
+    seed: int | None = None
+    """For a new learner."""
+    precision: Literal["auto", "fp32", "bf16"] | None = None
+    """For a new learner."""
+    skip_bad: bool = False
+    """Leave unreadable images out, and list them."""
+
+    def __call__(self, screen: Screen) -> None:
+        """Learn, say what is known now."""
+        screen.wait("reading the data and the model")
+        names = [f.name for f in fields(RunConfig) if hasattr(self, f.name)]
+        given = {n: getattr(self, n) for n in names if getattr(self, n) is not None}
+        config = RunConfig(stream="", **given)
+        task, summary = teach_folder(self.folder, self.into, config, given, screen, self.skip_bad)
+        skipped = [where for data in (task.train, task.test) for where in getattr(data, "skipped", ())]
+        _tell_skipped(skipped, screen)
+        write_report([self.into], self.into / "report.html")
+        screen.result(
+            {"event": "learnt", "task": task.describe(), "summary": summary, "skipped": skipped},
+            f"learnt {', '.join(task.names)}; ask it with: perdure predict {self.into} IMAGE",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predict(Command):
+    """What a learner sees in images."""
+
+    learner: tyro.conf.Positional[Path]
+    """A learner's or a run's folder."""
+    images: tyro.conf.Positional[tuple[Path, ...]]
+    """Image files, or folders of them."""
+    top: int = 3
+    """How many names per image."""
+
+    def __call__(self, screen: Screen) -> None:
+        """Print labels with scores."""
+        if self.top < 1:
+            raise ValueError(f"--top {self.top}: expected 1 or more")
+        if not self.images:
+            raise ValueError(f"no image given: write 'perdure predict {self.learner} cat.jpg'")
+        learner = Learner.load(self.learner)
+        files = [file for path in self.images for file in _images_in(path)]
+        screen.wait("looking")
+        found = learner.predict(files, top=self.top)
+        for file, answer in zip(files, found, strict=True):
+            line = "  ".join(f"{name} {share:.1%}" for name, share in answer)
+            screen.result(
+                {"image": str(file), "labels": [{"name": n, "score": s} for n, s in answer]}, f"{file}  {line}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare(RunConfig, Command):
+    """Methods side by side over several seeds (class orders): one table with mean and spread, and a report."""
+
+    methods: tuple[str, ...]
+    """Methods, each in quotes."""
+    method: Annotated[str, tyro.conf.Suppress] = field(default="")
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """One run a method for each; unless the stream fixes it, a seed is also a class order."""
+    seed: Annotated[int, tyro.conf.Suppress] = field(default=0)
+    out: Path
+    """Folder of the grid; finished runs in it are not repeated."""
+
+    def __post_init__(self) -> None:
+        """Nothing: values are checked when the command is called, where a mistake becomes one line."""
+
+    def __call__(self, screen: Screen) -> None:
+        """Run the grid, print the table, write the report."""
+        names = [f.name for f in fields(RunConfig) if f.name not in ("method", "seed")]
+        config = RunConfig(**{n: getattr(self, n) for n in names})
+        _grid(config, self.methods, self.seeds, self.out, screen)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval(Command):
+    """Measure a learner on all tasks of a stream: its own run's, or another one with the same class names."""
+
+    learner: tyro.conf.Positional[Path]
+    """A learner's or a run's folder."""
+    stream: str | None = None
+    """What to measure on; the run's own stream when left out."""
+
+    def __call__(self, screen: Screen) -> None:
+        """Print accuracy per task."""
+        screen.wait("evaluating")
+        screen.measured(*measure(self.learner, self.stream))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report(Command):
+    """Write report.html for one or several runs."""
+
+    folders: tyro.conf.Positional[tuple[Path, ...]]
+    """Runs' folders, or a grid's."""
+    out: Path | None = None
+    """The file; report.html in the first folder when left out."""
+
+    def __call__(self, screen: Screen) -> None:
+        """Write and print the path."""
+        inner = [run for folder in self.folders for run in _runs_in(folder)]
+        path = write_report(inner, self.out or self.folders[0] / "report.html")
+        screen.result({"report": str(path)}, f"report: {path}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export(Command):
+    """Write a learner for other libraries."""
+
+    learner: tyro.conf.Positional[Path]
+    """A learner's or a run's folder."""
+    out: Path
+    """Folder to write; it must not exist yet."""
+    to: Literal["peft", "merged"] = "merged"
+    """peft: a LoRA that Hugging Face PEFT loads; merged: weights that transformers or timm load."""
+
+    def __call__(self, screen: Screen) -> None:
+        """Export and print the path."""
+        screen.wait("writing")
+        path = export(Learner.load(self.learner), self.out, self.to)
+        screen.result({"export": str(path), "to": self.to}, f"written: {path}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class List(Command):
+    """What there is: methods, streams, backbones, recipes."""
+
+    what: tyro.conf.Positional[Literal["methods", "streams", "backbones", "recipes"]]
+    """Which."""
+
+    def __call__(self, screen: Screen) -> None:
+        """Print names, options and what they are."""
+        register()
+        tables: dict[str, Mapping[str, Callable[..., Any]]] = {
+            "methods": METHODS,
+            "streams": STREAMS,
+            "backbones": BACKBONES,
+            "recipes": RECIPES,
+        }
+        found = sorted(tables[self.what].items())
+        screen.listing([(name, _options(made), _sentence(made)) for name, made in found])
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "demo": Demo,
+    "run": Run,
+    "resume": Resume,
+    "learn": Learn,
+    "predict": Predict,
+    "compare": Compare,
+    "eval": Eval,
+    "report": Report,
+    "export": Export,
+    "list": List,
+}
+
+
+def measure(folder: Path, stream: str | None) -> tuple[list[Task], list[Row]]:
+    """The tasks of a stream, and a learner's accuracy on them; classes are matched by name.
+
+    Raises:
+        ValueError: when a class of the stream is not among those that were learnt.
+    """
+    learner = Learner.load(folder)
+    described = stream if stream is not None else learner.config.stream
+    if not described:
+        raise ValueError(f"{folder} was taught from folders: say what to measure on with --stream")
+    tasks, rows = [], []
+    declared = build_stream(described, learner.backbone.preprocess, learner.config.seed).tasks
+    for task in declared if stream is not None else declared[: learner.learnt]:
+        if unknown := [name for name in task.names if name not in learner.known]:
+            near = difflib.get_close_matches(unknown[0], learner.known, n=1)
+            raise ValueError(
+                f"{described}: class {unknown[0]!r} of task {task.index} is not among what {folder} has learnt"
+                + (f"; did you mean {near[0]!r}?" if near else "")
+            )
+        ids = {c: learner.known[name] for c, name in zip(task.classes, task.names, strict=True)}
+        tasks.append(dataclasses.replace(task, classes=tuple(ids.values()), test=_Renumbered(task.test, ids)))
+        rows += [Row(learner.learnt - 1, task.index, k, v) for k, v in evaluate(learner, tasks[-1]).items()]
+    return tasks, rows
+
+
+class _Renumbered:
+    """Data whose class ids are those of a learner."""
+
+    def __init__(self, data: Data, ids: Mapping[int, int]) -> None:
+        self.data = data
+        self.labels = torch.tensor([ids[c] for c in data.labels.tolist()], dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitems__(self, positions: Sequence[int]) -> Batch:
+        return self.data.__getitems__(positions) | {"label": self.labels[torch.as_tensor(positions)]}
+
+
+def _grid(
+    config: RunConfig, methods: Sequence[str], seeds: Sequence[int], out: Path, screen: Screen, matrices: bool = False
+) -> None:
+    grid = cells(methods, seeds, out)
+    table = compare(config, grid, out, screen)
+    if matrices:
+        for cell in grid:
+            names = [t["name"] for t in read_record(cell.folder)["stream"]["tasks"]]
+            screen.matrix(read_summary(cell.folder), names, cell.method)
+    screen.table(table)
+    path = write_report([cell.folder for cell in grid], out / "report.html")
+    screen.result({"event": "report", "path": str(path)}, f"report: {path}")
+
+
+def _finished(out: Path, summary: dict[str, Any], screen: Screen) -> None:
+    record = read_record(out)
+    _tell_skipped(record["stream"].get("skipped", []), screen)
+    screen.matrix(summary, [t["name"] for t in record["stream"]["tasks"]], record["config"]["method"])
+    path = write_report([out], out / "report.html")
+    screen.result({"event": "done", "summary": summary, "report": str(path)}, f"report: {path}")
+
+
+def _tell_skipped(skipped: Sequence[str], screen: Screen) -> None:
+    if skipped:
+        more = f" and {len(skipped) - 5} more" if len(skipped) > 5 else ""
+        screen.note(f"{len(skipped)} unreadable images were left out: {', '.join(skipped[:5])}{more}")
+
+
+def _images_in(path: Path) -> list[Path]:
+    if path.is_dir():
+        endings = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+        found = sorted(p for p in path.iterdir() if p.suffix.lower() in endings)
+        if not found:
+            raise ValueError(f"{path} has no image; give files, or a folder with {', '.join(sorted(endings))}")
+        return found
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: give an image file or a folder of images")
+    return [path]
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    if (folder / "run.json").exists():
+        return [folder]
+    inner = sorted(p.parent for p in folder.glob("*/run.json"))
+    if not inner:
+        raise ValueError(f"{folder} is neither a run's nor a grid's folder: it has no run.json")
+    return inner
+
+
+def _options(made: Callable[..., Any]) -> str:
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    options = [p for p in inspect.signature(made).parameters.values() if p.kind in named]
+    return ", ".join(p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in options)
+
+
+def _sentence(made: Callable[..., Any]) -> str:
+    text = inspect.cleandoc((sys.modules[made.__module__].__doc__ if inspect.isclass(made) else made.__doc__) or "")
+    return " ".join(text.partition("\n\n")[0].split())

@@ -1,0 +1,275 @@
+"""The pages say what is true: commands parse, Python runs, links lead somewhere, tables equal the code."""
+
+import ast
+import importlib
+import inspect
+import json
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tyro
+from PIL import Image
+
+from perdure.backbones import BACKBONES
+from perdure.cli import COMMANDS
+from perdure.config import RunConfig, make_method, make_objective, register
+from perdure.method import METHODS
+from perdure.run import resume, run
+from perdure.spec import build, parse_one
+from perdure.streams import STREAMS
+from perdure.train import Quiet
+
+ROOT = Path(__file__).parents[2]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "README.zh-CN.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
+_BLOCK = re.compile(r"^(?:<!-- tested(?:: (?P<tag>\w+))? -->\n)?```(?P<kind>\w+)\n(?P<text>.*?)^```$", re.M | re.S)
+register()
+OURS = sorted(name for name, method in METHODS.items() if method.__module__.startswith("perdure.methods."))
+
+
+@dataclass(frozen=True)
+class Block:
+    page: str
+    kind: str
+    text: str
+    tested: str | None
+
+    def __str__(self) -> str:
+        return f"{self.page}: {self.text.strip().splitlines()[0][:40]}"
+
+
+def blocks(kind: str) -> Iterator[Block]:
+    for page in PAGES:
+        for found in _BLOCK.finditer(page.read_text(encoding="utf-8")):
+            if found["kind"] == kind:
+                tested = (found["tag"] or "plain") if found[0].startswith("<!--") else None
+                yield Block(str(page.relative_to(ROOT)), kind, found["text"], tested)
+
+
+def commands() -> Iterator[tuple[str, str]]:
+    for block in blocks("bash"):
+        for line in block.text.replace("\\\n", " ").splitlines():
+            if line.startswith("perdure "):
+                yield block.page, line
+
+
+COMMAND_LINES = list(commands())
+PLAIN = [block for block in blocks("python") if block.tested == "plain"]
+
+
+def parsed(line: str) -> Any:
+    """The command as its frozen dataclass, not carried out."""
+    return tyro.extras.subcommand_cli_from_dict(
+        COMMANDS, prog="perdure", args=shlex.split(line, comments=True)[1:], config=(tyro.conf.OmitArgPrefixes,)
+    )
+
+
+def test_there_are_commands_and_code_on_the_pages() -> None:
+    assert len(COMMAND_LINES) > 20
+    assert len(PLAIN) >= 3
+
+
+@pytest.mark.parametrize(("page", "line"), COMMAND_LINES, ids=[f"{page}: {line[:60]}" for page, line in COMMAND_LINES])
+def test_every_command_on_the_pages_parses(page: str, line: str) -> None:
+    command = parsed(line)
+    for text in (getattr(command, "method", None), *getattr(command, "methods", ())):
+        if text:
+            make_method(text)
+    if getattr(command, "objective", None):
+        make_objective(command.objective)
+    if getattr(command, "stream", None):
+        build(parse_one(command.stream), STREAMS, "stream")
+    if getattr(command, "backbone", None):
+        spec = parse_one(command.backbone)  # not built: that would read weights
+        inspect.signature(BACKBONES[spec.name]).bind(**dict(spec.kwargs))
+
+
+def test_a_command_with_an_unknown_flag_does_not_parse(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parsed("perdure run --stream 'synthetic()' --out x --no-such-flag 1")
+    assert "no-such-flag" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("block", list(blocks("python")), ids=str)
+def test_python_on_the_pages_is_python(block: Block) -> None:
+    ast.parse(block.text)
+
+
+@pytest.mark.parametrize("block", PLAIN, ids=str)
+def test_marked_python_runs(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for month, colours in (("january", ("red", "green")), ("february", ("blue", "white"))):
+        for colour in colours:
+            folder = tmp_path / "photos" / month / colour
+            folder.mkdir(parents=True)
+            for i in range(3):
+                Image.new("RGB", (20 + i, 20), colour).save(folder / f"{i}.png")
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "cat.jpg")
+    exec(compile(block.text.replace('"pocket()"', '"tiny()"').replace("rank=10", "rank=2"), block.page, "exec"), {})
+
+
+class Crash(Exception):
+    """A power cut."""
+
+
+class Breaks(Quiet):
+    """Crashes in the second task."""
+
+    def task(self, task: Any, tasks: int | None, epochs: int, steps: int) -> None:
+        self.index = task.index
+
+    def step(self, step: int, loss: Any, images: int) -> None:
+        if (self.index, step) == (1, 4):
+            raise Crash
+
+
+@pytest.fixture
+def newcomer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type]:
+    """The method of `docs/write-a-method.md`, as a module of its own."""
+    (example,) = [block for block in blocks("python") if block.tested == "l2sp"]
+    (tmp_path / "l2sp.py").write_text(example.text, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("l2sp")
+    yield METHODS["l2sp"]
+    del METHODS["l2sp"], sys.modules["l2sp"]
+
+
+def _config(method: str) -> RunConfig:
+    return RunConfig(
+        stream="synthetic(tasks=2, per_class=8, test_per_class=4)",
+        backbone="tiny(dim=16)",
+        method=method,
+        epochs=2,
+        batch_size=8,
+        lr=1e-2,
+        precision="fp32",
+        attention="sdpa",
+        device="cpu",
+        save_every=2,
+    )
+
+
+def test_a_method_in_one_file_learns_and_resumes_in_the_middle_of_a_task(newcomer: type, tmp_path: Path) -> None:
+    config = _config("lora(rank=2) + l2sp(strength=0.5)")
+    run(config, tmp_path / "unbroken")
+    with pytest.raises(Crash):
+        run(config, tmp_path / "broken", Breaks())
+    assert list((tmp_path / "broken/task-001").glob("step-*")), "nothing was saved before the crash"
+    resume(tmp_path / "broken")
+    one, other = (tmp_path / name / "task-001/learner.safetensors" for name in ("unbroken", "broken"))
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_the_example_method_pulls_parameters_back(newcomer: type, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    def drift(name: str, method: str) -> float:
+        run(_config(method), tmp_path / name)
+        first, second = (load_file(tmp_path / name / f"task-00{i}/learner.safetensors") for i in (0, 1))
+        ups = [k for k in first if ".up." in k]
+        assert ups
+        return sum(float((second[k] - first[k]).square().sum()) for k in ups)
+
+    assert drift("held", "lora(rank=2) + l2sp(strength=100.0)") < 0.5 * drift(
+        "free", "lora(rank=2) + l2sp(strength=0.0)"
+    )
+
+
+def test_the_example_method_is_short(newcomer: type) -> None:
+    (example,) = [block for block in blocks("python") if block.tested == "l2sp"]
+    body = [line for line in example.text.partition("class ")[2].splitlines() if line.strip()]
+    assert len(body) <= 20
+
+
+def _slug(heading: str) -> str:
+    return re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", heading.lower()).strip())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_links_inside_the_pages_resolve(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"https?:|mailto:", target):
+            continue
+        file, _, anchor = target.partition("#")
+        linked = (page.parent / file).resolve() if file else page
+        assert linked.is_file(), f"{target} leads nowhere"
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", linked.read_text(encoding="utf-8"), flags=re.M)
+            assert anchor in {_slug(heading.replace("`", "")) for heading in headings}, f"{target}: no such heading"
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    listed = set(re.findall(r": ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), flags=re.M))
+    assert {page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")} == listed
+
+
+def _table(text: str, heading: str) -> dict[str, list[str]]:
+    """Rows of the first table below `heading`, by their first cell; `|` never stands in our cells."""
+    below = text.split(heading, 1)[1]
+    lines = re.search(r"(?:^\|.*\n)+", below, flags=re.M)
+    assert lines, f"no table below {heading!r}"
+    rows = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in lines[0].splitlines()[2:]]
+    return {row[0].strip("`"): row[1:] for row in rows}
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_every_method_has_a_card_with_its_options_and_defaults(name: str) -> None:
+    card = ROOT / "docs/methods" / f"{name}.md"
+    assert card.is_file(), f"write docs/methods/{name}.md"
+    text = card.read_text(encoding="utf-8")
+    options = {
+        k: p.default
+        for k, p in inspect.signature(METHODS[name]).parameters.items()
+        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    }
+    if not options:
+        assert "**Options.** None." in text
+        return
+    shown = {k: ast.literal_eval(cells[0].strip("`")) for k, cells in _table(text, "**Options.**").items()}
+    assert shown == options
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_every_card_has_the_same_parts(name: str) -> None:
+    text = (ROOT / "docs/methods" / f"{name}.md").read_text(encoding="utf-8")
+    for part in ("**Idea.**", "**Hooks", "**Options.**", "**Cost.**", "**Differs.**", "**Choose it**", "```bash\n"):
+        assert part in text, f"no {part}"
+    assert f"]({name}.md)" in (ROOT / "docs/methods/index.md").read_text(encoding="utf-8")
+    module = inspect.getmodule(METHODS[name])
+    assert module is not None
+    for number in re.findall(r"arXiv:\d{4}\.\d{5}", module.__doc__ or ""):
+        assert number in text, f"the module cites {number}, the card does not"
+
+
+@pytest.mark.parametrize("readme", ["README.md", "README.zh-CN.md"])
+def test_a_readme_names_all_that_exists_and_both_commands(readme: str) -> None:
+    text = (ROOT / readme).read_text(encoding="utf-8")
+    found = re.search(r"```bash\n(make .*?)```", text, flags=re.S)
+    assert found
+    assert re.findall(r"^make \w+", found[1], flags=re.M) == ["make demo", "make test"]
+    for name in (*OURS, *STREAMS, *BACKBONES):
+        assert f"`{name}`" in text, f"{name} is missing"
+    assert ("README.zh-CN.md" if readme == "README.md" else "README.md") in text
+
+
+def test_the_reference_lists_every_command_and_every_key_of_the_summary(tmp_path: Path) -> None:
+    text = (ROOT / "docs/reference.md").read_text(encoding="utf-8")
+    assert list(_table(text, "## Commands")) == list(COMMANDS)
+    run(_config("probe"), tmp_path / "run")
+    assert set(_table(text, "## `summary.json`")) == set(json.loads((tmp_path / "run/summary.json").read_text()))
+
+
+def test_no_page_refers_to_a_place_outside_the_repository() -> None:
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert not re.search(r"(?<![\w.])/(?:work|home|root|tmp|Users)/", text), page
+        assert "../shared" not in text, page
