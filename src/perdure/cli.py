@@ -9,11 +9,11 @@ from pathlib import Path
 import tyro
 from accelerate.utils.memory import should_reduce_batch_size
 
-from perdure import __version__
 from perdure.commands import COMMANDS, Command
 from perdure.console import Screen
 from perdure.mistakes import mistake
 from perdure.run import Interrupted
+from perdure.version import __version__
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

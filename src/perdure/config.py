@@ -25,7 +25,7 @@ class RunConfig(TrainConfig):
     method: str = "inflora(rank=10)"
     """How, such as 'inflora(rank=10) + replay(size=500)'; see `perdure list methods`."""
     objective: str = "classify()"
-    """What is asked of the features: classify() learns heads, zeroshot() answers by the class names' text embeddings."""
+    """What is asked of the features: classify() learns heads, zeroshot() compares with class names' text embeddings."""
     augment: Literal["none", "flip", "crop"] = "none"
     """Random views of training images."""
     seed: int = 0

@@ -19,7 +19,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from perdure import __version__
 from perdure.adapters.attach import updates
 from perdure.adapters.lowrank import LowRank
 from perdure.backbones import pretrained
@@ -34,6 +33,7 @@ from perdure.learner import Core
 from perdure.method import Method, parts_of
 from perdure.objectives import Classify, ZeroShot
 from perdure.spec import parse_one
+from perdure.version import __version__
 
 Target = Literal["peft", "merged"]
 """`peft`: a LoRA for the pre-trained model; `merged`: the whole model with the updates in its weights."""

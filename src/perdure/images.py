@@ -22,7 +22,7 @@ _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error,
 _EXTREME = 16
 
 
-class UnreadableImage(ValueError):  # noqa: N818 - says what is wrong without "Error"
+class UnreadableImage(ValueError):
     """An image that cannot be decoded; the message names the file and the row."""
 
 

@@ -17,7 +17,6 @@ from perdure.method import Method, encodes, parts_of
 from perdure.objectives.base import Objective
 from perdure.types import Batch, Data, Scenario, Stream, Task
 
-
 _MOST_KEPT = 2**30  # bytes of hidden states kept for one task
 
 
@@ -112,8 +111,9 @@ class Core(nn.Module):
     def settle(self) -> None:
         """Make ready for training: a frozen encoder in the run's precision, finished updates in its weights.
 
-        Frozen weights and activations in bfloat16 make a step on a CPU about 1.5 times faster than autocast, which casts
-        weights, residuals and norms again and again. What is trained, heads and scores stay in float32.
+        With frozen weights and activations in bfloat16 a step on a CPU is faster than under autocast, which casts
+        weights, residuals and norms again and again (benchmarks/speed.py). What is trained, heads and scores stay in
+        float32.
         """
         if self.precision != torch.float32 and not self.tunes_backbone:
             self.backbone.to(self.precision)

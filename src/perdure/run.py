@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 import torch
 
-from perdure import __version__, checkpoint, metrics
+from perdure import checkpoint, metrics
 from perdure.augment import AUGMENTS
 from perdure.config import RunConfig, make_backbone, make_method, make_objective
 from perdure.learner import Core
@@ -30,6 +30,7 @@ from perdure.runtime import Runtime, resolve
 from perdure.streams import build_stream
 from perdure.train import Diverged, Fitted, Progress, Quiet, TrainConfig, check_finite, evaluate, fit_task
 from perdure.types import Row, Stream, Task
+from perdure.version import __version__
 
 if sys.platform != "win32":
     import resource

@@ -116,7 +116,7 @@ class Backbone(nn.Module):
         names = self.blocks()
         skipped = [self.get_submodule(name) for name in names[:block]]
         for each in skipped:
-            each.forward = _pass_on  # type: ignore[method-assign]
+            each.forward = _pass_on
         entry = self.get_submodule(names[block])
         handle = entry.register_forward_pre_hook(lambda _block, args: (hidden, *args[1:]))
         try:
@@ -202,7 +202,7 @@ def _has_attention(block: nn.Module) -> bool:
     )
 
 
-class _Reached(Exception):  # noqa: N818  (a signal, not an error)
+class _Reached(Exception):
     """The watched block has been reached."""
 
 

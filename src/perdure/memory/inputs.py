@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from perdure.types import Batch
 
 
-class _Enough(Exception):  # noqa: N818  (a signal, not an error)
+class _Enough(Exception):
     """All watched layers have been reached; what lies above them need not be computed."""
 
 
