@@ -171,6 +171,7 @@ def restore(learner: Core, checkpoint: Checkpoint, tasks: Sequence[Task] = ()) -
                 "data has changed; restore it, or start anew in another folder"
             )
         learner.grow(task)
+        learner.settle()  # as before each task of an unbroken run
     try:
         missing, unexpected = learner.load_state_dict(tensors, strict=False)
     except RuntimeError as error:

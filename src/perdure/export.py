@@ -104,9 +104,7 @@ def _check(learner: Core, to: str) -> None:
             "vision(...) or timm(...), or keep it with save"
         )
     if strange := [part.name for part in parts_of(learner.method) if type(part).encode is not Method.encode]:
-        raise ValueError(
-            f"{strange[0]} computes features in a way that no weights can express; keep this learner with save"
-        )
+        raise ValueError(f"{strange[0]} changes features as no weights can express; keep this learner with save")
     _classifier(learner)
     linear = False
     for site, adapter, part in updates(backbone):
@@ -269,10 +267,8 @@ def _classifier(learner: Core) -> _Classifier:
     for known, classifier in ((Classify, _LINEAR), (ZeroShot, _TEXTS)):
         if type(objective).scores is known.scores:
             return classifier
-    raise ValueError(
-        f"the scores of {type(objective).__name__} cannot be exported, only those of classify() and zeroshot(): keep "
-        "this learner with save"
-    )
+    name = type(objective).__name__
+    raise ValueError(f"{name}: only classify() and zeroshot() can be exported; keep this learner with save")
 
 
 def _predicts(method: Method) -> Any:
