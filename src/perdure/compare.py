@@ -13,7 +13,16 @@ from perdure.run import Interrupted, read_record, read_summary, resume, run
 from perdure.runtime import Runtime, resolve
 from perdure.train import Progress
 
-KEYS = ("acc", "aaa", "forgetting", "acc_with_task_id", "task_id_acc", "images_per_second", "stored_bytes")
+KEYS = (
+    "acc",
+    "aaa",
+    "forgetting",
+    "acc_with_task_id",
+    "forgetting_with_task_id",
+    "task_id_acc",
+    "images_per_second",
+    "stored_bytes",
+)
 """What the table shows of each summary."""
 
 

@@ -222,7 +222,9 @@ def test_an_unknown_option_suggests_a_name() -> None:
 
 @pytest.mark.parametrize("spec", ["ewc", "inflora + ewc", "probe + ewc", "ncm + replay + ewc"])
 def test_a_guard_without_anything_to_protect_is_refused_when_built(spec: str) -> None:
-    with pytest.raises(ValueError, match=r"^ewc has nothing to protect in .* Write 'lora \+ ewc' or 'finetune \+ ewc'$"):
+    with pytest.raises(
+        ValueError, match=r"^ewc has nothing to protect in .* Write 'lora \+ ewc' or 'finetune \+ ewc'$"
+    ):
         make_method(spec)
 
 

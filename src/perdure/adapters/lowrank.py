@@ -76,7 +76,8 @@ class LowRank(Adapter):
         return y + (update if self.scale == 1 else self.scale * update)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if f"{prefix}down" not in state_dict:  # saved between tasks, when no branch was open
+        known = any(key.startswith(prefix) for key in state_dict)  # else it is missing, which must be noticed
+        if known and f"{prefix}down" not in state_dict:  # saved between tasks, when no branch was open
             self.down, self.up = None, nn.ParameterList()
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -87,7 +88,7 @@ class LowRank(Adapter):
             dense = self.settled[f"dense/{part}"]
             ups.append(dense)
             downs.append(torch.eye(self.fan_in, dtype=dense.dtype, device=dense.device))
-        elif self.settled:
+        elif f"up/{part}" in self.settled:
             ups.append(self.settled[f"up/{part}"])
             downs.append(self.settled["down"])
         if self.down is not None:
@@ -100,7 +101,7 @@ class LowRank(Adapter):
         past: Tensor | None = None
         if f"dense/{part}" in self.settled:
             past = self.settled[f"dense/{part}"]
-        elif self.settled:
+        elif f"up/{part}" in self.settled:
             past = self.settled[f"up/{part}"] @ self.settled["down"]
         if not branches or self.down is None:
             return past

@@ -124,7 +124,7 @@ class _TextTower(nn.Module):
         x = self.character(ids) + self.position[:, : ids.shape[1]]
         for block in self.blocks:
             x = block(x, real[:, None, None])
-        weight = (real / real.sum(1, keepdim=True)).unsqueeze(-1)
+        weight = (real / real.sum(1, keepdim=True)).unsqueeze(-1).to(x.dtype)
         embeddings: Tensor = self.norm((x * weight).sum(1))
         return embeddings
 

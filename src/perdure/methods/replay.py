@@ -19,7 +19,7 @@ class Replay(Method, name="replay"):
         ratio: old examples per new one in a batch.
     """
 
-    def __init__(self, size: int = 500, selection: Selection = "reservoir", ratio: float = 1.0) -> None:
+    def __init__(self, size: int = 2000, selection: Selection = "reservoir", ratio: float = 1.0) -> None:
         super().__init__()
         if ratio <= 0:
             raise ValueError(f"ratio={ratio}: expected a positive number of old examples per new one")
@@ -36,8 +36,8 @@ class Replay(Method, name="replay"):
             return batch
         n = max(1, round(self.ratio * len(batch["label"])))
         old = self.memory.draw(learner.tasks, n, learner.generator("replay", learner.step))
-        old = learner.completed(old, batch)
-        return {key: torch.cat([value, old[key].to(value.device)]) for key, value in batch.items()}
+        old = learner.completed({key: value.to(learner.device) for key, value in old.items()}, batch)
+        return {key: torch.cat([value, old[key]]) for key, value in batch.items()}
 
     def end_task(self, learner: Core, task: Task) -> None:
         """Offer the task's examples to the memory."""

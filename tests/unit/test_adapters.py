@@ -1,0 +1,94 @@
+"""Adapters on layers: what is refused, what a copy calls, where they stand."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from perdure.adapters.attach import adapted, attach, detach, fold, updates
+from perdure.adapters.lowrank import LowRank
+from perdure.backbones.tiny import tiny
+from perdure.types import Site
+
+
+def filled(model: nn.Module, at: str = "kv") -> list[LowRank]:
+    """Adapters with random branches on all blocks."""
+    made = []
+    for sites in model.sites_by_input(at).values():
+        adapter = LowRank(sites, 2)
+        adapter.open()
+        for up in adapter.up:
+            nn.init.normal_(up)
+        attach(model, sites, adapter)
+        made.append(adapter)
+    return made
+
+
+def test_a_deep_copy_calls_its_own_adapters(lab: Any) -> None:
+    learner = lab.taught("inflora(rank=2)")
+    learner.grow(lab.stream().tasks[2])
+    twin = copy.deepcopy(learner)
+    images = lab.stream().tasks[0].test.__getitems__([0, 1, 2])
+    with torch.no_grad():
+        before = learner.encode(images)
+        for adapter in learner.method.adapters.values():
+            nn.init.normal_(adapter.down)
+            for up in adapter.up:
+                nn.init.normal_(up)
+        assert torch.equal(twin.encode(images), before)
+        assert not torch.allclose(learner.encode(images), before, atol=1e-2)
+
+
+def test_folding_again_and_again_does_not_drift() -> None:
+    model, images = tiny(), {"image": torch.full((1, 3, 16, 16), 100, dtype=torch.uint8)}
+    filled(model)
+    fold(model, branches=True)
+    first = model(images)
+    for _ in range(50):
+        fold(model, branches=False)
+        fold(model, branches=True)
+    assert torch.equal(model(images), first)
+
+
+def test_only_the_named_rows_of_a_fused_layer_change() -> None:
+    model = tiny(dim=8)
+    before = model.get_submodule("vision.blocks.0.attn.qkv").weight.clone()
+    filled(model, at="v")
+    fold(model, branches=True)
+    after = model.get_submodule("vision.blocks.0.attn.qkv").weight
+    assert torch.equal(after[:16], before[:16])
+    assert not torch.allclose(after[16:], before[16:])
+
+
+def test_an_adapted_layer_is_known_until_detached() -> None:
+    model = tiny()
+    assert not adapted(model)
+    adapters = filled(model)
+    assert adapted(model)
+    assert [(site.key[-1], part) for site, adapter, part in updates(model) if adapter is adapters[0]] == [
+        ("k", 0),
+        ("v", 1),
+    ]
+    detach(model)
+    assert not adapted(model)
+    assert list(updates(model)) == []
+
+
+@pytest.mark.parametrize("rank", [0, 9])
+def test_a_rank_that_the_layer_cannot_have_is_refused(rank: int) -> None:
+    with pytest.raises(ValueError, match=f"^rank={rank}: expected 1 to 8, the inputs of some.layer$"):
+        LowRank([Site("k", "some.layer", "x", 8, (0, 8))], rank)
+
+
+def test_only_linear_layers_can_be_adapted() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 3, 1))
+    with pytest.raises(ValueError, match=r"^0 is a Conv2d: only nn.Linear can be adapted; choose other sites$"):
+        attach(model, [Site("k", "0", "x", 3, (0, 3))], LowRank([Site("k", "0", "x", 3, (0, 3))], 1))
+
+
+@pytest.mark.parametrize("spec", ["lora(rank=2) + finetune", "finetune + inflora(rank=2)"])
+def test_a_layer_cannot_be_adapted_and_fine_tuned(spec: str, lab: Any) -> None:
+    with pytest.raises(ValueError, match=r"both adapted and fine-tuned.* Use one of the two"):
+        lab.taught(spec)

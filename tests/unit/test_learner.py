@@ -1,0 +1,120 @@
+"""The learner: derived randomness, modes, what is remembered, what is computed once."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from perdure.learner import derived_seed
+from perdure.types import Task
+
+
+def test_randomness_depends_on_seed_task_purpose_and_step_and_nothing_else(lab: Any) -> None:
+    def draw(seed: int, task: int, purpose: str, step: int | None) -> float:
+        learner = lab.but(seed=seed).learner("probe")
+        for each in lab.stream().tasks[: task + 1]:
+            learner.grow(each)
+        torch.rand(5)
+        return float(torch.rand(1, generator=learner.generator(purpose, step)))
+
+    base = (0, 0, "shuffle", 1)
+    assert draw(*base) == draw(*base)
+    others = [(1, 0, "shuffle", 1), (0, 1, "shuffle", 1), (0, 0, "replay", 1), (0, 0, "shuffle", 2)]
+    assert len({draw(*each) for each in [base, *others]}) == 5
+
+
+def test_derived_seeds_never_change_between_versions() -> None:
+    assert derived_seed(0, 0, "shuffle", 1) == 25064542876497773
+
+
+def test_growing_leaves_the_global_generator_alone_and_does_not_depend_on_it(lab: Any) -> None:
+    heads = []
+    for seed in (1, 2):
+        learner = lab.learner("lora(rank=2)")
+        torch.manual_seed(seed)
+        expected = torch.random.get_rng_state()
+        learner.grow(lab.stream().tasks[0])
+        assert torch.equal(torch.random.get_rng_state(), expected)
+        heads.append(learner.objective.heads[0].weight)
+    assert torch.equal(*heads)
+
+
+def test_the_backbone_stays_in_evaluation_mode(lab: Any) -> None:
+    learner = lab.learner("finetune").train()
+    assert learner.training
+    assert not any(module.training for module in learner.backbone.modules())
+
+
+def test_inference_restores_mode_and_weights_even_after_an_error(lab: Any) -> None:
+    learner = lab.taught("lora(rank=2)").train()
+    weight = learner.backbone.get_submodule("vision.blocks.0.attn.qkv").weight
+    before = weight.clone()
+    with learner.inference():
+        assert not learner.training
+        assert not torch.equal(weight, before)
+    with pytest.raises(KeyError), learner.inference():
+        learner({})
+    assert learner.training
+    assert torch.equal(weight, before)
+
+
+def test_memory_holds_what_was_learnt_and_no_frozen_weight(lab: Any) -> None:
+    names = {spec: set(lab.taught(spec).memory()) for spec in ("probe", "lora(rank=2)", "finetune")}
+    assert names["probe"] == {f"objective.heads.{i}.{n}" for i in range(3) for n in ("weight", "bias")}
+    assert not any(name.startswith("backbone.") for name in names["lora(rank=2)"])
+    assert {n for n in names["finetune"] if n.startswith("backbone.")} == {
+        f"backbone.{n}" for n, _ in lab.backbone().named_parameters()
+    }
+
+
+def test_a_frozen_encoder_sees_each_image_once(lab: Any) -> None:
+    learner, seen = lab.learner("probe"), []
+    learner.backbone.register_forward_pre_hook(lambda _, args: seen.append(len(args[0]["image"])))
+    lab.teach(learner, lab.stream(), epochs=5)
+    assert sum(seen) == 3 * 16
+
+
+def test_features_equal_the_backbones_in_order(lab: Any) -> None:
+    data = lab.stream().tasks[0].train
+    features, labels = lab.learner("probe").features(data, size=3)
+    expected = lab.backbone()(data.__getitems__(range(len(data))))
+    torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(labels, data.labels)
+    assert not features.is_inference()
+
+
+def test_views_are_at_most_so_many_different_images(lab: Any) -> None:
+    learner, data = lab.learner("probe"), lab.stream().tasks[0].train
+    images = torch.cat([batch["image"] for batch in learner.views(data, 10, "look", size=4)])
+    assert len(images) == len(torch.unique(images.flatten(1), dim=0)) == 10
+    again = torch.cat([batch["image"] for batch in learner.views(data, 10, "look", size=4)])
+    assert torch.equal(images, again)
+
+
+def test_shared_parameters_outlive_their_task(lab: Any) -> None:
+    for spec, expected in (("lora(rank=2) + ewc", True), ("inflora(rank=2) + replay", False)):
+        learner = lab.learner(spec)
+        learner.grow(lab.stream().tasks[0])
+        assert any("adapters" in name for name in learner.shared()) == expected
+        assert any("heads" in name for name in learner.shared())
+
+
+def test_a_described_task_is_equal_and_has_no_data(lab: Any) -> None:
+    task = lab.stream().tasks[1]
+    described = Task.described(task.describe())
+    assert described == task
+    assert (len(described.train), len(described.test)) == (0, 0)
+    with pytest.raises(IndexError, match="this task has no data"):
+        described.train.__getitems__([0])
+
+
+def test_bfloat16_predicts_nearly_the_same_and_detaches_to_the_same_features(lab: Any) -> None:
+    exact, rough = lab.learner("lora(rank=2)"), lab.learner("lora(rank=2)")
+    rough.precision = torch.bfloat16
+    images = lab.stream().tasks[0].test
+    for learner in (exact, rough):
+        learner.grow(lab.stream().tasks[0])
+    a, b = exact.features(images)[0], rough.features(images)[0]
+    assert b.dtype == torch.float32
+    assert 0 < (a - b).abs().max() < 0.1
+    assert all(p.dtype == torch.float32 for p in rough.trainable().values())
