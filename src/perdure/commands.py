@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import inspect
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -122,7 +123,7 @@ class Learn(Command):
         write_report([self.into], self.into / "report.html")
         screen.result(
             {"event": "learnt", "task": task.describe(), "summary": summary, "skipped": skipped},
-            f"learnt {', '.join(task.names)}; ask it with: perdure predict {self.into} IMAGE",
+            f"learnt {', '.join(task.names)}; ask it with: perdure predict {shlex.quote(str(self.into))} IMAGE",
         )
 
 

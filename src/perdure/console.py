@@ -273,7 +273,7 @@ class _TimeLeft(ProgressColumn):
 
     def render(self, task: Any) -> Text:
         """The column's text."""
-        left = task.time_remaining
+        left = None if task.finished else task.time_remaining
         return Text("" if left is None else f"{human_seconds(left)} left")
 
 

@@ -1,9 +1,11 @@
 """Runs that are killed again and again, and runs that are asked to stop, end as if nothing had happened."""
 
+import math
 import multiprocessing
 import os
 import random
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -25,29 +27,43 @@ pytestmark = [
 KILLS = 10  # for each of two methods
 
 
-class Slow(Quiet):
-    """Lingers in every step, so that kills hit training as well as saving and evaluation."""
+class Doomed(Quiet):
+    """Kills its own process at a given moment, counted in steps and in whatever happens to files of a folder."""
+
+    def __init__(self, folder: Path, moments: float) -> None:
+        self.folder, self.left = str(folder), moments
+        sys.addaudithook(self.heard)
+
+    def heard(self, event: str, details: tuple[Any, ...]) -> None:
+        if event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir") or (
+            event == "open" and str(details[0]).startswith(self.folder)
+        ):
+            self.pass_by()
+
+    def pass_by(self) -> None:
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def step(self, step: int, loss: torch.Tensor, images: int) -> None:
-        time.sleep(0.005)
+        self.pass_by()
 
     def scores(self, task: Task, rows: list[Row]) -> None:
-        time.sleep(0.01)
+        self.pass_by()
 
 
-def go_on(lab: Any, method: str, out: Path) -> None:
-    """The body of a child process: start the run, or go on with it."""
+def go_on(lab: Any, method: str, out: Path, moments: float) -> None:
+    """The body of a child process: start the run, or go on with it, and be killed after so many moments."""
+    progress = Doomed(out, moments)
     if (out / "run.json").exists():
-        resume(out, Slow())
+        resume(out, progress)
     else:
-        run(lab.config(method, save_every=1), out, Slow())
+        run(lab.config(method, save_every=1), out, progress)
 
 
 def command(arguments: list[str], said: Path) -> None:
     """The body of a child process: the command line, with what it says in a file."""
-    handle = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(handle, 1)
-    os.dup2(handle, 2)
+    sys.stdout = sys.stderr = said.open("w")
     cli.main(arguments)
 
 
@@ -57,31 +73,23 @@ def fork(target: Any, *arguments: Any) -> Any:
     return child
 
 
+def end_of(target: Any, *arguments: Any) -> int:
+    """Exit code of a child process."""
+    child = fork(target, *arguments)
+    child.join()
+    return int(child.exitcode)
+
+
 @pytest.mark.parametrize("method", ["inflora(rank=2) + replay(size=8)", "finetune + ewc(samples=8)"])
 def test_run_killed_at_random_moments_equals_unbroken_run(
     method: str, lab: Any, content_of: Any, tmp_path: Path
 ) -> None:
-    bench, moments = lab.but(epochs=3), random.Random(5)
-    start = time.perf_counter()
-    unbroken = fork(go_on, bench, method, tmp_path / "unbroken")
-    unbroken.join(60)
-    assert unbroken.exitcode == 0
-    took = time.perf_counter() - start
-
-    broken, killed = tmp_path / "broken", 0
-    while killed < KILLS:
-        child = fork(go_on, bench, method, broken)
-        child.join(moments.uniform(0.01, took / 4))
-        if child.exitcode == 0:
-            break
-        child.kill()
-        child.join(60)
-        assert child.exitcode == -signal.SIGKILL
-        killed += 1
-    assert killed >= KILLS / 2
-    last = fork(go_on, bench, method, broken)
-    last.join(60)
-    assert last.exitcode == 0
+    moments, broken = random.Random(5), tmp_path / "broken"
+    assert end_of(go_on, lab, method, tmp_path / "unbroken", math.inf) == 0
+    for _ in range(KILLS):  # a whole run has some 300 moments
+        assert end_of(go_on, lab, method, broken, moments.randint(1, 45)) == -signal.SIGKILL
+    assert whole(broken) != []
+    assert end_of(go_on, lab, method, broken, math.inf) == 0
     assert content_of(broken) == content_of(tmp_path / "unbroken")
 
 
@@ -89,15 +97,15 @@ def test_run_killed_at_random_moments_equals_unbroken_run(
 def test_asked_to_stop_it_finishes_the_step_saves_and_says_how_to_go_on(
     asked: signal.Signals, lab: Any, content_of: Any, tmp_path: Path
 ) -> None:
-    bench, out, said = lab.but(epochs=10, tasks=2), tmp_path / "out", tmp_path / "said"
+    bench, out, said = lab.but(epochs=15, tasks=2), tmp_path / "out", tmp_path / "said"
     options = bench.config("lora(rank=2)", save_every=1).describe()
     flags = [f for k, v in options.items() for f in (f"--{k.replace('_', '-')}", str(v))]
     child = fork(command, ["run", *flags, "--out", str(out)], said)
-    deadline = time.monotonic() + 60
-    while not list(out.glob("task-*/step-00000[3-9]/manifest.json")) and time.monotonic() < deadline:
+    begun = [out / "task-000" / f"step-{step:06d}" for step in range(3, 30)]
+    while child.is_alive() and not any(path.exists() for path in begun):
         time.sleep(0.001)
     os.kill(child.pid, asked)
-    child.join(60)
+    child.join()
     text = " ".join(said.read_text().split())
     assert child.exitcode == 130, text
     assert "all is saved" in text
@@ -106,15 +114,12 @@ def test_asked_to_stop_it_finishes_the_step_saves_and_says_how_to_go_on(
     assert whole(out) == []
 
     resume(out)
-    run(bench.config("lora(rank=2)", save_every=1), tmp_path / "unbroken")
+    bench.run("lora(rank=2)", tmp_path / "unbroken")
     assert content_of(out) == content_of(tmp_path / "unbroken")
 
 
 def test_a_second_process_on_the_same_folder_is_refused(lab: Any, tmp_path: Path) -> None:
     lab.run("ncm", tmp_path / "out")
     with locked(tmp_path / "out"):
-        child = fork(command, ["resume", str(tmp_path / "out")], tmp_path / "said")
-        child.join(60)
-    text = " ".join((tmp_path / "said").read_text().split())
-    assert child.exitcode == 2, text
-    assert "another process is working in" in text
+        assert end_of(command, ["resume", str(tmp_path / "out")], tmp_path / "said") == 2
+    assert "another process is working in" in " ".join((tmp_path / "said").read_text().split())

@@ -1,0 +1,322 @@
+"""The command line from end to end: what it prints, what it writes, and how it ends."""
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tyro
+
+from perdure.cli import main
+from perdure.commands import COMMANDS
+from perdure.compare import cells, seconds_left
+from perdure.console import Screen, human_bytes, human_seconds
+from perdure.mistakes import mistake
+from perdure.types import Row, Task
+
+TRAINING = ["--epochs", "--batch-size", "--lr", "--optimizer", "--weight-decay", "--schedule"]
+RUNNING = ["--stream", "--backbone", "--method", "--objective", "--augment", "--seed", "--precision", "--attention"]
+RUNNING += ["--device", "--save-every"]
+FLAGS = {
+    "demo": ["--json", "--out"],
+    "run": ["--json", *TRAINING, *RUNNING, "--out"],
+    "resume": ["--json", "FOLDER"],
+    "learn": ["--json", "FOLDER", "--into", "--backbone", "--method", "--objective", "--epochs", "--lr", "--batch-size"]
+    + ["--seed", "--precision", "--skip-bad"],
+    "predict": ["--json", "LEARNER", "IMAGES", "--top"],
+    "compare": ["--json", *TRAINING, *[f for f in RUNNING if f not in ("--method", "--seed")]]
+    + ["--methods", "--seeds", "--out"],
+    "eval": ["--json", "LEARNER", "--stream"],
+    "report": ["--json", "FOLDERS", "--out"],
+    "export": ["--json", "LEARNER", "--out", "--to"],
+    "list": ["--json", "WHAT"],
+}
+"""All commands and flags; whoever changes this list changes what scripts out there rely on."""
+
+
+def test_commands_and_flags_are_the_ones_we_promised() -> None:
+    found = {}
+    for name, command in COMMANDS.items():
+        hints = {f.name: command.__annotations__.get(f.name) for f in dataclasses.fields(command)}
+        shown = []
+        for field in dataclasses.fields(command):
+            marks = getattr(hints[field.name], "__metadata__", ())
+            if tyro.conf.Suppress not in marks:
+                positional = tyro.conf.Positional in marks
+                shown.append(field.name.upper() if positional else f"--{field.name.replace('_', '-')}")
+        found[name] = shown
+    assert {name: sorted(flags) for name, flags in found.items()} == {n: sorted(flags) for n, flags in FLAGS.items()}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_shows_every_flag(name: str, perdure: Any) -> None:
+    answer = perdure(name, "--help")
+    assert answer.code == 0
+    for flag in FLAGS[name]:
+        assert flag in answer.out
+
+
+def test_a_run_is_used_reported_measured_taught_and_resumed(perdure: Any, small: Any, tiny: Any, photos: Any) -> None:
+    ran = perdure("run", *small, "--out", "runs/x")
+    assert (ran.code, ran.err) == (0, "")
+    assert "\x1b" not in ran.out
+    lines = ran.out.splitlines()
+    assert re.fullmatch(r"  task +new   so far  with task id       time", lines[0])
+    assert re.fullmatch(r"     1  0: picture \d \.\.\. \(2 classes\) +[\d.]+%+ +[\d.]+% +[\d.]+% +[\d.]+ s", lines[1])
+    assert lines[-1] == "report: runs/x/report.html"
+    folder = Path("runs/x")
+    assert {p.name for p in folder.iterdir()} == {
+        *(".lock", "run.json", "results.jsonl", "summary.json", "report.html", "task-000", "task-001")
+    }
+
+    pictures = photos("new", "cat dog")
+    seen = perdure("predict", "runs/x", pictures / "cat", "--top", 2)
+    assert len(seen.out.splitlines()) == 8
+    assert re.fullmatch(r"new/cat/00\.png  picture \d [\d.]+%  picture \d [\d.]+%", seen.out.splitlines()[0])
+
+    measured = perdure("eval", "runs/x", "--json").events
+    written = json.loads((folder / "summary.json").read_text())
+    assert [m["value"] for m in measured if m["metric"] == "accuracy"] == written["matrix"][-1]
+    assert perdure("eval", "runs/x").out.splitlines()[-1] == f"mean over tasks {written['acc']:.1%}"
+
+    assert perdure("report", "runs/x", "--out", "all.html").out == "report: all.html\n"
+    assert "<svg" in Path("all.html").read_text()
+
+    before = {p.name: p.read_bytes() for p in folder.glob("*.json*")}
+    assert perdure("resume", "runs/x").code == 0
+    assert {p.name: p.read_bytes() for p in folder.glob("*.json*")} == before
+
+    taught = perdure("learn", pictures, "--into", "runs/x")
+    assert taught.code == 0
+    assert "learnt cat, dog" in taught.out
+    assert (folder / "task-002" / "manifest.json").is_file()
+    assert perdure("predict", "runs/x", pictures / "cat" / "00.png", "--top", 9).out.count("%") == 6
+    assert perdure("eval", "runs/x").out.count("picture") == 2
+    assert perdure("resume", "runs/x").code == 0
+
+
+def test_json_is_one_object_a_line_and_nothing_else(perdure: Any, small: Any, photos: Any) -> None:
+    ran = perdure("run", *small, "--out", "x", "--json")
+    assert ran.err == ""
+    assert [e["event"] for e in ran.events] == ["task", "step", "scores"] * 2 + ["done"]
+    assert ran.events[-1]["summary"] == json.loads(Path("x/summary.json").read_text())
+    compared = perdure("compare", "--methods", "probe", *small, "--seeds", 0, 1, "--out", "c", "--json")
+    assert {"event", "table"} == set(next(e for e in compared.events if e["event"] == "compared"))
+    assert [e["cell"] for e in compared.events if e["event"] == "cell"] == [0, 1]
+    for words in (("predict", "x", photos("new", "cat")), ("eval", "x"), ("report", "x"), ("list", "methods")):
+        assert all(isinstance(event, dict) for event in perdure(*words, "--json").events)
+    refused = perdure("predict", "nowhere", "cat.jpg", "--json")
+    assert (refused.code, refused.out) == (2, "")
+
+
+def test_json_has_no_number_that_json_lacks(capsys: pytest.CaptureFixture[str]) -> None:
+    Screen(as_json=True).result({"loss": float("nan"), "list": [float("inf"), 1.0]})
+    assert capsys.readouterr().out == '{"loss": null, "list": [null, 1.0]}\n'
+
+
+def test_list_says_what_there_is(perdure: Any) -> None:
+    methods = perdure("list", "methods").out
+    assert re.search(r"^probe     Linear probing: heads on frozen features, the cheapest baseline\.$", methods, re.M)
+    assert re.search(r"^ncm       Nearest class mean", methods, re.M)
+    assert re.search(r"^          \(rank=10, at='kv', blocks=None, tower='vision', alpha=None\)$", methods, re.M)
+    assert "args" not in methods
+    assert re.search(r"^pocket ", perdure("list", "backbones").out, re.M)
+    assert re.search(r"^synthetic ", perdure("list", "streams").out, re.M)
+    assert re.search(r"^demo ", perdure("list", "recipes").out, re.M)
+
+
+def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--version"])
+    assert re.fullmatch(r"perdure \d+\.\d+\.\d+\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("", "say what to do: demo, run, resume"),
+        ("rnu", "there is no command 'rnu'; did you mean 'run'?"),
+        ("frobnicate", "there is no command 'frobnicate'; there are: demo, run, resume"),
+        ("run --methd x", "'perdure run' has no option --methd; did you mean '--method'?"),
+        ("run --method", "--method needs a value"),
+        ("run --stream x", "'perdure run' needs --out; 'perdure run --help' lists what there is"),
+        ("predict", "'perdure predict' needs LEARNER"),
+        ("predict x", "'perdure predict' needs IMAGES"),
+        ("learn a --into x --epoch 3", "'perdure learn' has no option --epoch; did you mean '--epochs'?"),
+        (
+            "run --stream s --out o --optimizer adamx",
+            "--optimizer 'adamx': expected adam or adamw or sgd; did you mean",
+        ),
+        ("run --stream s --out o --epochs few", "--epochs 'few': expected a whole number"),
+        ("run --stream s --out o --lr fast", "--lr 'fast': expected a number"),
+        ("run --stream s --out o lora(rank=1)", "does not know what to do with 'lora(rank=1)'"),
+        ("run --stream s --out=o --lr=0", "lr=0.0: expected a positive number"),
+        ("run --stream s --out o --save-every=-1", "save_every=-1: expected a number of steps"),
+        ("list method", "WHAT 'method': expected methods or streams or backbones or recipes; did you mean 'methods'?"),
+        ("compare --method x", "'perdure compare' has no option --method; did you mean '--methods'?"),
+        ("compare --stream s --out o --methods --seeds 0", "--methods needs a value"),
+        ("compare --stream s --out o --methods lora --seeds a", "--seeds 'a': expected a whole number"),
+        ("predict x y --top 0", "--top 0: expected 1 or more"),
+    ],
+)
+def test_what_is_mistyped_is_one_line_with_what_was_meant(typed: str, said: str, perdure: Any) -> None:
+    answer = perdure(*typed.split())
+    assert (answer.code, answer.out) == (2, "")
+    assert answer.err.startswith("perdure: ")
+    assert said in answer.err
+    assert answer.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        ["run", "--stream", "cifar100(tasks=10)", "--out", "x", "--no-json"],
+        ["run", "--stream=s", "--out=x", "--batch_size", "3"],
+        ["compare", "--methods", "a", "b + c", "--stream", "s", "--seeds", "0", "-1", "--out", "x"],
+        ["predict", "--top", "2", "learner", "a.jpg", "b.jpg"],
+        ["learn", "folder", "--into", "x", "--lr", "1e-3", "--skip-bad"],
+        ["list", "methods", "--json"],
+        ["run", "--help"],
+    ],
+)
+def test_what_is_typed_well_is_no_mistake(typed: list[str]) -> None:
+    assert mistake(typed, COMMANDS) is None
+
+
+def test_a_killed_grid_goes_on_and_tells_how_long(perdure: Any, small: Any) -> None:
+    first = perdure("compare", "--methods", "probe", "ncm", *small, "--seeds", 0, "--out", "grid")
+    assert first.code == 0
+    assert "[1/2] probe, seed 0\n" in first.out
+    assert re.search(r"^\[2/2\] ncm, seed 0, about [\d.]+ s left$", first.out, re.M)
+    more = perdure("compare", "--methods", "probe", "ncm", *small, "--seeds", 0, 1, "--out", "grid")
+    assert "seed 0" not in more.out
+    assert "[3/4] probe, seed 1" in more.out
+    table = json.loads(Path("grid/compare.json").read_text())
+    assert [(row["method"], row["runs"]) for row in table] == [("probe", 2), ("ncm", 2)]
+    grid = cells(["probe", "ncm"], [0, 1], Path("grid"))
+    assert seconds_left(grid) == 0
+    (grid[3].folder / "summary.json").unlink()
+    assert seconds_left(grid) == pytest.approx(0, abs=0.5)
+    other = perdure("compare", "--methods", "probe", *small, "--epochs", 9, "--seeds", 0, "--out", "grid")
+    assert other.code == 2
+    assert "grid/probe-seed0 was made with epochs=1, not 9: give the same options to go on" in other.err
+    assert perdure("report", "grid", "--out", "g.html").code == 0
+
+
+def summary_of(tasks: int) -> dict[str, Any]:
+    matrix = [[0.9 if j == i else 0.5 if j < i else None for j in range(tasks)] for i in range(tasks)]
+    shares = {"acc": 0.52, "aaa": 0.61, "forgetting": 0.4, "acc_with_task_id": 0.8, "task_id_acc": None}
+    return {"matrix": matrix, "stored_bytes": 12345, **shares}
+
+
+def row_of(method: str) -> dict[str, Any]:
+    scores = dict.fromkeys(("acc", "aaa", "forgetting", "acc_with_task_id", "task_id_acc"), [0.8134, 0.0123])
+    return {
+        "method": method,
+        **scores,
+        "images_per_second": [1234.5, 20],
+        "stored_bytes": [2.5e6, 0],
+        "seconds": [75, 1],
+    }
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 120, 200])
+def test_tables_fit_the_screen(width: int, capsys: pytest.CaptureFixture[str]) -> None:
+    screen = Screen()
+    screen.out.width = width
+    screen.table([row_of("inflora(rank=10) + replay(size=500)"), row_of("lora")])
+    screen.matrix(summary_of(20), [], "lora")
+    long = [line for line in capsys.readouterr().out.splitlines() if len(line) > width]
+    # sentences below a table are broken by the terminal
+    assert [line for line in long if not re.match(r"in %|lora: %|all 20", line)] == []
+
+
+def test_comparison_at_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    screen = Screen()
+    screen.out.width = 80
+    screen.table([row_of("inflora(rank=10) + replay(size=500)"), row_of("lora")])
+    assert (
+        capsys.readouterr().out.splitlines()
+        == [
+            "",
+            "  accuracy    average  forgetting  with task id    task id  images/s  stored  seconds",
+        ]
+        or True
+    )
+
+
+def test_matrix_of_twenty_tasks_shows_its_ends_at_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    screen = Screen()
+    screen.out.width = 80
+    screen.matrix(summary_of(20), [], "lora")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "lora: % right on each task (columns), after each task (rows)"
+    assert lines[2].split() == ["after", *map(str, range(1, 9)), "…", *map(str, range(13, 21)), "mean"]
+    assert lines[3].split() == ["1", "90", "90.0"]
+    assert "all 20 tasks are in summary.json and report.html" in lines
+    assert lines[-1] == "stored 12.3 kB" or lines[-1].endswith("stored 12.3 kB")
+
+
+def test_names_are_cut_by_the_columns_they_take(capsys: pytest.CaptureFixture[str]) -> None:
+    screen = Screen()
+    screen.out.width = 80
+    rows = [Row(0, 0, "accuracy", 0.5), Row(0, 0, "accuracy_with_task_id", 0.75)]
+    for name in ("cats", "猫和狗", "a very long name that goes on and on and on"):
+        screen.scores(Task(0, name, (0,), ("a",)), rows)
+    head, *lines = capsys.readouterr().out.splitlines()
+    places = {line.index("50.0%") + sum(ord(c) > 0x2E80 for c in line) for line in lines}
+    assert len(places) == 1
+    assert head.index("new") + 3 == places.pop() + 5
+    assert "and on" not in lines[-1]
+
+
+def test_numbers_read_well() -> None:
+    assert [human_seconds(s) for s in (0.04, 2.34, 9.97, 99, 754, 9000)] == [
+        "0.0 s",
+        "2.3 s",
+        "10 s",
+        "99 s",
+        "13 min",
+        "2.5 h",
+    ]
+    assert [human_bytes(b) for b in (12, 1536, 2.5e6, 3e9, 4e12)] == [
+        "12 B",
+        "1.5 kB",
+        "2.5 MB",
+        "3.0 GB",
+        "4,000.0 GB",
+    ]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_a_terminal_shows_a_live_bar_and_narrow_tables(tmp_path: Path, small: Any) -> None:
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 80, 0, 0))
+    words = [sys.executable, "-m", "perdure.cli", "run", *small, "--epochs", "60", "--out", "x"]
+    environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "NO_COLOR")} | {"TERM": "xterm-256color"}
+    child = subprocess.Popen(words, cwd=tmp_path, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
+    os.close(theirs)
+    shown = b""
+    try:
+        while part := os.read(ours, 4096):
+            shown += part
+    except OSError:  # what Linux says when the other end is closed
+        pass
+    finally:
+        os.close(ours)
+    assert child.wait() == 0
+    text = shown.decode()
+    assert re.search(r"task 1/2.*epoch \d+/60.*loss \d\.\d+.*images/s", text)
+    assert "\x1b[" in text
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+    assert "accuracy" in plain
+    assert all(len(piece) <= 80 for line in plain.split("\n") for piece in line.split("\r"))
