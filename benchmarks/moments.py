@@ -48,7 +48,9 @@ def main() -> None:
                 outside = torch.linalg.eigvalsh(taken.project(whole)).clamp_min(0).pow(2).sum()
                 leak.append((outside / torch.linalg.eigvalsh(whole).pow(2).sum()).item() - (1 - options.keep))
             name = str(dtype).removeprefix("torch.")
-            print(f"{count:>7} {name:>9} {sum(lost) / len(lost):>11.5f} {max(lost):>12.5f} {max(leak):>12.5f}", flush=True)
+            print(
+                f"{count:>7} {name:>9} {sum(lost) / len(lost):>11.5f} {max(lost):>12.5f} {max(leak):>12.5f}", flush=True
+            )
         backbone = make_backbone("pocket()").eval()
         layers = {k: backbone.get_submodule(s[0].layer) for k, s in backbone.sites_by_input("kv").items()}
 

@@ -1,4 +1,4 @@
-"""Speed as ratios within one run: InfLoRA against PEFT's LoRA, task 20 against task 1, prediction against the bare model.
+"""Speed as ratios within one run: InfLoRA against PEFT's LoRA, task 20 against task 1, prediction against the bare.
 
     python benchmarks/speed.py --backbone 'pocket()' --rounds 30
 
@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -44,7 +45,7 @@ def learner(backbone: str, method: str, runtime: Runtime, tasks: int = 1) -> Cor
 
 
 class Peft(nn.Module):
-    """The same sites, rank and head through Hugging Face PEFT, as its documentation has it: autocast around the model."""
+    """The same sites, rank and head through Hugging Face PEFT, with autocast around the model."""
 
     def __init__(self, backbone: str, runtime: Runtime, rank: int) -> None:
         super().__init__()
@@ -59,6 +60,7 @@ class Peft(nn.Module):
         self.dtype = runtime.dtype
 
     def loss(self, batch: Batch) -> torch.Tensor:
+        """Cross-entropy of the head."""
         with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
             features = self.backbone(batch)
         return F.cross_entropy(self.head(features.float()), batch["label"])
@@ -88,11 +90,12 @@ def take_turns(contestants: dict[str, Callable[[], object]], rounds: int) -> dic
 
 
 def peak_memory(backbone: str, method: str, runtime: Runtime, batch_size: int) -> int:
-    """Bytes a fresh process holds at most beyond the imports and the bare model, over a few training steps."""
+    """Bytes a fresh process holds holds at most over three training steps, imports of both contestants included."""
     code = (
-        "import sys, json, resource; sys.path.insert(0, sys.argv[1]); import peft, speed; from perdure.runtime import Runtime\n"
+        "import sys, json, resource; sys.path.insert(0, sys.argv[1]); import peft, speed\n"
+        "from perdure.runtime import Runtime\n"
         "backbone, method, runtime, size = json.loads(sys.argv[2])\n"
-        "runtime = Runtime(**runtime); image, before = speed.batch_for(backbone, size), None\n"
+        "runtime = Runtime(**runtime); image = speed.batch_for(backbone, size)\n"
         "model = speed.Peft(backbone, runtime, 10) if method == 'peft' else speed.learner(backbone, method, runtime)\n"
         "step = speed.step_of(model, image); step(); step(); step()\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
@@ -109,6 +112,46 @@ def batch_for(backbone: str, size: int) -> Batch:
     return {"image": images, "label": torch.randint(0, CLASSES, (size,))}
 
 
+def measure(options: argparse.Namespace, precision: str) -> dict[str, object]:
+    image = batch_for(options.backbone, options.batch_size)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    attention = fastest_attention(make_backbone(options.backbone), dtype, options.batch_size)
+    runtime = Runtime("cpu", precision, attention, options.threads)
+    first = learner(options.backbone, "inflora(rank=10)", runtime)
+    top = learner(options.backbone, "lora(rank=10, blocks='4-7')", runtime)
+    kept = image | {"hidden": top.backbone.before(top.constant_blocks, image)}
+    steps = take_turns(
+        {
+            "inflora": step_of(first, image),
+            "inflora, task 20": step_of(learner(options.backbone, "inflora(rank=10)", runtime, tasks=20), image),
+            "lora": step_of(learner(options.backbone, "lora(rank=10)", runtime), image),
+            "peft lora": step_of(Peft(options.backbone, runtime, 10), image),
+            "lora, blocks 4-7": step_of(top, image),
+            "lora, blocks 4-7, lower half kept": step_of(top, kept),
+        },
+        options.rounds,
+    )
+    bare = make_backbone(options.backbone).requires_grad_(False).eval()
+    runtime.apply(bare)
+    bare.to(runtime.dtype)
+    taught = learner(options.backbone, "inflora(rank=10)", runtime, tasks=20)
+    with taught.inference():
+        predictions = take_turns(
+            {"bare": partial(bare, image), "taught": partial(taught.encode, image)}, 2 * options.rounds
+        )
+    memory = {m: peak_memory(options.backbone, m, runtime, options.batch_size) for m in ("inflora(rank=10)", "peft")}
+    return {
+        "attention": attention,
+        "step_ms": {name: round(1000 * seconds, 1) for name, seconds in steps.items()},
+        "step: inflora / peft lora": round(steps["inflora"] / steps["peft lora"], 3),
+        "step: task 20 / task 1": round(steps["inflora, task 20"] / steps["inflora"], 3),
+        "step: kept lower half / all": round(steps["lora, blocks 4-7, lower half kept"] / steps["lora, blocks 4-7"], 3),
+        "prediction after 20 tasks / bare backbone": round(predictions["taught"] / predictions["bare"], 3),
+        "peak memory: inflora / peft lora": round(memory["inflora(rank=10)"] / memory["peft"], 3),
+        "peak_bytes": memory,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--backbone", default="pocket()")
@@ -117,42 +160,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    image = batch_for(options.backbone, options.batch_size)
-    found: dict[str, object] = {"threads": options.threads, "backbone": options.backbone}
     for precision in ("fp32", "bf16"):
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-        attention = fastest_attention(make_backbone(options.backbone), dtype, options.batch_size)
-        runtime = Runtime("cpu", precision, attention, options.threads)
-        first = learner(options.backbone, "inflora(rank=10)", runtime)
-        late = learner(options.backbone, "inflora(rank=10)", runtime, tasks=20)
-        contestants = {
-            "inflora": step_of(first, image),
-            "inflora, task 20": step_of(late, image),
-            "lora": step_of(learner(options.backbone, "lora(rank=10)", runtime), image),
-            "peft lora": step_of(Peft(options.backbone, runtime, 10), image),
-        }
-        steps = take_turns(contestants, options.rounds)
-        # the very same learner bare and taught: its features with and without hooks and folded updates
-        bare = make_backbone(options.backbone).requires_grad_(False).eval()
-        runtime.apply(bare)
-        bare.to(runtime.dtype)
-        taught = learner(options.backbone, "inflora(rank=10)", runtime, tasks=20)
-        with taught.inference():
-            predictions = take_turns(
-                {"bare": lambda: bare(image), "taught": lambda: taught.encode(image)}, 2 * options.rounds
-            )
-        memory = {m: peak_memory(options.backbone, m, runtime, options.batch_size) for m in ("inflora(rank=10)", "peft")}
-        found[precision] = {
-            "attention": attention,
-            "step_ms": {name: round(1000 * seconds, 1) for name, seconds in steps.items()},
-            "step: inflora / peft lora": round(steps["inflora"] / steps["peft lora"], 3),
-            "step: task 20 / task 1": round(steps["inflora, task 20"] / steps["inflora"], 3),
-            "prediction after 20 tasks / bare backbone": round(predictions["taught"] / predictions["bare"], 3),
-            "peak memory: inflora / peft lora": round(memory["inflora(rank=10)"] / memory["peft"], 3),
-            "peak_bytes": memory,
-        }
-        print(json.dumps(found[precision], indent=2), flush=True)
-    print(json.dumps(found))
+        print(precision, json.dumps(measure(options, precision), indent=2), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Markdown tables of grids that `perdure compare` wrote.
 
-    python benchmarks/tables.py runs/cifar
+python benchmarks/tables.py runs/cifar
 """
 
 import json

@@ -75,7 +75,7 @@ class Run(RunConfig, Command):
 class Resume(Command):
     """Go on with a run that was stopped or killed, with the same result as if it never was."""
 
-    folder: tyro.conf.Positional[Path]
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
     """The run's folder."""
 
     def __call__(self, screen: Screen) -> None:
@@ -88,7 +88,7 @@ class Resume(Command):
 class Learn(Command):
     """Teach a learner one more task, from a folder whose sub-folders are the classes."""
 
-    folder: tyro.conf.Positional[Path]
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
     """Folder of class folders; or with train/ and test/ in it."""
     into: Path
     """The learner's folder; a new one is made with the options below."""
@@ -131,9 +131,9 @@ class Learn(Command):
 class Predict(Command):
     """What a learner sees in images."""
 
-    learner: tyro.conf.Positional[Path]
+    learner: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="LEARNER")]
     """A learner's or a run's folder."""
-    images: tyro.conf.Positional[tuple[Path, ...]]
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES")]
     """Image files, or folders of them."""
     top: int = 3
     """How many names per image."""
@@ -182,7 +182,7 @@ class Compare(RunConfig, Command):
 class Eval(Command):
     """Measure a learner on all tasks of a stream: its own run's, or another one with the same class names."""
 
-    learner: tyro.conf.Positional[Path]
+    learner: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="LEARNER")]
     """A learner's or a run's folder."""
     stream: str | None = None
     """What to measure on; the run's own stream when left out."""
@@ -197,7 +197,7 @@ class Eval(Command):
 class Report(Command):
     """Write report.html for one or several runs."""
 
-    folders: tyro.conf.Positional[tuple[Path, ...]]
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FOLDERS")]
     """Runs' folders, or a grid's."""
     out: Path | None = None
     """The file; report.html in the first folder when left out."""
@@ -213,7 +213,7 @@ class Report(Command):
 class Export(Command):
     """Write a learner for other libraries."""
 
-    learner: tyro.conf.Positional[Path]
+    learner: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="LEARNER")]
     """A learner's or a run's folder."""
     out: Path
     """Folder to write; it must not exist yet."""

@@ -23,7 +23,7 @@ class RunConfig(TrainConfig):
     backbone: str = "pocket()"
     """The pre-trained model, such as 'clip(path="openai/clip-vit-base-patch16")'; see `perdure list backbones`."""
     method: str = "inflora(rank=10)"
-    """How, such as 'inflora(rank=10) + replay(size=500)'; see `perdure list methods`."""
+    """How, such as 'inflora(rank=10) + replay(size=2000)'; see `perdure list methods`."""
     objective: str = "classify()"
     """What is asked of the features: classify() learns heads, zeroshot() compares with class names' text embeddings."""
     augment: Literal["none", "flip", "crop"] = "none"

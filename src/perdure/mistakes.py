@@ -67,13 +67,14 @@ class _Flag:
             return f"{self.shown} needs a value"
         if len(values) > 1 and not self.many:
             return f"{self.shown} takes one value, not {len(values)}: does {' '.join(values)!r} need quotes?"
+        who = "" if self.positional else f"{self.shown} "
         for value in values:
             words = [kind for kind in self.kinds if isinstance(kind, str)]
             if words and value not in words:
-                return f"{self.shown} {value!r}: expected {' or '.join(words)}{_near(value, words)}"
+                return f"{who}{value!r}: expected {' or '.join(words)}{_near(value, words)}"
             for kind, what in ((int, "a whole number"), (float, "a number")):
                 if kind in self.kinds and not _reads_as(kind, value):
-                    return f"{self.shown} {value!r}: expected {what}"
+                    return f"{who}{value!r}: expected {what}"
         return None
 
 
