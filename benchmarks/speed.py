@@ -92,18 +92,18 @@ def take_turns(contestants: dict[str, Callable[[], object]], rounds: int) -> dic
 def peak_memory(backbone: str, method: str, runtime: Runtime, batch_size: int) -> int:
     """Bytes a fresh process holds holds at most over three training steps, imports of both contestants included."""
     code = (
-        "import sys, json, resource; sys.path.insert(0, sys.argv[1]); import peft, speed\n"
+        "import sys, json; sys.path.insert(0, sys.argv[1]); import peft, speed\n"
         "from perdure.runtime import Runtime\n"
         "backbone, method, runtime, size = json.loads(sys.argv[2])\n"
         "runtime = Runtime(**runtime); image = speed.batch_for(backbone, size)\n"
         "model = speed.Peft(backbone, runtime, 10) if method == 'peft' else speed.learner(backbone, method, runtime)\n"
         "step = speed.step_of(model, image); step(); step(); step()\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+        "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
     )
     arguments = json.dumps([backbone, method, runtime.describe(), batch_size])
     folder = __file__.rpartition("/")[0] or "."
     done = subprocess.run([sys.executable, "-c", code, folder, arguments], capture_output=True, text=True, check=True)
-    return int(done.stdout.split()[-1])
+    return 1024 * int(done.stdout.split()[-1])
 
 
 def batch_for(backbone: str, size: int) -> Batch:

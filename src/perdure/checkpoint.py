@@ -73,8 +73,7 @@ def save_task(folder: Path, learner: Core, rows: list[Row], facts: dict[str, Any
     target = folder / f"task-{learner.learnt - 1:03d}"
     manifest = _describe(learner) | {"rows": [asdict(row) for row in rows]} | facts
     _write(target, manifest, {_LEARNER: learner.memory()})
-    for step in target.glob("step-*"):
-        shutil.rmtree(step)
+    drop_steps(target)
     return target
 
 
@@ -100,6 +99,12 @@ def save_step(folder: Path, learner: Core, step: int, optimizer: torch.optim.Opt
         if old != target:
             shutil.rmtree(old, ignore_errors=True)
     return target
+
+
+def drop_steps(task: Path) -> None:
+    """Remove the snapshots within a task that is whole; a killed process may have left them."""
+    for step in task.glob("step-*"):
+        shutil.rmtree(step, ignore_errors=True)
 
 
 def restore_optimizer(checkpoint: Checkpoint, learner: Core, optimizer: torch.optim.Optimizer) -> None:

@@ -99,15 +99,15 @@ class Learn(Command):
     objective: str | None = None
     """For a new learner; classify() unless said otherwise."""
     epochs: int | None = None
-    """Passes over the images."""
+    """Passes over the images; 5 unless said otherwise, and more over few images, for at least 60 steps."""
     lr: float | None = None
-    """Learning rate."""
+    """Learning rate; 1e-3 unless said otherwise."""
     batch_size: int | None = None
-    """Images per step."""
+    """Images per step; 64 unless said otherwise."""
     seed: int | None = None
-    """For a new learner."""
+    """For a new learner; 0 unless said otherwise."""
     precision: Literal["auto", "fp32", "bf16"] | None = None
-    """For a new learner."""
+    """For a new learner; auto unless said otherwise."""
     skip_bad: bool = False
     """Leave unreadable images out, and list them."""
 

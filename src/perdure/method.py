@@ -29,6 +29,8 @@ class Method(nn.Module):
     name: ClassVar[str]
     shares: ClassVar[bool] = False
     """Whether tasks train the same encoder parameters: those that regularisers can protect."""
+    guarantees: ClassVar[bool] = False
+    """Whether what it promises breaks when another part trains encoder parameters that tasks share."""
     protects: ClassVar[bool] = False
     """Whether the method only guards shared parameters, and so needs a part that has some."""
 
@@ -194,6 +196,12 @@ def compose(parts: Sequence[Method]) -> Method:
             raise ValueError(
                 f"{guard.name} has nothing to protect in {' + '.join(p.name for p in parts)!r}: no part trains "
                 f"parameters that tasks share. Write 'lora + {guard.name}' or 'finetune + {guard.name}'"
+            )
+    for promise in (p for p in parts if p.guarantees):
+        if free := [p.name for p in parts if p.shares]:
+            raise ValueError(
+                f"{promise.name} cannot be combined with {free[0]}, which changes what old inputs give wherever it "
+                f"likes: {promise.name}'s protection would be void. Use one of the two"
             )
     return parts[0] if len(parts) == 1 else Compose(parts)
 

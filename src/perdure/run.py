@@ -174,6 +174,8 @@ def learn_stream(
         extra: facts for the manifests of the tasks learnt now.
     """
     done = checkpoint.whole(out)
+    for each in done:
+        checkpoint.drop_steps(each.folder)
     rows = [row for each in done for row in each.rows]
     # The manifests vouch for what was measured; a line without its task is of a killed process.
     checkpoint.drop_lines_after(out / "results.jsonl", [json.dumps(asdict(row)) for row in rows])
@@ -366,5 +368,9 @@ def _peak_memory() -> int:
     """Bytes this process has held at most."""
     if sys.platform == "win32":
         return int(psutil.Process().memory_info().peak_wset)
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage would count what the parent held before it started us
+        high = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(high.split()[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -42,6 +43,10 @@ _SPECS = ("backbone", "method", "objective")
 _FIXED = (*_SPECS, "seed", "precision", "attention", "device")
 _SOURCE = "source.json"
 _WORDS = {"folder": "folders", "train_sha256": "images"}
+
+
+_LEAST_STEPS = 60
+"""Of a task that is taught by hand, when the number of epochs is left open."""
 
 
 class Learner(Core):
@@ -124,6 +129,7 @@ class Learner(Core):
         else:
             task = given_task(_several(images), labels, self.backbone.preprocess, self.known, index)
         _check_first(self, task, self.known, "labels" if labels is not None else str(images))
+        train = self._long_enough(train, task, "epochs" in options)
         self.grow(task)
         self._facts = facts_of(fit_task(self, task, train, progress), 0.0)
         return self
@@ -218,6 +224,13 @@ class Learner(Core):
     def _train_config(self) -> TrainConfig:
         return TrainConfig(**{f.name: getattr(self.config, f.name) for f in dataclasses.fields(TrainConfig)})
 
+    def _long_enough(self, train: TrainConfig, task: Task, settled: bool) -> TrainConfig:
+        """More passes over a small task, unless the user settled their number: in a few steps nothing is learnt."""
+        if settled or self.config.epochs != RunConfig.epochs:
+            return train
+        steps = math.ceil(len(task.train) / train.batch_size)
+        return dataclasses.replace(train, epochs=max(train.epochs, math.ceil(_LEAST_STEPS / steps)))
+
 
 def teach_folder(
     photos: Path,
@@ -258,6 +271,7 @@ def teach_folder(
         known = {name: c for task in before for name, c in zip(task.names, task.classes, strict=True)}
         task = folder_task(photos, learner.backbone.preprocess, known, len(before), skip_bad, learner.seed)
         _check_first(learner, task, known, str(photos))
+        train = learner._long_enough(train, task, "epochs" in given)
         source = _source(photos, task, skip_bad) | {"options": trained}
         _refuse_other_task(into, len(before), source)
         if not there:

@@ -10,6 +10,7 @@ from torch import nn
 from perdure.adapters.attach import adapted, attach, detach, fold, updates
 from perdure.adapters.lowrank import LowRank
 from perdure.backbones.tiny import tiny
+from perdure.config import make_method
 from perdure.types import Site
 
 
@@ -88,7 +89,12 @@ def test_only_linear_layers_can_be_adapted() -> None:
         attach(model, [Site("k", "0", "x", 3, (0, 3))], LowRank([Site("k", "0", "x", 3, (0, 3))], 1))
 
 
-@pytest.mark.parametrize("spec", ["lora(rank=2) + finetune", "finetune + inflora(rank=2)"])
-def test_a_layer_cannot_be_adapted_and_fine_tuned(spec: str, lab: Any) -> None:
+def test_a_layer_cannot_be_adapted_and_fine_tuned(lab: Any) -> None:
     with pytest.raises(ValueError, match=r"both adapted and fine-tuned.* Use one of the two"):
-        lab.taught(spec)
+        lab.taught("lora(rank=2) + finetune")
+
+
+@pytest.mark.parametrize("spec", ["lora + inflora", "inflora(rank=2) + finetune"])
+def test_what_would_void_the_protection_of_inflora_is_refused(spec: str) -> None:
+    with pytest.raises(ValueError, match=r"inflora cannot be combined with (lora|finetune).*protection would be void"):
+        make_method(spec)

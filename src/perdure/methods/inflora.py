@@ -47,6 +47,8 @@ class InfLoRA(Method, name="inflora"):
         moments: number of training images that second moments are taken from.
     """
 
+    guarantees = True
+
     def __init__(
         self,
         rank: int = 10,
