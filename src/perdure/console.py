@@ -221,6 +221,9 @@ class Screen:
             return
         wide = max(len(name) for name, _, _ in entries) + 2
         for name, options, text in entries:
+            if not self.out.is_terminal:
+                self._say(f"{name:<{wide}}{text}" + (f"\n{'':<{wide}}({options})" if options else ""))
+                continue
             # A table of one row: a long text goes on below itself, not below the name.
             table = Table(box=None, pad_edge=False, show_header=False, padding=0)
             table.add_column(width=wide, style="bold", no_wrap=True)

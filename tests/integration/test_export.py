@@ -25,6 +25,7 @@ from perdure.cli import main
 from perdure.export import export
 from perdure.learner import Core
 from perdure.method import Method
+from perdure.methods.inflora import InfLoRA
 from perdure.spec import parse_one
 from perdure.teach import Learner
 from perdure.types import Batch
@@ -229,6 +230,13 @@ def test_rows_of_a_fused_layer_that_learnt_nothing_are_zero(families: dict[str, 
     assert up[2 * width :].any()
 
 
+@pytest.fixture
+def stacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let two methods adapt the same layers, which a third party's may; InfLoRA's promise is no subject of export."""
+    monkeypatch.setattr(InfLoRA, "guarantees", False)
+
+
+@pytest.mark.usefixtures("stacked")
 def test_two_methods_on_the_same_layers_are_stacked(families: dict[str, str], tmp_path: Path) -> None:
     for family in ("clip", "timm"):
         learner = known(families[family], "lora(rank=2) + inflora(rank=3)")
@@ -237,6 +245,7 @@ def test_two_methods_on_the_same_layers_are_stacked(families: dict[str, str], tm
         assert rank_of(folder) == ({2 + 9} if family == "clip" else {2 + 2 + 9})
 
 
+@pytest.mark.usefixtures("stacked")
 def test_layers_of_different_rank_keep_their_scale(families: dict[str, str], tmp_path: Path) -> None:
     learner = known(families["clip"], "lora(rank=4, at='fc1', alpha=2) + inflora(rank=3)")
     folder = learner.export(tmp_path / "lora", "peft")
@@ -255,6 +264,7 @@ def test_updates_that_are_kept_dense_are_exported_in_full(families: dict[str, st
 # Merged weights
 
 
+@pytest.mark.usefixtures("stacked")
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", ["inflora(rank=3)", "lora(rank=2) + inflora(rank=3)", "finetune(backbone_lr=0.5)"])
 def test_merged_weights_give_the_features_of_the_learner(
