@@ -1,6 +1,8 @@
 """What a run is asked to do: one frozen dataclass, which is the command line's help and run.json's content."""
 
 import dataclasses
+import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Literal
@@ -78,3 +80,13 @@ def one(text: str, registry: Any, kind: str, **given: Any) -> Any:
     if len(specs) != 1:
         raise ValueError(f"--{kind} {text!r}: expected one {kind}, not a sum; only methods can be combined with +")
     return build(specs[0], registry, kind, **given)
+
+
+def check_options(call: str, options: Mapping[str, Any], config: type) -> None:
+    """Refuse options of `Learner.<call>` that are no fields of the dataclass `config`, with a near name."""
+    known = [f.name for f in dataclasses.fields(config)]
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            meant = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"Learner.{call} has no option {name!r}{meant}; it has: {', '.join(sorted(known))}")

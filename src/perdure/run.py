@@ -73,7 +73,8 @@ def nothing_learnt_nothing_left(out: Path) -> Iterator[None]:
         if not any(out.glob("task-*/*/")) and not checkpoint.whole(out):
             for task in out.glob("task-*"):
                 shutil.rmtree(task)
-            (out / "run.json").unlink(missing_ok=True)
+            for name in ("run.json", "results.jsonl"):
+                (out / name).unlink(missing_ok=True)
         raise
 
 

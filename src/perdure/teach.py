@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
 import shutil
@@ -17,7 +16,7 @@ from PIL import Image
 
 from perdure import checkpoint
 from perdure.augment import AUGMENTS
-from perdure.config import RunConfig, make_backbone, make_method, make_objective
+from perdure.config import RunConfig, check_options, make_backbone, make_method, make_objective
 from perdure.learner import Core
 from perdure.run import (
     Interrupted,
@@ -77,7 +76,7 @@ class Learner(Core):
         Raises:
             ValueError: for names and options that do not exist.
         """
-        _check_options("create", options, RunConfig)
+        check_options("create", options, RunConfig)
         return cls._build(RunConfig(stream=OPEN, backbone=backbone, method=method, objective=objective, **options))
 
     @classmethod
@@ -117,7 +116,7 @@ class Learner(Core):
         Raises:
             ValueError: for images, labels or options that cannot be used.
         """
-        _check_options("learn", options, TrainConfig)
+        check_options("learn", options, TrainConfig)
         train = dataclasses.replace(self._train_config(), **options)
         index = self.learnt
         if isinstance(images, str | Path):
@@ -389,15 +388,6 @@ def _place_source(into: Path, index: int, source: Mapping[str, Any]) -> None:
 def _check_first(learner: Learner, task: Task, known: Mapping[str, int], where: str) -> None:
     if not known and len(task.classes) < 2 and not learner.objective.open_vocabulary:
         raise ValueError(f"{where}: one class only, {task.names[0]!r}; a first task needs at least two")
-
-
-def _check_options(call: str, options: Mapping[str, Any], config: type) -> None:
-    known = [f.name for f in dataclasses.fields(config)]
-    for name in options:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            meant = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"Learner.{call} has no option {name!r}{meant}; it has: {', '.join(sorted(known))}")
 
 
 def _several(images: Any) -> Any:

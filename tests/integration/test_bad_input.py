@@ -20,8 +20,6 @@ from PIL import Image
 from perdure.checkpoint import locked
 from perdure.console import Screen
 
-LAST = [{"learnt": 1}, {"learnt": 2}]
-
 
 def one_line(answer: Any, *said: str) -> None:
     """`answer` is a refusal in one line which holds each of `said`."""
@@ -66,8 +64,7 @@ def test_a_run_that_cannot_be_is_refused_and_leaves_its_folder_free(
     flags: list[str], said: str, perdure: Any, small: Any
 ) -> None:
     one_line(perdure("run", *small, *flags, "--out", "x"), said)
-    assert not list(Path().glob("x/*"))
-    assert perdure("predict", "x", "cat.jpg").code == 2
+    assert [path.name for path in Path().glob("x/*")] in ([], [".lock"])
 
 
 def test_a_refused_run_can_be_corrected_in_the_same_folder(perdure: Any, small: Any) -> None:
@@ -282,7 +279,7 @@ def test_a_folder_that_cannot_be_written_is_named(perdure: Any, small: Any) -> N
     one_line(perdure("run", *small, "--out", "file/x"), "Not a directory: file/x: check the path and its permissions")
     one_line(perdure("run", *small, "--out", "file"), "file")
     perdure("run", *small, "--out", "x")
-    one_line(perdure("report", "x", "--out", "file/r.html"), "file/")
+    one_line(perdure("report", "x", "--out", "file/r.html"), ": file: check the path")
 
 
 def test_training_that_diverges_says_so_and_keeps_what_was_learnt(perdure: Any, small: Any, photos: Any) -> None:
@@ -381,8 +378,8 @@ def test_control_c_in_a_grid_goes_on_with_the_same_command(
 
 def test_control_c_while_learning_goes_on_with_the_same_folder(perdure: Any, photos: Any, pressed: Any) -> None:
     photos("new", "cat dog"), photos("more", "emu fox")
-    for into in ("whole", "x"):
-        assert perdure("learn", "new", "--into", into, "--backbone", "tiny()", "--epochs", 2).code == 0
+    assert perdure("learn", "new", "--into", "x", "--backbone", "tiny()", "--epochs", 2).code == 0
+    shutil.copytree("x", "whole")
     assert perdure("learn", "more", "--into", "whole", "--epochs", 4).code == 0
     pressed(1, 2)
     stopped = perdure("learn", "more", "--into", "x", "--epochs", 4)

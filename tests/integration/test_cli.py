@@ -26,16 +26,15 @@ FLAGS = {
     "demo": ["--json", "--out"],
     "run": ["--json", *TRAINING, *RUNNING, "--out"],
     "resume": ["--json", "FOLDER"],
-    "learn": ["--json", "FOLDER", "--into", "--backbone", "--method", "--objective", "--epochs", "--lr", "--batch-size"]
-    + ["--seed", "--precision", "--skip-bad"],
+    "learn": ["--json", "FOLDER", "--into", "--backbone", "--method", "--objective", "--epochs", "--lr"],
     "predict": ["--json", "LEARNER", "IMAGES", "--top"],
-    "compare": ["--json", *TRAINING, *[f for f in RUNNING if f not in ("--method", "--seed")]]
-    + ["--methods", "--seeds", "--out"],
+    "compare": ["--json", *TRAINING, *sorted({*RUNNING} - {"--method", "--seed"}), "--methods", "--seeds", "--out"],
     "eval": ["--json", "LEARNER", "--stream"],
     "report": ["--json", "FOLDERS", "--out"],
     "export": ["--json", "LEARNER", "--out", "--to"],
     "list": ["--json", "WHAT"],
 }
+FLAGS["learn"] += ["--batch-size", "--seed", "--precision", "--skip-bad"]
 """All commands and flags; whoever changes this list changes what scripts out there rely on."""
 
 
@@ -217,7 +216,7 @@ def summary_of(tasks: int) -> dict[str, Any]:
 
 
 def row_of(method: str) -> dict[str, Any]:
-    scores = dict.fromkeys(("acc", "aaa", "forgetting", "acc_with_task_id", "task_id_acc"), [0.8134, 0.0123])
+    scores = {key: [0.8134, 0.0123] for key in ("acc", "aaa", "forgetting", "acc_with_task_id", "task_id_acc")}
     return {
         "method": method,
         **scores,

@@ -59,7 +59,7 @@ def test_every_task_is_taken_and_left_alone_afterwards(
         rows = space.design(r, min(rank, fan_in))
         live = rows.norm(dim=1) > 0
         assert int(live.sum()) <= space.free
-        if space.free < rank:  # beyond the free space there is no direction, not an arbitrary one
+        if space.free < len(rows):  # beyond the free space there is no direction, not an arbitrary one
             assert not live.all()
         gram = rows[live] @ rows[live].T
         assert (gram - torch.eye(len(gram))).abs().max().item() < 1e-6 if len(gram) else True

@@ -1,0 +1,249 @@
+"""A learner is taught whenever new pictures arrive: from folders by the command line, from anything in Python."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from perdure.checkpoint import whole
+from perdure.run import read_summary
+from perdure.teach import Learner
+
+MADE = ("--backbone", "tiny()", "--precision", "fp32", "--epochs", 2)
+
+
+def refused(answer: Any) -> str:
+    """The one line of a refusal."""
+    assert answer.code == 2, answer
+    assert answer.err.count("\n") == 1
+    return str(answer.err)
+
+
+def classes(folder: str) -> list[str]:
+    return [name for task in whole(Path(folder))[-1].tasks[-1:] for name in task.names]
+
+
+def test_folder_after_folder_is_learnt_and_exported(perdure: Any, photos: Any) -> None:
+    photos("first", "cat dog", 4)  # too few to hold some out
+    photos("next/train", "emu fox")
+    photos("next/test", "emu", 2)
+    pocket = ("--method", "inflora(rank=4)", "--epochs", 2, "--precision", "fp32")
+    taught = perdure("learn", "first", "--into", "my learner", *pocket)
+    assert "no test" in taught.out
+    assert taught.out.splitlines()[-1] == "learnt cat, dog; ask it with: perdure predict 'my learner' IMAGE"
+    taught = perdure("learn", "next", "--into", "my learner", "--json").events[-1]
+    assert (taught["event"], taught["task"]["names"]) == ("learnt", ["emu", "fox"])
+    matrix = taught["summary"]["matrix"]
+    assert matrix[0] == [None, None]
+    assert matrix[1][0] is None
+    assert matrix[1][1] is not None
+    assert Path("my learner/report.html").is_file()
+    seen = perdure("predict", "my learner", "first/cat", "first/dog/00.png", "--json", "--top", 4).events
+    assert [Path(s["image"]).name for s in seen] == ["00.png", "01.png", "02.png", "03.png", "00.png"]
+    assert {label["name"] for label in seen[0]["labels"]} == {"cat", "dog", "emu", "fox"}
+    assert sum(label["score"] for label in seen[0]["labels"]) == pytest.approx(1, abs=1e-5)
+    for to in ("merged", "peft"):
+        written = perdure("export", "my learner", "--out", f"out/{to}", "--to", to)
+        assert (written.code, written.out) == (0, f"written: out/{to}\n")
+    assert "out/peft" in refused(perdure("export", "my learner", "--out", "out/peft"))
+
+
+def test_classes_that_are_known_keep_their_place(perdure: Any, photos: Any) -> None:
+    photos("first", "cat dog"), photos("mixed", "dog emu"), photos("known", "cat emu")
+    for folder in ("first", "mixed", "known", "first"):
+        assert perdure("learn", folder, "--into", "x", *MADE).code == 0
+    assert Learner.load("x").known == {"cat": 0, "dog": 1, "emu": 2}
+    assert [task.classes for task in whole(Path("x"))[-1].tasks] == [(0, 1), (1, 2), (0, 2), (0, 1)]
+    photos("one", "cat")
+    assert perdure("learn", "one", "--into", "x").code == 0
+
+
+def test_names_and_paths_may_hold_anything(perdure: Any, photos: Any) -> None:
+    photos("照片 2024", "猫 狗 Üñï", 5)
+    Path("照片 2024/猫").rename("照片 2024/大 猫")
+    taught = perdure("learn", "照片 2024", "--into", "学习 者", *MADE)
+    assert "学习 者" in taught.out
+    assert set(Learner.load("学习 者").known) == {"大 猫", "狗", "Üñï"}
+    assert "大 猫" in perdure("predict", "学习 者", "照片 2024/狗/00.png").out
+    assert "大 猫" in perdure("predict", "学习 者", "照片 2024/狗/00.png", "--json").out
+
+
+def test_options_without_effect_are_refused(perdure: Any, photos: Any) -> None:
+    photos("first", "cat dog"), photos("more", "emu fox")
+    assert perdure("learn", "first", "--into", "x", *MADE, "--method", "lora(rank=2)").code == 0
+    for flags in (
+        ("--method", "inflora"),
+        ("--backbone", "pocket()"),
+        ("--objective", "zeroshot()"),
+        ("--seed", 1),
+        ("--precision", "bf16"),
+    ):
+        name = flags[0][2:]
+        said = refused(perdure("learn", "more", "--into", "x", *flags))
+        assert f"x was made with {name}=" in said
+        assert "would have no effect: leave it out, or teach a new learner" in said
+    same = ("--method", "lora( rank = 2 )", "--backbone", "tiny", "--seed", 0)
+    assert perdure("learn", "more", "--into", "x", *same, "--epochs", 1, "--lr", "1e-4").code == 0
+
+
+def test_replay_needs_the_old_pictures(perdure: Any, photos: Any) -> None:
+    photos("first", "cat dog"), photos("more", "emu fox"), photos("last", "gnu yak")
+    assert perdure("learn", "first", "--into", "x", *MADE, "--method", "lora + replay(size=8)").code == 0
+    assert perdure("learn", "more", "--into", "x").code == 0
+    matrix = read_summary(Path("x"))["matrix"]
+    assert matrix[1][0] is not None
+    before = perdure("predict", "x", "more/emu").out
+    shutil.move("first", "elsewhere")
+    said = refused(perdure("learn", "last", "--into", "x"))
+    assert "the memory refers to examples of task 0 (first)" in said
+    assert "restore the folder" in said
+    assert perdure("predict", "x", "more/emu").out == before
+    shutil.move("elsewhere", "first")
+    shutil.copy("first/cat/00.png", "first/cat/000.png")  # a memory refers to pictures by their position
+    assert "the memory refers to examples of task 0" in refused(perdure("learn", "last", "--into", "x"))
+    Path("first/cat/000.png").unlink()
+    assert perdure("learn", "last", "--into", "x").code == 0
+
+
+def test_without_replay_old_pictures_may_go(perdure: Any, photos: Any) -> None:
+    photos("first", "cat dog"), photos("more", "emu fox")
+    assert perdure("learn", "first", "--into", "x", *MADE).code == 0
+    shutil.rmtree("first")
+    taught = perdure("learn", "more", "--into", "x")
+    assert taught.code == 0
+    assert "first is gone or has changed since it was learnt (task 1): it is not evaluated again" in taught.out
+    assert read_summary(Path("x"))["matrix"][1][0] is None
+
+
+def test_a_run_must_be_finished_before_it_learns_more(perdure: Any, small: Any, photos: Any) -> None:
+    assert perdure("run", *small, "--out", "x").code == 0
+    shutil.rmtree("x/task-001")
+    photos("new", "cat dog")
+    assert "finish it with 'perdure resume x'" in refused(perdure("learn", "new", "--into", "x"))
+    assert perdure("resume", "x").code == 0
+    assert perdure("learn", "new", "--into", "x").code == 0
+    assert len(read_summary(Path("x"))["matrix"]) == 3
+
+
+def test_a_taught_learner_is_measured_on_a_stream_by_the_names_of_its_classes(perdure: Any, photos: Any) -> None:
+    photos("first", "cat dog"), photos("more", "emu fox"), photos("all", "fox emu dog cat")
+    for folder in ("first", "more"):
+        assert perdure("learn", folder, "--into", "x", *MADE, "--method", "ncm").code == 0
+    assert "say what to measure on with --stream" in refused(perdure("eval", "x"))
+    assert "go on with 'perdure learn FOLDER --into x'" in refused(perdure("resume", "x"))
+    rows = perdure("eval", "x", "--stream", "images(path='all', tasks=2, order='natural')", "--json").events
+    # nearest class means tell colours apart, whatever the order of the classes
+    assert {row["value"] for row in rows if row["metric"] == "accuracy_with_task_id"} == {1.0}
+    photos("all", "gnuu")
+    said = refused(perdure("eval", "x", "--stream", "images(path='all', tasks=5)"))
+    assert "class 'gnuu' of task" in said
+    assert "is not among what x has learnt" in said
+
+
+def colours(names: str, count: int = 6) -> tuple[list[np.ndarray[Any, Any]], list[str]]:
+    labels = [name for name in names.split() for _ in range(count)]
+    draw = np.random.default_rng(0)
+    shades = {name: draw.integers(40, 215, 3) for name in labels}
+    return [np.clip(shades[n] + draw.normal(0, 9, (20, 20, 3)), 0, 255).astype(np.uint8) for n in labels], labels
+
+
+def test_python_learner_takes_images_of_every_kind(tmp_path: Path) -> None:
+    arrays, labels = colours("cat dog")
+    pictures = [Image.fromarray(array) for array in arrays]
+    paths = [tmp_path / f"{i}.png" for i in range(len(arrays))]
+    for picture, path in zip(pictures, paths, strict=True):
+        picture.save(path)
+    tensor = torch.stack([torch.from_numpy(array).permute(2, 0, 1) for array in arrays])
+    answers = []
+    for images, names in (
+        (arrays, labels),
+        (pictures, labels),
+        (paths, tuple(labels)),
+        ([str(path) for path in paths], labels),
+        (tensor, labels),
+        (np.stack(arrays), np.array(labels)),
+    ):
+        learner = Learner.create("tiny()", "ncm", precision="fp32", attention="sdpa")
+        learner.learn(images, names)
+        answers.append(learner.predict(images))
+        assert [best[0][0] for best in answers[-1]] == labels
+    assert all(answer == answers[0] for answer in answers)
+    assert learner.predict(arrays[0]) == learner.predict(paths[0]) == learner.predict(pictures[0]) == answers[0][:1]
+    assert learner.predict(str(paths[0]), top=1) == [answers[0][0][:1]]
+    assert learner.predict([]) == []
+    numbers = Learner.create("tiny()", "ncm", precision="fp32", attention="sdpa")
+    numbers.learn(arrays, torch.tensor([0] * 6 + [1] * 6))
+    assert [best[0][0] for best in numbers.predict(arrays)] == ["0"] * 6 + ["1"] * 6
+
+
+def test_saved_twice_loaded_and_taught_on(tmp_path: Path, perdure: Any, photos: Any) -> None:
+    arrays, labels = colours("cat dog")
+    more, names = colours("emu fox")
+    learner = Learner.create("tiny()", "lora(rank=2)", epochs=2, precision="fp32", attention="sdpa")
+    with pytest.raises(ValueError, match="learnt nothing yet"):
+        learner.save(tmp_path / "x")
+    with pytest.raises(ValueError, match="learnt nothing yet"):
+        learner.predict(arrays)
+    learner.learn(arrays, labels).save(tmp_path / "x")
+    once = {p: p.read_bytes() for p in (tmp_path / "x").rglob("*.*")}
+    learner.save(tmp_path / "x")
+    assert {p: p.read_bytes() for p in (tmp_path / "x").rglob("*.*")} == once
+
+    loaded = Learner.load(tmp_path / "x")
+    assert loaded.predict(arrays) == learner.predict(arrays)
+    assert loaded.learn(more, names).predict(more) == learner.learn(more, names).predict(more)
+    loaded.save(tmp_path / "x")
+    learner.save(tmp_path / "x")
+    assert Learner.load(tmp_path / "x").predict(more) == learner.predict(more)
+    assert "cat" in perdure("predict", "x", photos("new", "cat"), "--top", 4).out
+
+    # saved for the first time after its second task
+    learner.save(tmp_path / "y")
+    assert Learner.load(tmp_path / "y").predict(more) == learner.predict(more)
+    photos("late", "gnu yak")
+    for folder in ("x", "y"):
+        assert perdure("learn", "late", "--into", folder).code == 0
+        assert perdure("predict", folder, "late/gnu", "--top", 9).out.count("cat") == 8
+        assert perdure("report", folder).code == 0
+    assert "saved" not in json.loads(Path("y/run.json").read_text())
+    learner.learn(arrays, labels)
+    with pytest.raises(ValueError, match="learnt something else since; save to a new folder"):
+        learner.save(tmp_path / "x")
+    with pytest.raises(ValueError, match="holds another learner"):
+        Learner.create("tiny()", "ncm", precision="fp32").learn(arrays, labels).save(tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "options", "said"),
+    [
+        ([], [], {}, "labels are empty"),
+        ("arrays", None, {}, "labels are missing"),
+        ("arrays", ["cat"], {}, "expected one label an image|got 1"),
+        ("arrays", [0.5] * 12, {}, "labels, row 0: got 0.5, expected a name or an integer"),
+        ("arrays", ["cat"] * 12, {}, "one class only, 'cat'; a first task needs at least two"),
+        ("arrays", ["a", "b"] * 6, {"epoch": 3}, "Learner.learn has no option 'epoch'; did you mean 'epochs'?"),
+        ([1, 2], ["a", "b"], {}, "images, row 0: got a int, expected a Pillow image"),
+        ("nowhere", None, {}, "'nowhere' does not exist"),
+        ("nowhere", ["a"], {}, "nowhere is a folder, whose sub-folders are the labels"),
+    ],
+)
+def test_python_learner_refuses_in_one_line(images: Any, labels: Any, options: Any, said: str) -> None:
+    learner = Learner.create("tiny()", "ncm", precision="fp32", attention="sdpa")
+    with pytest.raises(ValueError, match=said) as refusal:
+        learner.learn(colours("cat dog")[0] if images == "arrays" else images, labels, **options)
+    assert "\n" not in str(refusal.value)
+    assert learner.learnt == 0
+    arrays, names = colours("cat dog")
+    assert learner.learn(arrays, names).learnt == 1
+
+
+def test_creating_with_an_unknown_option_names_the_near_one() -> None:
+    with pytest.raises(ValueError, match="Learner.create has no option 'epoch'; did you mean 'epochs'?"):
+        Learner.create("tiny()", epoch=3)
+    with pytest.raises(ValueError, match="precision='fp16'"):
+        Learner.create("tiny()", precision="fp16")
