@@ -331,7 +331,7 @@ def _tell_skipped(skipped: Sequence[str], screen: Screen) -> None:
 def _images_in(path: Path) -> list[Path]:
     if path.is_dir():
         endings = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-        found = sorted(p for p in path.iterdir() if p.suffix.lower() in endings)
+        found = sorted(p for p in path.rglob("[!.]*") if p.suffix.lower() in endings)
         if not found:
             raise ValueError(f"{path} has no image; give files, or a folder with {', '.join(sorted(endings))}")
         return found

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Literal
 
-from perdure.augment import AUGMENTS
 from perdure.backbones import BACKBONES
 from perdure.method import METHODS, Method, compose
 from perdure.objectives import OBJECTIVES, Objective
@@ -45,8 +44,6 @@ class RunConfig(TrainConfig):
         super().__post_init__()
         if self.save_every < 0:
             raise ValueError(f"save_every={self.save_every}: expected a number of steps, or 0 for automatic")
-        if self.augment not in AUGMENTS:
-            raise ValueError(f"augment={self.augment!r}: expected one of {', '.join(AUGMENTS)}")
 
     def describe(self) -> dict[str, Any]:
         """As JSON."""

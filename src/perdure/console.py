@@ -58,7 +58,7 @@ class Screen:
         self._event("cell", cell=number, cells=total, method=method, seed=seed, seconds_left=left)
         about = "" if left is None else f", about {human_seconds(left)} left"
         self._say(f"[{number + 1}/{total}] {method}, seed {seed}{about}")
-        self._grid, self._headed = f"run {number + 1}/{total}{about}   ", False
+        self._grid, self._headed = f"run {number + 1}/{total}   ", False
         self.wait(f"{self._grid}preparing")
 
     def task(self, task: Task, tasks: int | None, epochs: int, steps: int) -> None:

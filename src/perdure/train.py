@@ -1,10 +1,11 @@
 """The training loop."""
 
+import difflib
 import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args, get_origin, get_type_hints
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
@@ -33,6 +34,12 @@ class TrainConfig:
     """Learning rate over a task's steps."""
 
     def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            words = get_args(hint) if get_origin(hint) is Literal else ()
+            if words and (value := getattr(self, name)) not in words:
+                near = difflib.get_close_matches(str(value), words, n=1)
+                meant = f"; did you mean {near[0]!r}?" if near else ""
+                raise ValueError(f"{name}={value!r}: expected {' or '.join(words)}{meant}")
         for name, least in (("epochs", 1), ("batch_size", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}: expected {least} or more")
