@@ -167,6 +167,9 @@ def restore(learner: Core, checkpoint: Checkpoint, tasks: Sequence[Task] = ()) -
             f"{checkpoint.folder} was learnt on another backbone (fingerprint {checkpoint.manifest['backbone'][:12]}, "
             f"{learner.backbone.spec} has {learner.fingerprint[:12]}): give the weights it was learnt on"
         )
+    made, given = checkpoint.manifest.get("method"), learner.method.spec
+    if made and given and made != given:
+        raise ValueError(f"{path} does not fit this learner: {made!r} learnt it, not {given!r}; give that method")
     tensors = _read(checkpoint, _LEARNER)
     for index, described in enumerate(checkpoint.tasks):
         task = tasks[index] if index < len(tasks) else described
@@ -229,6 +232,7 @@ def _describe(learner: Core) -> dict[str, Any]:
         "format": FORMAT,
         "learnt": learner.learnt,
         "backbone": learner.fingerprint,
+        "method": learner.method.spec,
         "tasks": [task.describe() for task in learner.tasks],
     }
 

@@ -18,12 +18,13 @@ from perdure.compare import cells, compare
 from perdure.config import RunConfig, register
 from perdure.console import Screen
 from perdure.export import export
+from perdure.lessons import teach_folder
 from perdure.method import METHODS
 from perdure.recipes import DEMO_METHODS, RECIPES, demo
 from perdure.report import write_report
 from perdure.run import read_record, read_summary, resume, run
 from perdure.streams import STREAMS, build_stream
-from perdure.teach import Learner, teach_folder
+from perdure.teach import Learner
 from perdure.train import evaluate
 from perdure.types import Batch, Data, Row, Task
 

@@ -58,7 +58,10 @@ def register() -> None:
 def make_method(text: str) -> Method:
     """A method from its spec: `lora(rank=8) + replay(size=200)`."""
     register()
-    return compose([build(spec, METHODS, "method") for spec in parse(text)])
+    specs = parse(text)
+    method = compose([build(spec, METHODS, "method") for spec in specs])
+    method.spec = " + ".join(map(str, specs))
+    return method
 
 
 def make_objective(text: str) -> Objective:

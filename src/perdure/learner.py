@@ -193,13 +193,17 @@ class Core(nn.Module):
             pieces = [self.backbone.before(entry, batch) for batch in self.batches(data, 256)]
         return Encoded("hidden", torch.cat(pieces), data.labels, data)
 
-    def encoded(self, data: Data) -> Data:
+    def encoded(self, data: Data, keep: bool = False) -> Data:
         """`data` with features in place of images where the encoder is constant, else `data` itself.
 
-        What a frozen encoder makes of an image is computed once and kept: 4 · dim bytes an image.
+        Args:
+            data: of images.
+            keep: remember the features (4 · dim bytes an image), as for a test set, which is asked for after each task.
         """
         if not self.constant_encoder or not len(data):
             return data
+        if not keep:
+            return Encoded("features", *self.features(data))
         if id(data) not in self._encoded:
             self._encoded[id(data)] = data, Encoded("features", *self.features(data))
         return self._encoded[id(data)][1]

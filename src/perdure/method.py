@@ -27,6 +27,8 @@ class Method(nn.Module):
     """
 
     name: ClassVar[str]
+    spec: str = ""
+    """The text it was made from, where it was; a checkpoint of another one is refused."""
     shares: ClassVar[bool] = False
     """Whether tasks train the same encoder parameters: those that regularisers can protect."""
     guarantees: ClassVar[bool] = False

@@ -6,7 +6,6 @@ import platform
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,9 +15,8 @@ from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import psutil
 import torch
 
 from perdure import checkpoint, metrics
@@ -26,14 +24,13 @@ from perdure.augment import AUGMENTS
 from perdure.config import RunConfig, make_backbone, make_method, make_objective
 from perdure.learner import Core
 from perdure.method import Method, predicts
-from perdure.runtime import Runtime, resolve
+from perdure.runtime import Runtime, peak_memory, resolve
 from perdure.streams import build_stream
 from perdure.train import Diverged, Fitted, Progress, Quiet, TrainConfig, check_finite, evaluate, fit_task
 from perdure.types import Row, Stream, Task
 from perdure.version import __version__
 
-if sys.platform != "win32":
-    import resource
+C = TypeVar("C", bound=Core)
 
 
 class Interrupted(Exception):
@@ -87,8 +84,7 @@ def resume(out: Path, progress: Progress | None = None) -> dict[str, Any]:
     """
     written = read_record(out)
     with checkpoint.locked(out):
-        known = {f.name for f in fields(RunConfig)}
-        config = RunConfig(**{k: v for k, v in written["config"].items() if k in known})
+        config = recorded_config(written)
         if not config.stream:
             raise ValueError(f"{out} is taught from folders: go on with 'perdure learn FOLDER --into {out}'")
         learner, stream, _ = _build(config, Runtime(**written["resolved"]))
@@ -142,15 +138,34 @@ def _check_unchanged(out: Path, written: dict[str, Any], stream: Stream) -> None
         )
 
 
-def _build(config: RunConfig, runtime: Runtime | None) -> tuple[Core, Stream, Runtime]:
+def recorded_config(written: dict[str, Any]) -> RunConfig:
+    """The configuration in a run's record; fields of other versions are left out."""
+    known = {f.name for f in fields(RunConfig)}
+    return RunConfig(**{k: v for k, v in written["config"].items() if k in known})
+
+
+def build_learner(kind: type[C], config: RunConfig, runtime: Runtime | None = None) -> tuple[C, Runtime]:
+    """What `config` names, put together and made ready to compute; its stream is not built.
+
+    Args:
+        kind: class of the learner.
+        config: of the run.
+        runtime: how to compute; None resolves what `config` leaves open.
+    """
     method, objective = make_method(config.method), make_objective(config.objective)
     backbone = make_backbone(config.backbone)
-    stream = build_stream(config.stream, backbone.preprocess, config.seed)
     if runtime is None:
         runtime = resolve(backbone, config.precision, config.attention, config.batch_size, config.device)
     runtime.apply(backbone)
-    learner = Core(backbone, objective, method, stream.scenario, config.seed)
+    learner = kind(backbone, objective, method, seed=config.seed)
     learner.precision, learner.augment = runtime.dtype, AUGMENTS[config.augment]
+    return learner, runtime
+
+
+def _build(config: RunConfig, runtime: Runtime | None) -> tuple[Core, Stream, Runtime]:
+    learner, runtime = build_learner(Core, config, runtime)
+    stream = build_stream(config.stream, learner.backbone.preprocess, config.seed)
+    learner.scenario = stream.scenario
     return learner, stream, runtime
 
 
@@ -255,7 +270,7 @@ def facts_of(fitted: Fitted, evaluate: float) -> dict[str, Any]:
         },
         "images": fitted.images,
         "trainable_parameters": fitted.trainable,
-        "peak_rss_bytes": _peak_memory(),
+        "peak_rss_bytes": peak_memory(),
     }
 
 
@@ -363,15 +378,3 @@ def _git_commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return found.stdout.strip() or None
-
-
-def _peak_memory() -> int:
-    """Bytes this process has held at most."""
-    if sys.platform == "win32":
-        return int(psutil.Process().memory_info().peak_wset)
-    status = Path("/proc/self/status")
-    if status.exists():  # getrusage would count what the parent held before it started us
-        high = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(high.split()[1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,14 +1,20 @@
-"""Device, precision, attention, threads: what the machine is good at, found out once and recorded with the run."""
+"""Device, precision, attention, threads, memory: what the machine is good at, recorded with the run."""
 
+import sys
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 import torch
 from accelerate import PartialState
 from torch import nn
 
 from perdure.backbones.base import Backbone
+
+if sys.platform != "win32":
+    import resource
 
 Precision = Literal["auto", "fp32", "bf16"]
 Attention = Literal["auto", "eager", "sdpa"]
@@ -107,3 +113,15 @@ def _clear(module: nn.Module, before: dict[nn.Parameter, bool]) -> None:
     for p in module.parameters():
         p.grad = None
         p.requires_grad_(before[p])
+
+
+def peak_memory() -> int:
+    """Bytes this process has held at most."""
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage would count what the parent held before it started us
+        high = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(high.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -15,34 +13,18 @@ import torch
 from PIL import Image
 
 from perdure import checkpoint
-from perdure.augment import AUGMENTS
-from perdure.config import RunConfig, check_options, make_backbone, make_method, make_objective
+from perdure.config import RunConfig, check_options
+from perdure.export import export
 from perdure.learner import Core
-from perdure.run import (
-    Interrupted,
-    facts_of,
-    learn_stream,
-    nothing_learnt_nothing_left,
-    read_record,
-    record,
-    summarise,
-)
-from perdure.runtime import Runtime, resolve
-from perdure.spec import parse
-from perdure.streams import ImageSet, build_stream, folder_task, given_task
-from perdure.streams.draws import digest
+from perdure.run import build_learner, facts_of, read_record, record, recorded_config, summarise
+from perdure.runtime import Runtime
+from perdure.streams import ImageSet, folder_task, given_task
 from perdure.streams.sources import Picture
-from perdure.train import Diverged, Progress, Quiet, TrainConfig, fit_task, predict_scores
-from perdure.types import Data, Row, Stream, Task
+from perdure.train import Progress, TrainConfig, fit_task, predict_scores
+from perdure.types import Row, Stream, Task
 
 OPEN = ""
 """The stream of a learner that is taught one folder after another."""
-
-_SPECS = ("backbone", "method", "objective")
-_FIXED = (*_SPECS, "seed", "precision", "attention", "device")
-_SOURCE = "source.json"
-_WORDS = {"folder": "folders", "train_sha256": "images"}
-
 
 _LEAST_STEPS = 60
 """Of a task that is taught by hand, when the number of epochs is left open."""
@@ -51,10 +33,12 @@ _LEAST_STEPS = 60
 class Learner(Core):
     """A pre-trained model that goes on learning.
 
+    ```python
     learner = Learner.create("pocket()", "inflora(rank=10)")
     learner.learn(images, labels)
-    learner.predict(["cat.jpg"])      # [[("cat", 0.93), ("dog", 0.04), ...]]
+    learner.predict(["cat.jpg"])      # one list of (name, score) an image, best first
     learner.save("my.learner")
+    ```
     """
 
     config: RunConfig
@@ -77,19 +61,21 @@ class Learner(Core):
             ValueError: for names and options that do not exist.
         """
         check_options("create", options, RunConfig)
-        return cls._build(RunConfig(stream=OPEN, backbone=backbone, method=method, objective=objective, **options))
+        return cls.of(RunConfig(stream=OPEN, backbone=backbone, method=method, objective=objective, **options))
 
     @classmethod
-    def _build(cls, config: RunConfig, runtime: Runtime | None = None, scenario: Any = "class") -> Self:
-        method, objective = make_method(config.method), make_objective(config.objective)
-        backbone = make_backbone(config.backbone)
-        if runtime is None:
-            runtime = resolve(backbone, config.precision, config.attention, config.batch_size, config.device)
-        runtime.apply(backbone)
-        learner = cls(backbone, objective, method, scenario, config.seed)
-        learner.precision, learner.augment = runtime.dtype, AUGMENTS[config.augment]
-        learner.config, learner.runtime = config, runtime
-        learner._facts = {}
+    def of(cls, config: RunConfig, runtime: Runtime | None = None) -> Self:
+        """A learner that has learnt nothing yet, from its configuration."""
+        learner, found = build_learner(cls, config, runtime)
+        learner.config, learner.runtime, learner._facts = config, found, {}
+        return learner
+
+    @classmethod
+    def untaught(cls, folder: Path) -> Self:
+        """The learner of a folder, as it was before its first task."""
+        written = read_record(folder)
+        learner = cls.of(recorded_config(written), Runtime(**written["resolved"]))
+        learner.scenario = written["stream"]["scenario"]
         return learner
 
     @property
@@ -117,7 +103,7 @@ class Learner(Core):
             ValueError: for images, labels or options that cannot be used.
         """
         check_options("learn", options, TrainConfig)
-        train = dataclasses.replace(self._train_config(), **options)
+        train = dataclasses.replace(self.usual_training(), **options)
         index = self.learnt
         if isinstance(images, str | Path):
             if labels is not None:
@@ -127,8 +113,8 @@ class Learner(Core):
             raise ValueError("labels are missing: give a name or number for each image")
         else:
             task = given_task(_several(images), labels, self.backbone.preprocess, self.known, index)
-        _check_first(self, task, self.known, "labels" if labels is not None else str(images))
-        train = self._long_enough(train, task, "epochs" in options)
+        check_first(self, task, self.known, "labels" if labels is not None else str(images))
+        train = self.long_enough(train, task, "epochs" in options)
         self.grow(task)
         self._facts = facts_of(fit_task(self, task, train, progress), 0.0)
         return self
@@ -176,7 +162,7 @@ class Learner(Core):
             raise ValueError("this learner has learnt nothing yet: there is nothing to save")
         with checkpoint.locked(folder):
             if not (folder / "run.json").exists():
-                checkpoint.write_json(folder / "run.json", self._record())
+                checkpoint.write_json(folder / "run.json", self.record())
             elif read_record(folder)["config"] != self.config.describe():
                 raise ValueError(f"{folder} holds another learner; save to a new folder")
             done = checkpoint.whole(folder)
@@ -197,33 +183,26 @@ class Learner(Core):
         Raises:
             ValueError: when the folder is not a learner, is damaged, or its backbone has changed.
         """
-        learner = cls._from(Path(folder))
+        learner = cls.untaught(Path(folder))
         done = checkpoint.whole(Path(folder))
         if not done:
             raise ValueError(f"{folder} has no learnt task yet: go on with 'perdure resume {folder}'")
         checkpoint.restore(learner, done[-1])
         return learner
 
-    @classmethod
-    def _from(cls, folder: Path) -> Self:
-        written = read_record(folder)
-        known = {f.name for f in dataclasses.fields(RunConfig)}
-        config = RunConfig(**{k: v for k, v in written["config"].items() if k in known})
-        return cls._build(config, Runtime(**written["resolved"]), written["stream"]["scenario"])
-
     def export(self, folder: str | Path, to: str) -> Path:
         """Write the model for other libraries: `peft` or `merged`; see `perdure.export`."""
-        from perdure.export import export
-
         return export(self, Path(folder), to)
 
-    def _record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, Any]:
+        """The content of run.json, for a learner that is taught without a declared stream."""
         return record(self.config, self, Stream(OPEN, self.scenario, ()), self.runtime)
 
-    def _train_config(self) -> TrainConfig:
+    def usual_training(self) -> TrainConfig:
+        """How tasks are trained unless said otherwise."""
         return TrainConfig(**{f.name: getattr(self.config, f.name) for f in dataclasses.fields(TrainConfig)})
 
-    def _long_enough(self, train: TrainConfig, task: Task, settled: bool) -> TrainConfig:
+    def long_enough(self, train: TrainConfig, task: Task, settled: bool) -> TrainConfig:
         """More passes over a small task, unless the user settled their number: in a few steps nothing is learnt."""
         if settled or self.config.epochs != RunConfig.epochs:
             return train
@@ -231,161 +210,8 @@ class Learner(Core):
         return dataclasses.replace(train, epochs=max(train.epochs, math.ceil(_LEAST_STEPS / steps)))
 
 
-def teach_folder(
-    photos: Path,
-    into: Path,
-    config: RunConfig,
-    given: Mapping[str, Any],
-    progress: Progress | None = None,
-    skip_bad: bool = False,
-) -> tuple[Task, dict[str, Any]]:
-    """Teach the learner in folder `into` one more task; it is made when it is not there.
-
-    Like a run, it is saved within the task and goes on where it was stopped when it is called again. Tasks learnt from
-    folders that are still there are evaluated again, and their examples can be replayed.
-
-    Args:
-        photos: folder of class folders.
-        into: the learner's folder.
-        config: for a new learner.
-        given: what of `config` the user asked for; it must agree with a learner that is already there.
-        progress: who is told.
-        skip_bad: leave unreadable images out and report them.
-
-    Raises:
-        ValueError: for a folder that cannot be learnt from, options that would have no effect, or a damaged learner.
-        Interrupted: after SIGINT or SIGTERM.
-    """
-    progress = progress or Quiet()
-    with checkpoint.locked(into):
-        there = (into / "run.json").exists()
-        if there:
-            learner = Learner._from(into)
-            _refuse_without_effect(into, learner.config, given)
-        else:
-            learner = Learner._build(dataclasses.replace(config, stream=OPEN))
-        trained = {k: v for k, v in given.items() if k in {f.name for f in dataclasses.fields(TrainConfig)}}
-        train = dataclasses.replace(learner._train_config(), **trained)
-        before = _tasks_with_data(learner, into, progress)
-        known = {name: c for task in before for name, c in zip(task.names, task.classes, strict=True)}
-        task = folder_task(photos, learner.backbone.preprocess, known, len(before), skip_bad, learner.seed)
-        _check_first(learner, task, known, str(photos))
-        train = learner._long_enough(train, task, "epochs" in given)
-        source = _source(photos, task, skip_bad) | {"options": trained}
-        _refuse_other_task(into, len(before), source)
-        if not there:
-            checkpoint.write_json(into / "run.json", learner._record())
-        _place_source(into, len(before), source)
-        stream = Stream(OPEN, learner.scenario, (*before, task), {"skipped": _skipped((*before, task))})
-        facts = {"source": source}
-        try:
-            with nothing_learnt_nothing_left(into):
-                return task, learn_stream(train, learner, stream, into, progress, learner.config.save_every, facts)
-        except Interrupted as stop:
-            said = str(stop).partition(";")[0]
-            raise Interrupted(
-                f"{said}; go on with 'perdure learn {photos} --into {into}' and the same options"
-            ) from stop
-        except Diverged as error:
-            shutil.rmtree(into / f"task-{len(before):03d}", ignore_errors=True)  # of no use to go on from
-            raise ValueError(f"{error}: teach it again with a lower --lr than {train.lr:g}") from error
-
-
-def _tasks_with_data(learner: Learner, folder: Path, progress: Progress) -> list[Task]:
-    """The tasks already learnt, with their data where it is still at hand."""
-    done = checkpoint.whole(folder)
-    if not done:
-        return []
-    declared: tuple[Task, ...] = ()
-    if learner.config.stream != OPEN:
-        declared = build_stream(learner.config.stream, learner.backbone.preprocess, learner.config.seed).tasks
-        if done[-1].learnt < len(declared):
-            raise ValueError(
-                f"{folder} has learnt {done[-1].learnt} of its stream's {len(declared)} tasks: finish it with "
-                f"'perdure resume {folder}' before it learns more"
-            )
-    sources = {each.learnt - 1: each.manifest.get("source") for each in done}
-    tasks: list[Task] = []
-    for described in done[-1].tasks:
-        task = declared[described.index] if described.index < len(declared) else described
-        if source := sources.get(described.index):
-            known = {name: c for t in tasks for name, c in zip(t.names, t.classes, strict=True)}
-            task = _again(source, described, learner, known)
-            if not len(task.train):
-                progress.note(
-                    f"{source['folder']} is gone or has changed since it was learnt (task {described.index + 1}): it "
-                    "is not evaluated again, and its images cannot be replayed"
-                )
-        tasks.append(task if task == described else described)
-    return tasks
-
-
-def _again(source: Mapping[str, Any], described: Task, learner: Learner, known: Mapping[str, int]) -> Task:
-    """A task with its data, read again; without when that is not what was learnt."""
-    if not Path(source["folder"]).is_dir():
-        return described
-    try:
-        task = folder_task(
-            source["folder"], learner.backbone.preprocess, known, described.index, source["skip_bad"], learner.seed
-        )
-    except ValueError:  # no folder of classes any more
-        return described
-    # A memory refers to images by their position.
-    return task if task == described and _digest(task.train) == source["train_sha256"] else described
-
-
-def _source(photos: Path, task: Task, skip_bad: bool) -> dict[str, Any]:
-    return {
-        "folder": str(photos.resolve()),
-        "skip_bad": skip_bad,
-        "train_sha256": _digest(task.train),
-        "skipped": _skipped([task]),
-    }
-
-
-def _digest(data: Data) -> str:
-    """Of which images there are, in their order."""
-    if not isinstance(data, ImageSet):
-        return ""
-    return digest(data.source.key(row) for row in data.rows.tolist())
-
-
-def _skipped(tasks: Sequence[Task]) -> list[str]:
-    sets = [data for task in tasks for data in (task.train, task.test) if isinstance(data, ImageSet)]
-    return [where for data in sets for where in data.skipped]
-
-
-def _refuse_without_effect(into: Path, config: RunConfig, given: Mapping[str, Any]) -> None:
-    for name, value in given.items():
-        made = getattr(config, name)
-        if name in _FIXED and value != made and (name not in _SPECS or parse(value) != parse(made)):
-            raise ValueError(
-                f"{into} was made with {name}={made!r}; {value!r} would have no effect: leave it out, or teach a new "
-                "learner"
-            )
-
-
-def _refuse_other_task(into: Path, index: int, source: Mapping[str, Any]) -> None:
-    """What was stopped within a task goes on with the same images and options only."""
-    begun = into / f"task-{index:03d}"
-    if checkpoint.latest_step(into, index) is None or not (begun / _SOURCE).is_file():
-        return
-    before = json.loads((begun / _SOURCE).read_text(encoding="utf-8"))
-    if before != source:
-        changed = next(key for key in before if before[key] != source.get(key))
-        raise ValueError(
-            f"{into} was stopped while it learnt {before['folder']}, and now the {_WORDS.get(changed, changed)} "
-            f"differ: give the same to finish that, or remove {begun} to give it up"
-        )
-
-
-def _place_source(into: Path, index: int, source: Mapping[str, Any]) -> None:
-    begun = into / f"task-{index:03d}"
-    begun.mkdir(exist_ok=True)
-    checkpoint.write_json(begun / _SOURCE, source)
-
-
-def _check_first(learner: Learner, task: Task, known: Mapping[str, int], where: str) -> None:
+def check_first(learner: Learner, task: Task, known: Mapping[str, int], where: str) -> None:
+    """Refuse a first task that has nothing to tell apart."""
     if not known and len(task.classes) < 2 and not learner.objective.open_vocabulary:
         raise ValueError(f"{where}: one class only, {task.names[0]!r}; a first task needs at least two")
 

@@ -233,7 +233,7 @@ def evaluate(learner: Core, task: Task, size: int = 256) -> dict[str, float]:
     owner = torch.tensor([first[c] for c in classes])
     labels = task.test.labels
     with learner.inference():
-        scores = predict_scores(learner, learner.encoded(task.test), size).cpu()
+        scores = predict_scores(learner, learner.encoded(task.test, keep=True), size).cpu()
     answer = allowed[scores[:, allowed].argmax(1)]
     told = own[scores[:, own].argmax(1)]
     target = learner.objective.columns(labels)

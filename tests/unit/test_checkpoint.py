@@ -89,7 +89,9 @@ def test_another_backbone_is_refused(lab: Any, learnt: Path) -> None:
         checkpoint.restore(lab.but(fused=False).learner("lora(rank=2)"), checkpoint.whole(learnt)[-1])
 
 
-@pytest.mark.parametrize("method", ["probe", "lora(rank=3)", "inflora(rank=2)", "lora(rank=2, at='qkv')", "ncm"])
+@pytest.mark.parametrize(
+    "method", ["probe", "lora(rank=3)", "inflora(rank=2)", "lora(rank=2, at='qkv')", "lora(rank=2, at='qv')", "ncm"]
+)
 def test_another_methods_checkpoint_is_refused(method: str, lab: Any, learnt: Path) -> None:
     with pytest.raises(ValueError, match=r"learner\.safetensors does not fit this learner") as error:
         checkpoint.restore(lab.learner(method), checkpoint.whole(learnt)[-1])

@@ -47,24 +47,13 @@ class LowRank(Adapter):
         """Close the branch: its update becomes part of the past."""
         if self.down is None:
             return
-        if "down" in self.settled or not self.settled:
-            down = self.down if not self.settled else torch.cat([self.settled["down"], self.down])
-            smaller = down.shape[0] * (self.fan_in + sum(self.fan_outs)) <= self.fan_in * sum(self.fan_outs)
-        else:
-            smaller = False
-        for part, up in enumerate(self.up):
-            if smaller:
-                past = self.settled.get(f"up/{part}")
-                self.settled[f"up/{part}"] = self.scale * up if past is None else torch.cat([past, self.scale * up], 1)
+        whole = [self.factors(part) for part in range(len(self.up))]
+        self.settled.clear()
+        for part, (up, down) in enumerate(filter(None, whole)):
+            if len(down) * (self.fan_in + sum(self.fan_outs)) <= self.fan_in * sum(self.fan_outs):
+                self.settled["down"], self.settled[f"up/{part}"] = down, up
             else:
-                whole = self.delta(part, branches=True)
-                assert whole is not None
-                self.settled[f"dense/{part}"] = whole
-                self.settled.pop(f"up/{part}", None)
-        if smaller:
-            self.settled["down"] = down
-        else:
-            self.settled.pop("down", None)
+                self.settled[f"dense/{part}"] = up @ down
         self.down, self.up = None, nn.ParameterList()
 
     def forward(self, x: Tensor, y: Tensor, part: int) -> Tensor:

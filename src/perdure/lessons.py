@@ -1,0 +1,177 @@
+"""Lessons: the learner of a folder is taught one folder of images after another, and none is lost."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from perdure import checkpoint
+from perdure.config import RunConfig
+from perdure.run import Interrupted, learn_stream, nothing_learnt_nothing_left
+from perdure.spec import parse
+from perdure.streams import ImageSet, build_stream, folder_task
+from perdure.streams.draws import digest
+from perdure.teach import OPEN, Learner, check_first
+from perdure.train import Diverged, Progress, Quiet, TrainConfig
+from perdure.types import Data, Stream, Task
+
+_SPECS = ("backbone", "method", "objective")
+_FIXED = (*_SPECS, "seed", "precision", "attention", "device")
+_SOURCE = "source.json"
+_WORDS = {"folder": "folders", "train_sha256": "images"}
+
+
+def teach_folder(
+    photos: Path,
+    into: Path,
+    config: RunConfig,
+    given: Mapping[str, Any],
+    progress: Progress | None = None,
+    skip_bad: bool = False,
+) -> tuple[Task, dict[str, Any]]:
+    """Teach the learner in folder `into` one more task; it is made when it is not there.
+
+    Like a run, it is saved within the task and goes on where it was stopped when it is called again. Tasks learnt from
+    folders that are still there are evaluated again, and their examples can be replayed.
+
+    Args:
+        photos: folder of class folders.
+        into: the learner's folder.
+        config: for a new learner.
+        given: what of `config` the user asked for; it must agree with a learner that is already there.
+        progress: who is told.
+        skip_bad: leave unreadable images out and report them.
+
+    Raises:
+        ValueError: for a folder that cannot be learnt from, options that would have no effect, or a damaged learner.
+        Interrupted: after SIGINT or SIGTERM.
+    """
+    progress = progress or Quiet()
+    with checkpoint.locked(into):
+        there = (into / "run.json").exists()
+        if there:
+            learner = Learner.untaught(into)
+            _refuse_without_effect(into, learner.config, given)
+        else:
+            learner = Learner.of(dataclasses.replace(config, stream=OPEN))
+        trained = {k: v for k, v in given.items() if k in {f.name for f in dataclasses.fields(TrainConfig)}}
+        train = dataclasses.replace(learner.usual_training(), **trained)
+        before = _tasks_with_data(learner, into, progress)
+        known = {name: c for task in before for name, c in zip(task.names, task.classes, strict=True)}
+        task = folder_task(photos, learner.backbone.preprocess, known, len(before), skip_bad, learner.seed)
+        check_first(learner, task, known, str(photos))
+        train = learner.long_enough(train, task, "epochs" in given)
+        source = _source(photos, task, skip_bad) | {"options": trained}
+        _refuse_other_task(into, len(before), source)
+        if not there:
+            checkpoint.write_json(into / "run.json", learner.record())
+        _place_source(into, len(before), source)
+        stream = Stream(OPEN, learner.scenario, (*before, task), {"skipped": _skipped((*before, task))})
+        facts = {"source": source}
+        try:
+            with nothing_learnt_nothing_left(into):
+                return task, learn_stream(train, learner, stream, into, progress, learner.config.save_every, facts)
+        except Interrupted as stop:
+            said = str(stop).partition(";")[0]
+            raise Interrupted(
+                f"{said}; go on with 'perdure learn {photos} --into {into}' and the same options"
+            ) from stop
+        except Diverged as error:
+            shutil.rmtree(into / f"task-{len(before):03d}", ignore_errors=True)  # of no use to go on from
+            raise ValueError(f"{error}: teach it again with a lower --lr than {train.lr:g}") from error
+
+
+def _tasks_with_data(learner: Learner, folder: Path, progress: Progress) -> list[Task]:
+    """The tasks already learnt, with their data where it is still at hand."""
+    done = checkpoint.whole(folder)
+    if not done:
+        return []
+    declared: tuple[Task, ...] = ()
+    if learner.config.stream != OPEN:
+        declared = build_stream(learner.config.stream, learner.backbone.preprocess, learner.config.seed).tasks
+        if done[-1].learnt < len(declared):
+            raise ValueError(
+                f"{folder} has learnt {done[-1].learnt} of its stream's {len(declared)} tasks: finish it with "
+                f"'perdure resume {folder}' before it learns more"
+            )
+    sources = {each.learnt - 1: each.manifest.get("source") for each in done}
+    tasks: list[Task] = []
+    for described in done[-1].tasks:
+        task = declared[described.index] if described.index < len(declared) else described
+        if source := sources.get(described.index):
+            known = {name: c for t in tasks for name, c in zip(t.names, t.classes, strict=True)}
+            task = _again(source, described, learner, known)
+            if not len(task.train):
+                progress.note(
+                    f"{source['folder']} is gone or has changed since it was learnt (task {described.index + 1}): it "
+                    "is not evaluated again, and its images cannot be replayed"
+                )
+        tasks.append(task if task == described else described)
+    return tasks
+
+
+def _again(source: Mapping[str, Any], described: Task, learner: Learner, known: Mapping[str, int]) -> Task:
+    """A task with its data, read again; without when that is not what was learnt."""
+    if not Path(source["folder"]).is_dir():
+        return described
+    try:
+        task = folder_task(
+            source["folder"], learner.backbone.preprocess, known, described.index, source["skip_bad"], learner.seed
+        )
+    except ValueError:  # no folder of classes any more
+        return described
+    # A memory refers to images by their position.
+    return task if task == described and _digest(task.train) == source["train_sha256"] else described
+
+
+def _source(photos: Path, task: Task, skip_bad: bool) -> dict[str, Any]:
+    return {
+        "folder": str(photos.resolve()),
+        "skip_bad": skip_bad,
+        "train_sha256": _digest(task.train),
+        "skipped": _skipped([task]),
+    }
+
+
+def _digest(data: Data) -> str:
+    """Of which images there are, in their order."""
+    if not isinstance(data, ImageSet):
+        return ""
+    return digest(data.source.key(row) for row in data.rows.tolist())
+
+
+def _skipped(tasks: Sequence[Task]) -> list[str]:
+    sets = [data for task in tasks for data in (task.train, task.test) if isinstance(data, ImageSet)]
+    return [where for data in sets for where in data.skipped]
+
+
+def _refuse_without_effect(into: Path, config: RunConfig, given: Mapping[str, Any]) -> None:
+    for name, value in given.items():
+        made = getattr(config, name)
+        if name in _FIXED and value != made and (name not in _SPECS or parse(value) != parse(made)):
+            raise ValueError(
+                f"{into} was made with {name}={made!r}; {value!r} would have no effect: leave it out, or teach a new "
+                "learner"
+            )
+
+
+def _refuse_other_task(into: Path, index: int, source: Mapping[str, Any]) -> None:
+    """What was stopped within a task goes on with the same images and options only."""
+    begun = into / f"task-{index:03d}"
+    if checkpoint.latest_step(into, index) is None or not (begun / _SOURCE).is_file():
+        return
+    before = json.loads((begun / _SOURCE).read_text(encoding="utf-8"))
+    if before != source:
+        changed = next(key for key in before if before[key] != source.get(key))
+        raise ValueError(
+            f"{into} was stopped while it learnt {before['folder']}, and now the {_WORDS.get(changed, changed)} "
+            f"differ: give the same to finish that, or remove {begun} to give it up"
+        )
+
+
+def _place_source(into: Path, index: int, source: Mapping[str, Any]) -> None:
+    begun = into / f"task-{index:03d}"
+    begun.mkdir(exist_ok=True)
+    checkpoint.write_json(begun / _SOURCE, source)
