@@ -29,7 +29,7 @@ NUMBERS = (
     ("task_id_acc", "Task recognised", "How often the answer belongs to the image's own task, right class or not."),
     ("gap", "Gap", "Accuracy with task given minus final accuracy: what confusing the tasks costs."),
     ("trainable_parameters", "Trainable parameters", "Numbers that training may change, in the largest task."),
-    ("stored_bytes", "Stored", "Size on disk of everything learnt, without the pre-trained model."),
+    ("stored_bytes", "Stored", "All that was learnt, with images a memory refers to, without the pre-trained model."),
     ("seconds", "Time", "Preparing, training, finishing and evaluating all tasks."),
     ("images_per_second", "Images per second", "Speed of training."),
     ("peak_rss_bytes", "Peak memory", "Most main memory that the run used at once."),
