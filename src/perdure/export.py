@@ -19,8 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from perdure.adapters.attach import updates
-from perdure.adapters.lowrank import LowRank
+from perdure.adapters.attach import prompted, updates
 from perdure.backbones import pretrained
 from perdure.backbones.base import Backbone
 from perdure.backbones.clip import Clip
@@ -30,7 +29,7 @@ from perdure.backbones.vision import Vision
 from perdure.checkpoint import write_json, write_text
 from perdure.config import make_backbone
 from perdure.learner import Core
-from perdure.method import Method, parts_of
+from perdure.method import Method, encodes, parts_of
 from perdure.objectives import Classify, ZeroShot
 from perdure.spec import parse_one
 from perdure.version import __version__
@@ -103,8 +102,10 @@ def _check(learner: Core, to: str) -> None:
             f"{backbone.spec} is no model of another library, so none could load it: learn on pocket(), clip(...), "
             "vision(...) or timm(...), or keep it with save"
         )
-    if strange := [part.name for part in parts_of(learner.method) if type(part).encode is not Method.encode]:
-        raise ValueError(f"{strange[0]} changes features as no weights can express; keep this learner with save")
+    if encodes(learner.method):
+        raise ValueError(f"{learner.method.spec} changes features as no weights can express; keep this learner with save")
+    if prompted(backbone):
+        raise ValueError("prompt tokens pass through the encoder, which no weights can hold; keep this learner with save")
     _classifier(learner)
     linear = False
     for site, adapter, part in updates(backbone):
@@ -158,11 +159,7 @@ def _stacked(backbone: Backbone) -> dict[str, tuple[Tensor, Tensor]]:
     """Layer -> (down (r, fan_in), up (fan_out, r)) of all that stands on it, float32."""
     pieces: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for site, adapter, part in updates(backbone):
-        factors = None
-        if isinstance(adapter, LowRank):
-            factors = adapter.factors(part)
-        elif (update := adapter.delta(part, branches=True)) is not None:
-            factors = update, torch.eye(update.shape[1], device=update.device)
+        factors = adapter.factors(part)
         if factors is None:
             continue
         up, down = (factor.detach().float() for factor in factors)

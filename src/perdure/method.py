@@ -29,12 +29,17 @@ class Method(nn.Module):
     name: ClassVar[str]
     spec: str = ""
     """The text it was made from, where it was; a checkpoint of another one is refused."""
-    shares: ClassVar[bool] = False
+    adapts: ClassVar[bool] = False
+    """Whether it changes what the encoder gives."""
+    shares: bool = False
     """Whether tasks train the same encoder parameters: those that regularisers can protect."""
     guarantees: ClassVar[bool] = False
-    """Whether what it promises breaks when another part trains encoder parameters that tasks share."""
+    """Whether what it promises breaks when another part changes the encoder too."""
     protects: ClassVar[bool] = False
     """Whether the method only guards shared parameters, and so needs a part that has some."""
+
+    leaves: frozenset[str] = frozenset()
+    """Exclusive hooks that its class has, but that with these options it leaves to others."""
 
     def __init_subclass__(cls, name: str = "", **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -200,7 +205,7 @@ def compose(parts: Sequence[Method]) -> Method:
                 f"parameters that tasks share. Write 'lora + {guard.name}' or 'finetune + {guard.name}'"
             )
     for promise in (p for p in parts if p.guarantees):
-        if free := [p.name for p in parts if p.shares]:
+        if free := [p.name for p in parts if p.adapts and p is not promise]:
             raise ValueError(
                 f"{promise.name} cannot be combined with {free[0]}, which changes what old inputs give wherever it "
                 f"likes: {promise.name}'s protection would be void. Use one of the two"
@@ -209,7 +214,7 @@ def compose(parts: Sequence[Method]) -> Method:
 
 
 def _defines(part: Method, hook: str) -> bool:
-    return getattr(type(part), hook) is not getattr(Method, hook)
+    return getattr(type(part), hook) is not getattr(Method, hook) and hook not in part.leaves
 
 
 def encodes(method: Method) -> bool:

@@ -5,10 +5,10 @@ pre-trained weights back bit for bit. Linear updates that are finished are folde
 and a prediction cost the same after any number of tasks.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,10 @@ class Adapter(nn.Module):
 
     folded: bool = False
     """True while all of the update stands in the layers' weights, so that there is nothing left to add."""
+    folds: bool = True
+    """Whether weights can hold it: False when what is added depends on the image."""
+    gate: Tensor | None = None
+    """Weights (rank,) of the inner dimensions of the branch in training, while a rank is being chosen."""
 
     def forward(self, x: Tensor, y: Tensor, part: int) -> Tensor:
         """Input (..., fan_in) and output (..., fan_out) of the adapted layer number `part` to its new output."""
@@ -36,6 +40,30 @@ class Adapter(nn.Module):
         """
         raise NotImplementedError
 
+    def factors(self, part: int) -> tuple[Tensor, Tensor] | None:
+        """All of the update as (up (fan_out, k), down (k, fan_in)), exact; None when there is none."""
+        update = self.delta(part, branches=True)
+        return None if update is None else (update, torch.eye(update.shape[1], device=update.device))
+
+
+A = TypeVar("A", bound=Adapter)
+
+
+class Adapters(nn.ModuleList, Generic[A]):
+    """A method's adapters, one per layer; empty until they are placed."""
+
+    def place(self, backbone: nn.Module, sites: Iterable[Site], make: Callable[[Site], A]) -> None:
+        """Make an adapter for each site and put it there; nothing when that has been done."""
+        if len(self):
+            return
+        for site in sites:
+            adapter = make(site)
+            self.append(adapter)
+            attach(backbone, [site], adapter)
+
+    def __iter__(self) -> Iterator[A]:
+        return super().__iter__()  # type: ignore[return-value]
+
 
 @dataclass
 class _Seat:
@@ -47,6 +75,7 @@ class _Seat:
 
 
 _SEAT = "perdure_seat"
+_HOOKS = "perdure_hooks"
 
 
 def attach(model: nn.Module, sites: Sequence[Site], adapter: Adapter) -> None:
@@ -91,8 +120,18 @@ def _seats(model: nn.Module) -> Iterator[tuple[nn.Linear, _Seat]]:
 
 
 def adapted(model: nn.Module) -> bool:
-    """Whether any layer of `model` carries an adapter."""
-    return next(_seats(model), None) is not None
+    """Whether any layer of `model` carries an adapter, or any block takes other tokens."""
+    return next(_seats(model), None) is not None or prompted(model)
+
+
+def prompted(model: nn.Module) -> bool:
+    """Whether any block of `model` reads or gives more than its weights say."""
+    return any(hasattr(module, _HOOKS) for module in model.modules())
+
+
+def hold(block: nn.Module, handles: Sequence[RemovableHandle]) -> None:
+    """Remember hooks that make `block` read or give something else, for `adapted` and `detach`."""
+    setattr(block, _HOOKS, [*getattr(block, _HOOKS, ()), *handles])
 
 
 @torch.no_grad()
@@ -119,7 +158,7 @@ def fold(model: nn.Module, branches: bool) -> None:
         weight.copy_(folded)
     for _, seat in _seats(model):
         for adapter, _, _ in seat.adapters:
-            adapter.folded = branches
+            adapter.folded = branches and adapter.folds
 
 
 def detach(model: nn.Module) -> None:
@@ -129,6 +168,9 @@ def detach(model: nn.Module) -> None:
             handle.remove()
         layer.weight.data.copy_(seat.pretrained)
         delattr(layer, _SEAT)
+    for block in model.modules():
+        for handle in vars(block).pop(_HOOKS, ()):
+            handle.remove()
 
 
 def updates(model: nn.Module) -> Iterator[tuple[Site, Adapter, int]]:

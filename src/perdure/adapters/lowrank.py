@@ -42,6 +42,12 @@ class LowRank(Adapter):
         self.down = nn.Parameter(down, requires_grad=train_down)
         self.up = nn.ParameterList(torch.zeros(fan_out, self.rank) for fan_out in self.fan_outs)
 
+    def cut(self, rank: int) -> None:
+        """Keep the first `rank` inner dimensions of the open branch."""
+        if self.down is not None:
+            self.down = nn.Parameter(self.down.detach()[:rank].clone(), self.down.requires_grad)
+            self.up = nn.ParameterList(up.detach()[:, :rank].clone() for up in self.up)
+
     @torch.no_grad()
     def settle(self) -> None:
         """Close the branch: its update becomes part of the past."""
@@ -61,13 +67,18 @@ class LowRank(Adapter):
         if self.down is None:
             return y
         # the master copies are float32, the encoder may compute in bfloat16
-        update = F.linear(F.linear(x, self.down.to(x.dtype)), self.up[part].to(x.dtype))
+        inner = F.linear(x, self.down.to(x.dtype))
+        if self.gate is not None:
+            inner = inner * self.gate.to(x.dtype)
+        update = F.linear(inner, self.up[part].to(x.dtype))
         return y + (update if self.scale == 1 else self.scale * update)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         known = any(key.startswith(prefix) for key in state_dict)  # else it is missing, which must be noticed
         if known and f"{prefix}down" not in state_dict:  # saved between tasks, when no branch was open
             self.down, self.up = None, nn.ParameterList()
+        elif known:
+            self.cut(len(state_dict[f"{prefix}down"]))  # the rank may have been chosen from data
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def factors(self, part: int) -> tuple[Tensor, Tensor] | None:

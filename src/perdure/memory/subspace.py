@@ -43,6 +43,12 @@ class Subspace:
         left = moments - basis @ (basis.T @ moments)
         return left - (left @ basis) @ basis.T
 
+    def inside(self, rows: Tensor) -> Tensor:
+        """The part of each row (n, d) that lies in the taken directions, float64."""
+        rows = rows.to(self.basis)
+        part = rows @ self.basis @ self.basis.T
+        return part if self.kind == "taken" else rows - part
+
     def design(self, moments: Tensor, rank: int) -> Tensor:
         """The `rank` leading free directions of the inputs, as orthonormal rows (rank, d); eq. for B_t, section 3.2.
 

@@ -12,6 +12,7 @@ images; old branches are folded into the weights instead of being recomputed in 
 """
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from perdure.adapters.attach import attach
 from perdure.adapters.lowrank import LowRank
 from perdure.backbones.base import Tower
+from perdure.drs import DRS
 from perdure.learner import Core
 from perdure.memory.inputs import second_moments
 from perdure.memory.subspace import Subspace, keep_schedule
@@ -45,8 +47,12 @@ class InfLoRA(Method, name="inflora"):
         design: `inputs` as in the paper, `random` for its ablation.
         project: False drops the projection on the free space, for the ablation.
         moments: number of training images that second moments are taken from.
+        ranks: candidates among which each task's rank is chosen after a short warm-up, see `perdure.drs`; None takes
+            `rank`. B_t's rows come in order of the inputs' energy, so a smaller rank keeps the leading ones.
+        rank_cost: price of the largest of `ranks`.
     """
 
+    adapts = True
     guarantees = True
 
     def __init__(
@@ -61,66 +67,85 @@ class InfLoRA(Method, name="inflora"):
         design: Literal["inputs", "random"] = "inputs",
         project: bool = True,
         moments: int = 512,
+        ranks: Sequence[int] | None = None,
+        rank_cost: float = 0.5,
     ) -> None:
         super().__init__()
         if not 0 < keep <= 1:
             raise ValueError(f"keep={keep}: expected a share of energy in (0, 1], such as 0.95")
         if moments < 1:
             raise ValueError(f"moments={moments}: expected at least 1 image")
-        self.rank, self.at, self.blocks, self.tower = rank, at, blocks, tower
+        self.drs = DRS((rank,), "fixed") if ranks is None else DRS(ranks, "affine", rank_cost)
+        self.at, self.blocks, self.tower = at, blocks, tower
         self.keep, self.power, self.schedule = keep, power, schedule
         self.design, self.project, self.moments = design, project, moments
         self.adapters = nn.ModuleDict()
         self.spaces = Tensors()  # "<input>/taken" or "<input>/free" -> basis (d, k)
         self._inputs: dict[str, Site] = {}  # adapter key -> one of the sites that read this input
+        self._reach: dict[str, float] = {}  # adapter key -> `old_space_share` of the task just learnt
 
     def grow(self, learner: Core, task: Task) -> None:
         """A new branch in every chosen layer; what the last one learnt is settled."""
         if not self.adapters:
             for key, sites in learner.backbone.sites_by_input(self.at, self.blocks, self.tower).items():
-                self.adapters[_key(key)] = LowRank(sites, self.rank)
+                self.adapters[_key(key)] = LowRank(sites, self.drs.largest)
                 self._inputs[_key(key)] = sites[0]
                 attach(learner.backbone, sites, self._adapter(_key(key)))
         for key in self.adapters:
             self._adapter(key).open(train_down=False)
 
     def begin_task(self, learner: Core, task: Task) -> None:
-        """Design B_t (equations 8 and 9)."""
+        """Design B_t (equations 8 and 9), and choose its number of rows."""
         generator = learner.generator("design")
         for key, moments in self._moments(learner, task, "design").items():
             space = self._space(key) if self.project else Subspace.empty(len(moments))
             if self.design == "random":
-                noise = torch.randn(len(moments), self.rank, dtype=torch.float64, generator=generator)
+                noise = torch.randn(len(moments), self.drs.largest, dtype=torch.float64, generator=generator)
                 noise = noise.to(moments.device)
                 moments = noise @ noise.T
             down = self._adapter(key).down
             assert down is not None
             with torch.no_grad():
-                down.copy_(_ROW_NORM * space.design(moments, self.rank))
+                down.copy_(_ROW_NORM * space.design(moments, self.drs.largest))
+        self.drs.choose(learner, task, [self._adapter(key) for key in self.adapters])
 
     def end_task(self, learner: Core, task: Task) -> None:
         """Take the space of this task's inputs (equation 10 and DualGPM), and settle the branch."""
         keep = self.keep if self.schedule == "fixed" else keep_schedule(self.keep, task.index, task.total)
+        self._reach = {key: self._old_space_share(key) for key in self.adapters} if task.index else {}
         for key, moments in self._moments(learner, task, "take").items():
             space = self._space(key).take(moments, keep, self.power)
             for kind in ("taken", "free"):
                 self.spaces.pop(f"{key}/{kind}", None)
-            self.spaces[f"{key}/{space.kind}"] = space.basis.float()
+            # in the order of memory in which it would be loaded: another one rounds otherwise
+            self.spaces[f"{key}/{space.kind}"] = space.basis.float().contiguous()
             self._adapter(key).settle()
 
     def measures(self, learner: Core) -> dict[str, float]:
-        """Free directions and the share taken, per input."""
-        facts: dict[str, float] = {}
+        """Per input: free directions, the share taken, and the share of the task's update that reaches old inputs."""
+        facts = self.drs.measures()
         for key, site in self._inputs.items():
             free = self._space(key).free
             facts[f"free_dimension/{site.input}"] = free
             facts[f"occupied_share/{site.input}"] = 1 - free / site.fan_in
+            if key in self._reach:
+                facts[f"old_space_share/{site.input}"] = self._reach[key]
         return facts
 
     def _adapter(self, key: str) -> LowRank:
         adapter = self.adapters[key]
         assert isinstance(adapter, LowRank)
         return adapter
+
+    @torch.no_grad()
+    def _old_space_share(self, key: str) -> float:
+        """‖ΔW M‖ / ‖ΔW‖ (Frobenius) of the open branch, M the former tasks' space; 0 for a branch that does nothing."""
+        adapter, space = self._adapter(key), self._space(key)
+        assert adapter.down is not None
+        # up = QR: the orthonormal Q changes no norm, and R is only (rank, rank)
+        up = torch.linalg.qr(torch.cat(list(adapter.up)).to(space.basis), mode="r").R
+        whole = (up @ adapter.down.to(space.basis)).norm()
+        return float((up @ space.inside(adapter.down)).norm() / whole) if whole else 0.0
 
     def _space(self, key: str) -> Subspace:
         if f"{key}/free" in self.spaces:

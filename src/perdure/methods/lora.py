@@ -1,8 +1,6 @@
-"""LoRA in sequence (Hu et al., ICLR 2022, arXiv:2106.09685): one branch per layer, trained on every task."""
+"""LoRA in sequence (Hu et al., ICLR 2022, arXiv:2106.09685): one branch per layer, or a fresh one for each task."""
 
-from torch import nn
-
-from perdure.adapters.attach import attach
+from perdure.adapters.attach import Adapters
 from perdure.adapters.lowrank import LowRank
 from perdure.backbones.base import Tower
 from perdure.learner import Core
@@ -11,7 +9,7 @@ from perdure.types import Task
 
 
 class LoRA(Method, name="lora"):
-    """W + (alpha / rank) · B A in each chosen layer, shared by all tasks.
+    """W + (alpha / rank) · B A in each chosen layer.
 
     Args:
         rank: inner dimension of the update.
@@ -19,9 +17,12 @@ class LoRA(Method, name="lora"):
         blocks: which blocks, all by default.
         tower: which encoder.
         alpha: scale times rank; None means a scale of 1, as in the published continual-learning codes.
+        per_task: False goes on training one branch; True adds each task's branch to the weights and opens a new one.
+        tasks: how many tasks adapt the encoder; later ones leave it as it is (RanPAC and others adapt in the first
+            only). None means all.
     """
 
-    shares = True
+    adapts = True
 
     def __init__(
         self,
@@ -30,18 +31,31 @@ class LoRA(Method, name="lora"):
         blocks: str | None = None,
         tower: Tower = "vision",
         alpha: float | None = None,
+        per_task: bool = False,
+        tasks: int | None = None,
     ) -> None:
         super().__init__()
+        if tasks is not None and tasks < 1:
+            raise ValueError(f"tasks={tasks}: expected at least 1 task that adapts the encoder, or None for all")
         self.rank, self.at, self.blocks, self.tower, self.alpha = rank, at, blocks, tower, alpha
-        self.adapters = nn.ModuleList()
+        self.per_task, self.tasks = per_task, tasks
+        self.shares = not per_task and tasks != 1
+        self.adapters: Adapters[LowRank] = Adapters()
 
     def grow(self, learner: Core, task: Task) -> None:
-        """Open the branches at the first task; later tasks go on with them."""
-        if self.adapters:
-            return
+        """Open the branches at the first task; later tasks go on with them, or with new ones."""
         scale = 1.0 if self.alpha is None else self.alpha / self.rank
-        for site in learner.backbone.sites(self.at, self.blocks, self.tower):
-            adapter = LowRank([site], self.rank, scale)
-            adapter.open()
-            self.adapters.append(adapter)
-            attach(learner.backbone, [site], adapter)
+        sites = learner.backbone.sites(self.at, self.blocks, self.tower)
+        self.adapters.place(learner.backbone, sites, lambda site: LowRank([site], self.rank, scale))
+        if task.index == 0 or (self.per_task and not self._over(task.index)):
+            for adapter in self.adapters:
+                adapter.open()
+
+    def end_task(self, learner: Core, task: Task) -> None:
+        """Close the branches when no later task trains them."""
+        if self.per_task or self._over(task.index + 1):
+            for adapter in self.adapters:
+                adapter.settle()
+
+    def _over(self, tasks: int) -> bool:
+        return self.tasks is not None and tasks >= self.tasks

@@ -1,0 +1,139 @@
+"""Updates through one pair of bases: W + up · core · down, where tasks change the small core (FM-LoRA, C-LoRA)."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from perdure.adapters.attach import Adapter
+from perdure.memory.tensors import Tensors
+from perdure.types import Site
+
+
+class Bases(Adapter):
+    """y + up · (core + branch) · down x, with `core` (rank, rank) settled and `branch` in training.
+
+    A branch is the product of the matrices of `open`: one (rank, rank), or two, M (rank, k) and Nᵀ
+    (k, rank). While the bases are trained, gradients reach them through the branch only (Zhang et al., section 3.2);
+    once they are `fixed`, what is settled stands in the layer's weight.
+
+    Args:
+        site: the layer.
+        rank: dimension of the shared space.
+    """
+
+    def __init__(self, site: Site, rank: int) -> None:
+        super().__init__()
+        if rank < 1 or rank > min(site.fan_in, site.fan_out):
+            raise ValueError(
+                f"rank={rank}: expected 1 to {min(site.fan_in, site.fan_out)}, the smaller side of {site.layer}"
+            )
+        self.rank = rank
+        down = torch.empty(rank, site.fan_in)
+        nn.init.kaiming_uniform_(down, a=math.sqrt(5))
+        self.down, self.up = nn.Parameter(down), nn.Parameter(torch.zeros(site.fan_out, rank))
+        self.branch = nn.ParameterList()
+        self.settled = Tensors()  # "core"; or, where each task keeps its own, "core/<task>"
+        self.route: Tensor | None = None  # (B,) number of the task whose core each image takes
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the bases are frozen."""
+        return not self.down.requires_grad
+
+    def open(self, *factors: Tensor, train: bool = True) -> None:
+        """A new branch, the product of `factors`."""
+        self.branch = nn.ParameterList(nn.Parameter(factor.to(self.down.device), train) for factor in factors)
+
+    @property
+    def core(self) -> Tensor:
+        """What is settled (rank, rank)."""
+        return self.settled["core"] if "core" in self.settled else self.down.new_zeros(self.rank, self.rank)
+
+    def step(self) -> Tensor | None:
+        """The branch as a matrix (rank, rank); None when none is open."""
+        factors: list[Tensor] = list(self.branch)
+        if len(factors) == 2:
+            left, right = factors
+            return (left if self.gate is None else left * self.gate) @ right
+        return factors[0] if factors else None
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Add the branch to the core."""
+        step = self.step()
+        if step is not None:
+            self.settled["core"] = self.core + step
+            self.branch = nn.ParameterList()
+
+    @torch.no_grad()
+    def keep(self, task: int) -> None:
+        """Close the branch as the core of `task` alone; weights can no longer hold the update."""
+        step = self.step()
+        self.settled[f"core/{task}"] = self.core if step is None else step
+        self.settled.pop("core", None)
+        self.branch = nn.ParameterList()
+
+    @torch.no_grad()
+    def fix(self) -> None:
+        """Freeze the bases, made orthonormal; the core takes over what they lose, so the update stays as it is."""
+        left, right = torch.linalg.qr(self.up), torch.linalg.qr(self.down.T)
+        self.settled["core"] = left.R @ self.core @ right.R.T
+        self.up.copy_(left.Q)
+        self.down.copy_(right.Q.T)
+        self.freeze()
+
+    def freeze(self) -> None:
+        """Train the bases no more."""
+        self.up.requires_grad_(False)
+        self.down.requires_grad_(False)
+
+    def cut(self, rank: int) -> None:
+        """Keep the first `rank` inner dimensions of a branch of two factors."""
+        if len(self.branch) == 2:
+            left, right = (factor.detach() for factor in self.branch)
+            self.open(left[:, :rank].clone(), right[:rank].clone())
+
+    def forward(self, x: Tensor, y: Tensor, part: int) -> Tensor:
+        """The layer's output with the branch, and with the settled core while it cannot be folded."""
+        step = self.step()
+        if self.route is not None:
+            cores = torch.stack([self.settled[f"core/{t}"] for t in range(int(self.route.max()) + 1)])[self.route]
+            inner = F.linear(x, self.down.to(x.dtype)) @ cores.mT.to(x.dtype)
+            return y + F.linear(inner, self.up.to(x.dtype))
+        if self.fixed:
+            return y if step is None else y + self._through(x, step, self.down, self.up)
+        if "core" in self.settled:
+            y = y + self._through(x, self.core, self.down.detach(), self.up.detach())
+        return y if step is None else y + self._through(x, step, self.down, self.up)
+
+    def delta(self, part: int, branches: bool) -> Tensor | None:
+        """See `Adapter.delta`; while the bases are trained, nothing is settled for good."""
+        if not self.folds:
+            return None
+        if not branches:
+            return self.up @ self.core @ self.down if self.fixed and "core" in self.settled else None
+        step = self.step()
+        return self.up @ (self.core if step is None else self.core + step) @ self.down
+
+    def factors(self, part: int) -> tuple[Tensor, Tensor] | None:
+        """All of the update as (up (fan_out, rank), down (rank, fan_in))."""
+        if not self.folds:
+            return None
+        step = self.step()
+        return self.up @ (self.core if step is None else self.core + step), self.down
+
+    @staticmethod
+    def _through(x: Tensor, core: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        inner = F.linear(F.linear(x, down.to(x.dtype)), core.to(x.dtype))
+        return F.linear(inner, up.to(x.dtype))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        names = [key for key in state_dict if key.startswith(f"{prefix}branch.")]
+        if any(key.startswith(prefix) for key in state_dict):  # else it is missing, which must be noticed
+            # between tasks no branch is open, and the size of one may have been chosen from data
+            train = all(factor.requires_grad for factor in self.branch)
+            self.open(*(torch.empty_like(state_dict[name]) for name in sorted(names)), train=train)
+        super()._load_from_state_dict(state_dict, prefix, *args)

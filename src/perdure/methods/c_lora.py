@@ -1,0 +1,75 @@
+"""C-LoRA: self-regularised low-rank adaptation (Smith et al., TMLR 2024, arXiv:2304.06027, "Continual Diffusion").
+
+Every task gets a fresh branch; where former tasks changed a weight much, the new one may change it little:
+loss + strength · ‖ |Σ_{t'<t} A_t' B_t'| ⊙ A_t B_t ‖²_F (equation 5), summed over layers, never averaged.
+
+Differs: made for cross-attention in diffusion models; here for any layers of an encoder, with local cross-entropy, as
+the InfLoRA paper uses it (rank 64, strength 0.5).
+"""
+
+import torch
+from torch import Tensor
+
+from perdure.adapters.attach import Adapters
+from perdure.adapters.lowrank import LowRank
+from perdure.backbones.base import Tower
+from perdure.learner import Core
+from perdure.method import Method
+from perdure.types import Batch, Task
+
+
+class CLoRA(Method, name="c_lora"):
+    """A branch per task, held back where former branches changed the weights.
+
+    Args:
+        rank: inner dimension of each branch.
+        at: which layers, see `Backbone.sites`.
+        blocks: which blocks, all by default.
+        tower: which encoder.
+        strength: weight of the penalty (the paper's λ); 0 is `lora(per_task=True)`. The penalty is of fourth order in
+            the updates, so small updates need a large one.
+    """
+
+    adapts = True
+
+    def __init__(
+        self,
+        rank: int = 10,
+        at: str = "kv",
+        blocks: str | None = None,
+        tower: Tower = "vision",
+        strength: float = 0.5,
+    ) -> None:
+        super().__init__()
+        if strength < 0:
+            raise ValueError(f"strength={strength}: expected 0 or more")
+        self.rank, self.at, self.blocks, self.tower, self.strength = rank, at, blocks, tower, strength
+        self.adapters: Adapters[LowRank] = Adapters()
+        self._past: list[Tensor] = []  # |sum of former updates| per layer, made anew from the adapters for each task
+
+    def grow(self, learner: Core, task: Task) -> None:
+        """A new branch in every chosen layer."""
+        sites = learner.backbone.sites(self.at, self.blocks, self.tower)
+        self.adapters.place(learner.backbone, sites, lambda site: LowRank([site], self.rank))
+        for adapter in self.adapters:
+            adapter.open()
+        self._past = []
+
+    def penalty(self, learner: Core, batch: Batch, features: Tensor) -> Tensor | float:
+        """strength · Σ (|past| ⊙ A B)² over all layers; 0 in the first task."""
+        if not learner.learnt or not self.strength:
+            return 0.0
+        if not self._past:
+            settled = [adapter.delta(0, branches=False) for adapter in self.adapters]
+            self._past = [past.abs() for past in settled if past is not None]
+        terms = [
+            (past * (adapter.up[0] @ adapter.down)).square().sum()
+            for past, adapter in zip(self._past, self.adapters, strict=True)
+            if adapter.down is not None
+        ]
+        return self.strength * torch.stack(terms).sum()
+
+    def end_task(self, learner: Core, task: Task) -> None:
+        """The new branch becomes part of the past."""
+        for adapter in self.adapters:
+            adapter.settle()

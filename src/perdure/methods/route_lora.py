@@ -1,0 +1,86 @@
+"""C-LoRA with a routing matrix (Zhang et al., 2025, arXiv:2502.17920): ΔW = A R B, one pair A, B for all tasks.
+
+R = R_old + R_δ: the former tasks' part is frozen and stops gradients, y = W x + sg[A R_old B] x + A R_δ B x, so that A
+and B learn through R_δ only; loss + strength · ‖U(R_old)ᵀ R_δ‖² keeps R_δ off the leading directions U of R_old.
+
+Differs: the paper gives neither R's start nor what U(R_old) is. Here R_δ starts from the identity in the first task
+(which is LoRA with a trainable R) and from 0 afterwards; U are the left singular vectors that hold `energy` of R_old's
+squared singular values. Since A and B go on learning, A R_old B drifts all the same: the contract is weaker than its
+name, see `feature_drift` in the results. Named `route_lora` because another method is called C-LoRA too.
+"""
+
+import torch
+from torch import Tensor
+
+from perdure.adapters.attach import Adapters
+from perdure.adapters.bases import Bases
+from perdure.backbones.base import Tower
+from perdure.learner import Core
+from perdure.method import Method
+from perdure.types import Batch, Task
+
+
+class RouteLoRA(Method, name="route_lora"):
+    """One low-rank pair for all tasks, joined by a routing matrix that grows by an increment a task.
+
+    Args:
+        rank: inner dimension.
+        at: which layers, see `Backbone.sites`.
+        blocks: which blocks, all by default.
+        tower: which encoder.
+        strength: weight of the orthogonality penalty (λ); 0 leaves the stop-gradient only.
+        energy: share of R_old's energy that the increment is kept off, in (0, 1].
+    """
+
+    adapts = True
+    shares = True
+
+    def __init__(
+        self,
+        rank: int = 10,
+        at: str = "qv",
+        blocks: str | None = None,
+        tower: Tower = "vision",
+        strength: float = 1.0,
+        energy: float = 0.95,
+    ) -> None:
+        super().__init__()
+        if strength < 0:
+            raise ValueError(f"strength={strength}: expected 0 or more")
+        if not 0 < energy <= 1:
+            raise ValueError(f"energy={energy}: expected a share in (0, 1], such as 0.95")
+        self.rank, self.at, self.blocks, self.tower = rank, at, blocks, tower
+        self.strength, self.energy = strength, energy
+        self.adapters: Adapters[Bases] = Adapters()
+        self._leading: list[Tensor] = []  # U(R_old) per layer, made anew from the cores for each task
+
+    def grow(self, learner: Core, task: Task) -> None:
+        """A new increment in every chosen layer."""
+        sites = learner.backbone.sites(self.at, self.blocks, self.tower)
+        self.adapters.place(learner.backbone, sites, lambda site: Bases(site, self.rank))
+        for adapter in self.adapters:
+            adapter.open(torch.zeros(self.rank, self.rank) if task.index else torch.eye(self.rank))
+        self._leading = []
+
+    def penalty(self, learner: Core, batch: Batch, features: Tensor) -> Tensor | float:
+        """strength · Σ ‖U(R_old)ᵀ R_δ‖² over all layers; 0 in the first task."""
+        if not learner.learnt or not self.strength:
+            return 0.0
+        if not self._leading:
+            self._leading = [_leading(adapter.core, self.energy) for adapter in self.adapters]
+        pairs = zip(self._leading, self.adapters, strict=True)
+        return self.strength * torch.stack([(u.T @ a.branch[0]).square().sum() for u, a in pairs]).sum()
+
+    def end_task(self, learner: Core, task: Task) -> None:
+        """R_old takes the increment."""
+        for adapter in self.adapters:
+            adapter.settle()
+
+
+def _leading(core: Tensor, energy: float) -> Tensor:
+    """The fewest left singular vectors (rank, k) that hold `energy` of the squared singular values."""
+    left: Tensor
+    left, values, _ = torch.linalg.svd(core)
+    share = values.square().cumsum(0) / values.square().sum()
+    count = int((share < energy).sum()) + 1
+    return left[:, :count]

@@ -1,0 +1,134 @@
+"""SD-LoRA: decoupled directions and magnitudes (Wu et al., ICLR 2025, arXiv:2501.13198).
+
+h = (W + Σ_{k<t} α_k D_k + α_t A_t B_t) x: directions D_k of former tasks are frozen, all magnitudes α go on being
+trained, one scalar per task for all layers (equation 3). Afterwards everything is one weight.
+
+Differs: a direction is A_k B_k over its norm in all layers together, and α_k takes that norm over, so that a new task
+starts exactly from the function of the last (`normalise="jointly"`). In the paper each layer is normalised by itself
+and all α start at 1 again, in the official code by ‖A‖·‖B‖ and 0.8: both make the function jump at a task's start.
+The residual of knowledge distillation is taken relative to the new update, in all layers together.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from perdure.adapters.attach import Adapters
+from perdure.adapters.directions import Directions
+from perdure.backbones.base import Tower
+from perdure.learner import Core
+from perdure.method import Method
+from perdure.types import Task
+
+Factors = Sequence[tuple[Tensor, Tensor]]  # (up, down) of each layer
+
+
+class SDLoRA(Method, name="sd_lora"):
+    """A direction per task and layer; magnitudes of all directions are trained in every task.
+
+    What is kept, and the cost of a step, grow with the number of tasks.
+
+    Args:
+        rank: inner dimension of each direction; several for rank reduction (SD-LoRA-RR), as `(10, 8, 6)`.
+        drops: numbers of tasks after which the next of several ranks is taken, as `(4, 8)`.
+        at: which layers, see `Backbone.sites`.
+        blocks: which blocks, all by default.
+        tower: which encoder.
+        normalise: `jointly`, without a jump between tasks; `paper` and `code`, see the module.
+        magnitude: what the α of a new task starts from (with `paper` and `code`, every α at every task).
+        distil: a new direction that former ones explain up to this share of its squared norm is given up, and its part
+            goes into their magnitudes (SD-LoRA-KD; 9e-4 in the paper). None keeps all.
+    """
+
+    adapts = True
+
+    def __init__(
+        self,
+        rank: int | Sequence[int] = 10,
+        drops: Sequence[int] = (),
+        at: str = "qv",
+        blocks: str | None = None,
+        tower: Tower = "vision",
+        normalise: Literal["jointly", "paper", "code"] = "jointly",
+        magnitude: float = 1.0,
+        distil: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.ranks = (rank,) if isinstance(rank, int) else tuple(rank)
+        if len(drops) != len(self.ranks) - 1 or sorted(drops) != list(drops):
+            raise ValueError(
+                f"rank={rank}, drops={drops}: expected one number of tasks between any two ranks, rising, as in "
+                "rank=(10, 8, 6), drops=(4, 8)"
+            )
+        if distil is not None and not 0 < distil < 1:
+            raise ValueError(f"distil={distil}: expected a share in (0, 1), such as 9e-4, or None")
+        self.drops, self.at, self.blocks, self.tower = tuple(drops), at, blocks, tower
+        self.normalise, self.magnitude, self.distil = normalise, magnitude, distil
+        self.adapters: Adapters[Directions] = Adapters()
+        self.magnitudes = nn.Parameter(torch.empty(0))
+
+    def grow(self, learner: Core, task: Task) -> None:
+        """One more direction and magnitude."""
+        self.adapters.place(learner.backbone, learner.backbone.sites(self.at, self.blocks, self.tower), Directions)
+        old = self.magnitudes.detach()
+        if self.normalise != "jointly":
+            old = torch.full_like(old, self.magnitude)
+        self.magnitudes = nn.Parameter(torch.cat([old, old.new_full((1,), self.magnitude)]))
+        for adapter in self.adapters:
+            adapter.open(self.ranks[sum(task.index >= drop for drop in self.drops)], self.magnitudes)
+
+    @torch.no_grad()
+    def end_task(self, learner: Core, task: Task) -> None:
+        """The new branch becomes a direction, or is expressed by former ones."""
+        new = [(a.up, a.down) for a in self.adapters if a.up is not None and a.down is not None]
+        squares = torch.stack([_dot(pair, pair) for pair in new])
+        shares = self._explained(new, squares.sum()) if self.distil is not None and task.index else None
+        if shares is not None:
+            self.magnitudes[:-1] += self.magnitudes[-1] * shares
+            self.magnitudes[-1] = 0
+        joint = float(squares.sum().sqrt().clamp_min(torch.finfo(torch.float32).tiny))
+        for adapter, (up, down), square in zip(self.adapters, new, squares, strict=True):
+            length = joint
+            if self.normalise == "paper":
+                length = float(square.sqrt())
+            elif self.normalise == "code":
+                length = float(up.norm() * down.norm())
+            adapter.close(shares is None, max(length, torch.finfo(torch.float32).tiny))
+        if shares is None and self.normalise == "jointly":
+            self.magnitudes[-1] *= joint
+
+    def measures(self, learner: Core) -> dict[str, float]:
+        """Magnitude of each task's direction, and the number of directions kept."""
+        kept = next(iter(self.adapters)).owners()
+        return {"directions": len(kept)} | {f"magnitude/{k}": self.magnitudes[k].item() for k in kept}
+
+    def _explained(self, new: Factors, square: Tensor) -> Tensor | None:
+        """Coefficients (t - 1,) of the former directions that give the new update, or None when they do not."""
+        former = {}
+        for index in range(len(self.magnitudes) - 1):
+            found = [adapter.direction(index) for adapter in self.adapters]
+            if all(found):
+                former[index] = [pair for pair in found if pair is not None]
+        if not former:
+            return None
+        gram = torch.stack([torch.stack([_inner(a, b) for b in former.values()]) for a in former.values()])
+        target = torch.stack([_inner(a, new) for a in former.values()])
+        solution = torch.linalg.lstsq(gram.double(), target.double()[:, None]).solution[:, 0]
+        residual = square.double() - solution @ target.double()
+        if self.distil is None or residual > self.distil * square:
+            return None
+        coefficients = torch.zeros_like(self.magnitudes[:-1])
+        coefficients[list(former)] = solution.to(coefficients.dtype)
+        return coefficients
+
+
+def _dot(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> Tensor:
+    """Inner product of two updates given by their factors."""
+    return ((a[0].T @ b[0]) * (a[1] @ b[1].T)).sum()
+
+
+def _inner(a: Factors, b: Factors) -> Tensor:
+    """The same over all layers."""
+    return torch.stack([_dot(x, y) for x, y in zip(a, b, strict=True)]).sum()
