@@ -1,13 +1,16 @@
-"""Markdown tables of grids that `perdure compare` wrote.
+"""A Markdown table of runs, from any number of folders with runs of one experiment in them; one row per method.
 
 python benchmarks/tables.py runs/cifar
 """
 
-import json
+import statistics
 import sys
 from pathlib import Path
+from typing import Any
 
-COLUMNS = {
+from perdure.records import Run
+
+SHARES = {
     "acc": "acc",
     "aaa": "aaa",
     "forgetting": "forgetting",
@@ -17,21 +20,27 @@ COLUMNS = {
 }
 
 
-def share(value: list[float | None] | None) -> str:
-    if value is None or value[0] is None:
+def share(values: list[float | None]) -> str:
+    known = [100 * v for v in values if v is not None]
+    if not known:
         return "–"
-    return f"{100 * value[0]:.1f}" + (f" ± {100 * value[1]:.1f}" if value[1] is not None else "")
+    spread = f" ± {statistics.stdev(known):.1f}" if len(known) > 1 else ""
+    return f"{statistics.fmean(known):.1f}{spread}"
 
 
 def main() -> None:
-    print("| method | " + " | ".join(COLUMNS.values()) + " | trained / task | stored | seconds |")
-    print("|---" * (len(COLUMNS) + 4) + "|")
-    for folder in sys.argv[1:]:
-        for row in json.loads((Path(folder) / "compare.json").read_text()):
-            shares = " | ".join(share(row[key]) for key in COLUMNS)
-            stored = f"{row['stored_bytes'][0] / 1e6:.2f} MB"
-            seconds = f"{row['seconds'][0]:,.0f}"
-            print(f"| {row['method']} | {shares} | {row['trainable_parameters']:,} | {stored} | {seconds} |")
+    folders = sorted({file.parent for each in sys.argv[1:] for file in Path(each).rglob("summary.json")})
+    print("| method | orders | " + " | ".join(SHARES.values()) + " | trained / task | stored | seconds |")
+    print("|---" * (len(SHARES) + 5) + "|")
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for run in map(Run.read, folders):
+        runs.setdefault(run.method, []).append(run.summary)
+    for method, found in runs.items():
+        shares = " | ".join(share([each.get(key) for each in found]) for key in SHARES)
+        seconds = sum(sum(sum(task.values()) for task in each["seconds_per_task"]) for each in found) / len(found)
+        stored = sum(each["stored_bytes"] for each in found) / len(found) / 1e6
+        trained = max(each["trainable_parameters"] for each in found)
+        print(f"| `{method}` | {len(found)} | {shares} | {trained:,} | {stored:.2f} MB | {seconds:,.0f} |")
 
 
 if __name__ == "__main__":

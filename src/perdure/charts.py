@@ -33,6 +33,8 @@ class Series:
     name: str
     values: Sequence[float | None]
     spread: Sequence[float | None] = ()
+    colour: int | None = None
+    """Number of its colour; its place among the series when None."""
 
 
 @dataclass(frozen=True)
@@ -75,18 +77,19 @@ def contrast(a: Colour, b: Colour) -> float:
 
 
 def lines(
-    title: str, series: Sequence[Series], labels: Sequence[str], *, zero: bool = False, ordered: bool = False
+    title: str, series: Sequence[Series], labels: Sequence[str], *, zero: bool = False, share: bool = True
 ) -> Markup:
-    """Lines of shares over tasks with axes, bands and a legend.
+    """Lines over tasks with axes in per cent, bands and a legend.
 
     Args:
         title: what the figure shows; read out by screen readers.
         series: at least one, each with as many values as `labels`.
         labels: one a task.
         zero: the axis starts at zero, even where all values lie far above it.
-        ordered: the series have an order, such as layers by depth: colour them along a ramp.
+        share: no value can exceed 1, so the axis ends there even where a band does not.
     """
-    low, high, step = _axis([*([0.0] if zero else []), *(v for s in series for v in _extent(s))])
+    low, high, step = _axis([*([0.0] if zero else []), *(v for s in series for v in _extent(s))], share)
+    inks = [_ink(i if s.colour is None else s.colour) for i, s in enumerate(series)]
     ticks = [low + i * step for i in range(round((high - low) / step) + 1)]
 
     def y(value: float) -> float:
@@ -97,8 +100,8 @@ def lines(
 
     body = [Markup('<line x1="0" x2="1000" y1="{0}" y2="{0}"/>').format(y(t)) for t in ticks]
     body = [Markup('<g class="grid">{}</g>').format(Markup("").join(body))]
-    body += [_band(s, x, y, _ink(i, len(series), ordered)) for i, s in enumerate(series) if s.spread]
-    body += [_line(s, labels, x, y, _ink(i, len(series), ordered)) for i, s in enumerate(series)]
+    body += [_band(s, x, y, ink) for s, ink in zip(series, inks, strict=True) if s.spread]
+    body += [_line(s, labels, x, y, ink) for s, ink in zip(series, inks, strict=True)]
     every = math.ceil(len(labels) / 10)
     return Markup(
         '<div class="plot"><div class="ticks" aria-hidden="true">{}</div>'
@@ -110,23 +113,22 @@ def lines(
         title,
         Markup("").join(body),
         _join('<span style="left:{}%">{}</span>', [(x(i) / 10, i + 1) for i in range(0, len(labels), every)]),
-        legend([(s.name, f"{percent(_last(s.values))} %") for s in series], ordered=ordered),
+        _legend(
+            (Markup('<path class="line" d="M1 6H21" {}/>').format(ink), s.name, f"{percent(_last(s.values))} %")
+            for s, ink in zip(series, inks, strict=True)
+        ),
     )
 
 
-def legend(entries: Sequence[tuple[str, str]], *, ordered: bool = False, blocks: bool = False) -> Markup:
-    """Names with their line or colour block, and a value each."""
-    items = []
-    for i, (name, value) in enumerate(entries):
-        mark = Markup('<rect width="22" height="10" y="1" rx="2" fill="var(--c{})"/>').format(i % COLOURS)
-        if not blocks:
-            mark = Markup('<path class="line" d="M1 6H21" {}/>').format(_ink(i, len(entries), ordered))
-        items.append(
-            Markup('<li><svg width="22" height="12" aria-hidden="true">{}</svg>{} <b>{}</b></li>').format(
-                mark, name, value
-            )
-        )
-    return Markup('<ul class="legend">{}</ul>').format(Markup("").join(items))
+def legend(entries: Sequence[tuple[str, str]]) -> Markup:
+    """Names with a block of their colour, and a value each."""
+    block = Markup('<rect width="22" height="10" y="1" rx="2" fill="var(--c{})"/>')
+    return _legend((block.format(i % COLOURS), name, value) for i, (name, value) in enumerate(entries))
+
+
+def _legend(entries: Iterable[tuple[Markup, str, str]]) -> Markup:
+    item = '<li><svg width="22" height="12" aria-hidden="true">{}</svg>{} <b>{}</b></li>'
+    return Markup('<ul class="legend">{}</ul>').format(_join(item, entries))
 
 
 def bar(value: float | None, low: float, high: float, label: str) -> Markup:
@@ -177,13 +179,9 @@ def _line(series: Series, labels: Sequence[str], x: _Place, y: _Scale, ink: Mark
     return Markup('<polyline class="line" points="{}" {}/>{}').format(path, ink, Markup("").join(dots))
 
 
-def _ink(index: int, count: int, ordered: bool) -> Markup:
-    if not ordered or count == 1:
-        dash = _DASHES[index // COLOURS % len(_DASHES)]
-        return Markup('style="--hue:var(--c{}){}"').format(index % COLOURS, f";--dash:{dash}" if dash else "")
-    return Markup('style="--hue:color-mix(in oklab,var(--ramp-b) {}%,var(--ramp-a))"').format(
-        round(100 * index / (count - 1))
-    )
+def _ink(colour: int) -> Markup:
+    dash = _DASHES[colour // COLOURS % len(_DASHES)]
+    return Markup('style="--hue:var(--c{}){}"').format(colour % COLOURS, f";--dash:{dash}" if dash else "")
 
 
 def _join(pattern: str, values: Iterable[tuple[object, ...]]) -> Markup:
@@ -200,15 +198,16 @@ def _extent(series: Series) -> list[float]:
     return [v - s for v, s in known] + [v + s for v, s in known]
 
 
-def _axis(values: Iterable[float]) -> tuple[float, float, float]:
-    """Round ends within [0, 1] that hold the shares, and the distance of ticks: a tenth, or a fifth of a wide range."""
+def _axis(values: Iterable[float], share: bool) -> tuple[float, float, float]:
+    """Round ends, not below 0 and of shares not above 1, that hold the values, and the distance of at most 7 ticks."""
     found = list(values) or [0.0, 1.0]
-    low, high = math.floor(max(min(found), 0.0) * 10), math.ceil(min(max(found), 1.0) * 10)
+    top = min(max(found), 1.0) if share else max(found)
+    low, high = math.floor(max(min(found), 0.0) * 10), math.ceil(top * 10)
     low = max(min(low, high - 2), 0)
     high = max(high, low + 2)
-    step = 1 if high - low <= 6 else 2
+    step = next(s for k in itertools.count() for s in (10**k, 2 * 10**k, 5 * 10**k) if high - low <= 6 * s)
     low -= low % step
-    high += (high - low) % step
+    high += -(high - low) % step
     return low / 10, high / 10, step / 10
 
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -60,7 +60,13 @@ class Checkpoint:
         return [Task.described(facts) for facts in self.manifest["tasks"]]
 
 
-def save_task(folder: Path, learner: Core, rows: list[Row], facts: dict[str, Any]) -> Path:
+def save_task(
+    folder: Path,
+    learner: Core,
+    rows: list[Row],
+    facts: dict[str, Any],
+    beside: Mapping[str, dict[str, Tensor]] | None = None,
+) -> Path:
     """Write the state after a task to `folder`/task-NNN; returns that folder.
 
     Args:
@@ -69,10 +75,11 @@ def save_task(folder: Path, learner: Core, rows: list[Row], facts: dict[str, Any
         rows: measurements made after it.
         facts: anything else worth keeping (seconds, sources), as JSON; with `alone` set, the tasks before this one were
             never saved to `folder`.
+        beside: name of a file -> tensors that belong to the task and are no part of the learner.
     """
     target = folder / f"task-{learner.learnt - 1:03d}"
     manifest = _describe(learner) | {"rows": [asdict(row) for row in rows]} | facts
-    _write(target, manifest, {_LEARNER: learner.memory()})
+    _write(target, manifest, {_LEARNER: learner.memory()} | dict(beside or {}))
     drop_steps(target)
     return target
 
@@ -115,6 +122,15 @@ def restore_optimizer(checkpoint: Checkpoint, learner: Core, optimizer: torch.op
         name, _, entry = key.rpartition("/")
         # the count of fused Adam stays where its parameter is
         optimizer.state[params[name]][entry] = value.to(params[name].device)
+
+
+def beside(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
+    """Tensors that `save_task` put beside the learner; none when there is no such file.
+
+    Raises:
+        DamagedCheckpoint: when the file is cut, changed or missing.
+    """
+    return _read(checkpoint, name) if name in checkpoint.manifest["sha256"] else {}
 
 
 def whole(folder: Path) -> list[Checkpoint]:

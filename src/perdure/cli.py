@@ -12,6 +12,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from perdure.commands import COMMANDS, Command
 from perdure.console import Screen
 from perdure.mistakes import mistake
+from perdure.recipes import expand
 from perdure.run import Interrupted
 from perdure.version import __version__
 
@@ -25,7 +26,12 @@ def main(args: Sequence[str] | None = None) -> None:
         print(f"perdure {__version__}")
         return
     screen = Screen("--json" in arguments)
-    if wrong := mistake(arguments, COMMANDS):
+    try:
+        arguments = expand(arguments)
+        wrong = mistake(arguments, COMMANDS)
+    except ValueError as error:
+        wrong = str(error)
+    if wrong:
         screen.error(wrong)
         sys.exit(2)
     command: Command = tyro.extras.subcommand_cli_from_dict(

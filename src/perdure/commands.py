@@ -20,7 +20,7 @@ from perdure.console import Screen
 from perdure.export import export
 from perdure.lessons import teach_folder
 from perdure.method import METHODS
-from perdure.recipes import DEMO_METHODS, RECIPES, demo
+from perdure.recipes import DEMO_METHODS, RECIPES, demo, flags
 from perdure.report import write_report
 from perdure.run import read_record, read_summary, resume, run
 from perdure.streams import STREAMS, build_stream
@@ -59,6 +59,8 @@ class Demo(Command):
 class Run(RunConfig, Command):
     """Learn a stream with one method."""
 
+    recipe: str | None = None
+    """Name from `perdure list recipes`: its options, unless they are given here too."""
     out: Path
     """Folder of the run; it must not hold one yet."""
 
@@ -67,8 +69,10 @@ class Run(RunConfig, Command):
 
     def __call__(self, screen: Screen) -> None:
         """Run, report."""
-        screen.wait("reading the data and the model")
         config = RunConfig(**{f.name: getattr(self, f.name) for f in fields(RunConfig)})
+        if self.recipe:
+            screen.note(f"recipe {self.recipe}: {shlex.join(flags(config))}")
+        screen.wait("reading the data and the model")
         _finished(self.out, run(config, self.out, screen), screen)
 
 
@@ -234,6 +238,8 @@ class List(Command):
 
     what: tyro.conf.Positional[Literal["methods", "streams", "backbones", "recipes"]]
     """Which."""
+    name: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")] = None
+    """One of them, with all that is written about it."""
 
     def __call__(self, screen: Screen) -> None:
         """Print names, options and what they are."""
@@ -244,8 +250,20 @@ class List(Command):
             "backbones": BACKBONES,
             "recipes": RECIPES,
         }
-        found = sorted(tables[self.what].items())
-        screen.listing([(name, _options(made), _sentence(made)) for name, made in found])
+        found = tables[self.what]
+        if self.name is None:
+            screen.listing([(name, _options(made), _sentence(made)) for name, made in sorted(found.items())])
+            return
+        if self.name not in found:
+            near = difflib.get_close_matches(self.name, found, n=1)
+            meant = f"did you mean {near[0]!r}?" if near else f"'perdure list {self.what}' names them"
+            raise ValueError(f"{self.name!r} is not among the {self.what}; {meant}")
+        made = found[self.name]
+        about = inspect.cleandoc(made.__doc__ or "")
+        if inspect.isclass(made):
+            about = f"{inspect.cleandoc(sys.modules[made.__module__].__doc__ or '')}\n\n{about}"
+        text = f"{self.name}({_options(made)})\n\n{about}" if _options(made) else f"{self.name}\n\n{about}"
+        screen.result({"name": self.name, "options": _options(made), "about": about}, text)
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {

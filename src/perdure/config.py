@@ -27,7 +27,7 @@ class RunConfig(TrainConfig):
     """How, such as 'inflora(rank=10) + replay(size=2000)'; see `perdure list methods`."""
     objective: str = "classify()"
     """What is asked of the features: classify() learns heads, zeroshot() compares with class names' text embeddings."""
-    augment: Literal["none", "flip", "crop"] = "none"
+    augment: Literal["none", "flip", "crop", "zoom"] = "none"
     """Random views of training images."""
     seed: int = 0
     """All randomness, and the order of classes unless the stream fixes it."""

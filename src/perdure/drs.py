@@ -56,7 +56,9 @@ class DRS(nn.Module):
         if not self.ranks or self.ranks[0] < 1:
             raise ValueError(f"ranks={tuple(ranks)}: expected candidate ranks of 1 or more, such as (2, 4, 8)")
         if mode != "fixed" and len(self.ranks) == 1:
-            raise ValueError(f"ranks={tuple(ranks)}, drs={mode!r}: one rank leaves nothing to choose; write drs='fixed'")
+            raise ValueError(
+                f"ranks={tuple(ranks)}, drs={mode!r}: one rank leaves nothing to choose; write drs='fixed'"
+            )
         if cost < 0 or epochs < 1:
             raise ValueError(f"cost={cost}, warm_up={epochs}: expected a cost of 0 or more and at least 1 epoch")
         self.mode, self.cost, self.epochs, self.lr = mode, cost, epochs, lr
@@ -69,7 +71,7 @@ class DRS(nn.Module):
 
     def measures(self) -> dict[str, float]:
         """The current task's `rank`, and the `complexity` H that it was chosen by; nothing when ranks are fixed."""
-        return {name: value.item() for name, value in self.chosen.items()}
+        return {name: value.item() for name, value in sorted(self.chosen.items())}
 
     def logits(self, complexity: float | Tensor, weights: Tensor | None = None) -> Tensor:
         """Unnormalised log-probability (n,) of each candidate, for a task of this complexity.

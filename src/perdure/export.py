@@ -103,9 +103,13 @@ def _check(learner: Core, to: str) -> None:
             "vision(...) or timm(...), or keep it with save"
         )
     if encodes(learner.method):
-        raise ValueError(f"{learner.method.spec} changes features as no weights can express; keep this learner with save")
+        raise ValueError(
+            f"{learner.method.spec} changes features as no weights can express; keep this learner with save"
+        )
     if prompted(backbone):
-        raise ValueError("prompt tokens pass through the encoder, which no weights can hold; keep this learner with save")
+        raise ValueError(
+            "prompt tokens pass through the encoder, which no weights can hold; keep this learner with save"
+        )
     _classifier(learner)
     linear = False
     for site, adapter, part in updates(backbone):

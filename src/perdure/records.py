@@ -2,19 +2,19 @@
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+import statistics
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from perdure import metrics
+from perdure import drift, metrics
 from perdure.charts import Series
 from perdure.spec import Spec, parse
 from perdure.types import Row
 
 PHASES = ("prepare", "train", "finish", "evaluate")
 """What the time of a task is spent on."""
-_OCCUPIED = "occupied_share/"
 _COSTS = ("trainable_parameters", "stored_bytes", "seconds", "images_per_second", "peak_rss_bytes")
 _SCORES = ("accuracy", "accuracy_with_task_id", "task_id_accuracy")
 
@@ -91,6 +91,7 @@ class Run:
         baseline = metrics.baseline_of(self.rows, "accuracy", len(self.tasks()))[:done]
         so_far: dict[str, float | None] = {**dict.fromkeys(_COSTS), **metrics.summarise(given, baseline)}
         so_far |= {"acc_with_task_id": metrics.acc(with_id), "task_id_acc": metrics.acc(task_id)}
+        so_far["feature_drift"] = drift.final([row[:done] for row in self.drift()[:done]])
         found = {k: v if (stored := _number(self.summary.get(k))) is None else stored for k, v in so_far.items()}
         acc, told = found["acc"], found["acc_with_task_id"]
         found["gap"] = None if acc is None or told is None else told - acc
@@ -111,14 +112,27 @@ class Run:
             )
         return [[_number(v) for v in row] for row in stored]
 
-    def occupied(self) -> list[Series]:
-        """Per layer: the share of its input space that the tasks so far take, after each task."""
-        layers: dict[str, dict[int, float]] = {}
+    def drift(self) -> list[list[float | None]]:
+        """Feature drift of each task (columns) after each task (rows)."""
+        return self.matrix(drift.METRIC)
+
+    def drifts(self) -> list[float | None]:
+        """Mean feature drift of the old tasks after each task."""
+        return [_mean(row) for row in self.drift()]
+
+    def layers(self, measure: str) -> dict[str, list[float | None]]:
+        """What the method said of each layer's input after each task, such as `free_dimension`."""
+        found: dict[str, list[float | None]] = {}
         for row in self.rows:
-            if row.on is None and row.metric.startswith(_OCCUPIED):
-                layers.setdefault(row.metric.removeprefix(_OCCUPIED), {})[row.after] = row.value
-        count = len(self.tasks())
-        return [Series(layer, [at.get(i) for i in range(count)]) for layer, at in layers.items()]
+            kind, _, layer = row.metric.partition("/")
+            if row.on is None and row.after >= 0 and kind == measure and layer:
+                found.setdefault(layer, [None] * len(self.tasks()))[row.after] = row.value
+        return found
+
+    def over_layers(self, measure: str) -> list[float | None]:
+        """The mean of `layers` over layers, after each task."""
+        columns = zip(*self.layers(measure).values(), strict=True)
+        return [_mean(column) for column in columns] or [None] * len(self.tasks())
 
 
 @dataclass(frozen=True)
@@ -133,11 +147,16 @@ class Group:
         values = [v for run in self.runs if (v := run.numbers().get(key)) is not None]
         return metrics.spread(values) if values else None
 
-    def curve(self) -> Series:
-        """Running average after each task: mean over the runs that got there, and its standard deviation."""
-        columns = [[v for v in c if v is not None] for c in _transposed([run.averages() for run in self.runs])]
+    def curve(self, values: Callable[[Run], list[float | None]], colour: int) -> Series | None:
+        """A number of each run after each task: mean over the runs that have it, and its standard deviation.
+
+        None when no run has any.
+        """
+        columns = [[v for v in c if v is not None] for c in _transposed([values(run) for run in self.runs])]
+        if not any(columns):
+            return None
         both = [metrics.spread(column) if column else (None, None) for column in columns]
-        return Series(self.label, [m for m, _ in both], [s for _, s in both] if len(self.runs) > 1 else ())
+        return Series(self.label, [m for m, _ in both], [s for _, s in both] if len(self.runs) > 1 else (), colour)
 
 
 def grouped(runs: Sequence[Run]) -> list[Group]:
@@ -172,6 +191,11 @@ def _unseeded(value: Any) -> Any:
 
 def _transposed(lists: Sequence[Sequence[float | None]]) -> list[list[float | None]]:
     return [[each[i] for each in lists if i < len(each)] for i in range(max(map(len, lists), default=0))]
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return statistics.fmean(known) if known else None
 
 
 def _number(value: Any) -> float | None:

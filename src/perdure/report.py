@@ -1,7 +1,7 @@
 """One self-contained `report.html` about one or several runs, from what they wrote to disk."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from importlib import resources
 from pathlib import Path
@@ -28,13 +28,43 @@ NUMBERS = (
     ),
     ("task_id_acc", "Task recognised", "How often the answer belongs to the image's own task, right class or not."),
     ("gap", "Gap", "Accuracy with task given minus final accuracy: what confusing the tasks costs."),
+    (
+        "feature_drift",
+        "Feature drift",
+        "How far features of old test images moved since their task was learnt, relative to their length. 0 is best.",
+    ),
     ("trainable_parameters", "Trainable parameters", "Numbers that training may change, in the largest task."),
     ("stored_bytes", "Stored", "All that was learnt, with images a memory refers to, without the pre-trained model."),
     ("seconds", "Time", "Preparing, training, finishing and evaluating all tasks."),
     ("images_per_second", "Images per second", "Speed of training."),
     ("peak_rss_bytes", "Peak memory", "Most main memory that the run used at once."),
 )
-_COMPARED = ("acc", "aaa", "forgetting", "acc_with_task_id", "task_id_acc", "gap")
+_COMPARED = ("acc", "aaa", "forgetting", "acc_with_task_id", "task_id_acc", "gap", "feature_drift")
+# What tells why old tasks were kept or lost: heading, explanation, where it comes from, whether it ends at 1.
+_REASONS: tuple[tuple[str, str, Callable[[Run], list[float | None]], bool], ...] = (
+    (
+        "How far old features moved",
+        "Distance between the features of old test images now and right after their task was learnt, in per cent of "
+        "their length, mean over old tasks. At 0 the encoder has forgotten nothing: if accuracy falls, tasks are "
+        "confused with each other.",
+        Run.drifts,
+        False,
+    ),
+    (
+        "How much of an update reaches old inputs",
+        "Share of a task's update that acts on the directions which earlier tasks' inputs take, mean over layers. At 0 "
+        "the layers answer such inputs as before, whatever was learnt; at 100 the update acts on nothing else.",
+        lambda run: run.over_layers("old_space_share"),
+        True,
+    ),
+    (
+        "How much room is left",
+        "Share of the directions of a layer's input that no task has taken, mean over layers. More is better: at 0 "
+        "nothing new can be learnt without disturbing the past.",
+        lambda run: [None if v is None else 1 - v for v in run.over_layers("occupied_share")],
+        True,
+    ),
+)
 _COSTS = ("trainable_parameters", "stored_bytes", "seconds", "images_per_second", "peak_rss_bytes")
 
 
@@ -76,7 +106,6 @@ def _render(runs: Sequence[Run]) -> str:
     longest = max((len(run.names()) for run in runs), default=0)
     best = next((run.names() for run in runs if len(run.names()) == longest), [])
     methods = list(dict.fromkeys(run.method for run in runs))
-    curves = [group.curve() for group in groups]
     return template.render(
         title=", ".join(methods) if len(methods) <= 3 else f"{len(methods)} methods compared",
         streams=list(dict.fromkeys(str(run.config.get("stream", "–")) for run in runs)),
@@ -84,7 +113,12 @@ def _render(runs: Sequence[Run]) -> str:
         created=_dates(runs),
         groups=groups,
         runs=[_view(run) for run in runs],
-        curves=charts.lines("Mean accuracy over the tasks learnt so far", curves, best) if longest else "",
+        curves=_figure("Mean accuracy over the tasks learnt so far", groups, Run.averages, best),
+        reasons=[
+            (title, meaning, figure)
+            for title, meaning, values, share in _REASONS
+            if (figure := _figure(title, groups, values, best, zero=True, share=share))
+        ],
         numbers=NUMBERS,
         compared=[(k, name) for k, name, _ in NUMBERS if k in _COMPARED],
         costs=[(k, name) for k, name, _ in NUMBERS if k in _COSTS],
@@ -96,12 +130,23 @@ def _render(runs: Sequence[Run]) -> str:
     )
 
 
+def _figure(
+    title: str,
+    groups: Sequence[Group],
+    values: Callable[[Run], list[float | None]],
+    names: Sequence[str],
+    **axis: bool,
+) -> Markup | None:
+    """One line a group, in the same colour in every figure; None when there is nothing to draw."""
+    curves = [curve for i, group in enumerate(groups) if (curve := group.curve(values, i))]
+    return charts.lines(title, curves, names, **axis) if curves else None
+
+
 def _view(run: Run) -> dict[str, Any]:
     names, done = run.names(), run.learnt()
     matrix = run.matrix()
     lost = metrics.forgetting_per_task([row[:done] for row in matrix[:done]])
     seconds = run.seconds()
-    occupied = run.occupied()
     return {
         "run": run,
         "names": names,
@@ -113,14 +158,30 @@ def _view(run: Run) -> dict[str, Any]:
         "averages": run.averages(),
         "forgotten": [(i, names[i], v) for i, v in enumerate(lost)],
         "extent": (min([0.0, *(v for v in lost if v is not None)]), max([0.0, *(v for v in lost if v is not None)])),
-        "occupied": charts.lines("Occupied share of each layer's input space", occupied, names, zero=True, ordered=True)
-        if occupied
-        else "",
+        "drift": run.drift()[:done] if any(v is not None for v in run.drifts()) else [],
+        "room": _room(run),
+        "reach": {k: [_cell(v) for v in values] for k, values in run.layers("old_space_share").items()},
         "seconds": [_time(i, names, task) for i, task in enumerate(seconds)],
         "phases": [(p, duration(sum(task[p] for task in seconds))) for p in PHASES],
         "longest": max((sum(task.values()) for task in seconds), default=0.0),
         "skipped": _skipped(run),
     }
+
+
+def _room(run: Run) -> dict[str, list[tuple[str, float] | None]]:
+    """For each layer and task: the number of free directions where it was recorded, and their share."""
+    counts = run.layers("free_dimension")
+    return {
+        layer: [
+            None if v is None else (charts.percent(1 - v) if n is None else f"{n:,.0f}", 1 - v)
+            for v, n in zip(taken, counts.get(layer) or [None] * len(taken), strict=True)
+        ]
+        for layer, taken in run.layers("occupied_share").items()
+    }
+
+
+def _cell(share: float | None) -> tuple[str, float] | None:
+    return None if share is None else (charts.percent(share), share)
 
 
 def _time(index: int, names: Sequence[str], task: Mapping[str, float]) -> tuple[str, list[charts.Part], float]:

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from perdure import checkpoint, metrics
+from perdure import checkpoint, drift, metrics
 from perdure.augment import AUGMENTS
 from perdure.config import RunConfig, make_backbone, make_method, make_objective
 from perdure.learner import Core
@@ -199,6 +199,7 @@ def learn_stream(
     snapshot = checkpoint.latest_step(out, learnt) if learnt < len(stream) else None
     if latest := snapshot or (done[-1] if done else None):
         checkpoint.restore(learner, latest, stream.tasks)
+    features = drift.Drift(done)
     with _interruptible() as stopped:
         for task in stream.tasks[learnt:]:
             if stopped():
@@ -221,9 +222,9 @@ def learn_stream(
                     f"can be used as they are in {out}"
                 ) from error
             start = time.perf_counter()
-            new = before + _measure(learner, task, stream)
+            new = before + _measure(learner, task, stream) + features.measure(learner, task, stream)
             facts = facts_of(fitted, time.perf_counter() - start)
-            checkpoint.save_task(out, learner, new, facts | (extra or {}))
+            checkpoint.save_task(out, learner, new, facts | (extra or {}), features.files(task))
             with (out / "results.jsonl").open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(asdict(row)) + "\n" for row in new)
             progress.scores(task, new)
@@ -289,6 +290,7 @@ def summarise(out: Path, stream: Stream) -> dict[str, Any]:
         | {name: metrics.acc(matrices[metric]) for metric, name in _OTHER_METRICS.items()}
         | {
             "forgetting_with_task_id": metrics.forgetting(matrices["accuracy_with_task_id"]),
+            "feature_drift": drift.final(metrics.matrix_of(rows, drift.METRIC, tasks)),
             "matrix": matrices["accuracy"],
             "trainable_parameters": done[-1].manifest["trainable_parameters"],
             "stored_bytes": stored,

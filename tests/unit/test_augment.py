@@ -1,9 +1,15 @@
 """Random views: what they may do to an image, and that they come from the generator alone."""
 
+from typing import get_args, get_type_hints
+
 import pytest
 import torch
+from torchvision.transforms.v2 import RandomResizedCrop
+from torchvision.transforms.v2 import functional as tv
 
-from perdure.augment import AUGMENTS, crop, flip, none
+from perdure import augment
+from perdure.augment import AUGMENTS, crop, flip, none, zoom
+from perdure.config import RunConfig
 
 
 def batch(count: int = 64, side: int = 16) -> dict[str, torch.Tensor]:
@@ -54,3 +60,47 @@ def test_crop_is_a_shifted_window_of_the_reflected_image() -> None:
         assert len(found) == 1
         shifts.add(found[0])
     assert len(shifts) > 40  # of 50
+
+
+def test_zoom_enlarges_a_window_as_torchvision_does() -> None:
+    side = 32
+    given = batch(24, side)
+    image = zoom(given, torch.Generator().manual_seed(5))["image"]
+    generator = torch.Generator().manual_seed(5)
+    mirrored = torch.rand(24, generator=generator) < 0.5
+    high, wide = augment._windows(24, side, generator)
+    top, left = (torch.rand(2, 24, generator=generator) * (side + 1 - torch.stack([high, wide]))).floor()
+    for i in range(24):
+        source = given["image"][i].flip(-1) if mirrored[i] else given["image"][i]
+        window = [int(v[i]) for v in (top, left, high, wide)]
+        expected = tv.resized_crop(source.float(), *window, [side, side], antialias=False)
+        assert (image[i].float() - expected).abs().max() < 0.51  # rounding to whole values
+
+
+def test_zoom_shows_5_to_100_percent_of_the_area_with_aspects_of_3_to_4_and_4_to_3() -> None:
+    high, wide = augment._windows(20_000, 224, torch.Generator().manual_seed(0))
+    share, aspect = high * wide / 224**2, wide / high
+    assert share.min() < 0.06
+    assert share.max() > 0.98
+    assert share.min() > 0.049
+    assert high.max() <= 224
+    assert wide.max() <= 224
+    assert aspect.min() > 0.74
+    assert aspect.max() < 1.35
+    torch.manual_seed(0)
+    theirs = RandomResizedCrop(224, scale=(0.05, 1))
+    drawn = [theirs.make_params([torch.empty(3, 224, 224)]) for _ in range(4000)]
+    for quantile in (0.1, 0.5, 0.9):
+        expected = torch.tensor([float(d["height"] * d["width"]) / 224**2 for d in drawn]).quantile(quantile)
+        assert abs(float(share.quantile(quantile) - expected)) < 0.03
+    assert abs(float(aspect.log().mean())) < 0.01
+
+
+def test_zoom_keeps_an_image_of_one_colour_and_of_one_pixel() -> None:
+    for side in (1, 2, 7):
+        given = {"image": torch.full((40, 3, side, side), 201, dtype=torch.uint8)}
+        assert torch.equal(zoom(given, torch.Generator().manual_seed(1))["image"], given["image"])
+
+
+def test_every_view_can_be_asked_for_by_name() -> None:
+    assert get_args(get_type_hints(RunConfig)["augment"]) == tuple(AUGMENTS)

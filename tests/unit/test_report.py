@@ -79,12 +79,17 @@ def write_run(
         for j, value in enumerate(row):
             for metric, better in (("accuracy", 0.0), ("accuracy_with_task_id", 0.05), ("task_id_accuracy", 0.03)):
                 rows.append({"after": i, "on": j, "metric": metric, "value": min(1.0, value + better)})
+            if j < i:
+                rows.append({"after": i, "on": j, "metric": "feature_drift", "value": lost * (i - j)})
         if method.startswith("inflora"):
             for k in range(12):
                 share = 1 - math.exp(-(i + 1) * (0.02 + 0.012 * k))
-                rows.append(
-                    {"after": i, "on": None, "metric": f"occupied_share/encoder.layers.{k}:qkv", "value": share}
-                )
+                facts = {"occupied_share": share, "free_dimension": round(768 * (1 - share))}
+                facts |= {"old_space_share": 1e-8} if i else {}
+                rows += [
+                    {"after": i, "on": None, "metric": f"{name}/encoder.layers.{k}:qkv", "value": value}
+                    for name, value in facts.items()
+                ]
     with (folder / "results.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
     if done == tasks:
@@ -161,7 +166,8 @@ def test_one_run_shows_its_numbers_in_words(tmp_path: Path):
 
 def test_every_evaluated_score_stands_in_the_matrix(tmp_path: Path):
     page = render(tmp_path, write_run(tmp_path / "a", tasks=20))
-    cells = re.findall(r'<td class="(?:own )?h(\d+)">([\d.]+)</td>', page)
+    shown = page[page.index('aria-label="Accuracy matrix"') : page.index("Forgetting of each task")]
+    cells = re.findall(r'<td class="(?:own )?h(\d+)">([\d.]+)</td>', shown)
     scores = [v for row in Run.read(tmp_path / "a").matrix() for v in row if v is not None]
     assert [text for _, text in cells] == [f"{100 * v:.1f}" for v in scores]
     assert [int(h) for h, _ in cells] == [charts.level(v) for v in scores]
@@ -188,9 +194,63 @@ def test_names_with_markup_and_chinese_are_shown_as_they_are(tmp_path: Path):
     assert not re.search(r"<script|<b>猫|<x>|<i>&", page)
 
 
-def test_occupancy_is_drawn_only_where_it_was_recorded(tmp_path: Path):
-    assert "encoder.layers.11:qkv" in render(tmp_path, write_run(tmp_path / "a"))
-    assert "Space that past tasks take" not in render(tmp_path, write_run(tmp_path / "b", "lora(rank=10)"))
+LAYER_TABLES = ("Share of each update that reaches old inputs", "Free directions of each layer")
+REASONS = ("How far old features moved", "How much of an update reaches old inputs", "How much room is left")
+
+
+def table_of(page: str, label: str) -> list[list[str]]:
+    """The cells of a heat map, row by row."""
+    shown = page.split(f'aria-label="{label}"')[1].split("</table>")[0]
+    return [re.findall(r"<td[^>]*>([^<]*)</td>", row) for row in shown.split("<tbody>")[1].split("</tr>")[:-1]]
+
+
+def test_each_layer_shows_its_free_directions_and_what_reached_old_inputs(tmp_path: Path):
+    page = render(tmp_path, write_run(tmp_path / "a"))
+    check_balance(page)
+    free = table_of(page, LAYER_TABLES[1])
+    assert [len(row) for row in free] == [5] * 12
+    assert free[11] == [str(round(768 * math.exp(-(i + 1) * (0.02 + 0.012 * 11)))) for i in range(5)]
+    assert table_of(page, LAYER_TABLES[0]) == [["·", *["0.0"] * 4]] * 12
+    assert page.count('<th scope="row" title="encoder.layers.11:qkv">') == 2
+
+
+def test_the_drift_of_every_old_task_stands_in_the_report(tmp_path: Path):
+    folder = write_run(tmp_path / "a", "lora(rank=10)", lost=0.3)
+    page = render(tmp_path, folder)
+    assert table_of(page, "Feature drift") == [
+        [f"{30 * (i - j)}.0" if j < i else "·" for j in range(4)] for i in range(1, 5)
+    ]
+    assert Run.read(folder).drifts() == [None, *(pytest.approx(v) for v in (0.3, 0.45, 0.6, 0.75))]
+    assert "Feature drift How far features of old test images moved" in text_of(page)
+    assert "75.0 %" in text_of(page), "the mean after the last task"
+    assert not any(label in page for label in LAYER_TABLES)
+
+
+def test_why_it_forgot_is_drawn_where_it_was_measured_and_in_the_methods_colour(tmp_path: Path):
+    lora, ours = write_run(tmp_path / "b", "lora(rank=10)", lost=0.4), write_run(tmp_path / "a")
+    page = render(tmp_path, lora, ours)
+    check_balance(page)
+    drift, reach, room = (page.split(f"<h3>{title}</h3>")[1].split("</figure>")[0] for title in REASONS)
+    assert [re.findall(r'<polyline class="line".*?--c(\d)', each) for each in (drift, reach, room)] == [
+        ["0", "1"],
+        ["1"],
+        ["1"],
+    ]
+    assert "lora(rank=10): 100.0 %" in drift
+    assert "inflora(rank=10): 0.0 %" in reach
+    alone = render(tmp_path, lora)
+    assert [title in alone for title in REASONS] == [True, False, False]
+
+
+def test_a_run_without_these_measurements_says_nothing_about_them(tmp_path: Path):
+    folder = write_run(tmp_path / "a", "lora(rank=10)")
+    path = folder / "results.jsonl"
+    path.write_text("".join(line for line in path.read_text().splitlines(True) if "drift" not in line))
+    page = render(tmp_path, folder)
+    check_balance(page)
+    assert "did not forget" not in page
+    assert 'aria-label="Feature drift"' not in page
+    assert Run.read(folder).numbers()["feature_drift"] is None
 
 
 def test_several_runs_are_compared_by_method_over_seeds(tmp_path: Path):
@@ -341,6 +401,13 @@ def test_the_axis_starts_at_zero_when_asked():
     assert '%">0</span>' in charts.lines("x", high, ["a", "b"], zero=True)
     assert '%">80</span>' in charts.lines("x", high, ["a", "b"])
     assert '%">0</span>' not in charts.lines("x", high, ["a", "b"])
+
+
+def test_the_axis_goes_beyond_one_only_for_what_is_no_share():
+    far = [charts.Series("s", [0.1, 3.4])]
+    assert '%">400</span>' in charts.lines("x", far, ["a", "b"], share=False)
+    assert '%">100</span>' in charts.lines("x", far, ["a", "b"])
+    assert len(re.findall(r"<line ", charts.lines("x", [charts.Series("s", [0.0, 1e6])], ["a", "b"], share=False))) <= 8
 
 
 def test_a_bar_grows_from_zero_to_either_side():

@@ -16,7 +16,7 @@ class Bases(Adapter):
     """y + up · (core + branch) · down x, with `core` (rank, rank) settled and `branch` in training.
 
     A branch is the product of the matrices of `open`: one (rank, rank), or two, M (rank, k) and Nᵀ
-    (k, rank). While the bases are trained, gradients reach them through the branch only (Zhang et al., section 3.2);
+    (k, rank). While bases and branch are trained, gradients reach them through the branch only (Zhang et al., 3.2);
     once they are `fixed`, what is settled stands in the layer's weight.
 
     Args:
@@ -106,7 +106,9 @@ class Bases(Adapter):
         if self.fixed:
             return y if step is None else y + self._through(x, step, self.down, self.up)
         if "core" in self.settled:
-            y = y + self._through(x, self.core, self.down.detach(), self.up.detach())
+            # between tasks nothing is trained, but importances (EWC) are asked of what the bases do through the core
+            down, up = (self.down, self.up) if step is None else (self.down.detach(), self.up.detach())
+            y = y + self._through(x, self.core, down, up)
         return y if step is None else y + self._through(x, step, self.down, self.up)
 
     def delta(self, part: int, branches: bool) -> Tensor | None:

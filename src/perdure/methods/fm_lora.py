@@ -86,7 +86,9 @@ class FMLoRA(Method, name="fm_lora"):
         if reading != "accumulate" and not share:
             raise ValueError(f"reading={reading!r} is about cores between shared bases: leave out share=False")
         if reading == "continued" and drs != "fixed":
-            raise ValueError("reading='continued' goes on with one M and N, whose rank cannot change: write drs='fixed'")
+            raise ValueError(
+                "reading='continued' goes on with one M and N, whose rank cannot change: write drs='fixed'"
+            )
         if prompts < 0:
             raise ValueError(f"prompts={prompts}: expected a number of tokens, or 0 for none")
         self.rank, self.at, self.blocks, self.tower = rank, at, blocks, tower

@@ -75,6 +75,10 @@ class InfLoRA(Method, name="inflora"):
             raise ValueError(f"keep={keep}: expected a share of energy in (0, 1], such as 0.95")
         if moments < 1:
             raise ValueError(f"moments={moments}: expected at least 1 image")
+        if ranks is not None and len(ranks) == 1:
+            raise ValueError(
+                f"ranks={tuple(ranks)}: one candidate leaves nothing to choose; write rank={ranks[0]} instead"
+            )
         self.drs = DRS((rank,), "fixed") if ranks is None else DRS(ranks, "affine", rank_cost)
         self.at, self.blocks, self.tower = at, blocks, tower
         self.keep, self.power, self.schedule = keep, power, schedule

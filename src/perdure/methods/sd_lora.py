@@ -115,7 +115,8 @@ class SDLoRA(Method, name="sd_lora"):
             return None
         gram = torch.stack([torch.stack([_inner(a, b) for b in former.values()]) for a in former.values()])
         target = torch.stack([_inner(a, new) for a in former.values()])
-        solution = torch.linalg.lstsq(gram.double(), target.double()[:, None]).solution[:, 0]
+        # not lstsq, which on a GPU takes the directions to be independent
+        solution = torch.linalg.pinv(gram.double(), hermitian=True) @ target.double()
         residual = square.double() - solution @ target.double()
         if self.distil is None or residual > self.distil * square:
             return None

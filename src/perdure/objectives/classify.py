@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from perdure.objectives.base import Objective
 from perdure.types import Task
@@ -24,6 +25,7 @@ class Classify(Objective):
     def __init__(self) -> None:
         super().__init__()
         self.heads = nn.ModuleList()
+        self.cosine: float | None = None  # scale of the cosines where heads compare directions, see methods/cosine.py
 
     def grow(self, learner: Core, task: Task) -> None:
         """A head for the classes that are new; the heads of the task's classes are trained, the others frozen."""
@@ -31,14 +33,18 @@ class Classify(Objective):
         super().grow(learner, task)
         if len(self.classes) > before:
             self.heads.append(nn.Linear(learner.backbone.dim, len(self.classes) - before))
-        owners = torch.repeat_interleave(torch.tensor([head.weight.shape[0] for head in self._linears()]))
+        owners = torch.repeat_interleave(torch.tensor([head.weight.shape[0] for head in self.linears()]))
         current = set(owners[list(self.local)].tolist())
         for index, head in enumerate(self.heads):
             head.requires_grad_(index in current)
 
-    def _linears(self) -> list[nn.Linear]:
+    def linears(self) -> list[nn.Linear]:
+        """The heads, in the order of the columns."""
         return [head for head in self.heads if isinstance(head, nn.Linear)]
 
     def scores(self, features: Tensor) -> Tensor:
         """Logits (B, seen classes)."""
+        if self.cosine is not None:
+            rows = torch.cat([head.weight for head in self.linears()])
+            return self.cosine * F.normalize(features, dim=1) @ F.normalize(rows, dim=1).T
         return torch.cat([head(features) for head in self.heads], dim=1)

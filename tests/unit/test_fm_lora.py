@@ -1,0 +1,391 @@
+"""FM-LoRA: bases never change after the first task, boundaries are continuous, and each part can be switched off."""
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+from torch.nn import functional as F
+
+from perdure.adapters.attach import detach, prompted, updates
+from perdure.adapters.tokens import Tokens
+from perdure.backbones.tiny import tiny
+from perdure.config import make_method, make_objective
+from perdure.export import export
+from perdure.learner import Core
+from perdure.teach import Learner
+from perdure.types import Batch, Stream, Task
+
+READINGS = {
+    "accumulate": "fm_lora(rank=4{})",
+    "continued": "fm_lora(rank=4, reading='continued', drs='fixed'{})",
+    "per_task": "fm_lora(rank=4, reading='per_task'{})",
+}
+
+
+def train(learner: Core, task: Task, steps: int = 4) -> None:
+    """Train on the task that the learner has grown for, without ending it."""
+    learner.train()
+    learner.settle()
+    learner.method.begin_task(learner, task)
+    optimizer = torch.optim.Adam(learner.trainable().values(), 2e-2)
+    batch = task.train.__getitems__(range(len(task.train)))
+    for _ in range(steps):
+        optimizer.zero_grad()
+        learner.loss(batch).backward()
+        optimizer.step()
+
+
+def close(learner: Core, task: Task) -> None:
+    learner.method.end_task(learner, task)
+    learner.settle()
+    learner.learnt += 1
+
+
+def begun(lab: Any, spec: str, tasks: int = 1) -> tuple[Core, Stream, Batch]:
+    """A learner that has learnt some tasks, its stream, and images of the first task."""
+    learner, stream = lab.learner(spec), lab.stream()
+    for task in stream.tasks[:tasks]:
+        learner.grow(task)
+        train(learner, task)
+        close(learner, task)
+    return learner, stream, stream.tasks[0].test.__getitems__(range(8))
+
+
+def logits(learner: Core, images: Batch, columns: int = 2) -> Tensor:
+    with torch.no_grad():
+        return learner.objective.scores(learner.encode(images))[:, :columns].clone()
+
+
+def answers(learner: Core, images: Batch) -> Tensor:
+    with learner.inference():
+        return learner.encode(images).clone()
+
+
+# Bases and cores
+
+
+@pytest.mark.parametrize("spec", [READINGS["accumulate"], READINGS["continued"], "fm_lora(rank=4, share=False{})"])
+def test_the_function_is_the_same_before_and_after_a_task_boundary(spec: str, lab: Any) -> None:
+    learner, stream, images = begun(lab, spec.format(""), tasks=0)
+    before = torch.empty(0)
+    for task in stream:
+        learner.grow(task)
+        if task.index:
+            torch.testing.assert_close(logits(learner, images), before, rtol=0, atol=1e-6)
+        train(learner, task)
+        assert task.index == 0 or (logits(learner, images) - before).abs().max() > 0.01
+        before = logits(learner, images)
+        close(learner, task)
+        torch.testing.assert_close(logits(learner, images), before, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("reading", READINGS)
+def test_bases_are_orthonormal_after_the_first_task_and_byte_identical_ever_after(reading: str, lab: Any) -> None:
+    learner, stream, _ = begun(lab, READINGS[reading].format(""))
+    bases = list(learner.method.bases)
+    kept = [(adapter.down.detach().clone(), adapter.up.detach().clone()) for adapter in bases]
+    assert len(kept) == 4  # q and v of two blocks
+    for down, up in kept:
+        torch.testing.assert_close(down @ down.T, torch.eye(4), rtol=0, atol=1e-6)
+        torch.testing.assert_close(up.T @ up, torch.eye(4), rtol=0, atol=1e-6)
+    for task in stream.tasks[1:]:
+        learner.grow(task)
+        train(learner, task)
+        close(learner, task)
+    for adapter, (down, up) in zip(bases, kept, strict=True):
+        assert adapter.down.detach().numpy().tobytes() == down.numpy().tobytes()
+        assert adapter.up.detach().numpy().tobytes() == up.numpy().tobytes()
+
+
+def test_the_first_task_is_lora_of_the_bases_rank(lab: Any) -> None:
+    task = lab.stream().tasks[:1]
+    ours, lora = (lab.teach(lab.learner(s), task) for s in ("fm_lora(rank=4, prompts=0)", "lora(rank=4, at='qv')"))
+    # the same draws in the same order, and the identity between them
+    torch.testing.assert_close(ours.features(task[0].test)[0], lora.features(task[0].test)[0], rtol=1e-4, atol=1e-4)
+    assert ours.method.measures(ours) == {"rank": 4}
+
+
+def test_a_later_task_trains_two_small_matrices_a_layer(lab: Any) -> None:
+    learner, stream, _ = begun(lab, "fm_lora(rank=4, ranks=2, drs='fixed', prompts=0)")
+    learner.grow(stream.tasks[1])
+    trained = {k: tuple(p.shape) for k, p in learner.trainable().items() if not k.startswith("objective")}
+    assert sorted(trained.values()) == [(2, 4)] * 4 + [(4, 2)] * 4
+    for adapter in learner.method.bases:
+        left, right = adapter.branch
+        torch.testing.assert_close(left.T @ left, torch.eye(2), rtol=0, atol=1e-6)
+        assert not right.any()
+
+
+def test_accumulated_cores_add_up_in_one_of_constant_size(lab: Any) -> None:
+    learner, stream, _ = begun(lab, "fm_lora(rank=4, ranks=2, drs='fixed')")
+    before = [adapter.core.clone() for adapter in learner.method.bases]
+    learner.grow(stream.tasks[1])
+    train(learner, stream.tasks[1])
+    steps = [(adapter.branch[0] @ adapter.branch[1]).detach() for adapter in learner.method.bases]
+    close(learner, stream.tasks[1])
+    for adapter, was, step in zip(learner.method.bases, before, steps, strict=True):
+        torch.testing.assert_close(adapter.core, was + step)
+        assert list(adapter.settled) == ["core"]
+        assert torch.linalg.matrix_rank(step) <= 2
+
+
+def test_without_shared_bases_each_task_has_a_fresh_lora(lab: Any) -> None:
+    learner, stream, _ = begun(lab, "fm_lora(rank=4, share=False, ranks=3, drs='fixed', prompts=0)")
+    assert not learner.method.bases
+    for task in stream.tasks[1:]:
+        learner.grow(task)
+        assert {len(branch.down) for branch in learner.method.branches} == {3}
+        train(learner, task)
+        close(learner, task)
+        assert all(branch.down is None for branch in learner.method.branches)
+
+
+def test_rank_and_complexity_of_every_task_are_measured(lab: Any) -> None:
+    for share, first in ((True, {"rank"}), (False, {"rank", "complexity"})):
+        learner, stream = lab.learner(f"fm_lora(rank=4, share={share})"), lab.stream()
+        for task in stream:
+            lab.teach(learner, [task], epochs=1)
+            measures = learner.method.measures(learner)
+            assert set(measures) == (first if task.index == 0 else {"rank", "complexity"})
+            assert measures["rank"] in ((4,) if share and task.index == 0 else (1, 2, 4))
+
+
+# A core per task
+
+
+def manual(lab: Any, learner: Core, core: int) -> Any:
+    """A fresh backbone with one task's update written into its weights."""
+    backbone = lab.backbone()
+    for adapter, site in zip(learner.method.bases, backbone.sites("qv"), strict=True):
+        weight = backbone.get_submodule(site.layer).weight
+        weight[slice(*site.rows)] += adapter.up.detach() @ adapter.settled[f"core/{core}"] @ adapter.down.detach()
+    return backbone
+
+
+def test_each_image_takes_the_core_of_the_nearest_pretrained_mean(lab: Any) -> None:
+    learner, stream, _ = begun(lab, READINGS["per_task"].format(", prompts=0"), tasks=3)
+    images = torch.cat([task.test.__getitems__(range(8))["image"] for task in stream])
+    plain = lab.backbone()
+    means = []
+    for task in stream:
+        batch = task.train.__getitems__(range(len(task.train)))
+        features = plain(batch)
+        means += [features[batch["label"] == c].mean(0) for c in task.classes]
+    nearest = (F.normalize(plain({"image": images}), dim=1) @ F.normalize(torch.stack(means), dim=1).T).argmax(1) // 2
+    by_core = torch.stack([manual(lab, learner, t)({"image": images}) for t in range(3)])
+    assert set(nearest.tolist()) == {0, 1, 2}
+    expected = by_core[nearest, torch.arange(len(images))]
+    assert (by_core[0] - by_core[1]).abs().max() > 0.1
+    torch.testing.assert_close(answers(learner, {"image": images}), expected, rtol=1e-5, atol=1e-5)
+    one_by_one = torch.cat([answers(learner, {"image": image[None]}) for image in images])
+    torch.testing.assert_close(one_by_one, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_old_images_keep_their_features_when_a_core_of_its_own_is_learnt(lab: Any) -> None:
+    learner, stream, images = begun(lab.but(noise=0.2), READINGS["per_task"].format(", prompts=0"))
+    before = answers(learner, images)
+    for task in stream.tasks[1:]:
+        learner.grow(task)
+        train(learner, task)
+        close(learner, task)
+    torch.testing.assert_close(answers(learner, images), before, rtol=0, atol=1e-6)
+
+
+def test_routing_leaves_nothing_behind(lab: Any) -> None:
+    learner, _, images = begun(lab, READINGS["per_task"].format(""), tasks=2)
+    answers(learner, images)
+    assert all(adapter.route is None and not adapter.folded for adapter in learner.method.bases)
+    assert not learner.method.tokens.off
+
+
+# Prompt tokens
+
+
+def test_no_prompts_means_no_tokens(lab: Any) -> None:
+    learner, _, _ = begun(lab, "fm_lora(rank=4, prompts=0)")
+    assert learner.method.tokens is None
+    assert not prompted(learner.backbone)
+    assert not any("tokens" in key or "prompt" in key for key in learner.state_dict())
+
+
+def test_tokens_pass_through_the_blocks_and_are_dropped_at_the_end(lab: Any) -> None:
+    backbone, images = lab.backbone(), lab.stream().tasks[0].test.__getitems__(range(3))
+    blocks = [backbone.get_submodule(name) for name in backbone.blocks()]
+    plain, tokens = backbone(images), Tokens(5, 16)
+    tokens.attach(blocks)
+    inside, outside = [], []
+    for block in blocks:
+        block.attn.register_forward_hook(lambda _m, args, _y: inside.append(args[0].shape[1]))
+        block.register_forward_hook(lambda _m, _args, y: outside.append(y.shape[1]))
+    features = backbone(images)
+    assert inside == [17 + 5] * 2  # 16 patches and the class token
+    assert outside == [22, 17]
+    assert prompted(backbone)
+    assert (features - plain).abs().max() > 0
+    tokens.off = True
+    assert torch.equal(backbone(images), plain)
+    tokens.off = False
+    detach(backbone)
+    assert not prompted(backbone)
+    assert torch.equal(backbone(images), plain)
+
+
+def test_tokens_change_features_through_attention_and_not_by_their_order(lab: Any) -> None:
+    backbone, images = lab.backbone(), lab.stream().tasks[0].test.__getitems__(range(3))
+    tokens = Tokens(5, 16)
+    tokens.attach([backbone.get_submodule(name) for name in backbone.blocks()])
+    with torch.no_grad():
+        tokens.values.normal_(generator=torch.Generator().manual_seed(0))
+        one = backbone(images)
+        tokens.values.copy_(tokens.values.flip(0).clone())
+        torch.testing.assert_close(backbone(images), one, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_frozen_prompts_are_trained_in_the_first_task_only(frozen: bool, lab: Any) -> None:
+    learner, stream, _ = begun(lab, f"fm_lora(rank=4, freeze_prompts={frozen})", tasks=0)
+    changed = []
+    for task in stream:
+        learner.grow(task)
+        before = learner.method.tokens.values.detach().clone()
+        train(learner, task)
+        changed.append(not torch.equal(learner.method.tokens.values, before))
+        close(learner, task)
+    assert changed == [True, not frozen, not frozen]
+
+
+def test_prompts_learn_more_gently_after_the_first_task(lab: Any) -> None:
+    learner, stream = lab.learner("fm_lora(rank=4, prompt_lr=0.2)"), lab.stream()
+    learner.grow(stream.tasks[0])
+    assert learner.method.param_groups(learner) == {}
+    train(learner, stream.tasks[0])
+    close(learner, stream.tasks[0])
+    learner.grow(stream.tasks[1])
+    assert learner.method.param_groups(learner) == {"method.tokens.values": 0.2}
+
+
+def test_prompts_are_pulled_to_their_last_values(lab: Any) -> None:
+    learner, stream, _ = begun(lab, "fm_lora(rank=4, prompts=2, prompt_pull=3.0)", tasks=0)
+    for task in stream:
+        learner.grow(task)
+        train(learner, task, steps=1)
+        last = learner.method.tokens.values.detach().clone()
+        close(learner, task)
+        assert learner.method.penalty(learner, {}, torch.empty(0)) == 0
+        learner.method.tokens.values.data += 0.5
+        found = learner.method.penalty(learner, {}, torch.empty(0))
+        assert found.item() == pytest.approx(3.0 * 0.25 * 2 * 16, rel=1e-5)
+        learner.method.tokens.values.data.copy_(last)
+
+
+def test_without_a_pull_there_is_no_penalty(lab: Any) -> None:
+    learner, stream, _ = begun(lab, "fm_lora(rank=4, prompt_pull=0)")
+    learner.grow(stream.tasks[1])
+    learner.method.tokens.values.data += 0.5
+    assert learner.method.penalty(learner, {}, torch.empty(0)) == 0.0
+
+
+# Export
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A small ViT as transformers saves it."""
+    folder = tmp_path_factory.mktemp("model")
+    config = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32, image_size=16, patch_size=8
+    )
+    transformers.utils.logging.disable_progress_bar()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made = transformers.ViTModel(config, add_pooling_layer=False)
+        for parameter in made.parameters():
+            parameter.data += 0.05 * torch.randn(parameter.shape)
+        made.save_pretrained(folder)
+    transformers.ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
+    transformers.utils.logging.enable_progress_bar()
+    return str(folder)
+
+
+def exportable(model: str, options: str) -> Learner:
+    settings = {"epochs": 1, "lr": 0.02, "batch_size": 4, "precision": "fp32", "attention": "sdpa", "device": "cpu"}
+    learner = Learner.create(f"vision(path={model!r})", f"fm_lora(rank=4{options})", **settings)
+    for task in range(2):
+        images = torch.randint(0, 256, (6, 3, 16, 16), generator=torch.Generator().manual_seed(task)).byte()
+        learner.learn(images, [f"class {2 * task + i % 2}" for i in range(6)])
+    return learner
+
+
+def test_shared_bases_export_as_plain_weights(model: str, tmp_path: Any) -> None:
+    learner = exportable(model, ", prompts=0")
+    images = {"image": torch.randint(0, 256, (3, 3, 16, 16), generator=torch.Generator().manual_seed(9)).byte()}
+    before = answers(learner, images)
+    learner.export(tmp_path / "it", "merged")
+    plain = transformers.ViTModel.from_pretrained(tmp_path / "it", add_pooling_layer=False).eval()
+    with torch.no_grad():
+        features = plain(pixel_values=learner.backbone.normalise(images["image"]).float()).last_hidden_state[:, 0]
+    torch.testing.assert_close(features, before, rtol=1e-5, atol=1e-5)
+    learner.export(tmp_path / "lora", "peft")
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (
+            ", prompts=2",
+            "prompt tokens pass through the encoder, which no weights can hold; keep this learner with save",
+        ),
+        (", prompts=0, reading='per_task'", "changes features as no weights can express; keep this learner with save"),
+    ],
+)
+def test_export_of_what_no_weights_can_hold_is_refused_with_the_reason(
+    options: str, reason: str, model: str, tmp_path: Any
+) -> None:
+    learner = exportable(model, options)
+    for to in ("merged", "peft"):
+        with pytest.raises(ValueError, match=f"{reason}$"):
+            export(learner, tmp_path / "it", to)
+    assert not list(tmp_path.iterdir())
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("rank=4, ranks=(2, 8)", r"ranks=\(2, 8\): expected at most rank=4, the dimension of the shared bases"),
+        ("share=False, reading='per_task'", r".*about cores between shared bases: leave out share=False"),
+        ("reading='continued'", r"reading='continued' goes on with one M and N.*: write drs='fixed'"),
+        ("prompts=-1", r"prompts=-1: expected a number of tokens, or 0 for none"),
+        ("rank=4, ranks=4", r"ranks=.*one rank leaves nothing to choose; .*drs='fixed'.*"),
+        ("ranks=()", r"ranks=\(\): expected candidate ranks of 1 or more, such as \(2, 4, 8\)"),
+        ("warm_up=0", r".*warm_up=0: expected a cost of 0 or more and at least 1 epoch"),
+        ("reading='acumulate'", r"reading='acumulate': expected .*; did you mean 'accumulate'\?"),
+        ("drs='afine'", r"drs='afine': expected .*; did you mean 'affine'\?"),
+    ],
+)
+def test_impossible_options_are_refused_with_what_is_possible(options: str, message: str) -> None:
+    with pytest.raises(ValueError, match=rf"^method 'fm_lora', option {message}$"):
+        make_method(f"fm_lora({options})")
+
+
+def test_bases_larger_than_a_layer_are_refused(lab: Any) -> None:
+    learner = lab.learner("fm_lora(rank=17)")
+    with pytest.raises(ValueError, match=r"^rank=17: expected 1 to 16, the smaller side of vision\.blocks\.0\.[^\n]+$"):
+        learner.grow(lab.stream().tasks[0])
+
+
+def test_a_number_of_tokens_below_1_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^m=0: expected at least 1 prompt token$"):
+        Tokens(0, 16)
+
+
+def test_bases_stand_in_the_tower_that_was_asked_for() -> None:
+    learner = Core(tiny(dim=16, text=True), make_objective("zeroshot"), make_method("fm_lora(rank=4, tower='text')"))
+    learner.grow(Task(0, "one", (0, 1), ("cat", "dog")))
+    assert {site.layer.split(".")[0] for site, _, _ in updates(learner.backbone)} == {"text"}
+    assert prompted(learner.backbone.vision)  # prompts are always in the vision tower
+    assert not prompted(learner.backbone.text)
