@@ -7,8 +7,8 @@ neither how w learns nor what a rank costs.
 Differs: the `affine` rule is w_r · H - cost · r / r_max. Its w rises with the rank and is concave at the start (√(r /
 r_max)): a linear one could only ever choose an extreme. w is learned in the warm-up by Gumbel-softmax over a
 prefix-nested supernet, where a rank uses the first inner dimensions, and starts anew with each task; it stays rising,
-so that a harder task never gets a smaller rank. H is divided by the logarithm of the number of classes: 1 is guessing.
-`literal` keeps w as it starts.
+so that with the same w a harder task never gets a smaller rank. H is divided by the logarithm of the number of classes:
+1 is guessing. `literal` keeps w as it starts.
 """
 
 import math

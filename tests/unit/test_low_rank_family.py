@@ -206,6 +206,16 @@ def test_ewc_finds_the_bases_of_route_lora_important_after_every_task(lab: Any) 
         assert all(value.any() for value in found.values())
 
 
+def test_the_bases_of_route_lora_learn_more_slowly_after_the_first_task(lab: Any) -> None:
+    learner, stream = lab.learner("route_lora(rank=2, bases_lr=0.03)"), lab.stream()
+    learner.grow(stream.tasks[0])
+    assert learner.method.param_groups(learner) == {}
+    close_task(learner, stream.tasks[0])
+    learner.grow(stream.tasks[1])
+    names = {f"method.adapters.{layer}.{factor}" for layer in range(4) for factor in ("down", "up")}
+    assert learner.method.param_groups(learner) == dict.fromkeys(names, 0.03)
+
+
 def test_the_routing_matrix_starts_as_lora_and_takes_every_increment(lab: Any) -> None:
     learner, stream = lab.learner("route_lora(rank=2)"), lab.stream()
     total = [torch.zeros(2, 2) for _ in range(4)]
@@ -291,6 +301,7 @@ def test_a_branch_trained_over_two_tasks_is_the_one_of_plain_lora(lab: Any) -> N
         ("o_lora(strength=-1)", "strength=-1: expected 0 or more"),
         ("c_lora(strength=-0.5)", "strength=-0.5: expected 0 or more"),
         ("route_lora(strength=-1)", "strength=-1: expected 0 or more"),
+        ("route_lora(bases_lr=0)", "bases_lr=0: expected a positive factor, such as 0.01"),
         ("route_lora(energy=0)", r"energy=0: expected a share in \(0, 1\], such as 0.95"),
         ("route_lora(energy=1.5)", r"energy=1.5: expected a share in \(0, 1\], such as 0.95"),
     ],

@@ -42,7 +42,8 @@ class Directions(Adapter):
     @torch.no_grad()
     def close(self, keep: bool, length: float) -> None:
         """Freeze the branch, divided by `length`, as a direction; or forget it."""
-        assert self.down is not None and self.up is not None
+        assert self.down is not None
+        assert self.up is not None
         if keep:
             down, up, owner = self._frozen()
             mine = torch.full((len(self.down),), len(self._magnitudes[0]) - 1, device=self.down.device)

@@ -5,8 +5,10 @@ and B learn through R_δ only; loss + strength · ‖U(R_old)ᵀ R_δ‖² keeps
 
 Differs: the paper gives neither R's start nor what U(R_old) is. Here R_δ starts from the identity in the first task
 (which is LoRA with a trainable R) and from 0 afterwards; U are the left singular vectors that hold `energy` of R_old's
-squared singular values. Since A and B go on learning, A R_old B drifts all the same: the contract is weaker than its
-name, see `feature_drift` in the results. Named `route_lora` because another method is called C-LoRA too.
+squared singular values. Since A and B go on learning, A R_old B drifts without any loss noticing. The paper's argument
+that this is little (the gradient of A and B is small while R_δ is) holds for SGD only: Adam gives every parameter steps of
+the same size, and the accuracy of all tasks collapses. Hence `bases_lr`, which slows A and B after the first task. Named
+`route_lora` because another method is called C-LoRA too.
 """
 
 import torch
@@ -30,6 +32,7 @@ class RouteLoRA(Method, name="route_lora"):
         tower: which encoder.
         strength: weight of the orthogonality penalty (λ); 0 leaves the stop-gradient only.
         energy: share of R_old's energy that the increment is kept off, in (0, 1].
+        bases_lr: learning rate of A and B after the first task, as a factor of the run's.
     """
 
     adapts = True
@@ -43,6 +46,7 @@ class RouteLoRA(Method, name="route_lora"):
         tower: Tower = "vision",
         strength: float = 1.0,
         energy: float = 0.95,
+        bases_lr: float = 0.01,
     ) -> None:
         super().__init__()
         if strength < 0:
@@ -50,7 +54,9 @@ class RouteLoRA(Method, name="route_lora"):
         if not 0 < energy <= 1:
             raise ValueError(f"energy={energy}: expected a share in (0, 1], such as 0.95")
         self.rank, self.at, self.blocks, self.tower = rank, at, blocks, tower
-        self.strength, self.energy = strength, energy
+        if bases_lr <= 0:
+            raise ValueError(f"bases_lr={bases_lr}: expected a positive factor, such as 0.01")
+        self.strength, self.energy, self.bases_lr = strength, energy, bases_lr
         self.adapters: Adapters[Bases] = Adapters()
         self._leading: list[Tensor] = []  # U(R_old) per layer, made anew from the cores for each task
 
@@ -70,6 +76,11 @@ class RouteLoRA(Method, name="route_lora"):
             self._leading = [_leading(adapter.core, self.energy) for adapter in self.adapters]
         pairs = zip(self._leading, self.adapters, strict=True)
         return self.strength * torch.stack([(u.T @ a.branch[0]).square().sum() for u, a in pairs]).sum()
+
+    def param_groups(self, learner: Core) -> dict[str, float]:
+        """Gentler A and B after the first task."""
+        bases = {id(p) for adapter in self.adapters for p in (adapter.up, adapter.down)}
+        return {n: self.bases_lr for n, p in learner.trainable().items() if learner.learnt and id(p) in bases}
 
     def end_task(self, learner: Core, task: Task) -> None:
         """R_old takes the increment."""
