@@ -6,9 +6,9 @@ and B learn through R_δ only; loss + strength · ‖U(R_old)ᵀ R_δ‖² keeps
 Differs: the paper gives neither R's start nor what U(R_old) is. Here R_δ starts from the identity in the first task
 (which is LoRA with a trainable R) and from 0 afterwards; U are the left singular vectors that hold `energy` of R_old's
 squared singular values. Since A and B go on learning, A R_old B drifts without any loss noticing. The paper's argument
-that this is little (the gradient of A and B is small while R_δ is) holds for SGD only: Adam gives every parameter steps of
-the same size, and the accuracy of all tasks collapses. Hence `bases_lr`, which slows A and B after the first task. Named
-`route_lora` because another method is called C-LoRA too.
+that this is little (the gradient of A and B is small while R_δ is) holds for SGD only: Adam gives every parameter steps
+of the same size, and the accuracy of all tasks collapses. Hence `bases_lr`, which slows A and B after the first task.
+Named `route_lora` because another method is called C-LoRA too.
 """
 
 import torch
