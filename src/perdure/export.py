@@ -17,7 +17,6 @@ from typing import Any, Literal, get_args
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn import functional as F
 
 from perdure.adapters.attach import prompted, updates
 from perdure.backbones import pretrained
@@ -28,9 +27,10 @@ from perdure.backbones.timm import Timm
 from perdure.backbones.vision import Vision
 from perdure.checkpoint import write_json, write_text
 from perdure.config import make_backbone
+from perdure.export_head import classifier_of, head_of
 from perdure.learner import Core
-from perdure.method import Method, encodes, parts_of
-from perdure.objectives import Classify, ZeroShot
+from perdure.method import encodes
+from perdure.objectives import ZeroShot
 from perdure.spec import parse_one
 from perdure.version import __version__
 
@@ -72,7 +72,7 @@ def export(learner: Core, folder: Path, to: Target | str) -> Path:
             else:
                 whole = _merged(learner)
                 (_write_timm if isinstance(whole, Timm) else _write_transformers)(whole, draft)
-            head = _head(learner)
+            head = head_of(learner)
         save_file({k: v.detach().cpu().contiguous() for k, v in head.items()}, draft / "head.safetensors")
         use = _use(learner.backbone, to)
         write_json(draft / "labels.json", _facts(learner, use))
@@ -110,7 +110,7 @@ def _check(learner: Core, to: str) -> None:
         raise ValueError(
             "prompt tokens pass through the encoder, which no weights can hold; keep this learner with save"
         )
-    _classifier(learner)
+    classifier_of(learner)
     linear = False
     for site, adapter, part in updates(backbone):
         if adapter.delta(part, branches=True) is not None:
@@ -235,59 +235,6 @@ def _options(backbone: Backbone) -> dict[str, Any]:
     return dict(parse_one(backbone.spec).kwargs)
 
 
-# The classifier
-
-
-@dataclasses.dataclass(frozen=True)
-class _Classifier:
-    """How `head` and `features` give scores: in words, and in Python."""
-
-    what: str
-    scores: str
-
-
-_LINEAR = _Classifier("a linear layer on the features", 'features @ head["weight"].T + head["bias"]')
-_TEXTS = _Classifier(
-    "cosine to the class names' text embeddings (rows of `weight`, of unit length), times `logit_scale`",
-    'head["logit_scale"] * torch.nn.functional.normalize(features) @ head["weight"].T',
-)
-_MEANS = _Classifier(
-    "cosine to the classes' mean features (rows of `weight`, of unit length)",
-    'torch.nn.functional.normalize(features) @ head["weight"].T',
-)
-
-
-def _classifier(learner: Core) -> _Classifier:
-    from perdure.methods.ncm import NCM  # here, because it loads the methods of other packages too
-
-    owner, objective = _predicts(learner.method), learner.objective
-    if owner is not None:
-        if type(owner).predict is NCM.predict:
-            return _MEANS
-        raise ValueError(f"{owner.name} predicts in a way that a plain head cannot; keep this learner with save")
-    for known, classifier in ((Classify, _LINEAR), (ZeroShot, _TEXTS)):
-        if type(objective).scores is known.scores:
-            return classifier
-    name = type(objective).__name__
-    raise ValueError(f"{name}: only classify() and zeroshot() can be exported; keep this learner with save")
-
-
-def _predicts(method: Method) -> Any:
-    return next((part for part in parts_of(method) if type(part).predict is not Method.predict), None)
-
-
-def _head(learner: Core) -> dict[str, Tensor]:
-    objective: Any = learner.objective
-    classifier = _classifier(learner)
-    if classifier is _MEANS:
-        owner = _predicts(learner.method)
-        means = torch.stack([owner.sums[str(c)] / owner.counts[str(c)] for c in objective.classes])
-        return {"weight": F.normalize(means, dim=1)}
-    if classifier is _TEXTS:
-        return {"weight": objective.embed(objective.names), "logit_scale": learner.backbone.logit_scale.float()}
-    return {name: torch.cat([getattr(head, name) for head in objective.heads]) for name in ("weight", "bias")}
-
-
 # How to use it
 
 
@@ -336,7 +283,7 @@ def _use(backbone: Backbone, to: str) -> _Use:
 
 
 def _facts(learner: Core, use: _Use) -> dict[str, Any]:
-    config, classifier = getattr(learner, "config", None), _classifier(learner)
+    config, classifier = getattr(learner, "config", None), classifier_of(learner)
     facts = {
         "labels": list(learner.objective.names),
         "objective": config.objective if config else type(learner.objective).__name__.lower(),
@@ -355,7 +302,7 @@ def _facts(learner: Core, use: _Use) -> dict[str, Any]:
 
 
 def _readme(learner: Core, to: str, use: _Use) -> str:
-    spec, classifier = learner.backbone.spec, _classifier(learner)
+    spec, classifier = learner.backbone.spec, classifier_of(learner)
     library = "timm" if isinstance(learner.backbone, Timm) else "transformers"
     what = f"a LoRA for {spec}; it needs {library} and peft"
     if to == "merged":

@@ -1,0 +1,190 @@
+"""Classifier alignment with class Gaussians: SLCA (Zhang et al., ICCV 2023, arXiv:2303.05118), as InfLoRA+CA has it.
+
+Heads that were learnt apart never saw each other's classes. `end_task` stores each class's mean and covariance of
+features and re-trains all heads on samples of these Gaussians, with all seen classes competing.
+
+Differs: by default one covariance is shared by all classes (SLCA: `full`) and the heads start from the closed-form
+solution of linear discriminant analysis for these Gaussians (SLCA: `start="heads"`), which ends the matter where it is
+already what training would lead to; logits are not normalised unless `temperature` is given (SLCA: 0.1), and means not
+shrunk unless `shrink` is (InfLoRA+CA: 0.1). The first task is aligned too.
+"""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from perdure.learner import Core
+from perdure.memory.gaussians import Covariance, Gaussians
+from perdure.memory.symmetric import exact, shrunk
+from perdure.method import Method, parts_of, predicts
+from perdure.objectives.classify import Classify
+from perdure.types import Task
+
+# As in the official code.
+_BATCH, _MOMENTUM, _WEIGHT_DECAY = 256, 0.9, 5e-4
+_RANK, _EPOCHS = 16, 5
+
+
+class Align(Method, name="align"):
+    """Makes heads that were learnt apart compete, on features drawn from a Gaussian for each class seen.
+
+    A class's Gaussian is taken at the end of its task, with the encoder of that moment: `align` suits encoders whose
+    old features hardly move (`probe`, `inflora`).
+
+    Args:
+        covariance: `shared` by all classes, `full` or `diagonal` for each, or `lowrank`: `rank` directions and a
+            diagonal.
+        rank: with `lowrank`, 16 when None.
+        start: `lda` starts linear heads from the closed-form solution for the Gaussians, `heads` from what was learnt.
+            None is `lda` for linear heads and `heads` for cosine ones.
+        epochs: passes over the samples; 0 leaves it at the closed form. None is 5, and 0 where the closed form is what
+            training would lead to: linear heads, `lda`, `shared`, no `temperature`.
+        lr: learning rate at the start, of SGD with momentum 0.9 and a cosine schedule.
+        samples: drawn of each class per pass.
+        temperature: divide logits by their mean norm per task and by this; None leaves them as they are.
+        shrink: how much shorter the oldest classes' means are made, in [0, 1).
+    """
+
+    def __init__(
+        self,
+        covariance: Covariance = "shared",
+        rank: int | None = None,
+        start: Literal["lda", "heads"] | None = None,
+        epochs: int | None = None,
+        lr: float = 0.01,
+        samples: int = 256,
+        temperature: float | None = None,
+        shrink: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if rank is not None and covariance != "lowrank":
+            raise ValueError(
+                f"rank={rank} has no effect with covariance={covariance!r}: leave it out, or use 'lowrank'"
+            )
+        if rank is not None and rank < 1:
+            raise ValueError(f"rank={rank}: expected 1 or more directions, such as {_RANK}")
+        if epochs is not None and (epochs < 0 or (epochs == 0 and start == "heads")):
+            raise ValueError(f"epochs={epochs}: expected 1 or more, or 0 with start='lda' for the closed form alone")
+        if samples < 1:
+            raise ValueError(f"samples={samples}: expected 1 or more of each class")
+        if not (lr > 0 and math.isfinite(lr)):
+            raise ValueError(f"lr={lr}: expected a positive number, such as 0.01")
+        if temperature is not None and not temperature > 0:
+            raise ValueError(f"temperature={temperature}: expected a positive number, such as 0.1, or None")
+        if temperature is not None and epochs == 0:
+            raise ValueError(f"temperature={temperature} has no effect with epochs=0: leave one of them out")
+        if not 0 <= shrink < 1:
+            raise ValueError(f"shrink={shrink}: expected a share in [0, 1), such as 0.1")
+        self.start, self.epochs, self.lr, self.samples = start, epochs, lr, samples
+        self.temperature, self.shrink = temperature, shrink
+        self.gaussians = Gaussians(covariance, rank or _RANK)
+
+    def grow(self, learner: Core, task: Task) -> None:
+        """Nothing to make room for; refuse what would have no effect."""
+        if not any(True for _ in learner.objective.parameters()):
+            raise ValueError(
+                "align re-trains heads, and this objective has none: use --objective classify, or leave align out"
+            )
+        if deaf := [part.name for part in parts_of(learner.method) if predicts(part)]:
+            raise ValueError(
+                f"align cannot be combined with {deaf[0]}, which answers without the heads: keep one of them"
+            )
+        if self.gaussians.rank > learner.backbone.dim and self.gaussians.covariance == "lowrank":
+            raise ValueError(
+                f"align(rank={self.gaussians.rank}): expected 1 to {learner.backbone.dim}, the size of the features"
+            )
+
+    def begin_task(self, learner: Core, task: Task) -> None:
+        """Refuse the closed form for heads that have none; known now that all parts have grown."""
+        if not _linear(learner) and (self.start == "lda" or self.epochs == 0):
+            raise ValueError(
+                "align: start='lda' is the solution for linear heads, and cosine heads have no bias: write "
+                "align(start='heads') with 1 or more epochs"
+            )
+
+    def end_task(self, learner: Core, task: Task) -> None:
+        """Remember this task's Gaussians; re-train all heads."""
+        # The task's own images: those that `joint` adds were counted when they came.
+        self.gaussians.add(*learner.features(task.train))
+        means = self._means(learner, task)
+        closed = _linear(learner) and self.start != "heads"
+        if closed:
+            self._solve(learner, means)
+        heads = list(learner.objective.parameters())
+        frozen = [p for p in heads if not p.requires_grad]
+        learner.objective.requires_grad_(True)
+        try:
+            self._train(learner, means, heads, self._passes(closed))
+        finally:
+            for p in frozen:
+                p.requires_grad_(False)
+        if not all(torch.isfinite(p).all() for p in heads):
+            raise ValueError(f"align diverged after task {task.index}: give a lower lr than {self.lr:g}")
+
+    def _means(self, learner: Core, task: Task) -> Tensor:
+        """Means (classes, dim), older ones made shorter: μ · (1 - shrink · (1 - (t_c + 1) / (t + 1)))."""
+        first = learner.stream.first_task()
+        age = [1 - (first[c] + 1) / (task.index + 1) for c in self.gaussians.classes]
+        means = torch.stack([self.gaussians.mean(c) for c in self.gaussians.classes])
+        return means * (1 - self.shrink * torch.tensor(age, device=means.device)).unsqueeze(1)
+
+    @torch.no_grad()
+    def _solve(self, learner: Core, means: Tensor) -> None:
+        """Heads of linear discriminant analysis: W = Σ⁻¹(μ - m), b = -(μ - m)ᵀ Σ⁻¹ (μ + m) / 2, m the mean of μ."""
+        wide = exact(means)
+        centre = wide.mean(0)
+        covariance = shrunk(self.gaussians.pooled(), self.gaussians.freedom)
+        weight = torch.linalg.solve(covariance, (wide - centre).T).T
+        bias = -0.5 * (weight * (wide + centre)).sum(1)
+        columns = learner.objective.columns(torch.tensor(self.gaussians.classes, device=means.device))
+        where = {column: row for row, column in enumerate(columns.tolist())}
+        first = 0
+        assert isinstance(learner.objective, Classify)
+        for head in learner.objective.linears():
+            for own in range(head.out_features):
+                if (row := where.get(first + own)) is not None:
+                    head.weight[own] = weight[row]
+                    head.bias[own] = bias[row]
+            first += head.out_features
+
+    def _train(self, learner: Core, means: Tensor, heads: list[nn.Parameter], epochs: int) -> None:
+        objective, generator = learner.objective, learner.generator("align")
+        known = objective.columns(torch.tensor(self.gaussians.classes, device=means.device))
+        target = torch.arange(len(means), device=means.device).repeat_interleave(self.samples)
+        optimizer = torch.optim.SGD(heads, self.lr, momentum=_MOMENTUM, weight_decay=_WEIGHT_DECAY)
+        steps, step = epochs * math.ceil(len(target) / _BATCH), 0
+        for _ in range(epochs):
+            drawn = (means.unsqueeze(1) + self.gaussians.draw(self.samples, generator)).flatten(0, 1)
+            order = torch.randperm(len(drawn), generator=generator).to(means.device)
+            for start in range(0, len(order), _BATCH):
+                chosen = order[start : start + _BATCH]
+                for group in optimizer.param_groups:
+                    group["lr"] = self.lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+                step += 1
+                scores = self._levelled(learner, objective.scores(drawn[chosen]))[:, known]
+                optimizer.zero_grad()
+                F.cross_entropy(scores, target[chosen]).backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+        optimizer.zero_grad()
+
+    def _passes(self, closed: bool) -> int:
+        if self.epochs is not None:
+            return self.epochs
+        # Samples of one shared covariance only add noise to the closed form, which is already their optimum.
+        return 0 if closed and self.gaussians.covariance == "shared" and self.temperature is None else _EPOCHS
+
+    def _levelled(self, learner: Core, scores: Tensor) -> Tensor:
+        """Logits divided by the mean over tasks of their norm, and by the temperature."""
+        if self.temperature is None:
+            return scores
+        first = learner.stream.first_task()
+        owners = torch.tensor([first[c] for c in learner.objective.classes], device=scores.device)
+        norms = torch.stack([scores[:, owners == t].norm(dim=1) for t in torch.unique(owners).tolist()])
+        return scores / norms.mean(0).unsqueeze(1) / self.temperature
+
+
+def _linear(learner: Core) -> bool:
+    return isinstance(learner.objective, Classify) and learner.objective.cosine is None

@@ -1,0 +1,139 @@
+"""RanPAC: random projections and ridge regression (McDonnell et al., NeurIPS 2023, arXiv:2307.02251).
+
+`end_task` adds h = ReLU(f W) of the task's features to G = Σ hᵀh and to each class's Σ h (the columns of Q = Σ hᵀy);
+`predict` scores by h (G + ridge·I)⁻¹ Q. Neither the order of classes nor their split into tasks matters.
+
+Differs: W is of random signs instead of normal numbers, and 2,000 of them a feature instead of 10,000. The signs are
+read from a hash of the seed: they need not be stored and are the same on every machine. The ridge is chosen on at most
+2,000 of the task's training images. G is stored as one triangle in float32.
+"""
+
+import hashlib
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from perdure.learner import Core
+from perdure.memory.symmetric import exact, pack, unpack
+from perdure.memory.tensors import Tensors
+from perdure.method import Method
+from perdure.types import Batch, Task
+
+_RIDGES = tuple(10.0**k for k in range(-8, 9))  # as in the paper
+_MOST = 2000  # images on which the ridge is chosen
+_TRAIN = 0.8
+_LEAST = 1e-7  # of the largest possible eigenvalue: below it, what float32 has rounded off G would decide
+
+
+class RanPAC(Method, name="ranpac"):
+    """Answers by one ridge regression for all classes seen. By itself it trains nothing.
+
+    In a composition (`inflora + ranpac`) features are taken at the end of the task, with the encoder of that moment.
+
+    Args:
+        dim: number of random projections; 0 regresses on the features themselves, with a constant.
+        ridge: how much the regression is held back (the paper's lambda); None chooses it for each task, on a fifth of
+            its training images.
+    """
+
+    def __init__(self, dim: int = 2000, ridge: float | None = None) -> None:
+        super().__init__()
+        if dim < 0:
+            raise ValueError(f"dim={dim}: expected a number of projections, such as 2000, or 0 for none")
+        if ridge is not None and not (ridge > 0 and math.isfinite(ridge)):
+            raise ValueError(f"ridge={ridge}: expected a positive number, such as 1000, or None to choose it")
+        self.dim, self.ridge = dim, ridge
+        self.held = Tensors()  # gram: packed G; ridge: (1,)
+        self.sums = Tensors()  # class -> sum of h
+        self._projection: Tensor | None = None
+        self._weights: Tensor | None = None  # made from the state when it is asked for
+
+    def grow(self, learner: Core, task: Task) -> None:
+        """Alone, freeze the heads: they would be trained in vain."""
+        self._weights = None
+        if learner.method is self:
+            learner.objective.requires_grad_(False)
+
+    def end_task(self, learner: Core, task: Task) -> None:
+        """Add the task's features to the regression."""
+        # The task's own images: those that `joint` adds were counted when they came.
+        features, labels = learner.features(task.train)
+        gram = unpack(self.held["gram"]) if "gram" in self.held else None
+        for start in range(0, len(labels), _MOST):
+            some = slice(start, start + _MOST)
+            h = exact(self._expand(learner, features[some]))
+            gram = h.T @ h if gram is None else gram + h.T @ h
+            for c in torch.unique(labels[some]).tolist():
+                mine = h[(labels[some] == c).to(h.device)].sum(0).float().to(features.device)
+                self.sums[str(c)] = mine + self.sums.get(str(c), 0)
+        assert gram is not None
+        self.held["gram"] = pack(gram).to(features.device)
+        self.held["ridge"] = torch.tensor([self.ridge or self._choose(learner, features, labels)])
+        self._weights = None
+
+    def measures(self, learner: Core) -> dict[str, float]:
+        """The ridge in use."""
+        return {"ridge": float(self.held["ridge"])} if "ridge" in self.held else {}
+
+    def predict(self, learner: Core, batch: Batch) -> Tensor:
+        """Regressed scores (B, seen classes); 0 for a class that was not learnt yet."""
+        h = self._expand(learner, learner.encode(batch))
+        if self._weights is None or self._weights.device != h.device:
+            with torch.inference_mode(False), torch.no_grad():
+                self._weights = self._solve(learner.objective.classes, h.shape[1]).to(h.device)
+        return h @ self._weights
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._weights = None
+        super()._load_from_state_dict(*args)
+
+    def _expand(self, learner: Core, features: Tensor) -> Tensor:
+        """ReLU of the projected features, (n, dim); without projections, the features and a constant."""
+        if not self.dim:
+            return F.pad(features, (0, 1), value=1.0)
+        if self._projection is None or self._projection.device != features.device:
+            with torch.inference_mode(False):
+                self._projection = random_signs(features.shape[1], self.dim, learner.seed).to(features.device)
+        return torch.relu(features @ self._projection)
+
+    def _solve(self, classes: tuple[int, ...], width: int) -> Tensor:
+        """(G + ridge·I)⁻¹ Q, (width, classes)."""
+        nothing = torch.zeros(width)
+        if "gram" not in self.held:
+            return nothing.unsqueeze(1).repeat(1, len(classes))
+        gram = unpack(self.held["gram"])
+        sums = torch.stack([exact(self.sums.get(str(c), nothing)).to(gram.device) for c in classes], dim=1)
+        return _regress(gram, sums, float(self.held["ridge"])).float()
+
+    def _choose(self, learner: Core, features: Tensor, labels: Tensor) -> float:
+        """The ridge with the least squared error on a fifth of the images, when learnt from the others."""
+        order = torch.randperm(len(labels), generator=learner.generator("ridge"))[:_MOST]
+        cut = int(_TRAIN * len(order))
+        h = exact(self._expand(learner, features[order]))
+        target = F.one_hot(torch.unique(labels[order], return_inverse=True)[1]).to(h)
+        if not cut:
+            return float(h.square().mean()) or 1.0
+        # In the images' own space: one decomposition of at most 1,600 x 1,600 numbers serves all candidates.
+        values, vectors = torch.linalg.eigh(h[:cut] @ h[:cut].T)
+        inside, ahead = vectors.T @ target[:cut], h[cut:] @ h[:cut].T @ vectors
+        answers = [ahead @ (inside / (values + ridge).unsqueeze(1)) for ridge in _RIDGES]
+        errors = [(answer - target[cut:]).square().mean() for answer in answers]
+        return _RIDGES[int(torch.stack(errors).nan_to_num(torch.inf).argmin())]
+
+
+def _regress(gram: Tensor, sums: Tensor, ridge: float) -> Tensor:
+    ridge = max(ridge, _LEAST * float(gram.trace()), torch.finfo(torch.float32).tiny)
+    regular = gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    weights: Tensor = torch.linalg.solve(regular, sums)
+    return weights
+
+
+def random_signs(rows: int, columns: int, seed: int) -> Tensor:
+    """±1 float32 (rows, columns), from a hash of the seed."""
+    digest = hashlib.shake_256(f"{seed}/ranpac".encode()).digest(math.ceil(rows * columns / 8))
+    bits = np.unpackbits(np.frombuffer(digest, dtype=np.uint8))[: rows * columns]
+    return torch.from_numpy(bits.astype(np.float32)).mul_(2).sub_(1).view(rows, columns)
