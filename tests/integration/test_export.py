@@ -340,7 +340,7 @@ def test_learner_in_bfloat16_exports_float32_that_lost_nothing(
         ("timm", ", input_norm='none'", "inflora(rank=3)", "classify()"),
         ("pocket", "", "lora(rank=2, blocks='0')", "zeroshot()"),
         ("pocket", "", "lora(rank=2, blocks='0') + cosine", "classify()"),
-        ("pocket", "", "sd_lora(rank=2, blocks='0') + align", "classify()"),
+        ("pocket", "", "sd_lora(rank=2, blocks='0')", "classify()"),
         ("pocket", "", "fm_lora(rank=2, blocks='0', prompts=0, drs='fixed')", "classify()"),
     ],
 )
