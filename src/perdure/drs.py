@@ -7,8 +7,8 @@ neither how w learns nor what a rank costs.
 Differs: the `affine` rule is w_r · H - cost · r / r_max. Its w rises with the rank and is concave at the start (√(r /
 r_max)): a linear one could only ever choose an extreme. w is learned in the warm-up by Gumbel-softmax over a
 prefix-nested supernet, where a rank uses the first inner dimensions, and starts anew with each task; it stays rising,
-so that with the same w a harder task never gets a smaller rank. H is divided by the logarithm of the number of classes:
-1 is guessing. `literal` keeps w as it starts.
+so that with the same w a harder task never gets a smaller rank. H is divided by the logarithm of the number of classes
+that compete: 1 is guessing. `literal` keeps w as it starts.
 """
 
 import math
@@ -21,10 +21,11 @@ from torch.nn import functional as F
 
 from perdure.learner import Core
 from perdure.memory.tensors import Tensors
+from perdure.method import at_least_zero
 from perdure.types import Batch, Data, Task
 
 Mode = Literal["affine", "literal", "fixed"]
-_BATCH = 32
+_BATCH, _EPOCHS, _COST = 32, 1, 0.5
 _HOT, _COLD = 1.0, 0.1  # temperature at the start and at the end of the warm-up
 
 
@@ -43,13 +44,18 @@ class DRS(nn.Module):
     Args:
         ranks: candidates.
         mode: the rule; `fixed` takes the largest and needs no warm-up.
-        cost: price of the largest rank, in units of the normalised loss.
-        epochs: length of the warm-up.
+        cost: price of the largest rank, in units of the normalised loss; None is 0.5. Users know it as `rank_cost`.
+        epochs: length of the warm-up; None is 1. Users know it as `warm_up`.
         lr: its learning rate (Adam).
     """
 
     def __init__(
-        self, ranks: Sequence[int], mode: Mode = "affine", cost: float = 0.5, epochs: int = 1, lr: float = 3e-3
+        self,
+        ranks: Sequence[int],
+        mode: Mode = "affine",
+        cost: float | None = None,
+        epochs: int | None = None,
+        lr: float = 3e-3,
     ) -> None:
         super().__init__()
         self.ranks = tuple(sorted(set(ranks)))
@@ -59,9 +65,12 @@ class DRS(nn.Module):
             raise ValueError(
                 f"ranks={tuple(ranks)}, drs={mode!r}: one rank leaves nothing to choose; write drs='fixed'"
             )
-        if cost < 0 or epochs < 1:
-            raise ValueError(f"cost={cost}, warm_up={epochs}: expected a cost of 0 or more and at least 1 epoch")
-        self.mode, self.cost, self.epochs, self.lr = mode, cost, epochs, lr
+        self.mode, self.lr = mode, lr
+        self.cost = _COST if cost is None else cost
+        self.epochs = _EPOCHS if epochs is None else epochs
+        at_least_zero(rank_cost=self.cost)
+        if self.epochs < 1:
+            raise ValueError(f"warm_up={epochs}: expected at least 1 epoch")
         self.chosen = Tensors()  # rank and complexity of the current task
 
     @property
@@ -128,7 +137,7 @@ class DRS(nn.Module):
                 step += 1
             with torch.no_grad():
                 self._gate(branches, F.softmax(self.logits(complexity, _rising(raw)), 0))
-                complexity = _complexity(learner, task, learner.batches(data, 4 * _BATCH, held))
+                complexity = _complexity(learner, learner.batches(data, 4 * _BATCH, held))
         for branch in branches:
             branch.gate = None
         with torch.no_grad():
@@ -175,7 +184,11 @@ def _rising(raw: Tensor) -> Tensor:
     return F.softplus(raw).cumsum(0)
 
 
-def _complexity(learner: Core, task: Task, batches: Iterable[Batch]) -> float:
-    """Mean loss among the task's classes over log of their number."""
-    losses = [learner.objective.losses(learner.encode(batch), batch, local=True) for batch in batches]
-    return torch.cat(losses).mean().item() / math.log(max(2, len(task.classes)))
+def _complexity(learner: Core, batches: Iterable[Batch]) -> float:
+    """Mean loss over log of the number of classes that compete: the task's own, or all seen as in joint training."""
+    objective, shares = learner.objective, []
+    for batch in batches:
+        local = objective.competes_locally(batch)
+        losses = objective.losses(learner.encode(batch), batch, local)
+        shares.append(losses / math.log(max(2, len(objective.local if local else objective.classes))))
+    return torch.cat(shares).mean().item()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from perdure.adapters.attach import adapted, fold
 from perdure.augment import AUGMENTS, Augment
 from perdure.backbones.base import Backbone
-from perdure.method import Method, encodes, parts_of
+from perdure.method import Method, encodes, parts_of, varies
 from perdure.objectives.base import Objective
 from perdure.types import Batch, Data, Scenario, Stream, Task
 
@@ -104,6 +104,11 @@ class Core(nn.Module):
         return torch.autocast(self.device.type, dtype=self.precision)
 
     @property
+    def dim(self) -> int:
+        """Number of features."""
+        return self.method.width(self)
+
+    @property
     def tunes_backbone(self) -> bool:
         """Whether pre-trained weights themselves are trained."""
         return any(p.requires_grad for p in self.backbone.parameters())
@@ -134,7 +139,9 @@ class Core(nn.Module):
 
     def shared(self) -> dict[str, nn.Parameter]:
         """Trainable parameters that outlive the task: not the branches that a method opens for one task only."""
-        own = {id(p) for part in parts_of(self.method) if not part.shares for p in part.parameters() if p.requires_grad}
+        parts = parts_of(self.method)
+        own = {id(p) for part in parts for p in part.parameters()}
+        own -= {id(p) for part in parts for p in part.shared_parameters()}
         return {name: p for name, p in self.trainable().items() if id(p) not in own}
 
     def memory(self) -> dict[str, Tensor]:
@@ -146,7 +153,7 @@ class Core(nn.Module):
     def constant_encoder(self) -> bool:
         """Whether features can never change: nothing in the vision tower is trained or adapted."""
         tower = self.backbone.get_submodule(self.backbone.towers()["vision"])
-        return not self.tunes_backbone and not adapted(tower) and not encodes(self.method)
+        return not self.tunes_backbone and not adapted(tower) and not varies(self.method)
 
     @property
     def constant_blocks(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
@@ -38,6 +38,8 @@ class Method(nn.Module):
     protects: ClassVar[bool] = False
     """Whether the method only guards shared parameters, and so needs a part that has some."""
 
+    reads: ClassVar[bool] = False
+    """Whether its `encode` only reads what the encoder computes: constant as long as the encoder is."""
     leaves: frozenset[str] = frozenset()
     """Exclusive hooks that its class has, but that with these options it leaves to others."""
 
@@ -47,6 +49,10 @@ class Method(nn.Module):
             if name in METHODS and METHODS[name].__qualname__ != cls.__qualname__:
                 raise ValueError(f"two methods are named {name!r}: {METHODS[name]} and {cls}; rename one")
             cls.name, METHODS[name] = name, cls
+
+    def shared_parameters(self) -> Iterable[nn.Parameter]:
+        """Those of its parameters that all tasks train: all when it `shares`, unless it says otherwise."""
+        return self.parameters() if self.shares else ()
 
     # Structure: a function of the task's description alone, so that a resumed run can replay it.
     def grow(self, learner: Core, task: Task) -> None:
@@ -92,6 +98,10 @@ class Method(nn.Module):
         features: Tensor = learner.backbone(batch)
         return features
 
+    def width(self, learner: Core) -> int:
+        """Number of features that `encode` gives."""
+        return learner.backbone.dim
+
     def predict(self, learner: Core, batch: Batch) -> Tensor:
         """Scores (B, seen classes) of a batch; must not depend on which examples share the batch."""
         return learner.objective.scores(learner.encode(batch))
@@ -99,6 +109,8 @@ class Method(nn.Module):
 
 class Compose(Method):
     """Several methods as one: additive hooks run in the order written, exclusive ones have one owner.
+
+    At a task's end the part that encodes comes first, so that the others see the features that will be used.
 
     Raises:
         ValueError: when two parts define the same exclusive hook, a part stands twice, or a part that protects shared
@@ -142,7 +154,8 @@ class Compose(Method):
 
     def end_task(self, learner: Core, task: Task) -> None:
         """See `Method.end_task`."""
-        for part in self:
+        owner = self._owner("encode")
+        for part in sorted(self, key=lambda part: part is not owner):
             part.end_task(learner, task)
 
     def measures(self, learner: Core) -> dict[str, float]:
@@ -181,6 +194,11 @@ class Compose(Method):
         owner = self._owner("encode")
         return super().encode(learner, batch) if owner is None else owner.encode(learner, batch)
 
+    def width(self, learner: Core) -> int:
+        """See `Method.width`; asked of the part that encodes."""
+        owner = self._owner("encode")
+        return super().width(learner) if owner is None else owner.width(learner)
+
     def predict(self, learner: Core, batch: Batch) -> Tensor:
         """See `Method.predict`."""
         owner = self._owner("predict")
@@ -213,6 +231,20 @@ def compose(parts: Sequence[Method]) -> Method:
     return parts[0] if len(parts) == 1 else Compose(parts)
 
 
+def at_least_zero(**options: float) -> None:
+    """Raise `ValueError` for the first option that is negative."""
+    for name, value in options.items():
+        if value < 0:
+            raise ValueError(f"{name}={value}: expected 0 or more")
+
+
+def without_effect(why: str, **options: object) -> None:
+    """Raise `ValueError` for the first option that was given, which is not None."""
+    for name, value in options.items():
+        if value is not None:
+            raise ValueError(f"{name}={value!r} has no effect {why}: leave it out")
+
+
 def _defines(part: Method, hook: str) -> bool:
     return getattr(type(part), hook) is not getattr(Method, hook) and hook not in part.leaves
 
@@ -220,6 +252,11 @@ def _defines(part: Method, hook: str) -> bool:
 def encodes(method: Method) -> bool:
     """Whether a part replaces the backbone's plain features."""
     return any(_defines(part, "encode") for part in parts_of(method))
+
+
+def varies(method: Method) -> bool:
+    """Whether a part replaces the backbone's features by something that can change when the backbone does not."""
+    return any(_defines(part, "encode") and not part.reads for part in parts_of(method))
 
 
 def predicts(method: Method) -> bool:

@@ -308,8 +308,8 @@ _SD_DATA = {
 }
 
 
-def _sd_lora(prefix: str, label: str, options: str, scores: str, *differs: str) -> Family:
-    method = f'sd_lora({options}, at="qv", normalise="code", magnitude=0.8)'
+def _sd_lora(prefix: str, label: str, options: str, scores: str, *differs: str, normalise: str = "code") -> Family:
+    method = f'sd_lora({options}, at="qv", normalise="{normalise}", magnitude=0.8)'
     cub = "optimizer and learning rate are the paper's (second-hand), for the code has no CUB-200"
     rows = {
         data: Row(method, training, score, differs=(cub,) if data == "cub200" else ())
@@ -344,6 +344,9 @@ _SD_LORA_KD = _sd_lora(
     "rank=10, distil=9e-4",
     "78.85 / 82.47, 77.03 / 81.52, 74.12 / 80.11, 87.09 / 92.01, 75.95 / 83.21",
     "the residual is taken over all layers together, relative to the new update",
+    'directions are normalised over all layers together and magnitudes inherited (normalise="jointly"); published code '
+    "sets magnitudes anew at every task, which would undo the distillation",
+    normalise="jointly",
 )
 _FM_LORA = Family(
     prefix="fm_lora",

@@ -120,6 +120,14 @@ class Run:
         """Mean feature drift of the old tasks after each task."""
         return [_mean(row) for row in self.drift()]
 
+    def facts_of_tasks(self) -> dict[str, list[float | None]]:
+        """What the method said of itself as a whole after each task, such as `rank` and `complexity`."""
+        found: dict[str, list[float | None]] = {}
+        for row in self.rows:
+            if row.on is None and row.after >= 0 and "/" not in row.metric:
+                found.setdefault(row.metric, [None] * len(self.tasks()))[row.after] = row.value
+        return found
+
     def layers(self, measure: str) -> dict[str, list[float | None]]:
         """What the method said of each layer's input after each task, such as `free_dimension`."""
         found: dict[str, list[float | None]] = {}

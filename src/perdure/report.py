@@ -157,6 +157,7 @@ def _view(run: Run) -> dict[str, Any]:
         "matrix": matrix[:done],
         "averages": run.averages(),
         "forgotten": [(i, names[i], v) for i, v in enumerate(lost)],
+        "facts": {k: [_plain(v) for v in values] for k, values in run.facts_of_tasks().items()},
         "extent": (min([0.0, *(v for v in lost if v is not None)]), max([0.0, *(v for v in lost if v is not None)])),
         "drift": run.drift()[:done] if any(v is not None for v in run.drifts()) else [],
         "room": _room(run),
@@ -218,6 +219,11 @@ def _facts(run: Run) -> dict[str, str]:
         for k, v in found.items()
         if v not in (None, "")
     }
+
+
+def _plain(value: float | None) -> str:
+    """A number of no known unit."""
+    return "·" if value is None else f"{value:,.0f}" if value == round(value) else f"{value:.3g}"
 
 
 def _words(key: str) -> str:

@@ -96,8 +96,7 @@ def build(spec: Spec, registry: Mapping[str, Callable[..., Any]], kind: str, **g
             have = f"it has: {', '.join(options)}" if options else "it takes none"
             raise ValueError(f"{who} has no option {key!r}{near}; {have}")
         if not _fits(value, hints.get(key, Any)):
-            literals = [a for a in typing.get_args(hints[key]) if isinstance(a, str)]
-            near = _nearest(value, literals) if isinstance(value, str) else ""
+            near = _nearest(value, _words(hints[key])) if isinstance(value, str) else ""
             raise ValueError(f"{who}, option {key}={value!r}: expected {_describe(hints[key])}{near}")
     written = dict(spec.kwargs)
     if missing := [k for k, p in options.items() if p.default is p.empty and k not in written]:
@@ -207,6 +206,11 @@ def _items_fit(value: Sequence[Any], origin: Any, inner: tuple[Any, ...]) -> boo
     if origin is tuple and inner and inner[-1] is not ...:
         return len(value) == len(inner) and all(_fits(v, hint) for v, hint in zip(value, inner, strict=True))
     return not inner or all(_fits(v, inner[0]) for v in value)
+
+
+def _words(hint: Any) -> list[str]:
+    """The texts that a literal, or one of several types, allows."""
+    return [w for each in typing.get_args(hint) for w in ([each] if isinstance(each, str) else _words(each))]
 
 
 def _describe(hint: Any) -> str:

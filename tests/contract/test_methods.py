@@ -51,6 +51,12 @@ COMBINATIONS = [
     "inflora(rank=2) + cosine + align",
     "inflora(rank=2) + ranpac(dim=64)",
     "fm_lora(rank=4) + align",
+    "layers + align",
+    "fm_lora(rank=4) + ewc",
+    "ewc + route_lora(rank=2)",
+    "ncm + fm_lora(rank=4, reading='per_task')",
+    "inflora(ranks=(1, 2)) + joint",
+    "inflora(rank=2) + layers + ranpac(dim=0)",
 ]
 ALONE = sorted(name for name, method in METHODS.items() if not method.protects)
 SPECS = ALONE + COMBINATIONS

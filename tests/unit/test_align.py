@@ -201,12 +201,32 @@ def test_align_refuses_the_closed_form_for_cosine_heads(order: str, option: str,
         ("lr=0.0", r"lr=0.0: expected a positive"),
         ("temperature=0.0", r"temperature=0.0: expected a positive"),
         ("temperature=0.1, epochs=0", r"temperature=0.1 has no effect with epochs=0"),
+        ("lr=0.1, epochs=0", r"lr=0.1 has no effect with epochs=0: leave it out$"),
+        ("samples=9, epochs=0", r"samples=9 has no effect with epochs=0: leave it out$"),
         ("shrink=1.0", r"shrink=1.0: expected a share"),
     ],
 )
 def test_an_option_that_makes_no_sense_is_refused(option: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_method(f"align({option})")
+
+
+@pytest.mark.parametrize("option", ["lr=0.1", "samples=9", "samples=9, start='lda'"])
+def test_options_of_a_training_that_the_closed_form_makes_needless_are_refused(option: str, lab: Any) -> None:
+    name = option.partition(",")[0]
+    with pytest.raises(
+        ValueError, match=rf"^{name} has no effect on align's closed form \(epochs=5 would train\): leave it out$"
+    ):
+        lab.taught(f"align({option})")
+    lab.taught(f"align({option}, epochs=1)")
+    if "lda" not in option:
+        lab.taught(f"cosine + align({option})")
+
+
+def test_directions_lie_in_memory_as_they_would_be_loaded() -> None:
+    gaussians = Gaussians("lowrank", rank=2)
+    gaussians.add(*mixed())
+    assert gaussians.spreads["0/directions"].is_contiguous()
 
 
 def test_a_rank_beyond_the_features_is_refused(lab: Any) -> None:

@@ -91,7 +91,8 @@ def test_an_objective_without_heads_is_refused(lab: Any) -> None:
     ("option", "message"),
     [
         ("scale=0.0", "scale=0.0: expected a positive"),
-        ("template='cat'", "template='cat' has no {} for the class name"),
+        ("init='zeroshot', template='cat'", "template='cat' has no {} for the class name"),
+        ("template='a {}'", "template='a {}' has no effect with init='random': leave it out$"),
     ],
 )
 def test_an_option_that_makes_no_sense_is_refused(option: str, message: str) -> None:

@@ -1,6 +1,7 @@
 """The dynamic rank: what the rules say, what the warm-up leaves behind, and that the chosen rank is the branch's."""
 
 import math
+import re
 from collections import Counter
 from typing import Any
 
@@ -90,8 +91,8 @@ def test_candidates_are_sorted_and_stand_once() -> None:
         ({"ranks": ()}, r"ranks=\(\): expected candidate ranks of 1 or more, such as \(2, 4, 8\)"),
         ({"ranks": (0, 4)}, r"ranks=\(0, 4\): expected candidate ranks of 1 or more, such as \(2, 4, 8\)"),
         ({"ranks": (4, 4)}, r"ranks=\(4, 4\), drs='affine': one rank leaves nothing to choose; write drs='fixed'"),
-        ({"ranks": RANKS, "cost": -1}, r"cost=-1, warm_up=1: expected a cost of 0 or more and at least 1 epoch"),
-        ({"ranks": RANKS, "epochs": 0}, r"cost=0.5, warm_up=0: expected a cost of 0 or more and at least 1 epoch"),
+        ({"ranks": RANKS, "cost": -1}, "rank_cost=-1: expected 0 or more"),
+        ({"ranks": RANKS, "epochs": 0}, "warm_up=0: expected at least 1 epoch"),
     ],
 )
 def test_an_impossible_choice_is_refused_with_what_is_possible(arguments: dict[str, Any], message: str) -> None:
@@ -133,7 +134,31 @@ def test_a_complexity_of_1_is_guessing(lab: Any) -> None:
     for parameter in learner.objective.heads[1].parameters():
         torch.nn.init.zeros_(parameter)
     with torch.no_grad():
-        assert _complexity(learner, task, learner.batches(task.train, 5)) == pytest.approx(1, abs=1e-6)
+        assert _complexity(learner, learner.batches(task.train, 5)) == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("tasks", [1, 2])
+def test_in_joint_training_guessing_is_among_all_classes_seen(tasks: int, lab: Any) -> None:
+    learner, task = begun(lab, "probe + joint", tasks)
+    for parameter in learner.objective.parameters():
+        torch.nn.init.zeros_(parameter)
+    with torch.no_grad():
+        batches = learner.batches(learner.method.data(learner, task), 5)
+        assert _complexity(learner, batches) == pytest.approx(1, abs=1e-6)
+
+
+def test_in_joint_training_a_right_answer_counts_as_right_for_old_classes_too(lab: Any) -> None:
+    """A perfect learner: each class's row is its own mean direction."""
+    learner, task = begun(lab.but(noise=0.0), "probe + joint")
+    data = learner.method.data(learner, task)
+    features, labels = learner.features(data)
+    means = torch.stack([features[labels == c].mean(0) for c in range(4)])
+    inverse = torch.linalg.pinv(means).T
+    with torch.no_grad():
+        for head, rows in zip(learner.objective.heads, inverse.split(2), strict=True):
+            head.weight.copy_(50 * rows)
+            head.bias.zero_()
+        assert _complexity(learner, learner.batches(data, 8)) < 0.01
 
 
 # In a task
@@ -206,8 +231,9 @@ def test_a_smaller_rank_of_inflora_keeps_the_leading_directions(lab: Any) -> Non
     torch.testing.assert_close(chosen.features(data)[0], given_.features(data)[0], rtol=1e-4, atol=1e-4)
 
 
-def test_a_fixed_rank_needs_no_warm_up(lab: Any) -> None:
-    learner, task = begun(lab, "fm_lora(rank=4, ranks=3, drs='fixed')")
+@pytest.mark.parametrize("options", ["ranks=3, drs='fixed'", "ranks=3", "ranks=(3, 3)"])
+def test_a_fixed_rank_needs_no_warm_up(options: str, lab: Any) -> None:
+    learner, task = begun(lab, f"fm_lora(rank=4, {options})")
     before = shapes(learner)
     learner.method.begin_task(learner, task)
     assert shapes(learner) == before
@@ -216,7 +242,7 @@ def test_a_fixed_rank_needs_no_warm_up(lab: Any) -> None:
 
 
 def test_the_literal_rule_takes_the_largest_rank_after_measuring(lab: Any) -> None:
-    learner, task = begun(lab, "fm_lora(rank=4, drs='literal', rank_cost=1000)")
+    learner, task = begun(lab, "fm_lora(rank=4, drs='literal')")
     learner.method.begin_task(learner, task)
     measures = learner.method.measures(learner)
     assert measures["rank"] == 4
@@ -236,11 +262,13 @@ def test_a_longer_warm_up_makes_a_task_look_easier(lab: Any) -> None:
 
 
 def test_one_rank_to_choose_from_is_refused_with_the_remedy() -> None:
-    with pytest.raises(
-        ValueError,
-        match=r"^method 'inflora', option ranks=\(4,\): one candidate leaves nothing to choose; write rank=4 instead$",
-    ):
-        make_method("inflora(ranks=(4,))")
+    for ranks in ("(4,)", "(4, 4)"):
+        with pytest.raises(
+            ValueError,
+            match=rf"^method 'inflora', option ranks={re.escape(ranks)}: one candidate leaves nothing to choose; "
+            "write rank=4 instead$",
+        ):
+            make_method(f"inflora(ranks={ranks})")
     with pytest.raises(
         ValueError, match=r"^method 'inflora', option ranks=\(\): expected candidate ranks of 1 or more"
     ):

@@ -105,3 +105,27 @@ def test_a_stronger_pull_keeps_important_parameters_closer_to_their_anchor(lab: 
 def test_a_negative_strength_is_refused() -> None:
     with pytest.raises(ValueError, match="option strength=-1: expected 0 or more"):
         make_method("lora + ewc(strength=-1)")
+
+
+def test_when_the_last_shared_branch_is_closed_nothing_is_held_any_more(lab: Any) -> None:
+    bench = lab.but(objective="zeroshot")
+    learner, stream = bench.learner("lora(rank=2, tasks=2) + ewc"), bench.stream()
+    ewc = learner.method.parts[1]
+    bench.teach(learner, stream.tasks[:1])
+    assert ewc.fisher
+    bench.teach(learner, stream.tasks[1:])
+    assert not ewc.fisher
+    assert not ewc.anchor
+
+
+def test_the_fisher_is_of_the_encoder_with_branches_that_were_just_closed(lab: Any) -> None:
+    bench = lab.but(scenario="domain", lr=5e-2)  # one head for all tasks, which goes on learning
+    fishers = []
+    for order in ("lora(rank=2, tasks=2) + ewc", "ewc + lora(rank=2, tasks=2)"):
+        learner = bench.teach(bench.learner(order), bench.stream().tasks[:1])
+        (ewc,) = (part for part in learner.method.parts if part.name == "ewc")
+        ewc.decay = 0.0
+        bench.teach(learner, bench.stream().tasks[1:2])
+        fishers.append(ewc.fisher["objective.heads.0.weight"])
+    one, other = (f / f.mean() for f in fishers)
+    torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)

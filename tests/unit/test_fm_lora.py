@@ -200,6 +200,49 @@ def test_routing_leaves_nothing_behind(lab: Any) -> None:
     assert not learner.method.tokens.off
 
 
+def test_bases_that_are_frozen_hold_no_gradients(lab: Any) -> None:
+    learner, stream, _ = begun(lab, "fm_lora(rank=4)", tasks=0)
+    learner.grow(stream.tasks[0])
+    train(learner, stream.tasks[0])
+    assert all(adapter.down.grad is not None for adapter in learner.method.bases)
+    close(learner, stream.tasks[0])
+    assert all(adapter.down.grad is None and adapter.up.grad is None for adapter in learner.method.bases)
+
+
+@pytest.mark.parametrize("other", ["ncm", "align"])
+def test_what_is_written_before_a_core_of_its_own_sees_the_finished_encoder(other: str, lab: Any) -> None:
+    first, last = (lab.taught(s.format(READINGS["per_task"].format(""))) for s in (other + " + {}", "{} + " + other))
+    kept = []
+    for learner, index in ((first, 0), (last, 1)):
+        part = learner.method.parts[index]
+        kept.append(part.sums if other == "ncm" else part.gaussians.means)
+    assert len(kept[0]) == 6
+    for c in kept[0]:
+        assert torch.equal(kept[0][c], kept[1][c])
+
+
+SHARING = [
+    "fm_lora(rank=4)",
+    "fm_lora(rank=4, share=False)",
+    "fm_lora(rank=4, reading='continued', drs='fixed')",
+    "fm_lora(rank=4, reading='continued', drs='fixed', prompts=0)",
+]
+
+
+@pytest.mark.parametrize("spec", SHARING)
+@pytest.mark.parametrize("order", ["{} + ewc", "ewc + {}"])
+def test_ewc_holds_what_all_tasks_train_and_no_core_of_one_task(spec: str, order: str, lab: Any) -> None:
+    learner, names = lab.learner(order.format(spec)), set()
+    for task in lab.stream().tasks[:2]:
+        lab.teach(learner, [task], epochs=1)
+        (guard,) = (part for part in learner.method.parts if part.name == "ewc")
+        names = {name.split(".", 3)[-1] for name in guard.fisher if name.startswith("method.")}
+        assert all(guard.fisher[name].any() for name in guard.fisher)
+    factors = {f"bases.{i}.branch.{k}" for i in range(4) for k in (0, 1)} if "continued" in spec else set()
+    prompts = set() if "prompts=0" in spec else {"tokens.values"}
+    assert names == factors | prompts
+
+
 # Prompt tokens
 
 
@@ -360,9 +403,25 @@ def test_export_of_what_no_weights_can_hold_is_refused_with_the_reason(
         ("share=False, reading='per_task'", r".*about cores between shared bases: leave out share=False"),
         ("reading='continued'", r"reading='continued' goes on with one M and N.*: write drs='fixed'"),
         ("prompts=-1", r"prompts=-1: expected a number of tokens, or 0 for none"),
-        ("rank=4, ranks=4", r"ranks=.*one rank leaves nothing to choose; .*drs='fixed'.*"),
+        ("rank=4, ranks=4, drs='affine'", r"ranks=.*one rank leaves nothing to choose; .*drs='fixed'.*"),
+        ("rank=0", r"rank=0: expected 1 or more, such as 16"),
+        ("rank=1, drs='affine'", r"drs=.*ranks=\(1,\), .*one rank leaves nothing to choose; write drs='fixed'"),
+        ("ranks=(2, 4), drs='fixed'", r"ranks=\(2, 4\): drs='fixed' takes one rank for all tasks; write ranks=4"),
+        ("drs='fixed', warm_up=2", r"warm_up=2 has no effect with a fixed rank: leave it out"),
+        ("ranks=4, warm_up=2", r"warm_up=2 has no effect with a fixed rank: leave it out"),
+        ("drs='fixed', rank_cost=0.1", r"rank_cost=0.1 has no effect with drs='fixed': leave it out"),
+        ("drs='literal', rank_cost=0.1", r"rank_cost=0.1 has no effect with drs='literal': leave it out"),
+        ("rank_cost=-1", r"rank_cost=-1: expected 0 or more"),
+        ("prompts=0, prompt_lr=0.1", r"prompt_lr=0.1 has no effect with prompts=0: leave it out"),
+        ("prompts=0, prompt_pull=0.0", r"prompt_pull=0.0 has no effect with prompts=0: leave it out"),
+        ("prompts=0, freeze_prompts=True", r"freeze_prompts=True has no effect with prompts=0: leave it out"),
+        ("prompt_lr=0.2, freeze_prompts=True", r"prompt_lr=0.2 has no effect with freeze_prompts=True: leave it out"),
+        ("prompt_lr=0", r"prompt_lr=0: expected a positive factor, such as 0.1, or freeze_prompts=True"),
+        ("prompt_pull=-0.1", r"prompt_pull=-0.1: expected 0 or more"),
+        ("reading='per_task', tower='both'", r"tower='both': reading='per_task' routes images only; .*tower='vision'"),
+        ("reading='per_task', tower='text'", r"tower='text': reading='per_task' routes images only; .*tower='vision'"),
         ("ranks=()", r"ranks=\(\): expected candidate ranks of 1 or more, such as \(2, 4, 8\)"),
-        ("warm_up=0", r".*warm_up=0: expected a cost of 0 or more and at least 1 epoch"),
+        ("warm_up=0", r"warm_up=0: expected at least 1 epoch"),
         ("reading='acumulate'", r"reading='acumulate': expected .*; did you mean 'accumulate'\?"),
         ("drs='afine'", r"drs='afine': expected .*; did you mean 'affine'\?"),
     ],
@@ -389,3 +448,8 @@ def test_bases_stand_in_the_tower_that_was_asked_for() -> None:
     assert {site.layer.split(".")[0] for site, _, _ in updates(learner.backbone)} == {"text"}
     assert prompted(learner.backbone.vision)  # prompts are always in the vision tower
     assert not prompted(learner.backbone.text)
+
+
+def test_bases_of_rank_1_leave_nothing_to_choose(lab: Any) -> None:
+    learner, _, _ = begun(lab, "fm_lora(rank=1)", tasks=2)
+    assert learner.method.measures(learner) == {"rank": 1}

@@ -133,8 +133,32 @@ def test_without_the_projection_the_past_is_not_avoided() -> None:
 
 @pytest.mark.parametrize(
     ("option", "message"),
-    [("keep=0", "keep=0: expected a share"), ("keep=1.1", "keep=1.1: expected a share"), ("moments=0", "moments=0: ")],
+    [
+        ("keep=0", "keep=0: expected a share"),
+        ("keep=1.1", "keep=1.1: expected a share"),
+        ("moments=0", "moments=0: "),
+        ("rank=4, ranks=(2, 4)", "rank=4 has no effect beside ranks: leave it out$"),
+        ("rank_cost=0.1", "rank_cost=0.1 has no effect without ranks: leave it out$"),
+        ("ranks=(2, 4), rank_cost=-1", "rank_cost=-1: expected 0 or more$"),
+    ],
 )
 def test_options_that_make_no_sense_are_refused(option: str, message: str) -> None:
     with pytest.raises(ValueError, match=f"method 'inflora', option {message}"):
         make_method(f"inflora({option})")
+
+
+def test_a_space_is_in_float64_on_the_device_of_the_moments(lab: Any) -> None:
+    learner, stream = lab.learner("inflora(rank=2)"), lab.stream()
+    for task in stream.tasks[:2]:  # without a past, and with one
+        learner.grow(task)
+        (key, *_) = learner.method.adapters
+        basis = learner.method._space(key, "meta").basis
+        assert (basis.device.type, basis.dtype) == ("meta", torch.float64)
+        fit_task(learner, task, TrainConfig(epochs=1, batch_size=8))
+
+
+@pytest.mark.parametrize("partner", ["finetune", "lora", "fm_lora"])
+def test_a_partner_that_changes_what_old_inputs_give_is_refused(partner: str) -> None:
+    for order in (f"inflora + {partner}", f"{partner} + inflora"):
+        with pytest.raises(ValueError, match=rf"^inflora cannot be combined with {partner}, which changes"):
+            make_method(order)

@@ -206,6 +206,18 @@ def test_ewc_finds_the_bases_of_route_lora_important_after_every_task(lab: Any) 
         assert all(value.any() for value in found.values())
 
 
+def test_ewc_holds_no_increment_of_route_lora_when_it_comes_first(lab: Any) -> None:
+    learner, stream = lab.learner("ewc + route_lora(rank=2)"), lab.stream()
+    lab.teach(learner, stream.tasks[:1])
+    held = {name for name in learner.method.parts[0].fisher if name.startswith("method.")}
+    assert held == {f"method.parts.1.adapters.{layer}.{factor}" for layer in range(4) for factor in ("down", "up")}
+    learner.grow(stream.tasks[1])
+    for adapter in learner.method.parts[1].adapters:
+        adapter.branch[0].data += 1  # whatever the new increment is, it is not drawn to the last one
+    penalty = learner.method.parts[0].penalty(learner, {}, torch.empty(0))
+    assert penalty.item() == 0
+
+
 def test_the_bases_of_route_lora_learn_more_slowly_after_the_first_task(lab: Any) -> None:
     learner, stream = lab.learner("route_lora(rank=2, bases_lr=0.03)"), lab.stream()
     learner.grow(stream.tasks[0])
@@ -297,6 +309,7 @@ def test_a_branch_trained_over_two_tasks_is_the_one_of_plain_lora(lab: Any) -> N
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
+        ("lora(rank=0, alpha=1.0)", "rank=0: expected 1 or more, such as 10"),
         ("lora(tasks=0)", "tasks=0: expected at least 1 task that adapts the encoder, or None for all"),
         ("o_lora(strength=-1)", "strength=-1: expected 0 or more"),
         ("c_lora(strength=-0.5)", "strength=-0.5: expected 0 or more"),
@@ -314,13 +327,15 @@ def test_impossible_options_are_refused_with_what_is_possible(spec: str, message
 @pytest.mark.parametrize("method", ["lora", "o_lora", "c_lora", "sd_lora", "route_lora"])
 @pytest.mark.parametrize("rank", [0, 17])
 def test_a_rank_that_no_layer_has_is_refused(method: str, rank: int, lab: Any) -> None:
-    with pytest.raises(ValueError, match=rf"^rank={rank}: expected 1 to 16, the (inputs|smaller side) of [^\n]+$"):
+    some = r"1 or more, such as 10|1 to 16, the (inputs|smaller side) of [^\n]+"
+    with pytest.raises(ValueError, match=rf"^(method 'lora', option )?rank={rank}: expected ({some})$"):
         lab.learner(f"{method}(rank={rank})").grow(lab.stream().tasks[0])
 
 
 def test_a_regulariser_of_shared_parameters_needs_some_that_are_shared() -> None:
-    for spec in ("lora(tasks=1)", "lora(per_task=True)", "o_lora", "c_lora", "sd_lora", "fm_lora"):
+    fm_lora = ("fm_lora(prompts=0)", "fm_lora(freeze_prompts=True)", "fm_lora(reading='per_task')")
+    for spec in ("lora(tasks=1)", "lora(per_task=True)", "o_lora", "c_lora", "sd_lora", *fm_lora):
         with pytest.raises(ValueError, match=r"^ewc has nothing to protect"):
             make_method(f"{spec} + ewc")
-    for spec in ("lora(tasks=2)", "route_lora"):
+    for spec in ("lora(tasks=2)", "route_lora", "fm_lora"):
         make_method(f"{spec} + ewc")

@@ -101,6 +101,28 @@ def test_a_given_ridge_is_used(lab: Any) -> None:
     assert lab.taught("ranpac(dim=8, ridge=123.0)").method.measures(None) == {"ridge": 123.0}
 
 
+@pytest.mark.parametrize("option", ["ridge=1e-30", ""])
+def test_the_ridge_that_is_measured_is_the_one_that_is_solved_with(option: str, lab: Any) -> None:
+    learner = lab.taught(f"ranpac(dim=300, {option})")
+    method, classes = learner.method, learner.objective.classes
+    gram, ridge = unpack(method.held["gram"]), method.measures(learner)["ridge"]
+    assert ridge >= 0.99e-7 * float(gram.trace())
+    sums = torch.stack([method.sums[str(c)].double() for c in classes], dim=1)
+    expected = torch.linalg.solve(gram + ridge * torch.eye(300).double(), sums)
+    torch.testing.assert_close(method._solve(classes, 300).double(), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_no_ridge_below_the_least_is_chosen(lab: Any) -> None:
+    learner = lab.learner("ranpac(dim=0)")
+    learner.grow(lab.stream().tasks[0])
+    features = torch.randn(60, 16, generator=torch.Generator().manual_seed(0))
+    labels = (features[:, 0] > 0).long()
+    free = learner.method._choose(learner, features, labels)
+    assert learner.method._choose(learner, features, labels, least=3e7) in (3e7, 1e8)
+    assert learner.method._choose(learner, features[:1], labels[:1], least=3e7) == 3e7
+    assert free < 3e7
+
+
 def test_a_class_not_learnt_yet_scores_zero(lab: Any) -> None:
     learner, stream = lab.learner("ranpac(dim=16)"), lab.stream()
     test = stream.tasks[0].test.__getitems__(range(4))

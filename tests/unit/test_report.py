@@ -226,6 +226,21 @@ def test_the_drift_of_every_old_task_stands_in_the_report(tmp_path: Path):
     assert not any(label in page for label in LAYER_TABLES)
 
 
+def test_the_rank_chosen_for_each_task_and_why_stand_in_the_report(tmp_path: Path):
+    folder = write_run(tmp_path / "a", "fm_lora()")
+    with (folder / "results.jsonl").open("a", encoding="utf-8") as file:
+        for after, (rank, complexity) in enumerate([(16, None), (4, 0.61239), (8, 0.9)]):
+            for metric, value in (("rank", rank), ("complexity", complexity)):
+                if value is not None:
+                    file.write(json.dumps({"after": after, "on": None, "metric": metric, "value": value}) + "\n")
+    page = render(tmp_path, folder)
+    check_balance(page)
+    assert table_of(page, "Numbers of the method") == [
+        ["16", "4", "8", "·", "·"],
+        ["·", "0.612", "0.9", "·", "·"],
+    ]
+
+
 def test_why_it_forgot_is_drawn_where_it_was_measured_and_in_the_methods_colour(tmp_path: Path):
     lora, ours = write_run(tmp_path / "b", "lora(rank=10)", lost=0.4), write_run(tmp_path / "a")
     page = render(tmp_path, lora, ours)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from perdure.memory.subspace import Subspace
 
@@ -117,3 +118,13 @@ def test_keep_one_takes_exactly_the_directions_that_inputs_have() -> None:
     assert space.basis.shape == (32, 5)
     assert float(torch.trace(space.project(moments))) < 1e-9 * float(torch.trace(moments))
     assert math.isclose(float(torch.trace(space.basis.T @ moments @ space.basis)), float(torch.trace(moments)))
+
+
+def test_a_space_without_a_past_works_where_the_moments_are() -> None:
+    with FakeTensorMode(), torch.device("cuda"):  # knows devices, needs none
+        moments = torch.eye(6, dtype=torch.float64)
+        space = Subspace.empty(6, moments.device)
+        assert space.project(moments).device == moments.device
+        assert space.inside(torch.ones(2, 6)).device == moments.device
+        with pytest.raises(RuntimeError, match="device"):
+            Subspace.empty(6).project(moments)

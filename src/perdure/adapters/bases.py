@@ -87,8 +87,9 @@ class Bases(Adapter):
 
     def freeze(self) -> None:
         """Train the bases no more."""
-        self.up.requires_grad_(False)
-        self.down.requires_grad_(False)
+        for base in (self.up, self.down):
+            base.requires_grad_(False)
+            base.grad = None
 
     def cut(self, rank: int) -> None:
         """Keep the first `rank` inner dimensions of a branch of two factors."""

@@ -1,14 +1,14 @@
 """Low-rank updates of linear layers: one branch in training, what past tasks learnt settled beside it."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perdure.adapters.attach import Adapter
+from perdure.adapters.attach import Adapter, Adapters
 from perdure.memory.tensors import Tensors
 from perdure.types import Site
 
@@ -107,3 +107,18 @@ class LowRank(Adapter):
             return past
         new: Tensor = self.scale * (self.up[part] @ self.down)
         return new if past is None else past + new
+
+
+class Branches(Adapters[LowRank]):
+    """One `LowRank` for each layer, opened and settled together."""
+
+    def open(self, backbone: nn.Module, sites: Iterable[Site], rank: int, scale: float = 1.0) -> None:
+        """A fresh branch on each of `sites`, where the first call puts the adapters."""
+        self.place(backbone, sites, lambda site: LowRank([site], rank, scale))
+        for adapter in self:
+            adapter.open()
+
+    def settle(self) -> None:
+        """Close all branches."""
+        for adapter in self:
+            adapter.settle()

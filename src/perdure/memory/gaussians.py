@@ -119,7 +119,8 @@ class Gaussians(nn.Module):
             values, vectors = torch.linalg.eigh(covariance)
             directions = vectors[:, -self.rank :] * values[-self.rank :].clamp_min(0).sqrt()
             rest = (covariance.diagonal() - directions.square().sum(1)).clamp_min(0)
-            self.spreads[f"{key}/directions"] = directions.float().to(device)
+            # in the order of memory in which it would be loaded: another one rounds otherwise
+            self.spreads[f"{key}/directions"] = directions.float().contiguous().to(device)
             self.spreads[f"{key}/rest"] = rest.float().to(device)
         else:
             self.spreads[_ALL if self.covariance == "shared" else key] = pack(covariance).to(device)

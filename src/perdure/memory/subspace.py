@@ -10,6 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from perdure.memory.symmetric import exact
+
 Kind = Literal["taken", "free"]
 _TOLERANCE = 1e-10
 
@@ -25,9 +27,9 @@ class Subspace:
     kind: Kind = "taken"
 
     @classmethod
-    def empty(cls, fan_in: int) -> "Subspace":
-        """Nothing is taken yet."""
-        return cls(torch.zeros(fan_in, 0, dtype=torch.float64))
+    def empty(cls, fan_in: int, device: torch.device | str = "cpu") -> "Subspace":
+        """Nothing is taken yet; `device` is that of the moments to come."""
+        return cls(torch.zeros(fan_in, 0, dtype=torch.float64, device=device))
 
     @property
     def free(self) -> int:
@@ -45,7 +47,7 @@ class Subspace:
 
     def inside(self, rows: Tensor) -> Tensor:
         """The part of each row (n, d) that lies in the taken directions, float64."""
-        rows = rows.to(self.basis)
+        rows = exact(rows).to(self.basis.device)
         part = rows @ self.basis @ self.basis.T
         return part if self.kind == "taken" else rows - part
 

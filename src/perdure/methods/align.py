@@ -19,13 +19,13 @@ from torch.nn import functional as F
 from perdure.learner import Core
 from perdure.memory.gaussians import Covariance, Gaussians
 from perdure.memory.symmetric import exact, shrunk
-from perdure.method import Method, parts_of, predicts
+from perdure.method import Method, parts_of, predicts, without_effect
 from perdure.objectives.classify import Classify
 from perdure.types import Task
 
 # As in the official code.
 _BATCH, _MOMENTUM, _WEIGHT_DECAY = 256, 0.9, 5e-4
-_RANK, _EPOCHS = 16, 5
+_RANK, _EPOCHS, _LR, _SAMPLES = 16, 5, 0.01, 256
 
 
 class Align(Method, name="align"):
@@ -42,8 +42,8 @@ class Align(Method, name="align"):
             None is `lda` for linear heads and `heads` for cosine ones.
         epochs: passes over the samples; 0 leaves it at the closed form. None is 5, and 0 where the closed form is what
             training would lead to: linear heads, `lda`, `shared`, no `temperature`.
-        lr: learning rate at the start, of SGD with momentum 0.9 and a cosine schedule.
-        samples: drawn of each class per pass.
+        lr: learning rate at the start, of SGD with momentum 0.9 and a cosine schedule; None is 0.01.
+        samples: drawn of each class per pass; None is 256.
         temperature: divide logits by their mean norm per task and by this; None leaves them as they are.
         shrink: how much shorter the oldest classes' means are made, in [0, 1).
     """
@@ -54,8 +54,8 @@ class Align(Method, name="align"):
         rank: int | None = None,
         start: Literal["lda", "heads"] | None = None,
         epochs: int | None = None,
-        lr: float = 0.01,
-        samples: int = 256,
+        lr: float | None = None,
+        samples: int | None = None,
         temperature: float | None = None,
         shrink: float = 0.0,
     ) -> None:
@@ -68,17 +68,19 @@ class Align(Method, name="align"):
             raise ValueError(f"rank={rank}: expected 1 or more directions, such as {_RANK}")
         if epochs is not None and (epochs < 0 or (epochs == 0 and start == "heads")):
             raise ValueError(f"epochs={epochs}: expected 1 or more, or 0 with start='lda' for the closed form alone")
-        if samples < 1:
+        if samples is not None and samples < 1:
             raise ValueError(f"samples={samples}: expected 1 or more of each class")
-        if not (lr > 0 and math.isfinite(lr)):
+        if lr is not None and not (lr > 0 and math.isfinite(lr)):
             raise ValueError(f"lr={lr}: expected a positive number, such as 0.01")
         if temperature is not None and not temperature > 0:
             raise ValueError(f"temperature={temperature}: expected a positive number, such as 0.1, or None")
-        if temperature is not None and epochs == 0:
-            raise ValueError(f"temperature={temperature} has no effect with epochs=0: leave one of them out")
+        self._given = {"temperature": temperature, "lr": lr, "samples": samples}
+        if epochs == 0:
+            without_effect("with epochs=0", **self._given)
         if not 0 <= shrink < 1:
             raise ValueError(f"shrink={shrink}: expected a share in [0, 1), such as 0.1")
-        self.start, self.epochs, self.lr, self.samples = start, epochs, lr, samples
+        self.start, self.epochs = start, epochs
+        self.lr, self.samples = _LR if lr is None else lr, _SAMPLES if samples is None else samples
         self.temperature, self.shrink = temperature, shrink
         self.gaussians = Gaussians(covariance, rank or _RANK)
 
@@ -92,25 +94,27 @@ class Align(Method, name="align"):
             raise ValueError(
                 f"align cannot be combined with {deaf[0]}, which answers without the heads: keep one of them"
             )
-        if self.gaussians.rank > learner.backbone.dim and self.gaussians.covariance == "lowrank":
+        if self.gaussians.rank > learner.dim and self.gaussians.covariance == "lowrank":
             raise ValueError(
-                f"align(rank={self.gaussians.rank}): expected 1 to {learner.backbone.dim}, the size of the features"
+                f"align(rank={self.gaussians.rank}): expected 1 to {learner.dim}, the size of the features"
             )
 
     def begin_task(self, learner: Core, task: Task) -> None:
-        """Refuse the closed form for heads that have none; known now that all parts have grown."""
+        """Refuse what heads of this kind cannot do, or have no use for; known now that all parts have grown."""
         if not _linear(learner) and (self.start == "lda" or self.epochs == 0):
             raise ValueError(
                 "align: start='lda' is the solution for linear heads, and cosine heads have no bias: write "
                 "align(start='heads') with 1 or more epochs"
             )
+        if not self._passes(self._closed(learner)):
+            without_effect(f"on align's closed form (epochs={_EPOCHS} would train)", **self._given)
 
     def end_task(self, learner: Core, task: Task) -> None:
         """Remember this task's Gaussians; re-train all heads."""
         # The task's own images: those that `joint` adds were counted when they came.
         self.gaussians.add(*learner.features(task.train))
         means = self._means(learner, task)
-        closed = _linear(learner) and self.start != "heads"
+        closed = self._closed(learner)
         if closed:
             self._solve(learner, means)
         heads = list(learner.objective.parameters())
@@ -169,6 +173,9 @@ class Align(Method, name="align"):
                 F.cross_entropy(scores, target[chosen]).backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
         optimizer.zero_grad()
+
+    def _closed(self, learner: Core) -> bool:
+        return _linear(learner) and self.start != "heads"
 
     def _passes(self, closed: bool) -> int:
         if self.epochs is not None:

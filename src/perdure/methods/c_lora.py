@@ -10,11 +10,10 @@ the InfLoRA paper uses it (rank 64, strength 0.5).
 import torch
 from torch import Tensor
 
-from perdure.adapters.attach import Adapters
-from perdure.adapters.lowrank import LowRank
+from perdure.adapters.lowrank import Branches
 from perdure.backbones.base import Tower
 from perdure.learner import Core
-from perdure.method import Method
+from perdure.method import Method, at_least_zero
 from perdure.types import Batch, Task
 
 
@@ -41,18 +40,15 @@ class CLoRA(Method, name="c_lora"):
         strength: float = 0.5,
     ) -> None:
         super().__init__()
-        if strength < 0:
-            raise ValueError(f"strength={strength}: expected 0 or more")
+        at_least_zero(strength=strength)
         self.rank, self.at, self.blocks, self.tower, self.strength = rank, at, blocks, tower, strength
-        self.adapters: Adapters[LowRank] = Adapters()
+        self.adapters = Branches()
         self._past: list[Tensor] = []  # |sum of former updates| per layer, made anew from the adapters for each task
 
     def grow(self, learner: Core, task: Task) -> None:
         """A new branch in every chosen layer."""
         sites = learner.backbone.sites(self.at, self.blocks, self.tower)
-        self.adapters.place(learner.backbone, sites, lambda site: LowRank([site], self.rank))
-        for adapter in self.adapters:
-            adapter.open()
+        self.adapters.open(learner.backbone, sites, self.rank)
         self._past = []
 
     def penalty(self, learner: Core, batch: Batch, features: Tensor) -> Tensor | float:
@@ -71,5 +67,4 @@ class CLoRA(Method, name="c_lora"):
 
     def end_task(self, learner: Core, task: Task) -> None:
         """The new branch becomes part of the past."""
-        for adapter in self.adapters:
-            adapter.settle()
+        self.adapters.settle()

@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from perdure.learner import Core
-from perdure.method import Method
+from perdure.method import Method, without_effect
 from perdure.objectives.classify import Classify
 from perdure.types import Task
 
-_SCALE = 10.0
+_SCALE, _TEMPLATE = 10.0, "a photo of a {}."
 
 
 class Cosine(Method, name="cosine"):
@@ -26,21 +26,24 @@ class Cosine(Method, name="cosine"):
     Args:
         init: rows at `random`, or `zeroshot`: the text embeddings of the class names, for CLIP-like backbones.
         scale: factor of the cosines; None is 10, with `zeroshot` the model's own logit scale.
-        template: with `zeroshot`, a sentence with `{}` for the class name.
+        template: with `zeroshot`, a sentence with `{}` for the class name; None is "a photo of a {}.".
     """
 
     def __init__(
         self,
         init: Literal["random", "zeroshot"] = "random",
         scale: float | None = None,
-        template: str = "a photo of a {}.",
+        template: str | None = None,
     ) -> None:
         super().__init__()
         if scale is not None and not scale > 0:
             raise ValueError(f"scale={scale}: expected a positive number, such as {_SCALE:g}, or None")
-        if "{}" not in template:
-            raise ValueError(f"template={template!r} has no {{}} for the class name; write 'a photo of a {{}}.'")
-        self.init, self.scale, self.template = init, scale, template
+        if init == "random":
+            without_effect("with init='random'", template=template)
+        self.template = _TEMPLATE if template is None else template
+        if "{}" not in self.template:
+            raise ValueError(f"template={template!r} has no {{}} for the class name; write {_TEMPLATE!r}")
+        self.init, self.scale = init, scale
 
     def grow(self, learner: Core, task: Task) -> None:
         """Take the new head's bias away and set its rows."""

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from perdure.learner import Core
 from perdure.memory.tensors import Tensors
-from perdure.method import Method
+from perdure.method import Method, at_least_zero
 from perdure.types import Batch, Task
 
 _CHUNK = 16  # examples whose gradients are held at once
@@ -36,8 +36,7 @@ class EWC(Method, name="ewc"):
 
     def __init__(self, strength: float = 100.0, decay: float = 1.0, samples: int = 512) -> None:
         super().__init__()
-        if strength < 0:
-            raise ValueError(f"strength={strength}: expected 0 or more")
+        at_least_zero(strength=strength)
         self.strength, self.decay, self.samples = strength, decay, samples
         self.fisher, self.anchor = Tensors(), Tensors()
 
@@ -52,6 +51,11 @@ class EWC(Method, name="ewc"):
     def end_task(self, learner: Core, task: Task) -> None:
         """Add this task's Fisher; anchor at what was learnt."""
         params = learner.shared()
+        if not params:  # the last shared branch was closed for good, and there are no heads
+            self.fisher.clear()
+            self.anchor.clear()
+            return
+        learner.settle()  # a branch that another part has just closed must stand in the weights
         total = {k: torch.zeros_like(p) for k, p in params.items()}
         for views in learner.views(learner.method.data(learner, task), self.samples, "fisher", size=_CHUNK):
             for k, g in self._gradients(learner, params, views).items():

@@ -16,6 +16,7 @@ class Finetune(Method, name="finetune"):
         tower: which encoder.
     """
 
+    adapts = True
     shares = True
 
     def __init__(self, mask: bool = True, backbone_lr: float = 0.1, tower: Tower = "vision") -> None:

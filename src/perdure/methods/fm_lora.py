@@ -15,26 +15,27 @@ prompts learn at a tenth of the rate and are pulled to their last values; every 
 What it does not do: old inputs pass through B too, so a small core limits interference but does not remove it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perdure.adapters.attach import Adapters
 from perdure.adapters.bases import Bases
-from perdure.adapters.lowrank import LowRank
+from perdure.adapters.lowrank import Branches
 from perdure.adapters.tokens import Tokens
 from perdure.backbones.base import Tower
 from perdure.drs import DRS, Mode
 from perdure.learner import Core
 from perdure.memory.tensors import Tensors
-from perdure.method import Method
+from perdure.method import Method, at_least_zero, without_effect
 from perdure.types import Batch, Task
 
 Reading = Literal["accumulate", "per_task", "continued"]
+_PROMPT_LR, _PROMPT_PULL = 0.1, 0.01
 
 
 class FMLoRA(Method, name="fm_lora"):
@@ -42,20 +43,22 @@ class FMLoRA(Method, name="fm_lora"):
 
     Args:
         rank: dimension of the shared bases (r).
-        ranks: candidates for r_t, or one number for all tasks; None means a quarter, a half and all of `rank`.
+        ranks: candidates for r_t, or one number for all tasks; None means a quarter, a half and all of `rank`, of a
+            fixed rank all.
         at: which layers, see `Backbone.sites`.
         blocks: which blocks, all by default.
-        tower: which encoder the bases are in; prompts are in the vision tower.
+        tower: which encoder the bases are in; prompts are in the vision tower, and so are images, which `per_task`
+            needs.
         share: False gives each task a fresh LoRA of rank r_t instead of a core between shared bases.
         reading: how cores meet at test time, which the source does not say: `accumulate` adds them up (no task id
             needed, folded into the weights); `per_task` keeps each and routes an image to the core of the nearest class
             mean of the pre-trained features; `continued` goes on training one M and N.
-        drs: rule of the rank, `fixed` takes the largest of `ranks`.
-        rank_cost: price of the largest rank, see `DRS`.
-        warm_up: epochs of the warm-up.
+        drs: rule of the rank; None is `affine`, and `fixed` where there is one rank.
+        rank_cost: with `affine`, price of the largest rank, see `DRS`; None is 0.5.
+        warm_up: epochs of the warm-up; None is 1.
         prompts: number m of prompt tokens; 0 for none.
-        prompt_lr: the prompts' learning rate after the first task, as a factor of the run's.
-        prompt_pull: weight of ‖P - P_{t-1}‖² after the first task.
+        prompt_lr: the prompts' learning rate after the first task, as a factor of the run's; None is 0.1.
+        prompt_pull: weight of ‖P - P_{t-1}‖² after the first task; None is 0.01.
         freeze_prompts: train them in the first task only.
     """
 
@@ -70,37 +73,64 @@ class FMLoRA(Method, name="fm_lora"):
         tower: Tower = "vision",
         share: bool = True,
         reading: Reading = "accumulate",
-        drs: Mode = "affine",
-        rank_cost: float = 0.5,
-        warm_up: int = 1,
+        drs: Mode | None = None,
+        rank_cost: float | None = None,
+        warm_up: int | None = None,
         prompts: int = 4,
-        prompt_lr: float = 0.1,
-        prompt_pull: float = 0.01,
+        prompt_lr: float | None = None,
+        prompt_pull: float | None = None,
         freeze_prompts: bool = False,
     ) -> None:
         super().__init__()
-        candidates = (max(1, rank // 4), max(1, rank // 2), rank) if ranks is None else ranks
-        candidates = (candidates,) if isinstance(candidates, int) else tuple(candidates)
+        if rank < 1:
+            raise ValueError(f"rank={rank}: expected 1 or more, such as 16")
+        candidates = _candidates(rank, ranks, drs)
+        drs = drs or ("fixed" if len(set(candidates)) == 1 else "affine")
         if max(candidates, default=0) > rank:
             raise ValueError(f"ranks={candidates}: expected at most rank={rank}, the dimension of the shared bases")
+        if drs != "affine":
+            without_effect(f"with drs={drs!r}", rank_cost=rank_cost)
+        if drs == "fixed":
+            without_effect("with a fixed rank", warm_up=warm_up)
         if reading != "accumulate" and not share:
             raise ValueError(f"reading={reading!r} is about cores between shared bases: leave out share=False")
+        if reading == "per_task" and tower != "vision":
+            raise ValueError(f"tower={tower!r}: reading='per_task' routes images only; write tower='vision'")
         if reading == "continued" and drs != "fixed":
             raise ValueError(
                 "reading='continued' goes on with one M and N, whose rank cannot change: write drs='fixed'"
             )
         if prompts < 0:
             raise ValueError(f"prompts={prompts}: expected a number of tokens, or 0 for none")
+        if not prompts:
+            frozen = freeze_prompts or None
+            without_effect("with prompts=0", prompt_lr=prompt_lr, prompt_pull=prompt_pull, freeze_prompts=frozen)
+        if freeze_prompts:
+            without_effect("with freeze_prompts=True", prompt_lr=prompt_lr, prompt_pull=prompt_pull)
+        if prompt_lr is not None and not prompt_lr > 0:
+            raise ValueError(f"prompt_lr={prompt_lr}: expected a positive factor, such as 0.1, or freeze_prompts=True")
+        at_least_zero(prompt_pull=prompt_pull or 0.0)
         self.rank, self.at, self.blocks, self.tower = rank, at, blocks, tower
         self.share, self.reading = share, reading
-        self.prompts, self.prompt_lr, self.prompt_pull = prompts, prompt_lr, prompt_pull
+        self.prompts = prompts
+        self.prompt_lr = _PROMPT_LR if prompt_lr is None else prompt_lr
+        self.prompt_pull = _PROMPT_PULL if prompt_pull is None else prompt_pull
         self.freeze_prompts = freeze_prompts
+        # with `per_task` a task's core is put away when it ends: no gradient could tell what was important to it
+        self.shares = reading == "continued" or (reading == "accumulate" and prompts > 0 and not freeze_prompts)
         self.leaves = frozenset() if reading == "per_task" else frozenset({"encode"})
         self.drs = DRS(candidates, drs, rank_cost, warm_up)
         self.bases: Adapters[Bases] = Adapters()
-        self.branches: Adapters[LowRank] = Adapters()  # instead of the bases, when they are not shared
+        self.branches = Branches()  # instead of the bases, when they are not shared
         self.tokens: Tokens | None = None
         self.kept = Tensors()  # "prompt": P of the last task; "means/<task>": unit class means of pre-trained features
+
+    def shared_parameters(self) -> Iterable[nn.Parameter]:
+        """The prompts; with `continued` M and N too."""
+        if self.tokens is not None and self.reading != "per_task" and not self.freeze_prompts:
+            yield self.tokens.values
+        if self.reading == "continued":
+            yield from (factor for adapter in self.bases for factor in adapter.branch)
 
     def grow(self, learner: Core, task: Task) -> None:
         """Bases and prompts at the first task; then a new core, open with the largest rank."""
@@ -112,9 +142,7 @@ class FMLoRA(Method, name="fm_lora"):
         if self.tokens is not None and task.index:
             self.tokens.requires_grad_(not self.freeze_prompts)
         if not self.share:
-            self.branches.place(backbone, sites, lambda site: LowRank([site], self.drs.largest))
-            for branch in self.branches:
-                branch.open()
+            self.branches.open(backbone, sites, self.drs.largest)
             return
         self.bases.place(backbone, sites, lambda site: Bases(site, self.rank))
         for adapter in self.bases:
@@ -146,8 +174,7 @@ class FMLoRA(Method, name="fm_lora"):
 
     def end_task(self, learner: Core, task: Task) -> None:
         """Settle the core; after the first task, fix the bases."""
-        for branch in self.branches:
-            branch.settle()
+        self.branches.settle()
         for adapter in self.bases:
             if task.index == 0:
                 adapter.settle()
@@ -196,3 +223,13 @@ class FMLoRA(Method, name="fm_lora"):
         features = torch.cat([self._pretrained(learner, batch) for batch in learner.batches(data, 256)])
         labels = data.labels.to(features.device)
         return F.normalize(torch.stack([features[labels == c].mean(0) for c in torch.unique(labels).tolist()]), dim=1)
+
+
+def _candidates(rank: int, ranks: int | Sequence[int] | None, drs: Mode | None) -> tuple[int, ...]:
+    if isinstance(ranks, int):
+        return (ranks,)
+    if ranks is None:
+        return (rank,) if drs == "fixed" else tuple(sorted({max(1, rank // 4), max(1, rank // 2), rank}))
+    if drs == "fixed" and len(set(ranks)) > 1:
+        raise ValueError(f"ranks={tuple(ranks)}: drs='fixed' takes one rank for all tasks; write ranks={max(ranks)}")
+    return tuple(ranks)

@@ -25,19 +25,21 @@ from perdure.drs import DRS
 from perdure.learner import Core
 from perdure.memory.inputs import second_moments
 from perdure.memory.subspace import Subspace, keep_schedule
+from perdure.memory.symmetric import exact
 from perdure.memory.tensors import Tensors
-from perdure.method import Method
+from perdure.method import Method, without_effect
 from perdure.types import Site, Task
 
 # Kaiming-uniform rows, which the official code starts from, have norm 1/√3; B_t's rows keep it.
 _ROW_NORM = 1 / math.sqrt(3)
+_RANK = 10
 
 
 class InfLoRA(Method, name="inflora"):
     """One branch per task whose input projection avoids the input space of former tasks.
 
     Args:
-        rank: rows of each task's B_t.
+        rank: rows of each task's B_t; None is 10.
         at: which layers, see `Backbone.sites`; layers that read the same input share B_t.
         blocks: which blocks, all by default; "0-4" is the paper's InfLoRA-b5.
         tower: which encoder.
@@ -49,7 +51,7 @@ class InfLoRA(Method, name="inflora"):
         moments: number of training images that second moments are taken from.
         ranks: candidates among which each task's rank is chosen after a short warm-up, see `perdure.drs`; None takes
             `rank`. B_t's rows come in order of the inputs' energy, so a smaller rank keeps the leading ones.
-        rank_cost: price of the largest of `ranks`.
+        rank_cost: price of the largest of `ranks`; None is 0.5.
     """
 
     adapts = True
@@ -57,7 +59,7 @@ class InfLoRA(Method, name="inflora"):
 
     def __init__(
         self,
-        rank: int = 10,
+        rank: int | None = None,
         at: str = "kv",
         blocks: str | None = None,
         tower: Tower = "vision",
@@ -68,18 +70,23 @@ class InfLoRA(Method, name="inflora"):
         project: bool = True,
         moments: int = 512,
         ranks: Sequence[int] | None = None,
-        rank_cost: float = 0.5,
+        rank_cost: float | None = None,
     ) -> None:
         super().__init__()
         if not 0 < keep <= 1:
             raise ValueError(f"keep={keep}: expected a share of energy in (0, 1], such as 0.95")
         if moments < 1:
             raise ValueError(f"moments={moments}: expected at least 1 image")
-        if ranks is not None and len(ranks) == 1:
-            raise ValueError(
-                f"ranks={tuple(ranks)}: one candidate leaves nothing to choose; write rank={ranks[0]} instead"
-            )
-        self.drs = DRS((rank,), "fixed") if ranks is None else DRS(ranks, "affine", rank_cost)
+        if ranks is None:
+            without_effect("without ranks", rank_cost=rank_cost)
+            self.drs = DRS((_RANK if rank is None else rank,), "fixed")
+        else:
+            without_effect("beside ranks", rank=rank)
+            if len(set(ranks)) == 1:
+                raise ValueError(
+                    f"ranks={tuple(ranks)}: one candidate leaves nothing to choose; write rank={ranks[0]} instead"
+                )
+            self.drs = DRS(ranks, "affine", rank_cost)
         self.at, self.blocks, self.tower = at, blocks, tower
         self.keep, self.power, self.schedule = keep, power, schedule
         self.design, self.project, self.moments = design, project, moments
@@ -102,7 +109,7 @@ class InfLoRA(Method, name="inflora"):
         """Design B_t (equations 8 and 9), and choose its number of rows."""
         generator = learner.generator("design")
         for key, moments in self._moments(learner, task, "design").items():
-            space = self._space(key) if self.project else Subspace.empty(len(moments))
+            space = self._space(key, moments.device) if self.project else Subspace.empty(len(moments), moments.device)
             if self.design == "random":
                 noise = torch.randn(len(moments), self.drs.largest, dtype=torch.float64, generator=generator)
                 noise = noise.to(moments.device)
@@ -118,7 +125,7 @@ class InfLoRA(Method, name="inflora"):
         keep = self.keep if self.schedule == "fixed" else keep_schedule(self.keep, task.index, task.total)
         self._reach = {key: self._old_space_share(key) for key in self.adapters} if task.index else {}
         for key, moments in self._moments(learner, task, "take").items():
-            space = self._space(key).take(moments, keep, self.power)
+            space = self._space(key, moments.device).take(moments, keep, self.power)
             for kind in ("taken", "free"):
                 self.spaces.pop(f"{key}/{kind}", None)
             # in the order of memory in which it would be loaded: another one rounds otherwise
@@ -144,19 +151,20 @@ class InfLoRA(Method, name="inflora"):
     @torch.no_grad()
     def _old_space_share(self, key: str) -> float:
         """‖ΔW M‖ / ‖ΔW‖ (Frobenius) of the open branch, M the former tasks' space; 0 for a branch that does nothing."""
-        adapter, space = self._adapter(key), self._space(key)
+        adapter = self._adapter(key)
         assert adapter.down is not None
         # up = QR: the orthonormal Q changes no norm, and R is only (rank, rank)
-        up = torch.linalg.qr(torch.cat(list(adapter.up)).to(space.basis), mode="r").R
-        whole = (up @ adapter.down.to(space.basis)).norm()
-        return float((up @ space.inside(adapter.down)).norm() / whole) if whole else 0.0
+        up, down = torch.linalg.qr(exact(torch.cat(list(adapter.up))), mode="r").R, exact(adapter.down)
+        whole = (up @ down).norm()
+        return float((up @ self._space(key, down.device).inside(down)).norm() / whole) if whole else 0.0
 
-    def _space(self, key: str) -> Subspace:
+    def _space(self, key: str, device: torch.device | str = "cpu") -> Subspace:
+        """What is taken, or free, in float64 on the device of the moments."""
         if f"{key}/free" in self.spaces:
-            return Subspace(self.spaces[f"{key}/free"].double(), "free")
+            return Subspace(exact(self.spaces[f"{key}/free"]).to(device), "free")
         if f"{key}/taken" in self.spaces:
-            return Subspace(self.spaces[f"{key}/taken"].double())
-        return Subspace.empty(self._adapter(key).fan_in)
+            return Subspace(exact(self.spaces[f"{key}/taken"]).to(device))
+        return Subspace.empty(self._adapter(key).fan_in, device)
 
     def _moments(self, learner: Core, task: Task, purpose: str) -> dict[str, Tensor]:
         layers = {key: learner.backbone.get_submodule(site.layer) for key, site in self._inputs.items()}

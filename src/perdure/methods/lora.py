@@ -1,7 +1,6 @@
 """LoRA in sequence (Hu et al., ICLR 2022, arXiv:2106.09685): one branch per layer, or a fresh one for each task."""
 
-from perdure.adapters.attach import Adapters
-from perdure.adapters.lowrank import LowRank
+from perdure.adapters.lowrank import Branches
 from perdure.backbones.base import Tower
 from perdure.learner import Core
 from perdure.method import Method
@@ -35,27 +34,26 @@ class LoRA(Method, name="lora"):
         tasks: int | None = None,
     ) -> None:
         super().__init__()
+        if rank < 1:
+            raise ValueError(f"rank={rank}: expected 1 or more, such as 10")
         if tasks is not None and tasks < 1:
             raise ValueError(f"tasks={tasks}: expected at least 1 task that adapts the encoder, or None for all")
         self.rank, self.at, self.blocks, self.tower, self.alpha = rank, at, blocks, tower, alpha
         self.per_task, self.tasks = per_task, tasks
         self.shares = not per_task and tasks != 1
-        self.adapters: Adapters[LowRank] = Adapters()
+        self.adapters = Branches()
 
     def grow(self, learner: Core, task: Task) -> None:
         """Open the branches at the first task; later tasks go on with them, or with new ones."""
-        scale = 1.0 if self.alpha is None else self.alpha / self.rank
-        sites = learner.backbone.sites(self.at, self.blocks, self.tower)
-        self.adapters.place(learner.backbone, sites, lambda site: LowRank([site], self.rank, scale))
         if task.index == 0 or (self.per_task and not self._over(task.index)):
-            for adapter in self.adapters:
-                adapter.open()
+            scale = 1.0 if self.alpha is None else self.alpha / self.rank
+            sites = learner.backbone.sites(self.at, self.blocks, self.tower)
+            self.adapters.open(learner.backbone, sites, self.rank, scale)
 
     def end_task(self, learner: Core, task: Task) -> None:
         """Close the branches when no later task trains them."""
         if self.per_task or self._over(task.index + 1):
-            for adapter in self.adapters:
-                adapter.settle()
+            self.adapters.settle()
 
     def _over(self, tasks: int) -> bool:
         return self.tasks is not None and tasks >= self.tasks

@@ -10,12 +10,11 @@ A stays, for the penalty. The code's second penalty (on the norm of the new bran
 import torch
 from torch import Tensor
 
-from perdure.adapters.attach import Adapters
-from perdure.adapters.lowrank import LowRank
+from perdure.adapters.lowrank import Branches
 from perdure.backbones.base import Tower
 from perdure.learner import Core
 from perdure.memory.tensors import Tensors
-from perdure.method import Method
+from perdure.method import Method, at_least_zero
 from perdure.types import Batch, Task
 
 
@@ -43,18 +42,15 @@ class OLoRA(Method, name="o_lora"):
         strength: float = 0.5,
     ) -> None:
         super().__init__()
-        if strength < 0:
-            raise ValueError(f"strength={strength}: expected 0 or more")
+        at_least_zero(strength=strength)
         self.rank, self.at, self.blocks, self.tower, self.strength = rank, at, blocks, tower, strength
-        self.adapters: Adapters[LowRank] = Adapters()
+        self.adapters = Branches()
         self.rows = Tensors()  # number of the adapter -> A of all former tasks (t · rank, fan_in)
 
     def grow(self, learner: Core, task: Task) -> None:
         """A new branch in every chosen layer."""
         sites = learner.backbone.sites(self.at, self.blocks, self.tower)
-        self.adapters.place(learner.backbone, sites, lambda site: LowRank([site], self.rank))
-        for adapter in self.adapters:
-            adapter.open()
+        self.adapters.open(learner.backbone, sites, self.rank)
 
     def penalty(self, learner: Core, batch: Batch, features: Tensor) -> Tensor | float:
         """strength · Σ |A_i A_tᵀ| over former tasks i and all layers."""

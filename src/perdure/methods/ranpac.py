@@ -72,7 +72,9 @@ class RanPAC(Method, name="ranpac"):
                 self.sums[str(c)] = mine + self.sums.get(str(c), 0)
         assert gram is not None
         self.held["gram"] = pack(gram).to(features.device)
-        self.held["ridge"] = torch.tensor([self.ridge or self._choose(learner, features, labels)])
+        least = max(_LEAST * float(gram.trace()), torch.finfo(torch.float32).tiny)
+        ridge = self._choose(learner, features, labels, least) if self.ridge is None else max(self.ridge, least)
+        self.held["ridge"] = torch.tensor([ridge])
         self._weights = None
 
     def measures(self, learner: Core) -> dict[str, float]:
@@ -107,29 +109,25 @@ class RanPAC(Method, name="ranpac"):
             return nothing.unsqueeze(1).repeat(1, len(classes))
         gram = unpack(self.held["gram"])
         sums = torch.stack([exact(self.sums.get(str(c), nothing)).to(gram.device) for c in classes], dim=1)
-        return _regress(gram, sums, float(self.held["ridge"])).float()
+        gram.diagonal().add_(float(self.held["ridge"]))
+        weights: Tensor = torch.linalg.solve(gram, sums)
+        return weights.float()
 
-    def _choose(self, learner: Core, features: Tensor, labels: Tensor) -> float:
-        """The ridge with the least squared error on a fifth of the images, when learnt from the others."""
+    def _choose(self, learner: Core, features: Tensor, labels: Tensor, least: float = 0.0) -> float:
+        """The ridge, at least `least`, with the smallest squared error on a fifth of the images after the others."""
         order = torch.randperm(len(labels), generator=learner.generator("ridge"))[:_MOST]
         cut = int(_TRAIN * len(order))
         h = exact(self._expand(learner, features[order]))
         target = F.one_hot(torch.unique(labels[order], return_inverse=True)[1]).to(h)
         if not cut:
-            return float(h.square().mean()) or 1.0
+            return max(float(h.square().mean()) or 1.0, least)
         # In the images' own space: one decomposition of at most 1,600 x 1,600 numbers serves all candidates.
         values, vectors = torch.linalg.eigh(h[:cut] @ h[:cut].T)
         inside, ahead = vectors.T @ target[:cut], h[cut:] @ h[:cut].T @ vectors
-        answers = [ahead @ (inside / (values + ridge).unsqueeze(1)) for ridge in _RIDGES]
+        ridges = sorted({max(ridge, least) for ridge in _RIDGES})
+        answers = [ahead @ (inside / (values + ridge).unsqueeze(1)) for ridge in ridges]
         errors = [(answer - target[cut:]).square().mean() for answer in answers]
-        return _RIDGES[int(torch.stack(errors).nan_to_num(torch.inf).argmin())]
-
-
-def _regress(gram: Tensor, sums: Tensor, ridge: float) -> Tensor:
-    ridge = max(ridge, _LEAST * float(gram.trace()), torch.finfo(torch.float32).tiny)
-    regular = gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    weights: Tensor = torch.linalg.solve(regular, sums)
-    return weights
+        return ridges[int(torch.stack(errors).nan_to_num(torch.inf).argmin())]
 
 
 def random_signs(rows: int, columns: int, seed: int) -> Tensor:

@@ -11,14 +11,16 @@ of the same size, and the accuracy of all tasks collapses. Hence `bases_lr`, whi
 Named `route_lora` because another method is called C-LoRA too.
 """
 
+from collections.abc import Iterable
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from perdure.adapters.attach import Adapters
 from perdure.adapters.bases import Bases
 from perdure.backbones.base import Tower
 from perdure.learner import Core
-from perdure.method import Method
+from perdure.method import Method, at_least_zero
 from perdure.types import Batch, Task
 
 
@@ -49,8 +51,7 @@ class RouteLoRA(Method, name="route_lora"):
         bases_lr: float = 0.01,
     ) -> None:
         super().__init__()
-        if strength < 0:
-            raise ValueError(f"strength={strength}: expected 0 or more")
+        at_least_zero(strength=strength)
         if not 0 < energy <= 1:
             raise ValueError(f"energy={energy}: expected a share in (0, 1], such as 0.95")
         self.rank, self.at, self.blocks, self.tower = rank, at, blocks, tower
@@ -59,6 +60,10 @@ class RouteLoRA(Method, name="route_lora"):
         self.strength, self.energy, self.bases_lr = strength, energy, bases_lr
         self.adapters: Adapters[Bases] = Adapters()
         self._leading: list[Tensor] = []  # U(R_old) per layer, made anew from the cores for each task
+
+    def shared_parameters(self) -> Iterable[nn.Parameter]:
+        """A and B; each task has an R_δ of its own."""
+        return [p for adapter in self.adapters for p in (adapter.up, adapter.down)]
 
     def grow(self, learner: Core, task: Task) -> None:
         """A new increment in every chosen layer."""
@@ -79,7 +84,7 @@ class RouteLoRA(Method, name="route_lora"):
 
     def param_groups(self, learner: Core) -> dict[str, float]:
         """Gentler A and B after the first task."""
-        bases = {id(p) for adapter in self.adapters for p in (adapter.up, adapter.down)}
+        bases = {id(p) for p in self.shared_parameters()}
         return {n: self.bases_lr for n, p in learner.trainable().items() if learner.learnt and id(p) in bases}
 
     def end_task(self, learner: Core, task: Task) -> None:

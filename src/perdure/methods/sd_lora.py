@@ -39,7 +39,8 @@ class SDLoRA(Method, name="sd_lora"):
         normalise: `jointly`, without a jump between tasks; `paper` and `code`, see the module.
         magnitude: what the α of a new task starts from (with `paper` and `code`, every α at every task).
         distil: a new direction that former ones explain up to this share of its squared norm is given up, and its part
-            goes into their magnitudes (SD-LoRA-KD; 9e-4 in the paper). None keeps all.
+            goes into their magnitudes (SD-LoRA-KD; 9e-4 in the paper), which `paper` and `code` would forget. None
+            keeps all.
     """
 
     adapts = True
@@ -64,6 +65,13 @@ class SDLoRA(Method, name="sd_lora"):
             )
         if distil is not None and not 0 < distil < 1:
             raise ValueError(f"distil={distil}: expected a share in (0, 1), such as 9e-4, or None")
+        if distil is not None and normalise != "jointly":
+            raise ValueError(
+                f"distil={distil} puts an update into old magnitudes, which normalise={normalise!r} sets anew at every "
+                "task: leave normalise out"
+            )
+        if not magnitude > 0:
+            raise ValueError(f"magnitude={magnitude}: expected a positive number, such as 1.0")
         self.drops, self.at, self.blocks, self.tower = tuple(drops), at, blocks, tower
         self.normalise, self.magnitude, self.distil = normalise, magnitude, distil
         self.adapters: Adapters[Directions] = Adapters()
