@@ -29,7 +29,7 @@ from perdure.checkpoint import write_json, write_text
 from perdure.config import make_backbone
 from perdure.export_head import classifier_of, head_of
 from perdure.learner import Core
-from perdure.method import encodes
+from perdure.method import encodes, parts_of
 from perdure.objectives import ZeroShot
 from perdure.spec import parse_one
 from perdure.version import __version__
@@ -102,9 +102,9 @@ def _check(learner: Core, to: str) -> None:
             f"{backbone.spec} is no model of another library, so none could load it: learn on pocket(), clip(...), "
             "vision(...) or timm(...), or keep it with save"
         )
-    if encodes(learner.method):
+    if strange := [part.name for part in parts_of(learner.method) if encodes(part)]:
         raise ValueError(
-            f"{learner.method.spec} changes features as no weights can express; keep this learner with save"
+            f"{strange[0]} changes features as no weights can express; keep this learner with save"
         )
     if prompted(backbone):
         raise ValueError(
