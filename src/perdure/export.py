@@ -103,9 +103,7 @@ def _check(learner: Core, to: str) -> None:
             "vision(...) or timm(...), or keep it with save"
         )
     if strange := [part.name for part in parts_of(learner.method) if encodes(part)]:
-        raise ValueError(
-            f"{strange[0]} changes features as no weights can express; keep this learner with save"
-        )
+        raise ValueError(f"{strange[0]} changes features as no weights can express; keep this learner with save")
     if prompted(backbone):
         raise ValueError(
             "prompt tokens pass through the encoder, which no weights can hold; keep this learner with save"
