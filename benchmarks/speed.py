@@ -34,14 +34,24 @@ def learner(backbone: str, method: str, runtime: Runtime, tasks: int = 1) -> Cor
     for index in range(tasks):
         classes = tuple(range(CLASSES * index, CLASSES * (index + 1)))
         core.grow(Task(index, str(index), classes, tuple(map(str, classes)), tasks))
-        for adapter in core.method.adapters.values() if index < tasks - 1 else ():
-            for up in adapter.up:
-                nn.init.normal_(up, std=1e-3)
-            adapter.settle()
-    core.learnt = tasks - 1
+        if index < tasks - 1:
+            for name, p in core.method.named_parameters():
+                if "up" in name:
+                    nn.init.normal_(p, std=1e-3)
+            _end(core)
     core.train()
     core.settle()
     return core
+
+
+def _end(core: Core) -> None:
+    """End a task without data; what InfLoRA would remember of it has no part in a step."""
+    if core.method.name == "inflora":
+        for adapter in core.method.adapters.values():
+            adapter.settle()
+    else:
+        core.method.end_task(core, core.task)
+    core.learnt += 1
 
 
 class Peft(nn.Module):

@@ -9,13 +9,9 @@ import argparse
 from functools import partial
 
 import torch
-from speed import CLASSES, batch_for, step_of, take_turns
-from torch import nn
+from speed import batch_for, learner, step_of, take_turns
 
-from perdure.config import make_backbone, make_method, make_objective
-from perdure.learner import Core
 from perdure.runtime import Runtime
-from perdure.types import Task
 
 METHODS = (
     "lora(at='qv')",
@@ -28,34 +24,6 @@ METHODS = (
     "fm_lora(drs='fixed', prompts=0)",
     "fm_lora(drs='fixed')",
 )
-
-
-def learner(backbone: str, method: str, runtime: Runtime, tasks: int) -> Core:
-    """A learner within task number `tasks`; what former tasks learnt is random."""
-    core = Core(make_backbone(backbone), make_objective("classify()"), make_method(method))
-    runtime.apply(core.backbone)
-    core.precision = runtime.dtype
-    for index in range(tasks):
-        classes = tuple(range(CLASSES * index, CLASSES * (index + 1)))
-        core.grow(Task(index, str(index), classes, tuple(map(str, classes)), tasks))
-        if index < tasks - 1:
-            for name, p in core.method.named_parameters():
-                if "up" in name:
-                    nn.init.normal_(p, std=1e-2)
-            _end(core)
-    core.train()
-    core.settle()
-    return core
-
-
-def _end(core: Core) -> None:
-    """End a task without data; InfLoRA's design has no part in a step."""
-    if core.method.name == "inflora":
-        for adapter in core.method.adapters.values():
-            adapter.settle()
-    else:
-        core.method.end_task(core, core.task)
-    core.learnt += 1
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ pre-trained weights back bit for bit. Linear updates that are finished are folde
 and a prediction cost the same after any number of tasks.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -44,6 +45,13 @@ class Adapter(nn.Module):
         """All of the update as (up (fan_out, k), down (k, fan_in)), exact; None when there is none."""
         update = self.delta(part, branches=True)
         return None if update is None else (update, torch.eye(update.shape[1], device=update.device))
+
+
+def starting_rows(rank: int, fan_in: int) -> Tensor:
+    """Input factor (rank, fan_in) of a new branch: Kaiming uniform, as in LoRA; its output factor starts at zero."""
+    rows = torch.empty(rank, fan_in)
+    nn.init.kaiming_uniform_(rows, a=math.sqrt(5))
+    return rows
 
 
 A = TypeVar("A", bound=Adapter)

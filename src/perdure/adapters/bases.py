@@ -1,13 +1,12 @@
 """Updates through one pair of bases: W + up · core · down, where tasks change the small core (FM-LoRA, C-LoRA)."""
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perdure.adapters.attach import Adapter
+from perdure.adapters.attach import Adapter, starting_rows
 from perdure.memory.tensors import Tensors
 from perdure.types import Site
 
@@ -31,9 +30,8 @@ class Bases(Adapter):
                 f"rank={rank}: expected 1 to {min(site.fan_in, site.fan_out)}, the smaller side of {site.layer}"
             )
         self.rank = rank
-        down = torch.empty(rank, site.fan_in)
-        nn.init.kaiming_uniform_(down, a=math.sqrt(5))
-        self.down, self.up = nn.Parameter(down), nn.Parameter(torch.zeros(site.fan_out, rank))
+        self.down = nn.Parameter(starting_rows(rank, site.fan_in))
+        self.up = nn.Parameter(torch.zeros(site.fan_out, rank))
         self.branch = nn.ParameterList()
         self.settled = Tensors()  # "core"; or, where each task keeps its own, "core/<task>"
         self.route: Tensor | None = None  # (B,) number of the task whose core each image takes

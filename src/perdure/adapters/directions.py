@@ -1,13 +1,12 @@
 """Low-rank updates kept apart as directions, each with a magnitude that stays trainable (SD-LoRA)."""
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perdure.adapters.attach import Adapter
+from perdure.adapters.attach import Adapter, starting_rows
 from perdure.memory.tensors import Tensors
 from perdure.types import Site
 
@@ -34,9 +33,10 @@ class Directions(Adapter):
         """Start a branch of `rank` that changes nothing yet; the last of `magnitudes` (t,) is its own."""
         if rank < 1 or rank > self.fan_in:
             raise ValueError(f"rank={rank}: expected 1 to {self.fan_in}, the inputs of the layer")
-        down = torch.empty(rank, self.fan_in)
-        nn.init.kaiming_uniform_(down, a=math.sqrt(5))
-        self.down, self.up = nn.Parameter(down), nn.Parameter(torch.zeros(self.fan_out, rank))
+        self.down, self.up = (
+            nn.Parameter(starting_rows(rank, self.fan_in)),
+            nn.Parameter(torch.zeros(self.fan_out, rank)),
+        )
         self._magnitudes = (magnitudes,)
 
     @torch.no_grad()

@@ -1,6 +1,5 @@
 """Low-rank updates of linear layers: one branch in training, what past tasks learnt settled beside it."""
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -8,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perdure.adapters.attach import Adapter, Adapters
+from perdure.adapters.attach import Adapter, Adapters, starting_rows
 from perdure.memory.tensors import Tensors
 from perdure.types import Site
 
@@ -37,9 +36,7 @@ class LowRank(Adapter):
 
     def open(self, train_down: bool = True) -> None:
         """Start a branch that changes nothing yet: `down` as in LoRA (Kaiming uniform), `up` zero."""
-        down = torch.empty(self.rank, self.fan_in)
-        nn.init.kaiming_uniform_(down, a=math.sqrt(5))
-        self.down = nn.Parameter(down, requires_grad=train_down)
+        self.down = nn.Parameter(starting_rows(self.rank, self.fan_in), requires_grad=train_down)
         self.up = nn.ParameterList(torch.zeros(fan_out, self.rank) for fan_out in self.fan_outs)
 
     def cut(self, rank: int) -> None:
