@@ -112,6 +112,26 @@ class Laboratory:
             fit_task(learner, task, self.train_config(**more))
         return learner
 
+    @staticmethod
+    def descend(learner: Core, task: Task, steps: int = 4) -> None:
+        """Train on a task that `learner` has grown for, without ending it."""
+        learner.train()
+        learner.settle()
+        learner.method.begin_task(learner, task)
+        optimizer = torch.optim.Adam(learner.trainable().values(), 2e-2)
+        batch = task.train.__getitems__(range(len(task.train)))
+        for _ in range(steps):
+            optimizer.zero_grad()
+            learner.loss(batch).backward()
+            optimizer.step()
+
+    @staticmethod
+    def close(learner: Core, task: Task) -> None:
+        """End a task."""
+        learner.method.end_task(learner, task)
+        learner.settle()
+        learner.learnt += 1
+
     def taught(self, method: str, **more: Any) -> Core:
         """A learner that has learnt the whole stream."""
         return self.teach(self.learner(method), self.stream(), **more)

@@ -24,32 +24,13 @@ READINGS = {
 }
 
 
-def train(learner: Core, task: Task, steps: int = 4) -> None:
-    """Train on the task that the learner has grown for, without ending it."""
-    learner.train()
-    learner.settle()
-    learner.method.begin_task(learner, task)
-    optimizer = torch.optim.Adam(learner.trainable().values(), 2e-2)
-    batch = task.train.__getitems__(range(len(task.train)))
-    for _ in range(steps):
-        optimizer.zero_grad()
-        learner.loss(batch).backward()
-        optimizer.step()
-
-
-def close(learner: Core, task: Task) -> None:
-    learner.method.end_task(learner, task)
-    learner.settle()
-    learner.learnt += 1
-
-
 def begun(lab: Any, spec: str, tasks: int = 1) -> tuple[Core, Stream, Batch]:
     """A learner that has learnt some tasks, its stream, and images of the first task."""
     learner, stream = lab.learner(spec), lab.stream()
     for task in stream.tasks[:tasks]:
         learner.grow(task)
-        train(learner, task)
-        close(learner, task)
+        lab.descend(learner, task)
+        lab.close(learner, task)
     return learner, stream, stream.tasks[0].test.__getitems__(range(8))
 
 
@@ -74,10 +55,10 @@ def test_the_function_is_the_same_before_and_after_a_task_boundary(spec: str, la
         learner.grow(task)
         if task.index:
             torch.testing.assert_close(logits(learner, images), before, rtol=0, atol=1e-6)
-        train(learner, task)
+        lab.descend(learner, task)
         assert task.index == 0 or (logits(learner, images) - before).abs().max() > 0.01
         before = logits(learner, images)
-        close(learner, task)
+        lab.close(learner, task)
         torch.testing.assert_close(logits(learner, images), before, rtol=0, atol=1e-6)
 
 
@@ -92,8 +73,8 @@ def test_bases_are_orthonormal_after_the_first_task_and_byte_identical_ever_afte
         torch.testing.assert_close(up.T @ up, torch.eye(4), rtol=0, atol=1e-6)
     for task in stream.tasks[1:]:
         learner.grow(task)
-        train(learner, task)
-        close(learner, task)
+        lab.descend(learner, task)
+        lab.close(learner, task)
     for adapter, (down, up) in zip(bases, kept, strict=True):
         assert adapter.down.detach().numpy().tobytes() == down.numpy().tobytes()
         assert adapter.up.detach().numpy().tobytes() == up.numpy().tobytes()
@@ -122,9 +103,9 @@ def test_accumulated_cores_add_up_in_one_of_constant_size(lab: Any) -> None:
     learner, stream, _ = begun(lab, "fm_lora(rank=4, ranks=2, drs='fixed')")
     before = [adapter.core.clone() for adapter in learner.method.bases]
     learner.grow(stream.tasks[1])
-    train(learner, stream.tasks[1])
+    lab.descend(learner, stream.tasks[1])
     steps = [(adapter.branch[0] @ adapter.branch[1]).detach() for adapter in learner.method.bases]
-    close(learner, stream.tasks[1])
+    lab.close(learner, stream.tasks[1])
     for adapter, was, step in zip(learner.method.bases, before, steps, strict=True):
         torch.testing.assert_close(adapter.core, was + step)
         assert list(adapter.settled) == ["core"]
@@ -137,8 +118,8 @@ def test_without_shared_bases_each_task_has_a_fresh_lora(lab: Any) -> None:
     for task in stream.tasks[1:]:
         learner.grow(task)
         assert {len(branch.down) for branch in learner.method.branches} == {3}
-        train(learner, task)
-        close(learner, task)
+        lab.descend(learner, task)
+        lab.close(learner, task)
         assert all(branch.down is None for branch in learner.method.branches)
 
 
@@ -188,8 +169,8 @@ def test_old_images_keep_their_features_when_a_core_of_its_own_is_learnt(lab: An
     before = answers(learner, images)
     for task in stream.tasks[1:]:
         learner.grow(task)
-        train(learner, task)
-        close(learner, task)
+        lab.descend(learner, task)
+        lab.close(learner, task)
     torch.testing.assert_close(answers(learner, images), before, rtol=0, atol=1e-6)
 
 
@@ -203,9 +184,9 @@ def test_routing_leaves_nothing_behind(lab: Any) -> None:
 def test_bases_that_are_frozen_hold_no_gradients(lab: Any) -> None:
     learner, stream, _ = begun(lab, "fm_lora(rank=4)", tasks=0)
     learner.grow(stream.tasks[0])
-    train(learner, stream.tasks[0])
+    lab.descend(learner, stream.tasks[0])
     assert all(adapter.down.grad is not None for adapter in learner.method.bases)
-    close(learner, stream.tasks[0])
+    lab.close(learner, stream.tasks[0])
     assert all(adapter.down.grad is None and adapter.up.grad is None for adapter in learner.method.bases)
 
 
@@ -293,9 +274,9 @@ def test_frozen_prompts_are_trained_in_the_first_task_only(frozen: bool, lab: An
     for task in stream:
         learner.grow(task)
         before = learner.method.tokens.values.detach().clone()
-        train(learner, task)
+        lab.descend(learner, task)
         changed.append(not torch.equal(learner.method.tokens.values, before))
-        close(learner, task)
+        lab.close(learner, task)
     assert changed == [True, not frozen, not frozen]
 
 
@@ -303,8 +284,8 @@ def test_prompts_learn_more_gently_after_the_first_task(lab: Any) -> None:
     learner, stream = lab.learner("fm_lora(rank=4, prompt_lr=0.2)"), lab.stream()
     learner.grow(stream.tasks[0])
     assert learner.method.param_groups(learner) == {}
-    train(learner, stream.tasks[0])
-    close(learner, stream.tasks[0])
+    lab.descend(learner, stream.tasks[0])
+    lab.close(learner, stream.tasks[0])
     learner.grow(stream.tasks[1])
     assert learner.method.param_groups(learner) == {"method.tokens.values": 0.2}
 
@@ -313,9 +294,9 @@ def test_prompts_are_pulled_to_their_last_values(lab: Any) -> None:
     learner, stream, _ = begun(lab, "fm_lora(rank=4, prompts=2, prompt_pull=3.0)", tasks=0)
     for task in stream:
         learner.grow(task)
-        train(learner, task, steps=1)
+        lab.descend(learner, task, steps=1)
         last = learner.method.tokens.values.detach().clone()
-        close(learner, task)
+        lab.close(learner, task)
         assert learner.method.penalty(learner, {}, torch.empty(0)) == 0
         learner.method.tokens.values.data += 0.5
         found = learner.method.penalty(learner, {}, torch.empty(0))

@@ -11,28 +11,10 @@ from perdure.learner import Core
 from perdure.types import Batch, Stream, Task
 
 
-def work(learner: Core, task: Task, steps: int = 4) -> None:
+def work(lab: Any, learner: Core, task: Task, steps: int = 4) -> None:
     """Grow for a task and train on it, without ending it."""
     learner.grow(task)
-    train(learner, task, steps)
-
-
-def train(learner: Core, task: Task, steps: int = 4) -> None:
-    learner.train()
-    learner.settle()
-    learner.method.begin_task(learner, task)
-    optimizer = torch.optim.Adam(learner.trainable().values(), 2e-2)
-    batch = task.train.__getitems__(range(len(task.train)))
-    for _ in range(steps):
-        optimizer.zero_grad()
-        learner.loss(batch).backward()
-        optimizer.step()
-
-
-def close(learner: Core, task: Task) -> None:
-    learner.method.end_task(learner, task)
-    learner.settle()
-    learner.learnt += 1
+    lab.descend(learner, task, steps)
 
 
 def logits(learner: Core, images: Batch, columns: int = 2) -> Tensor:
@@ -44,8 +26,8 @@ def begun(lab: Any, spec: str, tasks: int = 1) -> tuple[Core, Stream, Batch]:
     """A learner that has learnt some tasks."""
     learner, stream = lab.learner(spec), lab.stream()
     for task in stream.tasks[:tasks]:
-        work(learner, task)
-        close(learner, task)
+        work(lab, learner, task)
+        lab.close(learner, task)
     return learner, stream, stream.tasks[0].test.__getitems__(range(8))
 
 
@@ -56,19 +38,19 @@ def test_the_function_is_the_same_before_and_after_a_task_boundary(lab: Any) -> 
         learner.grow(task)
         if task.index:
             torch.testing.assert_close(logits(learner, images), before, rtol=0, atol=1e-6)
-        train(learner, task)
+        lab.descend(learner, task)
         assert task.index == 0 or (logits(learner, images) - before).abs().max() > 0.05
         before = logits(learner, images)
-        close(learner, task)
+        lab.close(learner, task)
         torch.testing.assert_close(logits(learner, images), before, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("normalise", ["paper", "code"])
 def test_the_function_jumps_at_a_boundary_as_published(normalise: str, lab: Any) -> None:
     learner, stream, images = begun(lab, f"sd_lora(rank=2, normalise={normalise!r})", tasks=0)
-    work(learner, stream.tasks[0])
+    work(lab, learner, stream.tasks[0])
     before = logits(learner, images)
-    close(learner, stream.tasks[0])
+    lab.close(learner, stream.tasks[0])
     learner.grow(stream.tasks[1])
     assert (logits(learner, images) - before).abs().max() > 0.05
 
@@ -86,9 +68,9 @@ def test_published_directions_are_normalised_layer_by_layer(lab: Any) -> None:
         up, down = adapter.direction(0)
         assert float((up @ down).norm()) == pytest.approx(1, rel=1e-5)
     learner, stream, _ = begun(lab, "sd_lora(rank=2, normalise='code')", tasks=0)
-    work(learner, stream.tasks[0])
+    work(lab, learner, stream.tasks[0])
     expected = [(a.up / (a.up.norm() * a.down.norm())).detach() for a in learner.method.adapters]
-    close(learner, stream.tasks[0])
+    lab.close(learner, stream.tasks[0])
     for adapter, up in zip(learner.method.adapters, expected, strict=True):
         torch.testing.assert_close(adapter.direction(0)[0], up)
 
@@ -106,7 +88,7 @@ def test_a_step_trains_all_magnitudes_and_no_former_direction(lab: Any) -> None:
     learner, stream, _ = begun(lab, "sd_lora(rank=2)", tasks=2)
     frozen = [{k: v.clone() for k, v in adapter.frozen.items()} for adapter in learner.method.adapters]
     before = learner.method.magnitudes.detach().clone()
-    work(learner, stream.tasks[2])
+    work(lab, learner, stream.tasks[2])
     assert (learner.method.magnitudes.detach()[:2] != before).all()
     assert learner.method.magnitudes.shape == (3,)  # one a task, for all layers
     for adapter, was in zip(learner.method.adapters, frozen, strict=True):
@@ -117,7 +99,7 @@ def test_a_step_trains_all_magnitudes_and_no_former_direction(lab: Any) -> None:
 
 def test_the_update_is_the_sum_of_directions_times_magnitudes(lab: Any) -> None:
     learner, stream, _ = begun(lab, "sd_lora(rank=2)", tasks=2)
-    work(learner, stream.tasks[2])
+    work(lab, learner, stream.tasks[2])
     magnitudes = learner.method.magnitudes.detach()
     for adapter in learner.method.adapters:
         pairs = [*(adapter.direction(k) for k in range(2)), (adapter.up, adapter.down)]
@@ -130,10 +112,10 @@ def test_rank_reduction_gives_later_tasks_smaller_ranks(lab: Any) -> None:
     bench = lab.but(tasks=5, per_class=4)
     learner, ranks = bench.learner("sd_lora(rank=(4, 2, 1), drops=(1, 3))"), []
     for task in bench.stream():
-        work(learner, task, steps=1)
+        work(lab, learner, task, steps=1)
         (rank,) = {len(adapter.down) for adapter in learner.method.adapters}
         ranks.append(rank)
-        close(learner, task)
+        lab.close(learner, task)
     assert ranks == [4, 2, 2, 1, 1]
 
 
@@ -154,13 +136,13 @@ def test_a_repeated_update_goes_into_the_old_magnitude(lab: Any) -> None:
     old = learner.method.magnitudes[0].item()
     put(learner, [(0.7 * up, down) for up, down in (a.direction(0) for a in learner.method.adapters)])
     before = logits(learner, images)
-    close(learner, stream.tasks[1])
+    lab.close(learner, stream.tasks[1])
     torch.testing.assert_close(logits(learner, images), before, rtol=0, atol=1e-6)
     measures = learner.method.measures(learner)
     assert measures == {"directions": 1, "magnitude/0": pytest.approx(old + 0.35, rel=1e-5)}
     assert learner.method.magnitudes[1] == 0
-    work(learner, stream.tasks[2])
-    close(learner, stream.tasks[2])
+    work(lab, learner, stream.tasks[2])
+    lab.close(learner, stream.tasks[2])
     measures = learner.method.measures(learner)
     assert measures["directions"] == 2
     assert set(measures) == {"directions", "magnitude/0", "magnitude/2"}
@@ -176,7 +158,7 @@ def test_a_mixture_of_former_directions_goes_into_each_magnitude(lab: Any) -> No
         mixed.append((torch.cat([0.5 * up, -0.3 * other_up], dim=1), torch.cat([down, other_down])))
     put(learner, mixed)
     before = logits(learner, images)
-    close(learner, stream.tasks[2])
+    lab.close(learner, stream.tasks[2])
     torch.testing.assert_close(logits(learner, images), before, rtol=0, atol=1e-6)
     torch.testing.assert_close(learner.method.magnitudes.detach(), old + torch.tensor([0.25, -0.15, -0.5]))
     assert learner.method.measures(learner)["directions"] == 2
@@ -190,7 +172,7 @@ def test_an_independent_update_is_kept_as_a_direction(distil: str, lab: Any) -> 
     found = [adapter.direction(0) for adapter in learner.method.adapters]
     put(learner, [((1 + i) * up, down) for i, (up, down) in enumerate(found)])
     before = logits(learner, images)
-    close(learner, stream.tasks[1])
+    lab.close(learner, stream.tasks[1])
     torch.testing.assert_close(logits(learner, images), before, rtol=0, atol=1e-6)
     assert learner.method.measures(learner)["directions"] == 2
 
@@ -199,7 +181,7 @@ def test_without_distillation_a_repeated_update_is_a_direction_too(lab: Any) -> 
     learner, stream, _ = begun(lab, "sd_lora(rank=2)")
     learner.grow(stream.tasks[1])
     put(learner, [adapter.direction(0) for adapter in learner.method.adapters])
-    close(learner, stream.tasks[1])
+    lab.close(learner, stream.tasks[1])
     assert learner.method.measures(learner)["directions"] == 2
 
 
@@ -207,7 +189,7 @@ def test_an_update_of_nothing_makes_no_number_infinite(lab: Any) -> None:
     learner, stream, images = begun(lab, "sd_lora(rank=2)")
     learner.grow(stream.tasks[1])
     before = logits(learner, images)
-    close(learner, stream.tasks[1])
+    lab.close(learner, stream.tasks[1])
     torch.testing.assert_close(logits(learner, images), before, rtol=0, atol=1e-6)
 
 
