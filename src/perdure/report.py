@@ -53,7 +53,7 @@ _REASONS: tuple[tuple[str, str, Callable[[Run], list[float | None]], bool], ...]
     (
         "How much of an update reaches old inputs",
         "Share of a task's update that acts on the directions protected for earlier tasks' inputs, mean over layers. "
-        "At 0 the layers answer what lies there as before; what of the inputs is not protected can still move features.",
+        "At 0 the layers answer what lies there as before; unprotected parts of the inputs can still move features.",
         lambda run: run.over_layers("old_space_share"),
         True,
     ),
