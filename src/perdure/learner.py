@@ -44,7 +44,7 @@ class Core(nn.Module):
         self.step = 0  # within the current task
         self.precision = torch.float32  # of the encoder
         self.augment: Augment = AUGMENTS["none"]
-        self._encoded: dict[int, tuple[Data, Encoded]] = {}
+        self._encoded: dict[int, tuple[Data, Data]] = {}
 
     @property
     def stream(self) -> Stream:
@@ -198,7 +198,7 @@ class Core(nn.Module):
             if first.nbytes * len(data) > _MOST_KEPT:
                 return data
             pieces = [self.backbone.before(entry, batch) for batch in self.batches(data, 256)]
-        return Encoded("hidden", torch.cat(pieces), data.labels, data)
+        return Encoded({"hidden": torch.cat(pieces)}, data.labels, data)
 
     def encoded(self, data: Data, keep: bool = False) -> Data:
         """`data` with features in place of images where the encoder is constant, else `data` itself.
@@ -207,21 +207,53 @@ class Core(nn.Module):
             data: of images.
             keep: remember the features (4 · dim bytes an image), as for a test set, which is asked for after each task.
         """
-        if not self.constant_encoder or not len(data):
+        if not len(data):
             return data
         if not keep:
-            return Encoded("features", *self.features(data))
+            return self._encode(data) if self.constant_encoder else data
         if id(data) not in self._encoded:
-            self._encoded[id(data)] = data, Encoded("features", *self.features(data))
+            kept = self._encode(data) if self.constant_encoder else self.recorded(data)
+            if kept is data:
+                return data
+            self._encoded[id(data)] = data, kept
         return self._encoded[id(data)][1]
 
+    def _encode(self, data: Data) -> Data:
+        features, labels = self.features(data)
+        return Encoded({"features": features}, labels)
+
+    def recorded(self, data: Data) -> Data:
+        """`data` with what the method records of each image beside it; `data` itself when that is nothing."""
+        columns: dict[str, list[Tensor]] = {}
+        with torch.no_grad():
+            for batch in self.batches(data, 256):
+                for name, value in self._missing(batch).items():
+                    columns.setdefault(name, []).append(value)
+                if not columns:
+                    return data
+        return Encoded({name: torch.cat(pieces) for name, pieces in columns.items()}, data.labels, data)
+
+    def noted(self, batch: Batch) -> Batch:
+        """`batch` with what the method records of it, where that was not computed before."""
+        with torch.no_grad():
+            return batch | self._missing(batch)
+
+    def _missing(self, batch: Batch) -> Batch:
+        found: Batch = {}
+        for part in parts_of(self.method):
+            if not batch.keys() >= set(part.records):
+                found |= part.record(self, batch)
+        return found
+
     def completed(self, batch: Batch, like: Batch) -> Batch:
-        """`batch` of images with what the batch `like` holds of the constant part of the encoder."""
+        """`batch` of images with what the batch `like` holds beside them."""
         with torch.no_grad():
             if "features" in like:
                 batch = batch | {"features": self.encode(batch)}
             if "hidden" in like:
                 batch = batch | {"hidden": self.backbone.before(self.constant_blocks, batch)}
+        if not like.keys() <= batch.keys():
+            batch = self.noted(batch)
         return {key: batch[key] for key in like}
 
     def views(self, data: Data, most: int, purpose: str, size: int = 64) -> Iterator[Batch]:
@@ -254,26 +286,26 @@ def _ahead(read: Callable[[Sequence[int]], Batch], chunks: Iterator[Sequence[int
 
 
 class Encoded:
-    """Data whose images have been encoded, wholly (`features`) or up to a block (`hidden`, beside the image).
+    """Data with what was computed of its images once: `features`, `hidden` up to a block, or what a method records.
 
     Args:
-        name: of what is kept.
-        encoded: (n, ...).
+        kept: name -> (n, ...).
         labels: (n,).
         images: the data, when images are still needed.
     """
 
-    def __init__(self, name: str, encoded: Tensor, labels: Tensor, images: Data | None = None) -> None:
-        self.name, self.encoded, self.labels, self.images = name, encoded, labels, images
+    def __init__(self, kept: dict[str, Tensor], labels: Tensor, images: Data | None = None) -> None:
+        self.kept, self.labels, self.images = kept, labels, images
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitems__(self, positions: Sequence[int]) -> Batch:
         """What is kept, and labels; images where they are needed."""
-        index = torch.as_tensor(positions, device=self.encoded.device)
-        kept = {self.name: self.encoded[index], "label": self.labels[index.to(self.labels.device)]}
-        return kept if self.images is None else kept | self.images.__getitems__(positions)
+        index = torch.as_tensor(positions)
+        batch = {name: values[index.to(values.device)] for name, values in self.kept.items()}
+        batch["label"] = self.labels[index.to(self.labels.device)]
+        return batch if self.images is None else batch | self.images.__getitems__(positions)
 
 
 def derived_seed(seed: int, task: int, purpose: str, step: int | None = None) -> int:

@@ -34,12 +34,14 @@ class Method(nn.Module):
     shares: bool = False
     """Whether tasks train the same encoder parameters: those that regularisers can protect."""
     guarantees: ClassVar[bool] = False
-    """Whether what it promises breaks when another part changes the encoder too."""
+    """Whether what it promises, or relies on, breaks when another part changes the encoder too."""
     protects: ClassVar[bool] = False
     """Whether the method only guards shared parameters, and so needs a part that has some."""
 
     reads: ClassVar[bool] = False
     """Whether its `encode` only reads what the encoder computes: constant as long as the encoder is."""
+    records: ClassVar[tuple[str, ...]] = ()
+    """Names of what `record` gives."""
     leaves: frozenset[str] = frozenset()
     """Exclusive hooks that its class has, but that with these options it leaves to others."""
 
@@ -74,6 +76,14 @@ class Method(nn.Module):
         return {}
 
     # Steps, in the order in which they run.
+    def record(self, learner: Core, batch: Batch) -> Batch:
+        """What it wants to know of each image beside it, as `{name: (B, ...)}`: what no training of the task changes.
+
+        Asked of each part of a composition. Computed once for a training set where images stay as they are, else in
+        every step. In evaluation mode it may give only what never changes: a test set's is kept for good.
+        """
+        return {}
+
     def batch(self, learner: Core, batch: Batch) -> Batch:
         """The batch that is trained on, e.g. with old examples mixed in."""
         return batch
@@ -225,8 +235,8 @@ def compose(parts: Sequence[Method]) -> Method:
     for promise in (p for p in parts if p.guarantees):
         if free := [p.name for p in parts if p.adapts and p is not promise]:
             raise ValueError(
-                f"{promise.name} cannot be combined with {free[0]}, which changes what old inputs give wherever it "
-                f"likes: {promise.name}'s protection would be void. Use one of the two"
+                f"{promise.name} cannot be combined with {free[0]}, which changes what the encoder gives wherever it "
+                f"likes: what {promise.name} protects or relies on would be void. Use one of the two"
             )
     return parts[0] if len(parts) == 1 else Compose(parts)
 

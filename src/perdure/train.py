@@ -125,7 +125,9 @@ def fit_task(
         method.begin_task(learner, task)
     data = method.data(learner, task)
     if learner.augment is AUGMENTS["none"] and learner.trainable():
-        data = learner.prefixed(learner.encoded(data)) if config.epochs > 1 else learner.encoded(data)
+        data = learner.encoded(data)
+        if config.epochs > 1:
+            data = learner.recorded(learner.prefixed(data))
     clock.append(time.perf_counter())
     steps = config.epochs * math.ceil(len(data) / config.batch_size)
     done, images = 0, 0
@@ -143,6 +145,7 @@ def fit_task(
             batch = method.batch(learner, batch)
             if "image" in batch:
                 batch = learner.augment(batch, learner.generator("augment", step))
+            batch = learner.noted(batch)
             optimizer.zero_grad()
             loss = learner.loss(batch)
             loss.backward()  # type: ignore[no-untyped-call]

@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from perdure.adapters.bases import Bases
 from perdure.config import make_method
 from perdure.learner import Core
 from perdure.methods.route_lora import _leading
-from perdure.types import Batch, Task
+from perdure.types import Batch, Site, Task
 
 MERGED = [
     "lora(rank=2, alpha=3)",
@@ -190,6 +191,22 @@ def test_the_old_path_of_route_lora_sends_no_gradient_into_its_bases(lab: Any) -
     learner.zero_grad()
     learner.loss(everything(stream.tasks[1])).backward()
     assert all(adapter.down.grad.any() and adapter.up.grad.any() for adapter in adapters)
+
+
+def test_bases_give_the_gradients_of_an_old_path_that_is_stopped_and_a_new_one() -> None:
+    bases = Bases(Site("0.q", "layer", "input", 7, (0, 5)), 3)
+    nn.init.normal_(bases.up)
+    bases.settled["core"] = torch.randn(3, 3)
+    bases.open(torch.randn(3, 3))
+    x, y, direction = torch.randn(2, 4, 7, requires_grad=True), torch.randn(2, 4, 5), torch.randn(2, 4, 5)
+    sources = [x, bases.down, bases.up, bases.branch[0]]
+    kept = bases.up.detach() @ bases.core @ bases.down.detach()  # sg[A R_old B]
+    written = y + x @ kept.T + x @ (bases.up @ bases.branch[0] @ bases.down).T
+    output = bases(x, y, 0)
+    torch.testing.assert_close(output, written)
+    found = torch.autograd.grad((output * direction).sum(), sources)
+    for gradient, expected in zip(found, torch.autograd.grad((written * direction).sum(), sources), strict=True):
+        torch.testing.assert_close(gradient, expected)
 
 
 def test_ewc_finds_the_bases_of_route_lora_important_after_every_task(lab: Any) -> None:

@@ -104,11 +104,16 @@ class Bases(Adapter):
             return y + F.linear(inner, self.up.to(x.dtype))
         if self.fixed:
             return y if step is None else y + self._through(x, step, self.down, self.up)
+        paths = [] if step is None else [(self.down, self.up @ step)]
         if "core" in self.settled:
             # between tasks nothing is trained, but importances (EWC) are asked of what the bases do through the core
             down, up = (self.down, self.up) if step is None else (self.down.detach(), self.up.detach())
-            y = y + self._through(x, self.core, down, up)
-        return y if step is None else y + self._through(x, step, self.down, self.up)
+            paths.append((down, up @ self.core))
+        if not paths:
+            return y
+        # both paths through one pair of factors: passing over the tokens costs more than the doubled rank
+        downs, ups = zip(*paths, strict=True)
+        return y + F.linear(F.linear(x, torch.cat(downs).to(x.dtype)), torch.cat(ups, 1).to(x.dtype))
 
     def delta(self, part: int, branches: bool) -> Tensor | None:
         """See `Adapter.delta`; while the bases are trained, nothing is settled for good."""
