@@ -104,7 +104,7 @@ class Bases(Adapter):
             return y + F.linear(inner, self.up.to(x.dtype))
         if self.fixed:
             return y if step is None else y + self._through(x, step, self.down, self.up)
-        paths = [] if step is None else [(self.down, self.up @ step)]
+        paths: list[tuple[Tensor, Tensor]] = [] if step is None else [(self.down, self.up @ step)]
         if "core" in self.settled:
             # between tasks nothing is trained, but importances (EWC) are asked of what the bases do through the core
             down, up = (self.down, self.up) if step is None else (self.down.detach(), self.up.detach())
