@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -36,7 +36,9 @@ class Method(nn.Module):
     guarantees: ClassVar[bool] = False
     """Whether what it promises, or relies on, breaks when another part changes the encoder too."""
     protects: ClassVar[bool] = False
-    """Whether the method only guards shared parameters, and so needs a part that has some."""
+    """Whether the method only guards what other parts train, and so needs one of the kind that `guards` names."""
+    guards: ClassVar[Literal["shares", "adapts"]] = "shares"
+    """What one that `protects` needs a part to do: share parameters between tasks, or change the encoder at all."""
 
     reads: ClassVar[bool] = False
     """Whether its `encode` only reads what the encoder computes: constant as long as the encoder is."""
@@ -158,8 +160,8 @@ class Compose(Method):
         return task.train if owner is None else owner.data(learner, task)
 
     def begin_task(self, learner: Core, task: Task) -> None:
-        """See `Method.begin_task`."""
-        for part in self:
+        """See `Method.begin_task`; parts that change the encoder come first, so that others see it as it will train."""
+        for part in sorted(self, key=lambda part: not part.adapts):
             part.begin_task(learner, task)
 
     def end_task(self, learner: Core, task: Task) -> None:
@@ -227,10 +229,11 @@ def compose(parts: Sequence[Method]) -> Method:
         ValueError: see `Compose`, or when a part would protect nothing.
     """
     for guard in (p for p in parts if p.protects):
-        if not any(p.shares for p in parts):
+        if not any(getattr(p, guard.guards) for p in parts):
+            lacks = "trains parameters that tasks share" if guard.guards == "shares" else "changes the encoder"
             raise ValueError(
-                f"{guard.name} has nothing to protect in {' + '.join(p.name for p in parts)!r}: no part trains "
-                f"parameters that tasks share. Write 'lora + {guard.name}' or 'finetune + {guard.name}'"
+                f"{guard.name} has nothing to protect in {' + '.join(p.name for p in parts)!r}: no part {lacks}. Write "
+                f"'lora + {guard.name}' or 'finetune + {guard.name}'"
             )
     for promise in (p for p in parts if p.guarantees):
         if free := [p.name for p in parts if p.adapts and p is not promise]:

@@ -1,8 +1,11 @@
 """A teacher: the learner as it was, kept as a snapshot of what is trained; no second backbone."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.nn import functional as F
 
 from perdure.learner import Core
 from perdure.memory.tensors import Tensors
@@ -10,7 +13,7 @@ from perdure.types import Batch
 
 
 class Teacher(nn.Module):
-    """What the learner gave when `remember` was called, although it has been trained since.
+    """What the learner answered when `remember` was called, although it has been trained since.
 
     Only parameters in training are kept, while the task lasts; everything else does not change in it.
     """
@@ -29,21 +32,45 @@ class Teacher(nn.Module):
         """Drop the snapshot."""
         self.kept.clear()
 
-    @torch.no_grad()
+    @contextmanager
+    def speaking(self, learner: Core) -> Iterator[None]:
+        """Within, `learner` answers as it did: in evaluation mode, without gradients; then it is what it has become."""
+        # by pointer, not by torch.func: some parts hold parameters of others, which a call with other values misses
+        swapped = [(learner.get_parameter(name), self.kept[name]) for name in sorted(self.kept)]
+        present, training = [parameter.data for parameter, _ in swapped], learner.training
+        try:
+            for parameter, value in swapped:
+                parameter.data = value
+            learner.eval()
+            with torch.no_grad():
+                yield
+        finally:
+            learner.train(training)
+            for (parameter, _), value in zip(swapped, present, strict=True):
+                parameter.data = value
+
     def forward(self, learner: Core, batch: Batch) -> tuple[Tensor, Tensor]:
         """Features (B, dim) and scores (B, seen classes) by the learner of the snapshot, without gradients."""
-        values = {f"learner.{name}": self.kept[name] for name in sorted(self.kept)}
-        found: tuple[Tensor, Tensor] = functional_call(_Ask(learner), values, (batch,))
-        return found
+        with self.speaking(learner):
+            features = learner.encode(batch)
+            return features, learner.objective.scores(features)
 
 
-class _Ask(nn.Module):
-    """Features and scores as a module, for `functional_call`."""
+def distillation(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
+    """T² · KL(softmax(teacher / T) ‖ softmax(student / T)), the mean over rows (Hinton et al., 2015, arXiv:1503.02531).
 
-    def __init__(self, learner: Core) -> None:
-        super().__init__()
-        self.learner = learner
+    The factor T² keeps gradients of about the same size at any temperature.
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        features = self.learner.encode(batch)
-        return features, self.learner.objective.scores(features)
+    Args:
+        teacher: scores (n, k).
+        student: scores (n, k), which get the gradient.
+        temperature: T, positive; a higher one counts small scores more.
+    """
+    wanted, given = (F.log_softmax(scores / temperature, dim=1) for scores in (teacher, student))
+    return temperature**2 * F.kl_div(given, wanted, reduction="batchmean", log_target=True)
+
+
+def trains_encoder(learner: Core) -> bool:
+    """Whether the current task trains more than heads: if not, what a teacher says of features is what they are."""
+    heads = {id(p) for p in learner.objective.parameters()}
+    return any(id(p) not in heads for p in learner.trainable().values())

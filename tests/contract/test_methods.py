@@ -57,6 +57,19 @@ COMBINATIONS = [
     "ncm + fm_lora(rank=4, reading='per_task')",
     "inflora(ranks=(1, 2)) + joint",
     "inflora(rank=2) + layers + ranpac(dim=0)",
+    "adapter(rank=3) + ewc",
+    "ewc + adapter(rank=3, parallel=True, scale=0.5)",
+    "adapter(rank=3, at='o,fc2') + replay(size=12)",
+    "adapter(rank=3, tasks=1) + ncm",
+    "lora(rank=2, at='fc2') + adapter(rank=3)",
+    "lora(rank=2) + lwf",
+    "inflora(rank=2) + lwf",
+    "lora(rank=2) + feature_distill",
+    "finetune + lwf + ewc",
+    "fm_lora(rank=4) + feature_distill(form='mse')",
+    "lwf(schedule='share') + inflora(ranks=(1, 2))",
+    "lora(rank=2) + lwf(heads='frozen') + replay(size=12)",
+    "fm_lora(rank=4, reading='per_task') + lwf",
 ]
 ALONE = sorted(name for name, method in METHODS.items() if not method.protects)
 SPECS = ALONE + COMBINATIONS
@@ -76,6 +89,7 @@ ELSEWHERE = [
         "probe + align",
         "inflora(rank=2) + ranpac(dim=64)",
         "lora(rank=2) + cosine",
+        "lora(rank=2) + lwf",
     )
 ] + [
     (spec, {"objective": "zeroshot"})
@@ -89,6 +103,8 @@ ELSEWHERE = [
         "lora(rank=2) + ncm",
         "fm_lora(rank=4)",
         "inflora(rank=2) + ranpac(dim=64)",
+        "lora(rank=2, tower='both') + lwf(text_temperature=1.0)",
+        "lora(rank=2, tower='both') + feature_distill(tower='both')",
     )
 ]
 PLACES = [(spec, {}) for spec in SPECS] + ELSEWHERE
@@ -272,6 +288,12 @@ def test_a_guard_without_anything_to_protect_is_refused_when_built(spec: str) ->
     with pytest.raises(
         ValueError, match=r"^ewc has nothing to protect in .* Write 'lora \+ ewc' or 'finetune \+ ewc'$"
     ):
+        make_method(spec)
+
+
+@pytest.mark.parametrize("spec", ["lwf", "probe + lwf", "probe + replay + lwf"])
+def test_a_distillation_where_no_part_changes_the_encoder_is_refused_when_built(spec: str) -> None:
+    with pytest.raises(ValueError, match=r"^lwf has nothing to protect in .*no part changes the encoder"):
         make_method(spec)
 
 

@@ -1,0 +1,133 @@
+"""Distillation of features: the encoder keeps giving new images the features that it gave them when the task began.
+
+Less forgetting by the features' direction is LUCIR's (Hou et al., CVPR 2019): loss + strength · mean(1 - cos(f^teacher,
+f^student)), on the new task's images. With a text tower that is trained too, the same for the embeddings of old class
+names, as ZSCL (Zheng et al., ICCV 2023, arXiv:2303.06628) keeps both towers of a CLIP.
+
+Differs: LUCIR's strength grows with √(old / new classes), here it is constant. The text side has the old class names in
+place of ZSCL's sentences from elsewhere. `form="mse"` is relative to the length of the teacher's features, so that it
+means the same for every model.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from perdure.adapters.attach import adapted
+from perdure.backbones.base import Tower
+from perdure.learner import Core
+from perdure.memory.tensors import Tensors
+from perdure.method import Method, at_least_zero, varies
+from perdure.objectives.zeroshot import ZeroShot
+from perdure.teacher import Teacher, trains_encoder
+from perdure.types import Batch, Task
+
+_FEATURES = "feature_distill"  # what is recorded: the teacher's features
+
+
+class FeatureDistill(Method, name="feature_distill"):
+    """Keeps features of new images, or embeddings of old class names, near what they were when the task began.
+
+    The teacher is a snapshot of what the task trains, dropped when it ends. Where images are not augmented it is asked
+    once for a training set, else in every step; for class names once.
+
+    Args:
+        strength: weight of the distance; 0 is plain training.
+        tower: whose output is held: `vision`, `text` (with the objective zeroshot and a part that trains the text
+            tower), or `both`, whose distances add up.
+        form: `cosine` is 1 - cos; `mse` the squared distance in units of the teacher's squared length, which holds
+            lengths too.
+    """
+
+    protects = True
+    guards = "adapts"
+    records = (_FEATURES,)
+
+    def __init__(
+        self, strength: float = 1.0, tower: Tower = "vision", form: Literal["cosine", "mse"] = "cosine"
+    ) -> None:
+        super().__init__()
+        at_least_zero(strength=strength)
+        self.strength, self.tower, self.form = strength, tower, form
+        self.teacher = Teacher()
+        self.names = Tensors()  # "old": the teacher's embeddings of the former tasks' class names
+
+    def grow(self, learner: Core, task: Task) -> None:
+        """Nothing to make room for; refuse texts where there are none."""
+        if self.tower != "vision" and not isinstance(learner.objective, ZeroShot):
+            raise ValueError(
+                f"tower={self.tower!r}: this objective reads no texts: use --objective zeroshot, or tower='vision'"
+            )
+
+    def begin_task(self, learner: Core, task: Task) -> None:
+        """Take the learner as teacher; there is nothing to keep in the first task."""
+        for tower in self._towers("vision", "text"):
+            if not _moves(learner, tower):
+                raise ValueError(
+                    f"feature_distill(tower={self.tower!r}) has no effect on the {tower} tower, which no part trains: "
+                    f"write tower={'text' if tower == 'vision' else 'vision'!r}, or a part with tower='both'"
+                )
+        if not self.strength or not task.index:
+            return
+        if not trains_encoder(learner):
+            raise ValueError(
+                f"task {task.index}: feature_distill has no effect where no part trains the encoder any more: take one "
+                "that does in every task, as in 'lora + feature_distill', or leave feature_distill out"
+            )
+        if self._towers("vision"):
+            self.teacher.remember(learner)
+        if self._towers("text"):
+            with torch.no_grad():
+                self.names["old"] = self._embed(learner)
+
+    def record(self, learner: Core, batch: Batch) -> Batch:
+        """The teacher's features (B, dim)."""
+        if not self.teacher.kept or not learner.training:
+            return {}
+        return {_FEATURES: self._teachers(learner, batch)}
+
+    def penalty(self, learner: Core, batch: Batch, features: Tensor) -> Tensor | float:
+        """strength · distance of the student's output to the teacher's, for each tower."""
+        total: Tensor | float = 0.0
+        if self.teacher.kept:
+            wanted = batch[_FEATURES] if _FEATURES in batch else self._teachers(learner, batch)
+            total = total + self.strength * self._distance(wanted, features)
+        if self.names:
+            total = total + self.strength * self._distance(self.names["old"], self._embed(learner))
+        return total
+
+    def end_task(self, learner: Core, task: Task) -> None:
+        """Let the teacher go."""
+        self.teacher.forget()
+        self.names.clear()
+
+    def _teachers(self, learner: Core, batch: Batch) -> Tensor:
+        # not the teacher's scores too, for which a text tower that is trained would have to read all names
+        with self.teacher.speaking(learner):
+            return learner.encode(batch)
+
+    def _towers(self, *wanted: Tower) -> list[Tower]:
+        return [tower for tower in wanted if self.tower in (tower, "both")]
+
+    def _distance(self, teacher: Tensor, student: Tensor) -> Tensor:
+        if self.form == "cosine":
+            return (1 - F.cosine_similarity(teacher, student, dim=1)).mean()
+        squares = (student - teacher).square().sum(1)
+        return (squares / teacher.square().sum(1)).mean()
+
+    @staticmethod
+    def _embed(learner: Core) -> Tensor:
+        """Unit embeddings of the former tasks' class names."""
+        objective = learner.objective
+        assert isinstance(objective, ZeroShot)
+        former = {c for task in learner.tasks[:-1] for c in task.classes}
+        return objective.embed([n for c, n in zip(objective.classes, objective.names, strict=True) if c in former])
+
+
+def _moves(learner: Core, tower: str) -> bool:
+    """Whether any part can change what `tower` gives."""
+    inside = learner.backbone.get_submodule(learner.backbone.towers()[tower])
+    trained = adapted(inside) or any(p.requires_grad for p in inside.parameters())
+    return trained or (tower == "vision" and varies(learner.method))

@@ -1,0 +1,246 @@
+"""LwF: what new images score for old classes is held, by the formula, and by a teacher that is asked once."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from perdure.augment import AUGMENTS
+from perdure.config import make_method
+from perdure.learner import Core
+from perdure.methods.lwf import LwF
+from perdure.teacher import distillation
+from perdure.train import fit_task
+from perdure.types import Batch, Task
+
+
+def begun(bench: Any, spec: str, tasks: int = 2) -> tuple[Core, Task, LwF]:
+    """A learner some steps into the last of `tasks`, and the part that distils."""
+    learner, stream = bench.learner(spec), bench.stream()
+    bench.teach(learner, stream.tasks[: tasks - 1])
+    task = stream.tasks[tasks - 1]
+    learner.grow(task)
+    bench.descend(learner, task)
+    return learner, task, next(part for part in learner.method if isinstance(part, LwF))
+
+
+def whole(task: Task) -> Batch:
+    return task.train.__getitems__(range(len(task.train)))
+
+
+def answers(learner: Core, lwf: LwF, task: Task) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The penalty on all of the task's images, and what teacher and student score."""
+    batch = whole(task)
+    with torch.no_grad():
+        features = learner.encode(batch)
+        penalty = lwf.penalty(learner, learner.noted(batch), features)
+        return penalty, lwf.teacher(learner, batch)[1], learner.objective.scores(features)
+
+
+@pytest.mark.parametrize("carrier", ["lora(rank=2)", "finetune", "inflora(rank=2)"])
+def test_strength_zero_is_the_carrier_alone_bit_for_bit(carrier: str, lab: Any) -> None:
+    plain, distilled = lab.taught(carrier).memory(), lab.taught(f"{carrier} + lwf(strength=0)").memory()
+    for key, value in plain.items():
+        assert torch.equal(distilled[key.replace("method.", "method.parts.0.")], value), key
+
+
+def test_the_penalty_is_the_divergence_of_scores_for_old_classes_alone(lab: Any) -> None:
+    learner, task, lwf = begun(lab, "lora(rank=2) + lwf(strength=3, temperature=4)", tasks=3)
+    penalty, teacher, student = answers(learner, lwf, task)
+    expected = 3 * distillation(teacher[:, :4], student[:, :4], 4.0)
+    assert expected > 1e-3
+    torch.testing.assert_close(penalty, expected)
+
+
+def test_the_schedule_share_is_the_share_of_old_classes(lab: Any) -> None:
+    for tasks, share in ((2, 1 / 2), (3, 2 / 3)):
+        learner, task, lwf = begun(lab, "lora(rank=2) + lwf(schedule='share')", tasks)
+        penalty, teacher, student = answers(learner, lwf, task)
+        old = 2 * (tasks - 1)
+        torch.testing.assert_close(penalty, share * distillation(teacher[:, :old], student[:, :old], 2.0))
+
+
+def test_where_the_task_is_told_each_former_task_has_its_own_distribution(lab: Any) -> None:
+    learner, task, lwf = begun(lab.but(scenario="task"), "lora(rank=2) + lwf", tasks=3)
+    penalty, teacher, student = answers(learner, lwf, task)
+    expected = sum(distillation(teacher[:, own], student[:, own], 2.0) for own in ([0, 1], [2, 3]))
+    torch.testing.assert_close(penalty, expected)
+
+
+def test_classes_that_come_again_are_all_old(lab: Any) -> None:
+    learner, task, lwf = begun(lab.but(scenario="domain"), "lora(rank=2) + lwf", tasks=3)
+    penalty, teacher, student = answers(learner, lwf, task)
+    assert teacher.shape[1] == len(task.classes)
+    torch.testing.assert_close(penalty, distillation(teacher, student, 2.0))
+
+
+@pytest.mark.parametrize("tower", ["vision", "both"])
+def test_the_text_direction_is_the_divergence_over_images_of_each_old_name(tower: str, lab: Any) -> None:
+    bench = lab.but(objective="zeroshot")
+    learner, task, lwf = begun(bench, f"lora(rank=2, tower={tower!r}) + lwf(text_temperature=0.5)")
+    penalty, teacher, student = answers(learner, lwf, task)
+    images = distillation(teacher[:, :2], student[:, :2], 2.0)
+    texts = distillation(teacher[:, :2].T, student[:, :2].T, 0.5)
+    assert min(images, texts) > 1e-5
+    torch.testing.assert_close(penalty, images + texts)
+
+
+def test_old_heads_learn_on_under_the_distillation_and_only_where_they_shall(lab: Any) -> None:
+    for options, moves in (("strength=0", False), ("strength=1", True), ("heads='frozen'", False)):
+        learner, stream = lab.learner(f"lora(rank=2) + lwf({options})"), lab.stream()
+        lab.teach(learner, stream.tasks[:1])
+        old = learner.objective.heads[0].weight.detach().clone()
+        lab.teach(learner, stream.tasks[1:2])
+        assert torch.equal(learner.objective.heads[0].weight, old) != moves
+
+
+@pytest.mark.parametrize(
+    ("carrier", "where"),
+    [
+        ("lora(rank=2)", {"objective": "zeroshot"}),
+        ("lora(rank=2)", {"scenario": "domain"}),
+        ("replay(size=12) + lora(rank=2)", {}),
+    ],
+)
+def test_frozen_heads_are_refused_where_none_stands_apart(carrier: str, where: Any, lab: Any) -> None:
+    with pytest.raises(ValueError, match=r"^heads='frozen' has no effect where no old head stands apart"):
+        lab.but(**where).taught(f"{carrier} + lwf(heads='frozen')")
+
+
+@pytest.mark.parametrize(("heads", "times"), [("learn", 5), ("frozen", 100)])
+def test_a_stronger_distillation_keeps_old_scores_of_new_images_nearer(heads: str, times: float, lab: Any) -> None:
+    def moved(strength: float) -> float:
+        bench = lab.but(lr=3e-2)
+        learner, stream = bench.learner(f"lora(rank=2) + lwf(strength={strength}, heads={heads!r})"), bench.stream()
+        bench.teach(learner, stream.tasks[:2])
+        before = scores(learner, stream.tasks[2])
+        bench.teach(learner, stream.tasks[2:], epochs=8)
+        return float(distillation(before, scores(learner, stream.tasks[2])[:, :4], 2.0))
+
+    def scores(learner: Core, task: Task) -> torch.Tensor:
+        with torch.no_grad():
+            return learner.objective.scores(learner.encode(whole(task)))
+
+    assert moved(0) > times * moved(1000)
+
+
+def watched(lab: Any, augment: str) -> tuple[list[int], list[int], Core]:
+    """Images that the encoder saw in the first and second task of 16 images, in 3 epochs."""
+    learner, stream = lab.learner("lora(rank=2, blocks='1') + lwf"), lab.stream()
+    learner.augment = AUGMENTS[augment]
+    seen: list[list[int]] = []
+    block = learner.backbone.get_submodule("vision.blocks.1")
+    for task in stream.tasks[:2]:
+        learner.grow(task)
+        seen.append([])
+        handle = block.register_forward_hook(lambda _, args, out: seen[-1].append(len(out)))
+        fit_task(learner, task, lab.train_config(epochs=3))
+        handle.remove()
+    return *seen, learner
+
+
+def test_the_teacher_is_asked_once_for_a_training_set_whose_images_stay_as_they_are(lab: Any) -> None:
+    first, second, _ = watched(lab, "none")
+    assert sum(first) == 3 * 16
+    assert sum(second) == 3 * 16 + 16
+
+
+def test_the_teacher_is_asked_in_every_step_where_images_are_augmented(lab: Any) -> None:
+    first, second, learner = watched(lab, "crop")
+    assert sum(first) == 3 * 16
+    assert sum(second) == 2 * 3 * 16
+    assert all(torch.isfinite(p).all() for p in learner.parameters())
+
+
+def test_recorded_scores_are_what_the_teacher_says_at_any_time(lab: Any) -> None:
+    learner, stream = lab.learner("lora(rank=2, blocks='1') + lwf"), lab.stream()
+    lab.teach(learner, stream.tasks[:1])
+    task = stream.tasks[1]
+    learner.grow(task)
+    learner.train()
+    learner.settle()
+    learner.method.begin_task(learner, task)
+    kept = learner.recorded(learner.prefixed(task.train)).__getitems__(range(len(task.train)))["lwf"]
+    lab.descend(learner, task, steps=0)
+    optimizer = torch.optim.Adam(learner.trainable().values(), 2e-2)
+    for _ in range(4):
+        optimizer.zero_grad()
+        learner.loss(whole(task) | {"lwf": kept}).backward()
+        optimizer.step()
+    lwf = learner.method.parts[1]
+    with torch.no_grad():
+        assert not torch.allclose(learner.objective.scores(learner.encode(whole(task))), kept, atol=1e-2)
+    torch.testing.assert_close(lwf.teacher(learner, whole(task))[1], kept)
+
+
+def test_replayed_images_are_distilled_with_the_new_ones(lab: Any) -> None:
+    learner, task, lwf = begun(lab, "lora(rank=2) + lwf + replay(size=12)")
+    kept = learner.recorded(task.train)
+    batch = learner.method.batch(learner, kept.__getitems__(range(8)))
+    assert set(batch["label"].tolist()) - set(task.classes)
+    torch.testing.assert_close(batch["lwf"], lwf.teacher(learner, batch)[1])
+
+
+def test_of_a_test_set_nothing_is_recorded_for_it_is_kept_longer_than_a_teacher(lab: Any) -> None:
+    learner, task, part = begun(lab, "lora(rank=2) + lwf")
+    batch = whole(task)
+    assert "lwf" in learner.noted(batch)
+    with learner.inference():
+        assert learner.noted(batch).keys() == batch.keys()
+        assert torch.isfinite(part.penalty(learner, batch, learner.encode(batch)))
+
+
+def test_nothing_of_the_teacher_is_stored_once_the_task_is_learnt(lab: Any) -> None:
+    learner, task, _ = begun(lab, "lora(rank=2) + lwf")
+    assert any("teacher" in key for key in learner.memory())
+    lab.close(learner, task)
+    assert not any("teacher" in key for key in learner.memory())
+    assert lab.taught("lora(rank=2) + lwf").memory().keys() == {
+        key.replace("method.", "method.parts.0.") for key in lab.taught("lora(rank=2)").memory()
+    }
+
+
+def test_the_order_of_the_sum_does_not_matter_even_where_the_rank_is_chosen(lab: Any) -> None:
+    one, other = (lab.taught(spec) for spec in ("lwf + inflora(ranks=(1, 2, 4))", "inflora(ranks=(1, 2, 4)) + lwf"))
+    a, b = (dict(zip(sorted(m), map(m.get, sorted(m)), strict=True)) for m in (one.memory(), other.memory()))
+    heads = [key for key in a if key.startswith("objective.")]
+    assert heads
+    assert all(torch.equal(a[key], b[key]) for key in heads)
+
+
+def test_bfloat16_distils_from_answers_of_the_same_precision(lab: Any) -> None:
+    for carrier in ("lora(rank=2)", "finetune"):
+        learner, stream = lab.learner(f"{carrier} + lwf"), lab.stream()
+        learner.precision = torch.bfloat16
+        lab.teach(learner, stream.tasks[:1])
+        learner.grow(stream.tasks[1])
+        lab.descend(learner, stream.tasks[1], steps=0)
+        batch = whole(stream.tasks[1])
+        penalty = learner.method.penalty(learner, batch, learner.encode(batch))
+        assert penalty.abs() < 1e-6, carrier
+
+
+@pytest.mark.parametrize("spec", ["lwf", "probe + lwf", "ncm + lwf", "probe + replay + lwf"])
+def test_where_no_part_changes_the_encoder_it_is_refused_when_built(spec: str) -> None:
+    with pytest.raises(
+        ValueError, match=r"^lwf has nothing to protect in .*: no part changes the encoder. Write 'lora"
+    ):
+        make_method(spec)
+
+
+def test_where_the_encoder_is_trained_no_more_it_is_refused(lab: Any) -> None:
+    learner, stream = lab.learner("lora(rank=2, tasks=1) + lwf"), lab.stream()
+    lab.teach(learner, stream.tasks[:1])
+    with pytest.raises(ValueError, match=r"^task 1: lwf has no effect where no part trains the encoder any more: "):
+        lab.teach(learner, stream.tasks[1:2])
+
+
+def test_a_temperature_for_texts_is_refused_where_there_are_none(lab: Any) -> None:
+    with pytest.raises(ValueError, match=r"^text_temperature=1\.0 has no effect without texts: use --objective zerosh"):
+        lab.taught("lora(rank=2) + lwf(text_temperature=1.0)")
+
+
+@pytest.mark.parametrize("option", ["strength=-1.0", "temperature=0.0", "temperature=-2.0", "text_temperature=0.0"])
+def test_an_option_out_of_range_is_refused(option: str) -> None:
+    with pytest.raises(ValueError, match=f"{option}: expected"):
+        make_method(f"lora + lwf({option})")
