@@ -1,9 +1,11 @@
-"""Choosing prompts by a query: which entries of a pool fit an image, judged by the pre-trained encoder's features."""
+"""What prompt methods share: choosing by a query, the pre-trained encoder's features, and placing prefixes."""
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from perdure.adapters.prefix import Prefix
+from perdure.backbones.base import Backbone
 from perdure.learner import Core
 from perdure.types import Batch
 
@@ -33,7 +35,53 @@ def nearest(cosines: Tensor, count: int, batchwise: bool = False) -> Tensor:
             sorted by task this tells the task, and an answer depends on who else is asked about.
     """
     best = cosines.topk(count, dim=1).indices
-    if not batchwise:
+    if not batchwise or len(best) == 1:
         return best
     votes = torch.bincount(best.flatten(), minlength=cosines.shape[1])
     return votes.topk(count).indices.expand(len(best), -1)
+
+
+def attach_prefix(backbone: Backbone, prefix: Prefix, blocks: str | None) -> None:
+    """Put `prefix` into the attention of `blocks` of the vision tower, see `Backbone.sites`.
+
+    Raises:
+        ValueError: when the attention of a block cannot take more keys than it has tokens.
+    """
+    keys, values, outs = (backbone.sites(letter, blocks) for letter in "kvo")
+    layers, reason = prefix.attach(backbone, keys, values, outs), "they do not come from the layers of that name"
+    # One black image: an attention that goes round its layers, or knows how many tokens there are, is found out here.
+    side, like, before = backbone.preprocess.size, next(backbone.parameters()), prefix.joined
+    image = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=like.device)
+    try:
+        with torch.no_grad(), prefix.giving([like.new_zeros(1, 2 * site.fan_out) for site in keys]):
+            backbone({"image": image})
+    except RuntimeError as error:
+        before, reason = -1, " ".join(str(error).split())[:120]
+    if prefix.joined != before + layers:
+        raise ValueError(
+            f"{backbone.spec}: nothing can join the keys and values of its attention ({reason}); use another backbone, "
+            "or a method without prefixes, such as lora"
+        )
+
+
+def first_blocks(backbone: Backbone, start: int, count: int) -> str:
+    """The `count` vision blocks from number `start` on, as many of them as there are, in `Backbone.sites`' notation."""
+    return f"{start}-{min(start + count, len(backbone.blocks())) - 1}"
+
+
+@torch.no_grad()
+def check_tokens(backbone: Backbone) -> None:
+    """Let the vision tower, whose blocks take prompt tokens now, encode a black image.
+
+    Raises:
+        ValueError: when its attention cannot do with more tokens than an image has.
+    """
+    side, device = backbone.preprocess.size, next(backbone.parameters()).device
+    try:
+        backbone({"image": torch.zeros(1, 3, side, side, dtype=torch.uint8, device=device)})
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:120]
+        raise ValueError(
+            f"{backbone.spec}: no token can join those of an image ({reason}); use another backbone, or a method "
+            "without prompt tokens, such as lora"
+        ) from error

@@ -70,6 +70,14 @@ COMBINATIONS = [
     "lwf(schedule='share') + inflora(ranks=(1, 2))",
     "lora(rank=2) + lwf(heads='frozen') + replay(size=12)",
     "fm_lora(rank=4, reading='per_task') + lwf",
+    "prompt(deep=True)",
+    "prompt(deep=True, blocks='1')",
+    "prompt + ewc",
+    "prompt + align",
+    "l2p(reads='class', strength=0)",
+    "l2p + replay(size=12)",
+    "l2p + ncm",
+    "l2p + ewc",
 ]
 ALONE = sorted(name for name, method in METHODS.items() if not method.protects)
 SPECS = ALONE + COMBINATIONS
@@ -90,6 +98,8 @@ ELSEWHERE = [
         "inflora(rank=2) + ranpac(dim=64)",
         "lora(rank=2) + cosine",
         "lora(rank=2) + lwf",
+        "l2p",
+        "prompt",
     )
 ] + [
     (spec, {"objective": "zeroshot"})
@@ -103,6 +113,8 @@ ELSEWHERE = [
         "lora(rank=2) + ncm",
         "fm_lora(rank=4)",
         "inflora(rank=2) + ranpac(dim=64)",
+        "l2p",
+        "prompt + ewc",
         "lora(rank=2, tower='both') + lwf(text_temperature=1.0)",
         "lora(rank=2, tower='both') + feature_distill(tower='both')",
     )

@@ -102,7 +102,7 @@ class Backbone(nn.Module):
             found.append(args[0].detach())
             raise _Reached
 
-        handle = self.get_submodule(self.blocks()[block]).register_forward_pre_hook(hook)
+        handle = self.get_submodule(self.blocks()[block]).register_forward_pre_hook(hook, prepend=True)
         try:
             with suppress(_Reached):
                 self(batch)
@@ -118,7 +118,8 @@ class Backbone(nn.Module):
         for each in skipped:
             each.forward = _pass_on
         entry = self.get_submodule(names[block])
-        handle = entry.register_forward_pre_hook(lambda _block, args: (hidden, *args[1:]))
+        # first, so that prompt tokens join what is read here
+        handle = entry.register_forward_pre_hook(lambda _block, args: (hidden, *args[1:]), prepend=True)
         try:
             yield
         finally:

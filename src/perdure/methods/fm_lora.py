@@ -32,6 +32,7 @@ from perdure.drs import DRS, Mode
 from perdure.learner import Core
 from perdure.memory.tensors import Tensors
 from perdure.method import Method, at_least_zero, without_effect
+from perdure.prompting import check_tokens
 from perdure.types import Batch, Task
 
 Reading = Literal["accumulate", "per_task", "continued"]
@@ -139,6 +140,7 @@ class FMLoRA(Method, name="fm_lora"):
         if self.prompts and self.tokens is None:
             self.tokens = Tokens(self.prompts, backbone.sites("q", "0")[0].fan_in)
             self.tokens.attach([backbone.get_submodule(name) for name in backbone.blocks()])
+            check_tokens(backbone)
         if self.tokens is not None and task.index:
             self.tokens.requires_grad_(not self.freeze_prompts)
         if not self.share:

@@ -1,0 +1,275 @@
+"""L2P: every image chooses for itself, queries are those of the pre-trained encoder, and are computed once a task."""
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+from torch.nn import functional as F
+
+from perdure.adapters.tokens import Tokens
+from perdure.backbones.vision import Vision
+from perdure.config import make_method, make_objective
+from perdure.export import export
+from perdure.images import Preprocess
+from perdure.learner import Core
+from perdure.prompting import nearest, query
+from perdure.train import fit_task
+from perdure.types import Batch, Task
+
+SPEC = "l2p(pool=6, length=2, top=2{})"
+
+
+def grown(lab: Any, options: str = "") -> tuple[Core, Task, Batch]:
+    """A learner whose entries are large and apart, its first task, and some of its images."""
+    learner, task = lab.learner(SPEC.format(options)), lab.stream().tasks[0]
+    learner.grow(task)
+    method, generator = learner.method, torch.Generator().manual_seed(0)
+    images = task.train.__getitems__(range(6))
+    with torch.no_grad():
+        method.prompts.normal_(generator=generator)
+        # keys amid the queries, which are much alike
+        method.keys.copy_(lab.backbone()(images)[: len(method.keys)])
+    return learner, task, images
+
+
+def queries(lab: Any, images: Batch) -> Tensor:
+    return F.normalize(lab.backbone()(images), dim=1)
+
+
+def choices(lab: Any, learner: Core, images: Batch) -> list[list[int]]:
+    """The two entries that each image takes, by a plain loop."""
+    keys = F.normalize(learner.method.keys.detach(), dim=1)
+    ranked = [sorted(range(len(keys)), key=lambda i, q=q: -float(q @ keys[i])) for q in queries(lab, images)]
+    return [best[:2] for best in ranked]
+
+
+# The choice
+
+
+@pytest.mark.parametrize("reads", ["prompts", "class"])
+def test_each_image_is_encoded_with_the_entries_that_it_chose(reads: str, lab: Any) -> None:
+    learner, _, images = grown(lab, f", reads={reads!r}")
+    features, chosen = learner.encode(images), choices(lab, learner, images)
+    assert len({tuple(sorted(best)) for best in chosen}) > 2
+    for i, best in enumerate(chosen):
+        backbone, tokens = lab.backbone(), Tokens(4, 16)
+        tokens.reads = reads == "prompts"
+        tokens.attach([backbone.get_submodule(name) for name in backbone.blocks()])
+        tokens.values.data.copy_(torch.cat([learner.method.prompts[entry] for entry in best]))
+        alone = backbone({"image": images["image"][i : i + 1]})
+        torch.testing.assert_close(features[i], alone[0], rtol=1e-5, atol=1e-5)
+
+
+def test_the_pool_is_the_same_size_after_any_number_of_tasks(lab: Any) -> None:
+    learner = lab.learner(SPEC.format(""))
+    sizes = []
+    for task in lab.stream():
+        lab.teach(learner, [task])
+        sizes.append(sum(p.numel() for p in learner.method.parameters()))
+    assert sizes == [6 * 16 + 6 * 2 * 16] * 3
+
+
+def test_entries_that_no_image_chose_learn_nothing(lab: Any) -> None:
+    learner, task, _ = grown(lab, ", reads='class'")
+    everything = task.train.__getitems__(range(len(task.train)))
+    with torch.no_grad():
+        learner.method.keys[3:] = -queries(lab, everything).mean(0)
+    before = {name: p.detach().clone() for name, p in learner.method.named_parameters()}
+    fit_task(learner, task, lab.train_config())
+    for name, p in learner.method.named_parameters():
+        assert torch.equal(p[3:], before[name][3:]), name
+        assert (p[:3] - before[name][:3]).abs().max() > 1e-3, name
+
+
+def test_a_batch_that_votes_tells_the_task_and_an_image_alone_does_not(lab: Any) -> None:
+    """The trap: with images of two kinds, an image's entries depend on the company that it keeps."""
+    towards = torch.tensor([[0.9, 0.5, 0.1, 0.0], [0.1, 0.9, 0.6, 0.0], [0.0, 0.1, 0.8, 0.7]])
+    assert nearest(towards, 2).tolist() == [[0, 1], [1, 2], [2, 3]]
+    sorted_by_task = nearest(towards[[0, 0, 1]], 2, batchwise=True)
+    assert [set(row) for row in sorted_by_task.tolist()] == [{0, 1}] * 3
+    other_task = nearest(towards[[2, 2, 1]], 2, batchwise=True)
+    assert [set(row) for row in other_task.tolist()] == [{2, 3}] * 3
+    assert nearest(towards[[1]], 2, batchwise=True).tolist() == nearest(towards[[1]], 2).tolist()
+
+
+@pytest.mark.parametrize("batchwise", [False, True])
+def test_scores_depend_on_the_company_an_image_keeps_only_where_the_batch_votes(batchwise: bool, lab: Any) -> None:
+    learner, _, images = grown(lab, f", batchwise={batchwise}")
+    with torch.no_grad():
+        together = learner.encode(images)
+        one_by_one = torch.cat([learner.encode({"image": image[None]}) for image in images["image"]])
+    apart = (together - one_by_one).abs().amax(1)
+    assert (apart.max() > 0.01) == batchwise
+    assert learner.method.measures(learner) == ({"batchwise": 1.0} if batchwise else {})
+
+
+# Queries
+
+
+def test_queries_are_the_pretrained_encoders_whatever_the_pool_has_learnt(lab: Any) -> None:
+    learner, images = lab.taught(SPEC.format("")), lab.stream().tasks[0].test.__getitems__(range(6))
+    assert (learner.encode(images) - lab.backbone()(images)).abs().max() > 0.01
+    torch.testing.assert_close(query(learner, images), queries(lab, images), rtol=0, atol=1e-6)
+
+
+def test_recorded_queries_equal_recomputed_ones(lab: Any) -> None:
+    learner, task, _ = grown(lab)
+    data = task.train
+    recorded = learner.recorded(data).__getitems__(range(len(data)))["query"]
+    fit_task(learner, task, lab.train_config())  # whatever is learnt meanwhile
+    assert torch.equal(recorded, query(learner, data.__getitems__(range(len(data)))))
+    for size in (1, 3):
+        fresh = torch.cat([query(learner, batch) for batch in learner.batches(data, size)])
+        torch.testing.assert_close(recorded, fresh, rtol=1e-5, atol=1e-6)
+
+
+def test_a_step_and_a_later_evaluation_encode_each_image_once(lab: Any) -> None:
+    learner, task, _ = grown(lab)
+    encoded: list[int] = []
+    learner.backbone.register_forward_hook(lambda _m, args, _y: encoded.append(len(args[0]["image"])))
+    images = len(task.train)
+    fit_task(learner, task, lab.train_config(epochs=3))
+    assert sum(encoded) == images * (1 + 3)  # of which once for the queries
+    for passes in (2, 1, 1):
+        encoded.clear()
+        with learner.inference():
+            data = learner.encoded(task.test, keep=True)
+            for batch in learner.batches(data, 4):
+                learner(batch)
+        assert sum(encoded) == passes * len(task.test)
+
+
+def test_training_on_recorded_queries_is_training(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def taught() -> dict[str, Tensor]:
+        learner, task, _ = grown(lab)
+        fit_task(learner, task, lab.train_config(lr=1e-3))
+        return learner.memory()
+
+    recorded = taught()
+    monkeypatch.setattr(Core, "recorded", lambda _core, data: data)
+    for name, value in taught().items():
+        torch.testing.assert_close(recorded[name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+# The loss
+
+
+def test_the_pull_is_the_cosine_to_the_chosen_keys(lab: Any) -> None:
+    learner, _, images = grown(lab, ", strength=0.3")
+    keys, chosen = F.normalize(learner.method.keys.detach(), dim=1), choices(lab, learner, images)
+    pairs = zip(queries(lab, images), chosen, strict=True)
+    expected = -0.3 * sum(float(q @ keys[entry]) for q, best in pairs for entry in best) / len(chosen)
+    assert learner.method.penalty(learner, images, torch.empty(0)).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_keys_learn_from_the_pull_only_and_prompts_from_the_cross_entropy_only(lab: Any) -> None:
+    learner, _, images = grown(lab)
+    method = learner.method
+    learner.objective.loss(learner.encode(images), images).backward()
+    assert method.keys.grad is None
+    assert method.prompts.grad.any()
+    method.prompts.grad = None
+    method.penalty(learner, images, torch.empty(0)).backward()
+    assert method.keys.grad.any()
+    assert method.prompts.grad is None
+
+
+def test_without_a_pull_keys_stay_where_they_start(lab: Any) -> None:
+    learner, task, _ = grown(lab, ", strength=0")
+    before = learner.method.keys.detach().clone()
+    fit_task(learner, task, lab.train_config())
+    assert torch.equal(learner.method.keys, before)
+    assert "method.keys" in learner.memory()
+
+
+def test_training_draws_keys_to_the_queries(lab: Any) -> None:
+    learner, task, images = grown(lab)
+    with torch.no_grad():
+        learner.method.keys.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
+    before = learner.method.penalty(learner, images, torch.empty(0)).item()
+    fit_task(learner, task, lab.train_config())
+    assert learner.method.penalty(learner, images, torch.empty(0)).item() < before - 0.01
+
+
+@pytest.mark.parametrize("batchwise", [False, True])
+def test_fisher_of_the_pool_equals_a_loop_over_examples(batchwise: bool, lab: Any) -> None:
+    spec = SPEC.format(f", batchwise={batchwise}") + " + ewc(samples=16)"
+    learner, task = lab.learner(spec), lab.stream().tasks[0]
+    learner.grow(task)
+    lab.close(learner, task)
+    l2p, ewc = learner.method
+    total = torch.zeros_like(l2p.prompts)
+    for i in range(len(task.train)):
+        learner.zero_grad()
+        one = task.train.__getitems__([i])
+        learner.objective.loss(learner.encode(one), one).backward()
+        total += l2p.prompts.grad.square()
+    found = ewc.fisher["method.parts.0.prompts"]
+    assert not ewc.fisher["method.parts.0.keys"].any()
+    torch.testing.assert_close(found / found.sum(), total / total.sum(), rtol=1e-3, atol=1e-6)
+
+
+def test_a_frozen_encoder_in_half_precision_trains_the_pool_in_float32(lab: Any) -> None:
+    learner = lab.learner(SPEC.format(""))
+    learner.precision = torch.bfloat16
+    lab.teach(learner, lab.stream().tasks[:1])
+    assert {p.dtype for p in learner.trainable().values()} == {torch.float32}
+    assert {p.dtype for p in learner.backbone.parameters()} == {torch.bfloat16}
+
+
+# What is refused
+
+
+def vision(kind: str) -> Vision:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
+    shape: dict[str, int] = {"image_size": 16, "patch_size": 8}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if kind == "siglip":
+            model = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**sizes, **shape))
+        else:
+            model = transformers.ViTModel(transformers.ViTConfig(**sizes, **shape), add_pooling_layer=False)
+    return Vision(model, kind == "siglip", Preprocess(size=16, resize=16, interpolation="bilinear"), f"vision({kind})")
+
+
+def test_an_encoder_that_reads_all_tokens_has_no_place_for_the_prompts_mean() -> None:
+    task = Task(0, "a", (0, 1), ("x", "y"), 1)
+    learner = Core(vision("siglip"), make_objective("classify"), make_method("l2p"))
+    with pytest.raises(ValueError, match=r"which vision\(siglip\) does not read by itself: write reads='class'$"):
+        learner.grow(task)
+    Core(vision("siglip"), make_objective("classify"), make_method("l2p(reads='class')")).grow(task)
+    Core(vision("vit"), make_objective("classify"), make_method("l2p")).grow(task)
+
+
+@pytest.mark.parametrize("spec", ["l2p + lora", "lora + l2p", "finetune + l2p", "l2p + prompt"])
+def test_another_part_that_changes_the_encoder_would_change_the_queries(spec: str) -> None:
+    with pytest.raises(
+        ValueError, match=r"^l2p cannot be combined with .* what l2p protects or relies on would be void"
+    ):
+        make_method(spec)
+
+
+def test_prompts_of_a_pool_cannot_be_exported(tmp_path: Any) -> None:
+    learner = Core(vision("vit"), make_objective("classify"), make_method("l2p"))
+    learner.grow(Task(0, "a", (0, 1), ("x", "y"), 1))
+    learner.learnt = 1
+    with pytest.raises(ValueError, match=r"^l2p changes features as no weights can express; keep this learner with"):
+        export(learner, tmp_path / "it", "merged")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("length=0", "length=0: expected 1 or more, such as 5"),
+        ("top=0", "top=0: expected 1 or more, such as 5"),
+        ("top=11", "top=11: expected at most pool=10, the number of entries"),
+        ("strength=-1", "strength=-1: expected 0 or more"),
+        ("top=10, batchwise=True", "batchwise=True has no effect with top=10 of pool=10 entries: leave it out"),
+        ("reads='mean'", "reads='mean': expected 'prompts' or 'class'"),
+    ],
+)
+def test_what_cannot_be_is_refused(options: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"{message}$"):
+        make_method(f"l2p({options})")
