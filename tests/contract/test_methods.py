@@ -70,6 +70,13 @@ COMBINATIONS = [
     "lwf(schedule='share') + inflora(ranks=(1, 2))",
     "lora(rank=2) + lwf(heads='frozen') + replay(size=12)",
     "fm_lora(rank=4, reading='per_task') + lwf",
+    "lora(rank=2) + si",
+    "lora(rank=2) + mas",
+    "finetune + si",
+    "finetune + ewc(form='offline')",
+    "lora(rank=2) + ewc(of='updates')",
+    "fm_lora(rank=4) + mas(of='updates')",
+    "si + route_lora(rank=2) + replay(size=12)",
     "prompt(deep=True)",
     "prompt(deep=True, blocks='1')",
     "prompt + ewc",
@@ -100,6 +107,7 @@ ELSEWHERE = [
         "lora(rank=2) + lwf",
         "l2p",
         "prompt",
+        "finetune + si",
     )
 ] + [
     (spec, {"objective": "zeroshot"})
@@ -115,6 +123,7 @@ ELSEWHERE = [
         "inflora(rank=2) + ranpac(dim=64)",
         "l2p",
         "prompt + ewc",
+        "lora(rank=2, tower='both') + ewc(of='updates')",
         "lora(rank=2, tower='both') + lwf(text_temperature=1.0)",
         "lora(rank=2, tower='both') + feature_distill(tower='both')",
     )

@@ -1,0 +1,58 @@
+"""Memory aware synapses (Aljundi et al., ECCV 2018, arXiv:1711.09601): importance without labels.
+
+Ω = mean over examples of |∂ ‖f(x)‖² / ∂θ|, f the scores of the seen classes, added up over tasks;
+loss + strength/2 · Σ Ω (θ - θ*)² with the last task's θ*.
+
+Differs: the Ω of a task is scaled to mean 1, so that `strength` means the same for every model, and the pull has the ½
+of EWC: the paper's λ is half of `strength`, for Ω of mean 1. `of="updates"` is ours.
+"""
+
+from torch import Tensor
+
+from perdure.importance import Of, check_updates, held, importance
+from perdure.learner import Core
+from perdure.memory.springs import Springs
+from perdure.method import Method, at_least_zero
+from perdure.types import Batch, Task
+
+
+class MAS(Method, name="mas"):
+    """Pulls what tasks share to its old values, by how much the scores of the task's images depend on each number.
+
+    Args:
+        strength: weight of the pull; 0 is plain fine-tuning.
+        samples: number of training images the importance is taken from; their labels are not used.
+        of: `parameters`; or `updates`, the product of a layer's low-rank factors in their place. What factors matter
+            depends on how a product is divided into two; a product has as many numbers as the layer's weight.
+    """
+
+    protects = True
+
+    def __init__(self, strength: float = 100.0, samples: int = 512, of: Of = "parameters") -> None:
+        super().__init__()
+        at_least_zero(strength=strength)
+        if samples < 1:
+            raise ValueError(f"samples={samples}: expected at least 1 image to take the importance from, such as 512")
+        self.strength, self.samples, self.of = strength, samples, of
+        self.springs = Springs()
+
+    def begin_task(self, learner: Core, task: Task) -> None:
+        """Refuse updates where there are none."""
+        if self.of == "updates":
+            check_updates(learner, self.name)
+
+    def penalty(self, learner: Core, batch: Batch, features: Tensor) -> Tensor | float:
+        """strength/2 · Σ Ω (θ - θ*)² over what is still trained."""
+        if not self.springs.weights or not self.strength:
+            return 0.0
+        return self.strength * self.springs.energy(held(learner, self.of))
+
+    def end_task(self, learner: Core, task: Task) -> None:
+        """Add this task's importance; anchor at what was learnt."""
+
+        def length(features: Tensor, example: Batch, local: bool) -> Tensor:
+            return learner.objective.scores(features).square().sum()
+
+        data = learner.method.data(learner, task)
+        weights = importance(learner, data, self.of, self.samples, "importance", length, power=1)
+        self.springs.hang(weights, held(learner, self.of))
