@@ -171,8 +171,12 @@ class Compose(Method):
             part.end_task(learner, task)
 
     def measures(self, learner: Core) -> dict[str, float]:
-        """See `Method.measures`."""
-        return {k: v for part in self for k, v in part.measures(learner).items()}
+        """See `Method.measures`; bytes of memories add up."""
+        facts: dict[str, float] = {}
+        for part in self:
+            for name, value in part.measures(learner).items():
+                facts[name] = value + (facts.get(name, 0.0) if name == "referenced_bytes" else 0.0)
+        return facts
 
     def batch(self, learner: Core, batch: Batch) -> Batch:
         """See `Method.batch`."""

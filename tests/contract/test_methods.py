@@ -70,6 +70,12 @@ COMBINATIONS = [
     "lwf(schedule='share') + inflora(ranks=(1, 2))",
     "lora(rank=2) + lwf(heads='frozen') + replay(size=12)",
     "fm_lora(rank=4, reading='per_task') + lwf",
+    "lora(rank=2) + gem",
+    "finetune + agem",
+    "lora(rank=2) + agem + replay(size=12)",
+    "inflora(rank=2) + gem(size=12, margin=0.0)",
+    "gpm(keep=0.5) + ncm",
+    "gpm(at='kv', keep=0.5) + agem",
     "lora(rank=2) + si",
     "lora(rank=2) + mas",
     "finetune + si",
@@ -88,7 +94,7 @@ COMBINATIONS = [
 ]
 ALONE = sorted(name for name, method in METHODS.items() if not method.protects)
 SPECS = ALONE + COMBINATIONS
-FROZEN = [s for s in SPECS if "finetune" not in s and s != "joint"]
+FROZEN = [s for s in SPECS if "finetune" not in s and "gpm" not in s and s != "joint"]
 ELSEWHERE = [
     (spec, {"scenario": scenario})
     for scenario in ("task", "domain")
@@ -108,6 +114,8 @@ ELSEWHERE = [
         "l2p",
         "prompt",
         "finetune + si",
+        "probe + agem",
+        "gpm(keep=0.5)",
     )
 ] + [
     (spec, {"objective": "zeroshot"})
@@ -124,6 +132,7 @@ ELSEWHERE = [
         "l2p",
         "prompt + ewc",
         "lora(rank=2, tower='both') + ewc(of='updates')",
+        "gpm(keep=0.5, tower='both')",
         "lora(rank=2, tower='both') + lwf(text_temperature=1.0)",
         "lora(rank=2, tower='both') + feature_distill(tower='both')",
     )

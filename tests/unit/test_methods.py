@@ -70,6 +70,11 @@ def test_replay_says_how_many_bytes_it_refers_to(lab: Any) -> None:
     assert learner.method.measures(learner) == {"referenced_bytes": 5 * 3 * 16 * 16}
 
 
+def test_bytes_of_two_memories_add_up(lab: Any) -> None:
+    learner = lab.teach(lab.learner("probe + replay(size=5) + agem(size=7)"), lab.stream().tasks[:1])
+    assert learner.method.measures(learner)["referenced_bytes"] == 12 * 3 * 16 * 16
+
+
 def test_replay_keeps_old_classes_alive(lab: Any) -> None:
     """After the last task an old image is scored among all classes: without old examples the newest heads win."""
     bench = lab.but(per_class=16, epochs=6, noise=0.3)

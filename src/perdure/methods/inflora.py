@@ -24,9 +24,9 @@ from perdure.backbones.base import Tower
 from perdure.drs import DRS
 from perdure.learner import Core
 from perdure.memory.inputs import second_moments
+from perdure.memory.spaces import Spaces
 from perdure.memory.subspace import Subspace, keep_schedule
 from perdure.memory.symmetric import exact
-from perdure.memory.tensors import Tensors
 from perdure.method import Method, without_effect
 from perdure.types import Site, Task
 
@@ -91,7 +91,7 @@ class InfLoRA(Method, name="inflora"):
         self.keep, self.power, self.schedule = keep, power, schedule
         self.design, self.project, self.moments = design, project, moments
         self.adapters = nn.ModuleDict()
-        self.spaces = Tensors()  # "<input>/taken" or "<input>/free" -> basis (d, k)
+        self.spaces = Spaces()  # of each input
         self._inputs: dict[str, Site] = {}  # adapter key -> one of the sites that read this input
         self._reach: dict[str, float] = {}  # adapter key -> `old_space_share` of the task just learnt
 
@@ -126,10 +126,7 @@ class InfLoRA(Method, name="inflora"):
         self._reach = {key: self._old_space_share(key) for key in self.adapters} if task.index else {}
         for key, moments in self._moments(learner, task, "take").items():
             space = self._space(key, moments.device).take(moments, keep, self.power)
-            for kind in ("taken", "free"):
-                self.spaces.pop(f"{key}/{kind}", None)
-            # in the order of memory in which it would be loaded: another one rounds otherwise
-            self.spaces[f"{key}/{space.kind}"] = space.basis.float().contiguous()
+            self.spaces.keep(key, space)
             self._adapter(key).settle()
 
     def measures(self, learner: Core) -> dict[str, float]:
@@ -160,11 +157,7 @@ class InfLoRA(Method, name="inflora"):
 
     def _space(self, key: str, device: torch.device | str = "cpu") -> Subspace:
         """What is taken, or free, in float64 on the device of the moments."""
-        if f"{key}/free" in self.spaces:
-            return Subspace(exact(self.spaces[f"{key}/free"]).to(device), "free")
-        if f"{key}/taken" in self.spaces:
-            return Subspace(exact(self.spaces[f"{key}/taken"]).to(device))
-        return Subspace.empty(self._adapter(key).fan_in, device)
+        return self.spaces.of(key, self._adapter(key).fan_in, device)
 
     def _moments(self, learner: Core, task: Task, purpose: str) -> dict[str, Tensor]:
         layers = {key: learner.backbone.get_submodule(site.layer) for key, site in self._inputs.items()}

@@ -1,0 +1,79 @@
+"""Averaged gradient episodic memory (Chaudhry et al., ICLR 2019, arXiv:1812.00420): no step against old examples.
+
+`after_backward` compares the gradient g with g_ref, the one on a random batch of old examples of all tasks: where g ·
+g_ref < 0, g becomes g - (g · g_ref / g_ref · g_ref) g_ref, else it stays as it is, bit for bit.
+
+Differs: the loss on old examples lets all seen classes compete; the memory is a uniform sample of everything seen. Only
+parameters that the new examples move are compared and projected, so a frozen old head stays frozen.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from perdure import gradients
+from perdure.learner import Core
+from perdure.memory.examples import Examples
+from perdure.method import Method
+from perdure.types import Batch, Task
+
+
+class AGEM(Method, name="agem"):
+    """Takes out of each step what would raise the loss on a random batch of old examples.
+
+    The memory holds references into the tasks' training sets, which must stay at hand.
+
+    Args:
+        size: number of examples remembered in all.
+        batch_size: old examples that a step is compared with.
+    """
+
+    def __init__(self, size: int = 2000, batch_size: int = 64) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}: expected at least 1 old example a step")
+        self.memory, self.batch_size = Examples(size, "reservoir"), batch_size
+        self._old: Batch | None = None  # of the current step
+
+    def begin_task(self, learner: Core, task: Task) -> None:
+        """Refuse what would have no effect; known now that all parts have grown."""
+        if not task.index:
+            gradients.check_trained(learner, self)
+
+    def batch(self, learner: Core, batch: Batch) -> Batch:
+        """Draw the old examples that the step is compared with; the batch itself stays as it is."""
+        if len(self.memory):
+            drawn = torch.randint(
+                len(self.memory), (self.batch_size,), generator=learner.generator("agem", learner.step)
+            )
+            self._old = gradients.remembered(learner, self.memory.refs.cpu()[drawn], batch, "agem")
+        return batch
+
+    def after_backward(self, learner: Core) -> None:
+        """Project the gradient where it points against the old examples'."""
+        if self._old is None:
+            return
+        parameters = gradients.moved(learner)
+        reference = gradients.on(learner, self._old, parameters)
+        self._old = None
+        with torch.no_grad():
+            gradient = [p.grad for p in parameters if p.grad is not None]
+            square = _inner(reference, reference).clamp_min(torch.finfo(torch.float32).tiny)
+            # no branch, which would wait for the device: with a share of 0, nothing is taken away exactly
+            share = (_inner(gradient, reference) / square).clamp_max(0)
+            for g, r in zip(gradient, reference, strict=True):
+                g.sub_(share * r)
+
+    def end_task(self, learner: Core, task: Task) -> None:
+        """Offer the task's examples to the memory."""
+        self.memory.add(task, learner.generator("agem memory"))
+
+    def measures(self, learner: Core) -> dict[str, float]:
+        """Bytes of the images that the memory refers to, at the size the model sees."""
+        side = learner.backbone.preprocess.size
+        return {"referenced_bytes": float(len(self.memory) * 3 * side * side)}
+
+
+def _inner(one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
+    return torch.stack([(a * b).sum() for a, b in zip(one, other, strict=True)]).sum()
