@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from perdure.backbones.tiny import tiny
-from perdure.memory.examples import Examples, read
+from perdure.memory.examples import Examples, Referred, read, refer
 from perdure.streams import build_stream
 from perdure.types import Nothing, Task
 
@@ -64,6 +64,32 @@ def test_class_balanced_memory_shares_its_size_among_the_classes() -> None:
     assert torch.bincount(memory.refs[:, 2])[[1, 4, 9]].tolist() == [4, 4, 3]
     memory.add(task(2, [4] * 20), torch.Generator().manual_seed(2))  # another domain of a class
     assert torch.bincount(memory.refs[:, 2])[[1, 4, 9]].tolist() == [4, 4, 3]
+
+
+def test_a_class_that_comes_again_keeps_examples_of_all_its_tasks() -> None:
+    memory = Examples(6, "class_balanced")
+    for each in (task(0, [0] * 9), task(1, [0] * 9), task(2, [0] * 9)):
+        memory.add(each, torch.Generator().manual_seed(each.index))
+    assert torch.bincount(memory.refs[:, 0]).tolist() == [2, 2, 2]
+
+
+def test_a_given_order_is_kept_and_loses_its_end_when_classes_come() -> None:
+    memory, none = Examples(6, "class_balanced"), torch.Generator()
+    memory.add(task(0, [3, 5] * 8), none, torch.tensor([6, 0, 2, 9, 1, 3, 4]))
+    assert memory.refs.tolist() == [[0, 6, 3], [0, 0, 3], [0, 2, 3], [0, 9, 5], [0, 1, 5], [0, 3, 5]]
+    memory.add(task(1, [2] * 8), none, torch.tensor([7, 0, 1]))
+    assert memory.refs.tolist() == [[1, 7, 2], [1, 0, 2], [0, 6, 3], [0, 0, 3], [0, 9, 5], [0, 1, 5]]
+
+
+def test_what_is_read_stands_in_the_order_that_was_asked_for() -> None:
+    tasks = [task(0, [3, 5] * 8), task(1, [2] * 8)]
+    refs = torch.cat([refer(tasks[1]), refer(tasks[0])])[torch.randperm(24, generator=torch.Generator().manual_seed(0))]
+    assert read(tasks, refs)["image"].tolist() == refs[:, :2].tolist()
+    data = Referred(tasks, refs)
+    batch = data.__getitems__([5, 0, 5, 23])
+    assert batch["image"].tolist() == refs[[5, 0, 5, 23], :2].tolist()
+    assert batch["label"].tolist() == data.labels[[5, 0, 5, 23]].tolist() == refs[[5, 0, 5, 23], 2].tolist()
+    assert len(data) == 24
 
 
 def test_what_is_drawn_is_what_was_referred_to() -> None:

@@ -1,49 +1,92 @@
-"""Experience replay (Chaudhry et al., 2019, arXiv:1902.10486): old examples are mixed into every batch."""
+"""Experience replay (Chaudhry et al., 2019, arXiv:1902.10486): old examples are mixed into the batches.
+
+Which are kept: herding of iCaRL (Rebuffi et al., CVPR 2017, arXiv:1611.07725), the nearest to k-means' centroids, EL2N
+and GraNd (Paul et al., NeurIPS 2021, arXiv:2107.07075), influence of TracIn (Pruthi et al., NeurIPS 2020,
+arXiv:2002.08484).
+
+Differs: the memory is filled at the end of a task, from all of its images. EL2N, GraNd and influence are those of the
+model at that moment, not means over several trainings stopped early or over checkpoints: runs of a pre-trained encoder
+start alike, and a few epochs are an early stage. GraNd and influence are those of the last layer. `mid` and `offset`
+are not Paul et al.'s, who keep the highest scores to prune a training set; few examples should not be the mislabelled
+ones.
+"""
+
+from typing import Literal
 
 import torch
 
+from perdure.augment import AUGMENTS
 from perdure.learner import Core
-from perdure.memory.examples import Examples, Selection
-from perdure.method import Method
+from perdure.memory.orders import Position
+from perdure.method import Method, without_effect
+from perdure.selection import Exemplars, Selection
 from perdure.types import Batch, Task
+
+_EVERY = 10
 
 
 class Replay(Method, name="replay"):
-    """Each batch is joined by old examples, and all seen classes compete in one cross-entropy.
+    """Old examples join the batches, and all seen classes compete in one cross-entropy.
 
     The memory holds references into the tasks' training sets, which must stay at hand.
 
     Args:
-        size: number of examples remembered in all.
-        selection: `reservoir` or `class_balanced`.
-        ratio: old examples per new one in a batch.
+        size: number of examples remembered in all; None is 2000, or what `bytes` allow.
+        selection: which are kept, see `Exemplars`.
+        position: which scores are kept with `el2n`, `grand` and `influence`, see `Exemplars`.
+        schedule: `interleaved` adds old examples to every batch; `periodic` puts a batch of old examples in the place
+            of the first one of a task and of every `every`-th from there.
+        every: number of steps from one batch of old examples to the next, with `periodic`; None is 10.
+        augment: how old images are changed, before what the run does to all; None leaves them as they are.
+        bytes: of images, as a number or a text such as "50MB", in place of `size`.
+        ratio: old examples per new one in a batch, or in place of one.
     """
 
-    def __init__(self, size: int = 2000, selection: Selection = "reservoir", ratio: float = 1.0) -> None:
+    def __init__(
+        self,
+        size: int | None = None,
+        selection: Selection = "reservoir",
+        position: Position | None = None,
+        schedule: Literal["interleaved", "periodic"] = "interleaved",
+        every: int | None = None,
+        augment: Literal["flip", "crop", "zoom"] | None = None,
+        bytes: float | str | None = None,
+        ratio: float = 1.0,
+    ) -> None:
         super().__init__()
         if ratio <= 0:
             raise ValueError(f"ratio={ratio}: expected a positive number of old examples per new one")
-        self.memory, self.ratio = Examples(size, selection), ratio
+        if schedule == "interleaved":
+            without_effect("with schedule='interleaved'", every=every)
+        if every is not None and every < 2:
+            raise ValueError(f"every={every}: expected 2 or more steps; with 1 nothing new would be learnt")
+        self.memory, self.ratio = Exemplars(size, bytes, selection, position), ratio
+        self.every = (every or _EVERY) if schedule == "periodic" else None
+        self.augment = None if augment is None else AUGMENTS[augment]
 
     def grow(self, learner: Core, task: Task) -> None:
         """All heads learn: old classes are in the batch."""
+        self.memory.grow(learner)
         if task.index > 0:
             learner.objective.requires_grad_(True)
 
+    def begin_task(self, learner: Core, task: Task) -> None:
+        """Refuse what would have no effect."""
+        self.memory.begin(learner)
+
     def batch(self, learner: Core, batch: Batch) -> Batch:
-        """Append old examples."""
-        if not len(self.memory):
+        """Append old examples; with `periodic`, replace the batch when it is time."""
+        if not len(self.memory) or (self.every and learner.step % self.every):
             return batch
         n = max(1, round(self.ratio * len(batch["label"])))
-        old = self.memory.draw(learner.tasks, n, learner.generator("replay", learner.step))
-        old = learner.completed({key: value.to(learner.device) for key, value in old.items()}, batch)
-        return {key: torch.cat([value, old[key]]) for key, value in batch.items()}
+        rows = self.memory.pick(n, learner.generator("replay", learner.step))
+        old = self.memory.recall(learner, rows, batch, self.augment)
+        return old if self.every else {key: torch.cat([value, old[key]]) for key, value in batch.items()}
 
     def end_task(self, learner: Core, task: Task) -> None:
         """Offer the task's examples to the memory."""
-        self.memory.add(task, learner.generator("memory"))
+        self.memory.remember(learner, task)
 
     def measures(self, learner: Core) -> dict[str, float]:
         """Bytes of the images that the memory refers to, at the size the model sees."""
-        side = learner.backbone.preprocess.size
-        return {"referenced_bytes": float(len(self.memory) * 3 * side * side)}
+        return self.memory.measures(learner)

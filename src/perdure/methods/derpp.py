@@ -1,0 +1,131 @@
+"""Dark experience replay (DER++; Buzzega et al., NeurIPS 2020, arXiv:2004.07211): old images, labels and logits.
+
+`penalty`: alpha · ‖f(x') - z'‖² + beta · CE(f(x''), y''), x' and x'' two independent draws from the memory, z' the
+logits that were stored with x', ‖·‖² a mean. `end_task` stores.
+
+Differs: images and logits are stored at the end of a task, from all of its images and by the finished model without
+augmentation; the paper samples and stores along the way. Logits cover the classes seen until then, and only these are
+compared. New images compete among the task's own classes, as everywhere here; old ones (x'') among all seen.
+"""
+
+import torch
+from torch import Tensor
+
+from perdure.augment import AUGMENTS
+from perdure.learner import Core
+from perdure.memory.examples import Referred
+from perdure.memory.orders import Position
+from perdure.memory.tensors import Tensors
+from perdure.method import Method, at_least_zero
+from perdure.selection import Exemplars, Selection
+from perdure.types import Batch, Task
+
+
+class DERPP(Method, name="derpp"):
+    """Old images shall give the logits they gave when they were stored, and their labels.
+
+    Args:
+        size: number of images remembered in all; None is 2000, or what `bytes` allow.
+        alpha: weight of the logits; 0 leaves them out.
+        beta: weight of the labels; 0 leaves them out. With both 0 it is plain training.
+        selection: which images are kept, see `Exemplars`.
+        position: which scores are kept with `el2n`, `grand` and `influence`, see `Exemplars`.
+        bytes: of images (logits come on top), as a number or a text such as "50MB", in place of `size`.
+        ratio: size of each of the two draws per new image.
+    """
+
+    def __init__(
+        self,
+        size: int | None = None,
+        alpha: float = 0.3,
+        beta: float = 0.5,
+        selection: Selection = "reservoir",
+        position: Position | None = None,
+        bytes: float | str | None = None,
+        ratio: float = 1.0,
+    ) -> None:
+        super().__init__()
+        at_least_zero(alpha=alpha, beta=beta)
+        if ratio <= 0:
+            raise ValueError(f"ratio={ratio}: expected a positive number of old images per new one")
+        self.alpha, self.beta, self.ratio = alpha, beta, ratio
+        self.memory = Exemplars(size, bytes, selection, position)
+        self.stored = Tensors()  # logits: (images kept, classes seen), a row for each of the memory's references
+
+    def grow(self, learner: Core, task: Task) -> None:
+        """All heads learn from old images."""
+        self.memory.grow(learner)
+        if task.index > 0 and (self.alpha or self.beta):
+            learner.objective.requires_grad_(True)
+
+    def begin_task(self, learner: Core, task: Task) -> None:
+        """Refuse what would have no effect."""
+        self.memory.begin(learner)
+
+    def penalty(self, learner: Core, batch: Batch, features: Tensor) -> Tensor | float:
+        """alpha · ‖f(x') - z'‖² + beta · CE(f(x''), y''): both draws in one pass through the encoder."""
+        if not len(self.memory) or not (self.alpha or self.beta):
+            return 0.0
+        n = max(1, round(self.ratio * len(batch["label"])))
+        first, second = (
+            self.memory.pick(n if weight else 0, learner.generator(f"derpp {draw}", learner.step))
+            for draw, weight in (("logits", self.alpha), ("labels", self.beta))
+        )
+        view = None if learner.augment is AUGMENTS["none"] else learner.augment
+        old = self.memory.recall(learner, torch.cat([first, second]), batch, view)
+        again = learner.encode(old)
+        total: Tensor | float = 0.0
+        if self.alpha:
+            total = self.alpha * self._apart(learner, again[:n], first)
+        if self.beta:
+            labelled = {"label": old["label"][len(first) :]}
+            total = total + self.beta * learner.objective.losses(again[len(first) :], labelled, local=False).mean()
+        return total
+
+    def end_task(self, learner: Core, task: Task) -> None:
+        """Offer the task's images to the memory; store the logits of those that were taken."""
+        before = self.memory.refs.cpu()
+        self.memory.remember(learner, task)
+        if not self.alpha:
+            return
+        refs = self.memory.refs.cpu()
+        fresh = refs[:, 0] == task.index
+        logits = torch.zeros(len(refs), len(learner.objective.classes), device=learner.device)
+        if fresh.any():
+            features, _ = learner.features(Referred(learner.tasks, refs[fresh]))
+            with torch.no_grad():
+                logits[fresh] = learner.objective.scores(features)
+        if not fresh.all():
+            old = self.stored["logits"]
+            logits[~fresh, : old.shape[1]] = old[_places(before, refs[~fresh])]
+        self.stored["logits"] = logits
+
+    def measures(self, learner: Core) -> dict[str, float]:
+        """Bytes of the images that the memory refers to, at the size the model sees."""
+        return self.memory.measures(learner)
+
+    def _apart(self, learner: Core, features: Tensor, rows: Tensor) -> Tensor:
+        """Mean squared difference to the stored logits, of the classes that were seen when they were stored."""
+        wanted = self.stored["logits"][rows]
+        columns = torch.arange(wanted.shape[1], device=wanted.device)
+        seen = self._seen(learner)[self.memory.refs[rows, 0].cpu()].to(wanted.device)
+        compared = columns < seen.unsqueeze(1)
+        found = learner.objective.scores(features)[:, : wanted.shape[1]]
+        return ((found - wanted).square() * compared).sum() / compared.sum()
+
+    @staticmethod
+    def _seen(learner: Core) -> Tensor:
+        """Number of classes seen at the end of each task."""
+        known: set[int] = set()
+        counts = []
+        for task in learner.tasks:
+            known.update(task.classes)
+            counts.append(len(known))
+        return torch.tensor(counts)
+
+
+def _places(refs: Tensor, wanted: Tensor) -> Tensor:
+    """Rows of `refs` (n, 3) in which `wanted` (k, 3), which are among them, stand."""
+    known, asked = (each[:, 0] * 2**32 + each[:, 1] for each in (refs, wanted))
+    known, order = known.sort()
+    return order[torch.searchsorted(known, asked)]
