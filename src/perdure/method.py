@@ -35,10 +35,8 @@ class Method(nn.Module):
     """Whether tasks train the same encoder parameters: those that regularisers can protect."""
     guarantees: ClassVar[bool] = False
     """Whether what it promises, or relies on, breaks when another part changes the encoder too."""
-    protects: ClassVar[bool] = False
-    """Whether the method only guards what other parts train, and so needs one of the kind that `guards` names."""
-    guards: ClassVar[Literal["shares", "adapts"]] = "shares"
-    """What one that `protects` needs a part to do: share parameters between tasks, or change the encoder at all."""
+    guards: ClassVar[Literal["", "shares", "adapts"]] = ""
+    """What a method that only guards other parts needs one of them to do: share parameters, or adapt at all."""
 
     reads: ClassVar[bool] = False
     """Whether its `encode` only reads what the encoder computes: constant as long as the encoder is."""
@@ -125,8 +123,8 @@ class Compose(Method):
     At a task's end the part that encodes comes first, so that the others see the features that will be used.
 
     Raises:
-        ValueError: when two parts define the same exclusive hook, a part stands twice, or a part that protects shared
-            parameters has none to protect.
+        ValueError: when two parts define the same exclusive hook, a part stands twice, or a part that guards others
+            has none to guard.
     """
 
     def __init__(self, parts: Sequence[Method]) -> None:
@@ -232,7 +230,7 @@ def compose(parts: Sequence[Method]) -> Method:
     Raises:
         ValueError: see `Compose`, or when a part would protect nothing.
     """
-    for guard in (p for p in parts if p.protects):
+    for guard in (p for p in parts if p.guards):
         if not any(getattr(p, guard.guards) for p in parts):
             lacks = "trains parameters that tasks share" if guard.guards == "shares" else "changes the encoder"
             raise ValueError(

@@ -102,7 +102,7 @@ COMBINATIONS = [
     "l2p + ncm",
     "l2p + ewc",
 ]
-ALONE = sorted(name for name, method in METHODS.items() if not method.protects)
+ALONE = sorted(name for name, method in METHODS.items() if not method.guards)
 SPECS = ALONE + COMBINATIONS
 FROZEN = [s for s in SPECS if "finetune" not in s and "gpm" not in s and s != "joint"]
 ELSEWHERE = [

@@ -38,7 +38,7 @@ class EWC(Method, name="ewc"):
             depends on how a product is divided into two; a product has as many numbers as the layer's weight.
     """
 
-    protects = True
+    guards = "shares"
 
     def __init__(
         self,

@@ -41,7 +41,6 @@ class FeatureDistill(Method, name="feature_distill"):
             lengths too.
     """
 
-    protects = True
     guards = "adapts"
     records = (_FEATURES,)
 

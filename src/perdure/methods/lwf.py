@@ -39,7 +39,6 @@ class LwF(Method, name="lwf"):
             batch's images, softened by this; None leaves that direction alone.
     """
 
-    protects = True
     guards = "adapts"
     records = (_SCORES,)
 

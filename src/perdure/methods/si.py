@@ -29,7 +29,7 @@ class SI(Method, name="si"):
         damping: ξ, which bounds the importance of parameters that hardly moved; in squared parameter units.
     """
 
-    protects = True
+    guards = "shares"
 
     def __init__(self, strength: float = 100.0, damping: float = 1e-3) -> None:
         super().__init__()
