@@ -1,17 +1,23 @@
-"""Training step of every low-rank method against plain LoRA, in its second task and after ten, as ratios in one run.
+"""Training step of methods against plain LoRA's, in their second task and after more, as ratios in one run.
 
-    python benchmarks/steps.py --rounds 20
+    python benchmarks/steps.py
+    python benchmarks/steps.py --stream 'cifar100(path="cifar-100", tasks=10)' --batch-size 32 --out runs/cifar
 
-Contestants take turns, so that what else the machine does meets all of them alike; ratios are of medians.
+Each takes turns with plain LoRA in its second task, so that what else the machine does meets both alike; ratios are
+medians over turns. With `--out`, the steps.json of a grid's folder is written, as `perdure compare` does, and only what
+it lacks is measured.
 """
 
 import argparse
-from functools import partial
+from dataclasses import replace
+from pathlib import Path
 
 import torch
-from speed import batch_for, learner, step_of, take_turns
 
+from perdure.config import RunConfig
 from perdure.runtime import Runtime
+from perdure.step_cost import PLAIN, Contestant, measure, ratio
+from perdure.wording import times
 
 METHODS = (
     "lora(at='qv')",
@@ -24,25 +30,41 @@ METHODS = (
     "fm_lora(drs='fixed', prompts=0)",
     "fm_lora(drs='fixed')",
 )
+STREAM = "synthetic(tasks=10, classes_per_task=10, per_class=40)"
+
+
+class Said:
+    """What is being measured."""
+
+    def step_cost(self, number: int, total: int, method: str) -> None:
+        """A method begins."""
+        print(f"{number + 1}/{total} {method}", flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--stream", default=STREAM)
     parser.add_argument("--backbone", default="pocket()")
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--precision", default="bf16")
+    parser.add_argument("--attention", default="eager")
+    parser.add_argument("--tasks", type=int, nargs="+", default=[2, 10])
+    parser.add_argument("--out", type=Path, help="folder of steps.json")
     options = parser.parse_args()
-    torch.manual_seed(0)
-    image = batch_for(options.backbone, options.batch_size)
-    runtime = Runtime("cpu", options.precision, "eager", torch.get_num_threads())
-    made = partial(learner, options.backbone, runtime=runtime)
-    contestants = {(m, t): step_of(made(m, tasks=t), image) for m in METHODS for t in (2, 10)}
-    times = take_turns(contestants, options.rounds)
-    base = times[METHODS[0], 2]
-    print(f"lora: {1000 * base:.0f} ms\n\n| method | task 2 | task 10 |\n|---|---|---|")
-    for method in METHODS:
-        print(f"| `{method}` | {times[method, 2] / base:.2f} | {times[method, 10] / base:.2f} |")
+    config = RunConfig(stream=options.stream, backbone=options.backbone, batch_size=options.batch_size)
+    runtime = Runtime("cpu", options.precision, options.attention, torch.get_num_threads())
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+        measure(config, options.methods, runtime, options.out, Said())
+        return
+    plain = Contestant(replace(config, method=PLAIN), runtime)
+    print(f"| method | {' | '.join(f'task {n}' for n in options.tasks)} |")
+    print("|---" * (len(options.tasks) + 1) + "|")
+    for method in options.methods:
+        mine = replace(config, method=method)
+        found = [ratio(Contestant(mine, runtime, n, plain.stream), plain) for n in options.tasks]
+        print(f"| `{method}` | {' | '.join(map(times, found))} |", flush=True)
 
 
 if __name__ == "__main__":

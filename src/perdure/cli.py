@@ -3,17 +3,17 @@
 import errno
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import tyro
-from accelerate.utils.memory import should_reduce_batch_size
 
-from perdure.commands import COMMANDS, Command
+from perdure.ask import Advise
+from perdure.command import Command
 from perdure.console import Screen
 from perdure.mistakes import mistake
-from perdure.recipes import expand
-from perdure.run import Interrupted
 from perdure.version import __version__
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -27,15 +27,19 @@ def main(args: Sequence[str] | None = None) -> None:
         return
     screen = Screen("--json" in arguments)
     try:
-        arguments = expand(arguments)
-        wrong = mistake(arguments, COMMANDS)
+        commands: dict[str, Callable[..., Any]] = {"advise": Advise}
+        if arguments[:1] != ["advise"]:
+            # Not before: torch and the models take seconds, and advice needs neither.
+            commands = import_module("perdure.commands").COMMANDS
+            arguments = import_module("perdure.recipes").expand(arguments)
+        wrong = mistake(arguments, commands)
     except ValueError as error:
         wrong = str(error)
     if wrong:
         screen.error(wrong)
         sys.exit(2)
     command: Command = tyro.extras.subcommand_cli_from_dict(
-        COMMANDS,
+        commands,
         prog="perdure",
         description="Teach pre-trained vision and vision-language models one task after another, without forgetting.",
         args=arguments,
@@ -43,8 +47,8 @@ def main(args: Sequence[str] | None = None) -> None:
     )
     try:
         command(screen)
-    except (Interrupted, KeyboardInterrupt) as stop:
-        screen.error(str(stop) or "stopped at once; what was saved before is whole, and the same command can go on")
+    except KeyboardInterrupt:
+        screen.error("stopped at once; what was saved before is whole, and the same command can go on")
         sys.exit(130)
     except BrokenPipeError:
         # Who reads our output has had enough; Python would complain once more when it closes it.
@@ -57,12 +61,21 @@ def main(args: Sequence[str] | None = None) -> None:
         screen.error(_said(error))
         sys.exit(2)
     except RuntimeError as error:
-        if not should_reduce_batch_size(error):
+        if not import_module("accelerate.utils.memory").should_reduce_batch_size(error):
             raise
         screen.error("out of memory: give a smaller --batch-size; all tasks learnt before are whole")
         sys.exit(2)
+    except _interrupted() as stop:
+        screen.error(str(stop))
+        sys.exit(130)
     finally:
         screen.close()
+
+
+def _interrupted() -> type[BaseException]:
+    """What a run that was asked to stop raises; looked up only when something was raised that nothing else explains."""
+    found: type[BaseException] = import_module("perdure.run").Interrupted
+    return found
 
 
 def _said(error: OSError) -> str:

@@ -13,7 +13,9 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
+from perdure.ask import Advise
 from perdure.backbones import BACKBONES
+from perdure.command import Command
 from perdure.compare import cells, compare
 from perdure.config import RunConfig, register
 from perdure.console import Screen
@@ -30,18 +32,6 @@ from perdure.types import Batch, Data, Row, Task
 
 
 @dataclass(frozen=True, kw_only=True)
-class Command:
-    """Flags that every command has."""
-
-    json: bool = False
-    """One JSON object per event or result, for programs."""
-
-    def __call__(self, screen: Screen) -> None:
-        """Do it."""
-        raise NotImplementedError
-
-
-@dataclass(frozen=True, kw_only=True)
 class Demo(Command):
     """Sequential LoRA and InfLoRA on coloured shapes, offline, in minutes."""
 
@@ -52,7 +42,7 @@ class Demo(Command):
         """Compare the two methods and write the report."""
         config = demo()
         screen.note(f"{config.stream} on {config.backbone}: {' beside '.join(DEMO_METHODS)}")
-        _grid(config, DEMO_METHODS, (0,), self.out, screen, matrices=True)
+        _grid(config, DEMO_METHODS, (0,), self.out, screen, demo=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +152,7 @@ class Predict(Command):
 
 @dataclass(frozen=True, kw_only=True)
 class Compare(RunConfig, Command):
-    """Methods side by side over several seeds (class orders): one table with mean and spread, and a report."""
+    """Methods side by side over several seeds (class orders): scores, bytes and step cost in a table, plots."""
 
     methods: tuple[str, ...]
     """Methods, each in quotes."""
@@ -273,6 +263,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "learn": Learn,
     "predict": Predict,
     "compare": Compare,
+    "advise": Advise,
     "eval": Eval,
     "report": Report,
     "export": Export,
@@ -320,11 +311,11 @@ class _Renumbered:
 
 
 def _grid(
-    config: RunConfig, methods: Sequence[str], seeds: Sequence[int], out: Path, screen: Screen, matrices: bool = False
+    config: RunConfig, methods: Sequence[str], seeds: Sequence[int], out: Path, screen: Screen, demo: bool = False
 ) -> None:
     grid = cells(methods, seeds, out)
-    table = compare(config, grid, out, screen)
-    if matrices:
+    table = compare(config, grid, out, screen, steps=not demo)
+    if demo:
         for cell in grid:
             names = [t["name"] for t in read_record(cell.folder)["stream"]["tasks"]]
             screen.matrix(read_summary(cell.folder), names, cell.method)

@@ -1,4 +1,8 @@
-"""A grid of methods and seeds on one stream: every cell a run's folder, so a killed grid goes on where it stood."""
+"""A grid of methods and seeds on one stream: every cell a run's folder, so a killed grid goes on where it stood.
+
+Beside the cells stand the table (`compare.json`, `compare.md`), what a step costs (`steps.json`), and what accuracy
+costs (`accuracy-bytes.svg`, `accuracy-time.svg`).
+"""
 
 import dataclasses
 import re
@@ -7,11 +11,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from perdure import checkpoint, metrics
+from perdure import checkpoint, measured, metrics, step_cost
 from perdure.config import RunConfig, make_backbone, make_method
+from perdure.records import Run
+from perdure.report import show, trade_offs
 from perdure.run import Interrupted, read_record, read_summary, resume, run
 from perdure.runtime import Runtime, resolve
+from perdure.scatter import standalone
 from perdure.train import Progress
+from perdure.wording import times
 
 KEYS = (
     "acc",
@@ -40,7 +48,7 @@ class Cell:
         return (self.folder / "summary.json").exists()
 
 
-class GridProgress(Progress, Protocol):
+class GridProgress(Progress, step_cost.StepProgress, Protocol):
     """Progress that is also told of the grid."""
 
     def cell(self, number: int, total: int, method: str, seed: int, left: float | None) -> None:
@@ -69,18 +77,19 @@ def cells(methods: Sequence[str], seeds: Sequence[int], out: Path) -> list[Cell]
 
 
 def compare(
-    config: RunConfig, grid: Sequence[Cell], out: Path, progress: GridProgress | None = None
+    config: RunConfig, grid: Sequence[Cell], out: Path, progress: GridProgress | None = None, *, steps: bool = True
 ) -> list[dict[str, Any]]:
     """Run what is not finished of a grid; returns the table, one row a method.
 
     Every cell computes in the same way (device, precision, attention are resolved once). The table is also written to
-    `out`/compare.json.
+    `out`, once the cells are finished and again with the step costs.
 
     Args:
         config: what all cells share; its method and seed are replaced.
         grid: from `cells`.
         out: folder of the grid.
         progress: who is told.
+        steps: measure what a step costs against plain LoRA's, where that is not known yet.
 
     Raises:
         ValueError: when a run in `out` was made with other options, or anything in `config` cannot be done.
@@ -106,8 +115,11 @@ def compare(
             except Interrupted as stop:
                 said = str(stop).partition(";")[0]
                 raise Interrupted(f"{cell.folder.name}: {said}; the same command goes on from here") from stop
-        table = tabulate([(cell.method, read_summary(cell.folder)) for cell in grid])
-        checkpoint.write_json(out / "compare.json", table)
+        table = _write(grid, out)
+        if steps and runtime is not None:
+            methods = list(dict.fromkeys(cell.method for cell in grid))
+            step_cost.measure(config, methods, runtime, out, progress)
+            table = _write(grid, out)
     return table
 
 
@@ -137,6 +149,50 @@ def tabulate(summaries: Sequence[tuple[str, dict[str, Any]]]) -> list[dict[str, 
         row["seconds"] = list(metrics.spread(seconds))
         row["trainable_parameters"] = mine[0]["trainable_parameters"]
         table.append(row)
+    return table
+
+
+def markdown(table: Sequence[dict[str, Any]]) -> str:
+    """The table in Markdown, in per cent: mean ± sample standard deviation over the runs."""
+    titles = [title for _, title in _SHOWN]
+    lines = [f"| method | runs | {' | '.join(titles)} |", "|---" * (len(titles) + 2) + "|"]
+    for row in table:
+        cells = [times(row["step"]) if key == "step" else _shown(key, row[key]) for key, _ in _SHOWN]
+        lines.append(f"| `{row['method']}` | {row['runs']} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+_SHOWN = (
+    ("acc", "final accuracy"),
+    ("new_task_acc", "new-task accuracy"),
+    ("forgetting", "forgetting"),
+    ("acc_with_task_id", "with task id"),
+    ("forgetting_with_task_id", "forgetting with task id"),
+    ("stored_bytes", "stored"),
+    ("step", "step / plain LoRA's"),
+    ("seconds", "time"),
+)
+
+
+def _shown(key: str, value: Any) -> str:
+    mean, std = value if isinstance(value, list) else (value, None)
+    return str(show(key, mean, std, unit=key == "stored_bytes").striptags())
+
+
+def _write(grid: Sequence[Cell], out: Path) -> list[dict[str, Any]]:
+    """Write table and plots of a finished grid."""
+    table = tabulate([(cell.method, read_summary(cell.folder)) for cell in grid])
+    for row in table:
+        found = measured.row_of([Run.read(cell.folder) for cell in grid if cell.method == row["method"]])
+        last = found["after"]["new_task_acc"][-1]
+        row["new_task_acc"] = None if last is None else list(last)
+        row["stored_bytes_after"] = [None if pair is None else pair[0] for pair in found["after"]["stored_bytes"]]
+        row["referenced_bytes"] = found["referenced_bytes"]
+        row["step_cost"], row["step"] = (found["step"] or {}).get("ratio"), found["step"]
+    checkpoint.write_json(out / "compare.json", table)
+    checkpoint.write_text(out / "compare.md", markdown(table))
+    for name, _, figure in trade_offs([(row["method"], row.get) for row in table]):
+        checkpoint.write_text(out / f"accuracy-{name}.svg", standalone(figure))
     return table
 
 

@@ -1,20 +1,27 @@
 """What a person sees: live progress and tables on a terminal, plain lines elsewhere, JSON events on request."""
 
+from __future__ import annotations
+
 import json
 import math
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor
 
-from perdure.types import Row, Task
+from perdure.pace import Pace
+from perdure.wording import human_bytes, human_seconds, number, share, times
+
+if TYPE_CHECKING:  # so that what computes nothing does not wait for torch
+    from torch import Tensor
+
+    from perdure.types import Row, Task
 
 _REFRESH = 0.5  # seconds between readings of the loss, which waits for the device
 _UNBROKEN = 10_000  # columns of what is no terminal: a file or a pipe breaks no line
@@ -24,6 +31,14 @@ _COLUMNS = {
     "forgetting": "forgetting",
     "acc_with_task_id": "with task id",
     "task_id_acc": "task id",
+}
+
+_SPARE = ("images/s", "average")  # columns left out of a table that is too wide, the first one first
+_MEANINGS = {
+    "average": "over the stream",
+    "new task": "right after it was learnt",
+    "with task id": "when told which task an image is of",
+    "step": "its cost, plain LoRA's is 1",
 }
 
 
@@ -42,12 +57,16 @@ class Screen:
         self._bar: Progress | None = None
         self._images, self._start, self._read, self._epochs, self._steps = 0, 0.0, 0.0, 1, 0
         self._headed = False
-        self._grid = ""
+        self._grid: Pace | None = None
 
     def wait(self, text: str) -> None:
         """On a terminal, say what is being done until something else is shown."""
         self._close()
-        if not self.json and self.live.is_terminal:
+        if self.json or not self.live.is_terminal:
+            return
+        if self._grid:
+            self._rows(text, None)
+        else:
             self._show(SpinnerColumn("line"), TextColumn("{task.description}"), TimeElapsedColumn())
             if self._bar is not None:
                 self._bar.add_task(text, total=None)
@@ -58,8 +77,16 @@ class Screen:
         self._event("cell", cell=number, cells=total, method=method, seed=seed, seconds_left=left)
         about = "" if left is None else f", about {human_seconds(left)} left"
         self._say(f"[{number + 1}/{total}] {method}, seed {seed}{about}")
-        self._grid, self._headed = f"run {number + 1}/{total}   ", False
-        self.wait(f"{self._grid}preparing")
+        self._grid, self._headed = Pace(number, total, f"{method}, seed {seed}", left), False
+        self.wait("preparing")
+
+    def step_cost(self, number: int, total: int, method: str) -> None:
+        """Method number `number` (from 0) of `total` is timed against plain LoRA."""
+        self._close()
+        self._grid = None
+        self._event("step_cost", method=method, number=number, total=total)
+        self._say(f"step cost {number + 1}/{total}: {method}")
+        self.wait("timing its steps against plain LoRA's")
 
     def task(self, task: Task, tasks: int | None, epochs: int, steps: int) -> None:
         """A task begins."""
@@ -67,14 +94,13 @@ class Screen:
         self._images, self._start, self._read = 0, time.perf_counter(), 0.0
         self._epochs, self._steps = epochs, steps
         self._event("task", task=task.index, tasks=tasks, name=task.name, epochs=epochs, steps=steps)
-        where = f"{self._grid}task {task.index + 1}{f'/{tasks}' if tasks else ''}"
+        where = f"task {task.index + 1}{f'/{tasks}' if tasks else ''}"
+        if self._grid:
+            self._grid.begin(task.index, tasks)
         if not steps:
             self.wait(f"{where}  evaluating")
         elif not self.json and self.live.is_terminal:
-            bar = BarColumn(bar_width=10 if self.live.width < 100 else 24)
-            self._show(TextColumn("{task.description}"), bar, TextColumn("{task.fields[line]}"), _TimeLeft())
-            if self._bar is not None:
-                self._bar.add_task(where, total=steps, line="")
+            self._rows(where, steps)
 
     def step(self, step: int, loss: Tensor, images: int) -> None:
         """A step ended."""
@@ -88,7 +114,10 @@ class Screen:
         if self._bar is not None:
             line = f"epoch {epoch}/{self._epochs}  loss {float(loss):.3f}  {rate:,.0f} images/s"
             done = "evaluating" if step == self._steps else line
-            self._bar.update(self._bar.task_ids[0], completed=step, line=done)
+            self._bar.update(self._bar.task_ids[-1], completed=step, line=done)
+            if self._grid:
+                self._grid.within = step / max(self._steps, 1)
+                self._bar.update(self._bar.task_ids[0], completed=self._grid.share)
         elif self.json:
             self._event("step", step=step, steps=self._steps, epoch=epoch, loss=float(loss), images_per_second=rate)
 
@@ -113,7 +142,7 @@ class Screen:
         padding = " " * max(0, room - Text(name).cell_len)
         self._say(f"  {task.index + 1:>4}  {name}{padding}{shares} {human_seconds(seconds):>10}")
         if task.total is not None and task.index + 1 < task.total:
-            self.wait(f"{self._grid}preparing task {task.index + 2}/{task.total}")
+            self.wait(f"task {task.index + 2}/{task.total}  preparing")
 
     def note(self, text: str) -> None:
         """Something the user should know."""
@@ -163,15 +192,20 @@ class Screen:
         if self.json:
             self._event("compared", table=list(rows))
             return
-        titles = [*_COLUMNS.values(), "images/s", "stored", "seconds"]
-        lines = [
-            [_share(row[key]) for key in _COLUMNS]
-            + [_number(row["images_per_second"]), human_bytes(row["stored_bytes"][0]), _number(row["seconds"])]
-            for row in rows
-        ]
-        widths = [max(map(len, column)) for column in zip(titles, *lines, strict=True)]
-        name = max(Text(row["method"]).cell_len for row in rows)
+        names = {"acc": "accuracy", "aaa": "average", "new_task_acc": "new task", **_COLUMNS}
+        columns = {title: [share(row.get(key)) for row in rows] for key, title in names.items()}
+        columns["stored"] = [human_bytes(row["stored_bytes"][0]) for row in rows]
+        columns["step"] = [times(row.get("step")) for row in rows]
+        columns["images/s"] = [number(row["images_per_second"]) for row in rows]
+        columns["seconds"] = [number(row["seconds"]) for row in rows]
         width, apart = self.out.width, "   "
+        widest = {title: max(map(len, [title, *column])) for title, column in columns.items()}
+        for title in _SPARE:
+            if sum(widest.values()) + len(widest) > width:
+                del columns[title], widest[title]
+        titles, widths = list(columns), list(widest.values())
+        lines = list(zip(*columns.values(), strict=True))
+        name = max(Text(row["method"]).cell_len for row in rows)
         beside = name + sum(widths) + len(apart) * len(widths) <= width
         if not beside:
             # Methods get a line of their own; then, if need be, numbers one below the other.
@@ -192,7 +226,10 @@ class Screen:
             else:
                 self._flow([f"{title} {cell}" for title, cell in zip(titles, line, strict=True)])
         spread = "mean ± standard deviation" if any("±" in cell for line in lines for cell in line) else "one run each"
-        self._say(f"in %, {spread}; average: over the stream; with task id: when told which task an image is of")
+        means = "; ".join(f"{title}: {meaning}" for title, meaning in _MEANINGS.items() if title in columns)
+        self._say(f"in %, {spread}; {means}")
+        if gone := [title for title in _SPARE if title not in columns]:
+            self._say(f"no room for {', '.join(gone)}: in report.html")
 
     def measured(self, tasks: Sequence[Task], rows: Sequence[Row]) -> None:
         """Accuracy on each task."""
@@ -260,6 +297,18 @@ class Screen:
         if self.json:
             print(_json({"event": kind, **content}), flush=True)
 
+    def _rows(self, where: str, steps: int | None) -> None:
+        """A bar for what is being done, of unknown length when `steps` is None; above it one for the whole grid."""
+        bar = BarColumn(bar_width=10 if self.live.width < 100 else 24)
+        self._show(TextColumn("{task.description}"), bar, TextColumn("{task.fields[line]}"), _TimeLeft())
+        if self._bar is None:
+            return
+        if grid := self._grid:
+            run = f"run {grid.number + 1}/{grid.total}"
+            self._bar.add_task(run, total=1.0, line=grid.name, left=grid.left)
+            self._bar.update(self._bar.task_ids[0], completed=grid.share)
+        self._bar.add_task(where, total=steps, line="")
+
     def _show(self, *columns: ProgressColumn) -> None:
         # Standard output stays as it is: it may go elsewhere than the bar.
         self._bar = Progress(*columns, console=self.live, transient=True, refresh_per_second=4, redirect_stdout=False)
@@ -276,24 +325,9 @@ class _TimeLeft(ProgressColumn):
 
     def render(self, task: Any) -> Text:
         """The column's text."""
-        left = None if task.finished else task.time_remaining
+        given = task.fields.get("left")
+        left = given() if given else None if task.finished else task.time_remaining
         return Text("" if left is None else f"{human_seconds(left)} left")
-
-
-def human_bytes(count: float) -> str:
-    """1536 -> '1.5 kB'."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:,.1f} GB"
-
-
-def human_seconds(seconds: float) -> str:
-    """2.34 -> '2.3 s', 754 -> '13 min', 9000 -> '2.5 h'."""
-    if seconds < 99.5:
-        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 99.5 * 60 else f"{seconds / 3600:.1f} h"
 
 
 def _ends(count: int, room: int) -> list[int | None]:
@@ -315,14 +349,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _finite(v) for k, v in value.items()}
     return [_finite(v) for v in value] if isinstance(value, list | tuple) else value
-
-
-def _share(value: list[float | None] | None) -> str:
-    if value is None or value[0] is None:
-        return "–"
-    spread = f" ±{100 * value[1]:.1f}" if value[1] is not None else ""
-    return f"{100 * value[0]:.1f}{spread}"
-
-
-def _number(value: list[float | None] | None) -> str:
-    return "–" if value is None or value[0] is None else f"{value[0]:,.0f}"

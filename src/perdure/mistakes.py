@@ -92,9 +92,10 @@ def _flags(command: Callable[..., Any]) -> dict[str, _Flag]:
         words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
         kinds = (*(k for k in kinds if get_origin(k) is not Literal and k is not type(None)), *words)
         positional = tyro.conf.Positional in marks
-        shown = field.name.upper() if positional else f"--{field.name.replace('_', '-')}"
+        name = field.name.removesuffix("_")  # `from_`, for `from` is a word of Python
+        shown = name.upper() if positional else f"--{name.replace('_', '-')}"
         required = field.default is field.default_factory is dataclasses.MISSING
-        found[field.name] = _Flag(field.name, shown, kinds, many, positional, required)
+        found[name] = _Flag(name, shown, kinds, many, positional, required)
     return found
 
 

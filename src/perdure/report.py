@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,16 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from perdure import charts, metrics
+from perdure import charts, metrics, scatter
+from perdure.measured import new_task_acc, steps_of
 from perdure.records import PHASES, Group, Run, grouped
+from perdure.scatter import Cost, Point
 
 # A number's key in summary.json, its name, and what it says to someone who reads it for the first time.
 NUMBERS = (
     ("acc", "Final accuracy", "Mean accuracy over all tasks after the last one was learnt. Higher is better."),
     ("aaa", "Average accuracy", "The same mean taken after every task, then averaged: quality along the way."),
+    ("new_task_acc", "New-task accuracy", "Mean accuracy on each task right after it was learnt. Higher is better."),
     ("forgetting", "Forgetting", "How many points old tasks fell below their best, on average. Lower is better."),
     ("bwt", "Backward transfer", "Change of old tasks since they were learnt. Negative means forgetting."),
     ("fwt", "Forward transfer", "Gain on a task before it is learnt, over the model that has learnt nothing."),
@@ -39,7 +43,12 @@ NUMBERS = (
     ("images_per_second", "Images per second", "Speed of training."),
     ("peak_rss_bytes", "Peak memory", "Most main memory that the run used at once."),
 )
-_COMPARED = ("acc", "aaa", "forgetting", "acc_with_task_id", "task_id_acc", "gap", "feature_drift")
+_STEP = (
+    "step_cost",
+    "Step",
+    "A training step of the second task, as a multiple of plain LoRA's; without what is done once a task.",
+)
+_COMPARED = ("acc", "aaa", "new_task_acc", "forgetting", "acc_with_task_id", "task_id_acc", "gap", "feature_drift")
 # What tells why old tasks were kept or lost: heading, explanation, where it comes from, whether it ends at 1.
 _REASONS: tuple[tuple[str, str, Callable[[Run], list[float | None]], bool], ...] = (
     (
@@ -63,6 +72,30 @@ _REASONS: tuple[tuple[str, str, Callable[[Run], list[float | None]], bool], ...]
         "nothing new can be learnt without disturbing the past.",
         lambda run: [None if v is None else 1 - v for v in run.over_layers("occupied_share")],
         True,
+    ),
+)
+_SECONDS, _MINUTES, _HOURS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30), (1, 2, 5, 10, 20, 30), (1, 2, 5, 10, 24, 48, 96, 240)
+_TIMES = (*_SECONDS, *(60 * k for k in _MINUTES), *(3600 * k for k in _HOURS))
+_TRADES = (
+    (
+        "bytes",
+        "Accuracy against what is stored",
+        "stored_bytes",
+        Cost(
+            "stored after the last task",
+            tuple(k * 10**power for power in range(14) for k in (1, 2, 5)),
+            lambda value: show("stored_bytes", value).striptags(),
+        ),
+    ),
+    (
+        "time",
+        "Accuracy against time",
+        "seconds",
+        Cost(
+            "time of a run: preparing, training, finishing and evaluating all tasks",
+            _TIMES,
+            lambda value: duration(value).removesuffix(" 0 s").removesuffix(" 0 min"),
+        ),
     ),
 )
 _COSTS = ("trainable_parameters", "stored_bytes", "seconds", "images_per_second", "peak_rss_bytes")
@@ -90,6 +123,26 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
     return target
 
 
+def trade_offs(
+    methods: Sequence[tuple[str, Callable[[str], Sequence[float | None] | None]]],
+) -> list[tuple[str, str, Markup]]:
+    """Figures of final accuracy against what it costs: (short name, title, SVG), none for fewer than two methods.
+
+    Args:
+        methods: label, and mean and standard deviation of a number by its key.
+    """
+    figures = []
+    for name, title, key, cost in _TRADES:
+        points = []
+        for label, number in methods:
+            share, spent = number("acc"), number(key)
+            if share and spent and share[0] is not None and spent[0] is not None:
+                points.append(Point(label, spent[0], share[0], share[1]))
+        if len(points) > 1:
+            figures.append((name, title, scatter.scatter(title, points, cost)))
+    return figures
+
+
 def _render(runs: Sequence[Run]) -> str:
     groups = grouped(runs)
     environment = jinja2.Environment(
@@ -98,7 +151,7 @@ def _render(runs: Sequence[Run]) -> str:
     environment.globals.update(
         bar=charts.bar, stack=charts.stack, legend=charts.legend, level=charts.level, percent=charts.percent
     )
-    environment.globals.update(show=show, duration=duration)
+    environment.globals.update(show=show, duration=duration, spread=_spread)
     template = environment.from_string(resources.files("perdure").joinpath("report.html.jinja").read_text("utf-8"))
     facts = [_facts(run) for run in runs]
     keys = list(dict.fromkeys(k for each in facts for k in each))
@@ -106,10 +159,14 @@ def _render(runs: Sequence[Run]) -> str:
     longest = max((len(run.names()) for run in runs), default=0)
     best = next((run.names() for run in runs if len(run.names()) == longest), [])
     methods = list(dict.fromkeys(run.method for run in runs))
+    streams = list(dict.fromkeys(str(run.config.get("stream", "–")) for run in runs))
+    backbones = list(dict.fromkeys(str(run.config.get("backbone", "–")) for run in runs))
+    same = len(streams) == len(backbones) == 1
+    steps = any(_spread(group, "step_cost") for group in groups)
     return template.render(
         title=", ".join(methods) if len(methods) <= 3 else f"{len(methods)} methods compared",
-        streams=list(dict.fromkeys(str(run.config.get("stream", "–")) for run in runs)),
-        backbones=list(dict.fromkeys(str(run.config.get("backbone", "–")) for run in runs)),
+        streams=streams,
+        backbones=backbones,
         created=_dates(runs),
         groups=groups,
         runs=[_view(run) for run in runs],
@@ -119,15 +176,32 @@ def _render(runs: Sequence[Run]) -> str:
             for title, meaning, values, share in _REASONS
             if (figure := _figure(title, groups, values, best, zero=True, share=share))
         ],
+        trades=trade_offs([(group.label, partial(_spread, group)) for group in groups]) if same else [],
         numbers=NUMBERS,
+        meanings=[*NUMBERS, _STEP] if steps else NUMBERS,
         compared=[(k, name) for k, name, _ in NUMBERS if k in _COMPARED],
-        costs=[(k, name) for k, name, _ in NUMBERS if k in _COSTS],
-        winners={k: _winner(groups, k) for k in ("acc", "aaa", "acc_with_task_id", "task_id_acc")},
+        costs=[(k, name) for k, name, _ in NUMBERS if k in _COSTS] + ([_STEP[:2]] if steps else []),
+        winners={k: _winner(groups, k) for k in ("acc", "aaa", "new_task_acc", "acc_with_task_id", "task_id_acc")},
         shared=[(k, facts[0][k]) for k in shared],
         differing=[k for k in keys if k not in shared],
         facts=facts,
+        scattered=Markup(scatter.STYLE),
         heat=[(charts.heat_colours(dark=False), ""), (charts.heat_colours(dark=True), "dark")],
     )
+
+
+def _numbers(run: Run) -> dict[str, float | None]:
+    """`Run.numbers`, accuracy on new tasks, and what a step costs."""
+    done = run.learnt()
+    step = steps_of(run.folder.parent)["methods"].get(run.method) or {}
+    more = {"new_task_acc": new_task_acc([row[:done] for row in run.matrix()[:done]]), "step_cost": step.get("ratio")}
+    return run.numbers() | more
+
+
+def _spread(group: Group, key: str) -> tuple[float, float | None] | None:
+    """As `Group.spread`, for all of `_numbers`."""
+    values = [v for run in group.runs if (v := _numbers(run)[key]) is not None]
+    return metrics.spread(values) if values else None
 
 
 def _figure(
@@ -152,7 +226,7 @@ def _view(run: Run) -> dict[str, Any]:
         "names": names,
         "tasks": run.tasks(),
         "done": done,
-        "numbers": run.numbers(),
+        "numbers": _numbers(run),
         "before": metrics.baseline_of(run.rows, "accuracy", len(names)),
         "matrix": matrix[:done],
         "averages": run.averages(),
@@ -231,7 +305,7 @@ def _words(key: str) -> str:
 
 
 def _winner(groups: Sequence[Group], key: str) -> str | None:
-    means = {group.label: found[0] for group in groups if (found := group.spread(key))}
+    means = {group.label: found[0] for group in groups if (found := _spread(group, key))}
     return max(means, key=means.__getitem__) if len(means) > 1 else None
 
 
@@ -264,6 +338,8 @@ def show(key: str, value: float | None, std: float | None = None, *, unit: bool 
         text, name = _digits(value / 1000**power), ("B", "kB", "MB", "GB", "TB")[power]
     elif key == "seconds":
         text, name = duration(value), ""
+    elif key == "step_cost":
+        text, name = f"{value:.2f}", "× LoRA"
     elif key == "images_per_second":
         text, name = _digits(value), "/s"
     else:

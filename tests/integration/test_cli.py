@@ -29,6 +29,7 @@ FLAGS = {
     "learn": ["--json", "FOLDER", "--into", "--backbone", "--method", "--objective", "--epochs", "--lr"],
     "predict": ["--json", "LEARNER", "IMAGES", "--top"],
     "compare": ["--json", *TRAINING, *sorted({*RUNNING} - {"--method", "--seed"}), "--methods", "--seeds", "--out"],
+    "advise": ["--json", "--bytes", "--old-data", "--tasks", "--id-at-test", "--step-cost", "--scenario", "--from"],
     "eval": ["--json", "LEARNER", "--stream"],
     "report": ["--json", "FOLDERS", "--out"],
     "export": ["--json", "LEARNER", "--out", "--to"],
@@ -47,7 +48,8 @@ def test_commands_and_flags_are_the_ones_we_promised() -> None:
             marks = getattr(hints[field.name], "__metadata__", ())
             if tyro.conf.Suppress not in marks:
                 positional = tyro.conf.Positional in marks
-                shown.append(field.name.upper() if positional else f"--{field.name.replace('_', '-')}")
+                flag = field.name.removesuffix("_").replace("_", "-")
+                shown.append(field.name.upper() if positional else f"--{flag}")
         found[name] = shown
     assert {name: sorted(flags) for name, flags in found.items()} == {n: sorted(flags) for n, flags in FLAGS.items()}
 
@@ -218,13 +220,15 @@ def summary_of(tasks: int) -> dict[str, Any]:
 
 
 def row_of(method: str) -> dict[str, Any]:
-    scores = {key: [0.8134, 0.0123] for key in ("acc", "aaa", "forgetting", "acc_with_task_id", "task_id_acc")}
+    keys = ("acc", "aaa", "new_task_acc", "forgetting", "acc_with_task_id", "task_id_acc")
+    scores = {key: [0.8134, 0.0123] for key in keys}
     return {
         "method": method,
         **scores,
         "images_per_second": [1234.5, 20],
         "stored_bytes": [2.5e6, 0],
         "seconds": [75, 1],
+        "step": {"ratio": 1.234},
     }
 
 
@@ -236,7 +240,7 @@ def test_tables_fit_the_screen(width: int, capsys: pytest.CaptureFixture[str]) -
     screen.matrix(summary_of(20), [], "lora")
     long = [line for line in capsys.readouterr().out.splitlines() if len(line) > width]
     # sentences below a table are broken by the terminal
-    assert [line for line in long if not re.match(r"in %|lora: %|all 20", line)] == []
+    assert [line for line in long if not re.match(r"in %|lora: %|all 20|no room", line)] == []
 
 
 def test_comparison_at_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
@@ -245,12 +249,14 @@ def test_comparison_at_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
     screen.table([row_of("inflora(rank=10) + replay(size=500)"), row_of("lora")])
     assert capsys.readouterr().out.splitlines() == [
         "",
-        "  accuracy   average forgetting with task id   task id images/s stored seconds",
+        "  accuracy  new task forgetting with task id   task id stored step seconds",
         "inflora(rank=10) + replay(size=500)",
-        " 81.3 ±1.2 81.3 ±1.2  81.3 ±1.2    81.3 ±1.2 81.3 ±1.2    1,234 2.5 MB      75",
+        " 81.3 ±1.2 81.3 ±1.2  81.3 ±1.2    81.3 ±1.2 81.3 ±1.2 2.5 MB 1.23      75",
         "lora",
-        " 81.3 ±1.2 81.3 ±1.2  81.3 ±1.2    81.3 ±1.2 81.3 ±1.2    1,234 2.5 MB      75",
-        "in %, mean ± standard deviation; average: over the stream; with task id: when told which task an image is of",
+        " 81.3 ±1.2 81.3 ±1.2  81.3 ±1.2    81.3 ±1.2 81.3 ±1.2 2.5 MB 1.23      75",
+        "in %, mean ± standard deviation; new task: right after it was learnt; with task id: when told which task an "
+        "image is of; step: its cost, plain LoRA's is 1",
+        "no room for images/s, average: in report.html",
     ]
 
 

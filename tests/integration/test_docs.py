@@ -17,7 +17,7 @@ import tyro
 from PIL import Image
 
 from perdure.backbones import BACKBONES
-from perdure.cli import COMMANDS
+from perdure.commands import COMMANDS
 from perdure.config import RunConfig, make_method, make_objective, register
 from perdure.method import METHODS
 from perdure.run import resume, run

@@ -39,6 +39,11 @@ class Joint(Method, name="joint"):
         """As in `finetune`, when alone."""
         return {n: self.backbone_lr for n in learner.trainable() if n.startswith("backbone.")}
 
+    def measures(self, learner: Core) -> dict[str, float]:
+        """Bytes of all training images so far, at the size the model sees: they have to be kept."""
+        side = learner.backbone.preprocess.size
+        return {"referenced_bytes": float(sum(len(t.train) for t in learner.tasks) * 3 * side * side)}
+
 
 class Union:
     """Several data sets as one."""

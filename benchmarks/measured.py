@@ -1,0 +1,112 @@
+"""The table that `perdure advise` answers from, made of finished runs, and its copy in docs/choosing.md.
+
+    python benchmarks/measured.py runs/cifar runs/prompts --seeds 0 1 2
+
+Folders are grids' (with their steps.json), or any with runs in them. Running a finished grid's `perdure compare` once
+more measures the step costs that it lacks.
+"""
+
+import argparse
+import json
+import shlex
+import statistics
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from perdure import charts
+from perdure.advise import growth
+from perdure.measured import settings_of, steps_of
+from perdure.wording import human_bytes, times
+
+ROOT = Path(__file__).parents[1]
+BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+TITLES = ("method", "orders", "accuracy", "new task", "forgetting", "with task id", "stored", "a task more", "step")
+TITLES += ("keeps old data",)
+DIGITS = 5  # significant ones
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="others are left out")
+    parser.add_argument("--without", nargs="*", default=[], help="methods to leave out")
+    parser.add_argument("--steps", type=Path, help="folder with a steps.json for rows that have none beside them")
+    parser.add_argument("--out", type=Path, default=ROOT / "src/perdure/measured.json")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs/choosing.md")
+    options = parser.parse_args()
+    settings = settings_of(options.folders, options.seeds, shorten=True)
+    steps = steps_of(options.steps)["methods"] if options.steps else {}
+    for setting in settings:
+        setting["rows"] = [row for row in setting["rows"] if row["method"] not in options.without]
+        for row in setting["rows"]:
+            row["step"] = row["step"] or steps.get(row["method"])
+        setting["rows"].sort(key=lambda row: -row["after"]["acc"][-1][0])
+    options.out.write_text(in_json({"settings": settings}), encoding="utf-8")
+    before, _, rest = options.page.read_text(encoding="utf-8").partition(BEGIN)
+    tables = "\n".join(table(setting) for setting in settings)
+    options.page.write_text(f"{before}{BEGIN}\n\n{tables}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+    for setting in settings:
+        print(f"{setting['data']}, {setting['tasks']} tasks, {setting['backbone']}: {len(setting['rows'])} methods")
+
+
+def table(setting: dict[str, Any]) -> str:
+    """The rows after the last task, in Markdown."""
+    days = " to ".join(dict.fromkeys((setting["created"][0], setting["created"][-1])))
+    lines = [
+        f"{setting['data']}, {setting['tasks']} tasks, {setting['classes']} classes, `{setting['backbone']}`, {days}.",
+        "",
+        f"| {' | '.join(TITLES)} |",
+        "|---" * len(TITLES) + "|",
+    ]
+    for row in setting["rows"]:
+        after = row["after"]
+        numbers = [share(after[k][-1]) for k in ("acc", "new_task_acc", "forgetting", "acc_with_task_id")]
+        grown = growth(after["stored_bytes"])
+        more = human_bytes(statistics.median(grown)) if grown else "–"
+        cells = [
+            *numbers,
+            human_bytes(after["stored_bytes"][-1][0]),
+            more,
+            times(row["step"]),
+            "yes" if row["referenced_bytes"] else "no",
+        ]
+        lines.append(f"| `{row['method']}` | {len(row['seeds'])} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", "```bash", " \\\n  ".join([setting["command"], *asked(setting)]), "```", ""])
+
+
+def asked(setting: dict[str, Any]) -> list[str]:
+    """What the command lacks, in lines."""
+    seeds = sorted({seed for row in setting["rows"] for seed in row["seeds"]})
+    methods = shlex.join(row["method"] for row in setting["rows"])
+    wrapped = textwrap.wrap(f"--methods {methods}", 116, break_long_words=False, break_on_hyphens=False)
+    return [f"--seeds {' '.join(map(str, seeds))} --out runs/measured", *wrapped]
+
+
+def share(pair: Any) -> str:
+    if pair is None:
+        return "–"
+    return charts.percent(pair[0]) + ("" if pair[1] is None else f" ± {charts.percent(pair[1])}")
+
+
+def in_json(content: dict[str, Any]) -> str:
+    """Readable, with lists of numbers on one line."""
+    lines = []
+    for setting in rounded(content)["settings"]:
+        head = json.dumps({k: v for k, v in setting.items() if k != "rows"}, ensure_ascii=False)[1:-1]
+        rows = ",\n".join(f"  {json.dumps(row, ensure_ascii=False)}" for row in setting["rows"])
+        lines.append(f'{{{head}, "rows": [\n{rows}\n]}}')
+    return f'{{"settings": [\n{",".join(lines)}\n]}}\n'
+
+
+def rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        found = float(f"{round(value, 6):.{DIGITS}g}")
+        return int(found) if found.is_integer() else found
+    if isinstance(value, dict):
+        return {k: rounded(v) for k, v in value.items()}
+    return [rounded(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""Numbers as people read them on a terminal."""
+
+from collections.abc import Sequence
+from typing import Any
+
+Pair = Sequence[float | None] | None
+"""Mean and standard deviation; None where nothing was measured."""
+
+
+def human_bytes(count: float) -> str:
+    """1536 -> '1.5 kB'."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:,.1f} GB"
+
+
+def human_seconds(seconds: float) -> str:
+    """2.34 -> '2.3 s', 754 -> '13 min', 9000 -> '2.5 h'."""
+    if seconds < 99.5:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 99.5 * 60 else f"{seconds / 3600:.1f} h"
+
+
+def share(value: Pair) -> str:
+    """(0.155, 0.021) -> '15.5 ±2.1'."""
+    if value is None or value[0] is None:
+        return "–"
+    spread = f" ±{100 * value[1]:.1f}" if value[1] is not None else ""
+    return f"{100 * value[0]:.1f}{spread}"
+
+
+def number(value: Pair) -> str:
+    """(1234.5, 20) -> '1,234'."""
+    return "–" if value is None or value[0] is None else f"{value[0]:,.0f}"
+
+
+def times(step: dict[str, Any] | None) -> str:
+    """What a step costs: a multiple of plain LoRA's, 'none' without steps, '–' where it is not known."""
+    if step is None or (step["ratio"] is None and step.get("why") != "no steps"):
+        return "–"
+    return "none" if step["ratio"] is None else f"{step['ratio']:.2f}"

@@ -1,0 +1,168 @@
+"""A grid that is killed again and again repeats nothing that is finished, and ends in the table of an unbroken one."""
+
+import json
+import multiprocessing
+import os
+import random
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from perdure import cli
+from perdure.commands import COMMANDS
+from perdure.compare import cells, compare
+from perdure.console import Screen
+from perdure.types import Task
+
+METHODS = ["lora(rank=2)", "inflora(rank=2)", "lora(rank=2) + ewc(samples=8)", "probe + replay(size=6)", "ncm", "probe"]
+SEEDS = [0, 1, 2]
+TIMED = ("seconds", "images_per_second", "step_cost", "step")
+
+
+def ask(arguments: list[str], said: Path) -> None:
+    """The body of a child process: the command line, with what it says in a file."""
+    sys.stdout = sys.stderr = said.open("w")
+    cli.main(arguments)
+
+
+def finished(out: Path) -> list[Path]:
+    return [path.parent for path in out.glob("*/summary.json")]
+
+
+def content(folders: list[Path]) -> dict[str, Any]:
+    """Bytes and time of change of every file."""
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+
+def untimed(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k not in TIMED} for row in table]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_six_methods_over_three_seeds_survive_kill_9(lab: Any, tmp_path: Path) -> None:
+    bench, out = lab.but(tasks=2, epochs=1), tmp_path / "broken"
+    options = {k: v for k, v in bench.config("probe").describe().items() if k not in ("method", "seed")}
+    flags = [word for k, v in options.items() for word in (f"--{k.replace('_', '-')}", str(v))]
+    words = ["compare", "--methods", *METHODS, *flags, "--seeds", *map(str, SEEDS), "--out", str(out)]
+    whole = compare(
+        bench.config("probe"), cells(METHODS, SEEDS, tmp_path / "unbroken"), tmp_path / "unbroken", steps=False
+    )
+
+    moments, kept = random.Random(7), {}
+    fork = multiprocessing.get_context("fork").Process
+    for enough in (2, 5, 9, 14, 18):  # finished runs, after which it is killed at a random moment
+        child = fork(target=ask, args=(words, tmp_path / "said"))
+        child.start()
+        while child.is_alive() and (
+            len(finished(out)) < enough or (enough == 18 and not (out / "steps.json").exists())
+        ):
+            time.sleep(0.005)
+        time.sleep(moments.uniform(0.0, 0.2))
+        os.kill(child.pid or 0, signal.SIGKILL)
+        child.join()
+        assert child.exitcode == -signal.SIGKILL, (tmp_path / "said").read_text()
+        now = content(finished(out))
+        assert now | kept == now
+        kept = now
+    measured = json.loads((out / "steps.json").read_text())["methods"]
+    assert 0 < len(measured) < len(METHODS)
+    table = json.loads((out / "compare.json").read_text())
+    assert untimed(table) == json.loads(json.dumps(untimed(whole)))
+
+    last = fork(target=ask, args=(words, tmp_path / "said"))
+    last.start()
+    last.join()
+    assert last.exitcode == 0, (tmp_path / "said").read_text()
+    assert content(finished(out)) == kept
+    again = json.loads((out / "steps.json").read_text())["methods"]
+    assert {method: again[method] for method in measured} == measured
+    assert list(again) == METHODS
+    table = json.loads((out / "compare.json").read_text())
+    assert untimed(table) == json.loads(json.dumps(untimed(whole)))
+    assert [row["step_cost"] for row in table] == [again[method]["ratio"] for method in METHODS]
+
+
+def test_the_table_is_also_written_in_markdown_and_drawn(perdure: Any, small: Any) -> None:
+    answer = perdure("compare", "--methods", "probe", "ncm", *small, "--seeds", 0, 1, "--out", "grid")
+    assert "step cost 2/2: ncm" in answer.out
+    (probe, ncm) = json.loads(Path("grid/compare.json").read_text())
+    assert probe["step_cost"] > 0
+    assert (ncm["step_cost"], ncm["step"]["why"]) == (None, "no steps")
+    assert probe["referenced_bytes"] == 0
+    assert len(probe["stored_bytes_after"]) == 2
+    assert probe["stored_bytes_after"][-1] == probe["stored_bytes"][0]
+    matrices = [json.loads(Path(f"grid/probe-seed{seed}/summary.json").read_text())["matrix"] for seed in (0, 1)]
+    own = [sum(matrix[i][i] for i in range(2)) / 2 for matrix in matrices]
+    assert probe["new_task_acc"][0] == pytest.approx(sum(own) / 2)
+    head, _, *lines = Path("grid/compare.md").read_text().splitlines()
+    assert head.startswith("| method | runs | final accuracy | new-task accuracy | forgetting |")
+    assert [line.split(" | ")[0] for line in lines] == ["| `probe`", "| `ncm`"]
+    assert "| none |" in lines[1]
+    for name in ("accuracy-bytes.svg", "accuracy-time.svg"):
+        assert Path("grid", name).read_text().startswith("<svg xmlns=")
+    report = Path("grid/report.html").read_text()
+    assert report.count('<svg class="scatter"') == 2
+    assert "× LoRA" in report
+    assert "New-task accuracy" in report
+
+
+def test_one_method_is_compared_with_nothing_and_the_demo_times_no_steps(perdure: Any, small: Any, lab: Any) -> None:
+    perdure("compare", "--methods", "probe", *small, "--seeds", 0, "--out", "grid")
+    assert not list(Path("grid").glob("*.svg"))
+    compare(lab.config("probe"), cells(["ncm"], [0], Path("other")), Path("other"), steps=False)
+    assert not Path("other/steps.json").exists()
+
+
+def test_advice_can_come_from_ones_own_grid(perdure: Any, small: Any) -> None:
+    perdure("compare", "--methods", "probe", "probe + replay(size=6)", *small, "--seeds", 0, 1, "--out", "grid")
+    advise = COMMANDS["advise"]
+    screen = Screen()
+    advise(from_=Path("grid"), old_data=False, tasks=2)(screen)
+    assert advise(from_=Path("grid")).json is False
+    with pytest.raises(ValueError, match="no finished run in nowhere"):
+        advise(from_=Path("nowhere"))(screen)
+
+
+def test_advice_names_numbers_origin_and_what_is_left_out(perdure: Any) -> None:
+    answer = perdure("advise", "--bytes", "50MB", "--no-old-data", "--tasks", 20, "--id-at-test", "no")
+    assert (answer.code, answer.err) == (0, "")
+    lines = answer.out.splitlines()
+    assert lines[0] == "asked: the task is not known at test, 20 tasks, at most 50MB stored, no old data kept"
+    assert re.match(r" +accuracy +new task +forgetting +stored +step +method", lines[3])
+    assert re.match(r"1=? +\d\d\.\d", lines[4])
+    assert re.search(r"^left out, --no-old-data: .*replay", answer.out, re.M)
+    assert "scores are for 10 tasks" in answer.out
+    assert re.search(r"^measured \d{4}-\d\d-\d\d.* with perdure [\d.]+", answer.out, re.M)
+    assert re.search(r"^  perdure compare --.* --methods .* --out runs/again$", answer.out, re.M)
+    (event,) = perdure("advise", "--json", "--id-at-test", "yes").events
+    assert event["answers"][0]["choices"][0]["place"] == 1
+    assert event["answers"][0]["setting"]["command"].startswith("perdure compare")
+
+
+def test_advice_says_when_it_does_not_know(perdure: Any) -> None:
+    assert "not known: the shipped table has no such measurement" in perdure("advise", "--scenario", "domain").out
+    assert "not known: no method that was measured here" in perdure("advise", "--bytes", "1B").out
+    refused = perdure("advise", "--bytes", "many")
+    assert (refused.code, refused.out) == (2, "")
+    assert refused.err == "perdure: --bytes 'many': expected a number with B, kB, MB, GB or MiB, such as 50MB\n"
+
+
+def test_a_terminal_shows_the_grid_above_the_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Screen()
+    screen.live.width = 80
+    monkeypatch.setattr(type(screen.live), "is_terminal", True)
+    screen.cell(2, 18, "inflora(rank=10)", 1, 600.0)
+    screen.task(Task(0, "a", (0,), ("a",), 10), 10, 1, 4)
+    with screen.live.capture() as shown:
+        screen.live.print(screen._bar)
+    screen.close()
+    grid, task = shown.get().rstrip("\n").split("\n")
+    assert re.match(r"run 3/18 .* inflora\(rank=10\), seed 1 .*10 min left", grid)
+    assert task.startswith("task 1/10")
