@@ -106,7 +106,7 @@ def _check(learner: Core, to: str) -> None:
         raise ValueError(f"{strange[0]} changes features as no weights can express; keep this learner with save")
     if prompted(backbone):
         raise ValueError(
-            "prompt tokens pass through the encoder, which no weights can hold; keep this learner with save"
+            "prompts take part in the encoder, which no weights can hold; keep this learner with save"
         )
     classifier_of(learner)
     linear = False

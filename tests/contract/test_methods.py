@@ -80,6 +80,14 @@ COMBINATIONS = [
     "finetune + icarl(size=12)",
     "inflora(rank=2) + icarl(size=12)",
     "lora(rank=2) + align + derpp(size=12, selection='grand')",
+    "coda_prompt(strength=0.1) + replay(size=12)",
+    "coda_prompt + align",
+    "coda_prompt + joint",
+    "dualprompt + replay(size=12)",
+    "dualprompt + ncm",
+    "dualprompt + ewc",
+    "prefix + ewc",
+    "prefix + lora(rank=2)",
     "lora(rank=2) + gem",
     "finetune + agem",
     "lora(rank=2) + agem + replay(size=12)",
@@ -123,6 +131,8 @@ ELSEWHERE = [
         "lora(rank=2) + lwf",
         "l2p",
         "prompt",
+        "dualprompt",
+        "coda_prompt",
         "finetune + si",
         "probe + agem",
         "lora(rank=2) + icarl(size=12)",
@@ -142,6 +152,7 @@ ELSEWHERE = [
         "fm_lora(rank=4)",
         "inflora(rank=2) + ranpac(dim=64)",
         "l2p",
+        "dualprompt",
         "prompt + ewc",
         "lora(rank=2, tower='both') + ewc(of='updates')",
         "gpm(keep=0.5, tower='both')",
@@ -225,8 +236,9 @@ def test_every_trainable_parameter_gets_a_gradient(spec: str, where: Any, lab: A
         learner.learnt += 1
 
 
-# By definition: the published forms of SD-LoRA set all magnitudes anew, and a core of its own starts from nothing.
-JUMP = ("normalise='paper'", "reading='per_task'")
+# By definition: the published forms of SD-LoRA set all magnitudes anew, a core of its own starts from nothing, and new
+# components of CODA-Prompt start orthogonal to the old ones, not at zero.
+JUMP = ("normalise='paper'", "reading='per_task'", "coda_prompt")
 
 
 @pytest.mark.parametrize(("spec", "where"), [(s, w) for s, w in PLACES if not any(word in s for word in JUMP)])
@@ -336,6 +348,12 @@ def test_a_guard_without_anything_to_protect_is_refused_when_built(spec: str) ->
 @pytest.mark.parametrize("spec", ["lwf", "probe + lwf", "probe + replay + lwf"])
 def test_a_distillation_where_no_part_changes_the_encoder_is_refused_when_built(spec: str) -> None:
     with pytest.raises(ValueError, match=r"^lwf has nothing to protect in .*no part changes the encoder"):
+        make_method(spec)
+
+
+@pytest.mark.parametrize("spec", ["l2p + lora", "coda_prompt + lora", "prefix + dualprompt", "gpm + lora"])
+def test_what_relies_on_the_encoder_is_refused_beside_what_changes_it(spec: str) -> None:
+    with pytest.raises(ValueError, match=r"cannot be combined with .* protects or relies on would be void"):
         make_method(spec)
 
 

@@ -359,7 +359,7 @@ def test_shared_bases_export_as_plain_weights(model: str, tmp_path: Any) -> None
     [
         (
             ", prompts=2",
-            "prompt tokens pass through the encoder, which no weights can hold; keep this learner with save",
+            "prompts take part in the encoder, which no weights can hold; keep this learner with save",
         ),
         (", prompts=0, reading='per_task'", "changes features as no weights can express; keep this learner with save"),
     ],

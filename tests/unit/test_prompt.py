@@ -144,5 +144,5 @@ def test_tokens_cannot_be_exported(tmp_path: Any) -> None:
     learner = Core(backbone, make_objective("classify"), make_method("prompt"))
     learner.grow(Task(0, "a", (0, 1), ("x", "y"), 1))
     learner.learnt = 1
-    with pytest.raises(ValueError, match=r"^prompt tokens pass through the encoder, which no weights can hold; keep"):
+    with pytest.raises(ValueError, match=r"^prompts take part in the encoder, which no weights can hold; keep"):
         export(learner, tmp_path / "it", "merged")

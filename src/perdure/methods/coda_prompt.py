@@ -1,0 +1,152 @@
+"""CODA-Prompt: prompts as weighted sums of components (Smith et al., CVPR 2023, arXiv:2211.13218).
+
+Each component m has a prompt P_m, a key K_m and a vector A_m that says which features of the query matter to it:
+p = Σ_m cos(q ∘ A_m, K_m) P_m, q being the pre-trained encoder's features. Half of p joins the keys of self-attention,
+half the values. Every task adds components; those of former tasks are frozen but go on contributing. Nothing is
+selected, so the choice itself learns from the cross-entropy.
+
+The paper adds λ (‖K Kᵀ - I‖² + ‖A Aᵀ - I‖² + ‖P Pᵀ - I‖²) with λ = 0.1; later the official code set it to 0 and lets
+new components start orthogonal to old ones instead (Gram-Schmidt). Both are here: `strength` and `start`.
+
+Differs: the penalty is the mean over the entries of each matrix, summed over blocks, as in the official code; its part
+between old components, which is constant, is left out. Orthogonal starts come from a QR decomposition against the
+span of the old components; the official one projects on them one by one, which is only the same while they are
+orthogonal. `start="random"` is a unit vector of random direction (the paper's code: uniform in [0, 1]).
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from perdure.adapters.prefix import Prefix
+from perdure.learner import Core
+from perdure.memory.tensors import Tensors
+from perdure.method import Method, at_least_zero
+from perdure.prompting import QUERY, attach_prefix, first_blocks, query
+from perdure.types import Batch, Task
+
+Start = Literal["orthogonal", "random"]
+_BLOCKS = 5
+_ALL, _EACH = 100, 10  # components of a stream of known length, and of each task where the end is open
+
+
+class CODAPrompt(Method, name="coda_prompt"):
+    """Prompts made for each image from components, some of which each task adds; the encoder stays as it is.
+
+    Args:
+        components: that each task adds; None shares the paper's 100, or as many as there are features, out among the
+            tasks; where the end is open 10, or a tenth of the features.
+        length: vectors of a prompt in each block, half of them keys and half of them values.
+        blocks: which blocks have prompts; None is the paper's "0-4", or all where there are fewer.
+        strength: weight of the orthogonality penalty (λ); the paper's is 0.1, its later code's 0.
+        start: new components are `orthogonal` to all former ones, or `random`. Vectors that find no free direction
+            left, as in a stream longer than announced, are random too.
+    """
+
+    adapts, guarantees = True, True
+    records = (QUERY,)
+
+    def __init__(
+        self,
+        components: int | None = None,
+        length: int = 8,
+        blocks: str | None = None,
+        strength: float = 0.0,
+        start: Start = "orthogonal",
+    ) -> None:
+        super().__init__()
+        if components is not None and components < 1:
+            raise ValueError(f"components={components}: expected 1 or more a task, such as 10, or None")
+        if length < 2 or length % 2:
+            raise ValueError(f"length={length}: expected an even number, half keys and half values, such as 8")
+        at_least_zero(strength=strength)
+        self.components, self.length, self.blocks = components, length, blocks
+        self.strength, self.start = strength, start
+        self.prefix = Prefix()
+        # of the current task: "key" and "filter" (A), (blocks, components, dim), and "prompt"
+        # (blocks, components, length / 2, 2 · width), keys beside values
+        self.new = nn.ParameterDict()
+        self.past = Tensors()  # the same of all former tasks together
+
+    def grow(self, learner: Core, task: Task) -> None:
+        """Put the last task's components away, and start new ones."""
+        for name, value in self.new.items():
+            old = value.detach()
+            self.past[name] = torch.cat([self.past[name], old], dim=1) if name in self.past else old
+        for name, shape in self._shapes(learner, task).items():
+            self.new[name] = nn.Parameter(self._begin(name, shape))
+        if task.index == 0:
+            attach_prefix(learner.backbone, self.prefix, self._where(learner))
+
+    def record(self, learner: Core, batch: Batch) -> Batch:
+        """The query of each image."""
+        return {QUERY: query(learner, batch)}
+
+    def penalty(self, learner: Core, batch: Batch, features: Tensor) -> Tensor | float:
+        """strength · Σ over blocks and K, A, P of the mean square of X Xᵀ - I."""
+        if not self.strength:
+            return 0.0
+        return self.strength * sum(self._overlap(name) for name in sorted(self.new))
+
+    def encode(self, learner: Core, batch: Batch) -> Tensor:
+        """Features (B, dim) with the prompt of each image."""
+        asked = query(learner, batch)
+        prompt = _mixed(asked, self.new["key"], self.new["filter"], self.new["prompt"])
+        if self.past:  # apart: these need no gradient, and no copy
+            prompt = prompt + _mixed(asked, self.past["key"], self.past["filter"], self.past["prompt"])
+        with self.prefix.giving(prompt.unbind()):
+            return super().encode(learner, batch)
+
+    def _where(self, learner: Core) -> str:
+        return self.blocks or first_blocks(learner.backbone, 0, _BLOCKS)
+
+    def _shapes(self, learner: Core, task: Task) -> dict[str, tuple[int, ...]]:
+        backbone = learner.backbone
+        sites, dim = backbone.sites("k", self._where(learner)), backbone.dim
+        count = self.components
+        if "key" in self.new:
+            count = self.new["key"].shape[1]
+        elif count is None:
+            count = min(_ALL, dim) // task.total if task.total else min(_EACH, dim // 10)
+            count = max(1, count)
+        elif self.start == "orthogonal" and count * (task.total or 1) > dim:
+            raise ValueError(
+                f"components={count} a task would need {count * (task.total or 1)} orthogonal keys in {dim} features; "
+                f"write at most {max(1, dim // (task.total or 1))}, or start='random'"
+            )
+        narrow, wide = (len(sites), count, dim), (len(sites), count, self.length // 2, 2 * sites[0].fan_out)
+        return {"key": narrow, "filter": narrow, "prompt": wide}
+
+    def _begin(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Unit vectors (blocks, components, ...), one for each component."""
+        fresh = torch.randn(shape, dtype=torch.float64).flatten(2).mT  # (blocks, size, components)
+        old = self.past[name].flatten(2).mT.double().cpu() if name in self.past else fresh[..., :0]
+        if self.start == "orthogonal" and old.shape[2] + fresh.shape[2] <= fresh.shape[1]:
+            span = torch.linalg.qr(old).Q
+            for _ in range(2):  # once leaves what rounding adds
+                fresh = torch.linalg.qr(fresh - span @ (span.mT @ fresh)).Q
+        else:
+            fresh = fresh / fresh.norm(dim=1, keepdim=True)
+        begun: Tensor = fresh.mT.float().reshape(shape)
+        return begun.contiguous()
+
+    def _overlap(self, name: str) -> Tensor:
+        """Σ over blocks of the mean square of X Xᵀ - I, X being all components, without what is constant."""
+        new: Tensor = self.new[name].flatten(2)
+        among = new @ new.mT - torch.eye(new.shape[1], device=new.device)
+        total = among.square().sum()
+        count = new.shape[1]
+        if name in self.past:
+            old = self.past[name].flatten(2)
+            total, count = total + 2 * (new @ old.mT).square().sum(), count + old.shape[1]
+        return total / (count * count)
+
+
+def _mixed(asked: Tensor, keys: Tensor, filters: Tensor, prompts: Tensor) -> Tensor:
+    """Σ_m cos(q ∘ A_m, K_m) P_m for each block and image, (blocks, B, length / 2, 2 · width)."""
+    # (q ∘ A) · K = q · (A ∘ K) and |q ∘ A|² = q² · A²: no (B, components, dim) is ever made
+    products = asked @ (filters * keys).mT
+    norms = (asked.square() @ filters.square().mT).sqrt() * keys.norm(dim=2)[:, None]
+    mixed: Tensor = (products / norms.clamp_min(1e-12)) @ prompts.flatten(2)
+    return mixed.reshape(*mixed.shape[:2], *prompts.shape[2:])

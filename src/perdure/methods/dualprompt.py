@@ -1,0 +1,149 @@
+"""DualPrompt: a general prompt for all tasks, an expert prompt for each (Wang et al., ECCV 2022, arXiv:2204.04799).
+
+Both are prefixes: keys and values that join those of an image in self-attention. G-prompts stand in the lowest blocks
+and are trained by all tasks. E-prompts stand above them; each task has its own, with a key k_t. In training an image
+takes its own task's, with loss - strength · cos(q, k_t), q being the pre-trained encoder's features; at test time it
+takes the one whose key is nearest to its q. E-prompts and keys of former tasks are frozen.
+
+Differs: every image chooses for itself at test time; published settings let the test batch vote, which
+`batchwise=True` reproduces. Key and E-prompt of a task start from those of the last one (the official code has both as
+options, and copies the prompt), so that a new task changes no answer yet; the first ones start from a normal
+distribution of deviation 0.02 (published: uniform). Where a class is in several tasks, its images count as the latest
+one's. Gradients are not clipped.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from perdure.adapters.prefix import Prefix, starting_prefix
+from perdure.learner import Core
+from perdure.memory.tensors import Tensors
+from perdure.method import Method, without_effect
+from perdure.prompting import QUERY, attach_prefix, first_blocks, nearest, query
+from perdure.types import Batch, Task
+
+_GENERAL, _EXPERT, _LENGTH = 2, 3, 5
+
+
+class DualPrompt(Method, name="dualprompt"):
+    """General and expert prefixes, the latter chosen by the pre-trained encoder; the encoder stays as it is.
+
+    Args:
+        length: keys, and as many values, that an E-prompt has in each of its blocks.
+        blocks: which blocks have E-prompts; None is the paper's "2-4", in a model of fewer blocks those above the
+            G-prompts'.
+        general_length: the same of the G-prompts; 0 for none; None is 5.
+        general_blocks: which blocks have G-prompts; None is the paper's "0-1", in a model of fewer than 4 blocks "0".
+        strength: weight of the pull of a task's key to its images' queries, positive.
+        batchwise: at test time all images of a batch take the E-prompt that most of them chose, as in the published
+            settings. Answers then depend on who else is asked about, and on test batches sorted by task it tells the
+            task: for reproduction only.
+    """
+
+    adapts, guarantees = True, True
+    records = (QUERY,)
+
+    def __init__(
+        self,
+        length: int = 5,
+        blocks: str | None = None,
+        general_length: int | None = None,
+        general_blocks: str | None = None,
+        strength: float = 1.0,
+        batchwise: bool = False,
+    ) -> None:
+        super().__init__()
+        if length < 1:
+            raise ValueError(f"length={length}: expected at least 1 key and value a block, such as 5")
+        self.general_length = _LENGTH if general_length is None else general_length
+        if self.general_length < 0:
+            raise ValueError(f"general_length={general_length}: expected 1 or more, such as 5, or 0 for no G-prompts")
+        if not self.general_length:
+            without_effect("with general_length=0", general_blocks=general_blocks)
+        if not strength > 0:
+            raise ValueError(f"strength={strength}: expected a positive number, such as 1.0: keys learn from it only")
+        self.length, self.blocks, self.general_blocks = length, blocks, general_blocks
+        self.strength, self.batchwise = strength, batchwise
+        self.shares = self.general_length > 0
+        self.general, self.expert = Prefix(), Prefix()
+        self.shared: nn.Parameter | None = None  # G-prompts (blocks, general_length, 2 · width)
+        self.key: nn.Parameter | None = None  # of the current task, (dim,)
+        self.prompt: nn.Parameter | None = None  # E-prompt of the current task (blocks, length, 2 · width)
+        self.past = Tensors()  # "keys" (tasks, dim) and "prompts" (tasks, blocks, length, 2 · width) of former tasks
+        self.register_buffer("owner", torch.empty(0, dtype=torch.int64), persistent=False)  # class -> task
+        self.owner: Tensor
+
+    def shared_parameters(self) -> Iterable[nn.Parameter]:
+        """The G-prompts."""
+        return () if self.shared is None else (self.shared,)
+
+    def grow(self, learner: Core, task: Task) -> None:
+        """Prompts at the first task; then the last task's key and E-prompt are put away, and their values go on."""
+        if self.prompt is None or self.key is None:
+            self._place(learner)
+        else:
+            for name, value in (("keys", self.key), ("prompts", self.prompt)):
+                new = value.detach()[None]
+                self.past[name] = torch.cat([self.past[name], new]) if name in self.past else new
+        latest = {c: t.index for t in learner.tasks for c in t.classes}
+        self.owner = torch.tensor([latest.get(c, 0) for c in range(max(latest) + 1)])
+
+    def record(self, learner: Core, batch: Batch) -> Batch:
+        """The query of each image."""
+        return {QUERY: query(learner, batch)}
+
+    def penalty(self, learner: Core, batch: Batch, features: Tensor) -> Tensor | float:
+        """-strength · mean of cos(q, k) over images, k being the key of each image's own task."""
+        cosines = self._cosines(learner, batch)
+        return -self.strength * cosines.gather(1, self.owner[batch["label"], None]).mean()
+
+    def encode(self, learner: Core, batch: Batch) -> Tensor:
+        """Features (B, dim): in training with the E-prompt of each image's own task, else with the nearest."""
+        assert self.prompt is not None
+        if self.training and "label" in batch:
+            chosen = self.owner[batch["label"]]
+        else:
+            chosen = nearest(self._cosines(learner, batch), 1, self.batchwise)[:, 0]
+        prompts = self.prompt[None]
+        if "prompts" in self.past:
+            prompts = torch.cat([self.past["prompts"], prompts])
+        general = () if self.shared is None else self.shared.unbind()
+        with self.general.giving(general), self.expert.giving(prompts[chosen].unbind(1)):
+            return super().encode(learner, batch)
+
+    def measures(self, learner: Core) -> dict[str, float]:
+        """`batchwise` where the batch votes: such scores are not comparable."""
+        return {"batchwise": 1.0} if self.batchwise else {}
+
+    def _place(self, learner: Core) -> None:
+        backbone = learner.backbone
+        depth = len(backbone.blocks())
+        low = min(_GENERAL, depth // 2) if self.general_length else 0
+        if not low and self.general_length:
+            raise ValueError(f"{backbone.spec} has one block, G- and E-prompts need two: write general_length=0")
+        general = self.general_blocks or first_blocks(backbone, 0, low or 1)
+        expert = self.blocks or first_blocks(backbone, min(_GENERAL, depth // 2), _EXPERT)
+        width = 2 * backbone.sites("k", "0")[0].fan_out
+        if self.general_length:
+            sites = backbone.sites("k", general)
+            if twice := {site.key for site in sites} & {site.key for site in backbone.sites("k", expert)}:
+                raise ValueError(
+                    f"blocks={expert!r} and general_blocks={general!r} share {min(twice).rpartition(':')[0]}: E- and "
+                    "G-prompts stand in different blocks; name others"
+                )
+            self.shared = nn.Parameter(starting_prefix(len(sites), self.general_length, width))
+            attach_prefix(backbone, self.general, general)
+        self.prompt = nn.Parameter(starting_prefix(len(backbone.sites("k", expert)), self.length, width))
+        self.key = nn.Parameter(torch.empty(backbone.dim).normal_(std=0.02))
+        attach_prefix(backbone, self.expert, expert)
+
+    def _cosines(self, learner: Core, batch: Batch) -> Tensor:
+        """Of queries and the keys of all tasks, (B, tasks)."""
+        assert self.key is not None
+        keys = self.key[None]
+        if "keys" in self.past:
+            keys = torch.cat([self.past["keys"], keys])
+        return query(learner, batch) @ F.normalize(keys, dim=1).T

@@ -1,0 +1,180 @@
+"""CODA-Prompt: the formula, components that stay as they were, orthogonal starts and the penalty."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from perdure.backbones.tiny import tiny
+from perdure.config import make_method, make_objective
+from perdure.learner import Core
+from perdure.prompting import query
+from perdure.train import TrainConfig, fit_task
+from perdure.types import Task
+
+NAMES = ("key", "filter", "prompt")
+
+
+def grown(spec: str, tasks: int = 1, total: int | None = 3, dim: int = 32, depth: int = 2) -> Core:
+    """A learner that has grown for some tasks, with what it starts from."""
+    learner = Core(tiny(dim=dim, depth=depth), make_objective("classify"), make_method(spec))
+    for index in range(tasks):
+        learner.grow(Task(index, str(index), (2 * index, 2 * index + 1), (f"a{index}", f"b{index}"), total))
+    return learner
+
+
+def components(learner: Core, name: str) -> Tensor:
+    """All of one kind, former tasks first, (blocks, components, ...)."""
+    method = learner.method
+    parts = [method.past[name]] if name in method.past else []
+    return torch.cat([*parts, method.new[name]], dim=1)
+
+
+def test_prompts_are_the_papers_sum_over_all_components_in_every_block(lab: Any) -> None:
+    bench = lab.but(dim=32)
+    learner = bench.teach(bench.learner("coda_prompt(components=3)"), bench.stream().tasks[:2])
+    images = bench.stream().tasks[1].test.__getitems__(range(5))
+    keys, filters, prompts = (components(learner, name) for name in NAMES)
+    assert keys.shape == filters.shape == (2, 6, 32)
+    assert prompts.shape == (2, 6, 4, 64)
+    with torch.no_grad():
+        asked = learner.backbone(images)
+        blocks = []
+        for k, a, p in zip(keys, filters, prompts, strict=True):
+            weights = F.cosine_similarity(asked[:, None] * a, k[None].expand(5, -1, -1), dim=2)
+            blocks.append(torch.einsum("bm,mld->bld", weights, p))
+        with learner.method.prefix.giving(blocks):
+            expected = learner.backbone(images)
+        torch.testing.assert_close(learner.encode(images), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_components_of_former_tasks_stay_and_go_on_contributing(lab: Any) -> None:
+    stream = lab.stream()
+    learner = lab.teach(lab.learner("coda_prompt(components=2)"), stream.tasks[:1])
+    before = {name: learner.method.new[name].detach().clone() for name in NAMES}
+    lab.teach(learner, stream.tasks[1:2])
+    for name in NAMES:
+        assert torch.equal(learner.method.past[name], before[name])
+        assert not torch.equal(learner.method.new[name], before[name])
+    trained = [n for n in learner.trainable() if n.startswith("method")]
+    assert sorted(trained) == ["method.new.filter", "method.new.key", "method.new.prompt"]
+    assert [n for n in learner.shared() if n.startswith("method")] == []
+    images = stream.tasks[0].test.__getitems__(range(4))
+    with torch.no_grad():
+        whole = learner.encode(images)
+        learner.method.past["prompt"] = torch.zeros_like(learner.method.past["prompt"])
+        assert (learner.encode(images) - whole).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_new_components_start_as_unit_vectors_orthogonal_to_each_other_and_to_old_ones(name: str) -> None:
+    learner = grown("coda_prompt(components=5)")
+    with torch.no_grad():  # training leaves old ones neither orthogonal nor of unit length
+        for value in learner.method.new.values():
+            value.add_(torch.randn(value.shape, generator=torch.Generator().manual_seed(1)))
+    learner.grow(Task(1, "1", (2, 3), ("c", "d"), 3))
+    new = learner.method.new[name].flatten(2)
+    torch.testing.assert_close(new @ new.mT, torch.eye(5).expand(2, 5, 5), rtol=0, atol=1e-5)
+    assert (new @ learner.method.past[name].flatten(2).mT).abs().max() < 1e-5
+    other = grown("coda_prompt(components=5, start='random')", 2)
+    new = other.method.new[name].flatten(2)
+    torch.testing.assert_close(new.norm(dim=2), torch.ones(2, 5))
+    assert (new @ other.method.past[name].flatten(2).mT).abs().max() > 1e-3
+
+
+def test_a_stream_longer_than_announced_starts_from_random_directions() -> None:
+    learner = grown("coda_prompt(components=10)", 4)
+    assert components(learner, "key").shape[1] == 40
+    torch.testing.assert_close(learner.method.new["key"].norm(dim=2), torch.ones(2, 10))
+    prompts = learner.method.new["prompt"].flatten(2) @ learner.method.past["prompt"].flatten(2).mT
+    assert prompts.abs().max() < 1e-5  # which have more dimensions than keys
+
+
+@pytest.mark.parametrize(
+    ("dim", "total", "each"), [(128, 10, 10), (128, 30, 3), (32, 4, 8), (8, 20, 1), (128, None, 10), (32, None, 3)]
+)
+def test_components_are_shared_out_among_the_tasks(dim: int, total: int | None, each: int) -> None:
+    assert grown("coda_prompt", 1, total, dim).method.new["key"].shape[1] == each
+
+
+@pytest.mark.parametrize(("depth", "blocks"), [(2, 2), (5, 5), (7, 5)])
+def test_prompts_stand_in_the_papers_blocks_as_far_as_there_are_so_many(depth: int, blocks: int) -> None:
+    learner = grown("coda_prompt", depth=depth, dim=8)
+    assert len(learner.method.new["key"]) == blocks
+    assert len(grown("coda_prompt(blocks='1')", depth=depth, dim=8).method.new["key"]) == 1
+
+
+def test_penalty_is_that_of_all_components_but_for_a_constant() -> None:
+    learner = grown("coda_prompt(strength=0.1, components=3, start='random')", 2)
+    with torch.no_grad():
+        for value in learner.method.new.values():
+            value.add_(torch.randn(value.shape, generator=torch.Generator().manual_seed(1)))
+    batch: dict[str, Tensor] = {}
+    found = learner.method.penalty(learner, batch, torch.empty(0))
+    found.backward()
+    leaves, expected, constant = {}, torch.zeros(()), torch.zeros(())
+    for name in NAMES:
+        old = learner.method.past[name].flatten(2)
+        leaves[name] = learner.method.new[name].detach().requires_grad_()
+        both = torch.cat([old, leaves[name].flatten(2)], dim=1)
+        expected = expected + 0.1 * (both @ both.mT - torch.eye(6)).square().mean(dim=(1, 2)).sum()
+        constant = constant + 0.1 * (old @ old.mT - torch.eye(3)).square().sum() / 36
+    torch.testing.assert_close(found, expected - constant)
+    expected.backward()
+    for name, leaf in leaves.items():
+        torch.testing.assert_close(learner.method.new[name].grad, leaf.grad)
+
+
+def test_strength_0_adds_nothing_to_the_loss(lab: Any) -> None:
+    learner = grown("coda_prompt")
+    assert learner.method.penalty(learner, {}, torch.empty(0)) == 0.0
+
+
+def test_recorded_queries_equal_those_computed_in_every_step(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TrainConfig(epochs=2, batch_size=8, lr=1e-2)
+    task = lab.stream().tasks[0]
+    learners = [lab.learner("coda_prompt") for _ in range(2)]
+    for learner in learners:
+        learner.grow(task)
+    recorded = learners[0].recorded(task.train)
+    batch = recorded.__getitems__([3, 1])
+    torch.testing.assert_close(batch["query"], query(learners[0], task.train.__getitems__([3, 1])))
+    fit_task(learners[0], task, config)
+    monkeypatch.setattr(Core, "recorded", lambda _learner, data: data)
+    fit_task(learners[1], task, config)
+    for name, value in learners[0].memory().items():
+        torch.testing.assert_close(value, learners[1].memory()[name], rtol=1e-4, atol=1e-5)
+
+
+def test_training_encodes_images_once_a_step_and_once_a_task_for_queries(lab: Any) -> None:
+    learner, task = lab.learner("coda_prompt"), lab.stream().tasks[0]
+    learner.grow(task)
+    images: list[int] = []
+    first = learner.backbone.get_submodule(learner.backbone.blocks()[0])
+    first.register_forward_pre_hook(lambda _block, args: images.append(len(args[0])))
+    fit_task(learner, task, TrainConfig(epochs=3, batch_size=8))
+    assert sum(images) == (1 + 3) * len(task.train)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("coda_prompt(components=0)", "components=0: expected 1 or more"),
+        ("coda_prompt(length=5)", "length=5: expected an even number"),
+        ("coda_prompt(start='ortho')", "start='ortho': expected 'orthogonal' or 'random'"),
+        ("coda_prompt(strength=-1)", "strength=-1: expected 0 or more"),
+        ("coda_prompt + lora", "^coda_prompt cannot be combined with lora"),
+        ("coda_prompt + ewc", "^ewc has nothing to protect"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_when_built(spec: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_method(spec)
+
+
+def test_more_orthogonal_components_than_features_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"would need 33 orthogonal keys in 32 features; write at most 10, or start="):
+        grown("coda_prompt(components=11)")
+    assert grown("coda_prompt(components=11, start='random')").method.new["key"].shape[1] == 11

@@ -1,0 +1,189 @@
+"""DualPrompt: each image's own E-prompt in training, the nearest key's at test time, and what the past keeps."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from perdure.backbones.tiny import tiny
+from perdure.config import make_method, make_objective
+from perdure.learner import Core
+from perdure.prompting import query
+from perdure.train import TrainConfig, fit_task, predict_scores
+from perdure.types import Task
+
+
+def taught(lab: Any, spec: str = "dualprompt", tasks: int = 2, **more: Any) -> Core:
+    return lab.teach(lab.learner(spec), lab.stream().tasks[:tasks], **more)
+
+
+def placed(depth: int, spec: str = "dualprompt") -> tuple[list[int], list[int]]:
+    """Numbers of the blocks that have G- and E-prompts."""
+    learner = Core(tiny(dim=8, depth=depth), make_objective("classify"), make_method(spec))
+    learner.grow(Task(0, "first", (0, 1), ("a", "b")))
+    method = learner.method
+    on: dict[Any, set[int]] = {method.general: set(), method.expert: set()}
+    for number, name in enumerate(learner.backbone.blocks()):
+        for hook in learner.backbone.get_submodule(f"{name}.attn")._forward_pre_hooks.values():
+            on[hook.args[0]].add(number)
+    return sorted(on[method.general]), sorted(on[method.expert])
+
+
+@pytest.mark.parametrize(
+    ("depth", "general", "expert"),
+    [(2, [0], [1]), (3, [0], [1, 2]), (4, [0, 1], [2, 3]), (5, [0, 1], [2, 3, 4]), (7, [0, 1], [2, 3, 4])],
+)
+def test_prompts_stand_where_the_paper_has_them_as_far_as_there_are_blocks(
+    depth: int, general: list[int], expert: list[int]
+) -> None:
+    assert placed(depth) == (general, expert)
+
+
+def test_blocks_can_be_named_and_general_prompts_left_out() -> None:
+    assert placed(4, "dualprompt(general_blocks='3', blocks='0,2')") == ([3], [0, 2])
+    assert placed(5, "dualprompt(general_length=0)") == ([], [2, 3, 4])
+    assert placed(1, "dualprompt(general_length=0)") == ([], [0])
+
+
+def test_only_general_prompts_are_shared_and_only_the_current_expert_learns(lab: Any) -> None:
+    learner = taught(lab, tasks=1)
+    method, second = learner.method, lab.stream().tasks[1]
+    first = method.prompt.detach().clone(), method.key.detach().clone()
+    assert "method.shared" in learner.shared()
+    assert not {"method.prompt", "method.key"} & learner.shared().keys()
+    lab.teach(learner, [second])
+    assert torch.equal(method.past["prompts"], first[0][None])
+    assert torch.equal(method.past["keys"], first[1][None])
+    assert not torch.equal(method.prompt, first[0])
+    assert not torch.equal(method.key, first[1])
+    trained = {n for n in learner.trainable() if n.startswith("method")}
+    assert trained == {"method.shared", "method.key", "method.prompt"}
+
+
+def test_in_training_each_image_takes_the_prompt_of_its_own_task(lab: Any) -> None:
+    learner, stream = taught(lab), lab.stream()
+    method = learner.method
+    old, new = (stream.tasks[i].train.__getitems__(range(3)) for i in (0, 1))
+    mixed = {k: torch.cat([old[k], new[k]]) for k in old}
+    prompts = torch.cat([method.past["prompts"].expand(3, -1, -1, -1), method.prompt[None].expand(3, -1, -1, -1)])
+    learner.train()
+    with method.general.giving(method.shared.unbind()), method.expert.giving(prompts.unbind(1)):
+        expected = learner.backbone(mixed)
+    torch.testing.assert_close(learner.encode(mixed), expected)
+    learner.method.batchwise = True  # which is about tests
+    torch.testing.assert_close(learner.encode(mixed), expected)
+
+
+def test_the_pull_is_to_the_key_of_each_images_own_task(lab: Any) -> None:
+    learner, stream = taught(lab, "dualprompt(strength=0.5)"), lab.stream()
+    method = learner.method
+    batch = {
+        k: torch.cat([stream.tasks[0].train.__getitems__([0])[k], v])
+        for k, v in stream.tasks[1].train.__getitems__([0, 1, 2]).items()
+    }
+    asked = query(learner, batch)
+    keys = torch.stack([method.past["keys"][0], method.key, method.key, method.key])
+    expected = -0.5 * F.cosine_similarity(asked, keys).mean()
+    torch.testing.assert_close(method.penalty(learner, batch, torch.empty(0)), expected)
+
+
+def test_a_key_comes_nearer_to_its_tasks_queries(lab: Any) -> None:
+    stream = lab.stream()
+    learner = lab.learner("dualprompt")
+    learner.grow(stream.tasks[0])
+    batch = stream.tasks[0].train.__getitems__(range(16))
+    before = F.cosine_similarity(query(learner, batch), learner.method.key.detach()).mean()
+    fit_task(learner, stream.tasks[0], lab.train_config(epochs=6))
+    assert F.cosine_similarity(query(learner, batch), learner.method.key.detach()).mean() > before + 0.2
+
+
+def apart(lab: Any, spec: str) -> tuple[Core, Any]:
+    """A learner of whose two keys some images are nearer to one and some to the other; and those images."""
+    learner = taught(lab, spec)
+    method = learner.method
+    data = lab.stream().tasks[0].test
+    asked = query(learner, data.__getitems__(range(len(data))))
+    mean, aside = asked.mean(0), asked[0] - asked.mean(0)
+    with torch.no_grad():
+        method.past["keys"] = (mean + aside)[None]
+        method.key.copy_(mean - aside)
+        method.prompt.normal_(generator=torch.Generator().manual_seed(5))
+    return learner, data
+
+
+def scores(learner: Core, data: Any, size: int) -> Tensor:
+    with learner.inference():
+        return predict_scores(learner, data, size)
+
+
+def test_each_image_chooses_for_itself_but_a_batch_that_votes_makes_answers_depend_on_the_batch(lab: Any) -> None:
+    learner, data = apart(lab, "dualprompt")
+    alone = scores(learner, data, 1)
+    torch.testing.assert_close(scores(learner, data, 64), alone, rtol=1e-5, atol=1e-5)
+    voting, data = apart(lab, "dualprompt(batchwise=True)")
+    torch.testing.assert_close(scores(voting, data, 1), alone, rtol=1e-5, atol=1e-5)
+    assert (scores(voting, data, 64) - alone).abs().max() > 1e-3
+    assert voting.method.measures(voting) == {"batchwise": 1.0}
+    assert learner.method.measures(learner) == {}
+
+
+def test_a_new_task_starts_from_the_last_ones_key_and_prompt(lab: Any) -> None:
+    learner = taught(lab, tasks=1)
+    images = lab.stream().tasks[0].test
+    before = scores(learner, images, 64)
+    learner.grow(lab.stream().tasks[1])
+    assert torch.equal(learner.method.past["keys"][0], learner.method.key)
+    torch.testing.assert_close(scores(learner, images, 64)[:, :2], before)
+
+
+def test_where_all_tasks_have_the_same_classes_images_count_as_the_current_tasks(lab: Any) -> None:
+    bench = lab.but(scenario="domain")
+    learner = bench.teach(bench.learner("dualprompt"), bench.stream().tasks[:2])
+    assert learner.method.owner.tolist() == [1, 1]
+
+
+def test_recorded_queries_equal_those_computed_in_every_step(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TrainConfig(epochs=2, batch_size=8, lr=1e-2)
+    task = lab.stream().tasks[0]
+    learners = [lab.learner("dualprompt") for _ in range(2)]
+    for learner in learners:
+        learner.grow(task)
+    recorded = learners[0].recorded(task.train)
+    batch = recorded.__getitems__([3, 1])
+    torch.testing.assert_close(batch["query"], query(learners[0], task.train.__getitems__([3, 1])))
+    fit_task(learners[0], task, config)
+    monkeypatch.setattr(Core, "recorded", lambda _learner, data: data)
+    fit_task(learners[1], task, config)
+    for name, value in learners[0].memory().items():
+        torch.testing.assert_close(value, learners[1].memory()[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("dualprompt(length=0)", "length=0: expected at least 1"),
+        ("dualprompt(general_length=-1)", "general_length=-1: expected 1 or more"),
+        ("dualprompt(general_length=0, general_blocks='0')", "general_blocks='0' has no effect with general_length=0"),
+        ("dualprompt(strength=0)", "strength=0: expected a positive number"),
+        ("dualprompt + lora", "^dualprompt cannot be combined with lora"),
+        ("prefix + dualprompt", "^dualprompt cannot be combined with prefix"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_when_built(spec: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_method(spec)
+
+
+@pytest.mark.parametrize(
+    ("depth", "spec", "message"),
+    [
+        (2, "dualprompt(general_blocks='0-1')", r"^blocks='1-1' and general_blocks='0-1' share vision.blocks.1: "),
+        (2, "dualprompt(blocks='2-4')", r"'2-4' is outside 0-1"),
+        (1, "dualprompt", "has one block, G- and E-prompts need two: write general_length=0$"),
+    ],
+)
+def test_blocks_that_do_not_fit_the_model_are_refused(depth: int, spec: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        placed(depth, spec)
