@@ -105,9 +105,7 @@ def _check(learner: Core, to: str) -> None:
     if strange := [part.name for part in parts_of(learner.method) if encodes(part)]:
         raise ValueError(f"{strange[0]} changes features as no weights can express; keep this learner with save")
     if prompted(backbone):
-        raise ValueError(
-            "prompts take part in the encoder, which no weights can hold; keep this learner with save"
-        )
+        raise ValueError("prompts take part in the encoder, which no weights can hold; keep this learner with save")
     classifier_of(learner)
     linear = False
     for site, adapter, part in updates(backbone):
