@@ -6,15 +6,15 @@ Imports nothing that computes, so that the answer comes at once. Settings and ro
 import itertools
 import json
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any, Literal
 
+from perdure.memory.budget import count_bytes
 from perdure.spec import parse
+from perdure.wording import human_bytes
 
-_UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 _STEADY = 0.1  # growth of stored bytes per task may vary by so much and still be carried on as its mean
 
 
@@ -51,12 +51,7 @@ class Constraints:
         Raises:
             ValueError: when they are not written as a number with a unit.
         """
-        if self.bytes is None:
-            return None
-        found = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)\s*([a-zA-Z]*)", self.bytes.strip())
-        if not found or found[2].lower() not in _UNITS:
-            raise ValueError(f"--bytes {self.bytes!r}: expected a number with B, kB, MB, GB or MiB, such as 50MB")
-        return float(found[1]) * _UNITS[found[2].lower()]
+        return None if self.bytes is None else float(count_bytes(self.bytes))
 
     @property
     def task_known(self) -> bool:
@@ -191,7 +186,7 @@ def _answer(setting: dict[str, Any], asked: Constraints) -> Advice:
             answer.unknown.setdefault("stored bytes", []).append(_so_far(row, measured))
         else:
             found.append(choice)
-    answer.choices.extend(_placed(found))
+    answer.choices.extend(_placed(found, setting.get("test_images")))
     answer.notes.extend(_notes(setting, answer, tasks))
     return answer
 
@@ -232,7 +227,7 @@ def _missed(row: dict[str, Any], choice: Choice | None, asked: Constraints) -> t
         # where growth is only bounded, what was stored after the last measured task is the least there will be
         least = row["after"]["stored_bytes"][-1][0] if choice.stored == "at most" else choice.stored_bytes
         if least > limit:
-            return f"--bytes {asked.bytes}", f"{method} ({_size(least)})"
+            return f"--bytes {asked.bytes}", f"{method} ({human_bytes(least)})"
     if asked.step_cost is not None and choice.step is not None and choice.step > asked.step_cost:
         return f"--step-cost {asked.step_cost:g}", f"{method} ({choice.step:.2f})"
     return None
@@ -240,19 +235,24 @@ def _missed(row: dict[str, Any], choice: Choice | None, asked: Constraints) -> t
 
 def _so_far(row: dict[str, Any], tasks: int) -> str:
     last = row["after"]["stored_bytes"][-1]
-    return row["method"] if last is None else f"{row['method']} ({_size(last[0])} after {tasks} tasks)"
+    return row["method"] if last is None else f"{row['method']} ({human_bytes(last[0])} after {tasks} tasks)"
 
 
 def _surely_small(choice: Choice, asked: Constraints) -> bool:
     return asked.limit is None or (choice.stored_bytes is not None and choice.stored_bytes <= asked.limit)
 
 
-def _placed(found: Sequence[Choice]) -> list[Choice]:
-    """Best first; who is within one standard deviation, the larger of the two, of the first of a place shares it."""
+def _placed(found: Sequence[Choice], images: int | None) -> list[Choice]:
+    """Best first; who is within one standard deviation of the first of a place shares it.
+
+    The largest counts: over runs of either, and of a share of so many test images, which are the same in every run.
+    """
     groups: list[list[Choice]] = []
     for choice in sorted(found, key=lambda c: -c.share[0]):
         leader = groups[-1][0] if groups else None
-        if leader and leader.share[0] - choice.share[0] <= max(leader.share[1] or 0.0, choice.share[1] or 0.0):
+        by_chance = math.sqrt(choice.share[0] * (1 - choice.share[0]) / images) if images else 0.0
+        spread = max(choice.share[1] or 0.0, (leader and leader.share[1]) or 0.0, by_chance)
+        if leader and leader.share[0] - choice.share[0] <= spread:
             groups[-1].append(choice)
         else:
             groups.append([choice])
@@ -277,7 +277,9 @@ def _notes(setting: dict[str, Any], answer: Advice, tasks: int) -> list[str]:
     if any(c.steps == "unknown" for c in choices):
         notes.append("step cost '?': not measured")
     if any(c.tied for c in choices):
-        notes.append("=: the same place, for the difference is within one standard deviation over seeds")
+        notes.append(
+            "=: the same place, for the difference is within one standard deviation, over seeds or of the test images"
+        )
     if single := [c.method for c in choices if c.seeds == 1]:
         notes.append(f"one run only, so no spread: {', '.join(single)}")
     if any(c.steps == "measured" for c in choices):
@@ -287,8 +289,3 @@ def _notes(setting: dict[str, Any], answer: Advice, tasks: int) -> list[str]:
 
 def _pair(value: Sequence[Any] | None) -> tuple[float, float | None] | None:
     return None if value is None else (value[0], value[1])
-
-
-def _size(count: float) -> str:
-    power = next((i for i in range(3) if count < 1000 ** (i + 1)), 3)
-    return f"{count / 1000**power:.{min(power, 1)}f} {('B', 'kB', 'MB', 'GB')[power]}"

@@ -70,12 +70,11 @@ def _answer(answer: Advice) -> list[str]:
     lines += [f"not known, {what}: {', '.join(methods)}" for what, methods in answer.unknown.items()]
     days = " to ".join(dict.fromkeys((about["created"][0], about["created"][-1])))
     commits = f" at {', '.join(about['git'])}" if about["git"] else ""
-    lines += [
-        *answer.notes,
-        f"measured {days} with perdure {', '.join(about['perdure'])}{commits}; to measure the first three:",
-    ]
+    lines += [*answer.notes, f"measured {days} with perdure {', '.join(about['perdure'])}{commits}"]
+    if not answer.choices:
+        return lines
     first = shlex.join([choice.method for choice in answer.choices[:3]])
-    return [*lines, f"  {about['command']} --methods {first or '...'} --out runs/again"]
+    return [*lines, "to measure the first three:", f"  {about['command']} --methods {first} --out runs/again"]
 
 
 def _cells(choice: Choice) -> tuple[str, ...]:

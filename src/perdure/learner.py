@@ -104,6 +104,11 @@ class Core(nn.Module):
         return torch.autocast(self.device.type, dtype=self.precision)
 
     @property
+    def image_bytes(self) -> int:
+        """Bytes of an image in uint8, at the size the model sees."""
+        return 3 * self.backbone.preprocess.size**2
+
+    @property
     def dim(self) -> int:
         """Number of features."""
         return self.method.width(self)

@@ -2,8 +2,8 @@
 
 Rows that were measured alike stand together in a setting, as JSON:
 
-    {"stream", "data", "scenario", "tasks", "classes", "images", "backbone", "training", "computed", "created",
-     "perdure", "git", "command", "rows": [{"method", "seeds", "after", "seconds", ...}, ...]}
+    {"stream", "data", "scenario", "tasks", "classes", "images", "test_images", "backbone", "training", "computed",
+     "created", "perdure", "git", "command", "rows": [{"method", "seeds", "after", "seconds", ...}, ...]}
 
 `after` has a list for each number, one entry a task: `[mean, standard deviation]`, None where it is not defined.
 """
@@ -155,6 +155,7 @@ def _setting(runs: Sequence[Run], shorten: bool) -> dict[str, Any]:
         "tasks": decided["tasks"],
         "classes": len({c for task in tasks for c in task.get("classes", ())}),
         "images": sum(task.get("train", 0) for task in tasks),
+        "test_images": sum(task.get("test", 0) for task in tasks),
         "fingerprint": decided["fingerprint"],
         "training": {name: decided[name] for name in _TRAINING},
         "computed": first.facts["resolved"],

@@ -38,6 +38,8 @@ class Method(nn.Module):
     guards: ClassVar[Literal["", "shares", "adapts"]] = ""
     """What a method that only guards other parts needs one of them to do: share parameters, or adapt at all."""
 
+    rehearses: ClassVar[bool] = False
+    """Whether it trains on examples of old tasks; one part that does is enough."""
     reads: ClassVar[bool] = False
     """Whether its `encode` only reads what the encoder computes: constant as long as the encoder is."""
     records: ClassVar[tuple[str, ...]] = ()
@@ -237,6 +239,10 @@ def compose(parts: Sequence[Method]) -> Method:
                 f"{guard.name} has nothing to protect in {' + '.join(p.name for p in parts)!r}: no part {lacks}. Write "
                 f"'lora + {guard.name}' or 'finetune + {guard.name}'"
             )
+    if len(twice := [p.name for p in parts if p.rehearses]) > 1:
+        raise ValueError(
+            f"{twice[0]} cannot be combined with {twice[1]}: each trains on images of old tasks; keep one of them"
+        )
     for promise in (p for p in parts if p.guarantees):
         if free := [p.name for p in parts if p.adapts and p is not promise]:
             raise ValueError(

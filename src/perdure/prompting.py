@@ -41,20 +41,20 @@ def nearest(cosines: Tensor, count: int, batchwise: bool = False) -> Tensor:
     return votes.topk(count).indices.expand(len(best), -1)
 
 
-def attach_prefix(backbone: Backbone, prefix: Prefix, blocks: str | None) -> None:
+def attach_prefix(learner: Core, prefix: Prefix, blocks: str | None) -> None:
     """Put `prefix` into the attention of `blocks` of the vision tower, see `Backbone.sites`.
 
     Raises:
         ValueError: when the attention of a block cannot take more keys than it has tokens.
     """
+    backbone = learner.backbone
     keys, values, outs = (backbone.sites(letter, blocks) for letter in "kvo")
     layers, reason = prefix.attach(backbone, keys, values, outs), "they do not come from the layers of that name"
     # One black image: an attention that goes round its layers, or knows how many tokens there are, is found out here.
-    side, like, before = backbone.preprocess.size, next(backbone.parameters()), prefix.joined
-    image = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=like.device)
+    like, before = next(backbone.parameters()), prefix.joined
     try:
-        with torch.no_grad(), prefix.giving([like.new_zeros(1, 2 * site.fan_out) for site in keys]):
-            backbone({"image": image})
+        with prefix.giving([like.new_zeros(1, 2 * site.fan_out) for site in keys]):
+            _encode_black(learner)
     except RuntimeError as error:
         before, reason = -1, " ".join(str(error).split())[:120]
     if prefix.joined != before + layers:
@@ -70,18 +70,24 @@ def first_blocks(backbone: Backbone, start: int, count: int) -> str:
 
 
 @torch.no_grad()
-def check_tokens(backbone: Backbone) -> None:
+def check_tokens(learner: Core) -> None:
     """Let the vision tower, whose blocks take prompt tokens now, encode a black image.
 
     Raises:
         ValueError: when its attention cannot do with more tokens than an image has.
     """
-    side, device = backbone.preprocess.size, next(backbone.parameters()).device
     try:
-        backbone({"image": torch.zeros(1, 3, side, side, dtype=torch.uint8, device=device)})
+        _encode_black(learner)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:120]
         raise ValueError(
-            f"{backbone.spec}: no token can join those of an image ({reason}); use another backbone, or a method "
-            "without prompt tokens, such as lora"
+            f"{learner.backbone.spec}: no token can join those of an image ({reason}); use another backbone, or a "
+            "method without prompt tokens, such as lora"
         ) from error
+
+
+@torch.no_grad()
+def _encode_black(learner: Core) -> None:
+    learner.to(learner.device)  # what has just been made is not there yet
+    side = learner.backbone.preprocess.size
+    learner.backbone({"image": torch.zeros(1, 3, side, side, dtype=torch.uint8, device=learner.device)})

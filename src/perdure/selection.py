@@ -12,7 +12,7 @@ from perdure.memory import orders
 from perdure.memory.budget import count_bytes
 from perdure.memory.examples import Examples, Referred, read
 from perdure.memory.orders import Position
-from perdure.method import parts_of, without_effect
+from perdure.method import without_effect
 from perdure.objectives.classify import Classify
 from perdure.types import Batch, Data, Task
 
@@ -57,18 +57,13 @@ class Exemplars(Examples):
         self._ready: tuple[int, Data] | None = None  # task and what was computed once of the images kept
 
     def grow(self, learner: Core) -> None:
-        """Turn bytes into a number of images; refuse a second memory beside this one.
+        """Turn bytes into a number of images.
 
         Raises:
-            ValueError: when no image fits, or another part keeps old images too.
+            ValueError: when no image fits.
         """
-        holders = [p.name for p in parts_of(learner.method) if any(isinstance(m, Exemplars) for m in p.modules())]
-        if len(holders) > 1:
-            raise ValueError(
-                f"{holders[0]} cannot be combined with {holders[1]}: each keeps old images and trains on them; keep one"
-            )
         if self.budget is not None:
-            each = _image_bytes(learner)
+            each = learner.image_bytes
             if self.budget < each:
                 raise ValueError(
                     f"bytes={self.budget}: expected at least {each}, what one image takes at the size the model sees"
@@ -116,7 +111,7 @@ class Exemplars(Examples):
 
     def measures(self, learner: Core) -> dict[str, float]:
         """Bytes of the images that are referred to, at the size the model sees."""
-        return {"referenced_bytes": float(len(self) * _image_bytes(learner))}
+        return {"referenced_bytes": float(len(self) * learner.image_bytes)}
 
     def _prepared(self, learner: Core) -> Data:
         if self._ready is None or self._ready[0] != learner.task.index:
@@ -164,7 +159,3 @@ def last_layer(learner: Core, features: Tensor, labels: Tensor) -> tuple[Tensor,
 
 def _linear(learner: Core) -> bool:
     return isinstance(learner.objective, Classify) and learner.objective.cosine is None
-
-
-def _image_bytes(learner: Core) -> int:
-    return 3 * learner.backbone.preprocess.size**2

@@ -68,7 +68,8 @@ COMBINATIONS = [
     "finetune + lwf + ewc",
     "fm_lora(rank=4) + feature_distill(form='mse')",
     "lwf(schedule='share') + inflora(ranks=(1, 2))",
-    "lora(rank=2) + lwf(heads='frozen') + replay(size=12)",
+    "lora(rank=2) + lwf(heads='frozen')",
+    "lora(rank=2) + lwf + replay(size=12)",
     "fm_lora(rank=4, reading='per_task') + lwf",
     "lora(rank=2) + replay(size=12, selection='herding')",
     "lora(rank=2) + replay(size=12, selection='el2n', position='mid')",
@@ -348,6 +349,12 @@ def test_a_guard_without_anything_to_protect_is_refused_when_built(spec: str) ->
 @pytest.mark.parametrize("spec", ["lwf", "probe + lwf", "probe + replay + lwf"])
 def test_a_distillation_where_no_part_changes_the_encoder_is_refused_when_built(spec: str) -> None:
     with pytest.raises(ValueError, match=r"^lwf has nothing to protect in .*no part changes the encoder"):
+        make_method(spec)
+
+
+@pytest.mark.parametrize("spec", ["replay + derpp", "lora + joint + replay", "icarl + lora + derpp"])
+def test_two_parts_that_train_on_old_images_are_refused_when_built(spec: str) -> None:
+    with pytest.raises(ValueError, match=r"(each trains on images of old tasks; keep one of them|keep one of them)$"):
         make_method(spec)
 
 

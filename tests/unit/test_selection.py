@@ -202,9 +202,11 @@ def test_bytes_are_numbers_or_texts_with_a_unit(text: Any, count: int) -> None:
     assert count_bytes(text) == count
 
 
-@pytest.mark.parametrize("text", ["50", "MB", "50 MiB", "1.2.3MB", "-5MB", -1.0, 0.0, "0MB", ""])
+@pytest.mark.parametrize("text", ["MB", "50 mb/s", "1.2.3MB", "-5MB", -1.0, 0.0, "0MB", ""])
 def test_what_is_no_number_of_bytes_is_refused(text: Any) -> None:
-    with pytest.raises(ValueError, match=r"^bytes=.*: expected a positive number of bytes, such as 50e6 or '50MB'$"):
+    with pytest.raises(
+        ValueError, match=r"^bytes=.*: expected a positive number of bytes, such as 50e6, 50MB or 50MiB$"
+    ):
         count_bytes(text)
 
 
@@ -242,5 +244,5 @@ def test_grand_is_refused_where_it_is_el2n(method: str, objective: str, lab: Any
 
 @pytest.mark.parametrize("parts", ["replay + derpp", "icarl + replay", "derpp + lora + icarl"])
 def test_two_memories_are_refused_by_name(parts: str, lab: Any) -> None:
-    with pytest.raises(ValueError, match=r"^(\w+) cannot be combined with (\w+): each keeps old images and trains on"):
+    with pytest.raises(ValueError, match=r"^(\w+) cannot be combined with (\w+): each trains on images of old tasks"):
         lab.learner(parts).grow(lab.stream().tasks[0])

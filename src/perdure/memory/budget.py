@@ -3,21 +3,25 @@
 import math
 import re
 
-_UNITS = ("b", "kb", "mb", "gb", "tb")
+_UNITS = {"": 1, "b": 1} | {
+    f"{letter}{kind}": base**power
+    for power, letter in enumerate("kmgt", 1)
+    for kind, base in (("b", 1000), ("ib", 1024))
+}
 
 
 def count_bytes(text: float | str) -> int:
-    """The number of bytes that `text` means; units are powers of 1000, as in what the console shows.
+    """The number of bytes that `text` means; kB is 1000, as in what the console shows, and KiB 1024.
 
     Raises:
-        ValueError: when it is no positive number with one of the units B, kB, MB, GB, TB.
+        ValueError: when it is no positive number with one of the units B, kB, MB, GB, TB, KiB, MiB, GiB, TiB, or none.
     """
     count = _counted(text) if isinstance(text, str) else text
     if not (math.isfinite(count) and count >= 1):
-        raise ValueError(f"bytes={text!r}: expected a positive number of bytes, such as 50e6 or '50MB'")
+        raise ValueError(f"bytes={text!r}: expected a positive number of bytes, such as 50e6, 50MB or 50MiB")
     return int(count)
 
 
 def _counted(text: str) -> float:
-    found = re.fullmatch(r"(\d+(?:\.\d*)?(?:e\d+)?) *([kmgt]?b)", text.strip().lower())
-    return float(found[1]) * 1000 ** _UNITS.index(found[2]) if found else math.nan
+    found = re.fullmatch(r"((?:\d+\.?\d*|\.\d+)(?:e\d+)?) *([a-z]*)", text.strip().lower())
+    return float(found[1]) * _UNITS.get(found[2], math.nan) if found else math.nan

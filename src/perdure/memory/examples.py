@@ -117,7 +117,7 @@ def read(tasks: list[Task], refs: Tensor) -> Batch:
         if not len(data):
             raise ValueError(
                 f"the memory refers to examples of task {index} ({tasks[index].name}), whose data is not at hand: "
-                "restore the folder it was learnt from, or export with memory"
+                "restore the folder it was learnt from, or teach a new learner"
             )
         places.append((refs[:, 0] == index).nonzero().flatten())
         parts.append(data.__getitems__(refs[places[-1], 1].tolist()))

@@ -71,8 +71,7 @@ class AGEM(Method, name="agem"):
 
     def measures(self, learner: Core) -> dict[str, float]:
         """Bytes of the images that the memory refers to, at the size the model sees."""
-        side = learner.backbone.preprocess.size
-        return {"referenced_bytes": float(len(self.memory) * 3 * side * side)}
+        return {"referenced_bytes": float(len(self.memory) * learner.image_bytes)}
 
 
 def _inner(one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:

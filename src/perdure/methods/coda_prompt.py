@@ -77,7 +77,7 @@ class CODAPrompt(Method, name="coda_prompt"):
         for name, shape in self._shapes(learner, task).items():
             self.new[name] = nn.Parameter(self._begin(name, shape))
         if task.index == 0:
-            attach_prefix(learner.backbone, self.prefix, self._where(learner))
+            attach_prefix(learner, self.prefix, self._where(learner))
 
     def record(self, learner: Core, batch: Batch) -> Batch:
         """The query of each image."""

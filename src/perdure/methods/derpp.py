@@ -34,6 +34,8 @@ class DERPP(Method, name="derpp"):
         ratio: size of each of the two draws per new image.
     """
 
+    rehearses = True
+
     def __init__(
         self,
         size: int | None = None,

@@ -135,10 +135,10 @@ class DualPrompt(Method, name="dualprompt"):
                     "G-prompts stand in different blocks; name others"
                 )
             self.shared = nn.Parameter(starting_prefix(len(sites), self.general_length, width))
-            attach_prefix(backbone, self.general, general)
+            attach_prefix(learner, self.general, general)
         self.prompt = nn.Parameter(starting_prefix(len(backbone.sites("k", expert)), self.length, width))
         self.key = nn.Parameter(torch.empty(backbone.dim).normal_(std=0.02))
-        attach_prefix(backbone, self.expert, expert)
+        attach_prefix(learner, self.expert, expert)
 
     def _cosines(self, learner: Core, batch: Batch) -> Tensor:
         """Of queries and the keys of all tasks, (B, tasks)."""

@@ -50,6 +50,8 @@ class EWC(Method, name="ewc"):
     ) -> None:
         super().__init__()
         at_least_zero(strength=strength, decay=decay or 0.0)
+        if decay is not None and decay > 1:
+            raise ValueError(f"decay={decay}: expected a share in [0, 1] of the old importance, such as 0.9")
         if samples < 1:
             raise ValueError(f"samples={samples}: expected at least 1 image to take the Fisher from, such as 512")
         if form == "offline":

@@ -140,7 +140,7 @@ class FMLoRA(Method, name="fm_lora"):
         if self.prompts and self.tokens is None:
             self.tokens = Tokens(self.prompts, backbone.sites("q", "0")[0].fan_in)
             self.tokens.attach([backbone.get_submodule(name) for name in backbone.blocks()])
-            check_tokens(backbone)
+            check_tokens(learner)
         if self.tokens is not None and task.index:
             self.tokens.requires_grad_(not self.freeze_prompts)
         if not self.share:

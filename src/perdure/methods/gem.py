@@ -95,8 +95,7 @@ class GEM(Method, name="gem"):
 
     def measures(self, learner: Core) -> dict[str, float]:
         """Bytes of the images that the memory refers to, at the size the model sees."""
-        side = learner.backbone.preprocess.size
-        return {"referenced_bytes": float(len(self.memory) * 3 * side * side)}
+        return {"referenced_bytes": float(len(self.memory) * learner.image_bytes)}
 
 
 def dual(products: Tensor, margin: float) -> Tensor | None:

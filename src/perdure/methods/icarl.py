@@ -34,6 +34,7 @@ class ICaRL(Method, name="icarl"):
         bytes: of images, as a number or a text such as "50MB", in place of `size`.
     """
 
+    rehearses = True
     records = (_OLD,)
 
     def __init__(

@@ -19,6 +19,8 @@ class Joint(Method, name="joint"):
         backbone_lr: as in `finetune`, when it stands alone.
     """
 
+    rehearses = True
+
     def __init__(self, backbone_lr: float = 0.1) -> None:
         super().__init__()
         self.backbone_lr = backbone_lr
@@ -41,8 +43,7 @@ class Joint(Method, name="joint"):
 
     def measures(self, learner: Core) -> dict[str, float]:
         """Bytes of all training images so far, at the size the model sees: they have to be kept."""
-        side = learner.backbone.preprocess.size
-        return {"referenced_bytes": float(sum(len(t.train) for t in learner.tasks) * 3 * side * side)}
+        return {"referenced_bytes": float(sum(len(t.train) for t in learner.tasks) * learner.image_bytes)}
 
 
 class Union:

@@ -53,11 +53,15 @@ class L2P(Method, name="l2p"):
         reads: Literal["prompts", "class"] = "prompts",
     ) -> None:
         super().__init__()
-        for name, value in (("length", length), ("top", top)):
+        for name, value in (("pool", pool), ("length", length), ("top", top)):
             if value < 1:
                 raise ValueError(f"{name}={value}: expected 1 or more, such as 5")
         if top > pool:
             raise ValueError(f"top={top}: expected at most pool={pool}, the number of entries")
+        if top == pool and strength:
+            raise ValueError(
+                f"top={top} takes all entries of pool={pool}, so that keys choose nothing: write strength=0, or fewer"
+            )
         if batchwise and top == pool:
             raise ValueError(f"batchwise=True has no effect with top={top} of pool={pool} entries: leave it out")
         if reads not in ("prompts", "class"):
@@ -78,7 +82,7 @@ class L2P(Method, name="l2p"):
         self.tokens.attach([backbone.get_submodule(name) for name in backbone.blocks()])
         width = backbone.sites("q", "0")[0].fan_in
         with self.tokens.giving(torch.zeros(1, width, device=learner.device)):
-            check_tokens(backbone)
+            check_tokens(learner)
         if self.tokens.reads and not _reads_first_token(learner):
             raise ValueError(
                 f"l2p(reads='prompts') puts what the prompts became in the class token's place, which {backbone.spec} "

@@ -35,4 +35,4 @@ class PrefixTuning(Method, name="prefix"):
             return
         keys = learner.backbone.sites("k", self.blocks)
         self.prefix = Prefix(starting_prefix(len(keys), self.length, 2 * keys[0].fan_out))
-        attach_prefix(learner.backbone, self.prefix, self.blocks)
+        attach_prefix(learner, self.prefix, self.blocks)

@@ -47,4 +47,4 @@ class Prompt(Method, name="prompt"):
             through = [site.key.rpartition(":")[0]] if self.deep else backbone.blocks()
             tokens.attach([backbone.get_submodule(name) for name in through])
             self.prompts.append(tokens)
-        check_tokens(backbone)
+        check_tokens(learner)

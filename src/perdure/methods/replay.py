@@ -42,6 +42,8 @@ class Replay(Method, name="replay"):
         ratio: old examples per new one in a batch, or in place of one.
     """
 
+    rehearses = True
+
     def __init__(
         self,
         size: int | None = None,
