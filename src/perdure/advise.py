@@ -51,7 +51,7 @@ class Constraints:
         Raises:
             ValueError: when they are not written as a number with a unit.
         """
-        return None if self.bytes is None else float(count_bytes(self.bytes))
+        return None if self.bytes is None else float(count_bytes(self.bytes, "--bytes "))
 
     @property
     def task_known(self) -> bool:

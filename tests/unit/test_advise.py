@@ -145,7 +145,7 @@ def test_bytes_are_read_with_their_unit(text: str, count: float) -> None:
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        ({"bytes": "fifty"}, "bytes='fifty': expected a positive number of bytes, such as 50e6, 50MB or 50MiB"),
+        ({"bytes": "fifty"}, "--bytes 'fifty': expected a positive number of bytes, such as 50e6, 50MB or 50MiB"),
         ({"bytes": "5 mibs"}, "--bytes '5 mibs'"),
         ({"bytes": "-1MB"}, "--bytes '-1MB'"),
         ({"tasks": 0}, "--tasks 0: expected 1 or more"),

@@ -10,7 +10,7 @@ _UNITS = {"": 1, "b": 1} | {
 }
 
 
-def count_bytes(text: float | str) -> int:
+def count_bytes(text: float | str, named: str = "bytes=") -> int:
     """The number of bytes that `text` means; kB is 1000, as in what the console shows, and KiB 1024.
 
     Raises:
@@ -18,7 +18,7 @@ def count_bytes(text: float | str) -> int:
     """
     count = _counted(text) if isinstance(text, str) else text
     if not (math.isfinite(count) and count >= 1):
-        raise ValueError(f"bytes={text!r}: expected a positive number of bytes, such as 50e6, 50MB or 50MiB")
+        raise ValueError(f"{named}{text!r}: expected a positive number of bytes, such as 50e6, 50MB or 50MiB")
     return int(count)
 
 
