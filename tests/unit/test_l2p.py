@@ -269,7 +269,7 @@ def test_prompts_of_a_pool_cannot_be_exported(tmp_path: Any) -> None:
         ("top=10", "top=10 takes all entries of pool=10, so that keys choose nothing: write strength=0, or fewer"),
         (
             "top=10, strength=0, batchwise=True",
-            "batchwise=True has no effect with top=10 of pool=10",
+            "batchwise=True has no effect with top=10 of pool=10 entries: leave it out",
         ),
         ("reads='mean'", "reads='mean': expected 'prompts' or 'class'"),
     ],
