@@ -96,5 +96,7 @@ def test_a_layer_cannot_be_adapted_and_fine_tuned(lab: Any) -> None:
 
 @pytest.mark.parametrize("spec", ["lora + inflora", "inflora(rank=2) + finetune"])
 def test_what_would_void_the_protection_of_inflora_is_refused(spec: str) -> None:
-    with pytest.raises(ValueError, match=r"inflora cannot be combined with (lora|finetune).*protects or relies on would be void"):
+    with pytest.raises(
+        ValueError, match=r"inflora cannot be combined with (lora|finetune).*protects or relies on would be void"
+    ):
         make_method(spec)

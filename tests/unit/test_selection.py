@@ -204,9 +204,7 @@ def test_bytes_are_numbers_or_texts_with_a_unit(text: Any, count: int) -> None:
 
 @pytest.mark.parametrize("text", ["MB", "50 mb/s", "1.2.3MB", "-5MB", -1.0, 0.0, "0MB", ""])
 def test_what_is_no_number_of_bytes_is_refused(text: Any) -> None:
-    with pytest.raises(
-        ValueError, match=r"^bytes=.*: expected a positive number of bytes, such as 50e6, 50MB or"
-    ):
+    with pytest.raises(ValueError, match=r"^bytes=.*: expected a positive number of bytes, such as 50e6, 50MB or"):
         count_bytes(text)
 
 
