@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from perdure.learner import Core
 from perdure.memory.examples import read
-from perdure.method import Method, parts_of, predicts
 from perdure.types import Batch
 
 
@@ -43,14 +42,3 @@ def on(learner: Core, batch: Batch, parameters: Sequence[nn.Parameter]) -> list[
     """
     loss = learner.objective.losses(learner.encode(batch), batch, local=False).mean()
     return list(torch.autograd.grad(loss, parameters, materialize_grads=True))
-
-
-def check_trained(learner: Core, part: Method) -> None:
-    """Raise `ValueError` when nothing is trained that answers depend on: to project its gradient has no effect."""
-    deaf = next((p.name for p in parts_of(learner.method) if predicts(p)), None)
-    if all(deaf and name.startswith("objective.") for name in learner.trainable()):
-        why = f"{deaf} answers without the heads, and nothing else" if deaf else "nothing"
-        raise ValueError(
-            f"{part.name} has no gradient to project: {why} is trained. Write 'lora + {part.name}' or 'finetune + "
-            f"{part.name}'"
-        )

@@ -283,3 +283,19 @@ def varies(method: Method) -> bool:
 def predicts(method: Method) -> bool:
     """Whether a part replaces the objective's scores, which for classes not yet learnt it may not have."""
     return any(_defines(part, "predict") for part in parts_of(method))
+
+
+def check_trained(learner: Core, part: Method, lacks: str) -> None:
+    """Raise `ValueError` when nothing is trained that answers depend on, so that `part` has no effect.
+
+    Args:
+        learner: with a task begun.
+        part: who asks.
+        lacks: what it then has not, as "no gradient to project".
+    """
+    deaf = next((p.name for p in parts_of(learner.method) if predicts(p)), None)
+    if all(deaf and name.startswith("objective.") for name in learner.trainable()):
+        why = f"{deaf} answers without the heads, and nothing else" if deaf else "nothing"
+        raise ValueError(
+            f"{part.name} has {lacks}: {why} is trained. Write 'lora + {part.name}' or 'finetune + {part.name}'"
+        )

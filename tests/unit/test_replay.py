@@ -83,3 +83,10 @@ def test_what_is_constant_is_computed_once_a_task(lab: Any, monkeypatch: pytest.
 def test_options_without_effect_or_sense_are_refused(options: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_method(f"lora + replay({options})")
+
+
+@pytest.mark.parametrize("part", ["replay", "derpp"])
+def test_old_images_that_could_teach_nothing_that_answers_are_refused(part: str, lab: Any) -> None:
+    learner = lab.learner(f"ncm + {part}(size=5)")
+    with pytest.raises(ValueError, match=rf"^{part} has nothing to teach: ncm answers without the heads"):
+        lab.teach(learner, lab.stream().tasks[:1])

@@ -15,7 +15,7 @@ from torch import Tensor
 from perdure import gradients
 from perdure.learner import Core
 from perdure.memory.examples import Examples
-from perdure.method import Method
+from perdure.method import Method, check_trained
 from perdure.types import Batch, Task
 
 
@@ -39,7 +39,7 @@ class AGEM(Method, name="agem"):
     def begin_task(self, learner: Core, task: Task) -> None:
         """Refuse what would have no effect; known now that all parts have grown."""
         if not task.index:
-            gradients.check_trained(learner, self)
+            check_trained(learner, self, "no gradient to project")
 
     def batch(self, learner: Core, batch: Batch) -> Batch:
         """Draw the old examples that the step is compared with; the batch itself stays as it is."""

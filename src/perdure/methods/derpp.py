@@ -16,7 +16,7 @@ from perdure.learner import Core
 from perdure.memory.examples import Referred
 from perdure.memory.orders import Position
 from perdure.memory.tensors import Tensors
-from perdure.method import Method, at_least_zero
+from perdure.method import Method, at_least_zero, check_trained
 from perdure.selection import Exemplars, Selection
 from perdure.types import Batch, Task
 
@@ -62,6 +62,7 @@ class DERPP(Method, name="derpp"):
 
     def begin_task(self, learner: Core, task: Task) -> None:
         """Refuse what would have no effect."""
+        check_trained(learner, self, "nothing to teach")
         self.memory.begin(learner)
 
     def penalty(self, learner: Core, batch: Batch, features: Tensor) -> Tensor | float:

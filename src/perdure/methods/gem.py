@@ -21,7 +21,7 @@ from perdure import gradients
 from perdure.learner import Core
 from perdure.memory.examples import Examples
 from perdure.memory.symmetric import exact
-from perdure.method import Method, at_least_zero
+from perdure.method import Method, at_least_zero, check_trained
 from perdure.types import Batch, Task
 
 _RIDGE = 1e-10  # on the diagonal of cosines
@@ -55,7 +55,7 @@ class GEM(Method, name="gem"):
     def begin_task(self, learner: Core, task: Task) -> None:
         """Refuse what would have no effect; known now that all parts have grown."""
         if not task.index:
-            gradients.check_trained(learner, self)
+            check_trained(learner, self, "no gradient to project")
 
     def batch(self, learner: Core, batch: Batch) -> Batch:
         """Draw old examples of each past task; the batch itself stays as it is."""

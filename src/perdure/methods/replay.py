@@ -18,7 +18,7 @@ import torch
 from perdure.augment import AUGMENTS
 from perdure.learner import Core
 from perdure.memory.orders import Position
-from perdure.method import Method, without_effect
+from perdure.method import Method, check_trained, without_effect
 from perdure.selection import Exemplars, Selection
 from perdure.types import Batch, Task
 
@@ -74,6 +74,7 @@ class Replay(Method, name="replay"):
 
     def begin_task(self, learner: Core, task: Task) -> None:
         """Refuse what would have no effect."""
+        check_trained(learner, self, "nothing to teach")
         self.memory.begin(learner)
 
     def batch(self, learner: Core, batch: Batch) -> Batch:
