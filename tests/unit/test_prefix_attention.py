@@ -19,6 +19,9 @@ from perdure.backbones.timm import Timm
 from perdure.backbones.tiny import tiny
 from perdure.backbones.vision import Vision
 from perdure.images import Preprocess
+from perdure.learner import Core
+from perdure.method import Method
+from perdure.objectives.classify import Classify
 from perdure.prompting import attach_prefix, first_blocks
 
 TOWER = {
@@ -115,7 +118,7 @@ def test_attention_equals_the_formula_with_joined_keys_and_values(
 
     inner.register_forward_pre_hook(before, with_kwargs=True)
     prefix = Prefix()
-    attach_prefix(model, prefix, "1-2")
+    attach_prefix(of(model), prefix, "1-2")
     out.register_forward_pre_hook(lambda _layer, args: seen.update(out=args[0]))
     given = some(model, 2, *shape)
     plain = model(pixels(model))
@@ -132,7 +135,7 @@ def test_nothing_given_is_the_pretrained_model_bit_for_bit_and_so_is_detach() ->
     model = tiny()
     plain = model(pixels(model))
     prefix = Prefix()
-    attach_prefix(model, prefix, None)
+    attach_prefix(of(model), prefix, None)
     assert torch.equal(model(pixels(model)), plain)
     with prefix.giving([torch.ones(2, 64)] * 2):
         assert not torch.allclose(model(pixels(model)), plain)
@@ -148,7 +151,7 @@ def test_nothing_given_is_the_pretrained_model_bit_for_bit_and_so_is_detach() ->
 def test_own_values_are_always_on_and_what_is_given_comes_before_them() -> None:
     model = tiny()
     prefix = Prefix(starting_prefix(2, 3, 64))
-    attach_prefix(model, prefix, None)
+    attach_prefix(of(model), prefix, None)
     own = model(pixels(model))
     own[:, 0].sum().backward()  # the sum of all features is constant after the last norm
     assert prefix.values is not None
@@ -162,7 +165,7 @@ def test_own_values_are_always_on_and_what_is_given_comes_before_them() -> None:
 
 def test_a_copied_model_asks_its_own_prefix() -> None:
     pair = nn.ModuleDict({"model": tiny(), "prefix": Prefix(starting_prefix(2, 3, 64))})
-    attach_prefix(pair["model"], pair["prefix"], None)
+    attach_prefix(of(pair["model"]), pair["prefix"], None)
     other = copy.deepcopy(pair)
     plain = pair["model"](pixels(pair["model"]))
     nn.init.ones_(other["prefix"].values)
@@ -172,7 +175,7 @@ def test_a_copied_model_asks_its_own_prefix() -> None:
 
 def test_a_prefix_for_each_image_equals_one_image_at_a_time() -> None:
     model, prefix = tiny().double(), Prefix()
-    attach_prefix(model, prefix, None)
+    attach_prefix(of(model), prefix, None)
     batch, given = pixels(model), some(model, 2, 3, 2)
     with prefix.giving(given):
         together = model(batch)
@@ -210,12 +213,12 @@ def test_an_attention_that_nothing_can_join_is_refused_with_the_reason(kind: str
     )
     reason = "they do not come from the layers" if kind == "bias outside" else "The size of tensor a"
     with pytest.raises(ValueError, match=rf"^timm\('eva'\): nothing can join .*\({reason}.* such as lora$"):
-        attach_prefix(model, Prefix(), "0")
+        attach_prefix(of(model), Prefix(), "0")
 
 
 def test_bfloat16_stays_near_float32() -> None:
     model, prefix = tiny(dim=64), Prefix()
-    attach_prefix(model, prefix, None)
+    attach_prefix(of(model), prefix, None)
     given = [values.float() for values in some(model, 2, 3, 4)]
     with prefix.giving(given):
         exact = model(pixels(model))
@@ -226,3 +229,8 @@ def test_bfloat16_stays_near_float32() -> None:
 
 def test_blocks_of_a_paper_are_cut_to_those_there_are() -> None:
     assert [first_blocks(tiny(depth=d), 0, 5) for d in (2, 5, 6)] == ["0-1", "0-4", "0-4"]
+
+
+def of(backbone: Backbone) -> Core:
+    """A learner that has the backbone, and nothing to learn with."""
+    return Core(backbone, Classify(), Method())
