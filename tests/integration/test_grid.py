@@ -151,7 +151,7 @@ def test_advice_says_when_it_does_not_know(perdure: Any) -> None:
     assert "not known: no method that was measured here" in perdure("advise", "--bytes", "1B").out
     refused = perdure("advise", "--bytes", "many")
     assert (refused.code, refused.out) == (2, "")
-    assert refused.err == "perdure: --bytes 'many': expected a number with B, kB, MB, GB or MiB, such as 50MB\n"
+    assert refused.err == "perdure: --bytes 'many': expected a positive number of bytes, such as 50e6, 50MB or 50MiB\n"
 
 
 def test_a_terminal_shows_the_grid_above_the_task(monkeypatch: pytest.MonkeyPatch) -> None:
