@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -171,12 +172,11 @@ class Compose(Method):
             part.end_task(learner, task)
 
     def measures(self, learner: Core) -> dict[str, float]:
-        """See `Method.measures`; bytes of memories add up."""
-        facts: dict[str, float] = {}
+        """See `Method.measures`; what two parts measure adds up."""
+        facts: Counter[str] = Counter()
         for part in self:
-            for name, value in part.measures(learner).items():
-                facts[name] = value + (facts.get(name, 0.0) if name == "referenced_bytes" else 0.0)
-        return facts
+            facts.update(part.measures(learner))
+        return dict(facts)
 
     def batch(self, learner: Core, batch: Batch) -> Batch:
         """See `Method.batch`."""

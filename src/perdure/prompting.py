@@ -54,7 +54,9 @@ def attach_prefix(learner: Core, prefix: Prefix, blocks: str | None) -> None:
     like, before = next(backbone.parameters()), prefix.joined
     try:
         with prefix.giving([like.new_zeros(1, 2 * site.fan_out) for site in keys]):
-            _encode_black(learner)
+            features_of_black(learner)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         before, reason = -1, " ".join(str(error).split())[:120]
     if prefix.joined != before + layers:
@@ -69,7 +71,6 @@ def first_blocks(backbone: Backbone, start: int, count: int) -> str:
     return f"{start}-{min(start + count, len(backbone.blocks())) - 1}"
 
 
-@torch.no_grad()
 def check_tokens(learner: Core) -> None:
     """Let the vision tower, whose blocks take prompt tokens now, encode a black image.
 
@@ -77,7 +78,9 @@ def check_tokens(learner: Core) -> None:
         ValueError: when its attention cannot do with more tokens than an image has.
     """
     try:
-        _encode_black(learner)
+        features_of_black(learner)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:120]
         raise ValueError(
@@ -87,7 +90,11 @@ def check_tokens(learner: Core) -> None:
 
 
 @torch.no_grad()
-def _encode_black(learner: Core) -> None:
+def features_of_black(learner: Core) -> Tensor:
+    """Features (1, dim) that the backbone, as it is now, gives of a black image."""
     learner.to(learner.device)  # what has just been made is not there yet
     side = learner.backbone.preprocess.size
-    learner.backbone({"image": torch.zeros(1, 3, side, side, dtype=torch.uint8, device=learner.device)})
+    features: Tensor = learner.backbone(
+        {"image": torch.zeros(1, 3, side, side, dtype=torch.uint8, device=learner.device)}
+    )
+    return features

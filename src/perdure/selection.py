@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from perdure.augment import Augment
+from perdure.augment import AUGMENTS, Augment
 from perdure.learner import Core
 from perdure.memory import orders
 from perdure.memory.budget import count_bytes
@@ -108,6 +108,10 @@ class Exemplars(Examples):
         if view is not None:
             old = view(old, learner.generator("view of old images", learner.step))
         return learner.completed(old, like) if like.keys() - old.keys() else {key: old[key] for key in like}
+
+    def seen(self, learner: Core, rows: Tensor, like: Batch) -> Batch:
+        """The images at `rows` as training sees new ones: changed as the run changes images, else computed once."""
+        return self.recall(learner, rows, like, None if learner.augment is AUGMENTS["none"] else learner.augment)
 
     def measures(self, learner: Core) -> dict[str, float]:
         """Bytes of the images that are referred to, at the size the model sees."""

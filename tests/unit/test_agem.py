@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from perdure.config import make_method
+from perdure.train import fit_task
 
 
 def flat(tensors: Any) -> torch.Tensor:
@@ -119,3 +120,21 @@ def test_old_examples_are_augmented_as_new_ones_are(lab: Any) -> None:
 def test_a_batch_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="batch_size=0: expected at least 1"):
         make_method("lora + agem(batch_size=0)")
+
+
+@pytest.mark.parametrize("part", ["agem", "gem", "replay", "derpp"])
+def test_what_a_frozen_encoder_makes_of_old_images_is_computed_once_a_task(
+    part: str, lab: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner, stream = lab.learner(f"probe + {part}"), lab.stream()
+    lab.teach(learner, stream.tasks[:1])
+    encoded, forward = [], type(learner.backbone).forward
+    monkeypatch.setattr(
+        type(learner.backbone),
+        "forward",
+        lambda self, batch: encoded.append(len(batch["label"])) or forward(self, batch),
+    )
+    learner.grow(stream.tasks[1])
+    fit_task(learner, stream.tasks[1], lab.train_config(epochs=4))
+    old, new = len(stream.tasks[0].train), len(stream.tasks[1].train)
+    assert sum(encoded) <= 2 * (old + new)  # for training, and at most once more at the task's end

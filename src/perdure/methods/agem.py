@@ -14,8 +14,8 @@ from torch import Tensor
 
 from perdure import gradients
 from perdure.learner import Core
-from perdure.memory.examples import Examples
 from perdure.method import Method, check_trained
+from perdure.selection import Exemplars
 from perdure.types import Batch, Task
 
 
@@ -33,7 +33,7 @@ class AGEM(Method, name="agem"):
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: expected at least 1 old example a step")
-        self.memory, self.batch_size = Examples(size, "reservoir"), batch_size
+        self.memory, self.batch_size = Exemplars(size), batch_size
         self._old: Batch | None = None  # of the current step
 
     def begin_task(self, learner: Core, task: Task) -> None:
@@ -44,10 +44,8 @@ class AGEM(Method, name="agem"):
     def batch(self, learner: Core, batch: Batch) -> Batch:
         """Draw the old examples that the step is compared with; the batch itself stays as it is."""
         if len(self.memory):
-            drawn = torch.randint(
-                len(self.memory), (self.batch_size,), generator=learner.generator("agem", learner.step)
-            )
-            self._old = gradients.remembered(learner, self.memory.refs.cpu()[drawn], batch, "agem")
+            drawn = self.memory.pick(self.batch_size, learner.generator("agem", learner.step))
+            self._old = self.memory.seen(learner, drawn, batch)
         return batch
 
     def after_backward(self, learner: Core) -> None:
@@ -67,11 +65,11 @@ class AGEM(Method, name="agem"):
 
     def end_task(self, learner: Core, task: Task) -> None:
         """Offer the task's examples to the memory."""
-        self.memory.add(task, learner.generator("agem memory"))
+        self.memory.remember(learner, task)
 
     def measures(self, learner: Core) -> dict[str, float]:
         """Bytes of the images that the memory refers to, at the size the model sees."""
-        return {"referenced_bytes": float(len(self.memory) * learner.image_bytes)}
+        return self.memory.measures(learner)
 
 
 def _inner(one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:

@@ -11,7 +11,6 @@ compared. New images compete among the task's own classes, as everywhere here; o
 import torch
 from torch import Tensor
 
-from perdure.augment import AUGMENTS
 from perdure.learner import Core
 from perdure.memory.examples import Referred
 from perdure.memory.orders import Position
@@ -74,8 +73,7 @@ class DERPP(Method, name="derpp"):
             self.memory.pick(n if weight else 0, learner.generator(f"derpp {draw}", learner.step))
             for draw, weight in (("logits", self.alpha), ("labels", self.beta))
         )
-        view = None if learner.augment is AUGMENTS["none"] else learner.augment
-        old = self.memory.recall(learner, torch.cat([first, second]), batch, view)
+        old = self.memory.seen(learner, torch.cat([first, second]), batch)
         again = learner.encode(old)
         total: Tensor | float = 0.0
         if self.alpha:

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from perdure import gradients
 from perdure.learner import Core
-from perdure.memory.examples import Examples
 from perdure.memory.symmetric import exact
 from perdure.method import Method, at_least_zero, check_trained
+from perdure.selection import Exemplars
 from perdure.types import Batch, Task
 
 _RIDGE = 1e-10  # on the diagonal of cosines
@@ -49,7 +49,7 @@ class GEM(Method, name="gem"):
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: expected at least 1 old example of each task a step")
         at_least_zero(margin=margin)
-        self.memory, self.batch_size, self.margin = Examples(size, "class_balanced"), batch_size, margin
+        self.memory, self.batch_size, self.margin = Exemplars(size, selection="class_balanced"), batch_size, margin
         self._old: list[Batch] = []  # of the current step, one batch a past task
 
     def begin_task(self, learner: Core, task: Task) -> None:
@@ -59,12 +59,12 @@ class GEM(Method, name="gem"):
 
     def batch(self, learner: Core, batch: Batch) -> Batch:
         """Draw old examples of each past task; the batch itself stays as it is."""
-        refs, generator = self.memory.refs.cpu(), learner.generator("gem", learner.step)
+        tasks, generator = self.memory.refs[:, 0].cpu(), learner.generator("gem", learner.step)
         self._old = []
-        for index in torch.unique(refs[:, 0]).tolist():
-            mine = refs[refs[:, 0] == index]
+        for index in torch.unique(tasks).tolist():
+            mine = (tasks == index).nonzero().flatten()
             drawn = mine[torch.randperm(len(mine), generator=generator)[: self.batch_size]]
-            self._old.append(gradients.remembered(learner, drawn, batch, f"gem {index}"))
+            self._old.append(self.memory.seen(learner, drawn, batch))
         return batch
 
     def after_backward(self, learner: Core) -> None:
@@ -91,11 +91,11 @@ class GEM(Method, name="gem"):
 
     def end_task(self, learner: Core, task: Task) -> None:
         """Offer the task's examples to the memory."""
-        self.memory.add(task, learner.generator("gem memory"))
+        self.memory.remember(learner, task)
 
     def measures(self, learner: Core) -> dict[str, float]:
         """Bytes of the images that the memory refers to, at the size the model sees."""
-        return {"referenced_bytes": float(len(self.memory) * learner.image_bytes)}
+        return self.memory.measures(learner)
 
 
 def dual(products: Tensor, margin: float) -> Tensor | None:
