@@ -26,7 +26,7 @@ class RunConfig(TrainConfig):
     method: str = "inflora(rank=10)"
     """How, such as 'inflora(rank=10) + replay(size=2000)'; see `perdure list methods`."""
     objective: str = "classify()"
-    """What is asked of the features: classify() learns heads, zeroshot() compares with class names' text embeddings."""
+    """What is asked: classify() learns heads, zeroshot() compares with class names, retrieve() images with captions."""
     augment: Literal["none", "flip", "crop", "zoom"] = "none"
     """Random views of training images."""
     seed: int = 0
@@ -40,14 +40,18 @@ class RunConfig(TrainConfig):
     save_every: int = 0
     """Steps between snapshots within a task; 0 saves as often as costs at most 2 % of the time."""
 
+    retain: tuple[str, ...] = ()
+    """Held-out streams on which a CLIP's zero-shot accuracy is measured after each task."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "retain", tuple(self.retain))
         if self.save_every < 0:
             raise ValueError(f"save_every={self.save_every}: expected a number of steps, or 0 for automatic")
 
     def describe(self) -> dict[str, Any]:
         """As JSON."""
-        return dataclasses.asdict(self)
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
 
 
 def register() -> None:

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Te
 from rich.table import Table
 from rich.text import Text
 
+from perdure.metrics import ACCURACY, RECALL, scored
 from perdure.pace import Pace
 from perdure.wording import human_bytes, human_seconds, number, share, times
 
@@ -131,7 +132,7 @@ class Screen:
             values = [row.value for row in rows if row.metric == metric and row.after == task.index]
             return f"{sum(values) / len(values):.1%}" if values else "–"
 
-        new = [r.value for r in rows if r.metric == "accuracy" and r.on == task.index == r.after]
+        new = [r.value for r in rows if r.metric in (ACCURACY[0], RECALL[0]) and r.on == task.index == r.after]
         room = max(8, min(self.out.width, 100) - 53)
         if not self._headed:
             self._say(f"  task  {'':<{room}}     new   so far  with task id       time")
@@ -238,7 +239,9 @@ class Screen:
             for row in rows:
                 self.result(asdict(row))
             return
-        kinds = {"accuracy": "accuracy", "accuracy_with_task_id": "with task id", "task_id_accuracy": "task id"}
+        score, told, task_id = scored(rows)
+        kinds = {score: score, told: "own gallery" if score == RECALL[0] else "with task id", task_id: "task id"}
+        kinds = {metric: title for metric, title in kinds.items() if any(row.metric == metric for row in rows)}
         found = {(row.on, row.metric): row.value for row in rows}
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
         for title in ("task", "", *kinds.values()):
@@ -247,7 +250,7 @@ class Screen:
             shares = [found.get((task.index, metric)) for metric in kinds]
             table.add_row(str(task.index + 1), task.name, *["–" if s is None else f"{s:.1%}" for s in shares])
         self.out.print(table)
-        every = [found[task.index, "accuracy"] for task in tasks]
+        every = [found[task.index, score] for task in tasks]
         self._say(f"mean over tasks {sum(every) / len(every):.1%}")
 
     def listing(self, entries: Sequence[tuple[str, str, str]]) -> None:

@@ -185,10 +185,10 @@ def _rising(raw: Tensor) -> Tensor:
 
 
 def _complexity(learner: Core, batches: Iterable[Batch]) -> float:
-    """Mean loss over log of the number of classes that compete: the task's own, or all seen as in joint training."""
+    """Mean loss over that of a guess, among what competes: the task's own, or all seen as in joint training."""
     objective, shares = learner.objective, []
     for batch in batches:
         local = objective.competes_locally(batch)
         losses = objective.losses(learner.encode(batch), batch, local)
-        shares.append(losses / math.log(max(2, len(objective.local if local else objective.classes))))
+        shares.append(losses / objective.guess(batch, local))
     return torch.cat(shares).mean().item()

@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, Self
 
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 
 from perdure.adapters.attach import adapted, fold
@@ -15,6 +16,7 @@ from perdure.augment import AUGMENTS, Augment
 from perdure.backbones.base import Backbone
 from perdure.method import Method, encodes, parts_of, varies
 from perdure.objectives.base import Objective
+from perdure.texts import unpack
 from perdure.types import Batch, Data, Scenario, Stream, Task
 
 _MOST_KEPT = 2**30  # bytes of hidden states kept for one task
@@ -35,6 +37,11 @@ class Core(nn.Module):
         self, backbone: Backbone, objective: Objective, method: Method, scenario: Scenario = "class", seed: int = 0
     ) -> None:
         super().__init__()
+        if not objective.classifies and (deaf := [p.name for p in parts_of(method) if p.classifies]):
+            raise ValueError(
+                f"{deaf[0]} needs classes, and {type(objective).__name__.lower()} scores none: leave it out of "
+                f"{method.spec or deaf[0]!r}, or use --objective classify or zeroshot"
+            )
         self.backbone = backbone.requires_grad_(False).eval()
         self.fingerprint = backbone.fingerprint()  # now, before anything is learnt
         self.objective, self.method = objective, method
@@ -92,6 +99,11 @@ class Core(nn.Module):
         ):
             features = self.method.encode(self, batch)
         return features.float()
+
+    def embed(self, text: Tensor) -> Tensor:
+        """Embeddings (n, dim) in float32 of packed texts (n, bytes), see `perdure.texts`."""
+        with self.computing():
+            return self.backbone.encode_text(unpack(text)).float()
 
     def computing(self) -> Any:
         """The context in which the encoder runs.
@@ -161,6 +173,13 @@ class Core(nn.Module):
         return not self.tunes_backbone and not adapted(tower) and not varies(self.method)
 
     @property
+    def constant_texts(self) -> bool:
+        """Whether embeddings of texts can never change: nothing in the text tower is trained or adapted."""
+        parameters = self.backbone.tower_parameters("text").values()
+        tower = self.backbone.get_submodule(self.backbone.towers()["text"])
+        return not adapted(tower) and not any(p.requires_grad for p in parameters)
+
+    @property
     def constant_blocks(self) -> int:
         """How many blocks at the bottom of the vision tower are neither trained nor adapted."""
         if self.tunes_backbone or encodes(self.method):
@@ -182,6 +201,18 @@ class Core(nn.Module):
         finally:
             fold(self.backbone, branches=False)
             self.train(training)
+
+    def answers(self, data: Data, size: int = 256) -> Tensor:
+        """Scores (n, seen classes) of all of `data`; a batch that does not fit the device's memory is halved."""
+        while True:
+            try:
+                return torch.cat([self(batch) for batch in self.batches(data, size)])
+            except RuntimeError as error:
+                if size == 1 or not should_reduce_batch_size(error):
+                    raise
+            # only now: collecting garbage takes longer than predicting a small set
+            clear_device_cache(garbage_collection=True)
+            size //= 2
 
     def features(self, data: Data, size: int = 256) -> tuple[Tensor, Tensor]:
         """Features (n, dim) and labels (n,) of all of `data`, without augmentation."""
@@ -224,15 +255,22 @@ class Core(nn.Module):
         return self._encoded[id(data)][1]
 
     def _encode(self, data: Data) -> Data:
-        features, labels = self.features(data)
-        return Encoded({"features": features}, labels)
+        """`data` with everything but its images."""
+        columns: dict[str, list[Tensor]] = {}
+        with self.inference():
+            for batch in self.batches(data, 256):
+                kept = {"features": self.encode(batch)} | self.objective.record(self, batch) | batch
+                for name in kept.keys() - {"image", "label"}:
+                    columns.setdefault(name, []).append(kept[name])
+        # cloned: tensors made under inference_mode may not take part in training
+        return Encoded({k: torch.cat(v).clone() for k, v in columns.items()}, data.labels.to(self.device))
 
     def recorded(self, data: Data) -> Data:
-        """`data` with what the method records of each image beside it; `data` itself when that is nothing."""
+        """`data` with what method and objective record of each image beside it; `data` itself when that is nothing."""
         columns: dict[str, list[Tensor]] = {}
         with torch.no_grad():
             for batch in self.batches(data, 256):
-                for name, value in self._missing(batch).items():
+                for name, value in (self._missing(batch) | self.objective.record(self, batch)).items():
                     columns.setdefault(name, []).append(value)
                 if not columns:
                     return data
@@ -259,6 +297,9 @@ class Core(nn.Module):
                 batch = batch | {"hidden": self.backbone.before(self.constant_blocks, batch)}
         if not like.keys() <= batch.keys():
             batch = self.noted(batch)
+        if not like.keys() <= batch.keys():
+            with torch.no_grad():
+                batch |= self.objective.record(self, batch)
         return {key: batch[key] for key in like}
 
     def views(self, data: Data, most: int, purpose: str, size: int = 64) -> Iterator[Batch]:

@@ -46,6 +46,8 @@ def settings_of(folders: Sequence[Path], seeds: Sequence[int] | None = None, *, 
     for folder in folders:
         for file in sorted(folder.rglob("summary.json")):
             run = Run.read(file.parent)
+            if not run.names() and run.config.get("stream"):
+                raise ValueError(f"{file.parent / 'run.json'} is damaged: it names no tasks; restore it or run again")
             if not run.config.get("stream") or (seeds is not None and run.facts.get("seed") not in seeds):
                 continue
             alike = found.setdefault(json.dumps(_settings(run), sort_keys=True, default=str), {})
@@ -91,29 +93,36 @@ def steps_of(folder: Path) -> dict[str, Any]:
     path = folder / STEPS
     if not path.is_file():
         return {"options": {}, "methods": {}}
+    remedy = "remove it, the grid's command measures it anew"
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        dict(found["options"]), dict(found["methods"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: remove it, the grid's command measures it anew") from error
-    return found
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}): {remedy}") from error
+    if not _sound(found):
+        raise ValueError(f"{path} is damaged (expected 'options', and 'methods' with a 'ratio' each): {remedy}")
+    return {"options": found["options"], "methods": found["methods"]}
 
 
-_NUMBERS: dict[str, tuple[str, Callable[[metrics.Matrix], float | None]]] = {
-    "acc": ("accuracy", metrics.acc),
-    "acc_with_task_id": ("accuracy_with_task_id", metrics.acc),
-    "new_task_acc": ("accuracy", new_task_acc),
-    "new_task_acc_with_task_id": ("accuracy_with_task_id", new_task_acc),
-    "forgetting": ("accuracy", metrics.forgetting),
-    "forgetting_with_task_id": ("accuracy_with_task_id", metrics.forgetting),
+def _sound(steps: Any) -> bool:
+    if not isinstance(steps, dict) or not all(isinstance(steps.get(key), dict) for key in ("options", "methods")):
+        return False
+    costs = steps["methods"].values()
+    return all(isinstance(c, dict) and "ratio" in c and isinstance(c["ratio"], int | float | None) for c in costs)
+
+
+_NUMBERS: dict[str, tuple[int, Callable[[metrics.Matrix], float | None]]] = {
+    "acc": (0, metrics.acc),
+    "acc_with_task_id": (1, metrics.acc),
+    "new_task_acc": (0, new_task_acc),
+    "new_task_acc_with_task_id": (1, new_task_acc),
+    "forgetting": (0, metrics.forgetting),
+    "forgetting_with_task_id": (1, metrics.forgetting),
 }
 
 
-def _after(
-    runs: Sequence[Run], tasks: int, metric: str, number: Callable[[metrics.Matrix], float | None]
-) -> list[Pair]:
-    """A number of the score matrix as it stood after each task."""
-    matrices = [run.matrix(metric) for run in runs]
+def _after(runs: Sequence[Run], tasks: int, which: int, number: Callable[[metrics.Matrix], float | None]) -> list[Pair]:
+    """A number of the score matrix (`which` of `Run.scored`) as it stood after each task."""
+    matrices = [run.matrix(run.scored[which]) for run in runs]
     return [_pair(number([row[:n] for row in matrix[:n]]) for matrix in matrices) for n in range(1, tasks + 1)]
 
 

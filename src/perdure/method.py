@@ -39,6 +39,8 @@ class Method(nn.Module):
     guards: ClassVar[Literal["", "shares", "adapts"]] = ""
     """What a method that only guards other parts needs one of them to do: share parameters, or adapt at all."""
 
+    classifies: ClassVar[bool] = False
+    """Whether it needs an objective that scores classes."""
     rehearses: ClassVar[bool] = False
     """Whether it trains on examples of old tasks; one part that does is enough."""
     reads: ClassVar[bool] = False

@@ -13,6 +13,15 @@ from perdure.types import Row
 Scores = Sequence[float | None]
 Matrix = Sequence[Scores]
 
+ACCURACY = ("accuracy", "accuracy_with_task_id", "task_id_accuracy")
+RECALL = ("recall", "recall_own_gallery", "task_id_accuracy")
+"""The score, the same with the task told (its own classes, its own gallery), and how often the task is right."""
+
+
+def scored(rows: Iterable[Row]) -> tuple[str, str, str]:
+    """`RECALL` where images and captions were ranked, else `ACCURACY`."""
+    return RECALL if any(row.metric == RECALL[0] for row in rows) else ACCURACY
+
 
 def matrix_of(rows: Iterable[Row], metric: str, tasks: int) -> list[list[float | None]]:
     """The T×T matrix of `metric` for T = `tasks`; of two rows for the same place the later one counts.
@@ -104,6 +113,20 @@ def retention(matrix: Matrix) -> float | None:
         first, after = matrix[j][j], matrix[-1][j]
         kept.append(None if not first or after is None else after / first)
     return _mean(kept)
+
+
+def transfer(matrix: Matrix) -> float | None:
+    """MTIL's Transfer: mean over tasks j ≥ 2 of the mean score on j before it was learnt, R_ij with i < j.
+
+    Zheng et al., ICCV 2023, arXiv:2303.06628. Needs the whole square matrix.
+    """
+    _square(matrix)
+    return _mean([_mean([matrix[i][j] for i in range(j)]) for j in range(1, len(matrix))])
+
+
+def average(matrix: Matrix) -> float | None:
+    """MTIL's Avg: the mean of all scores, on every task after every task; its Last is `acc`."""
+    return _mean([value for row in _square(matrix) for value in row])
 
 
 def summarise(matrix: Matrix, baseline: Scores | None = None) -> dict[str, float | None]:

@@ -16,7 +16,6 @@ from perdure.types import Row
 PHASES = ("prepare", "train", "finish", "evaluate")
 """What the time of a task is spent on."""
 _COSTS = ("trainable_parameters", "stored_bytes", "seconds", "images_per_second", "peak_rss_bytes")
-_SCORES = ("accuracy", "accuracy_with_task_id", "task_id_accuracy")
 
 
 @dataclass(frozen=True)
@@ -43,10 +42,15 @@ class Run:
                 f"{folder} has no run.json: it is not the folder of a run; give one that `perdure run` wrote"
             )
         facts, summary = _object(folder / "run.json"), _object(folder / "summary.json")
-        for key in ("config", "resolved", "backbone", "versions", "stream"):
+        for key in _OBJECTS:
             facts[key] = {} if facts.get(key) is None else facts[key]
-            if not isinstance(facts[key], dict):
-                raise ValueError(f"{folder / 'run.json'}: {key!r} is not an object; restore the file or run again")
+        if wrong := _misshapen(facts):
+            raise ValueError(f"{folder / 'run.json'} is damaged: {wrong}; restore it or run again")
+        if not _is(summary.get("seconds_per_task"), [dict]):
+            raise ValueError(
+                f"{folder / 'summary.json'} is damaged: 'seconds_per_task' is no list of objects; restore it, or "
+                f"remove it and 'perdure resume {folder}' writes it anew"
+            )
         return cls(folder, facts, summary, tuple(_rows(folder / "results.jsonl")))
 
     @property
@@ -69,11 +73,20 @@ class Run:
         """Names of all tasks."""
         return [str(task.get("name") or f"task {i + 1}") for i, task in enumerate(self.tasks())]
 
-    def matrix(self, metric: str = "accuracy") -> list[list[float | None]]:
-        """Scores of all tasks, learnt or not: from the results, or from the summary where these are missing."""
-        if metric == "accuracy" and not self.rows and (stored := self._stored()):
+    @property
+    def scored(self) -> tuple[str, str, str]:
+        """Names of the score and its kin: accuracy, or recall."""
+        return metrics.scored(self.rows)
+
+    def matrix(self, metric: str | None = None) -> list[list[float | None]]:
+        """Scores of all tasks, learnt or not: from the results, or from the summary where these are missing.
+
+        Args:
+            metric: its name; the run's score when None.
+        """
+        if metric is None and not self.rows and (stored := self._stored()):
             return stored
-        return metrics.matrix_of(self.rows, metric, len(self.tasks()))
+        return metrics.matrix_of(self.rows, metric or self.scored[0], len(self.tasks()))
 
     def averages(self) -> list[float | None]:
         """Mean accuracy over the tasks learnt so far, after each task."""
@@ -87,8 +100,8 @@ class Run:
     def numbers(self) -> dict[str, float | None]:
         """Scores and costs by their key in summary.json, else from the results so far; `gap` and `seconds` besides."""
         done = self.learnt()
-        given, with_id, task_id = ([row[:done] for row in self.matrix(m)[:done]] for m in _SCORES)
-        baseline = metrics.baseline_of(self.rows, "accuracy", len(self.tasks()))[:done]
+        given, with_id, task_id = ([row[:done] for row in self.matrix(m)[:done]] for m in (None, *self.scored[1:]))
+        baseline = metrics.baseline_of(self.rows, self.scored[0], len(self.tasks()))[:done]
         so_far: dict[str, float | None] = {**dict.fromkeys(_COSTS), **metrics.summarise(given, baseline)}
         so_far |= {"acc_with_task_id": metrics.acc(with_id), "task_id_acc": metrics.acc(task_id)}
         so_far["feature_drift"] = drift.final([row[:done] for row in self.drift()[:done]])
@@ -108,7 +121,8 @@ class Run:
         stored = self.summary.get("matrix") or []
         if not isinstance(stored, list) or any(not isinstance(r, list) or len(r) != len(stored) for r in stored):
             raise ValueError(
-                f"{self.folder / 'summary.json'} is damaged: 'matrix' is not square; restore it or run again"
+                f"{self.folder / 'summary.json'} is damaged: 'matrix' is not square; restore it, or remove it and "
+                f"'perdure resume {self.folder}' writes it anew"
             )
         return [[_number(v) for v in row] for row in stored]
 
@@ -217,11 +231,44 @@ def _object(path: Path) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): restore it or run again") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}): {_remedy(path)}") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{path} is damaged (expected a JSON object): restore it or run again")
+        raise ValueError(f"{path} is damaged (expected a JSON object): {_remedy(path)}")
     return found
+
+
+def _remedy(path: Path) -> str:
+    if path.name != "summary.json":
+        return "restore it or run again"
+    return f"restore it, or remove it and 'perdure resume {path.parent}' writes it anew"
+
+
+_OBJECTS = ("config", "resolved", "backbone", "versions", "stream")
+_OF_TASK = {"classes": [int], "names": [str], "train": int, "test": int}
+
+
+def _misshapen(facts: dict[str, Any]) -> str:
+    """What of run.json is not what it should be, or nothing."""
+    if wrong := next((key for key in _OBJECTS if not _is(facts[key], dict)), None):
+        return f"{wrong!r} is not an object"
+    if not (_is(facts.get("seed"), int) and _is(facts["stream"].get("scenario"), str)):
+        return "'seed' is no number, or 'scenario' of 'stream' no text"
+    tasks = facts["stream"].get("tasks")
+    if not _is(tasks, [dict]):
+        return "'tasks' of 'stream' is no list of objects"
+    for task in tasks or ():
+        for key, kind in _OF_TASK.items():
+            if not _is(task.get(key), kind):
+                return f"{key!r} of a task is {json.dumps(task[key])[:40]}"
+    return ""
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether a value is None or of a type, or a list of such when `kind` is the list of a type."""
+    if isinstance(kind, list):
+        return value is None or (isinstance(value, list) and all(isinstance(each, kind[0]) for each in value))
+    return value is None or isinstance(value, kind)
 
 
 def _rows(path: Path) -> Iterable[Row]:
@@ -236,7 +283,9 @@ def _rows(path: Path) -> Iterable[Row]:
             found = json.loads(line)
             row = Row(int(found["after"]), None if found["on"] is None else int(found["on"]), str(found["metric"]), 0.0)
             value = _number(found["value"])
-        except (ValueError, KeyError, TypeError) as error:
+            if row.after < -1 or (row.on or 0) < 0:
+                raise ValueError("no task has such a number")
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise ValueError(
                 f"{path}, line {number}, is damaged: {error}; remove the line, or resume the run from its last task"
             ) from error

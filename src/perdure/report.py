@@ -227,7 +227,7 @@ def _view(run: Run) -> dict[str, Any]:
         "tasks": run.tasks(),
         "done": done,
         "numbers": _numbers(run),
-        "before": metrics.baseline_of(run.rows, "accuracy", len(names)),
+        "before": metrics.baseline_of(run.rows, run.scored[0], len(names)),
         "matrix": matrix[:done],
         "averages": run.averages(),
         "forgotten": [(i, names[i], v) for i, v in enumerate(lost)],

@@ -1,6 +1,5 @@
 """A run in a folder: build what the configuration names, learn task after task, evaluate, write everything down."""
 
-import copy
 import json
 import platform
 import shutil
@@ -8,7 +7,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
@@ -19,15 +18,17 @@ from typing import Any, TypeVar
 
 import torch
 
-from perdure import checkpoint, drift, metrics
+from perdure import checkpoint, drift
 from perdure.augment import AUGMENTS
 from perdure.config import RunConfig, make_backbone, make_method, make_objective
+from perdure.evaluation import Evaluation
 from perdure.learner import Core
-from perdure.method import Method, predicts
-from perdure.runtime import Runtime, peak_memory, resolve
+from perdure.retention import Retention
+from perdure.runtime import Runtime, resolve
 from perdure.streams import build_stream
-from perdure.train import Diverged, Fitted, Progress, Quiet, TrainConfig, check_finite, evaluate, fit_task
-from perdure.types import Row, Stream, Task
+from perdure.summary import facts_of, summarise
+from perdure.train import Diverged, Progress, Quiet, TrainConfig, check_finite, fit_task
+from perdure.types import Row, Stream
 from perdure.version import __version__
 
 C = TypeVar("C", bound=Core)
@@ -58,7 +59,9 @@ def run(
         learner, stream, runtime = _build(config, runtime)
         checkpoint.write_json(out / "run.json", record(config, learner, stream, runtime))
         with nothing_learnt_nothing_left(out):
-            return learn_stream(config, learner, stream, out, progress or Quiet(), config.save_every)
+            return learn_stream(
+                config, learner, stream, out, progress or Quiet(), config.save_every, retain=config.retain
+            )
 
 
 @contextmanager
@@ -89,7 +92,7 @@ def resume(out: Path, progress: Progress | None = None) -> dict[str, Any]:
             raise ValueError(f"{out} is taught from folders: go on with 'perdure learn FOLDER --into {out}'")
         learner, stream, _ = _build(config, Runtime(**written["resolved"]))
         _check_unchanged(out, written["stream"], stream)
-        return learn_stream(config, learner, stream, out, progress or Quiet(), config.save_every)
+        return learn_stream(config, learner, stream, out, progress or Quiet(), config.save_every, retain=config.retain)
 
 
 def read_record(out: Path) -> dict[str, Any]:
@@ -177,6 +180,7 @@ def learn_stream(
     progress: Progress,
     save_every: int = 0,
     extra: dict[str, Any] | None = None,
+    retain: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Learn what `out` has not learnt yet of `stream`; returns the summary, which is also written.
 
@@ -188,6 +192,7 @@ def learn_stream(
         progress: who is told.
         save_every: see `RunConfig`.
         extra: facts for the manifests of the tasks learnt now.
+        retain: held-out streams, see `perdure.retention`.
     """
     done = checkpoint.whole(out)
     for each in done:
@@ -200,6 +205,7 @@ def learn_stream(
     if latest := snapshot or (done[-1] if done else None):
         checkpoint.restore(learner, latest, stream.tasks)
     features = drift.Drift(done)
+    evaluation = Evaluation(stream, Retention(retain, learner), progress.note)
     with _interruptible() as stopped:
         for task in stream.tasks[learnt:]:
             if stopped():
@@ -210,7 +216,7 @@ def learn_stream(
                 resumed = snapshot.step or 0, partial(checkpoint.restore_optimizer, snapshot, learner)
                 snapshot = None
             else:
-                before = _before(learner, task, stream, progress)
+                before = evaluation.before(learner, task)
             saver = _Saver(save_every, out, learner, before, stopped)
             try:
                 fitted = fit_task(learner, task, config, progress, saver, resumed)
@@ -222,7 +228,7 @@ def learn_stream(
                     f"can be used as they are in {out}"
                 ) from error
             start = time.perf_counter()
-            new = before + _measure(learner, task, stream) + features.measure(learner, task, stream)
+            new = before + evaluation.after(learner, task) + features.measure(learner, task, stream)
             facts = facts_of(fitted, time.perf_counter() - start)
             checkpoint.save_task(out, learner, new, facts | (extra or {}), features.files(task))
             with (out / "results.jsonl").open("a", encoding="utf-8") as file:
@@ -231,78 +237,6 @@ def learn_stream(
     summary = summarise(out, stream)
     checkpoint.write_json(out / "summary.json", summary)
     return summary
-
-
-def _before(learner: Core, task: Task, stream: Stream, progress: Progress) -> list[Row]:
-    """Grow for `task`; where classes can be scored unseen, measure it before it is learnt (forward transfer)."""
-    rows: list[Row] = []
-    if learner.objective.open_vocabulary and task.index == 0:
-        progress.note("measuring the pre-trained model")
-        # in float32: the weights are not to lose digits before it is known whether they are trained
-        untaught = Core(learner.backbone, copy.copy(learner.objective), Method(), stream.scenario)
-        for each in stream:
-            untaught.grow(each)
-            if len(each.test):
-                rows += [Row(-1, each.index, k, v) for k, v in evaluate(untaught, each).items()]
-    learner.grow(task)
-    unseen = learner.objective.open_vocabulary and not predicts(learner.method)
-    if unseen and task.index > 0 and len(task.test):
-        rows += [Row(task.index - 1, task.index, k, v) for k, v in evaluate(learner, task).items()]
-    return rows
-
-
-def _measure(learner: Core, task: Task, stream: Stream) -> list[Row]:
-    rows = []
-    for seen in stream.tasks[: task.index + 1]:
-        if not len(seen.test):
-            continue
-        rows += [Row(task.index, seen.index, k, v) for k, v in evaluate(learner, seen).items()]
-    return rows + [Row(task.index, None, k, float(v)) for k, v in learner.method.measures(learner).items()]
-
-
-def facts_of(fitted: Fitted, evaluate: float) -> dict[str, Any]:
-    """What a task's manifest says of its cost; `evaluate` in seconds."""
-    return {
-        "seconds": {
-            "prepare": fitted.prepare,
-            "train": fitted.train,
-            "finish": fitted.finish,
-            "evaluate": evaluate,
-        },
-        "images": fitted.images,
-        "trainable_parameters": fitted.trainable,
-        "peak_rss_bytes": peak_memory(),
-    }
-
-
-def summarise(out: Path, stream: Stream) -> dict[str, Any]:
-    """The content of summary.json, from the folder's whole checkpoints."""
-    done = checkpoint.whole(out)
-    rows = [row for each in done for row in each.rows]
-    tasks = done[-1].learnt
-    matrices = {m: metrics.matrix_of(rows, m, tasks) for m in ("accuracy", *_OTHER_METRICS)}
-    seconds = [each.manifest["seconds"] for each in done]
-    train = sum(s["train"] for s in seconds)
-    referenced = [row.value for row in rows if row.metric == "referenced_bytes"]
-    stored = (done[-1].folder / "learner.safetensors").stat().st_size + int(referenced[-1] if referenced else 0)
-    return (
-        metrics.summarise(matrices["accuracy"], metrics.baseline_of(rows, "accuracy", tasks))
-        | {name: metrics.acc(matrices[metric]) for metric, name in _OTHER_METRICS.items()}
-        | {
-            "forgetting_with_task_id": metrics.forgetting(matrices["accuracy_with_task_id"]),
-            "feature_drift": drift.final(metrics.matrix_of(rows, drift.METRIC, tasks)),
-            "matrix": matrices["accuracy"],
-            "trainable_parameters": done[-1].manifest["trainable_parameters"],
-            "stored_bytes": stored,
-            "seconds_per_task": seconds,
-            "images_per_second": sum(each.manifest["images"] for each in done) / train if train else None,
-            "peak_rss_bytes": max(each.manifest["peak_rss_bytes"] for each in done),
-            "skipped_images": len(stream.notes.get("skipped", [])),
-        }
-    )
-
-
-_OTHER_METRICS = {"accuracy_with_task_id": "acc_with_task_id", "task_id_accuracy": "task_id_acc"}
 
 
 class _Saver:

@@ -16,11 +16,12 @@ from perdure import checkpoint
 from perdure.config import RunConfig, check_options
 from perdure.export import export
 from perdure.learner import Core
-from perdure.run import build_learner, facts_of, read_record, record, recorded_config, summarise
+from perdure.run import build_learner, read_record, record, recorded_config
 from perdure.runtime import Runtime
 from perdure.streams import ImageSet, folder_task, given_task
 from perdure.streams.sources import Picture
-from perdure.train import Progress, TrainConfig, fit_task, predict_scores
+from perdure.summary import facts_of, summarise
+from perdure.train import Progress, TrainConfig, fit_task
 from perdure.types import Row, Stream, Task
 
 OPEN = ""
@@ -139,7 +140,7 @@ class Learner(Core):
             return []
         data = ImageSet.of(images, [0] * len(images), self.backbone.preprocess)
         with self.inference():
-            shares = predict_scores(self, data, batch_size).softmax(1).cpu()
+            shares = self.answers(data, batch_size).softmax(1).cpu()
         best = shares.topk(min(top or shares.shape[1], shares.shape[1]), dim=1)
         names = self.objective.names
         return [

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from perdure.learner import Core
 from perdure.memory.tensors import Tensors
+from perdure.objectives.retrieve import embedded
 from perdure.types import Batch
 
 
@@ -49,6 +50,11 @@ class Teacher(nn.Module):
             for (parameter, _), value in zip(swapped, present, strict=True):
                 parameter.data = value
 
+    def pairs(self, learner: Core, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Features (B, dim) and the captions' embeddings (B, K, dim), zero where there is none, without gradients."""
+        with self.speaking(learner):
+            return learner.encode(batch), embedded(learner, batch["text"])
+
     def forward(self, learner: Core, batch: Batch) -> tuple[Tensor, Tensor]:
         """Features (B, dim) and scores (B, seen classes) by the learner of the snapshot, without gradients."""
         with self.speaking(learner):
@@ -68,6 +74,11 @@ def distillation(teacher: Tensor, student: Tensor, temperature: float) -> Tensor
     """
     wanted, given = (F.log_softmax(scores / temperature, dim=1) for scores in (teacher, student))
     return temperature**2 * F.kl_div(given, wanted, reduction="batchmean", log_target=True)
+
+
+def relations(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
+    """`distillation` of similarities (n, m), from each row over columns and from each column over rows, added."""
+    return distillation(teacher, student, temperature) + distillation(teacher.T, student.T, temperature)
 
 
 def trains_encoder(learner: Core) -> bool:

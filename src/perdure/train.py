@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, get_args, get_origin, get_type_hints
 
 import torch
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 
 from perdure.augment import AUGMENTS
@@ -225,38 +224,5 @@ def check_finite(learner: Core, task: Task) -> None:
 
 
 def evaluate(learner: Core, task: Task, size: int = 256) -> dict[str, float]:
-    """Accuracy on `task`'s test set: as the scenario has it, with the task id given, and of the task id itself.
-
-    Batches are as large as fit; scores of an example never depend on the others.
-    """
-    classes, first = learner.objective.classes, learner.stream.first_task()
-    candidates = set(learner.stream.candidates(task, learner.learnt - 1)) & set(classes)
-    allowed = torch.tensor([i for i, c in enumerate(classes) if c in candidates or c in task.classes])
-    own = torch.tensor([i for i, c in enumerate(classes) if c in task.classes])
-    owner = torch.tensor([first[c] for c in classes])
-    labels = task.test.labels
-    with learner.inference():
-        scores = predict_scores(learner, learner.encoded(task.test, keep=True), size).cpu()
-    answer = allowed[scores[:, allowed].argmax(1)]
-    told = own[scores[:, own].argmax(1)]
-    target = learner.objective.columns(labels)
-    found = {
-        "accuracy": (answer == target).float().mean().item(),
-        "accuracy_with_task_id": (told == target).float().mean().item(),
-    }
-    if learner.scenario == "class":
-        found["task_id_accuracy"] = (owner[answer] == owner[target]).float().mean().item()
-    return found
-
-
-def predict_scores(learner: Core, data: Data, size: int = 256) -> Tensor:
-    """Scores (n, seen classes); a batch that does not fit the device's memory is halved."""
-    while True:
-        try:
-            return torch.cat([learner(batch) for batch in learner.batches(data, size)])
-        except RuntimeError as error:
-            if size == 1 or not should_reduce_batch_size(error):
-                raise
-        # only now: collecting garbage takes longer than predicting a small set
-        clear_device_cache(garbage_collection=True)
-        size //= 2
+    """What the objective measures on `task`'s test set."""
+    return learner.objective.evaluate(learner, [task], size)[0]

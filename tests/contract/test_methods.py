@@ -12,7 +12,7 @@ from perdure.adapters.attach import detach, prompted
 from perdure.config import make_method, register
 from perdure.learner import Core
 from perdure.method import METHODS, encodes
-from perdure.train import fit_task, predict_scores
+from perdure.train import fit_task
 from perdure.types import Task
 
 register()
@@ -268,8 +268,8 @@ def test_predictions_depend_on_no_other_image_of_the_batch(spec: str, where: Any
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(1))
     mixed = data.subset(order)
     with learner.inference():
-        together, one_by_one = predict_scores(learner, data, 64), predict_scores(learner, data, 1)
-        shuffled = predict_scores(learner, mixed, 5)
+        together, one_by_one = learner.answers(data, 64), learner.answers(data, 1)
+        shuffled = learner.answers(mixed, 5)
     torch.testing.assert_close(one_by_one, together, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(shuffled, together[order], rtol=1e-5, atol=1e-5)
 

@@ -11,7 +11,7 @@ from perdure.backbones.tiny import tiny
 from perdure.config import make_method, make_objective
 from perdure.learner import Core
 from perdure.prompting import query
-from perdure.train import TrainConfig, fit_task, predict_scores
+from perdure.train import TrainConfig, fit_task
 from perdure.types import Task
 
 
@@ -115,7 +115,7 @@ def apart(lab: Any, spec: str) -> tuple[Core, Any]:
 
 def scores(learner: Core, data: Any, size: int) -> Tensor:
     with learner.inference():
-        return predict_scores(learner, data, size)
+        return learner.answers(data, size)
 
 
 def test_each_image_chooses_for_itself_but_a_batch_that_votes_makes_answers_depend_on_the_batch(lab: Any) -> None:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from perdure.config import make_method
 from perdure.memory.symmetric import unpack
 from perdure.methods.ranpac import random_signs
-from perdure.train import evaluate, predict_scores
+from perdure.train import evaluate
 from perdure.types import Task
 
 
@@ -143,12 +143,12 @@ def test_the_regression_is_solved_once_for_many_batches(lab: Any, monkeypatch: p
     original = type(learner.method)._solve
     monkeypatch.setattr(type(learner.method), "_solve", lambda *args: solved.append(1) or original(*args))
     with learner.inference():
-        predict_scores(learner, data, 1)
-        predict_scores(learner, data, 2)
+        learner.answers(data, 1)
+        learner.answers(data, 2)
     assert len(solved) <= 1
     learner.load_state_dict(learner.memory(), strict=False)
     with learner.inference():
-        predict_scores(learner, data, 1)
+        learner.answers(data, 1)
     assert len(solved) <= 2
 
 

@@ -14,7 +14,7 @@ from perdure.learner import Core
 from perdure.method import Method
 from perdure.objectives import Classify
 from perdure.streams import ImageSet
-from perdure.train import Quiet, TrainConfig, evaluate, fit_task, predict_scores
+from perdure.train import Quiet, TrainConfig, evaluate, fit_task
 from perdure.types import Task
 
 
@@ -95,7 +95,7 @@ def test_a_batch_that_does_not_fit_is_halved() -> None:
     learner = oracle("class", [asked(*FIRST)], [(3, 1)])
     learner.method = Heavy()
     learner.method.sizes = []
-    scores = predict_scores(learner, learner.tasks[0].test, 8)
+    scores = learner.answers(learner.tasks[0].test, 8)
     assert scores.tolist() == [line[:2] for line in FIRST[0]]
     assert learner.method.sizes == [4, 4, 2, 2]
 
@@ -108,7 +108,7 @@ def test_another_error_while_predicting_is_not_swallowed() -> None:
     learner = oracle("class", [asked(*FIRST)], [(3, 1)])
     learner.method = Broken()
     with pytest.raises(RuntimeError, match="shapes differ"):
-        predict_scores(learner, learner.tasks[0].test)
+        learner.answers(learner.tasks[0].test)
 
 
 class Watch(Method):

@@ -48,6 +48,8 @@ class Align(Method, name="align"):
         shrink: how much shorter the oldest classes' means are made, in [0, 1).
     """
 
+    classifies = True
+
     def __init__(
         self,
         covariance: Covariance = "shared",

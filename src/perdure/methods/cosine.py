@@ -29,6 +29,8 @@ class Cosine(Method, name="cosine"):
         template: with `zeroshot`, a sentence with `{}` for the class name; None is "a photo of a {}.".
     """
 
+    classifies = True
+
     def __init__(
         self,
         init: Literal["random", "zeroshot"] = "random",

@@ -38,6 +38,8 @@ class EWC(Method, name="ewc"):
             depends on how a product is divided into two; a product has as many numbers as the layer's weight.
     """
 
+    classifies = True
+
     guards = "shares"
 
     def __init__(

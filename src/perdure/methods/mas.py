@@ -26,6 +26,8 @@ class MAS(Method, name="mas"):
             depends on how a product is divided into two; a product has as many numbers as the layer's weight.
     """
 
+    classifies = True
+
     guards = "shares"
 
     def __init__(self, strength: float = 100.0, samples: int = 512, of: Of = "parameters") -> None:

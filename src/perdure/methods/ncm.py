@@ -16,6 +16,8 @@ class NCM(Method, name="ncm"):
     In a composition (`lora + ncm`) a class's mean is taken at the end of its task, with the encoder of that moment.
     """
 
+    classifies = True
+
     def __init__(self) -> None:
         super().__init__()
         self.sums = Tensors()  # class id -> sum of features (dim,)

@@ -40,6 +40,8 @@ class RanPAC(Method, name="ranpac"):
             its training images.
     """
 
+    classifies = True
+
     def __init__(self, dim: int = 2000, ridge: float | None = None) -> None:
         super().__init__()
         if dim < 0:

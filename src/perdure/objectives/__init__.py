@@ -2,8 +2,9 @@
 
 from perdure.objectives.base import Objective
 from perdure.objectives.classify import Classify
+from perdure.objectives.retrieve import Retrieve
 from perdure.objectives.zeroshot import ZeroShot
 
-__all__ = ["OBJECTIVES", "Classify", "Objective", "ZeroShot"]
+__all__ = ["OBJECTIVES", "Classify", "Objective", "Retrieve", "ZeroShot"]
 
-OBJECTIVES: dict[str, type[Objective]] = {"classify": Classify, "zeroshot": ZeroShot}
+OBJECTIVES: dict[str, type[Objective]] = {"classify": Classify, "zeroshot": ZeroShot, "retrieve": Retrieve}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +23,12 @@ class Objective(nn.Module):
     SD-LoRA and PILOT. As soon as a batch holds an example of another class (replay), all seen classes compete.
     """
 
-    open_vocabulary = False
-    """Whether classes can be scored before they were learnt."""
+    open_vocabulary: ClassVar[bool] = False
+    """Whether a task can be measured before it was learnt."""
+    classifies: ClassVar[bool] = True
+    """Whether it scores classes; else methods that answer by classes have nothing to answer."""
+    texts: ClassVar[bool] = False
+    """Whether it reads texts, so that a text tower can learn."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,6 +47,16 @@ class Objective(nn.Module):
     def refresh(self) -> None:
         """Called before prediction, when parameters may have changed."""
 
+    def record(self, learner: Core, batch: Batch) -> Batch:
+        """What it wants to know of each image beside it and no training can change, as `{name: (B, ...)}`.
+
+        Computed once for a training set where images stay as they are, and for a test set; never within a step.
+        """
+        return {}
+
+    def show(self, learner: Core, batch: Batch) -> None:
+        """Let the text tower read what it reads in a step on `batch`, for whoever watches its layers."""
+
     def scores(self, features: Tensor) -> Tensor:
         """Scores (B, seen classes), columns in the order of `classes`."""
         raise NotImplementedError
@@ -50,6 +66,10 @@ class Objective(nn.Module):
         lookup = torch.full((max(self.classes) + 1,), -1, device=labels.device)
         lookup[list(self.classes)] = torch.arange(len(self.classes), device=labels.device)
         return lookup[labels]
+
+    def guess(self, batch: Batch, local: bool) -> float:
+        """Loss of who knows nothing: log of the number of classes that compete."""
+        return math.log(max(2, len(self.local if local else self.classes)))
 
     def loss(self, features: Tensor, batch: Batch) -> Tensor:
         """Mean cross-entropy of the batch."""
@@ -75,3 +95,47 @@ class Objective(nn.Module):
             return False
         target = self.columns(batch["label"])
         return bool(torch.isin(target, torch.tensor(self.local, device=target.device)).all())
+
+    def evaluate(self, learner: Core, tasks: Sequence[Task], size: int = 256) -> list[dict[str, float]]:
+        """Shares of right answers on the test set of each of `tasks`.
+
+        As the scenario has it, with the task id given, and of the task id itself. Batches are as large as fit; scores
+        of an example never depend on the others.
+        """
+        return [self._accuracy(learner, task, size) for task in tasks]
+
+    def _accuracy(self, learner: Core, task: Task, size: int) -> dict[str, float]:
+        candidates = set(learner.stream.candidates(task, learner.learnt - 1)) & set(self.classes)
+        with learner.inference():
+            scores = learner.answers(learner.encoded(task.test, keep=True), size).cpu()
+        first = learner.stream.first_task()
+        return accuracies(learner, task, scores, self.classes, candidates | set(task.classes), first)
+
+
+def accuracies(
+    learner: Core, task: Task, scores: Tensor, classes: Sequence[int], candidates: set[int], first: dict[int, int]
+) -> dict[str, float]:
+    """Shares of right answers on a task's test set.
+
+    Args:
+        learner: who answered.
+        task: with its test set.
+        scores: (n, columns), on the CPU.
+        classes: class of each column.
+        candidates: classes that may be answered.
+        first: class -> index of the task it belongs to.
+    """
+    allowed = torch.tensor([i for i, c in enumerate(classes) if c in candidates])
+    own = torch.tensor([i for i, c in enumerate(classes) if c in task.classes])
+    answer = allowed[scores[:, allowed].argmax(1)]
+    told = own[scores[:, own].argmax(1)]
+    place = {c: i for i, c in enumerate(classes)}
+    target = torch.tensor([place[c] for c in task.test.labels.tolist()])
+    found = {
+        "accuracy": (answer == target).float().mean().item(),
+        "accuracy_with_task_id": (told == target).float().mean().item(),
+    }
+    if learner.scenario == "class":
+        owner = torch.tensor([first[c] for c in classes])
+        found["task_id_accuracy"] = (owner[answer] == owner[target]).float().mean().item()
+    return found

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from perdure.adapters.attach import adapted
-from perdure.objectives.base import Objective
-from perdure.types import Task
+from perdure.objectives.base import Objective, accuracies
+from perdure.types import Batch, Task
 
 if TYPE_CHECKING:
     from perdure.learner import Core
+
+TEMPLATE = "a photo of a {}."
 
 
 class ZeroShot(Objective):
@@ -28,8 +29,9 @@ class ZeroShot(Objective):
     """
 
     open_vocabulary = True
+    texts = True
 
-    def __init__(self, templates: str | Sequence[str] = "a photo of a {}.") -> None:
+    def __init__(self, templates: str | Sequence[str] = TEMPLATE) -> None:
         super().__init__()
         self.templates = (templates,) if isinstance(templates, str) else tuple(templates)
         for template in self.templates:
@@ -50,17 +52,12 @@ class ZeroShot(Objective):
 
     def refresh(self) -> None:
         """Forget the class embeddings when the text tower may have changed."""
-        if not self._constant():
+        if not self._learner[0].constant_texts:
             self._known = None
 
     def embed(self, names: Sequence[str]) -> Tensor:
         """Unit-length embeddings (n, dim) of class names."""
-        backbone, per_template = self._learner[0].backbone, []
-        for template in self.templates:
-            with self._learner[0].computing():
-                text = backbone.encode_text([template.format(name) for name in names])
-            per_template.append(F.normalize(text.float(), dim=1))
-        return F.normalize(torch.stack(per_template).mean(0), dim=1)
+        return class_texts(self._learner[0], names, self.templates)
 
     def scores(self, features: Tensor) -> Tensor:
         """Scaled cosines (B, seen classes)."""
@@ -71,10 +68,28 @@ class ZeroShot(Objective):
         scale = self._learner[0].backbone.logit_scale.detach()
         return scale * F.normalize(features, dim=1) @ classes.T
 
+    def show(self, learner: Core, batch: Batch) -> None:
+        """The class names of the task."""
+        self.embed(learner.task.names)
+
+    def _accuracy(self, learner: Core, task: Task, size: int) -> dict[str, float]:
+        if set(task.classes) <= set(self.classes):
+            return super()._accuracy(learner, task, size)
+        # Not learnt yet: named by its own task, beside what was learnt.
+        fresh = [(c, n) for c, n in zip(task.classes, task.names, strict=True) if c not in self.classes]
+        classes, names = (*self.classes, *(c for c, _ in fresh)), (*self.names, *(n for _, n in fresh))
+        if learner.scenario == "task":
+            classes, names = task.classes, task.names
+        with learner.inference():
+            features, _ = learner.features(learner.encoded(task.test, keep=True), size)
+            scores = self.similarity(features, self.embed(names)).cpu()
+        first = {**dict.fromkeys(task.classes, task.index), **learner.stream.first_task()}
+        return accuracies(learner, task, scores, classes, set(classes), first)
+
     def _classes(self) -> Tensor:
-        if self._known is not None and (self._constant() or torch.is_inference_mode_enabled()):
+        if self._known is not None and (self._learner[0].constant_texts or torch.is_inference_mode_enabled()):
             return self._known
-        if self._constant():
+        if self._learner[0].constant_texts:
             with torch.no_grad(), torch.inference_mode(False):
                 self._known = self.embed(self.names)
             return self._known
@@ -82,7 +97,12 @@ class ZeroShot(Objective):
         self._known = fresh if torch.is_inference_mode_enabled() else None
         return fresh
 
-    def _constant(self) -> bool:
-        backbone = self._learner[0].backbone
-        tower = backbone.get_submodule(backbone.towers()["text"])
-        return not adapted(tower) and not any(p.requires_grad for p in tower.parameters())
+
+def class_texts(learner: Core, names: Sequence[str], templates: Sequence[str]) -> Tensor:
+    """Unit-length embeddings (n, dim): the normalised mean over templates of normalised embeddings."""
+    per_template = []
+    for template in templates:
+        with learner.computing():
+            text = learner.backbone.encode_text([template.format(name) for name in names])
+        per_template.append(F.normalize(text.float(), dim=1))
+    return F.normalize(torch.stack(per_template).mean(0), dim=1)

@@ -1,0 +1,70 @@
+"""When a run measures what: before its first task, and after each."""
+
+import copy
+from collections.abc import Callable
+
+from perdure.learner import Core
+from perdure.method import Method, predicts
+from perdure.retention import Retention
+from perdure.types import Row, Stream, Task
+
+
+class Evaluation:
+    """The measurements of a run, as rows.
+
+    Args:
+        stream: all tasks.
+        retention: held-out data sets.
+        note: is told what takes long.
+    """
+
+    def __init__(self, stream: Stream, retention: Retention, note: Callable[[str], None]) -> None:
+        self.stream, self.retention, self.note = stream, retention, note
+
+    def before(self, learner: Core, task: Task) -> list[Row]:
+        """Grow for `task`; where a task can be measured unlearnt, measure this one first (forward transfer)."""
+        rows: list[Row] = []
+        if task.index == 0 and (learner.objective.open_vocabulary or self.retention.sets):
+            self.note("measuring the pre-trained model")
+            rows = self._untaught(learner)
+        learner.grow(task)
+        if task.index > 0 and len(task.test) and self._open(learner) and not self._square:
+            rows += self._rows(learner, task.index - 1, [*self._seen(task.index - 1), task])[-1]
+        return rows
+
+    def after(self, learner: Core, task: Task) -> list[Row]:
+        """The tasks learnt so far, in a sequence of data sets also the others; the method's facts; what is retained."""
+        rows = [row for each in self._rows(learner, task.index, self._seen(task.index)) for row in each]
+        if self._square and self._open(learner):
+            for later in self.stream.tasks[task.index + 1 :]:
+                rows += self._rows(learner, task.index, [*self._seen(task.index), later])[-1]
+        rows += self.retention.measure(learner, task.index)
+        return rows + [Row(task.index, None, k, float(v)) for k, v in learner.method.measures(learner).items()]
+
+    @property
+    def _square(self) -> bool:
+        """Whether every task is measured after every task, as the MTIL benchmark does."""
+        return bool(self.stream.notes.get("sequence"))
+
+    @staticmethod
+    def _open(learner: Core) -> bool:
+        return learner.objective.open_vocabulary and not predicts(learner.method)
+
+    def _seen(self, last: int) -> list[Task]:
+        return [task for task in self.stream.tasks[: last + 1] if len(task.test)]
+
+    def _untaught(self, learner: Core) -> list[Row]:
+        # in float32: the weights are not to lose digits before it is known whether they are trained
+        untaught, rows = Core(learner.backbone, copy.copy(learner.objective), Method(), self.stream.scenario), []
+        if learner.objective.open_vocabulary:
+            for each in self.stream:
+                untaught.grow(each)
+                if len(each.test):
+                    rows += self._rows(untaught, -1, self._seen(each.index))[-1]
+        return rows + self.retention.measure(untaught, -1)
+
+    @staticmethod
+    def _rows(learner: Core, after: int, tasks: list[Task]) -> list[list[Row]]:
+        """What the objective measures on each of `tasks`, which are measured together."""
+        found = learner.objective.evaluate(learner, tasks)
+        return [[Row(after, t.index, k, v) for k, v in each.items()] for t, each in zip(tasks, found, strict=True)]

@@ -1,0 +1,197 @@
+"""Retrieval: images find their captions and captions their images (CLIP's loss; Radford et al., ICML 2021).
+
+Differs: captions of one image are no negatives of each other. Where an image stands in a batch more than once, or
+shows more than one caption, all pairs of one `pair` are positives, and the target is spread over them evenly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from perdure.objectives.base import Objective
+from perdure.ranking import recalls
+from perdure.texts import present
+from perdure.types import Batch, Data, Task
+
+if TYPE_CHECKING:
+    from perdure.learner import Core
+
+_CAPTIONS = "captions"
+
+
+class Retrieve(Objective):
+    """Symmetric contrastive loss between images and captions, with the model's frozen logit scale.
+
+    Args:
+        captions: how many of an image's captions a step shows, drawn anew in every step; None shows all.
+    """
+
+    open_vocabulary = True
+    classifies = False
+    texts = True
+
+    def __init__(self, captions: int | None = 1) -> None:
+        super().__init__()
+        if captions is not None and captions < 1:
+            raise ValueError(f"captions={captions}: expected 1 or more, or None for all")
+        self.captions = captions
+        self._learner: list[Core] = []  # in a list: the learner owns us, not we the learner
+
+    def grow(self, learner: Core, task: Task) -> None:
+        """Remember the topic."""
+        if "text" not in learner.backbone.towers():
+            raise ValueError(
+                f"retrieve needs a text tower, which {learner.backbone.spec} lacks: use clip(path=...) or pocket()"
+            )
+        super().grow(learner, task)
+        self._learner = [learner]
+
+    def scores(self, features: Tensor) -> Tensor:
+        """There are no classes to score.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("retrieve ranks images and captions and scores no classes: use 'perdure search'")
+
+    def competes_locally(self, batch: Batch) -> bool:
+        """Never: all pairs of a batch compete."""
+        return False
+
+    def losses(self, features: Tensor, batch: Batch, local: bool | None = None) -> Tensor:
+        """Contrastive loss of each image, (B,): the mean of image to text and text to image.
+
+        Args:
+            features: (B, dim).
+            batch: with `pair` and `text` (or the captions' embeddings).
+            local: has no meaning here.
+
+        Raises:
+            ValueError: when the batch has no captions.
+        """
+        texts, image_of = self.shown(batch)
+        return self.contrast(self.similarity(features, texts), batch["pair"], image_of)
+
+    def guess(self, batch: Batch, local: bool) -> float:
+        """Log of the number of pairs that compete."""
+        return math.log(max(2, len(batch["pair"])))
+
+    def similarity(self, features: Tensor, texts: Tensor) -> Tensor:
+        """Scaled cosines (B, n) of image features to embeddings of texts."""
+        scale = self._learner[0].backbone.logit_scale.detach()
+        return scale * F.normalize(features, dim=1) @ F.normalize(texts, dim=1).T
+
+    def shown(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Embeddings (n, dim) of the captions that a step shows, and for each the row of its image."""
+        rows, places = self.chosen(batch)
+        if _CAPTIONS in batch:
+            return batch[_CAPTIONS][rows, places], rows
+        return self._learner[0].embed(batch["text"][rows, places]), rows
+
+    def chosen(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Which captions a step shows, as (rows, places) into `text`; the same ones whenever asked in a step."""
+        if "text" not in batch:
+            raise ValueError("retrieve learns from captions, which this stream has not: use captions(path=...)")
+        there = present(batch["text"])
+        if self.captions is None:
+            rows, places = there.nonzero(as_tuple=True)
+            return rows, places
+        learner = self._learner[0]
+        draw = torch.rand(there.shape, generator=learner.generator("caption", learner.step)).to(there.device)
+        order = (draw + 2 * ~there).argsort(1)[:, : self.captions]
+        rows, column = there.gather(1, order).nonzero(as_tuple=True)
+        return rows, order[rows, column]
+
+    @staticmethod
+    def contrast(scores: Tensor, pair: Tensor, image_of: Tensor) -> Tensor:
+        """Loss of each image, (B,), from scaled similarities.
+
+        Args:
+            scores: images to texts (B, n).
+            pair: identity of each image, (B,).
+            image_of: row of each text's image, (n,).
+        """
+        positive = (pair[:, None] == pair[image_of][None]).to(scores.dtype)
+        to_text = -(positive * F.log_softmax(scores, dim=1)).sum(1) / positive.sum(1)
+        to_image = -(positive * F.log_softmax(scores, dim=0)).sum(0) / positive.sum(0)
+        # of each image the mean over its texts
+        shares = F.one_hot(image_of, len(pair)).to(scores.dtype)
+        back = (to_image @ shares) / shares.sum(0).clamp_min(1)
+        return (to_text + back) / 2
+
+    def record(self, learner: Core, batch: Batch) -> Batch:
+        """Embeddings (B, K, dim) of all captions, where the text tower can never change."""
+        if _CAPTIONS in batch or "text" not in batch or not learner.constant_texts:
+            return {}
+        return {_CAPTIONS: embedded(learner, batch["text"])}
+
+    def show(self, learner: Core, batch: Batch) -> None:
+        """The captions of a step."""
+        learner.embed(batch["text"][self.chosen(batch)])
+
+    def evaluate(self, learner: Core, tasks: Sequence[Task], size: int = 256) -> list[dict[str, float]]:
+        """Recall at 1, 5 and 10 both ways: on the gallery of each task, and on that of all of `tasks` (harder).
+
+        `recall` is the mean of the six on the union (`rsum` / 6), `recall_own_gallery` that on the task's own; queries
+        are the task's in both.
+        """
+        with learner.inference():
+            galleries = [self._gallery(learner, learner.encoded(task.test, keep=True), size) for task in tasks]
+        union = _joined(galleries)
+        found = []
+        for own in galleries:
+            queries = (own.images, own.pair, own.texts, own.pair_of_text)
+            near, far = recalls(*queries, own.parts), recalls(*queries, union.parts)
+            found.append(
+                {"recall": sum(far.values()) / len(far), "recall_own_gallery": sum(near.values()) / len(near)}
+                | {f"own/{k}": v for k, v in near.items()}
+                | {f"union/{k}": v for k, v in far.items()}
+            )
+        return found
+
+    def _gallery(self, learner: Core, data: Data, size: int) -> _Gallery:
+        images, pairs, texts, owners = [], [], [], []
+        for batch in learner.batches(data, size):
+            if "text" not in batch:
+                raise ValueError("retrieve is measured on captions, which this stream has not: use captions(path=...)")
+            there = present(batch["text"])
+            every = batch[_CAPTIONS] if _CAPTIONS in batch else embedded(learner, batch["text"])
+            images.append(F.normalize(learner.encode(batch), dim=1).cpu())
+            texts.append(F.normalize(every[there], dim=1).cpu())
+            pairs.append(batch["pair"].cpu())
+            owners.append(batch["pair"][:, None].expand_as(there)[there].cpu())
+        return _Gallery(*(torch.cat(each) for each in (images, pairs, texts, owners)))
+
+
+@dataclass(frozen=True)
+class _Gallery:
+    images: Tensor
+    pair: Tensor
+    texts: Tensor
+    pair_of_text: Tensor
+
+    @property
+    def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.images, self.pair, self.texts, self.pair_of_text
+
+
+def _joined(galleries: Sequence[_Gallery]) -> _Gallery:
+    """All together; an image that several have (with captions in other languages) stands there once."""
+    images, pair, texts, owners = (torch.cat(each) for each in zip(*(g.parts for g in galleries), strict=True))
+    first = torch.tensor(list(dict(zip(reversed(pair.tolist()), reversed(range(len(pair))), strict=True)).values()))
+    first = first.sort().values
+    return _Gallery(images[first], pair[first], texts, owners)
+
+
+def embedded(learner: Core, text: Tensor) -> Tensor:
+    """Embeddings (B, K, dim) of packed captions (B, K, bytes); zero where there is none."""
+    there = present(text)
+    found = learner.embed(text[there])
+    return found.new_zeros(*there.shape, found.shape[1]).masked_scatter(there.unsqueeze(-1), found)
