@@ -70,7 +70,7 @@ class Laboratory:
 
     @property
     def text(self) -> bool:
-        return self.objective.startswith("zeroshot")
+        return not self.objective.startswith("classify")
 
     def config(self, method: str, **more: Any) -> RunConfig:
         """What `run` takes; attention is fixed, for a measurement would make runs differ."""
@@ -78,6 +78,8 @@ class Laboratory:
             f"synthetic(tasks={self.tasks}, classes_per_task={self.classes}, per_class={self.per_class}, "
             f"test_per_class=4, noise={self.noise}, scenario={self.scenario!r})"
         )
+        if self.objective.startswith("retrieve"):
+            stream = f"captions_synthetic(tasks={self.tasks}, test_per_task=8, scenario={self.scenario!r})"
         settings = {
             "stream": stream,
             "backbone": f"tiny(dim={self.dim}, fused={self.fused}, text={self.text})",

@@ -1,6 +1,5 @@
 """The commands: one frozen dataclass each, whose fields are the flags and whose docstrings are the help."""
 
-import dataclasses
 import difflib
 import inspect
 import shlex
@@ -10,7 +9,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 import tyro
 
 from perdure.ask import Advise
@@ -19,16 +17,13 @@ from perdure.command import Command
 from perdure.compare import cells, compare
 from perdure.config import RunConfig, register
 from perdure.console import Screen
-from perdure.export import export
 from perdure.lessons import teach_folder
 from perdure.method import METHODS
 from perdure.recipes import DEMO_METHODS, RECIPES, demo, flags
 from perdure.report import write_report
 from perdure.run import read_record, read_summary, resume, run
-from perdure.streams import STREAMS, build_stream
-from perdure.teach import Learner
-from perdure.train import evaluate
-from perdure.types import Batch, Data, Row, Task
+from perdure.streams import STREAMS
+from perdure.use import Eval, Export, Predict, Search
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,34 +118,6 @@ class Learn(Command):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Predict(Command):
-    """What a learner sees in images."""
-
-    learner: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="LEARNER")]
-    """A learner's or a run's folder."""
-    images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES")]
-    """Image files, or folders of them."""
-    top: int = 3
-    """How many names per image."""
-
-    def __call__(self, screen: Screen) -> None:
-        """Print labels with scores."""
-        if self.top < 1:
-            raise ValueError(f"--top {self.top}: expected 1 or more")
-        if not self.images:
-            raise ValueError(f"no image given: write 'perdure predict {self.learner} cat.jpg'")
-        learner = Learner.load(self.learner)
-        files = [file for path in self.images for file in _images_in(path)]
-        screen.wait("looking")
-        found = learner.predict(files, top=self.top)
-        for file, answer in zip(files, found, strict=True):
-            line = "  ".join(f"{name} {share:.1%}" for name, share in answer)
-            screen.result(
-                {"image": str(file), "labels": [{"name": n, "score": s} for n, s in answer]}, f"{file}  {line}"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
 class Compare(RunConfig, Command):
     """Methods side by side over several seeds (class orders): scores, bytes and step cost in a table, plots."""
 
@@ -174,21 +141,6 @@ class Compare(RunConfig, Command):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Eval(Command):
-    """Measure a learner on all tasks of a stream: its own run's, or another one with the same class names."""
-
-    learner: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="LEARNER")]
-    """A learner's or a run's folder."""
-    stream: str | None = None
-    """What to measure on; the run's own stream when left out."""
-
-    def __call__(self, screen: Screen) -> None:
-        """Print accuracy per task."""
-        screen.wait("evaluating")
-        screen.measured(*measure(self.learner, self.stream))
-
-
-@dataclass(frozen=True, kw_only=True)
 class Report(Command):
     """Write report.html for one or several runs."""
 
@@ -202,24 +154,6 @@ class Report(Command):
         inner = [run for folder in self.folders for run in _runs_in(folder)]
         path = write_report(inner, self.out or self.folders[0] / "report.html")
         screen.result({"report": str(path)}, f"report: {path}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Export(Command):
-    """Write a learner for other libraries."""
-
-    learner: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="LEARNER")]
-    """A learner's or a run's folder."""
-    out: Path
-    """Folder to write; it must not exist yet."""
-    to: Literal["peft", "merged"] = "merged"
-    """peft: a LoRA that Hugging Face PEFT loads; merged: weights that transformers or timm load."""
-
-    def __call__(self, screen: Screen) -> None:
-        """Export and print the path."""
-        screen.wait("writing")
-        path = export(Learner.load(self.learner), self.out, self.to)
-        screen.result({"export": str(path), "to": self.to}, f"written: {path}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,50 +198,12 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "predict": Predict,
     "compare": Compare,
     "advise": Advise,
+    "search": Search,
     "eval": Eval,
     "report": Report,
     "export": Export,
     "list": List,
 }
-
-
-def measure(folder: Path, stream: str | None) -> tuple[list[Task], list[Row]]:
-    """The tasks of a stream, and a learner's accuracy on them; classes are matched by name.
-
-    Raises:
-        ValueError: when a class of the stream is not among those that were learnt.
-    """
-    learner = Learner.load(folder)
-    described = stream if stream is not None else learner.config.stream
-    if not described:
-        raise ValueError(f"{folder} was taught from folders: say what to measure on with --stream")
-    tasks, rows = [], []
-    declared = build_stream(described, learner.backbone.preprocess, learner.config.seed).tasks
-    for task in declared if stream is not None else declared[: learner.learnt]:
-        if unknown := [name for name in task.names if name not in learner.known]:
-            near = difflib.get_close_matches(unknown[0], learner.known, n=1)
-            raise ValueError(
-                f"{described}: class {unknown[0]!r} of task {task.index} is not among what {folder} has learnt"
-                + (f"; did you mean {near[0]!r}?" if near else "")
-            )
-        ids = {c: learner.known[name] for c, name in zip(task.classes, task.names, strict=True)}
-        tasks.append(dataclasses.replace(task, classes=tuple(ids.values()), test=_Renumbered(task.test, ids)))
-        rows += [Row(learner.learnt - 1, task.index, k, v) for k, v in evaluate(learner, tasks[-1]).items()]
-    return tasks, rows
-
-
-class _Renumbered:
-    """Data whose class ids are those of a learner."""
-
-    def __init__(self, data: Data, ids: Mapping[int, int]) -> None:
-        self.data = data
-        self.labels = torch.tensor([ids[c] for c in data.labels.tolist()], dtype=torch.int64)
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitems__(self, positions: Sequence[int]) -> Batch:
-        return self.data.__getitems__(positions) | {"label": self.labels[torch.as_tensor(positions)]}
 
 
 def _grid(
@@ -336,18 +232,6 @@ def _tell_skipped(skipped: Sequence[str], screen: Screen) -> None:
     if skipped:
         more = f" and {len(skipped) - 5} more" if len(skipped) > 5 else ""
         screen.note(f"{len(skipped)} unreadable images were left out: {', '.join(skipped[:5])}{more}")
-
-
-def _images_in(path: Path) -> list[Path]:
-    if path.is_dir():
-        endings = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-        found = sorted(p for p in path.rglob("[!.]*") if p.suffix.lower() in endings)
-        if not found:
-            raise ValueError(f"{path} has no image; give files, or a folder with {', '.join(sorted(endings))}")
-        return found
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist: give an image file or a folder of images")
-    return [path]
 
 
 def _runs_in(folder: Path) -> list[Path]:

@@ -6,6 +6,7 @@ costs (`accuracy-bytes.svg`, `accuracy-time.svg`).
 
 import dataclasses
 import re
+import shlex
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,11 +14,13 @@ from typing import Any, Protocol
 
 from perdure import checkpoint, measured, metrics, step_cost
 from perdure.config import RunConfig, make_backbone, make_method
+from perdure.foresight import foresee
 from perdure.records import Run
 from perdure.report import show, trade_offs
-from perdure.run import Interrupted, read_record, read_summary, resume, run
+from perdure.run import Interrupted, recorded_config, resume, run
 from perdure.runtime import Runtime, resolve
 from perdure.scatter import standalone
+from perdure.streams import build_stream
 from perdure.train import Progress
 from perdure.wording import times
 
@@ -32,6 +35,7 @@ KEYS = (
     "stored_bytes",
 )
 """What the table shows of each summary."""
+_SURE = ("matrix", "seconds_per_task", "trainable_parameters", "stored_bytes")  # what every summary has
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +85,9 @@ def compare(
 ) -> list[dict[str, Any]]:
     """Run what is not finished of a grid; returns the table, one row a method.
 
-    Every cell computes in the same way (device, precision, attention are resolved once). The table is also written to
-    `out`, once the cells are finished and again with the step costs.
+    Every cell computes in the same way (device, precision, attention are resolved once). What the tasks' descriptions
+    rule out is refused before the first cell runs. The table is also written to `out`, once the cells are finished and
+    again with the step costs; it has the methods of `grid` only, and of other finished runs in `out` a note tells.
 
     Args:
         config: what all cells share; its method and seed are replaced.
@@ -92,13 +97,19 @@ def compare(
         steps: measure what a step costs against plain LoRA's, where that is not known yet.
 
     Raises:
-        ValueError: when a run in `out` was made with other options, or anything in `config` cannot be done.
+        ValueError: when a run in `out` was made with other options or is damaged, or anything in `config` cannot be
+            done.
         Interrupted: after SIGINT or SIGTERM.
     """
     with checkpoint.locked(out):
         runtime = None
+        measured.steps_of(out)  # a damaged one is told of now, not after hours
         for cell in grid:
             runtime = _made(config, cell) or runtime
+            if cell.finished:
+                _summary(cell)
+        if unfinished := [cell for cell in grid if not cell.finished]:
+            runtime = _ready(config, unfinished, runtime)
         for number, cell in enumerate(grid):
             if cell.finished:
                 continue
@@ -108,9 +119,6 @@ def compare(
                 if (cell.folder / "run.json").exists():
                     resume(cell.folder, progress)
                     continue
-                if runtime is None:
-                    backbone = make_backbone(config.backbone)
-                    runtime = resolve(backbone, config.precision, config.attention, config.batch_size, config.device)
                 run(dataclasses.replace(config, method=cell.method, seed=cell.seed), cell.folder, progress, runtime)
             except Interrupted as stop:
                 said = str(stop).partition(";")[0]
@@ -120,6 +128,8 @@ def compare(
             methods = list(dict.fromkeys(cell.method for cell in grid))
             step_cost.measure(config, methods, runtime, out, progress)
             table = _write(grid, out)
+        if progress and (left_out := _left_out(grid, out)):
+            progress.note(left_out)
     return table
 
 
@@ -181,7 +191,7 @@ def _shown(key: str, value: Any) -> str:
 
 def _write(grid: Sequence[Cell], out: Path) -> list[dict[str, Any]]:
     """Write table and plots of a finished grid."""
-    table = tabulate([(cell.method, read_summary(cell.folder)) for cell in grid])
+    table = tabulate([(cell.method, _summary(cell)) for cell in grid])
     for row in table:
         found = measured.row_of([Run.read(cell.folder) for cell in grid if cell.method == row["method"]])
         last = found["after"]["new_task_acc"][-1]
@@ -200,15 +210,83 @@ def _made(config: RunConfig, cell: Cell) -> Runtime | None:
     """How a cell that is there computes; other options than it was made with would have no effect on it."""
     if not (cell.folder / "run.json").exists():
         return None
-    written = read_record(cell.folder)
-    asked = dataclasses.replace(config, method=cell.method, seed=cell.seed).describe()
-    for name, value in asked.items():
-        if name != "save_every" and written["config"].get(name, value) != value:
+    made = Run.read(cell.folder)
+    try:
+        written = recorded_config({"config": made.config}).describe()
+        runtime = Runtime(**made.facts["resolved"])
+        computes = bool(runtime.dtype) and runtime.attention in ("eager", "sdpa") and int(runtime.threads) > 0
+    except (TypeError, ValueError, KeyError) as error:
+        raise _damaged(cell, "'config' or 'resolved' is not what a run writes") from error
+    if not (computes and made.facts["stream"].get("tasks")):
+        raise _damaged(cell, "it does not say how it computes, or names no tasks")
+    for name, value in dataclasses.replace(config, method=cell.method, seed=cell.seed).describe().items():
+        if name != "save_every" and written[name] != value:
             raise ValueError(
-                f"{cell.folder} was made with {name}={written['config'][name]!r}, not {value!r}: give the same options "
+                f"{cell.folder} was made with {name}={written[name]!r}, not {value!r}: give the same options "
                 "to go on, or another --out to start anew"
             )
-    return Runtime(**written["resolved"])
+    return runtime
+
+
+def _ready(config: RunConfig, unfinished: Sequence[Cell], runtime: Runtime | None) -> Runtime:
+    """How cells compute; refuses methods that a task would refuse when its turn comes, perhaps after hours."""
+    backbone = make_backbone(config.backbone)
+    if runtime is None:
+        runtime = resolve(backbone, config.precision, config.attention, config.batch_size, config.device)
+    runtime.apply(backbone)
+    seed = unfinished[0].seed
+    stream = build_stream(config.stream, backbone.preprocess, seed)
+    for method in dict.fromkeys(cell.method for cell in unfinished):
+        try:
+            foresee(dataclasses.replace(config, method=method, seed=seed), backbone, stream)
+        except ValueError as error:
+            raise ValueError(f"--methods {method!r}: {error}") from error
+    return runtime
+
+
+def _summary(cell: Cell) -> dict[str, Any]:
+    """A finished run's summary, with all numbers that the table needs."""
+    found = Run.read(cell.folder).summary
+    numbers = [found.get(key) for key in KEYS]
+    whole = all(found.get(key) is not None for key in _SURE) and all(isinstance(n, int | float | None) for n in numbers)
+    if not whole or not all(isinstance(s, int | float) for task in found["seconds_per_task"] for s in task.values()):
+        raise ValueError(
+            f"{cell.folder / 'summary.json'} is damaged: numbers are missing; remove it, and the same command writes "
+            "it anew"
+        )
+    return found
+
+
+def _damaged(cell: Cell, why: str) -> ValueError:
+    return ValueError(
+        f"{cell.folder / 'run.json'} is damaged: {why}; restore it, or remove {cell.folder} to run it again"
+    )
+
+
+def _left_out(grid: Sequence[Cell], out: Path) -> str:
+    """What `out` holds beside the grid, and how to see it in the table; empty when there is nothing."""
+    mine = {cell.folder.name for cell in grid}
+    names, methods, seeds = [], [], []
+    for file in sorted(out.glob("*/summary.json")):
+        if file.parent.name in mine or not (file.parent / "run.json").is_file():
+            continue
+        names.append(file.parent.name)
+        try:
+            other = Run.read(file.parent)
+        except ValueError:  # it is not asked for: its name will do
+            continue
+        methods.append(other.method)
+        seeds.append(other.facts.get("seed"))
+    if not names:
+        return ""
+    more = {
+        "--methods": shlex.join(sorted(set(methods) - {cell.method for cell in grid})),
+        "--seeds": " ".join(map(str, sorted({s for s in seeds if s is not None} - {cell.seed for cell in grid}))),
+    }
+    how = " and ".join(f"{values} to {flag}" for flag, values in more.items() if values)
+    runs = f"{len(names)} more finished run{'s' if len(names) > 1 else ''}"
+    listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return f"{out} holds {runs}, not in this table: {listed}" + (f"; to include, add {how}" if how else "")
 
 
 def _seconds(cell: Cell) -> float:

@@ -2,7 +2,9 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
+from perdure import examples
 from perdure.learner import Core
 from perdure.method import Method, predicts
 from perdure.retention import Retention
@@ -15,11 +17,12 @@ class Evaluation:
     Args:
         stream: all tasks.
         retention: held-out data sets.
+        out: the run's folder, for examples of what is found.
         note: is told what takes long.
     """
 
-    def __init__(self, stream: Stream, retention: Retention, note: Callable[[str], None]) -> None:
-        self.stream, self.retention, self.note = stream, retention, note
+    def __init__(self, stream: Stream, retention: Retention, out: Path, note: Callable[[str], None]) -> None:
+        self.stream, self.retention, self.out, self.note = stream, retention, out, note
 
     def before(self, learner: Core, task: Task) -> list[Row]:
         """Grow for `task`; where a task can be measured unlearnt, measure this one first (forward transfer)."""
@@ -41,6 +44,10 @@ class Evaluation:
         rows += self.retention.measure(learner, task.index)
         return rows + [Row(task.index, None, k, float(v)) for k, v in learner.method.measures(learner).items()]
 
+    def end(self, learner: Core) -> None:
+        """Examples of what is found now, once all is learnt."""
+        examples.after(learner, self.stream, self.out)
+
     @property
     def _square(self) -> bool:
         """Whether every task is measured after every task, as the MTIL benchmark does."""
@@ -61,6 +68,7 @@ class Evaluation:
                 untaught.grow(each)
                 if len(each.test):
                     rows += self._rows(untaught, -1, self._seen(each.index))[-1]
+        examples.before(untaught, self.stream, self.out)
         return rows + self.retention.measure(untaught, -1)
 
     @staticmethod

@@ -39,8 +39,8 @@ class Core(nn.Module):
         super().__init__()
         if not objective.classifies and (deaf := [p.name for p in parts_of(method) if p.classifies]):
             raise ValueError(
-                f"{deaf[0]} needs classes, and {type(objective).__name__.lower()} scores none: leave it out of "
-                f"{method.spec or deaf[0]!r}, or use --objective classify or zeroshot"
+                f"{deaf[0]} needs scores of classes, and {type(objective).__name__.lower()} ranks pairs: leave it out "
+                f"of {method.spec or deaf[0]!r}, or use --objective classify or zeroshot"
             )
         self.backbone = backbone.requires_grad_(False).eval()
         self.fingerprint = backbone.fingerprint()  # now, before anything is learnt
@@ -105,6 +105,11 @@ class Core(nn.Module):
         with self.computing():
             return self.backbone.encode_text(unpack(text)).float()
 
+    def perceive(self, batch: Batch) -> None:
+        """Let each tower read what it reads in a step: images, and texts where the objective has any."""
+        self.encode(batch)
+        self.objective.show(self, batch)
+
     def computing(self) -> Any:
         """The context in which the encoder runs.
 
@@ -143,7 +148,7 @@ class Core(nn.Module):
 
     def loss(self, batch: Batch) -> Tensor:
         """Objective plus penalty."""
-        features = self.encode(batch)
+        features, batch = self.encode(batch), self.objective.read(self, batch)
         return self.objective.loss(features, batch) + self.method.penalty(self, batch, features)
 
     def forward(self, batch: Batch) -> Tensor:

@@ -45,7 +45,7 @@ class Method(nn.Module):
     """Whether it trains on examples of old tasks; one part that does is enough."""
     reads: ClassVar[bool] = False
     """Whether its `encode` only reads what the encoder computes: constant as long as the encoder is."""
-    records: ClassVar[tuple[str, ...]] = ()
+    records: tuple[str, ...] = ()
     """Names of what `record` gives."""
     leaves: frozenset[str] = frozenset()
     """Exclusive hooks that its class has, but that with these options it leaves to others."""

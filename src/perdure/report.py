@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from perdure import charts, metrics, scatter
+from perdure import charts, language, metrics, scatter
 from perdure.measured import new_task_acc, steps_of
 from perdure.records import PHASES, Group, Run, grouped
 from perdure.scatter import Cost, Point
@@ -72,6 +72,13 @@ _REASONS: tuple[tuple[str, str, Callable[[Run], list[float | None]], bool], ...]
         "nothing new can be learnt without disturbing the past.",
         lambda run: [None if v is None else 1 - v for v in run.over_layers("occupied_share")],
         True,
+    ),
+    (
+        "How much zero-shot accuracy is kept",
+        "Accuracy on data sets that were never taught, relative to the pre-trained model's, mean over data sets. Below "
+        "100 the model loses what it could do before.",
+        language.zero_shot_kept,
+        False,
     ),
 )
 _SECONDS, _MINUTES, _HOURS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30), (1, 2, 5, 10, 20, 30), (1, 2, 5, 10, 24, 48, 96, 240)
@@ -162,6 +169,8 @@ def _render(runs: Sequence[Run]) -> str:
     streams = list(dict.fromkeys(str(run.config.get("stream", "–")) for run in runs))
     backbones = list(dict.fromkeys(str(run.config.get("backbone", "–")) for run in runs))
     same = len(streams) == len(backbones) == 1
+    score = "recall" if all(run.scored == metrics.RECALL for run in runs) else "accuracy"
+    named = _recall_named() if score == "recall" else NUMBERS
     steps = any(_spread(group, "step_cost") for group in groups)
     return template.render(
         title=", ".join(methods) if len(methods) <= 3 else f"{len(methods)} methods compared",
@@ -170,23 +179,43 @@ def _render(runs: Sequence[Run]) -> str:
         created=_dates(runs),
         groups=groups,
         runs=[_view(run) for run in runs],
-        curves=_figure("Mean accuracy over the tasks learnt so far", groups, Run.averages, best),
+        score=score,
+        curves=_figure(f"Mean {score} over the tasks learnt so far", groups, Run.averages, best),
         reasons=[
             (title, meaning, figure)
             for title, meaning, values, share in _REASONS
             if (figure := _figure(title, groups, values, best, zero=True, share=share))
         ],
         trades=trade_offs([(group.label, partial(_spread, group)) for group in groups]) if same else [],
-        numbers=NUMBERS,
-        meanings=[*NUMBERS, _STEP] if steps else NUMBERS,
-        compared=[(k, name) for k, name, _ in NUMBERS if k in _COMPARED],
-        costs=[(k, name) for k, name, _ in NUMBERS if k in _COSTS] + ([_STEP[:2]] if steps else []),
+        numbers=named,
+        meanings=[*named, _STEP] if steps else named,
+        compared=[(k, name) for k, name, _ in named if k in _COMPARED],
+        costs=[(k, name) for k, name, _ in named if k in _COSTS] + ([_STEP[:2]] if steps else []),
         winners={k: _winner(groups, k) for k in ("acc", "aaa", "new_task_acc", "acc_with_task_id", "task_id_acc")},
         shared=[(k, facts[0][k]) for k in shared],
         differing=[k for k in keys if k not in shared],
         facts=facts,
         scattered=Markup(scatter.STYLE),
         heat=[(charts.heat_colours(dark=False), ""), (charts.heat_colours(dark=True), "dark")],
+    )
+
+
+def _recall_named() -> tuple[tuple[str, str, str], ...]:
+    """`NUMBERS` as they are of rankings."""
+    own = {
+        "acc": "Mean of recall at 1, 5 and 10 in both directions, searched among all tasks learnt. Higher is better.",
+        "acc_with_task_id": "Final recall when only the images and captions of the query's own task are searched.",
+        "gap": "Recall on the own gallery minus that among all tasks: what the larger gallery costs.",
+    }
+    told = "Recall on the own gallery"
+    return tuple(
+        (
+            key,
+            told if key == "acc_with_task_id" else name.replace("accuracy", "recall"),
+            own.get(key, text.replace("accuracy", "recall")),
+        )
+        for key, name, text in NUMBERS
+        if key != "task_id_acc"
     )
 
 
@@ -223,6 +252,7 @@ def _view(run: Run) -> dict[str, Any]:
     seconds = run.seconds()
     return {
         "run": run,
+        "score": run.scored[0],
         "names": names,
         "tasks": run.tasks(),
         "done": done,
@@ -240,6 +270,7 @@ def _view(run: Run) -> dict[str, Any]:
         "phases": [(p, duration(sum(task[p] for task in seconds))) for p in PHASES],
         "longest": max((sum(task.values()) for task in seconds), default=0.0),
         "skipped": _skipped(run),
+        **language.view(run),
     }
 
 

@@ -73,7 +73,7 @@ def nothing_learnt_nothing_left(out: Path) -> Iterator[None]:
         if not any(out.glob("task-*/*/")) and not checkpoint.whole(out):
             for task in out.glob("task-*"):
                 shutil.rmtree(task)
-            for name in ("run.json", "results.jsonl"):
+            for name in ("run.json", "results.jsonl", "examples.json"):
                 (out / name).unlink(missing_ok=True)
         raise
 
@@ -205,7 +205,7 @@ def learn_stream(
     if latest := snapshot or (done[-1] if done else None):
         checkpoint.restore(learner, latest, stream.tasks)
     features = drift.Drift(done)
-    evaluation = Evaluation(stream, Retention(retain, learner), progress.note)
+    evaluation = Evaluation(stream, Retention(retain, learner), out, progress.note)
     with _interruptible() as stopped:
         for task in stream.tasks[learnt:]:
             if stopped():
@@ -234,6 +234,7 @@ def learn_stream(
             with (out / "results.jsonl").open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(asdict(row)) + "\n" for row in new)
             progress.scores(task, new)
+    evaluation.end(learner)
     summary = summarise(out, stream)
     checkpoint.write_json(out / "summary.json", summary)
     return summary

@@ -10,10 +10,12 @@ from perdure.augment import AUGMENTS, Augment
 from perdure.learner import Core
 from perdure.memory import orders
 from perdure.memory.budget import count_bytes
-from perdure.memory.examples import Examples, Referred, read
+from perdure.memory.examples import Examples, Referred, gone, read
 from perdure.memory.orders import Position
 from perdure.method import without_effect
 from perdure.objectives.classify import Classify
+from perdure.streams.imageset import ImageSet
+from perdure.streams.sources import Files
 from perdure.types import Batch, Data, Task
 
 Selection = Literal["reservoir", "class_balanced", "herding", "kmeans", "el2n", "grand", "influence"]
@@ -71,7 +73,18 @@ class Exemplars(Examples):
             self.size = self.budget // each
 
     def begin(self, learner: Core) -> None:
-        """Refuse a choice that is another one in disguise; known at a task's start, when all parts have grown.
+        """Refuse, at a task's start, what would otherwise fail when the first lost image is drawn.
+
+        Raises:
+            ValueError: when a task's data is not at hand any more.
+        """
+        for index in torch.unique(self.refs[:, 0]).tolist():
+            task = learner.tasks[index]
+            if not len(task.train) or _moved(task.train):
+                raise gone(task)
+
+    def check(self, learner: Core) -> None:
+        """Refuse a choice that is another one in disguise; known when all parts have grown.
 
         Raises:
             ValueError: for `grand` where the last layer's inputs all have the same length.
@@ -159,6 +172,13 @@ def last_layer(learner: Core, features: Tensor, labels: Tensor) -> tuple[Tensor,
     if _linear(learner):
         return residuals.clone(), F.pad(features, (0, 1), value=1.0)
     return residuals.clone(), F.normalize(features, dim=1)
+
+
+def _moved(data: Data) -> bool:
+    """Whether the folder that images would be read from is not there any more."""
+    if not isinstance(data, ImageSet) or not isinstance(data.source, Files):
+        return False
+    return not data.cached and not data.source.root.is_dir()
 
 
 def _linear(learner: Core) -> bool:

@@ -19,24 +19,27 @@ _SEQUENCES = (tuple, list, Sequence, Iterable, Collection)
 
 @dataclass(frozen=True)
 class Spec:
-    """A name and its keyword arguments; `str` gives the text that `parse` reads back.
+    """A name, its keyword arguments, and the specs it is made of; `str` gives the text that `parse` reads back.
 
-    Values are numbers, strings, bools, None, and tuples or lists of these.
+    Values are numbers, strings, bools, None, and tuples or lists of these. Parts are what stands in the parentheses
+    without a name: `sequence(images(path="a"), cub200())`.
     """
 
     name: str
     kwargs: tuple[tuple[str, Any], ...] = ()
+    parts: "tuple[Spec, ...]" = ()
 
     def __str__(self) -> str:
-        inner = ", ".join(f"{key}={value!r}" for key, value in self.kwargs)
-        return f"{self.name}({inner})" if inner else self.name
+        inner = [f"{part}" if part.kwargs or part.parts else f"{part.name}()" for part in self.parts]
+        inner += [f"{key}={value!r}" for key, value in self.kwargs]
+        return f"{self.name}({', '.join(inner)})" if inner else self.name
 
 
 def parse(text: str) -> tuple[Spec, ...]:
     """Read one or several specs joined by `+`.
 
     Raises:
-        ValueError: when `text` is anything but names with literal keyword arguments.
+        ValueError: when `text` is anything but names with literal keyword arguments and parts of the same form.
     """
     line = text.replace("\n", " ").strip()
     if not line:
@@ -86,6 +89,8 @@ def build(spec: Spec, registry: Mapping[str, Callable[..., Any]], kind: str, **g
     who = f"{kind} {spec.name!r}"
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     signature = inspect.signature(factory)
+    if spec.parts and not any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values()):
+        raise ValueError(f"{who} is not made of others: remove {str(spec.parts[0])!r}, or write it as option=value")
     options = {k: p for k, p in signature.parameters.items() if p.kind in named and k not in given}
     hints = _hints(factory)
     for key, value in spec.kwargs:
@@ -102,9 +107,9 @@ def build(spec: Spec, registry: Mapping[str, Callable[..., Any]], kind: str, **g
     if missing := [k for k, p in options.items() if p.default is p.empty and k not in written]:
         raise ValueError(f"{who} needs {' and '.join(missing)}: write '{spec.name}({missing[0]}=...)'")
     # Outside of the try below: arguments that do not bind are the program's fault, not the value's.
-    signature.bind(**written, **given)
+    signature.bind(*spec.parts, **written, **given)
     try:
-        return factory(**written, **given)
+        return factory(*spec.parts, **written, **given)
     except (TypeError, ValueError) as error:
         # Subclasses carry their own meaning, and an error that does not name an option may be a bug of the factory.
         if type(error) not in (TypeError, ValueError) or (guilty := _named_in(str(error), written)) is None:
@@ -118,7 +123,9 @@ def _spec(node: ast.expr, text: str) -> Spec:
     match node:
         case ast.Name(id=name):
             return Spec(name)
-        case ast.Call(func=ast.Name(id=name), args=[], keywords=keywords):
+        case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords) if all(
+            isinstance(each, ast.Call) for each in args
+        ):
             kwargs: dict[str, Any] = {}
             for keyword in keywords:
                 if keyword.arg is None:
@@ -126,10 +133,14 @@ def _spec(node: ast.expr, text: str) -> Spec:
                 if keyword.arg in kwargs:
                     raise ValueError(f"{text!r} gives option {keyword.arg!r} of {name!r} twice: keep one")
                 kwargs[keyword.arg] = _literal(keyword.value, f"{name}({keyword.arg}=...)", text)
-            return Spec(name, tuple(kwargs.items()))
-        case ast.Call(func=ast.Name(id=name), args=[first, *_]):
+            return Spec(name, tuple(kwargs.items()), tuple(_spec(each, text) for each in args))
+        case ast.Call(func=ast.Name(id=name), args=args):
+            first = next(each for each in args if not isinstance(each, ast.Call))
             shown = ast.unparse(first)
-            raise ValueError(f"{text!r} gives {shown} to {name!r} without a name: write '{name}(option={shown})'")
+            other = f", or '{name}({shown}())' for a part" if isinstance(first, ast.Name) else ""
+            raise ValueError(
+                f"{text!r} gives {shown} to {name!r} without a name: write '{name}(option={shown})'{other}"
+            )
     raise ValueError(f"cannot read {ast.unparse(node)!r} in {text!r}: {_FORM}")
 
 

@@ -11,11 +11,13 @@ from typing import Any, Self
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn import functional as F
 
 from perdure import checkpoint
 from perdure.config import RunConfig, check_options
 from perdure.export import export
 from perdure.learner import Core
+from perdure.objectives.zeroshot import TEMPLATE, ZeroShot, class_texts
 from perdure.run import build_learner, read_record, record, recorded_config
 from perdure.runtime import Runtime
 from perdure.streams import ImageSet, folder_task, given_task
@@ -121,7 +123,11 @@ class Learner(Core):
         return self
 
     def predict(
-        self, images: Sequence[Picture] | torch.Tensor, top: int | None = None, batch_size: int = 256
+        self,
+        images: Sequence[Picture] | torch.Tensor,
+        top: int | None = None,
+        batch_size: int = 256,
+        classes: Sequence[str] | None = None,
     ) -> list[list[tuple[str, float]]]:
         """Class names with scores, best first, for each image; scores of an image add up to 1.
 
@@ -129,24 +135,82 @@ class Learner(Core):
             images: as in `learn`.
             top: how many names; all when None.
             batch_size: images at once; the answer does not depend on it.
+            classes: names to choose among, whatever was learnt, by a text tower; None answers with what was learnt.
 
         Raises:
-            ValueError: when nothing was learnt yet, or an image cannot be read.
+            ValueError: when nothing was learnt yet, an image cannot be read, or the backbone has no text tower for
+                `classes`.
         """
-        if not self.learnt:
-            raise ValueError("this learner has learnt nothing yet: call learn(images, labels) first")
+        if classes is None:
+            self._check_learnt()
+            if not self.objective.classifies:
+                raise ValueError(
+                    "this learner ranks images and captions and has learnt no classes: name some with "
+                    "classes=['a cat', 'a dog'] (--classes), or use search"
+                )
+        elif not classes:
+            raise ValueError("classes is empty: give at least one name, or None for what was learnt")
         images = _several(images)
         if not len(images):
             return []
         data = ImageSet.of(images, [0] * len(images), self.backbone.preprocess)
         with self.inference():
-            shares = self.answers(data, batch_size).softmax(1).cpu()
+            if classes is None:
+                scores = self.answers(data, batch_size)
+            else:
+                texts = class_texts(self, classes, self.templates)
+                scores = self.backbone.logit_scale.float() * self._towards(data, texts, batch_size)
+            shares = scores.float().softmax(1).cpu()
         best = shares.topk(min(top or shares.shape[1], shares.shape[1]), dim=1)
-        names = self.objective.names
+        names = self.objective.names if classes is None else tuple(classes)
         return [
             [(names[i], float(share)) for i, share in zip(where, line, strict=True)]
             for where, line in zip(best.indices.tolist(), best.values.tolist(), strict=True)
         ]
+
+    def search(
+        self, images: Sequence[Picture] | torch.Tensor, text: str, top: int = 5, batch_size: int = 256
+    ) -> list[tuple[int, float]]:
+        """Which of `images` fit `text` best: their positions with the cosine of image and text, best first.
+
+        Args:
+            images: as in `learn`.
+            text: what is looked for, in any language that the text tower knows.
+            top: how many.
+            batch_size: images at once; the answer does not depend on it.
+
+        Raises:
+            ValueError: when the text is empty, an image cannot be read, or the backbone has no text tower.
+        """
+        if not text.strip():
+            raise ValueError("the text to search for is empty: say what to look for")
+        if top < 1:
+            raise ValueError(f"top={top}: expected 1 or more")
+        images = _several(images)
+        data = ImageSet.of(images, [0] * len(images), self.backbone.preprocess)
+        with self.inference():
+            cosines = self._towards(data, class_texts(self, [text], ("{}",)), batch_size)[:, 0].cpu()
+        best = cosines.topk(min(top, len(cosines)))
+        return list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+
+    @property
+    def templates(self) -> tuple[str, ...]:
+        """Sentences into which names of classes are put."""
+        return self.objective.templates if isinstance(self.objective, ZeroShot) else (TEMPLATE,)
+
+    def _towards(self, data: ImageSet, texts: torch.Tensor, size: int) -> torch.Tensor:
+        """Cosines (n, m) of images to unit-length embeddings of texts (m, dim)."""
+        features = torch.cat([self.encode(batch) for batch in self.batches(data, size)])
+        if features.shape[1] != texts.shape[1]:
+            raise ValueError(
+                f"the {features.shape[1]} features of {self.method.spec!r} are not in the space of the "
+                f"{texts.shape[1]}-dimensional texts: this learner cannot be asked by text"
+            )
+        return F.normalize(features, dim=1) @ texts.T
+
+    def _check_learnt(self) -> None:
+        if not self.learnt:
+            raise ValueError("this learner has learnt nothing yet: call learn(images, labels) first")
 
     def save(self, folder: str | Path, rows: Sequence[Row] = ()) -> Path:
         """Write what was learnt to `folder`, new or of this learner; to save twice without learning changes nothing.

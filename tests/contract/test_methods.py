@@ -12,6 +12,7 @@ from perdure.adapters.attach import detach, prompted
 from perdure.config import make_method, register
 from perdure.learner import Core
 from perdure.method import METHODS, encodes
+from perdure.objectives.retrieve import embedded
 from perdure.train import fit_task
 from perdure.types import Task
 
@@ -161,6 +162,40 @@ ELSEWHERE = [
         "lora(rank=2, tower='both') + feature_distill(tower='both')",
     )
 ]
+RETRIEVED = [
+    (spec, {"objective": "retrieve"} | more)
+    for spec, more in (
+        ("probe", {}),
+        ("finetune(tower='both')", {}),
+        ("finetune(tower='text') + si", {}),
+        ("joint", {}),
+        ("lora(rank=2, tower='both')", {}),
+        ("lora(rank=2, tower='text', per_task=True)", {}),
+        ("lora(rank=2, tower='both') + lwf", {}),
+        ("lora(rank=2, tower='both') + lwf(schedule='share', text_temperature=1.0)", {"scenario": "domain"}),
+        ("lora(rank=2, tower='both') + replay(size=6)", {}),
+        ("lora(rank=2, tower='both') + gem(size=6)", {}),
+        ("lora(rank=2) + agem(size=6)", {}),
+        ("lora(rank=2) + feature_distill", {}),
+        ("inflora(rank=2, tower='both')", {}),
+        ("inflora(ranks=(1, 2), tower='text')", {}),
+        ("inflora(rank=2, tower='both') + replay(size=6) + lwf", {}),
+        ("inflora(rank=2, tower='both')", {"scenario": "domain"}),
+        ("gpm(keep=0.5, tower='both')", {}),
+        ("fm_lora(rank=4, tower='both')", {}),
+        ("sd_lora(rank=2, tower='both')", {}),
+        ("o_lora(rank=2, tower='both')", {}),
+        ("c_lora(rank=2, tower='both')", {}),
+        ("route_lora(rank=2, tower='both')", {}),
+        ("adapter(rank=3, tower='both')", {}),
+        ("prompt", {}),
+        ("l2p", {}),
+        ("dualprompt", {}),
+        ("coda_prompt", {}),
+        ("prefix", {}),
+    )
+]
+ELSEWHERE += RETRIEVED
 PLACES = [(spec, {}) for spec in SPECS] + ELSEWHERE
 every_place = pytest.mark.parametrize(
     ("spec", "where"), PLACES, ids=[" ".join([spec, *w.values()]) for spec, w in PLACES]
@@ -268,8 +303,10 @@ def test_predictions_depend_on_no_other_image_of_the_batch(spec: str, where: Any
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(1))
     mixed = data.subset(order)
     with learner.inference():
-        together, one_by_one = learner.answers(data, 64), learner.answers(data, 1)
-        shuffled = learner.answers(mixed, 5)
+        together, one_by_one, shuffled = (
+            torch.cat([answered(learner, batch) for batch in learner.batches(each, size)])
+            for each, size in ((data, 64), (data, 1), (mixed, 5))
+        )
     torch.testing.assert_close(one_by_one, together, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(shuffled, together[order], rtol=1e-5, atol=1e-5)
 
@@ -373,7 +410,14 @@ def encoded(learner: Core, images: dict[str, Tensor]) -> Tensor:
 
 def scored(learner: Core, images: dict[str, Tensor]) -> Tensor:
     with learner.inference():
-        return learner(images).clone()
+        return answered(learner, images).clone()
+
+
+def answered(learner: Core, images: dict[str, Tensor]) -> Tensor:
+    """Scores of classes; for captions, the image's features beside the embeddings of its texts."""
+    if learner.objective.classifies:
+        return learner(images)
+    return torch.cat([learner.encode(images), embedded(learner, images["text"]).flatten(1)], dim=1)
 
 
 def counts(name: str) -> bool:

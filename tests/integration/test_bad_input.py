@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 from perdure.checkpoint import locked
+from perdure.cli import main
 from perdure.console import Screen
 
 
@@ -234,6 +235,141 @@ def test_a_damaged_learner_is_refused_by_name(
     assert perdure("resume", "x").code == 0
     name = "task-001/learner.safetensors"
     assert Path("x", name).read_bytes() == Path("whole", name).read_bytes()
+
+
+def changed(**facts: Any) -> Callable[[Path], None]:
+    """Damage to a JSON object: other values, or none where they are `...`."""
+
+    def change(path: Path) -> None:
+        kept = json.loads(path.read_text()) | facts
+        path.write_text(json.dumps({key: value for key, value in kept.items() if value is not ...}))
+
+    return change
+
+
+def halve(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def written(content: bytes) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        path.write_bytes(content)
+
+    return write
+
+
+RUINS = [halve, written(b""), written(b"[]"), written(b"3"), written(b"\xff\xfe"), written(b"[" * 99999)]
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished grid; not to be changed."""
+    folder = tmp_path_factory.mktemp("grids")
+    stream = "synthetic(tasks=2, classes_per_task=2, per_class=6, test_per_class=4)"
+    words = [*GRID, "--stream", stream, "--epochs", "1", "--backbone", "tiny()", "--precision", "fp32"]
+    main([*words, "--attention", "sdpa", "--out", str(folder / "grid")])
+    return folder / "grid"
+
+
+GRID = ["compare", "--methods", "probe", "ncm", "--seeds", "0"]
+
+
+@pytest.fixture
+def asking(grid: Path, perdure: Any, small: Any) -> Callable[[], dict[str, Any]]:
+    """What the commands that read a grid answer."""
+    shutil.copytree(grid, "grid")
+    words = {
+        "compare": (*GRID, *small, "--out", "grid"),
+        "report": ("report", "grid"),
+        "advise": ("advise", "--from", "grid"),
+    }
+    return lambda: {name: perdure(*asked) for name, asked in words.items()}
+
+
+@pytest.mark.parametrize("ruin", [*RUINS, changed(methods=...), changed(methods={"ncm": {"ratio": []}})])
+def test_a_damaged_steps_file_of_a_grid_is_named(ruin: Callable[[Path], None], asking: Any) -> None:
+    ruin(Path("grid/steps.json"))
+    for answer in asking().values():
+        one_line(answer, "grid/steps.json is damaged", "remove it, the grid's command measures it anew")
+    if ruin is halve:  # once: it takes seconds
+        Path("grid/steps.json").unlink()
+        assert {answer.code for answer in asking().values()} == {0}
+
+
+@pytest.mark.parametrize("ruin", [*RUINS, changed(matrix=[[1], [2]]), changed(seconds_per_task=[3])])
+def test_a_damaged_summary_of_a_grid_is_named(ruin: Callable[[Path], None], asking: Any) -> None:
+    before = Path("grid/ncm-seed0/summary.json").read_bytes()
+    ruin(Path("grid/ncm-seed0/summary.json"))
+    for answer in asking().values():
+        one_line(answer, "grid/ncm-seed0/summary.json is damaged", "remove it", "writes it anew")
+    Path("grid/ncm-seed0/summary.json").unlink()
+    assert {answer.code for answer in asking().values()} == {0}
+    assert Path("grid/ncm-seed0/summary.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        {"stored_bytes": ...},
+        {"trainable_parameters": ...},
+        {"seconds_per_task": ...},
+        {"acc": "high"},
+        {"seconds_per_task": [{"train": "long"}]},
+    ],
+)
+def test_a_summary_without_numbers_that_the_table_needs_is_named(lost: dict[str, Any], asking: Any) -> None:
+    changed(**lost)(Path("grid/ncm-seed0/summary.json"))
+    answers = asking()
+    said = "grid/ncm-seed0/summary.json is damaged: numbers are missing; remove it, and the same command writes it anew"
+    one_line(answers["compare"], said)
+    assert (answers["report"].code, answers["advise"].code) == (0, 0)  # which make do with the results
+
+
+@pytest.mark.parametrize(
+    "ruin",
+    [
+        *RUINS,
+        changed(config=3),
+        changed(stream=[]),
+        changed(stream={"tasks": 3}),
+        changed(stream={"tasks": [{"classes": 3}]}),
+        changed(stream={"tasks": [{"train": "many"}]}),
+        changed(stream={"scenario": []}),
+        changed(seed="one"),
+    ],
+)
+def test_a_damaged_record_of_a_grid_is_named(ruin: Callable[[Path], None], asking: Any) -> None:
+    ruin(Path("grid/ncm-seed0/run.json"))
+    for answer in asking().values():
+        one_line(answer, "grid/ncm-seed0/run.json is damaged", "restore it")
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        {"config": ...},
+        {"config": {"method": "ncm", "stream": "synthetic()", "epochs": "many"}},
+        {"resolved": {}},
+        {"resolved": {"device": "cpu", "precision": "fp3", "attention": "sdpa", "threads": 1}},
+        {"resolved": {"device": "cpu", "precision": "fp32", "attention": "sdpa", "threads": "one"}},
+        {"stream": ...},
+    ],
+)
+def test_a_record_that_a_grid_cannot_go_on_from_is_named(lost: dict[str, Any], asking: Any) -> None:
+    changed(**lost)(Path("grid/ncm-seed0/run.json"))
+    answers = asking()
+    one_line(answers["compare"], "grid/ncm-seed0/run.json is damaged", "restore it, or remove grid/ncm-seed0 to run it")
+    assert all(answers[name].err.count("\n") <= 1 for name in ("report", "advise"))
+    shutil.rmtree("grid/ncm-seed0")
+    assert asking()["compare"].code == 0
+
+
+@pytest.mark.parametrize("number", ["-2", "1e999", "null"])
+def test_a_result_of_no_task_is_named_by_its_line(number: str, asking: Any) -> None:
+    path = Path("grid/ncm-seed0/results.jsonl")
+    path.write_text(f'{{"after": {number}, "on": 0, "metric": "accuracy", "value": 1}}\n' + path.read_text())
+    for answer in asking().values():
+        one_line(answer, "grid/ncm-seed0/results.jsonl, line 1, is damaged")
 
 
 def test_a_learner_of_another_backbone_is_refused(perdure: Any, small: Any, photos: Any) -> None:

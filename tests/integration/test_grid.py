@@ -48,7 +48,7 @@ def untimed(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_six_methods_over_three_seeds_survive_kill_9(lab: Any, tmp_path: Path) -> None:
     bench, out = lab.but(tasks=2, epochs=1), tmp_path / "broken"
-    options = {k: v for k, v in bench.config("probe").describe().items() if k not in ("method", "seed")}
+    options = {k: v for k, v in bench.config("probe").describe().items() if k not in ("method", "seed") and v != []}
     flags = [word for k, v in options.items() for word in (f"--{k.replace('_', '-')}", str(v))]
     words = ["compare", "--methods", *METHODS, *flags, "--seeds", *map(str, SEEDS), "--out", str(out)]
     whole = compare(
@@ -166,3 +166,43 @@ def test_a_terminal_shows_the_grid_above_the_task(monkeypatch: pytest.MonkeyPatc
     grid, task = shown.get().rstrip("\n").split("\n")
     assert re.match(r"run 3/18 .* inflora\(rank=10\), seed 1 .*10 min left", grid)
     assert task.startswith("task 1/10")
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        (
+            "lora(rank=2) + icarl(size=3)",
+            "size=3: icarl answers by exemplars, expected one or more for each of 4",
+        ),
+        ("lora(rank=99)", "rank=99: expected 1 to"),
+        ("adapter(rank=3, tasks=1) + feature_distill", "task 1: feature_distill has no effect"),
+    ],
+)
+def test_what_would_fail_hours_later_is_refused_before_the_first_run(
+    method: str, said: str, perdure: Any, small: Any
+) -> None:
+    refused = perdure("compare", "--methods", "probe", method, *small, "--seeds", 0, 1, "--out", "grid")
+    assert refused.code == 2
+    assert refused.err.startswith(f"perdure: --methods {method!r}: {said}")
+    assert refused.err.count("\n") == 1
+    assert [path.name for path in Path("grid").iterdir()] == [".lock"]
+
+
+def test_finished_runs_that_are_not_in_the_table_are_named(perdure: Any, small: Any) -> None:
+    asked = ("compare", *small, "--out", "grid")
+    assert perdure(*asked, "--methods", "probe", "ncm", "--seeds", 0, 1).code == 0
+    one = perdure(*asked, "--methods", "probe", "--seeds", 0)
+    said = "grid holds 3 more finished runs, not in this table: ncm-seed0, ncm-seed1, probe-seed1; "
+    assert said + "to include, add ncm to --methods and 1 to --seeds" in one.out
+    assert [row["method"] for row in json.loads(Path("grid/compare.json").read_text())] == ["probe"]
+    Path("grid/ncm-seed1/run.json").write_text("[]")
+    other = perdure(*asked, "--methods", "probe", "--seeds", 0, 1, "--json")
+    (note,) = [event["text"] for event in other.events if event["event"] == "note"]
+    assert (
+        note
+        == "grid holds 2 more finished runs, not in this table: ncm-seed0, ncm-seed1; to include, add ncm to --methods"
+    )
+    Path("grid/ncm-seed1/run.json").unlink()
+    Path("grid/ncm-seed0").rename("elsewhere")
+    assert "more finished" not in perdure(*asked, "--methods", "probe", "--seeds", 0, 1).out

@@ -117,6 +117,24 @@ def test_old_examples_are_augmented_as_new_ones_are(lab: Any) -> None:
     assert not learner.method.parts[1]._old["image"].any()
 
 
+@pytest.mark.parametrize("part", ["gem", "agem"])
+@pytest.mark.parametrize(
+    ("carrier", "tasks", "said"),
+    [
+        ("lora(rank=2) + joint", 1, "has nothing to protect beside joint, which trains on all old images: keep one"),
+        ("ncm", 1, "has no gradient to project: ncm answers without the heads, and nothing else is trained"),
+        ("lora(rank=2, tasks=1) + ncm", 2, "has no gradient to project: ncm answers without the heads"),
+    ],
+)
+def test_where_no_step_needs_to_be_turned_it_is_refused(
+    part: str, carrier: str, tasks: int, said: str, lab: Any
+) -> None:
+    learner, stream = lab.learner(f"{carrier} + {part}"), lab.stream()
+    lab.teach(learner, stream.tasks[: tasks - 1])
+    with pytest.raises(ValueError, match=f"^{part} {said}"):
+        lab.teach(learner, stream.tasks[tasks - 1 : tasks])
+
+
 def test_a_batch_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="batch_size=0: expected at least 1"):
         make_method("lora + agem(batch_size=0)")

@@ -184,13 +184,16 @@ def test_registry_knows_the_options_of_each_family() -> None:
         "timm": ["name", "checkpoint", "input_norm"],
         "vision": ["path", "input_norm"],
         "clip": ["path", "input_norm"],
+        "chinese_clip": ["path", "input_norm"],
+        "open_clip": ["name", "checkpoint", "input_norm"],
+        "dual": ["path", "vision", "text", "input_norm"],
         "pocket": [],
         "tiny": ["dim", "depth", "size", "seed", "fused", "text"],
     }
 
 
-def test_listing_the_names_imports_neither_timm_nor_transformers() -> None:
-    code = "import sys, perdure.backbones; sys.exit(bool({'timm', 'transformers'} & set(sys.modules)))"
+def test_listing_the_names_imports_none_of_their_libraries() -> None:
+    code = "import sys, perdure.backbones; sys.exit(bool({'timm', 'transformers', 'open_clip'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -233,6 +236,8 @@ def test_clip_embeddings_are_those_of_plain_transformers(kind: str, saved: dict[
     tokens = transformers.AutoTokenizer.from_pretrained(saved[kind])(
         ["a cat"], return_tensors="pt", padding="max_length" if kind == "siglip" else False, max_length=24
     )
+    if kind == "siglip":
+        del tokens["attention_mask"]  # of CLIP's tokenizer; SigLIP was trained without one
     x = backbone.normalise(pixels(backbone)["image"])
     with torch.no_grad():
         expected = whole(pixel_values=x, **tokens)
@@ -321,6 +326,21 @@ def test_text_embedding_does_not_depend_on_its_neighbours_or_on_words_cut_off(
     assert (together[0] - together[1]).abs().max() > 1e-4
 
 
+def test_texts_are_encoded_in_two_steps() -> None:
+    for backbone in (BACKBONES["pocket"](), BACKBONES["tiny"](text=True)):
+        texts = ["a cat", "two dogs on a sofa", ""]
+        masks: list[torch.Tensor | None] = []
+        layer = backbone.get_submodule(backbone.sites("v", tower="text")[0].layer)
+        layer.register_forward_hook(lambda *_, backbone=backbone, masks=masks: masks.append(backbone.text_mask))
+        tokens = backbone.tokenise(texts)
+        assert all(ids.device.type == "cpu" and ids.shape[0] == 3 for ids in tokens.values())
+        assert torch.equal(backbone.encode_tokens(tokens), backbone.encode_text(texts))
+        assert backbone.text_mask is None
+        lengths = [ids.shape[1] for text in texts for ids in list(backbone.tokenise([text]).values())[:1]]
+        assert masks[0].sum(1).tolist() == masks[1].sum(1).tolist() == lengths
+        assert backbone.encode_text([]).shape == (0, backbone.dim)
+
+
 def test_gradients_reach_the_text_tower() -> None:
     for backbone in (BACKBONES["pocket"](), BACKBONES["tiny"](text=True)):
         layer = backbone.get_submodule(backbone.sites("v", tower="text")[0].layer)
@@ -333,8 +353,13 @@ def test_zero_shot_on_a_backbone_without_text_names_the_remedy(saved: dict[str, 
     for backbone in (BACKBONES["tiny"](), BACKBONES["vision"](path=str(saved["clip"]))):
         with pytest.raises(ValueError, match=r"no text tower.*clip\(path=\.\.\.\)"):
             backbone.encode_text(["a cat"])
-        with pytest.raises(ValueError, match="no text tower"):
-            _ = backbone.logit_scale
+        for use in (
+            lambda b=backbone: b.logit_scale,
+            lambda b=backbone: b.encode_text([]),
+            lambda b=backbone: b.tokenise([]),
+        ):
+            with pytest.raises(ValueError, match="no text tower"):
+                use()
         with pytest.raises(ValueError, match="no text tower; it has: vision"):
             backbone.sites("kv", tower="both")
 

@@ -71,24 +71,21 @@ def test_the_text_side_is_the_distance_of_old_names_from_the_teachers_embeddings
 
 @pytest.mark.parametrize("form", ["cosine", "mse"])
 def test_a_stronger_distillation_keeps_features_of_new_images_nearer(form: str, lab: Any) -> None:
-    def moved(strength: float) -> float:
-        learner = lab.learner(f"lora(rank=2) + feature_distill(strength={strength}, form={form!r})")
-        stream = lab.stream()
+    def moved(rest: str) -> float:
+        learner, stream = lab.learner(f"lora(rank=2){rest}"), lab.stream()
         lab.teach(learner, stream.tasks[:1])
         before = learner.features(stream.tasks[1].train)[0]
         lab.teach(learner, stream.tasks[1:2], epochs=8)
         return float((1 - F.cosine_similarity(before, learner.features(stream.tasks[1].train)[0])).mean())
 
-    free, held = map(moved, (0, 1000))
-    assert free > 50 * held
+    assert moved("") > 50 * moved(f" + feature_distill(strength=1000, form={form!r})")
 
 
 def test_old_names_stay_nearer_where_the_text_tower_is_held(lab: Any) -> None:
     bench = lab.but(objective="zeroshot")
 
-    def moved(strength: float) -> float:
-        learner = bench.learner(f"lora(rank=2, tower='text') + feature_distill(strength={strength}, tower='text')")
-        stream = bench.stream()
+    def moved(rest: str) -> float:
+        learner, stream = bench.learner(f"lora(rank=2, tower='text'){rest}"), bench.stream()
         bench.teach(learner, stream.tasks[:1])
         before = embedded(learner, stream.tasks[0])
         bench.teach(learner, stream.tasks[1:2], epochs=8)
@@ -98,8 +95,7 @@ def test_old_names_stay_nearer_where_the_text_tower_is_held(lab: Any) -> None:
         with torch.no_grad():
             return learner.objective.embed(task.names)
 
-    free, held = map(moved, (0, 1000))
-    assert free > 10 * held
+    assert moved("") > 10 * moved(" + feature_distill(strength=1000, tower='text')")
 
 
 def test_recorded_features_are_what_the_teacher_says_after_training(lab: Any) -> None:
@@ -176,3 +172,9 @@ def test_where_the_encoder_is_trained_no_more_it_is_refused(lab: Any) -> None:
 def test_a_negative_strength_is_refused() -> None:
     with pytest.raises(ValueError, match="strength=-1: expected 0 or more"):
         make_method("lora + feature_distill(strength=-1)")
+
+
+@pytest.mark.parametrize("option", ["form='mse'", "tower='text'", "tower='both'"])
+def test_options_of_a_distance_that_is_not_taken_are_refused(option: str) -> None:
+    with pytest.raises(ValueError, match=rf"{option} has no effect with strength=0: leave it out$"):
+        make_method(f"lora(tower='both') + feature_distill(strength=0, {option})")

@@ -316,6 +316,11 @@ def test_lora_leaves_the_encoder_alone_after_so_many_tasks(options: str, adapted
     assert moved == [t < adapted for t in range(1, 4)]
 
 
+def test_a_branch_a_task_is_refused_where_there_is_one_only() -> None:
+    with pytest.raises(ValueError, match=r"per_task=True has no effect with tasks=1"):
+        make_method("lora(tasks=1, per_task=True)")
+
+
 def test_a_branch_trained_over_two_tasks_is_the_one_of_plain_lora(lab: Any) -> None:
     stream = lab.stream()
     one, other = (lab.teach(lab.learner(f"lora(rank=2{more})"), stream.tasks[:2]) for more in ("", ", tasks=2"))

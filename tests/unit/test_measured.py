@@ -92,10 +92,23 @@ def test_folders_without_a_finished_run_are_refused(tmp_path: Path, lab: Any) ->
         settings_of([tmp_path])
 
 
-def test_a_damaged_steps_file_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"[]",
+        b"\xff",
+        b'{"methods": {}}',
+        b'{"options": [], "methods": []}',
+        b'{"options": {}, "methods": {"probe": 3}}',
+        b'{"options": {}, "methods": {"probe": {}}}',
+        b'{"options": {}, "methods": {"probe": {"ratio": "1.2"}}}',
+    ],
+)
+def test_a_damaged_steps_file_is_named(content: bytes, tmp_path: Path) -> None:
     assert steps_of(tmp_path)["methods"] == {}
-    (tmp_path / "steps.json").write_text('{"methods": 3}')
-    with pytest.raises(ValueError, match=r"steps\.json is damaged: remove it"):
+    (tmp_path / "steps.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"steps\.json is damaged \(.*\): remove it, the grid's command"):
         steps_of(tmp_path)
 
 

@@ -1,10 +1,13 @@
 """Which images are kept: orders against brute force, scores against autograd, budgets, and what is refused."""
 
+from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -12,6 +15,9 @@ from perdure.config import make_method
 from perdure.memory import orders
 from perdure.memory.budget import count_bytes
 from perdure.selection import Exemplars, last_layer
+from perdure.streams.imageset import Budget
+from perdure.streams.onemore import folder_task
+from perdure.types import Task
 
 CHOSEN = ("class_balanced", "herding", "kmeans", "el2n", "grand", "influence")
 
@@ -244,3 +250,27 @@ def test_grand_is_refused_where_it_is_el2n(method: str, objective: str, lab: Any
 def test_two_memories_are_refused_by_name(parts: str, lab: Any) -> None:
     with pytest.raises(ValueError, match=r"^(\w+) cannot be combined with (\w+): each trains on images of old tasks"):
         lab.learner(parts).grow(lab.stream().tasks[0])
+
+
+@pytest.mark.parametrize("part", ["replay", "derpp", "icarl", "gem", "agem"])
+def test_a_folder_that_has_moved_is_told_of_when_a_task_begins(part: str, lab: Any, tmp_path: Path) -> None:
+    learner, stream = lab.learner(f"lora(rank=2) + {part}(size=8)"), lab.stream()
+    for c in ("0", "1"):
+        (tmp_path / "old" / c).mkdir(parents=True)
+        for i in range(4):
+            Image.new("RGB", (16, 16), (90 * int(c), 30 * i, 50)).save(tmp_path / "old" / c / f"{i}.png")
+    first = folder_task(tmp_path / "old", learner.backbone.preprocess, {}, 0)
+    kept = folder_task(tmp_path / "old", learner.backbone.preprocess, {}, 0)
+    first.train._budget = Budget(0)
+    lab.teach(learner, [first])
+    learner.grow(stream.tasks[1])
+    learner.method.begin_task(learner, stream.tasks[1])
+    (tmp_path / "old").rename(tmp_path / "moved")
+    said = r"^the memory refers to examples of task 0 \(old\), whose data is not at hand: restore the folder it was"
+    with pytest.raises(ValueError, match=said):
+        learner.method.begin_task(learner, stream.tasks[1])
+    learner.tasks[0] = replace(first, train=kept.train)
+    learner.method.begin_task(learner, stream.tasks[1])  # decoded images stay in memory
+    learner.tasks[0] = Task.described(first.describe())
+    with pytest.raises(ValueError, match=said):
+        learner.method.begin_task(learner, stream.tasks[1])

@@ -115,3 +115,8 @@ def test_options_out_of_range_are_refused(option: str, expected: str) -> None:
 def test_a_guard_without_anything_to_protect_is_refused(guard: str) -> None:
     with pytest.raises(ValueError, match=rf"^{guard} has nothing to protect in .* Write 'lora \+ {guard}'"):
         make_method(f"inflora + {guard}")
+
+
+def test_a_damping_without_a_pull_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"damping=0\.1 has no effect with strength=0: leave it out$"):
+        make_method("lora + si(strength=0, damping=0.1)")

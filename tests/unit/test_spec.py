@@ -254,3 +254,32 @@ def test_an_error_with_a_meaning_of_its_own_keeps_its_type():
 def test_an_argument_that_the_program_gives_in_vain_is_the_programs_bug():
     with pytest.raises(TypeError, match="unexpected keyword"):
         build(parse_one("lora"), REGISTRY, "method", nonsense=1)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "sequence(images(path='a'), cub200())",
+        "sequence(images(path='a'), sequence(cub200(), cub200()), order='natural')",
+    ],
+)
+def test_specs_within_a_spec_are_read_and_written_back(text: str):
+    spec = parse_one(text)
+    assert str(spec) == text
+    assert parse_one(str(spec)) == spec
+    assert spec.parts[0].name == "images"
+
+
+def test_parts_reach_a_factory_that_takes_them_and_no_other():
+    def made(*parts: Spec, size: int = 3) -> tuple[tuple[Spec, ...], int]:
+        return parts, size
+
+    parts, size = build(parse_one("made(lora(rank=2), replay(), size=4)"), {"made": made}, "stream")
+    assert parts == (Spec("lora", (("rank", 2),)), Spec("replay"))
+    assert size == 4
+    assert message("lora(images(path='x'))").startswith("method 'lora' is not made of others: remove")
+
+
+@pytest.mark.parametrize("text", ["a(b)", "a(3)", "a(*b())", "a(b() + c())", "a(b(), c)", "a(b(d.e()))", "a(x=b())"])
+def test_parts_that_are_not_specs_with_parentheses_are_refused(text: str):
+    assert "write" in unreadable(text)

@@ -3,7 +3,10 @@
 from collections.abc import Callable
 
 from perdure.backbones.base import Backbone
+from perdure.backbones.chinese_clip import chinese_clip
 from perdure.backbones.clip import clip
+from perdure.backbones.dual import dual
+from perdure.backbones.open_clip import open_clip
 from perdure.backbones.pocket import pocket
 from perdure.backbones.timm import timm
 from perdure.backbones.tiny import tiny
@@ -13,6 +16,9 @@ BACKBONES: dict[str, Callable[..., Backbone]] = {
     "timm": timm,
     "vision": vision,
     "clip": clip,
+    "chinese_clip": chinese_clip,
+    "open_clip": open_clip,
+    "dual": dual,
     "pocket": pocket,
     "tiny": tiny,
 }

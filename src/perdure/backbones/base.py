@@ -2,9 +2,9 @@
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, Literal
+from typing import Any, Literal, final
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +14,15 @@ from perdure.types import Batch, Site
 
 Tower = Literal["vision", "text", "both"]
 
-# Letter -> names, inside a block, of its linear layer in the model families we know: timm, HF vision and CLIP, BERT
-# (the text tower of Chinese-CLIP).
+# Letter -> names, inside a block, of its linear layer in the model families we know: timm, HF vision and CLIP,
+# OpenCLIP, BERT (the text tower of Chinese-CLIP, ALIGN and dual encoders).
 _PROJECTIONS = {
     "q": re.compile(r"(.*\.)?(q_proj|query|q)"),
     "k": re.compile(r"(.*\.)?(k_proj|key|k)"),
     "v": re.compile(r"(.*\.)?(v_proj|value|v)"),
     "o": re.compile(r"(.*\.)?(out_proj|o_proj|proj|attention\.output\.dense)"),
-    "fc1": re.compile(r"(.*\.)?(fc1|up_proj|intermediate\.dense)"),
-    "fc2": re.compile(r"(.*\.)?(fc2|down_proj)|output\.dense"),
+    "fc1": re.compile(r"(.*\.)?(fc1|up_proj|intermediate\.dense|mlp\.c_fc)"),
+    "fc2": re.compile(r"(.*\.)?(fc2|down_proj|mlp\.c_proj)|output\.dense"),
 }
 _FUSED = re.compile(r"(.*\.)?qkv")
 
@@ -30,12 +30,15 @@ _FUSED = re.compile(r"(.*\.)?qkv")
 class Backbone(nn.Module):
     """A pre-trained encoder: `batch -> features`, (B, dim) float.
 
-    Subclasses set `dim`, `preprocess` and `spec` (the text that rebuilds them) and implement `encode_pixels`.
+    Subclasses set `dim`, `preprocess` and `spec` (the text that rebuilds them) and implement `encode_pixels`; those
+    with a text tower also `tokenise`, `embed_tokens`, `counted` and `logit_scale`.
     """
 
     dim: int
     preprocess: Preprocess
     spec: str
+    text_mask: Tensor | None = None
+    """While texts are encoded: bool (n, L), which of their tokens count; None outside, and where all of them do."""
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """Normalised pixels (B, 3, S, S) to features (B, dim)."""
@@ -57,14 +60,44 @@ class Backbone(nn.Module):
         """Tower -> dotted name of its module; every backbone has `vision`, CLIP-like ones `text` too."""
         return {"vision": ""}
 
+    @final
     def encode_text(self, texts: Sequence[str]) -> Tensor:
-        """Embeddings (n, dim) of `texts`, in the space of the features."""
-        raise ValueError(f"{self.spec} has no text tower; zero-shot needs a CLIP-like backbone such as clip(path=...)")
+        """Embeddings (n, dim) of `texts`, in the space of the features, not normalised; what is too long is cut off."""
+        own = next(self.parameters())
+        if not texts and "text" in self.towers():
+            return own.new_zeros(0, self.dim)
+        return self.encode_tokens({name: value.to(own.device) for name, value in self.tokenise(texts).items()})
+
+    @final
+    def encode_tokens(self, tokens: Mapping[str, Tensor]) -> Tensor:
+        """Embeddings (n, dim) of what `tokenise` gave, moved to the model's device."""
+        self.text_mask = self.counted(tokens)
+        try:
+            return self.embed_tokens(tokens)
+        finally:
+            self.text_mask = None
+
+    def tokenise(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """`texts` as the text tower reads them: integers (n, L) on the CPU, L as the longest of them needs."""
+        raise self._without_text()
+
+    def embed_tokens(self, tokens: Mapping[str, Tensor]) -> Tensor:
+        """What `encode_tokens` gives, which is the one to call."""
+        raise self._without_text()
+
+    def counted(self, tokens: Mapping[str, Tensor]) -> Tensor | None:
+        """Which tokens are more than padding, bool (n, L); None when all shape the embeddings."""
+        raise self._without_text()
 
     @property
     def logit_scale(self) -> Tensor:
         """Inverse temperature of image-text scores, a positive scalar: scores are `logit_scale * cosine`."""
-        raise ValueError(f"{self.spec} has no text tower; zero-shot needs a CLIP-like backbone such as clip(path=...)")
+        raise self._without_text()
+
+    def _without_text(self) -> ValueError:
+        return ValueError(
+            f"{self.spec} has no text tower; zero-shot and retrieval need a CLIP-like backbone such as clip(path=...)"
+        )
 
     def set_attention(self, implementation: Literal["eager", "sdpa"]) -> None:
         """Choose how attention is computed; the result is the same up to rounding."""
@@ -79,9 +112,24 @@ class Backbone(nn.Module):
         return digest.hexdigest()
 
     def blocks(self, tower: str = "vision") -> list[str]:
-        """Dotted names of the transformer blocks of `tower`, bottom first."""
+        """Dotted names of the transformer blocks of `tower`, bottom first.
+
+        Raises:
+            ValueError: when there is no such tower, or it has none, such as the EfficientNet of ALIGN.
+        """
         if tower not in self.towers():
             raise ValueError(f"{self.spec} has no {tower} tower; it has: {', '.join(self.towers())}")
+        if names := self._blocks(tower):
+            return names
+        others = [f"tower={other!r}" for other in self.towers() if other != tower and self._blocks(other)]
+        remedy = f"use {others[0]}, which has one, or a ViT" if others else "use a ViT"
+        raise ValueError(f"{self.spec}: the {tower} tower has no stack of transformer blocks to adapt; {remedy}")
+
+    def has_blocks(self, tower: str = "vision") -> bool:
+        """Whether `tower` has transformer blocks, which can be adapted."""
+        return bool(self._blocks(tower))
+
+    def _blocks(self, tower: str) -> list[str]:
         root = self.towers()[tower]
         prefix = root + "." if root else ""
         stacks = [
@@ -89,9 +137,7 @@ class Backbone(nn.Module):
             for name, stack in self.named_modules()
             if name.startswith(prefix) and isinstance(stack, nn.ModuleList | nn.Sequential) and _is_stack(stack)
         ]
-        if not stacks:
-            raise ValueError(f"{self.spec}: the {tower} tower has no stack of transformer blocks to adapt; use a ViT")
-        name, depth = max(stacks, key=lambda stack: stack[1])
+        name, depth = max(stacks, key=lambda stack: stack[1], default=("", 0))
         return [f"{name}.{i}" for i in range(depth)]
 
     def before(self, block: int, batch: Batch) -> Tensor:
@@ -179,7 +225,7 @@ class Backbone(nn.Module):
                 if isinstance(self.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
                     raise ValueError(
                         f"{name} is part of nn.MultiheadAttention, which never calls it: an adapter there would have "
-                        "no effect; choose other sites, or a timm or Hugging Face copy of the model"
+                        "no effect; choose other sites, or a copy of the model that open_clip, clip or timm reads"
                     )
                 return Site(key, name, read, layer.in_features, (0, layer.out_features))
             if letter in "qkv" and _FUSED.fullmatch(short):

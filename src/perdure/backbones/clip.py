@@ -1,6 +1,6 @@
 """CLIP and its relatives from Hugging Face: image and text embeddings in one space."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,12 +12,18 @@ from perdure.spec import Spec
 
 # Trained on texts padded to full length, without a mask: anything shorter gives other embeddings.
 _PADDED_TO_FULL_LENGTH = ("siglip",)
+# Their positions begin behind the number of the padding token.
+_POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "data2vec-text")
+_MASK = "attention_mask"
+# `model_type` of a config -> the name in the mini-language that asks for it.
+_OWN_NAMES = {"chinese_clip": "chinese_clip", "vision-text-dual-encoder": "dual"}
 
 
 def clip(path: str, input_norm: str = "model") -> "Clip":
-    """A model with image and text tower: CLIP, SigLIP, Chinese-CLIP and others that transformers knows.
+    """A model with image and text tower: CLIP, SigLIP and SigLIP 2, ALIGN, and others that transformers knows.
 
-    Features are the projected image embeddings, not normalised to unit length.
+    Features are the projected image embeddings, not normalised to unit length. A SigLIP 2 must be one of fixed
+    resolution. The image tower of ALIGN, an EfficientNet, cannot be adapted; its text tower can: `tower="text"`.
 
     Args:
         path: hub name, or a folder with config, safetensors, tokenizer and image processor.
@@ -26,19 +32,39 @@ def clip(path: str, input_norm: str = "model") -> "Clip":
     Raises:
         ValueError: when there is no such model, it is incomplete, or it has not both towers.
     """
-    written, folder = pretrained.locate(path, "*processor_config.json", "tokenizer*")
+    return named("clip", path, input_norm)
+
+
+def named(name: str, path: str, input_norm: str, only: str | None = None) -> "Clip":
+    """The model that `path` leads to, for the factory `name`; the others of its arguments as for `read`."""
+    # BERT's tokenizer, of the models that have a name of their own, can be a list of words alone.
+    tokenizer = "tokenizer*" if only is None else "tokenizer*|vocab.txt"
+    written, folder = pretrained.locate(path, "*processor_config.json", tokenizer)
     options = (("path", written),) if input_norm == "model" else (("path", written), ("input_norm", input_norm))
-    return read(folder, str(Spec("clip", options)), input_norm)
+    return read(folder, str(Spec(name, options)), input_norm, only)
 
 
-def read(folder: str, spec: str, input_norm: str = "model") -> "Clip":
-    """The model in `folder`, named `spec`."""
+def read(folder: str, spec: str, input_norm: str = "model", only: str | None = None) -> "Clip":
+    """The model in `folder`, named `spec`.
+
+    Args:
+        folder: with config, safetensors, tokenizer and image processor.
+        spec: the text that rebuilds it.
+        input_norm: see `clip`.
+        only: the one `model_type` that is meant.
+
+    Raises:
+        ValueError: when it is of another kind, or incomplete.
+    """
     pretrained.check_norm(input_norm)
     with pretrained.reading(folder):
         config = pretrained.read_config(folder)
+        if only is not None and config.model_type != only:
+            right = _OWN_NAMES.get(config.model_type, "clip" if _both_towers(_kind(config)) else "vision")
+            raise ValueError(f"{folder!r} is a {config.model_type} model: write {right}(path=...)")
         preprocess = pretrained.read_preprocess(folder, input_norm)
         model = pretrained.read_model(_model_class(folder, config), folder)
-        return Clip(model, _tokenizer(folder), preprocess, spec)
+        return Clip(model, read_tokenizer(folder), preprocess, spec)
 
 
 class Clip(Backbone):
@@ -60,25 +86,42 @@ class Clip(Backbone):
         self.eval()
         self.dim = pretrained.features_of(self)
         text = model.config.text_config
-        self._length = min(tokenizer.model_max_length, text.max_position_embeddings)
-        self._padding = "max_length" if model.config.model_type in _PADDED_TO_FULL_LENGTH else "longest"
+        room = text.max_position_embeddings
+        if text.model_type in _POSITIONS_AFTER_PADDING:
+            room -= text.pad_token_id + 1
+        self._length = min(tokenizer.model_max_length, room)
+        self._padded = model.config.model_type in _PADDED_TO_FULL_LENGTH
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """Normalised pixels (B, 3, S, S) to projected image embeddings (B, dim), not normalised to unit length."""
         return _embeddings(self.model.get_image_features(pixel_values=pixels))
 
-    def encode_text(self, texts: Sequence[str]) -> Tensor:
-        """Projected embeddings (n, dim) of `texts`, not normalised to unit length; what is too long is cut off."""
-        tokens = self.tokenizer(
-            list(texts), padding=self._padding, truncation=True, max_length=self._length, return_tensors="pt"
+    def tokenise(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """What the model's own tokenizer gives, with a mask where the model was trained with one."""
+        padding = "max_length" if self._padded else "longest"
+        found = self.tokenizer(
+            list(texts), padding=padding, truncation=True, max_length=self._length, return_tensors="pt"
         )
-        return _embeddings(self.model.get_text_features(**tokens.to(self.model.device)))
+        return {name: ids for name, ids in found.items() if not (self._padded and name == _MASK)}
+
+    def embed_tokens(self, tokens: Mapping[str, Tensor]) -> Tensor:
+        """Projected embeddings (n, dim), not normalised to unit length."""
+        return _embeddings(self.model.get_text_features(**tokens))
+
+    def counted(self, tokens: Mapping[str, Tensor]) -> Tensor | None:
+        """The tokenizer's mask; SigLIP reads its padding like words."""
+        return tokens[_MASK] > 0 if _MASK in tokens else None
 
     @property
     def logit_scale(self) -> Tensor:
         """Inverse temperature of image-text scores, a positive scalar; SigLIP's additional bias is left out."""
-        scale: Tensor = self.model.logit_scale.exp()
+        # ALIGN keeps the temperature itself.
+        scale: Tensor = 1 / self.model.temperature if self._divides else self.model.logit_scale.exp()
         return scale.reshape(())
+
+    @property
+    def _divides(self) -> bool:
+        return hasattr(self.model, "temperature")
 
     def towers(self) -> dict[str, str]:
         """Tower -> dotted name of its module."""
@@ -100,7 +143,7 @@ def _embeddings(output: Any) -> Tensor:
     return embeddings
 
 
-def _model_class(folder: str, config: Any) -> Any:
+def _kind(config: Any) -> Any:
     # CLIPModel by name: looking it up through AutoModel imports far more of transformers.
     if config.model_type == "clip":
         from transformers import CLIPModel
@@ -108,10 +151,18 @@ def _model_class(folder: str, config: Any) -> Any:
         return CLIPModel
     from transformers import MODEL_MAPPING
 
-    kind = MODEL_MAPPING.get(type(config), None)
+    return MODEL_MAPPING.get(type(config), None)
+
+
+def _both_towers(kind: Any) -> bool:
+    return hasattr(kind, "get_image_features") and hasattr(kind, "get_text_features")
+
+
+def _model_class(folder: str, config: Any) -> Any:
     if config.model_type == "siglip2":
         raise ValueError(f"{folder!r} is a SigLIP 2 of variable resolution: take one of fixed resolution, such as -224")
-    if not hasattr(kind, "get_image_features") or not hasattr(kind, "get_text_features"):
+    kind = _kind(config)
+    if not _both_towers(kind):
         raise ValueError(
             f"{folder!r} is a {config.model_type} model without image and text tower: use vision(path=...) for "
             "features alone, or give a CLIP or SigLIP"
@@ -119,7 +170,12 @@ def _model_class(folder: str, config: Any) -> Any:
     return kind
 
 
-def _tokenizer(folder: str) -> Any:
+def read_tokenizer(folder: str) -> Any:
+    """The tokenizer in `folder`.
+
+    Raises:
+        ValueError: when there is none.
+    """
     from transformers import AutoTokenizer
 
     try:

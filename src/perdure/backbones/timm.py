@@ -5,9 +5,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from perdure.backbones import pretrained
@@ -36,13 +33,13 @@ def timm(name: str, checkpoint: str | None = None, input_norm: str = "model") ->
     options: dict[str, str] = {"name": name}
     file = None
     if checkpoint is not None:
-        file = _local(checkpoint)
+        file = pretrained.local_weights(checkpoint, "leave it out to take the weights from the hub")
         options["checkpoint"] = str(file)
     if input_norm != "model":
         options["input_norm"] = input_norm
     with pretrained.reading(name):
         model = _create(name)
-        weights = _weights(file or _from_hub(name, model))
+        weights = pretrained.read_weights(file or _from_hub(name, model))
         _fill(model, weights, str(file or name))
         return Timm(model, _preprocess(name, model, input_norm), str(Spec("timm", tuple(options.items()))))
 
@@ -81,18 +78,6 @@ class Timm(Backbone):
                 module.fused_attn = implementation == "sdpa"
 
 
-def _local(checkpoint: str) -> Path:
-    file = Path(checkpoint).expanduser()
-    if file.suffix != ".safetensors":
-        raise ValueError(
-            f"checkpoint={checkpoint!r}: only .safetensors is read, since other formats can run foreign code; convert "
-            "it with safetensors.torch.save_file on a machine you trust"
-        )
-    if not file.is_file():
-        raise ValueError(f"checkpoint={checkpoint!r}: no such file; leave it out to take the weights from the hub")
-    return file.absolute()
-
-
 def _create(name: str) -> Any:
     import timm
 
@@ -116,31 +101,12 @@ def _from_hub(name: str, model: Any) -> Path:
     return Path(pretrained.fetch(where)) / "model.safetensors"
 
 
-def _weights(file: Path) -> dict[str, Tensor]:
-    try:
-        weights: dict[str, Tensor] = load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"cannot read {str(file)!r} ({error}): damaged or not safetensors; get it again") from error
-    return weights
-
-
 def _fill(model: Any, weights: dict[str, Tensor], source: str) -> None:
     classifier = model.pretrained_cfg.get("classifier") or ()
     heads = tuple(f"{head}." for head in ([classifier] if isinstance(classifier, str) else classifier))
     own = model.state_dict()
     kept = {key: value for key, value in weights.items() if key in own or not key.startswith(heads)}
-    differing = [
-        f"{key} {tuple(kept[key].shape) if key in kept else 'missing'} instead of {tuple(value.shape)}"
-        for key, value in own.items()
-        if key not in kept or kept[key].shape != value.shape
-    ] + [f"{key} is not in the model" for key in kept if key not in own]
-    if differing:
-        raise ValueError(
-            f"{source!r} does not fit the model in {len(differing)} tensors, first: {differing[0]}; give the weights "
-            "of exactly this timm model, under timm's names"
-        )
-    with torch.no_grad():
-        model.load_state_dict(kept)
+    pretrained.fill(model, kept, source, "give the weights of exactly this timm model, under timm's names")
 
 
 def _preprocess(name: str, model: Any, input_norm: str) -> Preprocess:

@@ -2,7 +2,7 @@
 
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -59,12 +59,18 @@ class Tiny(Backbone):
         features: Tensor = self.vision(pixels)
         return features
 
-    def encode_text(self, texts: Sequence[str]) -> Tensor:
-        """Embeddings (n, dim) of `texts`: the mean over characters after the last norm."""
-        if self.text is None:
-            return super().encode_text(texts)
-        embeddings: Tensor = self.text(_characters(texts).to(self.text.position.device))
+    def tokenise(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Numbers of the characters, 0 where a text has ended."""
+        return super().tokenise(texts) if self.text is None else {"ids": _characters(texts)}
+
+    def embed_tokens(self, tokens: Mapping[str, Tensor]) -> Tensor:
+        """The mean over characters after the last block, normed."""
+        embeddings: Tensor = super().embed_tokens(tokens) if self.text is None else self.text(tokens["ids"])
         return embeddings
+
+    def counted(self, tokens: Mapping[str, Tensor]) -> Tensor | None:
+        """Where there is a character."""
+        return tokens["ids"] > 0
 
     @property
     def logit_scale(self) -> Tensor:

@@ -115,14 +115,19 @@ def read(tasks: list[Task], refs: Tensor) -> Batch:
     for index in torch.unique(refs[:, 0]).tolist():
         data = tasks[index].train
         if not len(data):
-            raise ValueError(
-                f"the memory refers to examples of task {index} ({tasks[index].name}), whose data is not at hand: "
-                "restore the folder it was learnt from, or teach a new learner"
-            )
+            raise gone(tasks[index])
         places.append((refs[:, 0] == index).nonzero().flatten())
         parts.append(data.__getitems__(refs[places[-1], 1].tolist()))
     back = torch.cat(places).argsort()
     return {key: torch.cat([part[key] for part in parts])[back.to(parts[0][key].device)] for key in parts[0]}
+
+
+def gone(task: Task) -> ValueError:
+    """What to raise when examples of `task` are needed and its data is not at hand any more."""
+    return ValueError(
+        f"the memory refers to examples of task {task.index} ({task.name}), whose data is not at hand: restore the "
+        "folder it was learnt from, or teach a new learner"
+    )
 
 
 def _by_turns(refs: Tensor) -> Tensor:

@@ -15,7 +15,10 @@ class _Enough(Exception):
 
 @torch.no_grad()
 def second_moments(
-    encode: Callable[[Batch], object], layers: Mapping[str, nn.Module], batches: Iterable[Batch]
+    encode: Callable[[Batch], object],
+    layers: Mapping[str, nn.Module],
+    batches: Iterable[Batch],
+    mask: Callable[[], Tensor | None] = lambda: None,
 ) -> dict[str, Tensor]:
     """E[x xᵀ] of the inputs of each layer, uncentred, over all tokens: float64 (fan_in, fan_in).
 
@@ -26,6 +29,7 @@ def second_moments(
         encode: runs the model on a batch.
         layers: name -> layer to watch.
         batches: the data.
+        mask: asked whenever a layer is reached: which tokens (n, L) of its input count; None counts all.
     """
     total: dict[str, Tensor] = {}
     count = dict.fromkeys(layers, 0)
@@ -34,6 +38,8 @@ def second_moments(
     def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(_layer: nn.Module, args: tuple[Any, ...]) -> None:
             x: Tensor = args[0]
+            if (counts := mask()) is not None:
+                x = x[counts.to(x.device)]
             with torch.autocast(x.device.type, enabled=False):
                 x = x.detach().flatten(0, -2).float()
                 product = x.T @ x

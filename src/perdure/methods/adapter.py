@@ -71,6 +71,10 @@ class BottleneckAdapter(Method, name="adapter"):
         self._train(task.index)
 
     def begin_task(self, learner: Core, task: Task) -> None:
+        """Known now that all parts have grown."""
+        self.check(learner, task)
+
+    def check(self, learner: Core, task: Task) -> None:
         """Refuse what would be predicted with otherwise than it was trained.
 
         Raises:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from perdure import gradients
 from perdure.learner import Core
-from perdure.method import Method, check_trained
+from perdure.method import Method
 from perdure.selection import Exemplars
 from perdure.types import Batch, Task
 
@@ -37,9 +37,13 @@ class AGEM(Method, name="agem"):
         self._old: Batch | None = None  # of the current step
 
     def begin_task(self, learner: Core, task: Task) -> None:
-        """Refuse what would have no effect; known now that all parts have grown."""
-        if not task.index:
-            check_trained(learner, self, "no gradient to project")
+        """Refuse what would have no effect, or could not be drawn."""
+        self.check(learner, task)
+        self.memory.begin(learner)
+
+    def check(self, learner: Core, task: Task) -> None:
+        """Refuse what would have no effect; known when all parts have grown."""
+        gradients.check(learner, self)
 
     def batch(self, learner: Core, batch: Batch) -> Batch:
         """Draw the old examples that the step is compared with; the batch itself stays as it is."""

@@ -15,7 +15,7 @@ from perdure.learner import Core
 from perdure.memory.examples import Referred
 from perdure.memory.orders import Position
 from perdure.memory.tensors import Tensors
-from perdure.method import Method, at_least_zero, check_trained
+from perdure.method import Method, at_least_zero, check_trained, without_effect
 from perdure.selection import Exemplars, Selection
 from perdure.types import Batch, Task
 
@@ -26,12 +26,14 @@ class DERPP(Method, name="derpp"):
     Args:
         size: number of images remembered in all; None is 2000, or what `bytes` allow.
         alpha: weight of the logits; 0 leaves them out.
-        beta: weight of the labels; 0 leaves them out. With both 0 it is plain training.
+        beta: weight of the labels; 0 leaves them out. With both 0 it is plain training, and nothing is remembered.
         selection: which images are kept, see `Exemplars`.
         position: which scores are kept with `el2n`, `grand` and `influence`, see `Exemplars`.
         bytes: of images (logits come on top), as a number or a text such as "50MB", in place of `size`.
         ratio: size of each of the two draws per new image.
     """
+
+    classifies = True
 
     rehearses = True
 
@@ -49,6 +51,12 @@ class DERPP(Method, name="derpp"):
         at_least_zero(alpha=alpha, beta=beta)
         if ratio <= 0:
             raise ValueError(f"ratio={ratio}: expected a positive number of old images per new one")
+        if not (alpha or beta):
+            chosen = None if selection == "reservoir" else selection
+            drawn = None if ratio == 1 else ratio
+            without_effect(
+                "with alpha=0 and beta=0", size=size, bytes=bytes, selection=chosen, position=position, ratio=drawn
+            )
         self.alpha, self.beta, self.ratio = alpha, beta, ratio
         self.memory = Exemplars(size, bytes, selection, position)
         self.stored = Tensors()  # logits: (images kept, classes seen), a row for each of the memory's references
@@ -60,9 +68,14 @@ class DERPP(Method, name="derpp"):
             learner.objective.requires_grad_(True)
 
     def begin_task(self, learner: Core, task: Task) -> None:
-        """Refuse what would have no effect."""
-        check_trained(learner, self, "nothing to teach")
+        """Refuse what would have no effect, or could not be drawn."""
+        self.check(learner, task)
         self.memory.begin(learner)
+
+    def check(self, learner: Core, task: Task) -> None:
+        """Refuse what would have no effect; known when all parts have grown."""
+        check_trained(learner, self, "nothing to teach")
+        self.memory.check(learner)
 
     def penalty(self, learner: Core, batch: Batch, features: Tensor) -> Tensor | float:
         """alpha · ‖f(x') - z'‖² + beta · CE(f(x''), y''): both draws in one pass through the encoder."""
@@ -85,6 +98,8 @@ class DERPP(Method, name="derpp"):
 
     def end_task(self, learner: Core, task: Task) -> None:
         """Offer the task's images to the memory; store the logits of those that were taken."""
+        if not (self.alpha or self.beta):
+            return
         before = self.memory.refs.cpu()
         self.memory.remember(learner, task)
         if not self.alpha:

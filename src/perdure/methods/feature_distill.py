@@ -19,7 +19,7 @@ from perdure.adapters.attach import adapted
 from perdure.backbones.base import Tower
 from perdure.learner import Core
 from perdure.memory.tensors import Tensors
-from perdure.method import Method, at_least_zero, varies
+from perdure.method import Method, at_least_zero, varies, without_effect
 from perdure.objectives.zeroshot import ZeroShot
 from perdure.teacher import Teacher, trains_encoder
 from perdure.types import Batch, Task
@@ -49,6 +49,9 @@ class FeatureDistill(Method, name="feature_distill"):
     ) -> None:
         super().__init__()
         at_least_zero(strength=strength)
+        if not strength:
+            held, apart = None if tower == "vision" else tower, None if form == "cosine" else form
+            without_effect("with strength=0", tower=held, form=apart)
         self.strength, self.tower, self.form = strength, tower, form
         self.teacher = Teacher()
         self.names = Tensors()  # "old": the teacher's embeddings of the former tasks' class names
@@ -62,24 +65,28 @@ class FeatureDistill(Method, name="feature_distill"):
 
     def begin_task(self, learner: Core, task: Task) -> None:
         """Take the learner as teacher; there is nothing to keep in the first task."""
+        self.check(learner, task)
+        if not self.strength or not task.index:
+            return
+        if self._towers("vision"):
+            self.teacher.remember(learner)
+        if self._towers("text"):
+            with torch.no_grad():
+                self.names["old"] = self._embed(learner)
+
+    def check(self, learner: Core, task: Task) -> None:
+        """Refuse a tower, or a task, in which nothing moves; known when all parts have grown."""
         for tower in self._towers("vision", "text"):
             if not _moves(learner, tower):
                 raise ValueError(
                     f"feature_distill(tower={self.tower!r}) has no effect on the {tower} tower, which no part trains: "
                     f"write tower={'text' if tower == 'vision' else 'vision'!r}, or a part with tower='both'"
                 )
-        if not self.strength or not task.index:
-            return
-        if not trains_encoder(learner):
+        if self.strength and task.index and not trains_encoder(learner):
             raise ValueError(
                 f"task {task.index}: feature_distill has no effect where no part trains the encoder any more: take one "
                 "that does in every task, as in 'lora + feature_distill', or leave feature_distill out"
             )
-        if self._towers("vision"):
-            self.teacher.remember(learner)
-        if self._towers("text"):
-            with torch.no_grad():
-                self.names["old"] = self._embed(learner)
 
     def record(self, learner: Core, batch: Batch) -> Batch:
         """The teacher's features (B, dim)."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from perdure import gradients
 from perdure.learner import Core
 from perdure.memory.symmetric import exact
-from perdure.method import Method, at_least_zero, check_trained
+from perdure.method import Method, at_least_zero
 from perdure.selection import Exemplars
 from perdure.types import Batch, Task
 
@@ -53,9 +53,13 @@ class GEM(Method, name="gem"):
         self._old: list[Batch] = []  # of the current step, one batch a past task
 
     def begin_task(self, learner: Core, task: Task) -> None:
-        """Refuse what would have no effect; known now that all parts have grown."""
-        if not task.index:
-            check_trained(learner, self, "no gradient to project")
+        """Refuse what would have no effect, or could not be drawn."""
+        self.check(learner, task)
+        self.memory.begin(learner)
+
+    def check(self, learner: Core, task: Task) -> None:
+        """Refuse what would have no effect; known when all parts have grown."""
+        gradients.check(learner, self)
 
     def batch(self, learner: Core, batch: Batch) -> Batch:
         """Draw old examples of each past task; the batch itself stays as it is."""

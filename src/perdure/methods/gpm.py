@@ -112,8 +112,7 @@ class GPM(Method, name="gpm"):
         keep = self.keep if self.schedule == "fixed" else keep_schedule(self.keep, task.index, task.total)
         layers = {key: learner.backbone.get_submodule(site.layer) for key, site in self._inputs.items()}
         views = learner.views(learner.method.data(learner, task), self.moments, "take")
-        # scores, not features alone: a text tower reads the class names
-        reading = second_moments(lambda batch: learner.objective.scores(learner.encode(batch)), layers, views)
+        reading = second_moments(learner.perceive, layers, views, lambda: learner.backbone.text_mask)
         for key, moments in reading.items():
             space = self.spaces.of(key, self._inputs[key].fan_in, moments.device)
             self.spaces.keep(key, space.take(moments, keep, self.power))

@@ -34,6 +34,8 @@ class ICaRL(Method, name="icarl"):
         bytes: of images, as a number or a text such as "50MB", in place of `size`.
     """
 
+    classifies = True
+
     rehearses = True
     records = (_OLD,)
 
@@ -77,6 +79,7 @@ class ICaRL(Method, name="icarl"):
 
     def begin_task(self, learner: Core, task: Task) -> None:
         """Remember the model as it is."""
+        self.memory.begin(learner)
         if self._old(learner) and self.strength:
             self.teacher.remember(learner)
 

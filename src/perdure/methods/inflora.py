@@ -162,7 +162,7 @@ class InfLoRA(Method, name="inflora"):
     def _moments(self, learner: Core, task: Task, purpose: str) -> dict[str, Tensor]:
         layers = {key: learner.backbone.get_submodule(site.layer) for key, site in self._inputs.items()}
         views = learner.views(learner.method.data(learner, task), self.moments, purpose)
-        return second_moments(learner.encode, layers, views)
+        return second_moments(learner.perceive, layers, views, lambda: learner.backbone.text_mask)
 
 
 def _key(name: str) -> str:

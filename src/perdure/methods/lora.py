@@ -3,7 +3,7 @@
 from perdure.adapters.lowrank import Branches
 from perdure.backbones.base import Tower
 from perdure.learner import Core
-from perdure.method import Method
+from perdure.method import Method, without_effect
 from perdure.types import Task
 
 
@@ -38,14 +38,18 @@ class LoRA(Method, name="lora"):
             raise ValueError(f"rank={rank}: expected 1 or more, such as 10")
         if tasks is not None and tasks < 1:
             raise ValueError(f"tasks={tasks}: expected at least 1 task that adapts the encoder, or None for all")
+        if tasks == 1:
+            without_effect("with tasks=1, which opens one branch only", per_task=per_task or None)
         self.rank, self.at, self.blocks, self.tower, self.alpha = rank, at, blocks, tower, alpha
         self.per_task, self.tasks = per_task, tasks
         self.shares = not per_task and tasks != 1
         self.adapters = Branches()
 
     def grow(self, learner: Core, task: Task) -> None:
-        """Open the branches at the first task; later tasks go on with them, or with new ones."""
-        if task.index == 0 or (self.per_task and not self._over(task.index)):
+        """Open the branches at the first task; later tasks go on with them, or with new ones, or with none."""
+        if self._over(task.index):
+            self.adapters.settle()  # they are when the task before has ended, but not where only descriptions are known
+        elif task.index == 0 or self.per_task:
             scale = 1.0 if self.alpha is None else self.alpha / self.rank
             sites = learner.backbone.sites(self.at, self.blocks, self.tower)
             self.adapters.open(learner.backbone, sites, self.rank, scale)

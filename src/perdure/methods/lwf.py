@@ -17,9 +17,11 @@ from torch import Tensor
 
 from perdure.learner import Core
 from perdure.method import Method, at_least_zero
+from perdure.objectives.retrieve import Retrieve
 from perdure.teacher import Teacher, distillation, trains_encoder
 from perdure.types import Batch, Task
 
+_FEATURES, _CAPTIONS = "lwf_features", "lwf_captions"  # what is recorded of images with captions
 _SCORES = "lwf"  # what is recorded: the teacher's scores of all seen classes
 
 
@@ -36,11 +38,12 @@ class LwF(Method, name="lwf"):
             encoder alone.
         schedule: `share` multiplies `strength` by the share of old classes among all that are seen.
         text_temperature: with objectives that read class names, also keep the distribution of each old name over the
-            batch's images, softened by this; None leaves that direction alone.
+            batch's images, softened by this; None leaves that direction alone. Between images and captions both
+            directions are always kept, and None is `temperature`.
     """
 
     guards = "adapts"
-    records = (_SCORES,)
+    records: tuple[str, ...] = (_SCORES,)
 
     def __init__(
         self,
@@ -68,6 +71,10 @@ class LwF(Method, name="lwf"):
                 "leave it out"
             )
         self._groups = _groups(learner)
+        if not learner.objective.classifies:
+            if self.heads == "frozen":
+                raise ValueError("heads='frozen' has no effect where there are no heads: leave it out")
+            self.records = (_FEATURES, _CAPTIONS)
         if self.strength and self._groups and self.heads == "learn":
             learner.objective.requires_grad_(True)
 
@@ -87,23 +94,38 @@ class LwF(Method, name="lwf"):
         self.teacher.remember(learner)
 
     def record(self, learner: Core, batch: Batch) -> Batch:
-        """The teacher's scores (B, seen classes)."""
+        """The teacher's scores (B, seen classes); of images with captions its embeddings of both."""
         if not self.teacher.kept or not learner.training:
             return {}
+        if not learner.objective.classifies:
+            return dict(zip(self.records, self.teacher.pairs(learner, batch), strict=True))
         return {_SCORES: self.teacher(learner, batch)[1]}
 
     def penalty(self, learner: Core, batch: Batch, features: Tensor) -> Tensor | float:
         """strength · T² · KL of the teacher's and the student's distribution over old classes."""
         if not self.teacher.kept:
             return 0.0
+        every = sorted({column for old in self._groups for column in old})
+        share = len(every) / len(learner.objective.classes) if self.schedule == "share" else 1.0
+        if isinstance(learner.objective, Retrieve):
+            return self.strength * share * self._retrieved(learner, learner.objective, batch, features)
         wanted = batch[_SCORES] if _SCORES in batch else self.teacher(learner, batch)[1]
         given = learner.objective.scores(features)
         terms = [distillation(wanted[:, old], given[:, old], self.temperature) for old in self._groups]
-        every = sorted({column for old in self._groups for column in old})
         if self.text_temperature is not None:
             terms.append(distillation(wanted[:, every].T, given[:, every].T, self.text_temperature))
-        share = len(every) / len(learner.objective.classes) if self.schedule == "share" else 1.0
         return self.strength * share * torch.stack(terms).sum()
+
+    def _retrieved(self, learner: Core, objective: Retrieve, batch: Batch, features: Tensor) -> Tensor:
+        """Each image's distribution over the batch's captions, and each caption's over its images."""
+        rows, places = objective.chosen(batch)
+        images, captions = (
+            (batch[_FEATURES], batch[_CAPTIONS]) if _FEATURES in batch else self.teacher.pairs(learner, batch)
+        )
+        wanted = objective.similarity(images, captions[rows, places])
+        given = objective.similarity(features, objective.shown(batch)[0])
+        over_texts = distillation(wanted, given, self.temperature)
+        return over_texts + distillation(wanted.T, given.T, self.text_temperature or self.temperature)
 
     def end_task(self, learner: Core, task: Task) -> None:
         """Let the teacher go."""

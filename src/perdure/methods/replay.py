@@ -73,9 +73,14 @@ class Replay(Method, name="replay"):
             learner.objective.requires_grad_(True)
 
     def begin_task(self, learner: Core, task: Task) -> None:
-        """Refuse what would have no effect."""
-        check_trained(learner, self, "nothing to teach")
+        """Refuse what would have no effect, or could not be drawn."""
+        self.check(learner, task)
         self.memory.begin(learner)
+
+    def check(self, learner: Core, task: Task) -> None:
+        """Refuse what would have no effect; known when all parts have grown."""
+        check_trained(learner, self, "nothing to teach")
+        self.memory.check(learner)
 
     def batch(self, learner: Core, batch: Batch) -> Batch:
         """Append old examples; with `periodic`, replace the batch when it is time."""

@@ -54,6 +54,10 @@ class Objective(nn.Module):
         """
         return {}
 
+    def read(self, learner: Core, batch: Batch) -> Batch:
+        """`batch` with what its loss reads of the texts, computed once for all who ask in a step."""
+        return batch
+
     def show(self, learner: Core, batch: Batch) -> None:
         """Let the text tower read what it reads in a step on `batch`, for whoever watches its layers."""
 

@@ -90,10 +90,17 @@ class Retrieve(Objective):
 
     def shown(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Embeddings (n, dim) of the captions that a step shows, and for each the row of its image."""
+        if "texts" in batch:
+            return batch["texts"], batch["image_of"]
         rows, places = self.chosen(batch)
         if _CAPTIONS in batch:
             return batch[_CAPTIONS][rows, places], rows
         return self._learner[0].embed(batch["text"][rows, places]), rows
+
+    def read(self, learner: Core, batch: Batch) -> Batch:
+        """With the shown captions' embeddings `texts` (n, dim), and the row of each one's image, `image_of` (n,)."""
+        texts, image_of = self.shown(batch)
+        return batch | {"texts": texts, "image_of": image_of}
 
     def chosen(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Which captions a step shows, as (rows, places) into `text`; the same ones whenever asked in a step."""

@@ -1,24 +1,30 @@
 """Streams: where tasks come from, by name for the mini-language and as functions for Python."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from perdure.images import Preprocess
 from perdure.spec import Spec, build, parse_one
+from perdure.streams.captioned import Captioned
+from perdure.streams.captions import captions
 from perdure.streams.folders import images
 from perdure.streams.hub import hub
 from perdure.streams.imageset import Budget, ImageSet
+from perdure.streams.karpathy import coco, flickr30k
 from perdure.streams.known import cifar100, cub200, domainnet, imagenet_r
 from perdure.streams.onemore import folder_task, given_task
 from perdure.streams.options import Options, StreamPlan
+from perdure.streams.sequence import sequence
 from perdure.streams.shapes import easy_vqa
-from perdure.streams.synthetic import synthetic
+from perdure.streams.synthetic import captions_synthetic, synthetic
 from perdure.streams.tables import parquet
 from perdure.types import Stream
 
 __all__ = [
     "STREAMS",
     "Budget",
+    "Captioned",
     "ImageSet",
     "Options",
     "StreamPlan",
@@ -36,7 +42,12 @@ STREAMS: dict[str, Callable[..., StreamPlan]] = {
     "cub200": cub200,
     "domainnet": domainnet,
     "easy_vqa": easy_vqa,
+    "captions": captions,
+    "flickr30k": flickr30k,
+    "coco": coco,
+    "sequence": sequence,
     "synthetic": synthetic,
+    "captions_synthetic": captions_synthetic,
 }
 """Name -> factory; its named parameters are the options a user may write."""
 
@@ -54,5 +65,5 @@ def build_stream(what: str | Spec, preprocess: Preprocess, seed: int, **more: An
         ValueError: when the description or the data is not as expected; one line that says what to do.
     """
     spec = parse_one(what) if isinstance(what, str) else what
-    plan: StreamPlan = build(Spec(spec.name, tuple({**dict(spec.kwargs), **more}.items())), STREAMS, "stream")
+    plan: StreamPlan = build(replace(spec, kwargs=tuple({**dict(spec.kwargs), **more}.items())), STREAMS, "stream")
     return plan(preprocess, seed)

@@ -129,7 +129,7 @@ def _more(count: int) -> str:
 
 
 def _by_class(found: Found, options: Options, seed: int) -> list[_Lot]:
-    order = _order(found.names, options.order, "class", seed)
+    order = ordered(found.names, options.order, "class", seed)
     sizes = _increments(len(order), options)
     ends = np.cumsum(sizes).tolist()
     lots = []
@@ -166,10 +166,11 @@ def _by_domain(found: Found, options: Options, seed: int) -> list[_Lot]:
     if options.tasks not in (None, count):
         raise ValueError(f"tasks={options.tasks}: scenario='domain' has one task a domain, here {count}: leave it out")
     everything = tuple(range(len(found.names)))
-    return [_Lot(found.domains[d], everything, d) for d in _order(found.domains, options.order, "domain", seed)]
+    return [_Lot(found.domains[d], everything, d) for d in ordered(found.domains, options.order, "domain", seed)]
 
 
-def _order(names: Sequence[str], order: str | int | Sequence[str | int] | None, kind: str, seed: int) -> list[int]:
+def ordered(names: Sequence[str], order: str | int | Sequence[str | int] | None, kind: str, seed: int) -> list[int]:
+    """Positions of `names` as the option `order` has them; `kind` says what they name, `seed` is the run's."""
     if order is None or isinstance(order, int):
         return shuffled(names, f"{kind} order {seed if order is None else order}")
     if order == "natural":

@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, SupportsIndex
+from typing import Any, Self, SupportsIndex
 
 import psutil
 import torch
@@ -115,15 +115,25 @@ class ImageSet:
         """File and row of an image, for people."""
         return self.source.where(int(self.rows[position]))
 
-    def subset(self, positions: Tensor) -> "ImageSet":
+    def subset(self, positions: Tensor) -> Self:
         """The images at `positions` (n,), in that order, with what is decoded of them."""
-        part = ImageSet(self.source, self.rows[positions], self.labels[positions], self.preprocess, self._budget)
-        part.skipped = self.skipped
+        part = self._but(rows=self.rows[positions], labels=self.labels[positions], _pixels=None, _asked=False)
         if self._pixels is not None:
             part._pixels, part._done, part._asked = self._pixels[positions], self._done[positions], True
         return part
 
-    def readable(self) -> "ImageSet":
+    def relabelled(self, labels: Tensor, budget: Budget | None = None) -> Self:
+        """The same images under other labels, int64 (n,); decoded images are shared when they are `cached`.
+
+        Args:
+            labels: of the images, in their order.
+            budget: shared with the sets of another stream; the present one when None.
+        """
+        if len(labels) != len(self):
+            raise ValueError(f"labels: got {len(labels)} for {len(self)} images, expected one label an image")
+        return self._but(labels=labels, _budget=budget or self._budget)
+
+    def readable(self) -> Self:
         """The images that can be decoded; decodes all, and lists the others as `skipped`."""
         bad: dict[int, str] = {}
 
@@ -140,6 +150,11 @@ class ImageSet:
             good = self.subset(torch.tensor([p for p in range(len(self)) if p not in bad], dtype=torch.int64))
         good.skipped = (*self.skipped, *(bad[p] for p in sorted(bad)))
         return good
+
+    def _but(self, **changes: Any) -> Self:
+        made = object.__new__(type(self))
+        made.__dict__.update(self.__dict__, **changes)
+        return made
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {k: v for k, v in self.__dict__.items() if k not in ("_pixels", "_done", "_budget")}

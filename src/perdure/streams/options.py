@@ -57,10 +57,7 @@ class Options:
             raise ValueError(
                 f"tasks={self.tasks}, but increments={tuple(self.increments)} has {len(self.increments)}: drop tasks"
             )
-        if isinstance(self.order, str) and self.order != "natural":
-            raise ValueError(
-                f"order={self.order!r}: expected 'natural', a seed, or a list of names{near(self.order, ('natural',))}"
-            )
+        check_order(self.order)
 
     def domain_column(self) -> str | None:
         """The column of the domain; raises a ValueError when it would have no effect."""
@@ -76,26 +73,29 @@ class Options:
         return replace(self, tasks=tasks) if undecided else self
 
 
-def stream(*without: str) -> Callable[[Callable[..., StreamPlan]], Callable[..., StreamPlan]]:
+def stream(
+    *without: str, common_to: type[Any] = Options
+) -> Callable[[Callable[..., StreamPlan]], Callable[..., StreamPlan]]:
     """Give a factory the common options: in its signature, and as its first argument.
 
     Args:
         without: options that are not offered.
+        common_to: the data class of the options: those of labelled or of captioned images.
     """
 
     def decorate(factory: Callable[..., StreamPlan]) -> Callable[..., StreamPlan]:
         own = list(inspect.signature(factory).parameters.values())[1:]
-        common = {f.name: f.default for f in fields(Options) if f.name not in without}
+        common = {f.name: f.default for f in fields(common_to) if f.name not in without}
 
         def made(*args: Any, **written: Any) -> StreamPlan:
             arguments = signature.bind(*args, **written).arguments
-            options = Options(**{k: arguments.pop(k) for k in common if k in arguments})
-            if options.scenario == "domain" and "domain" in without:
+            options = common_to(**{k: arguments.pop(k) for k in common if k in arguments})
+            if isinstance(options, Options) and options.scenario == "domain" and "domain" in without:
                 raise ValueError(f"scenario='domain': {factory.__name__} has no domains; use 'class' or 'task'")
             return factory(options, **arguments)
 
         hints = get_type_hints(factory)
-        everything = get_type_hints(Options)
+        everything = get_type_hints(common_to)
         hints = {p.name: hints[p.name] for p in own} | {k: everything[k] for k in common}
         shown = [inspect.Parameter(k, inspect.Parameter.KEYWORD_ONLY, default=v) for k, v in common.items()]
         parameters = [p.replace(annotation=hints[p.name]) for p in (*own, *shown)]
@@ -106,6 +106,12 @@ def stream(*without: str) -> Callable[[Callable[..., StreamPlan]], Callable[...,
         return made
 
     return decorate
+
+
+def check_order(order: str | int | Sequence[str | int] | None) -> None:
+    """Raise a ValueError when `order` is a text but not "natural"."""
+    if isinstance(order, str) and order != "natural":
+        raise ValueError(f"order={order!r}: expected 'natural', a seed, or a list of names{near(order, ('natural',))}")
 
 
 def near(value: object, known: Collection[str]) -> str:

@@ -1,4 +1,4 @@
-"""A stream of random pictures: no disk, no download, every seed another world; for tests and first steps."""
+"""Streams of random pictures: no disk, no download, every seed another world; for tests and first steps."""
 
 from collections.abc import Iterator
 
@@ -6,10 +6,15 @@ import torch
 from torch import Tensor
 
 from perdure.images import Preprocess
+from perdure.streams.captioned import Captioned
 from perdure.streams.draws import digest
 from perdure.streams.imageset import ImageSet
 from perdure.streams.options import Options, StreamPlan
+from perdure.texts import pack
 from perdure.types import Scenario, Stream, Task
+
+_SYLLABLES = tuple(first + second for second in "aeiou" for first in "bdfgklmnprst")
+_PHRASES = ("a {0} of {1}", "{1}: one {0}", "the {0} ({1})", "{0}, {1}", "{1}, look: {0}")
 
 
 def synthetic(
@@ -76,6 +81,84 @@ def synthetic(
         return Stream("synthetic", scenario, tuple(made), notes)
 
     return plan
+
+
+def captions_synthetic(
+    tasks: int = 3,
+    per_task: int = 12,
+    test_per_task: int = 6,
+    captions: int = 2,
+    size: int = 16,
+    noise: float = 0.5,
+    scenario: Scenario = "class",
+) -> StreamPlan:
+    """Random pictures with captions; each is of one invented thing, which has its own picture and its own word.
+
+    A test image shows a thing of the task's train images again, with other noise: a learner can find it. With
+    scenario="domain" each task shows the same images, and calls the things by other words, as another language does.
+
+    Args:
+        tasks: number of tasks; each is one topic (with scenario="domain", one language).
+        per_task: train images of a task, each of another thing.
+        test_per_task: test images of a task; at most `per_task`.
+        captions: of an image, 1 to 5.
+        size: side of the pictures, in pixels; they are resized to what the backbone wants.
+        noise: standard deviation of the noise, where that of the pictures is 1.
+        scenario: "class", "task" or "domain".
+
+    Raises:
+        ValueError: when a number is out of its range.
+    """
+    Options(scenario=scenario)
+    most = {"captions": len(_PHRASES), "test_per_task": per_task}
+    numbers = {"tasks": tasks, "per_task": per_task, "test_per_task": test_per_task, "captions": captions, "size": size}
+    for name, value in numbers.items():
+        if value < 1 or value > most.get(name, value):
+            above = f" and at most {most[name]}" if name in most else ""
+            raise ValueError(f"{name}={value}: expected at least 1{above}")
+    if noise < 0:
+        raise ValueError(f"noise={noise}: expected 0 or more")
+    same = scenario == "domain"
+    kind = "language" if same else "topic"
+    lines = [
+        [phrase.format(_word(i), f"{kind} {i // per_task}") for phrase in _PHRASES[:captions]]
+        for i in range(tasks * per_task)
+    ]
+    texts = pack(lines)
+
+    def part(t: int, name: str, count: int, first: int, preprocess: Preprocess, seed: int) -> Captioned:
+        shown = 0 if same else t
+        things = torch.stack([_picture(size, seed, f"thing {shown * per_task + i}") for i in range(count)])
+        grain = torch.randn(count, 3, size, size, generator=_generator(seed, f"{name} {shown}"))
+        pictures = (128 + 40 * (things + noise * grain)).round().clamp(0, 255).to(torch.uint8)
+        images = ImageSet.of(pictures, torch.full((count,), t), preprocess)
+        return Captioned.around(images, first + shown * count + torch.arange(count), texts[t * per_task :][:count])
+
+    def plan(preprocess: Preprocess, seed: int) -> Stream:
+        made = []
+        for t in range(tasks):
+            train = part(t, "train", per_task, 0, preprocess, seed)
+            test = part(t, "test", test_per_task, tasks * per_task, preprocess, seed)
+            made.append(Task(t, f"{kind} {t}", (t,), (f"{kind} {t}",), tasks, train, test))
+        notes = {
+            "data": "captions_synthetic",
+            "classes": [task.name for task in made],
+            "train_images": [per_task] * tasks,
+            "test_images": [test_per_task] * tasks,
+            "captions": {"train": [per_task * captions] * tasks, "test": [test_per_task * captions] * tasks},
+            "split": {"kind": "given"},
+            "skipped": [],
+        }
+        return Stream("captions_synthetic", scenario, tuple(made), notes)
+
+    return plan
+
+
+def _word(number: int) -> str:
+    # Neighbours differ in both syllables, so that words are told apart by their letters, whatever the order of these.
+    base = len(_SYLLABLES)
+    first, second, rest = number % base, number // base % base, number // base**2
+    return _SYLLABLES[first] + _SYLLABLES[(second + 7 * first) % base] + (_word(rest - 1) if rest else "")
 
 
 def _classes(tasks: int, each: int, scenario: Scenario) -> Iterator[tuple[int, ...]]:

@@ -45,10 +45,10 @@ def parquet(
 
 def read_parquet(path: str, label: str, image: str, names: str | None, domain: str | None) -> Found:
     """The data set in a folder of parquet files, or in one file."""
-    train, test = parquet_files(Path(path))
+    train, test = table_files(Path(path))
     name = Path(path).name or path
     folder = train[0].parent
-    schema = _schema(train[0])
+    schema = read_schema(train[0])
     parts = [_table(name, files, image) for files in (train, test) if files]
 
     def classes(column: str) -> Sequence[str] | None:
@@ -57,36 +57,36 @@ def read_parquet(path: str, label: str, image: str, names: str | None, domain: s
     return read_table(name, parts[0], parts[1] if test else None, Choice(label, names, domain), classes)
 
 
-def parquet_files(path: Path) -> tuple[list[Path], list[Path]]:
+def table_files(path: Path, ending: str = ".parquet") -> tuple[list[Path], list[Path]]:
     """The files of the train part and of the test part; the latter are none when the data set is not split."""
     if path.is_file():
         return [path], []
     if not path.is_dir():
         here = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise ValueError(f"path={str(path)!r} does not exist{near(path.name, here)}; give a folder or a .parquet file")
+        raise ValueError(f"path={str(path)!r} does not exist{near(path.name, here)}; give a folder or a {ending} file")
     for folder in (path, path / "data"):
-        files = sorted(folder.glob("*.parquet"))
+        files = sorted(folder.glob(f"*{ending}"))
         train = [f for f in files if f.name.startswith("train")]
         tests = [[f for f in files if f.name.startswith(word)] for word in _TEST]
         test = next((found for found in tests if found), [])
         if train or test or files:
             return (train, test) if train and test else (train or test or files, [])
-    raise ValueError(f"path={str(path)!r} holds no .parquet file; expected train*.parquet and test*.parquet")
+    raise ValueError(f"path={str(path)!r} holds no {ending} file; expected train*{ending} and test*{ending}")
 
 
 def parquet_columns(path: Path) -> list[str]:
     """Names of the columns of the data set at `path`."""
-    return list(_schema(parquet_files(path)[0][0]).names)
+    return list(read_schema(table_files(path)[0][0]).names)
 
 
 def _table(name: str, files: list[Path], image: str) -> Table:
-    columns = _schema(files[0]).names
+    columns = read_schema(files[0]).names
     require_column(name, columns, image, "image")
-    kept = [c for c in columns if c != image and _plain(_schema(files[0]).field(c).type)]
+    kept = [c for c in columns if c != image and _plain(read_schema(files[0]).field(c).type)]
     tables = []
     for file in files:
         for column in kept:
-            require_column(str(file), _schema(file).names, column, "label")
+            require_column(str(file), read_schema(file).names, column, "label")
         tables.append(pq.read_table(file, columns=kept).replace_schema_metadata())
     try:
         cells = pa.concat_tables(tables, promote_options="permissive")
@@ -100,7 +100,8 @@ def _plain(kind: pa.DataType) -> bool:
     return not (pa.types.is_nested(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
-def _schema(file: Path) -> pa.Schema:
+def read_schema(file: Path) -> pa.Schema:
+    """Names and types of the columns of a parquet file."""
     try:
         return pq.read_schema(file)
     except (pa.ArrowInvalid, OSError) as error:

@@ -1,0 +1,96 @@
+"""What a retrieval learner finds before and after a stream: queries and pictures for whoever reads the report."""
+
+import base64
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from perdure import checkpoint
+from perdure.learner import Core
+from perdure.objectives.retrieve import Retrieve
+from perdure.texts import present, unpack
+from perdure.types import Batch, Stream, Task
+
+FILE = "examples.json"
+_QUERIES = 10
+_SHOWN = 5
+
+
+def before(learner: Core, stream: Stream, out: Path) -> None:
+    """Choose queries, and note what the pre-trained model finds; nothing for other objectives, or when that is done.
+
+    Args:
+        learner: untaught, grown for all tasks of the stream.
+        stream: with its test sets, in all of which is searched.
+        out: the run's folder.
+    """
+    if not isinstance(learner.objective, Retrieve) or (out / FILE).exists():
+        return
+    tasks = [task for task in stream if len(task.test)]
+    queries = [_query(tasks[i % len(tasks)], i // len(tasks)) for i in range(_QUERIES)]
+    found = _found(learner, tasks, [query["text"] for query in queries])
+    for query, best in zip(queries, found, strict=True):
+        query["before"] = best
+    checkpoint.write_json(out / FILE, {"queries": queries, "pictures": {}})
+
+
+def after(learner: Core, stream: Stream, out: Path) -> None:
+    """Note what the learner finds now, and the pictures of all that was found."""
+    if not isinstance(learner.objective, Retrieve) or not (out / FILE).exists():
+        return
+    noted = json.loads((out / FILE).read_text(encoding="utf-8"))
+    if noted["pictures"]:
+        return
+    tasks = [task for task in stream if len(task.test)]
+    found = _found(learner, tasks, [query["text"] for query in noted["queries"]])
+    for query, best in zip(noted["queries"], found, strict=True):
+        query["after"] = best
+    wanted = {p for query in noted["queries"] for p in (*query["before"], *query["after"], query["pair"])}
+    checkpoint.write_json(out / FILE, noted | {"pictures": _pictures(tasks, wanted)})
+
+
+def _query(task: Task, number: int) -> dict[str, Any]:
+    """A caption of the task's test images, spread evenly over them."""
+    place = number * len(task.test) // max(1, _QUERIES // 2)
+    batch = task.test.__getitems__([place % len(task.test)])
+    text = unpack(batch["text"][0][present(batch["text"][0])][:1])[0]
+    return {"task": task.name, "text": text, "pair": int(batch["pair"][0])}
+
+
+def _found(learner: Core, tasks: list[Task], texts: list[str]) -> list[list[int]]:
+    """The identities of the images that fit each text best, best first."""
+    gallery: dict[int, Tensor] = {}
+    with learner.inference():
+        with learner.computing():
+            asked = F.normalize(learner.backbone.encode_text(texts).float(), dim=1).cpu()
+        for task in tasks:
+            for batch in learner.batches(learner.encoded(task.test, keep=True), 256):
+                features = F.normalize(learner.encode(batch), dim=1).cpu()
+                gallery |= zip(batch["pair"].tolist(), features, strict=True)
+    pairs = list(gallery)
+    best = (asked @ torch.stack(list(gallery.values())).T).topk(min(_SHOWN, len(pairs)), dim=1).indices
+    return [[pairs[i] for i in row] for row in best.tolist()]
+
+
+def _pictures(tasks: list[Task], wanted: set[int]) -> dict[str, str]:
+    """PNG in base64 of each wanted identity."""
+    found: dict[str, str] = {}
+    for task in tasks:
+        for start in range(0, len(task.test), 256):
+            batch: Batch = task.test.__getitems__(range(start, min(start + 256, len(task.test))))
+            for pair, image in zip(batch["pair"].tolist(), batch["image"], strict=True):
+                if pair in wanted and str(pair) not in found:
+                    found[str(pair)] = _png(image)
+    return found
+
+
+def _png(image: Tensor) -> str:
+    file = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy()).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()

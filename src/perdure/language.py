@@ -1,0 +1,75 @@
+"""What a report says of texts: recall in the end, what is kept of zero-shot accuracy, and examples of searches."""
+
+import json
+from typing import Any
+
+from perdure import metrics
+from perdure.charts import percent
+from perdure.examples import FILE
+from perdure.ranking import CUTS
+from perdure.records import Run
+from perdure.retention import kept
+
+_WAYS = {"i2t": "image to text", "t2i": "text to image"}
+_GALLERIES = {"own": "among its own images and captions", "union": "among those of all tasks"}
+
+
+def view(run: Run) -> dict[str, Any]:
+    """Parts of a run's page; empty where it has none."""
+    return {"recalls": _recalls(run), "zero_shot": _zero_shot(run), "searches": _searches(run)}
+
+
+def zero_shot_kept(run: Run) -> list[float | None]:
+    """After each task, zero-shot accuracy relative to the pre-trained model's, the mean over held-out data sets."""
+    ratios = [[after / each["before"] for after in each["after"]] for each in kept(run.rows).values() if each["before"]]
+    return [sum(column) / len(column) for column in zip(*ratios, strict=False)]
+
+
+def _recalls(run: Run) -> list[tuple[str, list[str], list[tuple[str, list[str]]]]]:
+    """For each gallery: what it is, headings, and the last task's recalls for each task."""
+    done = run.learnt()
+    if run.scored != metrics.RECALL or not done:
+        return []
+    found = []
+    for gallery, about in _GALLERIES.items():
+        names = [(way, k) for way in _WAYS for k in CUTS]
+        columns = [run.matrix(f"{gallery}/{way}@{k}")[done - 1][:done] for way, k in names]
+        lines = [
+            (name, [*map(percent, row), "–" if None in row else f"{100 * sum(v or 0 for v in row):.0f}"])
+            for name, row in zip(run.names(), zip(*columns, strict=True), strict=False)
+        ]
+        found.append((about, [*(f"{_WAYS[way]} @{k}" for way, k in names), "rsum"], lines))
+    return found
+
+
+def _zero_shot(run: Run) -> list[tuple[str, str, list[str], str]]:
+    """For each held-out data set: accuracy before, after each task, and what is left of it."""
+    return [
+        (name, percent(each["before"]), [*map(percent, each["after"])], percent(each["ratio"]))
+        for name, each in kept(run.rows).items()
+    ]
+
+
+def _searches(run: Run) -> list[dict[str, Any]]:
+    """Queries with the pictures found before and after; none while the run is not finished."""
+    path = run.folder / FILE
+    if not path.is_file():
+        return []
+    try:
+        noted = json.loads(path.read_text(encoding="utf-8"))
+        pictures = noted["pictures"]
+        return [
+            {
+                "text": query["text"],
+                "task": query["task"],
+                "right": pictures[str(query["pair"])],
+                "found": [
+                    (when, [(pictures[str(pair)], pair == query["pair"]) for pair in query[when]])
+                    for when in ("before", "after")
+                ],
+            }
+            for query in noted["queries"]
+            if pictures
+        ]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): remove it, or restore it") from error

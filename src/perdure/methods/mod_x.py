@@ -1,0 +1,106 @@
+"""Mod-X (Ni et al., ICML 2023, arXiv:2305.07437): how unpaired images and captions lie to each other stays.
+
+In a batch, the cosines of all images to all captions form the contrastive matrix M. Contrastive
+learning drives its diagonal; what stands beside it says how both modalities lie to each other, and is what a fine-tuned
+CLIP loses. loss + strength · T² · mean of both directions of Σ_i KL(softmax(M^old_i / T) ‖ softmax(M_i / T)). A row in
+which the old model does not find the true pair is replaced by the current one, which leaves nothing to be kept there.
+
+Differs: where an image stands in a batch more than once, or shows several captions, finding any true pair counts. The
+logit scale is frozen.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from perdure.learner import Core
+from perdure.method import Method, at_least_zero
+from perdure.objectives.retrieve import Retrieve
+from perdure.teacher import Teacher, trains_encoder
+from perdure.types import Batch, Task
+
+_TEACHER = "mod_x"  # what is recorded: the teacher's image features, and after them its embeddings of captions
+
+
+class ModX(Method, name="mod_x"):
+    """Keeps the distribution of an image over the batch's captions, and of a caption over its images.
+
+    The teacher is a snapshot of what the task trains, dropped when it ends; in the first task it is the pre-trained
+    model. Where images are not augmented it is asked once for a training set, else in every step.
+
+    Args:
+        strength: weight of the sum over the batch (the paper's alpha); 0 is plain training.
+        temperature: T; with 1 a row of cosines is nearly even, a lower one counts large cosines more.
+    """
+
+    guards = "adapts"
+    records = (_TEACHER,)
+
+    def __init__(self, strength: float = 20.0, temperature: float = 1.0) -> None:
+        super().__init__()
+        at_least_zero(strength=strength)
+        if not (temperature > 0 and math.isfinite(temperature)):
+            raise ValueError(f"temperature={temperature}: expected a positive number, such as 1.0")
+        self.strength, self.temperature = strength, temperature
+        self.teacher = Teacher()
+
+    def grow(self, learner: Core, task: Task) -> None:
+        """Nothing to make room for; refuse an objective without captions."""
+        if not isinstance(learner.objective, Retrieve):
+            raise ValueError(
+                f"mod_x keeps scores of images and captions, and {type(learner.objective).__name__.lower()} reads no "
+                "captions: use --objective retrieve, or zscl with zeroshot, or lwf"
+            )
+
+    def begin_task(self, learner: Core, task: Task) -> None:
+        """Take the learner as teacher."""
+        self.check(learner, task)
+        if self.strength:
+            self.teacher.remember(learner)
+
+    def check(self, learner: Core, task: Task) -> None:
+        """Refuse a task in which nothing moves; known when all parts have grown."""
+        if self.strength and not trains_encoder(learner):
+            raise ValueError(
+                f"task {task.index}: mod_x has no effect where no part trains the encoder any more: take one that does "
+                "in every task, as in 'lora + mod_x', or leave mod_x out"
+            )
+
+    def record(self, learner: Core, batch: Batch) -> Batch:
+        """The teacher's features of an image and embeddings of its captions, (B, 1 + K, dim)."""
+        if not self.teacher.kept or not learner.training:
+            return {}
+        return {_TEACHER: self._recorded(learner, batch)}
+
+    def penalty(self, learner: Core, batch: Batch, features: Tensor) -> Tensor | float:
+        """strength · T² · the mean of both directions' sum over the batch."""
+        if not self.teacher.kept:
+            return 0.0
+        objective = learner.objective
+        assert isinstance(objective, Retrieve)
+        recorded = batch[_TEACHER] if _TEACHER in batch else self._recorded(learner, batch)
+        rows, places = objective.chosen(batch)
+        texts, _ = objective.shown(batch)
+        old, new = _cosines(recorded[:, 0], recorded[rows, 1 + places]), _cosines(features, texts)
+        true = batch["pair"][:, None] == batch["pair"][rows][None]
+        return self.strength / 2 * (self._kept(old, new, true) + self._kept(old.T, new.T, true.T))
+
+    def end_task(self, learner: Core, task: Task) -> None:
+        """Let the teacher go."""
+        self.teacher.forget()
+
+    def _recorded(self, learner: Core, batch: Batch) -> Tensor:
+        images, texts = self.teacher.pairs(learner, batch)
+        return torch.cat([images.unsqueeze(1), texts], dim=1)
+
+    def _kept(self, old: Tensor, new: Tensor, true: Tensor) -> Tensor:
+        """T² · the sum, over rows in which `old` finds a true pair, of the divergence of `new` from it."""
+        found = true.gather(1, old.argmax(1, keepdim=True))
+        wanted, given = (F.log_softmax(scores / self.temperature, dim=1) for scores in (old, new))
+        return self.temperature**2 * (F.kl_div(given, wanted, reduction="none", log_target=True) * found).sum()
+
+
+def _cosines(images: Tensor, texts: Tensor) -> Tensor:
+    return F.normalize(images, dim=1) @ F.normalize(texts, dim=1).T

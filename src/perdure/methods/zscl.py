@@ -1,0 +1,263 @@
+"""ZSCL (Zheng et al., ICCV 2023, arXiv:2303.06628): what a CLIP knew before it was taught stays, by distillation.
+
+On reference images and reference texts, which need no labels and belong to no task,
+loss + strength_image · T² · KL(p^teacher ‖ p^student), p the distribution of an image over texts, and the same with
+`strength_text` for each text over images; + anchor · ‖θ - θ_{t-1}‖² (the paper's WC). The teacher is always the
+pre-trained model, not the previous one. The paper's averaging of weights (WE) is `weight_average`.
+
+Differs: the gradient reaches the text tower, as the paper has it; the published code compares the student's images with
+the teacher's texts, which `text_gradient=False` reproduces. The reference is sampled once, and what the teacher makes
+of it computed once; texts of a step are drawn anew, where the published code takes them all. By default there is no
+reference set, but the task's own images and texts stand in for it: not as published, and better than nothing. No label
+smoothing.
+"""
+
+from collections.abc import Sequence
+from copy import copy, deepcopy
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from perdure.adapters.attach import detach
+from perdure.backbones.base import Backbone
+from perdure.learner import Core, derived_seed
+from perdure.memory.examples import read
+from perdure.memory.tensors import Tensors
+from perdure.method import Method, at_least_zero, without_effect
+from perdure.objectives.retrieve import Retrieve, embedded
+from perdure.objectives.zeroshot import TEMPLATE, ZeroShot
+from perdure.spec import parse_one
+from perdure.streams import build_stream
+from perdure.teacher import distillation, trains_encoder
+from perdure.texts import pack, present
+from perdure.types import Batch, Task
+
+_TEACHER = "zscl"  # what is recorded: the teacher's image features, and after them its embeddings of captions
+_SIZE = 2000
+
+
+class ZSCL(Method, name="zscl"):
+    """Keeps scores of reference images and texts near what the pre-trained model gave them.
+
+    The teacher is a second copy of the pre-trained model in memory, which is never saved.
+
+    Args:
+        reference: a stream, such as 'captions(path="...")', whose training images and captions (without captions:
+            sentences with its class names) are the reference; None takes images and texts of the step itself.
+        size: how many images of the reference are used, drawn at random; None is 2000.
+        images: reference images in a step; None is as many as the batch has.
+        texts: reference texts in a step; None is as many as there are images. With `text_gradient=False` always all.
+        strength_image: weight of the distillation of images over texts.
+        strength_text: weight of that of texts over images.
+        temperature: T of both.
+        anchor: weight of the squared distance of what tasks share to its values before the task; 0 leaves it out.
+        text_gradient: False compares the student's images with the teacher's texts, as the published code does.
+    """
+
+    guards = "adapts"
+    records = (_TEACHER,)
+
+    def __init__(
+        self,
+        reference: str | None = None,
+        size: int | None = None,
+        images: int | None = None,
+        texts: int | None = None,
+        strength_image: float = 1.0,
+        strength_text: float = 1.0,
+        temperature: float = 2.0,
+        anchor: float = 1.0,
+        text_gradient: bool = True,
+    ) -> None:
+        super().__init__()
+        at_least_zero(strength_image=strength_image, strength_text=strength_text, anchor=anchor)
+        if not temperature > 0:
+            raise ValueError(f"temperature={temperature}: expected a positive number, such as 2.0")
+        for name, value in (("size", size), ("images", images), ("texts", texts)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}: expected 1 or more, such as 64")
+        if not (strength_image or strength_text):
+            without_effect(
+                "with strength_image=0 and strength_text=0", reference=reference, text_gradient=text_gradient and None
+            )
+        if reference is None:
+            without_effect("without a reference", size=size, images=images, texts=texts)
+        if not text_gradient:
+            without_effect("with text_gradient=False, which takes all texts", texts=texts)
+        self.reference, self.size, self.images, self.texts = reference, size or _SIZE, images, texts
+        self.strength_image, self.strength_text = strength_image, strength_text
+        self.temperature, self.anchor, self.text_gradient = temperature, anchor, text_gradient
+        self.anchors = Tensors()  # name of a parameter of the learner -> its value before the task
+        self._pretrained: list[Backbone] = []  # in a list: it is no part of any state
+        self._teacher: list[Core] = []
+        self._material: list[_Reference] = []
+        self._sentences: tuple[tuple[str, ...], Tensor, Tensor] | None = None  # class names, packed, embedded
+
+    @property
+    def distils(self) -> bool:
+        """Whether there is anything for a teacher to say."""
+        return bool(self.strength_image or self.strength_text)
+
+    def grow(self, learner: Core, task: Task) -> None:
+        """Take a copy of the model before the first task: later it has been trained."""
+        if not learner.objective.texts:
+            raise ValueError(
+                f"zscl keeps scores of images and texts, and {type(learner.objective).__name__.lower()} reads no "
+                "texts: use --objective zeroshot or retrieve, or feature_distill"
+            )
+        if self.distils and not self._pretrained:
+            self._pretrained.append(deepcopy(learner.backbone))
+            detach(self._pretrained[0])  # what other parts have put there
+
+    def begin_task(self, learner: Core, task: Task) -> None:
+        """Note what the anchor holds."""
+        self.check(learner, task)
+        if self.anchor:
+            for name, parameter in learner.shared().items():
+                self.anchors[name] = parameter.contiguous()
+
+    def check(self, learner: Core, task: Task) -> None:
+        """Refuse what would have no effect; known when all parts have grown."""
+        if (self.distils or self.anchor) and not trains_encoder(learner):
+            raise ValueError(
+                f"task {task.index}: zscl has no effect where no part trains the encoder any more: take one that does "
+                "in every task, as in 'lora + zscl', or leave zscl out"
+            )
+        if not self.text_gradient and learner.constant_texts:
+            raise ValueError(
+                "text_gradient=False has no effect where no part trains the text tower: leave it out, or write "
+                "tower='both' in the part that trains"
+            )
+
+    def record(self, learner: Core, batch: Batch) -> Batch:
+        """What the teacher makes of an image and its captions, (B, 1 + K, dim); K is 0 without captions."""
+        if not self.distils or self.reference is not None or not learner.training:
+            return {}
+        return {_TEACHER: self._recorded(learner, batch)}
+
+    def penalty(self, learner: Core, batch: Batch, features: Tensor) -> Tensor | float:
+        """Both distillations and the anchor."""
+        total: Tensor | float = 0.0
+        if self.distils:
+            wanted, given = self._scores(learner, batch, features)
+            if self.strength_image:
+                total = total + self.strength_image * distillation(wanted, given, self.temperature)
+            if self.strength_text:
+                total = total + self.strength_text * distillation(wanted.T, given.T, self.temperature)
+        if self.anchors:
+            ways = [learner.get_parameter(name) - self.anchors[name] for name in sorted(self.anchors)]
+            total = total + self.anchor * torch.stack([way.square().sum() for way in ways]).sum()
+        return total
+
+    def end_task(self, learner: Core, task: Task) -> None:
+        """Let the old values go."""
+        self.anchors.clear()
+
+    def _scores(self, learner: Core, batch: Batch, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Scaled cosines of images and texts by teacher and student, each (images, texts)."""
+        objective = learner.objective
+        if self.reference is not None:
+            images, features, lines, texts = self._drawn(learner, len(batch["label"]))
+        else:
+            recorded = batch[_TEACHER] if _TEACHER in batch else self._recorded(learner, batch)
+            images = recorded[:, 0]
+            if isinstance(objective, Retrieve):
+                rows, places = objective.chosen(batch)
+                lines, texts = batch["text"][rows, places], recorded[rows, 1 + places]
+            else:
+                lines, texts = self._names(learner)
+        own = texts
+        if self.text_gradient and not learner.constant_texts:
+            if self.reference is None and isinstance(objective, Retrieve):
+                own = objective.shown(batch)[0]
+            else:
+                own = learner.embed(lines)
+        return _similarity(learner, images, texts), _similarity(learner, features, own)
+
+    def _drawn(self, learner: Core, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """A step's reference: features by teacher and student, texts packed, and their embeddings by the teacher."""
+        if not self._material:
+            assert self.reference is not None
+            self._material.append(_Reference(self.reference, self.size, learner, self._taught_by(learner)))
+        material, generator = self._material[0], learner.generator("zscl", learner.step)
+        count = self.images or count
+        rows = torch.randperm(len(material.features), generator=generator)[:count]
+        features = learner.encode({"image": material.read(rows).to(learner.device)})
+        lines, texts = material.lines, material.texts
+        if self.text_gradient:
+            chosen = torch.randperm(len(texts), generator=generator)[: self.texts or count].to(learner.device)
+            lines, texts = lines[chosen], texts[chosen]
+        return material.features[rows.to(learner.device)], features, lines, texts
+
+    def _recorded(self, learner: Core, batch: Batch) -> Tensor:
+        teacher = self._taught_by(learner)
+        shown: Batch = {name: batch[name] for name in ("image", "features") if name in batch}
+        with torch.no_grad():
+            images = teacher.encode(shown).unsqueeze(1)
+            if not isinstance(learner.objective, Retrieve):
+                return images
+            return torch.cat([images, embedded(teacher, batch["text"])], dim=1)
+
+    def _names(self, learner: Core) -> tuple[Tensor, Tensor]:
+        """Sentences with the names of all classes seen, packed, and what the teacher makes of them."""
+        names = learner.objective.names
+        if self._sentences is None or self._sentences[0] != names:
+            lines = _sentences(names, learner).to(learner.device)
+            with torch.no_grad():
+                self._sentences = names, lines, self._taught_by(learner).embed(lines)
+        return self._sentences[1:]
+
+    def _taught_by(self, learner: Core) -> Core:
+        """The pre-trained model as a learner that was never taught."""
+        if not self._teacher:
+            objective = copy(learner.objective)
+            self._teacher.append(Core(self._pretrained[0].to(learner.device), objective, Method(), seed=learner.seed))
+        return self._teacher[0]
+
+
+class _Reference:
+    """A sample of a stream's training images and of their texts, and what `teacher` makes of them.
+
+    Raises:
+        ValueError: when the stream cannot be built, or is empty.
+    """
+
+    def __init__(self, text: str, size: int, learner: Core, teacher: Core) -> None:
+        written = {name for name, _ in parse_one(text).kwargs}
+        whole = {} if written & {"tasks", "increments", "scenario"} else {"tasks": 1}
+        stream = build_stream(text, learner.backbone.preprocess, 0, **whole)
+        self.tasks = list(stream.tasks)
+        places = torch.tensor([(t.index, i) for t in self.tasks for i in range(len(t.train))], dtype=torch.int64)
+        if not len(places):
+            raise ValueError(f"reference={text!r} has no training images: give another")
+        generator = torch.Generator().manual_seed(derived_seed(learner.seed, 0, "zscl reference"))
+        self.places = places[torch.randperm(len(places), generator=generator)[:size].sort().values]
+        images: list[Tensor] = []
+        captions: list[Tensor] = []
+        with torch.no_grad():
+            for some in torch.split(self.places, 64):
+                batch = read(self.tasks, some)
+                images.append(teacher.encode({"image": batch["image"].to(learner.device)}))
+                if "text" in batch:
+                    captions.append(batch["text"][present(batch["text"])])
+            names = list(dict.fromkeys(name for task in self.tasks for name in task.names))
+            self.lines = (torch.cat(captions) if captions else _sentences(names, learner)).to(learner.device)
+            self.texts = torch.cat([teacher.embed(some) for some in torch.split(self.lines, 256)])
+            self.features = torch.cat(images)
+
+    def read(self, rows: Tensor) -> Tensor:
+        """Images (n, 3, S, S) of `rows` (n,)."""
+        return read(self.tasks, self.places[rows])["image"]
+
+
+def _similarity(learner: Core, images: Tensor, texts: Tensor) -> Tensor:
+    """Scaled cosines (images, texts)."""
+    return learner.backbone.logit_scale.detach() * F.normalize(images, dim=1) @ F.normalize(texts, dim=1).T
+
+
+def _sentences(names: Sequence[str], learner: Core) -> Tensor:
+    """Every template with every name, packed."""
+    objective = learner.objective
+    templates = objective.templates if isinstance(objective, ZeroShot) else (TEMPLATE,)
+    return pack([[template.format(name)] for name in names for template in templates])[:, 0]

@@ -1,0 +1,247 @@
+"""Streams of images with captions from parquet or JSONL files: retrieval by topic, or language after language."""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from perdure.images import Preprocess
+from perdure.streams.columns import require_column
+from perdure.streams.options import StreamPlan, near, stream
+from perdure.streams.sources import Files, Parquet, Source
+from perdure.streams.tables import read_schema, table_files
+from perdure.streams.topics import WORDS, Album, CaptionOptions, Gallery, arrange_captions
+from perdure.types import Stream
+
+
+@stream(common_to=CaptionOptions)
+def captions(
+    options: CaptionOptions, path: str, captions: str | Sequence[str] = "captions", image: str = "image"
+) -> StreamPlan:
+    """Images with captions: parquet or JSONL files, a folder with `train*` and `test*` (or `val*`), or one file.
+
+    Each task is one topic; see `by`. With several caption columns each task is one language: the same images, the
+    captions of one column, in the order written. Rows with the same image are one image with all of their captions.
+    Without a test part, 20 % of the images are held out; which ones never depends on the seed.
+
+    Args:
+        options: the common ones of captioned images.
+        path: folder or file.
+        captions: column of the captions, a text or a list of texts; or several such columns, one a language.
+        image: column of the images: in parquet encoded ones or paths, in JSONL paths; relative to the file.
+
+    Raises:
+        ValueError: when the folder, a column or a caption is not as expected.
+    """
+    columns = (captions,) if isinstance(captions, str) else tuple(captions)
+    if not columns or len(set(columns)) < len(columns):
+        raise ValueError(f"captions={captions!r}: expected a column, or several different ones")
+    if len(columns) > 1:
+        options.without_effect("with several caption columns, one task each", "by", "tasks", "embed")
+
+    def plan(preprocess: Preprocess, seed: int) -> Stream:
+        name = Path(path).name or path
+        parts = read_listings(Path(path), image)
+        return arrange_captions(gallery(name, parts, columns, options.column), options, preprocess, seed)
+
+    return plan
+
+
+@dataclass(frozen=True)
+class Listing:
+    """One part of a data set, row by row: its columns, and which image each row has.
+
+    `identities` tell images apart; None stands for an image of its own. `keys` name images wherever the data lies.
+    """
+
+    columns: Sequence[str]
+    values: Callable[[str], list[Any]]
+    identities: Sequence[str | None]
+    keys: Sequence[str]
+    source: Source
+    rows: Sequence[int]
+    where: Callable[[int], str]
+
+    def take(self, rows: Sequence[int]) -> "Listing":
+        """Some of the rows."""
+        return replace(
+            self,
+            values=lambda column: [values[row] for values in (self.values(column),) for row in rows],
+            identities=[self.identities[row] for row in rows],
+            keys=[self.keys[row] for row in rows],
+            rows=[self.rows[row] for row in rows],
+            where=lambda row: self.where(rows[row]),
+        )
+
+
+def gallery(name: str, parts: Sequence[Listing], columns: tuple[str, ...], by: str | None) -> Gallery:
+    """The data set whose train and (perhaps) test part are listed."""
+    albums = [_album(name, part, columns, by) for part in parts]
+    if len(parts) > 1:
+        learnt = {each for each in parts[0].identities if each is not None}
+        if both := [each for each in parts[1].identities if each in learnt]:
+            shown = both[0].partition("\n")[0]
+            raise ValueError(f"{name}: image {shown!r} is in train and in test; remove it from one of them")
+    return Gallery(name, albums[0], albums[1] if len(parts) > 1 else None, columns)
+
+
+def read_listings(path: Path, image: str) -> list[Listing]:
+    """The train and (when there is one) the test part of the parquet or JSONL files at `path`."""
+    json_lines = path.suffix == ".jsonl" or (
+        path.is_dir() and not any(path.glob("*.parquet")) and not any(path.glob("data/*.parquet"))
+    )
+    if json_lines and path.is_dir() and not any((*path.glob("*.jsonl"), *path.glob("data/*.jsonl"))):
+        raise ValueError(f"path={str(path)!r} holds no .parquet and no .jsonl file; expected train.* and test.*")
+    parts = [files for files in table_files(path, ".jsonl" if json_lines else ".parquet") if files]
+    if json_lines:
+        return [_json_lines(files, image) for files in parts]
+    return _parquet(parts, image)
+
+
+def _album(name: str, part: Listing, columns: tuple[str, ...], by: str | None) -> Album:
+    for column in columns:
+        require_column(name, part.columns, column, "captions")
+    if by is not None and by not in part.columns:
+        known = ", ".join(part.columns)
+        raise ValueError(
+            f"by={by!r}: {name} has no such column{near(by, (*WORDS, *part.columns))}; expected 'clusters', 'random', "
+            f"'natural', or a column: {known}"
+        )
+    place: dict[str, int] = {}
+    first: list[int] = []
+    image_of = []
+    for row, identity in enumerate(part.identities):
+        known_at = len(first) if identity is None else place.setdefault(identity, len(first))
+        if known_at == len(first):
+            first.append(row)
+        image_of.append(known_at)
+    texts = []
+    for column in columns:
+        of_image: list[list[str]] = [[] for _ in first]
+        for row, value in enumerate(part.values(column)):
+            of_image[image_of[row]] += _lines(value, column, part.where, row)
+        texts.append(of_image)
+    topics = None if by is None else _topics(part, by, image_of, first)
+    return Album(part.source, [part.rows[r] for r in first], [part.keys[r] for r in first], tuple(texts), topics)
+
+
+def _lines(value: Any, column: str, where: Callable[[int], str], row: int) -> list[str]:
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+        shown = "is empty" if value is None else f"is {value!r:.60}"
+        raise ValueError(f"{where(row)}: column {column!r} {shown}; expected a caption, or a list of captions")
+    kept = [text.strip() for text in texts if text.strip()]
+    if not kept:
+        raise ValueError(f"{where(row)}: column {column!r} has no caption; write one or remove the row")
+    return kept
+
+
+def _topics(part: Listing, by: str, image_of: list[int], first: list[int]) -> list[str | int]:
+    topics: dict[int, str | int] = {}
+    for row, value in enumerate(part.values(by)):
+        if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+            raise ValueError(f"{part.where(row)}: column {by!r} (by=) is {value!r:.60}; expected a name or an integer")
+        if topics.setdefault(image_of[row], value) != value:
+            other = topics[image_of[row]]
+            raise ValueError(
+                f"{part.where(row)}: column {by!r} (by=) is {value!r}, but {other!r} in row {first[image_of[row]]} of "
+                "the same image; give an image one topic"
+            )
+    return [topics[i] for i in range(len(first))]
+
+
+def _json_lines(files: Sequence[Path], image: str) -> Listing:
+    rows: list[dict[str, Any]] = []
+    places: list[str] = []
+    for file in files:
+        try:
+            text = file.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from error
+        # Not splitlines(): a caption may hold a line separator of Unicode.
+        for number, line in enumerate(text.split("\n"), 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{file}, line {number}: not JSON ({error}); write one object a line") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{file}, line {number}: expected an object, got {line!r:.40}")
+            rows.append(row)
+            places.append(f"{file}, line {number}")
+    if not rows:
+        raise ValueError(f"{files[0]} has no rows; choose another data set")
+    columns = list(rows[0])
+    require_column(str(files[0]), columns, image, "image")
+
+    def values(column: str) -> list[Any]:
+        return [row.get(column) for row in rows]
+
+    for place, path in zip(places, values(image), strict=True):
+        if not isinstance(path, str) or not path:
+            raise ValueError(f"{place}: column {image!r} (image=) is {path!r:.60}; expected the path of an image")
+    paths = [str(Path(path).as_posix()) for path in values(image)]
+    return Listing(
+        columns, values, paths, paths, Files(files[0].parent, paths), range(len(paths)), lambda row: places[row]
+    )
+
+
+def _parquet(parts: Sequence[Sequence[Path]], image: str) -> list[Listing]:
+    columns = list(read_schema(parts[0][0]).names)
+    for file in (file for files in parts for file in files):
+        require_column(str(file), read_schema(file).names, image, "image")
+    paths = [[path for file in files for path in _paths(file, image)] for files in parts]
+    often = {path for path, n in Counter(p for each in paths for p in each if p is not None).items() if n > 1}
+    return [_parquet_part(files, columns, image, each, often) for files, each in zip(parts, paths, strict=True)]
+
+
+def _parquet_part(
+    files: Sequence[Path], columns: Sequence[str], image: str, paths: list[str | None], often: set[str]
+) -> Listing:
+    source = Parquet(files, image)
+
+    def values(column: str) -> list[Any]:
+        for file in files:
+            require_column(str(file), read_schema(file).names, column, "captions")
+        return [value for file in files for value in pq.read_table(file, columns=[column])[column].to_pylist()]
+
+    identities = paths
+    if not often.isdisjoint(p for p in paths if p is not None):
+        identities = [name for file in files for name in _identities(file, image, often)]
+    is_path = _is_text(read_schema(files[0]).field(image).type)
+    keys = [path if is_path and path is not None else source.key(row) for row, path in enumerate(paths)]
+    return Listing(columns, values, identities, keys, source, range(len(paths)), source.where)
+
+
+def _paths(file: Path, image: str) -> list[str | None]:
+    kind = read_schema(file).field(image).type
+    if _is_text(kind):
+        return list(pq.read_table(file, columns=[image])[image].to_pylist())
+    if pa.types.is_struct(kind) and kind.get_field_index("path") >= 0:
+        cells = pq.ParquetFile(file).read(columns=[f"{image}.path"])[image]
+        return [cell and cell["path"] for cell in cells.to_pylist()]
+    return [None] * int(pq.read_metadata(file).num_rows)
+
+
+def _identities(file: Path, image: str, often: set[str]) -> list[str | None]:
+    # The same name may stand for other bytes: "0.jpg" of another folder. Read in pieces, for images are large.
+    names: list[str | None] = []
+    for piece in pq.ParquetFile(file).iter_batches(batch_size=256, columns=[image]):
+        for cell in piece.column(0).to_pylist():
+            path = cell["path"] if isinstance(cell, dict) else cell
+            encoded = cell.get("bytes") if isinstance(cell, dict) else None
+            if path in often and encoded is not None:
+                path = f"{path}\n{sha256(encoded).hexdigest()}"
+            names.append(path)
+    return names
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))

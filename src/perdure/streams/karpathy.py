@@ -1,0 +1,205 @@
+"""Flickr30k and COCO captions in Karpathy's splits: from the hub, from tables, or from his JSON beside the images."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from perdure.images import Preprocess
+from perdure.streams.captions import Listing, gallery, read_listings
+from perdure.streams.columns import require_column
+from perdure.streams.hub import quietly
+from perdure.streams.options import StreamPlan, near, stream
+from perdure.streams.sources import Files, Rows
+from perdure.streams.topics import WORDS, Album, CaptionOptions, Gallery, arrange_captions
+from perdure.types import Stream
+
+_LEARNT, _TESTED = ("train", "restval"), ("test",)
+_CAPTIONS = ("captions", "caption", "sentences")
+_IMAGES = ("", "images", "flickr30k-images", "flickr30k_images")
+_SUPER = "supercategory"
+
+
+@stream(common_to=CaptionOptions)
+def flickr30k(options: CaptionOptions, path: str | None = None) -> StreamPlan:
+    """Flickr30k (Young et al. 2014): 29,000 train and 1,000 test images in Karpathy's split, 5 captions each.
+
+    Args:
+        options: the common ones of captioned images.
+        path: folder with `dataset_flickr30k.json` and the images (in it, in `images` or in `flickr30k-images`), or of
+            parquet or JSONL files with a column `split`; None: `nlphuji/flickr30k` from the hub.
+    """
+
+    def plan(preprocess: Preprocess, seed: int) -> Stream:
+        found = _read(Path(path), options) if path else _read_hub("nlphuji/flickr30k", options, "refs/convert/parquet")
+        return arrange_captions(replace(found, name="flickr30k"), options, preprocess, seed)
+
+    return plan
+
+
+@stream(common_to=CaptionOptions)
+def coco(options: CaptionOptions, path: str) -> StreamPlan:
+    """COCO captions (Chen et al. 2015, arXiv:1504.00325): 113,287 train and 5,000 test images in Karpathy's split.
+
+    Args:
+        options: the common ones of captioned images. `by="supercategory"` makes a task of each of the 12 kinds of
+            objects: an image belongs to that of its largest object; images without objects are left out and counted.
+        path: folder with `dataset_coco.json` and the images (`train2014/...` in it or in `images`), for
+            by="supercategory" with `instances_*.json` too (in it or in `annotations`); or a folder of parquet or JSONL
+            files with a column `split`.
+    """
+
+    def plan(preprocess: Preprocess, seed: int) -> Stream:
+        return arrange_captions(replace(_read(Path(path), options), name="coco"), options, preprocess, seed)
+
+    return plan
+
+
+def _read(path: Path, options: CaptionOptions) -> Gallery:
+    found = [path] if path.suffix == ".json" else sorted(path.glob("dataset*.json"))
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found)
+        raise ValueError(f"path={str(path)!r} holds {names}; give the path of one of them")
+    if found:
+        return _read_json(found[0], options.column)
+    parts = read_listings(path, "image")
+    return _of_listings(path.name, _divided(parts[0]) if len(parts) == 1 else parts, options)
+
+
+def _of_listings(name: str, parts: Sequence[Listing], options: CaptionOptions) -> Gallery:
+    column = next((c for c in _CAPTIONS if c in parts[0].columns), _CAPTIONS[0])
+    return gallery(name, parts, (column,), options.column)
+
+
+def _divided(everything: Listing) -> list[Listing]:
+    """The train and the test part of what has a column `split`."""
+    if "split" not in everything.columns:
+        return [everything]
+    split = everything.values("split")
+    parts = [[row for row, word in enumerate(split) if word in words] for words in (_LEARNT, _TESTED)]
+    for words, rows in zip((_LEARNT, _TESTED), parts, strict=True):
+        if not rows:
+            raise ValueError(
+                f"column 'split' has no row {words[0]!r}, only {_few(split)}; expected train, val and test"
+            )
+    return [everything.take(rows) for rows in parts]
+
+
+def _few(words: Sequence[Any]) -> str:
+    return ", ".join(repr(word) for word in list(dict.fromkeys(words))[:5])
+
+
+def _read_hub(name: str, options: CaptionOptions, revision: str | None = None) -> Gallery:
+    """A data set of the hub with one part and a column `split`; `revision` is where its parquet files are."""
+    with quietly() as datasets:
+        try:
+            loaded = datasets.load_dataset(name, revision=revision)
+        except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"cannot load data set {name!r}: {reason}; give path=, a copy on disk") from error
+        part = next(iter(loaded))
+        data = loaded[part]
+        require_column(name, data.column_names, "image", "image")
+        if isinstance(data.features["image"], datasets.Image):
+            data = data.cast_column("image", datasets.Image(decode=False))
+    source = Rows(data.select_columns(["image"]), "image", f"{name} {part}")
+    keys = [source.key(row) for row in range(len(data))]
+    columns = list(data.column_names)
+    everything = Listing(
+        columns, lambda c: list(data[c]), [None] * len(keys), keys, source, range(len(keys)), source.where
+    )
+    return _of_listings(name, _divided(everything), options)
+
+
+def _read_json(file: Path, by: str | None) -> Gallery:
+    if by not in (None, _SUPER):
+        raise ValueError(f"by={by!r}: {file.name} has no such topics{near(by, (*WORDS, _SUPER))}; leave it out")
+    if not file.is_file():
+        raise ValueError(f"path={str(file)!r} does not exist; give the folder that holds it and the images")
+    listed = _json(file).get("images")
+    if not isinstance(listed, list) or not all(_complete(image) for image in listed):
+        raise ValueError(
+            f"{file}: expected Karpathy's form, an object with `images`, each with filename, split and sentences"
+        )
+    topics: Mapping[int, str] = _largest_objects(file.parent) if by else {}
+    kept = [image for image in listed if not by or image.get("cocoid") in topics]
+    root, named = _folder(file.parent, listed)
+    albums = []
+    for words in (_LEARNT, _TESTED):
+        part = [image for image in kept if image["split"] in words]
+        if not part:
+            raise ValueError(f"{file}: no image of the split {words[0]!r}; expected train, val and test")
+        paths = [named(image) for image in part]
+        texts = [[each["raw"].strip() for each in image["sentences"] if each["raw"].strip()] for image in part]
+        if empty := [path for path, lines in zip(paths, texts, strict=True) if not lines]:
+            raise ValueError(f"{file}: image {empty[0]!r} has no caption; write one or remove it")
+        chosen = [topics[image["cocoid"]] for image in part] if by else None
+        albums.append(Album(Files(root, paths), range(len(paths)), paths, (texts,), chosen))
+    notes = {"images_without_objects": len(listed) - len(kept)} if len(kept) < len(listed) else {}
+    return Gallery(file.stem, albums[0], albums[1], ("sentences",), notes)
+
+
+def _complete(image: Any) -> bool:
+    return (
+        isinstance(image, dict)
+        and isinstance(image.get("filename"), str)
+        and isinstance(image.get("split"), str)
+        and isinstance(image.get("sentences"), list)
+        and all(isinstance(each, dict) and isinstance(each.get("raw"), str) for each in image["sentences"])
+    )
+
+
+def _folder(path: Path, listed: Sequence[Mapping[str, Any]]) -> tuple[Path, Any]:
+    """The folder of the images, and what gives the path of an image within it."""
+
+    def whole(image: Mapping[str, Any]) -> str:
+        return "/".join(filter(None, (image.get("filepath"), image["filename"])))
+
+    def bare(image: Mapping[str, Any]) -> str:
+        return str(image["filename"])
+
+    for name in _IMAGES:
+        for named in (whole, bare):
+            if listed and (path / name / named(listed[0])).is_file():
+                return path / name, named
+    shown = whole(listed[0]) if listed else "the images"
+    raise ValueError(f"{str(path)!r} does not hold {shown}; put the images beside the JSON file, or into 'images'")
+
+
+def _largest_objects(path: Path) -> dict[int, str]:
+    """Number of the image -> super-category of its largest object; crowds are not objects."""
+    files = sorted((*path.glob("instances_*.json"), *path.glob("annotations/instances_*.json")))
+    if not files:
+        raise ValueError(
+            f"by={_SUPER!r} needs COCO's instances_*.json in {str(path)!r} or in its folder 'annotations'; add them"
+        )
+    largest: dict[int, tuple[float, int]] = {}
+    kinds: dict[int, str] = {}
+    for file in files:
+        facts = _json(file)
+        kinds |= {int(each["id"]): str(each[_SUPER]) for each in facts["categories"]}
+        for image, found in _objects(facts["annotations"]):
+            largest[image] = max(largest.get(image, found), found)
+    return {image: kinds[category] for image, (_, category) in largest.items()}
+
+
+def _objects(annotations: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, tuple[float, int]]]:
+    for each in annotations:
+        if True:
+            yield int(each["image_id"]), (float(each["area"]), int(each["category_id"]))
+
+
+def _json(file: Path) -> dict[str, Any]:
+    def slim(entry: dict[str, Any]) -> dict[str, Any]:
+        # Outlines are most of a file of half a gigabyte; dropped while it is read, they never fill the memory.
+        entry.pop("segmentation", None)
+        return entry
+
+    try:
+        facts = json.loads(file.read_text(encoding="utf-8"), object_hook=slim)
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON ({error}); repair it or give another path") from error
+    if not isinstance(facts, dict):
+        raise ValueError(f"{file}: expected a JSON object, as Karpathy's and COCO's files are")
+    return facts

@@ -1,0 +1,157 @@
+"""A stream of data sets: one task each, in the order written, with classes of their own."""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+
+from perdure.images import Preprocess
+from perdure.spec import Spec, build, parse_one
+from perdure.streams.arrange import ordered
+from perdure.streams.captioned import Captioned
+from perdure.streams.draws import digest
+from perdure.streams.imageset import Budget, ImageSet
+from perdure.streams.options import StreamPlan, check_order, near
+from perdure.types import Stream, Task
+
+_DECIDED = ("tasks", "increments", "scenario", "domain", "protocol", "order", "by", "embed")
+"""Options of a stream that say how it is divided."""
+
+
+def sequence(
+    *streams: Spec | str,
+    scenario: Literal["task", "class"] = "task",
+    order: str | int | Sequence[str | int] | None = None,
+) -> StreamPlan:
+    """Data sets one after another, each of them one task: `sequence(images(path="a"), cub200())`.
+
+    Classes of different data sets are different ones, whatever they are called. The parts are streams of labelled
+    images, or streams of images with captions. Runs measure every task after every task, also before it is learnt.
+
+    Args:
+        streams: the data sets, without options that divide them into tasks.
+        scenario: "task" (each data set is answered among its own classes) or "class" (all seen classes compete).
+        order: None or "natural" (as written), an integer seed, or all names (or positions) as a list.
+
+    Raises:
+        ValueError: when there is only one part, when a part divides itself, or when labelled and captioned ones mix.
+    """
+    if scenario not in ("task", "class"):
+        raise ValueError(f"scenario={scenario!r}: expected 'task' or 'class'{near(scenario, ('task', 'class'))}")
+    check_order(order)
+    specs = [parse_one(each) if isinstance(each, str) else each for each in streams]
+    if len(specs) < 2:
+        raise ValueError(
+            f"sequence of {len(specs)} data sets: expected at least 2, such as 'sequence(images(path=\"a\"), cub200())'"
+        )
+    plans = [_one_task(spec) for spec in specs]
+
+    def plan(preprocess: Preprocess, seed: int) -> Stream:
+        # Made-up pictures follow the seed: every part gets its own. The order of real data sets is fixed above.
+        seeds = [int(digest((seed, "part", i))[:15], 16) for i in range(len(plans))]
+        found = [each(preprocess, own) for each, own in zip(plans, seeds, strict=True)]
+        names = _distinct([stream.name for stream in found])
+        chosen = ordered(names, "natural" if order is None else order, "data set", seed)
+        return _joined([found[i] for i in chosen], [names[i] for i in chosen], scenario)
+
+    return plan
+
+
+def _one_task(spec: Spec) -> StreamPlan:
+    from perdure.streams import STREAMS  # here: the registry holds this stream too
+
+    if spec.name == "sequence":
+        raise ValueError(f"{str(spec)!r} within a sequence: write its parts in the outer one")
+    for name, value in spec.kwargs:
+        if name in _DECIDED:
+            raise ValueError(
+                f"{name}={value!r} has no effect on {spec.name!r} in a sequence, where each data set is one task: "
+                "leave it out"
+            )
+        if spec.name == "captions" and name == "captions" and not isinstance(value, str):
+            raise ValueError(
+                f"captions={value!r} makes a task of each column, a sequence one of each data set: keep one"
+            )
+    given = {"tasks": 1, "order": "natural", "by": "natural"}
+    factory = STREAMS.get(spec.name)
+    options = inspect.signature(factory).parameters if factory else {}
+    decided = tuple((name, value) for name, value in given.items() if name in options)
+    plan: StreamPlan = build(Spec(spec.name, (*spec.kwargs, *decided), spec.parts), STREAMS, "stream")
+    return plan
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    distinct: list[str] = []
+    for name in names:
+        number = sum(name == earlier for earlier in names[: len(distinct)]) + 1
+        distinct.append(name if number == 1 else f"{name} ({number})")
+    return distinct
+
+
+def _joined(parts: Sequence[Stream], names: Sequence[str], scenario: Literal["task", "class"]) -> Stream:
+    captioned = [isinstance(part.tasks[0].train, Captioned) for part in parts]
+    if any(captioned) and not all(captioned):
+        with_captions, without = names[captioned.index(True)], names[captioned.index(False)]
+        raise ValueError(
+            f"sequence: {with_captions!r} has captions, {without!r} has labels; make a sequence of one kind"
+        )
+    sets = [[_set(data) for data in (part.tasks[0].train, part.tasks[0].test)] for part in parts]
+    if all(captioned):
+        _align(sets)
+    tasks = []
+    budget = Budget()
+    first = 0
+    for t, (part, name, (train, test)) in enumerate(zip(parts, names, sets, strict=True)):
+        (task,) = part.tasks
+        classes = tuple(first + c for c in task.classes)
+        titles = (name,) if captioned[t] else task.names
+        train, test = (data.relabelled(data.labels + first, budget) for data in (train, test))
+        tasks.append(Task(t, name, classes, titles, len(parts), train, test))
+        first += len(classes)
+    return Stream("sequence", scenario, tuple(tasks), _notes(parts, names, tasks))
+
+
+def _set(data: Any) -> ImageSet:
+    if not isinstance(data, ImageSet):
+        raise TypeError(f"a part of a sequence gave a {type(data).__name__}, expected an ImageSet")
+    return data
+
+
+def _align(sets: list[list[ImageSet]]) -> None:
+    """Give captioned sets identities of their own, and texts of one shape."""
+    everything = [data for pair in sets for data in pair if isinstance(data, Captioned)]
+    most = max(data.texts.shape[1] for data in everything)
+    longest = max(data.texts.shape[2] for data in everything)
+    following = 0
+    for i, pair in enumerate(sets):
+        moved = [data.moved(following, most, longest) for data in pair if isinstance(data, Captioned)]
+        following = 1 + int(torch.cat([data.pairs for data in moved]).max())
+        sets[i] = list(moved)
+
+
+def _notes(parts: Sequence[Stream], names: Sequence[str], tasks: Sequence[Task]) -> dict[str, Any]:
+    notes = [part.notes for part in parts]
+    splits = [each["split"] for each in notes]
+    split = {"kind": "; ".join(dict.fromkeys(each["kind"] for each in splits))}
+    for key in ("train_sha256", "test_sha256"):
+        if all(key in each for each in splits):
+            split[key] = digest(each[key] for each in splits)
+    together: dict[str, Any] = {
+        "data": " + ".join(names),
+        "sequence": True,
+        "classes": [name for task in tasks for name in task.names],
+        "train_images": [len(task.train) for task in tasks],
+        "test_images": [len(task.test) for task in tasks],
+        "split": split,
+        "skipped": [where for each in notes for where in each["skipped"]],
+    }
+    if all("captions" in each for each in notes):
+        together["captions"] = {
+            side: [n for each in notes for n in each["captions"][side]] for side in ("train", "test")
+        }
+    # What else a data set says of itself, such as how many images were left out.
+    for name, each in zip(names, notes, strict=True):
+        if own := {k: v for k, v in each.items() if k not in (*together, "captions")}:
+            together.setdefault("data_sets", {})[name] = own
+    return together

@@ -1,0 +1,44 @@
+"""Streams of real images with captions."""
+
+from pathlib import Path
+
+import pytest
+
+from perdure.images import Preprocess
+from perdure.streams import build_stream
+from perdure.texts import unpack
+
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "flickr8k"
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"the data set is not there: {DATA}")
+
+
+@needs_data
+def test_flickr8k_has_five_english_captions_an_image() -> None:
+    text = f"captions(path={str(DATA)!r}, captions='captions_en', by='random')"
+    stream = build_stream(text, Preprocess(48, 48), 0)
+    assert stream.notes["train_images"] == [400] * 5
+    assert stream.notes["test_images"] == [200] * 5
+    assert stream.notes["captions"] == {"train": [2000] * 5, "test": [1000] * 5}
+    batch = stream.tasks[0].test.__getitems__(range(64))
+    assert 60 < batch["image"].float().mean() < 190
+    assert all(len(line) > 3 and line.isascii() for line in unpack(batch["text"].flatten(0, 1)))
+
+
+@needs_data
+def test_flickr8k_is_english_first_then_chinese() -> None:
+    text = f"captions(path={str(DATA)!r}, captions=('captions_en', 'captions_zh'))"
+    stream = build_stream(text, Preprocess(48, 48), 3)
+    english, chinese = stream
+    assert stream.notes["train_images"] == [2000, 2000]
+    assert english.train.pairs.tolist() == chinese.train.pairs.tolist()
+    line = unpack(chinese.train.texts[0])[0]
+    assert any("\u4e00" <= letter <= "\u9fff" for letter in line)
+
+
+@needs_data
+def test_flickr8k_falls_into_clusters_of_reasonable_sizes() -> None:
+    text = f"captions(path={str(DATA)!r}, captions='captions_en', embed='tiny(size=32)')"
+    stream = build_stream(text, Preprocess(48, 48), 0)
+    assert sum(stream.notes["train_images"]) == 2000
+    assert min(stream.notes["train_images"]) >= 100
+    assert min(stream.notes["test_images"]) >= 50
