@@ -13,9 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
+from perdure.backbones.tiny import tiny
 from perdure.images import Preprocess
 from perdure.spec import Spec
-from perdure.streams import Captioned, build_stream
+from perdure.streams import Captioned, ImageSet, build_stream
+from perdure.streams.clusters import clusters
 from perdure.streams.karpathy import _read_hub
 from perdure.streams.topics import CaptionOptions
 from perdure.texts import unpack
@@ -204,6 +206,19 @@ def test_clusters_gather_images_that_look_alike_whatever_the_seed(tmp_path: Path
     assert found[0] == found[1] == found[2]
 
 
+def test_clusters_are_those_of_the_train_images_whatever_is_tested() -> None:
+    def grey(*shown: int) -> ImageSet:
+        pictures = torch.tensor(shown, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
+        return ImageSet.of(pictures.contiguous(), [0] * len(shown), EIGHT)
+
+    model, train = tiny(dim=8, size=8), grey(0, 10, 20, 30, 200, 210, 220)
+    for tested in ((5, 25, 205), (205, *(100 + i for i in range(60)))):
+        nearest, others = clusters(model, train, grey(*tested), 2)
+        assert nearest.tolist() == [0, 0, 0, 0, 1, 1, 1], "the larger cluster comes first"
+        assert others[tested.index(205)] == 1
+    assert clusters(model, train, grey(5, 25, 205), 2)[1].tolist() == [0, 0, 1]
+
+
 def test_more_clusters_than_different_images_are_refused(tmp_path: Path) -> None:
     cells = {"image": [png(9)] * 10, "captions": ["one"] * 10}
     pq.write_table(pa.table(cells), tmp_path / "all.parquet")
@@ -235,10 +250,12 @@ def test_several_caption_columns_are_languages_of_the_same_images(tmp_path: Path
 
 
 def test_languages_share_what_is_decoded(tmp_path: Path) -> None:
-    path = tables(tmp_path, 6, 3, en=["dog"] * 9, zh=["狗"] * 9)
+    rows = [{"image": name, "en": "dog", "zh": "狗"} for name in pictures(tmp_path, 6)]
+    path = lines(tmp_path / "all.jsonl", rows)
     first, second = (task.train for task in build("captions", path=path, captions=("en", "zh")))
     shown = values(first)
-    (path / "train-0.parquet").unlink()
+    for file in tmp_path.glob("*.png"):
+        file.unlink()
     assert values(second) == shown
 
 

@@ -186,7 +186,7 @@ def _largest_objects(path: Path) -> dict[int, str]:
 
 def _objects(annotations: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, tuple[float, int]]]:
     for each in annotations:
-        if True:
+        if not each.get("iscrowd"):
             yield int(each["image_id"]), (float(each["area"]), int(each["category_id"]))
 
 
