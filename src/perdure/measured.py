@@ -188,7 +188,7 @@ def _command(run: Run, specs: dict[str, str]) -> str:
 
 def _shortened(text: str) -> str:
     """`text` with absolute paths cut to their last name."""
-    for spec in parse(text):
+    for spec in (inner for outer in parse(text) for inner in (outer, *outer.parts)):
         for _, value in spec.kwargs:
             if isinstance(value, str) and _absolute(value):
                 text = text.replace(value, PurePath(value).name)

@@ -4,13 +4,13 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from perdure import drift, metrics
 from perdure.charts import Series
-from perdure.spec import Spec, parse
+from perdure.spec import parse
 from perdure.types import Row
 
 PHASES = ("prepare", "train", "finish", "evaluate")
@@ -208,7 +208,7 @@ def _unseeded(value: Any) -> Any:
     except ValueError:
         return value
     varied = ("seed", "order", "class_order")
-    return " + ".join(str(Spec(s.name, tuple((k, v) for k, v in s.kwargs if k not in varied))) for s in specs)
+    return " + ".join(str(replace(s, kwargs=tuple((k, v) for k, v in s.kwargs if k not in varied))) for s in specs)
 
 
 def _transposed(lists: Sequence[Sequence[float | None]]) -> list[list[float | None]]:

@@ -16,7 +16,7 @@ def pack(texts: Sequence[Sequence[str]]) -> Tensor:
     coded = [[text.encode() for text in each] for each in texts]
     for line in (line for each in coded for line in each):
         if b"\0" in line:
-            raise ValueError(f"text {line[:40]!r} holds a zero character: remove it")
+            raise ValueError(f"text {line.decode()[:40]!r} holds a zero character: remove it")
     most = max((len(each) for each in coded), default=0)
     longest = max((len(line) for each in coded for line in each), default=0)
     packed = np.zeros((len(coded), most, longest), dtype=np.uint8)

@@ -307,6 +307,14 @@ def test_a_damaged_summary_of_a_grid_is_named(ruin: Callable[[Path], None], aski
     assert Path("grid/ncm-seed0/summary.json").read_bytes() == before
 
 
+@pytest.mark.parametrize("name", ["steps.json", "ncm-seed0/summary.json"])
+def test_a_grid_tells_of_damage_before_it_goes_on(name: str, asking: Any) -> None:
+    halve(Path("grid", name))
+    shutil.rmtree("grid/probe-seed0")
+    one_line(asking()["compare"], f"grid/{name} is damaged")
+    assert not Path("grid/probe-seed0").exists()
+
+
 @pytest.mark.parametrize(
     "lost",
     [

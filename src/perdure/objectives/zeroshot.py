@@ -52,7 +52,7 @@ class ZeroShot(Objective):
 
     def refresh(self) -> None:
         """Forget the class embeddings when the text tower may have changed."""
-        if not self._learner[0].constant_texts:
+        if self._learner and not self._learner[0].constant_texts:
             self._known = None
 
     def embed(self, names: Sequence[str]) -> Tensor:

@@ -1,0 +1,185 @@
+"""Retrieval: the contrastive loss, which captions are shown, what is measured."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from perdure.config import make_method
+from perdure.learner import Encoded
+from perdure.memory.inputs import second_moments
+from perdure.objectives.retrieve import Retrieve, embedded
+from perdure.run import run
+from perdure.texts import pack, unpack
+
+
+@pytest.fixture
+def bench(lab: Any) -> Any:
+    return lab.but(objective="retrieve")
+
+
+def test_the_loss_is_clips_where_every_image_has_one_caption() -> None:
+    scores = torch.randn(6, 6, generator=torch.Generator().manual_seed(0))
+    rows = torch.arange(6)
+    losses = Retrieve.contrast(scores, torch.tensor([4, 9, 1, 7, 3, 8]), rows)
+    clip = (F.cross_entropy(scores, rows) + F.cross_entropy(scores.T, rows)) / 2
+    torch.testing.assert_close(losses.mean(), clip)
+
+
+def test_captions_of_one_image_are_no_negatives_of_each_other() -> None:
+    scores = torch.zeros(4, 4, requires_grad=True)
+    Retrieve.contrast(scores, torch.tensor([5, 5, 2, 3]), torch.arange(4)).sum().backward()
+    together = scores.grad[:2, :2]
+    assert (together < 0).all()  # every pair of the image is drawn together
+    assert (scores.grad[:2, 2:] > 0).all()
+    assert (scores.grad[2:, :2] > 0).all()
+
+
+def test_several_captions_an_image_share_the_target() -> None:
+    image_of = torch.tensor([0, 0, 1])
+    perfect = torch.tensor([[50.0, 50.0, -50.0], [-50.0, -50.0, 50.0]])
+    losses = Retrieve.contrast(perfect, torch.tensor([1, 2]), image_of)
+    # two captions that fit equally well: log 2 is the least that an even target allows from image to text
+    torch.testing.assert_close(losses, torch.tensor([torch.log(torch.tensor(2.0)) / 2, 0.0]))
+
+
+def test_a_step_shows_one_caption_of_each_image_and_another_one_later(bench: Any) -> None:
+    learner, stream = bench.learner("probe"), bench.stream()
+    learner.grow(stream.tasks[0])
+    batch = stream.tasks[0].train.__getitems__(range(8))
+    shown = []
+    for step in range(12):
+        learner.step = step
+        rows, places = learner.objective.chosen(batch)
+        assert rows.tolist() == list(range(8))
+        assert all(unpack(batch["text"][rows, places]))
+        again = learner.objective.chosen(batch)
+        assert torch.equal(places, again[1])
+        shown.append(tuple(places.tolist()))
+    assert len(set(shown)) > 1
+    assert {place for each in shown for place in each} == {0, 1}
+
+
+def test_missing_captions_are_never_shown_and_all_can_be(bench: Any) -> None:
+    learner, stream = bench.learner("probe"), bench.stream()
+    learner.grow(stream.tasks[0])
+    texts = pack([["one"], ["two", "three", "four"]])
+    batch = {"text": texts}
+    for step in range(8):
+        learner.step = step
+        rows, places = learner.objective.chosen(batch)
+        assert rows.tolist() == [0, 1]
+        assert all(unpack(texts[rows, places]))
+    learner.objective.captions = None
+    rows, places = learner.objective.chosen(batch)
+    assert unpack(texts[rows, places]) == ["one", "two", "three", "four"]
+
+
+def test_recorded_captions_equal_encoded_ones_and_are_recorded_only_where_the_text_tower_is_constant(
+    bench: Any,
+) -> None:
+    stream = bench.stream()
+    task, data = stream.tasks[0], stream.tasks[0].train
+    for method, recorded in (("lora(rank=2)", True), ("lora(rank=2, tower='both')", False), ("finetune", True)):
+        learner = bench.learner(method)
+        learner.grow(task)
+        kept = learner.recorded(data)
+        assert isinstance(kept, Encoded) == recorded
+        batch = kept.__getitems__([3, 0, 5])
+        assert ("captions" in batch) == recorded
+        if recorded:
+            torch.testing.assert_close(batch["captions"], embedded(learner, batch["text"]))
+            plain = learner.objective.loss(learner.encode(batch), data.__getitems__([3, 0, 5]))
+            torch.testing.assert_close(learner.objective.loss(learner.encode(batch), batch), plain)
+
+
+@pytest.mark.parametrize("method", ["ncm", "lora + ewc", "probe + align", "ranpac", "lora + derpp", "finetune + icarl"])
+def test_methods_that_answer_by_classes_are_refused_when_built(method: str, bench: Any) -> None:
+    with pytest.raises(ValueError, match=r"needs scores of classes, and retrieve ranks pairs: leave it out of"):
+        bench.learner(method)
+
+
+def test_retrieval_without_captions_or_without_a_text_tower_says_what_to_use(bench: Any, tmp_path: Path) -> None:
+    stream = "synthetic(tasks=2, test_per_class=4)"
+    with pytest.raises(ValueError, match=r"captions.* this stream has not: use captions\(path=\.\.\.\)$"):
+        run(bench.config("probe", stream=stream), tmp_path / "a")
+    with pytest.raises(ValueError, match=r"^retrieve needs a text tower"):
+        run(bench.config("probe", backbone="tiny()"), tmp_path / "b")
+    with pytest.raises(ValueError, match=r"^captions=0: expected 1 or more"):
+        Retrieve(captions=0)
+
+
+def test_training_finds_more_and_the_summary_says_what(bench: Any, tmp_path: Path) -> None:
+    summary = run(bench.config("finetune(tower='both')", epochs=12, batch_size=12), tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    value = {(row["after"], row["on"], row["metric"]): row["value"] for row in rows}
+    assert summary["score"] == "recall"
+    six = [f"{way}@{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)]
+    for task in range(3):
+        union = [value[2, task, f"union/{name}"] for name in six]
+        assert value[2, task, "recall"] == pytest.approx(sum(union) / 6) == summary["matrix"][2][task]
+        assert summary["recall"]["union"]["rsum"][task] == pytest.approx(100 * sum(union))
+        assert all(value[2, task, f"own/{name}"] >= value[2, task, f"union/{name}"] for name in six)
+    assert value[0, 0, "recall"] == value[0, 0, "recall_own_gallery"]  # the first task is all there is
+    assert summary["matrix"][2][2] > value[-1, 2, "recall"]  # what was just learnt, before anything was
+    assert summary["acc_with_task_id"] == pytest.approx(sum(value[2, j, "recall_own_gallery"] for j in range(3)) / 3)
+
+
+def test_the_same_image_in_two_languages_stands_in_the_union_once(bench: Any) -> None:
+    both = bench.but(scenario="domain")
+    learner, stream = both.learner("probe"), both.stream()
+    for task in stream:
+        learner.grow(task)
+    single = learner.objective.evaluate(learner, [stream.tasks[1]])[0]
+    joint = learner.objective.evaluate(learner, list(stream.tasks))[1]
+    # texts look for images, which are the same ones whatever the languages
+    assert [joint[f"union/t2i@{k}"] for k in (1, 5, 10)] == [single[f"own/t2i@{k}"] for k in (1, 5, 10)]
+
+
+def test_moments_of_the_text_tower_leave_padding_out(bench: Any) -> None:
+    learner, stream = bench.learner("lora(rank=2, tower='text')"), bench.stream()
+    learner.grow(stream.tasks[0])
+    backbone = learner.backbone
+    site = backbone.sites("q", tower="text")[0]
+    layer = {"layer": backbone.get_submodule(site.layer)}
+    short, long = "a dog", "a very long caption of a dog"
+
+    def moments(texts: list[str]) -> torch.Tensor:
+        return second_moments(lambda _: backbone.encode_text(texts), layer, [{}], lambda: backbone.text_mask)["layer"]
+
+    together = moments([short, long])
+    counts = torch.tensor([len(short), len(long)], dtype=torch.float64)
+    apart = torch.stack([moments([short]), moments([long])])
+    torch.testing.assert_close(together, (apart * counts[:, None, None]).sum(0) / counts.sum(), rtol=1e-5, atol=1e-7)
+
+
+def test_replayed_pairs_are_negatives_of_new_ones(bench: Any) -> None:
+    learner, stream = bench.learner("lora(rank=2, tower='both') + replay(size=6)"), bench.stream()
+    bench.teach(learner, stream.tasks[:1], epochs=1)
+    learner.grow(stream.tasks[1])
+    learner.method.begin_task(learner, stream.tasks[1])
+    batch = learner.method.batch(learner, stream.tasks[1].train.__getitems__(range(6)))
+    assert set(batch["label"].tolist()) == {0, 1}
+    features, batch = learner.encode(batch), learner.objective.read(learner, batch)
+    scores = learner.objective.similarity(features, batch["texts"]).detach().requires_grad_()
+    learner.objective.contrast(scores, batch["pair"], batch["image_of"]).sum().backward()
+    other = batch["label"][:, None] != batch["label"][batch["image_of"]][None]
+    assert (scores.grad[other] > 0).all()
+
+
+def test_what_has_no_effect_on_rankings_is_refused(bench: Any) -> None:
+    learner = bench.learner("lora(tower='both') + lwf(heads='frozen')")
+    with pytest.raises(ValueError, match=r"^heads='frozen' has no effect where there are no heads"):
+        learner.grow(bench.stream().tasks[0])
+
+
+def test_lwf_at_strength_zero_is_plain_training_bit_for_bit(bench: Any) -> None:
+    plain, held = (
+        bench.taught(m).memory() for m in ("lora(rank=2, tower='both')", "lora(rank=2, tower='both') + lwf(strength=0)")
+    )
+    of = lambda memory: {k.replace("method.parts.0.", "method."): v for k, v in memory.items()}  # noqa: E731
+    assert all(torch.equal(value, of(plain)[key]) for key, value in of(held).items() if key in of(plain))
+    assert make_method("lora + lwf").spec == "lora + lwf"
