@@ -181,8 +181,9 @@ def _command(run: Run, specs: dict[str, str]) -> str:
     words = ["perdure", "compare"]
     for field in fields(RunConfig):
         value = specs.get(field.name, run.config.get(field.name, field.default))
-        if field.name not in _OWN and value != field.default:
-            words += [f"--{field.name.replace('_', '-')}", str(value)]
+        several = isinstance(value, list | tuple)
+        if field.name not in _OWN and (value if several else value != field.default):
+            words += [f"--{field.name.replace('_', '-')}", *map(str, value if several else [value])]
     return shlex.join(words)
 
 

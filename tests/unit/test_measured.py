@@ -79,6 +79,11 @@ def test_the_command_measures_the_setting_again_and_paths_can_be_shortened(
     assert f"--stream '{short['stream']}'" in short["command"]
     assert str(tmp_path) not in json.dumps(short)
     assert "--method " not in short["command"]
+    assert "--retain" not in short["command"]
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    record["config"]["retain"] = ["one()", "two(size=3)"]
+    (tmp_path / "out" / "run.json").write_text(json.dumps(record))
+    assert " --retain 'one()' 'two(size=3)'" in settings_of([tmp_path / "out"])[0]["command"]
 
 
 def picture(folder: Path, shade: int) -> None:
