@@ -1,21 +1,10 @@
 """Foresight: what the descriptions of a stream's tasks rule out is refused before anything is learnt."""
 
-from typing import Protocol, runtime_checkable
-
 from perdure.adapters.attach import detach
 from perdure.backbones.base import Backbone
 from perdure.config import RunConfig, make_method, make_objective
 from perdure.learner import Core
-from perdure.method import parts_of
 from perdure.types import Stream, Task
-
-
-@runtime_checkable
-class Checked(Protocol):
-    """A part of a method that can tell, once all parts have grown for a task, whether it can do anything in it."""
-
-    def check(self, learner: Core, task: Task) -> None:
-        """Raise `ValueError` for what cannot be, or would have no effect; depends on descriptions only."""
 
 
 def foresee(config: RunConfig, backbone: Backbone, stream: Stream) -> None:
@@ -34,9 +23,7 @@ def foresee(config: RunConfig, backbone: Backbone, stream: Stream) -> None:
         for task in stream:
             described = Task.described(task.describe())
             learner.grow(described)
-            for part in parts_of(learner.method):
-                if isinstance(part, Checked):
-                    part.check(learner, described)
+            learner.method.check(learner, described)
     finally:
         detach(backbone)
         backbone.requires_grad_(False)

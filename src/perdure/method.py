@@ -36,6 +36,8 @@ class Method(nn.Module):
     """Whether tasks train the same encoder parameters: those that regularisers can protect."""
     guarantees: ClassVar[bool] = False
     """Whether what it promises, or relies on, breaks when another part changes the encoder too."""
+    concludes: ClassVar[bool] = False
+    """Whether its `end_task` decides what the trained parameters will be, so that others must see it done."""
     guards: ClassVar[Literal["", "shares", "adapts"]] = ""
     """What a method that only guards other parts needs one of them to do: share parameters, or adapt at all."""
 
@@ -64,6 +66,12 @@ class Method(nn.Module):
     # Structure: a function of the task's description alone, so that a resumed run can replay it.
     def grow(self, learner: Core, task: Task) -> None:
         """Make room for `task`: new branches, heads, prompts; decide what is trained."""
+
+    def check(self, learner: Core, task: Task) -> None:
+        """Raise `ValueError` for what cannot be, or would have no effect, in a task that all parts have grown for.
+
+        Depends on descriptions only: a run asks for all of its tasks before the first. `begin_task` asks again.
+        """
 
     # Task boundaries: may read the task's data.
     def data(self, learner: Core, task: Task) -> Data:
@@ -157,6 +165,11 @@ class Compose(Method):
         for part in self:
             part.grow(learner, task)
 
+    def check(self, learner: Core, task: Task) -> None:
+        """See `Method.check`."""
+        for part in self:
+            part.check(learner, task)
+
     def data(self, learner: Core, task: Task) -> Data:
         """See `Method.data`."""
         owner = self._owner("data")
@@ -170,7 +183,7 @@ class Compose(Method):
     def end_task(self, learner: Core, task: Task) -> None:
         """See `Method.end_task`."""
         owner = self._owner("encode")
-        for part in sorted(self, key=lambda part: part is not owner):
+        for part in sorted(self, key=lambda part: (not part.concludes, part is not owner)):
             part.end_task(learner, task)
 
     def measures(self, learner: Core) -> dict[str, float]:
@@ -244,6 +257,10 @@ def compose(parts: Sequence[Method]) -> Method:
     if len(twice := [p.name for p in parts if p.rehearses]) > 1:
         raise ValueError(
             f"{twice[0]} cannot be combined with {twice[1]}: each trains on images of old tasks; keep one of them"
+        )
+    if any(p.name == "joint" for p in parts) and (idle := [p.name for p in parts if p.name in ("gem", "agem")]):
+        raise ValueError(
+            f"{idle[0]} has nothing to protect beside joint, which trains on all old images: keep one of them"
         )
     for promise in (p for p in parts if p.guarantees):
         if free := [p.name for p in parts if p.adapts and p is not promise]:

@@ -22,6 +22,7 @@ from perdure import checkpoint, drift
 from perdure.augment import AUGMENTS
 from perdure.config import RunConfig, make_backbone, make_method, make_objective
 from perdure.evaluation import Evaluation
+from perdure.foresight import foresee
 from perdure.learner import Core
 from perdure.retention import Retention
 from perdure.runtime import Runtime, resolve
@@ -57,6 +58,7 @@ def run(
         if (out / "run.json").exists():
             raise ValueError(f"{out} already holds a run: go on with 'perdure resume {out}', or give another --out")
         learner, stream, runtime = _build(config, runtime)
+        foresee(config, learner.backbone, stream)
         checkpoint.write_json(out / "run.json", record(config, learner, stream, runtime))
         with nothing_learnt_nothing_left(out):
             return learn_stream(
@@ -110,7 +112,7 @@ def read_record(out: Path) -> dict[str, Any]:
     try:
         written: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         written["config"], written["resolved"]
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged: it cannot be read as a run's record; restore it") from error
     return written
 
@@ -127,7 +129,8 @@ def read_summary(out: Path) -> dict[str, Any]:
         raise ValueError(f"{out} is not finished: it has no summary.json. Go on with 'perdure resume {out}'")
     try:
         summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        dict(summary)
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is damaged: remove it, 'perdure resume {out}' writes it anew") from error
     return summary
 

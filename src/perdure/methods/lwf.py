@@ -80,6 +80,12 @@ class LwF(Method, name="lwf"):
 
     def begin_task(self, learner: Core, task: Task) -> None:
         """Take the learner as teacher; there is nothing to keep in the first task."""
+        self.check(learner, task)
+        if self.strength and self._groups:
+            self.teacher.remember(learner)
+
+    def check(self, learner: Core, task: Task) -> None:
+        """Refuse what nothing would come of."""
         if not self.strength or not self._groups:
             return
         if not trains_encoder(learner):
@@ -91,7 +97,6 @@ class LwF(Method, name="lwf"):
             raise ValueError(
                 "heads='frozen' has no effect where no old head stands apart, or another part trains all: leave it out"
             )
-        self.teacher.remember(learner)
 
     def record(self, learner: Core, batch: Batch) -> Batch:
         """The teacher's scores (B, seen classes); of images with captions its embeddings of both."""

@@ -1,0 +1,251 @@
+"""MoE-Adapters: every image by itself through the router of a task that knows it, or through the model as it was."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from perdure.adapters.experts import Routes, routing
+from perdure.config import make_method
+from perdure.learner import Core
+from perdure.memory.familiarity import Familiarity
+from perdure.prompting import query
+from perdure.streams import build_stream
+from perdure.types import Batch, Task
+
+
+def whole(data: Any) -> Batch:
+    return data.__getitems__(range(len(data)))
+
+
+def strangers(lab: Any, count: int = 64) -> Any:
+    """Images that are all noise, unlike any class of the laboratory."""
+    stream = build_stream(
+        f"synthetic(tasks=1, classes_per_task=2, per_class={count}, noise=9)", lab.backbone().preprocess, 77
+    )
+    return stream.tasks[0].train
+
+
+def used(learner: Core, images: Batch) -> torch.Tensor:
+    return learner.method.gateway.route(query(learner, images))
+
+
+def test_the_route_of_an_image_does_not_depend_on_its_batch(lab: Any) -> None:
+    bench = lab.but(per_class=24, noise=2.0)
+    learner = bench.taught("moe_adapters")
+    data = bench.stream().tasks[1].train
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(3))
+    mixed = data.subset(order)
+    with learner.inference():
+        together = torch.cat([used(learner, b) for b in learner.batches(data, 64)])
+        alone = torch.cat([used(learner, b) for b in learner.batches(data, 1)])
+        shuffled = torch.cat([used(learner, b) for b in learner.batches(mixed, 5)])
+        features = [torch.cat([learner.encode(b) for b in learner.batches(data, size)]) for size in (64, 1)]
+    assert len(set(together.tolist())) > 1
+    assert torch.equal(together, alone)
+    assert torch.equal(together[order], shuffled)
+    torch.testing.assert_close(features[0], features[1], rtol=1e-5, atol=1e-5)
+
+
+def test_what_no_task_knows_gets_exactly_the_pretrained_features(lab: Any) -> None:
+    bench = lab.but(per_class=40, objective="zeroshot")
+    learner, images = bench.taught("moe_adapters(known=0.9, scale=1.0)"), whole(strangers(bench))
+    with learner.inference():
+        unknown = used(learner, images) < 0
+        features = learner.encode(images)
+        own = learner.encode(whole(bench.stream().tasks[0].test))
+    assert unknown.float().mean() > 0.5
+    with torch.inference_mode():
+        plain = bench.backbone()(images)
+        assert torch.equal(features[unknown], plain[unknown])
+        assert not torch.allclose(own, bench.backbone()(whole(bench.stream().tasks[0].test)), atol=1e-3)
+
+
+def test_before_the_first_task_has_ended_nobody_knows_anything(lab: Any) -> None:
+    learner, task = lab.learner("moe_adapters"), lab.stream().tasks[0]
+    learner.grow(task)
+    lab.descend(learner, task)
+    images = whole(task.test)
+    with learner.inference():
+        assert torch.equal(learner.encode(images), lab.backbone()(images))
+
+
+def test_images_go_to_the_task_that_they_belong_to(lab: Any) -> None:
+    bench = lab.but(per_class=40, noise=0.4)
+    learner, stream = bench.taught("moe_adapters"), bench.stream()
+    with learner.inference():
+        hits = [(used(learner, whole(task.test)) == task.index).float().mean() for task in stream]
+    assert min(hits) > 0.7
+
+
+def test_the_limit_leaves_the_share_of_its_own_images_outside_that_it_is_told() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(4).repeat(400)
+    centres = torch.randn(4, 32, generator=generator)
+
+    def drawn() -> torch.Tensor:
+        return centres[labels] + 0.3 * torch.randn(len(labels), 32, generator=generator)
+
+    for share in (0.6, 0.9):
+        familiarity = Familiarity(8, share)
+        familiarity.add(0, drawn(), labels, generator)
+        assert (familiarity.route(drawn()) == 0).float().mean() == pytest.approx(share, abs=0.04)
+        assert (familiarity.route(3 * drawn()) == -1).all()
+
+
+def test_a_limit_comes_from_gaussians_that_have_not_seen_what_is_judged() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.zeros(60, dtype=torch.int64)
+    known, fresh = torch.randn(60, 48, generator=generator), torch.randn(2000, 48, generator=generator)
+    familiarity = Familiarity(16, 0.9)
+    familiarity.add(0, known, labels, generator)
+    assert (familiarity.route(fresh) == 0).float().mean() > 0.75
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_few_images_are_enough_for_a_gateway(count: int) -> None:
+    familiarity = Familiarity(16, 0.99)
+    familiarity.add(3, torch.eye(8)[:count], torch.arange(count), torch.Generator().manual_seed(0))
+    assert familiarity.tasks == [3]
+    assert familiarity.route(torch.eye(8)).shape == (8,)
+    assert all(torch.isfinite(value).all() for value in familiarity.kept.values())
+
+
+def test_gates_are_the_softmax_over_the_best_scores_of_an_images_own_router(lab: Any) -> None:
+    learner = lab.learner("moe_adapters(experts=4, top=2, rank=3)")
+    stream = lab.stream()
+    for task in stream.tasks[:2]:
+        learner.grow(task)
+        learner.method.end_task(learner, task)
+    adapter = learner.method.adapters[0]
+    torch.manual_seed(0)
+    for task in (0, 1):
+        adapter.fixed[f"router/{task}"] = torch.randn(4, 16)
+    for number in range(4):
+        for part in ("down", "up", "down_bias", "up_bias"):
+            name = f"{number}/{part}"
+            (adapter.learnt if name in adapter.learnt else adapter.fixed)[name].data.normal_()
+    x, y, place = torch.randn(3, 5, 16), torch.randn(3, 5, 16), torch.tensor([1, -1, 0])
+    with torch.no_grad(), routing([adapter], [Routes([0, 1], place)]):
+        adapter(x, None, 0)
+        out = adapter(x, y, 1)
+    values = {**dict(adapter.learnt.named_parameters()), **adapter.fixed}
+    for i, task in enumerate(place.tolist()):
+        expected = y[i].clone()
+        if task >= 0:
+            scores = values[f"router/{task}"] @ x[i].mean(0)
+            best = scores.argsort(descending=True)[:2]
+            for share, e in zip(scores[best].softmax(0), best.tolist(), strict=True):
+                hidden = torch.relu(x[i] @ values[f"{e}/down"].T + values[f"{e}/down_bias"])
+                expected += 0.1 * share * (hidden @ values[f"{e}/up"].T + values[f"{e}/up_bias"])
+        torch.testing.assert_close(out[i], expected.detach(), rtol=1e-4, atol=1e-5)
+    assert torch.equal(out[1], y[1])
+
+
+def test_the_most_used_experts_are_frozen_and_stay_as_they_are(lab: Any) -> None:
+    learner, stream = lab.learner("moe_adapters(experts=6)"), lab.stream()
+    lab.teach(learner, stream.tasks[:1])
+    frozen = [dict(adapter.fixed) for adapter in learner.method.adapters]
+    numbers = [adapter.shut for adapter in learner.method.adapters]
+    assert all(len(each) == 2 for each in numbers)
+    lab.teach(learner, stream.tasks[1:])
+    for adapter, before, old in zip(learner.method.adapters, frozen, numbers, strict=True):
+        assert set(old) < set(adapter.shut)
+        for name, value in before.items():
+            assert torch.equal(adapter.fixed[name], value), name
+    assert learner.method.measures(learner)["experts"] == 6
+
+
+def test_the_experts_that_are_frozen_are_those_that_the_steps_took_most(lab: Any) -> None:
+    learner, task = lab.learner("moe_adapters(experts=5)"), lab.stream().tasks[0]
+    learner.grow(task)
+    adapter, method = learner.method.adapters[0], learner.method
+    learner.train()
+    total = torch.zeros(5, dtype=torch.int64)
+    for step in range(3):
+        learner.step = step
+        batch = method.batch(learner, whole(task.train))
+        learner.loss(batch)
+        total += adapter.chosen
+        method.after_step(learner, batch)
+    assert total.sum() == 3 * 16 * 2
+    method.end_task(learner, task)
+    assert adapter.shut == sorted(total.argsort(descending=True, stable=True)[:2].tolist())
+
+
+def test_old_routers_stay_and_new_ones_are_trained(lab: Any) -> None:
+    learner, stream = lab.learner("moe_adapters"), lab.stream()
+    lab.teach(learner, stream.tasks[:1])
+    first = learner.method.adapters[0].fixed["router/0"].clone()
+    lab.teach(learner, stream.tasks[1:2])
+    adapter = learner.method.adapters[0]
+    assert torch.equal(adapter.fixed["router/0"], first)
+    assert not torch.equal(adapter.fixed["router/1"], first)
+
+
+def again(task: Task, index: int) -> Task:
+    return Task(index, task.name, task.classes, task.names, None, task.train, task.test)
+
+
+def test_a_new_task_brings_experts_and_a_repeated_one_none(lab: Any) -> None:
+    bench = lab.but(per_class=40, noise=0.4)
+    learner, stream = bench.learner("moe_adapters(expand=0.5)"), bench.stream()
+    counts = []
+    for index, which in enumerate((0, 0, 1, 1, 0)):
+        bench.teach(learner, [again(stream.tasks[which], index)], epochs=1)
+        counts.append(learner.method.measures(learner)["experts"])
+    assert counts == [2, 2, 4, 4, 4]
+
+
+def test_images_of_old_tasks_pass_their_own_router_in_training(lab: Any) -> None:
+    learner, stream = lab.learner("moe_adapters + replay(size=8)"), lab.stream()
+    lab.teach(learner, stream.tasks[:1])
+    learner.grow(stream.tasks[1])
+    learner.train()
+    moe = learner.method.parts[0]
+    labels = torch.tensor([*stream.tasks[1].classes, *stream.tasks[0].classes])
+    routes = moe._told(learner, {"label": labels})
+    assert [routes[0].routers[place] for place in routes[0].place.tolist()] == [None, None, 0, 0]
+
+
+def test_how_many_experts_there_are_follows_the_length_of_the_stream() -> None:
+    method = make_method("moe_adapters")
+    assert method._first(Task(0, "", (0,), ("a",), 11)) == 22
+    assert method._first(Task(0, "", (0,), ("a",), None)) == 8
+    assert make_method("moe_adapters(expand=0.5)")._first(Task(0, "", (0,), ("a",), 11)) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("top=1", "top=1: expected 2 or more"),
+        ("experts=2, top=3", "experts=2: expected at least top=3"),
+        ("rank=0", "rank=0: expected 1 or more"),
+        ("scale=0", "scale=0: expected a positive factor"),
+        ("known=0", "known=0: expected a share"),
+        ("expand=2", "expand=2: expected a share"),
+        ("expand=0.5, freeze=0", "expand=0.5 has no effect with freeze=0"),
+    ],
+)
+def test_options_out_of_range_are_refused(options: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        make_method(f"moe_adapters({options})")
+    assert "\n" not in str(error.value)
+
+
+def test_what_changes_the_encoder_is_refused_beside_it() -> None:
+    with pytest.raises(ValueError, match=r"^moe_adapters cannot be combined with lora, which changes"):
+        make_method("moe_adapters + lora")
+
+
+def test_experts_of_more_units_than_the_width_are_refused(lab: Any) -> None:
+    with pytest.raises(ValueError, match=r"^rank=99: expected 1 to 16, the width at "):
+        lab.learner("moe_adapters(rank=99)").grow(lab.stream().tasks[0])
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(lab: Any, content_of: Any, tmp_path: Any) -> None:
+    bench = lab.but(objective="zeroshot")
+    for number, spec in enumerate(("moe_adapters(expand=0.2)", "moe_adapters + zscl")):
+        bench.run(spec, tmp_path / f"unbroken{number}")
+        bench.broken_run(spec, tmp_path / f"broken{number}", task=1, step=3, save_every=2)
+        assert content_of(tmp_path / f"broken{number}") == content_of(tmp_path / f"unbroken{number}")
