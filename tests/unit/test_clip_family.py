@@ -3,7 +3,6 @@
 import copy
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path

@@ -20,11 +20,13 @@ from perdure.backbones.base import Tower
 from perdure.learner import Core
 from perdure.memory.tensors import Tensors
 from perdure.method import Method, at_least_zero, varies, without_effect
+from perdure.objectives.retrieve import Retrieve, embedded
 from perdure.objectives.zeroshot import ZeroShot
 from perdure.teacher import Teacher, trains_encoder
 from perdure.types import Batch, Task
 
 _FEATURES = "feature_distill"  # what is recorded: the teacher's features
+_CAPTIONS = "feature_distill_captions"  # and its embeddings of captions
 
 
 class FeatureDistill(Method, name="feature_distill"):
@@ -35,14 +37,14 @@ class FeatureDistill(Method, name="feature_distill"):
 
     Args:
         strength: weight of the distance; 0 is plain training.
-        tower: whose output is held: `vision`, `text` (with the objective zeroshot and a part that trains the text
+        tower: whose output is held: `vision`, `text` (class names or captions, with a part that trains the text
             tower), or `both`, whose distances add up.
         form: `cosine` is 1 - cos; `mse` the squared distance in units of the teacher's squared length, which holds
             lengths too.
     """
 
     guards = "adapts"
-    records = (_FEATURES,)
+    records: tuple[str, ...] = (_FEATURES,)
 
     def __init__(
         self, strength: float = 1.0, tower: Tower = "vision", form: Literal["cosine", "mse"] = "cosine"
@@ -58,19 +60,23 @@ class FeatureDistill(Method, name="feature_distill"):
 
     def grow(self, learner: Core, task: Task) -> None:
         """Nothing to make room for; refuse texts where there are none."""
-        if self.tower != "vision" and not isinstance(learner.objective, ZeroShot):
+        if self.tower != "vision" and not learner.objective.texts:
             raise ValueError(
-                f"tower={self.tower!r}: this objective reads no texts: use --objective zeroshot, or tower='vision'"
+                f"tower={self.tower!r}: this objective reads no texts: use --objective zeroshot or retrieve, or "
+                "tower='vision'"
             )
+        if isinstance(learner.objective, Retrieve):
+            held = {"vision": _FEATURES, "text": _CAPTIONS}
+            self.records = tuple(held[tower] for tower in self._towers("vision", "text"))
 
     def begin_task(self, learner: Core, task: Task) -> None:
         """Take the learner as teacher; there is nothing to keep in the first task."""
         self.check(learner, task)
         if not self.strength or not task.index:
             return
-        if self._towers("vision"):
+        if self._towers("vision") or isinstance(learner.objective, Retrieve):
             self.teacher.remember(learner)
-        if self._towers("text"):
+        if self._towers("text") and isinstance(learner.objective, ZeroShot):
             with torch.no_grad():
                 self.names["old"] = self._embed(learner)
 
@@ -89,17 +95,22 @@ class FeatureDistill(Method, name="feature_distill"):
             )
 
     def record(self, learner: Core, batch: Batch) -> Batch:
-        """The teacher's features (B, dim)."""
+        """The teacher's features (B, dim), and its embeddings (B, K, dim) of captions that are held too."""
         if not self.teacher.kept or not learner.training:
             return {}
-        return {_FEATURES: self._teachers(learner, batch)}
+        return self._teachers(learner, batch)
 
     def penalty(self, learner: Core, batch: Batch, features: Tensor) -> Tensor | float:
         """strength · distance of the student's output to the teacher's, for each tower."""
         total: Tensor | float = 0.0
         if self.teacher.kept:
-            wanted = batch[_FEATURES] if _FEATURES in batch else self._teachers(learner, batch)
-            total = total + self.strength * self._distance(wanted, features)
+            wanted = batch if batch.keys() >= set(self.records) else self._teachers(learner, batch)
+            if _FEATURES in wanted:
+                total = total + self.strength * self._distance(wanted[_FEATURES], features)
+            if _CAPTIONS in wanted:
+                assert isinstance(learner.objective, Retrieve)
+                shown = wanted[_CAPTIONS][learner.objective.chosen(batch)]
+                total = total + self.strength * self._distance(shown, learner.objective.shown(batch)[0])
         if self.names:
             total = total + self.strength * self._distance(self.names["old"], self._embed(learner))
         return total
@@ -109,10 +120,11 @@ class FeatureDistill(Method, name="feature_distill"):
         self.teacher.forget()
         self.names.clear()
 
-    def _teachers(self, learner: Core, batch: Batch) -> Tensor:
+    def _teachers(self, learner: Core, batch: Batch) -> Batch:
         # not the teacher's scores too, for which a text tower that is trained would have to read all names
         with self.teacher.speaking(learner):
-            return learner.encode(batch)
+            images = {_FEATURES: learner.encode(batch)} if _FEATURES in self.records else {}
+            return images | ({_CAPTIONS: embedded(learner, batch["text"])} if _CAPTIONS in self.records else {})
 
     def _towers(self, *wanted: Tower) -> list[Tower]:
         return [tower for tower in wanted if self.tower in (tower, "both")]
