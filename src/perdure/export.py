@@ -27,7 +27,7 @@ from perdure.backbones.timm import Timm
 from perdure.backbones.vision import Vision
 from perdure.checkpoint import write_json, write_text
 from perdure.config import make_backbone
-from perdure.export_head import classifier_of, head_of
+from perdure.export_head import PAIRS, Classifier, classifier_of, head_of
 from perdure.learner import Core
 from perdure.method import encodes, parts_of
 from perdure.objectives import ZeroShot
@@ -101,6 +101,15 @@ def _check(learner: Core, to: str) -> None:
         raise ValueError(
             f"{backbone.spec} is no model of another library, so none could load it: learn on pocket(), clip(...), "
             "vision(...) or timm(...), or keep it with save"
+        )
+    if (
+        not isinstance(backbone, Timm)
+        and "path" not in _options(backbone)
+        and parse_one(backbone.spec).name != "pocket"
+    ):
+        raise ValueError(
+            f"{backbone.spec} is put together from two models: no folder has processors that could go with it; "
+            "save the pair with transformers and learn on path=..., or keep this learner with save"
         )
     if strange := [part.name for part in parts_of(learner.method) if encodes(part)]:
         raise ValueError(f"{strange[0]} changes features as no weights can express; keep this learner with save")
@@ -242,6 +251,8 @@ class _Use:
     load: tuple[str, ...]
     pixels: str
     features: str
+    tokenizer: str = ""
+    tokens: str = ""
 
 
 def _use(backbone: Backbone, to: str) -> _Use:
@@ -275,7 +286,10 @@ def _use(backbone: Backbone, to: str) -> _Use:
     processor = f"AutoImageProcessor.from_pretrained({source}{', do_normalize=False' if raw else ''})"
     load = (f"model = {kind}.from_pretrained({source}{more})", *lora, f"processor = {processor}")
     imports = (*imports, f"from transformers import AutoImageProcessor, {kind}")
-    return _Use(imports, load, 'processor(image, return_tensors="pt")["pixel_values"]', features)
+    pixels = 'processor(image, return_tensors="pt")["pixel_values"]'
+    if not isinstance(backbone, Clip):
+        return _Use(imports, load, pixels, features)
+    return _Use(imports, load, pixels, features, f"AutoTokenizer.from_pretrained({source})", backbone.tokens)
 
 
 def _facts(learner: Core, use: _Use) -> dict[str, Any]:
@@ -314,20 +328,34 @@ def _readme(learner: Core, to: str, use: _Use) -> str:
         'folder = "."  # where this file stands',
         *use.load,
         'head = load_file(folder + "/head.safetensors")',
-        'labels = json.loads(Path(folder, "labels.json").read_text(encoding="utf-8"))["labels"]',
+        *_words(classifier, use),
         'image = Image.open("photo.jpg").convert("RGB")',
         f"pixels = {use.pixels}",
         "with torch.inference_mode():",
         f"    features = {use.features}",
+        *(["    texts = model.get_text_features(**tokens).pooler_output"] if classifier is PAIRS else []),
         f"    scores = {classifier.scores}",
         "print(labels[int(scores.argmax())])",
     ]
+    learnt = "Images and captions" if classifier is PAIRS else f"{len(learner.objective.names)} classes"
     return (
-        f"# {len(learner.objective.names)} classes, learnt in {learner.learnt} tasks\n\n"
+        f"# {learnt}, learnt in {learner.learnt} tasks\n\n"
         f"Written by perdure {__version__}: {what}.\n"
         f"The classifier is {classifier.what}. `labels.json` says the rest.\n\n"
         "```python\n" + "\n".join(code) + "\n```\n"
     )
+
+
+def _words(classifier: Classifier, use: _Use) -> list[str]:
+    """Lines that say what is to be told apart."""
+    if classifier is not PAIRS:
+        return ['labels = json.loads(Path(folder, "labels.json").read_text(encoding="utf-8"))["labels"]']
+    return [
+        "from transformers import AutoTokenizer",
+        f"tokenizer = {use.tokenizer}",
+        'labels = ["a red car", "two dogs on a beach"]  # any sentences',
+        f"tokens = {use.tokens}",
+    ]
 
 
 def _force_to_disk(paths: Iterable[Path]) -> None:

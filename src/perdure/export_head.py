@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from perdure.learner import Core
 from perdure.method import Method, parts_of
-from perdure.objectives import Classify, ZeroShot
+from perdure.objectives import Classify, Retrieve, ZeroShot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +24,10 @@ _LINEAR = Classifier("a linear layer on the features", 'features @ head["weight"
 _TEXTS = Classifier(
     "cosine to the class names' text embeddings (rows of `weight`, of unit length), times `logit_scale`",
     'head["logit_scale"] * torch.nn.functional.normalize(features) @ head["weight"].T',
+)
+PAIRS = Classifier(
+    "cosine to the embeddings of any sentences, times `logit_scale`",
+    'head["logit_scale"] * torch.nn.functional.normalize(features) @ torch.nn.functional.normalize(texts).T',
 )
 _COSINES = dataclasses.replace(_TEXTS, what="cosine to rows of `weight` (of unit length), times `logit_scale`")
 _MEANS = Classifier(
@@ -47,11 +51,11 @@ def classifier_of(learner: Core) -> Classifier:
         raise ValueError(f"{owner.name} predicts in a way that a plain head cannot; keep this learner with save")
     if isinstance(objective, Classify) and objective.cosine is not None:
         return _COSINES
-    for known, classifier in ((Classify, _LINEAR), (ZeroShot, _TEXTS)):
+    for known, classifier in ((Classify, _LINEAR), (ZeroShot, _TEXTS), (Retrieve, PAIRS)):
         if type(objective).scores is known.scores:
             return classifier
     name = type(objective).__name__
-    raise ValueError(f"{name}: only classify() and zeroshot() can be exported; keep this learner with save")
+    raise ValueError(f"{name}: only classify(), zeroshot() and retrieve() can be exported; keep this learner with save")
 
 
 def _predicts(method: Method) -> Any:
@@ -66,6 +70,8 @@ def head_of(learner: Core) -> dict[str, Tensor]:
         owner = _predicts(learner.method)
         means = torch.stack([owner.sums[str(c)] / owner.counts[str(c)] for c in objective.classes])
         return {"weight": F.normalize(means, dim=1)}
+    if classifier is PAIRS:
+        return {"logit_scale": learner.backbone.logit_scale.float()}
     if classifier is _TEXTS:
         return {"weight": objective.embed(objective.names), "logit_scale": learner.backbone.logit_scale.float()}
     if classifier is _COSINES:

@@ -27,7 +27,9 @@ from perdure.learner import Core
 from perdure.method import Method
 from perdure.methods.inflora import InfLoRA
 from perdure.spec import parse_one
+from perdure.streams import build_stream
 from perdure.teach import Learner
+from perdure.train import TrainConfig, fit_task
 from perdure.types import Batch
 
 # PEFT 0.21 reads a property that transformers 5.23 calls deprecated; it says nothing about the export.
@@ -141,6 +143,16 @@ def pixels(learner: Core) -> Tensor:
 def features(learner: Core) -> Tensor:
     with learner.inference():
         return learner.encode({"image": pictures(learner.backbone.preprocess.size, seed=9)}).clone()
+
+
+def example(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the names in the example of an export's README hold after it was run."""
+    code = re.search("```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert code
+    monkeypatch.chdir(folder)
+    found: dict[str, Any] = {}
+    exec(code[1], found)
+    return found
 
 
 def scores(learner: Core, images: Tensor) -> Tensor:
@@ -328,6 +340,27 @@ def test_learner_in_bfloat16_exports_float32_that_lost_nothing(
 
 
 @pytest.mark.parametrize("to", ["peft", "merged"])
+@pytest.mark.parametrize("family", ["clip", "pocket"])
+def test_what_learnt_captions_is_exported_with_both_towers(
+    families: dict[str, str], family: str, to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    method = "lora(rank=2, blocks='0', tower='both')"
+    learner = Learner.create(families.get(family, "pocket()"), method, "retrieve()", precision="fp32", device="cpu")
+    stream = build_stream("captions_synthetic(tasks=1)", learner.backbone.preprocess, 0)
+    learner.grow(stream.tasks[0])
+    fit_task(learner, stream.tasks[0], TrainConfig(epochs=2, lr=0.02, batch_size=4))
+    folder = learner.export(tmp_path / "it", to)
+    photo = Image.fromarray(pictures(learner.backbone.preprocess.resize, n=1)[0].permute(1, 2, 0).numpy())
+    photo.save(folder / "photo.jpg", "PNG")
+    found = example(folder, monkeypatch)
+    with learner.inference():
+        texts = learner.backbone.encode_text(found["labels"])
+        image = learner.encode({"image": learner.backbone.preprocess(photo)[None]})
+        same(found["scores"], learner.objective.similarity(image, texts))
+    assert capsys.readouterr().out.strip() in found["labels"]
+
+
+@pytest.mark.parametrize("to", ["peft", "merged"])
 @pytest.mark.parametrize(
     ("family", "more", "method", "objective"),
     [
@@ -360,11 +393,7 @@ def test_example_of_the_readme_gives_the_scores_of_the_learner(
     # Of the size that needs no resizing, in which libraries round differently.
     photo = Image.fromarray(pictures(learner.backbone.preprocess.resize, n=1)[0].permute(1, 2, 0).numpy())
     photo.save(folder / "photo.jpg", "PNG")
-    code = re.search("```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert code
-    monkeypatch.chdir(folder)
-    found: dict[str, Any] = {}
-    exec(code[1], found)
+    found = example(folder, monkeypatch)
     same(found["scores"], scores(learner, learner.backbone.preprocess(photo)[None]))
     assert found["labels"] == [f"class {i}" for i in range(6)]
     assert capsys.readouterr().out.strip() == learner.predict([photo], top=1)[0][0][0]

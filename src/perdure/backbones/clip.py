@@ -104,6 +104,16 @@ class Clip(Backbone):
         )
         return {name: ids for name, ids in found.items() if not (self._padded and name == _MASK)}
 
+    @property
+    def tokens(self) -> str:
+        """What `tokenise` does to `labels`, as Python for an export."""
+        padding = "max_length" if self._padded else "longest"
+        dropped = "; tokens.pop('attention_mask', None)" if self._padded else ""
+        return (
+            f"tokenizer(labels, padding={padding!r}, truncation=True, max_length={self._length}, return_tensors='pt')"
+            f"{dropped}"
+        )
+
     def embed_tokens(self, tokens: Mapping[str, Tensor]) -> Tensor:
         """Projected embeddings (n, dim), not normalised to unit length."""
         return _embeddings(self.model.get_text_features(**tokens))
