@@ -171,6 +171,10 @@ def build_learner(kind: type[C], config: RunConfig, runtime: Runtime | None = No
 def _build(config: RunConfig, runtime: Runtime | None) -> tuple[Core, Stream, Runtime]:
     learner, runtime = build_learner(Core, config, runtime)
     stream = build_stream(config.stream, learner.backbone.preprocess, config.seed)
+    if learner.objective.classifies and "captions" in stream.notes:
+        raise ValueError(
+            f"{config.stream} has images with captions, which {config.objective} does not read: use --objective retrieve"
+        )
     learner.scenario = stream.scenario
     return learner, stream, runtime
 
