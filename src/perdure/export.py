@@ -99,8 +99,8 @@ def _check(learner: Core, to: str) -> None:
         raise ValueError("this learner has learnt nothing yet: there is nothing to export")
     if not isinstance(backbone, Clip | Vision | Timm):
         raise ValueError(
-            f"{backbone.spec} is no model of another library, so none could load it: learn on pocket(), clip(...), "
-            "vision(...) or timm(...), or keep it with save"
+            f"{backbone.spec} cannot be exported: learn on pocket(), clip(...), vision(...) or timm(...), or keep it "
+            "with save"
         )
     if (
         not isinstance(backbone, Timm)

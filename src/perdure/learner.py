@@ -187,7 +187,7 @@ class Core(nn.Module):
     @property
     def constant_blocks(self) -> int:
         """How many blocks at the bottom of the vision tower are neither trained nor adapted."""
-        if self.tunes_backbone or encodes(self.method):
+        if self.tunes_backbone or encodes(self.method) or not self.backbone.has_blocks():
             return 0
         names = self.backbone.blocks()
         return next((i for i, n in enumerate(names) if adapted(self.backbone.get_submodule(n))), len(names))

@@ -85,7 +85,7 @@ def fastest_attention(
 ) -> Literal["eager", "sdpa"]:
     """Time a training step with both implementations on this machine. Off the CPU, SDPA's fused kernels always win."""
     device = next(backbone.parameters()).device
-    if device.type != "cpu":
+    if device.type != "cpu" or not backbone.has_blocks():
         return "sdpa"
     side = backbone.preprocess.size
     image = torch.zeros(min(batch_size, 32), 3, side, side, dtype=torch.uint8, device=device)
