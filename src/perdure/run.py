@@ -173,7 +173,7 @@ def _build(config: RunConfig, runtime: Runtime | None) -> tuple[Core, Stream, Ru
     stream = build_stream(config.stream, learner.backbone.preprocess, config.seed)
     if learner.objective.classifies and "captions" in stream.notes:
         raise ValueError(
-            f"{config.stream} has images with captions, which {config.objective} does not read: use --objective retrieve"
+            f"{config.stream} has captions, which {config.objective} does not read: use --objective retrieve"
         )
     learner.scenario = stream.scenario
     return learner, stream, runtime
