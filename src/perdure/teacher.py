@@ -76,11 +76,6 @@ def distillation(teacher: Tensor, student: Tensor, temperature: float) -> Tensor
     return temperature**2 * F.kl_div(given, wanted, reduction="batchmean", log_target=True)
 
 
-def relations(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
-    """`distillation` of similarities (n, m), from each row over columns and from each column over rows, added."""
-    return distillation(teacher, student, temperature) + distillation(teacher.T, student.T, temperature)
-
-
 def trains_encoder(learner: Core) -> bool:
     """Whether the current task trains more than heads: if not, what a teacher says of features is what they are."""
     heads = {id(p) for p in learner.objective.parameters()}
