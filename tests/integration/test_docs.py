@@ -3,7 +3,6 @@
 import ast
 import importlib
 import inspect
-import json
 import re
 import shlex
 import sys
