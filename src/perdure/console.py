@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Te
 from rich.table import Table
 from rich.text import Text
 
-from perdure.metrics import ACCURACY, RECALL, scored
+from perdure.metrics import RECALL, scored
 from perdure.pace import Pace
 from perdure.wording import human_bytes, human_seconds, number, share, times
 
@@ -128,17 +128,21 @@ class Screen:
         self._event("scores", task=task.index, rows=[asdict(row) for row in rows])
         seconds = time.perf_counter() - self._start
 
+        score, told, _ = scored(rows)
+
         def mean(metric: str) -> str:
-            values = [row.value for row in rows if row.metric == metric and row.after == task.index]
+            seen = [row for row in rows if row.on is not None and row.on <= task.index == row.after]
+            values = [row.value for row in seen if row.metric == metric]
             return f"{sum(values) / len(values):.1%}" if values else "–"
 
-        new = [r.value for r in rows if r.metric in (ACCURACY[0], RECALL[0]) and r.on == task.index == r.after]
+        new = [r.value for r in rows if r.metric == score and r.on == task.index == r.after]
         room = max(8, min(self.out.width, 100) - 53)
         if not self._headed:
-            self._say(f"  task  {'':<{room}}     new   so far  with task id       time")
+            head = "own gallery" if score == RECALL[0] else "with task id"
+            self._say(f"  task  {'':<{room}}     new   so far  {head:>12}       time")
         self._headed = True
         name = task.name if len(task.name) <= room else f"{task.name[: room - 1]}…"
-        shares = f"{f'{new[0]:.1%}' if new else 'no test':>8} {mean('accuracy'):>8} {mean('accuracy_with_task_id'):>13}"
+        shares = f"{f'{new[0]:.1%}' if new else 'no test':>8} {mean(score):>8} {mean(told):>13}"
         # Padded by what a character takes on the screen: a Chinese one takes two columns.
         padding = " " * max(0, room - Text(name).cell_len)
         self._say(f"  {task.index + 1:>4}  {name}{padding}{shares} {human_seconds(seconds):>10}")

@@ -32,7 +32,7 @@ class Evaluation:
             rows = self._untaught(learner)
         learner.grow(task)
         if task.index > 0 and len(task.test) and self._open(learner) and not self._square:
-            rows += self._rows(learner, task.index - 1, [*self._seen(task.index - 1), task])[-1]
+            rows += self._beside(learner, task.index - 1, self._seen(task.index - 1), task)
         return rows
 
     def after(self, learner: Core, task: Task) -> list[Row]:
@@ -40,7 +40,7 @@ class Evaluation:
         rows = [row for each in self._rows(learner, task.index, self._seen(task.index)) for row in each]
         if self._square and self._open(learner):
             for later in self.stream.tasks[task.index + 1 :]:
-                rows += self._rows(learner, task.index, [*self._seen(task.index), later])[-1]
+                rows += self._beside(learner, task.index, self._seen(task.index), later)
         rows += self.retention.measure(learner, task.index)
         return rows + [Row(task.index, None, k, float(v)) for k, v in learner.method.measures(learner).items()]
 
@@ -67,9 +67,15 @@ class Evaluation:
             for each in self.stream:
                 untaught.grow(each)
                 if len(each.test):
-                    rows += self._rows(untaught, -1, self._seen(each.index))[-1]
+                    rows += self._beside(untaught, -1, self._seen(each.index - 1), each)
         examples.before(untaught, self.stream, self.out)
         return rows + self.retention.measure(untaught, -1)
+
+    @classmethod
+    def _beside(cls, learner: Core, after: int, seen: list[Task], task: Task) -> list[Row]:
+        """What is measured on `task`; in a ranking the images and captions of `seen` are searched too."""
+        tasks = [task] if learner.objective.classifies else [*seen, task]
+        return cls._rows(learner, after, tasks)[-1]
 
     @staticmethod
     def _rows(learner: Core, after: int, tasks: list[Task]) -> list[list[Row]]:

@@ -33,7 +33,10 @@ def before(learner: Core, stream: Stream, out: Path) -> None:
     if not isinstance(learner.objective, Retrieve) or (out / FILE).exists():
         return
     tasks = [task for task in stream if len(task.test)]
-    queries = [_query(tasks[i % len(tasks)], i // len(tasks)) for i in range(_QUERIES)]
+    if not tasks:
+        return
+    each = -(-_QUERIES // len(tasks))
+    queries = [_query(tasks[i % len(tasks)], i // len(tasks), each) for i in range(_QUERIES)]
     found = _found(learner, tasks, [query["text"] for query in queries])
     for query, best in zip(queries, found, strict=True):
         query["before"] = best
@@ -55,10 +58,9 @@ def after(learner: Core, stream: Stream, out: Path) -> None:
     checkpoint.write_json(out / FILE, noted | {"pictures": _pictures(tasks, wanted)})
 
 
-def _query(task: Task, number: int) -> dict[str, Any]:
-    """A caption of the task's test images, spread evenly over them."""
-    place = number * len(task.test) // max(1, _QUERIES // 2)
-    batch = task.test.__getitems__([place % len(task.test)])
+def _query(task: Task, number: int, of: int) -> dict[str, Any]:
+    """A caption of the task's test images, the `number`-th of so many that are spread evenly over them."""
+    batch = task.test.__getitems__([number * len(task.test) // of])
     text = unpack(batch["text"][0][present(batch["text"][0])][:1])[0]
     return {"task": task.name, "text": text, "pair": int(batch["pair"][0])}
 

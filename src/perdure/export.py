@@ -45,8 +45,8 @@ _TOKENIZER = ("*token*", "vocab*", "merges.txt", "spiece.model")
 def export(learner: Core, folder: Path, to: Target | str) -> Path:
     """Write `learner` to `folder`, whole or not at all; returns `folder`.
 
-    Beside the model stand `head.safetensors` (`weight` (classes, dim), and `bias` or `logit_scale` where there is one),
-    `labels.json` (names of the classes in the order of the columns, and how to get from features to scores) and
+    Beside the model stand `head.safetensors` (`weight` (classes, dim), and `bias` or `logit_scale` where there is one;
+    for captions `logit_scale` alone), `labels.json` (names of the classes in the order of the columns, and how to get from features to scores) and
     `README.md` with a working example.
 
     Args:
@@ -295,7 +295,7 @@ def _use(backbone: Backbone, to: str) -> _Use:
 def _facts(learner: Core, use: _Use) -> dict[str, Any]:
     config, classifier = getattr(learner, "config", None), classifier_of(learner)
     facts = {
-        "labels": list(learner.objective.names),
+        "labels": list(learner.objective.names) if learner.objective.classifies else [],
         "objective": config.objective if config else type(learner.objective).__name__.lower(),
         "classifier": classifier.what,
         "features": f"features = {use.features}; head = head.safetensors; scores = {classifier.scores}",

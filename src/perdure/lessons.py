@@ -13,7 +13,7 @@ from perdure.run import Interrupted, learn_stream, nothing_learnt_nothing_left
 from perdure.spec import parse
 from perdure.streams import ImageSet, build_stream, folder_task
 from perdure.streams.draws import digest
-from perdure.teach import OPEN, Learner, check_first
+from perdure.teach import OPEN, Learner, check_first, check_labelled
 from perdure.train import Diverged, Progress, Quiet, TrainConfig
 from perdure.types import Data, Stream, Task
 
@@ -56,6 +56,7 @@ def teach_folder(
             _refuse_without_effect(into, learner.config, given)
         else:
             learner = Learner.of(dataclasses.replace(config, stream=OPEN))
+        check_labelled(learner)
         trained = {k: v for k, v in given.items() if k in {f.name for f in dataclasses.fields(TrainConfig)}}
         train = dataclasses.replace(learner.usual_training(), **trained)
         before = _tasks_with_data(learner, into, progress)

@@ -39,6 +39,8 @@ class Retention:
             written = {name for name, _ in parse_one(text).kwargs}
             whole = {} if written & {"tasks", "increments", "scenario"} else {"tasks": 1}
             stream = build_stream(text, learner.backbone.preprocess, 0, **whole)
+            if "captions" in stream.notes or len({c for task in stream for c in task.classes}) < 2:
+                raise ValueError(f"retain={text!r}: there are no classes to tell apart; give a labelled data set")
             name = stream.name if stream.name not in self.sets else f"{stream.name} {len(self.sets) + 1}"
             self.sets[name] = stream
         objective = learner.objective

@@ -171,9 +171,15 @@ def build_learner(kind: type[C], config: RunConfig, runtime: Runtime | None = No
 def _build(config: RunConfig, runtime: Runtime | None) -> tuple[Core, Stream, Runtime]:
     learner, runtime = build_learner(Core, config, runtime)
     stream = build_stream(config.stream, learner.backbone.preprocess, config.seed)
-    if learner.objective.classifies and "captions" in stream.notes:
+    captioned = "captions" in stream.notes
+    if captioned and learner.objective.classifies:
         raise ValueError(
             f"{config.stream} has captions, which {config.objective} does not read: use --objective retrieve"
+        )
+    if not captioned and not learner.objective.classifies:
+        raise ValueError(
+            f"{config.objective} learns captions, which {config.stream} has not: use captions(path=...), or another "
+            "--objective"
         )
     learner.scenario = stream.scenario
     return learner, stream, runtime

@@ -113,7 +113,7 @@ class Exemplars(Examples):
             like: a batch in training.
             view: how the images are changed, anew in every step.
         """
-        if view is None and like.keys() - {"image", "label"}:
+        if view is None and like.keys() - {"image", "label", "pair", "text"}:
             old = self._prepared(learner).__getitems__(rows.tolist())
         else:
             old = read(learner.tasks, self.refs[rows])

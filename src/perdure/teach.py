@@ -106,6 +106,7 @@ class Learner(Core):
             ValueError: for images, labels or options that cannot be used.
         """
         check_options("learn", options, TrainConfig)
+        check_labelled(self)
         train = dataclasses.replace(self.usual_training(), **options)
         index = self.learnt
         if isinstance(images, str | Path):
@@ -148,7 +149,9 @@ class Learner(Core):
                     "this learner ranks images and captions and has learnt no classes: name some with "
                     "classes=['a cat', 'a dog'] (--classes), or use search"
                 )
-        elif not classes:
+        if top is not None and top < 1:
+            raise ValueError(f"top={top}: expected 1 or more, or None for all")
+        if classes is not None and not len(classes):
             raise ValueError("classes is empty: give at least one name, or None for what was learnt")
         images = _several(images)
         if not len(images):
@@ -187,6 +190,8 @@ class Learner(Core):
         if top < 1:
             raise ValueError(f"top={top}: expected 1 or more")
         images = _several(images)
+        if not len(images):
+            return []
         data = ImageSet.of(images, [0] * len(images), self.backbone.preprocess)
         with self.inference():
             cosines = self._towards(data, class_texts(self, [text], ("{}",)), batch_size)[:, 0].cpu()
@@ -279,6 +284,15 @@ def check_first(learner: Learner, task: Task, known: Mapping[str, int], where: s
     """Refuse a first task that has nothing to tell apart."""
     if not known and len(task.classes) < 2 and not learner.objective.open_vocabulary:
         raise ValueError(f"{where}: one class only, {task.names[0]!r}; a first task needs at least two")
+
+
+def check_labelled(learner: Core) -> None:
+    """Refuse labels where captions are learnt."""
+    if not learner.objective.classifies:
+        raise ValueError(
+            "retrieve learns captions, and images given one by one have labels only: learn a stream of captions with "
+            "'perdure run', or take the objective zeroshot()"
+        )
 
 
 def _several(images: Any) -> Any:

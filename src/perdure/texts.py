@@ -33,4 +33,8 @@ def unpack(packed: Tensor) -> list[str]:
 
 def present(packed: Tensor) -> Tensor:
     """Where a text stands: bool (...) for uint8 (..., most bytes)."""
-    return packed[..., 0] > 0 if packed.shape[-1] else torch.zeros(packed.shape[:-1], dtype=torch.bool)
+    return (
+        packed[..., 0] > 0
+        if packed.shape[-1]
+        else torch.zeros(packed.shape[:-1], dtype=torch.bool, device=packed.device)
+    )

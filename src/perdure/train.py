@@ -159,6 +159,7 @@ def fit_task(
                 save_step(step + 1, optimizer)
         check_finite(learner, task)
     clock.append(time.perf_counter())
+    learner.step = steps  # also where a resumed run had no step left to do
     _reseed(learner, task, "end")
     method.end_task(learner, task)
     learner.settle()

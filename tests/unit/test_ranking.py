@@ -62,3 +62,8 @@ def test_ranks_do_not_depend_on_how_many_queries_are_scored_at_once(size: int, m
     whole = ranks(queries, pairs, gallery, pairs)
     monkeypatch.setattr("perdure.ranking._CHUNK", size)
     assert torch.equal(ranks(queries, pairs, gallery, pairs), whole)
+
+
+def test_embeddings_that_are_no_numbers_find_nothing() -> None:
+    lost, pairs = torch.full((12, 4), torch.nan), torch.arange(12)
+    assert set(recalls(lost, pairs, lost, pairs, (lost, pairs, lost, pairs)).values()) == {0.0}

@@ -112,3 +112,8 @@ def test_transfer_average_and_last_of_a_square() -> None:
     assert metrics.acc(matrix) == pytest.approx(2.5 / 3)
     assert metrics.transfer([[0.9, None], [0.8, 0.9]]) is None
     assert metrics.transfer([[0.9]]) is None
+
+
+def test_a_captioned_data_set_has_no_classes_to_keep(bench: Any) -> None:
+    with pytest.raises(ValueError, match=r"^retain='captions_synthetic\(\)': there are no classes to tell apart"):
+        Retention(("captions_synthetic()",), bench.learner("probe"))

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from perdure.config import make_method
 from perdure.learner import Encoded
 from perdure.memory.inputs import second_moments
-from perdure.objectives.retrieve import Retrieve, embedded
+from perdure.objectives.retrieve import Retrieve, _Gallery, embedded
 from perdure.run import run
 from perdure.texts import pack, unpack
 
@@ -104,7 +104,7 @@ def test_methods_that_answer_by_classes_are_refused_when_built(method: str, benc
 
 def test_retrieval_without_captions_or_without_a_text_tower_says_what_to_use(bench: Any, tmp_path: Path) -> None:
     stream = "synthetic(tasks=2, test_per_class=4)"
-    with pytest.raises(ValueError, match=r"captions.* this stream has not: use captions\(path=\.\.\.\)$"):
+    with pytest.raises(ValueError, match=r"^retrieve learns captions, which synthetic.* has not: use captions\(path"):
         run(bench.config("probe", stream=stream), tmp_path / "a")
     with pytest.raises(ValueError, match=r"^retrieve needs a text tower"):
         run(bench.config("probe", backbone="tiny()"), tmp_path / "b")
@@ -137,6 +137,28 @@ def test_the_same_image_in_two_languages_stands_in_the_union_once(bench: Any) ->
     joint = learner.objective.evaluate(learner, list(stream.tasks))[1]
     # texts look for images, which are the same ones whatever the languages
     assert [joint[f"union/t2i@{k}"] for k in (1, 5, 10)] == [single[f"own/t2i@{k}"] for k in (1, 5, 10)]
+
+
+def test_captions_in_another_language_do_not_answer_for_this_one(bench: Any) -> None:
+    learner = bench.but(scenario="domain").learner("probe")
+    draw = torch.Generator().manual_seed(0)
+    images, pairs = F.normalize(torch.randn(30, 8, generator=draw), dim=1), torch.arange(30)
+    strange = F.normalize(torch.randn(30, 8, generator=draw), dim=1)
+    known, unknown = _Gallery(images, pairs, images, pairs), _Gallery(images, pairs, strange, pairs)
+    galleries = iter([known, unknown])
+    learner.objective._gallery = lambda *_: next(galleries)
+    tasks = bench.but(scenario="domain").stream().tasks[:2]
+    first, second = learner.objective.evaluate(learner, list(tasks))
+    assert first["union/i2t@1"] == 1.0
+    assert second["union/i2t@1"] <= second["own/i2t@1"] < 0.2
+
+
+def test_a_stop_after_the_last_step_changes_nothing(bench: Any, content_of: Any, tmp_path: Path) -> None:
+    method = "inflora(rank=2, tower='text')"
+    stream = "captions_synthetic(tasks=2, captions=5, test_per_task=8)"
+    run(bench.config(method, stream=stream), tmp_path / "whole")
+    bench.broken_run(method, tmp_path / "broken", task=0, step=4, save_every=4, stream=stream)
+    assert content_of(tmp_path / "whole") == content_of(tmp_path / "broken")
 
 
 def test_moments_of_the_text_tower_leave_padding_out(bench: Any) -> None:

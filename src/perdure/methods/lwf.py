@@ -71,7 +71,7 @@ class LwF(Method, name="lwf"):
                 "leave it out"
             )
         self._groups = _groups(learner)
-        if not learner.objective.classifies:
+        if isinstance(learner.objective, Retrieve):
             if self.heads == "frozen":
                 raise ValueError("heads='frozen' has no effect where there are no heads: leave it out")
             self.records = (_FEATURES, _CAPTIONS)
@@ -102,7 +102,7 @@ class LwF(Method, name="lwf"):
         """The teacher's scores (B, seen classes); of images with captions its embeddings of both."""
         if not self.teacher.kept or not learner.training:
             return {}
-        if not learner.objective.classifies:
+        if isinstance(learner.objective, Retrieve):
             return dict(zip(self.records, self.teacher.pairs(learner, batch), strict=True))
         return {_SCORES: self.teacher(learner, batch)[1]}
 

@@ -147,15 +147,17 @@ class Retrieve(Objective):
         """Recall at 1, 5 and 10 both ways: on the gallery of each task, and on that of all of `tasks` (harder).
 
         `recall` is the mean of the six on the union (`rsum` / 6), `recall_own_gallery` that on the task's own; queries
-        are the task's in both.
+        and right answers are the task's in both: of an image that another task shows in another language, the captions
+        there are neither right nor wrong.
         """
         with learner.inference():
             galleries = [self._gallery(learner, learner.encoded(task.test, keep=True), size) for task in tasks]
         union = _joined(galleries)
+        task_of = torch.cat([torch.full((len(own.texts),), i) for i, own in enumerate(galleries)])
         found = []
-        for own in galleries:
+        for i, own in enumerate(galleries):
             queries = (own.images, own.pair, own.texts, own.pair_of_text)
-            near, far = recalls(*queries, own.parts), recalls(*queries, union.parts)
+            near, far = recalls(*queries, own.parts), recalls(*queries, union.parts, task_of == i)
             found.append(
                 {"recall": sum(far.values()) / len(far), "recall_own_gallery": sum(near.values()) / len(near)}
                 | {f"own/{k}": v for k, v in near.items()}
