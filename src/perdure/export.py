@@ -46,8 +46,8 @@ def export(learner: Core, folder: Path, to: Target | str) -> Path:
     """Write `learner` to `folder`, whole or not at all; returns `folder`.
 
     Beside the model stand `head.safetensors` (`weight` (classes, dim), and `bias` or `logit_scale` where there is one;
-    for captions `logit_scale` alone), `labels.json` (names of the classes in the order of the columns, and how to get from features to scores) and
-    `README.md` with a working example.
+    for captions `logit_scale` alone), `labels.json` (names of the classes in the order of the columns, and how to get
+    from features to scores) and `README.md` with a working example.
 
     Args:
         learner: that has learnt at least one task.
