@@ -15,7 +15,6 @@ from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Te
 from rich.table import Table
 from rich.text import Text
 
-from perdure.metrics import RECALL, scored
 from perdure.pace import Pace
 from perdure.wording import human_bytes, human_seconds, number, share, times
 
@@ -127,6 +126,8 @@ class Screen:
         self._close()
         self._event("scores", task=task.index, rows=[asdict(row) for row in rows])
         seconds = time.perf_counter() - self._start
+
+        from perdure.metrics import RECALL, scored  # here: advice, which uses this file too, waits for no torch
 
         score, told, _ = scored(rows)
 
@@ -243,6 +244,8 @@ class Screen:
             for row in rows:
                 self.result(asdict(row))
             return
+        from perdure.metrics import RECALL, scored  # see `scores`
+
         score, told, task_id = scored(rows)
         kinds = {score: score, told: "own gallery" if score == RECALL[0] else "with task id", task_id: "task id"}
         kinds = {metric: title for metric, title in kinds.items() if any(row.metric == metric for row in rows)}

@@ -102,19 +102,15 @@ def _check(learner: Core, to: str) -> None:
             f"{backbone.spec} cannot be exported: learn on pocket(), clip(...), vision(...) or timm(...), or keep it "
             "with save"
         )
-    if (
-        not isinstance(backbone, Timm)
-        and "path" not in _options(backbone)
-        and parse_one(backbone.spec).name != "pocket"
-    ):
-        raise ValueError(
-            f"{backbone.spec} is put together from two models: no folder has processors that could go with it; "
-            "save the pair with transformers and learn on path=..., or keep this learner with save"
-        )
     if strange := [part.name for part in parts_of(learner.method) if encodes(part)]:
         raise ValueError(f"{strange[0]} changes features as no weights can express; keep this learner with save")
     if prompted(backbone):
         raise ValueError("prompts take part in the encoder, which no weights can hold; keep this learner with save")
+    if isinstance(backbone, Clip) and "vision" in _options(backbone):
+        raise ValueError(
+            f"{backbone.spec} is put together from two models: no folder has processors for it; save the pair "
+            "with transformers and learn on path=..., or keep this learner with save"
+        )
     classifier_of(learner)
     linear = False
     for site, adapter, part in updates(backbone):

@@ -143,11 +143,7 @@ class Core(nn.Module):
         float32.
         """
         if self.precision != torch.float32 and not self.tunes_backbone:
-            # a scale is one number, and loses more by rounding than it takes
-            scales = {name: p.data for name, p in self.backbone.named_parameters() if p.numel() == 1}
             self.backbone.to(self.precision)
-            for name, value in scales.items():
-                self.backbone.get_parameter(name).data = value
         fold(self.backbone, branches=False)
 
     def loss(self, batch: Batch) -> Tensor:

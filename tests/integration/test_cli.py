@@ -21,16 +21,17 @@ from perdure.types import Row, Task
 
 TRAINING = ["--epochs", "--batch-size", "--lr", "--optimizer", "--weight-decay", "--schedule"]
 RUNNING = ["--stream", "--backbone", "--method", "--objective", "--augment", "--seed", "--precision", "--attention"]
-RUNNING += ["--device", "--save-every"]
+RUNNING += ["--device", "--save-every", "--retain"]
 FLAGS = {
     "demo": ["--json", "--out"],
     "run": ["--json", *TRAINING, *RUNNING, "--recipe", "--out"],
     "resume": ["--json", "FOLDER"],
     "learn": ["--json", "FOLDER", "--into", "--backbone", "--method", "--objective", "--epochs", "--lr"],
-    "predict": ["--json", "LEARNER", "IMAGES", "--top"],
+    "predict": ["--json", "LEARNER", "IMAGES", "--top", "--classes"],
+    "search": ["--json", "LEARNER", "FOLDER", "TEXT", "--top"],
     "compare": ["--json", *TRAINING, *sorted({*RUNNING} - {"--method", "--seed"}), "--methods", "--seeds", "--out"],
     "advise": ["--json", "--bytes", "--old-data", "--tasks", "--id-at-test", "--step-cost", "--scenario", "--from"],
-    "eval": ["--json", "LEARNER", "--stream"],
+    "eval": ["--json", "LEARNER", "--stream", "--retain"],
     "report": ["--json", "FOLDERS", "--out"],
     "export": ["--json", "LEARNER", "--out", "--to"],
     "list": ["--json", "WHAT", "NAME"],

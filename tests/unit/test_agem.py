@@ -121,7 +121,6 @@ def test_old_examples_are_augmented_as_new_ones_are(lab: Any) -> None:
 @pytest.mark.parametrize(
     ("carrier", "tasks", "said"),
     [
-        ("lora(rank=2) + joint", 1, "has nothing to protect beside joint, which trains on all old images: keep one"),
         ("ncm", 1, "has no gradient to project: ncm answers without the heads, and nothing else is trained"),
         ("lora(rank=2, tasks=1) + ncm", 2, "has no gradient to project: ncm answers without the heads"),
     ],
@@ -133,6 +132,14 @@ def test_where_no_step_needs_to_be_turned_it_is_refused(
     lab.teach(learner, stream.tasks[: tasks - 1])
     with pytest.raises(ValueError, match=f"^{part} {said}"):
         lab.teach(learner, stream.tasks[tasks - 1 : tasks])
+
+
+@pytest.mark.parametrize("part", ["gem", "agem"])
+def test_beside_joint_it_is_refused_when_built(part: str) -> None:
+    with pytest.raises(
+        ValueError, match=f"^{part} has nothing to protect beside joint, which trains on all old images"
+    ):
+        make_method(f"lora(rank=2) + joint + {part}")
 
 
 def test_a_batch_of_nothing_is_refused() -> None:
