@@ -10,17 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from perdure.learner import Core
-from perdure.method import Method, check_trained, parts_of
 from perdure.types import Batch
-
-
-def check(learner: Core, part: Method) -> None:
-    """Raise `ValueError` when the method `part` has nothing to compare, so that it has no effect."""
-    check_trained(learner, part, "no gradient to project")
-    if any(other.name == "joint" for other in parts_of(learner.method)):
-        raise ValueError(
-            f"{part.name} has nothing to protect beside joint, which trains on all old images: keep one of them"
-        )
 
 
 def moved(learner: Core) -> list[nn.Parameter]:

@@ -222,8 +222,3 @@ def check_finite(learner: Core, task: Task) -> None:
     bad = [n for n, p in learner.trainable().items() if not torch.isfinite(p).all()]
     if bad:
         raise Diverged(f"training diverged in task {task.index}: {bad[0]} is not finite")
-
-
-def evaluate(learner: Core, task: Task, size: int = 256) -> dict[str, float]:
-    """What the objective measures on `task`'s test set."""
-    return learner.objective.evaluate(learner, [task], size)[0]

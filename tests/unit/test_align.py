@@ -9,7 +9,6 @@ from torch import Tensor
 from perdure.config import make_method
 from perdure.memory.gaussians import Covariance, Gaussians
 from perdure.memory.symmetric import pack, shrunk, unpack
-from perdure.train import evaluate
 
 FORMS: tuple[Covariance, ...] = ("shared", "full", "diagonal", "lowrank")
 
@@ -22,7 +21,7 @@ def mixed(n: int = 40, dim: int = 6, classes: int = 3) -> tuple[Tensor, Tensor]:
 
 
 def accuracy(learner: Any, stream: Any) -> float:
-    return sum(evaluate(learner, task)["accuracy"] for task in stream) / len(stream)
+    return sum(learner.objective.evaluate(learner, [task])[0]["accuracy"] for task in stream) / len(stream)
 
 
 def held_bytes(learner: Any) -> int:

@@ -13,7 +13,6 @@ from perdure.checkpoint import DamagedCheckpoint
 from perdure.config import make_method
 from perdure.memory.subspace import Subspace
 from perdure.run import resume, run
-from perdure.train import evaluate
 from perdure.types import Row, Task
 
 # Layers have more inputs (64) than a task has tokens, so that each leaves some free.
@@ -126,7 +125,7 @@ def test_measuring_drift_does_not_change_what_is_learnt(lab: Any, tmp_path: Path
     for task in lab.stream():
         lab.teach(learner, [task])
         for each in learner.tasks:
-            evaluate(learner, each)
+            learner.objective.evaluate(learner, [each])[0]
     kept = load_file(tmp_path / "task-002" / "learner.safetensors")
     assert all(torch.equal(kept[k], v) for k, v in learner.memory().items())
 

@@ -9,7 +9,6 @@ from torch.nn import functional as F
 from perdure.config import make_method
 from perdure.memory.symmetric import unpack
 from perdure.methods.ranpac import random_signs
-from perdure.train import evaluate
 from perdure.types import Task
 
 
@@ -67,7 +66,10 @@ class _Joined:
 def test_ranpac_answers_better_than_heads_learnt_apart(lab: Any) -> None:
     bench = lab.but(per_class=30, noise=0.5)
     learners = [bench.taught(m) for m in ("probe", "ranpac(dim=200)")]
-    apart, regressed = (sum(evaluate(learner, task)["accuracy"] for task in bench.stream()) / 3 for learner in learners)
+    apart, regressed = (
+        sum(learner.objective.evaluate(learner, [task])[0]["accuracy"] for task in bench.stream()) / 3
+        for learner in learners
+    )
     assert regressed > apart + 0.3
     assert learners[1].trainable() == {}
 

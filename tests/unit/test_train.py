@@ -14,7 +14,7 @@ from perdure.learner import Core
 from perdure.method import Method
 from perdure.objectives import Classify
 from perdure.streams import ImageSet
-from perdure.train import Quiet, TrainConfig, evaluate, fit_task
+from perdure.train import Quiet, TrainConfig, fit_task
 from perdure.types import Task
 
 
@@ -58,14 +58,18 @@ METRICS = ("accuracy", "accuracy_with_task_id", "task_id_accuracy")
 )
 def test_accuracies_are_what_one_counts(scenario: str, first: Any, second: Any) -> None:
     learner = oracle(scenario, [asked(*FIRST), asked(*SECOND)], [(3, 1), (0, 2)])
-    assert evaluate(learner, learner.tasks[0]) == pytest.approx(dict(zip(METRICS, first, strict=False)))
-    assert evaluate(learner, learner.tasks[1]) == pytest.approx(dict(zip(METRICS, second, strict=False)))
+    assert learner.objective.evaluate(learner, [learner.tasks[0]])[0] == pytest.approx(
+        dict(zip(METRICS, first, strict=False))
+    )
+    assert learner.objective.evaluate(learner, [learner.tasks[1]])[0] == pytest.approx(
+        dict(zip(METRICS, second, strict=False))
+    )
 
 
 def test_in_a_domain_stream_all_tasks_have_the_same_candidates() -> None:
     tests = [asked([[9, 1], [9, 1]], [0, 1]), asked([[9, 1], [1, 9]], [0, 1])]
     learner = oracle("domain", tests, [(0, 1), (0, 1)])
-    assert [evaluate(learner, task)["accuracy"] for task in learner.tasks] == [0.5, 1.0]
+    assert [learner.objective.evaluate(learner, [task])[0]["accuracy"] for task in learner.tasks] == [0.5, 1.0]
 
 
 @settings(deadline=None, max_examples=25)
@@ -74,7 +78,7 @@ def test_knowing_the_task_never_hurts(scores: list[list[int]], data: Any) -> Non
     scores = [[4 * (v // 4) + i for i, v in enumerate(line)] for line in scores]  # no ties
     labels = data.draw(st.lists(st.sampled_from([3, 1]), min_size=len(scores), max_size=len(scores)))
     learner = oracle("class", [asked(scores, labels), asked(*SECOND)], [(3, 1), (0, 2)])
-    found = evaluate(learner, learner.tasks[0])
+    found = learner.objective.evaluate(learner, [learner.tasks[0]])[0]
     assert found["accuracy"] <= found["accuracy_with_task_id"]
     assert found["accuracy"] <= found["task_id_accuracy"]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from perdure import gradients
 from perdure.learner import Core
-from perdure.method import Method
+from perdure.method import Method, check_trained
 from perdure.selection import Exemplars
 from perdure.types import Batch, Task
 
@@ -43,7 +43,7 @@ class AGEM(Method, name="agem"):
 
     def check(self, learner: Core, task: Task) -> None:
         """Refuse what would have no effect; known when all parts have grown."""
-        gradients.check(learner, self)
+        check_trained(learner, self, "no gradient to project")
 
     def batch(self, learner: Core, batch: Batch) -> Batch:
         """Draw the old examples that the step is compared with; the batch itself stays as it is."""

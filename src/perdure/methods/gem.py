@@ -20,7 +20,7 @@ from torch import Tensor
 from perdure import gradients
 from perdure.learner import Core
 from perdure.memory.symmetric import exact
-from perdure.method import Method, at_least_zero
+from perdure.method import Method, at_least_zero, check_trained
 from perdure.selection import Exemplars
 from perdure.types import Batch, Task
 
@@ -59,7 +59,7 @@ class GEM(Method, name="gem"):
 
     def check(self, learner: Core, task: Task) -> None:
         """Refuse what would have no effect; known when all parts have grown."""
-        gradients.check(learner, self)
+        check_trained(learner, self, "no gradient to project")
 
     def batch(self, learner: Core, batch: Batch) -> Batch:
         """Draw old examples of each past task; the batch itself stays as it is."""
