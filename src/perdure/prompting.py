@@ -41,20 +41,20 @@ def nearest(cosines: Tensor, count: int, batchwise: bool = False) -> Tensor:
     return votes.topk(count).indices.expand(len(best), -1)
 
 
-def attach_prefix(learner: Core, prefix: Prefix, blocks: str | None) -> None:
-    """Put `prefix` into the attention of `blocks` of the vision tower, see `Backbone.sites`.
+def attach_prefix(learner: Core, prefix: Prefix, blocks: str | None, tower: str = "vision") -> None:
+    """Put `prefix` into the attention of `blocks` of `tower`, see `Backbone.sites`.
 
     Raises:
         ValueError: when the attention of a block cannot take more keys than it has tokens.
     """
     backbone = learner.backbone
-    keys, values, outs = (backbone.sites(letter, blocks) for letter in "kvo")
+    keys, values, outs = (backbone.sites(letter, blocks, tower) for letter in "kvo")
     layers, reason = prefix.attach(backbone, keys, values, outs), "they do not come from the layers of that name"
-    # One black image: an attention that goes round its layers, or knows how many tokens there are, is found out here.
+    # One small input: an attention that goes round its layers, or knows how many tokens there are, is found out here.
     like, before = next(backbone.parameters()), prefix.joined
     try:
         with prefix.giving([like.new_zeros(1, 2 * site.fan_out) for site in keys]):
-            features_of_black(learner)
+            output_of(learner, tower)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
@@ -71,28 +71,33 @@ def first_blocks(backbone: Backbone, start: int, count: int) -> str:
     return f"{start}-{min(start + count, len(backbone.blocks())) - 1}"
 
 
-def check_tokens(learner: Core) -> None:
-    """Let the vision tower, whose blocks take prompt tokens now, encode a black image.
+def check_tokens(learner: Core, tower: str = "vision") -> None:
+    """Let `tower`, whose blocks take prompt tokens now, encode something small.
 
     Raises:
-        ValueError: when its attention cannot do with more tokens than an image has.
+        ValueError: when its attention cannot do with more tokens than an image or text has.
     """
     try:
-        features_of_black(learner)
+        output_of(learner, tower)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:120]
         raise ValueError(
-            f"{learner.backbone.spec}: no token can join those of an image ({reason}); use another backbone, or a "
-            "method without prompt tokens, such as lora"
+            f"{learner.backbone.spec}: no token can join those of {_INPUT[tower]} ({reason}); use another backbone, or "
+            "a method without prompt tokens, such as lora"
         ) from error
 
 
+_INPUT = {"vision": "an image", "text": "a text"}
+
+
 @torch.no_grad()
-def features_of_black(learner: Core) -> Tensor:
-    """Features (1, dim) that the backbone, as it is now, gives of a black image."""
+def output_of(learner: Core, tower: str = "vision") -> Tensor:
+    """What `tower`, as it is now, gives of a black image, (1, dim), or of two texts of unlike length, (2, dim)."""
     learner.to(learner.device)  # what has just been made is not there yet
+    if tower == "text":
+        return learner.backbone.encode_text(["a", "a photo of a cat"])
     side = learner.backbone.preprocess.size
     features: Tensor = learner.backbone(
         {"image": torch.zeros(1, 3, side, side, dtype=torch.uint8, device=learner.device)}

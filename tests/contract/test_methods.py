@@ -169,6 +169,8 @@ ELSEWHERE = [
         "moe_adapters + zscl",
         "moe_adapters + weight_average + ewc",
         "prompt + zscl",
+        "prompt(tower='both')",
+        "prefix(tower='text')",
     )
 ]
 RETRIEVED = [
@@ -177,7 +179,7 @@ RETRIEVED = [
         ("probe", {}),
         ("finetune(tower='both')", {}),
         ("finetune(tower='text') + si", {}),
-        ("joint", {}),
+        ("joint(tower='both')", {}),
         ("lora(rank=2, tower='both')", {}),
         ("lora(rank=2, tower='text', per_task=True)", {}),
         ("lora(rank=2, tower='both') + lwf", {}),
@@ -211,6 +213,10 @@ RETRIEVED = [
         ("dualprompt", {}),
         ("coda_prompt", {}),
         ("prefix", {}),
+        ("prefix(tower='both')", {}),
+        ("prefix(length=2, tower='text') + lwf", {}),
+        ("prompt(tower='text')", {"scenario": "domain"}),
+        ("prompt(tokens=2, deep=True, tower='both')", {}),
     )
 ]
 ELSEWHERE += RETRIEVED

@@ -24,6 +24,7 @@ from perdure.adapters.prefix import Prefix
 from perdure.backbones import BACKBONES, Backbone
 from perdure.backbones.pocket import FOLDER
 from perdure.backbones.unpacked import Attention
+from perdure.config import make_method
 from perdure.learner import Core
 from perdure.methods.lora import LoRA
 from perdure.objectives.zeroshot import ZeroShot
@@ -711,3 +712,20 @@ def test_reading_leaves_the_random_state_alone(saved: dict[str, Path], capfd: py
         read()
     assert torch.equal(torch.get_rng_state(), before)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("kind", EVERY)
+@pytest.mark.parametrize("spec", ["prompt(tokens=3, tower='text')", "prefix(length=3, tower='text')"])
+@torch.no_grad()
+def test_texts_with_prompts_depend_on_themselves_alone(kind: str, spec: str, saved: dict[str, Path]) -> None:
+    learner = Core(load(kind, saved), ZeroShot(), make_method(spec))
+    backbone = learner.backbone
+    before = backbone.encode_text(TEXTS)
+    learner.grow(Task(0, "a", (0, 1), ("cat", "dog"), 1))
+    for prompt in learner.method.parameters():
+        prompt.normal_(generator=torch.Generator().manual_seed(0))
+    for attention in ("eager", "sdpa"):
+        backbone.set_attention(attention)
+        together = backbone.encode_text(TEXTS)
+        torch.testing.assert_close(together, torch.cat([backbone.encode_text([t]) for t in TEXTS]), rtol=0, atol=1e-5)
+    assert (together - before).abs().max() > 1e-3

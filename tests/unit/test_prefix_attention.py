@@ -197,7 +197,7 @@ def test_a_low_rank_update_of_the_same_layers_is_independent_of_the_order(
     for number, adapter in enumerate(parts["lora"].adapters):
         nn.init.normal_(adapter.up[0], std=0.1, generator=torch.Generator().manual_seed(number))
         nn.init.normal_(adapter.down, std=0.1, generator=torch.Generator().manual_seed(9 + number))
-    values = parts["prefix"].prefix.values
+    values = parts["prefix"].prefixes[0].values
     nn.init.normal_(values, generator=torch.Generator().manual_seed(3))
     images = stream.tasks[0].test.__getitems__(range(4))
     beside = learner.encode(images)

@@ -29,13 +29,13 @@ class Loss(nn.Module):
 def test_prefixes_stand_in_the_chosen_blocks_and_tasks_share_them(lab: Any) -> None:
     learner, stream = lab.learner("prefix(length=3, blocks='1')"), lab.stream()
     lab.teach(learner, stream.tasks[:1])
-    prefix = learner.method.prefix
+    (prefix,) = learner.method.prefixes
     assert prefix.values.shape == (1, 3, 2 * lab.dim)
-    assert [n for n in learner.shared() if not n.startswith("objective")] == ["method.prefix.values"]
+    assert [n for n in learner.shared() if not n.startswith("objective")] == ["method.prefixes.0.values"]
     assert learner.constant_blocks == 1
     before = prefix.values.detach().clone()
     lab.teach(learner, stream.tasks[1:2])
-    assert learner.method.prefix is prefix
+    assert list(learner.method.prefixes) == [prefix]
     assert not torch.equal(prefix.values, before)
 
 

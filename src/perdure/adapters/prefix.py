@@ -1,4 +1,4 @@
-"""Prefixes: keys and values that join those of an image's tokens in self-attention (arXiv:2101.00190).
+"""Prefixes: keys and values that join those of an input's tokens in self-attention (arXiv:2101.00190).
 
 softmax(q [p_K; K]ᵀ / √d) [p_V; V] for every query of the block, whose output keeps its length. The model computes it
 itself: its attention runs on as many more tokens in front, of which a hook replaces keys and values by the prefix, and
@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perdure.adapters.attach import hold
+from perdure.adapters.masks import with_masks
 from perdure.types import Site
 
 
 class Prefix(nn.Module):
-    """Company for keys and values in some blocks of the vision tower: what is given for a while, else its own.
+    """Company for keys and values in some blocks of a tower: what is given for a while, else its own.
 
     Args:
         values: its own, (blocks, length, 2 · width), keys beside values; a parameter. Without them it is off whenever
@@ -91,9 +92,10 @@ def _widen(
         return None
     # Zeros: to them a linear update of the projections adds nothing, in whatever order the hooks run.
     front = (0, 0, given.shape[-2], 0)
+    rest, options = with_masks(args[1:], kwargs, given.shape[-2])
     if args:
-        return (F.pad(args[0], front), *args[1:]), kwargs
-    return args, kwargs | {"hidden_states": F.pad(kwargs["hidden_states"], front)}
+        return (F.pad(args[0], front), *rest), options
+    return args, options | {"hidden_states": F.pad(kwargs["hidden_states"], front)}
 
 
 def _join(

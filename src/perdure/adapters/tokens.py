@@ -1,4 +1,4 @@
-"""Prompt tokens: vectors that pass through the encoder beside an image's own tokens (VPT, arXiv:2203.12119)."""
+"""Prompt tokens: vectors that pass through an encoder beside the tokens of an image or text (VPT, arXiv:2203.12119)."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from perdure.adapters.attach import hold
+from perdure.adapters.masks import with_masks
 
 
 class Passing(nn.Module):
@@ -21,18 +22,24 @@ class Passing(nn.Module):
         """Tokens (m, width), or (B, m, width) where each image has its own; None for none at all."""
         raise NotImplementedError
 
-    def attach(self, blocks: Sequence[nn.Module]) -> None:
-        """Let the tokens pass through consecutive `blocks`, right behind the image's first; then they are dropped.
+    def attach(self, blocks: Sequence[nn.Module], tower: str = "vision") -> None:
+        """Let the tokens pass through consecutive `blocks` of `tower`; then they are dropped.
 
-        To self-attention the order of tokens means nothing. But the class token stays where models look for it, and
-        the patches stay last, where models that rotate them by their position (DINOv3) count them from the end.
+        To self-attention the order of tokens means nothing. Among those of an image they stand right behind the first:
+        the class token stays where models look for it, and the patches stay last, where models that rotate them by
+        their position (DINOv3) count them from the end. In a text they stand in front of all, so that tokens which
+        only see what is before them see these.
         """
-        hold(blocks[0], [blocks[0].register_forward_pre_hook(partial(_enter, self))])
-        hold(blocks[-1], [blocks[-1].register_forward_hook(partial(_leave, self))])
+        place = 1 if tower == "vision" else 0
+        hold(blocks[0], [blocks[0].register_forward_pre_hook(partial(_enter, self, place), with_kwargs=True)])
+        if tower == "text":
+            for block in blocks[1:]:
+                hold(block, [block.register_forward_pre_hook(partial(_pass, self), with_kwargs=True)])
+        hold(blocks[-1], [blocks[-1].register_forward_hook(partial(_leave, self, place))])
 
 
 class Tokens(Passing):
-    """`values` (m, width): the same m tokens for all images, from a normal distribution of deviation 0.02."""
+    """`values` (m, width): the same m tokens for all images or texts, from a normal distribution of deviation 0.02."""
 
     def __init__(self, m: int, width: int) -> None:
         super().__init__()
@@ -67,19 +74,32 @@ class Given(Passing):
             self._values = None
 
 
-def _enter(tokens: Passing, _block: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+def _enter(
+    tokens: Passing, place: int, _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     hidden: Tensor = args[0]
     values = tokens.now()
     if values is None:
-        return args
+        return None
     added = values.to(hidden.dtype).expand(len(hidden), -1, -1)
-    return torch.cat([hidden[:, :1], added, hidden[:, 1:]], dim=1), *args[1:]
+    rest, options = with_masks(args[1:], kwargs, values.shape[-2])
+    return (torch.cat([hidden[:, :place], added, hidden[:, place:]], dim=1), *rest), options
 
 
-def _leave(tokens: Passing, _block: nn.Module, _args: tuple[Any, ...], hidden: Tensor) -> Tensor:
+def _pass(
+    tokens: Passing, _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    values = tokens.now()
+    if values is None:
+        return None
+    rest, options = with_masks(args[1:], kwargs, values.shape[-2])
+    return (args[0], *rest), options
+
+
+def _leave(tokens: Passing, place: int, _block: nn.Module, _args: tuple[Any, ...], hidden: Tensor) -> Tensor:
     values = tokens.now()
     if values is None:
         return hidden
-    end = 1 + values.shape[-2]
-    first = hidden[:, 1:end].mean(1, keepdim=True) if tokens.reads else hidden[:, :1]
+    end = place + values.shape[-2]
+    first = hidden[:, place:end].mean(1, keepdim=True) if tokens.reads else hidden[:, :place]
     return torch.cat([first, hidden[:, end:]], dim=1)

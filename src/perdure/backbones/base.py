@@ -27,6 +27,11 @@ _PROJECTIONS = {
 _FUSED = re.compile(r"(.*\.)?qkv")
 
 
+def named_towers(tower: Tower) -> tuple[str, ...]:
+    """The encoders that `tower` names, `vision` first."""
+    return ("vision", "text") if tower == "both" else (tower,)
+
+
 class Backbone(nn.Module):
     """A pre-trained encoder: `batch -> features`, (B, dim) float.
 
@@ -185,9 +190,8 @@ class Backbone(nn.Module):
         Raises:
             ValueError: when a part of the request matches nothing, or would have no effect.
         """
-        chosen = ("vision", "text") if tower == "both" else (tower,)
         found = []
-        for each in chosen:
+        for each in named_towers(tower):
             names = self.blocks(each)
             for i in _indices(blocks, len(names)):
                 found += [self._site(names[i], letter) for letter in _letters(at)]
@@ -207,7 +211,7 @@ class Backbone(nn.Module):
             ValueError: when there is no such tower.
         """
         found: dict[str, nn.Parameter] = {}
-        for each in ("vision", "text") if tower == "both" else (tower,):
+        for each in named_towers(tower):
             if each not in self.towers():
                 raise ValueError(f"{self.spec} has no {each} tower; it has: {', '.join(self.towers())}")
             root = self.towers()[each]

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from perdure.backbones import pretrained
-from perdure.backbones.base import Backbone, Tower
+from perdure.backbones.base import Backbone, Tower, named_towers
 from perdure.images import Preprocess
 from perdure.spec import Spec
 
@@ -140,7 +140,7 @@ class Clip(Backbone):
     def tower_parameters(self, tower: Tower) -> dict[str, nn.Parameter]:
         """Parameters of one encoder with its projection; never the logit scale."""
         of = {"vision": ("vision_model", "visual_projection"), "text": ("text_model", "text_projection")}
-        roots = tuple(f"model.{n}" for t in (of if tower == "both" else (tower,)) for n in of[t])
+        roots = tuple(f"model.{n}" for t in named_towers(tower) for n in of[t])
         return {name: p for name, p in self.named_parameters() if name.startswith(roots)}
 
     def set_attention(self, implementation: pretrained.Attention) -> None:

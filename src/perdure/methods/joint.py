@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from perdure.backbones.base import Tower
 from perdure.learner import Core
-from perdure.method import Method
+from perdure.method import Method, without_effect
 from perdure.types import Batch, Data, Task
 
 
@@ -17,20 +18,25 @@ class Joint(Method, name="joint"):
 
     Args:
         backbone_lr: as in `finetune`, when it stands alone.
+        tower: which encoder, when it stands alone.
     """
 
     rehearses = True
 
-    def __init__(self, backbone_lr: float = 0.1) -> None:
+    def __init__(self, backbone_lr: float = 0.1, tower: Tower = "vision") -> None:
         super().__init__()
-        self.backbone_lr = backbone_lr
+        self.backbone_lr, self.tower = backbone_lr, tower
 
     def grow(self, learner: Core, task: Task) -> None:
         """All heads learn; alone, the encoder too."""
         learner.objective.requires_grad_(True)
         learner.objective.mask = False
-        if learner.method is self:
-            for p in learner.backbone.tower_parameters("vision").values():
+        if learner.method is not self:
+            without_effect(
+                "beside the part that trains the encoder", tower=None if self.tower == "vision" else self.tower
+            )
+        else:
+            for p in learner.backbone.tower_parameters(self.tower).values():
                 p.requires_grad_(True)
 
     def data(self, learner: Core, task: Task) -> Data:

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from perdure.adapters.tokens import Given
 from perdure.learner import Core
 from perdure.method import Method, at_least_zero
-from perdure.prompting import QUERY, check_tokens, features_of_black, nearest, query
+from perdure.prompting import QUERY, check_tokens, nearest, output_of, query
 from perdure.types import Batch, Task
 
 
@@ -129,9 +129,9 @@ def _reads_first_token(learner: Core) -> bool:
     def only_the_first(_block: nn.Module, _args: Any, hidden: Tensor) -> Tensor:
         return torch.cat([hidden[:, :1], torch.zeros_like(hidden[:, 1:])], dim=1)
 
-    plain = features_of_black(learner)
+    plain = output_of(learner)
     handle = backbone.get_submodule(backbone.blocks()[-1]).register_forward_hook(only_the_first)
     try:
-        return torch.allclose(features_of_black(learner), plain, rtol=1e-3, atol=1e-5)
+        return torch.allclose(output_of(learner), plain, rtol=1e-3, atol=1e-5)
     finally:
         handle.remove()

@@ -5,7 +5,10 @@ trained. Here they are trained as they are, start from a normal distribution of 
 the same ones, as plain LoRA does with its branch.
 """
 
+import torch
+
 from perdure.adapters.prefix import Prefix, starting_prefix
+from perdure.backbones.base import Tower, named_towers
 from perdure.learner import Core
 from perdure.method import Method
 from perdure.prompting import attach_prefix
@@ -13,26 +16,29 @@ from perdure.types import Task
 
 
 class PrefixTuning(Method, name="prefix"):
-    """Keys and values that join those of every image, shared and trained by all tasks; the encoder stays as it is.
+    """Keys and values that join those of every input, shared and trained by all tasks; the encoder stays as it is.
 
     Args:
         length: keys, and as many values, in each block.
         blocks: which blocks, all by default.
+        tower: which encoder.
     """
 
     adapts, shares = True, True
 
-    def __init__(self, length: int = 10, blocks: str | None = None) -> None:
+    def __init__(self, length: int = 10, blocks: str | None = None, tower: Tower = "vision") -> None:
         super().__init__()
         if length < 1:
             raise ValueError(f"length={length}: expected at least 1 key and value a block, such as 10")
-        self.length, self.blocks = length, blocks
-        self.prefix: Prefix | None = None
+        self.length, self.blocks, self.tower = length, blocks, tower
+        self.prefixes = torch.nn.ModuleList()  # a Prefix for each tower
 
     def grow(self, learner: Core, task: Task) -> None:
         """Prefixes at the first task; later ones go on with them."""
-        if self.prefix is not None:
+        if len(self.prefixes):
             return
-        keys = learner.backbone.sites("k", self.blocks)
-        self.prefix = Prefix(starting_prefix(len(keys), self.length, 2 * keys[0].fan_out))
-        attach_prefix(learner, self.prefix, self.blocks)
+        for tower in named_towers(self.tower):
+            keys = learner.backbone.sites("k", self.blocks, tower)
+            prefix = Prefix(starting_prefix(len(keys), self.length, 2 * keys[0].fan_out))
+            attach_prefix(learner, prefix, self.blocks, tower)
+            self.prefixes.append(prefix)
