@@ -22,7 +22,7 @@ from perdure.runtime import Runtime, resolve
 from perdure.scatter import standalone
 from perdure.streams import build_stream
 from perdure.train import Progress
-from perdure.wording import times
+from perdure.wording import RARE, times
 
 KEYS = (
     "acc",
@@ -33,6 +33,7 @@ KEYS = (
     "task_id_acc",
     "images_per_second",
     "stored_bytes",
+    *RARE,
 )
 """What the table shows of each summary."""
 _SURE = ("matrix", "seconds_per_task", "trainable_parameters", "stored_bytes")  # what every summary has
@@ -164,10 +165,11 @@ def tabulate(summaries: Sequence[tuple[str, dict[str, Any]]]) -> list[dict[str, 
 
 def markdown(table: Sequence[dict[str, Any]]) -> str:
     """The table in Markdown, in per cent: mean ± sample standard deviation over the runs."""
-    titles = [title for _, title in _SHOWN]
+    shown = [(key, title) for key, title in _SHOWN if key not in RARE or any(row.get(key) for row in table)]
+    titles = [title for _, title in shown]
     lines = [f"| method | runs | {' | '.join(titles)} |", "|---" * (len(titles) + 2) + "|"]
     for row in table:
-        cells = [times(row["step"]) if key == "step" else _shown(key, row[key]) for key, _ in _SHOWN]
+        cells = [times(row["step"]) if key == "step" else _shown(key, row[key]) for key, _ in shown]
         lines.append(f"| `{row['method']}` | {row['runs']} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -178,6 +180,9 @@ _SHOWN = (
     ("forgetting", "forgetting"),
     ("acc_with_task_id", "with task id"),
     ("forgetting_with_task_id", "forgetting with task id"),
+    ("transfer", "transfer"),
+    ("average", "average over the matrix"),
+    ("zero_shot_ratio", "zero-shot kept"),
     ("stored_bytes", "stored"),
     ("step", "step / plain LoRA's"),
     ("seconds", "time"),

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from perdure.pace import Pace
-from perdure.wording import human_bytes, human_seconds, number, share, times
+from perdure.wording import RARE, human_bytes, human_seconds, number, share, times
 
 if TYPE_CHECKING:  # so that what computes nothing does not wait for torch
     from torch import Tensor
@@ -31,6 +31,9 @@ _COLUMNS = {
     "forgetting": "forgetting",
     "acc_with_task_id": "with task id",
     "task_id_acc": "task id",
+    "transfer": "transfer",
+    "average": "over the matrix",
+    "zero_shot_ratio": "zero-shot kept",
 }
 
 _SPARE = ("images/s", "average")  # columns left out of a table that is too wide, the first one first
@@ -38,6 +41,9 @@ _MEANINGS = {
     "average": "over the stream",
     "new task": "right after it was learnt",
     "with task id": "when told which task an image is of",
+    "transfer": "on data sets not learnt yet",
+    "over the matrix": "all scores after every task",
+    "zero-shot kept": "on held-out data",
     "step": "its cost, plain LoRA's is 1",
 }
 
@@ -199,7 +205,11 @@ class Screen:
             self._event("compared", table=list(rows))
             return
         names = {"acc": "accuracy", "aaa": "average", "new_task_acc": "new task", **_COLUMNS}
-        columns = {title: [share(row.get(key)) for row in rows] for key, title in names.items()}
+        columns = {
+            title: [share(row.get(key)) for row in rows]
+            for key, title in names.items()
+            if key not in RARE or any(row.get(key) for row in rows)
+        }
         columns["stored"] = [human_bytes(row["stored_bytes"][0]) for row in rows]
         columns["step"] = [times(row.get("step")) for row in rows]
         columns["images/s"] = [number(row["images_per_second"]) for row in rows]

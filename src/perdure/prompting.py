@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from perdure.adapters.prefix import Prefix
-from perdure.backbones.base import Backbone
+from perdure.backbones.base import Backbone, OneTower
 from perdure.learner import Core
 from perdure.types import Batch
 
@@ -41,7 +41,7 @@ def nearest(cosines: Tensor, count: int, batchwise: bool = False) -> Tensor:
     return votes.topk(count).indices.expand(len(best), -1)
 
 
-def attach_prefix(learner: Core, prefix: Prefix, blocks: str | None, tower: str = "vision") -> None:
+def attach_prefix(learner: Core, prefix: Prefix, blocks: str | None, tower: OneTower = "vision") -> None:
     """Put `prefix` into the attention of `blocks` of `tower`, see `Backbone.sites`.
 
     Raises:
@@ -71,7 +71,7 @@ def first_blocks(backbone: Backbone, start: int, count: int) -> str:
     return f"{start}-{min(start + count, len(backbone.blocks())) - 1}"
 
 
-def check_tokens(learner: Core, tower: str = "vision") -> None:
+def check_tokens(learner: Core, tower: OneTower = "vision") -> None:
     """Let `tower`, whose blocks take prompt tokens now, encode something small.
 
     Raises:
@@ -93,7 +93,7 @@ _INPUT = {"vision": "an image", "text": "a text"}
 
 
 @torch.no_grad()
-def output_of(learner: Core, tower: str = "vision") -> Tensor:
+def output_of(learner: Core, tower: OneTower = "vision") -> Tensor:
     """What `tower`, as it is now, gives of a black image, (1, dim), or of two texts of unlike length, (2, dim)."""
     learner.to(learner.device)  # what has just been made is not there yet
     if tower == "text":

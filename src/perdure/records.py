@@ -12,6 +12,7 @@ from perdure import drift, metrics
 from perdure.charts import Series
 from perdure.spec import parse
 from perdure.types import Row
+from perdure.wording import RARE
 
 PHASES = ("prepare", "train", "finish", "evaluate")
 """What the time of a task is spent on."""
@@ -106,6 +107,7 @@ class Run:
         so_far |= {"acc_with_task_id": metrics.acc(with_id), "task_id_acc": metrics.acc(task_id)}
         so_far["feature_drift"] = drift.final([row[:done] for row in self.drift()[:done]])
         found = {k: v if (stored := _number(self.summary.get(k))) is None else stored for k, v in so_far.items()}
+        found |= {key: _number(self.summary.get(key)) for key in RARE}
         acc, told = found["acc"], found["acc_with_task_id"]
         found["gap"] = None if acc is None or told is None else told - acc
         if seconds := self.seconds():

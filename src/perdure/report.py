@@ -15,6 +15,7 @@ from perdure import charts, language, metrics, scatter
 from perdure.measured import new_task_acc, steps_of
 from perdure.records import PHASES, Group, Run, grouped
 from perdure.scatter import Cost, Point
+from perdure.wording import RARE
 
 # A number's key in summary.json, its name, and what it says to someone who reads it for the first time.
 NUMBERS = (
@@ -170,7 +171,11 @@ def _render(runs: Sequence[Run]) -> str:
     backbones = list(dict.fromkeys(str(run.config.get("backbone", "–")) for run in runs))
     same = len(streams) == len(backbones) == 1
     score = "recall" if all(run.scored == metrics.RECALL for run in runs) else "accuracy"
-    named = _recall_named() if score == "recall" else NUMBERS
+    rare = {key for key in RARE if any(run.numbers()[key] is not None for run in runs)}
+    named = (
+        *(_recall_named() if score == "recall" else NUMBERS),
+        *(each for each in language.NUMBERS if each[0] in rare),
+    )
     steps = any(_spread(group, "step_cost") for group in groups)
     return template.render(
         title=", ".join(methods) if len(methods) <= 3 else f"{len(methods)} methods compared",
@@ -189,7 +194,7 @@ def _render(runs: Sequence[Run]) -> str:
         trades=trade_offs([(group.label, partial(_spread, group)) for group in groups]) if same else [],
         numbers=named,
         meanings=[*named, _STEP] if steps else named,
-        compared=[(k, name) for k, name, _ in named if k in _COMPARED],
+        compared=[(k, name) for k, name, _ in named if k in {*_COMPARED, *rare}],
         costs=[(k, name) for k, name, _ in named if k in _COSTS] + ([_STEP[:2]] if steps else []),
         winners={k: _winner(groups, k) for k in ("acc", "aaa", "new_task_acc", "acc_with_task_id", "task_id_acc")},
         shared=[(k, facts[0][k]) for k in shared],

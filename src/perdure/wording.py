@@ -6,6 +6,9 @@ from typing import Any
 Pair = Sequence[float | None] | None
 """Mean and standard deviation; None where nothing was measured."""
 
+RARE = ("transfer", "average", "zero_shot_ratio")
+"""What a summary has of sequences of data sets, and with held-out ones."""
+
 
 def human_bytes(count: float) -> str:
     """1536 -> '1.5 kB'."""

@@ -7,9 +7,11 @@ import pytest
 from torch.nn import functional as F
 
 from perdure import metrics
+from perdure.compare import markdown, tabulate
 from perdure.config import make_method, make_objective
 from perdure.learner import Core
 from perdure.objectives.zeroshot import class_texts
+from perdure.report import write_report
 from perdure.retention import Retention, kept
 from perdure.run import resume, run
 from perdure.streams import build_stream
@@ -103,6 +105,20 @@ def test_scores_on_a_data_set_before_it_is_learnt_are_among_its_own_names(bench:
     unseen = learner.objective.evaluate(learner, [stream.tasks[1]])[0]["accuracy"]
     learner.grow(stream.tasks[1])
     assert unseen == learner.objective.evaluate(learner, [stream.tasks[1]])[0]["accuracy"]
+
+
+def test_tables_and_report_tell_what_is_kept_where_it_was_measured(bench: Any, tmp_path: Path) -> None:
+    rows = {}
+    for name, more in (("held", {"retain": (HELD,)}), ("sequence", {"stream": SEQUENCE}), ("plain", {})):
+        out = tmp_path / name
+        rows[name] = tabulate([("probe", run(bench.config("probe", **more), out))])
+        rows[name][0] |= {"new_task_acc": None, "step": None}
+        page = write_report([out], out / "report.html").read_text(encoding="utf-8")
+        assert ("Zero-shot accuracy kept" in page) == (name == "held")
+        assert (">Transfer<" in page) == (name == "sequence")
+    assert "| zero-shot kept |" in markdown(rows["held"])
+    assert "| transfer | average over the matrix |" in markdown(rows["sequence"])
+    assert not any(word in markdown(rows["plain"]) for word in ("kept", "transfer", "matrix"))
 
 
 def test_transfer_average_and_last_of_a_square() -> None:

@@ -13,6 +13,7 @@ from perdure.images import Preprocess
 from perdure.types import Batch, Site
 
 Tower = Literal["vision", "text", "both"]
+OneTower = Literal["vision", "text"]
 
 # Letter -> names, inside a block, of its linear layer in the model families we know: timm, HF vision and CLIP,
 # OpenCLIP, BERT (the text tower of Chinese-CLIP, ALIGN and dual encoders).
@@ -27,9 +28,11 @@ _PROJECTIONS = {
 _FUSED = re.compile(r"(.*\.)?qkv")
 
 
-def named_towers(tower: Tower) -> tuple[str, ...]:
+def named_towers(tower: Tower) -> tuple[OneTower, ...]:
     """The encoders that `tower` names, `vision` first."""
-    return ("vision", "text") if tower == "both" else (tower,)
+    if tower == "both":
+        return ("vision", "text")
+    return (tower,)
 
 
 class Backbone(nn.Module):
