@@ -7,7 +7,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
@@ -59,11 +59,10 @@ def run(
             raise ValueError(f"{out} already holds a run: go on with 'perdure resume {out}', or give another --out")
         learner, stream, runtime = _build(config, runtime)
         foresee(config, learner.backbone, stream)
-        checkpoint.write_json(out / "run.json", record(config, learner, stream, runtime))
+        held_out = Retention(config.retain, learner)
+        checkpoint.write_json(out / "run.json", record(config, learner, stream, runtime) | _facts_of_held_out(held_out))
         with nothing_learnt_nothing_left(out):
-            return learn_stream(
-                config, learner, stream, out, progress or Quiet(), config.save_every, retain=config.retain
-            )
+            return learn_stream(config, learner, stream, out, progress or Quiet(), config.save_every, held_out=held_out)
 
 
 @contextmanager
@@ -93,8 +92,10 @@ def resume(out: Path, progress: Progress | None = None) -> dict[str, Any]:
         if not config.stream:
             raise ValueError(f"{out} is taught from folders: go on with 'perdure learn FOLDER --into {out}'")
         learner, stream, _ = _build(config, Runtime(**written["resolved"]))
-        _check_unchanged(out, written["stream"], stream)
-        return learn_stream(config, learner, stream, out, progress or Quiet(), config.save_every, retain=config.retain)
+        _check_unchanged(out, "data", written["stream"], _facts_of_stream(stream))
+        held_out = Retention(config.retain, learner)
+        _check_unchanged(out, "held-out data", written, _facts_of_held_out(held_out))
+        return learn_stream(config, learner, stream, out, progress or Quiet(), config.save_every, held_out=held_out)
 
 
 def read_record(out: Path) -> dict[str, Any]:
@@ -135,11 +136,11 @@ def read_summary(out: Path) -> dict[str, Any]:
     return summary
 
 
-def _check_unchanged(out: Path, written: dict[str, Any], stream: Stream) -> None:
-    now = json.loads(json.dumps(_facts_of_stream(stream)))
+def _check_unchanged(out: Path, what: str, written: dict[str, Any], facts: dict[str, Any]) -> None:
+    now = json.loads(json.dumps(facts))
     if changed := [key for key in now if now[key] != written.get(key)]:
         raise ValueError(
-            f"the data of {out} has changed since the run began ({', '.join(changed)}): restore it, or start anew in "
+            f"the {what} of {out} has changed since the run began ({', '.join(changed)}): restore it, or start anew in "
             "another folder"
         )
 
@@ -193,7 +194,7 @@ def learn_stream(
     progress: Progress,
     save_every: int = 0,
     extra: dict[str, Any] | None = None,
-    retain: Sequence[str] = (),
+    held_out: Retention | None = None,
 ) -> dict[str, Any]:
     """Learn what `out` has not learnt yet of `stream`; returns the summary, which is also written.
 
@@ -205,7 +206,7 @@ def learn_stream(
         progress: who is told.
         save_every: see `RunConfig`.
         extra: facts for the manifests of the tasks learnt now.
-        retain: held-out streams, see `perdure.retention`.
+        held_out: data sets whose zero-shot accuracy is measured too.
     """
     done = checkpoint.whole(out)
     for each in done:
@@ -218,7 +219,7 @@ def learn_stream(
     if latest := snapshot or (done[-1] if done else None):
         checkpoint.restore(learner, latest, stream.tasks)
     features = drift.Drift(done)
-    evaluation = Evaluation(stream, Retention(retain, learner), out, progress.note)
+    evaluation = Evaluation(stream, held_out or Retention((), learner), out, progress.note)
     with _interruptible() as stopped:
         for task in stream.tasks[learnt:]:
             if stopped():
@@ -319,6 +320,10 @@ def record(config: RunConfig, learner: Core, stream: Stream, runtime: Runtime) -
 def _facts_of_stream(stream: Stream) -> dict[str, Any]:
     tasks = [t.describe() | {"train": len(t.train), "test": len(t.test)} for t in stream]
     return {"name": stream.name, "scenario": stream.scenario, "tasks": tasks} | stream.notes
+
+
+def _facts_of_held_out(held_out: Retention) -> dict[str, Any]:
+    return {"held_out": [_facts_of_stream(stream) for stream in held_out.sets.values()]} if held_out.sets else {}
 
 
 def _git_commit() -> str | None:

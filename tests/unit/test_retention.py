@@ -1,5 +1,6 @@
 """Zero-shot retention, and the square matrix of a sequence."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,16 @@ def test_a_classifier_on_a_clip_is_measured_too_and_a_stopped_run_measures_the_s
     lab.broken_run("lora(rank=2)", tmp_path / "b", task=1, step=2, **settings)
     assert content_of(tmp_path / "a") == content_of(tmp_path / "b")
     assert resume(tmp_path / "a")["zero_shot"] == whole["zero_shot"]
+
+
+def test_held_out_data_that_has_changed_is_refused(bench: Any, tmp_path: Path) -> None:
+    bench.broken_run("probe", tmp_path / "run", task=1, step=0, retain=(HELD,))
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    assert record["held_out"][0]["tasks"][0]["test"] == 10
+    record["held_out"][0]["tasks"][0]["test"] = 9
+    (tmp_path / "run/run.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"^the held-out data of .* has changed since the run began \(held_out\)"):
+        resume(tmp_path / "run")
 
 
 def test_two_data_sets_of_one_name_are_told_apart(bench: Any) -> None:
