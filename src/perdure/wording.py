@@ -12,6 +12,8 @@ RARE = ("transfer", "average", "zero_shot_ratio")
 
 def human_bytes(count: float) -> str:
     """1536 -> '1.5 kB'."""
+    if count < 0:
+        return f"-{human_bytes(-count)}"
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
