@@ -76,10 +76,11 @@ class Resume(Command):
 
 @dataclass(frozen=True, kw_only=True)
 class Learn(Command):
-    """Teach a learner one more task, from a folder whose sub-folders are the classes."""
+    """Teach a learner one more task, from a folder whose sub-folders are the classes, or from images with captions."""
 
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
-    """Folder of class folders; or with train/ and test/ in it."""
+    """Folder of class folders, or with train/ and test/ in it; with --objective retrieve a parquet or JSONL file of
+    images and captions, or a folder of them."""
     into: Path
     """The learner's folder; a new one is made with the options below."""
     backbone: str | None = None
@@ -100,6 +101,8 @@ class Learn(Command):
     """For a new learner; auto unless said otherwise."""
     skip_bad: bool = False
     """Leave unreadable images out, and list them."""
+    captions: str | None = None
+    """Column of the captions, for a learner of captions; captions unless said otherwise."""
 
     def __call__(self, screen: Screen) -> None:
         """Learn, say what is known now."""
@@ -107,13 +110,15 @@ class Learn(Command):
         names = [f.name for f in fields(RunConfig) if hasattr(self, f.name)]
         given = {n: getattr(self, n) for n in names if getattr(self, n) is not None}
         config = RunConfig(stream="", **given)
-        task, summary = teach_folder(self.folder, self.into, config, given, screen, self.skip_bad)
+        task, summary = teach_folder(self.folder, self.into, config, given, screen, self.skip_bad, self.captions)
         skipped = [where for data in (task.train, task.test) for where in getattr(data, "skipped", ())]
         _tell_skipped(skipped, screen)
         write_report([self.into], self.into / "report.html")
+        into = shlex.quote(str(self.into))
+        ask = f"predict {into} IMAGE" if summary["score"] == "accuracy" else f"search {into} FOLDER 'words'"
         screen.result(
             {"event": "learnt", "task": task.describe(), "summary": summary, "skipped": skipped},
-            f"learnt {', '.join(task.names)}; ask it with: perdure predict {shlex.quote(str(self.into))} IMAGE",
+            f"learnt {', '.join(task.names)}; ask it with: perdure {ask}",
         )
 
 

@@ -48,14 +48,16 @@ def after(learner: Core, stream: Stream, out: Path) -> None:
     if not isinstance(learner.objective, Retrieve) or not (out / FILE).exists():
         return
     noted = json.loads((out / FILE).read_text(encoding="utf-8"))
-    if noted["pictures"]:
+    if noted["pictures"] and noted.get("learnt") == learner.learnt:
         return
     tasks = [task for task in stream if len(task.test)]
     found = _found(learner, tasks, [query["text"] for query in noted["queries"]])
     for query, best in zip(noted["queries"], found, strict=True):
         query["after"] = best
     wanted = {p for query in noted["queries"] for p in (*query["before"], *query["after"], query["pair"])}
-    checkpoint.write_json(out / FILE, noted | {"pictures": _pictures(tasks, wanted)})
+    # Of a learner that goes on: pictures of tasks that are no more at hand have been noted before.
+    pictures = noted["pictures"] | _pictures(tasks, wanted)
+    checkpoint.write_json(out / FILE, noted | {"learnt": learner.learnt, "pictures": pictures})
 
 
 def _query(task: Task, number: int, of: int) -> dict[str, Any]:

@@ -11,9 +11,10 @@ from perdure import checkpoint
 from perdure.config import RunConfig
 from perdure.run import Interrupted, learn_stream, nothing_learnt_nothing_left
 from perdure.spec import parse
-from perdure.streams import ImageSet, build_stream, folder_task
+from perdure.streams import Captioned, ImageSet, alike, build_stream, captioned_task, folder_task
 from perdure.streams.draws import digest
-from perdure.teach import OPEN, Learner, check_first, check_labelled
+from perdure.teach import OPEN, Learner, check_first
+from perdure.texts import unpack
 from perdure.train import Diverged, Progress, Quiet, TrainConfig
 from perdure.types import Data, Stream, Task
 
@@ -30,6 +31,7 @@ def teach_folder(
     given: Mapping[str, Any],
     progress: Progress | None = None,
     skip_bad: bool = False,
+    captions: str | None = None,
 ) -> tuple[Task, dict[str, Any]]:
     """Teach the learner in folder `into` one more task; it is made when it is not there.
 
@@ -37,12 +39,13 @@ def teach_folder(
     folders that are still there are evaluated again, and their examples can be replayed.
 
     Args:
-        photos: folder of class folders.
+        photos: folder of class folders; for a learner of captions a parquet or JSONL file, or a folder of them.
         into: the learner's folder.
         config: for a new learner.
         given: what of `config` the user asked for; it must agree with a learner that is already there.
         progress: who is told.
         skip_bad: leave unreadable images out and report them.
+        captions: for a learner of captions, their column; "captions" when None.
 
     Raises:
         ValueError: for a folder that cannot be learnt from, options that would have no effect, or a damaged learner.
@@ -56,15 +59,21 @@ def teach_folder(
             _refuse_without_effect(into, learner.config, given)
         else:
             learner = Learner.of(dataclasses.replace(config, stream=OPEN))
-        check_labelled(learner)
+        if captions is not None and learner.objective.classifies:
+            raise ValueError(
+                f"--captions {captions} has no effect with {learner.config.objective}, which learns classes: leave it out"
+            )
         trained = {k: v for k, v in given.items() if k in {f.name for f in dataclasses.fields(TrainConfig)}}
         train = dataclasses.replace(learner.usual_training(), **trained)
         before = _tasks_with_data(learner, into, progress)
         known = {name: c for task in before for name, c in zip(task.names, task.classes, strict=True)}
-        task = folder_task(photos, learner.backbone.preprocess, known, len(before), skip_bad, learner.seed)
+        task = _read(photos, learner, known, len(before), skip_bad, captions)
         check_first(learner, task, known, str(photos))
         train = learner.long_enough(train, task, "epochs" in given)
         source = _source(photos, task, skip_bad) | {"options": trained}
+        if captions is not None:
+            source["captions"] = captions
+        *before, task = alike([*before, task])
         _refuse_other_task(into, len(before), source)
         if not there:
             checkpoint.write_json(into / "run.json", learner.record())
@@ -115,16 +124,23 @@ def _tasks_with_data(learner: Learner, folder: Path, progress: Progress) -> list
 
 def _again(source: Mapping[str, Any], described: Task, learner: Learner, known: Mapping[str, int]) -> Task:
     """A task with its data, read again; without when that is not what was learnt."""
-    if not Path(source["folder"]).is_dir():
+    folder = Path(source["folder"])
+    if not folder.exists():
         return described
     try:
-        task = folder_task(
-            source["folder"], learner.backbone.preprocess, known, described.index, source["skip_bad"], learner.seed
-        )
+        task = _read(folder, learner, known, described.index, source["skip_bad"], source.get("captions"))
     except ValueError:  # no folder of classes any more
         return described
     # A memory refers to images by their position.
     return task if task == described and _digest(task.train) == source["train_sha256"] else described
+
+
+def _read(
+    photos: Path, learner: Learner, known: Mapping[str, int], index: int, skip_bad: bool, captions: str | None
+) -> Task:
+    if learner.objective.classifies:
+        return folder_task(photos, learner.backbone.preprocess, known, index, skip_bad, learner.seed)
+    return captioned_task(photos, learner.backbone.preprocess, known, index, captions, skip_bad)
 
 
 def _source(photos: Path, task: Task, skip_bad: bool) -> dict[str, Any]:
@@ -137,10 +153,13 @@ def _source(photos: Path, task: Task, skip_bad: bool) -> dict[str, Any]:
 
 
 def _digest(data: Data) -> str:
-    """Of which images there are, in their order."""
+    """Of which images there are, in their order, and of their captions."""
     if not isinstance(data, ImageSet):
         return ""
-    return digest(data.source.key(row) for row in data.rows.tolist())
+    keys = [data.source.key(row) for row in data.rows.tolist()]
+    return digest(
+        [*keys, *(line for each in data.texts for line in unpack(each))] if isinstance(data, Captioned) else keys
+    )
 
 
 def _skipped(tasks: Sequence[Task]) -> list[str]:

@@ -20,7 +20,7 @@ from perdure.learner import Core
 from perdure.objectives.zeroshot import TEMPLATE, ZeroShot, class_texts
 from perdure.run import build_learner, read_record, record, recorded_config
 from perdure.runtime import Runtime
-from perdure.streams import ImageSet, folder_task, given_task
+from perdure.streams import ImageSet, alike, captioned_task, folder_task, given_captions, given_task
 from perdure.streams.sources import Picture
 from perdure.summary import facts_of, summarise
 from perdure.train import Progress, TrainConfig, fit_task
@@ -91,37 +91,58 @@ class Learner(Core):
         images: Sequence[Picture] | torch.Tensor | str | Path,
         labels: Sequence[str | int] | torch.Tensor | None = None,
         progress: Progress | None = None,
+        captions: Sequence[str | Sequence[str]] | str | None = None,
         **options: Any,
     ) -> Self:
         """One more task.
 
         Args:
             images: Pillow images, paths, uint8 arrays (H, W, 3) or a uint8 tensor (n, 3, H, W); or the path of a folder
-                of class folders.
-            labels: a name or number for each image; None for a folder.
+                of class folders, or with `retrieve` of a parquet or JSONL file of images and captions.
+            labels: a name or number for each image; None for a folder, and with `retrieve`.
             progress: who is told.
+            captions: with `retrieve`, a text or several for each image; of a file, the column that holds them.
             options: fields of `TrainConfig`, for this task only.
 
         Raises:
             ValueError: for images, labels or options that cannot be used.
         """
         check_options("learn", options, TrainConfig)
-        check_labelled(self)
         train = dataclasses.replace(self.usual_training(), **options)
-        index = self.learnt
-        if isinstance(images, str | Path):
-            if labels is not None:
-                raise ValueError(f"{images} is a folder, whose sub-folders are the labels; leave labels out")
-            task = folder_task(images, self.backbone.preprocess, self.known, index, seed=self.seed)
-        elif labels is None:
-            raise ValueError("labels are missing: give a name or number for each image")
+        if self.objective.classifies:
+            task = self._labelled(images, labels, captions)
         else:
-            task = given_task(_several(images), labels, self.backbone.preprocess, self.known, index)
+            task = self._captioned(images, labels, captions)
+            *self.tasks, task = alike([*self.tasks, task])
         check_first(self, task, self.known, "labels" if labels is not None else str(images))
         train = self.long_enough(train, task, "epochs" in options)
         self.grow(task)
         self._facts = facts_of(fit_task(self, task, train, progress), 0.0)
         return self
+
+    def _labelled(self, images: Any, labels: Any, captions: Any) -> Task:
+        if captions is not None:
+            raise ValueError(f"captions have no effect with {self.config.objective}: give labels, or take retrieve()")
+        place = self.backbone.preprocess, self.known, self.learnt
+        if isinstance(images, str | Path):
+            if labels is not None:
+                raise ValueError(f"{images} is a folder, whose sub-folders are the labels; leave labels out")
+            return folder_task(images, *place, seed=self.seed)
+        if labels is None:
+            raise ValueError("labels are missing: give a name or number for each image")
+        return given_task(_several(images), labels, *place)
+
+    def _captioned(self, images: Any, labels: Any, captions: Any) -> Task:
+        if labels is not None:
+            raise ValueError("labels have no effect with retrieve, which learns captions: give captions=[...]")
+        place = self.backbone.preprocess, self.known, self.learnt
+        if isinstance(images, str | Path):
+            if not (captions is None or isinstance(captions, str)):
+                raise ValueError(f"{images} is a file, which has the captions; give the name of their column, or none")
+            return captioned_task(images, *place, captions)
+        if captions is None:
+            raise ValueError("captions are missing: give a text, or several, for each image")
+        return given_captions(_several(images), captions, *place)
 
     def predict(
         self,
@@ -284,15 +305,6 @@ def check_first(learner: Learner, task: Task, known: Mapping[str, int], where: s
     """Refuse a first task that has nothing to tell apart."""
     if not known and len(task.classes) < 2 and not learner.objective.open_vocabulary:
         raise ValueError(f"{where}: one class only, {task.names[0]!r}; a first task needs at least two")
-
-
-def check_labelled(learner: Core) -> None:
-    """Refuse labels where captions are learnt."""
-    if not learner.objective.classifies:
-        raise ValueError(
-            "retrieve learns captions, and images given one by one have labels only: learn a stream of captions with "
-            "'perdure run', or take the objective zeroshot()"
-        )
 
 
 def _several(images: Any) -> Any:

@@ -36,7 +36,7 @@ FLAGS = {
     "export": ["--json", "LEARNER", "--out", "--to"],
     "list": ["--json", "WHAT", "NAME"],
 }
-FLAGS["learn"] += ["--batch-size", "--seed", "--precision", "--skip-bad"]
+FLAGS["learn"] += ["--captions", "--batch-size", "--seed", "--precision", "--skip-bad"]
 """All commands and flags; whoever changes this list changes what scripts out there rely on."""
 
 

@@ -14,6 +14,7 @@ from perdure.streams.imageset import Budget, ImageSet
 from perdure.streams.karpathy import coco, flickr30k
 from perdure.streams.known import cifar100, cub200, domainnet, imagenet_r
 from perdure.streams.onemore import folder_task, given_task
+from perdure.streams.onemore_captions import alike, captioned_task, given_captions
 from perdure.streams.options import Options, StreamPlan
 from perdure.streams.sequence import sequence
 from perdure.streams.shapes import easy_vqa
@@ -28,8 +29,11 @@ __all__ = [
     "ImageSet",
     "Options",
     "StreamPlan",
+    "alike",
     "build_stream",
+    "captioned_task",
     "folder_task",
+    "given_captions",
     "given_task",
 ]
 

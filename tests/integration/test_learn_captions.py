@@ -1,0 +1,129 @@
+"""A learner of captions is taught file after file, or with pictures and texts in Python."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from perdure.checkpoint import whole
+from perdure.run import read_summary
+from perdure.teach import Learner
+
+METHOD = "lora(rank=2, tower='both') + replay(size=6)"
+MADE = (
+    *("--backbone", "tiny(text=True)", "--objective", "retrieve", "--method", METHOD),
+    *("--precision", "fp32", "--epochs", 2),
+)
+
+
+@pytest.fixture
+def album(photos: Any, tmp_path: Path) -> Any:
+    """`album("first", "cat dog")`: first.jsonl, whose rows are pictures with two captions each."""
+
+    def make(name: str, names: str, words: str = "a {} here", column: str = "captions") -> Path:
+        photos(name, names)
+        rows = [
+            {"image": f"{name}/{kind}/{i:02}.png", column: [words.format(kind), f"{kind} {i}"]}
+            for kind in names.split()
+            for i in range(8)
+        ]
+        file = Path(f"{name}.jsonl")
+        file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+        return file
+
+    return make
+
+
+def test_file_after_file_is_learnt_and_searched(perdure: Any, album: Any) -> None:
+    album("first", "cat dog")
+    album("next", "emu fox", words="on this picture there is a {}, seen from afar", column="english")
+    taught = perdure("learn", "first.jsonl", "--into", "x", *MADE)
+    assert taught.out.splitlines()[-1] == "learnt first; ask it with: perdure search x FOLDER 'words'"
+    before = json.loads(Path("x/examples.json").read_text(encoding="utf-8"))
+    taught = perdure("learn", "next.jsonl", "--into", "x", "--captions", "english", "--json").events[-1]
+    assert taught["task"]["names"] == ["next"]
+    summary = read_summary(Path("x"))
+    assert summary["score"] == "recall"
+    assert all(value is not None for value in summary["matrix"][1])
+    assert [task.classes for task in whole(Path("x"))[-1].tasks] == [(0,), (1,)]
+    found = perdure("search", "x", "first/cat", "a cat here", "--json", "--top", 3).events
+    assert len(found) == 3
+    after = json.loads(Path("x/examples.json").read_text(encoding="utf-8"))
+    assert [q["before"] for q in after["queries"]] == [q["before"] for q in before["queries"]]
+    assert (before["learnt"], after["learnt"]) == (1, 2)
+    assert "first" in Path("x/report.html").read_text(encoding="utf-8")
+
+
+def test_images_of_different_tasks_are_no_captions_of_each_other(perdure: Any, album: Any) -> None:
+    album("first", "cat dog"), album("next", "emu fox")
+    for name in ("first", "next", "first"):
+        assert perdure("learn", f"{name}.jsonl", "--into", "x", *MADE).code == 0
+    assert [task.names for task in whole(Path("x"))[-1].tasks] == [("first",), ("next",), ("first (2)",)]
+
+
+def test_a_changed_caption_is_another_data_set(perdure: Any, album: Any) -> None:
+    file = album("first", "cat dog")
+    album("next", "emu fox")
+    made = [part if part != METHOD else "lora(rank=2)" for part in MADE]
+    assert perdure("learn", "first.jsonl", "--into", "x", *made).code == 0
+    file.write_text(file.read_text(encoding="utf-8").replace("cat 0", "kitten 0"), encoding="utf-8")
+    taught = perdure("learn", "next.jsonl", "--into", "x")
+    assert "first.jsonl is gone or has changed since it was learnt (task 1)" in taught.out
+    assert read_summary(Path("x"))["matrix"][1][0] is None
+
+
+def test_what_has_no_effect_is_refused(perdure: Any, album: Any, photos: Any) -> None:
+    album("first", "cat dog"), photos("classes", "cat dog")
+    said = perdure("learn", "classes", "--into", "y", "--backbone", "tiny()", "--captions", "english")
+    assert said.code == 2
+    assert "--captions english has no effect with classify" in said.err
+    said = perdure("learn", "first.jsonl", "--into", "x", *MADE, "--captions", "english")
+    assert said.code == 2
+    assert "english" in said.err
+    assert "captions" in said.err
+    assert not Path("x/run.json").exists()
+    said = perdure("learn", "classes", "--into", "x", *MADE)
+    assert said.code == 2
+    assert "holds no .parquet and no .jsonl file" in said.err
+
+
+def pictures(count: int, seed: int) -> torch.Tensor:
+    return torch.randint(0, 256, (count, 3, 16, 16), generator=torch.Generator().manual_seed(seed)).byte()
+
+
+def test_captions_are_taught_in_python(tmp_path: Path) -> None:
+    learner = Learner.create("tiny(text=True)", METHOD, "retrieve", epochs=1, precision="fp32", batch_size=4)
+    learner.learn(pictures(8, 0), captions=[f"thing {i}" for i in range(8)])
+    learner.learn(pictures(6, 1), captions=[[f"another, longer thing {i}", "second"] for i in range(6)])
+    assert learner.known == {"captions 1": 0, "captions 2": 1}
+    pairs = torch.cat([task.train.pairs for task in learner.tasks])
+    assert len(torch.unique(pairs)) == 14
+    assert len({task.train.texts.shape[1:] for task in learner.tasks}) == 1
+    learner.save(tmp_path / "it")
+    again = Learner.load(tmp_path / "it")
+    assert again.search(pictures(8, 0), "thing 3") == learner.search(pictures(8, 0), "thing 3")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"labels": ["a"] * 4}, r"labels have no effect with retrieve, which learns captions: give captions="),
+        ({}, r"captions are missing: give a text, or several, for each image"),
+        ({"captions": ["a", "b"]}, r"captions: got 2 for 4 images, expected a text, or several, for each"),
+        ({"captions": "a cat"}, r"captions: got 1 for 4 images"),
+        ({"captions": ["a", "b", "", "d"]}, r"captions, row 2: got '', expected a text, or several"),
+        ({"captions": ["a", "b", [], "d"]}, r"captions, row 2: got \[\], expected a text, or several"),
+    ],
+)
+def test_wrong_captions_are_named(given: dict[str, Any], message: str) -> None:
+    learner = Learner.create("tiny(text=True)", "lora(rank=2)", "retrieve", precision="fp32")
+    with pytest.raises(ValueError, match=message):
+        learner.learn(pictures(4, 0), **given)
+
+
+def test_captions_for_a_learner_of_classes_are_refused() -> None:
+    learner = Learner.create("tiny(text=True)", "lora(rank=2)", precision="fp32")
+    with pytest.raises(ValueError, match=r"captions have no effect with classify.*: give labels, or take retrieve"):
+        learner.learn(pictures(4, 0), labels=list("abab"), captions=["a"] * 4)
