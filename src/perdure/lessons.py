@@ -61,7 +61,8 @@ def teach_folder(
             learner = Learner.of(dataclasses.replace(config, stream=OPEN))
         if captions is not None and learner.objective.classifies:
             raise ValueError(
-                f"--captions {captions} has no effect with {learner.config.objective}, which learns classes: leave it out"
+                f"--captions {captions} has no effect with {learner.config.objective}, which learns "
+                "classes: leave it out"
             )
         trained = {k: v for k, v in given.items() if k in {f.name for f in dataclasses.fields(TrainConfig)}}
         train = dataclasses.replace(learner.usual_training(), **trained)
