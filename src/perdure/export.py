@@ -4,7 +4,6 @@ Exact, not an approximation: linear updates are either one LoRA per layer, whose
 branches', or added to the weights.
 """
 
-import dataclasses
 import difflib
 import json
 import os
@@ -22,16 +21,18 @@ from perdure.adapters.attach import prompted, updates
 from perdure.backbones import pretrained
 from perdure.backbones.base import Backbone
 from perdure.backbones.clip import Clip
+from perdure.backbones.open_clip import OpenClip
 from perdure.backbones.pocket import FOLDER as POCKET
 from perdure.backbones.timm import Timm
 from perdure.backbones.vision import Vision
 from perdure.checkpoint import write_json, write_text
 from perdure.config import make_backbone
-from perdure.export_head import PAIRS, Classifier, classifier_of, head_of
+from perdure.export_head import classifier_of, head_of
+from perdure.export_open_clip import TOKENIZER, copy, write_open_clip
+from perdure.export_readme import Use, options_of, readme, use_of
 from perdure.learner import Core
 from perdure.method import encodes, parts_of
 from perdure.objectives import ZeroShot
-from perdure.spec import parse_one
 from perdure.version import __version__
 
 Target = Literal["peft", "merged"]
@@ -39,7 +40,6 @@ Target = Literal["peft", "merged"]
 
 # Beside config and weights: how images and texts are read, and what may be done with the model.
 _COMPANIONS = ("*processor_config.json", "LICENSE*", "MODEL_CARD.md")
-_TOKENIZER = ("*token*", "vocab*", "merges.txt", "spiece.model")
 
 
 def export(learner: Core, folder: Path, to: Target | str) -> Path:
@@ -70,13 +70,12 @@ def export(learner: Core, folder: Path, to: Target | str) -> Path:
             if to == "peft":
                 _write_lora(learner, draft)
             else:
-                whole = _merged(learner)
-                (_write_timm if isinstance(whole, Timm) else _write_transformers)(whole, draft)
+                _write_merged(_merged(learner), draft)
             head = head_of(learner)
         save_file({k: v.detach().cpu().contiguous() for k, v in head.items()}, draft / "head.safetensors")
-        use = _use(learner.backbone, to)
+        use = use_of(learner.backbone, to)
         write_json(draft / "labels.json", _facts(learner, use))
-        write_text(draft / "README.md", _readme(learner, to, use))
+        write_text(draft / "README.md", readme(learner, to, use))
         for file in draft.iterdir():
             shutil.copymode(draft / "README.md", file)  # safetensors writes files that only their owner may read
         _force_to_disk([*draft.iterdir(), draft])
@@ -97,16 +96,16 @@ def _check(learner: Core, to: str) -> None:
         raise ValueError(f"unknown export {to!r}; {hint}")
     if not learner.learnt:
         raise ValueError("this learner has learnt nothing yet: there is nothing to export")
-    if not isinstance(backbone, Clip | Vision | Timm):
+    if not isinstance(backbone, Clip | Vision | Timm | OpenClip):
         raise ValueError(
-            f"{backbone.spec} cannot be exported: learn on pocket(), clip(...), vision(...) or timm(...), or keep it "
-            "with save"
+            f"{backbone.spec} cannot be exported: learn on pocket(), clip(...), open_clip(...), vision(...) or "
+            "timm(...), or keep it with save"
         )
     if strange := [part.name for part in parts_of(learner.method) if encodes(part)]:
         raise ValueError(f"{strange[0]} changes features as no weights can express; keep this learner with save")
     if prompted(backbone):
         raise ValueError("prompts take part in the encoder, which no weights can hold; keep this learner with save")
-    if isinstance(backbone, Clip) and "vision" in _options(backbone):
+    if isinstance(backbone, Clip) and "vision" in options_of(backbone):
         raise ValueError(
             f"{backbone.spec} is put together from two models: no folder has processors for it; save the pair "
             "with transformers and learn on path=..., or keep this learner with save"
@@ -122,6 +121,8 @@ def _check(learner: Core, to: str) -> None:
                 "merged weights can hold it; keep this learner with save"
             )
     if to == "peft":
+        if isinstance(backbone, OpenClip):
+            raise ValueError("OpenCLIP's attention is one fused layer, which no LoRA of PEFT fits: export to 'merged'")
         if learner.tunes_backbone:
             raise ValueError("the encoder's own weights were trained, which a LoRA cannot hold: export to 'merged'")
         if not linear:
@@ -141,7 +142,7 @@ def _write_lora(learner: Core, folder: Path) -> None:
     ranks = {name: len(down) for name, (down, _) in layers.items()}
     common = Counter(ranks.values()).most_common(1)[0][0]
     others = {name: rank for name, rank in ranks.items() if rank != common}
-    kind, options = type(learner.backbone.model), _options(learner.backbone)
+    kind, options = type(learner.backbone.model), options_of(learner.backbone)
     config = {
         "peft_type": "LORA",
         "task_type": None,
@@ -201,6 +202,15 @@ def _merged(learner: Core) -> Any:
     return whole
 
 
+def _write_merged(whole: Any, folder: Path) -> None:
+    if isinstance(whole, Timm):
+        _write_timm(whole, folder)
+    elif isinstance(whole, OpenClip):
+        write_open_clip(whole, folder)
+    else:
+        _write_transformers(whole, folder)
+
+
 def _write_transformers(backbone: Any, folder: Path) -> None:
     from transformers.utils import logging as hf
 
@@ -211,11 +221,9 @@ def _write_transformers(backbone: Any, folder: Path) -> None:
     finally:
         if bars:
             hf.enable_progress_bar()
-    options = _options(backbone)
+    options = options_of(backbone)
     source = Path(pretrained.locate(options["path"])[1]) if "path" in options else POCKET
-    for pattern in _COMPANIONS + (_TOKENIZER if isinstance(backbone, Clip) else ()):
-        for file in source.glob(pattern):
-            shutil.copyfile(file, folder / file.name)
+    copy(source, _COMPANIONS + (TOKENIZER if isinstance(backbone, Clip) else ()), folder)
     if options.get("input_norm") == "none":
         for file in folder.glob("*processor_config.json"):
             facts = json.loads(file.read_text(encoding="utf-8"))
@@ -232,63 +240,7 @@ def _write_timm(backbone: Timm, folder: Path) -> None:
     write_json(folder / "config.json", config)
 
 
-def _options(backbone: Backbone) -> dict[str, Any]:
-    return dict(parse_one(backbone.spec).kwargs)
-
-
-# How to use it
-
-
-@dataclasses.dataclass(frozen=True)
-class _Use:
-    """Lines of Python that end in `features` of `image` in the plain library."""
-
-    imports: tuple[str, ...]
-    load: tuple[str, ...]
-    pixels: str
-    features: str
-    tokenizer: str = ""
-    tokens: str = ""
-
-
-def _use(backbone: Backbone, to: str) -> _Use:
-    options, peft = _options(backbone), to == "peft"
-    raw = peft and options.get("input_norm") == "none"  # merged: the exported files say so
-    imports = ("from peft import PeftModel",) if peft else ()
-    lora = ("model = PeftModel.from_pretrained(model, folder)",) if peft else ()
-    if isinstance(backbone, Timm):
-        made, facts = '"local-dir:" + folder, pretrained=True', "timm.data.resolve_model_data_config(model)"
-        if peft:
-            made = f"{options['name']!r}, pretrained=True, num_classes=0"
-            if "checkpoint" in options:
-                made += f", pretrained_cfg_overlay={ {'file': options['checkpoint'], 'custom_load': False} }"
-        if raw:
-            facts += " | {'mean': (0, 0, 0), 'std': (1, 1, 1)}"
-        load = (f"model = timm.create_model({made}).eval()", f"facts = {facts}", *lora)
-        pixels = "timm.data.create_transform(**facts)(image)[None]"
-        return _Use(("import timm", *imports), load, pixels, "model(pixels)")
-    kind, source, more = type(backbone.model).__name__, "folder", ""
-    if peft:
-        source, more = repr(options.get("path")), ", dtype=torch.float32"
-        if "path" not in options:
-            source, imports = "FOLDER", (*imports, "from perdure.backbones.pocket import FOLDER")
-    if getattr(backbone.model, "pooler", 0) is None:
-        more += ", add_pooling_layer=False"
-    features = "model(pixel_values=pixels).last_hidden_state[:, 0]"
-    if isinstance(backbone, Clip):
-        features = "model.get_image_features(pixel_values=pixels).pooler_output"
-    elif isinstance(backbone, Vision) and backbone.pooled:
-        features = "model(pixel_values=pixels).pooler_output"
-    processor = f"AutoImageProcessor.from_pretrained({source}{', do_normalize=False' if raw else ''})"
-    load = (f"model = {kind}.from_pretrained({source}{more})", *lora, f"processor = {processor}")
-    imports = (*imports, f"from transformers import AutoImageProcessor, {kind}")
-    pixels = 'processor(image, return_tensors="pt")["pixel_values"]'
-    if not isinstance(backbone, Clip):
-        return _Use(imports, load, pixels, features)
-    return _Use(imports, load, pixels, features, f"AutoTokenizer.from_pretrained({source})", backbone.tokens)
-
-
-def _facts(learner: Core, use: _Use) -> dict[str, Any]:
+def _facts(learner: Core, use: Use) -> dict[str, Any]:
     config, classifier = getattr(learner, "config", None), classifier_of(learner)
     facts = {
         "labels": list(learner.objective.names) if learner.objective.classifies else [],
@@ -305,53 +257,6 @@ def _facts(learner: Core, use: _Use) -> dict[str, Any]:
     if isinstance(learner.objective, ZeroShot):
         facts["templates"] = list(learner.objective.templates)
     return facts
-
-
-def _readme(learner: Core, to: str, use: _Use) -> str:
-    spec, classifier = learner.backbone.spec, classifier_of(learner)
-    library = "timm" if isinstance(learner.backbone, Timm) else "transformers"
-    what = f"a LoRA for {spec}; it needs {library} and peft"
-    if to == "merged":
-        what = f"{spec} with what was learnt added to its weights; it needs {library}"
-    code = [
-        "import json",
-        "from pathlib import Path",
-        "import torch",
-        "from PIL import Image",
-        "from safetensors.torch import load_file",
-        *use.imports,
-        "",
-        'folder = "."  # where this file stands',
-        *use.load,
-        'head = load_file(folder + "/head.safetensors")',
-        *_words(classifier, use),
-        'image = Image.open("photo.jpg").convert("RGB")',
-        f"pixels = {use.pixels}",
-        "with torch.inference_mode():",
-        f"    features = {use.features}",
-        *(["    texts = model.get_text_features(**tokens).pooler_output"] if classifier is PAIRS else []),
-        f"    scores = {classifier.scores}",
-        "print(labels[int(scores.argmax())])",
-    ]
-    learnt = "Images and captions" if classifier is PAIRS else f"{len(learner.objective.names)} classes"
-    return (
-        f"# {learnt}, learnt in {learner.learnt} tasks\n\n"
-        f"Written by perdure {__version__}: {what}.\n"
-        f"The classifier is {classifier.what}. `labels.json` says the rest.\n\n"
-        "```python\n" + "\n".join(code) + "\n```\n"
-    )
-
-
-def _words(classifier: Classifier, use: _Use) -> list[str]:
-    """Lines that say what is to be told apart."""
-    if classifier is not PAIRS:
-        return ['labels = json.loads(Path(folder, "labels.json").read_text(encoding="utf-8"))["labels"]']
-    return [
-        "from transformers import AutoTokenizer",
-        f"tokenizer = {use.tokenizer}",
-        'labels = ["a red car", "two dogs on a beach"]  # any sentences',
-        f"tokens = {use.tokens}",
-    ]
 
 
 def _force_to_disk(paths: Iterable[Path]) -> None:

@@ -25,8 +25,10 @@ from perdure.backbones import BACKBONES, Backbone
 from perdure.backbones.pocket import FOLDER
 from perdure.backbones.unpacked import Attention
 from perdure.config import make_method
+from perdure.export import export
 from perdure.learner import Core
 from perdure.methods.lora import LoRA
+from perdure.objectives.retrieve import Retrieve
 from perdure.objectives.zeroshot import ZeroShot
 from perdure.prompting import attach_prefix
 from perdure.spec import build, parse_one
@@ -729,3 +731,55 @@ def test_texts_with_prompts_depend_on_themselves_alone(kind: str, spec: str, sav
         together = backbone.encode_text(TEXTS)
         torch.testing.assert_close(together, torch.cat([backbone.encode_text([t]) for t in TEXTS]), rtol=0, atol=1e-5)
     assert (together - before).abs().max() > 1e-3
+
+
+# Export
+
+
+@pytest.mark.parametrize("kind", OPENS)
+def test_export_of_openclip_is_read_by_its_library_and_by_us(kind: str, saved: dict[str, Path], tmp_path: Path) -> None:
+    learner = Core(load(kind, saved), ZeroShot(), LoRA(rank=2, tower="both"))
+    learner.grow(Task(0, "a", (0, 1), ("cat", "dog"), 1))
+    for name, factor in learner.method.named_parameters():
+        factor.data += 0.1 * torch.randn(factor.shape, generator=torch.Generator().manual_seed(len(name)))
+    learner.learnt = 1
+    folder = export(learner, tmp_path / "it", "merged")
+    batch = pixels(learner.backbone)
+    with learner.inference():
+        seen, read = learner.encode(batch), learner.backbone.encode_text(TEXTS)
+    assert (seen - load(kind, saved)(batch)).abs().max() > 1e-3
+    with torch.no_grad():
+        theirs = original(folder)
+        tokens = library.get_tokenizer(f"local-dir:{folder}")(TEXTS)
+        torch.testing.assert_close(
+            theirs.encode_image(learner.backbone.normalise(batch["image"])), seen, atol=1e-5, rtol=0
+        )
+        torch.testing.assert_close(theirs.encode_text(tokens), read, atol=1e-5, rtol=0)
+    ours = BACKBONES["open_clip"](name=str(folder))
+    assert ours.preprocess == learner.backbone.preprocess
+    torch.testing.assert_close(ours(batch), seen, atol=1e-5, rtol=0)
+
+
+def test_readme_of_an_exported_openclip_runs(
+    saved: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for objective in (ZeroShot(), Retrieve()):
+        learner = Core(load("open_quick", saved), objective, LoRA(rank=2))
+        learner.grow(Task(0, "a", (0, 1), ("cat", "dog"), 1))
+        learner.learnt = 1
+        folder = export(learner, tmp_path / type(objective).__name__, "merged")
+        Image.fromarray(np.zeros((40, 40, 3), dtype=np.uint8)).save(folder / "photo.jpg")
+        monkeypatch.chdir(folder)
+        readme = (folder / "README.md").read_text(encoding="utf-8")
+        assert "it needs open_clip_torch" in readme
+        exec(readme.split("```python\n")[1].split("```")[0], {})
+        expected = ("cat", "dog") if objective.classifies else ("a red car", "two dogs on a beach")
+        assert capsys.readouterr().out.strip() in expected
+
+
+def test_export_of_openclip_to_peft_is_refused(saved: dict[str, Path], tmp_path: Path) -> None:
+    learner = Core(load("open", saved), ZeroShot(), LoRA(rank=2))
+    learner.grow(Task(0, "a", (0, 1), ("cat", "dog"), 1))
+    learner.learnt = 1
+    with pytest.raises(ValueError, match=r"^OpenCLIP's attention is one fused layer.*export to 'merged'"):
+        export(learner, tmp_path / "it", "peft")

@@ -18,8 +18,8 @@ from perdure.images import Interpolation, Preprocess
 from perdure.spec import Spec
 
 _HUB = "hf-hub:"
-_CONFIG = "open_clip_config.json"
-_WEIGHTS = "open_clip_model.safetensors"
+CONFIG = "open_clip_config.json"
+WEIGHTS = "open_clip_model.safetensors"
 
 
 def open_clip(name: str, checkpoint: str | None = None, input_norm: str = "model") -> "OpenClip":
@@ -39,7 +39,7 @@ def open_clip(name: str, checkpoint: str | None = None, input_norm: str = "model
         ValueError: when the library is missing, there is no such model or file, or the weights do not fit.
     """
     pretrained.check_norm(input_norm)
-    source = _locate(name, checkpoint)
+    source = locate(name, checkpoint)
     options = {"name": source.name}
     if checkpoint is not None:
         options["checkpoint"] = str(source.weights)
@@ -168,7 +168,7 @@ class OpenClip(Backbone):
 
 
 @dataclass(frozen=True)
-class _Source:
+class Source:
     """Where a model comes from; without a folder, `name` is one of the library's."""
 
     name: str
@@ -178,23 +178,25 @@ class _Source:
 
     @property
     def model(self) -> dict[str, Any]:
+        """How the library builds it."""
         return deepcopy(dict(self.facts.get("model_cfg", self.facts)))
 
 
-def _locate(name: str, checkpoint: str | None) -> _Source:
+def locate(name: str, checkpoint: str | None = None) -> Source:
+    """Where a model's config and weights are; arguments and errors as of `open_clip`."""
     library = _library()
     given = None
     if checkpoint is not None:
         given = pretrained.local_weights(checkpoint, "give a file that exists")
     path = Path(name).expanduser()
     if name.startswith(_HUB):
-        folder = Path(pretrained.fetch(name.removeprefix(_HUB), config=_CONFIG, weights=(_WEIGHTS,)))
-        return _Source(name, folder, _read(folder / _CONFIG), given or folder / _WEIGHTS)
+        folder = Path(pretrained.fetch(name.removeprefix(_HUB), config=CONFIG, weights=(WEIGHTS,)))
+        return Source(name, folder, _read(folder / CONFIG), given or folder / WEIGHTS)
     if path.exists() or path.suffix == ".json" or name.startswith((".", "/", "~")):
-        file = path.absolute() / _CONFIG if path.is_dir() else path.absolute()
+        file = path.absolute() / CONFIG if path.is_dir() else path.absolute()
         if not file.is_file():
             raise ValueError(f"name={name!r}: there is no {file.name}; give a folder of OpenCLIP, or a name it knows")
-        return _Source(str(path.absolute()), file.parent, _read(file), given or _beside(name, file.parent))
+        return Source(str(path.absolute()), file.parent, _read(file), given or _beside(name, file.parent))
     known = library.list_models()
     if name not in known:
         near = difflib.get_close_matches(name.replace("/", "-"), known, n=3)
@@ -202,7 +204,7 @@ def _locate(name: str, checkpoint: str | None) -> _Source:
         raise ValueError(f"name={name!r}: OpenCLIP has no such model; {hint}")
     if given is None:
         raise ValueError(f"name={name!r} has no weights of its own: add checkpoint=, or give name='hf-hub:...'")
-    return _Source(name, None, library.get_model_config(name), given)
+    return Source(name, None, library.get_model_config(name), given)
 
 
 def _library() -> Any:
@@ -225,20 +227,20 @@ def _read(file: Path) -> dict[str, Any]:
 
 def _beside(name: str, folder: Path) -> Path:
     files = sorted(folder.glob("*.safetensors"))
-    if folder / _WEIGHTS in files or len(files) == 1:
-        return folder / _WEIGHTS if folder / _WEIGHTS in files else files[0]
+    if folder / WEIGHTS in files or len(files) == 1:
+        return folder / WEIGHTS if folder / WEIGHTS in files else files[0]
     if files:
         raise ValueError(f"name={name!r} has {len(files)} safetensors files beside it: say which with checkpoint=")
     pickled = sorted(f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".ckpt"))
     if pickled:
         raise ValueError(
             f"name={name!r} has its weights only as {pickled[0]}, a pickle, which can run foreign code when read: "
-            f"convert it to {_WEIGHTS} on a machine you trust, with safetensors.torch.save_file"
+            f"convert it to {WEIGHTS} on a machine you trust, with safetensors.torch.save_file"
         )
-    raise ValueError(f"name={name!r} has no {_WEIGHTS} beside it: add it, or give checkpoint=")
+    raise ValueError(f"name={name!r} has no {WEIGHTS} beside it: add it, or give checkpoint=")
 
 
-def _create(source: _Source) -> Any:
+def _create(source: Source) -> Any:
     from open_clip import CLIP, CustomTextCLIP
     from open_clip.transformer import CustomResidualAttentionBlock
 
@@ -281,7 +283,7 @@ def _fill(model: Any, file: Path) -> None:
     pretrained.fill(model, weights, str(file), "give the weights of exactly this OpenCLIP model, under its names")
 
 
-def _tokenizer(source: _Source) -> Any:
+def _tokenizer(source: Source) -> Any:
     from open_clip import SimpleTokenizer, get_tokenizer
     from open_clip.tokenizer import HFTokenizer
 
@@ -302,7 +304,7 @@ def _tokenizer(source: _Source) -> Any:
         ) from error
 
 
-def _preprocess(source: _Source, model: Any, input_norm: str) -> Preprocess:
+def _preprocess(source: Source, model: Any, input_norm: str) -> Preprocess:
     from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
     overlay = source.facts.get("preprocess_cfg") or {}

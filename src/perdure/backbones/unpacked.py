@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -45,6 +46,19 @@ def unpack(model: nn.Module) -> None:
             module.batch_first = True
         elif isinstance(module, ResidualAttentionBlock) and not hasattr(module, "ln_1_kv"):
             module.attn = Attention(module.attn)
+
+
+def packed(model: nn.Module) -> dict[str, Tensor]:
+    """The weights of a model that was unpacked, under the library's own names."""
+    weights = model.state_dict()
+    for name, module in model.named_modules():
+        if not isinstance(module, Attention):
+            continue
+        for kind in ("weight", "bias"):
+            parts = [weights.pop(f"{name}.{part}_proj.{kind}", None) for part in "qkv"]
+            if all(part is not None for part in parts):
+                weights[f"{name}.in_proj_{kind}"] = torch.cat(parts)
+    return weights
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

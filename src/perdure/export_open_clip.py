@@ -1,0 +1,37 @@
+"""Export to OpenCLIP: a folder that `open_clip.create_model_and_transforms("local-dir:...")` loads."""
+
+import shutil
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from perdure.backbones.open_clip import CONFIG, WEIGHTS, OpenClip, locate
+from perdure.backbones.unpacked import packed
+from perdure.checkpoint import write_json
+from perdure.spec import parse_one
+
+TOKENIZER = ("*token*", "vocab*", "merges.txt", "spiece.model")
+
+
+def write_open_clip(backbone: OpenClip, folder: Path) -> None:
+    """Write config, weights under the library's names, and the tokenizer where it came with the model."""
+    options = dict(parse_one(backbone.spec).kwargs)
+    source = locate(options["name"], options.get("checkpoint"))
+    preprocess = backbone.preprocess
+    reading = {
+        "size": preprocess.size,
+        "mean": list(preprocess.mean),
+        "std": list(preprocess.std),
+        "interpolation": preprocess.interpolation,
+        "resize_mode": "squash" if preprocess.squash else "shortest",
+    }
+    write_json(folder / CONFIG, {"model_cfg": source.model, "preprocess_cfg": reading})
+    weights = packed(backbone.model)
+    save_file({name: tensor.detach().cpu().clone() for name, tensor in weights.items()}, folder / WEIGHTS)
+    copy(source.folder, TOKENIZER, folder)
+
+
+def copy(source: Path | None, patterns: tuple[str, ...], folder: Path) -> None:
+    """Copy the files of `source` that fit one of `patterns`; none without a source."""
+    for file in (file for pattern in patterns if source for file in source.glob(pattern)):
+        shutil.copyfile(file, folder / file.name)
