@@ -46,13 +46,19 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--stream", default=STREAM)
     parser.add_argument("--backbone", default="pocket()")
+    parser.add_argument("--objective", default="classify()")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--attention", default="eager")
     parser.add_argument("--tasks", type=int, nargs="+", default=[2, 10])
     parser.add_argument("--out", type=Path, help="folder of steps.json")
     options = parser.parse_args()
-    config = RunConfig(stream=options.stream, backbone=options.backbone, batch_size=options.batch_size)
+    config = RunConfig(
+        stream=options.stream,
+        backbone=options.backbone,
+        objective=options.objective,
+        batch_size=options.batch_size,
+    )
     runtime = Runtime("cpu", options.precision, options.attention, torch.get_num_threads())
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
