@@ -27,9 +27,9 @@ from perdure.backbones.timm import Timm
 from perdure.backbones.vision import Vision
 from perdure.checkpoint import write_json, write_text
 from perdure.config import make_backbone
+from perdure.export_folder import TOKENIZER, Use, copy, options_of, readme, use_of
 from perdure.export_head import classifier_of, head_of
-from perdure.export_open_clip import TOKENIZER, copy, write_open_clip
-from perdure.export_readme import Use, options_of, readme, use_of
+from perdure.export_open_clip import write_open_clip
 from perdure.learner import Core
 from perdure.method import encodes, parts_of
 from perdure.objectives import ZeroShot

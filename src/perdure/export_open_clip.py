@@ -1,6 +1,5 @@
 """Export to OpenCLIP: a folder that `open_clip.create_model_and_transforms("local-dir:...")` loads."""
 
-import shutil
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -8,14 +7,12 @@ from safetensors.torch import save_file
 from perdure.backbones.open_clip import CONFIG, WEIGHTS, OpenClip, locate
 from perdure.backbones.unpacked import packed
 from perdure.checkpoint import write_json
-from perdure.spec import parse_one
-
-TOKENIZER = ("*token*", "vocab*", "merges.txt", "spiece.model")
+from perdure.export_folder import TOKENIZER, copy, options_of
 
 
 def write_open_clip(backbone: OpenClip, folder: Path) -> None:
     """Write config, weights under the library's names, and the tokenizer where it came with the model."""
-    options = dict(parse_one(backbone.spec).kwargs)
+    options = options_of(backbone)
     source = locate(options["name"], options.get("checkpoint"))
     preprocess = backbone.preprocess
     reading = {
@@ -29,9 +26,3 @@ def write_open_clip(backbone: OpenClip, folder: Path) -> None:
     weights = packed(backbone.model)
     save_file({name: tensor.detach().cpu().clone() for name, tensor in weights.items()}, folder / WEIGHTS)
     copy(source.folder, TOKENIZER, folder)
-
-
-def copy(source: Path | None, patterns: tuple[str, ...], folder: Path) -> None:
-    """Copy the files of `source` that fit one of `patterns`; none without a source."""
-    for file in (file for pattern in patterns if source for file in source.glob(pattern)):
-        shutil.copyfile(file, folder / file.name)

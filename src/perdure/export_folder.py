@@ -1,6 +1,8 @@
-"""The README of an export: how the plain library loads what was learnt and answers with it."""
+"""What stands beside the weights of an export: tokenizer and processors, and a README that says how to use them."""
 
 import dataclasses
+import shutil
+from pathlib import Path
 from typing import Any
 
 from perdure.backbones.base import Backbone
@@ -12,6 +14,14 @@ from perdure.export_head import PAIRS, Classifier, classifier_of
 from perdure.learner import Core
 from perdure.spec import parse_one
 from perdure.version import __version__
+
+TOKENIZER = ("*token*", "vocab*", "merges.txt", "spiece.model")
+
+
+def copy(source: Path | None, patterns: tuple[str, ...], folder: Path) -> None:
+    """Copy the files of `source` that fit one of `patterns`; none without a source."""
+    for file in (file for pattern in patterns if source for file in source.glob(pattern)):
+        shutil.copyfile(file, folder / file.name)
 
 
 @dataclasses.dataclass(frozen=True)
