@@ -172,10 +172,8 @@ def _render(runs: Sequence[Run]) -> str:
     same = len(streams) == len(backbones) == 1
     score = "recall" if all(run.scored == metrics.RECALL for run in runs) else "accuracy"
     rare = {key for key in RARE if any(run.numbers()[key] is not None for run in runs)}
-    named = (
-        *(_recall_named() if score == "recall" else NUMBERS),
-        *(each for each in language.NUMBERS if each[0] in rare),
-    )
+    first, *others = _recall_named() if score == "recall" else NUMBERS
+    named = (first, *(each for each in language.NUMBERS if each[0] in rare), *others)
     steps = any(_spread(group, "step_cost") for group in groups)
     return template.render(
         title=", ".join(methods) if len(methods) <= 3 else f"{len(methods)} methods compared",
