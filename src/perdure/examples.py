@@ -23,14 +23,14 @@ _SHOWN = 5
 
 
 def before(learner: Core, stream: Stream, out: Path) -> None:
-    """Choose queries, and note what the pre-trained model finds; nothing for other objectives, or when that is done.
+    """Choose queries, and note what the pre-trained model finds; nothing for other objectives.
 
     Args:
         learner: untaught, grown for all tasks of the stream.
         stream: with its test sets, in all of which is searched.
         out: the run's folder.
     """
-    if not isinstance(learner.objective, Retrieve) or (out / FILE).exists():
+    if not isinstance(learner.objective, Retrieve):
         return
     tasks = [task for task in stream if len(task.test)]
     if not tasks:
@@ -40,24 +40,29 @@ def before(learner: Core, stream: Stream, out: Path) -> None:
     found = _found(learner, tasks, [query["text"] for query in queries])
     for query, best in zip(queries, found, strict=True):
         query["before"] = best
-    checkpoint.write_json(out / FILE, {"queries": queries, "pictures": {}})
+    searched = [task.index for task in tasks]
+    checkpoint.write_json(out / FILE, {"queries": queries, "searched": searched, "pictures": {}})
 
 
 def after(learner: Core, stream: Stream, out: Path) -> None:
-    """Note what the learner finds now, and the pictures of all that was found."""
+    """Note what the learner finds now among the same images, and the pictures of all that was found.
+
+    Where some of them are not at hand any more, what was found when they were stays.
+    """
     if not isinstance(learner.objective, Retrieve) or not (out / FILE).exists():
         return
     noted = json.loads((out / FILE).read_text(encoding="utf-8"))
     if noted["pictures"] and noted.get("learnt") == learner.learnt:
         return
-    tasks = [task for task in stream if len(task.test)]
+    searched = noted.get("searched", range(len(stream)))
+    tasks = [task for task in stream if task.index in searched and len(task.test)]
+    if "searched" in noted and len(tasks) < len(searched):
+        return
     found = _found(learner, tasks, [query["text"] for query in noted["queries"]])
     for query, best in zip(noted["queries"], found, strict=True):
         query["after"] = best
     wanted = {p for query in noted["queries"] for p in (*query["before"], *query["after"], query["pair"])}
-    # Of a learner that goes on: pictures of tasks that are no more at hand have been noted before.
-    pictures = noted["pictures"] | _pictures(tasks, wanted)
-    checkpoint.write_json(out / FILE, noted | {"learnt": learner.learnt, "pictures": pictures})
+    checkpoint.write_json(out / FILE, noted | {"learnt": learner.learnt, "pictures": _pictures(tasks, wanted)})
 
 
 def _query(task: Task, number: int, of: int) -> dict[str, Any]:

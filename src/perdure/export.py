@@ -27,7 +27,7 @@ from perdure.backbones.timm import Timm
 from perdure.backbones.vision import Vision
 from perdure.checkpoint import write_json, write_text
 from perdure.config import make_backbone
-from perdure.export_folder import TOKENIZER, Use, copy, options_of, readme, use_of
+from perdure.export_folder import TERMS, TOKENIZER, Use, copy, options_of, readme, use_of
 from perdure.export_head import classifier_of, head_of
 from perdure.export_open_clip import write_open_clip
 from perdure.learner import Core
@@ -39,7 +39,7 @@ Target = Literal["peft", "merged"]
 """`peft`: a LoRA for the pre-trained model; `merged`: the whole model with the updates in its weights."""
 
 # Beside config and weights: how images and texts are read, and what may be done with the model.
-_COMPANIONS = ("*processor_config.json", "LICENSE*", "MODEL_CARD.md")
+_COMPANIONS = ("*processor_config.json", *TERMS)
 
 
 def export(learner: Core, folder: Path, to: Target | str) -> Path:

@@ -15,7 +15,9 @@ from perdure.learner import Core
 from perdure.spec import parse_one
 from perdure.version import __version__
 
-TOKENIZER = ("*token*", "vocab*", "merges.txt", "spiece.model")
+TERMS = ("LICENSE*", "MODEL_CARD.md")
+"""What may be done with a model."""
+TOKENIZER = ("*token*", "vocab*", "merges.txt", "*.model")
 
 
 def copy(source: Path | None, patterns: tuple[str, ...], folder: Path) -> None:

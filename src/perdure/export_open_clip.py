@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from perdure.backbones.open_clip import CONFIG, WEIGHTS, OpenClip, locate
 from perdure.backbones.unpacked import packed
 from perdure.checkpoint import write_json
-from perdure.export_folder import TOKENIZER, copy, options_of
+from perdure.export_folder import TERMS, TOKENIZER, copy, options_of
 
 
 def write_open_clip(backbone: OpenClip, folder: Path) -> None:
@@ -25,4 +25,6 @@ def write_open_clip(backbone: OpenClip, folder: Path) -> None:
     write_json(folder / CONFIG, {"model_cfg": source.model, "preprocess_cfg": reading})
     weights = packed(backbone.model)
     save_file({name: tensor.detach().cpu().clone() for name, tensor in weights.items()}, folder / WEIGHTS)
-    copy(source.folder, TOKENIZER, folder)
+    copy(source.folder, (*TERMS, *TOKENIZER), folder)
+    if source.folder is None and hasattr(backbone.tokenizer, "tokenizer"):  # one of transformers, from the hub
+        backbone.tokenizer.tokenizer.save_pretrained(folder)

@@ -7,12 +7,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from perdure import checkpoint
 from perdure.config import RunConfig
 from perdure.run import Interrupted, learn_stream, nothing_learnt_nothing_left
 from perdure.spec import parse
 from perdure.streams import Captioned, ImageSet, alike, build_stream, captioned_task, folder_task
 from perdure.streams.draws import digest
+from perdure.streams.onemore_captions import COLUMN
 from perdure.teach import OPEN, Learner, check_first
 from perdure.texts import unpack
 from perdure.train import Diverged, Progress, Quiet, TrainConfig
@@ -21,7 +24,7 @@ from perdure.types import Data, Stream, Task
 _SPECS = ("backbone", "method", "objective")
 _FIXED = (*_SPECS, "seed", "precision", "attention", "device")
 _SOURCE = "source.json"
-_WORDS = {"folder": "folders", "train_sha256": "images"}
+_WORDS = {"folder": "folders", "train_sha256": "images", "captions": "captions' columns"}
 
 
 def teach_folder(
@@ -72,9 +75,10 @@ def teach_folder(
         check_first(learner, task, known, str(photos))
         train = learner.long_enough(train, task, "epochs" in given)
         source = _source(photos, task, skip_bad) | {"options": trained}
-        if captions is not None:
-            source["captions"] = captions
-        *before, task = alike([*before, task])
+        if not learner.objective.classifies:
+            source["captions"] = captions or COLUMN
+            _tell_overlap(before, task, progress)
+            *before, task = alike([*before, task])
         _refuse_other_task(into, len(before), source)
         if not there:
             checkpoint.write_json(into / "run.json", learner.record())
@@ -178,6 +182,16 @@ def _refuse_without_effect(into: Path, config: RunConfig, given: Mapping[str, An
             )
 
 
+def _tell_overlap(before: Sequence[Task], task: Task, progress: Progress) -> None:
+    """Say when what is to be learnt was a test so far."""
+    tests = torch.cat([t.test.pairs for t in before if isinstance(t.test, Captioned)] or [torch.empty(0)])
+    learnt = task.train.pairs if isinstance(task.train, Captioned) else torch.empty(0)
+    if count := int(torch.isin(learnt, tests).sum()):
+        progress.note(
+            f"{count} images to learn are test images of earlier tasks, whose recall is no fair test any more"
+        )
+
+
 def _refuse_other_task(into: Path, index: int, source: Mapping[str, Any]) -> None:
     """What was stopped within a task goes on with the same images and options only."""
     begun = into / f"task-{index:03d}"
@@ -185,7 +199,7 @@ def _refuse_other_task(into: Path, index: int, source: Mapping[str, Any]) -> Non
         return
     before = json.loads((begun / _SOURCE).read_text(encoding="utf-8"))
     if before != source:
-        changed = next(key for key in before if before[key] != source.get(key))
+        changed = next(key for key in {**before, **source} if before.get(key) != source.get(key))
         raise ValueError(
             f"{into} was stopped while it learnt {before['folder']}, and now the {_WORDS.get(changed, changed)} "
             f"differ: give the same to finish that, or remove {begun} to give it up"

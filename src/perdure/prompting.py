@@ -9,6 +9,8 @@ from perdure.backbones.base import Backbone, OneTower
 from perdure.learner import Core
 from perdure.types import Batch
 
+_UNFIT = (RuntimeError, IndexError, TypeError, KeyError)
+"""What a model raises whose blocks do not take more tokens than an input has."""
 QUERY = "query"
 """Name under which a method records queries; they never change, so a set of images needs them once."""
 
@@ -57,7 +59,7 @@ def attach_prefix(learner: Core, prefix: Prefix, blocks: str | None, tower: OneT
             output_of(learner, tower)
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError as error:
+    except _UNFIT as error:
         before, reason = -1, " ".join(str(error).split())[:120]
     if prefix.joined != before + layers:
         raise ValueError(
@@ -81,7 +83,7 @@ def check_tokens(learner: Core, tower: OneTower = "vision") -> None:
         output_of(learner, tower)
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError as error:
+    except _UNFIT as error:
         reason = " ".join(str(error).split())[:120]
         raise ValueError(
             f"{learner.backbone.spec}: no token can join those of {_INPUT[tower]} ({reason}); use another backbone, or "

@@ -60,7 +60,7 @@ def run(
         learner, stream, runtime = _build(config, runtime)
         foresee(config, learner.backbone, stream)
         held_out = Retention(config.retain, learner)
-        checkpoint.write_json(out / "run.json", record(config, learner, stream, runtime) | _facts_of_held_out(held_out))
+        checkpoint.write_json(out / "run.json", record(config, learner, stream, runtime, held_out))
         with nothing_learnt_nothing_left(out):
             return learn_stream(config, learner, stream, out, progress or Quiet(), config.save_every, held_out=held_out)
 
@@ -94,7 +94,8 @@ def resume(out: Path, progress: Progress | None = None) -> dict[str, Any]:
         learner, stream, _ = _build(config, Runtime(**written["resolved"]))
         _check_unchanged(out, "data", written["stream"], _facts_of_stream(stream))
         held_out = Retention(config.retain, learner)
-        _check_unchanged(out, "held-out data", written, _facts_of_held_out(held_out))
+        if "held_out" in written:
+            _check_unchanged(out, "held-out data", written["held_out"], _facts_of_held_out(held_out))
         return learn_stream(config, learner, stream, out, progress or Quiet(), config.save_every, held_out=held_out)
 
 
@@ -298,7 +299,9 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def record(config: RunConfig, learner: Core, stream: Stream, runtime: Runtime) -> dict[str, Any]:
+def record(
+    config: RunConfig, learner: Core, stream: Stream, runtime: Runtime, held_out: Retention | None = None
+) -> dict[str, Any]:
     """The content of run.json."""
     return {
         "perdure": __version__,
@@ -314,6 +317,7 @@ def record(config: RunConfig, learner: Core, stream: Stream, runtime: Runtime) -
         },
         "versions": {"python": platform.python_version()} | {n: version(n) for n in ("torch", "timm", "transformers")},
         "stream": _facts_of_stream(stream),
+        "held_out": _facts_of_held_out(held_out) if held_out else {},
     }
 
 
@@ -323,7 +327,7 @@ def _facts_of_stream(stream: Stream) -> dict[str, Any]:
 
 
 def _facts_of_held_out(held_out: Retention) -> dict[str, Any]:
-    return {"held_out": [_facts_of_stream(stream) for stream in held_out.sets.values()]} if held_out.sets else {}
+    return {name: _facts_of_stream(stream) for name, stream in held_out.sets.items()}
 
 
 def _git_commit() -> str | None:

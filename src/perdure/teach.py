@@ -17,6 +17,7 @@ from perdure import checkpoint
 from perdure.config import RunConfig, check_options
 from perdure.export import export
 from perdure.learner import Core
+from perdure.method import parts_of
 from perdure.objectives.zeroshot import TEMPLATE, ZeroShot, class_texts
 from perdure.run import build_learner, read_record, record, recorded_config
 from perdure.runtime import Runtime
@@ -109,12 +110,11 @@ class Learner(Core):
         """
         check_options("learn", options, TrainConfig)
         train = dataclasses.replace(self.usual_training(), **options)
-        if self.objective.classifies:
-            task = self._labelled(images, labels, captions)
-        else:
-            task = self._captioned(images, labels, captions)
-            *self.tasks, task = alike([*self.tasks, task])
-        check_first(self, task, self.known, "labels" if labels is not None else str(images))
+        read = self._labelled if self.objective.classifies else self._captioned
+        task = read(images, labels, captions)
+        given = "captions" if labels is None else "labels"
+        check_first(self, task, self.known, str(images) if isinstance(images, str | Path) else given)
+        *self.tasks, task = alike([*self.tasks, task])
         train = self.long_enough(train, task, "epochs" in options)
         self.grow(task)
         self._facts = facts_of(fit_task(self, task, train, progress), 0.0)
@@ -137,6 +137,11 @@ class Learner(Core):
             raise ValueError("labels have no effect with retrieve, which learns captions: give captions=[...]")
         place = self.backbone.preprocess, self.known, self.learnt
         if isinstance(images, str | Path):
+            if not (Path(images).is_dir() or Path(images).suffix in (".jsonl", ".parquet")):
+                raise ValueError(
+                    f"{images} is no parquet or JSONL file of images and captions: give pictures as a list, "
+                    f"[{str(images)!r}]"
+                )
             if not (captions is None or isinstance(captions, str)):
                 raise ValueError(f"{images} is a file, which has the captions; give the name of their column, or none")
             return captioned_task(images, *place, captions)
@@ -305,6 +310,9 @@ def check_first(learner: Learner, task: Task, known: Mapping[str, int], where: s
     """Refuse a first task that has nothing to tell apart."""
     if not known and len(task.classes) < 2 and not learner.objective.open_vocabulary:
         raise ValueError(f"{where}: one class only, {task.names[0]!r}; a first task needs at least two")
+    rehearsed = learner.learnt and any(part.rehearses for part in parts_of(learner.method))
+    if not learner.objective.classifies and len(task.train) < 2 and not rehearsed:
+        raise ValueError(f"{where}: one image only; images are told apart from each other, so give at least two")
 
 
 def _several(images: Any) -> Any:

@@ -8,9 +8,12 @@ import pytest
 import torch
 
 from perdure.checkpoint import whole
+from perdure.images import Preprocess
 from perdure.run import read_summary
+from perdure.streams import captioned_task
 from perdure.teach import Learner
 
+EIGHT = Preprocess(size=8, resize=8)
 METHOD = "lora(rank=2, tower='both') + replay(size=6)"
 MADE = (
     *("--backbone", "tiny(text=True)", "--objective", "retrieve", "--method", METHOD),
@@ -53,14 +56,68 @@ def test_file_after_file_is_learnt_and_searched(perdure: Any, album: Any) -> Non
     after = json.loads(Path("x/examples.json").read_text(encoding="utf-8"))
     assert [q["before"] for q in after["queries"]] == [q["before"] for q in before["queries"]]
     assert (before["learnt"], after["learnt"]) == (1, 2)
+    assert after["searched"] == [0]  # before and after in the same gallery
     assert "first" in Path("x/report.html").read_text(encoding="utf-8")
 
 
-def test_images_of_different_tasks_are_no_captions_of_each_other(perdure: Any, album: Any) -> None:
+def test_the_same_images_again_are_the_same_images(perdure: Any, album: Any) -> None:
     album("first", "cat dog"), album("next", "emu fox")
-    for name in ("first", "next", "first"):
-        assert perdure("learn", f"{name}.jsonl", "--into", "x", *MADE).code == 0
+    Path("latest.jsonl").symlink_to("first.jsonl")
+    for name in ("latest", "next", "first"):
+        taught = perdure("learn", f"{name}.jsonl", "--into", "x", *MADE)
+        assert taught.code == 0
+        assert "gone or has changed" not in taught.out
+        assert "are test images of earlier tasks" not in taught.out  # the same ones are held out again
     assert [task.names for task in whole(Path("x"))[-1].tasks] == [("first",), ("next",), ("first (2)",)]
+    first, other, again = (captioned_task(f"{n}.jsonl", EIGHT, {}, i) for i, n in enumerate(("first", "next", "first")))
+    assert torch.equal(first.train.pairs, again.train.pairs)
+    assert torch.equal(first.test.pairs, again.test.pairs)
+    every = torch.cat([data.pairs for task in (first, other) for data in (task.train, task.test)])
+    assert len(torch.unique(every)) == len(every) == 32
+    # a twin in the gallery must not count against its own image
+    own = read_summary(Path("x"))["recall"]["union"]["i2t@10"]
+    assert own[0] > 0
+
+
+def test_searches_of_a_lesson_that_was_given_up_are_forgotten(perdure: Any, album: Any) -> None:
+    album("first", "cat dog")
+    Path("x").mkdir()
+    Path("x/examples.json").write_text('{"queries": [], "searched": [0], "pictures": {}}', encoding="utf-8")
+    assert perdure("learn", "first.jsonl", "--into", "x", *MADE).code == 0
+    assert len(json.loads(Path("x/examples.json").read_text(encoding="utf-8"))["queries"]) == 10
+
+
+def test_images_that_were_a_test_are_told(perdure: Any, album: Any) -> None:
+    file = album("first", "cat dog")
+    assert perdure("learn", "first.jsonl", "--into", "x", *MADE).code == 0
+    file.with_name("more.jsonl").write_text("\n".join(file.read_text().splitlines()[:9]), encoding="utf-8")
+    assert "are test images of earlier tasks" in perdure("learn", "more.jsonl", "--into", "x").out
+
+
+def test_few_images_are_all_learnt_and_one_is_refused(perdure: Any, album: Any) -> None:
+    lines = album("first", "cat dog").read_text().splitlines()
+    Path("two.jsonl").write_text("\n".join(lines[:2]), encoding="utf-8")
+    Path("one.jsonl").write_text(lines[0], encoding="utf-8")
+    task = captioned_task("two.jsonl", EIGHT, {}, 0)
+    assert (len(task.train), len(task.test)) == (2, 0)
+    assert len(torch.unique(task.train.pairs)) == 2
+    said = perdure("learn", "one.jsonl", "--into", "x", *MADE)
+    assert said.code == 2
+    assert "one.jsonl has one image: images are told apart from each other, so give at least two" in said.err
+
+
+def test_all_captions_of_an_image_are_learnt(album: Any) -> None:
+    rows = [json.loads(line) for line in album("first", "cat dog").read_text().splitlines()]
+    many = [row | {"captions": [f"{i} {row['image']}" for i in range(7)]} for row in rows]
+    Path("many.jsonl").write_text("\n".join(map(json.dumps, many)), encoding="utf-8")
+    assert captioned_task("many.jsonl", EIGHT, {}, 0).train.texts.shape[1] == 7
+
+
+def test_a_lesson_that_was_stopped_goes_on_with_the_same_column_only(perdure: Any, album: Any) -> None:
+    album("first", "cat dog")
+    assert perdure("learn", "first.jsonl", "--into", "x", *MADE).code == 0
+    source = json.loads(Path("x/task-000/source.json").read_text())
+    assert source["captions"] == "captions"
 
 
 def test_a_changed_caption_is_another_data_set(perdure: Any, album: Any) -> None:
@@ -111,8 +168,10 @@ def test_captions_are_taught_in_python(tmp_path: Path) -> None:
     [
         ({"labels": ["a"] * 4}, r"labels have no effect with retrieve, which learns captions: give captions="),
         ({}, r"captions are missing: give a text, or several, for each image"),
+        ({"images": "cat.jpg", "captions": ["a"]}, r"cat.jpg is no parquet or JSONL file .* as a list, \['cat.jpg'\]"),
+        ({"images": pictures(1, 0), "captions": ["a"]}, r"captions: one image only; images are told apart"),
         ({"captions": ["a", "b"]}, r"captions: got 2 for 4 images, expected a text, or several, for each"),
-        ({"captions": "a cat"}, r"captions: got 1 for 4 images"),
+        ({"captions": "a cat"}, r"captions: got 'a cat', expected a list with a text, or several, for each image"),
         ({"captions": ["a", "b", "", "d"]}, r"captions, row 2: got '', expected a text, or several"),
         ({"captions": ["a", "b", [], "d"]}, r"captions, row 2: got \[\], expected a text, or several"),
     ],
@@ -120,7 +179,7 @@ def test_captions_are_taught_in_python(tmp_path: Path) -> None:
 def test_wrong_captions_are_named(given: dict[str, Any], message: str) -> None:
     learner = Learner.create("tiny(text=True)", "lora(rank=2)", "retrieve", precision="fp32")
     with pytest.raises(ValueError, match=message):
-        learner.learn(pictures(4, 0), **given)
+        learner.learn(**{"images": pictures(4, 0)} | given)
 
 
 def test_captions_for_a_learner_of_classes_are_refused() -> None:

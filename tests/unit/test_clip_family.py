@@ -1,6 +1,7 @@
 """The CLIP family: OpenCLIP, Chinese-CLIP, SigLIP, ALIGN and dual encoders compute what their own library computes."""
 
 import copy
+import dataclasses
 import json
 import shutil
 import sys
@@ -22,6 +23,7 @@ from perdure.adapters.attach import detach, fold
 from perdure.adapters.lowrank import Branches
 from perdure.adapters.prefix import Prefix
 from perdure.backbones import BACKBONES, Backbone
+from perdure.backbones.open_clip import locate
 from perdure.backbones.pocket import FOLDER
 from perdure.backbones.unpacked import Attention
 from perdure.config import make_method
@@ -758,6 +760,19 @@ def test_export_of_openclip_is_read_by_its_library_and_by_us(kind: str, saved: d
     ours = BACKBONES["open_clip"](name=str(folder))
     assert ours.preprocess == learner.backbone.preprocess
     torch.testing.assert_close(ours(batch), seen, atol=1e-5, rtol=0)
+
+
+def test_export_brings_a_tokenizer_that_came_from_the_hub(
+    saved: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner = Core(load("open_timm_bert", saved), ZeroShot(), LoRA(rank=2))
+    learner.grow(Task(0, "a", (0, 1), ("cat", "dog"), 1))
+    learner.learnt = 1
+    facts = dataclasses.replace(locate(str(saved["open_timm_bert"])), folder=None)
+    monkeypatch.setattr("perdure.export_open_clip.locate", lambda *_: facts)  # a model that the library knows by name
+    folder = export(learner, tmp_path / "it", "merged")
+    tokens = library.get_tokenizer(f"local-dir:{folder}")(TEXTS)
+    assert torch.equal(tokens, learner.backbone.tokenizer(TEXTS))
 
 
 def test_readme_of_an_exported_openclip_runs(

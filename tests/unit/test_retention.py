@@ -78,10 +78,10 @@ def test_a_classifier_on_a_clip_is_measured_too_and_a_stopped_run_measures_the_s
 def test_held_out_data_that_has_changed_is_refused(bench: Any, tmp_path: Path) -> None:
     bench.broken_run("probe", tmp_path / "run", task=1, step=0, retain=(HELD,))
     record = json.loads((tmp_path / "run/run.json").read_text())
-    assert record["held_out"][0]["tasks"][0]["test"] == 10
-    record["held_out"][0]["tasks"][0]["test"] = 9
+    assert record["held_out"]["synthetic"]["tasks"][0]["test"] == 10
+    record["held_out"]["synthetic"]["tasks"][0]["test"] = 9
     (tmp_path / "run/run.json").write_text(json.dumps(record))
-    with pytest.raises(ValueError, match=r"^the held-out data of .* has changed since the run began \(held_out\)"):
+    with pytest.raises(ValueError, match=r"^the held-out data of .* has changed since the run began \(synthetic\)"):
         resume(tmp_path / "run")
 
 

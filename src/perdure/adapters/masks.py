@@ -34,12 +34,24 @@ def widened(mask: Tensor, m: int) -> Tensor:
     return torch.cat([top, wide], dim=-2)
 
 
-def with_masks(args: tuple[Any, ...], kwargs: dict[str, Any], m: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments of a block or its attention, behind the tokens, with every mask among them widened for `m` more."""
+def with_masks(
+    args: tuple[Any, ...], kwargs: dict[str, Any], m: int, length: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of a block or its attention, behind the `length` tokens, with masks among them widened for `m` more.
+
+    Raises:
+        RuntimeError: for a mask of another kind, of which nobody knows what it hides.
+    """
+
+    def wide(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        fits = value.dim() > 1 and value.shape[-1] == length and value.shape[-2] in (1, length)
+        if not fits or not (value.dtype == torch.bool or value.is_floating_point()):
+            raise RuntimeError(f"an attention mask is {value.dtype} of shape {tuple(value.shape)}")
+        return widened(value, m)
+
     return (
-        tuple(widened(value, m) if isinstance(value, Tensor) and value.dim() == 4 else value for value in args),
-        {
-            name: widened(value, m) if name.endswith("mask") and isinstance(value, Tensor) else value
-            for name, value in kwargs.items()
-        },
+        tuple(wide(value) if isinstance(value, Tensor) and value.dim() == 4 else value for value in args),
+        {name: wide(value) if name.endswith("mask") else value for name, value in kwargs.items()},
     )

@@ -92,10 +92,11 @@ def _widen(
         return None
     # Zeros: to them a linear update of the projections adds nothing, in whatever order the hooks run.
     front = (0, 0, given.shape[-2], 0)
-    rest, options = with_masks(args[1:], kwargs, given.shape[-2])
+    hidden = args[0] if args else kwargs["hidden_states"]
+    rest, options = with_masks(args[1:], kwargs, given.shape[-2], hidden.shape[1])
     if args:
-        return (F.pad(args[0], front), *rest), options
-    return args, options | {"hidden_states": F.pad(kwargs["hidden_states"], front)}
+        return (F.pad(hidden, front), *rest), options
+    return args, options | {"hidden_states": F.pad(hidden, front)}
 
 
 def _join(

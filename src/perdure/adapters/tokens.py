@@ -82,7 +82,7 @@ def _enter(
     if values is None:
         return None
     added = values.to(hidden.dtype).expand(len(hidden), -1, -1)
-    rest, options = with_masks(args[1:], kwargs, values.shape[-2])
+    rest, options = with_masks(args[1:], kwargs, values.shape[-2], hidden.shape[1])
     return (torch.cat([hidden[:, :place], added, hidden[:, place:]], dim=1), *rest), options
 
 
@@ -92,7 +92,8 @@ def _pass(
     values = tokens.now()
     if values is None:
         return None
-    rest, options = with_masks(args[1:], kwargs, values.shape[-2])
+    more = values.shape[-2]
+    rest, options = with_masks(args[1:], kwargs, more, args[0].shape[1] - more)
     return (args[0], *rest), options
 
 

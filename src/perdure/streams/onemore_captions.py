@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,15 @@ from torch import Tensor
 from perdure.images import Preprocess
 from perdure.streams.captioned import Captioned
 from perdure.streams.captions import captions as captions_stream
+from perdure.streams.captions import read_listings
 from perdure.streams.imageset import ImageSet
 from perdure.streams.sources import Picture
 from perdure.texts import pack
 from perdure.types import Data, Nothing, Task
 
 COLUMN = "captions"
-_PER_TASK = 1 << 32
+_ENOUGH = 10
+_ALL = 1 << 20  # captions of an image
 
 
 def captioned_task(
@@ -30,7 +33,8 @@ def captioned_task(
 ) -> Task:
     """The task in a parquet or JSONL file of images and captions, or a folder of them; see the stream `captions`.
 
-    Without a test part, 20 % of the images are held out, the same ones each time.
+    All captions of an image are learnt. Without a test part, 20 % of 10 or more images are held out, the same ones each
+    time; of fewer there are no test images, for each is needed to learn.
 
     Args:
         path: file or folder.
@@ -43,10 +47,18 @@ def captioned_task(
     Raises:
         ValueError: when the file is not as expected.
     """
-    column = column or COLUMN
-    plan = captions_stream(path=str(path), captions=column, by="natural", tasks=1, skip_bad=skip_bad)
+    place = Path(path).expanduser().resolve()  # as it is found again, wherever from and by whatever link
+    (listing, *tested) = read_listings(place, "image")
+    if not tested and len({i if name is None else name for i, name in enumerate(listing.identities)}) < 2:
+        raise ValueError(f"{path} has one image: images are told apart from each other, so give at least two")
+    plan = captions_stream(
+        path=str(place), captions=column or COLUMN, by="natural", tasks=1, texts=_ALL, skip_bad=skip_bad
+    )
     (task,) = plan(preprocess, 0).tasks
-    return _placed(Path(path).stem, task.train, task.test, known, index)
+    sets = [_known_anywhere(data) for data in (task.train, task.test)]
+    if not tested and sum(map(len, sets)) < _ENOUGH:
+        sets = [_together(*sets)]
+    return _placed(place.stem if place.is_file() else place.name, sets, known, index)
 
 
 def given_captions(
@@ -68,15 +80,22 @@ def given_captions(
     Raises:
         ValueError: when an image or caption has another form, or their numbers differ.
     """
-    if isinstance(captions, str) or len(captions) != len(images):
-        count = 1 if isinstance(captions, str) else len(captions)
-        raise ValueError(f"captions: got {count} for {len(images)} images, expected a text, or several, for each")
+    if isinstance(captions, str):
+        raise ValueError(f"captions: got {captions!r:.60}, expected a list with a text, or several, for each image")
+    if len(captions) != len(images):
+        raise ValueError(
+            f"captions: got {len(captions)} for {len(images)} images, expected a text, or several, for each"
+        )
     texts = [_texts(row, given) for row, given in enumerate(captions)]
     if not texts:
         raise ValueError("captions are empty: a task needs at least one image")
     shown = ImageSet.of(images, [0] * len(texts), preprocess)
-    train = Captioned.around(shown, torch.arange(len(texts)), pack(texts))
-    return _placed(f"captions {index + 1}", train, Nothing(), known, index)
+    names = [
+        str(Path(image).expanduser().resolve()) if isinstance(image, str | Path) else f"given {index} {row}"
+        for row, image in enumerate(images)
+    ]
+    train = Captioned.around(shown, _identities(names), pack(texts))
+    return _placed(f"captions {index + 1}", [train], known, index)
 
 
 def alike(tasks: Sequence[Task]) -> list[Task]:
@@ -98,14 +117,29 @@ def _texts(row: int, given: Any) -> list[str]:
     return [text.strip() for text in texts]
 
 
-def _placed(name: str, train: Data, test: Data, known: Mapping[str, int], index: int) -> Task:
-    """A task of one topic, new to the learner, whose images are taken for those of no other task."""
+def _identities(names: Sequence[str]) -> Tensor:
+    """Numbers (n,) of images by what they are called: the same image of another task has the same one."""
+    return torch.tensor([int.from_bytes(sha256(name.encode()).digest()[:8], "big") >> 1 for name in names])
+
+
+def _known_anywhere(data: Data) -> Captioned:
+    assert isinstance(data, Captioned)
+    return Captioned.around(data, _identities([data.source.where(row) for row in data.rows.tolist()]), data.texts)
+
+
+def _together(one: Captioned, other: Captioned) -> Captioned:
+    """The images of two parts of one data set."""
+    rows, labels, pairs, texts = (
+        torch.cat([getattr(data, name) for data in (one, other)]) for name in ("rows", "labels", "pairs", "texts")
+    )
+    made = Captioned(one.source, rows, labels, pairs, texts, one.preprocess)
+    made.skipped = one.skipped + other.skipped
+    return made
+
+
+def _placed(name: str, sets: Sequence[Captioned], known: Mapping[str, int], index: int) -> Task:
+    """A task of one topic, new to the learner: what is learnt and, if there is any, what is tested."""
     topic = max(known.values(), default=-1) + 1
     title = next(t for n in range(1, len(known) + 2) if (t := name if n == 1 else f"{name} ({n})") not in known)
-    train, test = (
-        data.relabelled(torch.full_like(data.labels, topic)).moved(index * _PER_TASK, *data.texts.shape[1:])
-        if isinstance(data, Captioned)
-        else data
-        for data in (train, test)
-    )
-    return Task(index, title, (topic,), (title,), None, train, test)
+    train, *tested = (data.relabelled(torch.full_like(data.labels, topic)) for data in sets)
+    return Task(index, title, (topic,), (title,), None, train, tested[0] if tested else Nothing())
