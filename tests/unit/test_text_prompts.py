@@ -158,4 +158,7 @@ def test_joint_beside_another_part_takes_no_tower(lab: Any) -> None:
     learner = lab.but(objective="zeroshot").learner("lora(tower='both') + joint(tower='both')")
     with pytest.raises(ValueError, match="tower='both' has no effect beside the part that trains the encoder"):
         learner.grow(lab.stream().tasks[0])
+    learner = lab.learner("joint(backbone_lr=0.2) + lora")
+    with pytest.raises(ValueError, match=r"backbone_lr=0.2 has no effect beside the part that trains the encoder"):
+        learner.grow(lab.stream().tasks[0])
     assert make_method("joint(tower='both')").tower == "both"

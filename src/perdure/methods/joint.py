@@ -10,6 +10,8 @@ from perdure.learner import Core
 from perdure.method import Method, without_effect
 from perdure.types import Batch, Data, Task
 
+_RATE = 0.1
+
 
 class Joint(Method, name="joint"):
     """Every task trains on the union of all training sets so far, and all seen classes compete.
@@ -23,7 +25,7 @@ class Joint(Method, name="joint"):
 
     rehearses = True
 
-    def __init__(self, backbone_lr: float = 0.1, tower: Tower = "vision") -> None:
+    def __init__(self, backbone_lr: float = _RATE, tower: Tower = "vision") -> None:
         super().__init__()
         self.backbone_lr, self.tower = backbone_lr, tower
 
@@ -32,9 +34,9 @@ class Joint(Method, name="joint"):
         learner.objective.requires_grad_(True)
         learner.objective.mask = False
         if learner.method is not self:
-            without_effect(
-                "beside the part that trains the encoder", tower=None if self.tower == "vision" else self.tower
-            )
+            rate = None if self.backbone_lr == _RATE else self.backbone_lr
+            tower = None if self.tower == "vision" else self.tower
+            without_effect("beside the part that trains the encoder", tower=tower, backbone_lr=rate)
         else:
             for p in learner.backbone.tower_parameters(self.tower).values():
                 p.requires_grad_(True)
