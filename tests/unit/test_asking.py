@@ -68,7 +68,9 @@ def test_what_cannot_be_asked_says_what_can(learner: Learner) -> None:
     with pytest.raises(ValueError, match="has no text tower"):
         blind.search(pictures(), "a")
     pairs = Learner.create("tiny(dim=16, text=True)", "probe", "retrieve()", precision="fp32", device="cpu")
-    with pytest.raises(ValueError, match=r"^labels have no effect with retrieve, which learns captions: give captions="):
+    with pytest.raises(
+        ValueError, match=r"^labels have no effect with retrieve, which learns captions: give captions="
+    ):
         pairs.learn(pictures(), ["a", "b"] * 3)
 
 
