@@ -8,10 +8,13 @@ import pytest
 import torch
 
 from perdure.checkpoint import whole
+from perdure.config import RunConfig
 from perdure.images import Preprocess
+from perdure.lessons import teach_folder
 from perdure.run import read_summary
 from perdure.streams import captioned_task
 from perdure.teach import Learner
+from perdure.train import Quiet
 
 EIGHT = Preprocess(size=8, resize=8)
 METHOD = "lora(rank=2, tower='both') + replay(size=6)"
@@ -22,8 +25,10 @@ MADE = (
 
 
 @pytest.fixture
-def album(photos: Any, tmp_path: Path) -> Any:
+def album(photos: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """`album("first", "cat dog")`: first.jsonl, whose rows are pictures with two captions each."""
+
+    monkeypatch.chdir(tmp_path)
 
     def make(name: str, names: str, words: str = "a {} here", column: str = "captions") -> Path:
         photos(name, names)
@@ -113,11 +118,30 @@ def test_all_captions_of_an_image_are_learnt(album: Any) -> None:
     assert captioned_task("many.jsonl", EIGHT, {}, 0).train.texts.shape[1] == 7
 
 
-def test_a_lesson_that_was_stopped_goes_on_with_the_same_column_only(perdure: Any, album: Any) -> None:
+class Stops(Quiet):
+    """A machine that fails in the third step."""
+
+    def step(self, step: int, loss: torch.Tensor, images: int) -> None:
+        if step == 3:
+            raise OSError("the power is out")
+
+
+def test_a_lesson_that_was_stopped_goes_on_with_the_same_column(perdure: Any, album: Any) -> None:
     album("first", "cat dog")
-    assert perdure("learn", "first.jsonl", "--into", "x", *MADE).code == 0
-    source = json.loads(Path("x/task-000/source.json").read_text())
-    assert source["captions"] == "captions"
+    options = {"backbone": "tiny(text=True)", "objective": "retrieve", "method": "lora(rank=2, tower='both')"}
+    config = RunConfig(stream="", **options, epochs=2, precision="fp32", batch_size=4, save_every=1)
+    with pytest.raises(OSError, match="power"):
+        teach_folder(Path("first.jsonl"), Path("x"), config, {}, Stops())
+    assert not whole(Path("x"))
+    source = Path("x/task-000/source.json")
+    written = source.read_text(encoding="utf-8")
+    source.write_text(written.replace('"captions": "captions"', '"captions": "english"'), encoding="utf-8")
+    said = perdure("learn", "first.jsonl", "--into", "x")
+    assert said.code == 2
+    assert "and now the captions' columns differ" in said.err
+    source.write_text(written, encoding="utf-8")
+    assert perdure("learn", "first.jsonl", "--into", "x", "--captions", "captions").code == 0
+    assert len(whole(Path("x"))) == 1
 
 
 def test_a_changed_caption_is_another_data_set(perdure: Any, album: Any) -> None:

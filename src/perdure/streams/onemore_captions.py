@@ -11,16 +11,16 @@ from torch import Tensor
 
 from perdure.images import Preprocess
 from perdure.streams.captioned import Captioned
-from perdure.streams.captions import captions as captions_stream
-from perdure.streams.captions import read_listings
+from perdure.streams.captions import gallery, read_listings
+from perdure.streams.draws import SHARE, held_out
 from perdure.streams.imageset import ImageSet
 from perdure.streams.sources import Picture
+from perdure.streams.topics import Album
 from perdure.texts import pack
 from perdure.types import Data, Nothing, Task
 
 COLUMN = "captions"
 _ENOUGH = 10
-_ALL = 1 << 20  # captions of an image
 
 
 def captioned_task(
@@ -48,16 +48,19 @@ def captioned_task(
         ValueError: when the file is not as expected.
     """
     place = Path(path).expanduser().resolve()  # as it is found again, wherever from and by whatever link
-    (listing, *tested) = read_listings(place, "image")
-    if not tested and len({i if name is None else name for i, name in enumerate(listing.identities)}) < 2:
+    found = gallery(place.name, read_listings(place, "image"), (column or COLUMN,), None)
+    albums = [found.train] if found.test is None else [found.train, found.test]
+    count = len(found.train)
+    if found.test is None and count < 2:
         raise ValueError(f"{path} has one image: images are told apart from each other, so give at least two")
-    plan = captions_stream(
-        path=str(place), captions=column or COLUMN, by="natural", tasks=1, texts=_ALL, skip_bad=skip_bad
-    )
-    (task,) = plan(preprocess, 0).tasks
-    sets = [_known_anywhere(data) for data in (task.train, task.test)]
-    if not tested and sum(map(len, sets)) < _ENOUGH:
-        sets = [_together(*sets)]
+    if found.test is None and count >= _ENOUGH:
+        held = held_out([0] * count, found.train.keys, SHARE, "test part")
+        albums = [found.train.take(sorted({*range(count)} - {*held})), found.train.take(held)]
+    sets = [_captioned(album, preprocess) for album in albums]
+    if skip_bad:
+        sets = [data.readable() for data in sets]
+    if not len(sets[0]):
+        raise ValueError(f"{path} has no readable train image: add some")
     return _placed(place.stem if place.is_file() else place.name, sets, known, index)
 
 
@@ -122,19 +125,10 @@ def _identities(names: Sequence[str]) -> Tensor:
     return torch.tensor([int.from_bytes(sha256(name.encode()).digest()[:8], "big") >> 1 for name in names])
 
 
-def _known_anywhere(data: Data) -> Captioned:
-    assert isinstance(data, Captioned)
-    return Captioned.around(data, _identities([data.source.where(row) for row in data.rows.tolist()]), data.texts)
-
-
-def _together(one: Captioned, other: Captioned) -> Captioned:
-    """The images of two parts of one data set."""
-    rows, labels, pairs, texts = (
-        torch.cat([getattr(data, name) for data in (one, other)]) for name in ("rows", "labels", "pairs", "texts")
-    )
-    made = Captioned(one.source, rows, labels, pairs, texts, one.preprocess)
-    made.skipped = one.skipped + other.skipped
-    return made
+def _captioned(album: Album, preprocess: Preprocess) -> Captioned:
+    rows = torch.tensor(album.rows, dtype=torch.int64)
+    pairs = _identities([album.source.where(row) for row in album.rows])
+    return Captioned(album.source, rows, torch.zeros_like(rows), pairs, pack(album.captions[0]), preprocess)
 
 
 def _placed(name: str, sets: Sequence[Captioned], known: Mapping[str, int], index: int) -> Task:
