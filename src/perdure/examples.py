@@ -76,8 +76,7 @@ def _found(learner: Core, tasks: list[Task], texts: list[str]) -> list[list[int]
     """The identities of the images that fit each text best, best first."""
     gallery: dict[int, Tensor] = {}
     with learner.inference():
-        with learner.computing():
-            asked = F.normalize(learner.backbone.encode_text(texts).float(), dim=1).cpu()
+        asked = F.normalize(learner.embed_texts(texts), dim=1).cpu()
         for task in tasks:
             for batch in learner.batches(learner.encoded(task.test, keep=True), 256):
                 features = F.normalize(learner.encode(batch), dim=1).cpu()

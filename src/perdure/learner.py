@@ -100,15 +100,29 @@ class Core(nn.Module):
             features = self.method.encode(self, batch)
         return features.float()
 
-    def embed(self, text: Tensor) -> Tensor:
-        """Embeddings (n, dim) in float32 of packed texts (n, bytes), see `perdure.texts`."""
+    def embed(self, text: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Embeddings (n, dim) in float32 of packed texts (n, bytes), see `perdure.texts` and `embed_texts`."""
+        return self.embed_texts(unpack(text), labels)
+
+    def embed_texts(self, texts: Sequence[str], labels: Tensor | None = None) -> Tensor:
+        """Embeddings (n, dim) in float32 of `texts`, in the space of the features, not normalised.
+
+        Args:
+            texts: any number of them.
+            labels: class of each, int64 (n,), where it is known; used in training only.
+        """
+        if not texts:
+            return torch.zeros(0, self.backbone.dim, device=self.device)
         with self.computing():
-            return self.backbone.encode_text(unpack(text)).float()
+            tokens = self.backbone.tokenised(texts)
+            return self.method.embed(self, tokens, labels if self.training else None).float()
 
     def perceive(self, batch: Batch) -> None:
         """Let each tower read what it reads in a step: images, and texts where the objective has any."""
         self.encode(batch)
-        self.objective.show(self, batch)
+        texts, labels = self.objective.said(self, batch)
+        if texts:
+            self.embed_texts(texts, labels)
 
     def computing(self) -> Any:
         """The context in which the encoder runs.

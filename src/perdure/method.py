@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 METHODS: dict[str, type[Method]] = {}
 """Every method by name; a class registers itself by `class Mine(Method, name="mine")`."""
 
-_EXCLUSIVE = ("encode", "predict", "data")
+_EXCLUSIVE = ("encode", "embed", "predict", "data")
 
 
 class Method(nn.Module):
@@ -121,6 +121,16 @@ class Method(nn.Module):
         features: Tensor = learner.backbone(batch)
         return features
 
+    def embed(self, learner: Core, tokens: Batch, labels: Tensor | None) -> Tensor:
+        """Embeddings (n, dim) of texts.
+
+        Args:
+            learner: whose texts.
+            tokens: what the backbone's `tokenise` gave, on its device.
+            labels: class of each text, int64 (n,), where it is known; only in training.
+        """
+        return learner.backbone.encode_tokens(tokens)
+
     def width(self, learner: Core) -> int:
         """Number of features that `encode` gives."""
         return learner.backbone.dim
@@ -224,6 +234,13 @@ class Compose(Method):
         """See `Method.encode`."""
         owner = self._owner("encode")
         return super().encode(learner, batch) if owner is None else owner.encode(learner, batch)
+
+    def embed(self, learner: Core, tokens: Batch, labels: Tensor | None) -> Tensor:
+        """See `Method.embed`."""
+        owner = self._owner("embed")
+        if owner is None:
+            return super().embed(learner, tokens, labels)
+        return owner.embed(learner, tokens, labels)
 
     def width(self, learner: Core) -> int:
         """See `Method.width`; asked of the part that encodes."""

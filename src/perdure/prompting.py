@@ -1,12 +1,17 @@
 """What prompt methods share: choosing by a query, the pre-trained encoder's features, and placing prefixes."""
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Generic, TypeVar
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perdure.adapters.prefix import Prefix
-from perdure.backbones.base import Backbone, OneTower
+from perdure.backbones.base import Backbone, OneTower, Tower, named_towers
 from perdure.learner import Core
+from perdure.method import Method
 from perdure.types import Batch
 
 _UNFIT = (RuntimeError, IndexError, TypeError, KeyError)
@@ -25,6 +30,87 @@ def query(learner: Core, batch: Batch) -> Tensor:
     with torch.no_grad():
         features: Tensor = learner.backbone(batch)
     return F.normalize(features.float(), dim=1)
+
+
+def text_query(learner: Core, tokens: Batch) -> Tensor:
+    """Unit embeddings (n, dim) of texts by the pre-trained encoder, in float32; prompts must be off, as in `query`."""
+    with torch.no_grad():
+        return F.normalize(learner.backbone.encode_tokens(tokens).float(), dim=1)
+
+
+class Chosen(nn.Module):
+    """Prompts of one tower that queries choose or mix; a method that asks says how."""
+
+    def joining(self, asked: Tensor, labels: Tensor | None) -> AbstractContextManager[None]:
+        """Within, the tower encodes inputs with the prompts of their queries.
+
+        Args:
+            asked: queries (n, dim), in the order of the inputs.
+            labels: classes (n,) in training, where they are known.
+        """
+        raise NotImplementedError
+
+
+C = TypeVar("C", bound=Chosen)
+
+
+class Asking(Method, Generic[C]):
+    """Base of methods whose prompts depend on what the pre-trained encoder makes of an image or text.
+
+    Each tower has prompts of its own, `towers`, and every image and text is asked about by itself.
+
+    Args:
+        tower: which encoder.
+    """
+
+    adapts, guarantees = True, True
+
+    def __init__(self, tower: Tower) -> None:
+        super().__init__()
+        self.tower = tower
+        self.towers = nn.ModuleDict()
+        self.leaves = frozenset(
+            hook for each, hook in (("vision", "encode"), ("text", "embed")) if each not in named_towers(tower)
+        )
+        self.records = (QUERY,) if "vision" in named_towers(tower) else ()
+
+    def of(self, tower: OneTower) -> C:
+        """The prompts of `tower`, which have been made."""
+        found: C = self.towers[tower]  # type: ignore[assignment]
+        return found
+
+    def placed(self) -> Iterator[C]:
+        """Those of all towers."""
+        return (self.of(tower) for tower in named_towers(self.tower))
+
+    def record(self, learner: Core, batch: Batch) -> Batch:
+        """The query of each image."""
+        return {QUERY: query(learner, batch)} if self.records else {}
+
+    def encode(self, learner: Core, batch: Batch) -> Tensor:
+        """Features (B, dim) with the prompts of each image, where the vision tower has any."""
+        if "encode" in self.leaves:
+            return super().encode(learner, batch)
+        labels = batch.get("label") if self.training else None
+        with self.of("vision").joining(query(learner, batch), labels):
+            return super().encode(learner, batch)
+
+    def embed(self, learner: Core, tokens: Batch, labels: Tensor | None) -> Tensor:
+        """Embeddings (n, dim) with the prompts of each text, where the text tower has any."""
+        if "embed" in self.leaves:
+            return super().embed(learner, tokens, labels)
+        with self.of("text").joining(text_query(learner, tokens), labels):
+            return super().embed(learner, tokens, labels)
+
+    def asked(self, learner: Core, batch: Batch) -> Iterator[tuple[C, Tensor, Tensor]]:
+        """What a step reads: prompts of a tower, its queries (n, dim), and classes (n,) of what they are of."""
+        for tower in named_towers(self.tower):
+            if tower == "vision":
+                yield self.of(tower), query(learner, batch), batch["label"]
+            else:
+                texts, labels = learner.objective.said(learner, batch)
+                with learner.computing():
+                    yield self.of(tower), text_query(learner, learner.backbone.tokenised(texts)), labels
 
 
 def nearest(cosines: Tensor, count: int, batchwise: bool = False) -> Tensor:
@@ -68,9 +154,9 @@ def attach_prefix(learner: Core, prefix: Prefix, blocks: str | None, tower: OneT
         )
 
 
-def first_blocks(backbone: Backbone, start: int, count: int) -> str:
-    """The `count` vision blocks from number `start` on, as many of them as there are, in `Backbone.sites`' notation."""
-    return f"{start}-{min(start + count, len(backbone.blocks())) - 1}"
+def first_blocks(backbone: Backbone, start: int, count: int, tower: OneTower) -> str:
+    """The `count` blocks of `tower` from number `start` on, as many as there are, in `Backbone.sites`' notation."""
+    return f"{start}-{min(start + count, len(backbone.blocks(tower))) - 1}"
 
 
 def check_tokens(learner: Core, tower: OneTower = "vision") -> None:

@@ -171,6 +171,11 @@ ELSEWHERE = [
         "prompt + zscl",
         "prompt(tower='both')",
         "prefix(tower='text')",
+        "l2p(tower='both')",
+        "l2p(tower='text') + replay(size=12)",
+        "dualprompt(tower='both')",
+        "dualprompt(tower='text', general_length=0) + replay(size=12)",
+        "coda_prompt(strength=0.1, tower='both')",
     )
 ]
 RETRIEVED = [
@@ -212,6 +217,10 @@ RETRIEVED = [
         ("l2p", {}),
         ("dualprompt", {}),
         ("coda_prompt", {}),
+        ("l2p(tower='both')", {}),
+        ("dualprompt(tower='both')", {}),
+        ("dualprompt(tower='text') + replay(size=6) + lwf", {}),
+        ("coda_prompt(tower='text')", {"scenario": "domain"}),
         ("prefix", {}),
         ("prefix(tower='both')", {}),
         ("prefix(length=2, tower='text') + lwf", {}),

@@ -24,11 +24,11 @@ def placed(depth: int, spec: str = "dualprompt") -> tuple[list[int], list[int]]:
     learner = Core(tiny(dim=8, depth=depth), make_objective("classify"), make_method(spec))
     learner.grow(Task(0, "first", (0, 1), ("a", "b")))
     method = learner.method
-    on: dict[Any, set[int]] = {method.general: set(), method.expert: set()}
+    on: dict[Any, set[int]] = {method.of("vision").general: set(), method.of("vision").expert: set()}
     for number, name in enumerate(learner.backbone.blocks()):
         for hook in learner.backbone.get_submodule(f"{name}.attn")._forward_pre_hooks.values():
             on[hook.args[0]].add(number)
-    return sorted(on[method.general]), sorted(on[method.expert])
+    return sorted(on[method.of("vision").general]), sorted(on[method.of("vision").expert])
 
 
 @pytest.mark.parametrize(
@@ -50,16 +50,16 @@ def test_blocks_can_be_named_and_general_prompts_left_out() -> None:
 def test_only_general_prompts_are_shared_and_only_the_current_expert_learns(lab: Any) -> None:
     learner = taught(lab, tasks=1)
     method, second = learner.method, lab.stream().tasks[1]
-    first = method.prompt.detach().clone(), method.key.detach().clone()
-    assert "method.shared" in learner.shared()
-    assert not {"method.prompt", "method.key"} & learner.shared().keys()
+    first = method.of("vision").prompt.detach().clone(), method.of("vision").key.detach().clone()
+    assert "method.towers.vision.shared" in learner.shared()
+    assert not {"method.towers.vision.prompt", "method.towers.vision.key"} & learner.shared().keys()
     lab.teach(learner, [second])
-    assert torch.equal(method.past["prompts"], first[0][None])
-    assert torch.equal(method.past["keys"], first[1][None])
-    assert not torch.equal(method.prompt, first[0])
-    assert not torch.equal(method.key, first[1])
+    assert torch.equal(method.of("vision").past["prompts"], first[0][None])
+    assert torch.equal(method.of("vision").past["keys"], first[1][None])
+    assert not torch.equal(method.of("vision").prompt, first[0])
+    assert not torch.equal(method.of("vision").key, first[1])
     trained = {n for n in learner.trainable() if n.startswith("method")}
-    assert trained == {"method.shared", "method.key", "method.prompt"}
+    assert trained == {"method.towers.vision.shared", "method.towers.vision.key", "method.towers.vision.prompt"}
 
 
 def test_in_training_each_image_takes_the_prompt_of_its_own_task(lab: Any) -> None:
@@ -67,12 +67,12 @@ def test_in_training_each_image_takes_the_prompt_of_its_own_task(lab: Any) -> No
     method = learner.method
     old, new = (stream.tasks[i].train.__getitems__(range(3)) for i in (0, 1))
     mixed = {k: torch.cat([old[k], new[k]]) for k in old}
-    prompts = torch.cat([method.past["prompts"].expand(3, -1, -1, -1), method.prompt[None].expand(3, -1, -1, -1)])
+    prompts = torch.cat([method.of("vision").past["prompts"].expand(3, -1, -1, -1), method.of("vision").prompt[None].expand(3, -1, -1, -1)])
     learner.train()
-    with method.general.giving(method.shared.unbind()), method.expert.giving(prompts.unbind(1)):
+    with method.of("vision").general.giving(method.of("vision").shared.unbind()), method.of("vision").expert.giving(prompts.unbind(1)):
         expected = learner.backbone(mixed)
     torch.testing.assert_close(learner.encode(mixed), expected)
-    learner.method.batchwise = True  # which is about tests
+    learner.method.of("vision").batchwise = True  # which is about tests
     torch.testing.assert_close(learner.encode(mixed), expected)
 
 
@@ -84,7 +84,7 @@ def test_the_pull_is_to_the_key_of_each_images_own_task(lab: Any) -> None:
         for k, v in stream.tasks[1].train.__getitems__([0, 1, 2]).items()
     }
     asked = query(learner, batch)
-    keys = torch.stack([method.past["keys"][0], method.key, method.key, method.key])
+    keys = torch.stack([method.of("vision").past["keys"][0], method.of("vision").key, method.of("vision").key, method.of("vision").key])
     expected = -0.5 * F.cosine_similarity(asked, keys).mean()
     torch.testing.assert_close(method.penalty(learner, batch, torch.empty(0)), expected)
 
@@ -94,9 +94,9 @@ def test_a_key_comes_nearer_to_its_tasks_queries(lab: Any) -> None:
     learner = lab.learner("dualprompt")
     learner.grow(stream.tasks[0])
     batch = stream.tasks[0].train.__getitems__(range(16))
-    before = F.cosine_similarity(query(learner, batch), learner.method.key.detach()).mean()
+    before = F.cosine_similarity(query(learner, batch), learner.method.of("vision").key.detach()).mean()
     fit_task(learner, stream.tasks[0], lab.train_config(epochs=6))
-    assert F.cosine_similarity(query(learner, batch), learner.method.key.detach()).mean() > before + 0.2
+    assert F.cosine_similarity(query(learner, batch), learner.method.of("vision").key.detach()).mean() > before + 0.2
 
 
 def apart(lab: Any, spec: str) -> tuple[Core, Any]:
@@ -107,9 +107,9 @@ def apart(lab: Any, spec: str) -> tuple[Core, Any]:
     asked = query(learner, data.__getitems__(range(len(data))))
     mean, aside = asked.mean(0), asked[0] - asked.mean(0)
     with torch.no_grad():
-        method.past["keys"] = (mean + aside)[None]
-        method.key.copy_(mean - aside)
-        method.prompt.normal_(generator=torch.Generator().manual_seed(5))
+        method.of("vision").past["keys"] = (mean + aside)[None]
+        method.of("vision").key.copy_(mean - aside)
+        method.of("vision").prompt.normal_(generator=torch.Generator().manual_seed(5))
     return learner, data
 
 
@@ -134,14 +134,14 @@ def test_a_new_task_starts_from_the_last_ones_key_and_prompt(lab: Any) -> None:
     images = lab.stream().tasks[0].test
     before = scores(learner, images, 64)
     learner.grow(lab.stream().tasks[1])
-    assert torch.equal(learner.method.past["keys"][0], learner.method.key)
+    assert torch.equal(learner.method.of("vision").past["keys"][0], learner.method.of("vision").key)
     torch.testing.assert_close(scores(learner, images, 64)[:, :2], before)
 
 
 def test_where_all_tasks_have_the_same_classes_images_count_as_the_current_tasks(lab: Any) -> None:
     bench = lab.but(scenario="domain")
     learner = bench.teach(bench.learner("dualprompt"), bench.stream().tasks[:2])
-    assert learner.method.owner.tolist() == [1, 1]
+    assert learner.method.of("vision").owner.tolist() == [1, 1]
 
 
 def test_recorded_queries_equal_those_computed_in_every_step(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,9 +28,9 @@ def grown(lab: Any, options: str = "") -> tuple[Core, Task, Batch]:
     method, generator = learner.method, torch.Generator().manual_seed(0)
     images = task.train.__getitems__(range(6))
     with torch.no_grad():
-        method.prompts.normal_(generator=generator)
+        method.of("vision").prompts.normal_(generator=generator)
         # keys amid the queries, which are much alike
-        method.keys.copy_(lab.backbone()(images)[: len(method.keys)])
+        method.of("vision").keys.copy_(lab.backbone()(images)[: len(method.of("vision").keys)])
     return learner, task, images
 
 
@@ -40,7 +40,7 @@ def queries(lab: Any, images: Batch) -> Tensor:
 
 def choices(lab: Any, learner: Core, images: Batch) -> list[list[int]]:
     """The two entries that each image takes, by a plain loop."""
-    keys = F.normalize(learner.method.keys.detach(), dim=1)
+    keys = F.normalize(learner.method.of("vision").keys.detach(), dim=1)
     ranked = [sorted(range(len(keys)), key=lambda i, q=q: -float(q @ keys[i])) for q in queries(lab, images)]
     return [best[:2] for best in ranked]
 
@@ -57,7 +57,7 @@ def test_each_image_is_encoded_with_the_entries_that_it_chose(reads: str, lab: A
         backbone, tokens = lab.backbone(), Tokens(4, 16)
         tokens.reads = reads == "prompts"
         tokens.attach([backbone.get_submodule(name) for name in backbone.blocks()])
-        tokens.values.data.copy_(torch.cat([learner.method.prompts[entry] for entry in best]))
+        tokens.values.data.copy_(torch.cat([learner.method.of("vision").prompts[entry] for entry in best]))
         alone = backbone({"image": images["image"][i : i + 1]})
         torch.testing.assert_close(features[i], alone[0], rtol=1e-5, atol=1e-5)
 
@@ -75,7 +75,7 @@ def test_entries_that_no_image_chose_learn_nothing(lab: Any) -> None:
     learner, task, _ = grown(lab, ", reads='class'")
     everything = task.train.__getitems__(range(len(task.train)))
     with torch.no_grad():
-        learner.method.keys[3:] = -queries(lab, everything).mean(0)
+        learner.method.of("vision").keys[3:] = -queries(lab, everything).mean(0)
     before = {name: p.detach().clone() for name, p in learner.method.named_parameters()}
     fit_task(learner, task, lab.train_config())
     for name, p in learner.method.named_parameters():
@@ -158,7 +158,7 @@ def test_training_on_recorded_queries_is_training(lab: Any, monkeypatch: pytest.
 
 def test_the_pull_is_the_cosine_to_the_chosen_keys(lab: Any) -> None:
     learner, _, images = grown(lab, ", strength=0.3")
-    keys, chosen = F.normalize(learner.method.keys.detach(), dim=1), choices(lab, learner, images)
+    keys, chosen = F.normalize(learner.method.of("vision").keys.detach(), dim=1), choices(lab, learner, images)
     pairs = zip(queries(lab, images), chosen, strict=True)
     expected = -0.3 * sum(float(q @ keys[entry]) for q, best in pairs for entry in best) / len(chosen)
     assert learner.method.penalty(learner, images, torch.empty(0)).item() == pytest.approx(expected, rel=1e-5)
@@ -168,26 +168,26 @@ def test_keys_learn_from_the_pull_only_and_prompts_from_the_cross_entropy_only(l
     learner, _, images = grown(lab)
     method = learner.method
     learner.objective.loss(learner.encode(images), images).backward()
-    assert method.keys.grad is None
-    assert method.prompts.grad.any()
-    method.prompts.grad = None
+    assert method.of("vision").keys.grad is None
+    assert method.of("vision").prompts.grad.any()
+    method.of("vision").prompts.grad = None
     method.penalty(learner, images, torch.empty(0)).backward()
-    assert method.keys.grad.any()
-    assert method.prompts.grad is None
+    assert method.of("vision").keys.grad.any()
+    assert method.of("vision").prompts.grad is None
 
 
 def test_without_a_pull_keys_stay_where_they_start(lab: Any) -> None:
     learner, task, _ = grown(lab, ", strength=0")
-    before = learner.method.keys.detach().clone()
+    before = learner.method.of("vision").keys.detach().clone()
     fit_task(learner, task, lab.train_config())
-    assert torch.equal(learner.method.keys, before)
-    assert "method.keys" in learner.memory()
+    assert torch.equal(learner.method.of("vision").keys, before)
+    assert "method.towers.vision.keys" in learner.memory()
 
 
 def test_training_draws_keys_to_the_queries(lab: Any) -> None:
     learner, task, images = grown(lab)
     with torch.no_grad():
-        learner.method.keys.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
+        learner.method.of("vision").keys.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
     before = learner.method.penalty(learner, images, torch.empty(0)).item()
     fit_task(learner, task, lab.train_config())
     assert learner.method.penalty(learner, images, torch.empty(0)).item() < before - 0.01
@@ -200,14 +200,14 @@ def test_fisher_of_the_pool_equals_a_loop_over_examples(batchwise: bool, lab: An
     learner.grow(task)
     lab.close(learner, task)
     l2p, ewc = learner.method
-    total = torch.zeros_like(l2p.prompts)
+    total = torch.zeros_like(l2p.of("vision").prompts)
     for i in range(len(task.train)):
         learner.zero_grad()
         one = task.train.__getitems__([i])
         learner.objective.loss(learner.encode(one), one).backward()
-        total += l2p.prompts.grad.square()
-    found = ewc.fisher["method.parts.0.prompts"]
-    assert not ewc.fisher["method.parts.0.keys"].any()
+        total += l2p.of("vision").prompts.grad.square()
+    found = ewc.fisher["method.parts.0.towers.vision.prompts"]
+    assert not ewc.fisher["method.parts.0.towers.vision.keys"].any()
     torch.testing.assert_close(found / found.sum(), total / total.sum(), rtol=1e-3, atol=1e-6)
 
 
@@ -271,7 +271,7 @@ def test_prompts_of_a_pool_cannot_be_exported(tmp_path: Any) -> None:
             "top=10, strength=0, batchwise=True",
             "batchwise=True has no effect with top=10 of pool=10 entries: leave it out",
         ),
-        ("reads='mean'", "reads='mean': expected 'prompts' or 'class'"),
+        ("reads='mean'", "reads='mean': expected 'prompts' or 'class' or None"),
     ],
 )
 def test_what_cannot_be_is_refused(options: str, message: str) -> None:

@@ -71,10 +71,15 @@ class Backbone(nn.Module):
     @final
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """Embeddings (n, dim) of `texts`, in the space of the features, not normalised; what is too long is cut off."""
-        own = next(self.parameters())
         if not texts and "text" in self.towers():
-            return own.new_zeros(0, self.dim)
-        return self.encode_tokens({name: value.to(own.device) for name, value in self.tokenise(texts).items()})
+            return next(self.parameters()).new_zeros(0, self.dim)
+        return self.encode_tokens(self.tokenised(texts))
+
+    @final
+    def tokenised(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """What `tokenise` gives of `texts`, on the model's device."""
+        device = next(self.parameters()).device
+        return {name: value.to(device) for name, value in self.tokenise(texts).items()}
 
     @final
     def encode_tokens(self, tokens: Mapping[str, Tensor]) -> Tensor:

@@ -14,16 +14,18 @@ span of the old components; the official one projects on them one by one, which 
 orthogonal. `start="random"` is a unit vector of random direction (the paper's code: uniform in [0, 1]).
 """
 
+from contextlib import AbstractContextManager
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from perdure.adapters.prefix import Prefix
+from perdure.backbones.base import OneTower, Tower, named_towers
 from perdure.learner import Core
 from perdure.memory.tensors import Tensors
-from perdure.method import Method, at_least_zero
-from perdure.prompting import QUERY, attach_prefix, first_blocks, query
+from perdure.method import at_least_zero
+from perdure.prompting import Asking, Chosen, attach_prefix, first_blocks
 from perdure.types import Batch, Task
 
 Start = Literal["orthogonal", "random"]
@@ -31,8 +33,62 @@ _BLOCKS = 5
 _ALL, _EACH = 100, 10  # components of a stream of known length, and of each task where the end is open
 
 
-class CODAPrompt(Method, name="coda_prompt"):
-    """Prompts made for each image from components, some of which each task adds; the encoder stays as it is.
+class Components(Chosen):
+    """Keys, filters and prompts of one tower."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prefix = Prefix()
+        # of the current task: "key" and "filter" (A), (blocks, components, dim), and "prompt"
+        # (blocks, components, length / 2, 2 · width), keys beside values
+        self.new = nn.ParameterDict()
+        self.past = Tensors()  # the same of all former tasks together
+
+    def grow(self, shapes: dict[str, tuple[int, ...]], start: Start) -> None:
+        """Put the last task's components away, and start new ones of these shapes."""
+        for name, value in self.new.items():
+            old = value.detach()
+            self.past[name] = torch.cat([self.past[name], old], dim=1) if name in self.past else old
+        for name, shape in shapes.items():
+            self.new[name] = nn.Parameter(self._begin(name, shape, start))
+
+    def joining(self, asked: Tensor, labels: Tensor | None) -> AbstractContextManager[None]:
+        """See `Chosen.joining`."""
+        prompt = _mixed(asked, self.new["key"], self.new["filter"], self.new["prompt"])
+        if self.past:  # apart: these need no gradient, and no copy
+            prompt = prompt + _mixed(asked, self.past["key"], self.past["filter"], self.past["prompt"])
+        return self.prefix.giving(prompt.unbind())
+
+    def overlap(self) -> Tensor:
+        """Σ over blocks and K, A, P of the mean square of X Xᵀ - I, X being all components, without what is constant."""
+        return torch.stack([self._overlap(name) for name in sorted(self.new)]).sum()
+
+    def _begin(self, name: str, shape: tuple[int, ...], start: Start) -> Tensor:
+        """Unit vectors (blocks, components, ...), one for each component."""
+        fresh = torch.randn(shape, dtype=torch.float64).flatten(2).mT  # (blocks, size, components)
+        old = self.past[name].flatten(2).mT.double().cpu() if name in self.past else fresh[..., :0]
+        if start == "orthogonal" and old.shape[2] + fresh.shape[2] <= fresh.shape[1]:
+            span = torch.linalg.qr(old).Q
+            for _ in range(2):  # once leaves what rounding adds
+                fresh = torch.linalg.qr(fresh - span @ (span.mT @ fresh)).Q
+        else:
+            fresh = fresh / fresh.norm(dim=1, keepdim=True)
+        begun: Tensor = fresh.mT.float().reshape(shape)
+        return begun.contiguous()
+
+    def _overlap(self, name: str) -> Tensor:
+        new: Tensor = self.new[name].flatten(2)
+        among = new @ new.mT - torch.eye(new.shape[1], device=new.device)
+        total = among.square().sum()
+        count = new.shape[1]
+        if name in self.past:
+            old = self.past[name].flatten(2)
+            total, count = total + 2 * (new @ old.mT).square().sum(), count + old.shape[1]
+        return total / (count * count)
+
+
+class CODAPrompt(Asking[Components], name="coda_prompt"):
+    """Prompts made for each image or text from components, some of which each task adds; the encoder stays as it is.
 
     Args:
         components: that each task adds; None shares the paper's 100, or as many as there are features, out among the
@@ -42,10 +98,8 @@ class CODAPrompt(Method, name="coda_prompt"):
         strength: weight of the orthogonality penalty (λ); the paper's is 0.1, its later code's 0.
         start: new components are `orthogonal` to all former ones, or `random`. Vectors that find no free direction
             left, as in a stream longer than announced, are random too.
+        tower: which encoder; each has components of its own.
     """
-
-    adapts, guarantees = True, True
-    records = (QUERY,)
 
     def __init__(
         self,
@@ -54,8 +108,9 @@ class CODAPrompt(Method, name="coda_prompt"):
         blocks: str | None = None,
         strength: float = 0.0,
         start: Start = "orthogonal",
+        tower: Tower = "vision",
     ) -> None:
-        super().__init__()
+        super().__init__(tower)
         if components is not None and components < 1:
             raise ValueError(f"components={components}: expected 1 or more a task, such as 10, or None")
         if length < 2 or length % 2:
@@ -63,50 +118,29 @@ class CODAPrompt(Method, name="coda_prompt"):
         at_least_zero(strength=strength)
         self.components, self.length, self.blocks = components, length, blocks
         self.strength, self.start = strength, start
-        self.prefix = Prefix()
-        # of the current task: "key" and "filter" (A), (blocks, components, dim), and "prompt"
-        # (blocks, components, length / 2, 2 · width), keys beside values
-        self.new = nn.ParameterDict()
-        self.past = Tensors()  # the same of all former tasks together
 
     def grow(self, learner: Core, task: Task) -> None:
         """Put the last task's components away, and start new ones."""
-        for name, value in self.new.items():
-            old = value.detach()
-            self.past[name] = torch.cat([self.past[name], old], dim=1) if name in self.past else old
-        for name, shape in self._shapes(learner, task).items():
-            self.new[name] = nn.Parameter(self._begin(name, shape))
-        if task.index == 0:
-            attach_prefix(learner, self.prefix, self._where(learner))
-
-    def record(self, learner: Core, batch: Batch) -> Batch:
-        """The query of each image."""
-        return {QUERY: query(learner, batch)}
+        for tower in named_towers(self.tower):
+            if task.index == 0:
+                self.towers[tower] = Components()
+            own = self.of(tower)
+            where = self.blocks or first_blocks(learner.backbone, 0, _BLOCKS, tower)
+            own.grow(self._shapes(learner, task, tower, where), self.start)
+            if task.index == 0:
+                attach_prefix(learner, own.prefix, where, tower)
 
     def penalty(self, learner: Core, batch: Batch, features: Tensor) -> Tensor | float:
         """strength · Σ over blocks and K, A, P of the mean square of X Xᵀ - I."""
         if not self.strength:
             return 0.0
-        return self.strength * sum(self._overlap(name) for name in sorted(self.new))
+        return self.strength * sum(own.overlap() for own in self.placed())
 
-    def encode(self, learner: Core, batch: Batch) -> Tensor:
-        """Features (B, dim) with the prompt of each image."""
-        asked = query(learner, batch)
-        prompt = _mixed(asked, self.new["key"], self.new["filter"], self.new["prompt"])
-        if self.past:  # apart: these need no gradient, and no copy
-            prompt = prompt + _mixed(asked, self.past["key"], self.past["filter"], self.past["prompt"])
-        with self.prefix.giving(prompt.unbind()):
-            return super().encode(learner, batch)
-
-    def _where(self, learner: Core) -> str:
-        return self.blocks or first_blocks(learner.backbone, 0, _BLOCKS)
-
-    def _shapes(self, learner: Core, task: Task) -> dict[str, tuple[int, ...]]:
-        backbone = learner.backbone
-        sites, dim = backbone.sites("k", self._where(learner)), backbone.dim
-        count = self.components
-        if "key" in self.new:
-            count = self.new["key"].shape[1]
+    def _shapes(self, learner: Core, task: Task, tower: OneTower, where: str) -> dict[str, tuple[int, ...]]:
+        sites, dim = learner.backbone.sites("k", where, tower), learner.backbone.dim
+        count, before = self.components, self.of(tower).new
+        if "key" in before:
+            count = before["key"].shape[1]
         elif count is None:
             count = min(_ALL, dim) // task.total if task.total else min(_EACH, dim // 10)
             count = max(1, count)
@@ -118,33 +152,9 @@ class CODAPrompt(Method, name="coda_prompt"):
         narrow, wide = (len(sites), count, dim), (len(sites), count, self.length // 2, 2 * sites[0].fan_out)
         return {"key": narrow, "filter": narrow, "prompt": wide}
 
-    def _begin(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """Unit vectors (blocks, components, ...), one for each component."""
-        fresh = torch.randn(shape, dtype=torch.float64).flatten(2).mT  # (blocks, size, components)
-        old = self.past[name].flatten(2).mT.double().cpu() if name in self.past else fresh[..., :0]
-        if self.start == "orthogonal" and old.shape[2] + fresh.shape[2] <= fresh.shape[1]:
-            span = torch.linalg.qr(old).Q
-            for _ in range(2):  # once leaves what rounding adds
-                fresh = torch.linalg.qr(fresh - span @ (span.mT @ fresh)).Q
-        else:
-            fresh = fresh / fresh.norm(dim=1, keepdim=True)
-        begun: Tensor = fresh.mT.float().reshape(shape)
-        return begun.contiguous()
-
-    def _overlap(self, name: str) -> Tensor:
-        """Σ over blocks of the mean square of X Xᵀ - I, X being all components, without what is constant."""
-        new: Tensor = self.new[name].flatten(2)
-        among = new @ new.mT - torch.eye(new.shape[1], device=new.device)
-        total = among.square().sum()
-        count = new.shape[1]
-        if name in self.past:
-            old = self.past[name].flatten(2)
-            total, count = total + 2 * (new @ old.mT).square().sum(), count + old.shape[1]
-        return total / (count * count)
-
 
 def _mixed(asked: Tensor, keys: Tensor, filters: Tensor, prompts: Tensor) -> Tensor:
-    """Σ_m cos(q ∘ A_m, K_m) P_m for each block and image, (blocks, B, length / 2, 2 · width)."""
+    """Σ_m cos(q ∘ A_m, K_m) P_m for each block and input, (blocks, B, length / 2, 2 · width)."""
     # (q ∘ A) · K = q · (A ∘ K) and |q ∘ A|² = q² · A²: no (B, components, dim) is ever made
     products = asked @ (filters * keys).mT
     norms = (asked.square() @ filters.square().mT).sqrt() * keys.norm(dim=2)[:, None]

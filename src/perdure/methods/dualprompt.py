@@ -9,26 +9,85 @@ Differs: every image chooses for itself at test time; published settings let the
 `batchwise=True` reproduces. Key and E-prompt of a task start from those of the last one (the official code has both as
 options, and copies the prompt), so that a new task changes no answer yet; the first ones start from a normal
 distribution of deviation 0.02 (published: uniform). Where a class is in several tasks, its images count as the latest
-one's. Gradients are not clipped.
+one's. Gradients are not clipped. Prompts of a text tower, chosen by what a text is, are ours: in training a text takes
+its own task's where its class is known.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perdure.adapters.prefix import Prefix, starting_prefix
+from perdure.backbones.base import OneTower, Tower, named_towers
 from perdure.learner import Core
 from perdure.memory.tensors import Tensors
-from perdure.method import Method, without_effect
-from perdure.prompting import QUERY, attach_prefix, first_blocks, nearest, query
+from perdure.method import without_effect
+from perdure.prompting import Asking, Chosen, attach_prefix, first_blocks, nearest
 from perdure.types import Batch, Task
 
 _GENERAL, _EXPERT, _LENGTH = 2, 3, 5
 
 
-class DualPrompt(Method, name="dualprompt"):
+class Prompts(Chosen):
+    """G-prompts of one tower, and the E-prompts and keys of all tasks.
+
+    Args:
+        shared: G-prompts (blocks, general_length, 2 · width); None for none.
+        prompt: first E-prompt (blocks, length, 2 · width).
+        dim: of a key.
+        batchwise: at test time all inputs take the same E-prompt.
+    """
+
+    def __init__(self, shared: Tensor | None, prompt: Tensor, dim: int, batchwise: bool) -> None:
+        super().__init__()
+        self.general, self.expert, self.batchwise = Prefix(), Prefix(), batchwise
+        self.shared = None if shared is None else nn.Parameter(shared)
+        self.prompt = nn.Parameter(prompt)  # of the current task
+        self.key = nn.Parameter(torch.empty(dim).normal_(std=0.02))  # of the current task
+        self.past = Tensors()  # "keys" (tasks, dim) and "prompts" (tasks, blocks, length, 2 · width) of former tasks
+        self.register_buffer("owner", torch.empty(0, dtype=torch.int64), persistent=False)  # class -> task
+        self.owner: Tensor
+
+    def put_away(self) -> None:
+        """Keep key and E-prompt as those of a former task; their values go on."""
+        for name, value in (("keys", self.key), ("prompts", self.prompt)):
+            new = value.detach()[None]
+            self.past[name] = torch.cat([self.past[name], new]) if name in self.past else new
+
+    def know(self, owner: Mapping[int, int]) -> None:
+        """Which task each class belongs to."""
+        self.owner = torch.tensor([owner.get(c, 0) for c in range(max(owner) + 1)])
+
+    @contextmanager
+    def joining(self, asked: Tensor, labels: Tensor | None) -> Iterator[None]:
+        """See `Chosen.joining`: with the E-prompt of each input's own task where it is known, else with the nearest."""
+        if labels is not None:
+            chosen = self.owner[labels]
+        else:
+            chosen = nearest(self._cosines(asked), 1, self.batchwise)[:, 0]
+        prompts = self.prompt[None]
+        if "prompts" in self.past:
+            prompts = torch.cat([self.past["prompts"], prompts])
+        general = () if self.shared is None else self.shared.unbind()
+        with self.general.giving(general), self.expert.giving(prompts[chosen].unbind(1)):
+            yield
+
+    def nearness(self, asked: Tensor, labels: Tensor) -> Tensor:
+        """Mean of cos(q, k) over inputs, k being the key of each one's own task."""
+        return self._cosines(asked).gather(1, self.owner[labels, None]).mean()
+
+    def _cosines(self, asked: Tensor) -> Tensor:
+        """Of queries and the keys of all tasks, (B, tasks)."""
+        keys = self.key[None]
+        if "keys" in self.past:
+            keys = torch.cat([self.past["keys"], keys])
+        return asked @ F.normalize(keys, dim=1).T
+
+
+class DualPrompt(Asking[Prompts], name="dualprompt"):
     """General and expert prefixes, the latter chosen by the pre-trained encoder; the encoder stays as it is.
 
     Args:
@@ -40,11 +99,9 @@ class DualPrompt(Method, name="dualprompt"):
         strength: weight of the pull of a task's key to its images' queries, positive.
         batchwise: at test time all images of a batch take the E-prompt that most of them chose, as in the published
             settings. Answers then depend on who else is asked about, and on test batches sorted by task it tells the
-            task: for reproduction only.
+            task: for reproduction only, and of the vision tower only.
+        tower: which encoder; each has prompts and keys of its own.
     """
-
-    adapts, guarantees = True, True
-    records = (QUERY,)
 
     def __init__(
         self,
@@ -54,8 +111,9 @@ class DualPrompt(Method, name="dualprompt"):
         general_blocks: str | None = None,
         strength: float = 1.0,
         batchwise: bool = False,
+        tower: Tower = "vision",
     ) -> None:
-        super().__init__()
+        super().__init__(tower)
         if length < 1:
             raise ValueError(f"length={length}: expected at least 1 key and value a block, such as 5")
         self.general_length = _LENGTH if general_length is None else general_length
@@ -65,85 +123,54 @@ class DualPrompt(Method, name="dualprompt"):
             without_effect("with general_length=0", general_blocks=general_blocks)
         if not strength > 0:
             raise ValueError(f"strength={strength}: expected a positive number, such as 1.0: keys learn from it only")
+        if tower == "text":
+            without_effect("with tower='text'", batchwise=batchwise or None)
         self.length, self.blocks, self.general_blocks = length, blocks, general_blocks
         self.strength, self.batchwise = strength, batchwise
         self.shares = self.general_length > 0
-        self.general, self.expert = Prefix(), Prefix()
-        self.shared: nn.Parameter | None = None  # G-prompts (blocks, general_length, 2 · width)
-        self.key: nn.Parameter | None = None  # of the current task, (dim,)
-        self.prompt: nn.Parameter | None = None  # E-prompt of the current task (blocks, length, 2 · width)
-        self.past = Tensors()  # "keys" (tasks, dim) and "prompts" (tasks, blocks, length, 2 · width) of former tasks
-        self.register_buffer("owner", torch.empty(0, dtype=torch.int64), persistent=False)  # class -> task
-        self.owner: Tensor
 
     def shared_parameters(self) -> Iterable[nn.Parameter]:
         """The G-prompts."""
-        return () if self.shared is None else (self.shared,)
+        return [own.shared for own in self.placed() if own.shared is not None] if self.towers else ()
 
     def grow(self, learner: Core, task: Task) -> None:
         """Prompts at the first task; then the last task's key and E-prompt are put away, and their values go on."""
-        if self.prompt is None or self.key is None:
-            self._place(learner)
-        else:
-            for name, value in (("keys", self.key), ("prompts", self.prompt)):
-                new = value.detach()[None]
-                self.past[name] = torch.cat([self.past[name], new]) if name in self.past else new
         latest = {c: t.index for t in learner.tasks for c in t.classes}
-        self.owner = torch.tensor([latest.get(c, 0) for c in range(max(latest) + 1)])
-
-    def record(self, learner: Core, batch: Batch) -> Batch:
-        """The query of each image."""
-        return {QUERY: query(learner, batch)}
+        for tower in named_towers(self.tower):
+            if tower in self.towers:
+                self.of(tower).put_away()
+            else:
+                self.towers[tower] = self._place(learner, tower)
+            self.of(tower).know(latest)
 
     def penalty(self, learner: Core, batch: Batch, features: Tensor) -> Tensor | float:
-        """-strength · mean of cos(q, k) over images, k being the key of each image's own task."""
-        cosines = self._cosines(learner, batch)
-        return -self.strength * cosines.gather(1, self.owner[batch["label"], None]).mean()
-
-    def encode(self, learner: Core, batch: Batch) -> Tensor:
-        """Features (B, dim): in training with the E-prompt of each image's own task, else with the nearest."""
-        assert self.prompt is not None
-        if self.training and "label" in batch:
-            chosen = self.owner[batch["label"]]
-        else:
-            chosen = nearest(self._cosines(learner, batch), 1, self.batchwise)[:, 0]
-        prompts = self.prompt[None]
-        if "prompts" in self.past:
-            prompts = torch.cat([self.past["prompts"], prompts])
-        general = () if self.shared is None else self.shared.unbind()
-        with self.general.giving(general), self.expert.giving(prompts[chosen].unbind(1)):
-            return super().encode(learner, batch)
+        """-strength · mean of cos(q, k) over inputs, k being the key of each one's own task, added over towers."""
+        return -self.strength * sum(own.nearness(asked, labels) for own, asked, labels in self.asked(learner, batch))
 
     def measures(self, learner: Core) -> dict[str, float]:
         """`batchwise` where the batch votes: such scores are not comparable."""
         return {"batchwise": 1.0} if self.batchwise else {}
 
-    def _place(self, learner: Core) -> None:
+    def _place(self, learner: Core, tower: OneTower) -> Prompts:
         backbone = learner.backbone
-        depth = len(backbone.blocks())
+        depth = len(backbone.blocks(tower))
         low = min(_GENERAL, depth // 2) if self.general_length else 0
         if not low and self.general_length:
             raise ValueError(f"{backbone.spec} has one block, G- and E-prompts need two: write general_length=0")
-        general = self.general_blocks or first_blocks(backbone, 0, low or 1)
-        expert = self.blocks or first_blocks(backbone, min(_GENERAL, depth // 2), _EXPERT)
-        width = 2 * backbone.sites("k", "0")[0].fan_out
+        general = self.general_blocks or first_blocks(backbone, 0, low or 1, tower)
+        expert = self.blocks or first_blocks(backbone, min(_GENERAL, depth // 2), _EXPERT, tower)
+        width, shared = 2 * backbone.sites("k", "0", tower)[0].fan_out, None
         if self.general_length:
-            sites = backbone.sites("k", general)
-            if twice := {site.key for site in sites} & {site.key for site in backbone.sites("k", expert)}:
+            sites = backbone.sites("k", general, tower)
+            if twice := {site.key for site in sites} & {site.key for site in backbone.sites("k", expert, tower)}:
                 raise ValueError(
                     f"blocks={expert!r} and general_blocks={general!r} share {min(twice).rpartition(':')[0]}: E- and "
                     "G-prompts stand in different blocks; name others"
                 )
-            self.shared = nn.Parameter(starting_prefix(len(sites), self.general_length, width))
-            attach_prefix(learner, self.general, general)
-        self.prompt = nn.Parameter(starting_prefix(len(backbone.sites("k", expert)), self.length, width))
-        self.key = nn.Parameter(torch.empty(backbone.dim).normal_(std=0.02))
-        attach_prefix(learner, self.expert, expert)
-
-    def _cosines(self, learner: Core, batch: Batch) -> Tensor:
-        """Of queries and the keys of all tasks, (B, tasks)."""
-        assert self.key is not None
-        keys = self.key[None]
-        if "keys" in self.past:
-            keys = torch.cat([self.past["keys"], keys])
-        return query(learner, batch) @ F.normalize(keys, dim=1).T
+            shared = starting_prefix(len(sites), self.general_length, width)
+        prompt = starting_prefix(len(backbone.sites("k", expert, tower)), self.length, width)
+        own = Prompts(shared, prompt, backbone.dim, self.batchwise and tower == "vision")
+        if shared is not None:
+            attach_prefix(learner, own.general, general, tower)
+        attach_prefix(learner, own.expert, expert, tower)
+        return own

@@ -8,9 +8,11 @@ cross-entropy only.
 Differs: every image chooses for itself, in training and at test time; the published codes let the batch vote, which
 `batchwise=True` reproduces. With `reads="prompts"` the mean of what the tokens became takes the class token's place
 before the model's last norm; published is the mean after it. Keys and tokens start from a normal distribution of
-deviation 0.02 (published: uniform), tokens have no position, gradients are not clipped.
+deviation 0.02 (published: uniform), tokens have no position, gradients are not clipped. A pool of a text tower, from
+which each text chooses by what the pre-trained tower makes of it, is ours.
 """
 
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
@@ -18,30 +20,64 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perdure.adapters.tokens import Given
+from perdure.backbones.base import OneTower, Tower, named_towers
 from perdure.learner import Core
-from perdure.method import Method, at_least_zero
-from perdure.prompting import QUERY, check_tokens, nearest, output_of, query
+from perdure.method import at_least_zero, without_effect
+from perdure.prompting import Asking, Chosen, check_tokens, nearest, output_of
 from perdure.types import Batch, Task
 
 
-class L2P(Method, name="l2p"):
+class Pool(Chosen):
+    """Keys and prompt tokens of one tower.
+
+    Args:
+        keys: (pool, dim).
+        prompts: (pool, length, width).
+        top: entries that an input takes.
+        batchwise: all inputs take the same.
+        tokens: how what is chosen passes through the tower.
+    """
+
+    def __init__(self, keys: Tensor, prompts: Tensor, top: int, batchwise: bool, tokens: Given) -> None:
+        super().__init__()
+        self.keys, self.prompts = nn.Parameter(keys), nn.Parameter(prompts)
+        self.top, self.batchwise, self.tokens = top, batchwise, tokens
+
+    def joining(self, asked: Tensor, labels: Tensor | None) -> AbstractContextManager[None]:
+        """See `Chosen.joining`."""
+        _, chosen = self._choose(asked)
+        return self.tokens.giving(self.prompts[chosen].flatten(1, 2))
+
+    def nearness(self, asked: Tensor) -> Tensor:
+        """Mean over inputs of Σ cos(q, k) over the keys they chose."""
+        cosines, chosen = self._choose(asked)
+        return cosines.gather(1, chosen).sum(1).mean()
+
+    def _choose(self, asked: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines of queries and keys (B, pool), and the entries chosen (B, top)."""
+        cosines = asked @ F.normalize(self.keys, dim=1).T
+        return cosines, nearest(cosines.detach(), self.top, self.batchwise)
+
+
+class L2P(Asking[Pool], name="l2p"):
     """A pool of keys and prompt tokens, shared and trained by all tasks; the encoder stays as it is.
 
-    The pool never grows. Entries that no image chooses learn nothing.
+    The pool never grows. Entries that no image or text chooses learn nothing.
 
     Args:
         pool: number of entries.
         length: tokens of an entry.
-        top: entries that an image takes.
+        top: entries that an image or text takes.
         strength: weight of the pull of keys to the queries that chose them; 0 leaves keys where they start.
         batchwise: all images of a batch take the entries that most of them chose, as in the published codes. Answers
             then depend on who else is asked about, and on test batches sorted by task it tells the task: for
-            reproduction only.
-        reads: what the classifier sees: the mean of what the `prompts` became, or the `class` token.
+            reproduction only, and of the vision tower only.
+        reads: what the vision tower gives: the mean of what the `prompts` became, or the `class` token; None is
+            `prompts`. A text tower reads where it always does.
+        tower: which encoder; each has a pool of its own.
     """
 
-    adapts, shares, guarantees = True, True, True
-    records = (QUERY,)
+    shares = True
 
     def __init__(
         self,
@@ -50,9 +86,10 @@ class L2P(Method, name="l2p"):
         top: int = 5,
         strength: float = 0.1,
         batchwise: bool = False,
-        reads: Literal["prompts", "class"] = "prompts",
+        reads: Literal["prompts", "class"] | None = None,
+        tower: Tower = "vision",
     ) -> None:
-        super().__init__()
+        super().__init__(tower)
         for name, value in (("pool", pool), ("length", length), ("top", top)):
             if value < 1:
                 raise ValueError(f"{name}={value}: expected 1 or more, such as 5")
@@ -64,61 +101,46 @@ class L2P(Method, name="l2p"):
             )
         if batchwise and top == pool:
             raise ValueError(f"batchwise=True has no effect with top={top} of pool={pool} entries: leave it out")
-        if reads not in ("prompts", "class"):
-            raise ValueError(f"reads={reads!r}: expected 'prompts' or 'class'")
+        if tower == "text":
+            without_effect("with tower='text'", batchwise=batchwise or None, reads=reads)
         at_least_zero(strength=strength)
         self.pool, self.length, self.top = pool, length, top
         self.strength, self.batchwise = strength, batchwise
-        self.tokens = Given()
-        self.tokens.reads = reads == "prompts"
-        self.keys: nn.Parameter | None = None  # (pool, dim)
-        self.prompts: nn.Parameter | None = None  # (pool, length, width)
+        self.from_prompts = reads != "class"
 
     def grow(self, learner: Core, task: Task) -> None:
-        """The pool at the first task; later ones go on with it."""
-        if self.prompts is not None:
-            return
-        backbone = learner.backbone
-        self.tokens.attach([backbone.get_submodule(name) for name in backbone.blocks()])
-        width = backbone.sites("q", "0")[0].fan_in
-        with self.tokens.giving(torch.zeros(1, width, device=learner.device)):
-            check_tokens(learner)
-        if self.tokens.reads and not _reads_first_token(learner):
-            raise ValueError(
-                f"l2p(reads='prompts') puts what the prompts became in the class token's place, which {backbone.spec} "
-                "does not read by itself: write reads='class'"
-            )
-        self.keys = nn.Parameter(torch.empty(self.pool, backbone.dim).normal_(std=0.02))
-        self.keys.requires_grad_(self.strength > 0)
-        self.prompts = nn.Parameter(torch.empty(self.pool, self.length, width).normal_(std=0.02))
-
-    def record(self, learner: Core, batch: Batch) -> Batch:
-        """The query of each image."""
-        return {QUERY: query(learner, batch)}
+        """The pools at the first task; later ones go on with them."""
+        for tower in named_towers(self.tower):
+            if tower not in self.towers:
+                self.towers[tower] = self._pool(learner, tower)
 
     def penalty(self, learner: Core, batch: Batch, features: Tensor) -> Tensor | float:
-        """-strength · mean over images of Σ cos(q, k) over the keys they chose."""
+        """-strength · mean over inputs of Σ cos(q, k) over the keys they chose, added over towers."""
         if not self.strength:
             return 0.0
-        cosines, chosen = self._choose(learner, batch)
-        return -self.strength * cosines.gather(1, chosen).sum(1).mean()
-
-    def encode(self, learner: Core, batch: Batch) -> Tensor:
-        """Features (B, dim) with the prompts that each image chose."""
-        assert self.prompts is not None
-        _, chosen = self._choose(learner, batch)
-        with self.tokens.giving(self.prompts[chosen].flatten(1, 2)):
-            return super().encode(learner, batch)
+        return -self.strength * sum(pool.nearness(asked) for pool, asked, _ in self.asked(learner, batch))
 
     def measures(self, learner: Core) -> dict[str, float]:
         """`batchwise` where the batch votes: such scores are not comparable."""
         return {"batchwise": 1.0} if self.batchwise else {}
 
-    def _choose(self, learner: Core, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Cosines of queries and keys (B, pool), and the entries chosen (B, top)."""
-        assert self.keys is not None
-        cosines = query(learner, batch) @ F.normalize(self.keys, dim=1).T
-        return cosines, nearest(cosines.detach(), self.top, self.batchwise)
+    def _pool(self, learner: Core, tower: OneTower) -> Pool:
+        backbone, tokens = learner.backbone, Given()
+        tokens.reads = tower == "vision" and self.from_prompts
+        tokens.attach([backbone.get_submodule(name) for name in backbone.blocks(tower)], tower)
+        width = backbone.sites("q", "0", tower)[0].fan_in
+        with tokens.giving(torch.zeros(1, width, device=learner.device)):
+            check_tokens(learner, tower)
+        if tokens.reads and not _reads_first_token(learner):
+            raise ValueError(
+                f"l2p(reads='prompts') puts what the prompts became in the class token's place, which {backbone.spec} "
+                "does not read by itself: write reads='class'"
+            )
+        keys = torch.empty(self.pool, backbone.dim).normal_(std=0.02)
+        prompts = torch.empty(self.pool, self.length, width).normal_(std=0.02)
+        made = Pool(keys, prompts, self.top, self.batchwise and tower == "vision", tokens)
+        made.keys.requires_grad_(self.strength > 0)
+        return made
 
 
 @torch.no_grad()

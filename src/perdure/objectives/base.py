@@ -58,8 +58,9 @@ class Objective(nn.Module):
         """`batch` with what its loss reads of the texts, computed once for all who ask in a step."""
         return batch
 
-    def show(self, learner: Core, batch: Batch) -> None:
-        """Let the text tower read what it reads in a step on `batch`, for whoever watches its layers."""
+    def said(self, learner: Core, batch: Batch) -> tuple[list[str], Tensor]:
+        """Texts of the current task that the text tower reads in a step on `batch`, and the class of each, (n,)."""
+        return [], batch["label"][:0]
 
     def scores(self, features: Tensor) -> Tensor:
         """Scores (B, seen classes), columns in the order of `classes`."""

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from perdure.objectives.base import Objective
 from perdure.ranking import recalls
-from perdure.texts import present
+from perdure.texts import present, unpack
 from perdure.types import Batch, Data, Task
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class Retrieve(Objective):
         rows, places = self.chosen(batch)
         if _CAPTIONS in batch:
             return batch[_CAPTIONS][rows, places], rows
-        return self._learner[0].embed(batch["text"][rows, places]), rows
+        return self._learner[0].embed(batch["text"][rows, places], batch["label"][rows]), rows
 
     def read(self, learner: Core, batch: Batch) -> Batch:
         """With the shown captions' embeddings `texts` (n, dim), and the row of each one's image, `image_of` (n,)."""
@@ -139,9 +139,10 @@ class Retrieve(Objective):
             return {}
         return {_CAPTIONS: embedded(learner, batch["text"])}
 
-    def show(self, learner: Core, batch: Batch) -> None:
+    def said(self, learner: Core, batch: Batch) -> tuple[list[str], Tensor]:
         """The captions of a step."""
-        learner.embed(batch["text"][self.chosen(batch)])
+        rows, places = self.chosen(batch)
+        return unpack(batch["text"][rows, places]), batch["label"][rows]
 
     def evaluate(self, learner: Core, tasks: Sequence[Task], size: int = 256) -> list[dict[str, float]]:
         """Recall at 1, 5 and 10 both ways: on the gallery of each task, and on that of all of `tasks` (harder).

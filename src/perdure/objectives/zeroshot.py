@@ -55,9 +55,9 @@ class ZeroShot(Objective):
         if self._learner and not self._learner[0].constant_texts:
             self._known = None
 
-    def embed(self, names: Sequence[str]) -> Tensor:
-        """Unit-length embeddings (n, dim) of class names."""
-        return class_texts(self._learner[0], names, self.templates)
+    def embed(self, names: Sequence[str], classes: Sequence[int] | None = None) -> Tensor:
+        """Unit-length embeddings (n, dim) of class names; `classes` says which they are, where that is known."""
+        return class_texts(self._learner[0], names, self.templates, classes)
 
     def scores(self, features: Tensor) -> Tensor:
         """Scaled cosines (B, seen classes)."""
@@ -68,9 +68,11 @@ class ZeroShot(Objective):
         scale = self._learner[0].backbone.logit_scale.detach()
         return scale * F.normalize(features, dim=1) @ classes.T
 
-    def show(self, learner: Core, batch: Batch) -> None:
-        """The class names of the task."""
-        self.embed(learner.task.names)
+    def said(self, learner: Core, batch: Batch) -> tuple[list[str], Tensor]:
+        """The class names of the task, in all templates."""
+        task, templates = learner.task, self.templates
+        texts = [template.format(name) for template in templates for name in task.names]
+        return texts, torch.tensor(task.classes, device=learner.device).repeat(len(templates))
 
     def _accuracy(self, learner: Core, task: Task, size: int) -> dict[str, float]:
         if set(task.classes) <= set(self.classes):
@@ -93,16 +95,25 @@ class ZeroShot(Objective):
             with torch.no_grad(), torch.inference_mode(False):
                 self._known = self.embed(self.names)
             return self._known
-        fresh = self.embed(self.names)
+        fresh = self.embed(self.names, self.classes)
         self._known = fresh if torch.is_inference_mode_enabled() else None
         return fresh
 
 
-def class_texts(learner: Core, names: Sequence[str], templates: Sequence[str]) -> Tensor:
-    """Unit-length embeddings (n, dim): the normalised mean over templates of normalised embeddings."""
+def class_texts(
+    learner: Core, names: Sequence[str], templates: Sequence[str], classes: Sequence[int] | None = None
+) -> Tensor:
+    """Unit-length embeddings (n, dim): the normalised mean over templates of normalised embeddings.
+
+    Args:
+        learner: who reads.
+        names: of classes.
+        templates: sentences with `{}` for a name.
+        classes: which those names are of, where that is known.
+    """
+    labels = None if classes is None else torch.tensor(classes, device=learner.device)
     per_template = []
     for template in templates:
-        with learner.computing():
-            text = learner.backbone.encode_text([template.format(name) for name in names])
-        per_template.append(F.normalize(text.float(), dim=1))
+        text = learner.embed_texts([template.format(name) for name in names], labels)
+        per_template.append(F.normalize(text, dim=1))
     return F.normalize(torch.stack(per_template).mean(0), dim=1)
