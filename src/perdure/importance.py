@@ -1,7 +1,8 @@
 """What regularisers hold, parameters or merged updates, and how much each number of it matters to single examples."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
@@ -17,11 +18,25 @@ from perdure.memory.springs import mean_one
 from perdure.types import Batch, Data, Site
 
 Of = Literal["parameters", "updates"]
-Output = Callable[[Tensor, Batch, bool], Tensor]
-"""(features (1, dim), batch of one, whether only the task's classes compete) to a scalar."""
+Output = Callable[[Tensor, Batch, "Rivals"], Tensor]
+"""(features (1, dim), batch of one, what it competes with) to a scalar."""
 _CHUNK = 16  # examples whose gradients are held at once
+_COMPANY = 64  # pairs that a pair competes with
 _MOST = 2**30  # bytes of gradients held at once
 _UPDATE = "update/"
+
+
+@dataclass
+class Rivals:
+    """What a single example competes with: classes, or other pairs of image and text.
+
+    Args:
+        local: whether only the task's classes compete.
+        company: see `Objective.company`.
+    """
+
+    local: bool
+    company: Batch
 
 
 def held(learner: Core, of: Of) -> dict[str, Tensor]:
@@ -79,17 +94,22 @@ def importance(
     total = {name: torch.zeros_like(value) for name, value in values.items()}
     size = max(1, min(_CHUNK, _MOST // sum(value.nbytes for value in values.values())))
     asked = _Asked(learner, output)
+    company: Batch | None = None  # the first examples
+    gradients = _at_once
+    if not learner.objective.classifies:  # captions are read one by one: vmap cannot look into them
+        gradients, size = _in_turn, _COMPANY
     with ExitStack() as after:
-        # vmap has no rule for the fused kernels and would run them one example at a time
-        after.enter_context(sdpa_kernel(SDPBackend.MATH))
         for name, site in sites.items():
             layer = learner.backbone.get_submodule(site.layer)
             after.callback(layer.register_forward_hook(partial(asked.add, name, site.rows)).remove)
         for views in learner.views(data, samples, purpose, size):
             batch = learner.noted(views)
-            asked.local = learner.objective.competes_locally(batch)
-            for name, gradient in vmap(grad(asked.of), in_dims=(None, 0))(at, batch).items():
-                total[name] += gradient.abs().pow(power).sum(0)
+            if company is None:
+                company = learner.objective.company(learner, batch)
+            asked.rivals = Rivals(learner.objective.competes_locally(batch), company)
+            for found in gradients(asked, at, batch):
+                for name, gradient in found.items():
+                    total[name] += gradient.abs().pow(power).sum(0)
     return mean_one(total)
 
 
@@ -98,11 +118,12 @@ class _Asked(nn.Module):
 
     def __init__(self, learner: Core, output: Output) -> None:
         super().__init__()
-        self.learner, self.output, self.local = learner, output, False
+        self.learner, self.output = learner, output
+        self.rivals = Rivals(local=False, company={})
         self.added: dict[str, Tensor] = {}
 
     def forward(self, batch: Batch) -> Tensor:
-        return self.output(self.learner.encode(batch), batch, self.local)
+        return self.output(self.learner.encode(batch), batch, self.rivals)
 
     def of(self, values: dict[str, Tensor], example: Batch) -> Tensor:
         """The output of one example."""
@@ -113,8 +134,29 @@ class _Asked(nn.Module):
 
     def add(self, name: str, rows: tuple[int, int], _layer: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
         """A layer's output with one more update; its weight itself may not seem to be trained."""
+        if name not in self.added:
+            return y
         more = F.linear(args[0], self.added[name].to(args[0].dtype))
         return y + F.pad(more, (rows[0], y.shape[-1] - rows[1]))
+
+
+Gradients = Iterator[dict[str, Tensor]]
+"""For some examples at a time and each name, (examples, ...)."""
+
+
+def _at_once(asked: _Asked, at: dict[str, Tensor], batch: Batch) -> Gradients:
+    # vmap has no rule for the fused kernels and would run them one example at a time
+    with sdpa_kernel(SDPBackend.MATH):
+        yield vmap(grad(asked.of), in_dims=(None, 0))(at, batch)
+
+
+def _in_turn(asked: _Asked, at: dict[str, Tensor], batch: Batch) -> Gradients:
+    leaves = {name: value.clone().requires_grad_() for name, value in at.items()}
+    for i in range(len(batch["label"])):
+        with torch.enable_grad():
+            out = asked.of(leaves, {name: value[i] for name, value in batch.items()})
+            found = torch.autograd.grad(out, list(leaves.values()), allow_unused=True, materialize_grads=True)
+        yield {name: gradient[None] for name, gradient in zip(leaves, found, strict=True)}
 
 
 def _key(site: Site) -> str:

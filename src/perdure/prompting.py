@@ -38,6 +38,12 @@ def text_query(learner: Core, tokens: Batch) -> Tensor:
         return F.normalize(learner.backbone.encode_tokens(tokens).float(), dim=1)
 
 
+def hooks_without(tower: Tower) -> frozenset[str]:
+    """Hooks that a method which changes `tower` alone leaves to others, see `Method.leaves`."""
+    hooks: tuple[tuple[OneTower, str], ...] = (("vision", "encode"), ("text", "embed"))
+    return frozenset(hook for each, hook in hooks if each not in named_towers(tower))
+
+
 class Chosen(nn.Module):
     """Prompts of one tower that queries choose or mix; a method that asks says how."""
 
@@ -69,9 +75,7 @@ class Asking(Method, Generic[C]):
         super().__init__()
         self.tower = tower
         self.towers = nn.ModuleDict()
-        self.leaves = frozenset(
-            hook for each, hook in (("vision", "encode"), ("text", "embed")) if each not in named_towers(tower)
-        )
+        self.leaves = hooks_without(tower)
         self.records = (QUERY,) if "vision" in named_towers(tower) else ()
 
     def of(self, tower: OneTower) -> C:

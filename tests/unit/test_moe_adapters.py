@@ -9,7 +9,7 @@ from perdure.adapters.experts import Routes, routing
 from perdure.config import make_method
 from perdure.learner import Core
 from perdure.memory.familiarity import Familiarity
-from perdure.prompting import query
+from perdure.prompting import query, text_query
 from perdure.streams import build_stream
 from perdure.types import Batch, Task
 
@@ -27,7 +27,7 @@ def strangers(lab: Any, count: int = 64) -> Any:
 
 
 def used(learner: Core, images: Batch) -> torch.Tensor:
-    return learner.method.gateway.route(query(learner, images))
+    return learner.method.of("vision").gateway.route(query(learner, images))
 
 
 def test_the_route_of_an_image_does_not_depend_on_its_batch(lab: Any) -> None:
@@ -117,7 +117,7 @@ def test_gates_are_the_softmax_over_the_best_scores_of_an_images_own_router(lab:
     for task in stream.tasks[:2]:
         learner.grow(task)
         learner.method.end_task(learner, task)
-    adapter = learner.method.adapters[0]
+    adapter = learner.method.of("vision").adapters[0]
     torch.manual_seed(0)
     for task in (0, 1):
         adapter.fixed[f"router/{task}"] = torch.randn(4, 16)
@@ -145,11 +145,11 @@ def test_gates_are_the_softmax_over_the_best_scores_of_an_images_own_router(lab:
 def test_the_most_used_experts_are_frozen_and_stay_as_they_are(lab: Any) -> None:
     learner, stream = lab.learner("moe_adapters(experts=6)"), lab.stream()
     lab.teach(learner, stream.tasks[:1])
-    frozen = [dict(adapter.fixed) for adapter in learner.method.adapters]
-    numbers = [adapter.shut for adapter in learner.method.adapters]
+    frozen = [dict(adapter.fixed) for adapter in learner.method.of("vision").adapters]
+    numbers = [adapter.shut for adapter in learner.method.of("vision").adapters]
     assert all(len(each) == 2 for each in numbers)
     lab.teach(learner, stream.tasks[1:])
-    for adapter, before, old in zip(learner.method.adapters, frozen, numbers, strict=True):
+    for adapter, before, old in zip(learner.method.of("vision").adapters, frozen, numbers, strict=True):
         assert set(old) < set(adapter.shut)
         for name, value in before.items():
             assert torch.equal(adapter.fixed[name], value), name
@@ -159,7 +159,7 @@ def test_the_most_used_experts_are_frozen_and_stay_as_they_are(lab: Any) -> None
 def test_the_experts_that_are_frozen_are_those_that_the_steps_took_most(lab: Any) -> None:
     learner, task = lab.learner("moe_adapters(experts=5)"), lab.stream().tasks[0]
     learner.grow(task)
-    adapter, method = learner.method.adapters[0], learner.method
+    adapter, method = learner.method.of("vision").adapters[0], learner.method
     learner.train()
     total = torch.zeros(5, dtype=torch.int64)
     for step in range(3):
@@ -176,9 +176,9 @@ def test_the_experts_that_are_frozen_are_those_that_the_steps_took_most(lab: Any
 def test_old_routers_stay_and_new_ones_are_trained(lab: Any) -> None:
     learner, stream = lab.learner("moe_adapters"), lab.stream()
     lab.teach(learner, stream.tasks[:1])
-    first = learner.method.adapters[0].fixed["router/0"].clone()
+    first = learner.method.of("vision").adapters[0].fixed["router/0"].clone()
     lab.teach(learner, stream.tasks[1:2])
-    adapter = learner.method.adapters[0]
+    adapter = learner.method.of("vision").adapters[0]
     assert torch.equal(adapter.fixed["router/0"], first)
     assert not torch.equal(adapter.fixed["router/1"], first)
 
@@ -204,8 +204,87 @@ def test_images_of_old_tasks_pass_their_own_router_in_training(lab: Any) -> None
     learner.train()
     moe = learner.method.parts[0]
     labels = torch.tensor([*stream.tasks[1].classes, *stream.tasks[0].classes])
-    routes = moe._told(learner, {"label": labels})
+    routes = moe._told(learner, "vision", 4, labels)
     assert [routes[0].routers[place] for place in routes[0].place.tolist()] == [None, None, 0, 0]
+
+
+TEXTS = ["a photo of a picture 0.", "a photo of a picture 3.", "something that no task has ever said"]
+
+
+def read(lab: Any, spec: str = "moe_adapters(tower='text')", **changes: Any) -> Core:
+    """A learner that has learnt two tasks whose class names its text tower has read."""
+    bench = lab.but(objective="zeroshot", **changes)
+    learner = bench.teach(bench.learner(spec), bench.stream().tasks[:2])
+    with torch.no_grad():  # experts that say something
+        for name, value in learner.method.of("text").adapters[0].fixed.items():
+            if "up" in name:
+                value.normal_(generator=torch.Generator().manual_seed(len(name)))
+    return learner
+
+
+def test_a_text_goes_through_the_router_that_knows_it_and_an_unknown_one_stays_as_it_was(lab: Any) -> None:
+    learner = read(lab)
+    plain = lab.but(objective="zeroshot").backbone().encode_text(TEXTS)
+    with learner.inference():
+        places = learner.method.of("text").gateway.route(text_query(learner, learner.backbone.tokenised(TEXTS)))
+        assert places.tolist() == [0, 1, -1]
+        together = learner.embed_texts(TEXTS)
+        alone = torch.cat([learner.embed_texts([text]) for text in TEXTS])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(together[2], plain[2], rtol=1e-5, atol=1e-6)
+    assert (together[:2] - plain[:2]).abs().amax(1).min() > 1e-3
+    assert learner.constant_encoder
+    assert not learner.constant_texts
+
+
+def test_a_router_reads_the_mean_of_the_words_without_padding(lab: Any) -> None:
+    learner = lab.but(objective="zeroshot").learner("moe_adapters(experts=3, tower='text')")
+    learner.grow(lab.stream().tasks[0])
+    adapter, words = learner.method.of("text").adapters[0], torch.randn(2, 4, 16)
+    counted = torch.tensor([[True, True, False, False], [True, True, True, True]])
+    seen = torch.stack([words[0, :2].mean(0), words[1].mean(0)])
+    with torch.no_grad():
+        adapter.learnt["router"].normal_()
+        for number in range(3):
+            adapter.learnt[f"{number}/up"].normal_()
+        routes = Routes([None], torch.zeros(2, dtype=torch.int64), counted=counted)
+        gates = adapter._gates(seen, routes)
+        found = {}
+        for each in (counted, None):
+            routes.counted = each
+            with routing([adapter], [routes]):
+                adapter(words, words, 0)
+                found[each is None] = adapter(words, torch.zeros_like(words), 1)
+        expected = torch.zeros_like(words)
+        for i in range(2):
+            for e in range(3):
+                hidden = torch.relu(words[i] @ adapter.learnt[f"{e}/down"].T + adapter.learnt[f"{e}/down_bias"])
+                made = hidden @ adapter.learnt[f"{e}/up"].T + adapter.learnt[f"{e}/up_bias"]
+                expected[i] += adapter.scale * gates[i, e] * made
+    torch.testing.assert_close(found[False], expected, rtol=1e-4, atol=1e-5)
+    assert (found[True][0] - found[False][0]).abs().max() > 1e-3
+
+
+def test_names_of_old_tasks_pass_their_own_router_in_training_and_count_for_none(lab: Any) -> None:
+    bench = lab.but(objective="zeroshot")
+    learner, stream = bench.learner("moe_adapters(experts=4, tower='both')"), bench.stream()
+    bench.teach(learner, stream.tasks[:1])
+    learner.grow(stream.tasks[1])
+    learner.train()
+    routes = learner.method._told(learner, "text", 4, torch.tensor(learner.objective.classes))
+    assert [routes[0].routers[place] for place in routes[0].place.tolist()] == [0, 0, None, None]
+    batch = learner.method.batch(learner, whole(stream.tasks[1].train))
+    learner.loss(batch)
+    assert [int(a.chosen.sum()) for a in learner.method.of("text").adapters] == [2 * 2, 2 * 2]  # two names, top=2
+    assert [int(a.chosen.sum()) for a in learner.method.of("vision").adapters] == [16 * 2, 16 * 2]
+
+
+def test_names_that_tasks_share_go_to_the_latest(lab: Any) -> None:
+    learner = read(lab, scenario="domain")
+    texts = [f"a photo of a {name}." for name in learner.objective.names]
+    with learner.inference():
+        asked = text_query(learner, learner.backbone.tokenised(texts))
+    assert learner.method.of("text").gateway.route(asked).tolist() == [1] * len(texts)
 
 
 def test_how_many_experts_there_are_follows_the_length_of_the_stream() -> None:

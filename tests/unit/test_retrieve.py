@@ -96,7 +96,56 @@ def test_recorded_captions_equal_encoded_ones_and_are_recorded_only_where_the_te
             torch.testing.assert_close(learner.objective.loss(learner.encode(batch), batch), plain)
 
 
-@pytest.mark.parametrize("method", ["ncm", "lora + ewc", "probe + align", "ranpac", "lora + derpp", "finetune + icarl"])
+def test_a_pair_by_itself_competes_with_the_others_of_its_task_as_they_are(bench: Any) -> None:
+    learner, task = bench.learner("finetune(tower='both') + ewc"), bench.stream().tasks[0]
+    learner.grow(task)
+    learner.train()
+    batch, objective = task.train.__getitems__(range(6)), learner.objective
+    company = objective.company(learner, batch)
+    every = objective.losses(learner.encode(batch), batch)
+    for i in range(6):
+        one = {name: value[i : i + 1] for name, value in batch.items()}
+        # the same caption of each, whatever the size of the batch
+        rows, places = objective.chosen(one)
+        together = company["texts"].detach().clone()
+        together[i] = learner.embed(one["text"][rows, places])[0]
+        scores = objective.similarity(learner.encode(batch), together)
+        expected = Retrieve.contrast(scores, batch["pair"], torch.arange(6))[i]
+        found = objective.loss_alone(learner.encode(one), one, False, company)
+        torch.testing.assert_close(found, expected)
+        answers = objective.answers_alone(learner.encode(one), one, company)
+        torch.testing.assert_close(answers[:6], objective.similarity(learner.encode(one), company["texts"])[0])
+        assert answers.shape == (12,)
+    assert every.std() > 0
+
+
+@pytest.mark.parametrize("method", ["mas", "ewc"])
+def test_importance_of_pairs_is_that_of_a_loop(method: str, bench: Any) -> None:
+    learner, task = bench.learner(f"finetune(tower='both') + {method}(samples=5)"), bench.stream().tasks[0]
+    learner.grow(task)
+    bench.close(learner, task)
+    part = list(learner.method)[1]
+    views = next(learner.views(task.train, 5, "fisher" if method == "ewc" else "importance"))
+    company = {name: value.detach() for name, value in learner.objective.company(learner, views).items()}
+    total = {name: torch.zeros_like(p) for name, p in learner.shared().items()}
+    for i in range(5):
+        one = {name: value[i : i + 1] for name, value in views.items()}
+        learner.zero_grad()
+        features, objective = learner.encode(one), learner.objective
+        if method == "ewc":
+            objective.loss_alone(features, one, False, company).backward()
+        else:
+            objective.answers_alone(features, one, company).square().sum().backward()
+        for name, p in learner.shared().items():
+            if p.grad is not None:
+                total[name] += p.grad.square() if method == "ewc" else p.grad.abs()
+    every = sum(value.sum() for value in total.values()) / sum(value.numel() for value in total.values())
+    for name, value in total.items():
+        torch.testing.assert_close(part.springs.weights[name], value / every, rtol=1e-3, atol=1e-5)
+    assert any("text" in name and value.any() for name, value in total.items())
+
+
+@pytest.mark.parametrize("method", ["ncm", "probe + align", "ranpac", "lora + derpp", "finetune + icarl"])
 def test_methods_that_answer_by_classes_are_refused_when_built(method: str, bench: Any) -> None:
     with pytest.raises(ValueError, match=r"needs scores of classes, and retrieve ranks pairs: leave it out of"):
         bench.learner(method)

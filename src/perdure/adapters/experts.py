@@ -1,4 +1,4 @@
-"""Experts beside an MLP: bottlenecks of which each image takes a few, chosen by the router of its task."""
+"""Experts beside an MLP: bottlenecks of which each image or text takes a few, chosen by the router of its task."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,13 +23,15 @@ class Routes:
 
     Args:
         routers: tasks whose routers take part; None is the one in training.
-        place: for each image the place of its router in `routers`, or -1 for no expert at all, int64 (B,).
+        place: for each image or text the place of its router in `routers`, or -1 for no expert at all, int64 (B,).
         noise: added to the routers' scores (B, most experts); None in evaluation.
+        counted: which tokens of a text are more than padding, bool (B, L); None where all are.
     """
 
     routers: Sequence[int | None]
     place: Tensor
     noise: Tensor | None = None
+    counted: Tensor | None = None
 
 
 class Experts(Adapter):
@@ -124,9 +126,10 @@ class Experts(Adapter):
             return y
         assert self._read is not None
         x, self._read = self._read, None
-        gates = self._gates(x.mean(1).float(), self.routes)
-        if self.routes.noise is not None:
-            chosen = (gates > 0).sum(0)
+        gates = self._gates(_mean(x, self.routes.counted).float(), self.routes)
+        if self.routes.noise is not None and None in self.routes.routers:
+            learning = self.routes.place == self.routes.routers.index(None)
+            chosen = ((gates > 0) & learning.unsqueeze(1)).sum(0)
             self.chosen = chosen if self.chosen is None else self.chosen + chosen
         gates = gates.to(x.dtype)
         down, down_bias, up, up_bias = (self._all(name).to(x.dtype) for name in _PARTS)
@@ -161,9 +164,17 @@ class Experts(Adapter):
         return torch.zeros_like(mine).scatter(1, best.indices, shares)
 
 
+def _mean(tokens: Tensor, counted: Tensor | None) -> Tensor:
+    """Mean (B, d) over those of `tokens` (B, L, d) that count."""
+    if counted is None:
+        return tokens.mean(1)
+    weights = counted.to(tokens.dtype).unsqueeze(-1)
+    return (tokens * weights).sum(1) / weights.sum(1).clamp_min(1)
+
+
 @contextmanager
 def routing(experts: Sequence[Experts], routes: Sequence[Routes]) -> Iterator[None]:
-    """Within, images take what `routes` say, one for each of `experts`."""
+    """Within, images or texts take what `routes` say, one for each of `experts`."""
     for each, its in zip(experts, routes, strict=True):
         each.routes = its
     try:

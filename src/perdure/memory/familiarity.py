@@ -8,6 +8,8 @@ from perdure.memory.tensors import Tensors
 
 _FOLDS = 5
 _FLOOR = 1e-6  # least variance, of features of unit length
+_SAME = 1e-3  # largest squared distance between what two precisions make of one example
+_KEPT = ("means", "directions", "variances", "limit")
 
 
 class Familiarity(nn.Module):
@@ -24,7 +26,7 @@ class Familiarity(nn.Module):
     def __init__(self, rank: int, known: float) -> None:
         super().__init__()
         self.rank, self.known = rank, known
-        self.kept = Tensors()  # "task/means" (c, d), "task/directions" (k, d), "task/variances" (k + 1,), "task/limit"
+        self.kept = Tensors()  # for each of `_KEPT`: "task/means" (c, d), "task/directions" (k, d), "task/variances" (k + 1,), "task/limit"
 
     @property
     def tasks(self) -> list[int]:
@@ -42,27 +44,33 @@ class Familiarity(nn.Module):
             if rest.any():
                 found.append(_distances(features[mine], *self._fit(features[rest], labels[rest])))
         limit = torch.quantile(torch.cat(found), self.known) if found else features.new_zeros(())
-        fitted = self._fit(features, labels)
-        for name, value in zip(("means", "directions", "variances", "limit"), (*fitted, limit), strict=True):
-            self.kept[f"{task}/{name}"] = value.float().contiguous().to(features.device)
+        self._keep(task, *self._fit(features, labels), limit.to(features.device))
+
+    def know(self, task: int, features: Tensor) -> None:
+        """Let a task know these unit features (n, d) and none but them, up to rounding."""
+        nothing = features.new_zeros(0, features.shape[1])
+        even, limit = features.new_full((1,), _FLOOR), features.new_tensor(_SAME / _FLOOR)
+        self._keep(task, features, nothing, even, limit)
 
     def route(self, features: Tensor) -> Tensor:
         """For each of `features` (n, d) the task under which it is most likely, as its place in `tasks`: int64 (n,).
 
-        Only tasks within whose limit it is count; -1 where there is none.
+        Only tasks within whose limit it is count, of equals the latest; -1 where there is none.
         """
         likely = features.new_full((len(features), 1), -torch.inf)
         for task in self.tasks:
-            means, directions, variances, limit = (
-                self.kept[f"{task}/{name}"] for name in ("means", "directions", "variances", "limit")
-            )
+            means, directions, variances, limit = (self.kept[f"{task}/{name}"] for name in _KEPT)
             distance = _distances(features, means, directions, variances)
             even = means.shape[1] - len(directions)
             volume = variances[:-1].log().sum() + even * variances[-1].log()
             known = (-(distance + volume) / 2).masked_fill(distance > limit, -torch.inf)
             likely = torch.cat([likely, known.unsqueeze(1)], dim=1)
-        best = likely.max(1)
-        return torch.where(best.values > -torch.inf, best.indices - 1, -1)
+        best = likely.flip(1).max(1)  # class names that two tasks share are equally likely under both
+        return torch.where(best.values > -torch.inf, likely.shape[1] - 2 - best.indices, -1)
+
+    def _keep(self, task: int, means: Tensor, directions: Tensor, variances: Tensor, limit: Tensor) -> None:
+        for name, value in zip(_KEPT, (means, directions, variances, limit), strict=True):
+            self.kept[f"{task}/{name}"] = value.float().contiguous()
 
     def _fit(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         classes, places = torch.unique(labels, return_inverse=True)

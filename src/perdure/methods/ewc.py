@@ -14,7 +14,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from perdure.importance import Of, check_updates, held, importance
+from perdure.importance import Of, Rivals, check_updates, held, importance
 from perdure.learner import Core
 from perdure.memory.springs import Springs
 from perdure.memory.tensors import Tensors
@@ -26,7 +26,8 @@ class EWC(Method, name="ewc"):
     """Pulls what tasks share to its old values, each number in proportion to its importance.
 
     The Fisher diagonal is a mean of squared gradients of single examples (labels as given), never the square of a
-    batch's mean gradient, which is far smaller.
+    batch's mean gradient, which is far smaller. With `retrieve` an example is a pair, which competes with 64 others of
+    the task as they are.
 
     Args:
         strength: weight of the pull (the paper's lambda); 0 is plain fine-tuning.
@@ -37,8 +38,6 @@ class EWC(Method, name="ewc"):
         of: `parameters`; or `updates`, the product of a layer's low-rank factors in their place. What factors matter
             depends on how a product is divided into two; a product has as many numbers as the layer's weight.
     """
-
-    classifies = True
 
     guards = "shares"
 
@@ -86,8 +85,8 @@ class EWC(Method, name="ewc"):
     def end_task(self, learner: Core, task: Task) -> None:
         """Add this task's Fisher; anchor at what was learnt."""
 
-        def loss(features: Tensor, example: Batch, local: bool) -> Tensor:
-            return learner.objective.losses(features, example, local).mean()
+        def loss(features: Tensor, example: Batch, rivals: Rivals) -> Tensor:
+            return learner.objective.loss_alone(features, example, rivals.local, rivals.company)
 
         data = learner.method.data(learner, task)
         fisher = importance(learner, data, self.of, self.samples, "fisher", loss, power=2)

@@ -1,6 +1,7 @@
 """Memory aware synapses (Aljundi et al., ECCV 2018, arXiv:1711.09601): importance without labels.
 
-Ω = mean over examples of |∂ ‖f(x)‖² / ∂θ|, f the scores of the seen classes, added up over tasks;
+Ω = mean over examples of |∂ ‖f(x)‖² / ∂θ|, f the scores of the seen classes (with `retrieve`: cosines of a pair to the
+texts and images of 64 others), added up over tasks;
 loss + strength/2 · Σ Ω (θ - θ*)² with the last task's θ*.
 
 Differs: the Ω of a task is scaled to mean 1, so that `strength` means the same for every model, and the pull has the ½
@@ -9,7 +10,7 @@ of EWC: the paper's λ is half of `strength`, for Ω of mean 1. `of="updates"` i
 
 from torch import Tensor
 
-from perdure.importance import Of, check_updates, held, importance
+from perdure.importance import Of, Rivals, check_updates, held, importance
 from perdure.learner import Core
 from perdure.memory.springs import Springs
 from perdure.method import Method, at_least_zero
@@ -25,8 +26,6 @@ class MAS(Method, name="mas"):
         of: `parameters`; or `updates`, the product of a layer's low-rank factors in their place. What factors matter
             depends on how a product is divided into two; a product has as many numbers as the layer's weight.
     """
-
-    classifies = True
 
     guards = "shares"
 
@@ -52,8 +51,8 @@ class MAS(Method, name="mas"):
     def end_task(self, learner: Core, task: Task) -> None:
         """Add this task's importance; anchor at what was learnt."""
 
-        def length(features: Tensor, example: Batch, local: bool) -> Tensor:
-            return learner.objective.scores(features).square().sum()
+        def length(features: Tensor, example: Batch, rivals: Rivals) -> Tensor:
+            return learner.objective.answers_alone(features, example, rivals.company).square().sum()
 
         data = learner.method.data(learner, task)
         weights = importance(learner, data, self.of, self.samples, "importance", length, power=1)

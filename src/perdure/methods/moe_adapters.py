@@ -6,25 +6,59 @@ learning. At test time nobody tells the task: a gateway (the paper's DDAS) sends
 that knows it best, and an image that no task knows through the pre-trained model as it is.
 
 Differs: every image is sent by itself, where the published code sends whole batches, and so leaks the task. The gateway
-is in closed form: Gaussians on the pre-trained model's own features, where the paper trains an auto-encoder on
-AlexNet's; its limit comes from training images alone. Experts stand in the vision tower only: a text has no task, and
-the published router of the text tower reads a token that is the same for all texts. Routers read the mean of an image's
-tokens; their noise has a fixed deviation. No dropout. `expand` is ours.
+is in closed form: Gaussians on the pre-trained model's own features, where the paper trains an auto-encoder on AlexNet's;
+its limit comes from training images alone. Texts go their own way: a class name through the router of the task that
+taught it, a caption as an image does, where the published code sends them where the images go, and its router reads a
+token that is the same for all texts. By default experts stand in the vision tower only (published: in both). Routers
+read the mean of an input's tokens; their noise has a fixed deviation. No dropout. `expand` is ours.
 """
 
+from collections.abc import Iterator
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from perdure.adapters.attach import Adapters, attach
 from perdure.adapters.experts import Experts, Routes, routing
+from perdure.backbones.base import OneTower, Tower, named_towers
 from perdure.learner import Core
 from perdure.memory.familiarity import Familiarity
 from perdure.method import Method, at_least_zero, parts_of
-from perdure.prompting import QUERY, query
+from perdure.prompting import QUERY, hooks_without, query, text_query
 from perdure.types import Batch, Data, Task
 
 _OPEN_END = 8  # experts of a stream of which nobody knows the end
-_LOOK = 1024  # images that say how new a task is
+_LOOK = 1024  # images or texts that say how new a task is
+_CHUNK = 256
+
+
+class Mixture(nn.Module):
+    """Experts in the blocks of one tower, and the gateway that knows whose inputs they have seen.
+
+    Args:
+        gateway: of this tower.
+    """
+
+    def __init__(self, gateway: Familiarity) -> None:
+        super().__init__()
+        self.adapters: Adapters[Experts] = Adapters()
+        self.gateway = gateway
+
+    @property
+    def learning(self) -> bool:
+        """Whether there are routers in training, which a task has until it ends."""
+        return self.adapters[0].routes_new
+
+    def by_itself(self, asked: Tensor, counted: Tensor | None = None) -> list[Routes]:
+        """Every input by the router of the task that knows its query (n, dim) best."""
+        return [Routes(self.gateway.tasks, self.gateway.route(asked), counted=counted)] * len(self.adapters)
+
+    def open(self, count: int, device: torch.device) -> None:
+        """`count` new experts in each block, and a new router over them all."""
+        for adapter in self.adapters:
+            adapter.add(count, device)
+        for adapter in self.adapters:
+            adapter.open_router(device)
 
 
 class MoEAdapters(Method, name="moe_adapters"):
@@ -33,21 +67,21 @@ class MoEAdapters(Method, name="moe_adapters"):
     Args:
         experts: number in each block; None is `freeze` for each task of the stream (8 where its end is open), or,
             with `expand`, as many as an image takes.
-        top: experts that an image takes.
+        top: experts that an image or text takes.
         rank: units of an expert.
         scale: factor of what experts add.
         freeze: how many experts of each block, the most used ones, are frozen after a task.
         noise: deviation of what is added to a router's scores in training.
-        known: share of a task's own images that the gateway is to know; less makes it stricter. Where none of the
-            tasks knows an image, it gets exactly the pre-trained features.
+        known: share of a task's own images, or texts, that the gateway is to know; less makes it stricter. Where none
+            of the tasks knows one, it gets exactly the pre-trained features.
         directions: of the covariance with which the gateway compares an image with a task's.
-        expand: a task of whose images at least this share is known to no task before it brings `freeze` new experts;
-            None leaves their number as it is.
+        expand: a task of whose images (texts) at least this share is known to no task before it brings `freeze` new
+            experts; None leaves their number as it is.
         blocks: which blocks, all by default.
+        tower: which encoder; each has experts, routers and a gateway of its own.
     """
 
     adapts, shares, guarantees = True, True, True
-    records = (QUERY,)
 
     def __init__(
         self,
@@ -61,6 +95,7 @@ class MoEAdapters(Method, name="moe_adapters"):
         directions: int = 16,
         expand: float | None = None,
         blocks: str | None = None,
+        tower: Tower = "vision",
     ) -> None:
         super().__init__()
         if top < 2:
@@ -83,81 +118,109 @@ class MoEAdapters(Method, name="moe_adapters"):
             raise ValueError(f"expand={expand} has no effect with freeze=0, which brings no new experts: leave it out")
         self.experts, self.top, self.rank, self.scale = experts, top, rank, scale
         self.freeze, self.noise, self.expand, self.blocks = freeze, noise, expand, blocks
-        self.adapters: Adapters[Experts] = Adapters()
-        self.gateway = Familiarity(directions, known)
+        self.tower, self.directions, self.known = tower, directions, known
+        self.towers = nn.ModuleDict()  # of Mixture
+        self.records = (QUERY,) if "vision" in named_towers(tower) else ()
+        self.leaves = hooks_without(tower)
 
-    def shared_parameters(self) -> list[torch.nn.Parameter]:
+    def of(self, tower: OneTower) -> Mixture:
+        """The experts of `tower`, which have been made."""
+        found = self.towers[tower]
+        assert isinstance(found, Mixture)
+        return found
+
+    def shared_parameters(self) -> list[nn.Parameter]:
         """Those of experts; a router belongs to its task."""
         return [p for name, p in self.named_parameters() if not name.endswith("router")]
 
     def grow(self, learner: Core, task: Task) -> None:
         """Experts at the first task, and a router for each."""
-        if not len(self.adapters):
-            backbone = learner.backbone
-            firsts, lasts = (backbone.sites(at, self.blocks) for at in ("fc1", "fc2"))
+        backbone = learner.backbone
+        for tower in named_towers(self.tower):
+            if tower in self.towers:
+                self.of(tower).open(0, learner.device)
+                continue
+            self.towers[tower] = own = Mixture(Familiarity(self.directions, self.known))
+            firsts, lasts = (backbone.sites(at, self.blocks, tower) for at in ("fc1", "fc2"))
             for pair in zip(firsts, lasts, strict=True):
-                adapter = Experts(pair, self.rank, self.top, self.scale)
-                adapter.add(self._first(task), learner.device)
-                self.adapters.append(adapter)
-                attach(backbone, pair, adapter)
-        for adapter in self.adapters:
-            adapter.open_router(learner.device)
+                own.adapters.append(Experts(pair, self.rank, self.top, self.scale))
+                attach(backbone, pair, own.adapters[-1])
+            own.open(self._first(task), learner.device)
 
     def begin_task(self, learner: Core, task: Task) -> None:
-        """Bring new experts where the images are new."""
-        if self.expand is None or not self.gateway.tasks:
+        """Bring new experts where the images, or texts, are new."""
+        if self.expand is None or not learner.learnt:
             return
-        data = learner.method.data(learner, task)
-        order = torch.randperm(len(data), generator=learner.generator("moe_adapters"))[:_LOOK]
-        unknown = self.gateway.route(self._queries(learner, data, order)) < 0
-        if unknown.float().mean() >= self.expand:
-            for adapter in self.adapters:
-                adapter.add(self.freeze, learner.device)
-                adapter.open_router(learner.device)
+        for tower in named_towers(self.tower):
+            own, data = self.of(tower), learner.method.data(learner, task)
+            order = torch.randperm(len(data), generator=learner.generator("moe_adapters"))[:_LOOK]
+            unknown = own.gateway.route(self._read(learner, data, order, tower)[0]) < 0
+            if unknown.float().mean() >= self.expand:
+                own.open(self.freeze, learner.device)
 
     def record(self, learner: Core, batch: Batch) -> Batch:
         """Features of the pre-trained model, for the gateway, which is not asked in training."""
-        return {} if learner.training else {QUERY: query(learner, batch)}
+        return {QUERY: query(learner, batch)} if self.records and not learner.training else {}
 
     def batch(self, learner: Core, batch: Batch) -> Batch:
         """The batch as it is; a step begins."""
-        for adapter in self.adapters:
+        for adapter in self._all():
             adapter.chosen = None
         return batch
 
     def after_step(self, learner: Core, batch: Batch) -> None:
         """Count which experts were taken."""
-        for adapter in self.adapters:
+        for adapter in self._all():
             adapter.tally()
 
     def end_task(self, learner: Core, task: Task) -> None:
-        """Let the gateway know the task's images; freeze its router and the experts that it has used most."""
+        """Let the gateways know the task's images and texts; freeze its routers and the experts it has used most."""
         data = learner.method.data(learner, task)
-        labels = data.labels.to(learner.device)
-        mine = torch.isin(labels, torch.tensor(task.classes, device=learner.device)).nonzero().flatten()
-        features = self._queries(learner, data, mine.cpu())
-        self.gateway.add(task.index, features, labels[mine], learner.generator("moe_adapters end"))
-        for adapter in self.adapters:
+        mine = torch.isin(data.labels.cpu(), torch.tensor(task.classes)).nonzero().flatten()
+        for tower in named_towers(self.tower):
+            gateway, (features, labels) = self.of(tower).gateway, self._read(learner, data, mine, tower)
+            if tower == "text" and learner.objective.classifies:  # names of others are no kin of these
+                gateway.know(task.index, features)
+            else:
+                gateway.add(task.index, features, labels, learner.generator("moe_adapters end"))
+        for adapter in self._all():
             adapter.close_router(task.index)
             adapter.freeze(self.freeze)
 
     def encode(self, learner: Core, batch: Batch) -> Tensor:
         """Features (B, dim): in training by the task's router, else by that of the task that knows an image best."""
-        if learner.training and self.adapters[0].routes_new:  # which a task has until it ends
-            routes = self._told(learner, batch)
-        else:
-            tasks = self.gateway.tasks
-            routes = [Routes(tasks, self.gateway.route(query(learner, batch)))] * len(self.adapters)
-        with routing(list(self.adapters), routes):
+        if "encode" in self.leaves:
             return super().encode(learner, batch)
+        own = self.of("vision")
+        if learner.training and own.learning:
+            routes = self._told(learner, "vision", len(next(iter(batch.values()))), batch.get("label"))
+        else:
+            routes = own.by_itself(query(learner, batch))
+        with routing(list(own.adapters), routes):
+            return super().encode(learner, batch)
+
+    def embed(self, learner: Core, tokens: Batch, labels: Tensor | None) -> Tensor:
+        """Embeddings (n, dim), in the same way."""
+        if "embed" in self.leaves:
+            return super().embed(learner, tokens, labels)
+        own, counted = self.of("text"), learner.backbone.counted(tokens)
+        if learner.training and own.learning:
+            routes = self._told(learner, "text", len(next(iter(tokens.values()))), labels, counted)
+        else:
+            routes = own.by_itself(text_query(learner, tokens), counted)
+        with routing(list(own.adapters), routes):
+            return super().embed(learner, tokens, labels)
 
     def measures(self, learner: Core) -> dict[str, float]:
         """Experts of a block, and how many of them are frozen, as means over blocks."""
-        blocks = len(self.adapters)
+        experts = list(self._all())
         return {
-            "experts": sum(adapter.count for adapter in self.adapters) / blocks,
-            "frozen_experts": sum(len(adapter.shut) for adapter in self.adapters) / blocks,
+            "experts": sum(adapter.count for adapter in experts) / len(experts),
+            "frozen_experts": sum(len(adapter.shut) for adapter in experts) / len(experts),
         }
+
+    def _all(self) -> Iterator[Experts]:
+        return (adapter for tower in named_towers(self.tower) for adapter in self.of(tower).adapters)
 
     def _first(self, task: Task) -> int:
         if self.experts is not None:
@@ -165,28 +228,51 @@ class MoEAdapters(Method, name="moe_adapters"):
         by_rule = self.freeze * task.total if task.total and not self.expand else 0
         return max(self.top, by_rule or (self.top if self.expand else _OPEN_END))
 
-    def _told(self, learner: Core, batch: Batch) -> list[Routes]:
-        """Everything by the router in training; images of old tasks, as replay brings them, by those of their tasks."""
-        images = next(iter(batch.values()))
-        place = torch.zeros(len(images), dtype=torch.int64, device=learner.device)
+    def _told(
+        self, learner: Core, tower: OneTower, count: int, labels: Tensor | None, counted: Tensor | None = None
+    ) -> list[Routes]:
+        """Everything by the router in training; what is of old tasks, as replay brings it, by those of its task."""
+        adapters = self.of(tower).adapters
+        place = torch.zeros(count, dtype=torch.int64, device=learner.device)
         routers: list[int | None] = [None]
-        if "label" in batch and len(learner.tasks) > 1 and any(part.rehearses for part in parts_of(learner.method)):
+        # class names of old tasks are read in every step
+        mixed = tower == "text" or any(part.rehearses for part in parts_of(learner.method))
+        if labels is not None and len(learner.tasks) > 1 and mixed:
             owner = {c: task.index for task in learner.tasks for c in task.classes}
-            routers += self.gateway.tasks
+            routers += self.of(tower).gateway.tasks
             table = torch.zeros(max(owner) + 1, dtype=torch.int64)
             for c, index in owner.items():
                 table[c] = routers.index(index) if index in routers else 0
-            place = table.to(learner.device)[batch["label"]]
-        most = max(adapter.count for adapter in self.adapters)
-        draw = torch.randn(
-            len(self.adapters), len(images), most, generator=learner.generator("moe_adapters", learner.step)
-        )
+            place = table.to(learner.device)[labels]
+        most = max(adapter.count for adapter in adapters)
+        purpose = "moe_adapters" if tower == "vision" else "moe_adapters text"
+        draw = torch.randn(len(adapters), count, most, generator=learner.generator(purpose, learner.step))
         noise = (self.noise * draw).to(learner.device)
-        return [Routes(routers, place, its[:, : a.count]) for its, a in zip(noise, self.adapters, strict=True)]
+        return [Routes(routers, place, its[:, : a.count], counted) for its, a in zip(noise, adapters, strict=True)]
 
-    def _queries(self, learner: Core, data: Data, order: Tensor) -> Tensor:
-        """Unit features (n, dim) of the pre-trained model."""
+    def _read(self, learner: Core, data: Data, order: Tensor, tower: OneTower) -> tuple[Tensor, Tensor]:
+        """Unit features (n, dim) of images, or of their distinct texts, by the pre-trained model, and labels (n,)."""
         with learner.inference():
-            found = [query(learner, batch) for batch in learner.batches(data, 256, order)]
+            if tower == "vision":
+                found = [query(learner, batch) for batch in learner.batches(data, _CHUNK, order)]
+                labels = data.labels.to(learner.device)[order.to(learner.device)]
+            else:
+                texts = self._texts(learner, data, order)
+                lines, labels = list(texts), torch.tensor(list(texts.values()), device=learner.device)
+                found = [
+                    text_query(learner, learner.backbone.tokenised(lines[start : start + _CHUNK]))
+                    for start in range(0, len(lines), _CHUNK)
+                ]
         # cloned: tensors made under inference_mode may not take part in training
-        return torch.cat(found).clone()
+        return torch.cat(found).clone(), labels.clone()
+
+    @staticmethod
+    def _texts(learner: Core, data: Data, order: Tensor) -> dict[str, int]:
+        """What is said of the images, and of which class."""
+        found: dict[str, int] = {}
+        for batch in learner.batches(data, _CHUNK, order):
+            lines, labels = learner.objective.said(learner, batch)
+            found |= zip(lines, labels.tolist(), strict=True)
+            if learner.objective.classifies:  # class names are the same beside all images
+                break
+        return found

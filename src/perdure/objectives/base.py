@@ -101,6 +101,18 @@ class Objective(nn.Module):
         target = self.columns(batch["label"])
         return bool(torch.isin(target, torch.tensor(self.local, device=target.device)).all())
 
+    def company(self, learner: Core, batch: Batch) -> Batch:
+        """What a single example competes with, where it is asked about alone: nothing where classes compete."""
+        return {}
+
+    def loss_alone(self, features: Tensor, batch: Batch, local: bool, company: Batch) -> Tensor:
+        """Loss of the one example of `batch`, a scalar, as in `losses`; see `company`."""
+        return self.losses(features, batch, local)[0]
+
+    def answers_alone(self, features: Tensor, batch: Batch, company: Batch) -> Tensor:
+        """Scores of the one example of `batch`, (n,), which say what it is taken for; see `company`."""
+        return self.scores(features)[0]
+
     def evaluate(self, learner: Core, tasks: Sequence[Task], size: int = 256) -> list[dict[str, float]]:
         """Shares of right answers on the test set of each of `tasks`.
 

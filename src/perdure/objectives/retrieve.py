@@ -133,6 +133,29 @@ class Retrieve(Objective):
         back = (to_image @ shares) / shares.sum(0).clamp_min(1)
         return (to_text + back) / 2
 
+    def company(self, learner: Core, batch: Batch) -> Batch:
+        """The pairs of `batch` as they are now, which others are compared with."""
+        texts, image_of = self.shown(batch)
+        return {"features": learner.encode(batch), "pair": batch["pair"], "texts": texts, "image_of": image_of}
+
+    def loss_alone(self, features: Tensor, batch: Batch, local: bool, company: Batch) -> Tensor:
+        """See `Objective.loss_alone`: among the other images and texts of `company`, which get no gradient."""
+        texts, image_of = self.shown(batch)
+        images = company["pair"] != batch["pair"]
+        others = images[company["image_of"]]
+        rows = images.cumsum(0)[company["image_of"][others]]  # counted from 1, for the one image comes first
+        scores = self.similarity(
+            torch.cat([features, company["features"][images]]), torch.cat([texts, company["texts"][others]])
+        )
+        pair = torch.cat([batch["pair"], company["pair"][images]])
+        return self.contrast(scores, pair, torch.cat([image_of, rows]))[0]
+
+    def answers_alone(self, features: Tensor, batch: Batch, company: Batch) -> Tensor:
+        """Scaled cosines of the image to the texts of `company`, and of its texts to the images."""
+        texts, _ = self.shown(batch)
+        forth = self.similarity(features, company["texts"])
+        return torch.cat([forth.flatten(), self.similarity(texts, company["features"]).flatten()])
+
     def record(self, learner: Core, batch: Batch) -> Batch:
         """Embeddings (B, K, dim) of all captions, where the text tower can never change."""
         if _CAPTIONS in batch or "text" not in batch or not learner.constant_texts:
