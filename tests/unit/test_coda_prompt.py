@@ -88,7 +88,9 @@ def test_a_stream_longer_than_announced_starts_from_random_directions() -> None:
     learner = grown("coda_prompt(components=10)", 4)
     assert components(learner, "key").shape[1] == 40
     torch.testing.assert_close(learner.method.of("vision").new["key"].norm(dim=2), torch.ones(2, 10))
-    prompts = learner.method.of("vision").new["prompt"].flatten(2) @ learner.method.of("vision").past["prompt"].flatten(2).mT
+    prompts = (
+        learner.method.of("vision").new["prompt"].flatten(2) @ learner.method.of("vision").past["prompt"].flatten(2).mT
+    )
     assert prompts.abs().max() < 1e-5  # which have more dimensions than keys
 
 

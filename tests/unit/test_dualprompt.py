@@ -67,9 +67,17 @@ def test_in_training_each_image_takes_the_prompt_of_its_own_task(lab: Any) -> No
     method = learner.method
     old, new = (stream.tasks[i].train.__getitems__(range(3)) for i in (0, 1))
     mixed = {k: torch.cat([old[k], new[k]]) for k in old}
-    prompts = torch.cat([method.of("vision").past["prompts"].expand(3, -1, -1, -1), method.of("vision").prompt[None].expand(3, -1, -1, -1)])
+    prompts = torch.cat(
+        [
+            method.of("vision").past["prompts"].expand(3, -1, -1, -1),
+            method.of("vision").prompt[None].expand(3, -1, -1, -1),
+        ]
+    )
     learner.train()
-    with method.of("vision").general.giving(method.of("vision").shared.unbind()), method.of("vision").expert.giving(prompts.unbind(1)):
+    with (
+        method.of("vision").general.giving(method.of("vision").shared.unbind()),
+        method.of("vision").expert.giving(prompts.unbind(1)),
+    ):
         expected = learner.backbone(mixed)
     torch.testing.assert_close(learner.encode(mixed), expected)
     learner.method.of("vision").batchwise = True  # which is about tests
@@ -84,7 +92,9 @@ def test_the_pull_is_to_the_key_of_each_images_own_task(lab: Any) -> None:
         for k, v in stream.tasks[1].train.__getitems__([0, 1, 2]).items()
     }
     asked = query(learner, batch)
-    keys = torch.stack([method.of("vision").past["keys"][0], method.of("vision").key, method.of("vision").key, method.of("vision").key])
+    keys = torch.stack(
+        [method.of("vision").past["keys"][0], method.of("vision").key, method.of("vision").key, method.of("vision").key]
+    )
     expected = -0.5 * F.cosine_similarity(asked, keys).mean()
     torch.testing.assert_close(method.penalty(learner, batch, torch.empty(0)), expected)
 

@@ -178,7 +178,7 @@ def test_routing_leaves_nothing_behind(lab: Any) -> None:
     learner, _, images = begun(lab, READINGS["per_task"].format(""), tasks=2)
     answers(learner, images)
     assert all(adapter.route is None and not adapter.folded for adapter in learner.method.bases)
-    assert not learner.method.tokens.off
+    assert not learner.method.tokens["vision"].off
 
 
 def test_bases_that_are_frozen_hold_no_gradients(lab: Any) -> None:
@@ -220,7 +220,7 @@ def test_ewc_holds_what_all_tasks_train_and_no_core_of_one_task(spec: str, order
         names = {name.split(".", 3)[-1] for name in guard.fisher if name.startswith("method.")}
         assert all(guard.fisher[name].any() for name in guard.fisher)
     factors = {f"bases.{i}.branch.{k}" for i in range(4) for k in (0, 1)} if "continued" in spec else set()
-    prompts = set() if "prompts=0" in spec else {"tokens.values"}
+    prompts = set() if "prompts=0" in spec else {"tokens.vision.values"}
     assert names == factors | prompts
 
 
@@ -229,7 +229,7 @@ def test_ewc_holds_what_all_tasks_train_and_no_core_of_one_task(spec: str, order
 
 def test_no_prompts_means_no_tokens(lab: Any) -> None:
     learner, _, _ = begun(lab, "fm_lora(rank=4, prompts=0)")
-    assert learner.method.tokens is None
+    assert not learner.method.tokens
     assert not prompted(learner.backbone)
     assert not any("tokens" in key or "prompt" in key for key in learner.state_dict())
 
@@ -273,9 +273,9 @@ def test_frozen_prompts_are_trained_in_the_first_task_only(frozen: bool, lab: An
     changed = []
     for task in stream:
         learner.grow(task)
-        before = learner.method.tokens.values.detach().clone()
+        before = learner.method.tokens["vision"].values.detach().clone()
         lab.descend(learner, task)
-        changed.append(not torch.equal(learner.method.tokens.values, before))
+        changed.append(not torch.equal(learner.method.tokens["vision"].values, before))
         lab.close(learner, task)
     assert changed == [True, not frozen, not frozen]
 
@@ -287,7 +287,7 @@ def test_prompts_learn_more_gently_after_the_first_task(lab: Any) -> None:
     lab.descend(learner, stream.tasks[0])
     lab.close(learner, stream.tasks[0])
     learner.grow(stream.tasks[1])
-    assert learner.method.param_groups(learner) == {"method.tokens.values": 0.2}
+    assert learner.method.param_groups(learner) == {"method.tokens.vision.values": 0.2}
 
 
 def test_prompts_are_pulled_to_their_last_values(lab: Any) -> None:
@@ -295,19 +295,19 @@ def test_prompts_are_pulled_to_their_last_values(lab: Any) -> None:
     for task in stream:
         learner.grow(task)
         lab.descend(learner, task, steps=1)
-        last = learner.method.tokens.values.detach().clone()
+        last = learner.method.tokens["vision"].values.detach().clone()
         lab.close(learner, task)
         assert learner.method.penalty(learner, {}, torch.empty(0)) == 0
-        learner.method.tokens.values.data += 0.5
+        learner.method.tokens["vision"].values.data += 0.5
         found = learner.method.penalty(learner, {}, torch.empty(0))
         assert found.item() == pytest.approx(3.0 * 0.25 * 2 * 16, rel=1e-5)
-        learner.method.tokens.values.data.copy_(last)
+        learner.method.tokens["vision"].values.data.copy_(last)
 
 
 def test_without_a_pull_there_is_no_penalty(lab: Any) -> None:
     learner, stream, _ = begun(lab, "fm_lora(rank=4, prompt_pull=0)")
     learner.grow(stream.tasks[1])
-    learner.method.tokens.values.data += 0.5
+    learner.method.tokens["vision"].values.data += 0.5
     assert learner.method.penalty(learner, {}, torch.empty(0)) == 0.0
 
 
@@ -427,8 +427,8 @@ def test_bases_stand_in_the_tower_that_was_asked_for() -> None:
     learner = Core(tiny(dim=16, text=True), make_objective("zeroshot"), make_method("fm_lora(rank=4, tower='text')"))
     learner.grow(Task(0, "one", (0, 1), ("cat", "dog")))
     assert {site.layer.split(".")[0] for site, _, _ in updates(learner.backbone)} == {"text"}
-    assert prompted(learner.backbone.vision)  # prompts are always in the vision tower
-    assert not prompted(learner.backbone.text)
+    assert prompted(learner.backbone.text)
+    assert not prompted(learner.backbone.vision)
 
 
 def test_bases_of_rank_1_leave_nothing_to_choose(lab: Any) -> None:

@@ -92,7 +92,9 @@ def test_in_training_a_text_takes_its_own_tasks_prompt_and_later_the_nearest_key
     torch.testing.assert_close(learner.embed_texts(texts).detach(), with_those_of(nearest), rtol=1e-4, atol=1e-5)
     learner.eval()
     # whose they are is not told where answers are wanted
-    torch.testing.assert_close(learner.embed_texts(texts, labels).detach(), with_those_of(nearest), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        learner.embed_texts(texts, labels).detach(), with_those_of(nearest), rtol=1e-4, atol=1e-5
+    )
     pulled = learner.method.penalty(learner, {}, torch.empty(0)).detach()
     torch.testing.assert_close(pulled, -F.cosine_similarity(queries(lab, texts[2:]), own.key.detach()[None]).mean())
 

@@ -26,7 +26,9 @@ class Familiarity(nn.Module):
     def __init__(self, rank: int, known: float) -> None:
         super().__init__()
         self.rank, self.known = rank, known
-        self.kept = Tensors()  # for each of `_KEPT`: "task/means" (c, d), "task/directions" (k, d), "task/variances" (k + 1,), "task/limit"
+        self.kept = (
+            Tensors()
+        )  # for each of `_KEPT`: "task/means" (c, d), "task/directions" (k, d), "task/variances" (k + 1,), "task/limit"
 
     @property
     def tasks(self) -> list[int]:

@@ -60,7 +60,7 @@ class Components(Chosen):
         return self.prefix.giving(prompt.unbind())
 
     def overlap(self) -> Tensor:
-        """Σ over blocks and K, A, P of the mean square of X Xᵀ - I, X being all components, without what is constant."""
+        """Σ over blocks and K, A, P of the mean square of X Xᵀ - I, X being all, without what is constant."""
         return torch.stack([self._overlap(name) for name in sorted(self.new)]).sum()
 
     def _begin(self, name: str, shape: tuple[int, ...], start: Start) -> Tensor:

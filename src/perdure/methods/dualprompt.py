@@ -63,11 +63,8 @@ class Prompts(Chosen):
 
     @contextmanager
     def joining(self, asked: Tensor, labels: Tensor | None) -> Iterator[None]:
-        """See `Chosen.joining`: with the E-prompt of each input's own task where it is known, else with the nearest."""
-        if labels is not None:
-            chosen = self.owner[labels]
-        else:
-            chosen = nearest(self._cosines(asked), 1, self.batchwise)[:, 0]
+        """Within, inputs have the E-prompt of their own task where that is known, else the nearest."""
+        chosen = self.owner[labels] if labels is not None else nearest(self._cosines(asked), 1, self.batchwise)[:, 0]
         prompts = self.prompt[None]
         if "prompts" in self.past:
             prompts = torch.cat([self.past["prompts"], prompts])

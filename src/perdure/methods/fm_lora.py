@@ -27,7 +27,7 @@ from perdure.adapters.attach import Adapters
 from perdure.adapters.bases import Bases
 from perdure.adapters.lowrank import Branches
 from perdure.adapters.tokens import Tokens
-from perdure.backbones.base import Tower
+from perdure.backbones.base import Tower, named_towers
 from perdure.drs import DRS, Mode
 from perdure.learner import Core
 from perdure.memory.tensors import Tensors
@@ -48,8 +48,7 @@ class FMLoRA(Method, name="fm_lora"):
             fixed rank all.
         at: which layers, see `Backbone.sites`.
         blocks: which blocks, all by default.
-        tower: which encoder the bases are in; prompts are in the vision tower, and so are images, which `per_task`
-            needs.
+        tower: which encoder; each has bases and prompts of its own. `per_task` needs images.
         share: False gives each task a fresh LoRA of rank r_t instead of a core between shared bases.
         reading: how cores meet at test time, which the source does not say: `accumulate` adds them up (no task id
             needed, folded into the weights); `per_task` keeps each and routes an image to the core of the nearest class
@@ -123,13 +122,13 @@ class FMLoRA(Method, name="fm_lora"):
         self.drs = DRS(candidates, drs, rank_cost, warm_up)
         self.bases: Adapters[Bases] = Adapters()
         self.branches = Branches()  # instead of the bases, when they are not shared
-        self.tokens: Tokens | None = None
-        self.kept = Tensors()  # "prompt": P of the last task; "means/<task>": unit class means of pre-trained features
+        self.tokens = nn.ModuleDict()  # of Tokens, for each tower
+        self.kept = Tensors()  # "<tower>": P of the last task; "means/<task>": unit class means of pre-trained features
 
     def shared_parameters(self) -> Iterable[nn.Parameter]:
         """The prompts; with `continued` M and N too."""
-        if self.tokens is not None and self.reading != "per_task" and not self.freeze_prompts:
-            yield self.tokens.values
+        if self.reading != "per_task" and not self.freeze_prompts:
+            yield from self._prompts().values()
         if self.reading == "continued":
             yield from (factor for adapter in self.bases for factor in adapter.branch)
 
@@ -137,12 +136,14 @@ class FMLoRA(Method, name="fm_lora"):
         """Bases and prompts at the first task; then a new core, open with the largest rank."""
         backbone = learner.backbone
         sites = backbone.sites(self.at, self.blocks, self.tower)
-        if self.prompts and self.tokens is None:
-            self.tokens = Tokens(self.prompts, backbone.sites("q", "0")[0].fan_in)
-            self.tokens.attach([backbone.get_submodule(name) for name in backbone.blocks()])
-            check_tokens(learner)
-        if self.tokens is not None and task.index:
+        if task.index:
             self.tokens.requires_grad_(not self.freeze_prompts)
+        elif self.prompts:
+            for tower in named_towers(self.tower):
+                tokens = Tokens(self.prompts, backbone.sites("q", "0", tower)[0].fan_in)
+                tokens.attach([backbone.get_submodule(name) for name in backbone.blocks(tower)], tower)
+                check_tokens(learner, tower)
+                self.tokens[tower] = tokens
         if not self.share:
             self.branches.open(backbone, sites, self.drs.largest)
             return
@@ -163,16 +164,18 @@ class FMLoRA(Method, name="fm_lora"):
             self.drs.choose(learner, task, list(self.bases if self.share else self.branches))
 
     def penalty(self, learner: Core, batch: Batch, features: Tensor) -> Tensor | float:
-        """prompt_pull · ‖P - P_{t-1}‖² after the first task."""
-        if self.tokens is None or "prompt" not in self.kept or not self.prompt_pull:
+        """prompt_pull · ‖P - P_{t-1}‖² after the first task, added over towers."""
+        if not self.prompt_pull:
             return 0.0
-        return self.prompt_pull * (self.tokens.values - self.kept["prompt"]).square().sum()
+        held = {tower: p for tower, p in self._prompts().items() if tower in self.kept}
+        return self.prompt_pull * sum((p - self.kept[tower]).square().sum() for tower, p in held.items())
 
     def param_groups(self, learner: Core) -> dict[str, float]:
         """Gentler prompts after the first task."""
-        if self.tokens is None or not learner.learnt:
+        if not learner.learnt:
             return {}
-        return {name: self.prompt_lr for name, p in learner.trainable().items() if p is self.tokens.values}
+        prompts = {id(p) for p in self._prompts().values()}
+        return {name: self.prompt_lr for name, p in learner.trainable().items() if id(p) in prompts}
 
     def end_task(self, learner: Core, task: Task) -> None:
         """Settle the core; after the first task, fix the bases."""
@@ -185,8 +188,8 @@ class FMLoRA(Method, name="fm_lora"):
                 adapter.keep(task.index)
             elif self.reading == "accumulate":
                 adapter.settle()
-        if self.tokens is not None:
-            self.kept["prompt"] = self.tokens.values
+        for tower, prompt in self._prompts().items():
+            self.kept[tower] = prompt
         if self.reading == "per_task":
             self.kept[f"means/{task.index}"] = self._means(learner, task)
 
@@ -209,14 +212,19 @@ class FMLoRA(Method, name="fm_lora"):
                 after.callback(setattr, adapter, "route", None)
             return super().encode(learner, batch)
 
+    def _prompts(self) -> dict[str, nn.Parameter]:
+        """P by tower."""
+        return {tower: each.values for tower, each in self.tokens.items() if isinstance(each, Tokens)}
+
     def _pretrained(self, learner: Core, batch: Batch) -> Tensor:
         with ExitStack() as after:
             for adapter in self.bases:
                 after.callback(setattr, adapter, "folded", adapter.folded)
                 adapter.folded = True
-            if self.tokens is not None:
-                after.callback(setattr, self.tokens, "off", False)
-                self.tokens.off = True
+            for tokens in self.tokens.children():
+                assert isinstance(tokens, Tokens)
+                after.callback(setattr, tokens, "off", False)
+                tokens.off = True
             return super().encode(learner, batch).float()
 
     @torch.no_grad()

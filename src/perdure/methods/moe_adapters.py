@@ -6,11 +6,11 @@ learning. At test time nobody tells the task: a gateway (the paper's DDAS) sends
 that knows it best, and an image that no task knows through the pre-trained model as it is.
 
 Differs: every image is sent by itself, where the published code sends whole batches, and so leaks the task. The gateway
-is in closed form: Gaussians on the pre-trained model's own features, where the paper trains an auto-encoder on AlexNet's;
-its limit comes from training images alone. Texts go their own way: a class name through the router of the task that
-taught it, a caption as an image does, where the published code sends them where the images go, and its router reads a
-token that is the same for all texts. By default experts stand in the vision tower only (published: in both). Routers
-read the mean of an input's tokens; their noise has a fixed deviation. No dropout. `expand` is ours.
+is in closed form: Gaussians on the pre-trained model's own features, where the paper trains an auto-encoder on
+AlexNet's; its limit comes from training images alone. Texts go their own way: a class name through the router of the
+task that taught it, a caption as an image does, where the published code sends them where the images go, and its router
+reads a token that is the same for all texts. By default experts stand in the vision tower only (published: in both).
+Routers read the mean of an input's tokens; their noise has a fixed deviation. No dropout. `expand` is ours.
 """
 
 from collections.abc import Iterator
@@ -47,7 +47,7 @@ class Mixture(nn.Module):
     @property
     def learning(self) -> bool:
         """Whether there are routers in training, which a task has until it ends."""
-        return self.adapters[0].routes_new
+        return next(iter(self.adapters)).routes_new
 
     def by_itself(self, asked: Tensor, counted: Tensor | None = None) -> list[Routes]:
         """Every input by the router of the task that knows its query (n, dim) best."""
@@ -143,8 +143,9 @@ class MoEAdapters(Method, name="moe_adapters"):
             self.towers[tower] = own = Mixture(Familiarity(self.directions, self.known))
             firsts, lasts = (backbone.sites(at, self.blocks, tower) for at in ("fc1", "fc2"))
             for pair in zip(firsts, lasts, strict=True):
-                own.adapters.append(Experts(pair, self.rank, self.top, self.scale))
-                attach(backbone, pair, own.adapters[-1])
+                adapter = Experts(pair, self.rank, self.top, self.scale)
+                own.adapters.append(adapter)
+                attach(backbone, pair, adapter)
             own.open(self._first(task), learner.device)
 
     def begin_task(self, learner: Core, task: Task) -> None:
