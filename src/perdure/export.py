@@ -39,7 +39,7 @@ Target = Literal["peft", "merged"]
 """`peft`: a LoRA for the pre-trained model; `merged`: the whole model with the updates in its weights."""
 
 # Beside config and weights: how images and texts are read, and what may be done with the model.
-_COMPANIONS = ("*processor_config.json", *TERMS)
+_PROCESSOR = ("*processor_config.json",)
 
 
 def export(learner: Core, folder: Path, to: Target | str) -> Path:
@@ -105,11 +105,6 @@ def _check(learner: Core, to: str) -> None:
         raise ValueError(f"{strange[0]} changes features as no weights can express; keep this learner with save")
     if prompted(backbone):
         raise ValueError("prompts take part in the encoder, which no weights can hold; keep this learner with save")
-    if isinstance(backbone, Clip) and "vision" in options_of(backbone):
-        raise ValueError(
-            f"{backbone.spec} is put together from two models: no folder has processors for it; save the pair "
-            "with transformers and learn on path=..., or keep this learner with save"
-        )
     classifier_of(learner)
     linear = False
     for site, adapter, part in updates(backbone):
@@ -123,6 +118,8 @@ def _check(learner: Core, to: str) -> None:
     if to == "peft":
         if isinstance(backbone, OpenClip):
             raise ValueError("OpenCLIP's attention is one fused layer, which no LoRA of PEFT fits: export to 'merged'")
+        if "vision" in options_of(backbone):
+            raise ValueError(f"{backbone.spec} was put together here, no folder has it for a LoRA: export to 'merged'")
         if learner.tunes_backbone:
             raise ValueError("the encoder's own weights were trained, which a LoRA cannot hold: export to 'merged'")
         if not linear:
@@ -222,13 +219,23 @@ def _write_transformers(backbone: Any, folder: Path) -> None:
         if bars:
             hf.enable_progress_bar()
     options = options_of(backbone)
-    source = Path(pretrained.locate(options["path"])[1]) if "path" in options else POCKET
-    copy(source, _COMPANIONS + (TOKENIZER if isinstance(backbone, Clip) else ()), folder)
+    if "vision" in options:  # two models that have never met
+        for tower in ("vision", "text"):
+            copy(_folder(options[tower]), TERMS, folder, before=f"{tower}-")
+        copy(_folder(options["vision"]), _PROCESSOR, folder)
+        backbone.tokenizer.save_pretrained(folder)  # says which class it is of, which a copied vocabulary need not
+    else:
+        source = _folder(options["path"]) if "path" in options else POCKET
+        copy(source, (*_PROCESSOR, *TERMS, *(TOKENIZER if isinstance(backbone, Clip) else ())), folder)
     if options.get("input_norm") == "none":
         for file in folder.glob("*processor_config.json"):
             facts = json.loads(file.read_text(encoding="utf-8"))
             facts.get("image_processor", facts)["do_normalize"] = False
             write_json(file, facts)
+
+
+def _folder(model: str) -> Path:
+    return Path(pretrained.locate(model)[1])
 
 
 def _write_timm(backbone: Timm, folder: Path) -> None:

@@ -20,10 +20,10 @@ TERMS = ("LICENSE*", "MODEL_CARD.md")
 TOKENIZER = ("*token*", "vocab*", "merges.txt", "*.model")
 
 
-def copy(source: Path | None, patterns: tuple[str, ...], folder: Path) -> None:
-    """Copy the files of `source` that fit one of `patterns`; none without a source."""
+def copy(source: Path | None, patterns: tuple[str, ...], folder: Path, before: str = "") -> None:
+    """Copy the files of `source` that fit one of `patterns`, with `before` in front of their names, into `folder`."""
     for file in (file for pattern in patterns if source for file in source.glob(pattern)):
-        shutil.copyfile(file, folder / file.name)
+        shutil.copyfile(file, folder / (before + file.name))
 
 
 @dataclasses.dataclass(frozen=True)

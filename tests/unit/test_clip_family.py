@@ -29,6 +29,7 @@ from perdure.backbones.unpacked import Attention
 from perdure.config import make_method
 from perdure.export import export
 from perdure.learner import Core
+from perdure.methods.finetune import Finetune
 from perdure.methods.lora import LoRA
 from perdure.objectives.retrieve import Retrieve
 from perdure.objectives.zeroshot import ZeroShot
@@ -719,19 +720,30 @@ def test_reading_leaves_the_random_state_alone(saved: dict[str, Path], capfd: py
 
 
 @pytest.mark.parametrize("kind", EVERY)
-@pytest.mark.parametrize("spec", ["prompt(tokens=3, tower='text')", "prefix(length=3, tower='text')"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "prompt(tokens=3, tower='text')",
+        "prefix(length=3, tower='text')",
+        "l2p(tower='text')",
+        "dualprompt(tower='text')",
+        "coda_prompt(tower='text')",
+        "moe_adapters(noise=0, tower='text')",
+    ],
+)
 @torch.no_grad()
-def test_texts_with_prompts_depend_on_themselves_alone(kind: str, spec: str, saved: dict[str, Path]) -> None:
+def test_texts_with_prompts_or_experts_depend_on_themselves_alone(kind: str, spec: str, saved: dict[str, Path]) -> None:
     learner = Core(load(kind, saved), ZeroShot(), make_method(spec))
     backbone = learner.backbone
     before = backbone.encode_text(TEXTS)
     learner.grow(Task(0, "a", (0, 1), ("cat", "dog"), 1))
     for prompt in learner.method.parameters():
         prompt.normal_(generator=torch.Generator().manual_seed(0))
+    learner.train()  # experts are of tasks that have been learnt, or of the one in training
     for attention in ("eager", "sdpa"):
         backbone.set_attention(attention)
-        together = backbone.encode_text(TEXTS)
-        torch.testing.assert_close(together, torch.cat([backbone.encode_text([t]) for t in TEXTS]), rtol=0, atol=1e-5)
+        together = learner.embed_texts(TEXTS)
+        torch.testing.assert_close(together, torch.cat([learner.embed_texts([t]) for t in TEXTS]), rtol=0, atol=1e-5)
     assert (together - before).abs().max() > 1e-3
 
 
@@ -760,6 +772,54 @@ def test_export_of_openclip_is_read_by_its_library_and_by_us(kind: str, saved: d
     ours = BACKBONES["open_clip"](name=str(folder))
     assert ours.preprocess == learner.backbone.preprocess
     torch.testing.assert_close(ours(batch), seen, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("vision", "text"), [("vit", "bert"), ("clip", "clip"), ("siglip", "roberta")])
+@pytest.mark.parametrize("norm", ["model", "none"])
+def test_export_of_a_pair_is_read_by_transformers_and_by_us(
+    vision: str, text: str, norm: str, saved: dict[str, Path], tmp_path: Path
+) -> None:
+    (saved[vision] / "LICENSE").write_text("of what sees")
+    backbone = BACKBONES["dual"](vision=str(saved[vision]), text=str(saved[text]), input_norm=norm)
+    learner = Core(backbone, Retrieve(), Finetune(tower="both"))
+    learner.grow(Task(0, "a", (0,), ("all",), 1))
+    with torch.no_grad():
+        for parameter in learner.trainable().values():
+            parameter.add_(0.01)
+    learner.learnt = 1
+    folder = export(learner, tmp_path / "it", "merged")
+    batch = pixels(backbone)
+    with learner.inference():
+        seen, read = learner.encode(batch), learner.embed_texts(TEXTS)
+        theirs = transformers.VisionTextDualEncoderModel.from_pretrained(folder).eval()
+        limit = backbone.tokenise(["long " * 50])["input_ids"].shape[1]
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        tokens = tokenizer(TEXTS, padding=True, truncation=True, max_length=limit, return_tensors="pt")
+        torch.testing.assert_close(theirs.get_text_features(**tokens).pooler_output, read, atol=1e-5, rtol=0)
+        values = backbone.normalise(batch["image"])
+        torch.testing.assert_close(
+            theirs.get_image_features(pixel_values=values).pooler_output, seen, atol=1e-5, rtol=0
+        )
+    ours = BACKBONES["dual"](path=str(folder))
+    assert ours.preprocess == backbone.preprocess
+    torch.testing.assert_close(ours(batch), seen, atol=1e-5, rtol=0)
+    torch.testing.assert_close(ours.encode_text(TEXTS), read, atol=1e-5, rtol=0)
+    assert (folder / "vision-LICENSE").read_text() == "of what sees"
+    with pytest.raises(ValueError, match=r"was put together here, no folder has it for a LoRA: export to 'merged'"):
+        export(learner, tmp_path / "other", "peft")
+
+
+def test_readme_of_an_exported_pair_runs(
+    saved: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = BACKBONES["dual"](vision=str(saved["vit"]), text=str(saved["bert"]))
+    learner = Core(backbone, Retrieve(), LoRA(rank=2, tower="both"))
+    learner.grow(Task(0, "a", (0,), ("all",), 1))
+    learner.learnt = 1
+    folder = export(learner, tmp_path / "it", "merged")
+    Image.fromarray(np.zeros((40, 40, 3), dtype=np.uint8)).save(folder / "photo.jpg")
+    monkeypatch.chdir(folder)
+    exec((folder / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0], {})
 
 
 def test_export_brings_a_tokenizer_that_came_from_the_hub(
