@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from perdure.adapters.attach import adapted, fold
 from perdure.augment import AUGMENTS, Augment
 from perdure.backbones.base import Backbone
-from perdure.method import Method, encodes, parts_of, varies
+from perdure.method import Method, embeds, encodes, parts_of, varies
 from perdure.objectives.base import Objective
 from perdure.texts import unpack
 from perdure.types import Batch, Data, Scenario, Stream, Task
@@ -196,7 +196,7 @@ class Core(nn.Module):
         """Whether embeddings of texts can never change: nothing in the text tower is trained or adapted."""
         parameters = self.backbone.tower_parameters("text").values()
         tower = self.backbone.get_submodule(self.backbone.towers()["text"])
-        return not adapted(tower) and not any(p.requires_grad for p in parameters)
+        return not (adapted(tower) or embeds(self.method) or any(p.requires_grad for p in parameters))
 
     @property
     def constant_blocks(self) -> int:

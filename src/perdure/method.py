@@ -311,6 +311,11 @@ def encodes(method: Method) -> bool:
     return any(_defines(part, "encode") for part in parts_of(method))
 
 
+def embeds(method: Method) -> bool:
+    """Whether a part replaces the backbone's plain embeddings of texts."""
+    return any(_defines(part, "embed") for part in parts_of(method))
+
+
 def varies(method: Method) -> bool:
     """Whether a part replaces the backbone's features by something that can change when the backbone does not."""
     return any(_defines(part, "encode") and not part.reads for part in parts_of(method))

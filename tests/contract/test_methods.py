@@ -407,7 +407,7 @@ def test_a_part_that_stands_twice_is_refused_by_name(spec: str) -> None:
 
 
 def test_two_owners_of_an_exclusive_hook_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    for hook in ("encode", "predict", "data"):
+    for hook in ("encode", "embed", "predict", "data"):
         one, two = (type(n, (METHODS["probe"],), {hook: lambda *_: None, "name": n}) for n in ("one", "two"))
         monkeypatch.setitem(METHODS, "one", one)
         monkeypatch.setitem(METHODS, "two", two)
