@@ -71,9 +71,9 @@ def head_of(learner: Core) -> dict[str, Tensor]:
         means = torch.stack([owner.sums[str(c)] / owner.counts[str(c)] for c in objective.classes])
         return {"weight": F.normalize(means, dim=1)}
     if classifier is PAIRS:
-        return {"logit_scale": learner.backbone.logit_scale.float()}
+        return {"logit_scale": learner.backbone.logit_scale}
     if classifier is _TEXTS:
-        return {"weight": objective.embed(objective.names), "logit_scale": learner.backbone.logit_scale.float()}
+        return {"weight": objective.embed(objective.names), "logit_scale": learner.backbone.logit_scale}
     if classifier is _COSINES:
         rows = torch.cat([head.weight for head in objective.heads])
         return {"weight": F.normalize(rows, dim=1), "logit_scale": torch.tensor(objective.cosine)}

@@ -188,7 +188,7 @@ class Learner(Core):
                 scores = self.answers(data, batch_size)
             else:
                 texts = class_texts(self, classes, self.templates)
-                scores = self.backbone.logit_scale.float() * self._towards(data, texts, batch_size)
+                scores = self.backbone.logit_scale * self._towards(data, texts, batch_size)
             shares = scores.float().softmax(1).cpu()
         best = shares.topk(min(top or shares.shape[1], shares.shape[1]), dim=1)
         names = self.objective.names if classes is None else tuple(classes)

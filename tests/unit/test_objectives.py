@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from perdure.backbones.pocket import pocket
 from perdure.config import make_objective
 from perdure.train import fit_task
 from perdure.types import Task
@@ -176,3 +177,11 @@ def test_the_logit_scale_is_never_trained(lab: Any) -> None:
     assert learner.backbone.logit_scale.item() == pytest.approx(10)
     assert not any("scale" in name for name in learner.trainable())
     assert isinstance(learner.backbone.text, nn.Module)
+
+
+def test_the_logit_scale_is_not_rounded_with_the_weights() -> None:
+    backbone = pocket()
+    published = backbone.model.logit_scale.exp().item()
+    backbone.to(torch.bfloat16)
+    assert backbone.logit_scale.item() == pytest.approx(published, rel=1e-6)
+    assert backbone.model.logit_scale.float().exp().item() != pytest.approx(published, rel=1e-4)

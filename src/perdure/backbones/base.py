@@ -39,12 +39,14 @@ class Backbone(nn.Module):
     """A pre-trained encoder: `batch -> features`, (B, dim) float.
 
     Subclasses set `dim`, `preprocess` and `spec` (the text that rebuilds them) and implement `encode_pixels`; those
-    with a text tower also `tokenise`, `embed_tokens`, `counted` and `logit_scale`.
+    with a text tower also set `scale` and implement `tokenise`, `embed_tokens` and `counted`.
     """
 
     dim: int
     preprocess: Preprocess
     spec: str
+    scale: float | None = None
+    """Inverse temperature of image-text scores as it was published: weights in bfloat16 would round it by 0.6 %."""
     text_mask: Tensor | None = None
     """While texts are encoded: bool (n, L), which of their tokens count; None outside, and where all of them do."""
 
@@ -104,8 +106,14 @@ class Backbone(nn.Module):
 
     @property
     def logit_scale(self) -> Tensor:
-        """Inverse temperature of image-text scores, a positive scalar: scores are `logit_scale * cosine`."""
-        raise self._without_text()
+        """Inverse temperature, a positive float32 scalar: image-text scores are `logit_scale * cosine`.
+
+        Raises:
+            ValueError: when there is no text tower.
+        """
+        if self.scale is None:
+            raise self._without_text()
+        return torch.tensor(self.scale, device=next(self.parameters()).device)
 
     def _without_text(self) -> ValueError:
         return ValueError(

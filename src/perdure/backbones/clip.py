@@ -85,6 +85,8 @@ class Clip(Backbone):
         self.spec = spec
         self.eval()
         self.dim = pretrained.features_of(self)
+        # ALIGN keeps the temperature itself; SigLIP's additional bias is left out.
+        self.scale = float(1 / self.model.temperature if self._divides else self.model.logit_scale.exp())
         text = model.config.text_config
         room = text.max_position_embeddings
         if text.model_type in _POSITIONS_AFTER_PADDING:
@@ -121,13 +123,6 @@ class Clip(Backbone):
     def counted(self, tokens: Mapping[str, Tensor]) -> Tensor | None:
         """The tokenizer's mask; SigLIP reads its padding like words."""
         return tokens[_MASK] > 0 if _MASK in tokens else None
-
-    @property
-    def logit_scale(self) -> Tensor:
-        """Inverse temperature of image-text scores, a positive scalar; SigLIP's additional bias is left out."""
-        # ALIGN keeps the temperature itself.
-        scale: Tensor = 1 / self.model.temperature if self._divides else self.model.logit_scale.exp()
-        return scale.reshape(())
 
     @property
     def _divides(self) -> bool:

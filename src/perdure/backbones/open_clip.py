@@ -71,6 +71,7 @@ class OpenClip(Backbone):
         self.spec = spec
         self.eval()
         self.dim = pretrained.features_of(self)
+        self.scale = float(self.model.logit_scale.exp())  # SigLIP's additional bias is left out
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """Normalised pixels (B, 3, S, S) to projected image embeddings (B, dim), not normalised to unit length."""
@@ -112,12 +113,6 @@ class OpenClip(Backbone):
             return None
         counted: Tensor = ids != self._text.config.pad_token_id
         return counted
-
-    @property
-    def logit_scale(self) -> Tensor:
-        """Inverse temperature of image-text scores, a positive scalar; SigLIP's additional bias is left out."""
-        scale: Tensor = self.model.logit_scale.exp()
-        return scale.reshape(())
 
     def towers(self) -> dict[str, str]:
         """Tower -> dotted name of its module."""

@@ -53,6 +53,8 @@ class Tiny(Backbone):
             self.text = _TextTower(dim, depth, fused) if text else None
         self.to_empty(device="cpu")
         _fill(self, seed)
+        if self.text is not None:
+            self.scale = float(self.text.scale.detach().exp())
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """Normalised pixels (B, 3, size, size) to features (B, dim): the class token after the last norm."""
@@ -71,11 +73,6 @@ class Tiny(Backbone):
     def counted(self, tokens: Mapping[str, Tensor]) -> Tensor | None:
         """Where there is a character."""
         return tokens["ids"] > 0
-
-    @property
-    def logit_scale(self) -> Tensor:
-        """Inverse temperature of image-text scores, a positive scalar."""
-        return super().logit_scale if self.text is None else self.text.scale.exp()
 
     def towers(self) -> dict[str, str]:
         """Tower -> dotted name of its module."""

@@ -73,7 +73,7 @@ class Cosine(Method, name="cosine"):
     def _scale(self, learner: Core) -> float:
         if self.scale is not None:
             return self.scale
-        return _SCALE if self.init == "random" else float(learner.backbone.logit_scale.detach())
+        return _SCALE if self.init == "random" else float(learner.backbone.logit_scale)
 
     def _embed(self, learner: Core, names: tuple[str, ...]) -> Tensor:
         with learner.computing():

@@ -253,7 +253,7 @@ class _Reference:
 
 def _similarity(learner: Core, images: Tensor, texts: Tensor) -> Tensor:
     """Scaled cosines (images, texts)."""
-    return learner.backbone.logit_scale.detach() * F.normalize(images, dim=1) @ F.normalize(texts, dim=1).T
+    return learner.backbone.logit_scale * F.normalize(images, dim=1) @ F.normalize(texts, dim=1).T
 
 
 def _sentences(names: Sequence[str], learner: Core) -> Tensor:

@@ -85,7 +85,7 @@ class Retrieve(Objective):
 
     def similarity(self, features: Tensor, texts: Tensor) -> Tensor:
         """Scaled cosines (B, n) of image features to embeddings of texts."""
-        scale = self._learner[0].backbone.logit_scale.detach()
+        scale = self._learner[0].backbone.logit_scale
         return scale * F.normalize(features, dim=1) @ F.normalize(texts, dim=1).T
 
     def shown(self, batch: Batch) -> tuple[Tensor, Tensor]:

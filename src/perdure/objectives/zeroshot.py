@@ -65,7 +65,7 @@ class ZeroShot(Objective):
 
     def similarity(self, features: Tensor, classes: Tensor) -> Tensor:
         """Scaled cosines (B, n) of image features to `classes` (n, dim)."""
-        scale = self._learner[0].backbone.logit_scale.detach()
+        scale = self._learner[0].backbone.logit_scale
         return scale * F.normalize(features, dim=1) @ classes.T
 
     def said(self, learner: Core, batch: Batch) -> tuple[list[str], Tensor]:
