@@ -31,7 +31,7 @@ from perdure.export_folder import TERMS, TOKENIZER, Use, copy, options_of, readm
 from perdure.export_head import classifier_of, head_of
 from perdure.export_open_clip import write_open_clip
 from perdure.learner import Core
-from perdure.method import encodes, parts_of
+from perdure.method import embeds, encodes, parts_of
 from perdure.objectives import ZeroShot
 from perdure.version import __version__
 
@@ -101,7 +101,7 @@ def _check(learner: Core, to: str) -> None:
             f"{backbone.spec} cannot be exported: learn on pocket(), clip(...), open_clip(...), vision(...) or "
             "timm(...), or keep it with save"
         )
-    if strange := [part.name for part in parts_of(learner.method) if encodes(part)]:
+    if strange := [part.name for part in parts_of(learner.method) if encodes(part) or embeds(part)]:
         raise ValueError(f"{strange[0]} changes features as no weights can express; keep this learner with save")
     if prompted(backbone):
         raise ValueError("prompts take part in the encoder, which no weights can hold; keep this learner with save")

@@ -94,18 +94,18 @@ def importance(
     total = {name: torch.zeros_like(value) for name, value in values.items()}
     size = max(1, min(_CHUNK, _MOST // sum(value.nbytes for value in values.values())))
     asked = _Asked(learner, output)
-    company: Batch | None = None  # the first examples
+    company: Batch = {}
     gradients = _at_once
     if not learner.objective.classifies:  # captions are read one by one: vmap cannot look into them
         gradients, size = _in_turn, _COMPANY
+        others = next(learner.views(data, _COMPANY, f"{purpose} company", _COMPANY))
+        company = learner.objective.company(learner, others)
     with ExitStack() as after:
         for name, site in sites.items():
             layer = learner.backbone.get_submodule(site.layer)
             after.callback(layer.register_forward_hook(partial(asked.add, name, site.rows)).remove)
         for views in learner.views(data, samples, purpose, size):
-            batch = learner.noted(views)
-            if company is None:
-                company = learner.objective.company(learner, batch)
+            batch = learner.noted(learner.objective.narrowed(views))
             asked.rivals = Rivals(learner.objective.competes_locally(batch), company)
             for found in gradients(asked, at, batch):
                 for name, gradient in found.items():

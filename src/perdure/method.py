@@ -143,7 +143,7 @@ class Method(nn.Module):
 class Compose(Method):
     """Several methods as one: additive hooks run in the order written, exclusive ones have one owner.
 
-    At a task's end the part that encodes comes first, so that the others see the features that will be used.
+    At a task's end those that encode or embed come first, so that the others see the features that will be used.
 
     Raises:
         ValueError: when two parts define the same exclusive hook, a part stands twice, or a part that guards others
@@ -192,8 +192,8 @@ class Compose(Method):
 
     def end_task(self, learner: Core, task: Task) -> None:
         """See `Method.end_task`."""
-        owner = self._owner("encode")
-        for part in sorted(self, key=lambda part: (not part.concludes, part is not owner)):
+        owners = [self._owner(hook) for hook in ("encode", "embed")]
+        for part in sorted(self, key=lambda part: (not part.concludes, part not in owners)):
             part.end_task(learner, task)
 
     def measures(self, learner: Core) -> dict[str, float]:
@@ -300,6 +300,15 @@ def without_effect(why: str, **options: object) -> None:
     for name, value in options.items():
         if value is not None:
             raise ValueError(f"{name}={value!r} has no effect {why}: leave it out")
+
+
+def check_texts(learner: Core, part: Method, tower: str) -> None:
+    """Raise `ValueError` when `part` is asked for a text tower that the objective never reads with."""
+    if tower != "vision" and not learner.objective.texts:
+        raise ValueError(
+            f"{part.name}(tower={tower!r}): this objective reads no texts: use --objective zeroshot or retrieve, or "
+            "tower='vision'"
+        )
 
 
 def _defines(part: Method, hook: str) -> bool:

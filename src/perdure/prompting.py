@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from perdure.adapters.prefix import Prefix
 from perdure.backbones.base import Backbone, OneTower, Tower, named_towers
 from perdure.learner import Core
-from perdure.method import Method
-from perdure.types import Batch
+from perdure.method import Method, check_texts
+from perdure.types import Batch, Task
 
 _UNFIT = (RuntimeError, IndexError, TypeError, KeyError)
 """What a model raises whose blocks do not take more tokens than an input has."""
@@ -34,7 +34,7 @@ def query(learner: Core, batch: Batch) -> Tensor:
 
 def text_query(learner: Core, tokens: Batch) -> Tensor:
     """Unit embeddings (n, dim) of texts by the pre-trained encoder, in float32; prompts must be off, as in `query`."""
-    with torch.no_grad():
+    with torch.no_grad(), learner.computing():
         return F.normalize(learner.backbone.encode_tokens(tokens).float(), dim=1)
 
 
@@ -87,6 +87,10 @@ class Asking(Method, Generic[C]):
         """Those of all towers."""
         return (self.of(tower) for tower in named_towers(self.tower))
 
+    def check(self, learner: Core, task: Task) -> None:
+        """Refuse a text tower that nobody reads with."""
+        check_texts(learner, self, self.tower)
+
     def record(self, learner: Core, batch: Batch) -> Batch:
         """The query of each image."""
         return {QUERY: query(learner, batch)} if self.records else {}
@@ -113,8 +117,7 @@ class Asking(Method, Generic[C]):
                 yield self.of(tower), query(learner, batch), batch["label"]
             else:
                 texts, labels = learner.objective.said(learner, batch)
-                with learner.computing():
-                    yield self.of(tower), text_query(learner, learner.backbone.tokenised(texts)), labels
+                yield self.of(tower), text_query(learner, learner.backbone.tokenised(texts)), labels
 
 
 def nearest(cosines: Tensor, count: int, batchwise: bool = False) -> Tensor:

@@ -500,6 +500,11 @@ class Prompting(Strange):
         return 2 * learner.backbone(batch)
 
 
+class Wording(Strange):
+    def embed(self, learner: Core, tokens: Batch, labels: Tensor | None) -> Tensor:
+        return 2 * learner.backbone.encode_tokens(tokens)
+
+
 class Voting(Strange):
     def predict(self, learner: Core, batch: Batch) -> Tensor:
         return learner.objective.scores(learner.encode(batch)).square()
@@ -560,7 +565,7 @@ def test_export_is_refused_when_no_library_has_the_model(tmp_path: Path) -> None
 
 
 def test_export_is_refused_when_the_method_does_what_no_file_can_say(families: dict[str, str], tmp_path: Path) -> None:
-    for method, word in ((Prompting(), "features"), (Voting(), "predicts")):
+    for method, word in ((Prompting(), "features"), (Wording(), "features"), (Voting(), "predicts")):
         learner = taught(families["clip"], "probe", tasks=1)
         learner.method = method
         refused(learner, tmp_path / "it", "merged", "strange", word, "save")

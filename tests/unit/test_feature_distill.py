@@ -144,7 +144,10 @@ def test_where_no_part_changes_the_encoder_it_is_refused_when_built(spec: str) -
 
 @pytest.mark.parametrize("tower", ["text", "both"])
 def test_texts_are_refused_where_the_objective_reads_none(tower: str, lab: Any) -> None:
-    with pytest.raises(ValueError, match=f"^tower='{tower}': this objective reads no texts: use --objective zeroshot"):
+    with pytest.raises(
+        ValueError,
+        match=rf"^feature_distill\(tower='{tower}'\): this objective reads no texts: use --objective zeroshot",
+    ):
         lab.taught(f"lora(rank=2) + feature_distill(tower={tower!r})")
 
 

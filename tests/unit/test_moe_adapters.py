@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from perdure.adapters.experts import Routes, routing
-from perdure.config import make_method
+from perdure.backbones.pocket import pocket
+from perdure.config import make_method, make_objective
 from perdure.learner import Core
 from perdure.memory.familiarity import Familiarity
 from perdure.prompting import query, text_query
@@ -277,6 +278,37 @@ def test_names_of_old_tasks_pass_their_own_router_in_training_and_count_for_none
     learner.loss(batch)
     assert [int(a.chosen.sum()) for a in learner.method.of("text").adapters] == [2 * 2, 2 * 2]  # two names, top=2
     assert [int(a.chosen.sum()) for a in learner.method.of("vision").adapters] == [16 * 2, 16 * 2]
+
+
+def test_a_name_of_several_tasks_goes_to_the_latest_whatever_stands_beside_it() -> None:
+    task = Task(0, "one", (0, 1), ("cat", "an animal with a rather long name"), 2)
+    learner = Core(pocket(), make_objective("zeroshot"), make_method("moe_adapters(tower='text')"))
+    learner.backbone.to(torch.bfloat16)
+    for each in (task, Task(1, "two", (0, 2), ("cat", "dog"), 2)):
+        learner.grow(each)
+        learner.method.end_task(learner, each)
+    for company in ([], ["dog"], ["an animal with a rather long name and many other words that pad all others"]):
+        texts = [f"a photo of a {name}." for name in ("cat", *company)]
+        with learner.inference():
+            asked = text_query(learner, learner.backbone.tokenised(texts))
+        assert learner.method.of("text").gateway.route(asked)[0] == 1
+
+
+def test_old_names_that_a_distillation_reads_pass_their_own_routers(lab: Any) -> None:
+    bench = lab.but(objective="zeroshot")
+    learner, stream = bench.learner("moe_adapters(tower='text') + feature_distill(tower='text')"), bench.stream()
+    bench.teach(learner, stream.tasks[:1])
+    with learner.inference():
+        answered = learner.objective.embed(stream.tasks[0].names).clone()
+    learner.grow(stream.tasks[1])
+    learner.train()
+    learner.method.begin_task(learner, stream.tasks[1])
+    moe, distil = learner.method
+    torch.testing.assert_close(distil.names["old"], answered)
+    batch = learner.method.batch(learner, whole(stream.tasks[1].train))
+    learner.loss(batch).backward()
+    assert [int(a.chosen.sum()) for a in moe.of("text").adapters] == [2 * 2, 2 * 2]  # the new names only
+    assert float(distil.penalty(learner, batch, learner.encode(batch)).detach()) == pytest.approx(0, abs=1e-5)
 
 
 def test_names_that_tasks_share_go_to_the_latest(lab: Any) -> None:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from perdure.config import make_method
+from perdure.backbones.tiny import tiny
+from perdure.config import make_method, make_objective
 from perdure.learner import Core
 
 SPECS = pytest.mark.parametrize("spec", ["l2p(top=2, tower={!r})", "dualprompt(tower={!r})", "coda_prompt(tower={!r})"])
@@ -97,6 +98,33 @@ def test_in_training_a_text_takes_its_own_tasks_prompt_and_later_the_nearest_key
     )
     pulled = learner.method.penalty(learner, {}, torch.empty(0)).detach()
     torch.testing.assert_close(pulled, -F.cosine_similarity(queries(lab, texts[2:]), own.key.detach()[None]).mean())
+
+
+def test_names_of_a_domain_stream_are_answered_with_the_prompt_they_were_trained_with(lab: Any) -> None:
+    bench = lab.but(objective="zeroshot", scenario="domain")
+    learner = bench.teach(bench.learner("dualprompt(tower='both')"), bench.stream().tasks)
+    text, vision = learner.method.of("text"), learner.method.of("vision")
+    assert text.owner.tolist() == [2, 2]
+    assert (text.idle.tolist(), vision.idle.tolist()) == ([True, True, False], [False] * 3)
+    texts, classes = [f"a photo of a {name}." for name in learner.objective.names], torch.tensor([0, 1])
+    with torch.no_grad():
+        text.past["prompts"] = torch.randn(text.past["prompts"].shape)
+        trained = learner.train().embed_texts(texts, classes)
+        torch.testing.assert_close(learner.eval().embed_texts(texts), trained)
+
+
+@pytest.mark.parametrize("method", ["l2p", "dualprompt", "coda_prompt", "moe_adapters", "feature_distill"])
+def test_a_text_tower_that_nobody_reads_with_is_refused_before_anything_is_learnt(method: str, lab: Any) -> None:
+    bench, more = lab.but(objective="classify"), "lora(tower='both') + " if method == "feature_distill" else ""
+    learner = Core(tiny(text=True), make_objective("classify"), make_method(f"{more}{method}(tower='both')"))
+    task = bench.stream().tasks[0]
+
+    def prepared() -> None:
+        learner.grow(task)
+        learner.method.check(learner, task)
+
+    with pytest.raises(ValueError, match=rf"^{method}\(tower='both'\): this objective reads no texts: use --objective"):
+        prepared()
 
 
 def test_captions_of_replayed_images_take_their_own_tasks_prompt(lab: Any) -> None:

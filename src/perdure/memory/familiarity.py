@@ -7,9 +7,8 @@ from perdure.memory.symmetric import exact
 from perdure.memory.tensors import Tensors
 
 _FOLDS = 5
+_SAME = 1e-3  # largest squared distance of what padding and rounding make of one text
 _FLOOR = 1e-6  # least variance, of features of unit length
-_SAME = 1e-3  # largest squared distance between what two precisions make of one example
-_KEPT = ("means", "directions", "variances", "limit")
 
 
 class Familiarity(nn.Module):
@@ -26,9 +25,7 @@ class Familiarity(nn.Module):
     def __init__(self, rank: int, known: float) -> None:
         super().__init__()
         self.rank, self.known = rank, known
-        self.kept = (
-            Tensors()
-        )  # for each of `_KEPT`: "task/means" (c, d), "task/directions" (k, d), "task/variances" (k + 1,), "task/limit"
+        self.kept = Tensors()  # "task/means" (c, d), "task/directions" (k, d), "task/variances" (k + 1,), "task/limit"
 
     @property
     def tasks(self) -> list[int]:
@@ -46,33 +43,27 @@ class Familiarity(nn.Module):
             if rest.any():
                 found.append(_distances(features[mine], *self._fit(features[rest], labels[rest])))
         limit = torch.quantile(torch.cat(found), self.known) if found else features.new_zeros(())
-        self._keep(task, *self._fit(features, labels), limit.to(features.device))
-
-    def know(self, task: int, features: Tensor) -> None:
-        """Let a task know these unit features (n, d) and none but them, up to rounding."""
-        nothing = features.new_zeros(0, features.shape[1])
-        even, limit = features.new_full((1,), _FLOOR), features.new_tensor(_SAME / _FLOOR)
-        self._keep(task, features, nothing, even, limit)
+        fitted = self._fit(features, labels)
+        for name, value in zip(("means", "directions", "variances", "limit"), (*fitted, limit), strict=True):
+            self.kept[f"{task}/{name}"] = value.float().contiguous().to(features.device)
 
     def route(self, features: Tensor) -> Tensor:
         """For each of `features` (n, d) the task under which it is most likely, as its place in `tasks`: int64 (n,).
 
-        Only tasks within whose limit it is count, of equals the latest; -1 where there is none.
+        Only tasks within whose limit it is count; -1 where there is none.
         """
         likely = features.new_full((len(features), 1), -torch.inf)
         for task in self.tasks:
-            means, directions, variances, limit = (self.kept[f"{task}/{name}"] for name in _KEPT)
+            means, directions, variances, limit = (
+                self.kept[f"{task}/{name}"] for name in ("means", "directions", "variances", "limit")
+            )
             distance = _distances(features, means, directions, variances)
             even = means.shape[1] - len(directions)
             volume = variances[:-1].log().sum() + even * variances[-1].log()
             known = (-(distance + volume) / 2).masked_fill(distance > limit, -torch.inf)
             likely = torch.cat([likely, known.unsqueeze(1)], dim=1)
-        best = likely.flip(1).max(1)  # class names that two tasks share are equally likely under both
-        return torch.where(best.values > -torch.inf, likely.shape[1] - 2 - best.indices, -1)
-
-    def _keep(self, task: int, means: Tensor, directions: Tensor, variances: Tensor, limit: Tensor) -> None:
-        for name, value in zip(_KEPT, (means, directions, variances, limit), strict=True):
-            self.kept[f"{task}/{name}"] = value.float().contiguous()
+        best = likely.max(1)
+        return torch.where(best.values > -torch.inf, best.indices - 1, -1)
 
     def _fit(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         classes, places = torch.unique(labels, return_inverse=True)
@@ -89,6 +80,34 @@ class Familiarity(nn.Module):
         variances = torch.cat([leading, even.reshape(1)]).clamp_min(_FLOOR)
         like = features.float()
         return means.to(like), vectors[:, width - rank :].T.to(like), variances.to(like)
+
+
+class Roster(nn.Module):
+    """Which task each of a closed set of examples belongs to, such as class names: they are known, and none like them.
+
+    An example that several tasks have belongs to the latest.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = Tensors()  # task: unit features (n, d)
+
+    @property
+    def tasks(self) -> list[int]:
+        """Those that were added, in ascending order."""
+        return sorted(int(key) for key in self.kept)
+
+    def add(self, task: int, features: Tensor) -> None:
+        """A task's examples, as unit features (n, d)."""
+        self.kept[str(task)] = features.float().contiguous()
+
+    def route(self, features: Tensor) -> Tensor:
+        """For each of unit `features` (n, d) its task's place in `tasks`, int64 (n,); -1 for a stranger."""
+        place = torch.full((len(features),), -1, dtype=torch.int64, device=features.device)
+        for number, task in enumerate(self.tasks):
+            ways = torch.cdist(features, self.kept[str(task)], compute_mode="donot_use_mm_for_euclid_dist")
+            place[ways.amin(1).square() <= _SAME] = number
+        return place
 
 
 def _distances(features: Tensor, means: Tensor, directions: Tensor, variances: Tensor) -> Tensor:

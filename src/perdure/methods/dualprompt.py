@@ -49,7 +49,9 @@ class Prompts(Chosen):
         self.key = nn.Parameter(torch.empty(dim).normal_(std=0.02))  # of the current task
         self.past = Tensors()  # "keys" (tasks, dim) and "prompts" (tasks, blocks, length, 2 · width) of former tasks
         self.register_buffer("owner", torch.empty(0, dtype=torch.int64), persistent=False)  # class -> task
+        self.register_buffer("idle", torch.empty(0, dtype=torch.bool), persistent=False)  # tasks without inputs
         self.owner: Tensor
+        self.idle: Tensor
 
     def put_away(self) -> None:
         """Keep key and E-prompt as those of a former task; their values go on."""
@@ -57,14 +59,19 @@ class Prompts(Chosen):
             new = value.detach()[None]
             self.past[name] = torch.cat([self.past[name], new]) if name in self.past else new
 
-    def know(self, owner: Mapping[int, int]) -> None:
-        """Which task each class belongs to."""
+    def know(self, owner: Mapping[int, int], tasks: int, names: bool) -> None:
+        """Which of so many tasks each class belongs to, and whether the inputs are but the names of these classes."""
         self.owner = torch.tensor([owner.get(c, 0) for c in range(max(owner) + 1)])
+        self.idle = torch.tensor([names and task not in owner.values() for task in range(tasks)])
 
     @contextmanager
     def joining(self, asked: Tensor, labels: Tensor | None) -> Iterator[None]:
         """Within, inputs have the E-prompt of their own task where that is known, else the nearest."""
-        chosen = self.owner[labels] if labels is not None else nearest(self._cosines(asked), 1, self.batchwise)[:, 0]
+        chosen = (
+            self.owner[labels]
+            if labels is not None
+            else nearest(self._cosines(asked).masked_fill(self.idle, -torch.inf), 1, self.batchwise)[:, 0]
+        )
         prompts = self.prompt[None]
         if "prompts" in self.past:
             prompts = torch.cat([self.past["prompts"], prompts])
@@ -138,7 +145,9 @@ class DualPrompt(Asking[Prompts], name="dualprompt"):
                 self.of(tower).put_away()
             else:
                 self.towers[tower] = self._place(learner, tower)
-            self.of(tower).know(latest)
+            # a name that several tasks have was last trained by the latest: the others' prompts have no texts left
+            names = tower == "text" and learner.objective.classifies
+            self.of(tower).know(latest, len(learner.tasks), names)
 
     def penalty(self, learner: Core, batch: Batch, features: Tensor) -> Tensor | float:
         """-strength · mean of cos(q, k) over inputs, k being the key of each one's own task, added over towers."""

@@ -11,7 +11,6 @@ means the same for every model.
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -19,7 +18,7 @@ from perdure.adapters.attach import adapted
 from perdure.backbones.base import Tower
 from perdure.learner import Core
 from perdure.memory.tensors import Tensors
-from perdure.method import Method, at_least_zero, varies, without_effect
+from perdure.method import Method, at_least_zero, check_texts, varies, without_effect
 from perdure.objectives.retrieve import Retrieve, embedded
 from perdure.objectives.zeroshot import ZeroShot
 from perdure.teacher import Teacher, trains_encoder
@@ -60,11 +59,7 @@ class FeatureDistill(Method, name="feature_distill"):
 
     def grow(self, learner: Core, task: Task) -> None:
         """Nothing to make room for; refuse texts where there are none."""
-        if self.tower != "vision" and not learner.objective.texts:
-            raise ValueError(
-                f"tower={self.tower!r}: this objective reads no texts: use --objective zeroshot or retrieve, or "
-                "tower='vision'"
-            )
+        check_texts(learner, self, self.tower)
         if isinstance(learner.objective, Retrieve):
             held = {"vision": _FEATURES, "text": _CAPTIONS}
             self.records = tuple(held[tower] for tower in self._towers("vision", "text"))
@@ -77,7 +72,7 @@ class FeatureDistill(Method, name="feature_distill"):
         if self._towers("vision") or isinstance(learner.objective, Retrieve):
             self.teacher.remember(learner)
         if self._towers("text") and isinstance(learner.objective, ZeroShot):
-            with torch.no_grad():
+            with self.teacher.speaking(learner):  # as it answers, without what methods do in training only
                 self.names["old"] = self._embed(learner)
 
     def check(self, learner: Core, task: Task) -> None:
@@ -141,7 +136,8 @@ class FeatureDistill(Method, name="feature_distill"):
         objective = learner.objective
         assert isinstance(objective, ZeroShot)
         former = {c for task in learner.tasks[:-1] for c in task.classes}
-        return objective.embed([n for c, n in zip(objective.classes, objective.names, strict=True) if c in former])
+        old = [(c, n) for c, n in zip(objective.classes, objective.names, strict=True) if c in former]
+        return objective.embed([name for _, name in old], [c for c, _ in old])
 
 
 def _moves(learner: Core, tower: str) -> bool:

@@ -22,9 +22,10 @@ from perdure.adapters.attach import Adapters, attach
 from perdure.adapters.experts import Experts, Routes, routing
 from perdure.backbones.base import OneTower, Tower, named_towers
 from perdure.learner import Core
-from perdure.memory.familiarity import Familiarity
-from perdure.method import Method, at_least_zero, parts_of
+from perdure.memory.familiarity import Familiarity, Roster
+from perdure.method import Method, at_least_zero, check_texts, parts_of
 from perdure.prompting import QUERY, hooks_without, query, text_query
+from perdure.texts import present, unpack
 from perdure.types import Batch, Data, Task
 
 _OPEN_END = 8  # experts of a stream of which nobody knows the end
@@ -36,10 +37,10 @@ class Mixture(nn.Module):
     """Experts in the blocks of one tower, and the gateway that knows whose inputs they have seen.
 
     Args:
-        gateway: of this tower.
+        gateway: of this tower; a roster where its inputs are class names.
     """
 
-    def __init__(self, gateway: Familiarity) -> None:
+    def __init__(self, gateway: Familiarity | Roster) -> None:
         super().__init__()
         self.adapters: Adapters[Experts] = Adapters()
         self.gateway = gateway
@@ -140,13 +141,18 @@ class MoEAdapters(Method, name="moe_adapters"):
             if tower in self.towers:
                 self.of(tower).open(0, learner.device)
                 continue
-            self.towers[tower] = own = Mixture(Familiarity(self.directions, self.known))
+            names = tower == "text" and learner.objective.classifies
+            self.towers[tower] = own = Mixture(Roster() if names else Familiarity(self.directions, self.known))
             firsts, lasts = (backbone.sites(at, self.blocks, tower) for at in ("fc1", "fc2"))
             for pair in zip(firsts, lasts, strict=True):
                 adapter = Experts(pair, self.rank, self.top, self.scale)
                 own.adapters.append(adapter)
                 attach(backbone, pair, adapter)
             own.open(self._first(task), learner.device)
+
+    def check(self, learner: Core, task: Task) -> None:
+        """Refuse a text tower that nobody reads with."""
+        check_texts(learner, self, self.tower)
 
     def begin_task(self, learner: Core, task: Task) -> None:
         """Bring new experts where the images, or texts, are new."""
@@ -180,8 +186,8 @@ class MoEAdapters(Method, name="moe_adapters"):
         mine = torch.isin(data.labels.cpu(), torch.tensor(task.classes)).nonzero().flatten()
         for tower in named_towers(self.tower):
             gateway, (features, labels) = self.of(tower).gateway, self._read(learner, data, mine, tower)
-            if tower == "text" and learner.objective.classifies:  # names of others are no kin of these
-                gateway.know(task.index, features)
+            if isinstance(gateway, Roster):
+                gateway.add(task.index, features)
             else:
                 gateway.add(task.index, features, labels, learner.generator("moe_adapters end"))
         for adapter in self._all():
@@ -248,11 +254,12 @@ class MoEAdapters(Method, name="moe_adapters"):
         most = max(adapter.count for adapter in adapters)
         purpose = "moe_adapters" if tower == "vision" else "moe_adapters text"
         draw = torch.randn(len(adapters), count, most, generator=learner.generator(purpose, learner.step))
-        noise = (self.noise * draw).to(learner.device)
+        # routers of former tasks have nothing to try out any more
+        noise = (self.noise * draw).to(learner.device) * (place == 0).unsqueeze(1)
         return [Routes(routers, place, its[:, : a.count], counted) for its, a in zip(noise, adapters, strict=True)]
 
     def _read(self, learner: Core, data: Data, order: Tensor, tower: OneTower) -> tuple[Tensor, Tensor]:
-        """Unit features (n, dim) of images, or of their distinct texts, by the pre-trained model, and labels (n,)."""
+        """Unit features (n, dim) of images, or of what is said of them, by the pre-trained model, and labels (n,)."""
         with learner.inference():
             if tower == "vision":
                 found = [query(learner, batch) for batch in learner.batches(data, _CHUNK, order)]
@@ -269,11 +276,12 @@ class MoEAdapters(Method, name="moe_adapters"):
 
     @staticmethod
     def _texts(learner: Core, data: Data, order: Tensor) -> dict[str, int]:
-        """What is said of the images, and of which class."""
+        """The class names of the task, or all captions of the images, and of which class each is."""
         found: dict[str, int] = {}
+        if learner.objective.classifies:
+            lines, labels = learner.objective.said(learner, {})
+            return dict(zip(lines, labels.tolist(), strict=True))
         for batch in learner.batches(data, _CHUNK, order):
-            lines, labels = learner.objective.said(learner, batch)
-            found |= zip(lines, labels.tolist(), strict=True)
-            if learner.objective.classifies:  # class names are the same beside all images
-                break
+            rows, places = present(batch["text"]).nonzero(as_tuple=True)
+            found |= zip(unpack(batch["text"][rows, places]), batch["label"][rows].tolist(), strict=True)
         return found

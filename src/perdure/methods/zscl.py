@@ -156,7 +156,7 @@ class ZSCL(Method, name="zscl"):
 
     def _scores(self, learner: Core, batch: Batch, features: Tensor) -> tuple[Tensor, Tensor]:
         """Scaled cosines of images and texts by teacher and student, each (images, texts)."""
-        objective = learner.objective
+        objective, labels = learner.objective, None
         if self.reference is not None:
             images, features, lines, texts = self._drawn(learner, len(batch["label"]))
         else:
@@ -167,12 +167,14 @@ class ZSCL(Method, name="zscl"):
                 lines, texts = batch["text"][rows, places], recorded[rows, 1 + places]
             else:
                 lines, texts = self._names(learner)
+                labels = torch.tensor(objective.classes, device=lines.device)
+                labels = labels.repeat_interleave(len(lines) // len(labels))  # every template, name after name
         own = texts
         if self.text_gradient and not learner.constant_texts:
             if self.reference is None and isinstance(objective, Retrieve):
                 own = objective.shown(batch)[0]
             else:
-                own = learner.embed(lines)
+                own = learner.embed(lines, labels)
         return _similarity(learner, images, texts), _similarity(learner, features, own)
 
     def _drawn(self, learner: Core, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -101,6 +101,10 @@ class Objective(nn.Module):
         target = self.columns(batch["label"])
         return bool(torch.isin(target, torch.tensor(self.local, device=target.device)).all())
 
+    def narrowed(self, batch: Batch) -> Batch:
+        """`batch` with those texts only that a step shows, so that its examples can be looked at one by one."""
+        return batch
+
     def company(self, learner: Core, batch: Batch) -> Batch:
         """What a single example competes with, where it is asked about alone: nothing where classes compete."""
         return {}

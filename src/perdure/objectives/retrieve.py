@@ -133,6 +133,13 @@ class Retrieve(Objective):
         back = (to_image @ shares) / shares.sum(0).clamp_min(1)
         return (to_text + back) / 2
 
+    def narrowed(self, batch: Batch) -> Batch:
+        """`batch` with those captions only that a step shows."""
+        rows, places = self.chosen(batch)
+        shown = torch.zeros_like(batch["text"])
+        shown[rows, places] = batch["text"][rows, places]
+        return batch | {"text": shown}
+
     def company(self, learner: Core, batch: Batch) -> Batch:
         """The pairs of `batch` as they are now, which others are compared with."""
         texts, image_of = self.shown(batch)
@@ -151,10 +158,11 @@ class Retrieve(Objective):
         return self.contrast(scores, pair, torch.cat([image_of, rows]))[0]
 
     def answers_alone(self, features: Tensor, batch: Batch, company: Batch) -> Tensor:
-        """Scaled cosines of the image to the texts of `company`, and of its texts to the images."""
+        """Scaled cosines of the image to the other texts of `company`, and of its texts to the other images."""
         texts, _ = self.shown(batch)
-        forth = self.similarity(features, company["texts"])
-        return torch.cat([forth.flatten(), self.similarity(texts, company["features"]).flatten()])
+        images = company["pair"] != batch["pair"]
+        forth = self.similarity(features, company["texts"][images[company["image_of"]]])
+        return torch.cat([forth.flatten(), self.similarity(texts, company["features"][images]).flatten()])
 
     def record(self, learner: Core, batch: Batch) -> Batch:
         """Embeddings (B, K, dim) of all captions, where the text tower can never change."""
