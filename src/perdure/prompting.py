@@ -161,7 +161,7 @@ def attach_prefix(learner: Core, prefix: Prefix, blocks: str | None, tower: OneT
         )
 
 
-def first_blocks(backbone: Backbone, start: int, count: int, tower: OneTower) -> str:
+def first_blocks(backbone: Backbone, start: int, count: int, tower: OneTower = "vision") -> str:
     """The `count` blocks of `tower` from number `start` on, as many as there are, in `Backbone.sites`' notation."""
     return f"{start}-{min(start + count, len(backbone.blocks(tower))) - 1}"
 
