@@ -1,7 +1,7 @@
 """What prompt methods share: choosing by a query, the pre-trained encoder's features, and placing prefixes."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Generic, TypeVar
 
 import torch
@@ -38,10 +38,56 @@ def text_query(learner: Core, tokens: Batch) -> Tensor:
         return F.normalize(learner.backbone.encode_tokens(tokens).float(), dim=1)
 
 
-def hooks_without(tower: Tower) -> frozenset[str]:
-    """Hooks that a method which changes `tower` alone leaves to others, see `Method.leaves`."""
-    hooks: tuple[tuple[OneTower, str], ...] = (("vision", "encode"), ("text", "embed"))
-    return frozenset(hook for each, hook in hooks if each not in named_towers(tower))
+P = TypeVar("P", bound=nn.Module)
+
+
+class PerTower(Method, Generic[P]):
+    """Base of methods that treat an image, or text, by what the pre-trained encoder makes of it; a part for each tower.
+
+    Args:
+        tower: which encoder.
+    """
+
+    adapts, guarantees = True, True
+
+    def __init__(self, tower: Tower) -> None:
+        super().__init__()
+        self.tower = tower
+        self.towers = nn.ModuleDict()  # of P
+        hooks: tuple[tuple[OneTower, str], ...] = (("vision", "encode"), ("text", "embed"))
+        self.leaves = frozenset(hook for each, hook in hooks if each not in named_towers(tower))
+        self.records = (QUERY,) if "vision" in named_towers(tower) else ()
+
+    def of(self, tower: OneTower) -> P:
+        """The part of `tower`, which has been made."""
+        found: P = self.towers[tower]  # type: ignore[assignment]
+        return found
+
+    def placed(self) -> Iterator[P]:
+        """Those of all towers."""
+        return (self.of(tower) for tower in named_towers(self.tower))
+
+    def check(self, learner: Core, task: Task) -> None:
+        """Refuse a text tower that nobody reads with."""
+        check_texts(learner, self, self.tower)
+
+    def images(self, learner: Core, batch: Batch) -> AbstractContextManager[None]:
+        """Within, images are treated as this method does."""
+        raise NotImplementedError
+
+    def texts(self, learner: Core, tokens: Batch, labels: Tensor | None) -> AbstractContextManager[None]:
+        """Within, texts are; see `Method.embed`."""
+        raise NotImplementedError
+
+    def encode(self, learner: Core, batch: Batch) -> Tensor:
+        """Features (B, dim), plain where only the text tower is treated."""
+        with nullcontext() if "encode" in self.leaves else self.images(learner, batch):
+            return super().encode(learner, batch)
+
+    def embed(self, learner: Core, tokens: Batch, labels: Tensor | None) -> Tensor:
+        """Embeddings (n, dim), plain where only the vision tower is treated."""
+        with nullcontext() if "embed" in self.leaves else self.texts(learner, tokens, labels):
+            return super().embed(learner, tokens, labels)
 
 
 class Chosen(nn.Module):
@@ -60,55 +106,21 @@ class Chosen(nn.Module):
 C = TypeVar("C", bound=Chosen)
 
 
-class Asking(Method, Generic[C]):
-    """Base of methods whose prompts depend on what the pre-trained encoder makes of an image or text.
-
-    Each tower has prompts of its own, `towers`, and every image and text is asked about by itself.
-
-    Args:
-        tower: which encoder.
-    """
-
-    adapts, guarantees = True, True
-
-    def __init__(self, tower: Tower) -> None:
-        super().__init__()
-        self.tower = tower
-        self.towers = nn.ModuleDict()
-        self.leaves = hooks_without(tower)
-        self.records = (QUERY,) if "vision" in named_towers(tower) else ()
-
-    def of(self, tower: OneTower) -> C:
-        """The prompts of `tower`, which have been made."""
-        found: C = self.towers[tower]  # type: ignore[assignment]
-        return found
-
-    def placed(self) -> Iterator[C]:
-        """Those of all towers."""
-        return (self.of(tower) for tower in named_towers(self.tower))
-
-    def check(self, learner: Core, task: Task) -> None:
-        """Refuse a text tower that nobody reads with."""
-        check_texts(learner, self, self.tower)
+class Asking(PerTower[C]):
+    """Base of methods whose prompts depend on the query; every image and text is asked about by itself."""
 
     def record(self, learner: Core, batch: Batch) -> Batch:
         """The query of each image."""
         return {QUERY: query(learner, batch)} if self.records else {}
 
-    def encode(self, learner: Core, batch: Batch) -> Tensor:
-        """Features (B, dim) with the prompts of each image, where the vision tower has any."""
-        if "encode" in self.leaves:
-            return super().encode(learner, batch)
+    def images(self, learner: Core, batch: Batch) -> AbstractContextManager[None]:
+        """Within, each image has its prompts."""
         labels = batch.get("label") if self.training else None
-        with self.of("vision").joining(query(learner, batch), labels):
-            return super().encode(learner, batch)
+        return self.of("vision").joining(query(learner, batch), labels)
 
-    def embed(self, learner: Core, tokens: Batch, labels: Tensor | None) -> Tensor:
-        """Embeddings (n, dim) with the prompts of each text, where the text tower has any."""
-        if "embed" in self.leaves:
-            return super().embed(learner, tokens, labels)
-        with self.of("text").joining(text_query(learner, tokens), labels):
-            return super().embed(learner, tokens, labels)
+    def texts(self, learner: Core, tokens: Batch, labels: Tensor | None) -> AbstractContextManager[None]:
+        """Within, each text has its prompts."""
+        return self.of("text").joining(text_query(learner, tokens), labels)
 
     def asked(self, learner: Core, batch: Batch) -> Iterator[tuple[C, Tensor, Tensor]]:
         """What a step reads: prompts of a tower, its queries (n, dim), and classes (n,) of what they are of."""

@@ -86,7 +86,8 @@ class Clip(Backbone):
         self.eval()
         self.dim = pretrained.features_of(self)
         # ALIGN keeps the temperature itself; SigLIP's additional bias is left out.
-        self.scale = float(1 / self.model.temperature if self._divides else self.model.logit_scale.exp())
+        divides = hasattr(self.model, "temperature")
+        self.scale = float(1 / self.model.temperature if divides else self.model.logit_scale.exp())
         text = model.config.text_config
         room = text.max_position_embeddings
         if text.model_type in _POSITIONS_AFTER_PADDING:
@@ -123,10 +124,6 @@ class Clip(Backbone):
     def counted(self, tokens: Mapping[str, Tensor]) -> Tensor | None:
         """The tokenizer's mask; SigLIP reads its padding like words."""
         return tokens[_MASK] > 0 if _MASK in tokens else None
-
-    @property
-    def _divides(self) -> bool:
-        return hasattr(self.model, "temperature")
 
     def towers(self) -> dict[str, str]:
         """Tower -> dotted name of its module."""

@@ -14,6 +14,7 @@ Routers read the mean of an input's tokens; their noise has a fixed deviation. N
 """
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +24,8 @@ from perdure.adapters.experts import Experts, Routes, routing
 from perdure.backbones.base import OneTower, Tower, named_towers
 from perdure.learner import Core
 from perdure.memory.familiarity import Familiarity, Roster
-from perdure.method import Method, at_least_zero, check_texts, parts_of
-from perdure.prompting import QUERY, hooks_without, query, text_query
+from perdure.method import at_least_zero, parts_of
+from perdure.prompting import QUERY, PerTower, query, text_query
 from perdure.texts import present, unpack
 from perdure.types import Batch, Data, Task
 
@@ -62,7 +63,7 @@ class Mixture(nn.Module):
             adapter.open_router(device)
 
 
-class MoEAdapters(Method, name="moe_adapters"):
+class MoEAdapters(PerTower[Mixture], name="moe_adapters"):
     """Experts that tasks share, routers of their own, and a gateway that knows whose images it has seen.
 
     Args:
@@ -82,7 +83,7 @@ class MoEAdapters(Method, name="moe_adapters"):
         tower: which encoder; each has experts, routers and a gateway of its own.
     """
 
-    adapts, shares, guarantees = True, True, True
+    shares = True
 
     def __init__(
         self,
@@ -98,7 +99,7 @@ class MoEAdapters(Method, name="moe_adapters"):
         blocks: str | None = None,
         tower: Tower = "vision",
     ) -> None:
-        super().__init__()
+        super().__init__(tower)
         if top < 2:
             raise ValueError(
                 f"top={top}: expected 2 or more; the only one of an image has weight 1, and routers no use"
@@ -119,16 +120,7 @@ class MoEAdapters(Method, name="moe_adapters"):
             raise ValueError(f"expand={expand} has no effect with freeze=0, which brings no new experts: leave it out")
         self.experts, self.top, self.rank, self.scale = experts, top, rank, scale
         self.freeze, self.noise, self.expand, self.blocks = freeze, noise, expand, blocks
-        self.tower, self.directions, self.known = tower, directions, known
-        self.towers = nn.ModuleDict()  # of Mixture
-        self.records = (QUERY,) if "vision" in named_towers(tower) else ()
-        self.leaves = hooks_without(tower)
-
-    def of(self, tower: OneTower) -> Mixture:
-        """The experts of `tower`, which have been made."""
-        found = self.towers[tower]
-        assert isinstance(found, Mixture)
-        return found
+        self.directions, self.known = directions, known
 
     def shared_parameters(self) -> list[nn.Parameter]:
         """Those of experts; a router belongs to its task."""
@@ -149,10 +141,6 @@ class MoEAdapters(Method, name="moe_adapters"):
                 own.adapters.append(adapter)
                 attach(backbone, pair, adapter)
             own.open(self._first(task), learner.device)
-
-    def check(self, learner: Core, task: Task) -> None:
-        """Refuse a text tower that nobody reads with."""
-        check_texts(learner, self, self.tower)
 
     def begin_task(self, learner: Core, task: Task) -> None:
         """Bring new experts where the images, or texts, are new."""
@@ -194,29 +182,23 @@ class MoEAdapters(Method, name="moe_adapters"):
             adapter.close_router(task.index)
             adapter.freeze(self.freeze)
 
-    def encode(self, learner: Core, batch: Batch) -> Tensor:
-        """Features (B, dim): in training by the task's router, else by that of the task that knows an image best."""
-        if "encode" in self.leaves:
-            return super().encode(learner, batch)
+    def images(self, learner: Core, batch: Batch) -> AbstractContextManager[None]:
+        """Within, images take experts: in training by the task's router, else by that of who knows an image best."""
         own = self.of("vision")
         if learner.training and own.learning:
             routes = self._told(learner, "vision", len(next(iter(batch.values()))), batch.get("label"))
         else:
             routes = own.by_itself(query(learner, batch))
-        with routing(list(own.adapters), routes):
-            return super().encode(learner, batch)
+        return routing(list(own.adapters), routes)
 
-    def embed(self, learner: Core, tokens: Batch, labels: Tensor | None) -> Tensor:
-        """Embeddings (n, dim), in the same way."""
-        if "embed" in self.leaves:
-            return super().embed(learner, tokens, labels)
+    def texts(self, learner: Core, tokens: Batch, labels: Tensor | None) -> AbstractContextManager[None]:
+        """Within, texts do, in the same way."""
         own, counted = self.of("text"), learner.backbone.counted(tokens)
         if learner.training and own.learning:
             routes = self._told(learner, "text", len(next(iter(tokens.values()))), labels, counted)
         else:
             routes = own.by_itself(text_query(learner, tokens), counted)
-        with routing(list(own.adapters), routes):
-            return super().embed(learner, tokens, labels)
+        return routing(list(own.adapters), routes)
 
     def measures(self, learner: Core) -> dict[str, float]:
         """Experts of a block, and how many of them are frozen, as means over blocks."""
@@ -227,7 +209,7 @@ class MoEAdapters(Method, name="moe_adapters"):
         }
 
     def _all(self) -> Iterator[Experts]:
-        return (adapter for tower in named_towers(self.tower) for adapter in self.of(tower).adapters)
+        return (adapter for own in self.placed() for adapter in own.adapters)
 
     def _first(self, task: Task) -> int:
         if self.experts is not None:
