@@ -138,20 +138,17 @@ def test_the_features_are_no_part_of_the_learner(lab: Any, tmp_path: Path) -> No
     assert set(checkpoint.whole(tmp_path)[2].manifest["sha256"]) == {"learner.safetensors", drift.FILE}
 
 
-@pytest.mark.parametrize("place", [(0, 3), (0, None), (1, 3), (1, None)])
-def test_a_stopped_run_measures_the_same_drift(
-    place: tuple[int, int | None], lab: Any, content_of: Any, tmp_path: Path
-) -> None:
-    for method in ("inflora(rank=2)", "finetune"):
-        lab.run(method, tmp_path / method)
-        lab.broken_run(method, tmp_path / f"{method} stopped", *place, save_every=2)
-        unbroken = content_of(tmp_path / method)
-        assert sum(drift.FILE in name and ":" not in name for name in unbroken) == 3
-        assert content_of(tmp_path / f"{method} stopped") == unbroken
+@pytest.mark.parametrize("method", ["inflora(rank=2)", "finetune"])
+def test_a_stopped_run_measures_the_same_drift(method: str, lab: Any, content_of: Any, tmp_path: Path) -> None:
+    lab.run(method, tmp_path / "unbroken")
+    lab.broken_run(method, tmp_path / "broken", (0, 3), (0, None), (1, 3), (1, None), save_every=2)
+    unbroken = content_of(tmp_path / "unbroken")
+    assert sum(drift.FILE in name and ":" not in name for name in unbroken) == 3
+    assert content_of(tmp_path / "broken") == unbroken
 
 
 def test_damaged_features_are_refused_by_name_before_anything_is_learnt(lab: Any, tmp_path: Path) -> None:
-    lab.broken_run("lora(rank=2)", tmp_path, 9, None)
+    lab.run("lora(rank=2)", tmp_path)
     for name in ("task-002", "summary.json"):
         (tmp_path / name).rename(tmp_path / f"old {name}")
     path = tmp_path / "task-000" / drift.FILE

@@ -358,5 +358,5 @@ def test_a_stopped_run_goes_on_bit_for_bit(lab: Any, content_of: Any, tmp_path: 
     bench = lab.but(objective="zeroshot")
     for number, spec in enumerate(("moe_adapters(expand=0.2)", "moe_adapters + zscl")):
         bench.run(spec, tmp_path / f"unbroken{number}")
-        bench.broken_run(spec, tmp_path / f"broken{number}", task=1, step=3, save_every=2)
+        bench.broken_run(spec, tmp_path / f"broken{number}", (1, 3), save_every=2)
         assert content_of(tmp_path / f"broken{number}") == content_of(tmp_path / f"unbroken{number}")

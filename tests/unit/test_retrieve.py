@@ -210,7 +210,7 @@ def test_a_stop_after_the_last_step_changes_nothing(bench: Any, content_of: Any,
     method = "inflora(rank=2, tower='text')"
     stream = "captions_synthetic(tasks=2, captions=5, test_per_task=8)"
     run(bench.config(method, stream=stream), tmp_path / "whole")
-    bench.broken_run(method, tmp_path / "broken", task=0, step=4, save_every=4, stream=stream)
+    bench.broken_run(method, tmp_path / "broken", (0, 4), save_every=4, stream=stream)
     assert content_of(tmp_path / "whole") == content_of(tmp_path / "broken")
 
 

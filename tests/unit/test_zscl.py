@@ -215,5 +215,5 @@ def test_a_stopped_run_goes_on_bit_for_bit(lab: Any, content_of: Any, tmp_path: 
     bench = lab.but(objective="zeroshot")
     spec = "finetune(tower='both') + zscl(reference='captions_synthetic()', images=4) + weight_average"
     bench.run(spec, tmp_path / "unbroken")
-    bench.broken_run(spec, tmp_path / "broken", task=1, step=3, save_every=2)
+    bench.broken_run(spec, tmp_path / "broken", (1, 3), save_every=2)
     assert content_of(tmp_path / "broken") == content_of(tmp_path / "unbroken")
