@@ -3,9 +3,9 @@
     python benchmarks/same.py write before.json
     python benchmarks/same.py compare before.json
 
-Nine sums of methods, each on `tiny()` and on `pocket()`, three short tasks, one thread, eager attention, fp32, seed 0. What is
-compared, bit for bit: the matrix of scores, and what the learner answers for eight random pictures after it was loaded. Both
-calls on the same machine: kernels round differently from one processor to another.
+Nine sums of methods, each on `tiny()` and on `pocket()`, three short tasks, one thread, eager attention, fp32, seed 0.
+What is compared, bit for bit: the matrix of scores, and what the learner answers for eight random pictures after it was
+loaded. Both calls on the same machine: kernels round differently from one processor to another.
 """
 
 import json

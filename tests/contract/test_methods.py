@@ -247,8 +247,8 @@ every_place = pytest.mark.parametrize(("spec", "where"), PLACES, ids=NAMES)
 def differs(spec: str, where: dict[str, str]) -> bool:
     """Whether a stopped run can go wrong here in a way of its own.
 
-    That the state is whole is proved at every place by two other tests; a stop and a resumption add what is in flight: each
-    method by itself under each objective, each guard once an objective, sums whose parts see each other's work.
+    That the state is whole is proved at every place by two other tests; a stop and a resumption add what is in flight:
+    each method by itself under each objective, each guard once an objective, sums whose parts see each other's work.
     """
     return where.get("scenario") is None if " + " not in spec else spec in IN_FLIGHT[where.get("objective", "classify")]
 
