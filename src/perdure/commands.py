@@ -153,11 +153,13 @@ class Report(Command):
     """Runs' folders, or a grid's."""
     out: Path | None = None
     """The file; report.html in the first folder when left out."""
+    figures: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """A folder for the figures as PDF and PNG, for papers."""
 
     def __call__(self, screen: Screen) -> None:
         """Write and print the path."""
         inner = [run for folder in self.folders for run in _runs_in(folder)]
-        path = write_report(inner, self.out or self.folders[0] / "report.html")
+        path = write_report(inner, self.out or self.folders[0] / "report.html", self.figures)
         screen.result({"report": str(path)}, f"report: {path}")
 
 

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from perdure import checkpoint, measured, metrics, step_cost
+from perdure.charts import show
 from perdure.config import RunConfig, make_backbone, make_method
 from perdure.foresight import foresee
 from perdure.records import Run
-from perdure.report import show, trade_offs
+from perdure.report import trade_offs
 from perdure.run import Interrupted, recorded_config, resume, run
 from perdure.runtime import Runtime, resolve
-from perdure.scatter import standalone
 from perdure.streams import build_stream
 from perdure.train import Progress
 from perdure.wording import RARE, times
@@ -206,8 +206,8 @@ def _write(grid: Sequence[Cell], out: Path) -> list[dict[str, Any]]:
         row["step_cost"], row["step"] = (found["step"] or {}).get("ratio"), found["step"]
     checkpoint.write_json(out / "compare.json", table)
     checkpoint.write_text(out / "compare.md", markdown(table))
-    for name, _, figure in trade_offs([(row["method"], row.get) for row in table]):
-        checkpoint.write_text(out / f"accuracy-{name}.svg", standalone(figure))
+    for name, drawing in trade_offs([(row["method"], row.get) for row in table]).items():
+        drawing.save(out / f"accuracy-{name}.svg")
     return table
 
 

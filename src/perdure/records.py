@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from perdure import drift, metrics
-from perdure.charts import Series
+from perdure.figures import Series
 from perdure.spec import parse
 from perdure.types import Row
 from perdure.wording import RARE
