@@ -8,7 +8,7 @@ Differs: the `affine` rule is w_r · H - cost · r / r_max. Its w rises with the
 r_max)): a linear one could only ever choose an extreme. w is learned in the warm-up by Gumbel-softmax over a
 prefix-nested supernet, where a rank uses the first inner dimensions, and starts anew with each task; it stays rising,
 so that with the same w a harder task never gets a smaller rank. H is divided by the logarithm of the number of classes
-that compete: 1 is guessing. `literal` keeps w as it starts.
+that compete: 1 is guessing.
 """
 
 import math
@@ -24,8 +24,8 @@ from perdure.memory.tensors import Tensors
 from perdure.method import at_least_zero
 from perdure.types import Batch, Data, Task
 
-Mode = Literal["affine", "literal", "fixed"]
-_BATCH, _EPOCHS, _COST = 32, 1, 0.5
+Mode = Literal["affine", "fixed"]
+_BATCH, _COST = 32, 0.5
 _HOT, _COLD = 1.0, 0.1  # temperature at the start and at the end of the warm-up
 
 
@@ -45,7 +45,7 @@ class DRS(nn.Module):
         ranks: candidates.
         mode: the rule; `fixed` takes the largest and needs no warm-up.
         cost: price of the largest rank, in units of the normalised loss; None is 0.5. Users know it as `rank_cost`.
-        epochs: length of the warm-up; None is 1. Users know it as `warm_up`.
+        epochs: length of the warm-up.
         lr: its learning rate (Adam).
     """
 
@@ -54,7 +54,7 @@ class DRS(nn.Module):
         ranks: Sequence[int],
         mode: Mode = "affine",
         cost: float | None = None,
-        epochs: int | None = None,
+        epochs: int = 1,
         lr: float = 3e-3,
     ) -> None:
         super().__init__()
@@ -65,12 +65,9 @@ class DRS(nn.Module):
             raise ValueError(
                 f"ranks={tuple(ranks)}, drs={mode!r}: one rank leaves nothing to choose; write drs='fixed'"
             )
-        self.mode, self.lr = mode, lr
+        self.mode, self.epochs, self.lr = mode, epochs, lr
         self.cost = _COST if cost is None else cost
-        self.epochs = _EPOCHS if epochs is None else epochs
         at_least_zero(rank_cost=self.cost)
-        if self.epochs < 1:
-            raise ValueError(f"warm_up={epochs}: expected at least 1 epoch")
         self.chosen = Tensors()  # rank and complexity of the current task
 
     @property
@@ -91,8 +88,6 @@ class DRS(nn.Module):
         """
         share = torch.tensor(self.ranks, dtype=torch.float32) / self.largest
         weights = share.sqrt() if weights is None else weights
-        if self.mode == "literal":
-            return weights * complexity
         return weights * complexity - self.cost * share.to(weights.device)
 
     def pick(self, complexity: float, weights: Tensor | None = None) -> int:
@@ -117,8 +112,8 @@ class DRS(nn.Module):
         rest, held = split(data, learner.generator("drs split"))
         trained = list(learner.trainable().values())
         before = [p.detach().clone() for p in trained]
-        raw = self._start().to(learner.device).requires_grad_(self.mode == "affine")
-        optimizer = torch.optim.Adam([*trained, raw] if raw.requires_grad else trained, self.lr)
+        raw = self._start().to(learner.device).requires_grad_()
+        optimizer = torch.optim.Adam([*trained, raw], self.lr)
         share = torch.tensor(self.ranks, device=learner.device) / self.largest
         noise, complexity = learner.generator("drs noise"), 1.0
         steps, step = self.epochs * math.ceil(len(rest) / _BATCH), 0

@@ -39,8 +39,6 @@ COMBINATIONS = [
     "sd_lora(rank=2, normalise='paper') + replay(size=12)",
     "fm_lora(rank=4) + replay(size=12)",
     "fm_lora(rank=4, share=False, prompts=0)",
-    "fm_lora(rank=4, reading='per_task')",
-    "fm_lora(rank=4, reading='continued', drs='fixed', freeze_prompts=True)",
     "o_lora(rank=2) + ncm",
     "route_lora(rank=2) + ewc",
     "probe + align",
@@ -55,7 +53,6 @@ COMBINATIONS = [
     "layers + align",
     "fm_lora(rank=4) + ewc",
     "ewc + route_lora(rank=2)",
-    "ncm + fm_lora(rank=4, reading='per_task')",
     "inflora(ranks=(1, 2)) + joint",
     "inflora(rank=2) + layers + ranpac(dim=0)",
     "adapter(rank=3) + ewc",
@@ -71,7 +68,6 @@ COMBINATIONS = [
     "lwf(schedule='share') + inflora(ranks=(1, 2))",
     "lora(rank=2) + lwf(heads='frozen')",
     "lora(rank=2) + lwf + replay(size=12)",
-    "fm_lora(rank=4, reading='per_task') + lwf",
     "lora(rank=2) + replay(size=12, selection='herding')",
     "lora(rank=2) + replay(size=12, selection='el2n', position='mid')",
     "lora(rank=2) + replay(size=12, schedule='periodic', every=2)",
@@ -349,9 +345,9 @@ def test_every_trainable_parameter_gets_a_gradient(spec: str, where: Any, lab: A
         learner.learnt += 1
 
 
-# By definition: the published forms of SD-LoRA set all magnitudes anew, a core of its own starts from nothing, and new
-# components of CODA-Prompt start orthogonal to the old ones, not at zero.
-JUMP = ("normalise='paper'", "reading='per_task'", "coda_prompt", "moe_adapters")
+# By definition: the published forms of SD-LoRA set all magnitudes anew, and new components of CODA-Prompt start
+# orthogonal to the old ones, not at zero.
+JUMP = ("normalise='paper'", "coda_prompt", "moe_adapters")
 
 
 # A rank that was chosen is not chosen again, and this test begins every task twice.
