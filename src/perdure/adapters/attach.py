@@ -127,6 +127,11 @@ def _seats(model: nn.Module) -> Iterator[tuple[nn.Linear, _Seat]]:
             yield layer, seat
 
 
+def folded_into(model: nn.Module) -> Iterator[tuple[nn.Linear, Tensor]]:
+    """The layers that carry adapters, whose weights `fold` writes, and their pre-trained weights, which nothing does."""
+    return ((layer, seat.pretrained) for layer, seat in _seats(model))
+
+
 def adapted(model: nn.Module) -> bool:
     """Whether any layer of `model` carries an adapter, or any block takes other tokens."""
     return next(_seats(model), None) is not None or prompted(model)

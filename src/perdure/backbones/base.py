@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Literal, final
@@ -26,6 +27,10 @@ _PROJECTIONS = {
     "fc2": re.compile(r"(.*\.)?(fc2|down_proj|mlp\.c_proj)|output\.dense"),
 }
 _FUSED = re.compile(r"(.*\.)?qkv")
+
+
+# Tokenizers are switched for a call, and learners share them.
+_TOKENISING = threading.Lock()
 
 
 def named_towers(tower: Tower) -> tuple[OneTower, ...]:
@@ -81,7 +86,9 @@ class Backbone(nn.Module):
     def tokenised(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """What `tokenise` gives of `texts`, on the model's device."""
         device = next(self.parameters()).device
-        return {name: value.to(device) for name, value in self.tokenise(texts).items()}
+        with _TOKENISING:
+            tokens = self.tokenise(texts)
+        return {name: value.to(device) for name, value in tokens.items()}
 
     @final
     def encode_tokens(self, tokens: Mapping[str, Tensor]) -> Tensor:

@@ -44,6 +44,10 @@ class Retrieve(Objective):
         self.captions = captions
         self._learner: list[Core] = []  # in a list: the learner owns us, not we the learner
 
+    def bind(self, learner: Core) -> None:
+        """See `Objective.bind`."""
+        self._learner = [learner]
+
     def grow(self, learner: Core, task: Task) -> None:
         """Remember the topic."""
         if "text" not in learner.backbone.towers():
@@ -51,7 +55,7 @@ class Retrieve(Objective):
                 f"retrieve needs a text tower, which {learner.backbone.spec} lacks: use clip(path=...) or pocket()"
             )
         super().grow(learner, task)
-        self._learner = [learner]
+        self.bind(learner)
 
     def scores(self, features: Tensor) -> Tensor:
         """There are no classes to score.
