@@ -96,14 +96,15 @@ class Fitted:
 
 
 SaveStep = Callable[[int, torch.optim.Optimizer | None], None]
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def _undisturbed(fit: Callable[Concatenate[Core, P], T]) -> Callable[Concatenate[Core, P], T]:
     """`fit` while nobody else is asked by the learner or changes it; torch and its generators are left as found."""
 
     @functools.wraps(fit)
-    def fitting(learner: Core, *args: P.args, **kwargs: P.kwargs) -> T:
+    def fitting(learner: Core, /, *args: P.args, **kwargs: P.kwargs) -> T:
         with learner.turn, plain(), as_found():
             return fit(learner, *args, **kwargs)
 

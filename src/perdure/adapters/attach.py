@@ -128,7 +128,7 @@ def _seats(model: nn.Module) -> Iterator[tuple[nn.Linear, _Seat]]:
 
 
 def folded_into(model: nn.Module) -> Iterator[tuple[nn.Linear, Tensor]]:
-    """The layers that carry adapters, whose weights `fold` writes, and their pre-trained weights, which nothing does."""
+    """The layers that carry adapters, whose weights `fold` writes; and their pre-trained weights, which stay."""
     return ((layer, seat.pretrained) for layer, seat in _seats(model))
 
 
