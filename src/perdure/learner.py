@@ -116,7 +116,7 @@ class Core(nn.Module):
             labels: class of each, int64 (n,), where it is known; used in training only.
         """
         if not texts:
-            return torch.zeros(0, self.backbone.dim, device=self.device)
+            return torch.zeros(0, self.backbone.dim, dtype=torch.float32, device=self.device)
         with self.computing():
             tokens = self.backbone.tokenised(texts)
             return self.method.embed(self, tokens, labels if self.training else None).float()

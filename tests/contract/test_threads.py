@@ -184,3 +184,22 @@ def test_frozen_weights_are_not_copied_while_a_task_is_learnt() -> None:
     apart = {name for name in mine if mine[name].data_ptr() != its[name].data_ptr()}
     assert apart == {"vision.blocks.1.attn.qkv.weight"}
     assert all(twin.tasks[0] is task for task in learner.tasks)
+
+
+@every_place
+def test_the_default_dtype_changes_nothing(spec: str, objective: str) -> None:
+    def made() -> tuple[Any, dict[str, torch.Tensor]]:
+        learner = create(spec, objective)
+        for lesson in (0, 1):
+            teach(learner, lesson)
+        return answer(learner, 1), learner.memory()
+
+    said, known = made()
+    torch.set_default_dtype(torch.float64)
+    try:
+        found, its = made()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {key: value.dtype for key, value in its.items()} == {key: value.dtype for key, value in known.items()}
+    assert [key for key in known if not torch.equal(its[key], known[key])] == []
+    assert found == said

@@ -120,7 +120,7 @@ class Backbone(nn.Module):
         """
         if self.scale is None:
             raise self._without_text()
-        return torch.tensor(self.scale, device=next(self.parameters()).device)
+        return torch.tensor(self.scale, dtype=torch.float32, device=next(self.parameters()).device)
 
     def _without_text(self) -> ValueError:
         return ValueError(

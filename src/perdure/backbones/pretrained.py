@@ -142,7 +142,7 @@ def draw(parameter: nn.Parameter, name: str) -> None:
         if parameter.ndim < 2:
             parameter.zero_()
         else:
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter[0].numel() ** 0.5)
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) / parameter[0].numel() ** 0.5)
 
 
 def local_weights(checkpoint: str, otherwise: str) -> Path:
@@ -266,7 +266,7 @@ def features_of(backbone: Backbone) -> int:
     """
     side = backbone.preprocess.size
     with fitting(backbone.spec, side), torch.no_grad():
-        return backbone.encode_pixels(torch.zeros(1, 3, side, side)).shape[-1]
+        return backbone.encode_pixels(torch.zeros(1, 3, side, side, dtype=torch.float32)).shape[-1]
 
 
 @contextmanager

@@ -151,12 +151,12 @@ class FMLoRA(Method, name="fm_lora"):
         for adapter in self.bases:
             adapter.folds = self.reading != "per_task"
             if task.index == 0:
-                adapter.open(torch.eye(self.rank), train=False)
+                adapter.open(torch.eye(self.rank, dtype=torch.float32), train=False)
                 continue
             adapter.freeze()
             if task.index == 1 or self.reading != "continued":
-                left = torch.nn.init.orthogonal_(torch.empty(self.rank, self.drs.largest))
-                adapter.open(left, torch.zeros(self.drs.largest, self.rank))
+                left = torch.nn.init.orthogonal_(torch.empty(self.rank, self.drs.largest, dtype=torch.float32))
+                adapter.open(left, left.new_zeros(self.drs.largest, self.rank))
 
     def begin_task(self, learner: Core, task: Task) -> None:
         """Choose the task's rank."""

@@ -115,7 +115,8 @@ class Retrieve(Objective):
             rows, places = there.nonzero(as_tuple=True)
             return rows, places
         learner = self._learner[0]
-        draw = torch.rand(there.shape, generator=learner.generator("caption", learner.step)).to(there.device)
+        draw = torch.rand(there.shape, dtype=torch.float32, generator=learner.generator("caption", learner.step))
+        draw = draw.to(there.device)
         order = (draw + 2 * ~there).argsort(1)[:, : self.captions]
         rows, column = there.gather(1, order).nonzero(as_tuple=True)
         return rows, order[rows, column]
