@@ -102,7 +102,7 @@ class Core(nn.Module):
             nullcontext() if entered is None else self.backbone.entering(self.constant_blocks, entered),
         ):
             features = self.method.encode(self, batch)
-        return features.float()
+        return self._checked(features.float(), "features of images")
 
     def embed(self, text: Tensor, labels: Tensor | None = None) -> Tensor:
         """Embeddings (n, dim) in float32 of packed texts (n, bytes), see `perdure.texts` and `embed_texts`."""
@@ -119,7 +119,17 @@ class Core(nn.Module):
             return torch.zeros(0, self.backbone.dim, dtype=torch.float32, device=self.device)
         with self.computing():
             tokens = self.backbone.tokenised(texts)
-            return self.method.embed(self, tokens, labels if self.training else None).float()
+            found = self.method.embed(self, tokens, labels if self.training else None).float()
+            return self._checked(found, "embeddings of texts")
+
+    def _checked(self, answer: Tensor, what: str) -> Tensor:
+        """`answer`, which is finite wherever it is asked for; in training a whole task is looked at, see `train`."""
+        if self._answering and not torch.isfinite(answer).all():
+            raise ValueError(
+                f"{what} are not finite (NaN or infinite): what was learnt is damaged, or overflows in "
+                f"{str(self.precision).removeprefix('torch.')}; go back to an earlier task, or learn again with a lower lr"
+            )
+        return answer
 
     def perceive(self, batch: Batch) -> None:
         """Let each tower read what it reads in a step: images, and texts where the objective has any."""
@@ -278,7 +288,8 @@ class Core(nn.Module):
         """Scores (n, seen classes) of all of `data`; a batch that does not fit the device's memory is halved."""
         while True:
             try:
-                return torch.cat([self(batch) for batch in self.batches(data, size)])
+                scores = torch.cat([self(batch) for batch in self.batches(data, size)])
+                return self._checked(scores, "scores")
             except RuntimeError as error:
                 if size == 1 or not should_reduce_batch_size(error):
                     raise

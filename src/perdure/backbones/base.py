@@ -139,6 +139,29 @@ class Backbone(nn.Module):
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
+    def check_finite(self) -> None:
+        """Look at all weights once, and at what they make of a black image and a short text.
+
+        Raises:
+            ValueError: when any of it is not finite: everything that is learnt from it would be worth nothing.
+        """
+        for name, weight in self.named_parameters():
+            # two numbers, where isfinite would write as many as there are; a NaN is its own least and greatest
+            if weight.numel() and not torch.stack(torch.aminmax(weight)).isfinite().all():
+                raise self._not_finite(f"the weight {name} is")
+        side = self.preprocess.size
+        with torch.no_grad():
+            found = [self({"image": next(self.parameters()).new_zeros(1, 3, side, side, dtype=torch.uint8)})]
+            if "text" in self.towers():
+                found.append(self.encode_text(["a"]))
+        if not all(features.isfinite().all() for features in found):
+            raise self._not_finite("the model gives features that are")
+
+    def _not_finite(self, what: str) -> ValueError:
+        return ValueError(
+            f"{self.spec}: {what} not finite (NaN or infinite): its weights are damaged, or overflow; get the model again"
+        )
+
     def blocks(self, tower: str = "vision") -> list[str]:
         """Dotted names of the transformer blocks of `tower`, bottom first.
 
