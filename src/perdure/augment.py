@@ -47,7 +47,9 @@ def zoom(batch: Batch, generator: torch.Generator) -> Batch:
     # Beyond the window's outer pixels its border is repeated, as if it had been cut out first.
     rows, columns = (
         (corner[axis] * (side - extent + 1)).floor()[:, None]
-        + ((torch.arange(side, dtype=torch.float32) + 0.5) * extent[:, None] / side - 0.5).clamp(min=0).minimum(extent[:, None] - 1)
+        + ((torch.arange(side, dtype=torch.float32) + 0.5) * extent[:, None] / side - 0.5)
+        .clamp(min=0)
+        .minimum(extent[:, None] - 1)
         for axis, extent in enumerate((high, wide))
     )
     grid = torch.stack([columns[:, None, :].expand(-1, side, -1), rows[:, :, None].expand(-1, -1, side)], -1)

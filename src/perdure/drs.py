@@ -129,7 +129,9 @@ class DRS(nn.Module):
             for batch in learner.batches(data, _BATCH, order):
                 heat = _HOT * (_COLD / _HOT) ** (step / max(1, steps - 1))
                 logits = self.logits(complexity, _rising(raw))
-                drawn = torch.rand(len(logits), generator=noise, dtype=logits.dtype).clamp(1e-9, 1 - 1e-9).to(logits.device)
+                drawn = (
+                    torch.rand(len(logits), generator=noise, dtype=logits.dtype).clamp(1e-9, 1 - 1e-9).to(logits.device)
+                )
                 self._gate(branches, F.softmax((logits - (-drawn.log()).log()) / heat, 0))
                 loss = learner.loss(learner.augment(batch, learner.generator("drs augment", step)))
                 loss = loss + self.cost * (F.softmax(logits, 0) * share).sum()

@@ -126,8 +126,8 @@ class Core(nn.Module):
         """`answer`, which is finite wherever it is asked for; in training a whole task is looked at, see `train`."""
         if self._answering and not torch.isfinite(answer).all():
             raise ValueError(
-                f"{what} are not finite (NaN or infinite): what was learnt is damaged, or overflows in "
-                f"{str(self.precision).removeprefix('torch.')}; go back to an earlier task, or learn again with a lower lr"
+                f"{what} are not finite (NaN or infinite): what was learnt is damaged, or overflows; go back to an "
+                "earlier task, or learn again with a lower lr"
             )
         return answer
 
@@ -256,9 +256,10 @@ class Core(nn.Module):
             shared += [each for each in vars(self.backbone).values() if not isinstance(each, dict | list)]
             shared += [pretrained for _, pretrained in folded_into(self.backbone)]
             memo = {id(each): each for each in shared}
-            # its memory is shared, but each has its own: thawing or casting one leaves the other as it is
-            memo |= {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in self.backbone.parameters()}
-            memo |= {id(b): b.detach() for b in self.backbone.buffers()}
+            # Each has tensors of its own over shared memory: thawing or casting one leaves the other as it is. `data`,
+            # not `detach`, which would also share what backward looks at to see that nothing was overwritten.
+            memo |= {id(p): nn.Parameter(p.data, p.requires_grad) for p in self.backbone.parameters()}
+            memo |= {id(b): b.data for b in self.backbone.buffers()}
             made = copy.deepcopy(self, memo)
             made.part_from(self)
             return made

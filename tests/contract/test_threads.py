@@ -173,6 +173,19 @@ def test_what_is_saved_while_it_learns_is_what_it_knew_before(tmp_path: Any) -> 
     assert answer(Learner.load(tmp_path / "saved"), 1) == answer(learner, 1)
 
 
+@pytest.mark.parametrize("spec", ["lora(rank=2)", "finetune", "gpm", "coda_prompt"])
+def test_an_answer_between_a_step_s_forward_and_backward_pass_disturbs_neither(spec: str) -> None:
+    learner = create(spec, "classify()")
+    teach(learner, 0)
+    before, twin = answer(learner, 1), learner.twin()
+    twin.train()
+    twin.requires_grad_(True)
+    batch = twin.tasks[0].train.__getitems__(range(8))
+    loss = twin.loss(batch)
+    assert answer(learner, 1) == before
+    loss.backward()
+
+
 def test_frozen_weights_are_not_copied_while_a_task_is_learnt() -> None:
     class Looks(Quiet):
         def scores(self, task: Task, rows: list[Row]) -> None: ...

@@ -159,7 +159,8 @@ class Backbone(nn.Module):
 
     def _not_finite(self, what: str) -> ValueError:
         return ValueError(
-            f"{self.spec}: {what} not finite (NaN or infinite): its weights are damaged, or overflow; get the model again"
+            f"{self.spec}: {what} not finite (NaN or infinite): its weights are damaged, or overflow; "
+            "get the model again"
         )
 
     def blocks(self, tower: str = "vision") -> list[str]:

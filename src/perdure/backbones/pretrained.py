@@ -142,7 +142,9 @@ def draw(parameter: nn.Parameter, name: str) -> None:
         if parameter.ndim < 2:
             parameter.zero_()
         else:
-            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) / parameter[0].numel() ** 0.5)
+            parameter.copy_(
+                torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) / parameter[0].numel() ** 0.5
+            )
 
 
 def local_weights(checkpoint: str, otherwise: str) -> Path:
