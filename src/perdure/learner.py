@@ -1,8 +1,6 @@
 """The one module that is trained, saved, used and exported: backbone + objective + method."""
 
-import copy
 import hashlib
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,12 +11,12 @@ import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 
-from perdure.adapters.attach import adapted, fold, folded_into
+from perdure.adapters.attach import adapted, fold
 from perdure.augment import AUGMENTS, Augment
 from perdure.backbones.base import Backbone
 from perdure.method import Method, embeds, encodes, parts_of, varies
 from perdure.objectives.base import Objective
-from perdure.process import plain, seeded
+from perdure.process import Turn, plain, seeded
 from perdure.texts import unpack
 from perdure.types import Batch, Data, Scenario, Stream, Task
 
@@ -125,10 +123,8 @@ class Core(nn.Module):
     def _checked(self, answer: Tensor, what: str) -> Tensor:
         """`answer`, which is finite wherever it is asked for; in training a whole task is looked at, see `train`."""
         if self._answering and not torch.isfinite(answer).all():
-            raise ValueError(
-                f"{what} are not finite (NaN or infinite): what was learnt is damaged, or overflows; go back to an "
-                "earlier task, or learn again with a lower lr"
-            )
+            remedy = "go back to an earlier task, or learn again with a lower lr"
+            raise ValueError(f"{what} are not finite (NaN or infinite), so there is no answer: {remedy}")
         return answer
 
     def perceive(self, batch: Batch) -> None:
@@ -222,68 +218,22 @@ class Core(nn.Module):
 
     @contextmanager
     def inference(self) -> Iterator[None]:
-        """Evaluation mode, no gradients, all linear updates folded into the weights; other threads wait their turn.
-
-        All that an answer switches (weights, modes, the prompts of an image) belongs to who is within.
-        """
+        """Evaluation mode, no gradients, all linear updates folded into the weights; other threads wait their turn."""
         with self.turn, plain():
-            if self._answering:
-                with torch.inference_mode():
-                    yield
-                return
-            training, self._answering = self.training, True
+            within, training, self._answering = self._answering, self.training, True
             try:
-                self.eval()
-                self.settle()
-                fold(self.backbone, branches=True)
-                self.objective.refresh()
+                if not within:
+                    self.eval()
+                    self.settle()
+                    fold(self.backbone, branches=True)
+                    self.objective.refresh()
                 with torch.inference_mode():
                     yield
             finally:
-                self._answering = False
-                fold(self.backbone, branches=False)
-                self.train(training)
-
-    def twin(self) -> Self:
-        """A learner of its own that can go on learning, and of which this one notices nothing.
-
-        What cannot change is shared (frozen weights, data, tasks), so it costs what was learnt and the adapted layers.
-        Once it has grown, call `part_from`.
-        """
-        with self.turn, plain():
-            shared: list[Any] = [each for task in self.tasks for each in (task, task.train, task.test)]
-            # tokenizer, preprocessing and the like; what a module consists of stands in dictionaries
-            shared += [each for each in vars(self.backbone).values() if not isinstance(each, dict | list)]
-            shared += [pretrained for _, pretrained in folded_into(self.backbone)]
-            memo = {id(each): each for each in shared}
-            # Each has tensors of its own over shared memory: thawing or casting one leaves the other as it is. `data`,
-            # not `detach`, which would also share what backward looks at to see that nothing was overwritten.
-            memo |= {id(p): nn.Parameter(p.data, p.requires_grad) for p in self.backbone.parameters()}
-            memo |= {id(b): b.data for b in self.backbone.buffers()}
-            made = copy.deepcopy(self, memo)
-            made.part_from(self)
-            return made
-
-    def part_from(self, other: Self) -> None:
-        """Share no weight with `other` that may be written: what is trained, and what updates are folded into."""
-        theirs = {p.data_ptr() for p in other.backbone.parameters()}
-        folded = {id(layer.weight) for layer, _ in folded_into(self.backbone)}
-        for p in self.backbone.parameters():
-            if (p.requires_grad or id(p) in folded) and p.data_ptr() in theirs:
-                p.data = p.data.clone()
-
-    def become(self, twin: Self) -> None:
-        """Be what `twin` has become, which is of no use after; answers in other threads see all of it or nothing."""
-        with self.turn:
-            vars(self).update({name: value for name, value in vars(twin).items() if not isinstance(value, Turn)})
-            self.objective.bind(self)
-
-    def as_now(self) -> Self:
-        """The present state, which stays as it is when this learner becomes another; to read, not to teach."""
-        with self.turn:
-            view = copy.copy(self)
-            view._answering = False
-            return view
+                if not within:
+                    self._answering = False
+                    fold(self.backbone, branches=False)
+                    self.train(training)
 
     def answers(self, data: Data, size: int = 256) -> Tensor:
         """Scores (n, seen classes) of all of `data`; a batch that does not fit the device's memory is halved."""
@@ -415,25 +365,6 @@ def _ahead(read: Callable[[Sequence[int]], Batch], chunks: Iterator[Sequence[int
             yield waiting.popleft().result()
 
 
-class Turn:
-    """A re-entrant lock: threads take turns. A copy of its owner has its own."""
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-        self.depth = 0  # how often the thread whose turn it is has taken it
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-        self.depth += 1
-
-    def __exit__(self, *_: object) -> None:
-        self.depth -= 1
-        self._lock.release()
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return type(self), ()
-
-
 class Encoded:
     """Data with what was computed of its images once: `features`, `hidden` up to a block, or what a method records.
 
@@ -445,6 +376,9 @@ class Encoded:
 
     def __init__(self, kept: dict[str, Tensor], labels: Tensor, images: Data | None = None) -> None:
         self.kept, self.labels, self.images = kept, labels, images
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self  # it never changes
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -16,6 +16,25 @@ ALONE = threading.RLock()
 """Held by the one thread that switches something of the whole process."""
 
 
+class Turn:
+    """A re-entrant lock: threads take turns. A copy of its owner has its own."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self.depth = 0  # how often the thread whose turn it is has taken it
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        self.depth += 1
+
+    def __exit__(self, *_: object) -> None:
+        self.depth -= 1
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return type(self), ()
+
+
 @contextmanager
 def plain() -> Iterator[None]:
     """Within, torch computes in this thread as it does in a new one, whatever mode the caller has entered.

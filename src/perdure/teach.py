@@ -16,16 +16,17 @@ from torch.nn import functional as F
 from perdure import checkpoint
 from perdure.config import RunConfig, check_options
 from perdure.export import export
-from perdure.learner import Core, Turn
+from perdure.learner import Core
 from perdure.method import parts_of
 from perdure.objectives.zeroshot import TEMPLATE, ZeroShot, class_texts
-from perdure.process import as_found, plain
+from perdure.process import Turn, as_found, plain
 from perdure.run import build_learner, read_record, record, recorded_config
 from perdure.runtime import Runtime
 from perdure.streams import ImageSet, alike, captioned_task, folder_task, given_captions, given_task
 from perdure.streams.sources import Picture
 from perdure.summary import facts_of, summarise
 from perdure.train import Progress, TrainConfig, fit_task
+from perdure.twin import as_now, become, part, twin_of
 from perdure.types import Row, Stream, Task
 
 OPEN = ""
@@ -125,12 +126,12 @@ class Learner(Core):
             given = "captions" if labels is None else "labels"
             check_first(self, task, self.known, str(images) if isinstance(images, str | Path) else given)
             train = self.long_enough(train, task, "epochs" in options)
-            twin = self.twin()
+            twin = twin_of(self)
             *twin.tasks, task = alike([*self.tasks, task])
             twin.grow(task)
-            twin.part_from(self)
+            part(twin, self)
             twin._facts = facts_of(fit_task(twin, task, train, progress), 0.0)
-            self.become(twin)
+            become(self, twin)
         return self
 
     def _labelled(self, images: Any, labels: Any, captions: Any) -> Task:
@@ -270,7 +271,7 @@ class Learner(Core):
         Raises:
             ValueError: when nothing was learnt yet, or the folder holds another learner.
         """
-        folder, now = Path(folder), self.as_now()
+        folder, now = Path(folder), as_now(self)
         if not now.learnt:
             raise ValueError("this learner has learnt nothing yet: there is nothing to save")
         with checkpoint.locked(folder):
@@ -308,7 +309,7 @@ class Learner(Core):
     @plain()
     def export(self, folder: str | Path, to: str) -> Path:
         """Write the model for other libraries: `peft` or `merged`; see `perdure.export`."""
-        return export(self.as_now(), Path(folder), to)
+        return export(as_now(self), Path(folder), to)
 
     def record(self) -> dict[str, Any]:
         """The content of run.json, for a learner that is taught without a declared stream."""

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from perdure.config import register
-from perdure.learner import Core
 from perdure.method import METHODS
 from perdure.teach import Learner
 from perdure.train import Quiet
-from perdure.types import Row, Task
+from perdure.twin import twin_of
+from perdure.types import Task
 
 register()
 THREADS = 8
@@ -177,7 +177,7 @@ def test_what_is_saved_while_it_learns_is_what_it_knew_before(tmp_path: Any) -> 
 def test_an_answer_between_a_step_s_forward_and_backward_pass_disturbs_neither(spec: str) -> None:
     learner = create(spec, "classify()")
     teach(learner, 0)
-    before, twin = answer(learner, 1), learner.twin()
+    before, twin = answer(learner, 1), twin_of(learner)
     twin.train()
     twin.requires_grad_(True)
     batch = twin.tasks[0].train.__getitems__(range(8))
@@ -187,12 +187,9 @@ def test_an_answer_between_a_step_s_forward_and_backward_pass_disturbs_neither(s
 
 
 def test_frozen_weights_are_not_copied_while_a_task_is_learnt() -> None:
-    class Looks(Quiet):
-        def scores(self, task: Task, rows: list[Row]) -> None: ...
-
-    learner: Core = create("lora(rank=2, blocks='1')", "classify()")
+    learner = create("lora(rank=2, blocks='1')", "classify()")
     teach(learner, 0)
-    twin = learner.twin()
+    twin = twin_of(learner)
     mine, its = (dict(each.backbone.named_parameters()) for each in (learner, twin))
     apart = {name for name in mine if mine[name].data_ptr() != its[name].data_ptr()}
     assert apart == {"vision.blocks.1.attn.qkv.weight"}

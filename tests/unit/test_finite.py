@@ -70,7 +70,7 @@ def test_answers_that_are_not_finite_are_refused_wherever_they_are_asked_for(met
     with torch.no_grad():
         learner.backbone.get_submodule("vision.norm").bias.fill_(torch.nan)
     for ask in asked:
-        with pytest.raises(ValueError, match=r"^features of images are not finite .*; go back to an earlier task"):
+        with pytest.raises(ValueError, match=r"^features of images are not finite .*: go back to an earlier task"):
             ask()
 
 
