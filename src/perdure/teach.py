@@ -92,7 +92,8 @@ class Learner(Core):
     @property
     def known(self) -> dict[str, int]:
         """Class name -> id of everything learnt so far."""
-        return dict(zip(self.objective.names, self.objective.classes, strict=True))
+        objective = self.objective  # once: a lesson in another thread may end here
+        return dict(zip(objective.names, objective.classes, strict=True))
 
     @plain()
     def learn(
