@@ -16,6 +16,7 @@ from perdure import checkpoint, measured, metrics, step_cost
 from perdure.charts import show
 from perdure.config import RunConfig, make_backbone, make_method
 from perdure.foresight import foresee
+from perdure.process import as_found, plain
 from perdure.records import Run
 from perdure.report import trade_offs
 from perdure.run import Interrupted, recorded_config, resume, run
@@ -81,6 +82,7 @@ def cells(methods: Sequence[str], seeds: Sequence[int], out: Path) -> list[Cell]
     return [Cell(m, s, out / f"{n}-seed{s}") for s in seeds for n, m in zip(names, methods, strict=True)]
 
 
+@plain()
 def compare(
     config: RunConfig, grid: Sequence[Cell], out: Path, progress: GridProgress | None = None, *, steps: bool = True
 ) -> list[dict[str, Any]]:
@@ -127,7 +129,8 @@ def compare(
         table = _write(grid, out)
         if steps and runtime is not None:
             methods = list(dict.fromkeys(cell.method for cell in grid))
-            step_cost.measure(config, methods, runtime, out, progress)
+            with as_found(runtime.threads):
+                step_cost.measure(config, methods, runtime, out, progress)
             table = _write(grid, out)
         if progress and (left_out := _left_out(grid, out)):
             progress.note(left_out)

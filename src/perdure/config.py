@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import Any, Literal
 
 from perdure.backbones import BACKBONES
+from perdure.backbones.base import Backbone
 from perdure.method import METHODS, Method, compose
 from perdure.objectives import OBJECTIVES, Objective
 from perdure.runtime import Attention, Precision
@@ -74,8 +75,14 @@ def make_objective(text: str) -> Objective:
 
 
 def make_backbone(text: str) -> Any:
-    """A backbone from its spec."""
-    return one(text, BACKBONES, "backbone")
+    """A backbone from its spec.
+
+    Raises:
+        ValueError: when there is none, or its weights are not finite.
+    """
+    backbone: Backbone = one(text, BACKBONES, "backbone")
+    backbone.check_finite()
+    return backbone
 
 
 def one(text: str, registry: Any, kind: str, **given: Any) -> Any:

@@ -105,7 +105,9 @@ class DRS(nn.Module):
         rank = self.pick(complexity, weights)
         for branch in branches:
             branch.cut(rank)
-        self.chosen["complexity"], self.chosen["rank"] = torch.tensor(complexity), torch.tensor(float(rank))
+        self.chosen["complexity"], self.chosen["rank"] = (
+            torch.tensor(value, dtype=torch.float32) for value in (complexity, rank)
+        )
 
     def _warm_up(self, learner: Core, task: Task, branches: Sequence[Nested]) -> tuple[float, Tensor]:
         data = learner.method.data(learner, task)
@@ -114,7 +116,7 @@ class DRS(nn.Module):
         before = [p.detach().clone() for p in trained]
         raw = self._start().to(learner.device).requires_grad_()
         optimizer = torch.optim.Adam([*trained, raw], self.lr)
-        share = torch.tensor(self.ranks, device=learner.device) / self.largest
+        share = torch.tensor(self.ranks, dtype=torch.float32, device=learner.device) / self.largest
         noise, complexity = learner.generator("drs noise"), 1.0
         steps, step = self.epochs * math.ceil(len(rest) / _BATCH), 0
         for epoch in range(self.epochs):
@@ -122,7 +124,9 @@ class DRS(nn.Module):
             for batch in learner.batches(data, _BATCH, order):
                 heat = _HOT * (_COLD / _HOT) ** (step / max(1, steps - 1))
                 logits = self.logits(complexity, _rising(raw))
-                drawn = torch.rand(len(logits), generator=noise).clamp(1e-9, 1 - 1e-9).to(logits.device)
+                drawn = (
+                    torch.rand(len(logits), generator=noise, dtype=logits.dtype).clamp(1e-9, 1 - 1e-9).to(logits.device)
+                )
                 self._gate(branches, F.softmax((logits - (-drawn.log()).log()) / heat, 0))
                 loss = learner.loss(learner.augment(batch, learner.generator("drs augment", step)))
                 loss = loss + self.cost * (F.softmax(logits, 0) * share).sum()
@@ -144,7 +148,7 @@ class DRS(nn.Module):
     def _start(self) -> Tensor:
         """What `_rising` turns into √(r / r_max)."""
         weights = (torch.tensor(self.ranks, dtype=torch.float32) / self.largest).sqrt()
-        return torch.expm1(torch.diff(weights, prepend=torch.zeros(1))).log()
+        return torch.expm1(torch.diff(weights, prepend=weights.new_zeros(1))).log()
 
     def _gate(self, branches: Sequence[Nested], probabilities: Tensor) -> None:
         mask = soft_prefix(probabilities, self.ranks)

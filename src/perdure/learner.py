@@ -16,6 +16,7 @@ from perdure.augment import AUGMENTS, Augment
 from perdure.backbones.base import Backbone
 from perdure.method import Method, embeds, encodes, parts_of, varies
 from perdure.objectives.base import Objective
+from perdure.process import Turn, plain, seeded
 from perdure.texts import unpack
 from perdure.types import Batch, Data, Scenario, Stream, Task
 
@@ -52,6 +53,8 @@ class Core(nn.Module):
         self.precision = torch.float32  # of the encoder
         self.augment: Augment = AUGMENTS["none"]
         self._encoded: dict[int, tuple[Data, Data]] = {}
+        self.turn = Turn()
+        self._answering = False
 
     @property
     def stream(self) -> Stream:
@@ -82,8 +85,7 @@ class Core(nn.Module):
     def grow(self, task: Task) -> None:
         """Make room for `task`. Depends on descriptions only, so a resumed run can replay it."""
         self.tasks.append(task)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derived_seed(self.seed, task.index, "grow"))
+        with plain(), seeded(derived_seed(self.seed, task.index, "grow")):
             self.objective.grow(self, task)
             self.method.grow(self, task)
         self.to(self.device)
@@ -98,7 +100,7 @@ class Core(nn.Module):
             nullcontext() if entered is None else self.backbone.entering(self.constant_blocks, entered),
         ):
             features = self.method.encode(self, batch)
-        return features.float()
+        return self._checked(features.float(), "features of images")
 
     def embed(self, text: Tensor, labels: Tensor | None = None) -> Tensor:
         """Embeddings (n, dim) in float32 of packed texts (n, bytes), see `perdure.texts` and `embed_texts`."""
@@ -112,10 +114,18 @@ class Core(nn.Module):
             labels: class of each, int64 (n,), where it is known; used in training only.
         """
         if not texts:
-            return torch.zeros(0, self.backbone.dim, device=self.device)
+            return torch.zeros(0, self.backbone.dim, dtype=torch.float32, device=self.device)
         with self.computing():
             tokens = self.backbone.tokenised(texts)
-            return self.method.embed(self, tokens, labels if self.training else None).float()
+            found = self.method.embed(self, tokens, labels if self.training else None).float()
+            return self._checked(found, "embeddings of texts")
+
+    def _checked(self, answer: Tensor, what: str) -> Tensor:
+        """`answer`, which is finite wherever it is asked for; in training a whole task is looked at, see `train`."""
+        if self._answering and not torch.isfinite(answer).all():
+            remedy = "go back to an earlier task, or learn again with a lower lr"
+            raise ValueError(f"{what} are not finite (NaN or infinite), so there is no answer: {remedy}")
+        return answer
 
     def perceive(self, batch: Batch) -> None:
         """Let each tower read what it reads in a step: images, and texts where the objective has any."""
@@ -208,24 +218,29 @@ class Core(nn.Module):
 
     @contextmanager
     def inference(self) -> Iterator[None]:
-        """Evaluation mode, no gradients, all linear updates folded into the weights."""
-        training = self.training
-        self.eval()
-        self.settle()
-        fold(self.backbone, branches=True)
-        self.objective.refresh()
-        try:
-            with torch.inference_mode():
-                yield
-        finally:
-            fold(self.backbone, branches=False)
-            self.train(training)
+        """Evaluation mode, no gradients, all linear updates folded into the weights; other threads wait their turn."""
+        with self.turn, plain():
+            within, training, self._answering = self._answering, self.training, True
+            try:
+                if not within:
+                    self.eval()
+                    self.settle()
+                    fold(self.backbone, branches=True)
+                    self.objective.refresh()
+                with torch.inference_mode():
+                    yield
+            finally:
+                if not within:
+                    self._answering = False
+                    fold(self.backbone, branches=False)
+                    self.train(training)
 
     def answers(self, data: Data, size: int = 256) -> Tensor:
         """Scores (n, seen classes) of all of `data`; a batch that does not fit the device's memory is halved."""
         while True:
             try:
-                return torch.cat([self(batch) for batch in self.batches(data, size)])
+                scores = torch.cat([self(batch) for batch in self.batches(data, size)])
+                return self._checked(scores, "scores")
             except RuntimeError as error:
                 if size == 1 or not should_reduce_batch_size(error):
                     raise
@@ -361,6 +376,9 @@ class Encoded:
 
     def __init__(self, kept: dict[str, Tensor], labels: Tensor, images: Data | None = None) -> None:
         self.kept, self.labels, self.images = kept, labels, images
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self  # it never changes
 
     def __len__(self) -> int:
         return len(self.labels)

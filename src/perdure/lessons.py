@@ -11,6 +11,7 @@ import torch
 
 from perdure import checkpoint
 from perdure.config import RunConfig
+from perdure.process import as_found, plain
 from perdure.run import Interrupted, learn_stream, nothing_learnt_nothing_left
 from perdure.spec import parse
 from perdure.streams import Captioned, ImageSet, alike, build_stream, captioned_task, folder_task
@@ -27,6 +28,7 @@ _SOURCE = "source.json"
 _WORDS = {"folder": "folders", "train_sha256": "images", "captions": "captions' columns"}
 
 
+@plain()
 def teach_folder(
     photos: Path,
     into: Path,
@@ -86,7 +88,7 @@ def teach_folder(
         stream = Stream(OPEN, learner.scenario, (*before, task), {"skipped": _skipped((*before, task))})
         facts = {"source": source}
         try:
-            with nothing_learnt_nothing_left(into):
+            with nothing_learnt_nothing_left(into), as_found(learner.runtime.threads):
                 return task, learn_stream(train, learner, stream, into, progress, learner.config.save_every, facts)
         except Interrupted as stop:
             said = str(stop).partition(";")[0]

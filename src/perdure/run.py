@@ -24,6 +24,7 @@ from perdure.config import RunConfig, make_backbone, make_method, make_objective
 from perdure.evaluation import Evaluation
 from perdure.foresight import foresee
 from perdure.learner import Core
+from perdure.process import as_found, plain
 from perdure.retention import Retention
 from perdure.runtime import Runtime, resolve
 from perdure.streams import build_stream
@@ -39,6 +40,7 @@ class Interrupted(Exception):
     """The user asked to stop; everything done so far is saved."""
 
 
+@plain()
 def run(
     config: RunConfig, out: Path, progress: Progress | None = None, runtime: Runtime | None = None
 ) -> dict[str, Any]:
@@ -61,7 +63,7 @@ def run(
         foresee(config, learner.backbone, stream)
         held_out = Retention(config.retain, learner)
         checkpoint.write_json(out / "run.json", record(config, learner, stream, runtime, held_out))
-        with nothing_learnt_nothing_left(out):
+        with nothing_learnt_nothing_left(out), as_found(runtime.threads):
             return learn_stream(config, learner, stream, out, progress or Quiet(), config.save_every, held_out=held_out)
 
 
@@ -79,6 +81,7 @@ def nothing_learnt_nothing_left(out: Path) -> Iterator[None]:
         raise
 
 
+@plain()
 def resume(out: Path, progress: Progress | None = None) -> dict[str, Any]:
     """Go on where a run's folder stands; a finished run only gets its summary again.
 
@@ -91,12 +94,13 @@ def resume(out: Path, progress: Progress | None = None) -> dict[str, Any]:
         config = recorded_config(written)
         if not config.stream:
             raise ValueError(f"{out} is taught from folders: go on with 'perdure learn FOLDER --into {out}'")
-        learner, stream, _ = _build(config, Runtime(**written["resolved"]))
+        learner, stream, runtime = _build(config, Runtime(**written["resolved"]))
         _check_unchanged(out, "data", written["stream"], _facts_of_stream(stream))
         held_out = Retention(config.retain, learner)
         if "held_out" in written:
             _check_unchanged(out, "held-out data", written["held_out"], _facts_of_held_out(held_out))
-        return learn_stream(config, learner, stream, out, progress or Quiet(), config.save_every, held_out=held_out)
+        with as_found(runtime.threads):
+            return learn_stream(config, learner, stream, out, progress or Quiet(), config.save_every, held_out=held_out)
 
 
 def read_record(out: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from accelerate import PartialState
 from torch import nn
 
 from perdure.backbones.base import Backbone
+from perdure.process import ALONE
 
 if sys.platform != "win32":
     import resource
@@ -40,8 +41,7 @@ class Runtime:
         return asdict(self)
 
     def apply(self, backbone: Backbone) -> None:
-        """Prepare this process and the backbone."""
-        torch.set_num_threads(self.threads)
+        """Prepare the backbone; what is learnt is computed with the run's threads, see `process.as_found`."""
         backbone.to(self.device)
         backbone.set_attention(self.attention)
 
@@ -54,13 +54,10 @@ def resolve(
     Raises:
         ValueError: for several processes, or a device that is not there.
     """
-    # Accelerate finds the device (CUDA, MPS, XPU, NPU, CPU) and the launcher's processes.
-    state = PartialState(cpu=device == "cpu")
-    if state.num_processes > 1:
-        raise ValueError(
-            f"{state.num_processes} processes were launched; perdure trains in one: start it without a launcher"
-        )
-    name = state.device.type if device == "auto" else device
+    there, processes = _found(device == "cpu")
+    if processes > 1:
+        raise ValueError(f"{processes} processes were launched; perdure trains in one: start it without a launcher")
+    name = there if device == "auto" else device
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
@@ -69,6 +66,17 @@ def resolve(
     backbone.to(name)
     best = attention if attention != "auto" else fastest_attention(backbone, _DTYPES[chosen], batch_size)
     return Runtime(name, chosen, best, torch.get_num_threads())
+
+
+def _found(cpu: bool) -> tuple[str, int]:
+    """The device that Accelerate finds (CUDA, MPS, XPU, NPU, CPU), and the number of the launcher's processes."""
+    with ALONE:
+        theirs = bool(PartialState._shared_state)
+        state = PartialState(cpu=cpu)
+        found = state.device.type, state.num_processes
+        if not theirs:  # its state is one for the process: the caller's own use of Accelerate would get ours
+            PartialState._reset_state()
+        return found
 
 
 def native_bf16(device: str) -> bool:

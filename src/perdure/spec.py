@@ -6,6 +6,7 @@ import functools
 import inspect
 import math
 import re
+import threading
 import types
 import typing
 import warnings
@@ -14,6 +15,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 _FORM = "write it like 'lora(rank=8) + replay(size=200)'"
+_FILTERS = threading.Lock()
+"""Held while filters of warnings, which are the whole process's, are changed."""
 _SEQUENCES = (tuple, list, Sequence, Iterable, Collection)
 
 
@@ -45,7 +48,7 @@ def parse(text: str) -> tuple[Spec, ...]:
     if not line:
         raise ValueError(f"cannot read an empty text: {_FORM}")
     try:
-        with warnings.catch_warnings():
+        with _FILTERS, warnings.catch_warnings():
             # An unknown escape such as '\d' of a Windows path is only a warning to Python; here it is a mistake.
             warnings.simplefilter("error")
             tree = ast.parse(line, mode="eval").body

@@ -1,17 +1,19 @@
 """The training loop."""
 
 import difflib
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args, get_origin, get_type_hints
+from typing import Concatenate, Literal, ParamSpec, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
 from perdure.augment import AUGMENTS
 from perdure.learner import Core, derived_seed
+from perdure.process import ALONE, as_found, plain
 from perdure.types import Batch, Data, Row, Task
 
 
@@ -94,8 +96,22 @@ class Fitted:
 
 
 SaveStep = Callable[[int, torch.optim.Optimizer | None], None]
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
+def _undisturbed(fit: Callable[Concatenate[Core, P], T]) -> Callable[Concatenate[Core, P], T]:
+    """`fit` while nobody else is asked by the learner or changes it; torch and its generators are left as found."""
+
+    @functools.wraps(fit)
+    def fitting(learner: Core, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        with learner.turn, plain(), as_found():
+            return fit(learner, *args, **kwargs)
+
+    return fitting
+
+
+@_undisturbed
 def fit_task(
     learner: Core,
     task: Task,
@@ -204,7 +220,8 @@ def _set_rate(optimizer: torch.optim.Optimizer, config: TrainConfig, progress: f
 
 def _reseed(learner: Core, task: Task, purpose: str, step: int | None = None) -> None:
     """The global generators too, for methods and models that draw from them."""
-    torch.manual_seed(derived_seed(learner.seed, task.index, purpose, step))
+    with ALONE:
+        torch.manual_seed(derived_seed(learner.seed, task.index, purpose, step))
 
 
 def _check_gradients(learner: Core, task: Task) -> None:

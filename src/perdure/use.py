@@ -13,6 +13,7 @@ import tyro
 from perdure.command import Command
 from perdure.console import Screen
 from perdure.export import export
+from perdure.process import plain
 from perdure.retention import METRIC, Retention
 from perdure.streams import build_stream
 from perdure.teach import Learner
@@ -114,6 +115,7 @@ class Export(Command):
         screen.result({"export": str(path), "to": self.to}, f"written: {path}")
 
 
+@plain()
 def measure(folder: Path, stream: str | None) -> tuple[list[Task], list[Row]]:
     """The tasks of a stream, and a learner's accuracy on them; classes are matched by name.
 

@@ -31,7 +31,7 @@ class Bases(Adapter):
             )
         self.rank = rank
         self.down = nn.Parameter(starting_rows(rank, site.fan_in))
-        self.up = nn.Parameter(torch.zeros(site.fan_out, rank))
+        self.up = nn.Parameter(torch.zeros(site.fan_out, rank, dtype=torch.float32))
         self.branch = nn.ParameterList()
         self.settled = Tensors()  # "core"
 

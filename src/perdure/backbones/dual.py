@@ -55,7 +55,9 @@ def _pair(images: str, texts: str, spec: str, input_norm: str) -> Clip:
         seeing = _tower("vision", images)
         preprocess = pretrained.read_preprocess(images, input_norm)
         with pretrained.fitting(spec, preprocess.size):
-            seen = _pooled(seeing, pixel_values=torch.zeros(1, 3, preprocess.size, preprocess.size))
+            seen = _pooled(
+                seeing, pixel_values=torch.zeros(1, 3, preprocess.size, preprocess.size, dtype=torch.float32)
+            )
         _check("vision", images, seeing, seen)
     with pretrained.reading(texts):
         hearing = _tower("text", texts)

@@ -51,7 +51,7 @@ class Tiny(Backbone):
         with torch.device("meta"):
             self.vision = _VisionTower(dim, depth, size, fused)
             self.text = _TextTower(dim, depth, fused) if text else None
-        self.to_empty(device="cpu")
+        self.float().to_empty(device="cpu")
         _fill(self, seed)
         if self.text is not None:
             self.scale = float(self.text.scale.detach().exp())
@@ -208,4 +208,4 @@ def _draw(tensor: Tensor, name: str, seed: int) -> None:
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
     fan_in = tensor[0].numel() if name.endswith("weight") and "character" not in name else 1
     spread = 0.02 if name.endswith("bias") else 0.5 if name.endswith("position") else 1 / math.sqrt(fan_in)
-    tensor.copy_(torch.randn(tensor.shape, generator=generator) * spread)
+    tensor.copy_(torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype) * spread)

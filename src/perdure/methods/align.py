@@ -135,7 +135,7 @@ class Align(Method, name="align"):
         first = learner.stream.first_task()
         age = [1 - (first[c] + 1) / (task.index + 1) for c in self.gaussians.classes]
         means = torch.stack([self.gaussians.mean(c) for c in self.gaussians.classes])
-        return means * (1 - self.shrink * torch.tensor(age, device=means.device)).unsqueeze(1)
+        return means * (1 - self.shrink * torch.tensor(age, dtype=means.dtype, device=means.device)).unsqueeze(1)
 
     @torch.no_grad()
     def _solve(self, learner: Core, means: Tensor) -> None:

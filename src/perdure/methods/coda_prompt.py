@@ -78,7 +78,7 @@ class Components(Chosen):
 
     def _overlap(self, name: str) -> Tensor:
         new: Tensor = self.new[name].flatten(2)
-        among = new @ new.mT - torch.eye(new.shape[1], device=new.device)
+        among = new @ new.mT - torch.eye(new.shape[1], dtype=new.dtype, device=new.device)
         total = among.square().sum()
         count = new.shape[1]
         if name in self.past:

@@ -106,7 +106,7 @@ class DERPP(Method, name="derpp"):
             return
         refs = self.memory.refs.cpu()
         fresh = refs[:, 0] == task.index
-        logits = torch.zeros(len(refs), len(learner.objective.classes), device=learner.device)
+        logits = torch.zeros(len(refs), len(learner.objective.classes), dtype=torch.float32, device=learner.device)
         if fresh.any():
             features, _ = learner.features(Referred(learner.tasks, refs[fresh]))
             with torch.no_grad():

@@ -46,7 +46,7 @@ class Prompts(Chosen):
         self.general, self.expert, self.batchwise = Prefix(), Prefix(), batchwise
         self.shared = None if shared is None else nn.Parameter(shared)
         self.prompt = nn.Parameter(prompt)  # of the current task
-        self.key = nn.Parameter(torch.empty(dim).normal_(std=0.02))  # of the current task
+        self.key = nn.Parameter(torch.empty(dim, dtype=torch.float32).normal_(std=0.02))  # of the current task
         self.past = Tensors()  # "keys" (tasks, dim) and "prompts" (tasks, blocks, length, 2 · width) of former tasks
         self.register_buffer("owner", torch.empty(0, dtype=torch.int64), persistent=False)  # class -> task
         self.register_buffer("idle", torch.empty(0, dtype=torch.bool), persistent=False)  # tasks without inputs

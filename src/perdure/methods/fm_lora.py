@@ -107,11 +107,11 @@ class FMLoRA(Method, name="fm_lora"):
         self.bases.place(backbone, sites, lambda site: Bases(site, self.rank))
         for adapter in self.bases:
             if task.index == 0:
-                adapter.open(torch.eye(self.rank), train=False)
+                adapter.open(torch.eye(self.rank, dtype=torch.float32), train=False)
             else:
                 adapter.freeze()
-                left = torch.nn.init.orthogonal_(torch.empty(self.rank, self.drs.largest))
-                adapter.open(left, torch.zeros(self.drs.largest, self.rank))
+                left = torch.nn.init.orthogonal_(torch.empty(self.rank, self.drs.largest, dtype=torch.float32))
+                adapter.open(left, left.new_zeros(self.drs.largest, self.rank))
 
     def begin_task(self, learner: Core, task: Task) -> None:
         """Choose the task's rank."""

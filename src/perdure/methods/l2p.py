@@ -129,15 +129,15 @@ class L2P(Asking[Pool], name="l2p"):
         tokens.reads = tower == "vision" and self.from_prompts
         tokens.attach([backbone.get_submodule(name) for name in backbone.blocks(tower)], tower)
         width = backbone.sites("q", "0", tower)[0].fan_in
-        with tokens.giving(torch.zeros(1, width, device=learner.device)):
+        with tokens.giving(torch.zeros(1, width, dtype=torch.float32, device=learner.device)):
             check_tokens(learner, tower)
         if tokens.reads and not _reads_first_token(learner):
             raise ValueError(
                 f"l2p(reads='prompts') puts what the prompts became in the class token's place, which {backbone.spec} "
                 "does not read by itself: write reads='class'"
             )
-        keys = torch.empty(self.pool, backbone.dim).normal_(std=0.02)
-        prompts = torch.empty(self.pool, self.length, width).normal_(std=0.02)
+        keys = torch.empty(self.pool, backbone.dim, dtype=torch.float32).normal_(std=0.02)
+        prompts = torch.empty(self.pool, self.length, width, dtype=torch.float32).normal_(std=0.02)
         made = Pool(keys, prompts, self.top, self.batchwise and tower == "vision", tokens)
         made.keys.requires_grad_(self.strength > 0)
         return made

@@ -235,7 +235,8 @@ class MoEAdapters(PerTower[Mixture], name="moe_adapters"):
             place = table.to(learner.device)[labels]
         most = max(adapter.count for adapter in adapters)
         purpose = "moe_adapters" if tower == "vision" else "moe_adapters text"
-        draw = torch.randn(len(adapters), count, most, generator=learner.generator(purpose, learner.step))
+        generator = learner.generator(purpose, learner.step)
+        draw = torch.randn(len(adapters), count, most, dtype=torch.float32, generator=generator)
         # routers of former tasks have nothing to try out any more
         noise = (self.noise * draw).to(learner.device) * (place == 0).unsqueeze(1)
         return [Routes(routers, place, its[:, : a.count], counted) for its, a in zip(noise, adapters, strict=True)]

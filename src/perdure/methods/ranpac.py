@@ -76,7 +76,7 @@ class RanPAC(Method, name="ranpac"):
         self.held["gram"] = pack(gram).to(features.device)
         least = max(_LEAST * float(gram.trace()), torch.finfo(torch.float32).tiny)
         ridge = self._choose(learner, features, labels, least) if self.ridge is None else max(self.ridge, least)
-        self.held["ridge"] = torch.tensor([ridge])
+        self.held["ridge"] = torch.tensor([ridge], dtype=torch.float32)
         self._weights = None
 
     def measures(self, learner: Core) -> dict[str, float]:
@@ -106,7 +106,7 @@ class RanPAC(Method, name="ranpac"):
 
     def _solve(self, classes: tuple[int, ...], width: int) -> Tensor:
         """(G + ridge·I)⁻¹ Q, (width, classes)."""
-        nothing = torch.zeros(width)
+        nothing = torch.zeros(width, dtype=torch.float32)
         if "gram" not in self.held:
             return nothing.unsqueeze(1).repeat(1, len(classes))
         gram = unpack(self.held["gram"])

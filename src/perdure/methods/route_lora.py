@@ -70,7 +70,8 @@ class RouteLoRA(Method, name="route_lora"):
         sites = learner.backbone.sites(self.at, self.blocks, self.tower)
         self.adapters.place(learner.backbone, sites, lambda site: Bases(site, self.rank))
         for adapter in self.adapters:
-            adapter.open(torch.zeros(self.rank, self.rank) if task.index else torch.eye(self.rank))
+            start = torch.eye(self.rank, dtype=torch.float32)
+            adapter.open(torch.zeros_like(start) if task.index else start)
         self._leading = []
 
     def penalty(self, learner: Core, batch: Batch, features: Tensor) -> Tensor | float:

@@ -75,7 +75,7 @@ class SDLoRA(Method, name="sd_lora"):
         self.drops, self.at, self.blocks, self.tower = tuple(drops), at, blocks, tower
         self.normalise, self.magnitude, self.distil = normalise, magnitude, distil
         self.adapters: Adapters[Directions] = Adapters()
-        self.magnitudes = nn.Parameter(torch.empty(0))
+        self.magnitudes = nn.Parameter(torch.empty(0, dtype=torch.float32))
 
     def grow(self, learner: Core, task: Task) -> None:
         """One more direction and magnitude."""

@@ -31,6 +31,7 @@ from perdure.spec import parse_one
 from perdure.streams import build_stream
 from perdure.teacher import distillation, trains_encoder
 from perdure.texts import pack, present
+from perdure.twin import Constant
 from perdure.types import Batch, Task
 
 _TEACHER = "zscl"  # what is recorded: the teacher's image features, and after them its embeddings of captions
@@ -89,9 +90,9 @@ class ZSCL(Method, name="zscl"):
         self.strength_image, self.strength_text = strength_image, strength_text
         self.temperature, self.anchor, self.text_gradient = temperature, anchor, text_gradient
         self.anchors = Tensors()  # name of a parameter of the learner -> its value before the task
-        self._pretrained: list[Backbone] = []  # in a list: it is no part of any state
-        self._teacher: list[Core] = []
-        self._material: list[_Reference] = []
+        self._pretrained: Constant[Backbone] = Constant()  # in a list: it is no part of any state
+        self._teacher: Constant[Core] = Constant()
+        self._material: Constant[_Reference] = Constant()
         self._sentences: tuple[tuple[str, ...], Tensor, Tensor] | None = None  # class names, packed, embedded
 
     @property

@@ -37,6 +37,9 @@ class Objective(nn.Module):
         self.local: tuple[int, ...] = ()  # columns of the current task
         self.mask = True  # False: every seen class always competes
 
+    def bind(self, learner: Core) -> None:
+        """Called when it belongs to another learner than before."""
+
     def grow(self, learner: Core, task: Task) -> None:
         """Make room for the classes of `task`."""
         fresh = [(c, n) for c, n in zip(task.classes, task.names, strict=True) if c not in self.classes]

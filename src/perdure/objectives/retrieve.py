@@ -44,6 +44,10 @@ class Retrieve(Objective):
         self.captions = captions
         self._learner: list[Core] = []  # in a list: the learner owns us, not we the learner
 
+    def bind(self, learner: Core) -> None:
+        """See `Objective.bind`."""
+        self._learner = [learner]
+
     def grow(self, learner: Core, task: Task) -> None:
         """Remember the topic."""
         if "text" not in learner.backbone.towers():
@@ -51,7 +55,7 @@ class Retrieve(Objective):
                 f"retrieve needs a text tower, which {learner.backbone.spec} lacks: use clip(path=...) or pocket()"
             )
         super().grow(learner, task)
-        self._learner = [learner]
+        self.bind(learner)
 
     def scores(self, features: Tensor) -> Tensor:
         """There are no classes to score.
@@ -111,7 +115,8 @@ class Retrieve(Objective):
             rows, places = there.nonzero(as_tuple=True)
             return rows, places
         learner = self._learner[0]
-        draw = torch.rand(there.shape, generator=learner.generator("caption", learner.step)).to(there.device)
+        draw = torch.rand(there.shape, dtype=torch.float32, generator=learner.generator("caption", learner.step))
+        draw = draw.to(there.device)
         order = (draw + 2 * ~there).argsort(1)[:, : self.captions]
         rows, column = there.gather(1, order).nonzero(as_tuple=True)
         return rows, order[rows, column]

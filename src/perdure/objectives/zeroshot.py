@@ -40,6 +40,10 @@ class ZeroShot(Objective):
         self._learner: list[Core] = []  # in a list: the learner owns us, not we the learner
         self._known: Tensor | None = None
 
+    def bind(self, learner: Core) -> None:
+        """See `Objective.bind`."""
+        self._learner = [learner]
+
     def grow(self, learner: Core, task: Task) -> None:
         """Remember the class names."""
         if "text" not in learner.backbone.towers():
@@ -48,7 +52,8 @@ class ZeroShot(Objective):
                 "--objective classify"
             )
         super().grow(learner, task)
-        self._learner, self._known = [learner], None
+        self.bind(learner)
+        self._known = None
 
     def refresh(self) -> None:
         """Forget the class embeddings when the text tower may have changed."""

@@ -58,9 +58,11 @@ def synthetic(
     def plan(preprocess: Preprocess, seed: int) -> Stream:
         def part(t: int, classes: tuple[int, ...], kind: str, count: int) -> ImageSet:
             labels = torch.tensor(classes).repeat_interleave(count)
-            shift = _picture(size, seed, f"domain {t}") if scenario == "domain" else torch.zeros(3, size, size)
-            centres = {c: _picture(size, seed, f"class {c}") + shift for c in classes}
-            grain = torch.randn(len(labels), 3, size, size, generator=_generator(seed, f"{kind} {t}"))
+            centres = {c: _picture(size, seed, f"class {c}") for c in classes}
+            if scenario == "domain":
+                shift = _picture(size, seed, f"domain {t}")
+                centres = {c: centre + shift for c, centre in centres.items()}
+            grain = _noise((len(labels), 3, size, size), seed, f"{kind} {t}")
             pictures = torch.stack([centres[c] for c in labels.tolist()]) + noise * grain
             return ImageSet.of((128 + 40 * pictures).round().clamp(0, 255).to(torch.uint8), labels, preprocess)
 
@@ -129,7 +131,7 @@ def captions_synthetic(
     def part(t: int, name: str, count: int, first: int, preprocess: Preprocess, seed: int) -> Captioned:
         shown = 0 if same else t
         things = torch.stack([_picture(size, seed, f"thing {shown * per_task + i}") for i in range(count)])
-        grain = torch.randn(count, 3, size, size, generator=_generator(seed, f"{name} {shown}"))
+        grain = _noise((count, 3, size, size), seed, f"{name} {shown}")
         pictures = (128 + 40 * (things + noise * grain)).round().clamp(0, 255).to(torch.uint8)
         images = ImageSet.of(pictures, torch.full((count,), t), preprocess)
         return Captioned.around(images, first + shown * count + torch.arange(count), texts[t * per_task :][:count])
@@ -167,8 +169,9 @@ def _classes(tasks: int, each: int, scenario: Scenario) -> Iterator[tuple[int, .
 
 
 def _picture(size: int, seed: int, purpose: str) -> Tensor:
-    return torch.randn(3, size, size, generator=_generator(seed, purpose))
+    return _noise((3, size, size), seed, purpose)
 
 
-def _generator(seed: int, purpose: str) -> torch.Generator:
-    return torch.Generator().manual_seed(int(digest((seed, purpose))[:15], 16))
+def _noise(shape: tuple[int, ...], seed: int, purpose: str) -> Tensor:
+    generator = torch.Generator().manual_seed(int(digest((seed, purpose))[:15], 16))
+    return torch.randn(shape, dtype=torch.float32, generator=generator)
