@@ -37,16 +37,15 @@ def main() -> None:
     print(f"{'images':>7} {'encoder':>9} {'lost, mean':>11} {'lost, worst':>12} {'leak, worst':>12}")
     for dtype in (torch.float32, torch.bfloat16):
         for count in (32, 64, 128, 256, 512, len(data)):
-            part = moments(count, dtype)
+            part = {name: each @ each for name, each in moments(count, dtype).items()}
             lost, leak = [], []
             for name, whole in truth.items():
-                space = Subspace.empty(len(whole))
-                best, rows = space.design(whole, 10), space.design(part[name], 10)
+                space, square = Subspace.empty(len(whole)), whole @ whole
+                best, rows = space.design(square, 10), space.design(part[name], 10)
                 held = torch.trace(rows @ whole @ rows.T) / torch.trace(best @ whole @ best.T)
                 lost.append(1 - held.item())
-                taken = space.take(part[name], options.keep, 2)
-                outside = torch.linalg.eigvalsh(taken.project(whole)).clamp_min(0).pow(2).sum()
-                leak.append((outside / torch.linalg.eigvalsh(whole).pow(2).sum()).item() - (1 - options.keep))
+                outside = space.take(part[name], options.keep).project(square).trace()
+                leak.append((outside / square.trace()).item() - (1 - options.keep))
             name = str(dtype).removeprefix("torch.")
             print(
                 f"{count:>7} {name:>9} {sum(lost) / len(lost):>11.5f} {max(lost):>12.5f} {max(leak):>12.5f}", flush=True

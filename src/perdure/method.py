@@ -311,6 +311,16 @@ def check_texts(learner: Core, part: Method, tower: str) -> None:
         )
 
 
+def check_mask(learner: Core, mask: bool | None) -> None:
+    """Raise `ValueError` when an option `mask` was given and would change nothing."""
+    if not learner.objective.classifies:
+        without_effect("where pairs compete, and not classes", mask=mask)
+    if learner.scenario == "domain":
+        without_effect("where every task has all classes", mask=mask)
+    if mask and not learner.objective.mask:
+        without_effect("beside a part that lets all seen classes compete", mask=mask)
+
+
 def _defines(part: Method, hook: str) -> bool:
     return getattr(type(part), hook) is not getattr(Method, hook) and hook not in part.leaves
 

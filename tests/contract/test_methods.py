@@ -2,6 +2,7 @@
 
 import copy
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from perdure.config import make_method, register
 from perdure.learner import Core
 from perdure.method import METHODS, encodes
 from perdure.objectives.retrieve import embedded
-from perdure.train import fit_task
+from perdure.train import Quiet, fit_task
 from perdure.types import Task
 
 register()
@@ -293,14 +294,27 @@ STOPPED = [
 
 
 @pytest.fixture(scope="module")
-def taught(lab: Any) -> Any:
-    """A learner that has learnt the whole stream; not to be changed."""
+def watched(lab: Any) -> Any:
+    """A learner that has learnt the whole stream, and who looked on; not to be changed."""
 
     @cache
-    def made(spec: str, where: tuple[tuple[str, str], ...]) -> Core:
-        return lab.but(**dict(where)).taught(spec)
+    def made(spec: str, where: tuple[tuple[str, str], ...]) -> "LastStep":
+        bench = lab.but(**dict(where))
+        stream, last = bench.stream(), LastStep(bench.learner(spec))
+        last.images = stream.tasks[0].test.__getitems__(range(8))
+        for task in stream:
+            last.learner.grow(task)
+            fit_task(last.learner, task, bench.train_config(), last)
+            last.end()
+        return last
 
     return lambda spec, where=(): made(spec, tuple(dict(where).items()))
+
+
+@pytest.fixture(scope="module")
+def taught(watched: Any) -> Any:
+    """A learner that has learnt the whole stream; not to be changed."""
+    return lambda spec, where=(): watched(spec, where).learner
 
 
 @pytest.mark.parametrize(("spec", "where"), STOPPED)
@@ -374,6 +388,30 @@ def test_growing_changes_no_feature_and_no_old_score_yet(spec: str, where: Any, 
             now = now[:, :seen] if learner.objective.classifies else now
             torch.testing.assert_close(now[:, : before[1].shape[1]], before[1], rtol=0, atol=1e-6)
         fit_task(learner, task, bench.train_config(epochs=1))
+
+
+# What decides at a task's end what the learner will be, and the sentence of its card that says so.
+CONCLUDES = {
+    "align": "after every task all heads are fitted again",
+    "weight_average": "That is what is evaluated and saved",
+    "moe_adapters": "When an image comes, nobody tells its task: a gateway asks which task knows such images.",
+    "distil=": "a new direction that former ones explain up to this share of its squared norm is given up",
+}
+
+
+@every_place
+def test_what_is_evaluated_after_a_task_is_what_its_last_step_trained(spec: str, where: Any, watched: Any) -> None:
+    if any(word in spec for word in CONCLUDES):
+        pytest.skip("its card says otherwise")
+    for trained, evaluated in watched(spec, where).steps_and_ends:
+        torch.testing.assert_close(evaluated, trained, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("word", CONCLUDES)
+def test_a_card_says_that_a_task_ends_in_something_else_than_was_trained(word: str) -> None:
+    cards = Path(__file__).parents[2] / "docs" / "methods"
+    card = (cards / f"{'sd_lora' if word == 'distil=' else word}.md").read_text(encoding="utf-8")
+    assert CONCLUDES[word] in " ".join(card.split())
 
 
 @every_place
@@ -498,6 +536,35 @@ def test_two_parts_that_train_on_old_images_are_refused_when_built(spec: str) ->
 def test_what_relies_on_the_encoder_is_refused_beside_what_changes_it(spec: str) -> None:
     with pytest.raises(ValueError, match=r"cannot be combined with .* protects or relies on would be void"):
         make_method(spec)
+
+
+class LastStep(Quiet):
+    """Looks at the learner right after each task's last step, and when the task has ended."""
+
+    images: dict[str, Tensor]
+
+    def __init__(self, learner: Core) -> None:
+        self.learner, self.steps = learner, 0
+        self.steps_and_ends: list[tuple[Tensor, Tensor]] = []
+
+    def task(self, task: Task, tasks: int | None, epochs: int, steps: int) -> None:
+        self.steps = steps
+
+    def step(self, step: int, loss: Tensor, images: int) -> None:
+        if step == self.steps:
+            self.trained = self.look()
+
+    def end(self) -> None:
+        if self.steps:
+            self.steps_and_ends.append((self.trained, self.look()))
+
+    def look(self) -> Tensor:
+        """Features of images beside what the objective makes of them, before a method answers in its place."""
+        with self.learner.inference():
+            if not self.learner.objective.classifies:
+                return answered(self.learner, self.images).clone()
+            features = self.learner.encode(self.images)
+            return torch.cat([features, self.learner.objective.scores(features)], dim=1).clone()
 
 
 def encoded(learner: Core, images: dict[str, Tensor]) -> Tensor:

@@ -136,7 +136,7 @@ def test_an_exhausted_space_ends_plasticity_but_not_the_run() -> None:
     learn(learner, stream.tasks[0])
     space = learner.method.spaces
     for key, site in learner.method._inputs.items():
-        space.keep(key, space.of(key, site.fan_in).take(torch.eye(site.fan_in).double(), 1.0, 1))
+        space.keep(key, space.of(key, site.fan_in).take(torch.eye(site.fan_in).double(), 1.0))
     assert {v for k, v in learner.method.measures(learner).items() if k.startswith("occupied_share")} == {1.0}
     before = learner.features(stream.tasks[2].test)[0]
     learn(learner, stream.tasks[1])

@@ -1,5 +1,6 @@
 """Low-rank updates kept apart as directions, each with a magnitude that stays trainable (SD-LoRA)."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,17 +41,28 @@ class Directions(Adapter):
         self._magnitudes = (magnitudes,)
 
     @torch.no_grad()
-    def close(self, keep: bool, length: float) -> None:
-        """Freeze the branch, divided by `length`, as a direction; or forget it."""
+    def close(self, keep: bool) -> None:
+        """Freeze the branch as a direction, or forget it."""
         assert self.down is not None
         assert self.up is not None
         if keep:
             down, up, owner = self._frozen()
             mine = torch.full((len(self.down),), len(self._magnitudes[0]) - 1, device=self.down.device)
             self.frozen["down"] = torch.cat([down, self.down])
-            self.frozen["up"] = torch.cat([up, self.up / length], dim=1)
+            self.frozen["up"] = torch.cat([up, self.up], dim=1)
             self.frozen["owner"] = torch.cat([owner, mine])
         self.down, self.up = None, None
+
+    @torch.no_grad()
+    def normalise(self, index: int, length: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """Divide the direction whose magnitude is number `index` by its `length` (of up and down), where there is one.
+
+        A direction of length 0 stays as it is.
+        """
+        if (found := self.direction(index)) is not None:
+            up = self.frozen["up"].clone()  # others may hold the tensor: a state that is being written, a copy
+            up[:, self.frozen["owner"] == index] /= length(*found).clamp_min(torch.finfo(torch.float32).tiny)
+            self.frozen["up"] = up
 
     def forward(self, x: Tensor, y: Tensor, part: int) -> Tensor:
         """The layer's output with all directions."""

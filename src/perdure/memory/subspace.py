@@ -54,6 +54,8 @@ class Subspace:
     def design(self, moments: Tensor, rank: int) -> Tensor:
         """The `rank` leading free directions of the inputs, as orthonormal rows (rank, d); eq. for B_t, section 3.2.
 
+        Of R they are the paper's, which catch the most of the inputs' energy; of R² those of the official code, an SVD
+        of F R: its left singular vectors are the eigenvectors of F R² F.
         Rows beyond the free space are zero: an eigenvector of the null space would point anywhere, into the past too.
         """
         values, vectors = _eigh(self.project(moments))
@@ -61,18 +63,17 @@ class Subspace:
         rows[values[:rank] <= _TOLERANCE * torch.linalg.matrix_norm(moments)] = 0
         return rows
 
-    def take(self, moments: Tensor, keep: float, power: Literal[1, 2]) -> "Subspace":
+    def take(self, moments: Tensor, keep: float) -> "Subspace":
         """Take the fewest further directions with which `keep` of the inputs' energy lies in the taken space.
 
         Args:
-            moments: E[x xᵀ] of the new task's inputs, (d, d) float64.
+            moments: R = E[x xᵀ] of the new task's inputs, (d, d) float64, whose trace is the energy in the papers; or
+                R², with which the official code takes far fewer directions at the same `keep`.
             keep: share of the energy in [0, 1].
-            power: energy is the sum of λ^power over eigenvalues λ of `moments`: 2 is the official code's criterion,
-                1 that of the GPM paper (σ² of the inputs), which takes far more directions at the same `keep`.
         """
         values, vectors = _eigh(self.project(moments))
-        total = torch.linalg.eigvalsh(moments).clamp_min(0).pow(power).sum()
-        energy = values.clamp_min(0).pow(power)
+        total = moments.trace()
+        energy = values.clamp_min(0)
         # outside[j] = energy that stays free after taking j directions
         outside = energy.sum() - torch.cat([energy.new_zeros(1), energy.cumsum(0)])
         needed = int((outside > (1 - keep) * total + _TOLERANCE * total).sum())

@@ -3,7 +3,8 @@
 `after_backward` compares the gradient g with g_ref, the one on a random batch of old examples of all tasks: where g ·
 g_ref < 0, g becomes g - (g · g_ref / g_ref · g_ref) g_ref, else it stays as it is, bit for bit.
 
-Differs: the loss on old examples lets all seen classes compete; the memory is a uniform sample of everything seen. Only
+Differs: the loss on old examples lets all seen classes compete (in the official code, whose tasks are told, each among
+its own task's); the memory is a uniform sample of everything seen. Only
 parameters that the new examples move are compared and projected, so a frozen old head stays frozen.
 """
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from perdure import gradients
 from perdure.learner import Core
-from perdure.method import Method, check_trained
+from perdure.method import Method, check_mask, check_trained
 from perdure.selection import Exemplars
 from perdure.types import Batch, Task
 
@@ -27,14 +28,21 @@ class AGEM(Method, name="agem"):
     Args:
         size: number of examples remembered in all.
         batch_size: old examples that a step is compared with.
+        mask: whether new examples compete among their task's own classes only, as in the official code; old ones always
+            compete among all.
     """
 
-    def __init__(self, size: int = 2000, batch_size: int = 64) -> None:
+    def __init__(self, size: int = 2000, batch_size: int = 64, mask: bool = True) -> None:
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: expected at least 1 old example a step")
-        self.memory, self.batch_size = Exemplars(size), batch_size
+        self.memory, self.batch_size, self.mask = Exemplars(size), batch_size, mask
         self._old: Batch | None = None  # of the current step
+
+    def grow(self, learner: Core, task: Task) -> None:
+        """Without the mask all heads learn from new examples too."""
+        if not self.mask:
+            learner.objective.unmask()
 
     def begin_task(self, learner: Core, task: Task) -> None:
         """Refuse what would have no effect, or could not be drawn."""
@@ -44,6 +52,7 @@ class AGEM(Method, name="agem"):
     def check(self, learner: Core, task: Task) -> None:
         """Refuse what would have no effect; known when all parts have grown."""
         check_trained(learner, self, "no gradient to project")
+        check_mask(learner, None if self.mask else False)
 
     def batch(self, learner: Core, batch: Batch) -> Batch:
         """Draw the old examples that the step is compared with; the batch itself stays as it is."""

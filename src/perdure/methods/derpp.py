@@ -5,7 +5,8 @@ logits that were stored with x', ‖·‖² a mean. `end_task` stores.
 
 Differs: images and logits are stored at the end of a task, from all of its images and by the finished model without
 augmentation; the paper samples and stores along the way. Logits cover the classes seen until then, and only these are
-compared. New images compete among the task's own classes, as everywhere here; old ones (x'') among all seen.
+compared: in mammoth ‖·‖² is a mean over all classes of the stream, so alpha counts for less there as long as few of
+them were seen. All seen classes compete for new and old images; in mammoth those still to come do too.
 """
 
 import torch
@@ -15,7 +16,7 @@ from perdure.learner import Core
 from perdure.memory.examples import Referred
 from perdure.memory.orders import Position
 from perdure.memory.tensors import Tensors
-from perdure.method import Method, at_least_zero, check_trained, without_effect
+from perdure.method import Method, at_least_zero, check_mask, check_trained, without_effect
 from perdure.selection import Exemplars, Selection
 from perdure.types import Batch, Task
 
@@ -31,6 +32,8 @@ class DERPP(Method, name="derpp"):
         position: which scores are kept with `el2n`, `grand` and `influence`, see `Exemplars`.
         bytes: of images (logits come on top), as a number or a text such as "50MB", in place of `size`.
         ratio: size of each of the two draws per new image.
+        mask: True lets new images compete among their task's own classes only, as methods without old images do; old
+            ones (x'') always compete among all.
     """
 
     classifies = True
@@ -46,6 +49,7 @@ class DERPP(Method, name="derpp"):
         position: Position | None = None,
         bytes: float | str | None = None,
         ratio: float = 1.0,
+        mask: bool = False,
     ) -> None:
         super().__init__()
         at_least_zero(alpha=alpha, beta=beta)
@@ -55,17 +59,23 @@ class DERPP(Method, name="derpp"):
             chosen = None if selection == "reservoir" else selection
             drawn = None if ratio == 1 else ratio
             without_effect(
-                "with alpha=0 and beta=0", size=size, bytes=bytes, selection=chosen, position=position, ratio=drawn
+                "with alpha=0 and beta=0",
+                size=size,
+                bytes=bytes,
+                selection=chosen,
+                position=position,
+                ratio=drawn,
+                mask=mask or None,
             )
-        self.alpha, self.beta, self.ratio = alpha, beta, ratio
+        self.alpha, self.beta, self.ratio, self.mask = alpha, beta, ratio, mask
         self.memory = Exemplars(size, bytes, selection, position)
         self.stored = Tensors()  # logits: (images kept, classes seen), a row for each of the memory's references
 
     def grow(self, learner: Core, task: Task) -> None:
-        """All heads learn from old images."""
+        """All heads learn from old images, and without the mask from new ones."""
         self.memory.grow(learner)
         if task.index > 0 and (self.alpha or self.beta):
-            learner.objective.requires_grad_(True)
+            learner.objective.requires_grad_(True) if self.mask else learner.objective.unmask()
 
     def begin_task(self, learner: Core, task: Task) -> None:
         """Refuse what would have no effect, or could not be drawn."""
@@ -75,6 +85,7 @@ class DERPP(Method, name="derpp"):
     def check(self, learner: Core, task: Task) -> None:
         """Refuse what would have no effect; known when all parts have grown."""
         check_trained(learner, self, "nothing to teach")
+        check_mask(learner, self.mask or None)
         self.memory.check(learner)
 
     def penalty(self, learner: Core, batch: Batch, features: Tensor) -> Tensor | float:

@@ -2,7 +2,7 @@
 
 from perdure.backbones.base import Tower
 from perdure.learner import Core
-from perdure.method import Method
+from perdure.method import Method, check_mask
 from perdure.types import Task
 
 
@@ -28,8 +28,15 @@ class Finetune(Method, name="finetune"):
         for p in learner.backbone.tower_parameters(self.tower).values():
             p.requires_grad_(True)
         if not self.mask:
-            learner.objective.mask = False
-            learner.objective.requires_grad_(True)
+            learner.objective.unmask()
+
+    def begin_task(self, learner: Core, task: Task) -> None:
+        """Refuse what would have no effect."""
+        self.check(learner, task)
+
+    def check(self, learner: Core, task: Task) -> None:
+        """Refuse what would have no effect; known when all parts have grown."""
+        check_mask(learner, None if self.mask else False)
 
     def param_groups(self, learner: Core) -> dict[str, float]:
         """A gentler learning rate for pre-trained weights."""

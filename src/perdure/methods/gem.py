@@ -10,8 +10,9 @@ factor of G Gᵀ, which SciPy solves (quadprog, which the official code uses, is
 
 Differs: gradients are compared by their cosines, so that what keeps G Gᵀ regular (1e-10; official code: 1e-3 on raw
 products) means the same for every model; that no constraint is broken is checked. Old examples are `batch_size` random
-ones of each task's share of one memory, not all of them; the loss on them lets all seen classes compete. Only
-parameters that the new examples move are compared and projected, so a frozen old head stays frozen.
+ones of each task's share of one memory, not all of them. All seen classes compete for old examples, and for new ones
+too unless the task is told at test time; in the official code, whose tasks are told, each example has its own task's.
+Only parameters that the new examples move are compared and projected, so a frozen old head stays frozen.
 """
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 from perdure import gradients
 from perdure.learner import Core
 from perdure.memory.symmetric import exact
-from perdure.method import Method, at_least_zero, check_trained
+from perdure.method import Method, at_least_zero, check_mask, check_trained
 from perdure.selection import Exemplars
 from perdure.types import Batch, Task
 
@@ -42,15 +43,23 @@ class GEM(Method, name="gem"):
         batch_size: old examples of each past task that a step is compared with.
         margin: least weight of each past task's gradient in a projected step (the paper's γ); above 0, old tasks are
             not only kept but improved.
+        mask: whether new examples compete among their task's own classes only, old ones always among all; None is False
+            where all seen classes may be answered, and True where the task is told.
     """
 
-    def __init__(self, size: int = 2000, batch_size: int = 32, margin: float = 0.5) -> None:
+    def __init__(self, size: int = 2000, batch_size: int = 32, margin: float = 0.5, mask: bool | None = None) -> None:
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: expected at least 1 old example of each task a step")
         at_least_zero(margin=margin)
         self.memory, self.batch_size, self.margin = Exemplars(size, selection="class_balanced"), batch_size, margin
+        self.mask = mask
         self._old: list[Batch] = []  # of the current step, one batch a past task
+
+    def grow(self, learner: Core, task: Task) -> None:
+        """Without the mask all heads learn from new examples too."""
+        if not (learner.scenario == "task" if self.mask is None else self.mask):
+            learner.objective.unmask()
 
     def begin_task(self, learner: Core, task: Task) -> None:
         """Refuse what would have no effect, or could not be drawn."""
@@ -60,6 +69,7 @@ class GEM(Method, name="gem"):
     def check(self, learner: Core, task: Task) -> None:
         """Refuse what would have no effect; known when all parts have grown."""
         check_trained(learner, self, "no gradient to project")
+        check_mask(learner, self.mask)
 
     def batch(self, learner: Core, batch: Batch) -> Batch:
         """Draw old examples of each past task; the batch itself stays as it is."""

@@ -35,7 +35,8 @@ class GPM(Method, name="gpm"):
         tower: which encoder.
         backbone_lr: learning rate of the weights as a factor of the run's, as in `finetune`.
         keep: share of the old inputs' energy to protect (the paper's threshold), in (0, 1].
-        power: energy counted as λ = σ² (1, the paper) or λ² (2, InfLoRA's code) of the second moment.
+        power: of the second moments of which directions and energy are taken: 1 as in the paper, 2 as in InfLoRA's
+            code, where the same `keep` takes far fewer directions.
         schedule: `linear` raises `keep` to 1 over a known number of tasks; `fixed`, and an open end, hold it.
         moments: number of training images that second moments are taken from.
     """
@@ -115,7 +116,7 @@ class GPM(Method, name="gpm"):
         reading = second_moments(learner.perceive, layers, views, lambda: learner.backbone.text_mask)
         for key, moments in reading.items():
             space = self.spaces.of(key, self._inputs[key].fan_in, moments.device)
-            self.spaces.keep(key, space.take(moments, keep, self.power))
+            self.spaces.keep(key, space.take(torch.linalg.matrix_power(moments, self.power), keep))
 
     def measures(self, learner: Core) -> dict[str, float]:
         """Per input: free directions, and the share taken."""

@@ -64,8 +64,7 @@ class ICaRL(Method, name="icarl"):
             ValueError: when there are more classes than exemplars.
         """
         self.memory.grow(learner)
-        learner.objective.requires_grad_(True)
-        learner.objective.mask = False
+        learner.objective.unmask()
         if (seen := len(learner.objective.classes)) > self.memory.size:
             raise ValueError(
                 f"size={self.memory.size}: icarl answers by exemplars, expected one or more for each of {seen} classes"

@@ -5,10 +5,13 @@ directions of the new task's inputs inside the space that old tasks' inputs leav
 it becomes, the layer's output on old inputs does not change. `end_task` takes the new inputs' space (DualGPM, section
 3.3) and settles the branch. In this package's letters B_t is `down` and A_t is `up`.
 
-Differs: the symmetric projected moment F R F with float64 `eigh` instead of an SVD of F R; rows beyond the free space
-are zero (the official code's are arbitrary there and leave the space); the first task reaches `keep` instead of
-stopping one direction short, and is never mislabelled when it takes more than half; moments come from at most `moments`
-images; old branches are folded into the weights instead of being recomputed in every step.
+Both follow the official code, an SVD of F R with R the inputs' second moments and F the projector on the free space:
+the eigenvectors of F R² F, and its eigenvalues as energy. The paper's SVD of the inputs themselves is that of F R F.
+
+Differs: float64 `eigh` of the symmetric form instead of an SVD in float32; rows beyond the free space are zero (the
+official code's are arbitrary there and leave the space); the first task reaches `keep` instead of stopping one
+direction short, and is never mislabelled when it takes more than half; moments come from at most `moments` images; old
+branches are folded into the weights instead of being recomputed in every step.
 """
 
 import math
@@ -44,7 +47,8 @@ class InfLoRA(Method, name="inflora"):
         blocks: which blocks, all by default; "0-4" is the paper's InfLoRA-b5.
         tower: which encoder.
         keep: share of the old inputs' energy to protect (the paper's ε), in (0, 1].
-        power: energy counted as λ² (2, official code) or λ = σ² (1, GPM) of the second moment.
+        power: of the second moments R of which B_t and the energy are taken: 2 as in the official code, 1 as in the
+            papers, where the same `keep` takes far more directions.
         schedule: `linear` raises `keep` to 1 over a known number of tasks; `fixed`, and an open end, hold it.
         design: `inputs` as in the paper, `random` for its ablation.
         project: False drops the projection on the free space, for the ablation.
@@ -125,7 +129,7 @@ class InfLoRA(Method, name="inflora"):
         keep = self.keep if self.schedule == "fixed" else keep_schedule(self.keep, task.index, task.total)
         self._reach = {key: self._old_space_share(key) for key in self.adapters} if task.index else {}
         for key, moments in self._moments(learner, task, "take").items():
-            space = self._space(key, moments.device).take(moments, keep, self.power)
+            space = self._space(key, moments.device).take(moments, keep)
             self.spaces.keep(key, space)
             self._adapter(key).settle()
 
@@ -160,9 +164,11 @@ class InfLoRA(Method, name="inflora"):
         return self.spaces.of(key, self._adapter(key).fan_in, device)
 
     def _moments(self, learner: Core, task: Task, purpose: str) -> dict[str, Tensor]:
+        """R^power of each input."""
         layers = {key: learner.backbone.get_submodule(site.layer) for key, site in self._inputs.items()}
         views = learner.views(learner.method.data(learner, task), self.moments, purpose)
-        return second_moments(learner.perceive, layers, views, lambda: learner.backbone.text_mask)
+        found = second_moments(learner.perceive, layers, views, lambda: learner.backbone.text_mask)
+        return {key: torch.linalg.matrix_power(moments, self.power) for key, moments in found.items()}
 
 
 def _key(name: str) -> str:

@@ -31,8 +31,7 @@ class Joint(Method, name="joint"):
 
     def grow(self, learner: Core, task: Task) -> None:
         """All heads learn; alone, the encoder too."""
-        learner.objective.requires_grad_(True)
-        learner.objective.mask = False
+        learner.objective.unmask()
         if learner.method is not self:
             rate = None if self.backbone_lr == _RATE else self.backbone_lr
             tower = None if self.tower == "vision" else self.tower

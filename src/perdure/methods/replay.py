@@ -70,7 +70,8 @@ class Replay(Method, name="replay"):
         """All heads learn: old classes are in the batch."""
         self.memory.grow(learner)
         if task.index > 0:
-            learner.objective.requires_grad_(True)
+            # old classes are in every batch, or, with `periodic`, in every few: new ones may not compete alone
+            learner.objective.unmask() if self.every else learner.objective.requires_grad_(True)
 
     def begin_task(self, learner: Core, task: Task) -> None:
         """Refuse what would have no effect, or could not be drawn."""

@@ -5,7 +5,8 @@ trained, one scalar per task for all layers (equation 3). Afterwards everything 
 
 Differs: a direction is A_k B_k over its norm in all layers together, and α_k takes that norm over, so that a new task
 starts exactly from the function of the last (`normalise="jointly"`). In the paper each layer is normalised by itself
-and all α start at 1 again, in the official code by ‖A‖·‖B‖ and 0.8: both make the function jump at a task's start.
+and all α start at 1 again, in the official code by ‖A‖·‖B‖ and 0.8: both make the function jump at a task's start, and
+only there, so that until then what was trained is what answers.
 The residual of knowledge distillation is taken relative to the new update, in all layers together.
 """
 
@@ -78,39 +79,42 @@ class SDLoRA(Method, name="sd_lora"):
         self.magnitudes = nn.Parameter(torch.empty(0, dtype=torch.float32))
 
     def grow(self, learner: Core, task: Task) -> None:
-        """One more direction and magnitude."""
+        """One more direction and magnitude; the published forms normalise the last direction only now."""
         self.adapters.place(learner.backbone, learner.backbone.sites(self.at, self.blocks, self.tower), Directions)
         old = self.magnitudes.detach()
         if self.normalise != "jointly":
             old = torch.full_like(old, self.magnitude)
+            for adapter in self.adapters:
+                adapter.normalise(task.index - 1, self._length)
         self.magnitudes = nn.Parameter(torch.cat([old, old.new_full((1,), self.magnitude)]))
         for adapter in self.adapters:
             adapter.open(self.ranks[sum(task.index >= drop for drop in self.drops)], self.magnitudes)
 
     @torch.no_grad()
     def end_task(self, learner: Core, task: Task) -> None:
-        """The new branch becomes a direction, or is expressed by former ones."""
+        """The new branch becomes a direction, or is expressed by former ones; the function stays as it was trained."""
         new = [(a.up, a.down) for a in self.adapters if a.up is not None and a.down is not None]
         squares = torch.stack([_dot(pair, pair) for pair in new])
         shares = self._explained(new, squares.sum()) if self.distil is not None and task.index else None
         if shares is not None:
             self.magnitudes[:-1] += self.magnitudes[-1] * shares
             self.magnitudes[-1] = 0
-        joint = float(squares.sum().sqrt().clamp_min(torch.finfo(torch.float32).tiny))
-        for adapter, (up, down), square in zip(self.adapters, new, squares, strict=True):
-            length = joint
-            if self.normalise == "paper":
-                length = float(square.sqrt())
-            elif self.normalise == "code":
-                length = float(up.norm() * down.norm())
-            adapter.close(shares is None, max(length, torch.finfo(torch.float32).tiny))
-        if shares is None and self.normalise == "jointly":
-            self.magnitudes[-1] *= joint
+        for adapter in self.adapters:
+            adapter.close(shares is None)
+        if shares is None and self.normalise == "jointly":  # here and not in `grow`, for it changes no function
+            length = squares.sum().sqrt()
+            self.magnitudes[-1] *= length
+            for adapter in self.adapters:
+                adapter.normalise(task.index, lambda up, down: length)
 
     def measures(self, learner: Core) -> dict[str, float]:
         """Magnitude of each task's direction, and the number of directions kept."""
         kept = next(iter(self.adapters)).owners()
         return {"directions": len(kept)} | {f"magnitude/{k}": self.magnitudes[k].item() for k in kept}
+
+    def _length(self, up: Tensor, down: Tensor) -> Tensor:
+        """What the published forms divide a layer's direction by, when the next task begins."""
+        return up.norm() * down.norm() if self.normalise == "code" else _dot((up, down), (up, down)).sqrt()
 
     def _explained(self, new: Factors, square: Tensor) -> Tensor | None:
         """Coefficients (t - 1,) of the former directions that give the new update, or None when they do not."""

@@ -47,6 +47,11 @@ class Objective(nn.Module):
         self.names += tuple(n for _, n in fresh)
         self.local = tuple(sorted(self.classes.index(c) for c in task.classes))
 
+    def unmask(self) -> None:
+        """Let all seen classes compete for every example, and all heads learn."""
+        self.mask = False
+        self.requires_grad_(True)
+
     def refresh(self) -> None:
         """Called before prediction, when parameters may have changed."""
 
