@@ -18,9 +18,10 @@ from typing import Any, TypeVar
 
 import torch
 
-from perdure import checkpoint, drift
+from perdure import checkpoint
 from perdure.augment import AUGMENTS
 from perdure.config import RunConfig, make_backbone, make_method, make_objective
+from perdure.drift import Drift
 from perdure.evaluation import Evaluation
 from perdure.foresight import foresee
 from perdure.learner import Core
@@ -219,8 +220,8 @@ def learn_stream(
     snapshot = checkpoint.latest_step(out, learnt) if learnt < len(stream) else None
     if latest := snapshot or (done[-1] if done else None):
         checkpoint.restore(learner, latest, stream.tasks)
-    features = drift.Drift(done)
-    evaluation = Evaluation(stream, held_out or Retention((), learner), out, progress.note)
+    features = Drift(done)
+    evaluation = Evaluation(stream, held_out or Retention((), learner), features, out, progress.note)
     with _interruptible() as stopped:
         for task in stream.tasks[learnt:]:
             if stopped():
@@ -243,7 +244,7 @@ def learn_stream(
                     f"can be used as they are in {out}"
                 ) from error
             start = time.perf_counter()
-            new = before + evaluation.after(learner, task) + features.measure(learner, task, stream)
+            new = before + evaluation.after(learner, task, fitted.moved)
             facts = facts_of(fitted, time.perf_counter() - start)
             checkpoint.save_task(out, learner, new, facts | (extra or {}), features.files(task))
             with (out / "results.jsonl").open("a", encoding="utf-8") as file:

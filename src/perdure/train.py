@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from perdure.augment import AUGMENTS
 from perdure.learner import Core, derived_seed
+from perdure.method import varies
 from perdure.types import Batch, Data, Row, Task
 
 
@@ -91,6 +92,8 @@ class Fitted:
     finish: float
     images: int
     trainable: int
+    moved: bool
+    """Whether more than heads was trained, or features are the method's own: those of old images are others now."""
 
 
 SaveStep = Callable[[int, torch.optim.Optimizer | None], None]
@@ -132,6 +135,7 @@ def fit_task(
     done, images = 0, 0
     optimizer = _optimizer(learner, config)
     trainable = sum(p.numel() for p in learner.trainable().values())
+    moved = varies(method) or not all(name.startswith("objective.") for name in learner.trainable())
     progress.task(task, task.total, config.epochs, steps if optimizer else 0)
     if optimizer:
         if resumed:
@@ -165,7 +169,7 @@ def fit_task(
     learner.settle()
     learner.learnt = task.index + 1
     clock.append(time.perf_counter())
-    return Fitted(clock[1] - clock[0], clock[2] - clock[1], clock[3] - clock[2], images, trainable)
+    return Fitted(clock[1] - clock[0], clock[2] - clock[1], clock[3] - clock[2], images, trainable, moved)
 
 
 def _training_batches(

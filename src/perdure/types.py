@@ -41,6 +41,30 @@ class Nothing:
         raise IndexError(f"this task has no data; asked for {list(positions)}")
 
 
+class Union:
+    """Several data sets as one."""
+
+    def __init__(self, sets: Sequence[Data]) -> None:
+        self.sets = sets
+        self.labels: Tensor = torch.cat([s.labels for s in sets])
+        self._starts = torch.tensor([0] + [len(s) for s in sets]).cumsum(0)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitems__(self, positions: Sequence[int]) -> Batch:
+        """Examples at `positions`, in their order."""
+        wanted = torch.as_tensor(positions)
+        owner = torch.bucketize(wanted, self._starts[1:], right=True)
+        parts: list[Batch] = []
+        places = []
+        for index in torch.unique(owner).tolist():
+            places.append((owner == index).nonzero().flatten())
+            parts.append(self.sets[index].__getitems__((wanted[places[-1]] - self._starts[index]).tolist()))
+        back = torch.cat(places).argsort()
+        return {key: torch.cat([part[key] for part in parts])[back] for key in parts[0]}
+
+
 @dataclass(frozen=True)
 class Task:
     """One step of a stream: what is learnt, and on which examples."""

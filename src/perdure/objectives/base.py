@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perdure.types import Batch, Task
+from perdure.types import Batch, Task, Union
 
 if TYPE_CHECKING:
     from perdure.learner import Core
@@ -123,18 +123,19 @@ class Objective(nn.Module):
         As the scenario has it, with the task id given, and of the task id itself. Batches are as large as fit; scores
         of an example never depend on the others.
         """
-        return [self._accuracy(learner, task, size) for task in tasks]
-
-    def _accuracy(self, learner: Core, task: Task, size: int) -> dict[str, float]:
-        candidates = set(learner.stream.candidates(task, learner.learnt - 1)) & set(self.classes)
         with learner.inference():
-            scores = learner.answers(learner.encoded(task.test, keep=True), size).cpu()
-        first = learner.stream.first_task()
-        return accuracies(learner, task, scores, self.classes, candidates | set(task.classes), first)
+            tests = Union([learner.encoded(task.test, keep=True) for task in tasks])
+            scores = learner.answers(tests, size).cpu().split([len(task.test) for task in tasks])
+        stream, last = learner.stream, learner.learnt - 1
+        allowed = [set(stream.candidates(task, last)) & set(self.classes) | set(task.classes) for task in tasks]
+        first, classes = stream.first_task(), self.classes
+        return [
+            accuracies(learner, *each, classes=classes, first=first) for each in zip(tasks, scores, allowed, strict=True)
+        ]
 
 
 def accuracies(
-    learner: Core, task: Task, scores: Tensor, classes: Sequence[int], candidates: set[int], first: dict[int, int]
+    learner: Core, task: Task, scores: Tensor, candidates: set[int], classes: Sequence[int], first: dict[int, int]
 ) -> dict[str, float]:
     """Shares of right answers on a task's test set.
 
@@ -142,8 +143,8 @@ def accuracies(
         learner: who answered.
         task: with its test set.
         scores: (n, columns), on the CPU.
-        classes: class of each column.
         candidates: classes that may be answered.
+        classes: class of each column.
         first: class -> index of the task it belongs to.
     """
     allowed = torch.tensor([i for i, c in enumerate(classes) if c in candidates])
