@@ -81,8 +81,10 @@ def _features(learner: Core, task: Task) -> dict[str, Tensor]:
 
 
 def _chosen(learner: Core, index: int, data: Data) -> Tensor:
-    generator = torch.Generator().manual_seed(derived_seed(learner.seed, index, "drift"))
     count = min(max(len(data) // 8, _LEAST), _MOST)
+    if len(data) <= count:
+        return torch.arange(len(data))
+    generator = torch.Generator().manual_seed(derived_seed(learner.seed, index, "drift"))
     return torch.randperm(len(data), generator=generator)[:count].sort().values
 
 

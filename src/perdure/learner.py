@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from itertools import accumulate
+from itertools import accumulate, chain, islice
 from typing import Any, Self, TypeVar
 
 import torch
@@ -18,7 +18,7 @@ from perdure.backbones.base import Backbone
 from perdure.method import Method, embeds, encodes, parts_of, varies
 from perdure.objectives.base import Objective
 from perdure.texts import unpack
-from perdure.types import Batch, Data, Scenario, Stream, Task, Union
+from perdure.types import Batch, Data, Encoded, Scenario, Stream, Task, Union
 
 T = TypeVar("T")
 
@@ -277,7 +277,7 @@ class Core(nn.Module):
             self._encoded[id(data)] = data, self.features_of(data) if self.constant_encoder else self.recorded(data)
         return self._encoded[id(data)][1]
 
-    def features_of(self, data: Data) -> "Encoded":
+    def features_of(self, data: Data) -> Encoded:
         """`data` with features as they are now in place of images, and with everything else."""
 
         def kept(batch: Batch) -> Batch:
@@ -289,7 +289,7 @@ class Core(nn.Module):
         # cloned: tensors made under inference_mode may not take part in training
         return Encoded({k: v.clone() for k, v in _columns(found).items()}, data.labels.to(self.device))
 
-    def features_together(self, sets: Sequence[Data]) -> "list[Encoded]":
+    def features_together(self, sets: Sequence[Data]) -> list[Encoded]:
         """`features_of` each of `sets`, in one pass of full batches: small sets alone cost as much as large ones."""
         whole, ends = self.features_of(Union(sets)), accumulate(map(len, sets))
         return [whole.part(end - len(each), end) for each, end in zip(sets, ends, strict=True)]
@@ -354,43 +354,24 @@ def _columns(batches: Sequence[Batch]) -> Batch:
 def _ahead(read: Callable[[Sequence[int]], Batch], chunks: Iterator[Sequence[int]]) -> Iterator[Batch]:
     """`read` of each chunk, one chunk ahead of its use: decoding overlaps with computing.
 
-    The reading thread has its own grad and inference modes, so what data sets keep can be trained on.
+    The reading thread has its own grad and inference modes, so what data sets keep can be trained on. A single chunk
+    overlaps with nothing and is read here.
     """
+    ready = list(islice(chunks, 2))
+    if len(ready) < 2:
+        for chunk in ready:
+            with torch.inference_mode(False), torch.enable_grad():
+                batch = read(chunk)
+            yield batch
+        return
     with ThreadPoolExecutor(1, "perdure-read") as pool:
         waiting: deque[Future[Batch]] = deque()
-        for chunk in chunks:
+        for chunk in chain(ready, chunks):
             waiting.append(pool.submit(read, chunk))
             if len(waiting) == 2:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-
-
-class Encoded:
-    """Data with what was computed of its images once: `features`, `hidden` up to a block, or what a method records.
-
-    Args:
-        kept: name -> (n, ...).
-        labels: (n,).
-        images: the data, when images are still needed.
-    """
-
-    def __init__(self, kept: dict[str, Tensor], labels: Tensor, images: Data | None = None) -> None:
-        self.kept, self.labels, self.images = kept, labels, images
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def part(self, start: int, end: int) -> "Encoded":
-        """The examples from `start` to before `end`, of data without images."""
-        return Encoded({name: values[start:end] for name, values in self.kept.items()}, self.labels[start:end])
-
-    def __getitems__(self, positions: Sequence[int]) -> Batch:
-        """What is kept, and labels; images where they are needed."""
-        index = torch.as_tensor(positions)
-        batch = {name: values[index.to(values.device)] for name, values in self.kept.items()}
-        batch["label"] = self.labels[index.to(self.labels.device)]
-        return batch if self.images is None else batch | self.images.__getitems__(positions)
 
 
 def derived_seed(seed: int, task: int, purpose: str, step: int | None = None) -> int:

@@ -223,6 +223,7 @@ def learn_stream(
     features = Drift(done)
     evaluation = Evaluation(stream, held_out or Retention((), learner), features, out, progress.note)
     with _interruptible() as stopped:
+        saver = _Saver(save_every, out, learner, stopped)
         for task in stream.tasks[learnt:]:
             if stopped():
                 raise Interrupted(f"stopped before task {task.index}; go on with 'perdure resume {out}'")
@@ -233,7 +234,7 @@ def learn_stream(
                 snapshot = None
             else:
                 before = evaluation.before(learner, task)
-            saver = _Saver(save_every, out, learner, before, stopped)
+            saver.begin(before)
             try:
                 fitted = fit_task(learner, task, config, progress, saver, resumed)
             except Diverged as error:
@@ -257,11 +258,19 @@ def learn_stream(
 
 
 class _Saver:
-    """Snapshots within a task: every so many steps, or as often as costs at most a fiftieth of the time."""
+    """Snapshots within a task: every so many steps, or as often as costs at most a fiftieth of the time.
 
-    def __init__(self, every: int, out: Path, learner: Core, rows: list[Row], stopped: Callable[[], bool]) -> None:
-        self.every, self.out, self.learner, self.rows, self.stopped = every, out, learner, rows, stopped
-        self.saved, self.took = time.perf_counter(), 0.0
+    What a snapshot costs is known from the last one, also of the task before; the first is taken for a tenth of a
+    second. So tasks of a few steps, which are saved when they end, do without.
+    """
+
+    def __init__(self, every: int, out: Path, learner: Core, stopped: Callable[[], bool]) -> None:
+        self.every, self.out, self.learner, self.stopped = every, out, learner, stopped
+        self.took = 0.1
+
+    def begin(self, rows: list[Row]) -> None:
+        """A task begins, before which `rows` were measured."""
+        self.rows, self.saved = rows, time.perf_counter()
 
     def __call__(self, step: int, optimizer: torch.optim.Optimizer | None) -> None:
         stopped, now = self.stopped(), time.perf_counter()

@@ -65,6 +65,33 @@ class Union:
         return {key: torch.cat([part[key] for part in parts])[back] for key in parts[0]}
 
 
+class Encoded:
+    """Data with what was computed of its images once: `features`, `hidden` up to a block, or what a method records.
+
+    Args:
+        kept: name -> (n, ...).
+        labels: (n,).
+        images: the data, when images are still needed.
+    """
+
+    def __init__(self, kept: dict[str, Tensor], labels: Tensor, images: Data | None = None) -> None:
+        self.kept, self.labels, self.images = kept, labels, images
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def part(self, start: int, end: int) -> "Encoded":
+        """The examples from `start` to before `end`, of data without images."""
+        return Encoded({name: values[start:end] for name, values in self.kept.items()}, self.labels[start:end])
+
+    def __getitems__(self, positions: Sequence[int]) -> Batch:
+        """What is kept, and labels; images where they are needed."""
+        index = torch.as_tensor(positions)
+        batch = {name: values[index.to(values.device)] for name, values in self.kept.items()}
+        batch["label"] = self.labels[index.to(self.labels.device)]
+        return batch if self.images is None else batch | self.images.__getitems__(positions)
+
+
 @dataclass(frozen=True)
 class Task:
     """One step of a stream: what is learnt, and on which examples."""

@@ -211,9 +211,9 @@ class Retrieve(Objective):
             owners.append(batch["pair"][:, None].expand_as(there)[there].cpu())
             counts.append(there.sum(1).cpu())
         sizes = list(map(len, tests))
-        lines = [int(count.sum()) for count in torch.cat(counts).split(sizes)]
-        of_images = [torch.cat(each).split(sizes) for each in (images, pairs)]
-        of_texts = [torch.cat(each).split(lines) for each in (texts, owners)]
+        lines = [int(count.sum()) for count in torch.split(torch.cat(counts), sizes)]
+        of_images = [torch.split(torch.cat(each), sizes) for each in (images, pairs)]
+        of_texts = [torch.split(torch.cat(each), lines) for each in (texts, owners)]
         return [_Gallery(*each) for each in zip(*of_images, *of_texts, strict=True)]
 
 

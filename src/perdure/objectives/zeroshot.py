@@ -63,6 +63,13 @@ class ZeroShot(Objective):
         """Scaled cosines (B, seen classes)."""
         return self.similarity(features, self._classes())
 
+    def local_scores(self, features: Tensor) -> Tensor:
+        """Scaled cosines (B, classes of the current task); a text tower that learns reads no other names."""
+        if self._learner[0].constant_texts or torch.is_inference_mode_enabled():
+            return super().local_scores(features)
+        names, classes = [self.names[i] for i in self.local], [self.classes[i] for i in self.local]
+        return self.similarity(features, self.embed(names, classes))
+
     def similarity(self, features: Tensor, classes: Tensor) -> Tensor:
         """Scaled cosines (B, n) of image features to `classes` (n, dim)."""
         scale = self._learner[0].backbone.logit_scale
