@@ -18,9 +18,10 @@ from typing import Any, TypeVar
 
 import torch
 
-from perdure import checkpoint, drift
+from perdure import checkpoint
 from perdure.augment import AUGMENTS
 from perdure.config import RunConfig, make_backbone, make_method, make_objective
+from perdure.drift import Drift
 from perdure.evaluation import Evaluation
 from perdure.foresight import foresee
 from perdure.learner import Core
@@ -223,9 +224,10 @@ def learn_stream(
     snapshot = checkpoint.latest_step(out, learnt) if learnt < len(stream) else None
     if latest := snapshot or (done[-1] if done else None):
         checkpoint.restore(learner, latest, stream.tasks)
-    features = drift.Drift(done)
-    evaluation = Evaluation(stream, held_out or Retention((), learner), out, progress.note)
+    features = Drift(done)
+    evaluation = Evaluation(stream, held_out or Retention((), learner), features, out, progress.note)
     with _interruptible() as stopped:
+        saver = _Saver(save_every, out, learner, stopped)
         for task in stream.tasks[learnt:]:
             if stopped():
                 raise Interrupted(f"stopped before task {task.index}; go on with 'perdure resume {out}'")
@@ -236,7 +238,7 @@ def learn_stream(
                 snapshot = None
             else:
                 before = evaluation.before(learner, task)
-            saver = _Saver(save_every, out, learner, before, stopped)
+            saver.begin(before)
             try:
                 fitted = fit_task(learner, task, config, progress, saver, resumed)
             except Diverged as error:
@@ -247,7 +249,7 @@ def learn_stream(
                     f"can be used as they are in {out}"
                 ) from error
             start = time.perf_counter()
-            new = before + evaluation.after(learner, task) + features.measure(learner, task, stream)
+            new = before + evaluation.after(learner, task, fitted.moved)
             facts = facts_of(fitted, time.perf_counter() - start)
             checkpoint.save_task(out, learner, new, facts | (extra or {}), features.files(task))
             with (out / "results.jsonl").open("a", encoding="utf-8") as file:
@@ -260,11 +262,19 @@ def learn_stream(
 
 
 class _Saver:
-    """Snapshots within a task: every so many steps, or as often as costs at most a fiftieth of the time."""
+    """Snapshots within a task: every so many steps, or as often as costs at most a fiftieth of the time.
 
-    def __init__(self, every: int, out: Path, learner: Core, rows: list[Row], stopped: Callable[[], bool]) -> None:
-        self.every, self.out, self.learner, self.rows, self.stopped = every, out, learner, rows, stopped
-        self.saved, self.took = time.perf_counter(), 0.0
+    What a snapshot costs is known from the last one, also of the task before; the first is taken for a tenth of a
+    second. So tasks of a few steps, which are saved when they end, do without.
+    """
+
+    def __init__(self, every: int, out: Path, learner: Core, stopped: Callable[[], bool]) -> None:
+        self.every, self.out, self.learner, self.stopped = every, out, learner, stopped
+        self.took = 0.1
+
+    def begin(self, rows: list[Row]) -> None:
+        """A task begins, before which `rows` were measured."""
+        self.rows, self.saved = rows, time.perf_counter()
 
     def __call__(self, step: int, optimizer: torch.optim.Optimizer | None) -> None:
         stopped, now = self.stopped(), time.perf_counter()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from perdure.augment import AUGMENTS
 from perdure.learner import Core, derived_seed
+from perdure.method import varies
 from perdure.process import ALONE, as_found, plain
 from perdure.types import Batch, Data, Row, Task
 
@@ -93,6 +94,8 @@ class Fitted:
     finish: float
     images: int
     trainable: int
+    moved: bool
+    """Whether more than heads was trained, or features are the method's own: those of old images are others now."""
 
 
 SaveStep = Callable[[int, torch.optim.Optimizer | None], None]
@@ -148,6 +151,7 @@ def fit_task(
     done, images = 0, 0
     optimizer = _optimizer(learner, config)
     trainable = sum(p.numel() for p in learner.trainable().values())
+    moved = varies(method) or not all(name.startswith("objective.") for name in learner.trainable())
     progress.task(task, task.total, config.epochs, steps if optimizer else 0)
     if optimizer:
         if resumed:
@@ -181,7 +185,7 @@ def fit_task(
     learner.settle()
     learner.learnt = task.index + 1
     clock.append(time.perf_counter())
-    return Fitted(clock[1] - clock[0], clock[2] - clock[1], clock[3] - clock[2], images, trainable)
+    return Fitted(clock[1] - clock[0], clock[2] - clock[1], clock[3] - clock[2], images, trainable, moved)
 
 
 def _training_batches(
@@ -220,8 +224,10 @@ def _set_rate(optimizer: torch.optim.Optimizer, config: TrainConfig, progress: f
 
 def _reseed(learner: Core, task: Task, purpose: str, step: int | None = None) -> None:
     """The global generators too, for methods and models that draw from them."""
+    # Where all runs on the CPU its generator alone: asking after each kind of accelerator takes half a millisecond.
+    generators = torch.default_generator if learner.device.type == "cpu" else torch
     with ALONE:
-        torch.manual_seed(derived_seed(learner.seed, task.index, purpose, step))
+        generators.manual_seed(derived_seed(learner.seed, task.index, purpose, step))
 
 
 def _check_gradients(learner: Core, task: Task) -> None:

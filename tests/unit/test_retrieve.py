@@ -9,11 +9,11 @@ import torch
 from torch.nn import functional as F
 
 from perdure.config import make_method
-from perdure.learner import Encoded
 from perdure.memory.inputs import second_moments
 from perdure.objectives.retrieve import Retrieve, _Gallery, embedded
 from perdure.run import run
 from perdure.texts import pack, unpack
+from perdure.types import Encoded
 
 
 @pytest.fixture
@@ -198,8 +198,7 @@ def test_captions_in_another_language_do_not_answer_for_this_one(bench: Any) -> 
     images, pairs = F.normalize(torch.randn(30, 8, generator=draw), dim=1), torch.arange(30)
     strange = F.normalize(torch.randn(30, 8, generator=draw), dim=1)
     known, unknown = _Gallery(images, pairs, images, pairs), _Gallery(images, pairs, strange, pairs)
-    galleries = iter([known, unknown])
-    learner.objective._gallery = lambda *_: next(galleries)
+    learner.objective._galleries = lambda *_: [known, unknown]
     tasks = bench.but(scenario="domain").stream().tasks[:2]
     first, second = learner.objective.evaluate(learner, list(tasks))
     assert first["union/i2t@1"] == 1.0
