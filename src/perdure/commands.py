@@ -1,28 +1,23 @@
-"""The commands: one frozen dataclass each, whose fields are the flags and whose docstrings are the help."""
+"""The commands: one frozen dataclass each, whose fields are the flags and whose docstrings are the help.
+
+What a command computes with is imported when it is called: help, lists and mistakes wait for no torch.
+"""
 
 import difflib
-import inspect
 import shlex
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
 from perdure.ask import Advise
-from perdure.backbones import BACKBONES
+from perdure.catalogue import Kind, entries
 from perdure.command import Command
-from perdure.compare import cells, compare
-from perdure.config import RunConfig, register
+from perdure.config import RunConfig
 from perdure.console import Screen
-from perdure.lessons import teach_folder
-from perdure.method import METHODS
-from perdure.recipes import DEMO_METHODS, RECIPES, demo, flags
-from perdure.report import write_report
-from perdure.run import read_record, read_summary, resume, run
-from perdure.streams import STREAMS
+from perdure.recipes import DEMO_METHODS, demo, flags
 from perdure.use import Eval, Export, Predict, Search
 
 
@@ -54,6 +49,8 @@ class Run(RunConfig, Command):
 
     def __call__(self, screen: Screen) -> None:
         """Run, report."""
+        from perdure.run import run
+
         config = RunConfig(**{f.name: getattr(self, f.name) for f in fields(RunConfig)})
         if self.recipe:
             screen.note(f"recipe {self.recipe}: {shlex.join(flags(config))}")
@@ -70,6 +67,8 @@ class Resume(Command):
 
     def __call__(self, screen: Screen) -> None:
         """Resume, report."""
+        from perdure.run import resume
+
         screen.wait("reading the data and the model")
         _finished(self.folder, resume(self.folder, screen), screen)
 
@@ -106,6 +105,9 @@ class Learn(Command):
 
     def __call__(self, screen: Screen) -> None:
         """Learn, say what is known now."""
+        from perdure.lessons import teach_folder
+        from perdure.report import write_report
+
         screen.wait("reading the data and the model")
         names = [f.name for f in fields(RunConfig) if hasattr(self, f.name)]
         given = {n: getattr(self, n) for n in names if getattr(self, n) is not None}
@@ -156,6 +158,8 @@ class Report(Command):
 
     def __call__(self, screen: Screen) -> None:
         """Write and print the path."""
+        from perdure.report import write_report
+
         inner = [run for folder in self.folders for run in _runs_in(folder)]
         path = write_report(inner, self.out or self.folders[0] / "report.html")
         screen.result({"report": str(path)}, f"report: {path}")
@@ -165,34 +169,25 @@ class Report(Command):
 class List(Command):
     """What there is: methods, streams, backbones, recipes."""
 
-    what: tyro.conf.Positional[Literal["methods", "streams", "backbones", "recipes"]]
+    what: tyro.conf.Positional[Kind]
     """Which."""
     name: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")] = None
     """One of them, with all that is written about it."""
 
     def __call__(self, screen: Screen) -> None:
         """Print names, options and what they are."""
-        register()
-        tables: dict[str, Mapping[str, Callable[..., Any]]] = {
-            "methods": METHODS,
-            "streams": STREAMS,
-            "backbones": BACKBONES,
-            "recipes": RECIPES,
-        }
-        found = tables[self.what]
+        found = entries(self.what)
         if self.name is None:
-            screen.listing([(name, _options(made), _sentence(made)) for name, made in sorted(found.items())])
+            screen.listing([(name, each.options, each.sentence) for name, each in sorted(found.items())])
             return
         if self.name not in found:
             near = difflib.get_close_matches(self.name, found, n=1)
             meant = f"did you mean {near[0]!r}?" if near else f"'perdure list {self.what}' names them"
             raise ValueError(f"{self.name!r} is not among the {self.what}; {meant}")
-        made = found[self.name]
-        about = inspect.cleandoc(made.__doc__ or "")
-        if inspect.isclass(made):
-            about = f"{inspect.cleandoc(sys.modules[made.__module__].__doc__ or '')}\n\n{about}"
-        text = f"{self.name}({_options(made)})\n\n{about}" if _options(made) else f"{self.name}\n\n{about}"
-        screen.result({"name": self.name, "options": _options(made), "about": about}, text)
+        entry = found[self.name]
+        lines = [f"{self.name}({entry.options})" if entry.options else self.name]
+        lines += [f"  {name}: {values}" for name, values in entry.ranges.items()]
+        screen.result({"name": self.name, **asdict(entry)}, "\n".join([*lines, "", entry.about]))
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {
@@ -214,6 +209,10 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 def _grid(
     config: RunConfig, methods: Sequence[str], seeds: Sequence[int], out: Path, screen: Screen, demo: bool = False
 ) -> None:
+    from perdure.compare import cells, compare
+    from perdure.report import write_report
+    from perdure.run import read_record, read_summary
+
     grid = cells(methods, seeds, out)
     table = compare(config, grid, out, screen, steps=not demo)
     if demo:
@@ -226,6 +225,9 @@ def _grid(
 
 
 def _finished(out: Path, summary: dict[str, Any], screen: Screen) -> None:
+    from perdure.report import write_report
+    from perdure.run import read_record
+
     record = read_record(out)
     _tell_skipped(record["stream"].get("skipped", []), screen)
     screen.matrix(summary, [t["name"] for t in record["stream"]["tasks"]], record["config"]["method"])
@@ -246,14 +248,3 @@ def _runs_in(folder: Path) -> list[Path]:
     if not inner:
         raise ValueError(f"{folder} is neither a run's nor a grid's folder: it has no run.json")
     return inner
-
-
-def _options(made: Callable[..., Any]) -> str:
-    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    options = [p for p in inspect.signature(made).parameters.values() if p.kind in named]
-    return ", ".join(p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in options)
-
-
-def _sentence(made: Callable[..., Any]) -> str:
-    text = inspect.cleandoc((sys.modules[made.__module__].__doc__ if inspect.isclass(made) else made.__doc__) or "")
-    return " ".join(text.partition("\n\n")[0].split())

@@ -5,14 +5,14 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from perdure.backbones import BACKBONES
-from perdure.method import METHODS, Method, compose
-from perdure.objectives import OBJECTIVES, Objective
-from perdure.runtime import Attention, Precision
+from perdure.settings import Attention, Precision, TrainConfig
 from perdure.spec import build, parse
-from perdure.train import TrainConfig
+
+if TYPE_CHECKING:  # what only asks, as the command line's help does, waits for no torch
+    from perdure.method import Method
+    from perdure.objectives import Objective
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +59,10 @@ def register() -> None:
     import_module("perdure.methods")
 
 
-def make_method(text: str) -> Method:
+def make_method(text: str) -> "Method":
     """A method from its spec: `lora(rank=8) + replay(size=200)`."""
+    from perdure.method import METHODS, compose
+
     register()
     specs = parse(text)
     method = compose([build(spec, METHODS, "method") for spec in specs])
@@ -68,13 +70,17 @@ def make_method(text: str) -> Method:
     return method
 
 
-def make_objective(text: str) -> Objective:
+def make_objective(text: str) -> "Objective":
     """An objective from its spec."""
+    from perdure.objectives import OBJECTIVES
+
     return one(text, OBJECTIVES, "objective")  # type: ignore[no-any-return]
 
 
 def make_backbone(text: str) -> Any:
     """A backbone from its spec."""
+    from perdure.backbones import BACKBONES
+
     return one(text, BACKBONES, "backbone")
 
 

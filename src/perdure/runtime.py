@@ -12,12 +12,11 @@ from accelerate import PartialState
 from torch import nn
 
 from perdure.backbones.base import Backbone
+from perdure.settings import Attention, Precision
 
 if sys.platform != "win32":
     import resource
 
-Precision = Literal["auto", "fp32", "bf16"]
-Attention = Literal["auto", "eager", "sdpa"]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 

@@ -1,22 +1,23 @@
-"""The commands that use what was learnt: predict, search, eval, export."""
+"""The commands that use what was learnt: predict, search, eval, export.
+
+What they compute with is imported when they are called: their help waits for no torch.
+"""
 
 import dataclasses
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
 import tyro
 
 from perdure.command import Command
 from perdure.console import Screen
-from perdure.export import export
-from perdure.retention import METRIC, Retention
-from perdure.streams import build_stream
-from perdure.teach import Learner
-from perdure.types import Batch, Data, Row, Task
+
+if TYPE_CHECKING:
+    from perdure.teach import Learner
+    from perdure.types import Batch, Data, Row, Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,8 @@ class Predict(Command):
 
     def __call__(self, screen: Screen) -> None:
         """Print labels with scores."""
+        from perdure.teach import Learner
+
         if self.top < 1:
             raise ValueError(f"--top {self.top}: expected 1 or more")
         if not self.images:
@@ -64,6 +67,8 @@ class Search(Command):
 
     def __call__(self, screen: Screen) -> None:
         """Print files with cosines, best first."""
+        from perdure.teach import Learner
+
         learner = Learner.load(self.learner)
         files = images_in(self.folder)
         screen.wait("looking")
@@ -84,6 +89,9 @@ class Eval(Command):
 
     def __call__(self, screen: Screen) -> None:
         """Print the score per task, or per held-out data set."""
+        from perdure.retention import METRIC, Retention
+        from perdure.teach import Learner
+
         screen.wait("evaluating")
         if not self.retain:
             screen.measured(*measure(self.learner, self.stream))
@@ -109,17 +117,24 @@ class Export(Command):
 
     def __call__(self, screen: Screen) -> None:
         """Export and print the path."""
+        from perdure.export import export
+        from perdure.teach import Learner
+
         screen.wait("writing")
         path = export(Learner.load(self.learner), self.out, self.to)
         screen.result({"export": str(path), "to": self.to}, f"written: {path}")
 
 
-def measure(folder: Path, stream: str | None) -> tuple[list[Task], list[Row]]:
+def measure(folder: Path, stream: str | None) -> "tuple[list[Task], list[Row]]":
     """The tasks of a stream, and a learner's accuracy on them; classes are matched by name.
 
     Raises:
         ValueError: when a class of the stream is not among those that were learnt.
     """
+    from perdure.streams import build_stream
+    from perdure.teach import Learner
+    from perdure.types import Row
+
     learner = Learner.load(folder)
     described = stream if stream is not None else learner.config.stream
     if not described:
@@ -135,7 +150,7 @@ def measure(folder: Path, stream: str | None) -> tuple[list[Task], list[Row]]:
     return tasks, rows
 
 
-def _named_alike(task: Task, learner: Learner, what: str, folder: Path) -> Task:
+def _named_alike(task: "Task", learner: "Learner", what: str, folder: Path) -> "Task":
     """The task with the learner's ids of its classes."""
     if unknown := [name for name in task.names if name not in learner.known]:
         near = difflib.get_close_matches(unknown[0], learner.known, n=1)
@@ -150,15 +165,17 @@ def _named_alike(task: Task, learner: Learner, what: str, folder: Path) -> Task:
 class _Renumbered:
     """Data whose class ids are those of a learner."""
 
-    def __init__(self, data: Data, ids: Mapping[int, int]) -> None:
+    def __init__(self, data: "Data", ids: Mapping[int, int]) -> None:
+        import torch
+
         self.data = data
         self.labels = torch.tensor([ids[c] for c in data.labels.tolist()], dtype=torch.int64)
 
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitems__(self, positions: Sequence[int]) -> Batch:
-        return self.data.__getitems__(positions) | {"label": self.labels[torch.as_tensor(positions)]}
+    def __getitems__(self, positions: Sequence[int]) -> "Batch":
+        return self.data.__getitems__(positions) | {"label": self.labels[list(positions)]}
 
 
 def images_in(path: Path) -> list[Path]:

@@ -1,5 +1,6 @@
-"""Numbers as people read them on a terminal."""
+"""Numbers and texts as people read them on a terminal."""
 
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,3 +47,24 @@ def times(step: dict[str, Any] | None) -> str:
     if step is None or (step["ratio"] is None and step.get("why") != "no steps"):
         return "–"
     return "none" if step["ratio"] is None else f"{step['ratio']:.2f}"
+
+
+def shortened(text: str, most: int = 200) -> str:
+    """The beginning and the end of a text that is longer than `most` characters."""
+    return text if len(text) <= most else f"{text[: most * 2 // 3]} … {text[-(most // 3) :]}"
+
+
+def printable(text: str) -> str:
+    """A text on one line, with escapes such as `\\x1b` for what would steer a terminal or turn the reading direction.
+
+    Names of classes and files, and what is said of them, come from anywhere: a control character in one could clear the
+    screen, colour or hide what follows, or forge a line of its own.
+    """
+    return text if text.isprintable() else "".join(map(_shown, text))
+
+
+def _shown(character: str) -> str:
+    # Wide and unbreakable spaces are blanks; joiners are part of words in some scripts, and of emoji.
+    if character.isprintable() or unicodedata.category(character) == "Zs" or character in "\u200c\u200d":
+        return character
+    return character.encode("unicode_escape", "surrogatepass").decode("ascii")
