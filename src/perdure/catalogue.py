@@ -162,12 +162,20 @@ class _Module:
         if isinstance(default, ast.Name):
             default = self.values[default.id]
         value = inspect.Parameter.empty if default is None else ast.literal_eval(default)
+        return value, Any if annotation is None else self.meant(annotation)
+
+    def meant(self, annotation: ast.expr) -> Any:
+        """The type of an annotation; what has no range is anything."""
         # Our own source, as importing it would; of its names only those that make ranges matter here.
-        return value, Any if annotation is None else eval(ast.unparse(annotation), {}, _Names(vars(ranges)))
+        return eval(ast.unparse(annotation), {}, _Names(self))
 
 
 class _Names(dict[str, Any]):
-    """Names of annotations; what has no range is anything."""
+    """What the names in a module's annotations mean."""
+
+    def __init__(self, module: _Module) -> None:
+        super().__init__(vars(builtins) | vars(typing) | vars(ranges))
+        self.module = module
 
     def __missing__(self, name: str) -> Any:
-        return vars(typing).get(name, vars(builtins).get(name, Any))
+        return self.module.meant(self.module.values[name]) if name in self.module.values else Any

@@ -17,6 +17,7 @@ from perdure.catalogue import Kind, entries
 from perdure.command import Command
 from perdure.config import RunConfig
 from perdure.console import Screen
+from perdure.ranges import BatchSize, Epochs, Rate, Seed
 from perdure.recipes import DEMO_METHODS, demo, flags
 from perdure.use import Eval, Export, Predict, Search
 
@@ -88,13 +89,13 @@ class Learn(Command):
     """For a new learner; inflora(rank=10) unless said otherwise."""
     objective: str | None = None
     """For a new learner; classify() unless said otherwise."""
-    epochs: int | None = None
+    epochs: Epochs | None = None
     """Passes over the images; 5 unless said otherwise, and more over few images, for at least 60 steps."""
-    lr: float | None = None
+    lr: Rate | None = None
     """Learning rate; 1e-3 unless said otherwise."""
-    batch_size: int | None = None
+    batch_size: BatchSize | None = None
     """Images per step; 64 unless said otherwise."""
-    seed: int | None = None
+    seed: Seed | None = None
     """For a new learner; 0 unless said otherwise."""
     precision: Literal["auto", "fp32", "bf16"] | None = None
     """For a new learner; auto unless said otherwise."""
@@ -131,7 +132,7 @@ class Compare(RunConfig, Command):
     methods: tuple[str, ...]
     """Methods, each in quotes."""
     method: Annotated[str, tyro.conf.Suppress] = field(default="")
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[Seed, ...] = (0, 1, 2)
     """One run a method for each; unless the stream fixes it, a seed is also a class order."""
     seed: Annotated[int, tyro.conf.Suppress] = field(default=0)
     out: Path

@@ -5,8 +5,9 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from perdure.ranges import Range, Seed
 from perdure.settings import Attention, Precision, TrainConfig
 from perdure.spec import build, parse
 
@@ -29,7 +30,7 @@ class RunConfig(TrainConfig):
     """What is asked: classify() learns heads, zeroshot() compares with class names, retrieve() images with captions."""
     augment: Literal["none", "flip", "crop", "zoom"] = "none"
     """Random views of training images."""
-    seed: int = 0
+    seed: Seed = 0
     """All randomness, and the order of classes unless the stream fixes it."""
     precision: Precision = "auto"
     """Of the encoder: auto takes bf16 where the processor has it natively."""
@@ -37,7 +38,7 @@ class RunConfig(TrainConfig):
     """auto times both implementations at the start and takes the faster."""
     device: str = "auto"
     """cpu, cuda, mps, ..."""
-    save_every: int = 0
+    save_every: Annotated[int, Range(0, 10**9)] = 0
     """Steps between snapshots within a task; 0 saves as often as costs at most 2 % of the time."""
 
     retain: tuple[str, ...] = ()
@@ -46,8 +47,6 @@ class RunConfig(TrainConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "retain", tuple(self.retain))
-        if self.save_every < 0:
-            raise ValueError(f"save_every={self.save_every}: expected a number of steps, or 0 for automatic")
 
     def describe(self) -> dict[str, Any]:
         """As JSON."""

@@ -21,7 +21,6 @@ from torch.nn import functional as F
 
 from perdure.learner import Core
 from perdure.memory.tensors import Tensors
-from perdure.method import at_least_zero
 from perdure.types import Batch, Data, Task
 
 Mode = Literal["affine", "literal", "fixed"]
@@ -59,8 +58,8 @@ class DRS(nn.Module):
     ) -> None:
         super().__init__()
         self.ranks = tuple(sorted(set(ranks)))
-        if not self.ranks or self.ranks[0] < 1:
-            raise ValueError(f"ranks={tuple(ranks)}: expected candidate ranks of 1 or more, such as (2, 4, 8)")
+        if not self.ranks:
+            raise ValueError(f"ranks={self.ranks}: expected candidate ranks, such as (2, 4, 8)")
         if mode != "fixed" and len(self.ranks) == 1:
             raise ValueError(
                 f"ranks={tuple(ranks)}, drs={mode!r}: one rank leaves nothing to choose; write drs='fixed'"
@@ -68,9 +67,6 @@ class DRS(nn.Module):
         self.mode, self.lr = mode, lr
         self.cost = _COST if cost is None else cost
         self.epochs = _EPOCHS if epochs is None else epochs
-        at_least_zero(rank_cost=self.cost)
-        if self.epochs < 1:
-            raise ValueError(f"warm_up={epochs}: expected at least 1 epoch")
         self.chosen = Tensors()  # rank and complexity of the current task
 
     @property

@@ -53,6 +53,10 @@ class Range:
 
 Count = Annotated[int, Range(1, 10**6)]
 """Images, tasks, steps, classes."""
+Epochs = Annotated[int, Range(1, 10**5)]
+"""Passes over a training set."""
+BatchSize = Annotated[int, Range(1, 65536)]
+"""Examples per step."""
 Rank = Annotated[int, Range(1, 4096)]
 """Of a matrix, or the units of a bottleneck."""
 Length = Annotated[int, Range(1, 256)]
@@ -60,10 +64,16 @@ Length = Annotated[int, Range(1, 256)]
 Strength = Annotated[float, Range(0, 1e9)]
 """Weight of a penalty; 0 for none."""
 Factor = Annotated[float, Range(0, 1e4, above=True)]
-"""Learning rates, factors, temperatures."""
+"""Factors, temperatures."""
+Rate = Annotated[float, Range(0, 1e6, above=True)]
+"""Learning rates."""
 Share = Annotated[float, Range(0, 1, above=True)]
 """Part of a whole, and not none of it."""
-Seed = Annotated[int, Range(-(2**63), 2**63 - 1)]
+Ratio = Annotated[float, Range(0, 100, above=True)]
+"""Old images for each new one."""
+Bytes = Annotated[float, Range(1, 1e15)]
+"""Of memory or of a file."""
+Seed = Annotated[int, Range(-(10**12), 10**12)]
 """Of randomness."""
 
 
@@ -173,4 +183,8 @@ def _words(hint: Any) -> list[str]:
 
 
 def _number(value: float) -> str:
-    return str(value) if isinstance(value, int) else f"{value:g}".replace("e+0", "e")
+    return (
+        str(value)
+        if isinstance(value, int) and abs(value) <= 10**6
+        else f"{value:g}".replace("e+0", "e").replace("e+", "e")
+    )

@@ -14,6 +14,7 @@ import tyro
 
 from perdure.command import Command
 from perdure.console import Screen
+from perdure.ranges import Count
 
 if TYPE_CHECKING:
     from perdure.teach import Learner
@@ -28,7 +29,7 @@ class Predict(Command):
     """A learner's or a run's folder."""
     images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES")]
     """Image files, or folders of them."""
-    top: int = 3
+    top: Count = 3
     """How many names per image."""
     classes: tuple[str, ...] = ()
     """Any words to choose among, instead of what was learnt: --classes "a cat" "a dog"; needs a CLIP."""
@@ -37,8 +38,6 @@ class Predict(Command):
         """Print labels with scores."""
         from perdure.teach import Learner
 
-        if self.top < 1:
-            raise ValueError(f"--top {self.top}: expected 1 or more")
         if not self.images:
             raise ValueError(f"no image given: write 'perdure predict {self.learner} cat.jpg'")
         learner = Learner.load(self.learner)
@@ -62,7 +61,7 @@ class Search(Command):
     """Folder of images."""
     text: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TEXT")]
     """What is looked for, in quotes: "a red car"."""
-    top: int = 5
+    top: Count = 5
     """How many images."""
 
     def __call__(self, screen: Screen) -> None:

@@ -18,7 +18,6 @@ from perdure.mistakes import mistake
 from perdure.ranges import Rank
 from perdure.streams import STREAMS
 
-
 SLOW = "torch torchvision timm transformers open_clip datasets accelerate pyarrow scipy jinja2 safetensors numpy PIL"
 IN_PROCESS = """
 import sys

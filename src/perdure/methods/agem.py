@@ -15,6 +15,7 @@ from torch import Tensor
 from perdure import gradients
 from perdure.learner import Core
 from perdure.method import Method, check_trained
+from perdure.ranges import BatchSize, Count
 from perdure.selection import Exemplars
 from perdure.types import Batch, Task
 
@@ -29,10 +30,8 @@ class AGEM(Method, name="agem"):
         batch_size: old examples that a step is compared with.
     """
 
-    def __init__(self, size: int = 2000, batch_size: int = 64) -> None:
+    def __init__(self, size: Count = 2000, batch_size: BatchSize = 64) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}: expected at least 1 old example a step")
         self.memory, self.batch_size = Exemplars(size), batch_size
         self._old: Batch | None = None  # of the current step
 

@@ -17,7 +17,7 @@ What it does not do: old inputs pass through B too, so a small core limits inter
 
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +31,9 @@ from perdure.backbones.base import Tower, named_towers
 from perdure.drs import DRS, Mode
 from perdure.learner import Core
 from perdure.memory.tensors import Tensors
-from perdure.method import Method, at_least_zero, without_effect
+from perdure.method import Method, without_effect
 from perdure.prompting import check_tokens
+from perdure.ranges import Count, Factor, Range, Rank, Strength
 from perdure.types import Batch, Task
 
 Reading = Literal["accumulate", "per_task", "continued"]
@@ -66,24 +67,22 @@ class FMLoRA(Method, name="fm_lora"):
 
     def __init__(
         self,
-        rank: int = 16,
-        ranks: int | Sequence[int] | None = None,
+        rank: Rank = 16,
+        ranks: Rank | Sequence[Rank] | None = None,
         at: str = "qv",
         blocks: str | None = None,
         tower: Tower = "vision",
         share: bool = True,
         reading: Reading = "accumulate",
         drs: Mode | None = None,
-        rank_cost: float | None = None,
-        warm_up: int | None = None,
-        prompts: int = 4,
-        prompt_lr: float | None = None,
-        prompt_pull: float | None = None,
+        rank_cost: Strength | None = None,
+        warm_up: Count | None = None,
+        prompts: Annotated[int, Range(0, 256)] = 4,
+        prompt_lr: Factor | None = None,
+        prompt_pull: Strength | None = None,
         freeze_prompts: bool = False,
     ) -> None:
         super().__init__()
-        if rank < 1:
-            raise ValueError(f"rank={rank}: expected 1 or more, such as 16")
         candidates = _candidates(rank, ranks, drs)
         drs = drs or ("fixed" if len(set(candidates)) == 1 else "affine")
         if max(candidates, default=0) > rank:
@@ -100,16 +99,11 @@ class FMLoRA(Method, name="fm_lora"):
             raise ValueError(
                 "reading='continued' goes on with one M and N, whose rank cannot change: write drs='fixed'"
             )
-        if prompts < 0:
-            raise ValueError(f"prompts={prompts}: expected a number of tokens, or 0 for none")
         if not prompts:
             frozen = freeze_prompts or None
             without_effect("with prompts=0", prompt_lr=prompt_lr, prompt_pull=prompt_pull, freeze_prompts=frozen)
         if freeze_prompts:
             without_effect("with freeze_prompts=True", prompt_lr=prompt_lr, prompt_pull=prompt_pull)
-        if prompt_lr is not None and not prompt_lr > 0:
-            raise ValueError(f"prompt_lr={prompt_lr}: expected a positive factor, such as 0.1, or freeze_prompts=True")
-        at_least_zero(prompt_pull=prompt_pull or 0.0)
         self.rank, self.at, self.blocks, self.tower = rank, at, blocks, tower
         self.share, self.reading = share, reading
         self.prompts = prompts
