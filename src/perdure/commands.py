@@ -134,7 +134,7 @@ class Compare(RunConfig, Command):
     method: Annotated[str, tyro.conf.Suppress] = field(default="")
     seeds: tuple[Seed, ...] = (0, 1, 2)
     """One run a method for each; unless the stream fixes it, a seed is also a class order."""
-    seed: Annotated[int, tyro.conf.Suppress] = field(default=0)
+    seed: Annotated[Seed, tyro.conf.Suppress] = field(default=0)
     out: Path
     """Folder of the grid; finished runs in it are not repeated."""
 
