@@ -4,6 +4,7 @@ Nothing is imported here that takes time, so that Ctrl-C is met from the first m
 while modules are still being imported too, when Python by itself would print where each of them stood.
 """
 
+import contextlib
 import os
 import signal
 import sys
@@ -33,10 +34,12 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except (OSError, ValueError):
+        except OSError as error:
             # What is left leads nowhere, or Python would complain once more.
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-            code = code or 1
+            broken = isinstance(error, BrokenPipeError)  # who reads has had enough, and need not be told
+            _tell("" if broken else f"perdure: {error.strerror}: the output could not be written\n")
+            code = code or (1 if broken else 2)
     sys.exit(code)  # type: ignore[arg-type]
 
 
@@ -58,10 +61,13 @@ def _unraisable(told: "sys.UnraisableHookArgs") -> None:
 
 
 def _leave(saying: str = _STOPPED) -> None:
-    try:
-        os.write(2, saying.encode())
-    finally:
-        os._exit(130)
+    _tell(saying)
+    os._exit(130)
+
+
+def _tell(text: str) -> None:
+    with contextlib.suppress(OSError):
+        os.write(2, text.encode())
 
 
 def _open_streams() -> None:
@@ -73,6 +79,7 @@ def _open_streams() -> None:
             os.open(os.devnull, os.O_RDWR)
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names in any script, anywhere
 
 
 if __name__ == "__main__":

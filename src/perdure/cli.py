@@ -38,15 +38,16 @@ def main(args: Sequence[str] | None = None) -> None:
     if wrong:
         screen.error(wrong)
         sys.exit(2)
-    command: Command = tyro.extras.subcommand_cli_from_dict(
-        # A parser is built for each of them: a fifth of the time that a list takes.
-        {name: made for name, made in commands.items() if name in arguments[:1]} or commands,
-        prog="perdure",
-        description="Teach pre-trained vision and vision-language models one task after another, without forgetting.",
-        args=arguments,
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
     try:
+        command: Command = tyro.extras.subcommand_cli_from_dict(
+            # A parser is built for each of them: a fifth of the time that a list takes.
+            {name: made for name, made in commands.items() if name in arguments[:1]} or commands,
+            prog="perdure",
+            description="Teach pre-trained vision and vision-language models one task after another, without "
+            "forgetting.",
+            args=arguments,
+            config=(tyro.conf.OmitArgPrefixes,),
+        )
         command(screen)
     except KeyboardInterrupt:
         screen.error("stopped at once; what was saved before is whole, and the same command can go on")

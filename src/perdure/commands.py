@@ -20,6 +20,7 @@ from perdure.console import Screen
 from perdure.ranges import BatchSize, Epochs, Rate, Seed
 from perdure.recipes import DEMO_METHODS, demo, flags
 from perdure.use import Eval, Export, Predict, Search
+from perdure.wording import shortened
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +122,7 @@ class Learn(Command):
         ask = f"predict {into} IMAGE" if summary["score"] == "accuracy" else f"search {into} FOLDER 'words'"
         screen.result(
             {"event": "learnt", "task": task.describe(), "summary": summary, "skipped": skipped},
-            f"learnt {', '.join(task.names)}; ask it with: perdure {ask}",
+            f"learnt {', '.join(map(shortened, task.names))}; ask it with: perdure {ask}",
         )
 
 
@@ -188,7 +189,7 @@ class List(Command):
         entry = found[self.name]
         lines = [f"{self.name}({entry.options})" if entry.options else self.name]
         lines += [f"  {name}: {values}" for name, values in entry.ranges.items()]
-        screen.result({"name": self.name, **asdict(entry)}, "\n".join([*lines, "", entry.about]))
+        screen.result({"name": self.name, **asdict(entry)}, *lines, "", *entry.about.splitlines())
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {

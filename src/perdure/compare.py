@@ -22,7 +22,7 @@ from perdure.runtime import Runtime, resolve
 from perdure.scatter import standalone
 from perdure.streams import build_stream
 from perdure.train import Progress
-from perdure.wording import RARE, times
+from perdure.wording import RARE, printable, printable_lines, times
 
 KEYS = (
     "acc",
@@ -170,8 +170,15 @@ def markdown(table: Sequence[dict[str, Any]]) -> str:
     lines = [f"| method | runs | {' | '.join(titles)} |", "|---" * (len(titles) + 2) + "|"]
     for row in table:
         cells = [times(row["step"]) if key == "step" else _shown(key, row[key]) for key, _ in shown]
-        lines.append(f"| `{row['method']}` | {row['runs']} | {' | '.join(cells)} |")
+        lines.append(f"| {_code(row['method'])} | {row['runs']} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _code(text: str) -> str:
+    """A text as code in a table's cell: no bar ends the cell, no backtick the code."""
+    text = printable(text).replace("|", "\\|")
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"
 
 
 _SHOWN = (
@@ -207,7 +214,7 @@ def _write(grid: Sequence[Cell], out: Path) -> list[dict[str, Any]]:
     checkpoint.write_json(out / "compare.json", table)
     checkpoint.write_text(out / "compare.md", markdown(table))
     for name, _, figure in trade_offs([(row["method"], row.get) for row in table]):
-        checkpoint.write_text(out / f"accuracy-{name}.svg", standalone(figure))
+        checkpoint.write_text(out / f"accuracy-{name}.svg", printable_lines(standalone(figure)))
     return table
 
 

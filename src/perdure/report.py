@@ -15,7 +15,7 @@ from perdure import charts, language, metrics, scatter
 from perdure.measured import new_task_acc, steps_of
 from perdure.records import PHASES, Group, Run, grouped
 from perdure.scatter import Cost, Point
-from perdure.wording import RARE
+from perdure.wording import RARE, printable_lines
 
 # A number's key in summary.json, its name, and what it says to someone who reads it for the first time.
 NUMBERS = (
@@ -175,7 +175,7 @@ def _render(runs: Sequence[Run]) -> str:
     first, *others = _recall_named() if score == "recall" else NUMBERS
     named = (first, *(each for each in language.NUMBERS if each[0] in rare), *others)
     steps = any(_spread(group, "step_cost") for group in groups)
-    return template.render(
+    page = template.render(
         title=", ".join(methods) if len(methods) <= 3 else f"{len(methods)} methods compared",
         streams=streams,
         backbones=backbones,
@@ -201,6 +201,7 @@ def _render(runs: Sequence[Run]) -> str:
         scattered=Markup(scatter.STYLE),
         heat=[(charts.heat_colours(dark=False), ""), (charts.heat_colours(dark=True), "dark")],
     )
+    return printable_lines(page)
 
 
 def _recall_named() -> tuple[tuple[str, str, str], ...]:

@@ -15,6 +15,7 @@ import tyro
 from perdure.command import Command
 from perdure.console import Screen
 from perdure.ranges import Count
+from perdure.wording import shortened
 
 if TYPE_CHECKING:
     from perdure.teach import Learner
@@ -45,7 +46,7 @@ class Predict(Command):
         screen.wait("looking")
         found = learner.predict(files, top=self.top, classes=self.classes or None)
         for file, answer in zip(files, found, strict=True):
-            line = "  ".join(f"{name} {share:.1%}" for name, share in answer)
+            line = "  ".join(f"{shortened(name)} {share:.1%}" for name, share in answer)
             screen.result(
                 {"image": str(file), "labels": [{"name": n, "score": s} for n, s in answer]}, f"{file}  {line}"
             )

@@ -1,7 +1,7 @@
 """Numbers and texts as people read them on a terminal."""
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 Pair = Sequence[float | None] | None
@@ -54,17 +54,27 @@ def shortened(text: str, most: int = 200) -> str:
     return text if len(text) <= most else f"{text[: most * 2 // 3]} … {text[-(most // 3) :]}"
 
 
-def printable(text: str) -> str:
+def printable(text: str, escaped: Callable[[str], str] | None = None) -> str:
     """A text on one line, with escapes such as `\\x1b` for what would steer a terminal or turn the reading direction.
 
     Names of classes and files, and what is said of them, come from anywhere: a control character in one could clear the
     screen, colour or hide what follows, or forge a line of its own.
+
+    Args:
+        text: what is to be shown.
+        escaped: what stands for a character that is not; as Python writes it when None.
     """
-    return text if text.isprintable() else "".join(map(_shown, text))
+    if text.isprintable():
+        return text
+    escaped = escaped or (lambda character: character.encode("unicode_escape").decode("ascii"))
+    return "".join(character if _harmless(character) else escaped(character) for character in text)
 
 
-def _shown(character: str) -> str:
+def printable_lines(text: str) -> str:
+    """The same of a text of several lines, such as a document."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
+def _harmless(character: str) -> bool:
     # Wide and unbreakable spaces are blanks; joiners are part of words in some scripts, and of emoji.
-    if character.isprintable() or unicodedata.category(character) == "Zs" or character in "\u200c\u200d":
-        return character
-    return character.encode("unicode_escape", "surrogatepass").decode("ascii")
+    return character.isprintable() or unicodedata.category(character) == "Zs" or character in "\u200c\u200d"
