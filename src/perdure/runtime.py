@@ -61,8 +61,8 @@ def resolve(
         )
     name = state.device.type if device == "auto" else device
     try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
+        torch.ones(1, device=name).item()  # a number that comes back: "meta" makes tensors, but keeps none
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise ValueError(f"device {device!r} cannot be used here ({str(error).splitlines()[0]}); use auto") from error
     chosen = precision if precision != "auto" else ("bf16" if native_bf16(name) else "fp32")
     backbone.to(name)

@@ -56,7 +56,10 @@ def parse(text: str) -> tuple[Spec, ...]:
     while isinstance(tree, ast.BinOp) and isinstance(tree.op, ast.Add):
         parts.append(tree.right)
         tree = tree.left
-    return tuple(_spec(part, text) for part in (tree, *reversed(parts)))
+    try:
+        return tuple(_spec(part, text) for part in (tree, *reversed(parts)))
+    except RecursionError as error:  # Python reads deeper trees than it writes
+        raise ValueError(f"cannot read {text!r} ({_reason(error)}): {_FORM}") from error
 
 
 def parse_one(text: str) -> Spec:
