@@ -19,7 +19,7 @@ from perdure.wording import human_bytes
 _SYLLABLES = tuple(first + second for second in "aeiou" for first in "bdfgklmnprst")
 _PHRASES = ("a {0} of {1}", "{1}: one {0}", "the {0} ({1})", "{0}, {1}", "{1}, look: {0}")
 
-_MOST_PICTURES, _MOST_BYTES = 10**5, 2**28
+_MOST_PICTURES, _MOST_BYTES = 10**5, 2**27
 Tasks = Annotated[int, Range(1, 1000)]
 Side = Annotated[int, Range(1, 512)]
 """Of pictures, in pixels."""
@@ -61,8 +61,8 @@ def synthetic(
             shift = _picture(size, seed, f"domain {t}") if scenario == "domain" else torch.zeros(3, size, size)
             centres = {c: _picture(size, seed, f"class {c}") + shift for c in classes}
             grain = torch.randn(len(labels), 3, size, size, generator=_generator(seed, f"{kind} {t}"))
-            pictures = torch.stack([centres[c] for c in labels.tolist()]) + noise * grain
-            return ImageSet.of((128 + 40 * pictures).round().clamp(0, 255).to(torch.uint8), labels, preprocess)
+            pictures = grain.mul_(noise).add_(torch.stack([centres[c] for c in labels.tolist()]))
+            return ImageSet.of(_bytes(pictures), labels, preprocess)
 
         made = []
         for t, classes in enumerate(_classes(tasks, classes_per_task, scenario)):
@@ -125,8 +125,7 @@ def captions_synthetic(
         shown = 0 if same else t
         things = torch.stack([_picture(size, seed, f"thing {shown * per_task + i}") for i in range(count)])
         grain = torch.randn(count, 3, size, size, generator=_generator(seed, f"{name} {shown}"))
-        pictures = (128 + 40 * (things + noise * grain)).round().clamp(0, 255).to(torch.uint8)
-        images = ImageSet.of(pictures, torch.full((count,), t), preprocess)
+        images = ImageSet.of(_bytes(grain.mul_(noise).add_(things)), torch.full((count,), t), preprocess)
         return Captioned.around(images, first + shown * count + torch.arange(count), texts[t * per_task :][:count])
 
     def plan(preprocess: Preprocess, seed: int) -> Stream:
@@ -147,6 +146,11 @@ def captions_synthetic(
         return Stream("captions_synthetic", scenario, tuple(made), notes)
 
     return plan
+
+
+def _bytes(pictures: Tensor) -> Tensor:
+    """Of mean 0 and deviation 1, changed in place, to uint8."""
+    return pictures.mul_(40).add_(128).round_().clamp_(0, 255).to(torch.uint8)
 
 
 def _not_too_many(pictures: int, size: int) -> None:
