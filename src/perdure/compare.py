@@ -23,7 +23,7 @@ from perdure.run import Interrupted, recorded_config, resume, run
 from perdure.runtime import Runtime, resolve
 from perdure.streams import build_stream
 from perdure.train import Progress
-from perdure.wording import RARE, times
+from perdure.wording import RARE, printable, printable_lines, times
 
 KEYS = (
     "acc",
@@ -173,8 +173,15 @@ def markdown(table: Sequence[dict[str, Any]]) -> str:
     lines = [f"| method | runs | {' | '.join(titles)} |", "|---" * (len(titles) + 2) + "|"]
     for row in table:
         cells = [times(row["step"]) if key == "step" else _shown(key, row[key]) for key, _ in shown]
-        lines.append(f"| `{row['method']}` | {row['runs']} | {' | '.join(cells)} |")
+        lines.append(f"| {_code(row['method'])} | {row['runs']} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _code(text: str) -> str:
+    """A text as code in a table's cell: no bar ends the cell, no backtick the code."""
+    text = printable(text).replace("|", "\\|")
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"
 
 
 _SHOWN = (

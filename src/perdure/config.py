@@ -5,15 +5,15 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from perdure.backbones import BACKBONES
-from perdure.backbones.base import Backbone
-from perdure.method import METHODS, Method, compose
-from perdure.objectives import OBJECTIVES, Objective
-from perdure.runtime import Attention, Precision
+from perdure.ranges import Range, Seed
+from perdure.settings import Attention, Precision, TrainConfig
 from perdure.spec import build, parse
-from perdure.train import TrainConfig
+
+if TYPE_CHECKING:  # what only asks, as the command line's help does, waits for no torch
+    from perdure.method import Method
+    from perdure.objectives import Objective
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class RunConfig(TrainConfig):
     """What is asked: classify() learns heads, zeroshot() compares with class names, retrieve() images with captions."""
     augment: Literal["none", "flip", "crop", "zoom"] = "none"
     """Random views of training images."""
-    seed: int = 0
+    seed: Seed = 0
     """All randomness, and the order of classes unless the stream fixes it."""
     precision: Precision = "auto"
     """Of the encoder: auto takes bf16 where the processor has it natively."""
@@ -38,7 +38,7 @@ class RunConfig(TrainConfig):
     """auto times both implementations at the start and takes the faster."""
     device: str = "auto"
     """cpu, cuda, mps, ..."""
-    save_every: int = 0
+    save_every: Annotated[int, Range(0, 10**9)] = 0
     """Steps between snapshots within a task; 0 saves as often as costs at most 2 % of the time."""
 
     retain: tuple[str, ...] = ()
@@ -47,8 +47,6 @@ class RunConfig(TrainConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "retain", tuple(self.retain))
-        if self.save_every < 0:
-            raise ValueError(f"save_every={self.save_every}: expected a number of steps, or 0 for automatic")
 
     def describe(self) -> dict[str, Any]:
         """As JSON."""
@@ -60,8 +58,10 @@ def register() -> None:
     import_module("perdure.methods")
 
 
-def make_method(text: str) -> Method:
+def make_method(text: str) -> "Method":
     """A method from its spec: `lora(rank=8) + replay(size=200)`."""
+    from perdure.method import METHODS, compose
+
     register()
     specs = parse(text)
     method = compose([build(spec, METHODS, "method") for spec in specs])
@@ -69,8 +69,10 @@ def make_method(text: str) -> Method:
     return method
 
 
-def make_objective(text: str) -> Objective:
+def make_objective(text: str) -> "Objective":
     """An objective from its spec."""
+    from perdure.objectives import OBJECTIVES
+
     return one(text, OBJECTIVES, "objective")  # type: ignore[no-any-return]
 
 
@@ -80,7 +82,9 @@ def make_backbone(text: str) -> Any:
     Raises:
         ValueError: when there is none, or its weights are not finite.
     """
-    backbone: Backbone = one(text, BACKBONES, "backbone")
+    from perdure.backbones import BACKBONES
+
+    backbone = one(text, BACKBONES, "backbone")
     backbone.check_finite()
     return backbone
 

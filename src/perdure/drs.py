@@ -21,7 +21,6 @@ from torch.nn import functional as F
 
 from perdure.learner import Core
 from perdure.memory.tensors import Tensors
-from perdure.method import at_least_zero
 from perdure.types import Batch, Data, Task
 
 Mode = Literal["affine", "fixed"]
@@ -59,15 +58,14 @@ class DRS(nn.Module):
     ) -> None:
         super().__init__()
         self.ranks = tuple(sorted(set(ranks)))
-        if not self.ranks or self.ranks[0] < 1:
-            raise ValueError(f"ranks={tuple(ranks)}: expected candidate ranks of 1 or more, such as (2, 4, 8)")
+        if not self.ranks:
+            raise ValueError(f"ranks={self.ranks}: expected candidate ranks, such as (2, 4, 8)")
         if mode != "fixed" and len(self.ranks) == 1:
             raise ValueError(
                 f"ranks={tuple(ranks)}, drs={mode!r}: one rank leaves nothing to choose; write drs='fixed'"
             )
         self.mode, self.epochs, self.lr = mode, epochs, lr
         self.cost = _COST if cost is None else cost
-        at_least_zero(rank_cost=self.cost)
         self.chosen = Tensors()  # rank and complexity of the current task
 
     @property

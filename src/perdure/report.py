@@ -16,7 +16,7 @@ from perdure.charts import duration, show
 from perdure.figures import Drawing, Point
 from perdure.measured import new_task_acc, steps_of
 from perdure.records import PHASES, Group, Run, grouped
-from perdure.wording import RARE
+from perdure.wording import RARE, printable_lines
 
 # A number's key in summary.json, its name, and what it says to someone who reads it for the first time.
 NUMBERS = (
@@ -204,7 +204,7 @@ class _Page:
         first, *others = _recall_named() if score == "recall" else NUMBERS
         named = (first, *(each for each in language.NUMBERS if each[0] in rare), *others)
         steps = any(_spread(group, "step_cost") for group in groups)
-        return template.render(
+        page = template.render(
             title=", ".join(methods) if len(methods) <= 3 else f"{len(methods)} methods compared",
             streams=self.streams,
             backbones=self.backbones,
@@ -226,6 +226,7 @@ class _Page:
             colours=figures.COLOURS,
             heat=[(charts.heat_colours(dark=False), ""), (charts.heat_colours(dark=True), "dark")],
         )
+        return printable_lines(page)
 
 
 def _recall_named() -> tuple[tuple[str, str, str], ...]:

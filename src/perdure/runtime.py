@@ -13,12 +13,11 @@ from torch import nn
 
 from perdure.backbones.base import Backbone
 from perdure.process import ALONE
+from perdure.settings import Attention, Precision
 
 if sys.platform != "win32":
     import resource
 
-Precision = Literal["auto", "fp32", "bf16"]
-Attention = Literal["auto", "eager", "sdpa"]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -59,8 +58,8 @@ def resolve(
         raise ValueError(f"{processes} processes were launched; perdure trains in one: start it without a launcher")
     name = there if device == "auto" else device
     try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
+        torch.ones(1, device=name).item()  # a number that comes back: "meta" makes tensors, but keeps none
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise ValueError(f"device {device!r} cannot be used here ({str(error).splitlines()[0]}); use auto") from error
     chosen = precision if precision != "auto" else ("bf16" if native_bf16(name) else "fp32")
     backbone.to(name)

@@ -79,10 +79,8 @@ def test_candidates_are_sorted_and_stand_once() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"ranks": ()}, r"ranks=\(\): expected candidate ranks of 1 or more, such as \(2, 4, 8\)"),
-        ({"ranks": (0, 4)}, r"ranks=\(0, 4\): expected candidate ranks of 1 or more, such as \(2, 4, 8\)"),
+        ({"ranks": ()}, r"ranks=\(\): expected candidate ranks, such as \(2, 4, 8\)"),
         ({"ranks": (4, 4)}, r"ranks=\(4, 4\), drs='affine': one rank leaves nothing to choose; write drs='fixed'"),
-        ({"ranks": RANKS, "cost": -1}, "rank_cost=-1: expected 0 or more"),
     ],
 )
 def test_an_impossible_choice_is_refused_with_what_is_possible(arguments: dict[str, Any], message: str) -> None:
@@ -251,7 +249,5 @@ def test_one_rank_to_choose_from_is_refused_with_the_remedy() -> None:
             "write rank=4 instead$",
         ):
             make_method(f"inflora(ranks={ranks})")
-    with pytest.raises(
-        ValueError, match=r"^method 'inflora', option ranks=\(\): expected candidate ranks of 1 or more"
-    ):
+    with pytest.raises(ValueError, match=r"^method 'inflora', option ranks=\(\): expected candidate ranks"):
         make_method("inflora(ranks=())")

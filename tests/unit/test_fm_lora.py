@@ -271,14 +271,11 @@ def test_export_of_prompts_which_no_weights_can_hold_is_refused(model: str, tmp_
     ("options", "message"),
     [
         ("rank=4, ranks=(2, 8)", r"ranks=\(2, 8\): expected at most rank=4, the dimension of the shared bases"),
-        ("prompts=-1", r"prompts=-1: expected a number of tokens, or 0 for none"),
         ("rank=4, ranks=4, drs='affine'", r"ranks=.*one rank leaves nothing to choose; .*drs='fixed'.*"),
-        ("rank=0", r"rank=0: expected 1 or more, such as 16"),
         ("rank=1, drs='affine'", r"drs=.*ranks=\(1,\), .*one rank leaves nothing to choose; write drs='fixed'"),
         ("ranks=(2, 4), drs='fixed'", r"ranks=\(2, 4\): drs='fixed' takes one rank for all tasks; write ranks=4"),
         ("drs='fixed', rank_cost=0.1", r"rank_cost=0.1 has no effect with drs='fixed': leave it out"),
-        ("rank_cost=-1", r"rank_cost=-1: expected 0 or more"),
-        ("ranks=()", r"ranks=\(\): expected candidate ranks of 1 or more, such as \(2, 4, 8\)"),
+        ("ranks=()", r"ranks=\(\): expected candidate ranks, such as \(2, 4, 8\)"),
         ("drs='afine'", r"drs='afine': expected .*; did you mean 'affine'\?"),
     ],
 )

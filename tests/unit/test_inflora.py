@@ -134,12 +134,9 @@ def test_without_the_projection_the_past_is_not_avoided() -> None:
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("keep=0", "keep=0: expected a share"),
-        ("keep=1.1", "keep=1.1: expected a share"),
         ("moments=0", "moments=0: "),
         ("rank=4, ranks=(2, 4)", "rank=4 has no effect beside ranks: leave it out$"),
         ("rank_cost=0.1", "rank_cost=0.1 has no effect without ranks: leave it out$"),
-        ("ranks=(2, 4), rank_cost=-1", "rank_cost=-1: expected 0 or more$"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(option: str, message: str) -> None:

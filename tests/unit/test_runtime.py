@@ -40,7 +40,7 @@ def test_applying_a_runtime_sets_threads_and_attention() -> None:
     assert {m.implementation for m in model.modules() if hasattr(m, "implementation")} == {"eager"}
 
 
-@pytest.mark.parametrize("device", ["nonsense", "xpu:7"])
+@pytest.mark.parametrize("device", ["nonsense", "xpu:7", "meta", "hpu"])
 def test_a_device_that_is_not_there_is_refused(device: str) -> None:
     with pytest.raises(ValueError, match=f"^device '{device}' cannot be used here .*; use auto$"):
         resolve(tiny(), "fp32", "sdpa", 8, device)

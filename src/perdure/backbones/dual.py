@@ -7,11 +7,13 @@ from torch import Tensor
 
 from perdure.backbones import pretrained
 from perdure.backbones.clip import Clip, named, read_tokenizer
+from perdure.ranges import checked
 from perdure.spec import Spec
 
 _KIND = "vision-text-dual-encoder"
 
 
+@checked
 def dual(
     path: str | None = None, vision: str | None = None, text: str | None = None, input_norm: str = "model"
 ) -> Clip:

@@ -15,6 +15,7 @@ from perdure.backbones import pretrained
 from perdure.backbones.base import Backbone, Tower
 from perdure.backbones.unpacked import Attention, unpack
 from perdure.images import Interpolation, Preprocess
+from perdure.ranges import checked
 from perdure.spec import Spec
 
 _HUB = "hf-hub:"
@@ -22,6 +23,7 @@ CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"
 
 
+@checked
 def open_clip(name: str, checkpoint: str | None = None, input_norm: str = "model") -> "OpenClip":
     """A model of the OpenCLIP library; install it with `pip install "perdure[open_clip]"`.
 

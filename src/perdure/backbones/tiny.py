@@ -3,7 +3,7 @@
 import math
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from perdure.backbones.base import Backbone, Tower
 from perdure.images import Preprocess
+from perdure.ranges import Range, Seed, checked
 from perdure.spec import Spec
 
 _HEADS = 4
@@ -18,8 +19,14 @@ _PATCH = 4  # side, in pixels
 _LENGTH = 48  # characters of a text that are read
 
 
+@checked
 def tiny(
-    dim: int = 32, depth: int = 2, size: int = 16, seed: int = 7, fused: bool = True, text: bool = False
+    dim: Annotated[int, Range(_HEADS, 512)] = 32,
+    depth: Annotated[int, Range(1, 16)] = 2,
+    size: Annotated[int, Range(_PATCH, 128)] = 16,
+    seed: Seed = 7,
+    fused: bool = True,
+    text: bool = False,
 ) -> "Tiny":
     """A ViT of random weights, for tests: milliseconds a step, no files.
 
@@ -31,9 +38,9 @@ def tiny(
         fused: one `qkv` layer as in timm, or `q_proj`, `k_proj`, `v_proj` as in Hugging Face; same features.
         text: add a text tower, as CLIP has.
     """
-    for name, value, unit in (("dim", dim, _HEADS), ("size", size, _PATCH), ("depth", depth, 1)):
-        if value < unit or value % unit:
-            raise ValueError(f"{name}={value}: expected a positive multiple of {unit}, for example {name}={4 * unit}")
+    for name, value, unit in (("dim", dim, _HEADS), ("size", size, _PATCH)):
+        if value % unit:
+            raise ValueError(f"{name}={value}: expected a multiple of {unit}, for example {name}={4 * unit}")
     model = Tiny(dim, depth, size, seed, fused, text)
     return model.eval().requires_grad_(False)
 

@@ -17,6 +17,7 @@ What it does not do: old inputs pass through B too, so a small core limits inter
 """
 
 from collections.abc import Iterable, Sequence
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ from perdure.learner import Core
 from perdure.memory.tensors import Tensors
 from perdure.method import Method, without_effect
 from perdure.prompting import check_tokens
+from perdure.ranges import Count, Factor, Range, Rank, Strength
 from perdure.types import Batch, Task
 
 _PROMPT_LR = 0.1  # after the first task, as a factor of the run's learning rate
@@ -57,27 +59,23 @@ class FMLoRA(Method, name="fm_lora"):
 
     def __init__(
         self,
-        rank: int = 16,
-        ranks: int | Sequence[int] | None = None,
+        rank: Rank = 16,
+        ranks: Rank | Sequence[Rank] | None = None,
         at: str = "qv",
         blocks: str | None = None,
         tower: Tower = "vision",
         share: bool = True,
         drs: Mode | None = None,
-        rank_cost: float | None = None,
-        prompts: int = 4,
+        rank_cost: Strength | None = None,
+        prompts: Annotated[int, Range(0, 256)] = 4,
     ) -> None:
         super().__init__()
-        if rank < 1:
-            raise ValueError(f"rank={rank}: expected 1 or more, such as 16")
         candidates = _candidates(rank, ranks, drs)
         drs = drs or ("fixed" if len(set(candidates)) == 1 else "affine")
         if max(candidates, default=0) > rank:
             raise ValueError(f"ranks={candidates}: expected at most rank={rank}, the dimension of the shared bases")
         if drs == "fixed":
             without_effect("with drs='fixed'", rank_cost=rank_cost)
-        if prompts < 0:
-            raise ValueError(f"prompts={prompts}: expected a number of tokens, or 0 for none")
         self.rank, self.at, self.blocks, self.tower = rank, at, blocks, tower
         self.share, self.prompts = share, prompts
         self.shares = prompts > 0

@@ -31,6 +31,7 @@ from perdure.memory.spaces import Spaces
 from perdure.memory.subspace import Subspace, keep_schedule
 from perdure.memory.symmetric import exact
 from perdure.method import Method, without_effect
+from perdure.ranges import Count, Rank, Share, Strength
 from perdure.types import Site, Task
 
 # Kaiming-uniform rows, which the official code starts from, have norm 1/√3; B_t's rows keep it.
@@ -63,24 +64,20 @@ class InfLoRA(Method, name="inflora"):
 
     def __init__(
         self,
-        rank: int | None = None,
+        rank: Rank | None = None,
         at: str = "kv",
         blocks: str | None = None,
         tower: Tower = "vision",
-        keep: float = 0.95,
+        keep: Share = 0.95,
         power: Literal[1, 2] = 2,
         schedule: Literal["linear", "fixed"] = "linear",
         design: Literal["inputs", "random"] = "inputs",
         project: bool = True,
-        moments: int = 512,
-        ranks: Sequence[int] | None = None,
-        rank_cost: float | None = None,
+        moments: Count = 512,
+        ranks: Sequence[Rank] | None = None,
+        rank_cost: Strength | None = None,
     ) -> None:
         super().__init__()
-        if not 0 < keep <= 1:
-            raise ValueError(f"keep={keep}: expected a share of energy in (0, 1], such as 0.95")
-        if moments < 1:
-            raise ValueError(f"moments={moments}: expected at least 1 image")
         if ranks is None:
             without_effect("without ranks", rank_cost=rank_cost)
             self.drs = DRS((_RANK if rank is None else rank,), "fixed")

@@ -3,6 +3,7 @@
 from perdure.backbones.base import Tower
 from perdure.learner import Core
 from perdure.method import Method, without_effect
+from perdure.ranges import Factor
 from perdure.types import Data, Task, Union
 
 _RATE = 0.1
@@ -20,7 +21,7 @@ class Joint(Method, name="joint"):
 
     rehearses = True
 
-    def __init__(self, backbone_lr: float = _RATE, tower: Tower = "vision") -> None:
+    def __init__(self, backbone_lr: Factor = _RATE, tower: Tower = "vision") -> None:
         super().__init__()
         self.backbone_lr, self.tower = backbone_lr, tower
 

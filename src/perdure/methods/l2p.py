@@ -13,7 +13,7 @@ which each text chooses by what the pre-trained tower makes of it, is ours.
 """
 
 from contextlib import AbstractContextManager
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,9 @@ from torch.nn import functional as F
 from perdure.adapters.tokens import Given
 from perdure.backbones.base import OneTower, Tower, named_towers
 from perdure.learner import Core
-from perdure.method import at_least_zero, without_effect
+from perdure.method import without_effect
 from perdure.prompting import Asking, Chosen, check_tokens, nearest, output_of
+from perdure.ranges import Length, Range, Strength
 from perdure.types import Batch, Task
 
 
@@ -81,18 +82,15 @@ class L2P(Asking[Pool], name="l2p"):
 
     def __init__(
         self,
-        pool: int = 10,
-        length: int = 5,
-        top: int = 5,
-        strength: float = 0.1,
+        pool: Annotated[int, Range(1, 1024)] = 10,
+        length: Length = 5,
+        top: Annotated[int, Range(1, 1024)] = 5,
+        strength: Strength = 0.1,
         batchwise: bool = False,
         reads: Literal["prompts", "class"] | None = None,
         tower: Tower = "vision",
     ) -> None:
         super().__init__(tower)
-        for name, value in (("pool", pool), ("length", length), ("top", top)):
-            if value < 1:
-                raise ValueError(f"{name}={value}: expected 1 or more, such as 5")
         if top > pool:
             raise ValueError(f"top={top}: expected at most pool={pool}, the number of entries")
         if top == pool and strength:
@@ -103,7 +101,6 @@ class L2P(Asking[Pool], name="l2p"):
             raise ValueError(f"batchwise=True has no effect with top={top} of pool={pool} entries: leave it out")
         if tower == "text":
             without_effect("with tower='text'", batchwise=batchwise or None, reads=reads)
-        at_least_zero(strength=strength)
         self.pool, self.length, self.top = pool, length, top
         self.strength, self.batchwise = strength, batchwise
         self.from_prompts = reads != "class"

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from perdure.objectives.base import Objective
+from perdure.ranges import Count, checked
 from perdure.ranking import recalls
 from perdure.texts import present, unpack
 from perdure.types import Batch, Data, Task, Union
@@ -37,10 +38,9 @@ class Retrieve(Objective):
     classifies = False
     texts = True
 
-    def __init__(self, captions: int | None = 1) -> None:
+    @checked
+    def __init__(self, captions: Count | None = 1) -> None:
         super().__init__()
-        if captions is not None and captions < 1:
-            raise ValueError(f"captions={captions}: expected 1 or more, or None for all")
         self.captions = captions
         self._learner: list[Core] = []  # in a list: the learner owns us, not we the learner
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from perdure.objectives.base import Objective, accuracies
+from perdure.ranges import checked
 from perdure.types import Batch, Task
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ class ZeroShot(Objective):
     open_vocabulary = True
     texts = True
 
+    @checked
     def __init__(self, templates: str | Sequence[str] = TEMPLATE) -> None:
         super().__init__()
         self.templates = (templates,) if isinstance(templates, str) else tuple(templates)
