@@ -23,7 +23,7 @@ from perdure.run import Interrupted, recorded_config, resume, run
 from perdure.runtime import Runtime, resolve
 from perdure.streams import build_stream
 from perdure.train import Progress
-from perdure.wording import RARE, printable, printable_lines, times
+from perdure.wording import RARE, printable, times
 
 KEYS = (
     "acc",

@@ -32,7 +32,7 @@ from perdure.learner import Core
 from perdure.memory.tensors import Tensors
 from perdure.method import Method, without_effect
 from perdure.prompting import check_tokens
-from perdure.ranges import Count, Factor, Range, Rank, Strength
+from perdure.ranges import Range, Rank, Strength
 from perdure.types import Batch, Task
 
 _PROMPT_LR = 0.1  # after the first task, as a factor of the run's learning rate
