@@ -165,11 +165,15 @@ def double() -> Iterator[None]:
         torch.set_default_dtype(torch.float32)
 
 
+@contextmanager
+def switched() -> Iterator[None]:
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
+        yield
+
+
 MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
-    "inference_mode": torch.inference_mode,
+    "inference mode, autocast and a default device": switched,
     "no_grad": torch.no_grad,
-    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
-    "default device": lambda: torch.device("meta"),
     "default dtype": double,
 }
 
