@@ -109,7 +109,7 @@ class Learner(Core):
             ValueError: for images, labels or options that cannot be used.
         """
         check_options("learn", options, TrainConfig)
-        train = dataclasses.replace(self.usual_training(), **options)
+        train = self.usual_training().but(**options)
         read = self._labelled if self.objective.classifies else self._captioned
         task = read(images, labels, captions)
         given = "captions" if labels is None else "labels"

@@ -4,15 +4,19 @@ import difflib
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Literal, Protocol, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol, Self, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
 from perdure.augment import AUGMENTS
 from perdure.learner import Core, derived_seed
+from perdure.method import without_effect
 from perdure.types import Batch, Data, Row, Task
+
+_DECAY = 0.1
+_BRACKETS = str.maketrans("", "", "()[] ")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +33,12 @@ class TrainConfig:
     """Made anew for every task; sgd has momentum 0.9."""
     weight_decay: float = 0.0
     """Of the optimizer; above 0 it also shrinks what old tasks learnt and share."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """Learning rate over a task's steps."""
+    schedule: Literal["cosine", "cosine-epoch", "step", "constant"] = "cosine"
+    """Learning rate in a task: half a cosine, a step at a time; a quarter, an epoch at a time; a fall at milestones."""
+    milestones: str = ""
+    """With step: the epochs after which the rate is multiplied by decay, as 4,6,8."""
+    decay: float | None = None
+    """With step: by how much at each of the milestones; 0.1 unless given."""
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self)).items():
@@ -44,6 +52,43 @@ class TrainConfig:
                 raise ValueError(f"{name}={getattr(self, name)}: expected {least} or more")
         if not (self.lr > 0 and math.isfinite(self.lr)):
             raise ValueError(f"lr={self.lr}: expected a positive number, such as 1e-3")
+        # a list or tuple of numbers too, as Python's users write it
+        object.__setattr__(self, "milestones", str(self.milestones).translate(_BRACKETS).rstrip(","))
+        if self.schedule != "step":
+            why = f"with schedule={self.schedule!r}, but with 'step'"
+            without_effect(why, milestones=self.milestones or None, decay=self.decay)
+            if self.schedule == "cosine-epoch" and self.epochs == 1:
+                raise ValueError("schedule='cosine-epoch' has no effect in 1 epoch: give more, or 'cosine'")
+            return
+        if not self._milestones() or sorted({0, *self._milestones()}) != [0, *self._milestones()]:
+            raise ValueError(f"milestones={self.milestones!r}: expected numbers of epochs, rising, such as 4,6,8")
+        if self._milestones()[-1] >= self.epochs:
+            raise ValueError(
+                f"milestones={self.milestones!r}: the last has no effect within epochs={self.epochs}: leave it out, or "
+                "give more epochs"
+            )
+        if self.decay is not None and not (self.decay > 0 and math.isfinite(self.decay) and self.decay != 1):
+            raise ValueError(f"decay={self.decay}: expected a positive factor other than 1, such as 0.1")
+
+    def _milestones(self) -> list[int]:
+        words = self.milestones.split(",")
+        return [int(word) for word in words] if all(word.isascii() and word.isdecimal() for word in words) else []
+
+    def but(self, **changes: Any) -> Self:
+        """The same with changes; another schedule leaves the milestones of this one behind."""
+        if changes.get("schedule", self.schedule) != self.schedule:
+            changes = {"milestones": "", "decay": None} | changes
+        return replace(self, **changes)
+
+    def rate(self, step: int, steps: int) -> float:
+        """Learning rate of a task's step number `step` (from 0) of `steps`."""
+        epoch = step * self.epochs // steps
+        if self.schedule == "cosine":
+            return self.lr * (0.5 * (1 + math.cos(math.pi * (step / steps))))
+        if self.schedule == "cosine-epoch":
+            return self.lr * math.cos(99 * math.pi * epoch / (200 * (self.epochs - 1)))
+        fallen = sum(epoch >= milestone for milestone in self._milestones()) if self.schedule == "step" else 0
+        return self.lr * (_DECAY if self.decay is None else self.decay) ** fallen
 
 
 class Diverged(ValueError):
@@ -140,7 +185,8 @@ def fit_task(
         for step, batch in _training_batches(learner, task, data, config, done):
             learner.step = step
             _reseed(learner, task, "step", step)
-            _set_rate(optimizer, config, step / steps)
+            for group in optimizer.param_groups:
+                group["lr"] = config.rate(step, steps) * group["scale"]
             batch = method.batch(learner, batch)
             if "image" in batch:
                 batch = learner.augment(batch, learner.generator("augment", step))
@@ -194,12 +240,6 @@ def _optimizer(learner: Core, config: TrainConfig) -> torch.optim.Optimizer | No
         return torch.optim.SGD(described, config.lr, momentum=0.9, weight_decay=config.weight_decay, fused=True)
     kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
     return kind(described, config.lr, weight_decay=config.weight_decay, fused=True)
-
-
-def _set_rate(optimizer: torch.optim.Optimizer, config: TrainConfig, progress: float) -> None:
-    factor = 0.5 * (1 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1.0
-    for group in optimizer.param_groups:
-        group["lr"] = config.lr * factor * group["scale"]
 
 
 def _reseed(learner: Core, task: Task, purpose: str, step: int | None = None) -> None:
