@@ -70,7 +70,7 @@ def teach_folder(
                 "classes: leave it out"
             )
         trained = {k: v for k, v in given.items() if k in {f.name for f in dataclasses.fields(TrainConfig)}}
-        train = dataclasses.replace(learner.usual_training(), **trained)
+        train = learner.usual_training().but(**trained)
         before = _tasks_with_data(learner, into, progress)
         known = {name: c for task in before for name, c in zip(task.names, task.classes, strict=True)}
         task = _read(photos, learner, known, len(before), skip_bad, captions)

@@ -25,7 +25,10 @@ STEPS = "steps.json"
 
 Pair = tuple[float, float | None] | None
 _SPECS = ("stream", "backbone")
-_TRAINING = ("objective", "epochs", "batch_size", "lr", "optimizer", "weight_decay", "schedule", "augment")
+_TRAINING = (
+    *("objective", "epochs", "batch_size", "lr", "optimizer", "weight_decay"),
+    *("schedule", "milestones", "decay", "augment"),
+)
 _OWN = ("method", "seed", "save_every", "device")
 
 

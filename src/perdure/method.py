@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from perdure.ranges import checked
+from perdure.ranges import checked, without_effect
 from perdure.types import Batch, Data, Task
 
 if TYPE_CHECKING:
@@ -290,13 +290,6 @@ def compose(parts: Sequence[Method]) -> Method:
                 f"likes: what {promise.name} protects or relies on would be void. Use one of the two"
             )
     return parts[0] if len(parts) == 1 else Compose(parts)
-
-
-def without_effect(why: str, **options: object) -> None:
-    """Raise `ValueError` for the first option that was given, which is not None."""
-    for name, value in options.items():
-        if value is not None:
-            raise ValueError(f"{name}={value!r} has no effect {why}: leave it out")
 
 
 def check_texts(learner: Core, part: Method, tower: str) -> None:

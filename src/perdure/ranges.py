@@ -107,6 +107,13 @@ def refuse(values: Mapping[str, Any], hints: Mapping[str, Any], who: str = "") -
             raise ValueError(f"{who}{name}={shortened(repr(value))}: {wrong}")
 
 
+def without_effect(why: str, **options: object) -> None:
+    """Raise `ValueError` for the first option that was given, which is not None."""
+    for name, value in options.items():
+        if value is not None:
+            raise ValueError(f"{name}={value!r} has no effect {why}: leave it out")
+
+
 def problem(value: Any, hint: Any) -> str:
     """What was expected instead of a value; empty when it is as expected."""
     if fits(value, hint):

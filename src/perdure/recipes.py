@@ -75,7 +75,10 @@ def expand(arguments: Sequence[str]) -> list[str]:
         near = difflib.get_close_matches(named[0], RECIPES, n=1)
         meant = f"did you mean {near[0]!r}?" if near else "'perdure list recipes' names them"
         raise ValueError(f"there is no recipe {named[0]!r}; {meant}")
-    return ["run", *flags(RECIPES[named[0]]()), *arguments[1:]]
+    config = RECIPES[named[0]]()
+    if any(word.partition("=")[0] == "--schedule" for word in arguments):  # milestones belong to the recipe's own
+        config = config.but(schedule=RunConfig.schedule)
+    return ["run", *flags(config), *arguments[1:]]
 
 
 def _docstring(preset: Preset, config: RunConfig) -> str:

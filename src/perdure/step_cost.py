@@ -66,12 +66,12 @@ class Contestant:
         for task in few:
             self.learner.grow(task)
             if task is not few[-1]:
-                fit_task(self.learner, task, dataclasses.replace(config, epochs=1))
+                fit_task(self.learner, task, config.but(epochs=1, schedule="constant"))
 
     def turn(self) -> list[float]:
         """Seconds of a few steps; empty for a method that trains nothing by steps."""
         clock = _Clock(self.now)
-        config = dataclasses.replace(self.config, epochs=min(self.config.epochs, 2))
+        config = self.config.but(epochs=min(self.config.epochs, 2), schedule="constant")
         resumed = (0, _as_it_is) if self.begun else None
         with contextlib.suppress(_Enough):
             fit_task(self.learner, self.learner.task, config, clock, resumed=resumed)

@@ -118,7 +118,7 @@ class Learner(Core):
             ValueError: for images, labels or options that cannot be used.
         """
         check_options("learn", options, TrainConfig)
-        train = dataclasses.replace(self.usual_training(), **options)
+        train = self.usual_training().but(**options)
         with self.lessons, as_found(self.runtime.threads):
             if self.lessons.depth > 1:
                 raise ValueError("this learner is learning: learn cannot be called from its progress; call it after")

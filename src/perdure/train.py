@@ -129,7 +129,8 @@ def fit_task(
         for step, batch in _training_batches(learner, task, data, config, done):
             learner.step = step
             _reseed(learner, task, "step", step)
-            _set_rate(optimizer, config, step / steps)
+            for group in optimizer.param_groups:
+                group["lr"] = config.rate(step, steps) * group["scale"]
             batch = method.batch(learner, batch)
             if "image" in batch:
                 batch = learner.augment(batch, learner.generator("augment", step))
@@ -183,12 +184,6 @@ def _optimizer(learner: Core, config: TrainConfig) -> torch.optim.Optimizer | No
         return torch.optim.SGD(described, config.lr, momentum=0.9, weight_decay=config.weight_decay, fused=True)
     kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
     return kind(described, config.lr, weight_decay=config.weight_decay, fused=True)
-
-
-def _set_rate(optimizer: torch.optim.Optimizer, config: TrainConfig, progress: float) -> None:
-    factor = 0.5 * (1 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1.0
-    for group in optimizer.param_groups:
-        group["lr"] = config.lr * factor * group["scale"]
 
 
 def _reseed(learner: Core, task: Task, purpose: str, step: int | None = None) -> None:

@@ -20,6 +20,7 @@ from perdure.mistakes import mistake
 from perdure.types import Row, Task
 
 TRAINING = ["--epochs", "--batch-size", "--lr", "--optimizer", "--weight-decay", "--schedule"]
+TRAINING += ["--milestones", "--decay"]
 RUNNING = ["--stream", "--backbone", "--method", "--objective", "--augment", "--seed", "--precision", "--attention"]
 RUNNING += ["--device", "--save-every", "--retain"]
 FLAGS = {

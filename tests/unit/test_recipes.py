@@ -1,6 +1,7 @@
 """Presets: they can be built, say where their scores are from, and never mix two backbones."""
 
 import inspect
+import math
 import re
 import shlex
 from collections import Counter
@@ -85,7 +86,9 @@ def test_the_docstring_says_backbone_score_source_and_that_we_did_not_run_it(pre
     assert published
     if preset.row.score:
         assert published[1].startswith(preset.row.score)
-        assert re.search(r"arXiv:\d{4}\.\d{5} \((second-hand|unverified|derived, second-hand): ", published[1])
+        assert re.search(
+            r"arXiv:\d{4}\.\d{5} \((first-hand|second-hand|unverified|derived, second-hand): ", published[1]
+        )
         assert preset.row.score in text.splitlines()[0]
     else:
         assert published[1].startswith("no published score")
@@ -107,7 +110,7 @@ def test_names_are_unique_and_every_published_data_set_has_a_preset() -> None:
         ("inflora_b5", {*lengths, "cifar100", "domainnet"}),
         ("inflora_ca", {"imagenet_r_10", "cifar100"}),
         ("inflora_in1k", {*lengths, "cifar100", "cub200", "domainnet"}),
-        ("sd_lora", {*lengths, "cifar100", "cub200", "domainnet"}),
+        *((name, {*lengths, "cifar100", "cub200", "domainnet"}) for name in ("sd_lora", "sd_lora_rr", "sd_lora_kd")),
         ("fm_lora", {*lengths, "cifar100", "cub200", "domainnet_domains"}),
     ):
         assert {d for p, d in found if p == prefix} == data
@@ -146,6 +149,29 @@ def test_options_typed_besides_a_recipe_override_it_wherever_they_stand() -> Non
         assert asdict(typed(line)) == asdict(recipe) | {"lr": 0.5, "seed": 3}
     # a value that is the default of the flag, not of the recipe
     assert typed("perdure run --augment none --recipe inflora_cifar100 --out x").augment == "none"
+
+
+def test_another_schedule_than_a_recipes_leaves_its_milestones_behind() -> None:
+    typed_over = typed("perdure run --recipe sd_lora_domainnet --schedule constant --out x")
+    assert typed_over == RECIPES["sd_lora_domainnet"]().but(schedule="constant")
+    own = typed("perdure run --recipe sd_lora_domainnet --milestones 2 --out x")
+    assert (own.schedule, own.milestones, own.decay) == ("step", "2", 0.005)
+
+
+@pytest.mark.parametrize(
+    ("name", "rates"),
+    [
+        ("sd_lora_domainnet", [2e-2] * 4 + [1e-4] * 2 + [5e-7] * 2 + [2.5e-9] * 2),
+        ("inflora_domainnet", [5e-3] * 4 + [5e-4]),
+        ("inflora_ca_cifar100", [1e-3] * 18 + [1e-4] * 2),
+        ("sd_lora_cifar100", [8e-3] * 20),
+        ("inflora_cifar100", [5e-4 * math.cos(99 * math.pi * e / (200 * 19)) for e in range(20)]),
+        ("inflora_ca_imagenet_r_10", [5e-4 * (1 + math.cos(math.pi * e / 50)) for e in range(50)]),
+    ],
+)
+def test_the_rate_falls_as_in_the_official_configuration(name: str, rates: list[float]) -> None:
+    config = RECIPES[name]()
+    assert [config.rate(epoch, config.epochs) for epoch in range(config.epochs)] == pytest.approx(rates)
 
 
 @pytest.mark.parametrize(

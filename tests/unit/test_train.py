@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.optim.lr_scheduler import MultiStepLR
 
 from perdure.backbones.tiny import tiny
 from perdure.learner import Core
@@ -182,11 +183,52 @@ def test_the_rate_follows_the_schedule_in_every_group(optimizer: str, lab: Any) 
     expected = [0.01 * (1 + math.cos(math.pi * i / 4)) / 2 for i in range(4)]
     for found, rate in zip(rates.rates, expected, strict=True):
         assert sorted(found) == pytest.approx([0.1 * rate, rate])
-    constant = Rates()
-    learner = lab.learner("probe")
+
+
+def by_torch(scheduler: Any, epochs: int) -> list[float]:
+    """The rate in each epoch, from 1.0 on."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 1.0)
+    stepper, found = scheduler(optimizer), []
+    for _ in range(epochs):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        stepper.step()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"schedule": "constant"}, [1.0] * 6),
+        # as in the official codes of CODA-Prompt and InfLoRA: cos(99 π e / (200 (K - 1))), which ends at 1.6 %
+        ({"schedule": "cosine-epoch"}, [1, 0.95202, 0.81269, 0.59538, 0.32094, 0.01571]),
+        ({"schedule": "step", "milestones": "2,5"}, by_torch(lambda o: MultiStepLR(o, [2, 5], 0.1), 6)),
+        ({"schedule": "step", "milestones": "4", "decay": 0.5}, by_torch(lambda o: MultiStepLR(o, [4], 0.5), 6)),
+    ],
+)
+def test_the_rate_of_an_epoch_is_that_of_the_schedule(options: Any, expected: list[float], lab: Any) -> None:
+    rates, learner, task = Rates(), lab.learner("probe"), lab.stream().tasks[0]
     learner.grow(task)
-    fit_task(learner, task, lab.train_config(lr=0.01, schedule="constant"), save_step=constant)
-    assert constant.rates == [[0.01]] * 4
+    fit_task(learner, task, lab.train_config(lr=1.0, epochs=6, **options), save_step=rates)
+    assert len(rates.rates) == 12  # two steps an epoch
+    for steps in (rates.rates[::2], rates.rates[1::2]):
+        assert [rate for (rate,) in steps] == pytest.approx(expected, abs=5e-5)
+
+
+@pytest.mark.parametrize("options", [{"schedule": "cosine-epoch"}, {"schedule": "step", "milestones": "1"}])
+def test_a_run_stopped_within_an_epoch_goes_on_at_its_rate(
+    options: Any, lab: Any, content_of: Any, tmp_path: Any
+) -> None:
+    lab.run("lora(rank=2)", tmp_path / "whole", **options)
+    lab.broken_run("lora(rank=2)", tmp_path / "broken", task=1, step=3, save_every=1, **options)
+    assert content_of(tmp_path / "broken") == content_of(tmp_path / "whole")
+
+
+def test_another_schedule_leaves_milestones_behind() -> None:
+    config = TrainConfig(schedule="step", milestones="1,2", decay=0.5)
+    assert config.but(schedule="constant") == TrainConfig(schedule="constant")
+    assert config.but(epochs=9).milestones == TrainConfig(schedule="step", milestones=(1, 2)).milestones == "1,2"
+    assert config.but(schedule="cosine").but(schedule="step", milestones="3").decay is None
 
 
 def test_training_that_diverges_says_so(lab: Any) -> None:
@@ -196,7 +238,18 @@ def test_training_that_diverges_says_so(lab: Any) -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [],
+    [
+        ({"milestones": "2"}, "milestones='2' has no effect with schedule='cosine', but with 'step': leave it out$"),
+        ({"schedule": "constant", "decay": 0.1}, "decay=0.1 has no effect with schedule='constant'"),
+        ({"schedule": "cosine-epoch", "epochs": 1}, "schedule='cosine-epoch' has no effect in 1 epoch"),
+        ({"schedule": "step"}, "milestones='': expected numbers of epochs, rising, such as 4,6,8$"),
+        *(
+            ({"schedule": "step", "milestones": text}, f"milestones='{text}': expected numbers of epochs, rising")
+            for text in ("-1", "a", "0,2", "3,2", "2,2", "1.5", "²")
+        ),
+        ({"schedule": "step", "milestones": "2,5"}, "milestones='2,5': the last has no effect within epochs=5"),
+        ({"schedule": "step", "milestones": "2", "decay": 1.0}, "decay=1.0: expected a factor other than 1"),
+    ],
 )
 def test_settings_that_make_no_sense_are_refused(options: Any, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}"):

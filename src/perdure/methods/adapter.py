@@ -12,8 +12,8 @@ from perdure.adapters.attach import Adapters, attach, updates
 from perdure.adapters.bottleneck import Beside, Bottleneck
 from perdure.backbones.base import Tower
 from perdure.learner import Core
-from perdure.method import Method, without_effect
-from perdure.ranges import Count, Factor, Rank
+from perdure.method import Method
+from perdure.ranges import Count, Factor, Rank, without_effect
 from perdure.types import Task
 
 

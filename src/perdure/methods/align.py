@@ -19,9 +19,9 @@ from torch.nn import functional as F
 from perdure.learner import Core
 from perdure.memory.gaussians import Covariance, Gaussians
 from perdure.memory.symmetric import exact, shrunk
-from perdure.method import Method, parts_of, predicts, without_effect
+from perdure.method import Method, parts_of, predicts
 from perdure.objectives.classify import Classify
-from perdure.ranges import Factor, Range, Rank, Rate
+from perdure.ranges import Factor, Range, Rank, Rate, without_effect
 from perdure.types import Task
 
 # As in the official code.

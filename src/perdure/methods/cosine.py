@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from perdure.learner import Core
-from perdure.method import Method, without_effect
+from perdure.method import Method
 from perdure.objectives.classify import Classify
-from perdure.ranges import Factor
+from perdure.ranges import Factor, without_effect
 from perdure.types import Task
 
 _SCALE, _TEMPLATE = 10.0, "a photo of a {}."

@@ -16,8 +16,8 @@ from perdure.learner import Core
 from perdure.memory.examples import Referred
 from perdure.memory.orders import Position
 from perdure.memory.tensors import Tensors
-from perdure.method import Method, check_mask, check_trained, without_effect
-from perdure.ranges import Bytes, Count, Ratio, Strength
+from perdure.method import Method, check_mask, check_trained
+from perdure.ranges import Bytes, Count, Ratio, Strength, without_effect
 from perdure.selection import Exemplars, Selection
 from perdure.types import Batch, Task
 

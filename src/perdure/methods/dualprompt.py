@@ -25,9 +25,8 @@ from perdure.adapters.prefix import Prefix, starting_prefix
 from perdure.backbones.base import OneTower, Tower, named_towers
 from perdure.learner import Core
 from perdure.memory.tensors import Tensors
-from perdure.method import without_effect
 from perdure.prompting import Asking, Chosen, attach_prefix, first_blocks, nearest
-from perdure.ranges import Factor, Length, Range
+from perdure.ranges import Factor, Length, Range, without_effect
 from perdure.types import Batch, Task
 
 _GENERAL, _EXPERT, _LENGTH = 2, 3, 5

@@ -18,8 +18,8 @@ from perdure.importance import Of, Rivals, check_updates, held, importance
 from perdure.learner import Core
 from perdure.memory.springs import Springs
 from perdure.memory.tensors import Tensors
-from perdure.method import Method, without_effect
-from perdure.ranges import Count, Range, Strength
+from perdure.method import Method
+from perdure.ranges import Count, Range, Strength, without_effect
 from perdure.types import Batch, Task
 
 

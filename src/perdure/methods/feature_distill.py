@@ -18,10 +18,10 @@ from perdure.adapters.attach import adapted
 from perdure.backbones.base import Tower
 from perdure.learner import Core
 from perdure.memory.tensors import Tensors
-from perdure.method import Method, check_texts, varies, without_effect
+from perdure.method import Method, check_texts, varies
 from perdure.objectives.retrieve import Retrieve, embedded
 from perdure.objectives.zeroshot import ZeroShot
-from perdure.ranges import Strength
+from perdure.ranges import Strength, without_effect
 from perdure.teacher import Teacher, trains_encoder
 from perdure.types import Batch, Task
 

@@ -30,9 +30,9 @@ from perdure.backbones.base import Tower, named_towers
 from perdure.drs import DRS, Mode
 from perdure.learner import Core
 from perdure.memory.tensors import Tensors
-from perdure.method import Method, without_effect
+from perdure.method import Method
 from perdure.prompting import check_tokens
-from perdure.ranges import Range, Rank, Strength
+from perdure.ranges import Range, Rank, Strength, without_effect
 from perdure.types import Batch, Task
 
 _PROMPT_LR = 0.1  # after the first task, as a factor of the run's learning rate

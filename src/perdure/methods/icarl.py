@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from perdure.learner import Core
 from perdure.memory.examples import Referred, refer
 from perdure.memory.tensors import Tensors
-from perdure.method import Method, without_effect
-from perdure.ranges import Bytes, Count, Factor, Strength
+from perdure.method import Method
+from perdure.ranges import Bytes, Count, Factor, Strength, without_effect
 from perdure.selection import Exemplars
 from perdure.teacher import Teacher, distillation
 from perdure.types import Batch, Data, Task

@@ -30,8 +30,8 @@ from perdure.memory.inputs import second_moments
 from perdure.memory.spaces import Spaces
 from perdure.memory.subspace import Subspace, keep_schedule
 from perdure.memory.symmetric import exact
-from perdure.method import Method, without_effect
-from perdure.ranges import Count, Rank, Share, Strength
+from perdure.method import Method
+from perdure.ranges import Count, Rank, Share, Strength, without_effect
 from perdure.types import Site, Task
 
 # Kaiming-uniform rows, which the official code starts from, have norm 1/√3; B_t's rows keep it.

@@ -2,8 +2,8 @@
 
 from perdure.backbones.base import Tower
 from perdure.learner import Core
-from perdure.method import Method, without_effect
-from perdure.ranges import Factor
+from perdure.method import Method
+from perdure.ranges import Factor, without_effect
 from perdure.types import Data, Task, Union
 
 _RATE = 0.1

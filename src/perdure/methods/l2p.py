@@ -22,9 +22,8 @@ from torch.nn import functional as F
 from perdure.adapters.tokens import Given
 from perdure.backbones.base import OneTower, Tower, named_towers
 from perdure.learner import Core
-from perdure.method import without_effect
 from perdure.prompting import Asking, Chosen, check_tokens, nearest, output_of
-from perdure.ranges import Length, Range, Strength
+from perdure.ranges import Length, Range, Strength, without_effect
 from perdure.types import Batch, Task
 
 

@@ -3,8 +3,8 @@
 from perdure.adapters.lowrank import Branches
 from perdure.backbones.base import Tower
 from perdure.learner import Core
-from perdure.method import Method, without_effect
-from perdure.ranges import Count, Factor, Rank
+from perdure.method import Method
+from perdure.ranges import Count, Factor, Rank, without_effect
 from perdure.types import Task
 
 

@@ -12,9 +12,9 @@ import torch
 from perdure.adapters.tokens import Tokens
 from perdure.backbones.base import Tower, named_towers
 from perdure.learner import Core
-from perdure.method import Method, without_effect
+from perdure.method import Method
 from perdure.prompting import check_tokens
-from perdure.ranges import Length
+from perdure.ranges import Length, without_effect
 from perdure.types import Task
 
 

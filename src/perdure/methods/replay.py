@@ -18,8 +18,8 @@ import torch
 from perdure.augment import AUGMENTS
 from perdure.learner import Core
 from perdure.memory.orders import Position
-from perdure.method import Method, check_trained, without_effect
-from perdure.ranges import Bytes, Count, Range, Ratio
+from perdure.method import Method, check_trained
+from perdure.ranges import Bytes, Count, Range, Ratio, without_effect
 from perdure.selection import Exemplars, Selection
 from perdure.types import Batch, Task
 

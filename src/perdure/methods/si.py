@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from perdure.learner import Core
 from perdure.memory.springs import Springs, mean_one
 from perdure.memory.tensors import Tensors
-from perdure.method import Method, without_effect
-from perdure.ranges import Factor, Strength
+from perdure.method import Method
+from perdure.ranges import Factor, Strength, without_effect
 from perdure.types import Batch, Task
 
 _DAMPING = 1e-3

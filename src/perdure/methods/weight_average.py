@@ -15,8 +15,8 @@ import torch
 
 from perdure.learner import Core
 from perdure.memory.tensors import Tensors
-from perdure.method import Method, without_effect
-from perdure.ranges import Count, Share
+from perdure.method import Method
+from perdure.ranges import Count, Share, without_effect
 from perdure.types import Batch, Task
 
 

@@ -24,10 +24,10 @@ from perdure.backbones.base import Backbone
 from perdure.learner import Core, derived_seed
 from perdure.memory.examples import read
 from perdure.memory.tensors import Tensors
-from perdure.method import Method, without_effect
+from perdure.method import Method
 from perdure.objectives.retrieve import Retrieve, embedded
 from perdure.objectives.zeroshot import TEMPLATE, ZeroShot
-from perdure.ranges import Count, Factor, Strength
+from perdure.ranges import Count, Factor, Strength, without_effect
 from perdure.spec import parse_one
 from perdure.streams import build_stream
 from perdure.teacher import distillation, trains_encoder
