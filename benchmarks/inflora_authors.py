@@ -1,7 +1,7 @@
 """InfLoRA's whole run beside the authors' own code, in one process and in turns.
 
     git clone https://github.com/liangyanshuo/InfLoRA ../InfLoRA
-    python benchmarks/inflora_authors.py --authors ../InfLoRA --weights ../shared/weights/pocket-vit --data ../shared/data/cifar100
+    python benchmarks/inflora_authors.py --authors ../InfLoRA
 
 Both start from the same weights (a DINOv2 in Hugging Face's format, which their transformer holds with layer scale) and
 learn the same images in the same order with the same rank, epochs, batch size and Adam, and after each task both score
@@ -15,7 +15,6 @@ import contextlib
 import io
 import json
 import logging
-import os
 import statistics
 import subprocess
 import sys
@@ -122,9 +121,11 @@ class Manager:
         self.nb_tasks = len(stream)
 
     def get_task_size(self, task: int) -> int:
+        """Number of the task's classes."""
         return len(self.sets["train"][task][2])
 
     def get_dataset(self, indices: np.ndarray, source: str, mode: str) -> Images:
+        """Images of all classes whose ids are `indices`."""
         chosen = [(pixels, labels) for pixels, labels, classes in self.sets[source] if set(classes) <= set(indices)]
         return Images(*(torch.cat(each) for each in zip(*chosen, strict=True)))
 
@@ -164,7 +165,7 @@ def theirs(options: argparse.Namespace, stream: Stream, code: tuple[Any, Any], o
         return model
 
     class Learner(inflora.InfLoRA):
-        def update_DualGPM(self, mat_list: list[Tensor]) -> None:
+        def update_DualGPM(self, mat_list: list[Tensor]) -> None:  # noqa: N802
             super().update_DualGPM([matrix.numpy() for matrix in mat_list])  # since numpy 2 its SVD gives back tensors
 
     network._create_vision_transformer = encoder
@@ -195,7 +196,8 @@ def theirs(options: argparse.Namespace, stream: Stream, code: tuple[Any, Any], o
         | rates
     )
     manager, curve = Manager(options, stream), []
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+    nowhere = io.StringIO()
+    with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         for index in range(manager.nb_tasks):
             learner.incremental_train(manager)
             curve.append(float(learner.eval_task()[0]["top1"]) / 100)
