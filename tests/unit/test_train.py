@@ -220,7 +220,7 @@ def test_a_run_stopped_within_an_epoch_goes_on_at_its_rate(
     options: Any, lab: Any, content_of: Any, tmp_path: Any
 ) -> None:
     lab.run("lora(rank=2)", tmp_path / "whole", **options)
-    lab.broken_run("lora(rank=2)", tmp_path / "broken", task=1, step=3, save_every=1, **options)
+    lab.broken_run("lora(rank=2)", tmp_path / "broken", (1, 3), save_every=1, **options)
     assert content_of(tmp_path / "broken") == content_of(tmp_path / "whole")
 
 
