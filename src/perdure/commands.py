@@ -3,7 +3,6 @@
 What a command computes with is imported when it is called: help, lists and mistakes wait for no torch.
 """
 
-import difflib
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -20,7 +19,7 @@ from perdure.console import Screen
 from perdure.ranges import BatchSize, Epochs, Rate, Seed
 from perdure.recipes import DEMO_METHODS, demo, flags
 from perdure.use import Eval, Export, Predict, Search
-from perdure.wording import shortened
+from perdure.wording import meant, shortened
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,9 +184,8 @@ class List(Command):
             screen.listing([(name, each.options, each.sentence) for name, each in sorted(found.items())])
             return
         if self.name not in found:
-            near = difflib.get_close_matches(self.name, found, n=1)
-            meant = f"did you mean {near[0]!r}?" if near else f"'perdure list {self.what}' names them"
-            raise ValueError(f"{self.name!r} is not among the {self.what}; {meant}")
+            near = meant(self.name, found) or f"; 'perdure list {self.what}' names them"
+            raise ValueError(f"{self.name!r} is not among the {self.what}{near}")
         entry = found[self.name]
         lines = [f"{self.name}({entry.options})" if entry.options else self.name]
         lines += [f"  {name}: {values}" for name, values in entry.ranges.items()]

@@ -1,7 +1,6 @@
 """What a run is asked to do: one frozen dataclass, which is the command line's help and run.json's content."""
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from perdure.ranges import Range, Seed
 from perdure.settings import Attention, Precision, TrainConfig
 from perdure.spec import build, parse
+from perdure.wording import meant
 
 if TYPE_CHECKING:  # what only asks, as the command line's help does, waits for no torch
     from perdure.method import Method
@@ -102,6 +102,6 @@ def check_options(call: str, options: Mapping[str, Any], config: type) -> None:
     known = [f.name for f in dataclasses.fields(config)]
     for name in options:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            meant = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"Learner.{call} has no option {name!r}{meant}; it has: {', '.join(sorted(known))}")
+            raise ValueError(
+                f"Learner.{call} has no option {name!r}{meant(name, known)}; it has: {', '.join(sorted(known))}"
+            )

@@ -6,7 +6,6 @@ Every numeric option has a range. Its ends are no advice: below and above them n
 a value within them costs is asked where it is known (`perdure.memory.budget.room_for`).
 """
 
-import difflib
 import functools
 import inspect
 import numbers
@@ -17,7 +16,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal, TypeVar
 
-from perdure.wording import shortened
+from perdure.wording import meant, shortened
 
 F = TypeVar("F", bound=Callable[..., Any])
 _SEQUENCES = (tuple, list, Sequence, Iterable, Collection)
@@ -118,9 +117,8 @@ def problem(value: Any, hint: Any) -> str:
     """What was expected instead of a value; empty when it is as expected."""
     if fits(value, hint):
         return ""
-    near = difflib.get_close_matches(value, _words(hint), n=1) if isinstance(value, str) else []
-    meant = f"; did you mean {near[0]!r}?" if near else ""
-    return f"expected {expected(hint)}{', not empty' if value == '' else meant}"
+    more = meant(value, _words(hint)) if isinstance(value, str) else ""
+    return f"expected {expected(hint)}{', not empty' if value == '' else more}"
 
 
 def hints_of(made: Callable[..., Any]) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """The mini-language of methods, streams and backbones: `lora(rank=8) + replay(size=200)`."""
 
 import ast
-import difflib
 import inspect
 import math
 import re
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from perdure.ranges import hints_of, refuse
+from perdure.wording import meant
 
 _FORM = "write it like 'lora(rank=8) + replay(size=200)'"
 _FILTERS = threading.Lock()
@@ -101,7 +101,7 @@ def build(spec: Spec, registry: Mapping[str, Callable[..., Any]], kind: str, **g
         if key in given:
             raise ValueError(f"{who}: option {key!r} is set by the program; remove it from {str(spec)!r}")
         if key not in options:
-            near = _nearest(key, options)
+            near = meant(key, options)
             have = f"it has: {', '.join(options)}" if options else "it takes none"
             raise ValueError(f"{who} has no option {key!r}{near}; {have}")
         refuse({key: value}, {key: hints.get(key, Any)}, f"{who}, option ")
@@ -173,12 +173,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _suggest(name: str, known: Iterable[str]) -> str:
-    return _nearest(name, known) or f"; known: {', '.join(sorted(known))}"
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    return meant(name, known) or f"; known: {', '.join(sorted(known))}"
 
 
 def _named_in(message: str, options: Iterable[str]) -> str | None:

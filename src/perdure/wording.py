@@ -1,7 +1,8 @@
 """Numbers and texts as people read them on a terminal."""
 
+import difflib
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 Pair = Sequence[float | None] | None
@@ -52,6 +53,12 @@ def times(step: dict[str, Any] | None) -> str:
 def shortened(text: str, most: int = 200) -> str:
     """The beginning and the end of a text that is longer than `most` characters."""
     return text if len(text) <= most else f"{text[: most * 2 // 3]} … {text[-(most // 3) :]}"
+
+
+def meant(word: str, known: Iterable[str]) -> str:
+    """What to add to an error message about a word: the nearest of those that are known, if one is near."""
+    near = difflib.get_close_matches(word, list(known), n=1) if len(word) < 100 else []
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def printable(text: str, escaped: Callable[[str], str] | None = None) -> str:

@@ -1,6 +1,5 @@
 """The options that all streams have in common, and how a stream's factory gets them."""
 
-import difflib
 import inspect
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields, replace
@@ -9,6 +8,7 @@ from typing import Annotated, Any
 from perdure.images import Preprocess
 from perdure.ranges import Count, Range, Seed, check_fields, hints_of, refuse
 from perdure.types import Scenario, Stream
+from perdure.wording import meant
 
 StreamPlan = Callable[[Preprocess, int], Stream]
 """A stream described but not yet read: `plan(preprocess, seed)` reads it."""
@@ -112,5 +112,4 @@ def check_order(order: str | int | Sequence[str | int] | None) -> None:
 
 def near(value: object, known: Collection[str]) -> str:
     """What to add to an error message: the nearest of the known names, if one is near."""
-    close = difflib.get_close_matches(str(value), list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    return meant(str(value), known)
