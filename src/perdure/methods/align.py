@@ -6,7 +6,7 @@ features and re-trains all heads on samples of these Gaussians, with all seen cl
 Differs: by default one covariance is shared by all classes (SLCA: `full`) and the heads start from the closed-form
 solution of linear discriminant analysis for these Gaussians (SLCA: `start="heads"`), which ends the matter where it is
 already what training would lead to; logits are not normalised unless `temperature` is given (SLCA: 0.1), and means not
-shrunk unless `shrink` is (InfLoRA+CA: 0.1). The first task is aligned too.
+shrunk unless `shrink` is (0.1 in the codes of both). The first task is aligned too.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Joint training on all data so far: the upper bound that continual methods are measured against."""
+"""Joint training on all data so far, which continual methods are measured against."""
 
 from perdure.backbones.base import Tower
 from perdure.learner import Core
