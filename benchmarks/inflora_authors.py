@@ -282,7 +282,7 @@ def main() -> None:
 
         return {"perdure": ours, "authors": authors}
 
-    small = argparse.Namespace(**{**vars(options), "tasks": 10, "per_class": 1, "test_per_class": 1, "epochs": 2})
+    small = argparse.Namespace(**{**vars(options), "tasks": 2, "per_class": 1, "test_per_class": 1, "epochs": 2})
     for warm_up in contestants(small, {}).values():
         warm_up()
     curves: dict[str, list[float]] = {}

@@ -53,6 +53,7 @@ class Core(nn.Module):
         self.tasks: list[Task] = []
         self.learnt = 0  # number of tasks behind us
         self.step = 0  # within the current task
+        self.last_epoch = False  # whether that step belongs to the task's last
         self.precision = torch.float32  # of the encoder
         self.augment: Augment = AUGMENTS["none"]
         self._encoded: dict[int, tuple[Data, Data]] = {}

@@ -127,7 +127,7 @@ def fit_task(
             done, restore = resumed
             restore(optimizer)
         for step, batch in _training_batches(learner, task, data, config, done):
-            learner.step = step
+            learner.step, learner.last_epoch = step, step >= steps - steps // config.epochs
             _reseed(learner, task, "step", step)
             for group in optimizer.param_groups:
                 group["lr"] = config.rate(step, steps) * group["scale"]
@@ -149,7 +149,7 @@ def fit_task(
                 save_step(step + 1, optimizer)
         check_finite(learner, task)
     clock.append(time.perf_counter())
-    learner.step = steps  # also where a resumed run had no step left to do
+    learner.step, learner.last_epoch = steps, False  # also where a resumed run had no step left to do
     _reseed(learner, task, "end")
     method.end_task(learner, task)
     learner.settle()

@@ -54,7 +54,8 @@ def test_no_layers_output_on_old_inputs_moves_whatever_the_optimizer(optimizer: 
     learn(learner, stream.tasks[1], optimizer=optimizer, weight_decay=0.1)
     after, moved = outputs(learner, stream.tasks[0]), outputs(learner, stream.tasks[1])
     for name, was in before.items():
-        assert (after[name] - was).abs().max() < 2e-5 * was.abs().max(), name
+        # the root of the share of the energy that counts as rounding
+        assert (after[name] - was).abs().max() < 1e-4 * was.abs().max(), name
         assert (moved[name] - other[name]).abs().max() > 1e-3 * was.abs().max(), name
 
 

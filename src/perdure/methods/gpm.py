@@ -111,7 +111,7 @@ class GPM(Method, name="gpm"):
         reading = second_moments(learner.perceive, layers, views, lambda: learner.backbone.text_mask)
         for key, moments in reading.items():
             space = self.spaces.of(key, self._inputs[key].fan_in, moments.device)
-            self.spaces.keep(key, space.take(torch.linalg.matrix_power(moments, self.power), keep))
+            self.spaces.keep(key, space.take(moments, keep, self.power))
 
     def measures(self, learner: Core) -> dict[str, float]:
         """Per input: free directions, and the share taken."""
