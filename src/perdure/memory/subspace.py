@@ -14,8 +14,8 @@ from perdure.memory.symmetric import exact
 
 Kind = Literal["taken", "free"]
 Power = Literal[1, 2]
-# Share of the energy, by power, below which a direction is rounding. Moments are products in float32: in a direction that
-# a layer norm leaves without any input they had 4e-9 of it, of either sign. In R² the rounding is that of `eigh`.
+# Share of the energy, by power, below which a direction is rounding. Moments are products in float32: in a direction
+# that a layer norm leaves without any input they had 4e-9 of it, of either sign. In R² the rounding is that of `eigh`.
 _TOLERANCE: dict[Power, float] = {1: 1e-8, 2: 1e-14}
 
 
