@@ -155,7 +155,8 @@ def content(folder: Path) -> dict[str, Any]:
     """All of a run's folder that must not depend on how often it was stopped: measurements, tensors, files."""
     found: dict[str, Any] = {"results": (folder / "results.jsonl").read_bytes()}
     summary = json.loads((folder / "summary.json").read_text())
-    found["summary"] = {k: v for k, v in summary.items() if "second" not in k and "peak" not in k}
+    timed = ("manifest", "seal")  # manifests say how long it took
+    found["summary"] = {k: v for k, v in summary.items() if "second" not in k and "peak" not in k and k not in timed}
     for path in sorted(folder.glob("task-*/*")):
         name = str(path.relative_to(folder))
         if path.suffix == ".safetensors":

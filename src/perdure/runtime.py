@@ -61,14 +61,28 @@ def resolve(
             f"{state.num_processes} processes were launched; perdure trains in one: start it without a launcher"
         )
     name = state.device.type if device == "auto" else device
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device!r} cannot be used here ({str(error).splitlines()[0]}); use auto") from error
+    check_device(name, f"device {device!r}", "use auto")
     chosen = precision if precision != "auto" else ("bf16" if native_bf16(name) else "fp32")
     backbone.to(name)
     best = attention if attention != "auto" else fastest_attention(backbone, _DTYPES[chosen], batch_size)
     return Runtime(name, chosen, best, torch.get_num_threads())
+
+
+def check_device(name: str, given: str, remedy: str) -> None:
+    """Refuse a device that this machine lacks.
+
+    Args:
+        name: of the device.
+        given: what asked for it, for the message.
+        remedy: what to do, for the message.
+
+    Raises:
+        ValueError: when it cannot be computed on.
+    """
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"{given} cannot be used here ({str(error).splitlines()[0]}); {remedy}") from error
 
 
 def native_bf16(device: str) -> bool:
