@@ -151,6 +151,9 @@ class Laboratory:
             resume(out)
 
 
+CERTAIN = ("learnt", "tasks", "rows", "sha256", "trainable_parameters")
+
+
 def content(folder: Path) -> dict[str, Any]:
     """All of a run's folder that must not depend on how often it was stopped: measurements, tensors, files."""
     found: dict[str, Any] = {"results": (folder / "results.jsonl").read_bytes()}
@@ -164,7 +167,8 @@ def content(folder: Path) -> dict[str, Any]:
             found |= {f"{name}: {k}": v.numpy().tobytes() for k, v in load_file(path).items()}
         else:
             kept = json.loads(path.read_text())
-            found[name] = {k: kept[k] for k in ("learnt", "tasks", "rows", "sha256", "trainable_parameters")}
+            keys = kept if path.name == "source.json" else CERTAIN
+            found[name] = {k: kept[k] for k in keys}
     return found
 
 

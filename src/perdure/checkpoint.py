@@ -159,6 +159,8 @@ def whole(folder: Path) -> list[Checkpoint]:
     found: list[Checkpoint] = []
     for path in _manifests(folder, "task"):
         each = _manifest(path, found[-1] if found else None)
+        if int(each.folder.name.removeprefix("task-")) != each.learnt - 1:
+            raise DamagedCheckpoint(f"{path} is damaged: it is that of task {each.learnt - 1}; {_remedy(path)}")
         index = each.learnt - 1 if each.manifest.get("alone") else found[-1].learnt if found else 0
         if each.learnt != index + 1:
             raise DamagedCheckpoint(
@@ -269,12 +271,12 @@ def _write(target: Path, manifest: dict[str, Any], files: dict[str, dict[str, Te
     if (target / _MANIFEST).exists():
         raise ValueError(f"{target} is already there: checkpoints are never overwritten")
     target.mkdir(parents=True, exist_ok=True)
-    digests = {}
+    digests, sizes = {}, {}
     for name, tensors in files.items():
         content = _packed(tensors)
-        digests[name] = hashlib.sha256(content).hexdigest()
+        digests[name], sizes[name] = hashlib.sha256(content).hexdigest(), len(content)
         place(target / name, content)
-    write_sealed(target / _MANIFEST, manifest | {"sha256": digests})
+    write_sealed(target / _MANIFEST, manifest | {"sha256": digests, "bytes": sizes})
     sync_folder(target.parent)
 
 
@@ -341,12 +343,13 @@ def stored_bytes(checkpoint: Checkpoint) -> int:
     """Of the file that holds what was learnt.
 
     Raises:
-        DamagedCheckpoint: when it is missing.
+        DamagedCheckpoint: when an older manifest does not say it and the file is missing.
     """
+    known = checkpoint.manifest.get("bytes", {}).get(_LEARNER)
     path = checkpoint.folder / _LEARNER
-    if not path.is_file():
+    if known is None and not path.is_file():
         raise DamagedCheckpoint(f"{path} is missing: {_remedy(path)}")
-    return path.stat().st_size
+    return path.stat().st_size if known is None else known
 
 
 def _vouched(folder: Path) -> int:

@@ -14,7 +14,7 @@ from perdure.checkpoint import Checkpoint, read_record
 from perdure.schema import Damaged, Line, Record, Summary, TaskFacts
 from perdure.spec import parse
 from perdure.summary import FILE as _SUMMARY
-from perdure.summary import summarise
+from perdure.summary import contradicts, summarise
 from perdure.types import Row
 from perdure.wording import RARE
 
@@ -64,7 +64,8 @@ class Run:
         rows = [row for each in done for row in each.rows]
         _tell_other_results(folder, rows, note)
         finite = tuple(row for row in rows if math.isfinite(row.value))
-        return cls(folder, facts, _known_summary(folder, done[-1], note), finite)
+        finished = (folder / _SUMMARY).exists() or done[-1].learnt >= len(declared)
+        return cls(folder, facts, _known_summary(folder, done, note) if finished else Summary(), finite)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -245,20 +246,23 @@ def _summary(path: Path, must_be_sealed: bool) -> Summary:
     return schema.read(path, Summary, remedy, must_be_sealed)
 
 
-def _known_summary(folder: Path, last: Checkpoint, note: Callable[[str], None]) -> Summary:
-    """The summary up to the checkpoint `last`; empty where a run is not finished."""
-    path, dated = folder / _SUMMARY, last.manifest["format"] > 1
-    if not path.exists():
-        return Summary()
+def _known_summary(folder: Path, done: Sequence[Checkpoint], note: Callable[[str], None]) -> Summary:
+    """What the manifests add up to."""
+    path = folder / _SUMMARY
     try:
-        found = _summary(path, dated)
-        if not dated or found.get("manifest") == last.seal:
-            return found
-        why = "is of another task than the last one"
+        said = _summary(path, done[-1].manifest["format"] > 1) if path.exists() else None
+        why = "is not what the manifests say"
     except Damaged:
-        why = "is damaged"
-    note(f"{path} {why}: its numbers are taken from the manifests; 'perdure resume {folder}' writes it anew")
-    return cast(Summary, summarise(folder))
+        said, why = None, "is damaged"
+    try:
+        found = summarise(folder, done)
+    except Damaged:  # the numbers do not need the tensors, of which the sum counts the bytes
+        if said is None or said.get("manifest") != done[-1].seal:
+            raise
+        return said
+    if path.exists() and (said is None or contradicts(said, found)):
+        note(f"{path} {why}: its numbers are taken from the manifests; 'perdure resume {folder}' writes it anew")
+    return cast(Summary, found)
 
 
 def _tell_other_results(folder: Path, rows: Sequence[Row], note: Callable[[str], None]) -> None:

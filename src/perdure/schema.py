@@ -94,6 +94,7 @@ class Manifest(TypedDict):
     trainable_parameters: NotRequired[Count]
     peak_rss_bytes: NotRequired[Count]
     sha256: dict[str, str]
+    bytes: NotRequired[dict[str, Count]]
     seal: str
 
 
@@ -247,12 +248,12 @@ def parse(content: bytes, kind: type[T], where: str, remedy: str, must_be_sealed
         raise Damaged(f"{where} is damaged: its content does not match its seal, it was changed; {remedy}")
     try:
         msgspec.convert(found, kind)
-    except ValueError as error:
+    except (msgspec.ValidationError, UnicodeError) as error:
         raise Damaged(f"{where} is damaged: {said(error)}; {remedy}") from error
     return cast(T, found)  # as it is: fields that are not listed stay
 
 
-def said(error: ValueError, within: str = "") -> str:
+def said(error: Exception, within: str = "") -> str:
     """A type error as `field: what is wrong`; `within` is what the fields belong to."""
     wrong, _, place = str(error).replace("`", "").partition(" - at ")
     field = f"{within}{place.removeprefix('$')}".lstrip(".")

@@ -1,7 +1,7 @@
 """What a run's checkpoints add up to: summary.json."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -42,14 +42,20 @@ def write_summary(out: Path, note: Callable[[str], None]) -> dict[str, Any]:
         out: the run's or the learner's folder.
         note: is told when the file said something else of the same tasks.
     """
-    path, found = out / FILE, summarise(out)
+    done = checkpoint.whole(out)
+    path, found = out / FILE, summarise(out, done)
     if path.exists():
         said = _read_leniently(path)
-        alike = said.get("manifest", found["manifest"]) == found["manifest"]
-        if not said or (alike and any(said[key] != value for key, value in found.items() if key in said)):
+        earlier = said.get("manifest") in [each.seal for each in done[:-1]]
+        if not earlier and (not said or contradicts(said, found)):
             note(f"{path} was not what the manifests say: it was written anew from them")
     checkpoint.write_sealed(path, found)
     return found
+
+
+def contradicts(said: Mapping[str, Any], found: Mapping[str, Any]) -> bool:
+    """Whether a summary says something else than what manifests add up to; other versions may say more, or less."""
+    return any(key in found and found[key] != value for key, value in said.items())
 
 
 def drop_summary_beyond(out: Path, learnt: int) -> None:
@@ -66,13 +72,12 @@ def _read_leniently(path: Path) -> dict[str, Any]:
     return {}
 
 
-def summarise(out: Path) -> dict[str, Any]:
-    """The content of summary.json, from the folder's record and whole checkpoints.
+def summarise(out: Path, done: Sequence[Checkpoint]) -> dict[str, Any]:
+    """The content of summary.json, from the folder's record and its whole checkpoints, of which there are some.
 
     Raises:
         Damaged: when a manifest does not say what it cost, or what was learnt is missing.
     """
-    done = checkpoint.whole(out)
     tasks = done[-1].learnt
     rows = [row for each in done for row in each.rows if row.on is None or row.on < tasks]
     score, told, task_id = metrics.scored(rows)
