@@ -528,6 +528,20 @@ def test_a_full_disk_ends_in_one_line_and_the_run_goes_on(perdure: Any, small: A
     assert content_of(Path("x")) == content_of(Path("whole"))
 
 
+def test_a_report_on_a_full_disk_does_not_advise_to_resume(perdure: Any, small: Any) -> None:
+    perdure("run", *small, "--out", "x")
+    page = Path("x/report.html").read_bytes()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        answer = perdure("report", "x")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    one_line(answer, "x/report.html cannot be written (File too large): make room there, or give another --out")
+    assert Path("x/report.html").read_bytes() == page
+    assert not list(Path("x").glob(".*draft*"))
+
+
 class Stops(Screen):
     """A terminal at which Control-C is pressed in one step of one task."""
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,10 @@ import torch
 
 from perdure import checkpoint
 from perdure.checkpoint import DamagedCheckpoint
+from perdure.records import Run
 from perdure.run import resume, run
+from perdure.teach import Learner
+from perdure.train import Quiet
 from perdure.types import Row, Task
 
 SECONDS = {"prepare": 0.5, "train": 1.5, "finish": 0.0, "evaluate": 2.0}
@@ -209,3 +213,113 @@ def test_a_learner_comes_back_without_its_data(lab: Any, learnt: Path) -> None:
     fresh = lab.learner("lora(rank=2)")
     checkpoint.restore(fresh, checkpoint.whole(learnt)[-1])
     assert [len(task.train) for task in fresh.tasks] == [0, 0, 0]
+
+
+class Deletes(Quiet):
+    """Removes the run's folder in a step of the second task."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.steps = folder, 0
+
+    def step(self, step: int, *more: Any) -> None:
+        self.steps += 1
+        if self.steps == 6:
+            shutil.rmtree(self.folder)
+
+
+@pytest.mark.parametrize("method", ["lora(rank=2)", "finetune + ewc(samples=8)"])
+def test_a_run_whose_folder_is_deleted_stops_at_once(method: str, lab: Any, tmp_path: Path) -> None:
+    progress = Deletes(tmp_path / "out")
+    with pytest.raises(ValueError, match=r"out is gone or has lost its run\.json, .*: start anew") as error:
+        run(lab.config(method), tmp_path / "out", progress)
+    assert "\n" not in str(error.value)
+    assert progress.steps == 6
+    assert not (tmp_path / "out" / "task-001").exists()
+
+
+def test_a_folder_of_another_run_is_refused_by_name(lab: Any, learnt: Path, copied: Path, tmp_path: Path) -> None:
+    lab.run("lora(rank=2)", tmp_path / "other", seed=1)
+    for name in ("task-000", "task-001", "task-002"):
+        shutil.rmtree(copied / name)
+        shutil.copytree(tmp_path / "other" / name, copied / name)
+        for ask in (checkpoint.whole, resume, Run.read, Learner.load):
+            with pytest.raises(DamagedCheckpoint, match=rf"{name}/manifest\.json comes from another run: .*run\.json"):
+                ask(copied)
+        shutil.rmtree(copied / name)
+        shutil.copytree(learnt / name, copied / name)
+    assert len(checkpoint.whole(copied)) == 3
+
+
+def test_a_run_does_not_go_on_from_another_runs_snapshot(lab: Any, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        with suppress(Stopped):
+            run(lab.config("lora(rank=2)", seed=seed, save_every=1), tmp_path / str(seed), Stops())
+    (snapshot,) = (tmp_path / "0" / "task-000").glob("step-*")
+    shutil.rmtree(snapshot)
+    shutil.copytree(tmp_path / "1" / "task-000" / snapshot.name, snapshot)
+    with pytest.raises(DamagedCheckpoint, match=rf"{snapshot.name}/manifest\.json comes from another run"):
+        resume(tmp_path / "0")
+
+
+class Stopped(Exception):
+    """A power cut."""
+
+
+class Stops(Quiet):
+    def step(self, step: int, *more: Any) -> None:
+        if step == 2:
+            raise Stopped
+
+
+def test_a_lost_last_manifest_of_a_finished_run_is_told(copied: Path) -> None:
+    path = copied / "task-002" / "manifest.json"
+    path.unlink()
+    for kept in ("summary.json", "results.jsonl"):  # each of them knows that there were three
+        for ask in (checkpoint.whole, resume, Run.read, Learner.load):
+            with pytest.raises(
+                DamagedCheckpoint, match=r"task-002/manifest\.json is missing, though this"
+            ):
+                ask(copied)
+        (copied / kept).unlink()
+    resume(copied)
+    assert path.exists()
+
+
+def test_each_task_is_described_once(learnt: Path) -> None:
+    manifests = [json.loads((learnt / f"task-{i:03d}" / "manifest.json").read_text()) for i in range(3)]
+    assert [[task["index"] for task in each["tasks"]] for each in manifests] == [[0], [1], [2]]
+    assert [[task.index for task in each.tasks] for each in checkpoint.whole(learnt)] == [[0], [0, 1], [0, 1, 2]]
+
+
+def as_an_older_version_wrote_it(folder: Path) -> None:
+    """Without seals but in manifests, which repeat all tasks and know neither their run nor each other."""
+    tasks = [task.describe() for task in checkpoint.whole(folder)[-1].tasks]
+    for path in (*folder.glob("*.json"), *folder.glob("task-*/manifest.json")):
+        content = {k: v for k, v in json.loads(path.read_text()).items() if k not in NEW}
+        if path.name == "manifest.json":
+            checkpoint.write_sealed(path, content | {"format": 1, "tasks": tasks[: content["learnt"]]})
+        else:
+            checkpoint.write_json(path, content)
+
+
+NEW = ("format", "seal", "run", "previous", "bytes", "manifest")
+
+
+def test_a_run_of_an_older_version_is_resumed_and_chained_from_there(
+    lab: Any, copied: Path, learnt: Path, content_of: Any
+) -> None:
+    as_an_older_version_wrote_it(copied)
+    told: list[str] = []
+    assert Run.read(copied, told.append).numbers() == Run.read(learnt).numbers()
+    assert told == []
+    assert Learner.load(copied).learnt == 3
+    shutil.rmtree(copied / "task-002")
+    resume(copied)
+    # what describes tasks is laid out otherwise, what was learnt is the same
+    whole = {k: v for k, v in content_of(learnt).items() if "manifest" not in k}
+    assert {k: v for k, v in content_of(copied).items() if "manifest" not in k} == whole
+    record = json.loads((copied / "run.json").read_text())
+    record["config"]["lr"] = 0.5
+    checkpoint.write_json(copied / "run.json", record)
+    with pytest.raises(DamagedCheckpoint, match=r"task-002/manifest\.json comes from another run"):
+        resume(copied)
