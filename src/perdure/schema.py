@@ -6,7 +6,7 @@ seal must be there is said by the format of `run.json`, which every manifest sin
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, TypedDict, TypeVar, cast
 
@@ -235,21 +235,42 @@ def read(path: Path, kind: type[T], remedy: str, must_be_sealed: bool = False) -
 
 def parse(content: bytes, kind: type[T], where: str, remedy: str, must_be_sealed: bool = False) -> T:
     """The same for bytes that came from `where`."""
-    try:
-        found = json.loads(content.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise Damaged(f"{where} is damaged: byte {error.start} is no UTF-8 text; {remedy}") from error
-    except RecursionError as error:
-        raise Damaged(f"{where} is damaged: brackets are nested too deeply; {remedy}") from error
-    except ValueError as error:
-        raise Damaged(f"{where} is damaged: it cannot be read as JSON ({error}); {remedy}") from error
+    found = plain(content, f"{where} is damaged", remedy)
     sealed_here = isinstance(found, dict) and ("seal" in found or must_be_sealed)
     if sealed_here and not (found.get("seal") == seal(found) and content.endswith(b"}\n")):
         raise Damaged(f"{where} is damaged: its content does not match its seal, it was changed; {remedy}")
+    return fitting(found, kind, f"{where} is damaged", remedy)
+
+
+def plain(content: bytes, what: str, remedy: str, hook: Callable[[dict[str, Any]], Any] | None = None) -> Any:
+    """JSON as it stands there, of whatever form.
+
+    Args:
+        content: in UTF-8, with a byte order mark or without.
+        what: begins the message when it cannot be read.
+        remedy: ends it.
+        hook: see `json.loads`.
+
+    Raises:
+        Damaged: in one line.
+    """
+    try:
+        return json.loads(content.decode("utf-8-sig"), object_hook=hook)
+    except UnicodeDecodeError as error:
+        why = f"byte {error.start} is no UTF-8 text"
+    except RecursionError:
+        why = "brackets are nested too deeply"
+    except ValueError as error:
+        why = f"it cannot be read as JSON ({error})"
+    raise Damaged(f"{what}: {why}; {remedy}")
+
+
+def fitting(found: Any, kind: type[T], what: str, remedy: str) -> T:
+    """`found`, once it is known to be of `kind`; the message names the field that is wrong."""
     try:
         msgspec.convert(found, kind)
     except (msgspec.ValidationError, UnicodeError) as error:
-        raise Damaged(f"{where} is damaged: {said(error)}; {remedy}") from error
+        raise Damaged(f"{what}: {said(error)}; {remedy}") from error
     return cast(T, found)  # as it is: fields that are not listed stay
 
 

@@ -276,9 +276,7 @@ def test_a_lost_last_manifest_of_a_finished_run_is_told(copied: Path) -> None:
     path.unlink()
     for kept in ("summary.json", "results.jsonl"):  # each of them knows that there were three
         for ask in (checkpoint.whole, resume, Run.read, Learner.load):
-            with pytest.raises(
-                DamagedCheckpoint, match=r"task-002/manifest\.json is missing, though this"
-            ):
+            with pytest.raises(DamagedCheckpoint, match=r"task-002/manifest\.json is missing, though this"):
                 ask(copied)
         (copied / kept).unlink()
     resume(copied)
