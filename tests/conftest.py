@@ -161,11 +161,15 @@ class Laboratory:
         begin(Quiet())
 
 
+CERTAIN = ("learnt", "tasks", "rows", "sha256", "trainable_parameters")
+
+
 def content(folder: Path) -> dict[str, Any]:
     """All of a run's folder that must not depend on how often it was stopped: measurements, tensors, files."""
     found: dict[str, Any] = {"results": (folder / "results.jsonl").read_bytes()}
     summary = json.loads((folder / "summary.json").read_text())
-    found["summary"] = {k: v for k, v in summary.items() if "second" not in k and "peak" not in k}
+    timed = ("manifest", "seal")  # manifests say how long it took
+    found["summary"] = {k: v for k, v in summary.items() if "second" not in k and "peak" not in k and k not in timed}
     for path in sorted(folder.glob("task-*/*")):
         name = str(path.relative_to(folder))
         if path.suffix == ".safetensors":
@@ -173,7 +177,8 @@ def content(folder: Path) -> dict[str, Any]:
             found |= {f"{name}: {k}": v.numpy().tobytes() for k, v in load_file(path).items()}
         else:
             kept = json.loads(path.read_text())
-            found[name] = {k: kept[k] for k in ("learnt", "tasks", "rows", "sha256", "trainable_parameters")}
+            keys = kept if path.name == "source.json" else CERTAIN
+            found[name] = {k: kept[k] for k in keys}
     return found
 
 

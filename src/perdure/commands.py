@@ -61,17 +61,19 @@ class Run(RunConfig, Command):
 
 @dataclass(frozen=True, kw_only=True)
 class Resume(Command):
-    """Go on with a run that was stopped or killed, with the same result as if it never was."""
+    """Go on with a run or a lesson that was stopped or killed, with the same result as if it never was."""
 
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
-    """The run's folder."""
+    """The run's or the learner's folder."""
+    device: str | None = None
+    """Another one than the run began on, such as cpu; the result is then no longer the same to the bit."""
 
     def __call__(self, screen: Screen) -> None:
         """Resume, report."""
-        from perdure.run import resume
+        from perdure.lessons import go_on
 
         screen.wait("reading the data and the model")
-        _finished(self.folder, resume(self.folder, screen), screen)
+        _finished(self.folder, go_on(self.folder, screen, self.device), screen)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +101,8 @@ class Learn(Command):
     """For a new learner; 0 unless said otherwise."""
     precision: Literal["auto", "fp32", "bf16"] | None = None
     """For a new learner; auto unless said otherwise."""
+    device: str | None = None
+    """The learner's own unless said otherwise; auto for a new one."""
     skip_bad: bool = False
     """Leave unreadable images out, and list them."""
     captions: str | None = None
@@ -164,7 +168,7 @@ class Report(Command):
         from perdure.report import write_report
 
         inner = [run for folder in self.folders for run in _runs_in(folder)]
-        path = write_report(inner, self.out or self.folders[0] / "report.html", self.figures)
+        path = write_report(inner, self.out or self.folders[0] / "report.html", self.figures, screen.note)
         screen.result({"report": str(path)}, f"report: {path}")
 
 
@@ -220,19 +224,19 @@ def _grid(
     if demo:
         for cell in grid:
             names = [t["name"] for t in read_record(cell.folder)["stream"]["tasks"]]
-            screen.matrix(read_summary(cell.folder), names, cell.method)
+            screen.matrix(dict(read_summary(cell.folder)), names, cell.method)
     screen.table(table)
     path = write_report([cell.folder for cell in grid], out / "report.html")
     screen.result({"event": "report", "path": str(path)}, f"report: {path}")
 
 
 def _finished(out: Path, summary: dict[str, Any], screen: Screen) -> None:
+    from perdure.records import Run as Folder
     from perdure.report import write_report
-    from perdure.run import read_record
 
-    record = read_record(out)
-    _tell_skipped(record["stream"].get("skipped", []), screen)
-    screen.matrix(summary, [t["name"] for t in record["stream"]["tasks"]], record["config"]["method"])
+    found = Folder.read(out)
+    _tell_skipped(found.facts["stream"].get("skipped", []), screen)
+    screen.matrix(summary, found.names(), found.method)
     path = write_report([out], out / "report.html")
     screen.result({"event": "done", "summary": summary, "report": str(path)}, f"report: {path}")
 

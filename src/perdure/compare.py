@@ -8,7 +8,7 @@ import dataclasses
 import re
 import shlex
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +17,7 @@ from perdure.charts import show
 from perdure.config import RunConfig, make_backbone, make_method
 from perdure.foresight import foresee
 from perdure.process import as_found, plain
-from perdure.records import Run
+from perdure.records import Run, ignore
 from perdure.report import trade_offs
 from perdure.run import Interrupted, recorded_config, resume, run
 from perdure.runtime import Runtime, resolve
@@ -110,7 +110,7 @@ def compare(
         for cell in grid:
             runtime = _made(config, cell) or runtime
             if cell.finished:
-                _summary(cell)
+                _summary(cell, progress.note if progress else ignore)
         if unfinished := [cell for cell in grid if not cell.finished]:
             runtime = _ready(config, unfinished, runtime)
         for number, cell in enumerate(grid):
@@ -226,14 +226,11 @@ def _made(config: RunConfig, cell: Cell) -> Runtime | None:
     if not (cell.folder / "run.json").exists():
         return None
     made = Run.read(cell.folder)
-    try:
-        written = recorded_config({"config": made.config}).describe()
-        runtime = Runtime(**made.facts["resolved"])
-        computes = bool(runtime.dtype) and runtime.attention in ("eager", "sdpa") and int(runtime.threads) > 0
-    except (TypeError, ValueError, KeyError) as error:
-        raise _damaged(cell, "'config' or 'resolved' is not what a run writes") from error
-    if not (computes and made.facts["stream"].get("tasks")):
-        raise _damaged(cell, "it does not say how it computes, or names no tasks")
+    if not made.facts["stream"]["tasks"]:
+        raise ValueError(
+            f"{cell.folder / 'run.json'} names no tasks: it is no run's; remove {cell.folder} to run it again"
+        )
+    written, runtime = recorded_config(cell.folder, made.facts).describe(), Runtime(**made.facts["resolved"])
     for name, value in dataclasses.replace(config, method=cell.method, seed=cell.seed).describe().items():
         if name != "save_every" and written[name] != value:
             raise ValueError(
@@ -259,23 +256,15 @@ def _ready(config: RunConfig, unfinished: Sequence[Cell], runtime: Runtime | Non
     return runtime
 
 
-def _summary(cell: Cell) -> dict[str, Any]:
+def _summary(cell: Cell, note: Callable[[str], None] = ignore) -> dict[str, Any]:
     """A finished run's summary, with all numbers that the table needs."""
-    found = Run.read(cell.folder).summary
-    numbers = [found.get(key) for key in KEYS]
-    whole = all(found.get(key) is not None for key in _SURE) and all(isinstance(n, int | float | None) for n in numbers)
-    if not whole or not all(isinstance(s, int | float) for task in found["seconds_per_task"] for s in task.values()):
+    found: dict[str, Any] = dict(Run.read(cell.folder, note).summary)
+    if any(found.get(key) is None for key in _SURE):
         raise ValueError(
             f"{cell.folder / 'summary.json'} is damaged: numbers are missing; remove it, and the same command writes "
             "it anew"
         )
     return found
-
-
-def _damaged(cell: Cell, why: str) -> ValueError:
-    return ValueError(
-        f"{cell.folder / 'run.json'} is damaged: {why}; restore it, or remove {cell.folder} to run it again"
-    )
 
 
 def _left_out(grid: Sequence[Cell], out: Path) -> str:
@@ -306,7 +295,8 @@ def _left_out(grid: Sequence[Cell], out: Path) -> str:
 
 def _seconds(cell: Cell) -> float:
     """What a cell took so far."""
-    return sum(sum(each.manifest.get("seconds", {}).values()) for each in checkpoint.whole(cell.folder))
+    took = [each.manifest["seconds"] for each in checkpoint.whole(cell.folder) if "seconds" in each.manifest]
+    return sum(s["prepare"] + s["train"] + s["finish"] + s["evaluate"] for s in took)
 
 
 def _folder_name(method: str) -> str:

@@ -13,9 +13,10 @@ import jinja2
 
 from perdure import charts, figures, language, metrics
 from perdure.charts import duration, show
+from perdure.disk import write_text
 from perdure.figures import Drawing, Point
 from perdure.measured import new_task_acc, steps_of
-from perdure.records import PHASES, Group, Run, grouped
+from perdure.records import PHASES, Group, Run, grouped, ignore
 from perdure.wording import RARE, printable_lines
 
 # A number's key in summary.json, its name, and what it says to someone who reads it for the first time.
@@ -102,33 +103,39 @@ _TRADES: tuple[tuple[str, str, str, str, Callable[[float], str]], ...] = (
 _COSTS = ("trainable_parameters", "stored_bytes", "seconds", "images_per_second", "peak_rss_bytes")
 
 
-def write_report(folders: Sequence[Path], out: Path, drawings: Path | None = None) -> Path:
+def write_report(
+    folders: Sequence[Path], out: Path, drawings: Path | None = None, note: Callable[[str], None] = ignore
+) -> Path:
     """Write the report about `folders` to the file `out` (or `report.html` in it, when it is a folder).
 
     Unfinished runs are shown as far as they got. The same folders give the same bytes.
 
     Args:
-        folders: of runs.
-        out: where the page goes.
-        drawings: a folder for its figures as PDF and PNG, for papers.
+        folders: of the runs.
+        out: the file, or a folder for it.
+        drawings: a folder for the figures as PDF and PNG, for papers.
+        note: is told of files that say something else than the manifests, which are believed.
 
     Returns:
         The file written.
 
     Raises:
-        ValueError: when there is no folder, or one is not a run's or is damaged.
+        ValueError: when there is no folder, one is not a run's or is damaged, or the disk is full.
     """
     if not folders:
         raise ValueError("no run to report: give at least one folder that `perdure run` wrote")
-    runs = [Run.read(folder) for folder in dict.fromkeys(map(Path, folders))]
+    runs = [Run.read(folder, note) for folder in dict.fromkeys(map(Path, folders))]
     target = out / "report.html" if out.is_dir() else out
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(target.name + ".part")
     page = _Page(runs)
-    part.write_text(page.render(), encoding="utf-8")
-    part.replace(target)
-    if drawings:
-        page.save(drawings)
+    text = page.render()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_text(target, text)
+        if drawings:
+            page.save(drawings)
+    except OSError as error:  # what was learnt is not concerned
+        why = f"{error.filename or target} cannot be written ({error.strerror})"
+        raise ValueError(f"{why}: make room there, or give another --out") from error
     return target
 
 
@@ -251,8 +258,9 @@ def _recall_named() -> tuple[tuple[str, str, str], ...]:
 def _numbers(run: Run) -> dict[str, float | None]:
     """`Run.numbers`, accuracy on new tasks, and what a step costs."""
     done = run.learnt()
-    step = steps_of(run.folder.parent)["methods"].get(run.method) or {}
-    more = {"new_task_acc": new_task_acc([row[:done] for row in run.matrix()[:done]]), "step_cost": step.get("ratio")}
+    step = steps_of(run.folder.parent)["methods"].get(run.method)
+    cost = step["ratio"] if step else None
+    more = {"new_task_acc": new_task_acc([row[:done] for row in run.matrix()[:done]]), "step_cost": cost}
     return run.numbers() | more
 
 

@@ -57,10 +57,7 @@ def resolve(
     if processes > 1:
         raise ValueError(f"{processes} processes were launched; perdure trains in one: start it without a launcher")
     name = there if device == "auto" else device
-    try:
-        torch.ones(1, device=name).item()  # a number that comes back: "meta" makes tensors, but keeps none
-    except (RuntimeError, AssertionError, ImportError) as error:
-        raise ValueError(f"device {device!r} cannot be used here ({str(error).splitlines()[0]}); use auto") from error
+    check_device(name, f"device {device!r}", "use auto")
     chosen = precision if precision != "auto" else ("bf16" if native_bf16(name) else "fp32")
     backbone.to(name)
     best = attention if attention != "auto" else fastest_attention(backbone, _DTYPES[chosen], batch_size)
@@ -76,6 +73,23 @@ def _found(cpu: bool) -> tuple[str, int]:
         if not theirs:  # its state is one for the process: the caller's own use of Accelerate would get ours
             PartialState._reset_state()
         return found
+
+
+def check_device(name: str, given: str, remedy: str) -> None:
+    """Refuse a device that this machine lacks.
+
+    Args:
+        name: of the device.
+        given: what asked for it, for the message.
+        remedy: what to do, for the message.
+
+    Raises:
+        ValueError: when it cannot be computed on.
+    """
+    try:
+        torch.ones(1, device=name).item()  # a number that comes back: "meta" makes tensors, but keeps none
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise ValueError(f"{given} cannot be used here ({str(error).splitlines()[0]}); {remedy}") from error
 
 
 def native_bf16(device: str) -> bool:

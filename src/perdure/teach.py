@@ -20,12 +20,12 @@ from perdure.learner import Core
 from perdure.method import parts_of
 from perdure.objectives.zeroshot import TEMPLATE, ZeroShot, class_texts
 from perdure.process import Turn, as_found, plain
-from perdure.run import build_learner, read_record, record, recorded_config
+from perdure.run import build_learner, read_record, record, recorded_config, recorded_runtime
 from perdure.runtime import Runtime
 from perdure.streams import ImageSet, alike, captioned_task, folder_task, given_captions, given_task
 from perdure.streams.sources import Picture
-from perdure.summary import facts_of, summarise
-from perdure.train import Progress, TrainConfig, fit_task
+from perdure.summary import COSTS, facts_of, write_summary
+from perdure.train import Progress, Quiet, TrainConfig, fit_task
 from perdure.twin import as_now, become, part, twin_of
 from perdure.types import Row, Stream, Task
 
@@ -82,10 +82,10 @@ class Learner(Core):
         return learner
 
     @classmethod
-    def untaught(cls, folder: Path) -> Self:
-        """The learner of a folder, as it was before its first task."""
+    def untaught(cls, folder: Path, device: str | None = None) -> Self:
+        """The learner of a folder, as it was before its first task; on `device` instead of its own."""
         written = read_record(folder)
-        learner = cls.of(recorded_config(written), Runtime(**written["resolved"]))
+        learner = cls.of(recorded_config(folder, written), recorded_runtime(folder, written, device))
         learner.scenario = written["stream"]["scenario"]
         return learner
 
@@ -277,34 +277,41 @@ class Learner(Core):
             raise ValueError("this learner has learnt nothing yet: there is nothing to save")
         with checkpoint.locked(folder):
             if not (folder / "run.json").exists():
-                checkpoint.write_json(folder / "run.json", now.record())
+                checkpoint.write_sealed(folder / "run.json", now.record())
             elif read_record(folder)["config"] != now.config.describe():
                 raise ValueError(f"{folder} holds another learner; save to a new folder")
             done = checkpoint.whole(folder)
             before = done[-1].learnt if done else 0
-            if done and checkpoint.holds(done[-1], now):
-                return folder
-            if before >= now.learnt or (done and done[-1].tasks != now.tasks[:before]):
-                raise ValueError(f"{folder} has learnt something else since; save to a new folder")
-            gap = {"alone": True} if before < now.learnt - 1 else {}
-            checkpoint.save_task(folder, now, list(rows), now._facts | gap)
-            checkpoint.write_json(folder / "summary.json", summarise(folder, Stream(OPEN, self.scenario, ())))
+            if not (done and checkpoint.holds(done[-1], now)):
+                if before >= now.learnt or (done and done[-1].tasks != now.tasks[:before]):
+                    raise ValueError(f"{folder} has learnt something else since; save to a new folder")
+                gap = {"alone": True} if before < now.learnt - 1 else {}
+                checkpoint.save_task(folder, now, list(rows), now._facts | gap)
+            # also when nothing was to be saved: a process may have been killed before it came here
+            checkpoint.write_results(folder, checkpoint.whole(folder))
+            write_summary(folder, Quiet().note)
         return folder
 
     @classmethod
     @plain()
-    def load(cls, folder: str | Path) -> Self:
+    def load(cls, folder: str | Path, device: str | None = None) -> Self:
         """The learner of a folder, as it was after its last whole task; a run's folder or a saved learner's.
+
+        Args:
+            folder: where from.
+            device: to compute on; None is the one that it was made on.
 
         Raises:
             ValueError: when the folder is not a learner, is damaged, or its backbone has changed.
         """
-        learner = cls.untaught(Path(folder))
-        done = checkpoint.whole(Path(folder))
+        read_record(Path(folder))
+        done = checkpoint.whole(Path(folder))  # before the model is read, which may take longer
         if not done:
             raise ValueError(f"{folder} has no learnt task yet: go on with 'perdure resume {folder}'")
+        learner = cls.untaught(Path(folder), device)
         with as_found(learner.runtime.threads):
             checkpoint.restore(learner, done[-1])
+        learner._facts = {k: v for k, v in done[-1].manifest.items() if k in COSTS}
         return learner
 
     @plain()

@@ -23,7 +23,15 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Predict(Command):
+class Asking(Command):
+    """What all commands have that ask a learner."""
+
+    device: str | None = None
+    """Where to compute, such as cpu; where the learner was made when left out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predict(Asking):
     """What a learner sees in images."""
 
     learner: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="LEARNER")]
@@ -41,7 +49,7 @@ class Predict(Command):
 
         if not self.images:
             raise ValueError(f"no image given: write 'perdure predict {self.learner} cat.jpg'")
-        learner = Learner.load(self.learner)
+        learner = Learner.load(self.learner, self.device)
         files = [file for path in self.images for file in images_in(path)]
         screen.wait("looking")
         found = learner.predict(files, top=self.top, classes=self.classes or None)
@@ -53,7 +61,7 @@ class Predict(Command):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Search(Command):
+class Search(Asking):
     """The images of a folder that fit a text best, in any language that the model knows."""
 
     learner: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="LEARNER")]
@@ -69,7 +77,7 @@ class Search(Command):
         """Print files with cosines, best first."""
         from perdure.teach import Learner
 
-        learner = Learner.load(self.learner)
+        learner = Learner.load(self.learner, self.device)
         files = images_in(self.folder)
         screen.wait("looking")
         for place, cosine in learner.search(files, self.text, self.top):
@@ -77,7 +85,7 @@ class Search(Command):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Eval(Command):
+class Eval(Asking):
     """Measure a learner on all tasks of a stream: its own run's, or another one with the same class names."""
 
     learner: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="LEARNER")]
@@ -94,18 +102,18 @@ class Eval(Command):
 
         screen.wait("evaluating")
         if not self.retain:
-            screen.measured(*measure(self.learner, self.stream))
+            screen.measured(*measure(self.learner, self.stream, self.device))
             return
         if self.stream is not None:
             raise ValueError("--stream has no effect beside --retain: measure one after the other")
-        learner = Learner.load(self.learner)
+        learner = Learner.load(self.learner, self.device)
         for row in Retention(self.retain, learner).measure(learner, learner.learnt - 1):
             name = row.metric.removeprefix(f"{METRIC}/")
             screen.result({"zero_shot": name, "accuracy": row.value}, f"zero-shot on {name}: {row.value:.1%}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Export(Command):
+class Export(Asking):
     """Write a learner for other libraries."""
 
     learner: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="LEARNER")]
@@ -121,11 +129,11 @@ class Export(Command):
         from perdure.teach import Learner
 
         screen.wait("writing")
-        path = export(Learner.load(self.learner), self.out, self.to)
+        path = export(Learner.load(self.learner, self.device), self.out, self.to)
         screen.result({"export": str(path), "to": self.to}, f"written: {path}")
 
 
-def measure(folder: Path, stream: str | None) -> "tuple[list[Task], list[Row]]":
+def measure(folder: Path, stream: str | None, device: str | None = None) -> "tuple[list[Task], list[Row]]":
     """The tasks of a stream, and a learner's accuracy on them; classes are matched by name.
 
     Raises:
@@ -134,15 +142,15 @@ def measure(folder: Path, stream: str | None) -> "tuple[list[Task], list[Row]]":
     from perdure.process import plain
 
     with plain():
-        return _measured(folder, stream)
+        return _measured(folder, stream, device)
 
 
-def _measured(folder: Path, stream: str | None) -> "tuple[list[Task], list[Row]]":
+def _measured(folder: Path, stream: str | None, device: str | None) -> "tuple[list[Task], list[Row]]":
     from perdure.streams import build_stream
     from perdure.teach import Learner
     from perdure.types import Row
 
-    learner = Learner.load(folder)
+    learner = Learner.load(folder, device)
     described = stream if stream is not None else learner.config.stream
     if not described:
         raise ValueError(f"{folder} was taught from folders: say what to measure on with --stream")

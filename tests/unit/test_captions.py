@@ -353,7 +353,7 @@ def test_wrong_option_is_refused_with_a_near_one(tmp_path: Path, options: dict[s
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 2: not JSON"),
+        ("{", "line 2: it cannot be read as JSON"),
         ("[1]", "line 2: expected an object"),
         ('{"image": "0.png"}', "line 2: column 'captions' is empty; expected a caption, or a list of captions"),
         ('{"image": "0.png", "captions": 3}', "line 2: column 'captions' is 3"),

@@ -313,9 +313,14 @@ def test_a_run_at_its_very_beginning_gives_a_report(tmp_path: Path, learnt: int)
     assert Run.read(folder).numbers()["forgetting"] is None
 
 
-def test_a_folder_with_nothing_but_an_empty_record_gives_a_report(tmp_path: Path):
-    (tmp_path / "run.json").write_text('{"stream": null}')
-    check_balance(render(tmp_path / "out", tmp_path))
+def test_a_record_that_lacks_something_is_refused_with_the_field(tmp_path: Path):
+    folder = write_run(tmp_path / "a")
+    facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    (folder / "run.json").write_text(json.dumps(facts | {"stream": None}))
+    assert "run.json is damaged: stream: expected object, got null" in refusal(folder)
+    del facts["stream"]["tasks"][1]["names"]
+    (folder / "run.json").write_text(json.dumps(facts))
+    assert "run.json is damaged: stream.tasks[1]: object missing required field names" in refusal(folder)
 
 
 def test_a_summary_without_results_is_enough(tmp_path: Path):

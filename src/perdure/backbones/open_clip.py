@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from perdure import schema
 from perdure.backbones import pretrained
 from perdure.backbones.base import Backbone, Tower
 from perdure.backbones.unpacked import Attention, unpack
@@ -213,11 +214,9 @@ def _library() -> Any:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    try:
-        facts = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"cannot read {str(file)!r} ({error}): get it again") from error
-    if not isinstance(facts, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= set(facts.get("model_cfg", facts)):
+    facts = schema.read(file, dict[str, Any], "get it again")
+    model = facts.get("model_cfg", facts)
+    if not isinstance(model, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= set(model):
         raise ValueError(f"{str(file)!r} describes no model of OpenCLIP: it needs embed_dim, vision_cfg and text_cfg")
     return facts
 
