@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+TESTS := tests/unit tests/property tests/contract tests/integration
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-real check benchmark docs clean
+.PHONY: demo test test-all test-real check benchmark docs clean
 
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || (echo "perdure needs Python >= 3.11; try: make PYTHON=python3.12"; exit 1)
@@ -17,7 +18,10 @@ demo: $(VENV)/.installed
 	$(BIN)/perdure demo
 
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 tests/unit tests/property tests/contract tests/integration
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow" $(TESTS)
+
+test-all: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(TESTS)
 
 test-real: $(VENV)/.installed
 	$(BIN)/pytest tests/real

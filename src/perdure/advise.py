@@ -9,9 +9,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import resources
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from perdure.memory.budget import count_bytes
+from perdure.ranges import Count, Range, check_fields
 from perdure.spec import parse
 from perdure.wording import human_bytes
 
@@ -26,22 +27,19 @@ class Constraints:
     """Most that may be stored between tasks, such as 50MB: what was learnt, and examples that a memory refers to."""
     old_data: bool = True
     """Whether examples of old tasks may be kept."""
-    tasks: int | None = None
+    tasks: Count | None = None
     """How many tasks there will be; as many as were measured when left out."""
     id_at_test: Literal["yes", "no"] | None = None
     """Whether it is known at test time which task an image is of; no unless said otherwise."""
-    step_cost: float | None = None
+    step_cost: Annotated[float, Range(0, 1e6)] | None = None
     """Most that a training step may cost, as a multiple of plain LoRA's, such as 1.2."""
     scenario: Literal["class", "domain", "task"] | None = None
     """class: tasks bring new classes; domain: the same classes look different; task: class, with the task known."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.scenario == "task" and self.id_at_test == "no":
             raise ValueError("--scenario task means that the task is known at test: leave out --id-at-test no")
-        if self.tasks is not None and self.tasks < 1:
-            raise ValueError(f"--tasks {self.tasks}: expected 1 or more")
-        if self.step_cost is not None and not (self.step_cost >= 0 and math.isfinite(self.step_cost)):
-            raise ValueError(f"--step-cost {self.step_cost}: expected a multiple of plain LoRA's step, such as 1.2")
         _ = self.limit
 
     @property

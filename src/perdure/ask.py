@@ -35,7 +35,7 @@ class Advise(Constraints, Command):
         answers = advise(read([self.from_]), asked)
         said, folder = in_words(asked), None if self.from_ is None else str(self.from_)
         content = {"event": "advice", "asked": said, "from": folder, "answers": [asdict(a) for a in answers]}
-        screen.result(content, "\n".join(text(said, answers, folder)))
+        screen.result(content, *text(said, answers, folder))
 
 
 def text(asked: Sequence[str], answers: Sequence[Advice], folder: str | None) -> list[str]:

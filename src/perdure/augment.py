@@ -43,11 +43,13 @@ def zoom(batch: Batch, generator: torch.Generator) -> Batch:
     image = _flip(batch["image"], generator)
     count, side = len(image), image.shape[-1]
     high, wide = _windows(count, side, generator)
-    corner = torch.rand(2, count, generator=generator)
+    corner = torch.rand(2, count, generator=generator, dtype=torch.float32)
     # Beyond the window's outer pixels its border is repeated, as if it had been cut out first.
     rows, columns = (
         (corner[axis] * (side - extent + 1)).floor()[:, None]
-        + ((torch.arange(side) + 0.5) * extent[:, None] / side - 0.5).clamp(min=0).minimum(extent[:, None] - 1)
+        + ((torch.arange(side, dtype=torch.float32) + 0.5) * extent[:, None] / side - 0.5)
+        .clamp(min=0)
+        .minimum(extent[:, None] - 1)
         for axis, extent in enumerate((high, wide))
     )
     grid = torch.stack([columns[:, None, :].expand(-1, side, -1), rows[:, :, None].expand(-1, -1, side)], -1)
@@ -58,9 +60,9 @@ def zoom(batch: Batch, generator: torch.Generator) -> Batch:
 
 def _windows(count: int, side: int, generator: torch.Generator, tries: int = 10) -> tuple[Tensor, Tensor]:
     """Heights and widths (count,) in whole pixels: of each image's tries the first that fits, else the full side."""
-    area = torch.empty(count, tries).uniform_(0.05, 1, generator=generator) * side**2
+    area = torch.empty(count, tries, dtype=torch.float32).uniform_(0.05, 1, generator=generator) * side**2
     bound = math.log(4 / 3)
-    ratio = torch.empty(count, tries).uniform_(-bound, bound, generator=generator).exp()
+    ratio = torch.empty_like(area).uniform_(-bound, bound, generator=generator).exp()
     sides = torch.stack([(area / ratio).sqrt(), (area * ratio).sqrt()]).round().clamp(min=1)
     fits = (sides <= side).all(0)
     first = torch.where(fits, torch.arange(tries), tries).argmin(1)
@@ -70,7 +72,7 @@ def _windows(count: int, side: int, generator: torch.Generator, tries: int = 10)
 
 
 def _flip(image: Tensor, generator: torch.Generator) -> Tensor:
-    chosen = torch.rand(len(image), generator=generator) < 0.5
+    chosen = torch.rand(len(image), generator=generator, dtype=torch.float32) < 0.5
     return torch.where(chosen.to(image.device)[:, None, None, None], image.flip(-1), image)
 
 

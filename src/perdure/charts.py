@@ -1,40 +1,19 @@
-"""Small figures for the report as inline SVG: lines over tasks, bars, and the colours of a heat map.
-
-Lines and bars are drawn in a stretched coordinate system with strokes that keep their width, so that they fill any
-screen; all text is HTML beside them and keeps its size.
-"""
+"""What stands in cells of the report's tables: numbers with units, bars as inline SVG, colours of a heat map."""
 
 import itertools
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
 
 Colour = tuple[int, int, int]
-_Place = Callable[[int], float]
-_Scale = Callable[[float], float]
 
 LEVELS = 24
 """Number of steps of the heat map's colours."""
-COLOURS = 8
-"""Number of colours for series, `--c0` ... of the style sheet; further series repeat them with dashes."""
 
 # One hue each, ordered by lightness: readable without colour vision, and in print.
 _LIGHT = ((244, 247, 250), (200, 221, 237), (128, 178, 213), (58, 125, 180), (19, 76, 133), (10, 42, 84))
 _DARK = ((30, 37, 46), (31, 62, 96), (38, 97, 150), (74, 143, 196), (138, 190, 226), (220, 238, 250))
-_DASHES = ("", "7 4", "2 4")
-
-
-@dataclass(frozen=True)
-class Series:
-    """A line: one value for each task, None where there is none, with an optional half-width of a band around it."""
-
-    name: str
-    values: Sequence[float | None]
-    spread: Sequence[float | None] = ()
-    colour: int | None = None
-    """Number of its colour; its place among the series when None."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +31,39 @@ def percent(share: float | None, digits: int = 1) -> str:
         return "–"
     text = f"{100 * share:.{digits}f}"
     return text.removeprefix("-") if float(text) == 0 else text.replace("-", "−")
+
+
+def show(key: str, value: float | None, std: float | None = None, *, unit: bool = True) -> Markup:
+    """A number of a summary with its unit unless `unit` is False, and ± one standard deviation."""
+    if value is None:
+        return Markup('<span class="none" title="not measured">–</span>')
+    if key == "trainable_parameters":
+        text, name = f"{value:,.0f}", ""
+    elif key in ("stored_bytes", "peak_rss_bytes"):
+        power = next((i for i in range(4) if value < 999.5 * 1000**i), 4)
+        text, name = _digits(value / 1000**power), ("B", "kB", "MB", "GB", "TB")[power]
+    elif key == "seconds":
+        text, name = duration(value), ""
+    elif key == "step_cost":
+        text, name = f"{value:.2f}", "× LoRA"
+    elif key == "images_per_second":
+        text, name = _digits(value), "/s"
+    else:
+        text = percent(value) + ("" if std is None else f" ± {percent(std)}")
+        name = "points" if key in ("forgetting", "gap", "bwt", "fwt") else "%"
+    return Markup('{}<span class="unit"> {}</span>').format(text, name) if name and unit else Markup("{}").format(text)
+
+
+def duration(seconds: float) -> str:
+    """`75.2` -> `1 min 15 s`."""
+    if seconds < 60:
+        return f"{_digits(seconds)} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _digits(value: float) -> str:
+    return f"{value:,.0f}" if value >= 99.5 else f"{value:.3g}"
 
 
 def level(share: float) -> int:
@@ -76,59 +88,14 @@ def contrast(a: Colour, b: Colour) -> float:
     return (high + 0.05) / (low + 0.05)
 
 
-def lines(
-    title: str, series: Sequence[Series], labels: Sequence[str], *, zero: bool = False, share: bool = True
-) -> Markup:
-    """Lines over tasks with axes in per cent, bands and a legend.
-
-    Args:
-        title: what the figure shows; read out by screen readers.
-        series: at least one, each with as many values as `labels`.
-        labels: one a task.
-        zero: the axis starts at zero, even where all values lie far above it.
-        share: no value can exceed 1, so the axis ends there even where a band does not.
-    """
-    low, high, step = _axis([*([0.0] if zero else []), *(v for s in series for v in _extent(s))], share)
-    inks = [_ink(i if s.colour is None else s.colour) for i, s in enumerate(series)]
-    ticks = [low + i * step for i in range(round((high - low) / step) + 1)]
-
-    def y(value: float) -> float:
-        return round(1000 * (high - value) / (high - low), 1)
-
-    def x(i: int) -> float:
-        return 500.0 if len(labels) == 1 else round(1000 * (i + 0.5) / len(labels), 1)
-
-    body = [Markup('<line x1="0" x2="1000" y1="{0}" y2="{0}"/>').format(y(t)) for t in ticks]
-    body = [Markup('<g class="grid">{}</g>').format(Markup("").join(body))]
-    body += [_band(s, x, y, ink) for s, ink in zip(series, inks, strict=True) if s.spread]
-    body += [_line(s, labels, x, y, ink) for s, ink in zip(series, inks, strict=True)]
-    every = math.ceil(len(labels) / 10)
-    return Markup(
-        '<div class="plot"><div class="ticks" aria-hidden="true">{}</div>'
-        '<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" role="img" aria-label="{}"><title>{}</title>{}</svg>'
-        '<div class="steps" aria-hidden="true">{}</div></div>{}'
-    ).format(
-        _join('<span style="top:{}%">{}</span>', [(y(t) / 10, percent(t, 0)) for t in ticks]),
-        f"{title}. " + "; ".join(f"{s.name}: {percent(_last(s.values))} %" for s in series),
-        title,
-        Markup("").join(body),
-        _join('<span style="left:{}%">{}</span>', [(x(i) / 10, i + 1) for i in range(0, len(labels), every)]),
-        _legend(
-            (Markup('<path class="line" d="M1 6H21" {}/>').format(ink), s.name, f"{percent(_last(s.values))} %")
-            for s, ink in zip(series, inks, strict=True)
-        ),
-    )
-
-
 def legend(entries: Sequence[tuple[str, str]]) -> Markup:
     """Names with a block of their colour, and a value each."""
-    block = Markup('<rect width="22" height="10" y="1" rx="2" fill="var(--c{})"/>')
-    return _legend((block.format(i % COLOURS), name, value) for i, (name, value) in enumerate(entries))
-
-
-def _legend(entries: Iterable[tuple[Markup, str, str]]) -> Markup:
-    item = '<li><svg width="22" height="12" aria-hidden="true">{}</svg>{} <b>{}</b></li>'
-    return Markup('<ul class="legend">{}</ul>').format(_join(item, entries))
+    item = Markup(
+        '<li><svg width="22" height="12" aria-hidden="true"><rect width="22" height="10" y="1" rx="2" '
+        'fill="var(--c{})"/></svg>{} <b>{}</b></li>'
+    )
+    items = [item.format(i, name, value) for i, (name, value) in enumerate(entries)]
+    return Markup('<ul class="legend">{}</ul>').format(Markup("").join(items))
 
 
 def bar(value: float | None, low: float, high: float, label: str) -> Markup:
@@ -156,59 +123,6 @@ def stack(parts: Sequence[Part], longest: float) -> Markup:
     ]
     label = ", ".join(part.label for part in parts)
     return Markup('<svg class="bar" role="img" aria-label="{}">{}</svg>').format(label, Markup("").join(rects))
-
-
-def _band(series: Series, x: _Place, y: _Scale, ink: Markup) -> Markup:
-    known = [
-        (x(i), v, s) for i, (v, s) in enumerate(zip(series.values, series.spread, strict=True)) if v is not None and s
-    ]
-    edge = [f"{at},{y(v + s)}" for at, v, s in known] + [f"{at},{y(v - s)}" for at, v, s in reversed(known)]
-    return Markup('<polygon class="band" points="{}" {}/>').format(" ".join(edge), ink) if known else Markup("")
-
-
-def _line(series: Series, labels: Sequence[str], x: _Place, y: _Scale, ink: Markup) -> Markup:
-    known = [(i, v) for i, v in enumerate(series.values) if v is not None]
-    path = " ".join(f"{x(i)},{y(v)}" for i, v in known)
-    # A circle would be stretched with the coordinates; the round cap of a line of no length stays round.
-    dots = [
-        Markup('<path class="dot" d="M{} {}h.01" {}><title>{}, after {}: {} %</title></path>').format(
-            x(i), y(v), ink, series.name, labels[i], percent(v)
-        )
-        for i, v in known
-    ]
-    return Markup('<polyline class="line" points="{}" {}/>{}').format(path, ink, Markup("").join(dots))
-
-
-def _ink(colour: int) -> Markup:
-    dash = _DASHES[colour // COLOURS % len(_DASHES)]
-    return Markup('style="--hue:var(--c{}){}"').format(colour % COLOURS, f";--dash:{dash}" if dash else "")
-
-
-def _join(pattern: str, values: Iterable[tuple[object, ...]]) -> Markup:
-    return Markup("").join(Markup(pattern).format(*each) for each in values)
-
-
-def _last(values: Sequence[float | None]) -> float | None:
-    return next((v for v in reversed(values) if v is not None), None)
-
-
-def _extent(series: Series) -> list[float]:
-    widths = series.spread or [None] * len(series.values)
-    known = [(v, s or 0.0) for v, s in zip(series.values, widths, strict=True) if v is not None]
-    return [v - s for v, s in known] + [v + s for v, s in known]
-
-
-def _axis(values: Iterable[float], share: bool) -> tuple[float, float, float]:
-    """Round ends, not below 0 and of shares not above 1, that hold the values, and the distance of at most 7 ticks."""
-    found = list(values) or [0.0, 1.0]
-    top = min(max(found), 1.0) if share else max(found)
-    low, high = math.floor(max(min(found), 0.0) * 10), math.ceil(top * 10)
-    low = max(min(low, high - 2), 0)
-    high = max(high, low + 2)
-    step = next(s for k in itertools.count() for s in (10**k, 2 * 10**k, 5 * 10**k) if high - low <= 6 * s)
-    low -= low % step
-    high += -(high - low) % step
-    return low / 10, high / 10, step / 10
 
 
 def _between(stops: Sequence[Colour], at: float) -> Colour:

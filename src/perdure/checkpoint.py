@@ -7,29 +7,31 @@ stored, never the frozen backbone, and nothing is ever unpickled.
 
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import filelock
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from perdure import schema
+from perdure.disk import locked as locked
+from perdure.disk import place, sync_folder
+from perdure.disk import write_json as write_json
+from perdure.disk import write_sealed as write_sealed
+from perdure.disk import write_text as write_text
 from perdure.learner import Core
+from perdure.schema import FORMAT, Damaged, Manifest, Record
 from perdure.types import Row, Task
 
-FORMAT = 1
 _LEARNER, _OPTIMIZER, _MANIFEST = "learner.safetensors", "optimizer.safetensors", "manifest.json"
-
-
-class DamagedCheckpoint(ValueError):
-    """A file of a learner's folder is not what its manifest says."""
+_RECORD, _SUMMARY, _RESULTS = "run.json", "summary.json", "results.jsonl"
+DamagedCheckpoint = Damaged
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,24 @@ class Checkpoint:
     """A whole checkpoint on disk: after a task, or within one when `step` is set."""
 
     folder: Path
-    manifest: dict[str, Any]
+    manifest: Manifest
+    before: tuple[Task, ...] = ()
+    """Tasks of the checkpoints before it, which its own manifest need not repeat."""
 
     @property
     def learnt(self) -> int:
         """Number of tasks that are complete."""
-        return int(self.manifest["learnt"])
+        return self.manifest["learnt"]
+
+    @property
+    def seal(self) -> str:
+        """What says which checkpoint it is, and of which run."""
+        return self.manifest["seal"]
+
+    @property
+    def path(self) -> Path:
+        """Of its manifest."""
+        return self.folder / _MANIFEST
 
     @property
     def step(self) -> int | None:
@@ -52,12 +66,14 @@ class Checkpoint:
     @property
     def rows(self) -> list[Row]:
         """Measurements made after this task."""
-        return [Row(**row) for row in self.manifest.get("rows", [])]
+        listed = self.manifest.get("rows", [])
+        return [Row(row["after"], row["on"], row["metric"], row["value"]) for row in listed]
 
     @property
     def tasks(self) -> list[Task]:
         """Descriptions of the tasks that the learner has grown for."""
-        return [Task.described(facts) for facts in self.manifest["tasks"]]
+        own = [Task.described(dict(facts)) for facts in self.manifest["tasks"]]
+        return [*self.before[: own[0].index if own else None], *own]
 
 
 def save_task(
@@ -78,7 +94,7 @@ def save_task(
         beside: name of a file -> tensors that belong to the task and are no part of the learner.
     """
     target = folder / f"task-{learner.learnt - 1:03d}"
-    manifest = _describe(learner) | {"rows": [asdict(row) for row in rows]} | facts
+    manifest = _describe(folder, learner, bool(facts.get("alone"))) | {"rows": [asdict(row) for row in rows]} | facts
     _write(target, manifest, {_LEARNER: learner.memory()} | dict(beside or {}))
     drop_steps(target)
     return target
@@ -101,7 +117,7 @@ def save_step(folder: Path, learner: Core, step: int, optimizer: torch.optim.Opt
             for key, value in state.items()
             if isinstance(value, Tensor)
         }
-    _write(target, _describe(learner) | {"step": step, "rows": [asdict(row) for row in rows]}, tensors)
+    _write(target, _describe(folder, learner) | {"step": step, "rows": [asdict(row) for row in rows]}, tensors)
     for old in task.glob("step-*"):
         if old != target:
             shutil.rmtree(old, ignore_errors=True)
@@ -134,29 +150,50 @@ def beside(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
 
 
 def whole(folder: Path) -> list[Checkpoint]:
-    """Checkpoints after a task, in order.
+    """Checkpoints after a task, in order, each of the run of `folder` and the successor of the one before.
 
     Raises:
-        DamagedCheckpoint: when a manifest cannot be read or a task is missing in between.
+        DamagedCheckpoint: when a manifest cannot be read, is another run's, or a task is missing in between or at the
+            end.
     """
-    found = [_manifest(path) for path in _manifests(folder, "task")]
-    index = 0
-    for checkpoint in found:
-        if checkpoint.manifest.get("alone"):
-            index = checkpoint.learnt - 1
-        if checkpoint.learnt != index + 1:
+    found: list[Checkpoint] = []
+    for path in _manifests(folder, "task"):
+        each = _manifest(path, found[-1] if found else None)
+        if int(each.folder.name.removeprefix("task-")) != each.learnt - 1:
+            raise DamagedCheckpoint(f"{path} is damaged: it is that of task {each.learnt - 1}; {_remedy(path)}")
+        index = each.learnt - 1 if each.manifest.get("alone") else found[-1].learnt if found else 0
+        if each.learnt != index + 1:
             raise DamagedCheckpoint(
-                f"{folder} has {checkpoint.folder.name} but not task-{index:03d}: restore that folder, or remove the "
+                f"{folder} has {each.folder.name} but not task-{index:03d}: restore that folder, or remove the "
                 "later ones to go back"
             )
-        index += 1
+        found.append(each)
+    learnt = found[-1].learnt if found else 0
+    torn = folder / f"task-{learnt:03d}"
+    if (torn / _LEARNER).exists() and _vouched(folder) > learnt:
+        raise DamagedCheckpoint(
+            f"{torn / _MANIFEST} is missing, though this task was learnt and evaluated: restore it, or remove {torn} "
+            "to go back to the one before"
+        )
+    _check_run(folder, found)
     return found
 
 
-def latest_step(folder: Path, learnt: int) -> Checkpoint | None:
-    """The last whole snapshot within task number `learnt`."""
-    found = _manifests(folder / f"task-{learnt:03d}", "step")
-    return _manifest(found[-1]) if found else None
+def latest_step(folder: Path, done: Sequence[Checkpoint]) -> Checkpoint | None:
+    """The last whole snapshot within the task that follows those in `done`, which `whole` gave.
+
+    Raises:
+        DamagedCheckpoint: when its manifest cannot be read, or is another run's.
+    """
+    last = done[-1] if done else None
+    found = _manifests(folder / f"task-{last.learnt if last else 0:03d}", "step")
+    if not found:
+        return None
+    snapshot = _manifest(found[-1], last)
+    if snapshot.learnt != (last.learnt if last else 0) or snapshot.step is None:
+        raise _foreign(snapshot, "it is no snapshot of this task")
+    _check_run(folder, [snapshot], last)
+    return snapshot
 
 
 def holds(checkpoint: Checkpoint, learner: Core) -> bool:
@@ -214,42 +251,19 @@ def restore(learner: Core, checkpoint: Checkpoint, tasks: Sequence[Task] = ()) -
     learner.settle()
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process.
-
-    Raises:
-        ValueError: when another process holds it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout as error:
-        raise ValueError(f"another process is working in {folder}: wait for it, or give another folder") from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def write_json(path: Path, content: object) -> None:
-    """Write a JSON file so that it is either whole or not there."""
-    _place(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
-
-
-def write_text(path: Path, text: str) -> None:
-    """The same for text."""
-    _place(path, text.encode())
-
-
-def _describe(learner: Core) -> dict[str, Any]:
+def _describe(folder: Path, learner: Core, alone: bool = False) -> dict[str, Any]:
+    """What every manifest says: whose it is, what it follows, and the tasks that this one does not know."""
+    paths = _manifests(folder, "task")
+    last = _manifest(paths[-1]) if paths else None
+    known = last.learnt if last and not alone else 0
     return {
         "format": FORMAT,
+        "run": schema.seal(read_record(folder)) if (folder / _RECORD).exists() else "",
+        "previous": last.seal if last else None,
         "learnt": learner.learnt,
         "backbone": learner.fingerprint,
         "method": learner.method.spec,
-        "tasks": [task.describe() for task in learner.tasks],
+        "tasks": [task.describe() for task in learner.tasks[known:]],
     }
 
 
@@ -257,15 +271,13 @@ def _write(target: Path, manifest: dict[str, Any], files: dict[str, dict[str, Te
     if (target / _MANIFEST).exists():
         raise ValueError(f"{target} is already there: checkpoints are never overwritten")
     target.mkdir(parents=True, exist_ok=True)
-    digests = {}
+    digests, sizes = {}, {}
     for name, tensors in files.items():
         content = _packed(tensors)
-        digests[name] = hashlib.sha256(content).hexdigest()
-        _place(target / name, content)
-    manifest = manifest | {"sha256": digests}
-    manifest["seal"] = _seal(manifest)
-    write_json(target / _MANIFEST, manifest)
-    _sync_folder(target.parent)
+        digests[name], sizes[name] = hashlib.sha256(content).hexdigest(), len(content)
+        place(target / name, content)
+    write_sealed(target / _MANIFEST, manifest | {"sha256": digests, "bytes": sizes})
+    sync_folder(target.parent)
 
 
 def _packed(tensors: dict[str, Tensor]) -> bytes:
@@ -273,44 +285,81 @@ def _packed(tensors: dict[str, Tensor]) -> bytes:
     return packed
 
 
-def _seal(manifest: dict[str, Any]) -> str:
-    text = json.dumps({k: v for k, v in manifest.items() if k != "seal"}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+def _manifest(path: Path, last: Checkpoint | None = None) -> Checkpoint:
+    """A manifest, as the successor of `last`."""
+    found = schema.read(path, Manifest, _remedy(path), must_be_sealed=True)
+    if found["format"] not in range(1, FORMAT + 1):
+        raise ValueError(f"{path} has format {found['format']}; this version of perdure reads 1 to {FORMAT}")
+    return Checkpoint(path.parent, found, tuple(last.tasks) if last else ())
 
 
-def _place(path: Path, content: bytes) -> None:
-    draft = path.with_name(f".{path.name}.draft")
-    with draft.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
-    _sync_folder(path.parent)
+def _check_run(folder: Path, found: Sequence[Checkpoint], last: Checkpoint | None = None) -> None:
+    """Refuse checkpoints that are not of the run of `folder`, or do not follow each other after `last`."""
+    record = read_record(folder) if (folder / _RECORD).exists() else None
+    run, declared = schema.seal(record) if record else "", len(record["stream"]["tasks"]) if record else 0
+    for each in found:
+        manifest, tasks = each.manifest, each.tasks
+        if manifest["format"] == 1:  # whose chain is nothing but the tasks, which each repeated
+            if (record and "format" in record) or (last and last.manifest["format"] > 1):
+                raise _foreign(each, "an older version of perdure wrote it than wrote this run")
+            if last and tasks[: len(last.tasks)] != last.tasks:
+                raise _foreign(each, f"its tasks are not those of {last.path}")
+        elif manifest.get("run") != run:
+            raise _foreign(each, f"it is not of the run of {folder / _RECORD}, or that file was changed")
+        elif manifest.get("previous") != (last.seal if last else None):
+            raise _foreign(each, f"it does not follow {last.path if last else 'an empty folder'}")
+        most = max(declared, len(tasks))
+        numbered = [task.index for task in tasks] == list(range(len(tasks))) and each.learnt <= len(tasks)
+        named = all(len(task.classes) == len(task.names) for task in tasks)
+        if not (numbered and named) or any(max(row.after, row.on or 0) >= most for row in each.rows):
+            raise DamagedCheckpoint(f"{each.path} is damaged: it speaks of tasks that are not; {_remedy(each.path)}")
+        last = each
 
 
-def _sync_folder(folder: Path) -> None:
-    if os.name != "posix":  # Windows cannot open a folder
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _foreign(checkpoint: Checkpoint, why: str) -> DamagedCheckpoint:
+    return DamagedCheckpoint(f"{checkpoint.path} comes from another run: {why}; {_remedy(checkpoint.path)}")
 
 
-def _manifest(path: Path) -> Checkpoint:
-    remedy = f"restore it, or remove {path.parent} to go back to the one before"
-    try:
-        text = path.read_text(encoding="utf-8")
-        manifest = json.loads(text)
-        sealed = text.endswith("}\n") and manifest["seal"] == _seal(manifest)
-    except (ValueError, KeyError, TypeError) as error:
-        raise DamagedCheckpoint(f"{path} is damaged: it cannot be read as a manifest; {remedy}") from error
-    if not sealed:
-        raise DamagedCheckpoint(f"{path} is damaged: its content does not match its seal; {remedy}")
-    if manifest["format"] != FORMAT:
-        raise ValueError(f"{path} has format {manifest['format']}; this version of perdure reads {FORMAT}")
-    return Checkpoint(path.parent, manifest)
+def _remedy(path: Path) -> str:
+    return f"restore it, or remove {path.parent} to go back to the one before"
+
+
+def read_record(folder: Path) -> Record:
+    """run.json of a folder.
+
+    Raises:
+        ValueError: when there is none, or it is not what was written.
+    """
+    path = folder / _RECORD
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} is not a run's or a learner's folder: it has no run.json; give one that 'perdure run' or "
+            "'perdure learn' wrote"
+        )
+    return schema.read(path, Record, f"restore it, or remove {folder} to start anew")
+
+
+def stored_bytes(checkpoint: Checkpoint) -> int:
+    """Of the file that holds what was learnt.
+
+    Raises:
+        DamagedCheckpoint: when an older manifest does not say it and the file is missing.
+    """
+    known = checkpoint.manifest.get("bytes", {}).get(_LEARNER)
+    path = checkpoint.folder / _LEARNER
+    if known is None and not path.is_file():
+        raise DamagedCheckpoint(f"{path} is missing: {_remedy(path)}")
+    return path.stat().st_size if known is None else known
+
+
+def _vouched(folder: Path) -> int:
+    """Number of tasks that were evaluated, according to what was written down after their manifests."""
+    counts = [0]
+    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        counts.append(len(json.loads((folder / _SUMMARY).read_bytes())["matrix"]))
+    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        counts += [int(json.loads(line)["after"]) + 1 for line in (folder / _RESULTS).read_bytes().splitlines()]
+    return max(counts)
 
 
 def _manifests(folder: Path, kind: str) -> list[Path]:
@@ -321,7 +370,7 @@ def _manifests(folder: Path, kind: str) -> list[Path]:
 
 def _read(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
     path = checkpoint.folder / name
-    remedy = f"restore it, or remove {checkpoint.folder} to go back to the one before"
+    remedy = _remedy(path)
     try:
         content = path.read_bytes()
     except FileNotFoundError as error:
@@ -335,8 +384,15 @@ def _read(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
     return tensors
 
 
-def drop_lines_after(path: Path, kept: list[str]) -> None:
-    """Make an append-only file hold just `kept`, which is what whole checkpoints vouch for."""
-    text = "".join(f"{line}\n" for line in kept)
-    if not path.exists() or path.read_text(encoding="utf-8") != text:
-        write_text(path, text)
+def lines_of(rows: Sequence[Row]) -> list[str]:
+    """Measurements as they stand in results.jsonl."""
+    return [json.dumps(asdict(row)) + "\n" for row in rows]
+
+
+def write_results(folder: Path, done: Sequence[Checkpoint]) -> bool:
+    """Make results.jsonl hold just what whole checkpoints vouch for; whether it had to be written."""
+    path, text = folder / _RESULTS, "".join(lines_of([row for each in done for row in each.rows]))
+    if path.exists() and path.read_bytes() == text.encode():
+        return False
+    write_text(path, text)
+    return True

@@ -1,29 +1,25 @@
-"""The commands: one frozen dataclass each, whose fields are the flags and whose docstrings are the help."""
+"""The commands: one frozen dataclass each, whose fields are the flags and whose docstrings are the help.
 
-import difflib
-import inspect
+What a command computes with is imported when it is called: help, lists and mistakes wait for no torch.
+"""
+
 import shlex
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
 from perdure.ask import Advise
-from perdure.backbones import BACKBONES
+from perdure.catalogue import Kind, entries
 from perdure.command import Command
-from perdure.compare import cells, compare
-from perdure.config import RunConfig, register
+from perdure.config import RunConfig
 from perdure.console import Screen
-from perdure.lessons import teach_folder
-from perdure.method import METHODS
-from perdure.recipes import DEMO_METHODS, RECIPES, demo, flags
-from perdure.report import write_report
-from perdure.run import read_record, read_summary, resume, run
-from perdure.streams import STREAMS
+from perdure.ranges import BatchSize, Epochs, Rate, Seed
+from perdure.recipes import DEMO_METHODS, demo, flags
 from perdure.use import Eval, Export, Predict, Search
+from perdure.wording import meant, shortened
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +50,8 @@ class Run(RunConfig, Command):
 
     def __call__(self, screen: Screen) -> None:
         """Run, report."""
+        from perdure.run import run
+
         config = RunConfig(**{f.name: getattr(self, f.name) for f in fields(RunConfig)})
         if self.recipe:
             screen.note(f"recipe {self.recipe}: {shlex.join(flags(config))}")
@@ -63,15 +61,19 @@ class Run(RunConfig, Command):
 
 @dataclass(frozen=True, kw_only=True)
 class Resume(Command):
-    """Go on with a run that was stopped or killed, with the same result as if it never was."""
+    """Go on with a run or a lesson that was stopped or killed, with the same result as if it never was."""
 
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
-    """The run's folder."""
+    """The run's or the learner's folder."""
+    device: str | None = None
+    """Another one than the run began on, such as cpu; the result is then no longer the same to the bit."""
 
     def __call__(self, screen: Screen) -> None:
         """Resume, report."""
+        from perdure.lessons import go_on
+
         screen.wait("reading the data and the model")
-        _finished(self.folder, resume(self.folder, screen), screen)
+        _finished(self.folder, go_on(self.folder, screen, self.device), screen)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,16 +91,18 @@ class Learn(Command):
     """For a new learner; inflora(rank=10) unless said otherwise."""
     objective: str | None = None
     """For a new learner; classify() unless said otherwise."""
-    epochs: int | None = None
+    epochs: Epochs | None = None
     """Passes over the images; 5 unless said otherwise, and more over few images, for at least 60 steps."""
-    lr: float | None = None
+    lr: Rate | None = None
     """Learning rate; 1e-3 unless said otherwise."""
-    batch_size: int | None = None
+    batch_size: BatchSize | None = None
     """Images per step; 64 unless said otherwise."""
-    seed: int | None = None
+    seed: Seed | None = None
     """For a new learner; 0 unless said otherwise."""
     precision: Literal["auto", "fp32", "bf16"] | None = None
     """For a new learner; auto unless said otherwise."""
+    device: str | None = None
+    """The learner's own unless said otherwise; auto for a new one."""
     skip_bad: bool = False
     """Leave unreadable images out, and list them."""
     captions: str | None = None
@@ -106,6 +110,9 @@ class Learn(Command):
 
     def __call__(self, screen: Screen) -> None:
         """Learn, say what is known now."""
+        from perdure.lessons import teach_folder
+        from perdure.report import write_report
+
         screen.wait("reading the data and the model")
         names = [f.name for f in fields(RunConfig) if hasattr(self, f.name)]
         given = {n: getattr(self, n) for n in names if getattr(self, n) is not None}
@@ -118,7 +125,7 @@ class Learn(Command):
         ask = f"predict {into} IMAGE" if summary["score"] == "accuracy" else f"search {into} FOLDER 'words'"
         screen.result(
             {"event": "learnt", "task": task.describe(), "summary": summary, "skipped": skipped},
-            f"learnt {', '.join(task.names)}; ask it with: perdure {ask}",
+            f"learnt {', '.join(map(shortened, task.names))}; ask it with: perdure {ask}",
         )
 
 
@@ -129,9 +136,9 @@ class Compare(RunConfig, Command):
     methods: tuple[str, ...]
     """Methods, each in quotes."""
     method: Annotated[str, tyro.conf.Suppress] = field(default="")
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[Seed, ...] = (0, 1, 2)
     """One run a method for each; unless the stream fixes it, a seed is also a class order."""
-    seed: Annotated[int, tyro.conf.Suppress] = field(default=0)
+    seed: Annotated[Seed, tyro.conf.Suppress] = field(default=0)
     out: Path
     """Folder of the grid; finished runs in it are not repeated."""
 
@@ -153,11 +160,15 @@ class Report(Command):
     """Runs' folders, or a grid's."""
     out: Path | None = None
     """The file; report.html in the first folder when left out."""
+    figures: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """A folder for the figures as PDF and PNG, for papers."""
 
     def __call__(self, screen: Screen) -> None:
         """Write and print the path."""
+        from perdure.report import write_report
+
         inner = [run for folder in self.folders for run in _runs_in(folder)]
-        path = write_report(inner, self.out or self.folders[0] / "report.html")
+        path = write_report(inner, self.out or self.folders[0] / "report.html", self.figures, screen.note)
         screen.result({"report": str(path)}, f"report: {path}")
 
 
@@ -165,34 +176,24 @@ class Report(Command):
 class List(Command):
     """What there is: methods, streams, backbones, recipes."""
 
-    what: tyro.conf.Positional[Literal["methods", "streams", "backbones", "recipes"]]
+    what: tyro.conf.Positional[Kind]
     """Which."""
     name: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")] = None
     """One of them, with all that is written about it."""
 
     def __call__(self, screen: Screen) -> None:
         """Print names, options and what they are."""
-        register()
-        tables: dict[str, Mapping[str, Callable[..., Any]]] = {
-            "methods": METHODS,
-            "streams": STREAMS,
-            "backbones": BACKBONES,
-            "recipes": RECIPES,
-        }
-        found = tables[self.what]
+        found = entries(self.what)
         if self.name is None:
-            screen.listing([(name, _options(made), _sentence(made)) for name, made in sorted(found.items())])
+            screen.listing([(name, each.options, each.sentence) for name, each in sorted(found.items())])
             return
         if self.name not in found:
-            near = difflib.get_close_matches(self.name, found, n=1)
-            meant = f"did you mean {near[0]!r}?" if near else f"'perdure list {self.what}' names them"
-            raise ValueError(f"{self.name!r} is not among the {self.what}; {meant}")
-        made = found[self.name]
-        about = inspect.cleandoc(made.__doc__ or "")
-        if inspect.isclass(made):
-            about = f"{inspect.cleandoc(sys.modules[made.__module__].__doc__ or '')}\n\n{about}"
-        text = f"{self.name}({_options(made)})\n\n{about}" if _options(made) else f"{self.name}\n\n{about}"
-        screen.result({"name": self.name, "options": _options(made), "about": about}, text)
+            near = meant(self.name, found) or f"; 'perdure list {self.what}' names them"
+            raise ValueError(f"{self.name!r} is not among the {self.what}{near}")
+        entry = found[self.name]
+        lines = [f"{self.name}({entry.options})" if entry.options else self.name]
+        lines += [f"  {name}: {values}" for name, values in entry.ranges.items()]
+        screen.result({"name": self.name, **asdict(entry)}, *lines, "", *entry.about.splitlines())
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {
@@ -214,21 +215,28 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 def _grid(
     config: RunConfig, methods: Sequence[str], seeds: Sequence[int], out: Path, screen: Screen, demo: bool = False
 ) -> None:
+    from perdure.compare import cells, compare
+    from perdure.report import write_report
+    from perdure.run import read_record, read_summary
+
     grid = cells(methods, seeds, out)
     table = compare(config, grid, out, screen, steps=not demo)
     if demo:
         for cell in grid:
             names = [t["name"] for t in read_record(cell.folder)["stream"]["tasks"]]
-            screen.matrix(read_summary(cell.folder), names, cell.method)
+            screen.matrix(dict(read_summary(cell.folder)), names, cell.method)
     screen.table(table)
     path = write_report([cell.folder for cell in grid], out / "report.html")
     screen.result({"event": "report", "path": str(path)}, f"report: {path}")
 
 
 def _finished(out: Path, summary: dict[str, Any], screen: Screen) -> None:
-    record = read_record(out)
-    _tell_skipped(record["stream"].get("skipped", []), screen)
-    screen.matrix(summary, [t["name"] for t in record["stream"]["tasks"]], record["config"]["method"])
+    from perdure.records import Run as Folder
+    from perdure.report import write_report
+
+    found = Folder.read(out)
+    _tell_skipped(found.facts["stream"].get("skipped", []), screen)
+    screen.matrix(summary, found.names(), found.method)
     path = write_report([out], out / "report.html")
     screen.result({"event": "done", "summary": summary, "report": str(path)}, f"report: {path}")
 
@@ -246,14 +254,3 @@ def _runs_in(folder: Path) -> list[Path]:
     if not inner:
         raise ValueError(f"{folder} is neither a run's nor a grid's folder: it has no run.json")
     return inner
-
-
-def _options(made: Callable[..., Any]) -> str:
-    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    options = [p for p in inspect.signature(made).parameters.values() if p.kind in named]
-    return ", ".join(p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in options)
-
-
-def _sentence(made: Callable[..., Any]) -> str:
-    text = inspect.cleandoc((sys.modules[made.__module__].__doc__ if inspect.isclass(made) else made.__doc__) or "")
-    return " ".join(text.partition("\n\n")[0].split())

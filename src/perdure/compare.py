@@ -8,21 +8,22 @@ import dataclasses
 import re
 import shlex
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from perdure import checkpoint, measured, metrics, step_cost
+from perdure.charts import show
 from perdure.config import RunConfig, make_backbone, make_method
 from perdure.foresight import foresee
-from perdure.records import Run
-from perdure.report import show, trade_offs
+from perdure.process import as_found, plain
+from perdure.records import Run, ignore
+from perdure.report import trade_offs
 from perdure.run import Interrupted, recorded_config, resume, run
 from perdure.runtime import Runtime, resolve
-from perdure.scatter import standalone
 from perdure.streams import build_stream
 from perdure.train import Progress
-from perdure.wording import RARE, times
+from perdure.wording import RARE, printable, times
 
 KEYS = (
     "acc",
@@ -81,6 +82,7 @@ def cells(methods: Sequence[str], seeds: Sequence[int], out: Path) -> list[Cell]
     return [Cell(m, s, out / f"{n}-seed{s}") for s in seeds for n, m in zip(names, methods, strict=True)]
 
 
+@plain()
 def compare(
     config: RunConfig, grid: Sequence[Cell], out: Path, progress: GridProgress | None = None, *, steps: bool = True
 ) -> list[dict[str, Any]]:
@@ -108,7 +110,7 @@ def compare(
         for cell in grid:
             runtime = _made(config, cell) or runtime
             if cell.finished:
-                _summary(cell)
+                _summary(cell, progress.note if progress else ignore)
         if unfinished := [cell for cell in grid if not cell.finished]:
             runtime = _ready(config, unfinished, runtime)
         for number, cell in enumerate(grid):
@@ -127,7 +129,8 @@ def compare(
         table = _write(grid, out)
         if steps and runtime is not None:
             methods = list(dict.fromkeys(cell.method for cell in grid))
-            step_cost.measure(config, methods, runtime, out, progress)
+            with as_found(runtime.threads):
+                step_cost.measure(config, methods, runtime, out, progress)
             table = _write(grid, out)
         if progress and (left_out := _left_out(grid, out)):
             progress.note(left_out)
@@ -170,8 +173,15 @@ def markdown(table: Sequence[dict[str, Any]]) -> str:
     lines = [f"| method | runs | {' | '.join(titles)} |", "|---" * (len(titles) + 2) + "|"]
     for row in table:
         cells = [times(row["step"]) if key == "step" else _shown(key, row[key]) for key, _ in shown]
-        lines.append(f"| `{row['method']}` | {row['runs']} | {' | '.join(cells)} |")
+        lines.append(f"| {_code(row['method'])} | {row['runs']} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _code(text: str) -> str:
+    """A text as code in a table's cell: no bar ends the cell, no backtick the code."""
+    text = printable(text).replace("|", "\\|")
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"
 
 
 _SHOWN = (
@@ -206,8 +216,8 @@ def _write(grid: Sequence[Cell], out: Path) -> list[dict[str, Any]]:
         row["step_cost"], row["step"] = (found["step"] or {}).get("ratio"), found["step"]
     checkpoint.write_json(out / "compare.json", table)
     checkpoint.write_text(out / "compare.md", markdown(table))
-    for name, _, figure in trade_offs([(row["method"], row.get) for row in table]):
-        checkpoint.write_text(out / f"accuracy-{name}.svg", standalone(figure))
+    for name, drawing in trade_offs([(row["method"], row.get) for row in table]).items():
+        drawing.save(out / f"accuracy-{name}.svg")
     return table
 
 
@@ -216,14 +226,11 @@ def _made(config: RunConfig, cell: Cell) -> Runtime | None:
     if not (cell.folder / "run.json").exists():
         return None
     made = Run.read(cell.folder)
-    try:
-        written = recorded_config({"config": made.config}).describe()
-        runtime = Runtime(**made.facts["resolved"])
-        computes = bool(runtime.dtype) and runtime.attention in ("eager", "sdpa") and int(runtime.threads) > 0
-    except (TypeError, ValueError, KeyError) as error:
-        raise _damaged(cell, "'config' or 'resolved' is not what a run writes") from error
-    if not (computes and made.facts["stream"].get("tasks")):
-        raise _damaged(cell, "it does not say how it computes, or names no tasks")
+    if not made.facts["stream"]["tasks"]:
+        raise ValueError(
+            f"{cell.folder / 'run.json'} names no tasks: it is no run's; remove {cell.folder} to run it again"
+        )
+    written, runtime = recorded_config(cell.folder, made.facts).describe(), Runtime(**made.facts["resolved"])
     for name, value in dataclasses.replace(config, method=cell.method, seed=cell.seed).describe().items():
         if name != "save_every" and written[name] != value:
             raise ValueError(
@@ -249,23 +256,15 @@ def _ready(config: RunConfig, unfinished: Sequence[Cell], runtime: Runtime | Non
     return runtime
 
 
-def _summary(cell: Cell) -> dict[str, Any]:
+def _summary(cell: Cell, note: Callable[[str], None] = ignore) -> dict[str, Any]:
     """A finished run's summary, with all numbers that the table needs."""
-    found = Run.read(cell.folder).summary
-    numbers = [found.get(key) for key in KEYS]
-    whole = all(found.get(key) is not None for key in _SURE) and all(isinstance(n, int | float | None) for n in numbers)
-    if not whole or not all(isinstance(s, int | float) for task in found["seconds_per_task"] for s in task.values()):
+    found: dict[str, Any] = dict(Run.read(cell.folder, note).summary)
+    if any(found.get(key) is None for key in _SURE):
         raise ValueError(
             f"{cell.folder / 'summary.json'} is damaged: numbers are missing; remove it, and the same command writes "
             "it anew"
         )
     return found
-
-
-def _damaged(cell: Cell, why: str) -> ValueError:
-    return ValueError(
-        f"{cell.folder / 'run.json'} is damaged: {why}; restore it, or remove {cell.folder} to run it again"
-    )
 
 
 def _left_out(grid: Sequence[Cell], out: Path) -> str:
@@ -296,7 +295,8 @@ def _left_out(grid: Sequence[Cell], out: Path) -> str:
 
 def _seconds(cell: Cell) -> float:
     """What a cell took so far."""
-    return sum(sum(each.manifest.get("seconds", {}).values()) for each in checkpoint.whole(cell.folder))
+    took = [each.manifest["seconds"] for each in checkpoint.whole(cell.folder) if "seconds" in each.manifest]
+    return sum(s["prepare"] + s["train"] + s["finish"] + s["evaluate"] for s in took)
 
 
 def _folder_name(method: str) -> str:

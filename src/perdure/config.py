@@ -1,18 +1,19 @@
 """What a run is asked to do: one frozen dataclass, which is the command line's help and run.json's content."""
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from perdure.backbones import BACKBONES
-from perdure.method import METHODS, Method, compose
-from perdure.objectives import OBJECTIVES, Objective
-from perdure.runtime import Attention, Precision
+from perdure.ranges import Range, Seed
+from perdure.settings import Attention, Precision, TrainConfig
 from perdure.spec import build, parse
-from perdure.train import TrainConfig
+from perdure.wording import meant
+
+if TYPE_CHECKING:  # what only asks, as the command line's help does, waits for no torch
+    from perdure.method import Method
+    from perdure.objectives import Objective
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,7 @@ class RunConfig(TrainConfig):
     """What is asked: classify() learns heads, zeroshot() compares with class names, retrieve() images with captions."""
     augment: Literal["none", "flip", "crop", "zoom"] = "none"
     """Random views of training images."""
-    seed: int = 0
+    seed: Seed = 0
     """All randomness, and the order of classes unless the stream fixes it."""
     precision: Precision = "auto"
     """Of the encoder: auto takes bf16 where the processor has it natively."""
@@ -37,7 +38,7 @@ class RunConfig(TrainConfig):
     """auto times both implementations at the start and takes the faster."""
     device: str = "auto"
     """cpu, cuda, mps, ..."""
-    save_every: int = 0
+    save_every: Annotated[int, Range(0, 10**9)] = 0
     """Steps between snapshots within a task; 0 saves as often as costs at most 2 % of the time."""
 
     retain: tuple[str, ...] = ()
@@ -46,8 +47,6 @@ class RunConfig(TrainConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "retain", tuple(self.retain))
-        if self.save_every < 0:
-            raise ValueError(f"save_every={self.save_every}: expected a number of steps, or 0 for automatic")
 
     def describe(self) -> dict[str, Any]:
         """As JSON."""
@@ -59,8 +58,10 @@ def register() -> None:
     import_module("perdure.methods")
 
 
-def make_method(text: str) -> Method:
+def make_method(text: str) -> "Method":
     """A method from its spec: `lora(rank=8) + replay(size=200)`."""
+    from perdure.method import METHODS, compose
+
     register()
     specs = parse(text)
     method = compose([build(spec, METHODS, "method") for spec in specs])
@@ -68,14 +69,24 @@ def make_method(text: str) -> Method:
     return method
 
 
-def make_objective(text: str) -> Objective:
+def make_objective(text: str) -> "Objective":
     """An objective from its spec."""
+    from perdure.objectives import OBJECTIVES
+
     return one(text, OBJECTIVES, "objective")  # type: ignore[no-any-return]
 
 
 def make_backbone(text: str) -> Any:
-    """A backbone from its spec."""
-    return one(text, BACKBONES, "backbone")
+    """A backbone from its spec.
+
+    Raises:
+        ValueError: when there is none, or its weights are not finite.
+    """
+    from perdure.backbones import BACKBONES
+
+    backbone = one(text, BACKBONES, "backbone")
+    backbone.check_finite()
+    return backbone
 
 
 def one(text: str, registry: Any, kind: str, **given: Any) -> Any:
@@ -91,6 +102,6 @@ def check_options(call: str, options: Mapping[str, Any], config: type) -> None:
     known = [f.name for f in dataclasses.fields(config)]
     for name in options:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            meant = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"Learner.{call} has no option {name!r}{meant}; it has: {', '.join(sorted(known))}")
+            raise ValueError(
+                f"Learner.{call} has no option {name!r}{meant(name, known)}; it has: {', '.join(sorted(known))}"
+            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -16,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from perdure.pace import Pace
-from perdure.wording import RARE, human_bytes, human_seconds, number, share, times
+from perdure.wording import RARE, human_bytes, human_seconds, number, printable, share, shortened, times
 
 if TYPE_CHECKING:  # so that what computes nothing does not wait for torch
     from torch import Tensor
@@ -24,6 +25,7 @@ if TYPE_CHECKING:  # so that what computes nothing does not wait for torch
     from perdure.types import Row, Task
 
 _REFRESH = 0.5  # seconds between readings of the loss, which waits for the device
+_LONGEST_LINE, _LONGEST_ERROR = 4_000, 1_000  # characters; what is longer is cut in its middle
 _UNBROKEN = 10_000  # columns of what is no terminal: a file or a pipe breaks no line
 _COLUMNS = {
     "acc": "accuracy",
@@ -58,8 +60,9 @@ class Screen:
     def __init__(self, as_json: bool = False) -> None:
         self.json = as_json
         terminal = sys.stdout.isatty()
-        self.out = Console(highlight=False, markup=False, soft_wrap=not terminal, width=None if terminal else _UNBROKEN)
-        self.live = Console(stderr=True, highlight=False)
+        width = None if terminal else _UNBROKEN
+        self.out = Console(highlight=False, markup=False, emoji=False, soft_wrap=not terminal, width=width)
+        self.live = Console(stderr=True, highlight=False, markup=False, emoji=False)
         self._bar: Progress | None = None
         self._images, self._start, self._read, self._epochs, self._steps = 0, 0.0, 0.0, 1, 0
         self._headed = False
@@ -73,7 +76,7 @@ class Screen:
         if self._grid:
             self._rows(text, None)
         else:
-            self._show(SpinnerColumn("line"), TextColumn("{task.description}"), TimeElapsedColumn())
+            self._show(SpinnerColumn("line"), _plain("{task.description}"), TimeElapsedColumn())
             if self._bar is not None:
                 self._bar.add_task(text, total=None)
 
@@ -83,7 +86,7 @@ class Screen:
         self._event("cell", cell=number, cells=total, method=method, seed=seed, seconds_left=left)
         about = "" if left is None else f", about {human_seconds(left)} left"
         self._say(f"[{number + 1}/{total}] {method}, seed {seed}{about}")
-        self._grid, self._headed = Pace(number, total, f"{method}, seed {seed}", left), False
+        self._grid, self._headed = Pace(number, total, printable(f"{shortened(method)}, seed {seed}"), left), False
         self.wait("preparing")
 
     def step_cost(self, number: int, total: int, method: str) -> None:
@@ -148,7 +151,8 @@ class Screen:
             head = "own gallery" if score == RECALL[0] else "with task id"
             self._say(f"  task  {'':<{room}}     new   so far  {head:>12}       time")
         self._headed = True
-        name = task.name if len(task.name) <= room else f"{task.name[: room - 1]}…"
+        name = printable(task.name)
+        name = name if len(name) <= room else f"{name[: room - 1]}…"
         shares = f"{f'{new[0]:.1%}' if new else 'no test':>8} {mean(score):>8} {mean(told):>13}"
         # Padded by what a character takes on the screen: a Chinese one takes two columns.
         padding = " " * max(0, room - Text(name).cell_len)
@@ -162,13 +166,13 @@ class Screen:
         self._event("note", text=text)
         self._say(text)
 
-    def result(self, content: Any, text: str = "") -> None:
-        """The outcome of a command: `content` as JSON, or `text` for a person."""
+    def result(self, content: Any, *lines: str) -> None:
+        """The outcome of a command: `content` as JSON, or `lines` for a person."""
         self._close()
         if self.json:
             print(_json(content), flush=True)
-        elif text:
-            self._say(text)
+        else:
+            self._say(*lines)
 
     def matrix(self, summary: dict[str, Any], names: Sequence[str], title: str) -> None:
         """A run's score matrix and summary."""
@@ -178,7 +182,7 @@ class Screen:
         tasks = len(summary["matrix"])
         fitting = (self.out.width - len("after") - len("mean") - 4) // 4
         shown = _ends(tasks, max(2, fitting))
-        self._say(f"\n{title}: % right on each task (columns), after each task (rows)")
+        self._say("", f"{shortened(title)}: % right on each task (columns), after each task (rows)")
         table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
         table.add_column("after", justify="right")
         for j in shown:
@@ -221,7 +225,8 @@ class Screen:
                 del columns[title], widest[title]
         titles, widths = list(columns), list(widest.values())
         lines = list(zip(*columns.values(), strict=True))
-        name = max(Text(row["method"]).cell_len for row in rows)
+        methods = [printable(shortened(row["method"])) for row in rows]
+        name = max(Text(method).cell_len for method in methods)
         beside = name + sum(widths) + len(apart) * len(widths) <= width
         if not beside:
             # Methods get a line of their own; then, if need be, numbers one below the other.
@@ -230,13 +235,12 @@ class Screen:
         self._say("")
         if apart:
             self._say(apart.join([" " * name if beside else "", *heading]))
-        for row, line in zip(rows, lines, strict=True):
+        for method, line in zip(methods, lines, strict=True):
             cells = [f"{cell:>{w}}" for cell, w in zip(line, widths, strict=True)]
-            method = row["method"] + " " * (name - Text(row["method"]).cell_len)
             if beside:
-                self._say(apart.join([method, *cells]))
+                self._say(apart.join([method + " " * (name - Text(method).cell_len), *cells]))
                 continue
-            self._say(row["method"])
+            self._say(method)
             if apart:
                 self._say(apart.join(["", *cells]))
             else:
@@ -265,7 +269,11 @@ class Screen:
             table.add_column(title, justify="left" if not title else "right")
         for task in tasks:
             shares = [found.get((task.index, metric)) for metric in kinds]
-            table.add_row(str(task.index + 1), task.name, *["–" if s is None else f"{s:.1%}" for s in shares])
+            table.add_row(
+                str(task.index + 1),
+                printable(shortened(task.name)),
+                *["–" if s is None else f"{s:.1%}" for s in shares],
+            )
         self.out.print(table)
         every = [found[task.index, score] for task in tasks]
         self._say(f"mean over tasks {sum(every) / len(every):.1%}")
@@ -279,7 +287,7 @@ class Screen:
         wide = max(len(name) for name, _, _ in entries) + 2
         for name, options, text in entries:
             if not self.out.is_terminal:
-                self._say(f"{name:<{wide}}{text}" + (f"\n{'':<{wide}}({options})" if options else ""))
+                self._say(f"{name:<{wide}}{text}", *([f"{'':<{wide}}({options})"] if options else []))
                 continue
             # A table of one row: a long text goes on below itself, not below the name.
             table = Table(box=None, pad_edge=False, show_header=False, padding=0)
@@ -293,15 +301,18 @@ class Screen:
     def error(self, text: str) -> None:
         """One line on standard error."""
         self._close()
-        print(f"perdure: {' '.join(text.split())}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # whoever read it is gone; the exit code says it too
+            line = printable(shortened(" ".join(text.split()), _LONGEST_ERROR))
+            print(f"perdure: {line}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Take away what is live."""
         self._close()
 
-    def _say(self, text: str) -> None:
-        if not self.json:
-            self.out.print(text, soft_wrap=True)
+    def _say(self, *lines: str) -> None:
+        """All that a person is told passes here (or through a table's cells): one line each, with nothing that acts."""
+        for line in lines if not self.json else ():
+            self.out.print(printable(shortened(line, _LONGEST_LINE)), soft_wrap=True)
 
     def _flow(self, parts: Sequence[str]) -> None:
         """Parts side by side, on as many lines as they need."""
@@ -320,7 +331,7 @@ class Screen:
     def _rows(self, where: str, steps: int | None) -> None:
         """A bar for what is being done, of unknown length when `steps` is None; above it one for the whole grid."""
         bar = BarColumn(bar_width=10 if self.live.width < 100 else 24)
-        self._show(TextColumn("{task.description}"), bar, TextColumn("{task.fields[line]}"), _TimeLeft())
+        self._show(_plain("{task.description}"), bar, _plain("{task.fields[line]}"), _TimeLeft())
         if self._bar is None:
             return
         if grid := self._grid:
@@ -358,8 +369,14 @@ def _ends(count: int, room: int) -> list[int | None]:
     return [*range(first), None, *range(count - (room - first - 1), count)]
 
 
+def _plain(text: str) -> TextColumn:
+    return TextColumn(text, markup=False)
+
+
 def _json(content: Any) -> str:
-    return json.dumps(_finite(content), ensure_ascii=False, allow_nan=False)
+    text = json.dumps(_finite(content), ensure_ascii=False, allow_nan=False)
+    # What JSON lets through may steer a terminal too; within its strings, its own escapes mean the same.
+    return printable(text, lambda character: json.dumps(character)[1:-1])
 
 
 def _finite(value: Any) -> Any:

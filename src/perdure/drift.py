@@ -13,13 +13,12 @@ from torch import Tensor
 from perdure import checkpoint
 from perdure.checkpoint import Checkpoint
 from perdure.learner import Core, derived_seed
-from perdure.types import Data, Row, Stream, Task
+from perdure.types import Data, Row, Task
 
 METRIC = "feature_drift"
 FILE = "features.safetensors"
-# Test images of a task, an eighth of them: evaluation takes an eighth longer, or 32 images a task.
+# Test images of a task, an eighth of them: what is kept beside a checkpoint stays small.
 _LEAST, _MOST = 32, 128
-_SIZE = 64
 
 
 class Drift:
@@ -38,26 +37,28 @@ class Drift:
         kept = {each.learnt - 1: checkpoint.beside(each, FILE) for each in done}
         self._then = {index: tensors for index, tensors in kept.items() if tensors}
 
-    def measure(self, learner: Core, task: Task, stream: Stream) -> list[Row]:
+    def measure(self, learner: Core, task: Task, tests: Sequence[Task]) -> list[Row]:
         """Mean of ‖f_now(x) - f_then(x)‖ / ‖f_then(x)‖ on each task before `task`; notes the features of `task`.
 
-        A task without test images, or without features of its time to compare with, has no row.
+        Args:
+            learner: who has learnt `task`.
+            task: the last one.
+            tests: `task` and those before it that have test images, with features in place of these.
+
+        A task without features of its time to compare with has no row.
         """
         rows, constant = [], learner.constant_encoder
-        with learner.inference():
-            for each in stream.tasks[: task.index + 1]:
-                then = self._then.get(each.index)
-                if not len(each.test):
-                    continue
-                if each.index == task.index:
-                    if not constant:
-                        self._then[each.index] = _features(learner, each)
-                elif then is not None:
-                    now = _features(learner, each)
-                    if _same_images(now, then):
-                        rows.append(Row(task.index, each.index, METRIC, _distance(now["features"], then["features"])))
-                elif constant:  # and was it then, or something would have been noted
-                    rows.append(Row(task.index, each.index, METRIC, 0.0))
+        for each in tests:
+            then = self._then.get(each.index)
+            if each.index == task.index:
+                if not constant:
+                    self._then[each.index] = _features(learner, each)
+            elif then is not None:
+                now = _features(learner, each)
+                if _same_images(now, then):
+                    rows.append(Row(task.index, each.index, METRIC, _distance(now["features"], then["features"])))
+            elif constant:  # and was it then, or something would have been noted
+                rows.append(Row(task.index, each.index, METRIC, 0.0))
         return rows
 
     def files(self, task: Task) -> dict[str, dict[str, Tensor]]:
@@ -75,14 +76,15 @@ def final(matrix: Sequence[Sequence[float | None]]) -> float | None:
 def _features(learner: Core, task: Task) -> dict[str, Tensor]:
     """Features (n, dim) in float32 and labels (n,) of the task's chosen test images."""
     chosen = _chosen(learner, task.index, task.test)
-    batches = learner.batches(task.test, _SIZE, chosen)
-    features = torch.cat([learner.encode(batch) for batch in batches]).cpu()
-    return {"features": features, "labels": task.test.labels[chosen]}
+    batch = task.test.__getitems__(chosen.tolist())
+    return {"features": batch["features"].cpu(), "labels": batch["label"].cpu()}
 
 
 def _chosen(learner: Core, index: int, data: Data) -> Tensor:
-    generator = torch.Generator().manual_seed(derived_seed(learner.seed, index, "drift"))
     count = min(max(len(data) // 8, _LEAST), _MOST)
+    if len(data) <= count:
+        return torch.arange(len(data))
+    generator = torch.Generator().manual_seed(derived_seed(learner.seed, index, "drift"))
     return torch.randperm(len(data), generator=generator)[:count].sort().values
 
 

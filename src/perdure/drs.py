@@ -8,7 +8,7 @@ Differs: the `affine` rule is w_r · H - cost · r / r_max. Its w rises with the
 r_max)): a linear one could only ever choose an extreme. w is learned in the warm-up by Gumbel-softmax over a
 prefix-nested supernet, where a rank uses the first inner dimensions, and starts anew with each task; it stays rising,
 so that with the same w a harder task never gets a smaller rank. H is divided by the logarithm of the number of classes
-that compete: 1 is guessing. `literal` keeps w as it starts.
+that compete: 1 is guessing.
 """
 
 import math
@@ -21,11 +21,10 @@ from torch.nn import functional as F
 
 from perdure.learner import Core
 from perdure.memory.tensors import Tensors
-from perdure.method import at_least_zero
 from perdure.types import Batch, Data, Task
 
-Mode = Literal["affine", "literal", "fixed"]
-_BATCH, _EPOCHS, _COST = 32, 1, 0.5
+Mode = Literal["affine", "fixed"]
+_BATCH, _COST = 32, 0.5
 _HOT, _COLD = 1.0, 0.1  # temperature at the start and at the end of the warm-up
 
 
@@ -45,7 +44,7 @@ class DRS(nn.Module):
         ranks: candidates.
         mode: the rule; `fixed` takes the largest and needs no warm-up.
         cost: price of the largest rank, in units of the normalised loss; None is 0.5. Users know it as `rank_cost`.
-        epochs: length of the warm-up; None is 1. Users know it as `warm_up`.
+        epochs: length of the warm-up.
         lr: its learning rate (Adam).
     """
 
@@ -54,23 +53,19 @@ class DRS(nn.Module):
         ranks: Sequence[int],
         mode: Mode = "affine",
         cost: float | None = None,
-        epochs: int | None = None,
+        epochs: int = 1,
         lr: float = 3e-3,
     ) -> None:
         super().__init__()
         self.ranks = tuple(sorted(set(ranks)))
-        if not self.ranks or self.ranks[0] < 1:
-            raise ValueError(f"ranks={tuple(ranks)}: expected candidate ranks of 1 or more, such as (2, 4, 8)")
+        if not self.ranks:
+            raise ValueError(f"ranks={self.ranks}: expected candidate ranks, such as (2, 4, 8)")
         if mode != "fixed" and len(self.ranks) == 1:
             raise ValueError(
                 f"ranks={tuple(ranks)}, drs={mode!r}: one rank leaves nothing to choose; write drs='fixed'"
             )
-        self.mode, self.lr = mode, lr
+        self.mode, self.epochs, self.lr = mode, epochs, lr
         self.cost = _COST if cost is None else cost
-        self.epochs = _EPOCHS if epochs is None else epochs
-        at_least_zero(rank_cost=self.cost)
-        if self.epochs < 1:
-            raise ValueError(f"warm_up={epochs}: expected at least 1 epoch")
         self.chosen = Tensors()  # rank and complexity of the current task
 
     @property
@@ -91,8 +86,6 @@ class DRS(nn.Module):
         """
         share = torch.tensor(self.ranks, dtype=torch.float32) / self.largest
         weights = share.sqrt() if weights is None else weights
-        if self.mode == "literal":
-            return weights * complexity
         return weights * complexity - self.cost * share.to(weights.device)
 
     def pick(self, complexity: float, weights: Tensor | None = None) -> int:
@@ -110,16 +103,18 @@ class DRS(nn.Module):
         rank = self.pick(complexity, weights)
         for branch in branches:
             branch.cut(rank)
-        self.chosen["complexity"], self.chosen["rank"] = torch.tensor(complexity), torch.tensor(float(rank))
+        self.chosen["complexity"], self.chosen["rank"] = (
+            torch.tensor(value, dtype=torch.float32) for value in (complexity, rank)
+        )
 
     def _warm_up(self, learner: Core, task: Task, branches: Sequence[Nested]) -> tuple[float, Tensor]:
         data = learner.method.data(learner, task)
         rest, held = split(data, learner.generator("drs split"))
         trained = list(learner.trainable().values())
         before = [p.detach().clone() for p in trained]
-        raw = self._start().to(learner.device).requires_grad_(self.mode == "affine")
-        optimizer = torch.optim.Adam([*trained, raw] if raw.requires_grad else trained, self.lr)
-        share = torch.tensor(self.ranks, device=learner.device) / self.largest
+        raw = self._start().to(learner.device).requires_grad_()
+        optimizer = torch.optim.Adam([*trained, raw], self.lr)
+        share = torch.tensor(self.ranks, dtype=torch.float32, device=learner.device) / self.largest
         noise, complexity = learner.generator("drs noise"), 1.0
         steps, step = self.epochs * math.ceil(len(rest) / _BATCH), 0
         for epoch in range(self.epochs):
@@ -127,7 +122,9 @@ class DRS(nn.Module):
             for batch in learner.batches(data, _BATCH, order):
                 heat = _HOT * (_COLD / _HOT) ** (step / max(1, steps - 1))
                 logits = self.logits(complexity, _rising(raw))
-                drawn = torch.rand(len(logits), generator=noise).clamp(1e-9, 1 - 1e-9).to(logits.device)
+                drawn = (
+                    torch.rand(len(logits), generator=noise, dtype=logits.dtype).clamp(1e-9, 1 - 1e-9).to(logits.device)
+                )
                 self._gate(branches, F.softmax((logits - (-drawn.log()).log()) / heat, 0))
                 loss = learner.loss(learner.augment(batch, learner.generator("drs augment", step)))
                 loss = loss + self.cost * (F.softmax(logits, 0) * share).sum()
@@ -149,7 +146,7 @@ class DRS(nn.Module):
     def _start(self) -> Tensor:
         """What `_rising` turns into √(r / r_max)."""
         weights = (torch.tensor(self.ranks, dtype=torch.float32) / self.largest).sqrt()
-        return torch.expm1(torch.diff(weights, prepend=torch.zeros(1))).log()
+        return torch.expm1(torch.diff(weights, prepend=weights.new_zeros(1))).log()
 
     def _gate(self, branches: Sequence[Nested], probabilities: Tensor) -> None:
         mask = soft_prefix(probabilities, self.ranks)

@@ -1,14 +1,16 @@
 """When a run measures what: before its first task, and after each."""
 
 import copy
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from perdure import examples
+from perdure.drift import Drift
 from perdure.learner import Core
 from perdure.method import Method, predicts
 from perdure.retention import Retention
-from perdure.types import Row, Stream, Task
+from perdure.types import Data, Row, Stream, Task
 
 
 class Evaluation:
@@ -17,12 +19,16 @@ class Evaluation:
     Args:
         stream: all tasks.
         retention: held-out data sets.
+        drift: what features were.
         out: the run's folder, for examples of what is found.
         note: is told what takes long.
     """
 
-    def __init__(self, stream: Stream, retention: Retention, out: Path, note: Callable[[str], None]) -> None:
-        self.stream, self.retention, self.out, self.note = stream, retention, out, note
+    def __init__(
+        self, stream: Stream, retention: Retention, drift: Drift, out: Path, note: Callable[[str], None]
+    ) -> None:
+        self.stream, self.retention, self.drift, self.out, self.note = stream, retention, drift, out, note
+        self._kept: dict[int, Data] = {}  # features of test sets, by task, while nothing moves them
 
     def before(self, learner: Core, task: Task) -> list[Row]:
         """Grow for `task`; where a task can be measured unlearnt, measure this one first (forward transfer)."""
@@ -35,14 +41,42 @@ class Evaluation:
             rows += self._beside(learner, task.index - 1, self._seen(task.index - 1), task)
         return rows
 
-    def after(self, learner: Core, task: Task) -> list[Row]:
-        """The tasks learnt so far, in a sequence of data sets also the others; the method's facts; what is retained."""
-        rows = [row for each in self._rows(learner, task.index, self._seen(task.index)) for row in each]
-        if self._square and self._open(learner):
-            for later in self.stream.tasks[task.index + 1 :]:
-                rows += self._beside(learner, task.index, self._seen(task.index), later)
+    def after(self, learner: Core, task: Task, moved: bool = True) -> list[Row]:
+        """The tasks learnt so far, in a sequence of data sets also the others; the method's facts; what is retained.
+
+        Args:
+            learner: who has learnt `task`.
+            task: the last one.
+            moved: whether features of old images are others than before it.
+        """
+        last = len(self.stream) - 1 if self._square and self._open(learner) else task.index
+        with learner.inference():
+            tests = self._encoded(learner, self._seen(last), moved)
+        seen = [each for each in tests if each.index <= task.index]
+        rows = [row for each in self._rows(learner, task.index, seen) for row in each]
+        for later in tests[len(seen) :]:
+            rows += self._beside(learner, task.index, seen, later)
         rows += self.retention.measure(learner, task.index)
-        return rows + [Row(task.index, None, k, float(v)) for k, v in learner.method.measures(learner).items()]
+        rows += [Row(task.index, None, k, float(v)) for k, v in learner.method.measures(learner).items()]
+        return rows + self.drift.measure(learner, task, seen)
+
+    def _encoded(self, learner: Core, tasks: Sequence[Task], moved: bool) -> list[Task]:
+        """`tasks` with features in place of test images, for all who ask: each image is encoded once.
+
+        In one pass of full batches while features move from task to task. Where they stay, each set by itself and only
+        when it is new: so that a resumed run, which has them to encode again, gets the same bits.
+        """
+        if learner.constant_encoder:
+            return [dataclasses.replace(t, test=learner.encoded(t.test, keep=True)) for t in tasks]
+        if moved:
+            self._kept.clear()
+            tests: Sequence[Data] = learner.features_together([learner.encoded(t.test, keep=True) for t in tasks])
+        else:
+            for task in tasks:
+                if task.index not in self._kept:
+                    self._kept[task.index] = learner.features_of(learner.encoded(task.test, keep=True))
+            tests = [self._kept[task.index] for task in tasks]
+        return [dataclasses.replace(task, test=test) for task, test in zip(tasks, tests, strict=True)]
 
     def end(self, learner: Core) -> None:
         """Examples of what is found now, once all is learnt."""

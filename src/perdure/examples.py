@@ -2,7 +2,6 @@
 
 import base64
 import io
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from perdure import checkpoint
+from perdure import checkpoint, schema
 from perdure.learner import Core
 from perdure.objectives.retrieve import Retrieve
+from perdure.schema import Searches
 from perdure.texts import present, unpack
 from perdure.types import Batch, Stream, Task
 
@@ -41,7 +41,7 @@ def before(learner: Core, stream: Stream, out: Path) -> None:
     for query, best in zip(queries, found, strict=True):
         query["before"] = best
     searched = [task.index for task in tasks]
-    checkpoint.write_json(out / FILE, {"queries": queries, "searched": searched, "pictures": {}})
+    checkpoint.write_sealed(out / FILE, {"queries": queries, "searched": searched, "pictures": {}})
 
 
 def after(learner: Core, stream: Stream, out: Path) -> None:
@@ -51,7 +51,7 @@ def after(learner: Core, stream: Stream, out: Path) -> None:
     """
     if not isinstance(learner.objective, Retrieve) or not (out / FILE).exists():
         return
-    noted = json.loads((out / FILE).read_text(encoding="utf-8"))
+    noted = read(out)
     if noted["pictures"] and noted.get("learnt") == learner.learnt:
         return
     searched = noted.get("searched", range(len(stream)))
@@ -62,7 +62,22 @@ def after(learner: Core, stream: Stream, out: Path) -> None:
     for query, best in zip(noted["queries"], found, strict=True):
         query["after"] = best
     wanted = {p for query in noted["queries"] for p in (*query["before"], *query["after"], query["pair"])}
-    checkpoint.write_json(out / FILE, noted | {"learnt": learner.learnt, "pictures": _pictures(tasks, wanted)})
+    checkpoint.write_sealed(out / FILE, {**noted, "learnt": learner.learnt, "pictures": _pictures(tasks, wanted)})
+
+
+def read(out: Path) -> Searches:
+    """What was noted in the folder of a run.
+
+    Raises:
+        Damaged: when it is not what was written.
+    """
+    dated = "format" in checkpoint.read_record(out)
+    found = schema.read(out / FILE, Searches, "restore it, or remove it: only the report shows it", dated)
+    for query in found["queries"] if found["pictures"] else ():
+        for pair in (query["pair"], *query["before"], *query.get("after", ())):
+            if str(pair) not in found["pictures"]:
+                raise schema.Damaged(f"{out / FILE} is damaged: it has no picture of {pair}; restore it, or remove it")
+    return found
 
 
 def _query(task: Task, number: int, of: int) -> dict[str, Any]:

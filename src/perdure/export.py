@@ -9,11 +9,13 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -25,8 +27,8 @@ from perdure.backbones.open_clip import OpenClip
 from perdure.backbones.pocket import FOLDER as POCKET
 from perdure.backbones.timm import Timm
 from perdure.backbones.vision import Vision
-from perdure.checkpoint import write_json, write_text
 from perdure.config import make_backbone
+from perdure.disk import locked, write_json, write_text
 from perdure.export_folder import TERMS, TOKENIZER, Use, copy, options_of, readme, use_of
 from perdure.export_head import classifier_of, head_of
 from perdure.export_open_clip import write_open_clip
@@ -38,6 +40,7 @@ from perdure.version import __version__
 Target = Literal["peft", "merged"]
 """`peft`: a LoRA for the pre-trained model; `merged`: the whole model with the updates in its weights."""
 
+_DRAFT = ".draft"
 # Beside config and weights: how images and texts are read, and what may be done with the model.
 _PROCESSOR = ("*processor_config.json",)
 
@@ -61,31 +64,57 @@ def export(learner: Core, folder: Path, to: Target | str) -> Path:
     target = folder.expanduser().resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{folder} is there already and not an empty folder: give a new one")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = target.with_name(f".{target.name}.draft")
-    shutil.rmtree(draft, ignore_errors=True)  # of a killed export
-    draft.mkdir()
     try:
-        with learner.inference():
-            if to == "peft":
-                _write_lora(learner, draft)
-            else:
-                _write_merged(_merged(learner), draft)
-            head = head_of(learner)
-        save_file({k: v.detach().cpu().contiguous() for k, v in head.items()}, draft / "head.safetensors")
-        use = use_of(learner.backbone, to)
-        write_json(draft / "labels.json", _facts(learner, use))
-        write_text(draft / "README.md", readme(learner, to, use))
-        for file in draft.iterdir():
-            shutil.copymode(draft / "README.md", file)  # safetensors writes files that only their owner may read
-        _force_to_disk([*draft.iterdir(), draft])
-        if target.exists():
-            target.rmdir()
-        draft.rename(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _drop_drafts(target.parent)
+        with _draft(target) as draft:
+            _write(learner, draft, to)
+            if target.exists():
+                target.rmdir()
+            draft.rename(target)
         _force_to_disk([target.parent])
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+    except (OSError, SafetensorError) as error:  # nothing that was learnt is concerned, so there is nothing to resume
+        why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise ValueError(
+            f"{folder} cannot be written ({why}): make room or get leave there, or give another"
+        ) from error
     return folder
+
+
+@contextmanager
+def _draft(target: Path) -> Iterator[Path]:
+    """A folder on the disk of `target`, within one that this process holds and that is removed in the end."""
+    held = target.with_name(f".{target.name}{_DRAFT}")
+    with locked(held):
+        try:
+            draft = held / target.name
+            draft.mkdir()
+            yield draft
+        finally:
+            shutil.rmtree(held, ignore_errors=True)
+
+
+def _drop_drafts(folder: Path) -> None:
+    """Remove what killed exports left in `folder`: nobody holds it any more."""
+    for lock in folder.glob(f".*{_DRAFT}/.lock"):
+        with suppress(ValueError), locked(lock.parent):  # refused while its export goes on
+            shutil.rmtree(lock.parent, ignore_errors=True)
+
+
+def _write(learner: Core, folder: Path, to: str) -> None:
+    with learner.inference():
+        if to == "peft":
+            _write_lora(learner, folder)
+        else:
+            _write_merged(_merged(learner), folder)
+        head = head_of(learner)
+    save_file({k: v.detach().cpu().contiguous() for k, v in head.items()}, folder / "head.safetensors")
+    use = use_of(learner.backbone, to)
+    write_json(folder / "labels.json", _facts(learner, use))
+    write_text(folder / "README.md", readme(learner, to, use))
+    for file in folder.iterdir():
+        shutil.copymode(folder / "README.md", file)  # safetensors writes files that only their owner may read
+    _force_to_disk([*folder.iterdir(), folder])
 
 
 def _check(learner: Core, to: str) -> None:

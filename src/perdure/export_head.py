@@ -76,5 +76,5 @@ def head_of(learner: Core) -> dict[str, Tensor]:
         return {"weight": objective.embed(objective.names), "logit_scale": learner.backbone.logit_scale}
     if classifier is _COSINES:
         rows = torch.cat([head.weight for head in objective.heads])
-        return {"weight": F.normalize(rows, dim=1), "logit_scale": torch.tensor(objective.cosine)}
+        return {"weight": F.normalize(rows, dim=1), "logit_scale": torch.tensor(objective.cosine, dtype=torch.float32)}
     return {name: torch.cat([getattr(head, name) for head in objective.heads]) for name in ("weight", "bias")}

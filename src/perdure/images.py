@@ -11,8 +11,6 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional as tv
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 Halving = Literal["floor", "round"]
@@ -66,13 +64,17 @@ class Preprocess:
         image = _rgb(image)
         if not self.squash:
             image = _centre(image)
-        target = [self.resize, self.resize] if self.squash else [self.resize]
-        image = tv.resize(image, target, interpolation=InterpolationMode(self.interpolation), antialias=True)
+        image = image.resize(self._target(image), Image.Resampling[self.interpolation.upper()])
         if image.size != (self.size, self.size):
             left, top = (self._margin(side) for side in image.size)
             # Pillow fills with black what lies outside, as when `size` is more than `resize`.
             image = image.crop((left, top, left + self.size, top + self.size))
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+    def _target(self, image: Image.Image) -> tuple[int, int]:
+        """Width and height of the image when it is resized; rounded as torchvision does, which costs 2 s to import."""
+        width, height = (self.resize if self.squash else int(self.resize * s / min(image.size)) for s in image.size)
+        return width, height
 
     def _margin(self, side: int) -> int:
         if side < self.size:

@@ -1,11 +1,10 @@
 """What a report says of texts: recall in the end, what is kept of zero-shot accuracy, and examples of searches."""
 
-import json
 from typing import Any
 
 from perdure import metrics
 from perdure.charts import percent
-from perdure.examples import FILE
+from perdure.examples import FILE, read
 from perdure.ranking import CUTS
 from perdure.records import Run
 from perdure.retention import kept
@@ -71,24 +70,20 @@ def _zero_shot(run: Run) -> list[tuple[str, str, list[str], str]]:
 
 def _searches(run: Run) -> list[dict[str, Any]]:
     """Queries with the pictures found before and after; none while the run is not finished."""
-    path = run.folder / FILE
-    if not path.is_file():
+    if not (run.folder / FILE).is_file():
         return []
-    try:
-        noted = json.loads(path.read_text(encoding="utf-8"))
-        pictures = noted["pictures"]
-        return [
-            {
-                "text": query["text"],
-                "task": query["task"],
-                "right": pictures[str(query["pair"])],
-                "found": [
-                    (when, [(pictures[str(pair)], pair == query["pair"]) for pair in query[when]])
-                    for when in ("before", "after")
-                ],
-            }
-            for query in noted["queries"]
-            if pictures
-        ]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}): remove it, or restore it") from error
+    noted = read(run.folder)
+    pictures = noted["pictures"]
+    return [
+        {
+            "text": query["text"],
+            "task": query["task"],
+            "right": pictures[str(query["pair"])],
+            "found": [
+                (when, [(pictures[str(pair)], pair == query["pair"]) for pair in found])
+                for when, found in (("before", query["before"]), ("after", query.get("after", [])))
+            ],
+        }
+        for query in noted["queries"]
+        if pictures
+    ]

@@ -5,7 +5,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from typing import Any, Self
+from itertools import accumulate, chain, islice
+from typing import Any, Self, TypeVar
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
@@ -16,8 +17,11 @@ from perdure.augment import AUGMENTS, Augment
 from perdure.backbones.base import Backbone
 from perdure.method import Method, embeds, encodes, parts_of, varies
 from perdure.objectives.base import Objective
+from perdure.process import Turn, plain, seeded
 from perdure.texts import unpack
-from perdure.types import Batch, Data, Scenario, Stream, Task
+from perdure.types import Batch, Data, Encoded, Scenario, Stream, Task, Union
+
+T = TypeVar("T")
 
 _MOST_KEPT = 2**30  # bytes of hidden states kept for one task
 
@@ -49,9 +53,12 @@ class Core(nn.Module):
         self.tasks: list[Task] = []
         self.learnt = 0  # number of tasks behind us
         self.step = 0  # within the current task
+        self.last_epoch = False  # whether that step belongs to the task's last
         self.precision = torch.float32  # of the encoder
         self.augment: Augment = AUGMENTS["none"]
         self._encoded: dict[int, tuple[Data, Data]] = {}
+        self.turn = Turn()
+        self._answering = False
 
     @property
     def stream(self) -> Stream:
@@ -82,8 +89,7 @@ class Core(nn.Module):
     def grow(self, task: Task) -> None:
         """Make room for `task`. Depends on descriptions only, so a resumed run can replay it."""
         self.tasks.append(task)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derived_seed(self.seed, task.index, "grow"))
+        with plain(), seeded(derived_seed(self.seed, task.index, "grow")):
             self.objective.grow(self, task)
             self.method.grow(self, task)
         self.to(self.device)
@@ -98,7 +104,7 @@ class Core(nn.Module):
             nullcontext() if entered is None else self.backbone.entering(self.constant_blocks, entered),
         ):
             features = self.method.encode(self, batch)
-        return features.float()
+        return self._checked(features.float(), "features of images")
 
     def embed(self, text: Tensor, labels: Tensor | None = None) -> Tensor:
         """Embeddings (n, dim) in float32 of packed texts (n, bytes), see `perdure.texts` and `embed_texts`."""
@@ -112,10 +118,18 @@ class Core(nn.Module):
             labels: class of each, int64 (n,), where it is known; used in training only.
         """
         if not texts:
-            return torch.zeros(0, self.backbone.dim, device=self.device)
+            return torch.zeros(0, self.backbone.dim, dtype=torch.float32, device=self.device)
         with self.computing():
             tokens = self.backbone.tokenised(texts)
-            return self.method.embed(self, tokens, labels if self.training else None).float()
+            found = self.method.embed(self, tokens, labels if self.training else None).float()
+            return self._checked(found, "embeddings of texts")
+
+    def _checked(self, answer: Tensor, what: str) -> Tensor:
+        """`answer`, which is finite wherever it is asked for; in training a whole task is looked at, see `train`."""
+        if self._answering and not torch.isfinite(answer).all():
+            remedy = "go back to an earlier task, or learn again with a lower lr"
+            raise ValueError(f"{what} are not finite (NaN or infinite), so there is no answer: {remedy}")
+        return answer
 
     def perceive(self, batch: Batch) -> None:
         """Let each tower read what it reads in a step: images, and texts where the objective has any."""
@@ -208,24 +222,32 @@ class Core(nn.Module):
 
     @contextmanager
     def inference(self) -> Iterator[None]:
-        """Evaluation mode, no gradients, all linear updates folded into the weights."""
-        training = self.training
-        self.eval()
-        self.settle()
-        fold(self.backbone, branches=True)
-        self.objective.refresh()
-        try:
-            with torch.inference_mode():
-                yield
-        finally:
-            fold(self.backbone, branches=False)
-            self.train(training)
+        """Evaluation mode, no gradients, all linear updates folded into the weights; other threads wait their turn."""
+        with self.turn, plain():
+            within, training, self._answering = self._answering, self.training, True
+            try:
+                if not within:
+                    self.eval()
+                    self.settle()
+                    fold(self.backbone, branches=True)
+                    self.objective.refresh()
+                with torch.inference_mode():
+                    yield
+            finally:
+                if not within:
+                    self._answering = False
+                    fold(self.backbone, branches=False)
+                    self.train(training)
 
     def answers(self, data: Data, size: int = 256) -> Tensor:
         """Scores (n, seen classes) of all of `data`; a batch that does not fit the device's memory is halved."""
+        return self._checked(torch.cat(self._each(data, self, size)), "scores")
+
+    def _each(self, data: Data, ask: Callable[[Batch], T], size: int = 256) -> list[T]:
+        """What `ask` says of each batch of `data`; all are halved when one does not fit the device's memory."""
         while True:
             try:
-                return torch.cat([self(batch) for batch in self.batches(data, size)])
+                return [ask(batch) for batch in self.batches(data, size)]
             except RuntimeError as error:
                 if size == 1 or not should_reduce_batch_size(error):
                     raise
@@ -262,38 +284,45 @@ class Core(nn.Module):
             data: of images.
             keep: remember the features (4 · dim bytes an image), as for a test set, which is asked for after each task.
         """
-        if not len(data):
+        if not len(data) or (isinstance(data, Encoded) and data.images is None):
             return data
         if not keep:
-            return self._encode(data) if self.constant_encoder else data
+            return self.features_of(data) if self.constant_encoder else data
         if id(data) not in self._encoded:
-            kept = self._encode(data) if self.constant_encoder else self.recorded(data)
-            if kept is data:
-                return data
-            self._encoded[id(data)] = data, kept
+            self._encoded[id(data)] = data, self.features_of(data) if self.constant_encoder else self.recorded(data)
         return self._encoded[id(data)][1]
 
-    def _encode(self, data: Data) -> Data:
-        """`data` with everything but its images."""
-        columns: dict[str, list[Tensor]] = {}
+    def features_of(self, data: Data) -> Encoded:
+        """`data` with features as they are now in place of images, and with everything else."""
+
+        def kept(batch: Batch) -> Batch:
+            found = {"features": self.encode(batch)} | self.objective.record(self, batch) | batch
+            return {name: found[name] for name in found.keys() - {"image", "label"}}
+
         with self.inference():
-            for batch in self.batches(data, 256):
-                kept = {"features": self.encode(batch)} | self.objective.record(self, batch) | batch
-                for name in kept.keys() - {"image", "label"}:
-                    columns.setdefault(name, []).append(kept[name])
+            found = self._each(data, kept)
         # cloned: tensors made under inference_mode may not take part in training
-        return Encoded({k: torch.cat(v).clone() for k, v in columns.items()}, data.labels.to(self.device))
+        return Encoded({k: v.clone() for k, v in _columns(found).items()}, data.labels.to(self.device))
+
+    def features_together(self, sets: Sequence[Data]) -> list[Encoded]:
+        """`features_of` each of `sets`, in one pass of full batches: small sets alone cost as much as large ones."""
+        if not sets:
+            return []
+        whole, ends = self.features_of(Union(sets)), accumulate(map(len, sets))
+        return [whole.part(end - len(each), end) for each, end in zip(sets, ends, strict=True)]
 
     def recorded(self, data: Data) -> Data:
         """`data` with what method and objective record of each image beside it; `data` itself when that is nothing."""
-        columns: dict[str, list[Tensor]] = {}
+        silent = type(self.objective).record is Objective.record
+        if silent and not any(part.records for part in parts_of(self.method)):
+            return data  # and no image was read to find that out
+        found: list[Batch] = []
         with torch.no_grad():
             for batch in self.batches(data, 256):
-                for name, value in (self._missing(batch) | self.objective.record(self, batch)).items():
-                    columns.setdefault(name, []).append(value)
-                if not columns:
+                found.append(self._missing(batch) | self.objective.record(self, batch))
+                if not found[0]:
                     return data
-        return Encoded({name: torch.cat(pieces) for name, pieces in columns.items()}, data.labels, data)
+        return Encoded(_columns(found), data.labels, data)
 
     def noted(self, batch: Batch) -> Batch:
         """`batch` with what the method records of it, where that was not computed before."""
@@ -335,42 +364,31 @@ class Core(nn.Module):
             yield {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
 
 
+def _columns(batches: Sequence[Batch]) -> Batch:
+    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+
+
 def _ahead(read: Callable[[Sequence[int]], Batch], chunks: Iterator[Sequence[int]]) -> Iterator[Batch]:
     """`read` of each chunk, one chunk ahead of its use: decoding overlaps with computing.
 
-    The reading thread has its own grad and inference modes, so what data sets keep can be trained on.
+    The reading thread has its own grad and inference modes, so what data sets keep can be trained on. A single chunk
+    overlaps with nothing and is read here.
     """
+    ready = list(islice(chunks, 2))
+    if len(ready) < 2:
+        for chunk in ready:
+            with torch.inference_mode(False), torch.enable_grad():
+                batch = read(chunk)
+            yield batch
+        return
     with ThreadPoolExecutor(1, "perdure-read") as pool:
         waiting: deque[Future[Batch]] = deque()
-        for chunk in chunks:
+        for chunk in chain(ready, chunks):
             waiting.append(pool.submit(read, chunk))
             if len(waiting) == 2:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-
-
-class Encoded:
-    """Data with what was computed of its images once: `features`, `hidden` up to a block, or what a method records.
-
-    Args:
-        kept: name -> (n, ...).
-        labels: (n,).
-        images: the data, when images are still needed.
-    """
-
-    def __init__(self, kept: dict[str, Tensor], labels: Tensor, images: Data | None = None) -> None:
-        self.kept, self.labels, self.images = kept, labels, images
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitems__(self, positions: Sequence[int]) -> Batch:
-        """What is kept, and labels; images where they are needed."""
-        index = torch.as_tensor(positions)
-        batch = {name: values[index.to(values.device)] for name, values in self.kept.items()}
-        batch["label"] = self.labels[index.to(self.labels.device)]
-        return batch if self.images is None else batch | self.images.__getitems__(positions)
 
 
 def derived_seed(seed: int, task: int, purpose: str, step: int | None = None) -> int:

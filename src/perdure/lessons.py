@@ -1,7 +1,7 @@
 """Lessons: the learner of a folder is taught one folder of images after another, and none is lost."""
 
 import dataclasses
-import json
+import hashlib
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,9 +9,12 @@ from typing import Any
 
 import torch
 
-from perdure import checkpoint
+from perdure import checkpoint, schema
+from perdure.checkpoint import Checkpoint
 from perdure.config import RunConfig
-from perdure.run import Interrupted, learn_stream, nothing_learnt_nothing_left
+from perdure.process import as_found, plain
+from perdure.run import Interrupted, elsewhere, learn_stream, nothing_learnt_nothing_left, read_record, resume
+from perdure.schema import Source
 from perdure.spec import parse
 from perdure.streams import Captioned, ImageSet, alike, build_stream, captioned_task, folder_task
 from perdure.streams.draws import digest
@@ -22,11 +25,12 @@ from perdure.train import Diverged, Progress, Quiet, TrainConfig
 from perdure.types import Data, Stream, Task
 
 _SPECS = ("backbone", "method", "objective")
-_FIXED = (*_SPECS, "seed", "precision", "attention", "device")
+_FIXED = (*_SPECS, "seed", "precision", "attention")
 _SOURCE = "source.json"
-_WORDS = {"folder": "folders", "train_sha256": "images", "captions": "captions' columns"}
+_WORDS = {"folder": "folders", "train_sha256": "images", "content": "images", "captions": "captions' columns"}
 
 
+@plain()
 def teach_folder(
     photos: Path,
     into: Path,
@@ -50,6 +54,9 @@ def teach_folder(
         skip_bad: leave unreadable images out and report them.
         captions: for a learner of captions, their column; "captions" when None.
 
+    What was taught last is not taught once more: of a command that was killed after the task was saved, what is left
+    to do is done.
+
     Raises:
         ValueError: for a folder that cannot be learnt from, options that would have no effect, or a damaged learner.
         Interrupted: after SIGINT or SIGTERM.
@@ -57,8 +64,9 @@ def teach_folder(
     progress = progress or Quiet()
     with checkpoint.locked(into):
         there = (into / "run.json").exists()
+        done = checkpoint.whole(into)
         if there:
-            learner = Learner.untaught(into)
+            learner = Learner.untaught(into, given.get("device"))
             _refuse_without_effect(into, learner.config, given)
         else:
             learner = Learner.of(dataclasses.replace(config, stream=OPEN))
@@ -69,7 +77,7 @@ def teach_folder(
             )
         trained = {k: v for k, v in given.items() if k in {f.name for f in dataclasses.fields(TrainConfig)}}
         train = learner.usual_training().but(**trained)
-        before = _tasks_with_data(learner, into, progress)
+        before = _tasks_with_data(learner, into, done, progress)
         known = {name: c for task in before for name, c in zip(task.names, task.classes, strict=True)}
         task = _read(photos, learner, known, len(before), skip_bad, captions)
         check_first(learner, task, known, str(photos))
@@ -79,14 +87,20 @@ def teach_folder(
             source["captions"] = captions or COLUMN
             _tell_overlap(before, task, progress)
             *before, task = alike([*before, task])
-        _refuse_other_task(into, len(before), source)
+        _refuse_other_task(into, done, source)
+        if _taught_last(done, source):
+            progress.note(
+                f"{photos} is what {into} was taught last, as task {done[-1].learnt}: nothing is learnt twice, results "
+                f"and summary are brought up to date; to teach it anew, remove {done[-1].folder} first"
+            )
+            return before[-1], _finish(learner, before, into, progress)
         if not there:
-            checkpoint.write_json(into / "run.json", learner.record())
+            checkpoint.write_sealed(into / "run.json", learner.record())
         _place_source(into, len(before), source)
-        stream = Stream(OPEN, learner.scenario, (*before, task), {"skipped": _skipped((*before, task))})
-        facts = {"source": source}
+        stream = Stream(OPEN, learner.scenario, (*before, task))
+        facts = {"source": source} | (elsewhere(into, learner.runtime, progress) if there else {})
         try:
-            with nothing_learnt_nothing_left(into):
+            with nothing_learnt_nothing_left(into), as_found(learner.runtime.threads):
                 return task, learn_stream(train, learner, stream, into, progress, learner.config.save_every, facts)
         except Interrupted as stop:
             said = str(stop).partition(";")[0]
@@ -98,9 +112,38 @@ def teach_folder(
             raise ValueError(f"{error}: teach it again with a lower --lr than {train.lr:g}") from error
 
 
-def _tasks_with_data(learner: Learner, folder: Path, progress: Progress) -> list[Task]:
+def go_on(folder: Path, progress: Progress | None = None, device: str | None = None) -> dict[str, Any]:
+    """Finish what was stopped or killed in a folder: a run's tasks, or a learner's last lesson; returns the summary.
+
+    Raises:
+        ValueError: when `folder` is neither's, something in it is damaged, or a learner has nothing to go on with.
+        Interrupted: after SIGINT or SIGTERM.
+    """
+    written, done = read_record(folder), checkpoint.whole(folder)
+    begun = _begun(folder, done)
+    if begun is not None:
+        given = {**begun.get("options", {}), **({"device": device} if device else {})}
+        config = RunConfig(stream=OPEN)  # what counts is the folder's own
+        photos, captions = Path(begun["folder"]), begun.get("captions")
+        return teach_folder(photos, folder, config, given, progress, begun["skip_bad"], captions)[1]
+    if written["config"].get("stream"):
+        return resume(folder, progress, device)
+    if not done:
+        raise ValueError(f"{folder} was taught nothing yet: go on with 'perdure learn FOLDER --into {folder}'")
+    progress = progress or Quiet()
+    with checkpoint.locked(folder):
+        learner = Learner.untaught(folder, device)
+        return _finish(learner, _tasks_with_data(learner, folder, done, progress), folder, progress)
+
+
+def _finish(learner: Learner, tasks: Sequence[Task], into: Path, progress: Progress) -> dict[str, Any]:
+    """What `learn_stream` does once all is learnt."""
+    stream = Stream(OPEN, learner.scenario, tuple(tasks))
+    return learn_stream(learner.usual_training(), learner, stream, into, progress)
+
+
+def _tasks_with_data(learner: Learner, folder: Path, done: Sequence[Checkpoint], progress: Progress) -> list[Task]:
     """The tasks already learnt, with their data where it is still at hand."""
-    done = checkpoint.whole(folder)
     if not done:
         return []
     declared: tuple[Task, ...] = ()
@@ -127,7 +170,7 @@ def _tasks_with_data(learner: Learner, folder: Path, progress: Progress) -> list
     return tasks
 
 
-def _again(source: Mapping[str, Any], described: Task, learner: Learner, known: Mapping[str, int]) -> Task:
+def _again(source: Source, described: Task, learner: Learner, known: Mapping[str, int]) -> Task:
     """A task with its data, read again; without when that is not what was learnt."""
     folder = Path(source["folder"])
     if not folder.exists():
@@ -148,13 +191,28 @@ def _read(
     return captioned_task(photos, learner.backbone.preprocess, known, index, captions, skip_bad)
 
 
-def _source(photos: Path, task: Task, skip_bad: bool) -> dict[str, Any]:
+def _source(photos: Path, task: Task, skip_bad: bool) -> Source:
     return {
         "folder": str(photos.resolve()),
         "skip_bad": skip_bad,
         "train_sha256": _digest(task.train),
-        "skipped": _skipped([task]),
+        "content": _content(task),
+        "skipped": _skipped(task),
     }
+
+
+def _content(task: Task) -> str:
+    """Of the bytes of the images to learn, with their classes or captions, in whatever order and under any name."""
+    data = task.train
+    if not isinstance(data, ImageSet):
+        return ""
+    names = dict(zip(task.classes, task.names, strict=True))
+    if isinstance(data, Captioned):
+        said = ["\n".join(unpack(each)) for each in data.texts]
+    else:
+        said = [names[label] for label in data.labels.tolist()]
+    images = (hashlib.sha256(data.source.content(row)).hexdigest() for row in data.rows.tolist())
+    return digest(sorted(f"{image} {text}" for image, text in zip(images, said, strict=True)))
 
 
 def _digest(data: Data) -> str:
@@ -167,9 +225,8 @@ def _digest(data: Data) -> str:
     )
 
 
-def _skipped(tasks: Sequence[Task]) -> list[str]:
-    sets = [data for task in tasks for data in (task.train, task.test) if isinstance(data, ImageSet)]
-    return [where for data in sets for where in data.skipped]
+def _skipped(task: Task) -> list[str]:
+    return [where for data in (task.train, task.test) if isinstance(data, ImageSet) for where in data.skipped]
 
 
 def _refuse_without_effect(into: Path, config: RunConfig, given: Mapping[str, Any]) -> None:
@@ -192,21 +249,52 @@ def _tell_overlap(before: Sequence[Task], task: Task, progress: Progress) -> Non
         )
 
 
-def _refuse_other_task(into: Path, index: int, source: Mapping[str, Any]) -> None:
+def _next(into: Path, done: Sequence[Checkpoint]) -> Path:
+    """Folder of the task that comes next."""
+    return into / f"task-{done[-1].learnt if done else 0:03d}"
+
+
+def _begun(into: Path, done: Sequence[Checkpoint]) -> Source | None:
+    """The source of a lesson that has been begun and is not whole."""
+    path = _next(into, done) / _SOURCE
+    if not path.is_file():
+        return None
+    remedy = f"restore it, or remove {path.parent} to give this task up"
+    return schema.read(path, Source, remedy, "format" in read_record(into))
+
+
+def _refuse_other_task(into: Path, done: Sequence[Checkpoint], source: Source) -> None:
     """What was stopped within a task goes on with the same images and options only."""
-    begun = into / f"task-{index:03d}"
-    if checkpoint.latest_step(into, index) is None or not (begun / _SOURCE).is_file():
+    begun = _begun(into, done)
+    if begun is None or checkpoint.latest_step(into, done) is None:
         return
-    before = json.loads((begun / _SOURCE).read_text(encoding="utf-8"))
-    if before != source:
-        changed = next(key for key in {**before, **source} if before.get(key) != source.get(key))
+    before, now = dict(begun), dict(source)
+    if changed := [key for key in before if key != "seal" and before[key] != now.get(key)]:
         raise ValueError(
-            f"{into} was stopped while it learnt {before['folder']}, and now the {_WORDS.get(changed, changed)} "
-            f"differ: give the same to finish that, or remove {begun} to give it up"
+            f"{into} was stopped while it learnt {begun['folder']}, and now the {_WORDS.get(changed[0], changed[0])} "
+            f"differ: give the same to finish that, or remove {_next(into, done)} to give it up"
         )
 
 
-def _place_source(into: Path, index: int, source: Mapping[str, Any]) -> None:
+def _taught_last(done: Sequence[Checkpoint], source: Source) -> bool:
+    """Whether the last task was learnt from these images.
+
+    Raises:
+        ValueError: when it was, with other options, which would have no effect now.
+    """
+    last = done[-1].manifest.get("source") if done else None
+    if not last or not source["content"] or last.get("content") != source["content"]:
+        return False
+    before, now = last.get("options", {}), source.get("options", {})
+    if changed := [key for key in now if now[key] != before.get(key)]:
+        raise ValueError(
+            f"{source['folder']} is what was taught last, and --{changed[0].replace('_', '-')} {now[changed[0]]} would "
+            f"have no effect now: remove {done[-1].folder} to teach it anew"
+        )
+    return True
+
+
+def _place_source(into: Path, index: int, source: Source) -> None:
     begun = into / f"task-{index:03d}"
     begun.mkdir(exist_ok=True)
-    checkpoint.write_json(begun / _SOURCE, source)
+    checkpoint.write_sealed(begun / _SOURCE, source)

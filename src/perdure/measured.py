@@ -15,9 +15,10 @@ from dataclasses import fields
 from pathlib import Path, PurePath
 from typing import Any
 
-from perdure import metrics
+from perdure import metrics, schema
 from perdure.config import RunConfig
 from perdure.records import Run
+from perdure.schema import Steps
 from perdure.spec import parse
 
 STEPS = "steps.json"
@@ -87,7 +88,7 @@ def new_task_acc(matrix: metrics.Matrix) -> float | None:
     return sum(known) / len(known) if known and len(known) == len(own) else None
 
 
-def steps_of(folder: Path) -> dict[str, Any]:
+def steps_of(folder: Path) -> Steps:
     """steps.json of a grid's folder: `options` and, by method, what was measured; empty when there is none.
 
     Raises:
@@ -96,21 +97,7 @@ def steps_of(folder: Path) -> dict[str, Any]:
     path = folder / STEPS
     if not path.is_file():
         return {"options": {}, "methods": {}}
-    remedy = "remove it, the grid's command measures it anew"
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({error}): {remedy}") from error
-    if not _sound(found):
-        raise ValueError(f"{path} is damaged (expected 'options', and 'methods' with a 'ratio' each): {remedy}")
-    return {"options": found["options"], "methods": found["methods"]}
-
-
-def _sound(steps: Any) -> bool:
-    if not isinstance(steps, dict) or not all(isinstance(steps.get(key), dict) for key in ("options", "methods")):
-        return False
-    costs = steps["methods"].values()
-    return all(isinstance(c, dict) and "ratio" in c and isinstance(c["ratio"], int | float | None) for c in costs)
+    return schema.read(path, Steps, "remove it, the grid's command measures it anew")
 
 
 _NUMBERS: dict[str, tuple[int, Callable[[metrics.Matrix], float | None]]] = {

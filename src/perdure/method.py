@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
+from perdure.ranges import checked, without_effect
 from perdure.types import Batch, Data, Task
 
 if TYPE_CHECKING:
@@ -22,9 +23,10 @@ _EXCLUSIVE = ("encode", "embed", "predict", "data")
 class Method(nn.Module):
     """Base of all methods; by itself, trains the head on frozen features.
 
-    `__init__` stores options. Everything a method remembers is a parameter, a submodule or in `Tensors`, so that
-    `state_dict()` is its whole memory and a stopped run can go on exactly. Randomness comes from
-    `learner.generator(purpose)`. Hooks return; they never write into the trainer.
+    `__init__` stores options, checked against its annotations (see `perdure.ranges`) before it is called. Everything a
+    method remembers is a parameter, a submodule or in `Tensors`, so that `state_dict()` is its whole memory and a
+    stopped run can go on exactly. Randomness comes from `learner.generator(purpose)`. Hooks return; they never write
+    into the trainer.
     """
 
     name: ClassVar[str]
@@ -58,6 +60,8 @@ class Method(nn.Module):
             if name in METHODS and METHODS[name].__qualname__ != cls.__qualname__:
                 raise ValueError(f"two methods are named {name!r}: {METHODS[name]} and {cls}; rename one")
             cls.name, METHODS[name] = name, cls
+            if "__init__" in vars(cls):
+                cls.__init__ = checked(cls.__init__)  # type: ignore[method-assign]
 
     def shared_parameters(self) -> Iterable[nn.Parameter]:
         """Those of its parameters that all tasks train: all when it `shares`, unless it says otherwise."""
@@ -286,20 +290,6 @@ def compose(parts: Sequence[Method]) -> Method:
                 f"likes: what {promise.name} protects or relies on would be void. Use one of the two"
             )
     return parts[0] if len(parts) == 1 else Compose(parts)
-
-
-def at_least_zero(**options: float) -> None:
-    """Raise `ValueError` for the first option that is negative."""
-    for name, value in options.items():
-        if value < 0:
-            raise ValueError(f"{name}={value}: expected 0 or more")
-
-
-def without_effect(why: str, **options: object) -> None:
-    """Raise `ValueError` for the first option that was given, which is not None."""
-    for name, value in options.items():
-        if value is not None:
-            raise ValueError(f"{name}={value!r} has no effect {why}: leave it out")
 
 
 def check_texts(learner: Core, part: Method, tower: str) -> None:

@@ -1,12 +1,16 @@
 """What is wrong with a command line, in one line: unknown, missing and misspelt words, and what may have been meant."""
 
+import contextlib
 import dataclasses
 import difflib
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import tyro
+
+from perdure.ranges import problem, ranged
+from perdure.wording import shortened
 
 
 def mistake(arguments: Sequence[str], commands: Mapping[str, Callable[..., Any]]) -> str | None:
@@ -51,30 +55,26 @@ class _Flag:
 
     name: str
     shown: str
-    kinds: tuple[Any, ...]  # types, or the words of a Literal
+    hint: Any  # of one value
     many: bool
     positional: bool
     required: bool
 
     @property
     def switch(self) -> bool:
-        return self.kinds == (bool,)
+        return self.hint is bool
 
     def problem(self, values: Sequence[str]) -> str | None:
         if self.switch:
             return None
-        if not values:
-            return f"{self.shown} needs a value"
+        if not values or not all(values):
+            return f"{self.shown} needs a value{', not an empty one' if values else ''}"
         if len(values) > 1 and not self.many:
             return f"{self.shown} takes one value, not {len(values)}: does {' '.join(values)!r} need quotes?"
         who = "" if self.positional else f"{self.shown} "
         for value in values:
-            words = [kind for kind in self.kinds if isinstance(kind, str)]
-            if words and value not in words:
-                return f"{who}{value!r}: expected {' or '.join(words)}{_near(value, words)}"
-            for kind, what in ((int, "a whole number"), (float, "a number")):
-                if kind in self.kinds and not _reads_as(kind, value):
-                    return f"{who}{value!r}: expected {what}"
+            if said := min((problem(read, self.hint) for read in _readings(value)), key=len):
+                return f"{who}{shortened(repr(value))}: {said}"
         return None
 
 
@@ -85,17 +85,16 @@ def _flags(command: Callable[..., Any]) -> dict[str, _Flag]:
         hint, marks = hints[field.name], getattr(hints[field.name], "__metadata__", ())
         if tyro.conf.Suppress in marks:
             continue
-        hint = get_args(hint)[0] if marks else hint
+        hint = hint if ranged(hint) or not marks else get_args(hint)[0]
         many = get_origin(hint) is tuple
         hint = get_args(hint)[0] if many else hint
-        kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType, Literal) else (hint,)
-        words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
-        kinds = (*(k for k in kinds if get_origin(k) is not Literal and k is not type(None)), *words)
+        if get_origin(hint) in (Union, types.UnionType):
+            hint = Union[tuple(kind for kind in get_args(hint) if kind is not type(None))]  # noqa: UP007
         positional = tyro.conf.Positional in marks
         name = field.name.removesuffix("_")  # `from_`, for `from` is a word of Python
         shown = name.upper() if positional else f"--{name.replace('_', '-')}"
         required = field.default is field.default_factory is dataclasses.MISSING
-        found[name] = _Flag(name, shown, kinds, many, positional, required)
+        found[name] = _Flag(name, shown, hint, many, positional, required)
     return found
 
 
@@ -122,12 +121,13 @@ def _sorted(words: Sequence[str], flags: Mapping[str, _Flag]) -> tuple[dict[str,
     return given, loose, None
 
 
-def _reads_as(kind: Callable[[str], object], value: str) -> bool:
-    try:
-        kind(value)
-    except ValueError:
-        return False
-    return True
+def _readings(word: str) -> list[str | float]:
+    """What a word may mean: itself, and a number."""
+    found: list[str | float] = [word]
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            found.append(kind(word))
+    return found
 
 
 def _near(word: str, known: Iterable[str], before: str = "") -> str:

@@ -1,12 +1,12 @@
 """Presets as functions: what is run, with which command, and what came out, here or in the literature."""
 
-import difflib
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 
 from perdure.config import RunConfig
 from perdure.published import DATA, PRESETS, Preset
+from perdure.wording import meant
 
 Recipe = Callable[[], RunConfig]
 
@@ -72,9 +72,8 @@ def expand(arguments: Sequence[str]) -> list[str]:
     if len(named) > 1:
         raise ValueError(f"--recipe is given {len(named)} times ({', '.join(named)}): keep one")
     if named[0] not in RECIPES:
-        near = difflib.get_close_matches(named[0], RECIPES, n=1)
-        meant = f"did you mean {near[0]!r}?" if near else "'perdure list recipes' names them"
-        raise ValueError(f"there is no recipe {named[0]!r}; {meant}")
+        near = meant(named[0], RECIPES) or "; 'perdure list recipes' names them"
+        raise ValueError(f"there is no recipe {named[0]!r}{near}")
     config = RECIPES[named[0]]()
     if any(word.partition("=")[0] == "--schedule" for word in arguments):  # milestones belong to the recipe's own
         config = config.but(schedule=RunConfig.schedule)

@@ -6,53 +6,66 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from perdure import drift, metrics
-from perdure.charts import Series
+from perdure import checkpoint, drift, metrics, schema
+from perdure.checkpoint import Checkpoint, read_record
+from perdure.figures import Series
+from perdure.schema import Damaged, Line, Record, Summary, TaskFacts
 from perdure.spec import parse
+from perdure.summary import FILE as _SUMMARY
+from perdure.summary import contradicts, summarise
 from perdure.types import Row
 from perdure.wording import RARE
 
 PHASES = ("prepare", "train", "finish", "evaluate")
 """What the time of a task is spent on."""
+_RESULTS = "results.jsonl"
 _COSTS = ("trainable_parameters", "stored_bytes", "seconds", "images_per_second", "peak_rss_bytes")
+
+
+def ignore(text: str) -> None:
+    """Who is told nothing."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run's folder says; fields of files that are missing so far are empty."""
+    """What a run's folder says; what is missing so far is empty."""
 
     folder: Path
-    facts: dict[str, Any]
-    """run.json"""
-    summary: dict[str, Any]
-    """summary.json"""
+    facts: Record
+    """run.json, with the tasks that a learner was taught"""
+    summary: Summary
+    """summary.json, or what it should say"""
     rows: tuple[Row, ...]
-    """results.jsonl"""
+    """results.jsonl, or what the manifests know better"""
 
     @classmethod
-    def read(cls, folder: Path) -> "Run":
-        """Read a folder that `perdure run` wrote, even while it is still being written.
+    def read(cls, folder: Path, note: Callable[[str], None] = ignore) -> "Run":
+        """Read a folder that `perdure run` or `perdure learn` wrote, even while it is still being written.
+
+        Where there are manifests they are believed; results and summary only repeat what they say.
+
+        Args:
+            folder: of the run.
+            note: is told of results or a summary that say something else.
 
         Raises:
-            ValueError: when `run.json` is missing or a file is damaged.
+            ValueError: when `run.json` is missing, or a file that counts is damaged.
         """
-        if not (folder / "run.json").is_file():
-            raise ValueError(
-                f"{folder} has no run.json: it is not the folder of a run; give one that `perdure run` wrote"
-            )
-        facts, summary = _object(folder / "run.json"), _object(folder / "summary.json")
-        for key in _OBJECTS:
-            facts[key] = {} if facts.get(key) is None else facts[key]
-        if wrong := _misshapen(facts):
-            raise ValueError(f"{folder / 'run.json'} is damaged: {wrong}; restore it or run again")
-        if not _is(summary.get("seconds_per_task"), [dict]):
-            raise ValueError(
-                f"{folder / 'summary.json'} is damaged: 'seconds_per_task' is no list of objects; restore it, or "
-                f"remove it and 'perdure resume {folder}' writes it anew"
-            )
-        return cls(folder, facts, summary, tuple(_rows(folder / "results.jsonl")))
+        facts, done = read_record(folder), checkpoint.whole(folder)
+        if not done:
+            path = folder / _SUMMARY
+            summary = _summary(path, "format" in facts) if path.exists() else Summary()
+            return cls(folder, facts, summary, tuple(_rows(folder / _RESULTS, facts)))
+        declared = facts["stream"]["tasks"]
+        taught = [cast(TaskFacts, task.describe()) for task in done[-1].tasks[len(declared) :]]
+        facts = {**facts, "stream": {**facts["stream"], "tasks": [*declared, *taught]}}
+        rows = [row for each in done for row in each.rows]
+        _tell_other_results(folder, rows, note)
+        finite = tuple(row for row in rows if math.isfinite(row.value))
+        finished = (folder / _SUMMARY).exists() or done[-1].learnt >= len(declared)
+        return cls(folder, facts, _known_summary(folder, done, note) if finished else Summary(), finite)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -66,7 +79,7 @@ class Run:
 
     def tasks(self) -> list[dict[str, Any]]:
         """Descriptions of all tasks; empty ones for those that only the results mention."""
-        listed = [t for t in self.facts["stream"].get("tasks") or [] if isinstance(t, dict)]
+        listed: list[dict[str, Any]] = [dict(task) for task in self.facts["stream"]["tasks"]]
         seen = 1 + max((max(r.after, -1 if r.on is None else r.on) for r in self.rows), default=-1)
         return [*listed, *({} for _ in range(max(seen, len(self._stored())) - len(listed)))]
 
@@ -117,11 +130,11 @@ class Run:
     def seconds(self) -> list[dict[str, float]]:
         """Seconds of each phase, for each task."""
         listed = self.summary.get("seconds_per_task") or []
-        return [{p: _number(task.get(p)) or 0.0 for p in PHASES} for task in listed if isinstance(task, dict)]
+        return [{p: _number(task.get(p)) or 0.0 for p in PHASES} for task in listed]
 
     def _stored(self) -> list[list[float | None]]:
         stored = self.summary.get("matrix") or []
-        if not isinstance(stored, list) or any(not isinstance(r, list) or len(r) != len(stored) for r in stored):
+        if any(len(row) != len(stored) for row in stored):
             raise ValueError(
                 f"{self.folder / 'summary.json'} is damaged: 'matrix' is not square; restore it, or remove it and "
                 f"'perdure resume {self.folder}' writes it anew"
@@ -228,68 +241,54 @@ def _number(value: Any) -> float | None:
     return float(value)
 
 
-def _object(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
+def _summary(path: Path, must_be_sealed: bool) -> Summary:
+    remedy = f"restore it, or remove it and 'perdure resume {path.parent}' writes it anew"
+    return schema.read(path, Summary, remedy, must_be_sealed)
+
+
+def _known_summary(folder: Path, done: Sequence[Checkpoint], note: Callable[[str], None]) -> Summary:
+    """What the manifests add up to."""
+    path = folder / _SUMMARY
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({error}): {_remedy(path)}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} is damaged (expected a JSON object): {_remedy(path)}")
-    return found
+        said = _summary(path, done[-1].manifest["format"] > 1) if path.exists() else None
+        why = "is not what the manifests say"
+    except Damaged:
+        said, why = None, "is damaged"
+    try:
+        found = summarise(folder, done)
+    except Damaged:  # the numbers do not need the tensors, of which the sum counts the bytes
+        if said is None or said.get("manifest") != done[-1].seal:
+            raise
+        return said
+    if path.exists() and (said is None or contradicts(said, found)):
+        note(f"{path} {why}: its numbers are taken from the manifests; 'perdure resume {folder}' writes it anew")
+    return cast(Summary, found)
 
 
-def _remedy(path: Path) -> str:
-    if path.name != "summary.json":
-        return "restore it or run again"
-    return f"restore it, or remove it and 'perdure resume {path.parent}' writes it anew"
+def _tell_other_results(folder: Path, rows: Sequence[Row], note: Callable[[str], None]) -> None:
+    """A line that is missing at the end is still to be written, or of a process that was killed."""
+    path = folder / _RESULTS
+    said = "".join(checkpoint.lines_of(rows)).encode()
+    if path.exists() and not said.startswith(path.read_bytes()):
+        note(
+            f"{path} is not what the manifests say: what is shown is taken from these; 'perdure resume {folder}' "
+            "writes it anew"
+        )
 
 
-_OBJECTS = ("config", "resolved", "backbone", "versions", "stream")
-_OF_TASK = {"classes": [int], "names": [str], "train": int, "test": int}
-
-
-def _misshapen(facts: dict[str, Any]) -> str:
-    """What of run.json is not what it should be, or nothing."""
-    if wrong := next((key for key in _OBJECTS if not _is(facts[key], dict)), None):
-        return f"{wrong!r} is not an object"
-    if not (_is(facts.get("seed"), int) and _is(facts["stream"].get("scenario"), str)):
-        return "'seed' is no number, or 'scenario' of 'stream' no text"
-    tasks = facts["stream"].get("tasks")
-    if not _is(tasks, [dict]):
-        return "'tasks' of 'stream' is no list of objects"
-    for task in tasks or ():
-        for key, kind in _OF_TASK.items():
-            if not _is(task.get(key), kind):
-                return f"{key!r} of a task is {json.dumps(task[key])[:40]}"
-    return ""
-
-
-def _is(value: Any, kind: Any) -> bool:
-    """Whether a value is None or of a type, or a list of such when `kind` is the list of a type."""
-    if isinstance(kind, list):
-        return value is None or (isinstance(value, list) and all(isinstance(each, kind[0]) for each in value))
-    return value is None or isinstance(value, kind)
-
-
-def _rows(path: Path) -> Iterable[Row]:
+def _rows(path: Path, facts: Record) -> Iterable[Row]:
     if not path.exists():
         return
     lines = path.read_bytes().split(b"\n")
+    most = max(len(facts["stream"]["tasks"]), len(lines))  # each task has a line at least
     # What stands after the last line break is still being written, or was cut when the run was killed.
     for number, line in enumerate(lines[:-1], start=1):
         if not line.strip():
             continue
-        try:
-            found = json.loads(line)
-            row = Row(int(found["after"]), None if found["on"] is None else int(found["on"]), str(found["metric"]), 0.0)
-            value = _number(found["value"])
-            if row.after < -1 or (row.on or 0) < 0:
-                raise ValueError("no task has such a number")
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-            raise ValueError(
-                f"{path}, line {number}, is damaged: {error}; remove the line, or resume the run from its last task"
-            ) from error
+        remedy = "remove the line, or resume the run from its last task"
+        found = schema.parse(line, Line, f"{path}, line {number},", remedy)
+        if max(found["after"], found["on"] or 0) >= most:
+            raise Damaged(f"{path}, line {number}, is damaged: no task has such a number; {remedy}")
+        value = _number(found["value"])
         if value is not None:
-            yield Row(row.after, row.on, row.metric, value)
+            yield Row(found["after"], found["on"], found["metric"], value)

@@ -1,6 +1,7 @@
 """One self-contained `report.html` about one or several runs, from what they wrote to disk."""
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import partial
@@ -9,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from markupsafe import Markup
 
-from perdure import charts, language, metrics, scatter
+from perdure import charts, figures, language, metrics
+from perdure.charts import duration, show
+from perdure.disk import write_text
+from perdure.figures import Drawing, Point
 from perdure.measured import new_task_acc, steps_of
-from perdure.records import PHASES, Group, Run, grouped
-from perdure.scatter import Cost, Point
-from perdure.wording import RARE
+from perdure.records import PHASES, Group, Run, grouped, ignore
+from perdure.wording import RARE, printable_lines
 
 # A number's key in summary.json, its name, and what it says to someone who reads it for the first time.
 NUMBERS = (
@@ -82,125 +84,156 @@ _REASONS: tuple[tuple[str, str, Callable[[Run], list[float | None]], bool], ...]
         False,
     ),
 )
-_SECONDS, _MINUTES, _HOURS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30), (1, 2, 5, 10, 20, 30), (1, 2, 5, 10, 24, 48, 96, 240)
-_TIMES = (*_SECONDS, *(60 * k for k in _MINUTES), *(3600 * k for k in _HOURS))
-_TRADES = (
+_TRADES: tuple[tuple[str, str, str, str, Callable[[float], str]], ...] = (
     (
         "bytes",
         "Accuracy against what is stored",
         "stored_bytes",
-        Cost(
-            "stored after the last task",
-            tuple(k * 10**power for power in range(14) for k in (1, 2, 5)),
-            lambda value: show("stored_bytes", value).striptags(),
-        ),
+        "stored after the last task",
+        lambda value: show("stored_bytes", value).striptags(),
     ),
     (
         "time",
         "Accuracy against time",
         "seconds",
-        Cost(
-            "time of a run: preparing, training, finishing and evaluating all tasks",
-            _TIMES,
-            lambda value: duration(value).removesuffix(" 0 s").removesuffix(" 0 min"),
-        ),
+        "time of a run: preparing, training, finishing and evaluating all tasks",
+        lambda value: duration(value).removesuffix(" 0 s").removesuffix(" 0 min"),
     ),
 )
 _COSTS = ("trainable_parameters", "stored_bytes", "seconds", "images_per_second", "peak_rss_bytes")
 
 
-def write_report(folders: Sequence[Path], out: Path) -> Path:
+def write_report(
+    folders: Sequence[Path], out: Path, drawings: Path | None = None, note: Callable[[str], None] = ignore
+) -> Path:
     """Write the report about `folders` to the file `out` (or `report.html` in it, when it is a folder).
 
     Unfinished runs are shown as far as they got. The same folders give the same bytes.
+
+    Args:
+        folders: of the runs.
+        out: the file, or a folder for it.
+        drawings: a folder for the figures as PDF and PNG, for papers.
+        note: is told of files that say something else than the manifests, which are believed.
 
     Returns:
         The file written.
 
     Raises:
-        ValueError: when there is no folder, or one is not a run's or is damaged.
+        ValueError: when there is no folder, one is not a run's or is damaged, or the disk is full.
     """
     if not folders:
         raise ValueError("no run to report: give at least one folder that `perdure run` wrote")
-    runs = [Run.read(folder) for folder in dict.fromkeys(map(Path, folders))]
+    runs = [Run.read(folder, note) for folder in dict.fromkeys(map(Path, folders))]
     target = out / "report.html" if out.is_dir() else out
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(target.name + ".part")
-    part.write_text(_render(runs), encoding="utf-8")
-    part.replace(target)
+    page = _Page(runs)
+    text = page.render()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_text(target, text)
+        if drawings:
+            page.save(drawings)
+    except OSError as error:  # what was learnt is not concerned
+        why = f"{error.filename or target} cannot be written ({error.strerror})"
+        raise ValueError(f"{why}: make room there, or give another --out") from error
     return target
 
 
 def trade_offs(
     methods: Sequence[tuple[str, Callable[[str], Sequence[float | None] | None]]],
-) -> list[tuple[str, str, Markup]]:
-    """Figures of final accuracy against what it costs: (short name, title, SVG), none for fewer than two methods.
+) -> dict[str, Drawing]:
+    """Figures of final accuracy against what it costs, by short name; none for fewer than two methods.
 
     Args:
         methods: label, and mean and standard deviation of a number by its key.
     """
-    figures = []
-    for name, title, key, cost in _TRADES:
+    drawings = {}
+    for name, title, key, cost, text in _TRADES:
         points = []
         for label, number in methods:
             share, spent = number("acc"), number(key)
             if share and spent and share[0] is not None and spent[0] is not None:
                 points.append(Point(label, spent[0], share[0], share[1]))
         if len(points) > 1:
-            figures.append((name, title, scatter.scatter(title, points, cost)))
-    return figures
+            drawings[name] = figures.scatter(title, points, cost, text)
+    return drawings
 
 
-def _render(runs: Sequence[Run]) -> str:
-    groups = grouped(runs)
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.globals.update(
-        bar=charts.bar, stack=charts.stack, legend=charts.legend, level=charts.level, percent=charts.percent
-    )
-    environment.globals.update(show=show, duration=duration, spread=_spread)
-    template = environment.from_string(resources.files("perdure").joinpath("report.html.jinja").read_text("utf-8"))
-    facts = [_facts(run) for run in runs]
-    keys = list(dict.fromkeys(k for each in facts for k in each))
-    shared = [k for k in keys if all(each.get(k) == facts[0].get(k) for each in facts)]
-    longest = max((len(run.names()) for run in runs), default=0)
-    best = next((run.names() for run in runs if len(run.names()) == longest), [])
-    methods = list(dict.fromkeys(run.method for run in runs))
-    streams = list(dict.fromkeys(str(run.config.get("stream", "–")) for run in runs))
-    backbones = list(dict.fromkeys(str(run.config.get("backbone", "–")) for run in runs))
-    same = len(streams) == len(backbones) == 1
-    score = "recall" if all(run.scored == metrics.RECALL for run in runs) else "accuracy"
-    rare = {key for key in RARE if any(run.numbers()[key] is not None for run in runs)}
-    first, *others = _recall_named() if score == "recall" else NUMBERS
-    named = (first, *(each for each in language.NUMBERS if each[0] in rare), *others)
-    steps = any(_spread(group, "step_cost") for group in groups)
-    return template.render(
-        title=", ".join(methods) if len(methods) <= 3 else f"{len(methods)} methods compared",
-        streams=streams,
-        backbones=backbones,
-        created=_dates(runs),
-        groups=groups,
-        runs=[_view(run) for run in runs],
-        score=score,
-        curves=_figure(f"Mean {score} over the tasks learnt so far", groups, Run.averages, best),
-        reasons=[
+class _Page:
+    """The report about some runs: its figures, and the page that shows them."""
+
+    def __init__(self, runs: Sequence[Run]) -> None:
+        self.runs, self.groups = runs, grouped(runs)
+        self.score = "recall" if all(run.scored == metrics.RECALL for run in runs) else "accuracy"
+        self.streams = list(dict.fromkeys(str(run.config.get("stream", "–")) for run in runs))
+        self.backbones = list(dict.fromkeys(str(run.config.get("backbone", "–")) for run in runs))
+        longest = max((run.names() for run in runs), key=len, default=[])
+        self.curves = _figure(f"Mean {self.score} over the tasks learnt so far", self.groups, Run.averages, longest)
+        self.reasons = [
             (title, meaning, figure)
             for title, meaning, values, share in _REASONS
-            if (figure := _figure(title, groups, values, best, zero=True, share=share))
-        ],
-        trades=trade_offs([(group.label, partial(_spread, group)) for group in groups]) if same else [],
-        numbers=named,
-        meanings=[*named, _STEP] if steps else named,
-        compared=[(k, name) for k, name, _ in named if k in {*_COMPARED, *rare}],
-        costs=[(k, name) for k, name, _ in named if k in _COSTS] + ([_STEP[:2]] if steps else []),
-        winners={k: _winner(groups, k) for k in ("acc", "aaa", "new_task_acc", "acc_with_task_id", "task_id_acc")},
-        shared=[(k, facts[0][k]) for k in shared],
-        differing=[k for k in keys if k not in shared],
-        facts=facts,
-        scattered=Markup(scatter.STYLE),
-        heat=[(charts.heat_colours(dark=False), ""), (charts.heat_colours(dark=True), "dark")],
-    )
+            if (figure := _figure(title, self.groups, values, longest, zero=True, share=share))
+        ]
+        same = len(self.streams) == len(self.backbones) == 1
+        self.trades = trade_offs([(g.label, partial(_spread, g)) for g in self.groups]) if same else {}
+
+    def save(self, folder: Path) -> None:
+        """Write each figure, and each run's matrix of scores, as PDF and PNG."""
+        folder.mkdir(parents=True, exist_ok=True)
+        drawings = {f"accuracy-against-{name}": drawing for name, drawing in self.trades.items()}
+        drawings |= {re.sub(r"\W+", "-", title.lower()): drawing for title, _, drawing in self.reasons}
+        if self.curves:
+            drawings[f"{self.score}-over-time"] = self.curves
+        for run in self.runs:
+            rows = run.matrix()[: run.learnt()]
+            if rows:
+                drawings[f"matrix-{run.folder.name}"] = figures.matrix(f"Scores of {run.method}", rows, run.names())
+        for name, drawing in drawings.items():
+            for kind in ("pdf", "png"):
+                drawing.save(folder / f"{name}.{kind}")
+
+    def render(self) -> str:
+        """The page."""
+        runs, groups, score = self.runs, self.groups, self.score
+        environment = jinja2.Environment(
+            autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        )
+        environment.globals.update(
+            bar=charts.bar, stack=charts.stack, legend=charts.legend, level=charts.level, percent=charts.percent
+        )
+        environment.globals.update(show=show, duration=duration, spread=_spread)
+        template = environment.from_string(resources.files("perdure").joinpath("report.html.jinja").read_text("utf-8"))
+        facts = [_facts(run) for run in runs]
+        keys = list(dict.fromkeys(k for each in facts for k in each))
+        shared = [k for k in keys if all(each.get(k) == facts[0].get(k) for each in facts)]
+        methods = list(dict.fromkeys(run.method for run in runs))
+        rare = {key for key in RARE if any(run.numbers()[key] is not None for run in runs)}
+        first, *others = _recall_named() if score == "recall" else NUMBERS
+        named = (first, *(each for each in language.NUMBERS if each[0] in rare), *others)
+        steps = any(_spread(group, "step_cost") for group in groups)
+        page = template.render(
+            title=", ".join(methods) if len(methods) <= 3 else f"{len(methods)} methods compared",
+            streams=self.streams,
+            backbones=self.backbones,
+            created=_dates(runs),
+            groups=groups,
+            runs=[_view(run) for run in runs],
+            score=score,
+            curves=self.curves.inline() if self.curves else None,
+            reasons=[(title, meaning, drawing.inline()) for title, meaning, drawing in self.reasons],
+            trades=[(drawing.title, drawing.inline()) for drawing in self.trades.values()],
+            numbers=named,
+            meanings=[*named, _STEP] if steps else named,
+            compared=[(k, name) for k, name, _ in named if k in {*_COMPARED, *rare}],
+            costs=[(k, name) for k, name, _ in named if k in _COSTS] + ([_STEP[:2]] if steps else []),
+            winners={k: _winner(groups, k) for k in ("acc", "aaa", "new_task_acc", "acc_with_task_id", "task_id_acc")},
+            shared=[(k, facts[0][k]) for k in shared],
+            differing=[k for k in keys if k not in shared],
+            facts=facts,
+            colours=figures.COLOURS,
+            heat=[(charts.heat_colours(dark=False), ""), (charts.heat_colours(dark=True), "dark")],
+        )
+        return printable_lines(page)
 
 
 def _recall_named() -> tuple[tuple[str, str, str], ...]:
@@ -225,8 +258,9 @@ def _recall_named() -> tuple[tuple[str, str, str], ...]:
 def _numbers(run: Run) -> dict[str, float | None]:
     """`Run.numbers`, accuracy on new tasks, and what a step costs."""
     done = run.learnt()
-    step = steps_of(run.folder.parent)["methods"].get(run.method) or {}
-    more = {"new_task_acc": new_task_acc([row[:done] for row in run.matrix()[:done]]), "step_cost": step.get("ratio")}
+    step = steps_of(run.folder.parent)["methods"].get(run.method)
+    cost = step["ratio"] if step else None
+    more = {"new_task_acc": new_task_acc([row[:done] for row in run.matrix()[:done]]), "step_cost": cost}
     return run.numbers() | more
 
 
@@ -242,10 +276,10 @@ def _figure(
     values: Callable[[Run], list[float | None]],
     names: Sequence[str],
     **axis: bool,
-) -> Markup | None:
+) -> Drawing | None:
     """One line a group, in the same colour in every figure; None when there is nothing to draw."""
     curves = [curve for i, group in enumerate(groups) if (curve := group.curve(values, i))]
-    return charts.lines(title, curves, names, **axis) if curves else None
+    return figures.curves(title, curves, names, **axis) if curves else None
 
 
 def _view(run: Run) -> dict[str, Any]:
@@ -359,36 +393,3 @@ def _dates(runs: Sequence[Run]) -> str:
             days.append(created)
     days = sorted({day for day in days if day})
     return " – ".join(dict.fromkeys([days[0], days[-1]])) if days else "no date"
-
-
-def show(key: str, value: float | None, std: float | None = None, *, unit: bool = True) -> Markup:
-    """A number of `NUMBERS` with its unit unless `unit` is False, and ± one standard deviation."""
-    if value is None:
-        return Markup('<span class="none" title="not measured">–</span>')
-    if key == "trainable_parameters":
-        text, name = f"{value:,.0f}", ""
-    elif key in ("stored_bytes", "peak_rss_bytes"):
-        power = next((i for i in range(4) if value < 999.5 * 1000**i), 4)
-        text, name = _digits(value / 1000**power), ("B", "kB", "MB", "GB", "TB")[power]
-    elif key == "seconds":
-        text, name = duration(value), ""
-    elif key == "step_cost":
-        text, name = f"{value:.2f}", "× LoRA"
-    elif key == "images_per_second":
-        text, name = _digits(value), "/s"
-    else:
-        text = charts.percent(value) + ("" if std is None else f" ± {charts.percent(std)}")
-        name = "points" if key in ("forgetting", "gap", "bwt", "fwt") else "%"
-    return Markup('{}<span class="unit"> {}</span>').format(text, name) if name and unit else Markup("{}").format(text)
-
-
-def duration(seconds: float) -> str:
-    """`75.2` -> `1 min 15 s`."""
-    if seconds < 60:
-        return f"{_digits(seconds)} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def _digits(value: float) -> str:
-    return f"{value:,.0f}" if value >= 99.5 else f"{value:.3g}"

@@ -7,27 +7,32 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
+import msgspec
 import torch
 
-from perdure import checkpoint, drift
+from perdure import checkpoint, schema
 from perdure.augment import AUGMENTS
+from perdure.checkpoint import read_record as read_record
 from perdure.config import RunConfig, make_backbone, make_method, make_objective
+from perdure.drift import Drift
 from perdure.evaluation import Evaluation
 from perdure.foresight import foresee
 from perdure.learner import Core
+from perdure.process import as_found, plain
 from perdure.retention import Retention
-from perdure.runtime import Runtime, resolve
+from perdure.runtime import Runtime, check_device, resolve
+from perdure.schema import Damaged, Record, Summary
 from perdure.streams import build_stream
-from perdure.summary import facts_of, summarise
+from perdure.summary import FILE, drop_summary_beyond, facts_of, write_summary
 from perdure.train import Diverged, Progress, Quiet, TrainConfig, check_finite, fit_task
 from perdure.types import Row, Stream
 from perdure.version import __version__
@@ -39,6 +44,7 @@ class Interrupted(Exception):
     """The user asked to stop; everything done so far is saved."""
 
 
+@plain()
 def run(
     config: RunConfig, out: Path, progress: Progress | None = None, runtime: Runtime | None = None
 ) -> dict[str, Any]:
@@ -60,8 +66,8 @@ def run(
         learner, stream, runtime = _build(config, runtime)
         foresee(config, learner.backbone, stream)
         held_out = Retention(config.retain, learner)
-        checkpoint.write_json(out / "run.json", record(config, learner, stream, runtime, held_out))
-        with nothing_learnt_nothing_left(out):
+        checkpoint.write_sealed(out / "run.json", record(config, learner, stream, runtime, held_out))
+        with nothing_learnt_nothing_left(out), as_found(runtime.threads):
             return learn_stream(config, learner, stream, out, progress or Quiet(), config.save_every, held_out=held_out)
 
 
@@ -79,65 +85,50 @@ def nothing_learnt_nothing_left(out: Path) -> Iterator[None]:
         raise
 
 
-def resume(out: Path, progress: Progress | None = None) -> dict[str, Any]:
-    """Go on where a run's folder stands; a finished run only gets its summary again.
+@plain()
+def resume(out: Path, progress: Progress | None = None, device: str | None = None) -> dict[str, Any]:
+    """Go on where a run's folder stands; a finished run only gets its results and its summary again.
+
+    Args:
+        out: the run's folder.
+        progress: who is told.
+        device: to compute on; None is the one that the run began on. Another one rounds differently.
 
     Raises:
         ValueError: when `out` is no run's folder, or something in it is damaged.
         Interrupted: after SIGINT or SIGTERM.
     """
+    progress = progress or Quiet()
     written = read_record(out)
     with checkpoint.locked(out):
-        config = recorded_config(written)
+        checkpoint.whole(out)  # before the model is read, which may take longer
+        config, runtime = recorded_config(out, written), recorded_runtime(out, written, device)
         if not config.stream:
             raise ValueError(f"{out} is taught from folders: go on with 'perdure learn FOLDER --into {out}'")
-        learner, stream, _ = _build(config, Runtime(**written["resolved"]))
+        extra = elsewhere(out, runtime, progress)
+        learner, stream, _ = _build(config, runtime)
         _check_unchanged(out, "data", written["stream"], _facts_of_stream(stream))
         held_out = Retention(config.retain, learner)
         if "held_out" in written:
             _check_unchanged(out, "held-out data", written["held_out"], _facts_of_held_out(held_out))
-        return learn_stream(config, learner, stream, out, progress or Quiet(), config.save_every, held_out=held_out)
+        with as_found(runtime.threads):
+            return learn_stream(config, learner, stream, out, progress, config.save_every, extra, held_out)
 
 
-def read_record(out: Path) -> dict[str, Any]:
-    """run.json of a folder.
-
-    Raises:
-        ValueError: when there is none, or it cannot be read.
-    """
-    path = out / "run.json"
-    if not path.is_file():
-        raise ValueError(
-            f"{out} is not a run's or a learner's folder: it has no run.json; give one that 'perdure run' or 'perdure "
-            "learn' wrote"
-        )
-    try:
-        written: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        written["config"], written["resolved"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: it cannot be read as a run's record; restore it") from error
-    return written
-
-
-def read_summary(out: Path) -> dict[str, Any]:
+def read_summary(out: Path) -> Summary:
     """summary.json of a finished run.
 
     Raises:
-        ValueError: when the run is not finished, or the file cannot be read.
+        ValueError: when the run is not finished, or the file is not what was written.
     """
-    read_record(out)
-    path = out / "summary.json"
+    dated = "format" in read_record(out)
+    path = out / FILE
     if not path.is_file():
         raise ValueError(f"{out} is not finished: it has no summary.json. Go on with 'perdure resume {out}'")
-    try:
-        summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        dict(summary)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: remove it, 'perdure resume {out}' writes it anew") from error
-    return summary
+    return schema.read(path, Summary, f"remove it, 'perdure resume {out}' writes it anew", dated)
 
 
-def _check_unchanged(out: Path, what: str, written: dict[str, Any], facts: dict[str, Any]) -> None:
+def _check_unchanged(out: Path, what: str, written: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
     now = json.loads(json.dumps(facts))
     if changed := [key for key in now if now[key] != written.get(key)]:
         raise ValueError(
@@ -146,10 +137,41 @@ def _check_unchanged(out: Path, what: str, written: dict[str, Any], facts: dict[
         )
 
 
-def recorded_config(written: dict[str, Any]) -> RunConfig:
-    """The configuration in a run's record; fields of other versions are left out."""
-    known = {f.name for f in fields(RunConfig)}
-    return RunConfig(**{k: v for k, v in written["config"].items() if k in known})
+def recorded_config(out: Path, written: Record) -> RunConfig:
+    """The configuration in the record of the run in `out`; fields of other versions are left out.
+
+    Raises:
+        Damaged: when a value is not what a run writes.
+    """
+    try:
+        return msgspec.convert(written["config"], RunConfig)
+    except ValueError as error:
+        raise Damaged(f"{out / 'run.json'} is damaged: {schema.said(error, 'config')}; restore it") from error
+
+
+def recorded_runtime(out: Path, written: Record, device: str | None = None) -> Runtime:
+    """How the run in `out` computes.
+
+    Raises:
+        ValueError: when its device, or the `device` that is wanted instead, is not there.
+    """
+    runtime = Runtime(**written["resolved"])
+    if device not in (None, "auto"):
+        check_device(device, f"--device {device}", "give another one, such as cpu")
+        return replace(runtime, device=device)
+    check_device(runtime.device, f"{out / 'run.json'}: device {runtime.device!r}", "give --device cpu, or another one")
+    return runtime
+
+
+def elsewhere(out: Path, runtime: Runtime, progress: Progress) -> dict[str, Any]:
+    """What manifests say of a device on which the run in `out` did not begin; the user is told what it means."""
+    if runtime.device == (began := read_record(out)["resolved"]["device"]):
+        return {}
+    progress.note(
+        f"on {runtime.device} instead of {began} numbers are rounded differently: the result is not to the bit what it "
+        "would have been"
+    )
+    return {"device": runtime.device}
 
 
 def build_learner(kind: type[C], config: RunConfig, runtime: Runtime | None = None) -> tuple[C, Runtime]:
@@ -212,16 +234,18 @@ def learn_stream(
     done = checkpoint.whole(out)
     for each in done:
         checkpoint.drop_steps(each.folder)
-    rows = [row for each in done for row in each.rows]
     # The manifests vouch for what was measured; a line without its task is of a killed process.
-    checkpoint.drop_lines_after(out / "results.jsonl", [json.dumps(asdict(row)) for row in rows])
+    if checkpoint.write_results(out, done) and done:
+        progress.note(f"{out / 'results.jsonl'} was not what the manifests say: it was written anew from them")
     learnt = done[-1].learnt if done else 0
-    snapshot = checkpoint.latest_step(out, learnt) if learnt < len(stream) else None
+    drop_summary_beyond(out, learnt)
+    snapshot = checkpoint.latest_step(out, done) if learnt < len(stream) else None
     if latest := snapshot or (done[-1] if done else None):
         checkpoint.restore(learner, latest, stream.tasks)
-    features = drift.Drift(done)
-    evaluation = Evaluation(stream, held_out or Retention((), learner), out, progress.note)
+    features = Drift(done)
+    evaluation = Evaluation(stream, held_out or Retention((), learner), features, out, progress.note)
     with _interruptible() as stopped:
+        saver = _Saver(save_every, out, learner, stopped)
         for task in stream.tasks[learnt:]:
             if stopped():
                 raise Interrupted(f"stopped before task {task.index}; go on with 'perdure resume {out}'")
@@ -232,7 +256,7 @@ def learn_stream(
                 snapshot = None
             else:
                 before = evaluation.before(learner, task)
-            saver = _Saver(save_every, out, learner, before, stopped)
+            saver.begin(before)
             try:
                 fitted = fit_task(learner, task, config, progress, saver, resumed)
             except Diverged as error:
@@ -243,26 +267,46 @@ def learn_stream(
                     f"can be used as they are in {out}"
                 ) from error
             start = time.perf_counter()
-            new = before + evaluation.after(learner, task) + features.measure(learner, task, stream)
+            new = before + evaluation.after(learner, task, fitted.moved)
             facts = facts_of(fitted, time.perf_counter() - start)
+            check_there(out)
             checkpoint.save_task(out, learner, new, facts | (extra or {}), features.files(task))
             with (out / "results.jsonl").open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(asdict(row)) + "\n" for row in new)
+                file.writelines(checkpoint.lines_of(new))
             progress.scores(task, new)
     evaluation.end(learner)
-    summary = summarise(out, stream)
-    checkpoint.write_json(out / "summary.json", summary)
-    return summary
+    return write_summary(out, progress.note)
+
+
+def check_there(out: Path) -> None:
+    """Refuse to go on with a run whose folder is gone.
+
+    Raises:
+        ValueError: when it is.
+    """
+    if not (out / "run.json").exists():
+        raise ValueError(
+            f"{out} is gone or has lost its run.json, and with it what was learnt: start anew, in a folder that stays"
+        )
 
 
 class _Saver:
-    """Snapshots within a task: every so many steps, or as often as costs at most a fiftieth of the time."""
+    """Snapshots within a task: every so many steps, or as often as costs at most a fiftieth of the time.
 
-    def __init__(self, every: int, out: Path, learner: Core, rows: list[Row], stopped: Callable[[], bool]) -> None:
-        self.every, self.out, self.learner, self.rows, self.stopped = every, out, learner, rows, stopped
-        self.saved, self.took = time.perf_counter(), 0.0
+    What a snapshot costs is known from the last one, also of the task before; the first is taken for a tenth of a
+    second. So tasks of a few steps, which are saved when they end, do without.
+    """
+
+    def __init__(self, every: int, out: Path, learner: Core, stopped: Callable[[], bool]) -> None:
+        self.every, self.out, self.learner, self.stopped = every, out, learner, stopped
+        self.took = 0.1
+
+    def begin(self, rows: list[Row]) -> None:
+        """A task begins, before which `rows` were measured."""
+        self.rows, self.saved = rows, time.perf_counter()
 
     def __call__(self, step: int, optimizer: torch.optim.Optimizer | None) -> None:
+        check_there(self.out)  # rather than train to the end for nothing
         stopped, now = self.stopped(), time.perf_counter()
         due = step % self.every == 0 if self.every else now - self.saved > 50 * self.took
         if not (due or stopped):
@@ -304,6 +348,7 @@ def record(
 ) -> dict[str, Any]:
     """The content of run.json."""
     return {
+        "format": schema.FORMAT,
         "perdure": __version__,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "git": _git_commit(),

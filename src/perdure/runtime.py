@@ -12,12 +12,12 @@ from accelerate import PartialState
 from torch import nn
 
 from perdure.backbones.base import Backbone
+from perdure.process import ALONE
+from perdure.settings import Attention, Precision
 
 if sys.platform != "win32":
     import resource
 
-Precision = Literal["auto", "fp32", "bf16"]
-Attention = Literal["auto", "eager", "sdpa"]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -40,8 +40,7 @@ class Runtime:
         return asdict(self)
 
     def apply(self, backbone: Backbone) -> None:
-        """Prepare this process and the backbone."""
-        torch.set_num_threads(self.threads)
+        """Prepare the backbone; what is learnt is computed with the run's threads, see `process.as_found`."""
         backbone.to(self.device)
         backbone.set_attention(self.attention)
 
@@ -54,21 +53,43 @@ def resolve(
     Raises:
         ValueError: for several processes, or a device that is not there.
     """
-    # Accelerate finds the device (CUDA, MPS, XPU, NPU, CPU) and the launcher's processes.
-    state = PartialState(cpu=device == "cpu")
-    if state.num_processes > 1:
-        raise ValueError(
-            f"{state.num_processes} processes were launched; perdure trains in one: start it without a launcher"
-        )
-    name = state.device.type if device == "auto" else device
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device!r} cannot be used here ({str(error).splitlines()[0]}); use auto") from error
+    there, processes = _found(device == "cpu")
+    if processes > 1:
+        raise ValueError(f"{processes} processes were launched; perdure trains in one: start it without a launcher")
+    name = there if device == "auto" else device
+    check_device(name, f"device {device!r}", "use auto")
     chosen = precision if precision != "auto" else ("bf16" if native_bf16(name) else "fp32")
     backbone.to(name)
     best = attention if attention != "auto" else fastest_attention(backbone, _DTYPES[chosen], batch_size)
     return Runtime(name, chosen, best, torch.get_num_threads())
+
+
+def _found(cpu: bool) -> tuple[str, int]:
+    """The device that Accelerate finds (CUDA, MPS, XPU, NPU, CPU), and the number of the launcher's processes."""
+    with ALONE:
+        theirs = bool(PartialState._shared_state)
+        state = PartialState(cpu=cpu)
+        found = state.device.type, state.num_processes
+        if not theirs:  # its state is one for the process: the caller's own use of Accelerate would get ours
+            PartialState._reset_state()
+        return found
+
+
+def check_device(name: str, given: str, remedy: str) -> None:
+    """Refuse a device that this machine lacks.
+
+    Args:
+        name: of the device.
+        given: what asked for it, for the message.
+        remedy: what to do, for the message.
+
+    Raises:
+        ValueError: when it cannot be computed on.
+    """
+    try:
+        torch.ones(1, device=name).item()  # a number that comes back: "meta" makes tensors, but keeps none
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise ValueError(f"{given} cannot be used here ({str(error).splitlines()[0]}); {remedy}") from error
 
 
 def native_bf16(device: str) -> bool:

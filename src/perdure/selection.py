@@ -12,8 +12,8 @@ from perdure.memory import orders
 from perdure.memory.budget import count_bytes
 from perdure.memory.examples import Examples, Referred, gone, read
 from perdure.memory.orders import Position
-from perdure.method import without_effect
 from perdure.objectives.classify import Classify
+from perdure.ranges import without_effect
 from perdure.streams.imageset import ImageSet
 from perdure.streams.sources import Files
 from perdure.types import Batch, Data, Task

@@ -1,20 +1,21 @@
 """The mini-language of methods, streams and backbones: `lora(rank=8) + replay(size=200)`."""
 
 import ast
-import difflib
-import functools
 import inspect
 import math
 import re
-import types
-import typing
+import threading
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
+
+from perdure.ranges import hints_of, refuse
+from perdure.wording import meant
 
 _FORM = "write it like 'lora(rank=8) + replay(size=200)'"
-_SEQUENCES = (tuple, list, Sequence, Iterable, Collection)
+_FILTERS = threading.Lock()
+"""Held while filters of warnings, which are the whole process's, are changed."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def parse(text: str) -> tuple[Spec, ...]:
     if not line:
         raise ValueError(f"cannot read an empty text: {_FORM}")
     try:
-        with warnings.catch_warnings():
+        with _FILTERS, warnings.catch_warnings():
             # An unknown escape such as '\d' of a Windows path is only a warning to Python; here it is a mistake.
             warnings.simplefilter("error")
             tree = ast.parse(line, mode="eval").body
@@ -58,7 +59,10 @@ def parse(text: str) -> tuple[Spec, ...]:
     while isinstance(tree, ast.BinOp) and isinstance(tree.op, ast.Add):
         parts.append(tree.right)
         tree = tree.left
-    return tuple(_spec(part, text) for part in (tree, *reversed(parts)))
+    try:
+        return tuple(_spec(part, text) for part in (tree, *reversed(parts)))
+    except RecursionError as error:  # Python reads deeper trees than it writes
+        raise ValueError(f"cannot read {text!r} ({_reason(error)}): {_FORM}") from error
 
 
 def parse_one(text: str) -> Spec:
@@ -92,17 +96,15 @@ def build(spec: Spec, registry: Mapping[str, Callable[..., Any]], kind: str, **g
     if spec.parts and not any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values()):
         raise ValueError(f"{who} is not made of others: remove {str(spec.parts[0])!r}, or write it as option=value")
     options = {k: p for k, p in signature.parameters.items() if p.kind in named and k not in given}
-    hints = _hints(factory)
+    hints = hints_of(factory)
     for key, value in spec.kwargs:
         if key in given:
             raise ValueError(f"{who}: option {key!r} is set by the program; remove it from {str(spec)!r}")
         if key not in options:
-            near = _nearest(key, options)
+            near = meant(key, options)
             have = f"it has: {', '.join(options)}" if options else "it takes none"
             raise ValueError(f"{who} has no option {key!r}{near}; {have}")
-        if not _fits(value, hints.get(key, Any)):
-            near = _nearest(value, _words(hints[key])) if isinstance(value, str) else ""
-            raise ValueError(f"{who}, option {key}={value!r}: expected {_describe(hints[key])}{near}")
+        refuse({key: value}, {key: hints.get(key, Any)}, f"{who}, option ")
     written = dict(spec.kwargs)
     if missing := [k for k, p in options.items() if p.default is p.empty and k not in written]:
         raise ValueError(f"{who} needs {' and '.join(missing)}: write '{spec.name}({missing[0]}=...)'")
@@ -171,67 +173,10 @@ def _reason(error: BaseException) -> str:
 
 
 def _suggest(name: str, known: Iterable[str]) -> str:
-    return _nearest(name, known) or f"; known: {', '.join(sorted(known))}"
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    return meant(name, known) or f"; known: {', '.join(sorted(known))}"
 
 
 def _named_in(message: str, options: Iterable[str]) -> str | None:
     """The option that `message` is about: named at its start, with `=` or in quotes; the first of several."""
     places = {k: found.start() for k in options if (found := re.search(rf"^{k}\b|\b{k}\s?=|'{k}'", message))}
     return min(places, key=places.__getitem__, default=None)
-
-
-def _hints(factory: Callable[..., Any]) -> dict[str, Any]:
-    while isinstance(factory, functools.partial):
-        factory = factory.func
-    target = factory.__init__ if isinstance(factory, type) else factory  # type: ignore[misc]
-    try:
-        return typing.get_type_hints(target)
-    except (NameError, TypeError):
-        # A name imported for the type checker only, or a callable without annotations: nothing to check against.
-        return {}
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        return any(value == each and type(value) is type(each) for each in inner)
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, each) for each in inner)
-    if (origin or hint) in _SEQUENCES:
-        return isinstance(value, tuple | list) and _items_fit(value, origin, inner)
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if hint in (bool, str):
-        return isinstance(value, hint)
-    return value is None if hint is type(None) else True
-
-
-def _items_fit(value: Sequence[Any], origin: Any, inner: tuple[Any, ...]) -> bool:
-    if origin is tuple and inner and inner[-1] is not ...:
-        return len(value) == len(inner) and all(_fits(v, hint) for v, hint in zip(value, inner, strict=True))
-    return not inner or all(_fits(v, inner[0]) for v in value)
-
-
-def _words(hint: Any) -> list[str]:
-    """The texts that a literal, or one of several types, allows."""
-    return [w for each in typing.get_args(hint) for w in ([each] if isinstance(each, str) else _words(each))]
-
-
-def _describe(hint: Any) -> str:
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        words = [repr(each) for each in inner]
-    elif origin in (typing.Union, types.UnionType):
-        words = [_describe(each) for each in inner]
-    elif hint is type(None):
-        words = ["None"]
-    else:
-        words = [hint.__name__ if isinstance(hint, type) and not inner else str(hint).replace("collections.abc.", "")]
-    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)

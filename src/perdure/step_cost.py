@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
@@ -24,6 +24,7 @@ from perdure.learner import Core
 from perdure.measured import STEPS, steps_of
 from perdure.run import build_learner
 from perdure.runtime import Runtime
+from perdure.schema import Cost
 from perdure.streams import build_stream
 from perdure.train import Quiet, fit_task
 from perdure.types import Batch, Data, Stream
@@ -138,7 +139,7 @@ def measure(
             if not should_reduce_batch_size(error):
                 raise
             found = {"ratio": None, "why": "out of memory beside plain LoRA"}
-        known[method] = found | ({"task": len(plain.learner.tasks)} if plain else {})
+        known[method] = cast(Cost, found | ({"task": len(plain.learner.tasks)} if plain else {}))
         checkpoint.write_json(out / STEPS, {"options": options, "methods": known})
 
 

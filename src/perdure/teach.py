@@ -19,12 +19,14 @@ from perdure.export import export
 from perdure.learner import Core
 from perdure.method import parts_of
 from perdure.objectives.zeroshot import TEMPLATE, ZeroShot, class_texts
-from perdure.run import build_learner, read_record, record, recorded_config
+from perdure.process import Turn, as_found, plain
+from perdure.run import build_learner, read_record, record, recorded_config, recorded_runtime
 from perdure.runtime import Runtime
 from perdure.streams import ImageSet, alike, captioned_task, folder_task, given_captions, given_task
 from perdure.streams.sources import Picture
-from perdure.summary import facts_of, summarise
-from perdure.train import Progress, TrainConfig, fit_task
+from perdure.summary import COSTS, facts_of, write_summary
+from perdure.train import Progress, Quiet, TrainConfig, fit_task
+from perdure.twin import as_now, become, part, twin_of
 from perdure.types import Row, Stream, Task
 
 OPEN = ""
@@ -43,10 +45,14 @@ class Learner(Core):
     learner.predict(["cat.jpg"])      # one list of (name, score) an image, best first
     learner.save("my.learner")
     ```
+
+    Every method can be called from any thread. While one learns, the others answer, save and export by what was learnt
+    before; a task that fails or is interrupted leaves the learner as it was.
     """
 
     config: RunConfig
     runtime: Runtime
+    lessons: Turn
     _facts: dict[str, Any]
 
     @classmethod
@@ -68,25 +74,28 @@ class Learner(Core):
         return cls.of(RunConfig(stream=OPEN, backbone=backbone, method=method, objective=objective, **options))
 
     @classmethod
+    @plain()
     def of(cls, config: RunConfig, runtime: Runtime | None = None) -> Self:
         """A learner that has learnt nothing yet, from its configuration."""
         learner, found = build_learner(cls, config, runtime)
-        learner.config, learner.runtime, learner._facts = config, found, {}
+        learner.config, learner.runtime, learner._facts, learner.lessons = config, found, {}, Turn()
         return learner
 
     @classmethod
-    def untaught(cls, folder: Path) -> Self:
-        """The learner of a folder, as it was before its first task."""
+    def untaught(cls, folder: Path, device: str | None = None) -> Self:
+        """The learner of a folder, as it was before its first task; on `device` instead of its own."""
         written = read_record(folder)
-        learner = cls.of(recorded_config(written), Runtime(**written["resolved"]))
+        learner = cls.of(recorded_config(folder, written), recorded_runtime(folder, written, device))
         learner.scenario = written["stream"]["scenario"]
         return learner
 
     @property
     def known(self) -> dict[str, int]:
         """Class name -> id of everything learnt so far."""
-        return dict(zip(self.objective.names, self.objective.classes, strict=True))
+        objective = self.objective  # once: a lesson in another thread may end here
+        return dict(zip(objective.names, objective.classes, strict=True))
 
+    @plain()
     def learn(
         self,
         images: Sequence[Picture] | torch.Tensor | str | Path,
@@ -101,7 +110,7 @@ class Learner(Core):
             images: Pillow images, paths, uint8 arrays (H, W, 3) or a uint8 tensor (n, 3, H, W); or the path of a folder
                 of class folders, or with `retrieve` of a parquet or JSONL file of images and captions.
             labels: a name or number for each image; None for a folder, and with `retrieve`.
-            progress: who is told.
+            progress: who is told; to it, too, the learner answers by what it knew before.
             captions: with `retrieve`, a text or several for each image; of a file, the column that holds them.
             options: fields of `TrainConfig`, for this task only.
 
@@ -110,14 +119,20 @@ class Learner(Core):
         """
         check_options("learn", options, TrainConfig)
         train = self.usual_training().but(**options)
-        read = self._labelled if self.objective.classifies else self._captioned
-        task = read(images, labels, captions)
-        given = "captions" if labels is None else "labels"
-        check_first(self, task, self.known, str(images) if isinstance(images, str | Path) else given)
-        *self.tasks, task = alike([*self.tasks, task])
-        train = self.long_enough(train, task, "epochs" in options)
-        self.grow(task)
-        self._facts = facts_of(fit_task(self, task, train, progress), 0.0)
+        with self.lessons, as_found(self.runtime.threads):
+            if self.lessons.depth > 1:
+                raise ValueError("this learner is learning: learn cannot be called from its progress; call it after")
+            read = self._labelled if self.objective.classifies else self._captioned
+            task = read(images, labels, captions)
+            given = "captions" if labels is None else "labels"
+            check_first(self, task, self.known, str(images) if isinstance(images, str | Path) else given)
+            train = self.long_enough(train, task, "epochs" in options)
+            twin = twin_of(self)
+            *twin.tasks, task = alike([*self.tasks, task])
+            twin.grow(task)
+            part(twin, self)
+            twin._facts = facts_of(fit_task(twin, task, train, progress), 0.0)
+            become(self, twin)
         return self
 
     def _labelled(self, images: Any, labels: Any, captions: Any) -> Task:
@@ -149,6 +164,7 @@ class Learner(Core):
             raise ValueError("captions are missing: give a text, or several, for each image")
         return given_captions(_several(images), captions, *place)
 
+    @plain()
     def predict(
         self,
         images: Sequence[Picture] | torch.Tensor,
@@ -185,18 +201,18 @@ class Learner(Core):
         data = ImageSet.of(images, [0] * len(images), self.backbone.preprocess)
         with self.inference():
             if classes is None:
-                scores = self.answers(data, batch_size)
+                names, scores = self.objective.names, self.answers(data, batch_size)
             else:
-                texts = class_texts(self, classes, self.templates)
+                names, texts = tuple(classes), class_texts(self, classes, self.templates)
                 scores = self.backbone.logit_scale * self._towards(data, texts, batch_size)
             shares = scores.float().softmax(1).cpu()
         best = shares.topk(min(top or shares.shape[1], shares.shape[1]), dim=1)
-        names = self.objective.names if classes is None else tuple(classes)
         return [
             [(names[i], float(share)) for i, share in zip(where, line, strict=True)]
             for where, line in zip(best.indices.tolist(), best.values.tolist(), strict=True)
         ]
 
+    @plain()
     def search(
         self, images: Sequence[Picture] | torch.Tensor, text: str, top: int = 5, batch_size: int = 256
     ) -> list[tuple[int, float]]:
@@ -243,8 +259,11 @@ class Learner(Core):
         if not self.learnt:
             raise ValueError("this learner has learnt nothing yet: call learn(images, labels) first")
 
+    @plain()
     def save(self, folder: str | Path, rows: Sequence[Row] = ()) -> Path:
         """Write what was learnt to `folder`, new or of this learner; to save twice without learning changes nothing.
+
+        While another thread teaches it, what it knew before is written.
 
         Args:
             folder: where to.
@@ -253,42 +272,52 @@ class Learner(Core):
         Raises:
             ValueError: when nothing was learnt yet, or the folder holds another learner.
         """
-        folder = Path(folder)
-        if not self.learnt:
+        folder, now = Path(folder), as_now(self)
+        if not now.learnt:
             raise ValueError("this learner has learnt nothing yet: there is nothing to save")
         with checkpoint.locked(folder):
             if not (folder / "run.json").exists():
-                checkpoint.write_json(folder / "run.json", self.record())
-            elif read_record(folder)["config"] != self.config.describe():
+                checkpoint.write_sealed(folder / "run.json", now.record())
+            elif read_record(folder)["config"] != now.config.describe():
                 raise ValueError(f"{folder} holds another learner; save to a new folder")
             done = checkpoint.whole(folder)
             before = done[-1].learnt if done else 0
-            if done and checkpoint.holds(done[-1], self):
-                return folder
-            if before >= self.learnt or (done and done[-1].tasks != self.tasks[:before]):
-                raise ValueError(f"{folder} has learnt something else since; save to a new folder")
-            gap = {"alone": True} if before < self.learnt - 1 else {}
-            checkpoint.save_task(folder, self, list(rows), self._facts | gap)
-            checkpoint.write_json(folder / "summary.json", summarise(folder, Stream(OPEN, self.scenario, ())))
+            if not (done and checkpoint.holds(done[-1], now)):
+                if before >= now.learnt or (done and done[-1].tasks != now.tasks[:before]):
+                    raise ValueError(f"{folder} has learnt something else since; save to a new folder")
+                gap = {"alone": True} if before < now.learnt - 1 else {}
+                checkpoint.save_task(folder, now, list(rows), now._facts | gap)
+            # also when nothing was to be saved: a process may have been killed before it came here
+            checkpoint.write_results(folder, checkpoint.whole(folder))
+            write_summary(folder, Quiet().note)
         return folder
 
     @classmethod
-    def load(cls, folder: str | Path) -> Self:
+    @plain()
+    def load(cls, folder: str | Path, device: str | None = None) -> Self:
         """The learner of a folder, as it was after its last whole task; a run's folder or a saved learner's.
+
+        Args:
+            folder: where from.
+            device: to compute on; None is the one that it was made on.
 
         Raises:
             ValueError: when the folder is not a learner, is damaged, or its backbone has changed.
         """
-        learner = cls.untaught(Path(folder))
-        done = checkpoint.whole(Path(folder))
+        read_record(Path(folder))
+        done = checkpoint.whole(Path(folder))  # before the model is read, which may take longer
         if not done:
             raise ValueError(f"{folder} has no learnt task yet: go on with 'perdure resume {folder}'")
-        checkpoint.restore(learner, done[-1])
+        learner = cls.untaught(Path(folder), device)
+        with as_found(learner.runtime.threads):
+            checkpoint.restore(learner, done[-1])
+        learner._facts = {k: v for k, v in done[-1].manifest.items() if k in COSTS}
         return learner
 
+    @plain()
     def export(self, folder: str | Path, to: str) -> Path:
         """Write the model for other libraries: `peft` or `merged`; see `perdure.export`."""
-        return export(self, Path(folder), to)
+        return export(as_now(self), Path(folder), to)
 
     def record(self) -> dict[str, Any]:
         """The content of run.json, for a learner that is taught without a declared stream."""

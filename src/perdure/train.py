@@ -1,94 +1,21 @@
 """The training loop."""
 
-import difflib
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol, Self, get_args, get_origin, get_type_hints
+from dataclasses import dataclass
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from perdure.augment import AUGMENTS
 from perdure.learner import Core, derived_seed
-from perdure.method import without_effect
+from perdure.method import varies
+from perdure.process import ALONE, as_found, plain
+from perdure.settings import TrainConfig as TrainConfig
 from perdure.types import Batch, Data, Row, Task
-
-_DECAY = 0.1
-_BRACKETS = str.maketrans("", "", "()[] ")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """How each task is trained."""
-
-    epochs: int = 5
-    """Passes over each task's training set."""
-    batch_size: int = 64
-    """New examples per step."""
-    lr: float = 1e-3
-    """Learning rate at the start of each task."""
-    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
-    """Made anew for every task; sgd has momentum 0.9."""
-    weight_decay: float = 0.0
-    """Of the optimizer; above 0 it also shrinks what old tasks learnt and share."""
-    schedule: Literal["cosine", "cosine-epoch", "step", "constant"] = "cosine"
-    """Learning rate in a task: half a cosine, a step at a time; a quarter, an epoch at a time; a fall at milestones."""
-    milestones: str = ""
-    """With step: the epochs after which the rate is multiplied by decay, as 4,6,8."""
-    decay: float | None = None
-    """With step: by how much at each of the milestones; 0.1 unless given."""
-
-    def __post_init__(self) -> None:
-        for name, hint in get_type_hints(type(self)).items():
-            words = get_args(hint) if get_origin(hint) is Literal else ()
-            if words and (value := getattr(self, name)) not in words:
-                near = difflib.get_close_matches(str(value), words, n=1)
-                meant = f"; did you mean {near[0]!r}?" if near else ""
-                raise ValueError(f"{name}={value!r}: expected {' or '.join(words)}{meant}")
-        for name, least in (("epochs", 1), ("batch_size", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)}: expected {least} or more")
-        if not (self.lr > 0 and math.isfinite(self.lr)):
-            raise ValueError(f"lr={self.lr}: expected a positive number, such as 1e-3")
-        # a list or tuple of numbers too, as Python's users write it
-        object.__setattr__(self, "milestones", str(self.milestones).translate(_BRACKETS).rstrip(","))
-        if self.schedule != "step":
-            why = f"with schedule={self.schedule!r}, but with 'step'"
-            without_effect(why, milestones=self.milestones or None, decay=self.decay)
-            if self.schedule == "cosine-epoch" and self.epochs == 1:
-                raise ValueError("schedule='cosine-epoch' has no effect in 1 epoch: give more, or 'cosine'")
-            return
-        if not self._milestones() or sorted({0, *self._milestones()}) != [0, *self._milestones()]:
-            raise ValueError(f"milestones={self.milestones!r}: expected numbers of epochs, rising, such as 4,6,8")
-        if self._milestones()[-1] >= self.epochs:
-            raise ValueError(
-                f"milestones={self.milestones!r}: the last has no effect within epochs={self.epochs}: leave it out, or "
-                "give more epochs"
-            )
-        if self.decay is not None and not (self.decay > 0 and math.isfinite(self.decay) and self.decay != 1):
-            raise ValueError(f"decay={self.decay}: expected a positive factor other than 1, such as 0.1")
-
-    def _milestones(self) -> list[int]:
-        words = self.milestones.split(",")
-        return [int(word) for word in words] if all(word.isascii() and word.isdecimal() for word in words) else []
-
-    def but(self, **changes: Any) -> Self:
-        """The same with changes; another schedule leaves the milestones of this one behind."""
-        if changes.get("schedule", self.schedule) != self.schedule:
-            changes = {"milestones": "", "decay": None} | changes
-        return replace(self, **changes)
-
-    def rate(self, step: int, steps: int) -> float:
-        """Learning rate of a task's step number `step` (from 0) of `steps`."""
-        epoch = step * self.epochs // steps
-        if self.schedule == "cosine":
-            return self.lr * (0.5 * (1 + math.cos(math.pi * (step / steps))))
-        if self.schedule == "cosine-epoch":
-            return self.lr * math.cos(99 * math.pi * epoch / (200 * (self.epochs - 1)))
-        fallen = sum(epoch >= milestone for milestone in self._milestones()) if self.schedule == "step" else 0
-        return self.lr * (_DECAY if self.decay is None else self.decay) ** fallen
 
 
 class Diverged(ValueError):
@@ -136,11 +63,27 @@ class Fitted:
     finish: float
     images: int
     trainable: int
+    moved: bool
+    """Whether more than heads was trained, or features are the method's own: those of old images are others now."""
 
 
 SaveStep = Callable[[int, torch.optim.Optimizer | None], None]
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
+def _undisturbed(fit: Callable[Concatenate[Core, P], T]) -> Callable[Concatenate[Core, P], T]:
+    """`fit` while nobody else is asked by the learner or changes it; torch and its generators are left as found."""
+
+    @functools.wraps(fit)
+    def fitting(learner: Core, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        with learner.turn, plain(), as_found():
+            return fit(learner, *args, **kwargs)
+
+    return fitting
+
+
+@_undisturbed
 def fit_task(
     learner: Core,
     task: Task,
@@ -177,13 +120,14 @@ def fit_task(
     done, images = 0, 0
     optimizer = _optimizer(learner, config)
     trainable = sum(p.numel() for p in learner.trainable().values())
+    moved = varies(method) or not all(name.startswith("objective.") for name in learner.trainable())
     progress.task(task, task.total, config.epochs, steps if optimizer else 0)
     if optimizer:
         if resumed:
             done, restore = resumed
             restore(optimizer)
         for step, batch in _training_batches(learner, task, data, config, done):
-            learner.step = step
+            learner.step, learner.last_epoch = step, step >= steps - steps // config.epochs
             _reseed(learner, task, "step", step)
             for group in optimizer.param_groups:
                 group["lr"] = config.rate(step, steps) * group["scale"]
@@ -205,13 +149,13 @@ def fit_task(
                 save_step(step + 1, optimizer)
         check_finite(learner, task)
     clock.append(time.perf_counter())
-    learner.step = steps  # also where a resumed run had no step left to do
+    learner.step, learner.last_epoch = steps, False  # also where a resumed run had no step left to do
     _reseed(learner, task, "end")
     method.end_task(learner, task)
     learner.settle()
     learner.learnt = task.index + 1
     clock.append(time.perf_counter())
-    return Fitted(clock[1] - clock[0], clock[2] - clock[1], clock[3] - clock[2], images, trainable)
+    return Fitted(clock[1] - clock[0], clock[2] - clock[1], clock[3] - clock[2], images, trainable, moved)
 
 
 def _training_batches(
@@ -244,7 +188,10 @@ def _optimizer(learner: Core, config: TrainConfig) -> torch.optim.Optimizer | No
 
 def _reseed(learner: Core, task: Task, purpose: str, step: int | None = None) -> None:
     """The global generators too, for methods and models that draw from them."""
-    torch.manual_seed(derived_seed(learner.seed, task.index, purpose, step))
+    # Where all runs on the CPU its generator alone: asking after each kind of accelerator takes half a millisecond.
+    generators = torch.default_generator if learner.device.type == "cpu" else torch
+    with ALONE:
+        generators.manual_seed(derived_seed(learner.seed, task.index, purpose, step))
 
 
 def _check_gradients(learner: Core, task: Task) -> None:

@@ -41,6 +41,60 @@ class Nothing:
         raise IndexError(f"this task has no data; asked for {list(positions)}")
 
 
+class Union:
+    """Several data sets as one."""
+
+    def __init__(self, sets: Sequence[Data]) -> None:
+        self.sets = sets
+        self.labels: Tensor = torch.cat([s.labels for s in sets])
+        self._starts = torch.tensor([0] + [len(s) for s in sets]).cumsum(0)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitems__(self, positions: Sequence[int]) -> Batch:
+        """Examples at `positions`, in their order."""
+        wanted = torch.as_tensor(positions)
+        owner = torch.bucketize(wanted, self._starts[1:], right=True)
+        parts: list[Batch] = []
+        places = []
+        for index in torch.unique(owner).tolist():
+            places.append((owner == index).nonzero().flatten())
+            parts.append(self.sets[index].__getitems__((wanted[places[-1]] - self._starts[index]).tolist()))
+        back = torch.cat(places).argsort()
+        return {key: torch.cat([part[key] for part in parts])[back] for key in parts[0]}
+
+
+class Encoded:
+    """Data with what was computed of its images once: `features`, `hidden` up to a block, or what a method records.
+
+    Args:
+        kept: name -> (n, ...).
+        labels: (n,).
+        images: the data, when images are still needed.
+    """
+
+    def __init__(self, kept: dict[str, Tensor], labels: Tensor, images: Data | None = None) -> None:
+        self.kept, self.labels, self.images = kept, labels, images
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "Encoded":
+        return self  # it never changes
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def part(self, start: int, end: int) -> "Encoded":
+        """The examples from `start` to before `end`, of data without images."""
+        return Encoded({name: values[start:end] for name, values in self.kept.items()}, self.labels[start:end])
+
+    def __getitems__(self, positions: Sequence[int]) -> Batch:
+        """What is kept, and labels; images where they are needed."""
+        index = torch.as_tensor(positions)
+        batch = {name: values[index.to(values.device)] for name, values in self.kept.items()}
+        batch["label"] = self.labels[index.to(self.labels.device)]
+        return batch if self.images is None else batch | self.images.__getitems__(positions)
+
+
 @dataclass(frozen=True)
 class Task:
     """One step of a stream: what is learnt, and on which examples."""

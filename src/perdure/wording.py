@@ -1,6 +1,8 @@
-"""Numbers as people read them on a terminal."""
+"""Numbers and texts as people read them on a terminal."""
 
-from collections.abc import Sequence
+import difflib
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 Pair = Sequence[float | None] | None
@@ -46,3 +48,40 @@ def times(step: dict[str, Any] | None) -> str:
     if step is None or (step["ratio"] is None and step.get("why") != "no steps"):
         return "–"
     return "none" if step["ratio"] is None else f"{step['ratio']:.2f}"
+
+
+def shortened(text: str, most: int = 200) -> str:
+    """The beginning and the end of a text that is longer than `most` characters."""
+    return text if len(text) <= most else f"{text[: most * 2 // 3]} … {text[-(most // 3) :]}"
+
+
+def meant(word: str, known: Iterable[str]) -> str:
+    """What to add to an error message about a word: the nearest of those that are known, if one is near."""
+    near = difflib.get_close_matches(word, list(known), n=1) if len(word) < 100 else []
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def printable(text: str, escaped: Callable[[str], str] | None = None) -> str:
+    """A text on one line, with escapes such as `\\x1b` for what would steer a terminal or turn the reading direction.
+
+    Names of classes and files, and what is said of them, come from anywhere: a control character in one could clear the
+    screen, colour or hide what follows, or forge a line of its own.
+
+    Args:
+        text: what is to be shown.
+        escaped: what stands for a character that is not; as Python writes it when None.
+    """
+    if text.isprintable():
+        return text
+    escaped = escaped or (lambda character: character.encode("unicode_escape").decode("ascii"))
+    return "".join(character if _harmless(character) else escaped(character) for character in text)
+
+
+def printable_lines(text: str) -> str:
+    """The same of a text of several lines, such as a document."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
+def _harmless(character: str) -> bool:
+    # Wide and unbreakable spaces are blanks; joiners are part of words in some scripts, and of emoji.
+    return character.isprintable() or unicodedata.category(character) == "Zs" or character in "\u200c\u200d"

@@ -1,20 +1,85 @@
-"""Advice does not wait for torch, and its flag `--from` is a word of Python."""
+"""What computes nothing waits for nothing: help, lists, mistakes, advice. (Its flag `--from` is a word of Python.)"""
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
+import pytest
+
 import perdure as package
+from perdure import catalogue
+from perdure.backbones import BACKBONES
+from perdure.catalogue import described, entries
 from perdure.commands import COMMANDS
+from perdure.config import register
+from perdure.method import METHODS, Method
 from perdure.mistakes import mistake
+from perdure.ranges import Rank
+from perdure.streams import STREAMS
+
+SLOW = "torch torchvision timm transformers open_clip datasets accelerate pyarrow scipy jinja2 safetensors numpy PIL"
+IN_PROCESS = """
+import sys
+from perdure.cli import main
+for words in {commands!r}:
+    try:
+        main(words)
+    except SystemExit:
+        pass
+    for name in {names!r}.split():
+        if name in sys.modules:
+            sys.exit(f"{{words}} imports {{name}}")
+"""
 
 
-def test_advice_imports_neither_torch_nor_what_takes_as_long() -> None:
-    code = (
-        "import sys; from perdure.cli import main; main(['advise', '--tasks', '20', '--json'])\n"
-        "sys.exit(sum(name.split('.')[0] in ('torch', 'transformers', 'timm') for name in sys.modules))"
+def imports_none(of: str, *commands: list[str], cwd: Path | None = None) -> None:
+    code = IN_PROCESS.format(commands=commands, names=of)
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_computes_nothing_imports_nothing_that_takes_seconds() -> None:
+    kinds = ("methods", "streams", "backbones", "recipes")
+    imports_none(
+        SLOW,
+        *(["--version"], ["--help"], [], ["rnu"], ["run", "--methd", "x"], ["run", "--recipe", "demoo"]),
+        *([name, "--help"] for name in COMMANDS),
+        *(["list", kind] for kind in kinds),
+        *(["list", *words] for words in (["methods", "lora"], ["streams", "images"], ["methods", "loar"], ["method"])),
+        ["advise", "--tasks", "20", "--json"],
     )
-    assert subprocess.run([sys.executable, "-c", code], check=False, stdout=subprocess.DEVNULL).returncode == 0
+
+
+def test_packages_of_others_are_imported_only_when_they_are_named(
+    perdure: Any, small: Any, photos: Any, tmp_path: Path
+) -> None:
+    assert perdure("run", *small, "--out", "x").code == 0
+    photos("new", "cat")
+    others = "torchvision timm transformers open_clip datasets scipy jinja2"
+    imports_none(others, ["predict", "x", "new/cat/00.png"], ["eval", "x"], cwd=tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["methods", "streams", "backbones"])
+def test_what_is_read_from_the_sources_is_what_the_code_has(kind: Any) -> None:
+    register()
+    made: dict[str, Any] = {"methods": METHODS, "streams": STREAMS, "backbones": BACKBONES}[kind]
+    ours = {name: each for name, each in made.items() if each.__module__.startswith("perdure.")}
+    assert entries(kind) == {name: described(each) for name, each in ours.items()}
+
+
+def test_methods_of_third_parties_are_listed(perdure: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Theirs(Method, name="theirs"):
+        """A method that another package brings."""
+
+        def __init__(self, rank: Rank = 3) -> None:
+            super().__init__()
+
+    monkeypatch.setattr(catalogue, "entry_points", lambda group: [group])
+    try:
+        assert perdure("list", "methods", "theirs").out.startswith("theirs(rank=3)\n  rank: int from 1 to 4096\n")
+    finally:
+        del METHODS["theirs"]
 
 
 def test_public_names_are_there_and_others_are_not() -> None:

@@ -20,6 +20,7 @@ from PIL import Image
 from perdure.checkpoint import locked
 from perdure.cli import main
 from perdure.console import Screen
+from perdure.disk import write_sealed
 
 
 def one_line(answer: Any, *said: str) -> None:
@@ -57,7 +58,7 @@ def one_line(answer: Any, *said: str) -> None:
             ["--method", "lora(tower='text')", "--backbone", "tiny(text=True)"],
             "trainable parameters get no gradient, the first is method.adapters.0.down",
         ),
-        (["--lr", "nan"], "lr=nan: expected a positive number"),
+        (["--lr", "nan"], "--lr 'nan': expected float above 0"),
         (["--device", "gpu"], "device 'gpu' cannot be used here"),
     ],
 )
@@ -213,7 +214,7 @@ def leave_a_gap(folder: Path) -> None:
             "task-001/learner.safetensors is damaged: its sha256 is not the one in its manifest; restore it, or remove",
         ),
         (edit, "task-001/manifest.json is damaged: its content does not match its seal"),
-        (scramble, "task-001/manifest.json is damaged: it cannot be read as a manifest"),
+        (scramble, "task-001/manifest.json is damaged: it cannot be read as JSON"),
         (forget, "task-001/learner.safetensors is missing"),
         (leave_a_gap, "has task-001 but not task-000: restore that folder"),
     ],
@@ -242,9 +243,14 @@ def changed(**facts: Any) -> Callable[[Path], None]:
 
     def change(path: Path) -> None:
         kept = json.loads(path.read_text()) | facts
-        path.write_text(json.dumps({key: value for key, value in kept.items() if value is not ...}))
+        write_sealed(path, {key: value for key, value in kept.items() if value is not ...})
 
     return change
+
+
+def scaled(path: Path) -> None:
+    """Another number in a file whose seal stays."""
+    path.write_text(path.read_text().replace("0.", "1.", 1))
 
 
 def halve(path: Path) -> None:
@@ -296,99 +302,154 @@ def test_a_damaged_steps_file_of_a_grid_is_named(ruin: Callable[[Path], None], a
         assert {answer.code for answer in asking().values()} == {0}
 
 
-@pytest.mark.parametrize("ruin", [*RUINS, changed(matrix=[[1], [2]]), changed(seconds_per_task=[3])])
-def test_a_damaged_summary_of_a_grid_is_named(ruin: Callable[[Path], None], asking: Any) -> None:
-    before = Path("grid/ncm-seed0/summary.json").read_bytes()
-    ruin(Path("grid/ncm-seed0/summary.json"))
-    for answer in asking().values():
-        one_line(answer, "grid/ncm-seed0/summary.json is damaged", "remove it", "writes it anew")
-    Path("grid/ncm-seed0/summary.json").unlink()
-    assert {answer.code for answer in asking().values()} == {0}
-    assert Path("grid/ncm-seed0/summary.json").read_bytes() == before
+@pytest.mark.parametrize("ruin", [*RUINS, scaled, changed(matrix=[[1], [2]]), changed(manifest="0" * 64)])
+def test_a_damaged_summary_is_told_of_and_made_again_from_the_manifests(
+    ruin: Callable[[Path], None], asking: Any, perdure: Any
+) -> None:
+    folder = Path("grid/ncm-seed0")
+    before = (folder / "summary.json").read_bytes()
+    perdure("report", "grid")
+    page = Path("grid/report.html").read_bytes()
+    ruin(folder / "summary.json")
+    answers = asking()
+    assert {answer.code for answer in answers.values()} == {0}
+    for name in ("compare", "report"):
+        assert answers[name].out.count("its numbers are taken from the manifests") == 1
+    assert Path("grid/report.html").read_bytes() == page
+    mended = perdure("resume", folder)
+    assert f"{folder}/summary.json was not what the manifests say: it was written anew" in mended.out
+    assert (folder / "summary.json").read_bytes() == before
 
 
-@pytest.mark.parametrize("name", ["steps.json", "ncm-seed0/summary.json"])
-def test_a_grid_tells_of_damage_before_it_goes_on(name: str, asking: Any) -> None:
-    halve(Path("grid", name))
-    shutil.rmtree("grid/probe-seed0")
-    one_line(asking()["compare"], f"grid/{name} is damaged")
-    assert not Path("grid/probe-seed0").exists()
-
-
-@pytest.mark.parametrize(
-    "lost",
-    [
-        {"stored_bytes": ...},
-        {"trainable_parameters": ...},
-        {"seconds_per_task": ...},
-        {"acc": "high"},
-        {"seconds_per_task": [{"train": "long"}]},
-    ],
-)
-def test_a_summary_without_numbers_that_the_table_needs_is_named(lost: dict[str, Any], asking: Any) -> None:
-    changed(**lost)(Path("grid/ncm-seed0/summary.json"))
+@pytest.mark.parametrize("lost", ["stored_bytes", "trainable_parameters", "seconds_per_task"])
+def test_a_summary_without_manifests_or_numbers_that_the_table_needs_is_named(lost: str, asking: Any) -> None:
+    for task in Path("grid/ncm-seed0").glob("task-*"):
+        shutil.rmtree(task)
+    changed(**{lost: ...})(Path("grid/ncm-seed0/summary.json"))
     answers = asking()
     said = "grid/ncm-seed0/summary.json is damaged: numbers are missing; remove it, and the same command writes it anew"
     one_line(answers["compare"], said)
     assert (answers["report"].code, answers["advise"].code) == (0, 0)  # which make do with the results
 
 
+def test_a_grid_tells_of_damage_before_it_goes_on(asking: Any) -> None:
+    halve(Path("grid/steps.json"))
+    shutil.rmtree("grid/probe-seed0")
+    one_line(asking()["compare"], "grid/steps.json is damaged")
+    assert not Path("grid/probe-seed0").exists()
+
+
 @pytest.mark.parametrize(
-    "ruin",
+    ("ruin", "field"),
     [
-        *RUINS,
-        changed(config=3),
-        changed(stream=[]),
-        changed(stream={"tasks": 3}),
-        changed(stream={"tasks": [{"classes": 3}]}),
-        changed(stream={"tasks": [{"train": "many"}]}),
-        changed(stream={"scenario": []}),
-        changed(seed="one"),
+        *((ruin, "") for ruin in (*RUINS, scaled)),
+        (changed(config=3), "config: expected object, got int"),
+        (changed(config=...), "object missing required field config"),
+        (changed(stream=[]), "stream: expected object, got array"),
+        (changed(stream={"tasks": 3}), "stream.tasks: expected array, got int"),
+        (changed(stream={"scenario": "class", "tasks": [{"train": "many"}]}), "stream.tasks[0].train: expected int"),
+        (changed(stream={"scenario": [], "tasks": []}), "stream.scenario: expected str, got array"),
+        (changed(seed="one"), "seed: expected int, got str"),
+        (changed(stream={"scenario": "class", "tasks": [{"index": 10**400}]}), "stream.tasks[0].index: expected int"),
+        (changed(resolved={}), "resolved: object missing required field device"),
+        (
+            changed(resolved={"device": "cpu", "precision": "fp3", "attention": "sdpa", "threads": 1}),
+            "resolved.precision: invalid enum value 'fp3'",
+        ),
+        (
+            changed(resolved={"device": "cpu", "precision": "fp32", "attention": "sdpa", "threads": 0}),
+            "resolved.threads: expected int >= 1",
+        ),
     ],
 )
-def test_a_damaged_record_of_a_grid_is_named(ruin: Callable[[Path], None], asking: Any) -> None:
+def test_a_damaged_record_is_named_with_its_field(ruin: Callable[[Path], None], field: str, asking: Any) -> None:
     ruin(Path("grid/ncm-seed0/run.json"))
     for answer in asking().values():
-        one_line(answer, "grid/ncm-seed0/run.json is damaged", "restore it")
+        one_line(answer, f"grid/ncm-seed0/run.json is damaged: {field}", "restore it, or remove grid/ncm-seed0 to")
+
+
+def test_a_setting_that_is_none_is_named_with_its_field(perdure: Any, small: Any) -> None:
+    perdure("run", *small, "--out", "x")
+    for task in Path("x").glob("task-*"):  # whose manifests would not know such a record
+        shutil.rmtree(task)
+    config = json.loads(Path("x/run.json").read_text())["config"]
+    changed(config=config | {"epochs": "many"})(Path("x/run.json"))
+    one_line(perdure("resume", "x"), "x/run.json is damaged: config.epochs: expected int, got str")
+    changed(config=config | {"lr": -1})(Path("x/run.json"))
+    one_line(perdure("resume", "x"), "x/run.json is damaged: config: lr=-1", "expected a positive number")
+
+
+@pytest.mark.parametrize("line", [b'{"after": -2, "on": 0, "metric": "accuracy", "value": 1}\n', b"\xff\n", b"3\n"])
+def test_results_that_were_changed_are_told_of_and_made_again_from_the_manifests(
+    line: bytes, asking: Any, perdure: Any
+) -> None:
+    path = Path("grid/ncm-seed0/results.jsonl")
+    before = path.read_bytes()
+    path.write_bytes(line + before)
+    perdure("report", "grid")
+    page = Path("grid/report.html").read_bytes()
+    answers = asking()
+    assert {answer.code for answer in answers.values()} == {0}
+    for name in ("compare", "report"):
+        assert answers[name].out.count("results.jsonl is not what the manifests say") == 1
+    assert Path("grid/report.html").read_bytes() == page
+    mended = perdure("resume", path.parent)
+    assert f"{path} was not what the manifests say: it was written anew" in mended.out
+    assert path.read_bytes() == before
+
+
+def test_a_result_of_no_task_is_named_by_its_line_where_no_manifest_knows_better(perdure: Any, grid: Path) -> None:
+    shutil.copytree(grid / "ncm-seed0", "x", ignore=shutil.ignore_patterns("task-*"))
+    path = Path("x/results.jsonl")
+    for number in ("-2", "1e999", "null", "99999"):
+        path.write_text(f'{{"after": {number}, "on": 0, "metric": "accuracy", "value": 1}}\n')
+        one_line(perdure("report", "x"), "x/results.jsonl, line 1, is damaged")
 
 
 @pytest.mark.parametrize(
-    "lost",
-    [
-        {"config": ...},
-        {"config": {"method": "ncm", "stream": "synthetic()", "epochs": "many"}},
-        {"resolved": {}},
-        {"resolved": {"device": "cpu", "precision": "fp3", "attention": "sdpa", "threads": 1}},
-        {"resolved": {"device": "cpu", "precision": "fp32", "attention": "sdpa", "threads": "one"}},
-        {"stream": ...},
-    ],
+    ("key", "value"), [("lr", 0.5), ("epochs", 7), ("optimizer", "sgd"), ("precision", "bf16"), ("seed", 1)]
 )
-def test_a_record_that_a_grid_cannot_go_on_from_is_named(lost: dict[str, Any], asking: Any) -> None:
-    changed(**lost)(Path("grid/ncm-seed0/run.json"))
-    answers = asking()
-    one_line(answers["compare"], "grid/ncm-seed0/run.json is damaged", "restore it, or remove grid/ncm-seed0 to run it")
-    assert all(answers[name].err.count("\n") <= 1 for name in ("report", "advise"))
-    shutil.rmtree("grid/ncm-seed0")
-    assert asking()["compare"].code == 0
+def test_a_stopped_run_whose_record_was_changed_is_not_resumed(key: str, value: Any, perdure: Any, small: Any) -> None:
+    perdure("run", *small, "--out", "x")
+    shutil.rmtree("x/task-001")
+    path = Path("x/run.json")
+    content = json.loads(path.read_text())
+    content["config"][key] = value
+    path.write_text(json.dumps(content) + "\n")
+    one_line(perdure("resume", "x"), "x/run.json is damaged: its content does not match its seal, it was changed")
+    for form in (write_sealed, unseal):  # sealed anew, and as if there had never been a seal
+        form(path, content)
+        one_line(perdure("resume", "x"), "x/task-000/manifest.json comes from another run", "x/run.json")
 
 
-@pytest.mark.parametrize("number", ["-2", "1e999", "null"])
-def test_a_result_of_no_task_is_named_by_its_line(number: str, asking: Any) -> None:
-    path = Path("grid/ncm-seed0/results.jsonl")
-    path.write_text(f'{{"after": {number}, "on": 0, "metric": "accuracy", "value": 1}}\n' + path.read_text())
-    for answer in asking().values():
-        one_line(answer, "grid/ncm-seed0/results.jsonl, line 1, is damaged")
+def unseal(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps({k: v for k, v in content.items() if k not in ("seal", "format")}))
 
 
 def test_a_learner_of_another_backbone_is_refused(perdure: Any, small: Any, photos: Any) -> None:
     perdure("run", *small, "--out", "x")
-    written = Path("x/run.json").read_text()
-    Path("x/run.json").write_text(written.replace('"tiny()"', '"tiny(seed=8)"'))
-    one_line(
-        perdure("predict", "x", photos("new", "cat")), "x/task-001 was learnt on another backbone", "give the weights"
-    )
-    Path("x/run.json").write_text("{}")
-    one_line(perdure("predict", "x", "new/cat/00.png"), "x/run.json is damaged")
+    changed(backbone="5f" * 32)(Path("x/task-001/manifest.json"))
+    photos("new", "cat")
+    one_line(perdure("predict", "x", "new/cat"), "x/task-001 was learnt on another backbone", "give the weights")
+
+
+def test_a_device_that_this_machine_lacks_is_named_with_the_way_out(perdure: Any, small: Any, photos: Any) -> None:
+    perdure("run", *small, "--out", "x")
+    whole = perdure("predict", "x", photos("new", "cat dog")).out
+    record = json.loads(Path("x/run.json").read_text())
+    record["resolved"]["device"] = "xla"
+    record.pop("seal"), record.pop("format")  # as an older version wrote it
+    Path("x/run.json").write_text(json.dumps(record))
+    for task in Path("x").glob("task-*"):
+        manifest = json.loads((task / "manifest.json").read_text()) | {"format": 1}
+        manifest["tasks"] = [{"total": None} | t for t in record["stream"]["tasks"][: manifest["learnt"]]]
+        write_sealed(task / "manifest.json", manifest)
+    asked = [("predict", "x", "new/cat"), ("eval", "x"), ("resume", "x"), ("learn", "new", "--into", "x")]
+    for words in asked:
+        one_line(perdure(*words), "x/run.json: device 'xla' cannot be used here", "give --device cpu")
+    assert perdure("predict", "x", "new", "--device", "cpu").out == whole
+    one_line(perdure("predict", "x", "new", "--device", "xpu:7"), "--device xpu:7 cannot be used here")
+    assert "on cpu instead of xla numbers are rounded differently" in perdure("resume", "x", "--device", "cpu").out
 
 
 def test_data_that_changed_since_is_noticed(perdure: Any, tiny: Any, photos: Any) -> None:
@@ -423,7 +484,7 @@ def test_a_folder_that_cannot_be_written_is_named(perdure: Any, small: Any) -> N
     one_line(perdure("run", *small, "--out", "file/x"), "Not a directory: file/x: check the path and its permissions")
     one_line(perdure("run", *small, "--out", "file"), "file")
     perdure("run", *small, "--out", "x")
-    one_line(perdure("report", "x", "--out", "file/r.html"), ": file: check the path")
+    one_line(perdure("report", "x", "--out", "file/r.html"), "file/r.html cannot be written")
 
 
 def test_training_that_diverges_says_so_and_keeps_what_was_learnt(perdure: Any, small: Any, photos: Any) -> None:
@@ -438,9 +499,9 @@ def test_training_that_diverges_says_so_and_keeps_what_was_learnt(perdure: Any, 
     assert perdure("learn", "new", "--into", "y", *made).code == 0
     before = perdure("predict", "y", "new/cat/00.png").out
     one_line(
-        perdure("learn", "more", "--into", "y", "--lr", "1e30", "--epochs", 30),
+        perdure("learn", "more", "--into", "y", "--lr", "1e6", "--epochs", 30),
         "training diverged in task 1",
-        "teach it again with a lower --lr than 1e+30",
+        "teach it again with a lower --lr than 1e+06",
     )
     assert perdure("predict", "y", "new/cat/00.png").out == before
     assert perdure("learn", "more", "--into", "y", "--epochs", 1).code == 0
@@ -465,6 +526,20 @@ def test_a_full_disk_ends_in_one_line_and_the_run_goes_on(perdure: Any, small: A
     assert not Path("x/task-001/manifest.json").exists()
     assert perdure("resume", "x").code == 0
     assert content_of(Path("x")) == content_of(Path("whole"))
+
+
+def test_a_report_on_a_full_disk_does_not_advise_to_resume(perdure: Any, small: Any) -> None:
+    perdure("run", *small, "--out", "x")
+    page = Path("x/report.html").read_bytes()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        answer = perdure("report", "x")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    one_line(answer, "x/report.html cannot be written (File too large): make room there, or give another --out")
+    assert Path("x/report.html").read_bytes() == page
+    assert not list(Path("x").glob(".*draft*"))
 
 
 class Stops(Screen):

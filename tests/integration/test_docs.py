@@ -16,6 +16,7 @@ import tyro
 from PIL import Image
 
 from perdure.backbones import BACKBONES
+from perdure.catalogue import described
 from perdure.commands import COMMANDS
 from perdure.config import RunConfig, make_method, make_objective, register
 from perdure.method import METHODS
@@ -234,8 +235,9 @@ def test_every_method_has_a_card_with_its_options_and_defaults(name: str) -> Non
     if not options:
         assert "**Options.** None." in text
         return
-    shown = {k: ast.literal_eval(cells[0].strip("`")) for k, cells in _table(text, "**Options.**").items()}
-    assert shown == options
+    table = _table(text, "**Options.**")
+    assert {k: ast.literal_eval(cells[0].strip("`")) for k, cells in table.items()} == options
+    assert {k: cells[1] for k, cells in table.items() if cells[1]} == described(METHODS[name]).ranges
 
 
 @pytest.mark.parametrize("name", OURS)

@@ -2,9 +2,15 @@
 
 import functools
 import json
+import multiprocessing
 import os
 import re
+import resource
 import shutil
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +28,7 @@ from perdure.adapters.attach import Adapter, attach
 from perdure.backbones import BACKBONES
 from perdure.backbones.pocket import FOLDER
 from perdure.cli import main
+from perdure.disk import locked
 from perdure.export import export
 from perdure.learner import Core
 from perdure.method import Method
@@ -449,21 +456,58 @@ def test_command_line_exports_a_saved_learner(
 # Whole or not at all
 
 
-def test_failed_export_leaves_nothing_and_can_be_repeated(
-    families: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@contextmanager
+def no_file_above(size: int) -> Iterator[None]:
+    """The system refuses to write more than `size` bytes into a file, as a full disk would."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize(("to", "sizes"), [("merged", (0, 500, 5_000, 50_000)), ("peft", (500, 2_000))])
+def test_an_export_that_does_not_fit_on_the_disk_is_one_line_and_leaves_nothing(
+    to: str, sizes: tuple[int, ...], families: dict[str, str], tmp_path: Path
 ) -> None:
     learner = known(families["clip"], "lora(rank=3)", tasks=1)
-    with monkeypatch.context() as broken:
-
-        def full(_: int) -> None:
-            raise OSError(28, "No space left on device")
-
-        broken.setattr(os, "fsync", full)
-        with pytest.raises(OSError, match="No space left"):
-            learner.export(tmp_path / "it", "merged")
-    assert list(tmp_path.iterdir()) == []
-    learner.export(tmp_path / "it", "merged")
+    for size in sizes:
+        with no_file_above(size), pytest.raises(ValueError, match=r"it cannot be written \(.*ile too large") as error:
+            learner.export(tmp_path / "it", to)
+        assert "\n" not in str(error.value)
+        assert "resume" not in str(error.value)
+        assert list(tmp_path.iterdir()) == []
+    learner.export(tmp_path / "it", to)
     assert [p.name for p in tmp_path.iterdir()] == ["it"]
+
+
+def test_the_next_export_removes_what_killed_ones_left_but_not_what_others_are_writing(
+    families: dict[str, str], tmp_path: Path
+) -> None:
+    learner = known(families["clip"], "lora(rank=3)", tasks=1)
+    child = multiprocessing.get_context("fork").Process(target=export_and_die, args=(learner, tmp_path / "killed"))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    assert [p.name for p in tmp_path.iterdir()] == [".killed.draft"]
+    with locked(tmp_path / ".busy.draft"):
+        learner.export(tmp_path / "it", "peft")
+        assert sorted(p.name for p in tmp_path.iterdir()) == [".busy.draft", "it"]
+        with pytest.raises(ValueError, match="another process is working in"):
+            learner.export(tmp_path / "busy", "peft")
+        assert (tmp_path / ".busy.draft").exists()
+
+
+def export_and_die(learner: Any, folder: Path) -> None:
+    """The body of a child process, which is killed when the classifier is written."""
+
+    def heard(event: str, details: tuple[Any, ...]) -> None:
+        if event == "open" and str(details[0]).endswith("labels.json.draft"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(heard)
+    learner.export(folder, "merged")
 
 
 def test_draft_of_a_killed_export_is_replaced(families: dict[str, str], tmp_path: Path) -> None:

@@ -106,9 +106,9 @@ def test_the_table_is_also_written_in_markdown_and_drawn(perdure: Any, small: An
     assert [line.split(" | ")[0] for line in lines] == ["| `probe`", "| `ncm`"]
     assert "| none |" in lines[1]
     for name in ("accuracy-bytes.svg", "accuracy-time.svg"):
-        assert Path("grid", name).read_text().startswith("<svg xmlns=")
+        assert Path("grid", name).read_text().startswith("<?xml")
     report = Path("grid/report.html").read_text()
-    assert report.count('<svg class="scatter"') == 2
+    assert report.count("Best trade-offs") == 2
     assert "× LoRA" in report
     assert "New-task accuracy" in report
 

@@ -4,6 +4,7 @@ import math
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -89,6 +90,39 @@ def test_run_killed_at_random_moments_equals_unbroken_run(
     for _ in range(KILLS):  # a whole run has some 250 moments
         assert end_of(go_on, lab, method, broken, moments.randint(1, 45)) == -signal.SIGKILL
     assert whole(broken) != []
+    assert end_of(go_on, lab, method, broken, math.inf) == 0
+    assert content_of(broken) == content_of(tmp_path / "unbroken")
+
+
+METHODS = [
+    *("finetune", "lora(rank=2)", "inflora(rank=2)", "o_lora(rank=2)", "sd_lora(rank=2)", "c_lora(rank=2)"),
+    *(
+        "route_lora(rank=2)",
+        "fm_lora(rank=4)",
+        "l2p(pool=4, top=2)",
+        "dualprompt",
+        "coda_prompt(components=2)",
+        "moe_adapters",
+    ),
+    *("layers + align", "lora(rank=2) + lwf", "lora(rank=2) + ewc(samples=8)", "finetune + si"),
+    *("finetune + gem(size=8)", "lora(rank=2) + derpp(size=8)", "ranpac(dim=64)", "finetune + mas", "moe_adapters"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("method", METHODS)
+def test_runs_of_twenty_methods_are_killed_five_times_each(
+    method: str, lab: Any, content_of: Any, tmp_path: Path
+) -> None:
+    moments, broken = random.Random(method), tmp_path / "broken"
+    assert end_of(go_on, lab, method, tmp_path / "unbroken", math.inf) == 0
+    kills = 0
+    while kills < 5:
+        if end_of(go_on, lab, method, broken, moments.randint(1, 45)) == 0:
+            shutil.rmtree(broken)  # it came to its end: from the start again
+        else:
+            kills += 1
     assert end_of(go_on, lab, method, broken, math.inf) == 0
     assert content_of(broken) == content_of(tmp_path / "unbroken")
 

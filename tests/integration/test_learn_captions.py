@@ -9,6 +9,7 @@ import torch
 
 from perdure.checkpoint import whole
 from perdure.config import RunConfig
+from perdure.disk import write_sealed
 from perdure.images import Preprocess
 from perdure.lessons import teach_folder
 from perdure.run import read_summary
@@ -136,6 +137,8 @@ def test_a_lesson_that_was_stopped_goes_on_with_the_same_column(perdure: Any, al
     source = Path("x/task-000/source.json")
     written = source.read_text(encoding="utf-8")
     source.write_text(written.replace('"captions": "captions"', '"captions": "english"'), encoding="utf-8")
+    assert "x/task-000/source.json is damaged: its content does not" in perdure("resume", "x").err
+    write_sealed(source, json.loads(source.read_text(encoding="utf-8")))
     said = perdure("learn", "first.jsonl", "--into", "x")
     assert said.code == 2
     assert "and now the captions' columns differ" in said.err

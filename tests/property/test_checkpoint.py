@@ -45,7 +45,7 @@ class Cut(Exception):
 def bring_back(folder: Path, lab: Any) -> None:
     """What `resume` does with checkpoints, up to the optimizer."""
     done = checkpoint.whole(folder)
-    snapshot = checkpoint.latest_step(folder, len(done))
+    snapshot = checkpoint.latest_step(folder, done)
     tasks = lab.stream().tasks
     checkpoint.restore(lab.learner(SPEC), done[-1], tasks)
     if snapshot is not None:

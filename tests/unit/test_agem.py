@@ -142,11 +142,6 @@ def test_beside_joint_it_is_refused_when_built(part: str) -> None:
         make_method(f"lora(rank=2) + joint + {part}")
 
 
-def test_a_batch_of_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="batch_size=0: expected at least 1"):
-        make_method("lora + agem(batch_size=0)")
-
-
 @pytest.mark.parametrize("part", ["agem", "gem", "replay", "derpp"])
 def test_what_a_frozen_encoder_makes_of_old_images_is_computed_once_a_task(
     part: str, lab: Any, monkeypatch: pytest.MonkeyPatch

@@ -193,16 +193,10 @@ def test_align_refuses_the_closed_form_for_cosine_heads(order: str, option: str,
     ("option", "message"),
     [
         ("rank=4", r"rank=4 has no effect with covariance='shared'"),
-        ("covariance='lowrank', rank=0", r"rank=0: expected 1 or more"),
-        ("epochs=-1", r"epochs=-1: expected 1 or more"),
         ("start='heads', epochs=0", r"epochs=0: expected 1 or more"),
-        ("samples=0", r"samples=0: expected 1 or more"),
-        ("lr=0.0", r"lr=0.0: expected a positive"),
-        ("temperature=0.0", r"temperature=0.0: expected a positive"),
         ("temperature=0.1, epochs=0", r"temperature=0.1 has no effect with epochs=0"),
         ("lr=0.1, epochs=0", r"lr=0.1 has no effect with epochs=0: leave it out$"),
         ("samples=9, epochs=0", r"samples=9 has no effect with epochs=0: leave it out$"),
-        ("shrink=1.0", r"shrink=1.0: expected a share"),
     ],
 )
 def test_an_option_that_makes_no_sense_is_refused(option: str, message: str) -> None:

@@ -488,9 +488,9 @@ def test_tiny_tells_images_and_texts_apart() -> None:
     assert torch.cdist(words, words).add(torch.eye(3)).min() > 0.1
 
 
-@pytest.mark.parametrize("wrong", [{"dim": 30}, {"size": 0}, {"depth": 0}])
+@pytest.mark.parametrize("wrong", [{"dim": 30}, {"size": 9}])
 def test_tiny_of_impossible_size_is_refused(wrong: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match=f"{next(iter(wrong))}=.*expected a positive multiple"):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}=.*expected a multiple"):
         BACKBONES["tiny"](**wrong)
 
 

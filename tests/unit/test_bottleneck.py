@@ -184,9 +184,6 @@ def test_export_is_refused_because_no_weight_can_hold_a_bottleneck(
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("adapter(rank=0)", "rank=0: expected 1 or more, such as 10"),
-        ("adapter(scale=0)", "scale=0: expected a positive factor, such as 0.1"),
-        ("adapter(tasks=0)", "tasks=0: expected at least 1 task that adapts the encoder, or None for all"),
         ("adapter(at='fc2', parallel=True)", "at='fc2' has no effect with parallel=True, which stands beside each"),
         ("inflora + adapter", "inflora cannot be combined with adapter"),
         ("adapter(tasks=1) + ewc", "ewc has nothing to protect"),

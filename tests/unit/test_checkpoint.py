@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,13 @@ import torch
 
 from perdure import checkpoint
 from perdure.checkpoint import DamagedCheckpoint
+from perdure.records import Run
 from perdure.run import resume, run
-from perdure.types import Row
+from perdure.teach import Learner
+from perdure.train import Quiet
+from perdure.types import Row, Task
+
+SECONDS = {"prepare": 0.5, "train": 1.5, "finish": 0.0, "evaluate": 2.0}
 
 
 @pytest.fixture(scope="module")
@@ -30,11 +36,11 @@ def copied(learnt: Path, tmp_path: Path) -> Path:
 def test_a_checkpoint_gives_learner_tasks_and_rows_back(lab: Any, tmp_path: Path) -> None:
     learner, rows = lab.taught("inflora(rank=2)"), [Row(2, 0, "accuracy", 0.1 + 0.2), Row(2, None, "fact", 1.0)]
     learner.learnt = 1
-    checkpoint.save_task(tmp_path, learner, rows, {"seconds": {"train": 1.5}})
+    checkpoint.save_task(tmp_path, learner, rows, {"seconds": SECONDS})
     found = checkpoint.whole(tmp_path)[0]
     assert (found.learnt, found.step, found.rows) == (1, None, rows)
     assert found.tasks == list(lab.stream())
-    assert found.manifest["seconds"] == {"train": 1.5}
+    assert found.manifest["seconds"] == SECONDS
     fresh = lab.learner("inflora(rank=2)")
     checkpoint.restore(fresh, found)
     assert all(torch.equal(v, learner.memory()[k]) for k, v in fresh.memory().items())
@@ -61,10 +67,10 @@ def test_only_the_last_snapshot_within_a_task_is_kept(lab: Any, tmp_path: Path) 
     for step in (2, 4, 1_000_000):
         checkpoint.save_step(tmp_path, learner, step, None, [Row(-1, 0, "accuracy", 0.5)])
         assert [p.name for p in tmp_path.glob("task-000/*")] == [f"step-{step:06d}"]
-    found = checkpoint.latest_step(tmp_path, 0)
+    found = checkpoint.latest_step(tmp_path, [])
     assert found is not None
     assert (found.step, found.learnt, found.rows) == (1_000_000, 0, [Row(-1, 0, "accuracy", 0.5)])
-    assert checkpoint.latest_step(tmp_path, 1) is None
+    assert checkpoint.latest_step(tmp_path / "other", []) is None
 
 
 def test_the_later_of_two_snapshots_counts_whatever_their_digits(lab: Any, tmp_path: Path) -> None:
@@ -73,13 +79,13 @@ def test_the_later_of_two_snapshots_counts_whatever_their_digits(lab: Any, tmp_p
     for step in (999_999, 1_000_000):  # as after a kill between writing the one and removing the other
         checkpoint.save_step(tmp_path / str(step), learner, step, None, [])
         shutil.copytree(tmp_path / str(step), tmp_path / "both", dirs_exist_ok=True)
-    assert checkpoint.latest_step(tmp_path / "both", 0).step == 1_000_000
+    assert checkpoint.latest_step(tmp_path / "both", []).step == 1_000_000
 
 
 def test_more_than_a_thousand_tasks_stay_in_order(lab: Any, tmp_path: Path) -> None:
     learner = lab.learner("ncm")
-    learner.grow(lab.stream().tasks[0])
     for learner.learnt in (*range(1, 4), 1000, 1001, 1002):
+        learner.tasks = [Task(i, str(i), (0, 1), ("a", "b")) for i in range(learner.learnt)]
         checkpoint.save_task(tmp_path, learner, [], {"alone": learner.learnt == 1000})
     assert [each.learnt for each in checkpoint.whole(tmp_path)] == [1, 2, 3, 1000, 1001, 1002]
 
@@ -106,10 +112,8 @@ def test_another_stream_is_refused(lab: Any, learnt: Path) -> None:
 
 def test_a_format_of_the_future_is_refused(copied: Path) -> None:
     path = copied / "task-001" / "manifest.json"
-    manifest = json.loads(path.read_text()) | {"format": 99}
-    manifest["seal"] = checkpoint._seal(manifest)
-    checkpoint.write_json(path, manifest)
-    with pytest.raises(ValueError, match="has format 99; this version of perdure reads 1"):
+    checkpoint.write_sealed(path, json.loads(path.read_text()) | {"format": 99})
+    with pytest.raises(ValueError, match="has format 99; this version of perdure reads 1 to 2"):
         checkpoint.whole(copied)
 
 
@@ -177,7 +181,7 @@ def test_a_folder_without_a_run_cannot_be_resumed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"it has no run\.json"):
         resume(tmp_path)
     (tmp_path / "run.json").write_text('{"config": {"str')
-    with pytest.raises(ValueError, match=r"run\.json is damaged: it cannot be read as a run's record"):
+    with pytest.raises(ValueError, match=r"run\.json is damaged: it cannot be read as JSON"):
         resume(tmp_path)
 
 
@@ -200,12 +204,119 @@ def test_in_bfloat16_a_stopped_run_equals_an_unbroken_one(lab: Any, content_of: 
     for objective, spec in (("classify", "inflora(rank=2)"), ("zeroshot", "lora(rank=2)"), ("zeroshot", "finetune")):
         bench, name = lab.but(precision="bf16", objective=objective), f"{objective}-{spec[:4]}"
         bench.run(spec, tmp_path / name)
-        for task, step in ((0, 3), (1, 3), (1, None)):
-            bench.broken_run(spec, tmp_path / f"{name}-{task}-{step}", task, step, save_every=2)
-            assert content_of(tmp_path / f"{name}-{task}-{step}") == content_of(tmp_path / name)
+        bench.broken_run(spec, tmp_path / f"{name}-broken", (0, 3), (1, 3), (1, None), save_every=2)
+        assert content_of(tmp_path / f"{name}-broken") == content_of(tmp_path / name)
 
 
 def test_a_learner_comes_back_without_its_data(lab: Any, learnt: Path) -> None:
     fresh = lab.learner("lora(rank=2)")
     checkpoint.restore(fresh, checkpoint.whole(learnt)[-1])
     assert [len(task.train) for task in fresh.tasks] == [0, 0, 0]
+
+
+class Deletes(Quiet):
+    """Removes the run's folder in a step of the second task."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.steps = folder, 0
+
+    def step(self, step: int, *more: Any) -> None:
+        self.steps += 1
+        if self.steps == 6:
+            shutil.rmtree(self.folder)
+
+
+@pytest.mark.parametrize("method", ["lora(rank=2)", "finetune + ewc(samples=8)"])
+def test_a_run_whose_folder_is_deleted_stops_at_once(method: str, lab: Any, tmp_path: Path) -> None:
+    progress = Deletes(tmp_path / "out")
+    with pytest.raises(ValueError, match=r"out is gone or has lost its run\.json, .*: start anew") as error:
+        run(lab.config(method), tmp_path / "out", progress)
+    assert "\n" not in str(error.value)
+    assert progress.steps == 6
+    assert not (tmp_path / "out" / "task-001").exists()
+
+
+def test_a_folder_of_another_run_is_refused_by_name(lab: Any, learnt: Path, copied: Path, tmp_path: Path) -> None:
+    lab.run("lora(rank=2)", tmp_path / "other", seed=1)
+    for name in ("task-000", "task-001", "task-002"):
+        shutil.rmtree(copied / name)
+        shutil.copytree(tmp_path / "other" / name, copied / name)
+        for ask in (checkpoint.whole, resume, Run.read, Learner.load):
+            with pytest.raises(DamagedCheckpoint, match=rf"{name}/manifest\.json comes from another run: .*run\.json"):
+                ask(copied)
+        shutil.rmtree(copied / name)
+        shutil.copytree(learnt / name, copied / name)
+    assert len(checkpoint.whole(copied)) == 3
+
+
+def test_a_run_does_not_go_on_from_another_runs_snapshot(lab: Any, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        with suppress(Stopped):
+            run(lab.config("lora(rank=2)", seed=seed, save_every=1), tmp_path / str(seed), Stops())
+    (snapshot,) = (tmp_path / "0" / "task-000").glob("step-*")
+    shutil.rmtree(snapshot)
+    shutil.copytree(tmp_path / "1" / "task-000" / snapshot.name, snapshot)
+    with pytest.raises(DamagedCheckpoint, match=rf"{snapshot.name}/manifest\.json comes from another run"):
+        resume(tmp_path / "0")
+
+
+class Stopped(Exception):
+    """A power cut."""
+
+
+class Stops(Quiet):
+    def step(self, step: int, *more: Any) -> None:
+        if step == 2:
+            raise Stopped
+
+
+def test_a_lost_last_manifest_of_a_finished_run_is_told(copied: Path) -> None:
+    path = copied / "task-002" / "manifest.json"
+    path.unlink()
+    for kept in ("summary.json", "results.jsonl"):  # each of them knows that there were three
+        for ask in (checkpoint.whole, resume, Run.read, Learner.load):
+            with pytest.raises(DamagedCheckpoint, match=r"task-002/manifest\.json is missing, though this"):
+                ask(copied)
+        (copied / kept).unlink()
+    resume(copied)
+    assert path.exists()
+
+
+def test_each_task_is_described_once(learnt: Path) -> None:
+    manifests = [json.loads((learnt / f"task-{i:03d}" / "manifest.json").read_text()) for i in range(3)]
+    assert [[task["index"] for task in each["tasks"]] for each in manifests] == [[0], [1], [2]]
+    assert [[task.index for task in each.tasks] for each in checkpoint.whole(learnt)] == [[0], [0, 1], [0, 1, 2]]
+
+
+def as_an_older_version_wrote_it(folder: Path) -> None:
+    """Without seals but in manifests, which repeat all tasks and know neither their run nor each other."""
+    tasks = [task.describe() for task in checkpoint.whole(folder)[-1].tasks]
+    for path in (*folder.glob("*.json"), *folder.glob("task-*/manifest.json")):
+        content = {k: v for k, v in json.loads(path.read_text()).items() if k not in NEW}
+        if path.name == "manifest.json":
+            checkpoint.write_sealed(path, content | {"format": 1, "tasks": tasks[: content["learnt"]]})
+        else:
+            checkpoint.write_json(path, content)
+
+
+NEW = ("format", "seal", "run", "previous", "bytes", "manifest")
+
+
+def test_a_run_of_an_older_version_is_resumed_and_chained_from_there(
+    lab: Any, copied: Path, learnt: Path, content_of: Any
+) -> None:
+    as_an_older_version_wrote_it(copied)
+    told: list[str] = []
+    assert Run.read(copied, told.append).numbers() == Run.read(learnt).numbers()
+    assert told == []
+    assert Learner.load(copied).learnt == 3
+    shutil.rmtree(copied / "task-002")
+    resume(copied)
+    # what describes tasks is laid out otherwise, what was learnt is the same
+    whole = {k: v for k, v in content_of(learnt).items() if "manifest" not in k}
+    assert {k: v for k, v in content_of(copied).items() if "manifest" not in k} == whole
+    record = json.loads((copied / "run.json").read_text())
+    record["config"]["lr"] = 0.5
+    checkpoint.write_json(copied / "run.json", record)
+    with pytest.raises(DamagedCheckpoint, match=r"task-002/manifest\.json comes from another run"):
+        resume(copied)

@@ -256,7 +256,8 @@ def test_backbone_is_frozen_and_its_spec_rebuilds_it(kind: str, saved: dict[str,
     again = build(parse_one(backbone.spec), BACKBONES, "backbone")
     assert (again.spec, again.fingerprint()) == (backbone.spec, backbone.fingerprint())
     assert again.preprocess == backbone.preprocess
-    assert torch.equal(logits(copy.deepcopy(backbone)), logits(backbone))
+    # close, not equal: a copy lies elsewhere in memory, and kernels round by alignment
+    torch.testing.assert_close(logits(copy.deepcopy(backbone)), logits(backbone), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", EVERY)

@@ -163,10 +163,8 @@ def test_training_encodes_images_once_a_step_and_once_a_task_for_queries(lab: An
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("coda_prompt(components=0)", "components=0: expected 1 or more"),
         ("coda_prompt(length=5)", "length=5: expected an even number"),
         ("coda_prompt(start='ortho')", "start='ortho': expected 'orthogonal' or 'random'"),
-        ("coda_prompt(strength=-1)", "strength=-1: expected 0 or more"),
         ("coda_prompt + lora", "^coda_prompt cannot be combined with lora"),
         ("coda_prompt + ewc", "^ewc has nothing to protect"),
     ],

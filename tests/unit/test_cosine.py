@@ -90,7 +90,6 @@ def test_an_objective_without_heads_is_refused(lab: Any) -> None:
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("scale=0.0", "scale=0.0: expected a positive"),
         ("init='zeroshot', template='cat'", "template='cat' has no {} for the class name"),
         ("template='a {}'", "template='a {}' has no effect with init='random': leave it out$"),
     ],

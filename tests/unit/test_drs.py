@@ -44,15 +44,6 @@ def begun(lab: Any, spec: str, tasks: int = 1) -> tuple[Core, Task]:
 
 
 @quick
-@given(st.lists(st.floats(-3, 3), min_size=3, max_size=3), st.floats(1e-3, 5), st.floats(1e-3, 5))
-def test_the_literal_rule_ignores_the_task(weights: list[float], one: float, other: float) -> None:
-    drs = DRS(RANKS, "literal")
-    assert drs.pick(one) == drs.pick(other) == 8
-    learned = torch.tensor(weights).round(decimals=2)
-    assert drs.pick(one, learned) == drs.pick(other, learned)
-
-
-@quick
 @given(st.lists(st.floats(-3, 3), min_size=3, max_size=3), st.floats(0, 4), st.floats(1e-3, 1), st.floats(0, 2))
 def test_the_affine_rule_never_gives_a_harder_task_a_smaller_rank(
     raw: list[float], complexity: float, more: float, cost: float
@@ -88,11 +79,8 @@ def test_candidates_are_sorted_and_stand_once() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"ranks": ()}, r"ranks=\(\): expected candidate ranks of 1 or more, such as \(2, 4, 8\)"),
-        ({"ranks": (0, 4)}, r"ranks=\(0, 4\): expected candidate ranks of 1 or more, such as \(2, 4, 8\)"),
+        ({"ranks": ()}, r"ranks=\(\): expected candidate ranks, such as \(2, 4, 8\)"),
         ({"ranks": (4, 4)}, r"ranks=\(4, 4\), drs='affine': one rank leaves nothing to choose; write drs='fixed'"),
-        ({"ranks": RANKS, "cost": -1}, "rank_cost=-1: expected 0 or more"),
-        ({"ranks": RANKS, "epochs": 0}, "warm_up=0: expected at least 1 epoch"),
     ],
 )
 def test_an_impossible_choice_is_refused_with_what_is_possible(arguments: dict[str, Any], message: str) -> None:
@@ -241,14 +229,6 @@ def test_a_fixed_rank_needs_no_warm_up(options: str, lab: Any) -> None:
     assert {tuple(f.shape for f in adapter.branch) for adapter in learner.method.bases} == {((4, 3), (3, 4))}
 
 
-def test_the_literal_rule_takes_the_largest_rank_after_measuring(lab: Any) -> None:
-    learner, task = begun(lab, "fm_lora(rank=4, drs='literal')")
-    learner.method.begin_task(learner, task)
-    measures = learner.method.measures(learner)
-    assert measures["rank"] == 4
-    assert measures["complexity"] > 0
-
-
 def test_a_longer_warm_up_makes_a_task_look_easier(lab: Any) -> None:
     bench = lab.but(per_class=40, noise=0.3)
 
@@ -269,7 +249,5 @@ def test_one_rank_to_choose_from_is_refused_with_the_remedy() -> None:
             "write rank=4 instead$",
         ):
             make_method(f"inflora(ranks={ranks})")
-    with pytest.raises(
-        ValueError, match=r"^method 'inflora', option ranks=\(\): expected candidate ranks of 1 or more"
-    ):
+    with pytest.raises(ValueError, match=r"^method 'inflora', option ranks=\(\): expected candidate ranks"):
         make_method("inflora(ranks=())")

@@ -173,10 +173,7 @@ def test_recorded_queries_equal_those_computed_in_every_step(lab: Any, monkeypat
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("dualprompt(length=0)", "length=0: expected at least 1"),
-        ("dualprompt(general_length=-1)", "general_length=-1: expected 1 or more"),
         ("dualprompt(general_length=0, general_blocks='0')", "general_blocks='0' has no effect with general_length=0"),
-        ("dualprompt(strength=0)", "strength=0: expected a positive number"),
         ("dualprompt + lora", "^dualprompt cannot be combined with lora"),
         ("prefix + dualprompt", "^dualprompt cannot be combined with prefix"),
     ],

@@ -105,11 +105,6 @@ def test_a_stronger_pull_keeps_important_parameters_closer_to_their_anchor(lab: 
     assert drifts[0] > 2 * drifts[1] > 4 * drifts[2]
 
 
-def test_a_negative_strength_is_refused() -> None:
-    with pytest.raises(ValueError, match="option strength=-1: expected 0 or more"):
-        make_method("lora + ewc(strength=-1)")
-
-
 def test_when_the_last_shared_branch_is_closed_nothing_is_held_any_more(lab: Any) -> None:
     bench = lab.but(objective="zeroshot")
     learner, stream = bench.learner("lora(rank=2, tasks=2) + ewc"), bench.stream()
@@ -282,8 +277,6 @@ def test_a_pull_holds_updates_closer_in_any_precision_and_setting(guard: str, wh
     ("options", "message"),
     [
         ("form='offline', decay=0.5", "decay=0.5 has no effect with form='offline'"),
-        ("decay=-1", "decay=-1: expected 0 or more"),
-        ("samples=0", "samples=0: expected at least 1 image"),
         ("form='of line'", "did you mean 'offline'"),
         ("of='update'", "did you mean 'updates'"),
     ],

@@ -35,7 +35,7 @@ def test_queries_are_spread_and_pictures_of_all_that_was_found_are_kept(bench: A
 
 def test_a_stopped_run_ends_with_the_same_searches(bench: Any, tmp_path: Path) -> None:
     run(bench.config("lora(rank=2, tower='both')"), tmp_path / "whole")
-    bench.broken_run("lora(rank=2, tower='both')", tmp_path / "broken", task=2, step=None)
+    bench.broken_run("lora(rank=2, tower='both')", tmp_path / "broken", (2, None))
     whole, broken = ((tmp_path / name / "examples.json").read_text() for name in ("whole", "broken"))
     assert whole == broken
     resume(tmp_path / "whole")

@@ -172,11 +172,6 @@ def test_where_the_encoder_is_trained_no_more_it_is_refused(lab: Any) -> None:
         lab.teach(learner, stream.tasks[1:2])
 
 
-def test_a_negative_strength_is_refused() -> None:
-    with pytest.raises(ValueError, match="strength=-1: expected 0 or more"):
-        make_method("lora + feature_distill(strength=-1)")
-
-
 @pytest.mark.parametrize("option", ["form='mse'", "tower='text'", "tower='both'"])
 def test_options_of_a_distance_that_is_not_taken_are_refused(option: str) -> None:
     with pytest.raises(ValueError, match=rf"{option} has no effect with strength=0: leave it out$"):

@@ -87,7 +87,7 @@ def test_the_backbone_is_as_it_was(method: str, lab: Any) -> None:
         "lora(rank=2, tasks=1) + ncm",
         "lora(rank=2, tasks=2, per_task=True)",
         "adapter(rank=3, tasks=1)",
-        "fm_lora(rank=4, freeze_prompts=True) + lwf",
+        "fm_lora(rank=4) + lwf",
         "lora(rank=2) + derpp(size=12)",
         "dualprompt",
     ],

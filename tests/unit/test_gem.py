@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 
-from perdure.config import make_method
 from perdure.methods.gem import Unsolved, check, dual
 
 
@@ -194,16 +193,3 @@ def test_a_sum_without_a_gradient_that_answers_depend_on_is_refused(part: str, l
     for spec, bench in ((f"ncm + {part}", lab), (f"probe + {part}", lab.but(objective="zeroshot"))):
         with pytest.raises(ValueError, match=rf"^{part} has no gradient to project: .*; ?|\. Write 'lora \+ {part}'"):
             bench.taught(spec)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ("margin=-1", "margin=-1: expected 0 or more"),
-        ("batch_size=0", "batch_size=0: expected at least 1"),
-        ("size=0", "size=0"),
-    ],
-)
-def test_options_that_cannot_be_are_refused(options: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make_method(f"lora + gem({options})")

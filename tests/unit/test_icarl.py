@@ -109,8 +109,6 @@ def test_fewer_exemplars_than_classes_are_refused(lab: Any) -> None:
         ("finetune + icarl + ncm", r"^icarl and ncm cannot be combined: each defines 'predict'"),
         ("icarl + joint", r"^icarl cannot be combined with joint: each trains on images of old tasks"),
         ("icarl(strength=0, temperature=3.0)", r"temperature=3.0 has no effect with strength=0"),
-        ("icarl(temperature=0)", r"temperature=0: expected a positive number"),
-        ("icarl(strength=-1)", r"strength=-1: expected 0 or more"),
     ],
 )
 def test_what_makes_no_sense_is_refused(spec: str, message: str) -> None:

@@ -2,13 +2,16 @@
 
 import io
 import json
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as tv
 
-from perdure.images import Preprocess, UnreadableImage, decode
+from perdure.images import Interpolation, Preprocess, UnreadableImage, decode
 
 RNG = np.random.default_rng(0)
 PLAIN = Preprocess(24, 24)
@@ -116,6 +119,15 @@ def test_preprocess_survives_json() -> None:
 def test_unknown_entry_of_a_described_preprocess_is_refused() -> None:
     with pytest.raises(ValueError, match="unknown entry 'gamma'"):
         Preprocess.described({**PLAIN.describe(), "gamma": 2})
+
+
+@pytest.mark.parametrize("interpolation", get_args(Interpolation))
+def test_images_are_resized_as_torchvision_does_bit_for_bit(interpolation: Interpolation) -> None:
+    for width, height, side in RNG.integers(1, 99, (25, 3)).tolist():
+        image = photo(width, height)
+        plain = Preprocess(side, side, interpolation=interpolation)
+        theirs = tv.resize(image, [side], interpolation=InterpolationMode(interpolation), antialias=True)
+        assert image.resize(plain._target(image), Image.Resampling[interpolation.upper()]).tobytes() == theirs.tobytes()
 
 
 @pytest.mark.parametrize("wrong", [{"size": 0}, {"resize": -1}, {"interpolation": "cubic"}, {"halve": "up"}])

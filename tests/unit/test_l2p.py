@@ -262,10 +262,7 @@ def test_prompts_of_a_pool_cannot_be_exported(tmp_path: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("length=0", "length=0: expected 1 or more, such as 5"),
-        ("top=0", "top=0: expected 1 or more, such as 5"),
         ("top=11", "top=11: expected at most pool=10, the number of entries"),
-        ("strength=-1", "strength=-1: expected 0 or more"),
         ("top=10", "top=10 takes all entries of pool=10, so that keys choose nothing: write strength=0, or fewer"),
         (
             "top=10, strength=0, batchwise=True",

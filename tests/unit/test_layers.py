@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from perdure.config import make_method
 from perdure.learner import Core
 
 
@@ -48,8 +47,6 @@ def test_hooks_are_gone_after_each_pass(lab: Any) -> None:
 
 
 def test_wrong_requests_are_refused(lab: Any) -> None:
-    with pytest.raises(ValueError, match=r"option last=0: expected 1 block or more$"):
-        make_method("layers(last=0)")
     with pytest.raises(ValueError, match=r"^layers\(last=9\): expected 1 to 2, the blocks of tiny"):
         grown(lab, "layers(last=9)")
     with pytest.raises(ValueError, match="class names cannot be compared with: use --objective classify, or add ncm"):

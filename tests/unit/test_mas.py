@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 import torch
 
-from perdure.config import make_method
 from perdure.types import Batch
 
 
@@ -68,9 +67,3 @@ def test_strength_zero_is_the_carrier_alone_bit_for_bit(carrier: str, of: str, l
     plain, guarded = lab.taught(carrier).memory(), lab.taught(f"{carrier} + mas(strength=0, of='{of}')").memory()
     for key, value in plain.items():
         assert torch.equal(guarded[key.replace("method.", "method.parts.0.")], value), key
-
-
-@pytest.mark.parametrize(("option", "expected"), [("strength=-1", "0 or more"), ("samples=0", "at least 1 image")])
-def test_options_out_of_range_are_refused(option: str, expected: str) -> None:
-    with pytest.raises(ValueError, match=f"option {option}: expected {expected}"):
-        make_method(f"lora + mas({option})")

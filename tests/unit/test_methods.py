@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from perdure.config import make_method
 from perdure.methods.joint import Union
 
 
@@ -157,8 +156,3 @@ def test_probe_trains_heads_only(lab: Any) -> None:
     learner = lab.taught("probe")
     assert set(learner.trainable()) == {"objective.heads.2.weight", "objective.heads.2.bias"}
     assert learner.constant_encoder
-
-
-def test_a_ratio_of_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="option ratio=0: expected a positive number of old examples per new one"):
-        make_method("replay(ratio=0)")

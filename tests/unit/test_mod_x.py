@@ -128,18 +128,6 @@ def test_an_objective_without_captions_is_refused(objective: str, lab: Any) -> N
         lab.but(objective=objective).taught("lora(rank=2) + mod_x")
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ("strength=-1", "strength=-1: expected 0 or more"),
-        ("temperature=0", "temperature=0: expected a positive number"),
-    ],
-)
-def test_numbers_out_of_range_are_refused(options: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make_method(f"finetune + mod_x({options})")
-
-
 def test_a_task_in_which_nothing_moves_is_refused(lab: Any) -> None:
     learner, stream = captioned("lora(rank=2, tasks=1) + mod_x")
     with pytest.raises(ValueError, match=r"^task 1: mod_x has no effect where no part trains the encoder any more"):

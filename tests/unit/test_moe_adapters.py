@@ -390,12 +390,7 @@ def test_how_many_experts_there_are_follows_the_length_of_the_stream() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("top=1", "top=1: expected 2 or more"),
         ("experts=2, top=3", "experts=2: expected at least top=3"),
-        ("rank=0", "rank=0: expected 1 or more"),
-        ("scale=0", "scale=0: expected a positive factor"),
-        ("known=0", "known=0: expected a share"),
-        ("expand=2", "expand=2: expected a share"),
         ("expand=0.5, freeze=0", "expand=0.5 has no effect with freeze=0"),
     ],
 )
@@ -419,5 +414,5 @@ def test_a_stopped_run_goes_on_bit_for_bit(lab: Any, content_of: Any, tmp_path: 
     bench = lab.but(objective="zeroshot")
     for number, spec in enumerate(("moe_adapters(expand=0.2)", "moe_adapters + zscl")):
         bench.run(spec, tmp_path / f"unbroken{number}")
-        bench.broken_run(spec, tmp_path / f"broken{number}", task=1, step=3, save_every=2)
+        bench.broken_run(spec, tmp_path / f"broken{number}", (1, 3), save_every=2)
         assert content_of(tmp_path / f"broken{number}") == content_of(tmp_path / f"unbroken{number}")

@@ -75,8 +75,3 @@ def test_export_is_refused_because_no_weights_can_hold_a_prefix(spec: str, tmp_p
     for to in ("merged", "peft"):
         with pytest.raises(ValueError, match=r"no weights can (hold|express); keep this learner with save$"):
             export(learner, tmp_path / "out", to)
-
-
-def test_a_length_without_effect_is_refused() -> None:
-    with pytest.raises(ValueError, match="length=0: expected at least 1 key and value a block"):
-        make_method("prefix(length=0)")

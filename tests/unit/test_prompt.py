@@ -110,7 +110,6 @@ def test_a_frozen_encoder_in_half_precision_trains_tokens_in_float32(lab: Any) -
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("tokens=0", r"tokens=0: expected 1 or more, such as 10"),
         ("blocks='0-1'", r"blocks='0-1' has no effect with deep=False, where tokens pass through all .*: leave it out"),
     ],
 )

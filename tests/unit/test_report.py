@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from perdure import charts
+from perdure.charts import duration, show
 from perdure.records import Run, grouped
-from perdure.report import duration, show, write_report
+from perdure.report import write_report
 
 INFLORA = "inflora(rank=10)"
 
@@ -176,7 +177,7 @@ def test_every_evaluated_score_stands_in_the_matrix(tmp_path: Path):
 
 def test_the_file_stands_alone(tmp_path: Path):
     page = render(tmp_path, write_run(tmp_path / "a"), write_run(tmp_path / "b", "lora(rank=10)", lost=0.1))
-    assert not re.search(r"https?://|<script|<link|<img|@import|url\(|\bsrc=|\bhref=|file:", page)
+    assert not re.search(r'https?://|<script|<link|<img|@import|url\((?!#)|\bsrc=|\bhref=(?!"#)|file:', page)
     assert "default-src 'none'" in page
 
 
@@ -246,7 +247,7 @@ def test_why_it_forgot_is_drawn_where_it_was_measured_and_in_the_methods_colour(
     page = render(tmp_path, lora, ours)
     check_balance(page)
     drift, reach, room = (page.split(f"<h3>{title}</h3>")[1].split("</figure>")[0] for title in REASONS)
-    assert [re.findall(r'<polyline class="line".*?--c(\d)', each) for each in (drift, reach, room)] == [
+    assert [sorted(set(re.findall(r"fill: none; stroke: var\(--c(\d)\)", each))) for each in (drift, reach, room)] == [
         ["0", "1"],
         ["1"],
         ["1"],
@@ -278,7 +279,7 @@ def test_several_runs_are_compared_by_method_over_seeds(tmp_path: Path):
     mean = sum(values) / 3
     std = (sum((v - mean) ** 2 for v in values) / 2) ** 0.5
     assert f"lora(rank=4) 3 {100 * mean:.1f} ± {100 * std:.1f}" in text_of(page)
-    assert page.count('<polygon class="band"') == 2
+    assert page.split("Accuracy over time")[1].split("</figure>")[0].count("fill-opacity: 0.14") == 2
 
 
 def test_runs_that_differ_in_more_than_the_seed_are_not_averaged(tmp_path: Path):
@@ -312,9 +313,14 @@ def test_a_run_at_its_very_beginning_gives_a_report(tmp_path: Path, learnt: int)
     assert Run.read(folder).numbers()["forgetting"] is None
 
 
-def test_a_folder_with_nothing_but_an_empty_record_gives_a_report(tmp_path: Path):
-    (tmp_path / "run.json").write_text('{"stream": null}')
-    check_balance(render(tmp_path / "out", tmp_path))
+def test_a_record_that_lacks_something_is_refused_with_the_field(tmp_path: Path):
+    folder = write_run(tmp_path / "a")
+    facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    (folder / "run.json").write_text(json.dumps(facts | {"stream": None}))
+    assert "run.json is damaged: stream: expected object, got null" in refusal(folder)
+    del facts["stream"]["tasks"][1]["names"]
+    (folder / "run.json").write_text(json.dumps(facts))
+    assert "run.json is damaged: stream.tasks[1]: object missing required field names" in refusal(folder)
 
 
 def test_a_summary_without_results_is_enough(tmp_path: Path):
@@ -400,29 +406,6 @@ def test_text_on_the_heat_map_can_be_read(dark: bool):
 def test_contrast_is_that_of_the_accessibility_guidelines():
     assert charts.contrast((0, 0, 0), (255, 255, 255)) == pytest.approx(21)
     assert charts.contrast((119, 119, 119), (255, 255, 255)) == pytest.approx(4.48, abs=0.01)
-
-
-def test_a_line_breaks_nothing_with_gaps_one_task_or_many_series():
-    for labels in (["a"], ["a", "b", "c"]):
-        values = [None, *[0.5] * (len(labels) - 1)]
-        drawn = charts.lines("x", [charts.Series(f"s{i}", values) for i in range(30)], labels)
-        assert "None" not in drawn
-        assert "nan" not in drawn
-        assert drawn.count('<polyline class="line"') == 30
-
-
-def test_the_axis_starts_at_zero_when_asked():
-    high = [charts.Series("s", [0.92, 0.95])]
-    assert '%">0</span>' in charts.lines("x", high, ["a", "b"], zero=True)
-    assert '%">80</span>' in charts.lines("x", high, ["a", "b"])
-    assert '%">0</span>' not in charts.lines("x", high, ["a", "b"])
-
-
-def test_the_axis_goes_beyond_one_only_for_what_is_no_share():
-    far = [charts.Series("s", [0.1, 3.4])]
-    assert '%">400</span>' in charts.lines("x", far, ["a", "b"], share=False)
-    assert '%">100</span>' in charts.lines("x", far, ["a", "b"])
-    assert len(re.findall(r"<line ", charts.lines("x", [charts.Series("s", [0.0, 1e6])], ["a", "b"], share=False))) <= 8
 
 
 def test_a_bar_grows_from_zero_to_either_side():

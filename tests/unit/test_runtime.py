@@ -33,14 +33,14 @@ def test_a_record_gives_the_same_runtime_back() -> None:
     assert Runtime(**runtime.describe()) == runtime
 
 
-def test_applying_a_runtime_sets_threads_and_attention() -> None:
-    model = tiny()
-    Runtime("cpu", "fp32", "eager", 1).apply(model)
-    assert torch.get_num_threads() == 1
+def test_applying_a_runtime_sets_attention_and_leaves_the_process_alone() -> None:
+    model, before = tiny(), torch.get_num_threads()
+    Runtime("cpu", "fp32", "eager", before + 1).apply(model)
+    assert torch.get_num_threads() == before
     assert {m.implementation for m in model.modules() if hasattr(m, "implementation")} == {"eager"}
 
 
-@pytest.mark.parametrize("device", ["nonsense", "xpu:7"])
+@pytest.mark.parametrize("device", ["nonsense", "xpu:7", "meta", "hpu"])
 def test_a_device_that_is_not_there_is_refused(device: str) -> None:
     with pytest.raises(ValueError, match=f"^device '{device}' cannot be used here .*; use auto$"):
         resolve(tiny(), "fp32", "sdpa", 8, device)

@@ -205,9 +205,6 @@ def test_an_update_of_nothing_makes_no_number_infinite(lab: Any) -> None:
             r"option rank=\(4, 3, 2\), drops=\(8, 4\): .* rising, as in rank=\(10, 8, 6\), ",
         ),
         ("drops=(4,)", r"option drops=.*rank=10, drops=\(4,\): expected one number of tasks between any two ranks"),
-        ("distil=0.0", r"option distil=0.0: expected a share in \(0, 1\), such as 9e-4, or None$"),
-        ("distil=1.0", r"option distil=1.0: expected a share in \(0, 1\), such as 9e-4, or None$"),
-        ("magnitude=0", r"option magnitude=0: expected a positive number, such as 1.0$"),
         (
             "distil=9e-4, normalise='code'",
             r"option distil=0.0009 puts an update into old magnitudes, which normalise='code' sets anew at every task: "

@@ -105,12 +105,6 @@ def test_a_task_in_which_nothing_moved_adds_nothing(lab: Any) -> None:
     assert learner.loss(task.train.__getitems__(range(4))).isfinite()
 
 
-@pytest.mark.parametrize(("option", "expected"), [("strength=-1", "0 or more"), ("damping=0", "a positive number")])
-def test_options_out_of_range_are_refused(option: str, expected: str) -> None:
-    with pytest.raises(ValueError, match=f"option {option}: expected {expected}"):
-        make_method(f"lora + si({option})")
-
-
 @pytest.mark.parametrize("guard", ["si", "mas"])
 def test_a_guard_without_anything_to_protect_is_refused(guard: str) -> None:
     with pytest.raises(ValueError, match=rf"^{guard} has nothing to protect in .* Write 'lora \+ {guard}'"):

@@ -41,7 +41,6 @@ PLACES = [
     ("inflora(rank=2)", {}),
     ("sd_lora(rank=2)", {}),
     ("fm_lora(rank=4)", {}),
-    ("fm_lora(rank=4, reading='per_task')", {}),
     ("finetune", {"precision": "bf16"}),
     ("lora(rank=2)", {"precision": "bf16"}),
     ("lora(rank=2, tower='both')", {"objective": "zeroshot"}),

@@ -220,7 +220,7 @@ def test_a_run_stopped_within_an_epoch_goes_on_at_its_rate(
     options: Any, lab: Any, content_of: Any, tmp_path: Any
 ) -> None:
     lab.run("lora(rank=2)", tmp_path / "whole", **options)
-    lab.broken_run("lora(rank=2)", tmp_path / "broken", task=1, step=3, save_every=1, **options)
+    lab.broken_run("lora(rank=2)", tmp_path / "broken", (1, 3), save_every=1, **options)
     assert content_of(tmp_path / "broken") == content_of(tmp_path / "whole")
 
 
@@ -233,17 +233,12 @@ def test_another_schedule_leaves_milestones_behind() -> None:
 
 def test_training_that_diverges_says_so(lab: Any) -> None:
     with pytest.raises(ValueError, match=r"^training diverged in task 0: .* is not finite"):
-        lab.taught("finetune(backbone_lr=1.0)", lr=1e30, optimizer="sgd")
+        lab.taught("finetune(backbone_lr=1.0)", lr=1e6, optimizer="sgd")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"epochs": 0}, "epochs=0: expected 1 or more"),
-        ({"batch_size": 0}, "batch_size=0: expected 1 or more"),
-        ({"lr": 0.0}, "lr=0.0: expected a positive number"),
-        ({"lr": math.inf}, "lr=inf: expected a positive number"),
-        ({"lr": math.nan}, "lr=nan: expected a positive number"),
         ({"milestones": "2"}, "milestones='2' has no effect with schedule='cosine', but with 'step': leave it out$"),
         ({"schedule": "constant", "decay": 0.1}, "decay=0.1 has no effect with schedule='constant'"),
         ({"schedule": "cosine-epoch", "epochs": 1}, "schedule='cosine-epoch' has no effect in 1 epoch"),
@@ -253,10 +248,7 @@ def test_training_that_diverges_says_so(lab: Any) -> None:
             for text in ("-1", "a", "0,2", "3,2", "2,2", "1.5", "²")
         ),
         ({"schedule": "step", "milestones": "2,5"}, "milestones='2,5': the last has no effect within epochs=5"),
-        *(
-            ({"schedule": "step", "milestones": "2", "decay": decay}, f"decay={decay}: expected a positive factor")
-            for decay in (0.0, -0.1, 1.0, math.inf, math.nan)
-        ),
+        ({"schedule": "step", "milestones": "2", "decay": 1.0}, "decay=1.0: expected a factor other than 1"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(options: Any, message: str) -> None:

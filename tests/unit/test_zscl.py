@@ -178,9 +178,6 @@ def test_it_keeps_scores_of_images_that_are_never_taught(lab: Any) -> None:
     ("options", "message"),
     [
         ("images=3", "images=3 has no effect without a reference"),
-        ("size=0, reference='synthetic()'", "size=0: expected 1 or more"),
-        ("temperature=0", "temperature=0: expected a positive number"),
-        ("strength_text=-1", "strength_text=-1: expected 0 or more"),
         ("text_gradient=False, reference='synthetic()', texts=3", "texts=3 has no effect with text_gradient=False"),
         (
             "strength_image=0, strength_text=0, reference='synthetic()'",
@@ -215,5 +212,5 @@ def test_a_stopped_run_goes_on_bit_for_bit(lab: Any, content_of: Any, tmp_path: 
     bench = lab.but(objective="zeroshot")
     spec = "finetune(tower='both') + zscl(reference='captions_synthetic()', images=4) + weight_average"
     bench.run(spec, tmp_path / "unbroken")
-    bench.broken_run(spec, tmp_path / "broken", task=1, step=3, save_every=2)
+    bench.broken_run(spec, tmp_path / "broken", (1, 3), save_every=2)
     assert content_of(tmp_path / "broken") == content_of(tmp_path / "unbroken")

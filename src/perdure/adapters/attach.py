@@ -44,12 +44,14 @@ class Adapter(nn.Module):
     def factors(self, part: int) -> tuple[Tensor, Tensor] | None:
         """All of the update as (up (fan_out, k), down (k, fan_in)), exact; None when there is none."""
         update = self.delta(part, branches=True)
-        return None if update is None else (update, torch.eye(update.shape[1], device=update.device))
+        return (
+            None if update is None else (update, torch.eye(update.shape[1], dtype=update.dtype, device=update.device))
+        )
 
 
 def starting_rows(rank: int, fan_in: int) -> Tensor:
     """Input factor (rank, fan_in) of a new branch: Kaiming uniform, as in LoRA; its output factor starts at zero."""
-    rows = torch.empty(rank, fan_in)
+    rows = torch.empty(rank, fan_in, dtype=torch.float32)
     nn.init.kaiming_uniform_(rows, a=math.sqrt(5))
     return rows
 
@@ -138,6 +140,11 @@ def _seats(model: nn.Module) -> Iterator[tuple[nn.Linear, _Seat]]:
         seat = getattr(layer, _SEAT, None)
         if isinstance(layer, nn.Linear) and seat is not None:
             yield layer, seat
+
+
+def folded_into(model: nn.Module) -> Iterator[tuple[nn.Linear, Tensor]]:
+    """The layers that carry adapters, whose weights `fold` writes; and their pre-trained weights, which stay."""
+    return ((layer, seat.pretrained) for layer, seat in _seats(model))
 
 
 def adapted(model: nn.Module) -> bool:

@@ -31,10 +31,9 @@ class Bases(Adapter):
             )
         self.rank = rank
         self.down = nn.Parameter(starting_rows(rank, site.fan_in))
-        self.up = nn.Parameter(torch.zeros(site.fan_out, rank))
+        self.up = nn.Parameter(torch.zeros(site.fan_out, rank, dtype=torch.float32))
         self.branch = nn.ParameterList()
-        self.settled = Tensors()  # "core"; or, where each task keeps its own, "core/<task>"
-        self.route: Tensor | None = None  # (B,) number of the task whose core each image takes
+        self.settled = Tensors()  # "core"
 
     @property
     def fixed(self) -> bool:
@@ -67,14 +66,6 @@ class Bases(Adapter):
             self.branch = nn.ParameterList()
 
     @torch.no_grad()
-    def keep(self, task: int) -> None:
-        """Close the branch as the core of `task` alone; weights can no longer hold the update."""
-        step = self.step()
-        self.settled[f"core/{task}"] = self.core if step is None else step
-        self.settled.pop("core", None)
-        self.branch = nn.ParameterList()
-
-    @torch.no_grad()
     def fix(self) -> None:
         """Freeze the bases, made orthonormal; the core takes over what they lose, so the update stays as it is."""
         left, right = torch.linalg.qr(self.up), torch.linalg.qr(self.down.T)
@@ -98,10 +89,6 @@ class Bases(Adapter):
     def forward(self, x: Tensor, y: Tensor, part: int) -> Tensor:
         """The layer's output with the branch, and with the settled core while it cannot be folded."""
         step = self.step()
-        if self.route is not None:
-            cores = torch.stack([self.settled[f"core/{t}"] for t in range(int(self.route.max()) + 1)])[self.route]
-            inner = F.linear(x, self.down.to(x.dtype)) @ cores.mT.to(x.dtype)
-            return y + F.linear(inner, self.up.to(x.dtype))
         if self.fixed:
             return y if step is None else y + self._through(x, step, self.down, self.up)
         paths: list[tuple[Tensor, Tensor]] = [] if step is None else [(self.down, self.up @ step)]
@@ -117,8 +104,6 @@ class Bases(Adapter):
 
     def delta(self, part: int, branches: bool) -> Tensor | None:
         """See `Adapter.delta`; while the bases are trained, nothing is settled for good."""
-        if not self.folds:
-            return None
         if not branches:
             return self.up @ self.core @ self.down if self.fixed and "core" in self.settled else None
         step = self.step()
@@ -126,8 +111,6 @@ class Bases(Adapter):
 
     def factors(self, part: int) -> tuple[Tensor, Tensor] | None:
         """All of the update as (up (fan_out, rank), down (rank, fan_in))."""
-        if not self.folds:
-            return None
         step = self.step()
         return self.up @ (self.core if step is None else self.core + step), self.down
 

@@ -31,8 +31,9 @@ class Bottleneck(Adapter):
         if rank < 1 or rank > most:
             raise ValueError(f"rank={rank}: expected 1 to {most}, the width at {site.layer}")
         self.scale = scale
-        self.down, self.down_bias = nn.Parameter(starting_rows(rank, fan_in)), nn.Parameter(torch.zeros(rank))
-        self.up, self.up_bias = nn.Parameter(torch.zeros(site.fan_out, rank)), nn.Parameter(torch.zeros(site.fan_out))
+        down = starting_rows(rank, fan_in)
+        self.down, self.down_bias = nn.Parameter(down), nn.Parameter(down.new_zeros(rank))
+        self.up, self.up_bias = (nn.Parameter(down.new_zeros(site.fan_out, *more)) for more in ((rank,), ()))
 
     def added(self, y: Tensor, x: Tensor) -> Tensor:
         """`y` (..., fan_out) with what the bottleneck makes of `x` (..., fan_in)."""

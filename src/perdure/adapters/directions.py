@@ -36,7 +36,7 @@ class Directions(Adapter):
             raise ValueError(f"rank={rank}: expected 1 to {self.fan_in}, the inputs of the layer")
         self.down, self.up = (
             nn.Parameter(starting_rows(rank, self.fan_in)),
-            nn.Parameter(torch.zeros(self.fan_out, rank)),
+            nn.Parameter(torch.zeros(self.fan_out, rank, dtype=torch.float32)),
         )
         self._magnitudes = (magnitudes,)
 
@@ -102,7 +102,7 @@ class Directions(Adapter):
     def _frozen(self) -> tuple[Tensor, Tensor, Tensor]:
         if self.frozen:
             return self.frozen["down"], self.frozen["up"], self.frozen["owner"]
-        like = self.down if self.down is not None else torch.empty(0)
+        like = self.down if self.down is not None else torch.empty(0, dtype=torch.float32)
         empty = like.new_zeros
         return empty(0, self.fan_in), empty(self.fan_out, 0), torch.zeros(0, dtype=torch.int64, device=like.device)
 

@@ -91,14 +91,15 @@ class Experts(Adapter):
     def add(self, count: int, device: torch.device) -> None:
         """New experts, which give nothing yet."""
         for number in range(self.count, self.count + count):
-            up, bias = torch.zeros(self.fan_out, self.rank), torch.zeros(self.rank)
-            fresh = starting_rows(self.rank, self.fan_in), bias, up, torch.zeros(self.fan_out)
+            down = starting_rows(self.rank, self.fan_in)
+            up, bias = down.new_zeros(self.fan_out, self.rank), down.new_zeros(self.rank)
+            fresh = down, bias, up, down.new_zeros(self.fan_out)
             for part, value in zip(_PARTS, fresh, strict=True):
                 self.learnt.put(f"{number}/{part}", value.to(device))
 
     def open_router(self, device: torch.device) -> None:
         """A new router over all experts."""
-        self.learnt.put(_ROUTER, torch.randn(self.count, self.fan_in).mul_(0.02).to(device))
+        self.learnt.put(_ROUTER, torch.randn(self.count, self.fan_in, dtype=torch.float32).mul_(0.02).to(device))
 
     def close_router(self, task: int) -> None:
         """Freeze the router in training as that of `task`."""

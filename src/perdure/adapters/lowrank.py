@@ -37,7 +37,7 @@ class LowRank(Adapter):
     def open(self, train_down: bool = True) -> None:
         """Start a branch that changes nothing yet: `down` as in LoRA (Kaiming uniform), `up` zero."""
         self.down = nn.Parameter(starting_rows(self.rank, self.fan_in), requires_grad=train_down)
-        self.up = nn.ParameterList(torch.zeros(fan_out, self.rank) for fan_out in self.fan_outs)
+        self.up = nn.ParameterList(torch.zeros(fan_out, self.rank, dtype=torch.float32) for fan_out in self.fan_outs)
 
     def cut(self, rank: int) -> None:
         """Keep the first `rank` inner dimensions of the open branch."""

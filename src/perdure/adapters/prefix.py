@@ -70,7 +70,7 @@ class Prefix(nn.Module):
 
 def starting_prefix(*shape: int) -> Tensor:
     """Small keys and values, which attract all queries alike and add next to nothing."""
-    return torch.empty(*shape).normal_(std=0.02)
+    return torch.empty(*shape, dtype=torch.float32).normal_(std=0.02)
 
 
 def _by_layer(key: Site, value: Site) -> dict[str, list[tuple[slice, slice]]]:

@@ -46,7 +46,7 @@ class Tokens(Passing):
         if m < 1:
             raise ValueError(f"m={m}: expected at least 1 prompt token")
         self.off = False
-        self.values = nn.Parameter(torch.empty(m, width).normal_(std=0.02))
+        self.values = nn.Parameter(torch.empty(m, width, dtype=torch.float32).normal_(std=0.02))
 
     def now(self) -> Tensor | None:
         """See `Passing.now`."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Literal, final
@@ -26,6 +27,10 @@ _PROJECTIONS = {
     "fc2": re.compile(r"(.*\.)?(fc2|down_proj|mlp\.c_proj)|output\.dense"),
 }
 _FUSED = re.compile(r"(.*\.)?qkv")
+
+
+# Tokenizers are switched for a call, and learners share them.
+_TOKENISING = threading.Lock()
 
 
 def named_towers(tower: Tower) -> tuple[OneTower, ...]:
@@ -81,7 +86,9 @@ class Backbone(nn.Module):
     def tokenised(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """What `tokenise` gives of `texts`, on the model's device."""
         device = next(self.parameters()).device
-        return {name: value.to(device) for name, value in self.tokenise(texts).items()}
+        with _TOKENISING:
+            tokens = self.tokenise(texts)
+        return {name: value.to(device) for name, value in tokens.items()}
 
     @final
     def encode_tokens(self, tokens: Mapping[str, Tensor]) -> Tensor:
@@ -113,7 +120,7 @@ class Backbone(nn.Module):
         """
         if self.scale is None:
             raise self._without_text()
-        return torch.tensor(self.scale, device=next(self.parameters()).device)
+        return torch.tensor(self.scale, dtype=torch.float32, device=next(self.parameters()).device)
 
     def _without_text(self) -> ValueError:
         return ValueError(
@@ -131,6 +138,30 @@ class Backbone(nn.Module):
             digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
+
+    def check_finite(self) -> None:
+        """Look at all weights once, and at what they make of a black image and a short text.
+
+        Raises:
+            ValueError: when any of it is not finite: everything that is learnt from it would be worth nothing.
+        """
+        for name, weight in self.named_parameters():
+            # two numbers, where isfinite would write as many as there are; a NaN is its own least and greatest
+            if weight.numel() and not torch.stack(torch.aminmax(weight)).isfinite().all():
+                raise self._not_finite(f"the weight {name} is")
+        side = self.preprocess.size
+        with torch.no_grad():
+            found = [self({"image": next(self.parameters()).new_zeros(1, 3, side, side, dtype=torch.uint8)})]
+            if "text" in self.towers():
+                found.append(self.encode_text(["a"]))
+        if not all(features.isfinite().all() for features in found):
+            raise self._not_finite("the model gives features that are")
+
+    def _not_finite(self, what: str) -> ValueError:
+        return ValueError(
+            f"{self.spec}: {what} not finite (NaN or infinite): its weights are damaged, or overflow; "
+            "get the model again"
+        )
 
     def blocks(self, tower: str = "vision") -> list[str]:
         """Dotted names of the transformer blocks of `tower`, bottom first.

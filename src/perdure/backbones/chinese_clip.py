@@ -1,8 +1,10 @@
 """Chinese-CLIP: images and Chinese texts in one space."""
 
 from perdure.backbones.clip import Clip, named
+from perdure.ranges import checked
 
 
+@checked
 def chinese_clip(path: str, input_norm: str = "model") -> Clip:
     """A Chinese-CLIP: the vision transformer of CLIP and a Chinese RoBERTa, trained on Chinese captions.
 

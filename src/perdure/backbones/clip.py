@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from perdure.backbones import pretrained
 from perdure.backbones.base import Backbone, Tower, named_towers
 from perdure.images import Preprocess
+from perdure.ranges import checked
 from perdure.spec import Spec
 
 # Trained on texts padded to full length, without a mask: anything shorter gives other embeddings.
@@ -19,6 +20,7 @@ _MASK = "attention_mask"
 _OWN_NAMES = {"chinese_clip": "chinese_clip", "vision-text-dual-encoder": "dual"}
 
 
+@checked
 def clip(path: str, input_norm: str = "model") -> "Clip":
     """A model with image and text tower: CLIP, SigLIP and SigLIP 2, ALIGN, and others that transformers knows.
 

@@ -7,11 +7,13 @@ from torch import Tensor
 
 from perdure.backbones import pretrained
 from perdure.backbones.clip import Clip, named, read_tokenizer
+from perdure.ranges import checked
 from perdure.spec import Spec
 
 _KIND = "vision-text-dual-encoder"
 
 
+@checked
 def dual(
     path: str | None = None, vision: str | None = None, text: str | None = None, input_norm: str = "model"
 ) -> Clip:
@@ -55,7 +57,9 @@ def _pair(images: str, texts: str, spec: str, input_norm: str) -> Clip:
         seeing = _tower("vision", images)
         preprocess = pretrained.read_preprocess(images, input_norm)
         with pretrained.fitting(spec, preprocess.size):
-            seen = _pooled(seeing, pixel_values=torch.zeros(1, 3, preprocess.size, preprocess.size))
+            seen = _pooled(
+                seeing, pixel_values=torch.zeros(1, 3, preprocess.size, preprocess.size, dtype=torch.float32)
+            )
         _check("vision", images, seeing, seen)
     with pretrained.reading(texts):
         hearing = _tower("text", texts)

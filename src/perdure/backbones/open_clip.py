@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from perdure import schema
 from perdure.backbones import pretrained
 from perdure.backbones.base import Backbone, Tower
 from perdure.backbones.unpacked import Attention, unpack
 from perdure.images import Interpolation, Preprocess
+from perdure.ranges import checked
 from perdure.spec import Spec
 
 _HUB = "hf-hub:"
@@ -22,6 +24,7 @@ CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"
 
 
+@checked
 def open_clip(name: str, checkpoint: str | None = None, input_norm: str = "model") -> "OpenClip":
     """A model of the OpenCLIP library; install it with `pip install "perdure[open_clip]"`.
 
@@ -211,11 +214,9 @@ def _library() -> Any:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    try:
-        facts = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"cannot read {str(file)!r} ({error}): get it again") from error
-    if not isinstance(facts, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= set(facts.get("model_cfg", facts)):
+    facts = schema.read(file, dict[str, Any], "get it again")
+    model = facts.get("model_cfg", facts)
+    if not isinstance(model, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= set(model):
         raise ValueError(f"{str(file)!r} describes no model of OpenCLIP: it needs embed_dim, vision_cfg and text_cfg")
     return facts
 

@@ -4,7 +4,7 @@ import logging
 import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from perdure.backbones.base import Backbone
 from perdure.images import Interpolation, Preprocess
+from perdure.process import ALONE
 
 InputNorm = Literal["model", "none"]
 """`model`: the mean and deviation that the model's image processor gives; `none`: raw pixels in [0, 1]."""
@@ -95,20 +96,17 @@ def reading(path: str) -> Iterator[None]:
     from huggingface_hub.utils import logging as hub
     from transformers.utils import logging as hf
 
-    level, hub_level, bars = hf.get_verbosity(), hub.get_verbosity(), hf.is_progress_bar_enabled()
-    hf.set_verbosity(logging.CRITICAL)
-    hub.set_verbosity(logging.CRITICAL)
-    hf.disable_progress_bar()
     try:
-        with torch.random.fork_rng(devices=[]):
+        with ALONE, ExitStack() as after, torch.random.fork_rng(devices=[]):
+            for library in (hf, hub):
+                after.callback(library.set_verbosity, library.get_verbosity())
+                library.set_verbosity(logging.CRITICAL)
+            if hf.is_progress_bar_enabled():
+                after.callback(hf.enable_progress_bar)
+                hf.disable_progress_bar()
             yield
     except (OSError, HTTPError, SafetensorError, RuntimeError, ImportError) as error:
         raise ValueError(f"cannot load {path!r}: {_reason(path, error)}") from error
-    finally:
-        hf.set_verbosity(level)
-        hub.set_verbosity(hub_level)
-        if bars:
-            hf.enable_progress_bar()
 
 
 def read_model(kind: Any, path: str, fresh: str = "", /, **options: Any) -> Any:
@@ -144,7 +142,9 @@ def draw(parameter: nn.Parameter, name: str) -> None:
         if parameter.ndim < 2:
             parameter.zero_()
         else:
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter[0].numel() ** 0.5)
+            parameter.copy_(
+                torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) / parameter[0].numel() ** 0.5
+            )
 
 
 def local_weights(checkpoint: str, otherwise: str) -> Path:
@@ -268,7 +268,7 @@ def features_of(backbone: Backbone) -> int:
     """
     side = backbone.preprocess.size
     with fitting(backbone.spec, side), torch.no_grad():
-        return backbone.encode_pixels(torch.zeros(1, 3, side, side)).shape[-1]
+        return backbone.encode_pixels(torch.zeros(1, 3, side, side, dtype=torch.float32)).shape[-1]
 
 
 @contextmanager

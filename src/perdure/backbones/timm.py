@@ -10,11 +10,13 @@ from torch import Tensor
 from perdure.backbones import pretrained
 from perdure.backbones.base import Backbone
 from perdure.images import Preprocess
+from perdure.ranges import checked
 from perdure.spec import Spec
 
 _HUB = "hf-hub:"
 
 
+@checked
 def timm(name: str, checkpoint: str | None = None, input_norm: str = "model") -> "Timm":
     """A model of the timm library by its name; adapters need one with transformer blocks.
 

@@ -3,7 +3,7 @@
 import math
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from perdure.backbones.base import Backbone, Tower
 from perdure.images import Preprocess
+from perdure.ranges import Range, Seed, checked
 from perdure.spec import Spec
 
 _HEADS = 4
@@ -18,8 +19,14 @@ _PATCH = 4  # side, in pixels
 _LENGTH = 48  # characters of a text that are read
 
 
+@checked
 def tiny(
-    dim: int = 32, depth: int = 2, size: int = 16, seed: int = 7, fused: bool = True, text: bool = False
+    dim: Annotated[int, Range(_HEADS, 512)] = 32,
+    depth: Annotated[int, Range(1, 16)] = 2,
+    size: Annotated[int, Range(_PATCH, 128)] = 16,
+    seed: Seed = 7,
+    fused: bool = True,
+    text: bool = False,
 ) -> "Tiny":
     """A ViT of random weights, for tests: milliseconds a step, no files.
 
@@ -31,9 +38,9 @@ def tiny(
         fused: one `qkv` layer as in timm, or `q_proj`, `k_proj`, `v_proj` as in Hugging Face; same features.
         text: add a text tower, as CLIP has.
     """
-    for name, value, unit in (("dim", dim, _HEADS), ("size", size, _PATCH), ("depth", depth, 1)):
-        if value < unit or value % unit:
-            raise ValueError(f"{name}={value}: expected a positive multiple of {unit}, for example {name}={4 * unit}")
+    for name, value, unit in (("dim", dim, _HEADS), ("size", size, _PATCH)):
+        if value % unit:
+            raise ValueError(f"{name}={value}: expected a multiple of {unit}, for example {name}={4 * unit}")
     model = Tiny(dim, depth, size, seed, fused, text)
     return model.eval().requires_grad_(False)
 
@@ -51,7 +58,7 @@ class Tiny(Backbone):
         with torch.device("meta"):
             self.vision = _VisionTower(dim, depth, size, fused)
             self.text = _TextTower(dim, depth, fused) if text else None
-        self.to_empty(device="cpu")
+        self.float().to_empty(device="cpu")
         _fill(self, seed)
         if self.text is not None:
             self.scale = float(self.text.scale.detach().exp())
@@ -208,4 +215,4 @@ def _draw(tensor: Tensor, name: str, seed: int) -> None:
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
     fan_in = tensor[0].numel() if name.endswith("weight") and "character" not in name else 1
     spread = 0.02 if name.endswith("bias") else 0.5 if name.endswith("position") else 1 / math.sqrt(fan_in)
-    tensor.copy_(torch.randn(tensor.shape, generator=generator) * spread)
+    tensor.copy_(torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype) * spread)

@@ -7,6 +7,7 @@ from torch import Tensor
 from perdure.backbones import pretrained
 from perdure.backbones.base import Backbone
 from perdure.images import Preprocess
+from perdure.ranges import checked
 from perdure.spec import Spec
 
 # `model_type` of a config -> class. Only what was checked: of a model with another layout, token 0 would be read as
@@ -29,6 +30,7 @@ _POOLED = {
 _WITH_POOLER = ("vit", "deit")
 
 
+@checked
 def vision(path: str, input_norm: str = "model") -> "Vision":
     """A vision transformer: ViT, DeiT, DINOv2 and 3, or the vision tower of a CLIP or SigLIP.
 

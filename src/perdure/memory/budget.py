@@ -1,7 +1,9 @@
-"""A number of bytes as people write it: 50e6, or "50MB"."""
+"""A number of bytes as people write it (50e6, or "50MB"), and whether so many are free."""
 
 import math
 import re
+
+from perdure.wording import human_bytes
 
 _UNITS = {"": 1, "b": 1} | {
     f"{letter}{kind}": base**power
@@ -25,3 +27,15 @@ def count_bytes(text: float | str, named: str = "bytes=") -> int:
 def _counted(text: str) -> float:
     found = re.fullmatch(r"((?:\d+\.?\d*|\.\d+)(?:e\d+)?) *([a-z]*)", text.strip().lower())
     return float(found[1]) * _UNITS.get(found[2], math.nan) if found else math.nan
+
+
+def room_for(count: float, what: str) -> None:
+    """Raise a `ValueError` when `what` would need more than this machine has free: before anything is allocated.
+
+    An allocation that is too large may seem to succeed, and the process be killed when the memory is used.
+    """
+    import psutil  # here: advice, which reads numbers of bytes too, needs it not
+
+    free = psutil.virtual_memory().available
+    if count > free:
+        raise ValueError(f"{what} takes {human_bytes(count)} of memory, and {human_bytes(free)} are free: give less")

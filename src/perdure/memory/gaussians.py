@@ -94,7 +94,7 @@ class Gaussians(nn.Module):
         mean = self.mean(c)
 
         def noise(width: int) -> Tensor:
-            return torch.randn(size, width, generator=generator).to(mean.device)
+            return torch.randn(size, width, generator=generator, dtype=torch.float32).to(mean.device)
 
         if self.covariance == "diagonal":
             return noise(len(mean)) * self.spreads[str(c)].sqrt()

@@ -13,7 +13,10 @@ from torch import Tensor
 from perdure.memory.symmetric import exact
 
 Kind = Literal["taken", "free"]
-_TOLERANCE = 1e-10
+Power = Literal[1, 2]
+# Share of the energy, by power, below which a direction is rounding. Moments are products in float32: in a direction
+# that a layer norm leaves without any input they had 4e-9 of it, of either sign. In R² the rounding is that of `eigh`.
+_TOLERANCE: dict[Power, float] = {1: 1e-8, 2: 1e-14}
 
 
 @dataclass(frozen=True)
@@ -51,33 +54,36 @@ class Subspace:
         part = rows @ self.basis @ self.basis.T
         return part if self.kind == "taken" else rows - part
 
-    def design(self, moments: Tensor, rank: int) -> Tensor:
+    def design(self, moments: Tensor, rank: int, power: Power = 1) -> Tensor:
         """The `rank` leading free directions of the inputs, as orthonormal rows (rank, d); eq. for B_t, section 3.2.
 
-        Of R they are the paper's, which catch the most of the inputs' energy; of R² those of the official code, an SVD
-        of F R: its left singular vectors are the eigenvectors of F R² F.
+        Of R they are the paper's, which catch the most of the inputs' energy; with `power` 2, of R², those of the
+        official code, an SVD of F R: its left singular vectors are the eigenvectors of F R² F.
         Rows beyond the free space are zero: an eigenvector of the null space would point anywhere, into the past too.
         """
+        moments = torch.linalg.matrix_power(moments, power)
         values, vectors = _eigh(self.project(moments))
         rows = vectors[:, :rank].T.clone()
-        rows[values[:rank] <= _TOLERANCE * torch.linalg.matrix_norm(moments)] = 0
+        rows[values[:rank] <= _TOLERANCE[power] * torch.linalg.matrix_norm(moments)] = 0
         return rows
 
-    def take(self, moments: Tensor, keep: float) -> "Subspace":
+    def take(self, moments: Tensor, keep: float, power: Power = 1) -> "Subspace":
         """Take the fewest further directions with which `keep` of the inputs' energy lies in the taken space.
 
         Args:
-            moments: R = E[x xᵀ] of the new task's inputs, (d, d) float64, whose trace is the energy in the papers; or
-                R², with which the official code takes far fewer directions at the same `keep`.
+            moments: R = E[x xᵀ] of the new task's inputs, (d, d) float64.
             keep: share of the energy in [0, 1].
+            power: the energy is the trace of R, as in the papers, or with 2 that of R², with which the official code
+                takes far fewer directions at the same `keep`.
         """
+        moments, tolerance = torch.linalg.matrix_power(moments, power), _TOLERANCE[power]
         values, vectors = _eigh(self.project(moments))
         total = moments.trace()
         energy = values.clamp_min(0)
         # outside[j] = energy that stays free after taking j directions
         outside = energy.sum() - torch.cat([energy.new_zeros(1), energy.cumsum(0)])
-        needed = int((outside > (1 - keep) * total + _TOLERANCE * total).sum())
-        needed = min(needed, int((values > _TOLERANCE * values.max().clamp_min(0)).sum()), self.free)
+        needed = int((outside > (1 - keep + tolerance) * total).sum())
+        needed = min(needed, int((values > tolerance * values.max().clamp_min(0)).sum()), self.free)
         if self.free == len(moments):  # the first task always takes something
             needed = max(needed, 1)
         new = vectors[:, :needed]

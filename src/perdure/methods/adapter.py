@@ -12,7 +12,8 @@ from perdure.adapters.attach import Adapters, attach, updates
 from perdure.adapters.bottleneck import Beside, Bottleneck
 from perdure.backbones.base import Tower
 from perdure.learner import Core
-from perdure.method import Method, without_effect
+from perdure.method import Method
+from perdure.ranges import Count, Factor, Rank, without_effect
 from perdure.types import Task
 
 
@@ -34,21 +35,15 @@ class BottleneckAdapter(Method, name="adapter"):
 
     def __init__(
         self,
-        rank: int = 10,
+        rank: Rank = 10,
         at: str | None = None,
         blocks: str | None = None,
         tower: Tower = "vision",
-        scale: float = 1.0,
+        scale: Factor = 1.0,
         parallel: bool = False,
-        tasks: int | None = None,
+        tasks: Count | None = None,
     ) -> None:
         super().__init__()
-        if rank < 1:
-            raise ValueError(f"rank={rank}: expected 1 or more, such as 10")
-        if scale <= 0:
-            raise ValueError(f"scale={scale}: expected a positive factor, such as 0.1")
-        if tasks is not None and tasks < 1:
-            raise ValueError(f"tasks={tasks}: expected at least 1 task that adapts the encoder, or None for all")
         if parallel:
             without_effect("with parallel=True, which stands beside each block's MLP", at=at)
         self.rank, self.at, self.blocks, self.tower, self.scale = rank, at or "fc2", blocks, tower, scale

@@ -16,6 +16,7 @@ from torch import Tensor
 from perdure import gradients
 from perdure.learner import Core
 from perdure.method import Method, check_mask, check_trained
+from perdure.ranges import BatchSize, Count
 from perdure.selection import Exemplars
 from perdure.types import Batch, Task
 
@@ -32,10 +33,8 @@ class AGEM(Method, name="agem"):
             compete among all.
     """
 
-    def __init__(self, size: int = 2000, batch_size: int = 64, mask: bool = True) -> None:
+    def __init__(self, size: Count = 2000, batch_size: BatchSize = 64, mask: bool = True) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}: expected at least 1 old example a step")
         self.memory, self.batch_size, self.mask = Exemplars(size), batch_size, mask
         self._old: Batch | None = None  # of the current step
 

@@ -10,7 +10,7 @@ shrunk unless `shrink` is (0.1 in the codes of both). The first task is aligned 
 """
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,9 @@ from torch.nn import functional as F
 from perdure.learner import Core
 from perdure.memory.gaussians import Covariance, Gaussians
 from perdure.memory.symmetric import exact, shrunk
-from perdure.method import Method, parts_of, predicts, without_effect
+from perdure.method import Method, parts_of, predicts
 from perdure.objectives.classify import Classify
+from perdure.ranges import Factor, Range, Rank, Rate, without_effect
 from perdure.types import Task
 
 # As in the official code.
@@ -53,34 +54,24 @@ class Align(Method, name="align"):
     def __init__(
         self,
         covariance: Covariance = "shared",
-        rank: int | None = None,
+        rank: Rank | None = None,
         start: Literal["lda", "heads"] | None = None,
-        epochs: int | None = None,
-        lr: float | None = None,
-        samples: int | None = None,
-        temperature: float | None = None,
-        shrink: float = 0.0,
+        epochs: Annotated[int, Range(0, 10**5)] | None = None,
+        lr: Rate | None = None,
+        samples: Annotated[int, Range(1, 10**4)] | None = None,
+        temperature: Factor | None = None,
+        shrink: Annotated[float, Range(0, 1, below=True)] = 0.0,
     ) -> None:
         super().__init__()
         if rank is not None and covariance != "lowrank":
             raise ValueError(
                 f"rank={rank} has no effect with covariance={covariance!r}: leave it out, or use 'lowrank'"
             )
-        if rank is not None and rank < 1:
-            raise ValueError(f"rank={rank}: expected 1 or more directions, such as {_RANK}")
-        if epochs is not None and (epochs < 0 or (epochs == 0 and start == "heads")):
+        if epochs == 0 and start == "heads":
             raise ValueError(f"epochs={epochs}: expected 1 or more, or 0 with start='lda' for the closed form alone")
-        if samples is not None and samples < 1:
-            raise ValueError(f"samples={samples}: expected 1 or more of each class")
-        if lr is not None and not (lr > 0 and math.isfinite(lr)):
-            raise ValueError(f"lr={lr}: expected a positive number, such as 0.01")
-        if temperature is not None and not temperature > 0:
-            raise ValueError(f"temperature={temperature}: expected a positive number, such as 0.1, or None")
         self._given = {"temperature": temperature, "lr": lr, "samples": samples}
         if epochs == 0:
             without_effect("with epochs=0", **self._given)
-        if not 0 <= shrink < 1:
-            raise ValueError(f"shrink={shrink}: expected a share in [0, 1), such as 0.1")
         self.start, self.epochs = start, epochs
         self.lr, self.samples = _LR if lr is None else lr, _SAMPLES if samples is None else samples
         self.temperature, self.shrink = temperature, shrink
@@ -135,7 +126,7 @@ class Align(Method, name="align"):
         first = learner.stream.first_task()
         age = [1 - (first[c] + 1) / (task.index + 1) for c in self.gaussians.classes]
         means = torch.stack([self.gaussians.mean(c) for c in self.gaussians.classes])
-        return means * (1 - self.shrink * torch.tensor(age, device=means.device)).unsqueeze(1)
+        return means * (1 - self.shrink * torch.tensor(age, dtype=means.dtype, device=means.device)).unsqueeze(1)
 
     @torch.no_grad()
     def _solve(self, learner: Core, means: Tensor) -> None:

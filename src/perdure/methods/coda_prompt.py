@@ -15,7 +15,7 @@ orthogonal. `start="random"` is a unit vector of random direction (the paper's c
 """
 
 from contextlib import AbstractContextManager
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,8 @@ from perdure.adapters.prefix import Prefix
 from perdure.backbones.base import OneTower, Tower, named_towers
 from perdure.learner import Core
 from perdure.memory.tensors import Tensors
-from perdure.method import at_least_zero
 from perdure.prompting import Asking, Chosen, attach_prefix, first_blocks
+from perdure.ranges import Range, Strength
 from perdure.types import Batch, Task
 
 Start = Literal["orthogonal", "random"]
@@ -78,7 +78,7 @@ class Components(Chosen):
 
     def _overlap(self, name: str) -> Tensor:
         new: Tensor = self.new[name].flatten(2)
-        among = new @ new.mT - torch.eye(new.shape[1], device=new.device)
+        among = new @ new.mT - torch.eye(new.shape[1], dtype=new.dtype, device=new.device)
         total = among.square().sum()
         count = new.shape[1]
         if name in self.past:
@@ -103,19 +103,16 @@ class CODAPrompt(Asking[Components], name="coda_prompt"):
 
     def __init__(
         self,
-        components: int | None = None,
-        length: int = 8,
+        components: Annotated[int, Range(1, 1024)] | None = None,
+        length: Annotated[int, Range(2, 256)] = 8,
         blocks: str | None = None,
-        strength: float = 0.0,
+        strength: Strength = 0.0,
         start: Start = "orthogonal",
         tower: Tower = "vision",
     ) -> None:
         super().__init__(tower)
-        if components is not None and components < 1:
-            raise ValueError(f"components={components}: expected 1 or more a task, such as 10, or None")
-        if length < 2 or length % 2:
+        if length % 2:
             raise ValueError(f"length={length}: expected an even number, half keys and half values, such as 8")
-        at_least_zero(strength=strength)
         self.components, self.length, self.blocks = components, length, blocks
         self.strength, self.start = strength, start
 

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from perdure.learner import Core
-from perdure.method import Method, without_effect
+from perdure.method import Method
 from perdure.objectives.classify import Classify
+from perdure.ranges import Factor, without_effect
 from perdure.types import Task
 
 _SCALE, _TEMPLATE = 10.0, "a photo of a {}."
@@ -34,12 +35,10 @@ class Cosine(Method, name="cosine"):
     def __init__(
         self,
         init: Literal["random", "zeroshot"] = "random",
-        scale: float | None = None,
+        scale: Factor | None = None,
         template: str | None = None,
     ) -> None:
         super().__init__()
-        if scale is not None and not scale > 0:
-            raise ValueError(f"scale={scale}: expected a positive number, such as {_SCALE:g}, or None")
         if init == "random":
             without_effect("with init='random'", template=template)
         self.template = _TEMPLATE if template is None else template

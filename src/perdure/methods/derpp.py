@@ -16,7 +16,8 @@ from perdure.learner import Core
 from perdure.memory.examples import Referred
 from perdure.memory.orders import Position
 from perdure.memory.tensors import Tensors
-from perdure.method import Method, at_least_zero, check_mask, check_trained, without_effect
+from perdure.method import Method, check_mask, check_trained
+from perdure.ranges import Bytes, Count, Ratio, Strength, without_effect
 from perdure.selection import Exemplars, Selection
 from perdure.types import Batch, Task
 
@@ -42,19 +43,16 @@ class DERPP(Method, name="derpp"):
 
     def __init__(
         self,
-        size: int | None = None,
-        alpha: float = 0.3,
-        beta: float = 0.5,
+        size: Count | None = None,
+        alpha: Strength = 0.3,
+        beta: Strength = 0.5,
         selection: Selection = "reservoir",
         position: Position | None = None,
-        bytes: float | str | None = None,
-        ratio: float = 1.0,
+        bytes: Bytes | str | None = None,
+        ratio: Ratio = 1.0,
         mask: bool = False,
     ) -> None:
         super().__init__()
-        at_least_zero(alpha=alpha, beta=beta)
-        if ratio <= 0:
-            raise ValueError(f"ratio={ratio}: expected a positive number of old images per new one")
         if not (alpha or beta):
             chosen = None if selection == "reservoir" else selection
             drawn = None if ratio == 1 else ratio
@@ -117,7 +115,7 @@ class DERPP(Method, name="derpp"):
             return
         refs = self.memory.refs.cpu()
         fresh = refs[:, 0] == task.index
-        logits = torch.zeros(len(refs), len(learner.objective.classes), device=learner.device)
+        logits = torch.zeros(len(refs), len(learner.objective.classes), dtype=torch.float32, device=learner.device)
         if fresh.any():
             features, _ = learner.features(Referred(learner.tasks, refs[fresh]))
             with torch.no_grad():

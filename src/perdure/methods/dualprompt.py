@@ -15,6 +15,7 @@ its own task's where its class is known.
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +25,8 @@ from perdure.adapters.prefix import Prefix, starting_prefix
 from perdure.backbones.base import OneTower, Tower, named_towers
 from perdure.learner import Core
 from perdure.memory.tensors import Tensors
-from perdure.method import without_effect
 from perdure.prompting import Asking, Chosen, attach_prefix, first_blocks, nearest
+from perdure.ranges import Factor, Length, Range, without_effect
 from perdure.types import Batch, Task
 
 _GENERAL, _EXPERT, _LENGTH = 2, 3, 5
@@ -46,7 +47,7 @@ class Prompts(Chosen):
         self.general, self.expert, self.batchwise = Prefix(), Prefix(), batchwise
         self.shared = None if shared is None else nn.Parameter(shared)
         self.prompt = nn.Parameter(prompt)  # of the current task
-        self.key = nn.Parameter(torch.empty(dim).normal_(std=0.02))  # of the current task
+        self.key = nn.Parameter(torch.empty(dim, dtype=torch.float32).normal_(std=0.02))  # of the current task
         self.past = Tensors()  # "keys" (tasks, dim) and "prompts" (tasks, blocks, length, 2 · width) of former tasks
         self.register_buffer("owner", torch.empty(0, dtype=torch.int64), persistent=False)  # class -> task
         self.register_buffer("idle", torch.empty(0, dtype=torch.bool), persistent=False)  # tasks without inputs
@@ -109,24 +110,18 @@ class DualPrompt(Asking[Prompts], name="dualprompt"):
 
     def __init__(
         self,
-        length: int = 5,
+        length: Length = 5,
         blocks: str | None = None,
-        general_length: int | None = None,
+        general_length: Annotated[int, Range(0, 256)] | None = None,
         general_blocks: str | None = None,
-        strength: float = 1.0,
+        strength: Factor = 1.0,
         batchwise: bool = False,
         tower: Tower = "vision",
     ) -> None:
         super().__init__(tower)
-        if length < 1:
-            raise ValueError(f"length={length}: expected at least 1 key and value a block, such as 5")
         self.general_length = _LENGTH if general_length is None else general_length
-        if self.general_length < 0:
-            raise ValueError(f"general_length={general_length}: expected 1 or more, such as 5, or 0 for no G-prompts")
         if not self.general_length:
             without_effect("with general_length=0", general_blocks=general_blocks)
-        if not strength > 0:
-            raise ValueError(f"strength={strength}: expected a positive number, such as 1.0: keys learn from it only")
         if tower == "text":
             without_effect("with tower='text'", batchwise=batchwise or None)
         self.length, self.blocks, self.general_blocks = length, blocks, general_blocks

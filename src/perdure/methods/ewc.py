@@ -10,7 +10,7 @@ quadratic, with Σ_s F^s around the weighted mean of the θ^{s*}, and a constant
 `of="updates"` is ours.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from torch import Tensor
 
@@ -18,7 +18,8 @@ from perdure.importance import Of, Rivals, check_updates, held, importance
 from perdure.learner import Core
 from perdure.memory.springs import Springs
 from perdure.memory.tensors import Tensors
-from perdure.method import Method, at_least_zero, without_effect
+from perdure.method import Method
+from perdure.ranges import Count, Range, Strength, without_effect
 from perdure.types import Batch, Task
 
 
@@ -43,18 +44,13 @@ class EWC(Method, name="ewc"):
 
     def __init__(
         self,
-        strength: float = 100.0,
-        decay: float | None = None,
-        samples: int = 512,
+        strength: Strength = 100.0,
+        decay: Annotated[float, Range(0, 1)] | None = None,
+        samples: Count = 512,
         form: Literal["online", "offline"] = "online",
         of: Of = "parameters",
     ) -> None:
         super().__init__()
-        at_least_zero(strength=strength, decay=decay or 0.0)
-        if decay is not None and decay > 1:
-            raise ValueError(f"decay={decay}: expected a share in [0, 1] of the old importance, such as 0.9")
-        if samples < 1:
-            raise ValueError(f"samples={samples}: expected at least 1 image to take the Fisher from, such as 512")
         if form == "offline":
             without_effect("with form='offline', which keeps all importance", decay=decay)
         self.strength, self.decay, self.samples = strength, 1.0 if decay is None else decay, samples

@@ -18,9 +18,10 @@ from perdure.adapters.attach import adapted
 from perdure.backbones.base import Tower
 from perdure.learner import Core
 from perdure.memory.tensors import Tensors
-from perdure.method import Method, at_least_zero, check_texts, varies, without_effect
+from perdure.method import Method, check_texts, varies
 from perdure.objectives.retrieve import Retrieve, embedded
 from perdure.objectives.zeroshot import ZeroShot
+from perdure.ranges import Strength, without_effect
 from perdure.teacher import Teacher, trains_encoder
 from perdure.types import Batch, Task
 
@@ -46,10 +47,9 @@ class FeatureDistill(Method, name="feature_distill"):
     records: tuple[str, ...] = (_FEATURES,)
 
     def __init__(
-        self, strength: float = 1.0, tower: Tower = "vision", form: Literal["cosine", "mse"] = "cosine"
+        self, strength: Strength = 1.0, tower: Tower = "vision", form: Literal["cosine", "mse"] = "cosine"
     ) -> None:
         super().__init__()
-        at_least_zero(strength=strength)
         if not strength:
             held, apart = None if tower == "vision" else tower, None if form == "cosine" else form
             without_effect("with strength=0", tower=held, form=apart)

@@ -3,6 +3,7 @@
 from perdure.backbones.base import Tower
 from perdure.learner import Core
 from perdure.method import Method, check_mask
+from perdure.ranges import Factor
 from perdure.types import Task
 
 
@@ -19,7 +20,7 @@ class Finetune(Method, name="finetune"):
     adapts = True
     shares = True
 
-    def __init__(self, mask: bool = True, backbone_lr: float = 0.1, tower: Tower = "vision") -> None:
+    def __init__(self, mask: bool = True, backbone_lr: Factor = 0.1, tower: Tower = "vision") -> None:
         super().__init__()
         self.mask, self.backbone_lr, self.tower = mask, backbone_lr, tower
 

@@ -21,7 +21,8 @@ from torch import Tensor
 from perdure import gradients
 from perdure.learner import Core
 from perdure.memory.symmetric import exact
-from perdure.method import Method, at_least_zero, check_mask, check_trained
+from perdure.method import Method, check_mask, check_trained
+from perdure.ranges import BatchSize, Count, Strength
 from perdure.selection import Exemplars
 from perdure.types import Batch, Task
 
@@ -47,11 +48,10 @@ class GEM(Method, name="gem"):
             where all seen classes may be answered, and True where the task is told.
     """
 
-    def __init__(self, size: int = 2000, batch_size: int = 32, margin: float = 0.5, mask: bool | None = None) -> None:
+    def __init__(
+        self, size: Count = 2000, batch_size: BatchSize = 32, margin: Strength = 0.5, mask: bool | None = None
+    ) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}: expected at least 1 old example of each task a step")
-        at_least_zero(margin=margin)
         self.memory, self.batch_size, self.margin = Exemplars(size, selection="class_balanced"), batch_size, margin
         self.mask = mask
         self._old: list[Batch] = []  # of the current step, one batch a past task

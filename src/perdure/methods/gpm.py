@@ -23,6 +23,7 @@ from perdure.memory.spaces import Spaces
 from perdure.memory.subspace import keep_schedule
 from perdure.memory.tensors import Tensors
 from perdure.method import Method
+from perdure.ranges import Count, Factor, Share
 from perdure.types import Batch, Site, Task
 
 
@@ -50,19 +51,13 @@ class GPM(Method, name="gpm"):
         at: str = "qkvo,mlp",
         blocks: str | None = None,
         tower: Tower = "vision",
-        backbone_lr: float = 0.1,
-        keep: float = 0.97,
+        backbone_lr: Factor = 0.1,
+        keep: Share = 0.97,
         power: Literal[1, 2] = 1,
         schedule: Literal["linear", "fixed"] = "linear",
-        moments: int = 512,
+        moments: Count = 512,
     ) -> None:
         super().__init__()
-        if not 0 < keep <= 1:
-            raise ValueError(f"keep={keep}: expected a share of energy in (0, 1], such as 0.97")
-        if moments < 1:
-            raise ValueError(f"moments={moments}: expected at least 1 image")
-        if not backbone_lr > 0:
-            raise ValueError(f"backbone_lr={backbone_lr}: expected a positive factor, such as 0.1")
         self.at, self.blocks, self.tower, self.backbone_lr = at, blocks, tower, backbone_lr
         self.keep, self.power, self.schedule, self.moments = keep, power, schedule, moments
         self.spaces = Spaces()  # of each input
@@ -116,7 +111,7 @@ class GPM(Method, name="gpm"):
         reading = second_moments(learner.perceive, layers, views, lambda: learner.backbone.text_mask)
         for key, moments in reading.items():
             space = self.spaces.of(key, self._inputs[key].fan_in, moments.device)
-            self.spaces.keep(key, space.take(torch.linalg.matrix_power(moments, self.power), keep))
+            self.spaces.keep(key, space.take(moments, keep, self.power))
 
     def measures(self, learner: Core) -> dict[str, float]:
         """Per input: free directions, and the share taken."""

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from perdure.learner import Core
 from perdure.memory.examples import Referred, refer
 from perdure.memory.tensors import Tensors
-from perdure.method import Method, at_least_zero, without_effect
+from perdure.method import Method
+from perdure.ranges import Bytes, Count, Factor, Strength, without_effect
 from perdure.selection import Exemplars
 from perdure.teacher import Teacher, distillation
 from perdure.types import Batch, Data, Task
@@ -41,17 +42,14 @@ class ICaRL(Method, name="icarl"):
 
     def __init__(
         self,
-        size: int | None = None,
-        strength: float = 1.0,
-        temperature: float | None = None,
-        bytes: float | str | None = None,
+        size: Count | None = None,
+        strength: Strength = 1.0,
+        temperature: Factor | None = None,
+        bytes: Bytes | str | None = None,
     ) -> None:
         super().__init__()
-        at_least_zero(strength=strength)
         if strength == 0:
             without_effect("with strength=0", temperature=temperature)
-        if temperature is not None and not temperature > 0:
-            raise ValueError(f"temperature={temperature}: expected a positive number, such as {_TEMPERATURE:g}")
         self.strength, self.temperature = strength, _TEMPERATURE if temperature is None else temperature
         self.memory = Exemplars(size, bytes, "herding")
         self.teacher = Teacher()

@@ -26,12 +26,13 @@ from perdure.adapters.lowrank import LowRank
 from perdure.backbones.base import Tower
 from perdure.drs import DRS
 from perdure.learner import Core
-from perdure.memory.inputs import second_moments
+from perdure.memory.inputs import Collected, second_moments
 from perdure.memory.spaces import Spaces
 from perdure.memory.subspace import Subspace, keep_schedule
 from perdure.memory.symmetric import exact
-from perdure.method import Method, without_effect
-from perdure.types import Site, Task
+from perdure.method import Method
+from perdure.ranges import Count, Rank, Share, Strength, without_effect
+from perdure.types import Batch, Site, Task
 
 # Kaiming-uniform rows, which the official code starts from, have norm 1/√3; B_t's rows keep it.
 _ROW_NORM = 1 / math.sqrt(3)
@@ -53,6 +54,8 @@ class InfLoRA(Method, name="inflora"):
         design: `inputs` as in the paper, `random` for its ablation.
         project: False drops the projection on the free space, for the ablation.
         moments: number of training images that second moments are taken from.
+        end_moments: `pass` takes those at a task's end in a forward pass, `training` from the images of the last epoch
+            as they are trained on, with weights that still move: it spares the pass.
         ranks: candidates among which each task's rank is chosen after a short warm-up, see `perdure.drs`; None takes
             `rank`. B_t's rows come in order of the inputs' energy, so a smaller rank keeps the leading ones.
         rank_cost: price of the largest of `ranks`; None is 0.5.
@@ -63,24 +66,23 @@ class InfLoRA(Method, name="inflora"):
 
     def __init__(
         self,
-        rank: int | None = None,
+        rank: Rank | None = None,
         at: str = "kv",
         blocks: str | None = None,
         tower: Tower = "vision",
-        keep: float = 0.95,
+        keep: Share = 0.95,
         power: Literal[1, 2] = 2,
         schedule: Literal["linear", "fixed"] = "linear",
         design: Literal["inputs", "random"] = "inputs",
         project: bool = True,
-        moments: int = 512,
-        ranks: Sequence[int] | None = None,
-        rank_cost: float | None = None,
+        moments: Count = 512,
+        end_moments: Literal["pass", "training"] = "pass",
+        ranks: Sequence[Rank] | None = None,
+        rank_cost: Strength | None = None,
     ) -> None:
         super().__init__()
-        if not 0 < keep <= 1:
-            raise ValueError(f"keep={keep}: expected a share of energy in (0, 1], such as 0.95")
-        if moments < 1:
-            raise ValueError(f"moments={moments}: expected at least 1 image")
+        if end_moments == "training" and tower != "vision":
+            raise ValueError(f"end_moments='training' counts images, and tower={tower!r} reads texts: leave it out")
         if ranks is None:
             without_effect("without ranks", rank_cost=rank_cost)
             self.drs = DRS((_RANK if rank is None else rank,), "fixed")
@@ -93,9 +95,10 @@ class InfLoRA(Method, name="inflora"):
             self.drs = DRS(ranks, "affine", rank_cost)
         self.at, self.blocks, self.tower = at, blocks, tower
         self.keep, self.power, self.schedule = keep, power, schedule
-        self.design, self.project, self.moments = design, project, moments
+        self.design, self.project, self.moments, self.end_moments = design, project, moments, end_moments
         self.adapters = nn.ModuleDict()
         self.spaces = Spaces()  # of each input
+        self.collected = Collected()  # in the last epoch
         self._inputs: dict[str, Site] = {}  # adapter key -> one of the sites that read this input
         self._reach: dict[str, float] = {}  # adapter key -> `old_space_share` of the task just learnt
 
@@ -111,25 +114,40 @@ class InfLoRA(Method, name="inflora"):
 
     def begin_task(self, learner: Core, task: Task) -> None:
         """Design B_t (equations 8 and 9), and choose its number of rows."""
-        generator = learner.generator("design")
+        generator, power = learner.generator("design"), self.power
         for key, moments in self._moments(learner, task, "design").items():
             space = self._space(key, moments.device) if self.project else Subspace.empty(len(moments), moments.device)
             if self.design == "random":
                 noise = torch.randn(len(moments), self.drs.largest, dtype=torch.float64, generator=generator)
                 noise = noise.to(moments.device)
-                moments = noise @ noise.T
+                moments, power = noise @ noise.T, 1
             down = self._adapter(key).down
             assert down is not None
             with torch.no_grad():
-                down.copy_(_ROW_NORM * space.design(moments, self.drs.largest))
+                down.copy_(_ROW_NORM * space.design(moments, self.drs.largest, power))
         self.drs.choose(learner, task, [self._adapter(key) for key in self.adapters])
+
+    def batch(self, learner: Core, batch: Batch) -> Batch:
+        """Unchanged; with `end_moments="training"` its inputs are counted in the last epoch."""
+        if self.end_moments == "training" and learner.last_epoch and self.collected.images < self.moments:
+            self.collected.listen(self._layers(learner))
+        return batch
+
+    def penalty(self, learner: Core, batch: Batch, features: Tensor) -> Tensor | float:
+        """None; what the layers have read of the task's own images is counted."""
+        if self.collected.listening:
+            labels = learner.method.data(learner, learner.task).labels.to(batch["label"].device)
+            own = torch.isin(batch["label"], labels).nonzero().flatten()
+            self.collected.add(own[: self.moments - self.collected.images])
+        return 0.0
 
     def end_task(self, learner: Core, task: Task) -> None:
         """Take the space of this task's inputs (equation 10 and DualGPM), and settle the branch."""
         keep = self.keep if self.schedule == "fixed" else keep_schedule(self.keep, task.index, task.total)
         self._reach = {key: self._old_space_share(key) for key in self.adapters} if task.index else {}
-        for key, moments in self._moments(learner, task, "take").items():
-            space = self._space(key, moments.device).take(moments, keep)
+        found = self.collected.finish() or self._moments(learner, task, "take")
+        for key, moments in found.items():
+            space = self._space(key, moments.device).take(moments, keep, self.power)
             self.spaces.keep(key, space)
             self._adapter(key).settle()
 
@@ -164,11 +182,12 @@ class InfLoRA(Method, name="inflora"):
         return self.spaces.of(key, self._adapter(key).fan_in, device)
 
     def _moments(self, learner: Core, task: Task, purpose: str) -> dict[str, Tensor]:
-        """R^power of each input."""
-        layers = {key: learner.backbone.get_submodule(site.layer) for key, site in self._inputs.items()}
+        """E[x xᵀ] of each input."""
         views = learner.views(learner.method.data(learner, task), self.moments, purpose)
-        found = second_moments(learner.perceive, layers, views, lambda: learner.backbone.text_mask)
-        return {key: torch.linalg.matrix_power(moments, self.power) for key, moments in found.items()}
+        return second_moments(learner.perceive, self._layers(learner), views, lambda: learner.backbone.text_mask)
+
+    def _layers(self, learner: Core) -> dict[str, nn.Module]:
+        return {key: learner.backbone.get_submodule(site.layer) for key, site in self._inputs.items()}
 
 
 def _key(name: str) -> str:

@@ -1,14 +1,10 @@
 """Joint training on all data so far, which continual methods are measured against."""
 
-from collections.abc import Sequence
-
-import torch
-from torch import Tensor
-
 from perdure.backbones.base import Tower
 from perdure.learner import Core
-from perdure.method import Method, without_effect
-from perdure.types import Batch, Data, Task
+from perdure.method import Method
+from perdure.ranges import Factor, without_effect
+from perdure.types import Data, Task, Union
 
 _RATE = 0.1
 
@@ -25,7 +21,7 @@ class Joint(Method, name="joint"):
 
     rehearses = True
 
-    def __init__(self, backbone_lr: float = _RATE, tower: Tower = "vision") -> None:
+    def __init__(self, backbone_lr: Factor = _RATE, tower: Tower = "vision") -> None:
         super().__init__()
         self.backbone_lr, self.tower = backbone_lr, tower
 
@@ -51,27 +47,3 @@ class Joint(Method, name="joint"):
     def measures(self, learner: Core) -> dict[str, float]:
         """Bytes of all training images so far, at the size the model sees: they have to be kept."""
         return {"referenced_bytes": float(sum(len(t.train) for t in learner.tasks) * learner.image_bytes)}
-
-
-class Union:
-    """Several data sets as one."""
-
-    def __init__(self, sets: Sequence[Data]) -> None:
-        self.sets = sets
-        self.labels: Tensor = torch.cat([s.labels for s in sets])
-        self._starts = torch.tensor([0] + [len(s) for s in sets]).cumsum(0)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitems__(self, positions: Sequence[int]) -> Batch:
-        """Examples at `positions`, in their order."""
-        wanted = torch.as_tensor(positions)
-        owner = torch.bucketize(wanted, self._starts[1:], right=True)
-        parts: list[Batch] = []
-        places = []
-        for index in torch.unique(owner).tolist():
-            places.append((owner == index).nonzero().flatten())
-            parts.append(self.sets[index].__getitems__((wanted[places[-1]] - self._starts[index]).tolist()))
-        back = torch.cat(places).argsort()
-        return {key: torch.cat([part[key] for part in parts])[back] for key in parts[0]}

@@ -13,7 +13,7 @@ which each text chooses by what the pre-trained tower makes of it, is ours.
 """
 
 from contextlib import AbstractContextManager
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,8 @@ from torch.nn import functional as F
 from perdure.adapters.tokens import Given
 from perdure.backbones.base import OneTower, Tower, named_towers
 from perdure.learner import Core
-from perdure.method import at_least_zero, without_effect
 from perdure.prompting import Asking, Chosen, check_tokens, nearest, output_of
+from perdure.ranges import Length, Range, Strength, without_effect
 from perdure.types import Batch, Task
 
 
@@ -81,18 +81,15 @@ class L2P(Asking[Pool], name="l2p"):
 
     def __init__(
         self,
-        pool: int = 10,
-        length: int = 5,
-        top: int = 5,
-        strength: float = 0.1,
+        pool: Annotated[int, Range(1, 1024)] = 10,
+        length: Length = 5,
+        top: Annotated[int, Range(1, 1024)] = 5,
+        strength: Strength = 0.1,
         batchwise: bool = False,
         reads: Literal["prompts", "class"] | None = None,
         tower: Tower = "vision",
     ) -> None:
         super().__init__(tower)
-        for name, value in (("pool", pool), ("length", length), ("top", top)):
-            if value < 1:
-                raise ValueError(f"{name}={value}: expected 1 or more, such as 5")
         if top > pool:
             raise ValueError(f"top={top}: expected at most pool={pool}, the number of entries")
         if top == pool and strength:
@@ -103,7 +100,6 @@ class L2P(Asking[Pool], name="l2p"):
             raise ValueError(f"batchwise=True has no effect with top={top} of pool={pool} entries: leave it out")
         if tower == "text":
             without_effect("with tower='text'", batchwise=batchwise or None, reads=reads)
-        at_least_zero(strength=strength)
         self.pool, self.length, self.top = pool, length, top
         self.strength, self.batchwise = strength, batchwise
         self.from_prompts = reads != "class"
@@ -129,15 +125,15 @@ class L2P(Asking[Pool], name="l2p"):
         tokens.reads = tower == "vision" and self.from_prompts
         tokens.attach([backbone.get_submodule(name) for name in backbone.blocks(tower)], tower)
         width = backbone.sites("q", "0", tower)[0].fan_in
-        with tokens.giving(torch.zeros(1, width, device=learner.device)):
+        with tokens.giving(torch.zeros(1, width, dtype=torch.float32, device=learner.device)):
             check_tokens(learner, tower)
         if tokens.reads and not _reads_first_token(learner):
             raise ValueError(
                 f"l2p(reads='prompts') puts what the prompts became in the class token's place, which {backbone.spec} "
                 "does not read by itself: write reads='class'"
             )
-        keys = torch.empty(self.pool, backbone.dim).normal_(std=0.02)
-        prompts = torch.empty(self.pool, self.length, width).normal_(std=0.02)
+        keys = torch.empty(self.pool, backbone.dim, dtype=torch.float32).normal_(std=0.02)
+        prompts = torch.empty(self.pool, self.length, width, dtype=torch.float32).normal_(std=0.02)
         made = Pool(keys, prompts, self.top, self.batchwise and tower == "vision", tokens)
         made.keys.requires_grad_(self.strength > 0)
         return made

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from perdure.learner import Core
 from perdure.method import Method, predicts
+from perdure.ranges import Count
 from perdure.types import Batch, Task
 
 
@@ -26,10 +27,8 @@ class Layers(Method, name="layers"):
 
     reads = True
 
-    def __init__(self, last: int = 2, means: bool = True) -> None:
+    def __init__(self, last: Count = 2, means: bool = True) -> None:
         super().__init__()
-        if last < 1:
-            raise ValueError(f"last={last}: expected 1 block or more")
         self.last, self.means = last, means
 
     def grow(self, learner: Core, task: Task) -> None:

@@ -3,7 +3,8 @@
 from perdure.adapters.lowrank import Branches
 from perdure.backbones.base import Tower
 from perdure.learner import Core
-from perdure.method import Method, without_effect
+from perdure.method import Method
+from perdure.ranges import Count, Factor, Rank, without_effect
 from perdure.types import Task
 
 
@@ -25,19 +26,15 @@ class LoRA(Method, name="lora"):
 
     def __init__(
         self,
-        rank: int = 10,
+        rank: Rank = 10,
         at: str = "kv",
         blocks: str | None = None,
         tower: Tower = "vision",
-        alpha: float | None = None,
+        alpha: Factor | None = None,
         per_task: bool = False,
-        tasks: int | None = None,
+        tasks: Count | None = None,
     ) -> None:
         super().__init__()
-        if rank < 1:
-            raise ValueError(f"rank={rank}: expected 1 or more, such as 10")
-        if tasks is not None and tasks < 1:
-            raise ValueError(f"tasks={tasks}: expected at least 1 task that adapts the encoder, or None for all")
         if tasks == 1:
             without_effect("with tasks=1, which opens one branch only", per_task=per_task or None)
         self.rank, self.at, self.blocks, self.tower, self.alpha = rank, at, blocks, tower, alpha

@@ -9,15 +9,15 @@ distribution over all old classes, as most later codes have it; no warm-up of th
 texts to images is ours, after the two directions of ZSCL (Zheng et al., ICCV 2023, arXiv:2303.06628).
 """
 
-import math
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from perdure.learner import Core
-from perdure.method import Method, at_least_zero
+from perdure.method import Method
 from perdure.objectives.retrieve import Retrieve
+from perdure.ranges import Factor, Strength
 from perdure.teacher import Teacher, distillation, trains_encoder
 from perdure.types import Batch, Task
 
@@ -47,17 +47,13 @@ class LwF(Method, name="lwf"):
 
     def __init__(
         self,
-        strength: float = 1.0,
-        temperature: float = 2.0,
+        strength: Strength = 1.0,
+        temperature: Factor = 2.0,
         heads: Literal["learn", "frozen"] = "learn",
         schedule: Literal["constant", "share"] = "constant",
-        text_temperature: float | None = None,
+        text_temperature: Factor | None = None,
     ) -> None:
         super().__init__()
-        at_least_zero(strength=strength)
-        for name, value in (("temperature", temperature), ("text_temperature", text_temperature)):
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"{name}={value}: expected a positive number, such as 2.0")
         self.strength, self.temperature = strength, temperature
         self.heads, self.schedule, self.text_temperature = heads, schedule, text_temperature
         self.teacher = Teacher()

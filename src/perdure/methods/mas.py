@@ -13,7 +13,8 @@ from torch import Tensor
 from perdure.importance import Of, Rivals, check_updates, held, importance
 from perdure.learner import Core
 from perdure.memory.springs import Springs
-from perdure.method import Method, at_least_zero
+from perdure.method import Method
+from perdure.ranges import Count, Strength
 from perdure.types import Batch, Task
 
 
@@ -29,11 +30,8 @@ class MAS(Method, name="mas"):
 
     guards = "shares"
 
-    def __init__(self, strength: float = 100.0, samples: int = 512, of: Of = "parameters") -> None:
+    def __init__(self, strength: Strength = 100.0, samples: Count = 512, of: Of = "parameters") -> None:
         super().__init__()
-        at_least_zero(strength=strength)
-        if samples < 1:
-            raise ValueError(f"samples={samples}: expected at least 1 image to take the importance from, such as 512")
         self.strength, self.samples, self.of = strength, samples, of
         self.springs = Springs()
 

@@ -9,15 +9,14 @@ Differs: where an image stands in a batch more than once, or shows several capti
 logit scale is frozen.
 """
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from perdure.learner import Core
-from perdure.method import Method, at_least_zero
+from perdure.method import Method
 from perdure.objectives.retrieve import Retrieve
+from perdure.ranges import Factor, Strength
 from perdure.teacher import Teacher, trains_encoder
 from perdure.types import Batch, Task
 
@@ -38,11 +37,8 @@ class ModX(Method, name="mod_x"):
     guards = "adapts"
     records = (_TEACHER,)
 
-    def __init__(self, strength: float = 20.0, temperature: float = 1.0) -> None:
+    def __init__(self, strength: Strength = 20.0, temperature: Factor = 1.0) -> None:
         super().__init__()
-        at_least_zero(strength=strength)
-        if not (temperature > 0 and math.isfinite(temperature)):
-            raise ValueError(f"temperature={temperature}: expected a positive number, such as 1.0")
         self.strength, self.temperature = strength, temperature
         self.teacher = Teacher()
 

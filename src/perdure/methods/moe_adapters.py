@@ -16,6 +16,7 @@ Routers read the mean of an input's tokens; their noise has a fixed deviation. N
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +25,11 @@ from perdure.adapters.attach import Adapters, attach, overhear
 from perdure.adapters.experts import Experts, Routes, routing
 from perdure.backbones.base import OneTower, Tower, named_towers
 from perdure.learner import Core
+from perdure.memory.budget import room_for
 from perdure.memory.familiarity import Familiarity, Roster
-from perdure.method import at_least_zero, parts_of
+from perdure.method import parts_of
 from perdure.prompting import QUERY, PerTower, query, text_query
+from perdure.ranges import Factor, Range, Rank, Share, Strength
 from perdure.texts import present, unpack
 from perdure.types import Batch, Data, Task
 
@@ -88,35 +91,21 @@ class MoEAdapters(PerTower[Mixture], name="moe_adapters"):
 
     def __init__(
         self,
-        experts: int | None = None,
-        top: int = 2,
-        rank: int = 16,
-        scale: float = 0.1,
-        freeze: int = 2,
-        noise: float = 0.7,
-        known: float = 0.99,
-        directions: int = 16,
-        expand: float | None = None,
+        experts: Annotated[int, Range(2, 1024)] | None = None,
+        top: Annotated[int, Range(2, 1024)] = 2,  # the only one of an image has weight 1, and routers no use
+        rank: Rank = 16,
+        scale: Factor = 0.1,
+        freeze: Annotated[int, Range(0, 1024)] = 2,
+        noise: Strength = 0.7,
+        known: Share = 0.99,
+        directions: Rank = 16,
+        expand: Share | None = None,
         blocks: str | None = None,
         tower: Tower = "vision",
     ) -> None:
         super().__init__(tower)
-        if top < 2:
-            raise ValueError(
-                f"top={top}: expected 2 or more; the only one of an image has weight 1, and routers no use"
-            )
         if experts is not None and experts < top:
             raise ValueError(f"experts={experts}: expected at least top={top}, which an image takes")
-        for name, value in (("rank", rank), ("directions", directions)):
-            if value < 1:
-                raise ValueError(f"{name}={value}: expected 1 or more, such as 16")
-        if scale <= 0:
-            raise ValueError(f"scale={scale}: expected a positive factor, such as 0.1")
-        at_least_zero(freeze=freeze, noise=noise)
-        if not 0 < known <= 1:
-            raise ValueError(f"known={known}: expected a share above 0 and at most 1, such as 0.99")
-        if expand is not None and not 0 < expand <= 1:
-            raise ValueError(f"expand={expand}: expected a share above 0 and at most 1, such as 0.5, or None")
         if expand is not None and not freeze:
             raise ValueError(f"expand={expand} has no effect with freeze=0, which brings no new experts: leave it out")
         self.experts, self.top, self.rank, self.scale = experts, top, rank, scale
@@ -134,9 +123,12 @@ class MoEAdapters(PerTower[Mixture], name="moe_adapters"):
             if tower in self.towers:
                 self.of(tower).open(0, learner.device)
                 continue
+            firsts, lasts = (backbone.sites(at, self.blocks, tower) for at in ("fc1", "fc2"))
+            number = self._first(task)
+            widths = sum(first.fan_in + last.fan_out for first, last in zip(firsts, lasts, strict=True))
+            room_for(4 * number * self.rank * widths, f"moe_adapters with {number} experts of rank={self.rank}")
             names = tower == "text" and learner.objective.classifies
             self.towers[tower] = own = Mixture(Roster() if names else Familiarity(self.directions, self.known))
-            firsts, lasts = (backbone.sites(at, self.blocks, tower) for at in ("fc1", "fc2"))
             for pair in zip(firsts, lasts, strict=True):
                 norm = backbone.norm_before(pair[0])
                 adapter = Experts(pair, self.rank, self.top, self.scale, norm is not None)
@@ -144,7 +136,7 @@ class MoEAdapters(PerTower[Mixture], name="moe_adapters"):
                 attach(backbone, pair, adapter)
                 if norm is not None:
                     overhear(backbone, pair[0], norm, adapter.overhear)
-            own.open(self._first(task), learner.device)
+            own.open(number, learner.device)
 
     def begin_task(self, learner: Core, task: Task) -> None:
         """Bring new experts where the images, or texts, are new."""
@@ -239,7 +231,8 @@ class MoEAdapters(PerTower[Mixture], name="moe_adapters"):
             place = table.to(learner.device)[labels]
         most = max(adapter.count for adapter in adapters)
         purpose = "moe_adapters" if tower == "vision" else "moe_adapters text"
-        draw = torch.randn(len(adapters), count, most, generator=learner.generator(purpose, learner.step))
+        generator = learner.generator(purpose, learner.step)
+        draw = torch.randn(len(adapters), count, most, dtype=torch.float32, generator=generator)
         # routers of former tasks have nothing to try out any more
         noise = (self.noise * draw).to(learner.device) * (place == 0).unsqueeze(1)
         return [Routes(routers, place, its[:, : a.count], counted) for its, a in zip(noise, adapters, strict=True)]

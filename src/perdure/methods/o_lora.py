@@ -14,7 +14,8 @@ from perdure.adapters.lowrank import Branches
 from perdure.backbones.base import Tower
 from perdure.learner import Core
 from perdure.memory.tensors import Tensors
-from perdure.method import Method, at_least_zero
+from perdure.method import Method
+from perdure.ranges import Rank, Strength
 from perdure.types import Batch, Task
 
 
@@ -35,14 +36,13 @@ class OLoRA(Method, name="o_lora"):
 
     def __init__(
         self,
-        rank: int = 10,
+        rank: Rank = 10,
         at: str = "kv",
         blocks: str | None = None,
         tower: Tower = "vision",
-        strength: float = 0.5,
+        strength: Strength = 0.5,
     ) -> None:
         super().__init__()
-        at_least_zero(strength=strength)
         self.rank, self.at, self.blocks, self.tower, self.strength = rank, at, blocks, tower, strength
         self.adapters = Branches()
         self.rows = Tensors()  # number of the adapter -> A of all former tasks (t · rank, fan_in)

@@ -12,6 +12,7 @@ from perdure.backbones.base import Tower, named_towers
 from perdure.learner import Core
 from perdure.method import Method
 from perdure.prompting import attach_prefix
+from perdure.ranges import Length
 from perdure.types import Task
 
 
@@ -26,10 +27,8 @@ class PrefixTuning(Method, name="prefix"):
 
     adapts, shares = True, True
 
-    def __init__(self, length: int = 10, blocks: str | None = None, tower: Tower = "vision") -> None:
+    def __init__(self, length: Length = 10, blocks: str | None = None, tower: Tower = "vision") -> None:
         super().__init__()
-        if length < 1:
-            raise ValueError(f"length={length}: expected at least 1 key and value a block, such as 10")
         self.length, self.blocks, self.tower = length, blocks, tower
         self.prefixes = torch.nn.ModuleList()  # a Prefix for each tower
 

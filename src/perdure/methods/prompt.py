@@ -12,8 +12,9 @@ import torch
 from perdure.adapters.tokens import Tokens
 from perdure.backbones.base import Tower, named_towers
 from perdure.learner import Core
-from perdure.method import Method, without_effect
+from perdure.method import Method
 from perdure.prompting import check_tokens
+from perdure.ranges import Length, without_effect
 from perdure.types import Task
 
 
@@ -30,11 +31,9 @@ class Prompt(Method, name="prompt"):
     adapts, shares = True, True
 
     def __init__(
-        self, tokens: int = 10, deep: bool = False, blocks: str | None = None, tower: Tower = "vision"
+        self, tokens: Length = 10, deep: bool = False, blocks: str | None = None, tower: Tower = "vision"
     ) -> None:
         super().__init__()
-        if tokens < 1:
-            raise ValueError(f"tokens={tokens}: expected 1 or more, such as 10")
         if not deep:
             without_effect("with deep=False, where tokens pass through all blocks", blocks=blocks)
         self.tokens, self.deep, self.blocks, self.tower = tokens, deep, blocks, tower

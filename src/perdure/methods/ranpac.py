@@ -10,7 +10,7 @@ read from a hash of the seed: they need not be stored and are the same on every 
 
 import hashlib
 import math
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -18,9 +18,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from perdure.learner import Core
+from perdure.memory.budget import room_for
 from perdure.memory.symmetric import exact, pack, unpack
 from perdure.memory.tensors import Tensors
 from perdure.method import Method
+from perdure.ranges import Range
 from perdure.types import Batch, Task
 
 _RIDGES = tuple(10.0**k for k in range(-8, 9))  # as in the paper
@@ -42,12 +44,12 @@ class RanPAC(Method, name="ranpac"):
 
     classifies = True
 
-    def __init__(self, dim: int = 2000, ridge: float | None = None) -> None:
+    def __init__(
+        self,
+        dim: Annotated[int, Range(0, 10**5)] = 2000,
+        ridge: Annotated[float, Range(0, 1e12, above=True)] | None = None,
+    ) -> None:
         super().__init__()
-        if dim < 0:
-            raise ValueError(f"dim={dim}: expected a number of projections, such as 2000, or 0 for none")
-        if ridge is not None and not (ridge > 0 and math.isfinite(ridge)):
-            raise ValueError(f"ridge={ridge}: expected a positive number, such as 1000, or None to choose it")
         self.dim, self.ridge = dim, ridge
         self.held = Tensors()  # gram: packed G; ridge: (1,)
         self.sums = Tensors()  # class -> sum of h
@@ -57,6 +59,7 @@ class RanPAC(Method, name="ranpac"):
     def grow(self, learner: Core, task: Task) -> None:
         """Alone, freeze the heads: they would be trained in vain."""
         self._weights = None
+        room_for(3 * 8 * self.dim**2, f"ranpac(dim={self.dim})")  # G, what is added to it, and its inverse
         if learner.method is self:
             learner.objective.requires_grad_(False)
 
@@ -76,7 +79,7 @@ class RanPAC(Method, name="ranpac"):
         self.held["gram"] = pack(gram).to(features.device)
         least = max(_LEAST * float(gram.trace()), torch.finfo(torch.float32).tiny)
         ridge = self._choose(learner, features, labels, least) if self.ridge is None else max(self.ridge, least)
-        self.held["ridge"] = torch.tensor([ridge])
+        self.held["ridge"] = torch.tensor([ridge], dtype=torch.float32)
         self._weights = None
 
     def measures(self, learner: Core) -> dict[str, float]:
@@ -106,7 +109,7 @@ class RanPAC(Method, name="ranpac"):
 
     def _solve(self, classes: tuple[int, ...], width: int) -> Tensor:
         """(G + ridge·I)⁻¹ Q, (width, classes)."""
-        nothing = torch.zeros(width)
+        nothing = torch.zeros(width, dtype=torch.float32)
         if "gram" not in self.held:
             return nothing.unsqueeze(1).repeat(1, len(classes))
         gram = unpack(self.held["gram"])

@@ -11,14 +11,15 @@ are not Paul et al.'s, who keep the highest scores to prune a training set; few 
 ones.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 
 from perdure.augment import AUGMENTS
 from perdure.learner import Core
 from perdure.memory.orders import Position
-from perdure.method import Method, check_trained, without_effect
+from perdure.method import Method, check_trained
+from perdure.ranges import Bytes, Count, Range, Ratio, without_effect
 from perdure.selection import Exemplars, Selection
 from perdure.types import Batch, Task
 
@@ -46,22 +47,18 @@ class Replay(Method, name="replay"):
 
     def __init__(
         self,
-        size: int | None = None,
+        size: Count | None = None,
         selection: Selection = "reservoir",
         position: Position | None = None,
         schedule: Literal["interleaved", "periodic"] = "interleaved",
-        every: int | None = None,
+        every: Annotated[int, Range(2, 10**6)] | None = None,
         augment: Literal["flip", "crop", "zoom"] | None = None,
-        bytes: float | str | None = None,
-        ratio: float = 1.0,
+        bytes: Bytes | str | None = None,
+        ratio: Ratio = 1.0,
     ) -> None:
         super().__init__()
-        if ratio <= 0:
-            raise ValueError(f"ratio={ratio}: expected a positive number of old examples per new one")
         if schedule == "interleaved":
             without_effect("with schedule='interleaved'", every=every)
-        if every is not None and every < 2:
-            raise ValueError(f"every={every}: expected 2 or more steps; with 1 nothing new would be learnt")
         self.memory, self.ratio = Exemplars(size, bytes, selection, position), ratio
         self.every = (every or _EVERY) if schedule == "periodic" else None
         self.augment = None if augment is None else AUGMENTS[augment]

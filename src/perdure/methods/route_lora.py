@@ -20,7 +20,8 @@ from perdure.adapters.attach import Adapters
 from perdure.adapters.bases import Bases
 from perdure.backbones.base import Tower
 from perdure.learner import Core
-from perdure.method import Method, at_least_zero
+from perdure.method import Method
+from perdure.ranges import Factor, Rank, Share, Strength
 from perdure.types import Batch, Task
 
 
@@ -42,21 +43,16 @@ class RouteLoRA(Method, name="route_lora"):
 
     def __init__(
         self,
-        rank: int = 10,
+        rank: Rank = 10,
         at: str = "qv",
         blocks: str | None = None,
         tower: Tower = "vision",
-        strength: float = 1.0,
-        energy: float = 0.95,
-        bases_lr: float = 0.01,
+        strength: Strength = 1.0,
+        energy: Share = 0.95,
+        bases_lr: Factor = 0.01,
     ) -> None:
         super().__init__()
-        at_least_zero(strength=strength)
-        if not 0 < energy <= 1:
-            raise ValueError(f"energy={energy}: expected a share in (0, 1], such as 0.95")
         self.rank, self.at, self.blocks, self.tower = rank, at, blocks, tower
-        if bases_lr <= 0:
-            raise ValueError(f"bases_lr={bases_lr}: expected a positive factor, such as 0.01")
         self.strength, self.energy, self.bases_lr = strength, energy, bases_lr
         self.adapters: Adapters[Bases] = Adapters()
         self._leading: list[Tensor] = []  # U(R_old) per layer, made anew from the cores for each task
@@ -70,7 +66,8 @@ class RouteLoRA(Method, name="route_lora"):
         sites = learner.backbone.sites(self.at, self.blocks, self.tower)
         self.adapters.place(learner.backbone, sites, lambda site: Bases(site, self.rank))
         for adapter in self.adapters:
-            adapter.open(torch.zeros(self.rank, self.rank) if task.index else torch.eye(self.rank))
+            start = torch.eye(self.rank, dtype=torch.float32)
+            adapter.open(torch.zeros_like(start) if task.index else start)
         self._leading = []
 
     def penalty(self, learner: Core, batch: Batch, features: Tensor) -> Tensor | float:

@@ -11,7 +11,7 @@ The residual of knowledge distillation is taken relative to the new update, in a
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from perdure.adapters.directions import Directions
 from perdure.backbones.base import Tower
 from perdure.learner import Core
 from perdure.method import Method
+from perdure.ranges import Count, Factor, Range, Rank
 from perdure.types import Task
 
 Factors = Sequence[tuple[Tensor, Tensor]]  # (up, down) of each layer
@@ -48,14 +49,14 @@ class SDLoRA(Method, name="sd_lora"):
 
     def __init__(
         self,
-        rank: int | Sequence[int] = 10,
-        drops: Sequence[int] = (),
+        rank: Rank | Sequence[Rank] = 10,
+        drops: Sequence[Count] = (),
         at: str = "qv",
         blocks: str | None = None,
         tower: Tower = "vision",
         normalise: Literal["jointly", "paper", "code"] = "jointly",
-        magnitude: float = 1.0,
-        distil: float | None = None,
+        magnitude: Factor = 1.0,
+        distil: Annotated[float, Range(0, 1, above=True, below=True)] | None = None,
     ) -> None:
         super().__init__()
         self.ranks = (rank,) if isinstance(rank, int) else tuple(rank)
@@ -64,19 +65,15 @@ class SDLoRA(Method, name="sd_lora"):
                 f"rank={rank}, drops={drops}: expected one number of tasks between any two ranks, rising, as in "
                 "rank=(10, 8, 6), drops=(4, 8)"
             )
-        if distil is not None and not 0 < distil < 1:
-            raise ValueError(f"distil={distil}: expected a share in (0, 1), such as 9e-4, or None")
         if distil is not None and normalise != "jointly":
             raise ValueError(
                 f"distil={distil} puts an update into old magnitudes, which normalise={normalise!r} sets anew at every "
                 "task: leave normalise out"
             )
-        if not magnitude > 0:
-            raise ValueError(f"magnitude={magnitude}: expected a positive number, such as 1.0")
         self.drops, self.at, self.blocks, self.tower = tuple(drops), at, blocks, tower
         self.normalise, self.magnitude, self.distil = normalise, magnitude, distil
         self.adapters: Adapters[Directions] = Adapters()
-        self.magnitudes = nn.Parameter(torch.empty(0))
+        self.magnitudes = nn.Parameter(torch.empty(0, dtype=torch.float32))
 
     def grow(self, learner: Core, task: Task) -> None:
         """One more direction and magnitude; the published forms normalise the last direction only now."""

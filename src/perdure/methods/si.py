@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from perdure.learner import Core
 from perdure.memory.springs import Springs, mean_one
 from perdure.memory.tensors import Tensors
-from perdure.method import Method, at_least_zero, without_effect
+from perdure.method import Method
+from perdure.ranges import Factor, Strength, without_effect
 from perdure.types import Batch, Task
 
 _DAMPING = 1e-3
@@ -33,11 +34,8 @@ class SI(Method, name="si"):
 
     guards = "shares"
 
-    def __init__(self, strength: float = 100.0, damping: float = _DAMPING) -> None:
+    def __init__(self, strength: Strength = 100.0, damping: Factor = _DAMPING) -> None:
         super().__init__()
-        at_least_zero(strength=strength)
-        if not damping > 0:
-            raise ValueError(f"damping={damping}: expected a positive number, such as 1e-3")
         if not strength:
             without_effect("with strength=0", damping=None if damping == _DAMPING else damping)
         self.strength, self.damping = strength, damping

@@ -15,7 +15,8 @@ import torch
 
 from perdure.learner import Core
 from perdure.memory.tensors import Tensors
-from perdure.method import Method, without_effect
+from perdure.method import Method
+from perdure.ranges import Count, Share, without_effect
 from perdure.types import Batch, Task
 
 
@@ -35,17 +36,13 @@ class WeightAverage(Method, name="weight_average"):
     concludes = True
 
     def __init__(
-        self, form: Literal["running", "wise"] = "running", every: int | None = None, alpha: float | None = None
+        self, form: Literal["running", "wise"] = "running", every: Count | None = None, alpha: Share | None = None
     ) -> None:
         super().__init__()
         if form == "running":
             without_effect("with form='running'", alpha=alpha)
         else:
             without_effect("with form='wise', which looks at the ends only", every=every)
-        if every is not None and every < 1:
-            raise ValueError(f"every={every}: expected 1 or more steps, such as 10")
-        if alpha is not None and not 0 < alpha <= 1:
-            raise ValueError(f"alpha={alpha}: expected a share above 0 and at most 1, such as 0.5")
         self.form, self.every, self.alpha = form, every or 1, 0.5 if alpha is None else alpha
         self.kept = Tensors()  # name of a parameter of the learner -> its mean so far, or its value before the task
         self.count = Tensors()  # "taken": how many values a mean is of

@@ -24,13 +24,15 @@ from perdure.backbones.base import Backbone
 from perdure.learner import Core, derived_seed
 from perdure.memory.examples import read
 from perdure.memory.tensors import Tensors
-from perdure.method import Method, at_least_zero, without_effect
+from perdure.method import Method
 from perdure.objectives.retrieve import Retrieve, embedded
 from perdure.objectives.zeroshot import TEMPLATE, ZeroShot
+from perdure.ranges import Count, Factor, Strength, without_effect
 from perdure.spec import parse_one
 from perdure.streams import build_stream
 from perdure.teacher import distillation, trains_encoder
 from perdure.texts import pack, present
+from perdure.twin import Constant
 from perdure.types import Batch, Task
 
 _TEACHER = "zscl"  # what is recorded: the teacher's image features, and after them its embeddings of captions
@@ -61,22 +63,16 @@ class ZSCL(Method, name="zscl"):
     def __init__(
         self,
         reference: str | None = None,
-        size: int | None = None,
-        images: int | None = None,
-        texts: int | None = None,
-        strength_image: float = 1.0,
-        strength_text: float = 1.0,
-        temperature: float = 2.0,
-        anchor: float = 1.0,
+        size: Count | None = None,
+        images: Count | None = None,
+        texts: Count | None = None,
+        strength_image: Strength = 1.0,
+        strength_text: Strength = 1.0,
+        temperature: Factor = 2.0,
+        anchor: Strength = 1.0,
         text_gradient: bool = True,
     ) -> None:
         super().__init__()
-        at_least_zero(strength_image=strength_image, strength_text=strength_text, anchor=anchor)
-        if not temperature > 0:
-            raise ValueError(f"temperature={temperature}: expected a positive number, such as 2.0")
-        for name, value in (("size", size), ("images", images), ("texts", texts)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value}: expected 1 or more, such as 64")
         if not (strength_image or strength_text):
             without_effect(
                 "with strength_image=0 and strength_text=0", reference=reference, text_gradient=text_gradient and None
@@ -89,9 +85,9 @@ class ZSCL(Method, name="zscl"):
         self.strength_image, self.strength_text = strength_image, strength_text
         self.temperature, self.anchor, self.text_gradient = temperature, anchor, text_gradient
         self.anchors = Tensors()  # name of a parameter of the learner -> its value before the task
-        self._pretrained: list[Backbone] = []  # in a list: it is no part of any state
-        self._teacher: list[Core] = []
-        self._material: list[_Reference] = []
+        self._pretrained: Constant[Backbone] = Constant()  # in a list: it is no part of any state
+        self._teacher: Constant[Core] = Constant()
+        self._material: Constant[_Reference] = Constant()
         self._sentences: tuple[tuple[str, ...], Tensor, Tensor] | None = None  # class names, packed, embedded
 
     @property

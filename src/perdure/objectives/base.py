@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perdure.types import Batch, Task
+from perdure.types import Batch, Task, Union
 
 if TYPE_CHECKING:
     from perdure.learner import Core
@@ -36,6 +37,9 @@ class Objective(nn.Module):
         self.names: tuple[str, ...] = ()
         self.local: tuple[int, ...] = ()  # columns of the current task
         self.mask = True  # False: every seen class always competes
+
+    def bind(self, learner: Core) -> None:
+        """Called when it belongs to another learner than before."""
 
     def grow(self, learner: Core, task: Task) -> None:
         """Make room for the classes of `task`."""
@@ -71,6 +75,10 @@ class Objective(nn.Module):
         """Scores (B, seen classes), columns in the order of `classes`."""
         raise NotImplementedError
 
+    def local_scores(self, features: Tensor) -> Tensor:
+        """Scores (B, classes of the current task), the columns `local`: all that most steps need."""
+        return self.scores(features)[:, list(self.local)]
+
     def columns(self, labels: Tensor) -> Tensor:
         """Class ids (B,) to columns of the scores."""
         lookup = torch.full((max(self.classes) + 1,), -1, device=labels.device)
@@ -93,11 +101,11 @@ class Objective(nn.Module):
             batch: with `label`.
             local: whether only the task's classes compete; None finds out from the labels.
         """
-        scores, target = self.scores(features), self.columns(batch["label"])
+        target = self.columns(batch["label"])
         if self.competes_locally(batch) if local is None else local:
-            mine = torch.tensor(self.local, device=target.device)
-            scores, target = scores[:, mine], torch.searchsorted(mine, target)
-        return F.cross_entropy(scores, target, reduction="none")
+            target = torch.searchsorted(torch.tensor(self.local, device=target.device), target)
+            return F.cross_entropy(self.local_scores(features), target, reduction="none")
+        return F.cross_entropy(self.scores(features), target, reduction="none")
 
     def competes_locally(self, batch: Batch) -> bool:
         """Whether the batch holds the task's own classes only, and the mask is on."""
@@ -128,18 +136,19 @@ class Objective(nn.Module):
         As the scenario has it, with the task id given, and of the task id itself. Batches are as large as fit; scores
         of an example never depend on the others.
         """
-        return [self._accuracy(learner, task, size) for task in tasks]
-
-    def _accuracy(self, learner: Core, task: Task, size: int) -> dict[str, float]:
-        candidates = set(learner.stream.candidates(task, learner.learnt - 1)) & set(self.classes)
+        if not tasks:
+            return []
         with learner.inference():
-            scores = learner.answers(learner.encoded(task.test, keep=True), size).cpu()
-        first = learner.stream.first_task()
-        return accuracies(learner, task, scores, self.classes, candidates | set(task.classes), first)
+            tests = Union([learner.encoded(task.test, keep=True) for task in tasks])
+            scores = torch.split(learner.answers(tests, size).cpu(), [len(task.test) for task in tasks])
+        stream, last = learner.stream, learner.learnt - 1
+        allowed = [set(stream.candidates(task, last)) & set(self.classes) | set(task.classes) for task in tasks]
+        told = partial(accuracies, learner, classes=self.classes, first=stream.first_task())
+        return [told(*each) for each in zip(tasks, scores, allowed, strict=True)]
 
 
 def accuracies(
-    learner: Core, task: Task, scores: Tensor, classes: Sequence[int], candidates: set[int], first: dict[int, int]
+    learner: Core, task: Task, scores: Tensor, candidates: set[int], classes: Sequence[int], first: dict[int, int]
 ) -> dict[str, float]:
     """Shares of right answers on a task's test set.
 
@@ -147,16 +156,17 @@ def accuracies(
         learner: who answered.
         task: with its test set.
         scores: (n, columns), on the CPU.
-        classes: class of each column.
         candidates: classes that may be answered.
+        classes: class of each column.
         first: class -> index of the task it belongs to.
     """
-    allowed = torch.tensor([i for i, c in enumerate(classes) if c in candidates])
-    own = torch.tensor([i for i, c in enumerate(classes) if c in task.classes])
+    ids, labels = torch.tensor(classes), task.test.labels.cpu()
+    allowed, own = (torch.isin(ids, torch.tensor([*of])).nonzero().flatten() for of in (candidates, task.classes))
     answer = allowed[scores[:, allowed].argmax(1)]
     told = own[scores[:, own].argmax(1)]
-    place = {c: i for i, c in enumerate(classes)}
-    target = torch.tensor([place[c] for c in task.test.labels.tolist()])
+    place = torch.empty(int(ids.max()) + 1, dtype=torch.int64)
+    place[ids] = torch.arange(len(ids))
+    target = place[labels]
     found = {
         "accuracy": (answer == target).float().mean().item(),
         "accuracy_with_task_id": (told == target).float().mean().item(),

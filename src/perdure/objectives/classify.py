@@ -32,7 +32,7 @@ class Classify(Objective):
         before = len(self.classes)
         super().grow(learner, task)
         if len(self.classes) > before:
-            self.heads.append(nn.Linear(learner.dim, len(self.classes) - before))
+            self.heads.append(nn.Linear(learner.dim, len(self.classes) - before, dtype=torch.float32))
         owners = torch.repeat_interleave(torch.tensor([head.weight.shape[0] for head in self.linears()]))
         current = set(owners[list(self.local)].tolist())
         for index, head in enumerate(self.heads):
@@ -44,7 +44,23 @@ class Classify(Objective):
 
     def scores(self, features: Tensor) -> Tensor:
         """Logits (B, seen classes)."""
+        return self._logits(features, self.linears())
+
+    def local_scores(self, features: Tensor) -> Tensor:
+        """Logits (B, classes of the current task); a step costs no more the more heads there are."""
+        heads, columns, before, start = [], [], 0, 0
+        for head in self.linears():
+            mine = [before + c - start for c in self.local if start <= c < start + head.out_features]
+            start += head.out_features
+            if mine:
+                heads.append(head)
+                columns += mine
+                before += head.out_features
+        logits = self._logits(features, heads)
+        return logits if len(columns) == before else logits[:, columns]
+
+    def _logits(self, features: Tensor, heads: list[nn.Linear]) -> Tensor:
         if self.cosine is not None:
-            rows = torch.cat([head.weight for head in self.linears()])
+            rows = torch.cat([head.weight for head in heads])
             return self.cosine * F.normalize(features, dim=1) @ F.normalize(rows, dim=1).T
-        return torch.cat([head(features) for head in self.heads], dim=1)
+        return torch.cat([head(features) for head in heads], dim=1)

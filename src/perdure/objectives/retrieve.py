@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from perdure.objectives.base import Objective
+from perdure.ranges import Count, checked
 from perdure.ranking import recalls
 from perdure.texts import present, unpack
-from perdure.types import Batch, Data, Task
+from perdure.types import Batch, Data, Task, Union
 
 if TYPE_CHECKING:
     from perdure.learner import Core
@@ -37,12 +38,15 @@ class Retrieve(Objective):
     classifies = False
     texts = True
 
-    def __init__(self, captions: int | None = 1) -> None:
+    @checked
+    def __init__(self, captions: Count | None = 1) -> None:
         super().__init__()
-        if captions is not None and captions < 1:
-            raise ValueError(f"captions={captions}: expected 1 or more, or None for all")
         self.captions = captions
         self._learner: list[Core] = []  # in a list: the learner owns us, not we the learner
+
+    def bind(self, learner: Core) -> None:
+        """See `Objective.bind`."""
+        self._learner = [learner]
 
     def grow(self, learner: Core, task: Task) -> None:
         """Remember the topic."""
@@ -51,7 +55,7 @@ class Retrieve(Objective):
                 f"retrieve needs a text tower, which {learner.backbone.spec} lacks: use clip(path=...) or pocket()"
             )
         super().grow(learner, task)
-        self._learner = [learner]
+        self.bind(learner)
 
     def scores(self, features: Tensor) -> Tensor:
         """There are no classes to score.
@@ -111,7 +115,8 @@ class Retrieve(Objective):
             rows, places = there.nonzero(as_tuple=True)
             return rows, places
         learner = self._learner[0]
-        draw = torch.rand(there.shape, generator=learner.generator("caption", learner.step)).to(there.device)
+        draw = torch.rand(there.shape, dtype=torch.float32, generator=learner.generator("caption", learner.step))
+        draw = draw.to(there.device)
         order = (draw + 2 * ~there).argsort(1)[:, : self.captions]
         rows, column = there.gather(1, order).nonzero(as_tuple=True)
         return rows, order[rows, column]
@@ -183,7 +188,7 @@ class Retrieve(Objective):
         there are neither right nor wrong.
         """
         with learner.inference():
-            galleries = [self._gallery(learner, learner.encoded(task.test, keep=True), size) for task in tasks]
+            galleries = self._galleries(learner, [learner.encoded(task.test, keep=True) for task in tasks], size)
         union = _joined(galleries)
         task_of = torch.cat([torch.full((len(own.texts),), i) for i, own in enumerate(galleries)])
         found = []
@@ -197,9 +202,10 @@ class Retrieve(Objective):
             )
         return found
 
-    def _gallery(self, learner: Core, data: Data, size: int) -> _Gallery:
-        images, pairs, texts, owners = [], [], [], []
-        for batch in learner.batches(data, size):
+    def _galleries(self, learner: Core, tests: Sequence[Data], size: int) -> list[_Gallery]:
+        """Of each of `tests`, read in one pass."""
+        images, pairs, texts, owners, counts = [], [], [], [], []
+        for batch in learner.batches(Union(tests), size):
             if "text" not in batch:
                 raise ValueError("retrieve is measured on captions, which this stream has not: use captions(path=...)")
             there = present(batch["text"])
@@ -208,7 +214,12 @@ class Retrieve(Objective):
             texts.append(F.normalize(every[there], dim=1).cpu())
             pairs.append(batch["pair"].cpu())
             owners.append(batch["pair"][:, None].expand_as(there)[there].cpu())
-        return _Gallery(*(torch.cat(each) for each in (images, pairs, texts, owners)))
+            counts.append(there.sum(1).cpu())
+        sizes = list(map(len, tests))
+        lines = [int(count.sum()) for count in torch.split(torch.cat(counts), sizes)]
+        of_images = [torch.split(torch.cat(each), sizes) for each in (images, pairs)]
+        of_texts = [torch.split(torch.cat(each), lines) for each in (texts, owners)]
+        return [_Gallery(*each) for each in zip(*of_images, *of_texts, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from perdure.objectives.base import Objective, accuracies
+from perdure.ranges import checked
 from perdure.types import Batch, Task
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ class ZeroShot(Objective):
     open_vocabulary = True
     texts = True
 
+    @checked
     def __init__(self, templates: str | Sequence[str] = TEMPLATE) -> None:
         super().__init__()
         self.templates = (templates,) if isinstance(templates, str) else tuple(templates)
@@ -40,6 +42,10 @@ class ZeroShot(Objective):
         self._learner: list[Core] = []  # in a list: the learner owns us, not we the learner
         self._known: Tensor | None = None
 
+    def bind(self, learner: Core) -> None:
+        """See `Objective.bind`."""
+        self._learner = [learner]
+
     def grow(self, learner: Core, task: Task) -> None:
         """Remember the class names."""
         if "text" not in learner.backbone.towers():
@@ -48,7 +54,8 @@ class ZeroShot(Objective):
                 "--objective classify"
             )
         super().grow(learner, task)
-        self._learner, self._known = [learner], None
+        self.bind(learner)
+        self._known = None
 
     def refresh(self) -> None:
         """Forget the class embeddings when the text tower may have changed."""
@@ -63,6 +70,13 @@ class ZeroShot(Objective):
         """Scaled cosines (B, seen classes)."""
         return self.similarity(features, self._classes())
 
+    def local_scores(self, features: Tensor) -> Tensor:
+        """Scaled cosines (B, classes of the current task); a text tower that learns reads no other names."""
+        if self._learner[0].constant_texts or torch.is_inference_mode_enabled():
+            return super().local_scores(features)
+        names, classes = [self.names[i] for i in self.local], [self.classes[i] for i in self.local]
+        return self.similarity(features, self.embed(names, classes))
+
     def similarity(self, features: Tensor, classes: Tensor) -> Tensor:
         """Scaled cosines (B, n) of image features to `classes` (n, dim)."""
         scale = self._learner[0].backbone.logit_scale
@@ -74,10 +88,13 @@ class ZeroShot(Objective):
         texts = [template.format(name) for template in templates for name in task.names]
         return texts, torch.tensor(task.classes, device=learner.device).repeat(len(templates))
 
-    def _accuracy(self, learner: Core, task: Task, size: int) -> dict[str, float]:
-        if set(task.classes) <= set(self.classes):
-            return super()._accuracy(learner, task, size)
-        # Not learnt yet: named by its own task, beside what was learnt.
+    def evaluate(self, learner: Core, tasks: Sequence[Task], size: int = 256) -> list[dict[str, float]]:
+        """See `Objective.evaluate`; a task not learnt yet is named by itself, beside what was learnt."""
+        learnt = [task for task in tasks if set(task.classes) <= set(self.classes)]
+        found = iter(super().evaluate(learner, learnt, size) if learnt else ())
+        return [next(found) if task in learnt else self._unlearnt(learner, task, size) for task in tasks]
+
+    def _unlearnt(self, learner: Core, task: Task, size: int) -> dict[str, float]:
         fresh = [(c, n) for c, n in zip(task.classes, task.names, strict=True) if c not in self.classes]
         classes, names = (*self.classes, *(c for c, _ in fresh)), (*self.names, *(n for _, n in fresh))
         if learner.scenario == "task":
@@ -86,7 +103,7 @@ class ZeroShot(Objective):
             features, _ = learner.features(learner.encoded(task.test, keep=True), size)
             scores = self.similarity(features, self.embed(names)).cpu()
         first = {**dict.fromkeys(task.classes, task.index), **learner.stream.first_task()}
-        return accuracies(learner, task, scores, classes, set(classes), first)
+        return accuracies(learner, task, scores, set(classes), classes, first)
 
     def _classes(self) -> Tensor:
         if self._known is not None and (self._learner[0].constant_texts or torch.is_inference_mode_enabled()):

@@ -1,6 +1,5 @@
 """Streams of images with captions from parquet or JSONL files: retrieval by topic, or language after language."""
 
-import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from perdure.images import Preprocess
+from perdure.schema import plain
 from perdure.streams.columns import require_column
 from perdure.streams.options import StreamPlan, near, stream
 from perdure.streams.sources import Files, Parquet, Source
@@ -168,10 +168,7 @@ def _json_lines(files: Sequence[Path], image: str) -> Listing:
         for number, line in enumerate(text.split("\n"), 1):
             if not line.strip():
                 continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{file}, line {number}: not JSON ({error}); write one object a line") from error
+            row = plain(line.encode(), f"{file}, line {number}", "write one object a line")
             if not isinstance(row, dict):
                 raise ValueError(f"{file}, line {number}: expected an object, got {line!r:.40}")
             rows.append(row)

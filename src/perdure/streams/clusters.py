@@ -51,7 +51,7 @@ def clusters(backbone: Backbone, train: ImageSet, test: ImageSet, count: int) ->
 def _features(backbone: Backbone, data: ImageSet) -> _Points:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     backbone = backbone.to(device)
-    pieces = [torch.zeros(0, backbone.dim)]
+    pieces = [torch.zeros(0, backbone.dim, dtype=torch.float32)]
     for first in range(0, len(data), _BATCH):
         batch = data.__getitems__(range(first, min(first + _BATCH, len(data))))
         key = (backbone.spec, sha256(batch["image"].numpy().data).hexdigest())

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from perdure.schema import plain
 from perdure.streams.arrange import Found, Part
 from perdure.streams.options import near
 from perdure.streams.sources import Source
@@ -72,7 +73,7 @@ def class_label(schema: pa.Schema, column: str) -> list[str] | None:
     try:
         facts = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][column]
         return list(facts["names"]) if facts["_type"] == "ClassLabel" else None
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         return None
 
 
@@ -81,10 +82,7 @@ def classes_file(folder: Path, column: str) -> list[str] | None:
     file = folder / "classes.json"
     if not file.is_file():
         return None
-    try:
-        facts = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON ({error}); repair or remove it") from error
+    facts = plain(file.read_bytes(), str(file), "repair or remove it")
     if isinstance(facts, dict):
         keys = [k for k in facts if k == column] or [k for k in facts if column.startswith(k)]
         facts = facts[keys[0]] if keys else None

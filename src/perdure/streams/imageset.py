@@ -181,7 +181,7 @@ class ImageSet:
         missing = torch.unique(chosen[~self._done[chosen]])
         if len(missing) and get_worker_info() is not None:
             return self._decode(chosen)
-        for part in missing.split(_CHUNK):
+        for part in missing.split(_CHUNK) if len(missing) else ():  # what was given decoded is never written to
             self._pixels[part] = self._decode(part)
             self._done[part] = True
         return self._pixels[chosen]

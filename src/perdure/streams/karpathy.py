@@ -1,12 +1,12 @@
 """Flickr30k and COCO captions in Karpathy's splits: from the hub, from tables, or from his JSON beside the images."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from perdure.images import Preprocess
+from perdure.schema import fitting, plain
 from perdure.streams.captions import Listing, gallery, read_listings
 from perdure.streams.columns import require_column
 from perdure.streams.hub import quietly
@@ -177,17 +177,36 @@ def _largest_objects(path: Path) -> dict[int, str]:
     largest: dict[int, tuple[float, int]] = {}
     kinds: dict[int, str] = {}
     for file in files:
-        facts = _json(file)
-        kinds |= {int(each["id"]): str(each[_SUPER]) for each in facts["categories"]}
+        facts = fitting(_json(file), _Instances, str(file), "expected COCO's form; get the file again")
+        kinds |= {each["id"]: each["supercategory"] for each in facts["categories"]}
+        if strange := {each["category_id"] for each in facts["annotations"]} - kinds.keys():
+            raise ValueError(f"{file}: no category has the id {min(strange)}; get the file again")
         for image, found in _objects(facts["annotations"]):
             largest[image] = max(largest.get(image, found), found)
     return {image: kinds[category] for image, (_, category) in largest.items()}
 
 
-def _objects(annotations: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, tuple[float, int]]]:
+class _Category(TypedDict):
+    id: int
+    supercategory: str
+
+
+class _Object(TypedDict):
+    image_id: int
+    category_id: int
+    area: float
+    iscrowd: NotRequired[int]
+
+
+class _Instances(TypedDict):
+    categories: list[_Category]
+    annotations: list[_Object]
+
+
+def _objects(annotations: Sequence[_Object]) -> Iterator[tuple[int, tuple[float, int]]]:
     for each in annotations:
         if not each.get("iscrowd"):
-            yield int(each["image_id"]), (float(each["area"]), int(each["category_id"]))
+            yield each["image_id"], (each["area"], each["category_id"])
 
 
 def _json(file: Path) -> dict[str, Any]:
@@ -196,10 +215,7 @@ def _json(file: Path) -> dict[str, Any]:
         entry.pop("segmentation", None)
         return entry
 
-    try:
-        facts = json.loads(file.read_text(encoding="utf-8"), object_hook=slim)
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON ({error}); repair it or give another path") from error
+    facts = plain(file.read_bytes(), str(file), "repair it or give another path", slim)
     if not isinstance(facts, dict):
         raise ValueError(f"{file}: expected a JSON object, as Karpathy's and COCO's files are")
     return facts

@@ -1,18 +1,20 @@
 """The options that all streams have in common, and how a stream's factory gets them."""
 
-import difflib
 import inspect
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, get_type_hints
+from typing import Annotated, Any
 
 from perdure.images import Preprocess
+from perdure.ranges import Count, Range, Seed, check_fields, hints_of, refuse
 from perdure.types import Scenario, Stream
+from perdure.wording import meant
 
 StreamPlan = Callable[[Preprocess, int], Stream]
 """A stream described but not yet read: `plan(preprocess, seed)` reads it."""
 
-_SCENARIOS = ("class", "task", "domain")
+Level = Annotated[int, Range(0, 100)]
+"""Of folders; 0 is the outermost."""
 
 
 @dataclass(frozen=True)
@@ -33,26 +35,19 @@ class Options:
         skip_bad: leave unreadable images out and list them; otherwise they are an error when they are met.
     """
 
-    tasks: int | None = None
-    increments: Sequence[int] | None = None
+    tasks: Count | None = None
+    increments: Sequence[Count] | None = None
     scenario: Scenario = "class"
-    domain: str | int | None = None
-    order: str | int | Sequence[str | int] | None = None
-    per_class: int | None = None
-    test_per_class: int | None = None
+    domain: str | Level | None = None
+    order: str | Seed | Sequence[str | Seed] | None = None
+    per_class: Count | None = None
+    test_per_class: Count | None = None
     skip_bad: bool = False
 
     def __post_init__(self) -> None:
-        if self.scenario not in _SCENARIOS:
-            raise ValueError(
-                f"scenario={self.scenario!r}: expected one of {', '.join(_SCENARIOS)}{near(self.scenario, _SCENARIOS)}"
-            )
-        for name in ("tasks", "per_class", "test_per_class"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value}: expected at least 1")
-        if self.increments is not None and (not self.increments or min(self.increments) < 1):
-            raise ValueError(f"increments={tuple(self.increments)}: expected each task's number of classes, all >= 1")
+        check_fields(self)
+        if self.increments is not None and not self.increments:
+            raise ValueError("increments=(): expected each task's number of classes, such as (50, 10, 10)")
         if self.tasks is not None and self.increments is not None and len(self.increments) != self.tasks:
             raise ValueError(
                 f"tasks={self.tasks}, but increments={tuple(self.increments)} has {len(self.increments)}: drop tasks"
@@ -89,13 +84,14 @@ def stream(
 
         def made(*args: Any, **written: Any) -> StreamPlan:
             arguments = signature.bind(*args, **written).arguments
+            refuse({k: v for k, v in arguments.items() if k in hints}, hints)
             options = common_to(**{k: arguments.pop(k) for k in common if k in arguments})
             if isinstance(options, Options) and options.scenario == "domain" and "domain" in without:
                 raise ValueError(f"scenario='domain': {factory.__name__} has no domains; use 'class' or 'task'")
             return factory(options, **arguments)
 
-        hints = get_type_hints(factory)
-        everything = get_type_hints(common_to)
+        hints = hints_of(factory)
+        everything = hints_of(common_to)
         hints = {p.name: hints[p.name] for p in own} | {k: everything[k] for k in common}
         shown = [inspect.Parameter(k, inspect.Parameter.KEYWORD_ONLY, default=v) for k, v in common.items()]
         parameters = [p.replace(annotation=hints[p.name]) for p in (*own, *shown)]
@@ -116,5 +112,4 @@ def check_order(order: str | int | Sequence[str | int] | None) -> None:
 
 def near(value: object, known: Collection[str]) -> str:
     """What to add to an error message: the nearest of the known names, if one is near."""
-    close = difflib.get_close_matches(str(value), list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    return meant(str(value), known)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 
 from perdure.images import Preprocess
+from perdure.ranges import Seed, checked
 from perdure.spec import Spec, build, parse_one
 from perdure.streams.arrange import ordered
 from perdure.streams.captioned import Captioned
@@ -19,10 +20,11 @@ _DECIDED = ("tasks", "increments", "scenario", "domain", "protocol", "order", "b
 """Options of a stream that say how it is divided."""
 
 
+@checked
 def sequence(
     *streams: Spec | str,
     scenario: Literal["task", "class"] = "task",
-    order: str | int | Sequence[str | int] | None = None,
+    order: str | Seed | Sequence[str | Seed] | None = None,
 ) -> StreamPlan:
     """Data sets one after another, each of them one task: `sequence(images(path="a"), cub200())`.
 

@@ -38,6 +38,10 @@ class Source(Protocol):
         """What identifies the image wherever the data set lies."""
         ...
 
+    def content(self, row: int) -> bytes:
+        """What there is to decode: equal for equal images, whatever they are called and wherever they lie."""
+        ...
+
 
 class Files:
     """Image files below a folder.
@@ -65,6 +69,10 @@ class Files:
     def key(self, row: int) -> str:
         """The path within the folder."""
         return self.paths[row].replace("\\", "/")
+
+    def content(self, row: int) -> bytes:
+        """The bytes of the file."""
+        return (self.root / self.paths[row]).read_bytes()
 
 
 class Parquet:
@@ -97,10 +105,17 @@ class Parquet:
 
     def read(self, row: int) -> Image.Image:
         """The decoded image; raises `UnreadableImage`."""
+        return _unpack(self._cell(row), self.where(row), self._place(row)[0].parent)
+
+    def content(self, row: int) -> bytes:
+        """The encoded image."""
+        return _encoded(self._cell(row), self._place(row)[0].parent)
+
+    def _cell(self, row: int) -> Any:
         with self._lock:
             if self._encoded is None:
                 self._encoded = self._open()
-        return _unpack(self._encoded[row].as_py(), self.where(row), self._place(row)[0].parent)
+        return self._encoded[row].as_py()
 
     def where(self, row: int) -> str:
         """The file and the row in it."""
@@ -154,6 +169,10 @@ class Rows:
         """The part's name and the row."""
         return f"{self.name.rpartition(' ')[2]}:{row}"
 
+    def content(self, row: int) -> bytes:
+        """The encoded image."""
+        return _encoded(self.data[row][self.column], Path())
+
 
 class Given:
     """Images handed over from Python.
@@ -197,6 +216,10 @@ class Given:
         """The row."""
         return str(row)
 
+    def content(self, row: int) -> bytes:
+        """The pixels."""
+        return self.read(row).tobytes()
+
 
 def _check(image: Any, row: int) -> None:
     if isinstance(image, Tensor):
@@ -220,6 +243,15 @@ def _unpack(cell: Any, where: str, folder: Path) -> Image.Image:
     if cell is None:
         raise UnreadableImage(f"cannot read image {where}: the cell is empty; fill it, or leave it out with skip_bad")
     return decode(folder / cell if isinstance(cell, str) else cell, where)
+
+
+def _encoded(cell: Any, folder: Path) -> bytes:
+    """The bytes of a cell's image; none of an empty cell, or of a file that is not there."""
+    if isinstance(cell, dict):
+        cell = cell.get("path") if cell.get("bytes") is None else cell["bytes"]
+    if isinstance(cell, str):
+        return (folder / cell).read_bytes() if (folder / cell).is_file() else b""
+    return bytes(cell or b"")
 
 
 def _memory_mapped(files: Sequence[Path], column: str) -> pa.ChunkedArray:

@@ -1,29 +1,40 @@
 """Streams of random pictures: no disk, no download, every seed another world; for tests and first steps."""
 
 from collections.abc import Iterator
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from perdure.images import Preprocess
+from perdure.ranges import Count, Range, checked
 from perdure.streams.captioned import Captioned
 from perdure.streams.draws import digest
 from perdure.streams.imageset import ImageSet
-from perdure.streams.options import Options, StreamPlan
+from perdure.streams.options import StreamPlan
 from perdure.texts import pack
 from perdure.types import Scenario, Stream, Task
+from perdure.wording import human_bytes
 
 _SYLLABLES = tuple(first + second for second in "aeiou" for first in "bdfgklmnprst")
 _PHRASES = ("a {0} of {1}", "{1}: one {0}", "the {0} ({1})", "{0}, {1}", "{1}, look: {0}")
 
+_MOST_PICTURES, _MOST_BYTES = 10**5, 2**27
+Tasks = Annotated[int, Range(1, 1000)]
+Side = Annotated[int, Range(1, 512)]
+"""Of pictures, in pixels."""
+Noise = Annotated[float, Range(0, 100)]
+"""Standard deviation, where that of the pictures is 1."""
 
+
+@checked
 def synthetic(
-    tasks: int = 3,
-    classes_per_task: int = 3,
-    per_class: int = 16,
-    test_per_class: int = 10,
-    size: int = 16,
-    noise: float = 0.7,
+    tasks: Tasks = 3,
+    classes_per_task: Count = 3,
+    per_class: Count = 16,
+    test_per_class: Count = 10,
+    size: Side = 16,
+    noise: Noise = 0.7,
     scenario: Scenario = "class",
 ) -> StreamPlan:
     """Images drawn around one random picture a class; with scenario="domain" each domain adds a picture of its own.
@@ -38,31 +49,22 @@ def synthetic(
         scenario: "class", "task" or "domain".
 
     Raises:
-        ValueError: when a number is below 1, the noise negative, or there is only one class.
+        ValueError: when a number is out of its range, there are too many pictures, or there is only one class.
     """
-    Options(scenario=scenario)
-    for name, value in (
-        ("tasks", tasks),
-        ("classes_per_task", classes_per_task),
-        ("per_class", per_class),
-        ("test_per_class", test_per_class),
-        ("size", size),
-    ):
-        if value < 1:
-            raise ValueError(f"{name}={value}: expected at least 1")
-    if noise < 0:
-        raise ValueError(f"noise={noise}: expected 0 or more")
+    _not_too_many(tasks * classes_per_task * (per_class + test_per_class), size)
     if classes_per_task * (1 if scenario == "domain" else tasks) < 2:
         raise ValueError(f"classes_per_task={classes_per_task}: only one class in all; a stream needs at least 2")
 
     def plan(preprocess: Preprocess, seed: int) -> Stream:
         def part(t: int, classes: tuple[int, ...], kind: str, count: int) -> ImageSet:
             labels = torch.tensor(classes).repeat_interleave(count)
-            shift = _picture(size, seed, f"domain {t}") if scenario == "domain" else torch.zeros(3, size, size)
-            centres = {c: _picture(size, seed, f"class {c}") + shift for c in classes}
-            grain = torch.randn(len(labels), 3, size, size, generator=_generator(seed, f"{kind} {t}"))
-            pictures = torch.stack([centres[c] for c in labels.tolist()]) + noise * grain
-            return ImageSet.of((128 + 40 * pictures).round().clamp(0, 255).to(torch.uint8), labels, preprocess)
+            centres = {c: _picture(size, seed, f"class {c}") for c in classes}
+            if scenario == "domain":
+                shift = _picture(size, seed, f"domain {t}")
+                centres = {c: centre + shift for c, centre in centres.items()}
+            grain = _noise((len(labels), 3, size, size), seed, f"{kind} {t}")
+            pictures = grain.mul_(noise).add_(torch.stack([centres[c] for c in labels.tolist()]))
+            return ImageSet.of(_bytes(pictures), labels, preprocess)
 
         made = []
         for t, classes in enumerate(_classes(tasks, classes_per_task, scenario)):
@@ -83,13 +85,14 @@ def synthetic(
     return plan
 
 
+@checked
 def captions_synthetic(
-    tasks: int = 3,
-    per_task: int = 12,
-    test_per_task: int = 6,
-    captions: int = 2,
-    size: int = 16,
-    noise: float = 0.5,
+    tasks: Tasks = 3,
+    per_task: Count = 12,
+    test_per_task: Count = 6,
+    captions: Annotated[int, Range(1, len(_PHRASES))] = 2,
+    size: Side = 16,
+    noise: Noise = 0.5,
     scenario: Scenario = "class",
 ) -> StreamPlan:
     """Random pictures with captions; each is of one invented thing, which has its own picture and its own word.
@@ -107,17 +110,11 @@ def captions_synthetic(
         scenario: "class", "task" or "domain".
 
     Raises:
-        ValueError: when a number is out of its range.
+        ValueError: when a number is out of its range, or there are too many pictures.
     """
-    Options(scenario=scenario)
-    most = {"captions": len(_PHRASES), "test_per_task": per_task}
-    numbers = {"tasks": tasks, "per_task": per_task, "test_per_task": test_per_task, "captions": captions, "size": size}
-    for name, value in numbers.items():
-        if value < 1 or value > most.get(name, value):
-            above = f" and at most {most[name]}" if name in most else ""
-            raise ValueError(f"{name}={value}: expected at least 1{above}")
-    if noise < 0:
-        raise ValueError(f"noise={noise}: expected 0 or more")
+    if test_per_task > per_task:
+        raise ValueError(f"test_per_task={test_per_task}: expected at most per_task={per_task}")
+    _not_too_many(tasks * (per_task + test_per_task), size)
     same = scenario == "domain"
     kind = "language" if same else "topic"
     lines = [
@@ -129,9 +126,8 @@ def captions_synthetic(
     def part(t: int, name: str, count: int, first: int, preprocess: Preprocess, seed: int) -> Captioned:
         shown = 0 if same else t
         things = torch.stack([_picture(size, seed, f"thing {shown * per_task + i}") for i in range(count)])
-        grain = torch.randn(count, 3, size, size, generator=_generator(seed, f"{name} {shown}"))
-        pictures = (128 + 40 * (things + noise * grain)).round().clamp(0, 255).to(torch.uint8)
-        images = ImageSet.of(pictures, torch.full((count,), t), preprocess)
+        grain = _noise((count, 3, size, size), seed, f"{name} {shown}")
+        images = ImageSet.of(_bytes(grain.mul_(noise).add_(things)), torch.full((count,), t), preprocess)
         return Captioned.around(images, first + shown * count + torch.arange(count), texts[t * per_task :][:count])
 
     def plan(preprocess: Preprocess, seed: int) -> Stream:
@@ -154,6 +150,20 @@ def captions_synthetic(
     return plan
 
 
+def _bytes(pictures: Tensor) -> Tensor:
+    """Of mean 0 and deviation 1, changed in place, to uint8."""
+    return pictures.mul_(40).add_(128).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def _not_too_many(pictures: int, size: int) -> None:
+    """They are drawn at once and stay in memory, which is why they are few and small."""
+    if pictures > _MOST_PICTURES or pictures * 3 * size**2 > _MOST_BYTES:
+        raise ValueError(
+            f"{pictures} pictures of {size} pixels a side: expected at most {_MOST_PICTURES}, and "
+            f"{human_bytes(_MOST_BYTES)} in all; give fewer of them, or a smaller size"
+        )
+
+
 def _word(number: int) -> str:
     # Neighbours differ in both syllables, so that words are told apart by their letters, whatever the order of these.
     base = len(_SYLLABLES)
@@ -167,8 +177,9 @@ def _classes(tasks: int, each: int, scenario: Scenario) -> Iterator[tuple[int, .
 
 
 def _picture(size: int, seed: int, purpose: str) -> Tensor:
-    return torch.randn(3, size, size, generator=_generator(seed, purpose))
+    return _noise((3, size, size), seed, purpose)
 
 
-def _generator(seed: int, purpose: str) -> torch.Generator:
-    return torch.Generator().manual_seed(int(digest((seed, purpose))[:15], 16))
+def _noise(shape: tuple[int, ...], seed: int, purpose: str) -> Tensor:
+    generator = torch.Generator().manual_seed(int(digest((seed, purpose))[:15], 16))
+    return torch.randn(shape, dtype=torch.float32, generator=generator)

@@ -9,6 +9,7 @@ import torch
 
 from perdure.backbones import BACKBONES
 from perdure.images import Preprocess
+from perdure.ranges import Count, Seed, check_fields
 from perdure.spec import build, parse_one
 from perdure.streams.arrange import ordered
 from perdure.streams.captioned import Captioned
@@ -46,19 +47,16 @@ class CaptionOptions:
     """
 
     by: str | None = None
-    tasks: int | None = None
+    tasks: Count | None = None
     embed: str | None = None
-    order: str | int | Sequence[str | int] | None = None
-    per_task: int | None = None
-    test_per_task: int | None = None
-    texts: int = 5
+    order: str | Seed | Sequence[str | Seed] | None = None
+    per_task: Count | None = None
+    test_per_task: Count | None = None
+    texts: Count = 5
     skip_bad: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("tasks", "per_task", "test_per_task", "texts"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value}: expected at least 1")
+        check_fields(self)
         check_order(self.order)
         if self.by not in (None, "clusters"):
             self.without_effect(f"with by={self.by!r}", "embed")

@@ -1,0 +1,86 @@
+"""The process around the command line: its streams, its signals, and how it ends.
+
+Nothing is imported here that takes time, so that Ctrl-C is met from the first moment on: one line and exit code 130
+while modules are still being imported too, when Python by itself would print where each of them stood.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+from types import FrameType
+
+_IMPORTING = "<frozen importlib._bootstrap>"
+_STOPPED = "perdure: stopped at once; what was saved before is whole, and the same command can go on\n"
+
+
+def main() -> None:
+    """Entry point of the script `perdure`."""
+    _open_streams()
+    signal.signal(signal.SIGINT, _interrupt)
+    sys.unraisablehook = _unraisable
+    code: object = 0
+    try:
+        from perdure.cli import main as command_line
+
+        command_line()
+    except SystemExit as stop:
+        code = stop.code
+    except BrokenPipeError:
+        code = 1
+    except KeyboardInterrupt:
+        _leave()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done: Python only tidies up
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError as error:
+            # What is left leads nowhere, or Python would complain once more.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            broken = isinstance(error, BrokenPipeError)  # who reads has had enough, and need not be told
+            _tell("" if broken else f"perdure: {error.strerror}: the output could not be written\n")
+            code = code or (1 if broken else 2)
+    sys.exit(code)  # type: ignore[arg-type]
+
+
+def _interrupt(_number: int, frame: FrameType | None) -> None:
+    """Raise where work is under way; leave where modules are imported, which no one can tidy up after."""
+    signal.signal(signal.SIGINT, lambda *_: _leave(""))  # the impatient need no second line
+    while frame is not None:
+        if frame.f_code.co_filename == _IMPORTING:
+            _leave()
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
+def _unraisable(told: "sys.UnraisableHookArgs") -> None:
+    """Where Python cannot raise (a finaliser, a callback) it would say so and go on as if nothing had been pressed."""
+    if isinstance(told.exc_value, KeyboardInterrupt):
+        _leave()
+    sys.__unraisablehook__(told)
+
+
+def _leave(saying: str = _STOPPED) -> None:
+    _tell(saying)
+    os._exit(130)
+
+
+def _tell(text: str) -> None:
+    with contextlib.suppress(OSError):
+        os.write(2, text.encode())
+
+
+def _open_streams() -> None:
+    """What was closed (`>&-`) leads nowhere instead: else the next file to be opened would get its number."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names in any script, anywhere
+
+
+if __name__ == "__main__":
+    main()

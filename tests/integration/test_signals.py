@@ -1,0 +1,99 @@
+"""The process around a command: Ctrl-C from the first moment on, and streams that are closed, broken or full."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals and descriptors of POSIX")
+PRESSED = """
+import os, signal, sys
+class Press:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            for _ in range({times}):
+                os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Press())
+from perdure.__main__ import main
+sys.argv = ["perdure", "run", "--stream", "synthetic()", "--backbone", "tiny()", "--out", "x"]
+main()
+"""
+BESIDE = """
+import os, signal, sys
+class Last:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        sum(range(1000))
+class Words(list):
+    def __getitem__(self, place):
+        Last()
+        return super().__getitem__(place)
+sys.argv = Words(["perdure", "list", "methods"])
+from perdure.__main__ import main
+main()
+"""
+STOPPED = "perdure: stopped at once; what was saved before is whole, and the same command can go on\n"
+
+
+def python(*words: str, cwd: Path, **more: Any) -> tuple[int, str, str]:
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | more
+    done = subprocess.run([sys.executable, *words], check=False, text=True, cwd=cwd, timeout=120, **streams)
+    return done.returncode, done.stdout or "", done.stderr or ""
+
+
+@pytest.mark.parametrize(("module", "times"), [("perdure.cli", 2), ("tyro", 1), ("rich.console", 2), ("torch", 1)])
+def test_control_c_while_modules_are_imported_is_one_line(module: str, times: int, tmp_path: Path) -> None:
+    ended = python("-c", PRESSED.format(module=module, times=times), cwd=tmp_path)
+    assert ended == (130, "", STOPPED)
+    assert not any(tmp_path.iterdir())
+
+
+def test_control_c_where_python_cannot_raise_stops_too(tmp_path: Path) -> None:
+    assert python("-c", BESIDE, cwd=tmp_path) == (130, "", STOPPED)
+
+
+def closed(*numbers: int) -> Callable[[], None]:
+    return lambda: [os.close(number) for number in numbers] and None
+
+
+@pytest.mark.parametrize("words", [("list", "methods"), ("--help",), ("--version",), ("rnu",)])
+@pytest.mark.parametrize("numbers", [(1,), (2,), (0, 1, 2)])
+def test_closed_streams_change_nothing_but_what_is_read(
+    words: tuple[str, ...], numbers: tuple[int, ...], tmp_path: Path
+) -> None:
+    code, _, err = python("-m", "perdure", *words, cwd=tmp_path, preexec_fn=closed(*numbers))
+    assert code == (2 if words == ("rnu",) else 0)
+    assert err.count("\n") == (words == ("rnu",) and 2 not in numbers)
+
+
+@pytest.mark.parametrize("words", [("list", "methods"), ("--help",), ("--version",)])
+def test_who_reads_no_more_is_not_told(words: tuple[str, ...], tmp_path: Path) -> None:
+    ours, theirs = os.pipe()
+    os.close(ours)
+    assert python("-m", "perdure", *words, cwd=tmp_path, stdout=theirs) == (1, "", "")
+    assert python("-m", "perdure", "rnu", cwd=tmp_path, stderr=theirs) == (2, "", "")
+    os.close(theirs)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("words", [("list", "methods"), ("--help",)])
+def test_output_that_cannot_be_written_is_one_line(words: tuple[str, ...], tmp_path: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        code, _, err = python("-m", "perdure", *words, cwd=tmp_path, stdout=full)
+    assert code == 2
+    assert err.startswith("perdure: No space left on device")
+    assert err.count("\n") == 1
+
+
+def test_a_name_that_the_terminal_has_no_letters_for_is_shown_in_others(tmp_path: Path) -> None:
+    plain = os.environ | {"PYTHONIOENCODING": "ascii"}
+    code, out, err = python("-m", "perdure", "list", "methods", "猫", cwd=tmp_path, env=plain)
+    assert (code, out) == (2, "")
+    assert err.startswith(r"perdure: '\u732b' is not among the methods")
+    code, out, _ = python("-m", "perdure", "list", "methods", "ewc", cwd=tmp_path, env=plain)
+    assert code == 0
+    assert out.isascii()
