@@ -7,6 +7,7 @@ import torch
 
 from perdure.adapters.experts import Routes, routing
 from perdure.backbones.pocket import pocket
+from perdure.backbones.tiny import tiny
 from perdure.config import make_method, make_objective
 from perdure.learner import Core
 from perdure.memory.familiarity import Familiarity
@@ -46,6 +47,66 @@ def test_the_route_of_an_image_does_not_depend_on_its_batch(lab: Any) -> None:
     assert torch.equal(together, alone)
     assert torch.equal(together[order], shuffled)
     torch.testing.assert_close(features[0], features[1], rtol=1e-5, atol=1e-5)
+
+
+def test_experts_and_routers_read_what_enters_the_norm_before_the_mlp(lab: Any) -> None:
+    learner = lab.taught("moe_adapters(known=1.0, scale=1.0)")
+    (adapter, *_), images = learner.method.of("vision").adapters, whole(lab.stream().tasks[0].test)
+    block = learner.backbone.get_submodule("vision.blocks.0")
+    heard: dict[str, torch.Tensor] = {}
+    handles = [
+        block.norm2.register_forward_hook(lambda _m, args, out: heard.update(stream=args[0], normed=out)),
+        block.register_forward_hook(lambda _m, _args, out: heard.update(out=out)),
+    ]
+    with learner.inference():
+        learner.encode(images)
+        routes = Routes(learner.method.of("vision").gateway.tasks, used(learner, images))
+        plain = heard["stream"] + block.mlp(heard["normed"])
+        gates = adapter._gates(heard["stream"].mean(1), routes)
+        experts = [{part: adapter._all(part)[e] for part in ("down", "down_bias", "up", "up_bias")} for e in range(6)]
+        added = sum(
+            gates[:, e, None, None]
+            * (torch.relu(heard["stream"] @ its["down"].T + its["down_bias"]) @ its["up"].T + its["up_bias"])
+            for e, its in enumerate(experts)
+        )
+        learner.encode(images)
+    for handle in handles:
+        handle.remove()
+    assert added.norm() > 0.01 * plain.norm()
+    torch.testing.assert_close(heard["out"], plain + added, rtol=1e-4, atol=1e-4)
+
+
+def test_experts_that_learnt_from_the_mlps_input_go_on_with_it(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    learner, images = lab.taught("moe_adapters(known=1.0, scale=1.0)"), lab.stream().tasks[0].test
+    old = lab.learner("moe_adapters(known=1.0, scale=1.0)")
+    for task in learner.tasks:
+        old.grow(task)
+    old.load_state_dict({k: v for k, v in learner.memory().items() if not k.endswith("before_norm")}, strict=False)
+    seen: dict[str, torch.Tensor] = {}
+    first = old.backbone.get_submodule("vision.blocks.0.mlp.fc1")
+    first.register_forward_pre_hook(lambda _m, args: seen.update(mlp=args[0].mean(1)))
+    (adapter, *_) = old.method.of("vision").adapters
+    gates = adapter._gates
+    monkeypatch.setattr(adapter, "_gates", lambda read, routes: seen.update(router=read) or gates(read, routes))
+    answers = old.features(images)[0]
+    assert torch.equal(seen["router"], seen["mlp"])
+    assert not torch.allclose(answers, learner.features(images)[0], atol=1e-3)
+
+
+@pytest.mark.parametrize("tower", ["vision", "text"])
+def test_the_norm_before_the_mlp_is_found_in_every_kind_of_block(tower: str, lab: Any) -> None:
+    for backbone in (tiny(text=True), pocket()):
+        for site in backbone.sites("fc1", None, tower):
+            norm, read, given = backbone.norm_before(site), [], []
+            norm.register_forward_hook(lambda _m, _args, out, given=given: given.append(out))
+            backbone.get_submodule(site.layer).register_forward_pre_hook(
+                lambda _m, args, read=read: read.append(args[0])
+            )
+            if tower == "text":
+                backbone.encode_tokens(backbone.tokenised(["a cat"]))
+            else:
+                backbone({"image": torch.zeros(1, 3, backbone.preprocess.size, backbone.preprocess.size).byte()})
+            assert torch.equal(read[0], given[0])
 
 
 def test_what_no_task_knows_gets_exactly_the_pretrained_features(lab: Any) -> None:
@@ -128,7 +189,7 @@ def test_gates_are_the_softmax_over_the_best_scores_of_an_images_own_router(lab:
             (adapter.learnt if name in adapter.learnt else adapter.fixed)[name].data.normal_()
     x, y, place = torch.randn(3, 5, 16), torch.randn(3, 5, 16), torch.tensor([1, -1, 0])
     with torch.no_grad(), routing([adapter], [Routes([0, 1], place)]):
-        adapter(x, None, 0)
+        adapter.overhear(x)
         out = adapter(x, y, 1)
     values = {**dict(adapter.learnt.named_parameters()), **adapter.fixed}
     for i, task in enumerate(place.tolist()):
@@ -254,7 +315,7 @@ def test_a_router_reads_the_mean_of_the_words_without_padding(lab: Any) -> None:
         for each in (counted, None):
             routes.counted = each
             with routing([adapter], [routes]):
-                adapter(words, words, 0)
+                adapter.overhear(words)
                 found[each is None] = adapter(words, torch.zeros_like(words), 1)
         expected = torch.zeros_like(words)
         for i in range(2):

@@ -104,6 +104,19 @@ def attach(model: nn.Module, sites: Sequence[Site], adapter: Adapter) -> None:
         seat.handles.append(layer.register_forward_hook(hook))
 
 
+def overhear(model: nn.Module, site: Site, module: nn.Module, listener: Callable[[Tensor], None]) -> None:
+    """Tell `listener`, a bound method of an adapter on `site`, what `module` reads; until `detach`.
+
+    A bound method and no closure: in a deep copy of a learner it belongs to the copied adapter.
+    """
+    seat: _Seat = getattr(model.get_submodule(site.layer), _SEAT)
+    seat.handles.append(module.register_forward_pre_hook(partial(_overheard, listener)))
+
+
+def _overheard(listener: Callable[[Tensor], None], _module: nn.Module, args: tuple[Any, ...]) -> None:
+    listener(args[0])
+
+
 def _adapt(
     adapter: Adapter, part: int, rows: tuple[int, int] | None, _layer: nn.Module, args: tuple[Any, ...], y: Tensor
 ) -> Tensor | None:

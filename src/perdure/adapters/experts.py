@@ -14,6 +14,7 @@ from perdure.memory.tensors import Tensors
 from perdure.types import Site
 
 _PARTS = ("down", "down_bias", "up", "up_bias")
+_BEFORE_NORM = "before_norm"
 _ROUTER = "router"  # of the task in training; "router/3" is that of task 3
 
 
@@ -35,14 +36,16 @@ class Routes:
 
 
 class Experts(Adapter):
-    """y + scale · Σ_e gate_e · (up_e relu(down_e x + b_e) + c_e), from an MLP's input x to its output y.
+    """y + scale · Σ_e gate_e · (up_e relu(down_e x + b_e) + c_e), beside an MLP with output y.
 
+    x is what enters the norm before the MLP, which `overhear` tells; where there is no such norm, the MLP's input.
     Part 0 stands on the MLP's first layer, part 1 on its last. The gates of an image are the softmax over the `top`
     largest scores of its router, which reads the mean of its tokens; all others are zero. Without routes it adds
     nothing. Trained experts are parameters, frozen ones and old routers tensors.
 
     Args:
         sites: the first and the last layer of the MLP.
+        normed: whether there is a norm to listen at.
         rank: units of an expert.
         top: experts that an image takes.
         scale: factor of what is added.
@@ -50,7 +53,7 @@ class Experts(Adapter):
 
     folds = False
 
-    def __init__(self, sites: Sequence[Site], rank: int, top: int, scale: float) -> None:
+    def __init__(self, sites: Sequence[Site], rank: int, top: int, scale: float, normed: bool = False) -> None:
         super().__init__()
         first, last = sites
         self.fan_in, self.fan_out = first.fan_in, last.fan_out
@@ -59,9 +62,11 @@ class Experts(Adapter):
             raise ValueError(f"rank={rank}: expected 1 to {most}, the width at {last.layer}")
         self.rank, self.top, self.scale = rank, top, scale
         self.learnt, self.fixed = Learnt(), Tensors()
+        if normed:  # in the state, for experts of an earlier version have learnt from the MLP's input and go on with it
+            self.fixed[_BEFORE_NORM] = torch.ones(())
         self.routes: Routes | None = None
         self.chosen: Tensor | None = None  # how often each expert was, in this step
-        self._read: Tensor | None = None  # the MLP's input, on its way from the first layer to the last
+        self._read: Tensor | None = None  # x, on its way to the MLP's last layer
 
     @property
     def count(self) -> int:
@@ -118,12 +123,18 @@ class Experts(Adapter):
                 if value is not None:
                     self.fixed[f"{number}/{part}"] = value
 
+    def overhear(self, x: Tensor) -> None:
+        """Remember what enters the norm before the MLP, (B, N, d)."""
+        if self.routes is not None and _BEFORE_NORM in self.fixed:
+            self._read = x
+
     def forward(self, x: Tensor, y: Tensor, part: int) -> Tensor:
-        """The first layer's output as it is; the last one's with what the experts make of the MLP's input (B, N, d)."""
+        """The first layer's output as it is; the last one's with what the experts add."""
         if self.routes is None:
             return y
         if part == 0:
-            self._read = x
+            if _BEFORE_NORM not in self.fixed:
+                self._read = x
             return y
         assert self._read is not None
         x, self._read = self._read, None

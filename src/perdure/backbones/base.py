@@ -244,6 +244,18 @@ class Backbone(nn.Module):
                 found += [self._site(names[i], letter) for letter in _letters(at)]
         return found
 
+    def norm_before(self, site: Site) -> nn.Module | None:
+        """The norm through which a block's MLP, whose first layer `site` is, reads the residual stream.
+
+        It is the second of the two norms that stand in the block itself. None where norms come after the sums, as in a
+        BERT: there the MLP reads the stream itself.
+        """
+        block = max(
+            (name for t in self.towers() for name in self._blocks(t) if site.layer.startswith(f"{name}.")), key=len
+        )
+        norms = [m for m in self.get_submodule(block).children() if isinstance(m, nn.LayerNorm | nn.RMSNorm)]
+        return norms[1] if len(norms) == 2 else None
+
     def sites_by_input(self, at: str, blocks: str | None = None, tower: Tower = "vision") -> dict[str, list[Site]]:
         """The same, grouped by what the layers read."""
         groups: dict[str, list[Site]] = {}

@@ -1,9 +1,10 @@
 """MoE-Adapters: a mixture of bottleneck experts beside each MLP, with a router per task (Yu et al., CVPR 2024).
 
-arXiv:2403.11549. In every block y + scale · Σ_e g_e · A_e(x), A_e a bottleneck, g the softmax over the `top` largest
-scores of the task's router. After a task its router and the experts that it has used most are frozen; the others go on
-learning. At test time nobody tells the task: a gateway (the paper's DDAS) sends an image through the router of the task
-that knows it best, and an image that no task knows through the pre-trained model as it is.
+arXiv:2403.11549. In every block y + scale · Σ_e g_e · A_e(x), x what enters the norm before the MLP (as in the
+published code), A_e a bottleneck, g the softmax over the `top` largest scores of the task's router. After a task its
+router and the experts that it has used most are frozen; the others go on learning. At test time nobody tells the task:
+a gateway (the paper's DDAS) sends an image through the router of the task that knows it best, and an image that no task
+knows through the pre-trained model as it is.
 
 Differs: every image is sent by itself, where the published code sends whole batches, and so leaks the task. The gateway
 is in closed form: Gaussians on the pre-trained model's own features, where the paper trains an auto-encoder on
@@ -20,7 +21,7 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
-from perdure.adapters.attach import Adapters, attach
+from perdure.adapters.attach import Adapters, attach, overhear
 from perdure.adapters.experts import Experts, Routes, routing
 from perdure.backbones.base import OneTower, Tower, named_towers
 from perdure.learner import Core
@@ -129,9 +130,12 @@ class MoEAdapters(PerTower[Mixture], name="moe_adapters"):
             names = tower == "text" and learner.objective.classifies
             self.towers[tower] = own = Mixture(Roster() if names else Familiarity(self.directions, self.known))
             for pair in zip(firsts, lasts, strict=True):
-                adapter = Experts(pair, self.rank, self.top, self.scale)
+                norm = backbone.norm_before(pair[0])
+                adapter = Experts(pair, self.rank, self.top, self.scale, norm is not None)
                 own.adapters.append(adapter)
                 attach(backbone, pair, adapter)
+                if norm is not None:
+                    overhear(backbone, pair[0], norm, adapter.overhear)
             own.open(number, learner.device)
 
     def begin_task(self, learner: Core, task: Task) -> None:
