@@ -292,6 +292,8 @@ class Core(nn.Module):
 
     def features_together(self, sets: Sequence[Data]) -> list[Encoded]:
         """`features_of` each of `sets`, in one pass of full batches: small sets alone cost as much as large ones."""
+        if not sets:
+            return []
         whole, ends = self.features_of(Union(sets)), accumulate(map(len, sets))
         return [whole.part(end - len(each), end) for each, end in zip(sets, ends, strict=True)]
 
