@@ -8,7 +8,7 @@ from perdure.learner import Core
 from perdure.objectives.zeroshot import TEMPLATE, ZeroShot, class_texts
 from perdure.spec import parse_one
 from perdure.streams import build_stream
-from perdure.types import Row, Stream
+from perdure.types import Row, Stream, Union
 
 METRIC = "zero_shot"
 """Rows are called `zero_shot/<data set>`; `after` is -1 for the pre-trained model."""
@@ -56,18 +56,18 @@ class Retention:
         right = total = 0
         with learner.inference():
             classes = class_texts(learner, list(names.values()), self.templates)
-            for task in stream:
-                for batch in learner.batches(learner.encoded(task.test, keep=True), 256):
-                    features = learner.encode(batch)
-                    if features.shape[1] != classes.shape[1]:
-                        raise ValueError(
-                            f"retain has no meaning with {learner.method.spec!r}, whose {features.shape[1]} features "
-                            f"are not in the space of the {classes.shape[1]}-dimensional texts: leave it out"
-                        )
-                    answer = (features @ classes.T).argmax(1).tolist()
-                    wanted = [place[c] for c in batch["label"].tolist()]
-                    right += sum(a == w for a, w in zip(answer, wanted, strict=True))
-                    total += len(wanted)
+            tests = Union([learner.encoded(task.test, keep=True) for task in stream])
+            for batch in learner.batches(tests, 256):
+                features = learner.encode(batch)
+                if features.shape[1] != classes.shape[1]:
+                    raise ValueError(
+                        f"retain has no meaning with {learner.method.spec!r}, whose {features.shape[1]} features "
+                        f"are not in the space of the {classes.shape[1]}-dimensional texts: leave it out"
+                    )
+                answer = (features @ classes.T).argmax(1).tolist()
+                wanted = [place[c] for c in batch["label"].tolist()]
+                right += sum(a == w for a, w in zip(answer, wanted, strict=True))
+                total += len(wanted)
         return right / total
 
 
