@@ -10,6 +10,7 @@ from typing import Any, Literal
 from perdure.backbones import BACKBONES
 from perdure.method import METHODS, Method, compose
 from perdure.objectives import OBJECTIVES, Objective
+from perdure.places import anchored
 from perdure.runtime import Attention, Precision
 from perdure.spec import build, parse
 from perdure.train import TrainConfig
@@ -45,7 +46,10 @@ class RunConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "retain", tuple(self.retain))
+        # What is written down must lead to the same files wherever it is read.
+        for name in ("stream", "backbone", "method"):
+            object.__setattr__(self, name, anchored(getattr(self, name)))
+        object.__setattr__(self, "retain", tuple(map(anchored, self.retain)))
         if self.save_every < 0:
             raise ValueError(f"save_every={self.save_every}: expected a number of steps, or 0 for automatic")
 

@@ -162,6 +162,11 @@ class Screen:
         self._event("note", text=text)
         self._say(text)
 
+    def warn(self, text: str) -> None:
+        """Something the user should know, beside the answers and not among them."""
+        self._close()
+        self._event("note", text=text) if self.json else print(text, file=sys.stderr)
+
     def result(self, content: Any, text: str = "") -> None:
         """The outcome of a command: `content` as JSON, or `text` for a person."""
         self._close()

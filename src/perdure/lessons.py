@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,16 @@ import torch
 
 from perdure import checkpoint
 from perdure.config import RunConfig
-from perdure.run import Interrupted, learn_stream, nothing_learnt_nothing_left
+from perdure.images import skippable
+from perdure.places import anchored, relocated
+from perdure.run import (
+    Interrupted,
+    learn_stream,
+    nothing_learnt_nothing_left,
+    read_record,
+    recorded_moves,
+    write_record,
+)
 from perdure.spec import parse
 from perdure.streams import Captioned, ImageSet, alike, build_stream, captioned_task, folder_task
 from perdure.streams.draws import digest
@@ -71,7 +80,8 @@ def teach_folder(
         train = dataclasses.replace(learner.usual_training(), **trained)
         before = _tasks_with_data(learner, into, progress)
         known = {name: c for task in before for name, c in zip(task.names, task.classes, strict=True)}
-        task = _read(photos, learner, known, len(before), skip_bad, captions)
+        with skippable("--skip-bad"):
+            task = _read(photos, learner, known, len(before), skip_bad, captions, progress.note)
         check_first(learner, task, known, str(photos))
         train = learner.long_enough(train, task, "epochs" in given)
         source = _source(photos, task, skip_bad) | {"options": trained}
@@ -81,12 +91,12 @@ def teach_folder(
             *before, task = alike([*before, task])
         _refuse_other_task(into, len(before), source)
         if not there:
-            checkpoint.write_json(into / "run.json", learner.record())
+            write_record(into, learner.record())
         _place_source(into, len(before), source)
         stream = Stream(OPEN, learner.scenario, (*before, task), {"skipped": _skipped((*before, task))})
         facts = {"source": source}
         try:
-            with nothing_learnt_nothing_left(into):
+            with skippable("--skip-bad"), nothing_learnt_nothing_left(into):
                 return task, learn_stream(train, learner, stream, into, progress, learner.config.save_every, facts)
         except Interrupted as stop:
             said = str(stop).partition(";")[0]
@@ -111,12 +121,15 @@ def _tasks_with_data(learner: Learner, folder: Path, progress: Progress) -> list
                 f"{folder} has learnt {done[-1].learnt} of its stream's {len(declared)} tasks: finish it with "
                 f"'perdure resume {folder}' before it learns more"
             )
+    moves = recorded_moves(read_record(folder))
     sources = {each.learnt - 1: each.manifest.get("source") for each in done}
     tasks: list[Task] = []
     for described in done[-1].tasks:
         task = declared[described.index] if described.index < len(declared) else described
         if source := sources.get(described.index):
             known = {name: c for t in tasks for name, c in zip(t.names, t.classes, strict=True)}
+            for move in moves:
+                source = {**source, "folder": relocated(source["folder"], move)}
             task = _again(source, described, learner, known)
             if not len(task.train):
                 progress.note(
@@ -132,19 +145,32 @@ def _again(source: Mapping[str, Any], described: Task, learner: Learner, known: 
     folder = Path(source["folder"])
     if not folder.exists():
         return described
+    own = dict(zip(described.names, described.classes, strict=True)) if learner.objective.classifies else {}
     try:
-        task = _read(folder, learner, known, described.index, source["skip_bad"], source.get("captions"))
+        captions = source.get("captions")
+        task = _read(folder, learner, {**known, **own}, described.index, source["skip_bad"], captions, again=True)
     except ValueError:  # no folder of classes any more
         return described
+    if own == dict(zip(task.names, task.classes, strict=True)):
+        # The folder may be called otherwise now, and versions differ in how they sort classes.
+        task = dataclasses.replace(described, train=task.train, test=task.test)
     # A memory refers to images by their position.
     return task if task == described and _digest(task.train) == source["train_sha256"] else described
 
 
 def _read(
-    photos: Path, learner: Learner, known: Mapping[str, int], index: int, skip_bad: bool, captions: str | None
+    photos: Path,
+    learner: Learner,
+    known: Mapping[str, int],
+    index: int,
+    skip_bad: bool,
+    captions: str | None,
+    tell: Callable[[str], None] = lambda _: None,
+    again: bool = False,
 ) -> Task:
     if learner.objective.classifies:
-        return folder_task(photos, learner.backbone.preprocess, known, index, skip_bad, learner.seed)
+        place = photos, learner.backbone.preprocess, known, index, skip_bad, learner.seed
+        return folder_task(*place, tell, None if again else "learn")
     return captioned_task(photos, learner.backbone.preprocess, known, index, captions, skip_bad)
 
 
@@ -175,7 +201,7 @@ def _skipped(tasks: Sequence[Task]) -> list[str]:
 def _refuse_without_effect(into: Path, config: RunConfig, given: Mapping[str, Any]) -> None:
     for name, value in given.items():
         made = getattr(config, name)
-        if name in _FIXED and value != made and (name not in _SPECS or parse(value) != parse(made)):
+        if name in _FIXED and value != made and (name not in _SPECS or parse(anchored(value)) != parse(made)):
             raise ValueError(
                 f"{into} was made with {name}={made!r}; {value!r} would have no effect: leave it out, or teach a new "
                 "learner"

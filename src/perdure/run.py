@@ -18,12 +18,13 @@ from typing import Any, TypeVar
 
 import torch
 
-from perdure import checkpoint, drift
+from perdure import checkpoint, drift, taught
 from perdure.augment import AUGMENTS
 from perdure.config import RunConfig, make_backbone, make_method, make_objective
 from perdure.evaluation import Evaluation
 from perdure.foresight import foresee
 from perdure.learner import Core
+from perdure.places import Move, moved
 from perdure.retention import Retention
 from perdure.runtime import Runtime, resolve
 from perdure.streams import build_stream
@@ -60,7 +61,7 @@ def run(
         learner, stream, runtime = _build(config, runtime)
         foresee(config, learner.backbone, stream)
         held_out = Retention(config.retain, learner)
-        checkpoint.write_json(out / "run.json", record(config, learner, stream, runtime, held_out))
+        write_record(out, record(config, learner, stream, runtime, held_out))
         with nothing_learnt_nothing_left(out):
             return learn_stream(config, learner, stream, out, progress or Quiet(), config.save_every, held_out=held_out)
 
@@ -137,9 +138,14 @@ def read_summary(out: Path) -> dict[str, Any]:
     return summary
 
 
+# Where the data lies and what it is called there, what else lies there, and what was said of it. Which images there are
+# is told by their number and the digests of the split.
+_BESIDE_THE_DATA = ("name", "data", "skipped", "left_out", "other_files", "remarks")
+
+
 def _check_unchanged(out: Path, what: str, written: dict[str, Any], facts: dict[str, Any]) -> None:
     now = json.loads(json.dumps(facts))
-    if changed := [key for key in now if now[key] != written.get(key)]:
+    if changed := [key for key in now if key not in _BESIDE_THE_DATA and now[key] != written.get(key)]:
         raise ValueError(
             f"the {what} of {out} has changed since the run began ({', '.join(changed)}): restore it, or start anew in "
             "another folder"
@@ -149,7 +155,24 @@ def _check_unchanged(out: Path, what: str, written: dict[str, Any], facts: dict[
 def recorded_config(written: dict[str, Any]) -> RunConfig:
     """The configuration in a run's record; fields of other versions are left out."""
     known = {f.name for f in fields(RunConfig)}
-    return RunConfig(**{k: v for k, v in written["config"].items() if k in known})
+    moves = recorded_moves(written)
+
+    def there(value: Any) -> Any:
+        if isinstance(value, list):
+            return [there(each) for each in value]
+        return moved(value, moves) if moves and isinstance(value, str) else value
+
+    return RunConfig(**{k: there(v) for k, v in written["config"].items() if k in known})
+
+
+def recorded_moves(written: dict[str, Any]) -> list[Move]:
+    """What `perdure move` wrote into a run's record."""
+    return [(str(old), str(new)) for old, new in written.get("moved", ())]
+
+
+def write_record(out: Path, content: dict[str, Any]) -> None:
+    """Write run.json, the only place where it is: a new one, or one that paths were put right in."""
+    checkpoint.write_json(out / "run.json", content)
 
 
 def build_learner(kind: type[C], config: RunConfig, runtime: Runtime | None = None) -> tuple[C, Runtime]:
@@ -245,7 +268,8 @@ def learn_stream(
             start = time.perf_counter()
             new = before + evaluation.after(learner, task) + features.measure(learner, task, stream)
             facts = facts_of(fitted, time.perf_counter() - start)
-            checkpoint.save_task(out, learner, new, facts | (extra or {}), features.files(task))
+            beside = {**features.files(task), **taught.files(task)}
+            checkpoint.save_task(out, learner, new, facts | (extra or {}), beside)
             with (out / "results.jsonl").open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(asdict(row)) + "\n" for row in new)
             progress.scores(task, new)
