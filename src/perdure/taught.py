@@ -18,7 +18,7 @@ def files(task: Task) -> dict[str, dict[str, Tensor]]:
     if not isinstance(task.train, ImageSet):
         return {}
     hashes = task.train.hashes()
-    return {FILE: {_HASHES: hashes[hashes != 0].unique()}}
+    return {FILE: {_HASHES: torch.unique(hashes[hashes != 0])}}
 
 
 def hashes(folder: Path) -> tuple[Tensor, list[int]]:

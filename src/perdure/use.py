@@ -107,7 +107,10 @@ class Eval(Command):
         if self.stream is not None:
             raise ValueError("--stream has no effect beside --retain: measure one after the other")
         learner = Learner.load(self.learner)
-        for row in Retention(self.retain, learner).measure(learner, learner.learnt - 1):
+        held_out = Retention(self.retain, learner, measured=True)
+        for name, stream in held_out.sets.items():
+            screen.note(f"{name}: {sum(len(task.test) for task in stream)} images are measured")
+        for row in held_out.measure(learner, learner.learnt - 1):
             name = row.metric.removeprefix(f"{METRIC}/")
             screen.result({"zero_shot": name, "accuracy": row.value}, f"zero-shot on {name}: {row.value:.1%}")
 
@@ -281,7 +284,8 @@ def tell_skipped(skipped: Sequence[str], tell: Callable[[str], None]) -> None:
     """Say which images could not be read."""
     if skipped:
         more = f" and {len(skipped) - 5} more" if len(skipped) > 5 else ""
-        tell(f"{len(skipped)} unreadable images were left out: {', '.join(skipped[:5])}{more}")
+        images = "image was" if len(skipped) == 1 else "images were"
+        tell(f"{len(skipped)} unreadable {images} left out: {', '.join(skipped[:5])}{more}")
 
 
 def images_in(path: Path, left_out: Counter[str]) -> list[Path]:

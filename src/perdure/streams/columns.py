@@ -185,8 +185,8 @@ def _joined(
     agreed: dict[Any, str] = {}
     differing = False
     for each, names in zip(values, named, strict=True):
-        for v in dict.fromkeys(each) if names else ():
-            differing |= agreed.setdefault(v, names.of[v]) != names.of[v]
+        for v in set(each) if names else ():
+            differing |= names is not None and agreed.setdefault(v, names.of[v]) != names.of[v]
     if not differing:
         if unnamed := [v for v in known if agreed and v not in agreed]:
             raise ValueError(f"{name}: {column} {unnamed[0]} has no name in any file; name it, or remove its rows")
@@ -223,8 +223,8 @@ def _names_in(piece: Piece, values: Sequence[Any], column: str, option: str, nam
         if unnamed := [v for v in values if v not in known.of]:
             count, least = len(known.of), min(known.of, default=0)
             raise ValueError(
-                f"{piece.name}: {option} {unnamed[0]} has no name in {known.where} ({count} names, from {least}); name it "
-                "there, or remove its rows"
+                f"{piece.name}: {option} {unnamed[0]} has no name in {known.where} ({count} names, from {least}); name "
+                "it there, or remove its rows"
             )
         return Names({v: class_name(known.of[v], f"{known.where}: name") for v in set(values)}, known.where)
     for guess in (f"{column}_name", "class_name" if option == "label" else f"{option}_name"):

@@ -95,7 +95,7 @@ def _table(datasets: Any, loaded: Any, name: str, part: str, image: str, choice:
     first = next((cell for cell in (row[image] for row in data.select_columns([image])) if cell is not None), None)
     check_images(f"{name} {part}", image, data.features.arrow_schema.field(image).type, first)
     for option, column in (("label", choice.label), ("domain", choice.domain)):
-        if column in features:
+        if column is not None and column in features:
             check_names(f"{name} {part}", column, option, features.arrow_schema.field(column).type)
     small = [k for k, f in features.items() if k != image and isinstance(f, datasets.Value | datasets.ClassLabel)]
     cells: pa.Table = data.select_columns(small).with_format("arrow")[:]

@@ -100,8 +100,8 @@ def given_task(
             f"labels: got shape {tuple(labels.shape)}, expected a name or an integer for each image; of one row of "
             "scores an image give labels.argmax(1)"
         )
-    values: list[Any] = listed(labels, "labels")
-    values = list(values.tolist() if isinstance(values, Tensor | np.ndarray) else values)
+    found = listed(labels, "labels")
+    values: list[Any] = list(found.tolist() if isinstance(found, Tensor | np.ndarray) else found)
     for row, value in enumerate(values):
         fits = isinstance(value, str) or (isinstance(value, SupportsIndex) and np.ndim(value) == 0)  # type: ignore[arg-type]
         if isinstance(value, bool) or not fits or value == "":

@@ -277,8 +277,8 @@ def check_images(name: str, column: str, kind: pa.DataType, first: Any) -> None:
     fits = _binary(kind) or _text(kind)
     if pa.types.is_struct(kind):
         parts = {kind.field(i).name: kind.field(i).type for i in range(kind.num_fields)}
-        of = {"bytes": lambda each: _binary(each) or pa.types.is_null(each), "path": lambda each: not _binary(each)}
-        fits = bool(parts.keys() & of.keys()) and all(of[k](parts[k]) for k in parts.keys() & of.keys())
+        held = [(_binary if name == "bytes" else _text, parts[name]) for name in ("bytes", "path") if name in parts]
+        fits = bool(held) and all(fit(part) or pa.types.is_null(part) for fit, part in held)
     if not fits:
         raise ValueError(
             f"{name}: image column {column!r} holds {_shortened(str(kind))}; expected encoded bytes, {{bytes, path}} "
