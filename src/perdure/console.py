@@ -163,9 +163,9 @@ class Screen:
         self._say(text)
 
     def warn(self, text: str) -> None:
-        """Something the user should know, beside the answers and not among them."""
+        """Something the user should know, beside the answers: on standard error, where no program takes it for one."""
         self._close()
-        self._event("note", text=text) if self.json else print(text, file=sys.stderr)
+        print(f"perdure: {' '.join(text.split())}", file=sys.stderr)
 
     def result(self, content: Any, text: str = "") -> None:
         """The outcome of a command: `content` as JSON, or `text` for a person."""

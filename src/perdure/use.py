@@ -98,10 +98,11 @@ class Eval(Command):
     def __call__(self, screen: Screen) -> None:
         """Print the score per task, or per held-out data set."""
         screen.wait("evaluating")
+        say = screen.warn if self.json else screen.note
         if not self.retain:
             tasks, rows, remarks = measure(self.learner, self.stream)
             for line in remarks:
-                screen.note(line)
+                say(line)
             screen.measured(tasks, rows)
             return
         if self.stream is not None:
@@ -109,7 +110,7 @@ class Eval(Command):
         learner = Learner.load(self.learner)
         held_out = Retention(self.retain, learner, measured=True)
         for name, stream in held_out.sets.items():
-            screen.note(f"{name}: {sum(len(task.test) for task in stream)} images are measured")
+            say(f"{name}: {sum(len(task.test) for task in stream)} images are measured")
         for row in held_out.measure(learner, learner.learnt - 1):
             name = row.metric.removeprefix(f"{METRIC}/")
             screen.result({"zero_shot": name, "accuracy": row.value}, f"zero-shot on {name}: {row.value:.1%}")

@@ -29,7 +29,10 @@ def encoded(image: Image.Image, form: str = "PNG", **options: object) -> bytes:
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I", "F", "HSV", "YCbCr"])
 @pytest.mark.parametrize("size", [(1, 1), (40, 30), (1, 90), (3000, 1)])
 def test_every_kind_of_image_becomes_three_uint8_channels(mode: str, size: tuple[int, int]) -> None:
-    pixels = PLAIN(photo(*size).convert(mode))
+    image = photo(*size).convert(mode)
+    if mode == "F":
+        image = Image.fromarray(np.asarray(image) / np.float32(255))
+    pixels = PLAIN(image)
     assert pixels.shape == (3, 24, 24)
     assert pixels.dtype == torch.uint8
 
@@ -128,7 +131,9 @@ def test_impossible_preprocess_is_refused_by_name(wrong: dict[str, object]) -> N
 def test_truncated_image_is_unreadable_and_named(form: str) -> None:
     whole = encoded(photo(40, 40), form)
     for cut in (0, 3, len(whole) // 2):
-        with pytest.raises(UnreadableImage, match=r"^cannot read image train\.parquet, row 7: .*skip_bad$"):
+        with pytest.raises(
+            UnreadableImage, match=r"^cannot read image train\.parquet, row 7: .*; replace or remove it$"
+        ):
             decode(whole[:cut], "train.parquet, row 7")
 
 

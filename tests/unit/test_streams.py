@@ -185,7 +185,7 @@ def test_damaged_image_is_named_with_its_file(tmp_path: Path) -> None:
     root = folder(tmp_path / "d")
     (root / "fig" / "3.png").write_bytes(b"no image")
     data = build("images", path=root, tasks=1, test_per_class=1).tasks[0]
-    with pytest.raises(UnreadableImage, match=r"fig.3\.png: not an image; .* skip_bad"):
+    with pytest.raises(UnreadableImage, match=r"fig.3\.png: not an image .*; replace or remove it"):
         reds(data.train), reds(data.test)
 
 
@@ -285,7 +285,7 @@ def test_hidden_files_are_left_aside_and_files_that_are_no_images_counted(tmp_pa
     (root / "fig" / "._0.png").write_bytes(b"")
     stream = build("images", path=root, tasks=2)
     assert sum(stream.notes["train_images"]) == 16
-    assert stream.notes["other_files"] == 1
+    assert stream.notes["left_out"] == {".txt": 1}
 
 
 def test_missing_folder_is_named_with_a_near_one(tmp_path: Path) -> None:
@@ -422,7 +422,7 @@ def test_files_beyond_memory_are_read_through_a_memory_map(tmp_path: Path, monke
         ({}, {"image": "img"}, r"no column 'img' \(image=\); did you mean 'image'\?"),
         ({}, {"names": "title"}, "no column 'title'"),
         ({"title": ["x", "y", "x", "x", "z"]}, {"names": "title"}, "does not give each label one name"),
-        ({"score": [0.5]}, {"label": "score"}, r"'score' holds double .*train\.parquet, row 0: 0\.5"),
+        ({"score": [0.5]}, {"label": "score"}, r"train\.parquet: label column 'score' holds double; expected"),
         ({"kind": [1, 2, None]}, {"label": "kind"}, r"train\.parquet, row 2: label column 'kind' is empty"),
         ({}, {"scenario": "domain"}, r"needs domain=\.\.\."),
         ({"place": [0, 1]}, {"scenario": "domain", "domain": "plaze"}, r"no column 'plaze' .*did you mean 'place'"),

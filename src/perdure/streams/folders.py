@@ -191,8 +191,8 @@ def _kind(file: str) -> str:
 
 def _loose(folder: Path, left_out: Counter[str]) -> None:
     """Count the files that lie beside folders, in no class."""
-    for entry in os.scandir(folder):
-        if not _hidden(entry.name) and entry.is_file():
+    for entry in _entries(folder):
+        if entry.is_file():
             left_out["images outside of class folders" if is_image(entry.name) else _kind(entry.name)] += 1
 
 
@@ -208,9 +208,7 @@ def _identity(path: Path) -> tuple[int, int]:
 
 def _files(folder: str, within: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
     """Paths within the first folder; of dead links with a stroke at the end."""
-    for entry in os.scandir(folder):
-        if _hidden(entry.name):
-            continue
+    for entry in _entries(folder):
         if entry.is_dir():
             me = _identity(Path(entry.path))
             if entry.is_symlink() and me in above:
@@ -246,7 +244,7 @@ def _check_arrangement(root: Path, outer: Sequence[Path], asking: Asking) -> Non
 
 
 def _has_image(folder: Path) -> bool:
-    return any(is_image(entry.name) and not _hidden(entry.name) and entry.is_file() for entry in os.scandir(folder))
+    return any(is_image(entry.name) and entry.is_file() for entry in _entries(folder))
 
 
 def _few(names: Sequence[str]) -> str:
@@ -265,7 +263,13 @@ def _part(root: Path, rows: Sequence[tuple[str, str, str]], names: Sequence[str]
 
 
 def _folders(path: Path) -> list[Path]:
-    return [path / name for name in sorted(e.name for e in os.scandir(path) if e.is_dir() and not _hidden(e.name))]
+    return [path / name for name in sorted(entry.name for entry in _entries(path) if entry.is_dir())]
+
+
+def _entries(folder: str | Path) -> list["os.DirEntry[str]"]:
+    """What is in a folder, but for what is hidden; unlike a `Path`, an entry knows what it is without a look at it."""
+    with os.scandir(folder) as entries:
+        return [entry for entry in entries if not _hidden(entry.name)]
 
 
 def _hidden(name: str) -> bool:

@@ -2,7 +2,7 @@
 
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Literal
 
 _WHOLE = re.compile(r"[+-]?\d+", re.ASCII)
@@ -59,9 +59,9 @@ def recorded(names: Iterable[str], known: Mapping[str, int]) -> list[str]:
     return [name if name in known else spelt.get(name, name) for name in names]
 
 
-def in_case_only(names: Iterable[str], known: Iterable[str] = ()) -> list[str]:
+def in_case_only(names: Iterable[str], known: Collection[str] = ()) -> list[str]:
     """A remark for each two names that differ in upper and lower case only; of `known` ones only with new ones."""
-    new = sorted(set(names))
+    new = sorted(set(names) - set(known))
     spelt: dict[str, str] = {}
     for name in (*known, *new):
         spelt.setdefault(name.casefold(), name)

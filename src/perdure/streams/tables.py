@@ -154,6 +154,8 @@ def check_image_column(file: Path, image: str) -> None:
     """Raise a ValueError unless the column `image` of a parquet file is there and can hold images."""
     schema = read_schema(file)
     require_column(str(file), schema.names, image, "image")
+    if not pq.read_metadata(file).num_rows:
+        return
     kind = schema.field(image).type
     check_images(str(file), image, kind, None)
     check_images(str(file), image, kind, next(_cells(file, image), None))
