@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from perdure.images import Preprocess, is_image
+from perdure.images import Preprocess, formats, is_image
 from perdure.streams.arrange import Found, Part, arrange
 from perdure.streams.naming import class_name, natural, role_of
 from perdure.streams.options import Options, StreamPlan, near, stream
@@ -181,7 +181,9 @@ def told_left_out(left_out: dict[str, int]) -> str:
     kinds = sorted(left_out.items(), key=lambda each: (-each[1], each[0]))
     shown = [f"{count} {kind}" for kind, count in kinds[:_SHOWN]] + (["..."] if len(kinds) > _SHOWN else [])
     total = sum(left_out.values())
-    return f"{total} {'file was' if total == 1 else 'files were'} left out: {', '.join(shown)}"
+    photographs = "HEIF" not in formats() and any(kind.lower() in (".heic", ".heif") for kind in left_out)
+    remedy = " (.heic is read once you pip install 'perdure[heif]')" if photographs else ""
+    return f"{total} {'file was' if total == 1 else 'files were'} left out: {', '.join(shown)}{remedy}"
 
 
 def _kind(file: str) -> str:
