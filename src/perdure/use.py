@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 import tyro
+from torch import Tensor
 
 from perdure import checkpoint, taught
 from perdure.command import Command
@@ -204,8 +205,13 @@ def measure(folder: Path, stream: str | None) -> tuple[list[Task], list[Row], li
     tasks = list(found.tasks if stream is not None else found.tasks[: learner.learnt])
     remarks = told(found.notes)
     if stream is not None:
-        tasks, count = _unseen(tasks, folder, described)
+        known, unknown = taught.hashes(folder)
+        tasks, count = _unseen(tasks, known, f"{described}: all", folder)
         images = sum(len(task.test) for task in tasks)
+        if unknown:
+            remarks.append(
+                f"which images {len(unknown)} of {learner.learnt} tasks were taught is not known: they count"
+            )
         apart = f"; {count} more were taught to this learner and are left out" if count else ""
         remarks.append(f"{images} images are measured{apart}")
     if learner.objective.classifies:
@@ -224,9 +230,8 @@ def told(notes: Mapping[str, Any]) -> list[str]:
     return [*([told_left_out(left_out)] if left_out else []), *notes.get("remarks", ())]
 
 
-def _unseen(tasks: Sequence[Task], folder: Path, described: str) -> tuple[list[Task], int]:
-    """The tasks without the images that the learner was taught, and how many these were."""
-    known, _ = taught.hashes(folder)
+def _unseen(tasks: Sequence[Task], known: Tensor, what: str, folder: Path) -> tuple[list[Task], int]:
+    """The tasks without the images whose hashes are known, and how many these were."""
     kept, count = [], 0
     for task in tasks:
         if isinstance(task.test, ImageSet) and len(known):
@@ -236,7 +241,7 @@ def _unseen(tasks: Sequence[Task], folder: Path, described: str) -> tuple[list[T
         if len(task.test):
             kept.append(task)
     if not kept:
-        raise ValueError(f"{described}: all {count} images were taught to {folder}: measure on others")
+        raise ValueError(f"{what} {count} images were taught to {folder}: measure on others")
     return kept, count
 
 

@@ -422,6 +422,7 @@ def test_no_message_names_an_option_that_its_command_lacks() -> None:
     from perdure.commands import COMMANDS
 
     flags = {name: {f"--{f.name.rstrip('_').replace('_', '-')}" for f in fields(c)} for name, c in COMMANDS.items()}
+    flags = {name: {*own, *(f"--no-{each[2:]}" for each in own)} for name, own in flags.items()}  # of a switch
     flag = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
     everywhere = set.intersection(*flags.values()) | {"--help"}
     for file, text in words_in(Path(perdure_package.__file__).parent):
