@@ -6,8 +6,10 @@ from pathlib import Path, PurePath
 from typing import Any
 
 _ADAPTER = "adapter_config.json"
-_INFORMATIVE = ("_name_or_path", "name_or_path", "hf_hub_id")
-"""Entries that no library follows: they say where a model came from."""
+_INFORMATIVE = ("_name_or_path", "name_or_path", "hf_hub_id", "hf_tokenizer_name")
+"""Entries that are never followed: they say where a model came from."""
+_TEXT_TOWER = "hf_model_name"
+"""Of OpenCLIP: where a configuration is read, and no weights; where there is no network, that is a folder."""
 
 
 def check_confined(folder: Path) -> None:
@@ -35,7 +37,9 @@ def check_confined(folder: Path) -> None:
                 )
     for file in folder.glob("*config.json"):
         for key, text in _texts(_json(file)):
-            if key not in _INFORMATIVE and not _plain(text) and _leads_somewhere(folder, text):
+            if key == _TEXT_TOWER and Path(text).is_dir():
+                check_confined(Path(text))
+            elif key not in _INFORMATIVE and not _plain(text) and _leads_somewhere(folder, text):
                 raise ValueError(
                     f"{str(file)!r} leads out of its folder: {key}={text[:80]!r}; put that file into the folder, and "
                     "write its bare name"
