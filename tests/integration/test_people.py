@@ -428,9 +428,10 @@ def test_no_message_names_an_option_that_its_command_lacks() -> None:
     for file, text in words_in(Path(perdure_package.__file__).parent):
         if file in ("charts.py", "report.py"):  # variables of style sheets
             continue
-        command = re.search(rf"perdure ({'|'.join(COMMANDS)})\b", text)
-        own = flags["advise"] if file in ("ask.py", "advise.py") else set()
-        known = flags[command[1]] | own | {"--help"} if command else everywhere | set().union(*flags.values())
+        quoted = re.compile(rf"perdure ({'|'.join(COMMANDS)})\\b([^'\\"]*)")
+        for command, words in quoted.findall(text):
+            assert set(flag.findall(words)) <= flags[command] | {"--help"}, (file, text)
+        known = everywhere | set().union(*flags.values())
         if file.startswith(("streams/", "backbones/", "images.py", "memory/", "adapters/")):
             known = everywhere  # read by all commands, of which none but --json is an option of each
-        assert set(flag.findall(text)) <= known, (file, text)
+        assert set(flag.findall(quoted.sub("", text))) <= known, (file, text)
