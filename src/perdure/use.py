@@ -142,7 +142,7 @@ class Move(Command):
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
     """A learner's or a run's folder."""
     change: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHANGE")]
-    """OLD=NEW, where it was and where it is, such as /old/photos=/new/photos: a file, or a folder, of one or several."""
+    """OLD=NEW, where it was and where it is, such as /old/photos=/new/photos: a file, or a folder of several."""
 
     def __call__(self, screen: Screen) -> None:
         """Check that it is the same, write it down, print what leads where."""

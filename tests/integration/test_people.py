@@ -428,7 +428,7 @@ def test_no_message_names_an_option_that_its_command_lacks() -> None:
     for file, text in words_in(Path(perdure_package.__file__).parent):
         if file in ("charts.py", "report.py"):  # variables of style sheets
             continue
-        quoted = re.compile(rf"perdure ({'|'.join(COMMANDS)})\\b([^'\\"]*)")
+        quoted = re.compile(rf"""perdure ({"|".join(COMMANDS)})\b([^'"]*)""")
         for command, words in quoted.findall(text):
             assert set(flag.findall(words)) <= flags[command] | {"--help"}, (file, text)
         known = everywhere | set().union(*flags.values())
