@@ -23,12 +23,13 @@ class Retention:
     Args:
         held_out: streams; all their test images are scored among all their classes.
         learner: with a text tower.
+        measured: whether of a stream without a test part all images are scored, and not those held out of it.
 
     Raises:
         ValueError: when the backbone has no text tower, or a stream is not as expected.
     """
 
-    def __init__(self, held_out: Sequence[str], learner: Core) -> None:
+    def __init__(self, held_out: Sequence[str], learner: Core, measured: bool = False) -> None:
         if held_out and "text" not in learner.backbone.towers():
             raise ValueError(
                 f"retain={held_out[0]!r}: zero-shot accuracy needs a text tower, which {learner.backbone.spec} lacks: "
@@ -38,7 +39,7 @@ class Retention:
         for text in held_out:
             written = {name for name, _ in parse_one(text).kwargs}
             whole = {} if written & {"tasks", "increments", "scenario"} else {"tasks": 1}
-            stream = build_stream(text, learner.backbone.preprocess, 0, **whole)
+            stream = build_stream(text, learner.backbone.preprocess, 0, measured, **whole)
             if "captions" in stream.notes or len({c for task in stream for c in task.classes}) < 2:
                 raise ValueError(f"retain={text!r}: there are no classes to tell apart; give a labelled data set")
             name = stream.name if stream.name not in self.sets else f"{stream.name} {len(self.sets) + 1}"
