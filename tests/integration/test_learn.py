@@ -317,5 +317,5 @@ def test_python_learner_refuses_in_one_line(images: Any, labels: Any, options: A
 def test_creating_with_an_unknown_option_names_the_near_one() -> None:
     with pytest.raises(ValueError, match=r"^Learner\.create has no option 'epoch'; did you mean 'epochs'\?"):
         Learner.create("tiny()", epoch=3)
-    with pytest.raises(ValueError, match="precision='fp16': expected auto or fp32 or bf16; did you mean 'bf16'"):
+    with pytest.raises(ValueError, match="precision='fp16': expected 'auto', 'fp32' or 'bf16'; did you mean 'bf16'"):
         Learner.create("tiny()", precision="fp16")
