@@ -700,7 +700,7 @@ def test_weights_beside_the_config_must_be_clear_and_safe(saved: dict[str, Path]
     weights.write_bytes(b"nonsense")
     assert "damaged or not safetensors" in refusal("open_clip", name=str(folder))
     (folder / "open_clip_config.json").write_text("{")
-    assert "cannot read" in refusal("open_clip", name=str(folder))
+    assert "open_clip_config.json is damaged: it cannot be read as JSON" in refusal("open_clip", name=str(folder))
     (folder / "open_clip_config.json").write_text("{}")
     assert "describes no model of OpenCLIP" in refusal("open_clip", name=str(folder))
 

@@ -58,7 +58,7 @@ WITH_CAPTIONS_OF_NEW_ONES = [(1, 8, 16), (1, 16, 24), (1, 24, 32)]
         ("lora(rank=2)", "classify", MOVING),
         ("inflora(rank=2) + align", "classify", MOVING),
         ("finetune + ewc", "classify", MOVING),
-        ("fm_lora(rank=4, reading='per_task')", "classify", None),
+        ("fm_lora(rank=4)", "classify", MOVING),
         ("lora(rank=2, tasks=1)", "classify", ONCE_MORE_WHEN_STILL),
         ("lora(rank=2, tasks=1) + ranpac", "classify", ONCE_MORE_WHEN_STILL),
         ("coda_prompt", "classify", WITH_QUERIES_OF_NEW_ONES),

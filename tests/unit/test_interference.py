@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from perdure import checkpoint, drift
+from perdure import checkpoint, drift, taught
 from perdure.checkpoint import DamagedCheckpoint
 from perdure.config import make_method
 from perdure.memory.subspace import Subspace
@@ -136,7 +136,7 @@ def test_the_features_are_no_part_of_the_learner(lab: Any, tmp_path: Path) -> No
     folder = tmp_path / "task-002"
     assert summary["stored_bytes"] == (folder / "learner.safetensors").stat().st_size
     assert not any("features" in name for name in load_file(folder / "learner.safetensors"))
-    assert set(checkpoint.whole(tmp_path)[2].manifest["sha256"]) == {"learner.safetensors", drift.FILE}
+    assert set(checkpoint.whole(tmp_path)[2].manifest["sha256"]) == {"learner.safetensors", drift.FILE, taught.FILE}
 
 
 @pytest.mark.parametrize("method", ["inflora(rank=2)", "finetune"])
