@@ -56,7 +56,9 @@ def test_the_report_may_show_its_pictures_and_names_what_was_measured(bench: Any
 def test_damaged_searches_are_refused_by_name(bench: Any, tmp_path: Path) -> None:
     run(bench.config("probe"), tmp_path)
     (tmp_path / "examples.json").write_text('{"queries": []')
-    with pytest.raises(ValueError, match=r"examples\.json is damaged: .*restore it, or remove it: only the report shows it$"):
+    with pytest.raises(
+        ValueError, match=r"examples\.json is damaged: .*restore it, or remove it: only the report shows it$"
+    ):
         write_report([tmp_path], tmp_path / "report.html")
 
 
