@@ -155,7 +155,9 @@ class _Module:
     def fields(self, made: ast.stmt) -> dict[str, tuple[Any, Any]]:
         """Default and annotation of the fields of a dataclass."""
         lines = made.body if isinstance(made, ast.ClassDef) else []
-        named = ((line.target, line) for line in lines if isinstance(line, ast.AnnAssign))
+        # a field made by a call is the program's, see `perdure.streams.options.PROGRAM`
+        written = (each for each in lines if isinstance(each, ast.AnnAssign) and not isinstance(each.value, ast.Call))
+        named = ((line.target, line) for line in written)
         return {n.id: self._option(line.value, line.annotation) for n, line in named if isinstance(n, ast.Name)}
 
     def _option(self, default: ast.expr | None, annotation: ast.expr | None) -> tuple[Any, Any]:

@@ -25,8 +25,8 @@ COLOURS = ("#0072b2", "#c55a00", "#007a5a", "#a8447f", "#2e9bd6", "#8a6d00", "#4
 """Of series, readable without colour vision (after Okabe and Ito); further series repeat them with dashes."""
 
 _INK, _QUIET, _GRID, _PAPER, _BEST = "#1d2126", "#5b636d", "#dfe2e6", "#fdfdfc", "#3a7db4"
-_ROLES = {_INK: "--ink", _QUIET: "--quiet", _GRID: "--line", _PAPER: "--paper", _BEST: "--bar"}
-_VARIABLES = _ROLES | {colour: f"--c{i}" for i, colour in enumerate(COLOURS)}
+_ROLES = {_INK: "ink", _QUIET: "quiet", _GRID: "line", _PAPER: "paper", _BEST: "bar"}
+_VARIABLES = _ROLES | {colour: f"c{i}" for i, colour in enumerate(COLOURS)}
 _DASHES = ("-", (0, (4, 2)), (0, (1, 2)))
 _STYLE: Any = {
     "svg.fonttype": "none",  # text stays text
@@ -81,11 +81,11 @@ class Drawing:
     figure: "Figure"
 
     def inline(self) -> Markup:
-        """SVG for a page that defines the colours as variables (`--ink`, `--c0`, ...)."""
+        """SVG for a page that defines the colours as variables: ink, quiet, line, paper, bar, c0 and so on."""
         text = self._written("svg").decode()
         size, content = re.search(r'<svg [^>]*(viewBox="[^"]*")[^>]*>.*?</metadata>(.*)', text, re.DOTALL).groups()  # type: ignore[union-attr]
         content = re.sub(r'<g id="[^"]*"', "<g", content).replace("xlink:href", "href")
-        content = re.sub("|".join(_VARIABLES), lambda found: f"var({_VARIABLES[found[0]]})", content)
+        content = re.sub("|".join(_VARIABLES), lambda found: f"var(--{_VARIABLES[found[0]]})", content)
         return Markup('<svg class="figure" role="img" aria-label="{}" {}>{}').format(
             f"{self.title}. {self.said}", Markup(size), Markup(content)
         )

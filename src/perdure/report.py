@@ -127,15 +127,18 @@ def write_report(
     runs = [Run.read(folder, note) for folder in dict.fromkeys(map(Path, folders))]
     target = out / "report.html" if out.is_dir() else out
     page = _Page(runs)
-    text = page.render()
+    text, place = page.render(), target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         write_text(target, text)
         if drawings:
+            place = drawings
             page.save(drawings)
     except OSError as error:  # what was learnt is not concerned
-        why = f"{error.filename or target} cannot be written ({error.strerror})"
-        raise ValueError(f"{why}: make room there, or give another --out") from error
+        why = f"{place} cannot be written ({error.strerror})"
+        raise ValueError(
+            f"{why}: make room there, or give another {'--out' if place == target else '--figures'}"
+        ) from error
     return target
 
 

@@ -22,7 +22,6 @@ NAMED = [name if not method.guards else f"lora(rank=2) + {name}" for name, metho
 PLACES = [(spec, "classify()") for spec in NAMED if not spec.endswith(TEXTS)] + [
     ("lora(rank=2, tower='both') + zscl + weight_average", "zeroshot()"),
     ("inflora(rank=2, tower='both')", "zeroshot()"),
-    ("fm_lora(rank=4, reading='per_task')", "classify()"),
     ("sd_lora(rank=2) + replay(size=4)", "classify()"),
     ("coda_prompt(tower='both')", "zeroshot()"),
     ("l2p(tower='both')", "zeroshot()"),

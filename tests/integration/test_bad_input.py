@@ -378,7 +378,7 @@ def test_a_setting_that_is_none_is_named_with_its_field(perdure: Any, small: Any
     changed(config=config | {"epochs": "many"})(Path("x/run.json"))
     one_line(perdure("resume", "x"), "x/run.json is damaged: config.epochs: expected int, got str")
     changed(config=config | {"lr": -1})(Path("x/run.json"))
-    one_line(perdure("resume", "x"), "x/run.json is damaged: config: lr=-1", "expected a positive number")
+    one_line(perdure("resume", "x"), "x/run.json is damaged: config: lr=-1", "expected float above 0")
 
 
 @pytest.mark.parametrize("line", [b'{"after": -2, "on": 0, "metric": "accuracy", "value": 1}\n', b"\xff\n", b"3\n"])

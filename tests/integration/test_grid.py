@@ -48,7 +48,11 @@ def untimed(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_six_methods_over_three_seeds_survive_kill_9(lab: Any, tmp_path: Path) -> None:
     bench, out = lab.but(tasks=2, epochs=1), tmp_path / "broken"
-    options = {k: v for k, v in bench.config("probe").describe().items() if k not in ("method", "seed") and v != []}
+    options = {
+        k: v
+        for k, v in bench.config("probe").describe().items()
+        if k not in ("method", "seed") and v not in ([], "", None)
+    }
     flags = [word for k, v in options.items() for word in (f"--{k.replace('_', '-')}", str(v))]
     words = ["compare", "--methods", *METHODS, *flags, "--seeds", *map(str, SEEDS), "--out", str(out)]
     whole = compare(

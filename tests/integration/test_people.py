@@ -297,7 +297,7 @@ def test_a_name_in_another_unicode_form_is_the_same_class_and_another_case_is_to
     assert perdure("learn", "one", "--into", "a", *NCM).code == 0
     said = perdure("learn", "two", "--into", "a").out
     assert "classes 'dog' and 'Dog' differ in upper and lower case only" in said
-    names = json.loads(Path("a/task-001/manifest.json").read_text())["tasks"][1]["names"]
+    names = json.loads(Path("a/task-001/manifest.json").read_text())["tasks"][-1]["names"]
     assert names == ["Dog", "caf\u00e9"]
 
 

@@ -63,7 +63,7 @@ class Experts(Adapter):
         self.rank, self.top, self.scale = rank, top, scale
         self.learnt, self.fixed = Learnt(), Tensors()
         if normed:  # in the state, for experts of an earlier version have learnt from the MLP's input and go on with it
-            self.fixed[_BEFORE_NORM] = torch.ones(())
+            self.fixed[_BEFORE_NORM] = torch.ones((), dtype=torch.float32)
         self.routes: Routes | None = None
         self.chosen: Tensor | None = None  # how often each expert was, in this step
         self._read: Tensor | None = None  # x, on its way to the MLP's last layer
