@@ -168,9 +168,10 @@ class Core(nn.Module):
 
         With frozen weights and activations in bfloat16 a step on a CPU is faster than under autocast, which casts
         weights, residuals and norms again and again (benchmarks/speed.py). What is trained, heads and scores stay in
-        float32.
+        float32. Before the first task the encoder stays as it came: what adapters will fold into their layers is copied
+        from it then, and is not to lose digits first.
         """
-        if self.precision != torch.float32 and not self.tunes_backbone:
+        if self.precision != torch.float32 and self.tasks and not self.tunes_backbone:
             self.backbone.to(self.precision)
         fold(self.backbone, branches=False)
 
