@@ -30,7 +30,8 @@ def main() -> None:
         code = 1
     except KeyboardInterrupt:
         _leave()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done: Python only tidies up
+    ended = code if isinstance(code, int) else int(code is not None)
+    signal.signal(signal.SIGINT, lambda *_: os._exit(ended))  # all is done: Python only tidies up
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

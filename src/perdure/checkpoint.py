@@ -26,6 +26,7 @@ from perdure.disk import write_json as write_json
 from perdure.disk import write_sealed as write_sealed
 from perdure.disk import write_text as write_text
 from perdure.learner import Core
+from perdure.places import pathless
 from perdure.schema import FORMAT, Damaged, Manifest, Record
 from perdure.types import Row, Task
 
@@ -221,7 +222,7 @@ def restore(learner: Core, checkpoint: Checkpoint, tasks: Sequence[Task] = ()) -
             f"{learner.backbone.spec} has {learner.fingerprint[:12]}): give the weights it was learnt on"
         )
     made, given = checkpoint.manifest.get("method"), learner.method.spec
-    if made and given and made != given:
+    if made and given and pathless(made) != pathless(given):
         raise ValueError(f"{path} does not fit this learner: {made!r} learnt it, not {given!r}; give that method")
     tensors = _read(checkpoint, _LEARNER)
     for index, described in enumerate(checkpoint.tasks):

@@ -4,10 +4,10 @@ What a command computes with is imported when it is called: help, lists and mist
 """
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Optional
 
 import tyro
 
@@ -18,7 +18,7 @@ from perdure.config import RunConfig
 from perdure.console import Screen
 from perdure.ranges import BatchSize, Epochs, Rate, Seed
 from perdure.recipes import DEMO_METHODS, demo, flags
-from perdure.use import Eval, Export, Predict, Search
+from perdure.use import Eval, Export, Move, Predict, Search, tell_skipped, told
 from perdure.wording import meant, shortened
 
 
@@ -56,7 +56,11 @@ class Run(RunConfig, Command):
         if self.recipe:
             screen.note(f"recipe {self.recipe}: {shlex.join(flags(config))}")
         screen.wait("reading the data and the model")
-        _finished(self.out, run(config, self.out, screen), screen)
+        from perdure.images import skippable
+
+        with skippable("skip_bad=True in the stream"):
+            summary = run(config, self.out, screen)
+        _finished(self.out, summary, screen)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,10 +74,13 @@ class Resume(Command):
 
     def __call__(self, screen: Screen) -> None:
         """Resume, report."""
+        from perdure.images import skippable
         from perdure.lessons import go_on
 
         screen.wait("reading the data and the model")
-        _finished(self.folder, go_on(self.folder, screen, self.device), screen)
+        with skippable("skip_bad=True in the stream of a new run"):
+            summary = go_on(self.folder, screen, self.device)
+        _finished(self.folder, summary, screen)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +126,7 @@ class Learn(Command):
         config = RunConfig(stream="", **given)
         task, summary = teach_folder(self.folder, self.into, config, given, screen, self.skip_bad, self.captions)
         skipped = [where for data in (task.train, task.test) for where in getattr(data, "skipped", ())]
-        _tell_skipped(skipped, screen)
+        tell_skipped(skipped, screen.note)
         write_report([self.into], self.into / "report.html")
         into = shlex.quote(str(self.into))
         ask = f"predict {into} IMAGE" if summary["score"] == "accuracy" else f"search {into} FOLDER 'words'"
@@ -178,7 +185,8 @@ class List(Command):
 
     what: tyro.conf.Positional[Kind]
     """Which."""
-    name: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")] = None
+    # Not `str | None`: to look at such a default, tyro imports a package that takes a seventh of the time of a list.
+    name: Annotated[Optional[str], tyro.conf.Positional, tyro.conf.arg(metavar="NAME")] = None  # noqa: UP045
     """One of them, with all that is written about it."""
 
     def __call__(self, screen: Screen) -> None:
@@ -208,6 +216,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "eval": Eval,
     "report": Report,
     "export": Export,
+    "move": Move,
     "list": List,
 }
 
@@ -216,16 +225,19 @@ def _grid(
     config: RunConfig, methods: Sequence[str], seeds: Sequence[int], out: Path, screen: Screen, demo: bool = False
 ) -> None:
     from perdure.compare import cells, compare
+    from perdure.images import skippable
     from perdure.report import write_report
     from perdure.run import read_record, read_summary
 
     grid = cells(methods, seeds, out)
-    table = compare(config, grid, out, screen, steps=not demo)
+    with skippable("skip_bad=True in the stream"):
+        table = compare(config, grid, out, screen, steps=not demo)
     if demo:
         for cell in grid:
             names = [t["name"] for t in read_record(cell.folder)["stream"]["tasks"]]
             screen.matrix(dict(read_summary(cell.folder)), names, cell.method)
     screen.table(table)
+    _tell_notes([read_record(cell.folder) for cell in grid], screen)
     path = write_report([cell.folder for cell in grid], out / "report.html")
     screen.result({"event": "report", "path": str(path)}, f"report: {path}")
 
@@ -235,16 +247,17 @@ def _finished(out: Path, summary: dict[str, Any], screen: Screen) -> None:
     from perdure.report import write_report
 
     found = Folder.read(out)
-    _tell_skipped(found.facts["stream"].get("skipped", []), screen)
+    _tell_notes([found.facts], screen)
     screen.matrix(summary, found.names(), found.method)
     path = write_report([out], out / "report.html")
     screen.result({"event": "done", "summary": summary, "report": str(path)}, f"report: {path}")
 
 
-def _tell_skipped(skipped: Sequence[str], screen: Screen) -> None:
-    if skipped:
-        more = f" and {len(skipped) - 5} more" if len(skipped) > 5 else ""
-        screen.note(f"{len(skipped)} unreadable images were left out: {', '.join(skipped[:5])}{more}")
+def _tell_notes(records: Sequence[Mapping[str, Any]], screen: Screen) -> None:
+    """Say, once, what runs left out of their data."""
+    for line in dict.fromkeys(line for record in records for line in told(record["stream"])):
+        screen.note(line)
+    tell_skipped(records[0]["stream"].get("skipped", []), screen.note)
 
 
 def _runs_in(folder: Path) -> list[Path]:

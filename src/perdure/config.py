@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from perdure.places import anchored
 from perdure.ranges import Range, Seed
 from perdure.settings import Attention, Precision, TrainConfig
 from perdure.spec import build, parse
@@ -46,7 +47,10 @@ class RunConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "retain", tuple(self.retain))
+        # What is written down must lead to the same files wherever it is read.
+        for name in ("stream", "backbone", "method"):
+            object.__setattr__(self, name, anchored(getattr(self, name)))
+        object.__setattr__(self, "retain", tuple(map(anchored, self.retain)))
 
     def describe(self) -> dict[str, Any]:
         """As JSON."""

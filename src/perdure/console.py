@@ -166,6 +166,11 @@ class Screen:
         self._event("note", text=text)
         self._say(text)
 
+    def warn(self, text: str) -> None:
+        """Something the user should know, beside the answers: on standard error, where no program takes it for one."""
+        self._close()
+        print(f"perdure: {' '.join(text.split())}", file=sys.stderr)
+
     def result(self, content: Any, *lines: str) -> None:
         """The outcome of a command: `content` as JSON, or `lines` for a person."""
         self._close()

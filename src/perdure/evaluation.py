@@ -114,5 +114,5 @@ class Evaluation:
     @staticmethod
     def _rows(learner: Core, after: int, tasks: list[Task]) -> list[list[Row]]:
         """What the objective measures on each of `tasks`, which are measured together."""
-        found = learner.objective.evaluate(learner, tasks)
+        found = learner.objective.evaluate(learner, tasks) if tasks else []
         return [[Row(after, t.index, k, v) for k, v in each.items()] for t, each in zip(tasks, found, strict=True)]

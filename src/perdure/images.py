@@ -1,15 +1,19 @@
 """Images as models want them: decoding, resizing and cropping to uint8 tensors; normalisation is the backbone's."""
 
+import functools
 import io
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, features
 from torch import Tensor
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
@@ -18,6 +22,12 @@ Halving = Literal["floor", "round"]
 # What Pillow's readers raise on damaged files; MemoryError and our own mistakes are not among them.
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 _EXTREME = 16
+
+# Pillow knows forty more, among them EPS, for which it starts Ghostscript whatever the file is called.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM", "AVIF", "HEIF")
+_HEAD = 16
+"""Bytes at the start of a file by which its format is known."""
+_TWELVE_BITS = 4096
 
 
 class UnreadableImage(ValueError):
@@ -58,10 +68,13 @@ class Preprocess:
     def __call__(self, image: Image.Image) -> Tensor:
         """The image as uint8 (3, size, size): upright, RGB, resized with antialiasing, cropped in the middle.
 
-        Grey, palette, 16-bit and transparent images work, of any size; transparency is dropped, not blended, as the
-        processors of the pre-trained models do.
+        Every mode of Pillow works, of any size; transparency is dropped, not blended, as the processors of the
+        pre-trained models do.
+
+        Raises:
+            ValueError: when it is not known which of the image's values is white; see `rgb`.
         """
-        image = _rgb(image)
+        image = rgb(_upright(image))
         if not self.squash:
             image = _centre(image)
         image = image.resize(self._target(image), Image.Resampling[self.interpolation.upper()])
@@ -98,27 +111,109 @@ class Preprocess:
         return cls(**values)
 
 
+@functools.cache
+def formats() -> dict[str, tuple[str, ...]]:
+    """The image formats that this installation reads, by Pillow's names, each with its usual endings."""
+    with suppress(ImportError):
+        import_module("pillow_heif").register_heif_opener()
+    endings = Image.registered_extensions()  # makes Pillow load its readers
+    known = [name for name in _FORMATS if name in Image.OPEN and (name != "AVIF" or features.check("avif"))]
+    return {name: tuple(sorted(ending for ending, of in endings.items() if of == name)) for name in known}
+
+
+@functools.cache
+def _endings() -> frozenset[str]:
+    return frozenset(ending for endings in formats().values() for ending in endings)
+
+
+def is_image(name: str) -> bool:
+    """Whether a file called `name` is taken for an image when a folder is read."""
+    return ("." + name.rpartition(".")[2]).lower() in _endings()
+
+
+def begins_like_an_image(head: bytes) -> bool:
+    """Whether the first bytes of a file (16 are enough) are those of a format that is read; costs microseconds."""
+    return any(accept is None or accept(head[:_HEAD]) for accept in (Image.OPEN[name][1] for name in formats()))
+
+
+def head_of(file: str | Path) -> bytes:
+    """The first bytes of a file, for `begins_like_an_image`; none when it cannot be read."""
+    try:
+        with Path(file).open("rb") as opened:
+            return opened.read(_HEAD)
+    except OSError:
+        return b""
+
+
 def decode(source: bytes | str | Path | Image.Image, where: str) -> Image.Image:
-    """The decoded image, upright according to its EXIF orientation.
+    """The decoded image: RGB, upright according to its EXIF orientation.
 
     Args:
-        source: encoded bytes, the path of a file, or an image (returned upright).
+        source: encoded bytes, the path of a file, or an image.
         where: file and row, for the message of the error.
 
     Raises:
-        UnreadableImage: when there is no such file or its content is no image or damaged.
+        UnreadableImage: when there is no such file, or its content is damaged, of no format in `formats`, or of values
+            whose range is not known.
     """
     try:
         if isinstance(source, Image.Image):
             source.load()
-            return _upright(source)
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
+            return rgb(_upright(source))
+        known = tuple(formats())
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=known) as opened:
             opened.load()
-            return _upright(opened)
+            return rgb(_upright(opened))
     except _DAMAGE as error:
-        reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error) or "damaged"
-        remedy = "replace it, or leave it out with skip_bad"
-        raise UnreadableImage(f"cannot read image {where}: {' '.join(reason.split())}; {remedy}") from error
+        reason = str(getattr(error, "strerror", None) or error) or "damaged"
+        if isinstance(error, UnidentifiedImageError):
+            reason = f"not an image ({', '.join(formats())})"
+        raise UnreadableImage(f"cannot read image {where}: {' '.join(reason.split())}; replace or remove it") from error
+
+
+@contextmanager
+def skippable(how: str) -> Iterator[None]:
+    """Within, the message of an unreadable image also says how to leave it out: a flag or an option."""
+    try:
+        yield
+    except UnreadableImage as error:
+        raise UnreadableImage(f"{error}, or leave it out with {how}") from error
+
+
+def rgb(image: Image.Image) -> Image.Image:
+    """The image as 8-bit RGB.
+
+    Modes of more than 8 bits a channel have a white of their own: 65,535 for 16 bits, and for 32-bit integers that were
+    read from PNM; 1 for floating-point numbers; 255 for other 32-bit integers. Values beyond it, or 16-bit ones that
+    use 12 bits at most, would come out white or black: what is white there, nobody says.
+
+    Raises:
+        ValueError: for such an image, with its mode and values.
+    """
+    if image.mode == "RGB":
+        return image
+    if image.mode == "F" or image.mode.startswith("I"):
+        return Image.fromarray(_eight_bits(image)).convert("RGB")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    if image.mode == "La":
+        image = image.convert("LA")
+    return image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    values = np.asarray(image)
+    low, high = float(values.min()), float(values.max())
+    whole = image.mode != "F"
+    known = image.format in ("PPM", "PNG") and image.mode == "I"
+    white = 1 if not whole else 65535 if known or image.mode.startswith("I;16") else 255
+    dark = image.mode.startswith("I;16") and 0 < high < _TWELVE_BITS
+    if dark or not 0 <= low <= high <= white:
+        shown = f"{low:g} to {high:g}, where 0 is black and {white} white"
+        raise ValueError(f"an image of mode {image.mode} with values from {shown}: save it as 8 bit")
+    if whole:
+        return (values.astype(np.int64) >> (8 if white > 255 else 0)).astype(np.uint8)
+    return np.asarray((values * 255).round(), dtype=np.uint8)
 
 
 def _centre(image: Image.Image) -> Image.Image:
@@ -132,18 +227,8 @@ def _centre(image: Image.Image) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    return image if image.getexif().get(ExifTags.Base.Orientation, 1) == 1 else ImageOps.exif_transpose(image)
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    image = _upright(image)
-    if image.mode == "RGB":
+    if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
         return image
-    if image.mode.startswith("I"):
-        # Pillow clips 16-bit grey at 255: nearly everything would be white.
-        grey = np.asarray(image).astype(np.int64)
-        deep = image.mode != "I" or grey.max() > 255
-        return Image.fromarray((grey >> 8 if deep else grey).clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image.convert("RGB")
+    turned = ImageOps.exif_transpose(image)
+    turned.format = image.format  # which a copy loses
+    return turned

@@ -1,9 +1,8 @@
 """Lessons: the learner of a folder is taught one folder of images after another, and none is lost."""
 
 import dataclasses
-import hashlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,19 @@ import torch
 from perdure import checkpoint, schema
 from perdure.checkpoint import Checkpoint
 from perdure.config import RunConfig
+from perdure.images import skippable
+from perdure.places import anchored, relocated
 from perdure.process import as_found, plain
-from perdure.run import Interrupted, elsewhere, learn_stream, nothing_learnt_nothing_left, read_record, resume
+from perdure.run import (
+    Interrupted,
+    elsewhere,
+    learn_stream,
+    nothing_learnt_nothing_left,
+    read_record,
+    recorded_moves,
+    resume,
+    write_record,
+)
 from perdure.schema import Source
 from perdure.spec import parse
 from perdure.streams import Captioned, ImageSet, alike, build_stream, captioned_task, folder_task
@@ -79,7 +89,8 @@ def teach_folder(
         train = learner.usual_training().but(**trained)
         before = _tasks_with_data(learner, into, done, progress)
         known = {name: c for task in before for name, c in zip(task.names, task.classes, strict=True)}
-        task = _read(photos, learner, known, len(before), skip_bad, captions)
+        with skippable("--skip-bad"):
+            task = _read(photos, learner, known, len(before), skip_bad, captions, progress.note)
         check_first(learner, task, known, str(photos))
         train = learner.long_enough(train, task, "epochs" in given)
         source = _source(photos, task, skip_bad) | {"options": trained}
@@ -95,12 +106,12 @@ def teach_folder(
             )
             return before[-1], _finish(learner, before, into, progress)
         if not there:
-            checkpoint.write_sealed(into / "run.json", learner.record())
+            write_record(into, learner.record())
         _place_source(into, len(before), source)
         stream = Stream(OPEN, learner.scenario, (*before, task))
         facts = {"source": source} | (elsewhere(into, learner.runtime, progress) if there else {})
         try:
-            with nothing_learnt_nothing_left(into), as_found(learner.runtime.threads):
+            with skippable("--skip-bad"), nothing_learnt_nothing_left(into), as_found(learner.runtime.threads):
                 return task, learn_stream(train, learner, stream, into, progress, learner.config.save_every, facts)
         except Interrupted as stop:
             said = str(stop).partition(";")[0]
@@ -154,12 +165,15 @@ def _tasks_with_data(learner: Learner, folder: Path, done: Sequence[Checkpoint],
                 f"{folder} has learnt {done[-1].learnt} of its stream's {len(declared)} tasks: finish it with "
                 f"'perdure resume {folder}' before it learns more"
             )
+    moves = recorded_moves(folder)
     sources = {each.learnt - 1: each.manifest.get("source") for each in done}
     tasks: list[Task] = []
     for described in done[-1].tasks:
         task = declared[described.index] if described.index < len(declared) else described
         if source := sources.get(described.index):
             known = {name: c for t in tasks for name, c in zip(t.names, t.classes, strict=True)}
+            for move in moves:
+                source = {**source, "folder": relocated(source["folder"], move)}
             task = _again(source, described, learner, known)
             if not len(task.train):
                 progress.note(
@@ -175,19 +189,32 @@ def _again(source: Source, described: Task, learner: Learner, known: Mapping[str
     folder = Path(source["folder"])
     if not folder.exists():
         return described
+    own = dict(zip(described.names, described.classes, strict=True)) if learner.objective.classifies else {}
     try:
-        task = _read(folder, learner, known, described.index, source["skip_bad"], source.get("captions"))
+        captions = source.get("captions")
+        task = _read(folder, learner, {**known, **own}, described.index, source["skip_bad"], captions, again=True)
     except ValueError:  # no folder of classes any more
         return described
+    if own == dict(zip(task.names, task.classes, strict=True)):
+        # The folder may be called otherwise now, and versions differ in how they sort classes.
+        task = dataclasses.replace(described, train=task.train, test=task.test)
     # A memory refers to images by their position.
     return task if task == described and _digest(task.train) == source["train_sha256"] else described
 
 
 def _read(
-    photos: Path, learner: Learner, known: Mapping[str, int], index: int, skip_bad: bool, captions: str | None
+    photos: Path,
+    learner: Learner,
+    known: Mapping[str, int],
+    index: int,
+    skip_bad: bool,
+    captions: str | None,
+    tell: Callable[[str], None] = lambda _: None,
+    again: bool = False,
 ) -> Task:
     if learner.objective.classifies:
-        return folder_task(photos, learner.backbone.preprocess, known, index, skip_bad, learner.seed)
+        place = photos, learner.backbone.preprocess, known, index, skip_bad, learner.seed
+        return folder_task(*place, tell, None if again else "learn")
     return captioned_task(photos, learner.backbone.preprocess, known, index, captions, skip_bad)
 
 
@@ -211,8 +238,7 @@ def _content(task: Task) -> str:
         said = ["\n".join(unpack(each)) for each in data.texts]
     else:
         said = [names[label] for label in data.labels.tolist()]
-    images = (hashlib.sha256(data.source.content(row)).hexdigest() for row in data.rows.tolist())
-    return digest(sorted(f"{image} {text}" for image, text in zip(images, said, strict=True)))
+    return digest(sorted(f"{image} {text}" for image, text in zip(data.hashes().tolist(), said, strict=True)))
 
 
 def _digest(data: Data) -> str:
@@ -232,7 +258,7 @@ def _skipped(task: Task) -> list[str]:
 def _refuse_without_effect(into: Path, config: RunConfig, given: Mapping[str, Any]) -> None:
     for name, value in given.items():
         made = getattr(config, name)
-        if name in _FIXED and value != made and (name not in _SPECS or parse(value) != parse(made)):
+        if name in _FIXED and value != made and (name not in _SPECS or parse(anchored(value)) != parse(made)):
             raise ValueError(
                 f"{into} was made with {name}={made!r}; {value!r} would have no effect: leave it out, or teach a new "
                 "learner"

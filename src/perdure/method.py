@@ -140,7 +140,10 @@ class Method(nn.Module):
         return learner.backbone.dim
 
     def predict(self, learner: Core, batch: Batch) -> Tensor:
-        """Scores (B, seen classes) of a batch; must not depend on which examples share the batch."""
+        """Scores (B, seen classes) of a batch; must not depend on which examples share the batch.
+
+        Reads features with `learner.encode`: where these are known already, as in an evaluation, images are gone.
+        """
         return learner.objective.scores(learner.encode(batch))
 
 

@@ -8,7 +8,7 @@ from perdure.learner import Core
 from perdure.objectives.zeroshot import TEMPLATE, ZeroShot, class_texts
 from perdure.spec import parse_one
 from perdure.streams import build_stream
-from perdure.types import Row, Stream
+from perdure.types import Row, Stream, Union
 
 METRIC = "zero_shot"
 """Rows are called `zero_shot/<data set>`; `after` is -1 for the pre-trained model."""
@@ -23,12 +23,13 @@ class Retention:
     Args:
         held_out: streams; all their test images are scored among all their classes.
         learner: with a text tower.
+        measured: whether of a stream without a test part all images are scored, and not those held out of it.
 
     Raises:
         ValueError: when the backbone has no text tower, or a stream is not as expected.
     """
 
-    def __init__(self, held_out: Sequence[str], learner: Core) -> None:
+    def __init__(self, held_out: Sequence[str], learner: Core, measured: bool = False) -> None:
         if held_out and "text" not in learner.backbone.towers():
             raise ValueError(
                 f"retain={held_out[0]!r}: zero-shot accuracy needs a text tower, which {learner.backbone.spec} lacks: "
@@ -38,7 +39,7 @@ class Retention:
         for text in held_out:
             written = {name for name, _ in parse_one(text).kwargs}
             whole = {} if written & {"tasks", "increments", "scenario"} else {"tasks": 1}
-            stream = build_stream(text, learner.backbone.preprocess, 0, **whole)
+            stream = build_stream(text, learner.backbone.preprocess, 0, measured, **whole)
             if "captions" in stream.notes or len({c for task in stream for c in task.classes}) < 2:
                 raise ValueError(f"retain={text!r}: there are no classes to tell apart; give a labelled data set")
             name = stream.name if stream.name not in self.sets else f"{stream.name} {len(self.sets) + 1}"
@@ -56,18 +57,18 @@ class Retention:
         right = total = 0
         with learner.inference():
             classes = class_texts(learner, list(names.values()), self.templates)
-            for task in stream:
-                for batch in learner.batches(learner.encoded(task.test, keep=True), 256):
-                    features = learner.encode(batch)
-                    if features.shape[1] != classes.shape[1]:
-                        raise ValueError(
-                            f"retain has no meaning with {learner.method.spec!r}, whose {features.shape[1]} features "
-                            f"are not in the space of the {classes.shape[1]}-dimensional texts: leave it out"
-                        )
-                    answer = (features @ classes.T).argmax(1).tolist()
-                    wanted = [place[c] for c in batch["label"].tolist()]
-                    right += sum(a == w for a, w in zip(answer, wanted, strict=True))
-                    total += len(wanted)
+            tests = Union([learner.encoded(task.test, keep=True) for task in stream])
+            for batch in learner.batches(tests, 256):
+                features = learner.encode(batch)
+                if features.shape[1] != classes.shape[1]:
+                    raise ValueError(
+                        f"retain has no meaning with {learner.method.spec!r}, whose {features.shape[1]} features "
+                        f"are not in the space of the {classes.shape[1]}-dimensional texts: leave it out"
+                    )
+                answer = (features @ classes.T).argmax(1).tolist()
+                wanted = [place[c] for c in batch["label"].tolist()]
+                right += sum(a == w for a, w in zip(answer, wanted, strict=True))
+                total += len(wanted)
         return right / total
 
 

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import msgspec
 import torch
 
-from perdure import checkpoint, schema
+from perdure import checkpoint, schema, taught
 from perdure.augment import AUGMENTS
 from perdure.checkpoint import read_record as read_record
 from perdure.config import RunConfig, make_backbone, make_method, make_objective
@@ -27,16 +27,18 @@ from perdure.drift import Drift
 from perdure.evaluation import Evaluation
 from perdure.foresight import foresee
 from perdure.learner import Core
+from perdure.places import Move, moved
 from perdure.process import as_found, plain
 from perdure.retention import Retention
 from perdure.runtime import Runtime, check_device, resolve
-from perdure.schema import Damaged, Record, Summary
+from perdure.schema import Damaged, Moves, Record, Summary
 from perdure.streams import build_stream
 from perdure.summary import FILE, drop_summary_beyond, facts_of, write_summary
 from perdure.train import Diverged, Progress, Quiet, TrainConfig, check_finite, fit_task
 from perdure.types import Row, Stream
 from perdure.version import __version__
 
+_MOVED = "moved.json"
 C = TypeVar("C", bound=Core)
 
 
@@ -66,7 +68,7 @@ def run(
         learner, stream, runtime = _build(config, runtime)
         foresee(config, learner.backbone, stream)
         held_out = Retention(config.retain, learner)
-        checkpoint.write_sealed(out / "run.json", record(config, learner, stream, runtime, held_out))
+        write_record(out, record(config, learner, stream, runtime, held_out))
         with nothing_learnt_nothing_left(out), as_found(runtime.threads):
             return learn_stream(config, learner, stream, out, progress or Quiet(), config.save_every, held_out=held_out)
 
@@ -128,9 +130,14 @@ def read_summary(out: Path) -> Summary:
     return schema.read(path, Summary, f"remove it, 'perdure resume {out}' writes it anew", dated)
 
 
+# Where the data lies and what it is called there, what else lies there, and what was said of it. Which images there are
+# is told by their number and the digests of the split.
+_BESIDE_THE_DATA = ("name", "data", "skipped", "left_out", "other_files", "remarks")
+
+
 def _check_unchanged(out: Path, what: str, written: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
     now = json.loads(json.dumps(facts))
-    if changed := [key for key in now if now[key] != written.get(key)]:
+    if changed := [key for key in now if key not in _BESIDE_THE_DATA and now[key] != written.get(key)]:
         raise ValueError(
             f"the {what} of {out} has changed since the run began ({', '.join(changed)}): restore it, or start anew in "
             "another folder"
@@ -143,10 +150,36 @@ def recorded_config(out: Path, written: Record) -> RunConfig:
     Raises:
         Damaged: when a value is not what a run writes.
     """
+    moves = recorded_moves(out)
+
+    def there(value: Any) -> Any:
+        if isinstance(value, list):
+            return [there(each) for each in value]
+        return moved(value, moves) if moves and isinstance(value, str) else value
+
     try:
-        return msgspec.convert(written["config"], RunConfig)
+        return msgspec.convert({k: there(v) for k, v in written["config"].items()}, RunConfig)
     except ValueError as error:
         raise Damaged(f"{out / 'run.json'} is damaged: {schema.said(error, 'config')}; restore it") from error
+
+
+def recorded_moves(out: Path) -> list[Move]:
+    """What `perdure move` wrote: `run.json`, which every manifest vouches for, stays as it is."""
+    path = out / _MOVED
+    if not path.is_file():
+        return []
+    found = schema.read(path, Moves, "restore it, or remove it and move again", must_be_sealed=True)["moved"]
+    return [(str(old), str(new)) for old, new in found]
+
+
+def write_moves(out: Path, moves: Sequence[Move]) -> None:
+    """Write what moved, the first move first."""
+    checkpoint.write_sealed(out / _MOVED, {"moved": list(map(list, moves))})
+
+
+def write_record(out: Path, content: dict[str, Any]) -> None:
+    """Write run.json, with its seal."""
+    checkpoint.write_sealed(out / "run.json", content)
 
 
 def recorded_runtime(out: Path, written: Record, device: str | None = None) -> Runtime:
@@ -270,7 +303,8 @@ def learn_stream(
             new = before + evaluation.after(learner, task, fitted.moved)
             facts = facts_of(fitted, time.perf_counter() - start)
             check_there(out)
-            checkpoint.save_task(out, learner, new, facts | (extra or {}), features.files(task))
+            beside = {**features.files(task), **taught.files(task)}
+            checkpoint.save_task(out, learner, new, facts | (extra or {}), beside)
             with (out / "results.jsonl").open("a", encoding="utf-8") as file:
                 file.writelines(checkpoint.lines_of(new))
             progress.scores(task, new)

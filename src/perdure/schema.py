@@ -142,6 +142,13 @@ class Record(TypedDict):
     seal: NotRequired[str]
 
 
+class Moves(TypedDict):
+    """moved.json: where things were, and where they are."""
+
+    moved: list[tuple[str, str]]
+    seal: str
+
+
 class Summary(TypedDict, total=False):
     """summary.json: numbers, and the manifest that they end with."""
 

@@ -13,17 +13,17 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from perdure import checkpoint
+from perdure import checkpoint, taught
 from perdure.config import RunConfig, check_options
 from perdure.export import export
 from perdure.learner import Core
 from perdure.method import parts_of
 from perdure.objectives.zeroshot import TEMPLATE, ZeroShot, class_texts
 from perdure.process import Turn, as_found, plain
-from perdure.run import build_learner, read_record, record, recorded_config, recorded_runtime
+from perdure.run import build_learner, read_record, record, recorded_config, recorded_runtime, write_record
 from perdure.runtime import Runtime
 from perdure.streams import ImageSet, alike, captioned_task, folder_task, given_captions, given_task
-from perdure.streams.sources import Picture
+from perdure.streams.sources import Picture, listed
 from perdure.summary import COSTS, facts_of, write_summary
 from perdure.train import Progress, Quiet, TrainConfig, fit_task
 from perdure.twin import as_now, become, part, twin_of
@@ -167,7 +167,7 @@ class Learner(Core):
     @plain()
     def predict(
         self,
-        images: Sequence[Picture] | torch.Tensor,
+        images: Sequence[Picture] | torch.Tensor | ImageSet,
         top: int | None = None,
         batch_size: int = 256,
         classes: Sequence[str] | None = None,
@@ -175,7 +175,7 @@ class Learner(Core):
         """Class names with scores, best first, for each image; scores of an image add up to 1.
 
         Args:
-            images: as in `learn`.
+            images: as in `learn`, or an image set.
             top: how many names; all when None.
             batch_size: images at once; the answer does not depend on it.
             classes: names to choose among, whatever was learnt, by a text tower; None answers with what was learnt.
@@ -195,10 +195,9 @@ class Learner(Core):
             raise ValueError(f"top={top}: expected 1 or more, or None for all")
         if classes is not None and not len(classes):
             raise ValueError("classes is empty: give at least one name, or None for what was learnt")
-        images = _several(images)
-        if not len(images):
+        data = self._shown(images)
+        if not len(data):
             return []
-        data = ImageSet.of(images, [0] * len(images), self.backbone.preprocess)
         with self.inference():
             if classes is None:
                 names, scores = self.objective.names, self.answers(data, batch_size)
@@ -214,7 +213,7 @@ class Learner(Core):
 
     @plain()
     def search(
-        self, images: Sequence[Picture] | torch.Tensor, text: str, top: int = 5, batch_size: int = 256
+        self, images: Sequence[Picture] | torch.Tensor | ImageSet, text: str, top: int = 5, batch_size: int = 256
     ) -> list[tuple[int, float]]:
         """Which of `images` fit `text` best: their positions with the cosine of image and text, best first.
 
@@ -231,14 +230,19 @@ class Learner(Core):
             raise ValueError("the text to search for is empty: say what to look for")
         if top < 1:
             raise ValueError(f"top={top}: expected 1 or more")
-        images = _several(images)
-        if not len(images):
+        data = self._shown(images)
+        if not len(data):
             return []
-        data = ImageSet.of(images, [0] * len(images), self.backbone.preprocess)
         with self.inference():
             cosines = self._towards(data, class_texts(self, [text], ("{}",)), batch_size)[:, 0].cpu()
         best = cosines.topk(min(top, len(cosines)))
         return list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+
+    def _shown(self, images: Any) -> ImageSet:
+        if isinstance(images, ImageSet):
+            return images
+        images = listed(_several(images), "images")
+        return ImageSet.of(images, [0] * len(images), self.backbone.preprocess)
 
     @property
     def templates(self) -> tuple[str, ...]:
@@ -277,8 +281,8 @@ class Learner(Core):
             raise ValueError("this learner has learnt nothing yet: there is nothing to save")
         with checkpoint.locked(folder):
             if not (folder / "run.json").exists():
-                checkpoint.write_sealed(folder / "run.json", now.record())
-            elif read_record(folder)["config"] != now.config.describe():
+                write_record(folder, now.record())
+            elif recorded_config(folder, read_record(folder)) != now.config:
                 raise ValueError(f"{folder} holds another learner; save to a new folder")
             done = checkpoint.whole(folder)
             before = done[-1].learnt if done else 0
@@ -286,7 +290,7 @@ class Learner(Core):
                 if before >= now.learnt or (done and done[-1].tasks != now.tasks[:before]):
                     raise ValueError(f"{folder} has learnt something else since; save to a new folder")
                 gap = {"alone": True} if before < now.learnt - 1 else {}
-                checkpoint.save_task(folder, now, list(rows), now._facts | gap)
+                checkpoint.save_task(folder, now, list(rows), now._facts | gap, taught.files(now.tasks[-1]))
             # also when nothing was to be saved: a process may have been killed before it came here
             checkpoint.write_results(folder, checkpoint.whole(folder))
             write_summary(folder, Quiet().note)
@@ -347,6 +351,6 @@ def check_first(learner: Learner, task: Task, known: Mapping[str, int], where: s
 def _several(images: Any) -> Any:
     """A sequence of images from what may be one of them."""
     one = isinstance(images, str | Path | Image.Image)
-    # (H, W, 3) is one picture; several grey ones are (n, H, W).
-    one = one or (isinstance(images, np.ndarray) and images.ndim == 3 and images.shape[2] in (3, 4))
+    # (H, W, 3) and (H, W, 1) are one picture; several grey ones are (n, H, W).
+    one = one or (isinstance(images, np.ndarray) and images.ndim == 3 and images.shape[2] in (1, 3, 4))
     return [images] if one else images

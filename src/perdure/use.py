@@ -1,14 +1,15 @@
-"""The commands that use what was learnt: predict, search, eval, export.
+"""The commands that use what was learnt: predict, search, eval, export, and move.
 
 What they compute with is imported when they are called: their help waits for no torch.
 """
 
 import dataclasses
 import difflib
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -18,6 +19,9 @@ from perdure.ranges import Count
 from perdure.wording import shortened
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from perdure.streams import ImageSet
     from perdure.teach import Learner
     from perdure.types import Batch, Data, Row, Task
 
@@ -42,6 +46,8 @@ class Predict(Asking):
     """How many names per image."""
     classes: tuple[str, ...] = ()
     """Any words to choose among, instead of what was learnt: --classes "a cat" "a dog"; needs a CLIP."""
+    skip_bad: bool = False
+    """Leave unreadable images out, and list them."""
 
     def __call__(self, screen: Screen) -> None:
         """Print labels with scores."""
@@ -49,10 +55,12 @@ class Predict(Asking):
 
         if not self.images:
             raise ValueError(f"no image given: write 'perdure predict {self.learner} cat.jpg'")
+        from perdure.images import skippable
+
         learner = Learner.load(self.learner, self.device)
-        files = [file for path in self.images for file in images_in(path)]
-        screen.wait("looking")
-        found = learner.predict(files, top=self.top, classes=self.classes or None)
+        files, shown = _shown(self.images, learner, self.skip_bad, screen)
+        with skippable("--skip-bad"):
+            found = learner.predict(shown, top=self.top, classes=self.classes or None)
         for file, answer in zip(files, found, strict=True):
             line = "  ".join(f"{shortened(name)} {share:.1%}" for name, share in answer)
             screen.result(
@@ -72,15 +80,19 @@ class Search(Asking):
     """What is looked for, in quotes: "a red car"."""
     top: Count = 5
     """How many images."""
+    skip_bad: bool = False
+    """Leave unreadable images out, and list them."""
 
     def __call__(self, screen: Screen) -> None:
         """Print files with cosines, best first."""
+        from perdure.images import skippable
         from perdure.teach import Learner
 
         learner = Learner.load(self.learner, self.device)
-        files = images_in(self.folder)
-        screen.wait("looking")
-        for place, cosine in learner.search(files, self.text, self.top):
+        files, shown = _shown([self.folder], learner, self.skip_bad, screen)
+        with skippable("--skip-bad"):
+            found = learner.search(shown, self.text, self.top)
+        for place, cosine in found:
             screen.result({"image": str(files[place]), "cosine": cosine}, f"{cosine:+.3f}  {files[place]}")
 
 
@@ -101,13 +113,20 @@ class Eval(Asking):
         from perdure.teach import Learner
 
         screen.wait("evaluating")
+        say = screen.warn if self.json else screen.note
         if not self.retain:
-            screen.measured(*measure(self.learner, self.stream, self.device))
+            tasks, rows, remarks = measure(self.learner, self.stream, self.device)
+            for line in remarks:
+                say(line)
+            screen.measured(tasks, rows)
             return
         if self.stream is not None:
             raise ValueError("--stream has no effect beside --retain: measure one after the other")
         learner = Learner.load(self.learner, self.device)
-        for row in Retention(self.retain, learner).measure(learner, learner.learnt - 1):
+        held_out = Retention(self.retain, learner, measured=True)
+        for name, stream in held_out.sets.items():
+            say(f"{name}: {sum(len(task.test) for task in stream)} images are measured")
+        for row in held_out.measure(learner, learner.learnt - 1):
             name = row.metric.removeprefix(f"{METRIC}/")
             screen.result({"zero_shot": name, "accuracy": row.value}, f"zero-shot on {name}: {row.value:.1%}")
 
@@ -133,11 +152,71 @@ class Export(Asking):
         screen.result({"export": str(path), "to": self.to}, f"written: {path}")
 
 
-def measure(folder: Path, stream: str | None, device: str | None = None) -> "tuple[list[Task], list[Row]]":
-    """The tasks of a stream, and a learner's accuracy on them; classes are matched by name.
+@dataclass(frozen=True, kw_only=True)
+class Move(Command):
+    """Say where something now lies that a learner or a run was made with: its backbone, its data."""
+
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
+    """A learner's or a run's folder."""
+    change: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHANGE")]
+    """OLD=NEW, where it was and where it is, such as /old/photos=/new/photos: a file, or a folder of several."""
+
+    def __call__(self, screen: Screen) -> None:
+        """Check that it is the same, write it down, print what leads where."""
+        screen.wait("comparing")
+        found = move(self.folder, self.change)
+        for old, new in found:
+            screen.result({"event": "moved", "from": old, "to": new}, f"{old} -> {new}")
+
+
+def move(folder: Path, change: str) -> list[tuple[str, str]]:
+    """Put paths right that a learner's record holds; returns those that changed, as they were and as they are.
 
     Raises:
-        ValueError: when a class of the stream is not among those that were learnt.
+        ValueError: when nothing recorded was there, nothing is there now, or the backbone there is another one.
+    """
+    from perdure import checkpoint
+    from perdure.config import make_backbone
+    from perdure.places import moved, paths_in, relocated
+    from perdure.run import read_record, recorded_config, recorded_moves, write_moves
+
+    written = read_record(folder)
+    old, equals, new = change.partition("=")
+    if not (old and equals and new):
+        raise ValueError(f"{change!r}: expected OLD=NEW, such as /old/photos=/new/photos")
+    if not Path(new).expanduser().exists():
+        raise ValueError(f"{new!r} does not exist: give the place where it is now")
+    step = (str(Path(old).expanduser().absolute()), str(Path(new).expanduser().absolute()))
+    config = recorded_config(folder, written)
+    texts = (config.stream, config.backbone, config.method, *config.retain)
+    sources = [each.manifest["source"]["folder"] for each in checkpoint.whole(folder) if "source" in each.manifest]
+    moves = recorded_moves(folder)
+    known = [path for text in texts for path in paths_in(text)]
+    for path in sources:
+        for earlier in moves:
+            path = relocated(path, earlier)
+        known.append(path)
+    changed = {path: relocated(path, step) for path in known if relocated(path, step) != path}
+    if not changed:
+        there = ", ".join(dict.fromkeys(path for path in known if Path(path).is_absolute())) or "no path"
+        raise ValueError(f"{folder} was made with nothing in {step[0]}; what it was made with: {there}")
+    backbone = moved(config.backbone, [step])
+    if backbone != config.backbone and make_backbone(backbone).fingerprint() != written["backbone"]["fingerprint"]:
+        raise ValueError(
+            f"{backbone} is another model than {folder} was made with: give the one whose weights it needs"
+        )
+    write_moves(folder, [*moves, step])
+    return list(changed.items())
+
+
+def measure(folder: Path, stream: str | None, device: str | None = None) -> "tuple[list[Task], list[Row], list[str]]":
+    """The tasks of a stream, a learner's accuracy on them, and what to know about it; classes are matched by name.
+
+    All images of a stream that is given are measured: its test part where it has one, else all of it, without those
+    that the learner was taught.
+
+    Raises:
+        ValueError: when a class of the stream is not among those that were learnt, or all images were taught.
     """
     from perdure.process import plain
 
@@ -145,7 +224,9 @@ def measure(folder: Path, stream: str | None, device: str | None = None) -> "tup
         return _measured(folder, stream, device)
 
 
-def _measured(folder: Path, stream: str | None, device: str | None) -> "tuple[list[Task], list[Row]]":
+def _measured(folder: Path, stream: str | None, device: str | None) -> "tuple[list[Task], list[Row], list[str]]":
+    from perdure import taught
+    from perdure.images import skippable
     from perdure.streams import build_stream
     from perdure.teach import Learner
     from perdure.types import Row
@@ -154,26 +235,69 @@ def _measured(folder: Path, stream: str | None, device: str | None) -> "tuple[li
     described = stream if stream is not None else learner.config.stream
     if not described:
         raise ValueError(f"{folder} was taught from folders: say what to measure on with --stream")
-    declared = build_stream(described, learner.backbone.preprocess, learner.config.seed).tasks
-    tasks = list(declared if stream is not None else declared[: learner.learnt])
+    preprocess, seed = learner.backbone.preprocess, learner.config.seed
+    found = build_stream(described, preprocess, seed, measured=stream is not None)
+    tasks = list(found.tasks if stream is not None else found.tasks[: learner.learnt])
+    remarks = told(found.notes)
+    if stream is not None:
+        known, unknown = taught.hashes(folder)
+        tasks, count = _unseen(tasks, known, f"{described}: all", folder)
+        images = sum(len(task.test) for task in tasks)
+        if unknown:
+            remarks.append(
+                f"which images {len(unknown)} of {learner.learnt} tasks were taught is not known: they count"
+            )
+        apart = f"; {count} more were taught to this learner and are left out" if count else ""
+        remarks.append(f"{images} images are measured{apart}")
     if learner.objective.classifies:
         tasks = [_named_alike(task, learner, f"{described}: class", folder) for task in tasks]
-    found = learner.objective.evaluate(learner, tasks)
+    with skippable("skip_bad=True in the stream"):
+        scores = learner.objective.evaluate(learner, tasks)
     rows = [
-        Row(learner.learnt - 1, t.index, k, v) for t, each in zip(tasks, found, strict=True) for k, v in each.items()
+        Row(learner.learnt - 1, t.index, k, v) for t, each in zip(tasks, scores, strict=True) for k, v in each.items()
     ]
-    return tasks, rows
+    return tasks, rows, remarks
+
+
+def told(notes: Mapping[str, Any]) -> list[str]:
+    """What a stream's notes say to who uses it, line by line."""
+    from perdure.streams.folders import told_left_out
+
+    left_out = notes.get("left_out")
+    return [*([told_left_out(left_out)] if left_out else []), *notes.get("remarks", ())]
+
+
+def _unseen(tasks: "Sequence[Task]", known: "Tensor", what: str, folder: Path) -> "tuple[list[Task], int]":
+    """The tasks without the images whose hashes are known, and how many these were."""
+    import torch
+
+    from perdure.streams import ImageSet
+
+    kept, count = [], 0
+    for task in tasks:
+        if isinstance(task.test, ImageSet) and len(known):
+            seen = torch.isin(task.test.hashes(), known)
+            count += int(seen.sum())
+            task = dataclasses.replace(task, test=task.test.subset((~seen).nonzero().flatten()))
+        if len(task.test):
+            kept.append(task)
+    if not kept:
+        raise ValueError(f"{what} {count} images were taught to {folder}: measure on others")
+    return kept, count
 
 
 def _named_alike(task: "Task", learner: "Learner", what: str, folder: Path) -> "Task":
     """The task with the learner's ids of its classes."""
-    if unknown := [name for name in task.names if name not in learner.known]:
+    from perdure.streams.naming import recorded
+
+    names = recorded(task.names, learner.known)
+    if unknown := [name for name in names if name not in learner.known]:
         near = difflib.get_close_matches(unknown[0], learner.known, n=1)
         raise ValueError(
             f"{what} {unknown[0]!r} of task {task.index} is not among what {folder} has learnt"
             + (f"; did you mean {near[0]!r}?" if near else "")
         )
-    ids = {c: learner.known[name] for c, name in zip(task.classes, task.names, strict=True)}
+    ids = {c: learner.known[name] for c, name in zip(task.classes, names, strict=True)}
     return dataclasses.replace(task, classes=tuple(ids.values()), test=_Renumbered(task.test, ids))
 
 
@@ -193,13 +317,40 @@ class _Renumbered:
         return self.data.__getitems__(positions) | {"label": self.labels[list(positions)]}
 
 
-def images_in(path: Path) -> list[Path]:
-    """The image files in a folder and below, or the file itself."""
+def _shown(paths: Sequence[Path], learner: "Learner", skip_bad: bool, screen: Screen) -> "tuple[list[Path], ImageSet]":
+    """The image files in `paths`, and themselves; unreadable ones are told and left out when that is asked for."""
+    from perdure.streams import ImageSet
+    from perdure.streams.folders import told_left_out
+
+    left_out: Counter[str] = Counter()
+    files = [file for path in paths for file in images_in(path, left_out)]
+    if left_out:
+        screen.warn(told_left_out(left_out))
+    screen.wait("looking")
+    shown = ImageSet.of(files, [0] * len(files), learner.backbone.preprocess)
+    if skip_bad:
+        shown = shown.readable()
+        tell_skipped(shown.skipped, screen.warn)
+    return [files[row] for row in shown.rows.tolist()], shown
+
+
+def tell_skipped(skipped: Sequence[str], tell: Callable[[str], None]) -> None:
+    """Say which images could not be read."""
+    if skipped:
+        more = f" and {len(skipped) - 5} more" if len(skipped) > 5 else ""
+        images = "image was" if len(skipped) == 1 else "images were"
+        tell(f"{len(skipped)} unreadable {images} left out: {', '.join(skipped[:5])}{more}")
+
+
+def images_in(path: Path, left_out: Counter[str]) -> list[Path]:
+    """The image files in a folder and below, those that would be learnt, or the file itself; counts the others."""
+    from perdure.streams.folders import pictures, told_left_out
+
     if path.is_dir():
-        endings = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-        found = sorted(p for p in path.rglob("[!.]*") if p.suffix.lower() in endings)
+        found = [path / file for file in pictures(path, left_out)]
         if not found:
-            raise ValueError(f"{path} has no image; give files, or a folder with {', '.join(sorted(endings))}")
+            others = f"; {told_left_out(left_out)}" if left_out else ""
+            raise ValueError(f"{path} has no image{others}; give image files, or a folder of some")
         return found
     if not path.is_file():
         raise ValueError(f"{path} does not exist: give an image file or a folder of images")

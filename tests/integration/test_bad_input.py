@@ -84,13 +84,15 @@ def test_unreadable_images_are_named_or_skipped_and_listed(perdure: Any, tiny: A
     flags = (*tiny, "--epochs", 1, "--out")
 
     refused = perdure("run", "--stream", "images(path='bad', tasks=2, order='natural')", *flags, "a")
-    one_line(refused, "cannot read image bad/cat/03.png: not an image; replace it, or leave it out with skip_bad")
+    one_line(refused, "bad/cat/03.png: not an image", "or leave it out with skip_bad=True in the stream")
     ran = perdure("run", "--stream", "images(path='bad', tasks=2, skip_bad=True)", *flags, "b")
-    assert "2 unreadable images were left out: bad/" in ran.out
-    assert sorted(json.loads(Path("b/run.json").read_text())["stream"]["skipped"]) == listed
+    assert f"2 unreadable images were left out: {Path('bad').absolute()}" in ran.out
+    skipped = json.loads(Path("b/run.json").read_text())["stream"]["skipped"]
+    assert sorted(skipped) == [str(Path(name).absolute()) for name in listed]
     assert json.loads(Path("b/summary.json").read_text())["skipped_images"] == 2
 
-    one_line(perdure("learn", folder, "--into", "c", "--backbone", "tiny()"), "cannot read image bad/")
+    asked = perdure("learn", folder, "--into", "c", "--backbone", "tiny()")
+    one_line(asked, "cannot read image bad/", "; replace or remove it, or leave it out with --skip-bad\n")
     taught = perdure("learn", folder, "--into", "c", "--backbone", "tiny()", "--skip-bad", "--json")
     assert sorted(taught.events[-1]["skipped"]) == listed
     assert json.loads(Path("c/summary.json").read_text())["skipped_images"] == 2
@@ -137,11 +139,11 @@ def folders(photos: Callable[..., Path]) -> None:
     ("folder", "said"),
     [
         ("strange", "class 'emu' is in test"),
-        ("empty", "'empty' is empty; expected a folder for each class"),
-        ("hollow", "'hollow' has class folders (cat, ...) but no image in them"),
+        ("empty", "empty' is empty; expected a folder for each class"),
+        ("hollow", "hollow' has class folders (cat, ...) but no image in them"),
         ("single", "only"),
         ("singel", "path='singel' does not exist; did you mean 'single'?"),
-        ("file", "path='file' is a file; give a folder of class folders"),
+        ("file", "file' is a file; give a folder of class folders"),
     ],
 )
 def test_folders_without_what_is_needed_are_refused(

@@ -29,13 +29,14 @@ FLAGS = {
     "run": ["--json", *TRAINING, *RUNNING, "--recipe", "--out"],
     "resume": ["--json", "FOLDER"],
     "learn": ["--json", "FOLDER", "--into", "--backbone", "--method", "--objective", "--epochs", "--lr"],
-    "predict": ["--json", "LEARNER", "IMAGES", "--top", "--classes"],
-    "search": ["--json", "LEARNER", "FOLDER", "TEXT", "--top"],
+    "predict": ["--json", "LEARNER", "IMAGES", "--top", "--classes", "--skip-bad"],
+    "search": ["--json", "LEARNER", "FOLDER", "TEXT", "--top", "--skip-bad"],
     "compare": ["--json", *TRAINING, *sorted({*RUNNING} - {"--method", "--seed"}), "--methods", "--seeds", "--out"],
     "advise": ["--json", "--bytes", "--old-data", "--tasks", "--id-at-test", "--step-cost", "--scenario", "--from"],
     "eval": ["--json", "LEARNER", "--stream", "--retain"],
     "report": ["--json", "FOLDERS", "--out"],
     "export": ["--json", "LEARNER", "--out", "--to"],
+    "move": ["--json", "FOLDER", "CHANGE"],
     "list": ["--json", "WHAT", "NAME"],
 }
 FLAGS["learn"] += ["--captions", "--batch-size", "--seed", "--precision", "--skip-bad"]

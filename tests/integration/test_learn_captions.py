@@ -170,7 +170,7 @@ def test_what_has_no_effect_is_refused(perdure: Any, album: Any, photos: Any) ->
     assert not Path("x/run.json").exists()
     said = perdure("learn", "classes", "--into", "x", *MADE)
     assert said.code == 2
-    assert "holds no .parquet and no .jsonl file" in said.err
+    assert "holds no .parquet, .jsonl or .csv file" in said.err
 
 
 def pictures(count: int, seed: int) -> torch.Tensor:

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from perdure.cli import main
-from perdure.config import RunConfig
+from perdure.config import RunConfig, register
 from perdure.disk import write_sealed
 from perdure.lessons import teach_folder
 from perdure.method import METHODS
@@ -28,6 +28,12 @@ STREAM = "synthetic(tasks=3, classes_per_task=2, per_class=4, test_per_class=2)"
 VALUES = [None, True, -1, 0, 2, 10**400, -(2**70), 1e308, float("nan"), "x", "", [], {}, [[]], {"a": 1}, "\ud800", ...]
 NONSENSE = [b"", b"[", b"[" * 100_000, b"\xff\xfe{}", b"3\n", b"null\n", b"{}\n", b'{"seal": 1e999}\n', b"\x00" * 64]
 KINDS = ("run", "stopped", "taught")
+register()
+EVERY = [
+    f"lora(rank=2) + {name}" if method.guards else name
+    for name, method in sorted(METHODS.items())
+    if name not in ("mod_x", "zscl")  # which need texts
+]
 
 
 class Crash(Exception):
@@ -309,7 +315,7 @@ def write_resealed(path: Path, content: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", EVERY)
 def test_folders_of_every_method_are_refused_by_name_or_answer_as_before(method: str, place: Path) -> None:
     base = based("run", method)
     for number in range(10):

@@ -640,3 +640,68 @@ def test_timm_refuses_what_does_not_fit(timm_file: Path, tmp_path: Path) -> None
     assert "surplus is not in the model" in refusal("timm", name="vit_tiny_patch16_224", checkpoint=str(partial))
     partial.write_bytes(b"nonsense")
     assert "damaged or not safetensors" in refusal("timm", name="vit_tiny_patch16_224", checkpoint=str(partial))
+
+
+def test_a_folder_of_timm_is_read_and_other_backbones_say_so(timm_file: Path, tmp_path: Path) -> None:
+    model = timm_library.create_model("vit_tiny_patch16_224", img_size=32, depth=2)
+    timm_library.models.save_for_hf(model, tmp_path / "own", safe_serialization=True)
+    read = BACKBONES["timm"](name=str(tmp_path / "own"))
+    with torch.no_grad():
+        wanted = model.eval().forward_head(model.forward_features(torch.zeros(1, 3, 32, 32)), pre_logits=True)
+        assert torch.allclose(read.encode_pixels(torch.zeros(1, 3, 32, 32)), wanted, atol=1e-5)
+    assert BACKBONES["timm"](name=f"local-dir:{tmp_path / 'own'}").spec == read.spec
+    for family in ("vision", "clip"):
+        assert f"write timm(name={str(tmp_path / 'own')!r})" in refusal(family, path=str(tmp_path / "own"))
+    assert "leave out 'timm/', or write 'hf-hub:timm/" in refusal("timm", name="timm/vit_tiny_patch16_224")
+    (tmp_path / "own" / "config.json").write_text('{"model_type": "vit"}')
+    assert "vision(path=" in refusal("timm", name=str(tmp_path / "own"))
+
+
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "../vit/model.safetensors", "/x.safetensors", "a\\b.safetensors", 7]
+)
+@pytest.mark.parametrize("family", ["vision", "clip", "dual", "timm", "open_clip"])
+def test_an_index_that_leads_elsewhere_is_refused_before_any_library_follows_it(
+    family: str, name: object, saved: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = edited(saved["vit"], tmp_path)
+    (folder / "open_clip_config.json").write_text('{"embed_dim": 8, "vision_cfg": {}, "text_cfg": {}}')
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": {"a": name}}))
+    option = {"dual": "vision", "timm": "name", "open_clip": "name"}.get(family, "path")
+    more = {"text": str(saved["clip"])} if family == "dual" else {}
+    message = refusal(family, **{option: str(folder)}, **more)
+    assert "model.safetensors.index.json' names " in message
+    assert "expected .safetensors files beside it" in message
+
+
+@pytest.mark.parametrize(
+    ("file", "facts"),
+    [
+        ("tokenizer_config.json", {"vocab_file": "{outside}"}),
+        ("tokenizer_config.json", {"fast_tokenizer_files": ["../outside.txt"]}),
+        ("config.json", {"auto_map": {"AutoConfig": "../outside.txt"}}),
+        ("config.json", {"text_config": {"deep": [{"er": "{outside}"}]}}),
+        ("preprocessor_config.json", {"image_processor_file": "{outside}"}),
+        ("open_clip_config.json", {"model_cfg": {"vision_cfg": {"timm_model_name": "local-dir:{outside}"}}}),
+        ("adapter_config.json", {"base_model_name_or_path": "else/where"}),
+    ],
+)
+def test_a_configuration_that_leads_out_of_its_folder_is_refused(
+    file: str, facts: dict[str, object], saved: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = edited(saved["clip"], tmp_path)
+    (tmp_path / "outside.txt").write_text("secret")
+    written = json.dumps(facts).replace("{outside}", str(tmp_path / "outside.txt"))
+    own = json.loads((folder / file).read_text()) if (folder / file).exists() else {}
+    (folder / file).write_text(json.dumps(own | json.loads(written)))
+    message = refusal("clip", path=str(folder))
+    assert file in message
+    assert "leads" in message
+
+
+def test_what_a_saved_model_remembers_of_another_machine_does_no_harm(saved: dict[str, Path], tmp_path: Path) -> None:
+    folder = edited(saved["clip"], tmp_path)
+    file = folder / "tokenizer_config.json"
+    stale = {"special_tokens_map_file": "/home/somebody/map.json", "name_or_path": str(tmp_path)}
+    file.write_text(json.dumps(json.loads(file.read_text()) | stale))
+    BACKBONES["clip"](path=str(folder))

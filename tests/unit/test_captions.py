@@ -369,7 +369,7 @@ def test_wrong_line_is_named(tmp_path: Path, line: str, message: str) -> None:
 
 
 def test_folder_without_tables_is_refused(tmp_path: Path) -> None:
-    assert "holds no .parquet and no .jsonl file" in refused("captions", path=tmp_path)
+    assert "holds no .parquet, .jsonl or .csv file" in refused("captions", path=tmp_path)
     assert "does not exist" in refused("captions", path=tmp_path / "nowhere")
 
 

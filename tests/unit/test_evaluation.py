@@ -15,7 +15,7 @@ from perdure.retention import Retention
 from perdure.run import run
 from perdure.streams import ImageSet
 from perdure.train import Quiet, fit_task
-from perdure.types import Batch, Data, Stream
+from perdure.types import Batch, Data, Nothing, Stream
 
 
 class Counted:
@@ -88,6 +88,22 @@ def test_an_evaluation_encodes_and_reads_each_test_image_once_and_says_what_each
                     learner.objective.evaluate(learner, [replace(each, test=each.test.data)])[0].items()
                 )
     assert expected is None or found == expected
+
+
+@pytest.mark.parametrize("objective", ["classify", "zeroshot", "retrieve"])
+@pytest.mark.parametrize("method", ["probe", "lora(rank=2)", "lora(rank=2, tasks=1)"])
+def test_tasks_without_test_images_are_learnt_and_have_no_scores(
+    method: str, objective: str, lab: Any, tmp_path: Path
+) -> None:
+    bench = lab.but(objective=objective, epochs=1)
+    learner, stream = bench.learner(method), bench.stream()
+    stream = replace(stream, tasks=tuple(replace(t, test=Nothing()) if t.index != 1 else t for t in stream))
+    evaluation = evaluation_of(learner, stream, tmp_path)
+    for task in stream:
+        learner.grow(task)
+        moved = fit_task(learner, task, bench.train_config()).moved
+        on = {row.on for row in evaluation.after(learner, task, moved)} - {None}
+        assert on == ({1} if task.index else set())
 
 
 @pytest.mark.parametrize("method", ["lora(rank=2)", "lora(rank=2) + lwf", "lora(rank=2) + replay(size=4)"])

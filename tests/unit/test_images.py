@@ -1,7 +1,9 @@
 """Decoding and preprocessing."""
 
+import ast
 import io
 import json
+from pathlib import Path
 from typing import get_args
 
 import numpy as np
@@ -11,7 +13,17 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
-from perdure.images import Interpolation, Preprocess, UnreadableImage, decode
+import perdure.images
+from perdure.images import (
+    Interpolation,
+    Preprocess,
+    UnreadableImage,
+    begins_like_an_image,
+    decode,
+    formats,
+    is_image,
+    rgb,
+)
 
 RNG = np.random.default_rng(0)
 PLAIN = Preprocess(24, 24)
@@ -32,7 +44,10 @@ def encoded(image: Image.Image, form: str = "PNG", **options: object) -> bytes:
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I", "F", "HSV", "YCbCr"])
 @pytest.mark.parametrize("size", [(1, 1), (40, 30), (1, 90), (3000, 1)])
 def test_every_kind_of_image_becomes_three_uint8_channels(mode: str, size: tuple[int, int]) -> None:
-    pixels = PLAIN(photo(*size).convert(mode))
+    image = photo(*size).convert(mode)
+    if mode == "F":
+        image = Image.fromarray(np.asarray(image) / np.float32(255))
+    pixels = PLAIN(image)
     assert pixels.shape == (3, 24, 24)
     assert pixels.dtype == torch.uint8
 
@@ -140,7 +155,9 @@ def test_impossible_preprocess_is_refused_by_name(wrong: dict[str, object]) -> N
 def test_truncated_image_is_unreadable_and_named(form: str) -> None:
     whole = encoded(photo(40, 40), form)
     for cut in (0, 3, len(whole) // 2):
-        with pytest.raises(UnreadableImage, match=r"^cannot read image train\.parquet, row 7: .*skip_bad$"):
+        with pytest.raises(
+            UnreadableImage, match=r"^cannot read image train\.parquet, row 7: .*; replace or remove it$"
+        ):
             decode(whole[:cut], "train.parquet, row 7")
 
 
@@ -153,3 +170,83 @@ def test_text_file_is_no_image(tmp_path) -> None:  # type: ignore[no-untyped-def
     (tmp_path / "a.png").write_text("hello")
     with pytest.raises(UnreadableImage, match="not an image"):
         decode(tmp_path / "a.png", "a.png")
+
+
+@pytest.mark.parametrize("mode", [*Image.MODES, "La", "PA", "RGBa", "RGBX", "I;16", "I;16L", "I;16B", "I;16N"])
+def test_every_mode_of_pillow_becomes_rgb_and_black_stays_black(mode: str) -> None:
+    black = {"CMYK": (0, 0, 0, 255), "YCbCr": (0, 128, 128), "LAB": (0, 128, 128)}.get(mode, 0)
+    shown = rgb(Image.new(mode, (3, 2), black))
+    assert (shown.mode, shown.size) == ("RGB", (3, 2))
+    assert np.asarray(shown).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("values", "shades"),
+    [
+        (np.array([[0, 0.5, 1]], np.float32), [0, 128, 255]),
+        (np.array([[0, 200, 255]], np.int32), [0, 200, 255]),
+        (np.array([[0, 0x8000, 0xFFFF]], np.uint16), [0, 128, 255]),
+        (np.zeros((1, 3), np.uint16), [0, 0, 0]),
+    ],
+)
+def test_values_whose_white_is_known_keep_their_shades(values: np.ndarray, shades: list[int]) -> None:  # type: ignore[type-arg]
+    for form in ("TIFF", None):
+        image = Image.fromarray(values)
+        image = decode(encoded(image, form), "x") if form else rgb(image)
+        assert np.asarray(image)[0, :, 0].tolist() == shades
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.array([[0, 1.5]], np.float32),
+        np.array([[-0.1, 1]], np.float32),
+        np.array([[0, np.nan]], np.float32),
+        np.array([[0, 256]], np.int32),
+        np.array([[-1, 5]], np.int32),
+        np.array([[0, 4095]], np.uint16),
+        np.array([[0, 255]], np.uint16),
+    ],
+)
+def test_values_whose_white_nobody_says_are_refused_with_file_and_mode(values: np.ndarray) -> None:  # type: ignore[type-arg]
+    image = Image.fromarray(values)
+    with pytest.raises(UnreadableImage, match=rf"^cannot read image a\.tif: an image of mode {image.mode} .*as 8 bit"):
+        decode(encoded(image, "TIFF"), "a.tif")
+    with pytest.raises(ValueError, match=f"mode {image.mode}"):
+        PLAIN(image)
+
+
+def test_deep_pgm_is_read_by_the_white_it_names() -> None:
+    assert np.asarray(decode(b"P5 3 1 4095\n" + bytes([0, 0, 8, 0, 15, 255]), "x"))[0, :, 0].tolist() == [0, 128, 255]
+
+
+@pytest.mark.parametrize("form", ["EPS", "ICO", "TGA", "PCX", "SGI"])
+def test_formats_that_are_not_listed_are_not_read_whatever_they_are_called(form: str, tmp_path: Path) -> None:
+    file = tmp_path / "photo.png"
+    file.write_bytes(encoded(photo(24, 24), form))
+    with pytest.raises(UnreadableImage, match=r"not an image \(JPEG, PNG, "):
+        decode(file, "photo.png")
+    assert form not in formats()
+    assert not begins_like_an_image(file.read_bytes()) or form == "TGA"
+    assert not is_image(f"a.{form.lower()}")
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM", "AVIF", "HEIF"])
+def test_formats_that_are_listed_are_read(form: str) -> None:
+    if form not in formats():
+        pytest.skip(f"this Pillow does not read {form}")
+    content = encoded(photo(24, 24), form)
+    assert decode(content, "x").size == (24, 24)
+    assert begins_like_an_image(content[:16])
+    assert all(is_image(f"a{ending.upper()}") for ending in formats()[form])
+
+
+def test_one_function_opens_images() -> None:
+    sources = Path(perdure.images.__file__).parent.rglob("*.py")
+    calls = [
+        file.name
+        for file in sources
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("Image.open", "PIL.Image.open")
+    ]
+    assert calls == ["images.py"]

@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import time
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +186,7 @@ def test_damaged_image_is_named_with_its_file(tmp_path: Path) -> None:
     root = folder(tmp_path / "d")
     (root / "fig" / "3.png").write_bytes(b"no image")
     data = build("images", path=root, tasks=1, test_per_class=1).tasks[0]
-    with pytest.raises(UnreadableImage, match=r"fig.3\.png: not an image; .* skip_bad"):
+    with pytest.raises(UnreadableImage, match=r"fig.3\.png: not an image .*; replace or remove it"):
         reds(data.train), reds(data.test)
 
 
@@ -285,7 +286,7 @@ def test_hidden_files_are_left_aside_and_files_that_are_no_images_counted(tmp_pa
     (root / "fig" / "._0.png").write_bytes(b"")
     stream = build("images", path=root, tasks=2)
     assert sum(stream.notes["train_images"]) == 16
-    assert stream.notes["other_files"] == 1
+    assert stream.notes["left_out"] == {".txt": 1}
 
 
 def test_missing_folder_is_named_with_a_near_one(tmp_path: Path) -> None:
@@ -422,7 +423,7 @@ def test_files_beyond_memory_are_read_through_a_memory_map(tmp_path: Path, monke
         ({}, {"image": "img"}, r"no column 'img' \(image=\); did you mean 'image'\?"),
         ({}, {"names": "title"}, "no column 'title'"),
         ({"title": ["x", "y", "x", "x", "z"]}, {"names": "title"}, "does not give each label one name"),
-        ({"score": [0.5]}, {"label": "score"}, r"'score' holds double .*train\.parquet, row 0: 0\.5"),
+        ({"score": [0.5]}, {"label": "score"}, r"train\.parquet: label column 'score' holds double; expected"),
         ({"kind": [1, 2, None]}, {"label": "kind"}, r"train\.parquet, row 2: label column 'kind' is empty"),
         ({}, {"scenario": "domain"}, r"needs domain=\.\.\."),
         ({"place": [0, 1]}, {"scenario": "domain", "domain": "plaze"}, r"no column 'plaze' .*did you mean 'place'"),
@@ -749,3 +750,13 @@ def test_stream_is_built_from_text(tmp_path: Path) -> None:
 def test_unknown_stream_gets_a_near_name() -> None:
     with pytest.raises(ValueError, match="did you mean 'cifar100'"):
         build_stream("cifar10()", EIGHT, 0)
+
+
+def test_files_that_do_not_even_begin_like_images_cost_next_to_nothing_to_leave_out(tmp_path: Path) -> None:
+    root = folder(tmp_path / "d", FRUIT[:2])
+    for i in range(2000):
+        (root / "fig" / f"bad{i}.jpg").touch()
+    began = time.process_time()
+    task = folder_task(root, EIGHT, {}, 0, skip_bad=True)
+    assert time.process_time() - began < 0.45  # 0.13 where it was measured; 0.71 with an attempt to decode each
+    assert (len(task.train) + len(task.test), len(task.train.skipped)) == (10, 2000)

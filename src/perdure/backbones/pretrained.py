@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from perdure.backbones.base import Backbone
+from perdure.backbones.confined import check_confined
 from perdure.images import Interpolation, Preprocess
 from perdure.process import ALONE
 
@@ -46,7 +47,7 @@ def locate(path: str, *needed: str, option: str = "path") -> tuple[str, str]:
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
-        _check(f"{option}={path!r}", folder)
+        check_complete(f"{option}={path!r}", folder)
         # What is recorded must still lead there when the program is started elsewhere.
         return str(folder.absolute()), str(folder.absolute())
     if folder.exists():
@@ -97,6 +98,7 @@ def reading(path: str) -> Iterator[None]:
     from transformers.utils import logging as hf
 
     try:
+        check_confined(Path(path))
         with ALONE, ExitStack() as after, torch.random.fork_rng(devices=[]):
             for library in (hf, hub):
                 after.callback(library.set_verbosity, library.get_verbosity())
@@ -207,7 +209,7 @@ def read_config(path: str) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except StrictDataclassError as error:
         raise ValueError(
             f"cannot load {path!r}: config.json: {' '.join(str(error).split())[:200]}; correct it"
@@ -216,6 +218,9 @@ def read_config(path: str) -> Any:
         raise ValueError(
             f"cannot load {path!r}: its config.json names no model that transformers knows without running foreign code"
         ) from error
+    if config.model_type == "timm_wrapper":
+        raise ValueError(f"{path!r} is a model of timm: write timm(name={path!r})")
+    return config
 
 
 def read_preprocess(path: str, input_norm: str) -> Preprocess:
@@ -289,7 +294,8 @@ def frozen(model: Any) -> Any:
     return model.float().eval().requires_grad_(False)
 
 
-def _check(given: str, folder: Path) -> None:
+def check_complete(given: str, folder: Path) -> None:
+    """Raise a ValueError unless a folder holds a configuration and weights that are read; `given` says which folder."""
     if not (folder / "config.json").is_file():
         if (folder / "open_clip_config.json").is_file():
             raise ValueError(f"{given} is a model of OpenCLIP: write open_clip(name={str(folder)!r})")

@@ -1,6 +1,7 @@
 """Vision transformers from timm, with weights from the hub or from a local safetensors file."""
 
 import difflib
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from perdure.ranges import checked
 from perdure.spec import Spec
 
 _HUB = "hf-hub:"
+_LOCAL = "local-dir:"
 
 
 @checked
@@ -23,8 +25,9 @@ def timm(name: str, checkpoint: str | None = None, input_norm: str = "model") ->
     Features are what the model's own classifier would read: of a ViT, the class token after the last norm.
 
     Args:
-        name: as in `timm.list_models()`, for example "vit_base_patch16_224.augreg_in21k", or "hf-hub:" and a hub name.
-        checkpoint: a local .safetensors file with the weights; from the hub when None.
+        name: as in `timm.list_models()`, for example "vit_base_patch16_224.augreg_in21k"; "hf-hub:" and a hub name; or
+            a folder with config.json and model.safetensors, as timm saves them.
+        checkpoint: a local .safetensors file with the weights; from the folder or the hub when None.
         input_norm: "model" for the mean and deviation the weights were trained with, "none" for raw pixels in [0, 1],
             as the published results of InfLoRA used.
 
@@ -32,16 +35,18 @@ def timm(name: str, checkpoint: str | None = None, input_norm: str = "model") ->
         ValueError: when there is no such model or file, or the weights do not fit.
     """
     pretrained.check_norm(input_norm)
-    options: dict[str, str] = {"name": name}
+    local = _local(name)
+    options: dict[str, str] = {"name": name if local is None else str(local)}
     file = None
     if checkpoint is not None:
         file = pretrained.local_weights(checkpoint, "leave it out to take the weights from the hub")
         options["checkpoint"] = str(file)
     if input_norm != "model":
         options["input_norm"] = input_norm
-    with pretrained.reading(name):
-        model = _create(name)
-        weights = pretrained.read_weights(file or _from_hub(name, model))
+    folder = Path(pretrained.fetch(name.removeprefix(_HUB))) if name.startswith(_HUB) else local
+    with pretrained.reading(str(folder or name)):
+        model = _create(name, folder)
+        weights = pretrained.read_weights(file or _weights(name, folder, model))
         _fill(model, weights, str(file or name))
         return Timm(model, _preprocess(name, model, input_norm), str(Spec("timm", tuple(options.items()))))
 
@@ -80,27 +85,62 @@ class Timm(Backbone):
                 module.fused_attn = implementation == "sdpa"
 
 
-def _create(name: str) -> Any:
+def _local(name: str) -> Path | None:
+    """The folder that `name` leads to, if it is one; a folder goes before a model of the same name."""
+    folder = Path(name.removeprefix(_LOCAL)).expanduser()
+    if not folder.is_dir():
+        if name.startswith(_LOCAL):
+            raise ValueError(f"name={name!r}: there is no such folder; give one with config.json and model.safetensors")
+        return None
+    pretrained.check_complete(f"name={name!r}", folder)
+    return folder.absolute()
+
+
+def _create(name: str, folder: Path | None) -> Any:
     import timm
 
-    if name.startswith(_HUB):
-        name = f"local-dir:{pretrained.fetch(name.removeprefix(_HUB))}"
-    elif not timm.is_model(name):
+    if folder is not None:
+        _check_architecture(name, folder)
+        return timm.create_model(f"{_LOCAL}{folder}", pretrained=False, num_classes=0)
+    bare = name.removeprefix("timm/")
+    if bare != name and timm.is_model(bare):
+        raise ValueError(f"name={name!r}: leave out 'timm/', or write {_HUB + name!r}")
+    if not timm.is_model(name):
         # Names carry the tag of their weights after a dot; people misspell either half.
-        near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else "see timm.list_models()"
+        near = difflib.get_close_matches(bare.partition(".")[0], timm.list_models(), n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "see timm.list_models(), or give a folder"
         raise ValueError(f"name={name!r}: timm has no such model; {hint}")
     return timm.create_model(name, pretrained=False, num_classes=0)
 
 
-def _from_hub(name: str, model: Any) -> Path:
-    where = name.removeprefix(_HUB) if name.startswith(_HUB) else model.pretrained_cfg.get("hf_hub_id")
-    if not where:
+def _check_architecture(name: str, folder: Path) -> None:
+    """Raise a ValueError unless the configuration in a folder is one of timm."""
+    try:
+        facts = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        architecture = facts.get("architecture") or facts["pretrained_cfg"]["architecture"]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        architecture = None
+    if not isinstance(architecture, str):
         raise ValueError(
-            f"name={name!r}: timm knows no weights on the hub for it; add their tag, as in "
-            "'vit_base_patch16_224.augreg_in21k', or give checkpoint="
+            f"name={name!r}: its config.json names no architecture of timm; of a Hugging Face model write "
+            f"vision(path={str(folder)!r})"
         )
-    return Path(pretrained.fetch(where)) / "model.safetensors"
+
+
+def _weights(name: str, folder: Path | None, model: Any) -> Path:
+    """The file with the weights of a folder, or those that the library knows on the hub."""
+    if folder is None:
+        where = model.pretrained_cfg.get("hf_hub_id")
+        if not where:
+            raise ValueError(
+                f"name={name!r}: timm knows no weights on the hub for it; add their tag, as in "
+                "'vit_base_patch16_224.augreg_in21k', or give checkpoint="
+            )
+        folder = Path(pretrained.fetch(where))
+    files = sorted(folder.glob("*.safetensors"))
+    if folder / "model.safetensors" not in files and len(files) != 1:
+        raise ValueError(f"name={name!r} has {len(files)} safetensors files: say which with checkpoint=")
+    return folder / "model.safetensors" if folder / "model.safetensors" in files else files[0]
 
 
 def _fill(model: Any, weights: dict[str, Tensor], source: str) -> None:

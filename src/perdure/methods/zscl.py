@@ -224,7 +224,7 @@ class _Reference:
     def __init__(self, text: str, size: int, learner: Core, teacher: Core) -> None:
         written = {name for name, _ in parse_one(text).kwargs}
         whole = {} if written & {"tasks", "increments", "scenario"} else {"tasks": 1}
-        stream = build_stream(text, learner.backbone.preprocess, 0, **whole)
+        stream = build_stream(text, learner.backbone.preprocess, 0, False, **whole)
         self.tasks = list(stream.tasks)
         places = torch.tensor([(t.index, i) for t in self.tasks for i in range(len(t.train))], dtype=torch.int64)
         if not len(places):

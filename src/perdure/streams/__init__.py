@@ -19,7 +19,7 @@ from perdure.streams.options import Options, StreamPlan
 from perdure.streams.sequence import sequence
 from perdure.streams.shapes import easy_vqa
 from perdure.streams.synthetic import captions_synthetic, synthetic
-from perdure.streams.tables import parquet
+from perdure.streams.tables import csv, parquet
 from perdure.types import Stream
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
 STREAMS: dict[str, Callable[..., StreamPlan]] = {
     "images": images,
     "parquet": parquet,
+    "csv": csv,
     "hub": hub,
     "cifar100": cifar100,
     "imagenet_r": imagenet_r,
@@ -56,18 +57,26 @@ STREAMS: dict[str, Callable[..., StreamPlan]] = {
 """Name -> factory; its named parameters are the options a user may write."""
 
 
-def build_stream(what: str | Spec, preprocess: Preprocess, seed: int, **more: Any) -> Stream:
+def factories(measured: bool = False) -> dict[str, Callable[..., StreamPlan]]:
+    """Name -> factory; those of streams that are only measured are apart."""
+    return {name: getattr(made, "measured", made) if measured else made for name, made in STREAMS.items()}
+
+
+def build_stream(what: str | Spec, preprocess: Preprocess, seed: int, measured: bool = False, **more: Any) -> Stream:
     """The stream that `what` describes: `'cifar100(tasks=10)'`, or a name with the options in `more`.
 
     Args:
         what: text of the mini-language, or its parsed form.
         preprocess: what the backbone wants.
         seed: the run's; orders the classes or domains where the description does not.
+        measured: nothing is learnt from it: of data without a test part all images are tested, in one task unless it is
+            divided, and a test part may stand alone.
         more: further options; they win over those in `what`.
 
     Raises:
         ValueError: when the description or the data is not as expected; one line that says what to do.
     """
     spec = parse_one(what) if isinstance(what, str) else what
-    plan: StreamPlan = build(replace(spec, kwargs=tuple({**dict(spec.kwargs), **more}.items())), STREAMS, "stream")
+    described = replace(spec, kwargs=tuple({**dict(spec.kwargs), **more}.items()))
+    plan: StreamPlan = build(described, factories(measured), "stream")
     return plan(preprocess, seed)

@@ -11,7 +11,8 @@ import torch
 from perdure.images import Preprocess
 from perdure.streams.draws import SHARE, digest, first_of_each, held_out, shuffled
 from perdure.streams.imageset import Budget, ImageSet
-from perdure.streams.options import Options, near
+from perdure.streams.naming import class_name, in_case_only, numbers, recorded
+from perdure.streams.options import Options, near, read_order
 from perdure.streams.sources import Source
 from perdure.types import Stream, Task
 
@@ -49,7 +50,9 @@ class Part:
 class Found:
     """A data set: its parts, and its classes and domains in their natural order.
 
-    `test` is None when the data set has no test part. Without domains, `domains` is empty and every image in domain 0.
+    `test` is None when the data set has no test part; of one that is only measured, `train` may be the test part.
+    Without domains, `domains` is empty and every image in domain 0. `numbers` are what the data itself calls its
+    classes where these are numbers.
     """
 
     name: str
@@ -58,6 +61,7 @@ class Found:
     names: tuple[str, ...]
     domains: tuple[str, ...] = ()
     notes: dict[str, Any] = field(default_factory=dict)
+    numbers: tuple[int, ...] | None = None
 
 
 def arrange(found: Found, options: Options, preprocess: Preprocess, seed: int) -> Stream:
@@ -72,16 +76,21 @@ def arrange(found: Found, options: Options, preprocess: Preprocess, seed: int) -
     Raises:
         ValueError: when the data set and the options do not fit together.
     """
-    if len(found.names) < 2:
+    if options.measured:
+        found, options = _only_tested(found), options.by_default(tasks=1)
+    elif len(found.names) < 2:
         raise ValueError(f"{found.name}: only one class, {found.names[0]!r}; a stream needs at least 2")
-    train, test, split = _split(found)
-    _check_classes(found, train, test)
+    train, test, split = _split(found, options)
+    if not options.measured:
+        _check_classes(found, train, test)
     split |= {"train_sha256": digest(sorted(train.keys())), "test_sha256": digest(sorted(test.keys()))}
     if options.per_class is not None:
         train = train.take(first_of_each(train.groups(), train.keys(), options.per_class, "train images"))
     if options.test_per_class is not None:
         test = test.take(first_of_each(test.groups(), test.keys(), options.test_per_class, "test images"))
     lots = _by_domain(found, options, seed) if options.scenario == "domain" else _by_class(found, options, seed)
+    if options.measured:
+        lots = [lot for lot in lots if lot.domain is None or lot.domain in test.domains]
     tasks = _tasks(lots, found, train, test, options, preprocess)
     notes = {
         "data": found.name,
@@ -92,6 +101,8 @@ def arrange(found: Found, options: Options, preprocess: Preprocess, seed: int) -
         "skipped": [where for task in tasks for data in (task.train, task.test) for where in _skipped(data)],
         **found.notes,
     }
+    if alike := in_case_only(found.names):
+        notes["remarks"] = [*notes.get("remarks", ()), *alike]
     return Stream(found.name, options.scenario, tasks, notes)
 
 
@@ -102,7 +113,20 @@ class _Lot:
     domain: int | None
 
 
-def _split(found: Found) -> tuple[Part, Part, dict[str, Any]]:
+def _only_tested(found: Found) -> Found:
+    """The data set as it is measured: its test part, or all of it when it has none, with the classes in there."""
+    test = found.train if found.test is None else found.test
+    present = sorted(set(test.labels.tolist()))
+    place = {label: i for i, label in enumerate(present)}
+    labels = np.array([place[label] for label in test.labels.tolist()], dtype=np.int64)
+    known = None if found.numbers is None else tuple(found.numbers[label] for label in present)
+    names = tuple(found.names[label] for label in present)
+    return replace(found, train=test.take([]), test=replace(test, labels=labels), names=names, numbers=known)
+
+
+def _split(found: Found, options: Options) -> tuple[Part, Part, dict[str, Any]]:
+    if options.measured and found.test is not None:
+        return found.train, found.test, {"kind": "all of it is measured"}
     if found.test is not None:
         return found.train, found.test, {"kind": "given"}
     held = held_out(found.train.groups(), found.train.keys(), SHARE, "test part")
@@ -129,7 +153,7 @@ def _more(count: int) -> str:
 
 
 def _by_class(found: Found, options: Options, seed: int) -> list[_Lot]:
-    order = ordered(found.names, options.order, "class", seed)
+    order = ordered(found.names, options.order, "class", seed, found.numbers)
     sizes = _increments(len(order), options)
     ends = np.cumsum(sizes).tolist()
     lots = []
@@ -159,7 +183,7 @@ def _by_domain(found: Found, options: Options, seed: int) -> list[_Lot]:
     count = len(found.domains)
     if not count:
         raise ValueError("scenario='domain' needs domain=..., the column or the folder level that holds the domain")
-    if count < 2:
+    if count < 2 and not options.measured:
         raise ValueError(f"{found.name}: only one domain, {found.domains[0]!r}; scenario='domain' needs at least 2")
     if options.increments is not None:
         raise ValueError("increments has no effect with scenario='domain', where each task is one domain: leave it out")
@@ -169,20 +193,39 @@ def _by_domain(found: Found, options: Options, seed: int) -> list[_Lot]:
     return [_Lot(found.domains[d], everything, d) for d in ordered(found.domains, options.order, "domain", seed)]
 
 
-def ordered(names: Sequence[str], order: str | int | Sequence[str | int] | None, kind: str, seed: int) -> list[int]:
-    """Positions of `names` as the option `order` has them; `kind` says what they name, `seed` is the run's."""
+def ordered(
+    names: Sequence[str],
+    order: str | int | Sequence[str | int] | None,
+    kind: str,
+    seed: int,
+    called: Sequence[int] | None = None,
+) -> list[int]:
+    """Positions of `names` as the option `order` has them.
+
+    Args:
+        names: in their natural order.
+        order: the option.
+        kind: what they name, for messages.
+        seed: the run's.
+        called: the numbers by which the data itself calls them; what their names say when None.
+    """
     if order is None or isinstance(order, int):
         return shuffled(names, f"{kind} order {seed if order is None else order}")
     if order == "natural":
         return list(range(len(names)))
+    number = {n: i for i, n in enumerate(called or numbers(names) or range(len(names)))}
     place = {name: i for i, name in enumerate(names)}
     chosen = []
-    for entry in order:
-        if isinstance(entry, int) and not 0 <= entry < len(names):
-            raise ValueError(f"order: {entry} is not a {kind}; there are 0-{len(names) - 1}")
+    for entry in read_order(order):
+        if isinstance(entry, str):
+            entry = recorded([class_name(entry, "order:")], place)[0]
+            if entry not in place and (as_number := numbers([entry])) and as_number[0] in number:
+                entry = as_number[0]
+        if isinstance(entry, int) and entry not in number:
+            raise ValueError(f"order: {entry} is not a {kind}; there are {min(number)}-{max(number)}")
         if isinstance(entry, str) and entry not in place:
             raise ValueError(f"order: there is no {kind} {entry!r}{near(entry, names)}")
-        chosen.append(place[entry] if isinstance(entry, str) else entry)
+        chosen.append(place[entry] if isinstance(entry, str) else number[entry])
     if twice := [c for c, n in Counter(chosen).items() if n > 1]:
         raise ValueError(f"order names the {kind} {names[twice[0]]!r} twice; name each once")
     if missing := [name for i, name in enumerate(names) if i not in set(chosen)]:
@@ -204,10 +247,11 @@ def _tasks(
         if options.skip_bad:
             learnt, tested = learnt.readable(), tested.readable()
             present = set(learnt.labels.tolist())
-            if gone := [found.names[c] for c in lot.classes if ids[c] not in present and lot.domain is None]:
+            gone = [found.names[c] for c in lot.classes if ids[c] not in present and lot.domain is None]
+            if gone and not options.measured:
                 raise ValueError(f"{found.name}: class {gone[0]!r} has no readable train image; add some or remove it")
         for part, data in (("train", learnt), ("test", tested)):
-            if not len(data):
+            if not len(data) and not (options.measured and part == "train"):
                 raise ValueError(f"{found.name}: task {lot.name!r} has no {part} image; add some or leave it out")
         classes = tuple(ids[c] for c in lot.classes)
         names = tuple(found.names[c] for c in lot.classes)

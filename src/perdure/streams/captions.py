@@ -14,8 +14,8 @@ from perdure.images import Preprocess
 from perdure.schema import plain
 from perdure.streams.columns import require_column
 from perdure.streams.options import StreamPlan, near, stream
-from perdure.streams.sources import Files, Parquet, Source
-from perdure.streams.tables import read_schema, table_files
+from perdure.streams.sources import Files, Parquet, Source, check_path
+from perdure.streams.tables import check_image_column, csv_images, holds, read_csv, read_schema, table_files
 from perdure.streams.topics import WORDS, Album, CaptionOptions, Gallery, arrange_captions
 from perdure.types import Stream
 
@@ -24,7 +24,7 @@ from perdure.types import Stream
 def captions(
     options: CaptionOptions, path: str, captions: str | Sequence[str] = "captions", image: str = "image"
 ) -> StreamPlan:
-    """Images with captions: parquet or JSONL files, a folder with `train*` and `test*` (or `val*`), or one file.
+    """Images with captions: parquet, JSONL or CSV files, a folder with `train*` and `test*` (or `val*`), or one file.
 
     Each task is one topic; see `by`. With several caption columns each task is one language: the same images, the
     captions of one column, in the order written. Rows with the same image are one image with all of their captions.
@@ -34,7 +34,7 @@ def captions(
         options: the common ones of captioned images.
         path: folder or file.
         captions: column of the captions, a text or a list of texts; or several such columns, one a language.
-        image: column of the images: in parquet encoded ones or paths, in JSONL paths; relative to the file.
+        image: column of the images: in parquet encoded ones or paths, else paths; relative to the file.
 
     Raises:
         ValueError: when the folder, a column or a caption is not as expected.
@@ -47,7 +47,7 @@ def captions(
 
     def plan(preprocess: Preprocess, seed: int) -> Stream:
         name = Path(path).name or path
-        parts = read_listings(Path(path), image)
+        parts = read_listings(Path(path), image, options.measured)
         return arrange_captions(gallery(name, parts, columns, options.column), options, preprocess, seed)
 
     return plan
@@ -84,23 +84,34 @@ def gallery(name: str, parts: Sequence[Listing], columns: tuple[str, ...], by: s
     """The data set whose train and (perhaps) test part are listed."""
     albums = [_album(name, part, columns, by) for part in parts]
     if len(parts) > 1:
-        learnt = {each for each in parts[0].identities if each is not None}
-        if both := [each for each in parts[1].identities if each in learnt]:
-            shown = both[0].partition("\n")[0]
-            raise ValueError(f"{name}: image {shown!r} is in train and in test; remove it from one of them")
+        check_apart(name, *(part.identities for part in parts))
     return Gallery(name, albums[0], albums[1] if len(parts) > 1 else None, columns)
 
 
-def read_listings(path: Path, image: str) -> list[Listing]:
-    """The train and (when there is one) the test part of the parquet or JSONL files at `path`."""
-    json_lines = path.suffix == ".jsonl" or (
-        path.is_dir() and not any(path.glob("*.parquet")) and not any(path.glob("data/*.parquet"))
-    )
-    if json_lines and path.is_dir() and not any((*path.glob("*.jsonl"), *path.glob("data/*.jsonl"))):
-        raise ValueError(f"path={str(path)!r} holds no .parquet and no .jsonl file; expected train.* and test.*")
-    parts = [files for files in table_files(path, ".jsonl" if json_lines else ".parquet") if files]
-    if json_lines:
+def check_apart(name: str, train: Sequence[str | None], test: Sequence[str | None]) -> None:
+    """Raise a ValueError when an image, told by what identifies it, is in train and in test."""
+    learnt = {each for each in train if each is not None}
+    if both := [each for each in test if each in learnt]:
+        shown = str(both[0]).partition("\n")[0]
+        raise ValueError(f"{name}: image {shown!r} is in train and in test; remove it from one of them")
+
+
+def read_listings(path: Path, image: str, measured: bool = False) -> list[Listing]:
+    """The train and (when there is one) the test part of the parquet, JSONL or CSV files at `path`.
+
+    Data that is only `measured` is one part: its test part, or all of it.
+    """
+    ending = path.suffix
+    if path.is_dir():
+        found = [each for each in (".parquet", ".jsonl", ".csv") if holds(path, each)]
+        if not found:
+            raise ValueError(f"path={str(path)!r} holds no .parquet, .jsonl or .csv file; expected train.* and test.*")
+        ending = found[0]
+    parts = [files for files in table_files(path, ending, measured) if files]
+    if ending == ".jsonl":
         return [_json_lines(files, image) for files in parts]
+    if ending == ".csv":
+        return [_csv(files, image) for files in parts]
     return _parquet(parts, image)
 
 
@@ -184,16 +195,32 @@ def _json_lines(files: Sequence[Path], image: str) -> Listing:
     for place, path in zip(places, values(image), strict=True):
         if not isinstance(path, str) or not path:
             raise ValueError(f"{place}: column {image!r} (image=) is {path!r:.60}; expected the path of an image")
+        check_path(path, f"{place}: column {image!r} (image=)")
     paths = [str(Path(path).as_posix()) for path in values(image)]
     return Listing(
         columns, values, paths, paths, Files(files[0].parent, paths), range(len(paths)), lambda row: places[row]
     )
 
 
+def _csv(files: Sequence[Path], image: str) -> Listing:
+    tables = [read_csv(file) for file in files]
+    source = csv_images(files, tables, image)
+    places = [f"{file}, row {row}" for file, table in zip(files, tables, strict=True) for row in range(len(table))]
+
+    def values(column: str) -> list[Any]:
+        for file, table in zip(files, tables, strict=True):
+            require_column(str(file), table.column_names, column, "captions")
+        cells = [value for table in tables for value in table[column].to_pylist()]
+        return [str(value) for value in cells] if any(isinstance(value, str) for value in cells) else cells
+
+    columns = list(tables[0].column_names)
+    return Listing(columns, values, source.paths, source.paths, source, range(len(places)), lambda row: places[row])
+
+
 def _parquet(parts: Sequence[Sequence[Path]], image: str) -> list[Listing]:
     columns = list(read_schema(parts[0][0]).names)
     for file in (file for files in parts for file in files):
-        require_column(str(file), read_schema(file).names, image, "image")
+        check_image_column(file, image)
     paths = [[path for file in files for path in _paths(file, image)] for files in parts]
     often = {path for path, n in Counter(p for each in paths for p in each if p is not None).items() if n > 1}
     return [_parquet_part(files, columns, image, each, often) for files, each in zip(parts, paths, strict=True)]

@@ -2,8 +2,9 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,35 @@ import pyarrow as pa
 
 from perdure.schema import plain
 from perdure.streams.arrange import Found, Part
+from perdure.streams.naming import class_name, natural, numbers
 from perdure.streams.options import near
 from perdure.streams.sources import Source
+
+_EXPECTED = "expected integers or strings"
+
+
+@dataclass(frozen=True)
+class Names:
+    """What the values of a column stand for, and where that is written."""
+
+    of: Mapping[Any, str]
+    where: str
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A file of a data set: its columns but the images, and what it knows of the integers in a column."""
+
+    name: str
+    cells: pa.Table
+    classes: Callable[[str], Names | None]
 
 
 @dataclass(frozen=True)
 class Table:
-    """One part of a data set: all columns but the images as an arrow table, and the images."""
+    """One part of a data set: its files in the order of their rows, and the images."""
 
-    cells: pa.Table
+    pieces: Sequence[Piece]
     source: Source
 
 
@@ -33,32 +54,31 @@ class Choice:
     domain: str | None
 
 
-def read_table(
-    name: str, train: Table, test: Table | None, choice: Choice, classes: Callable[[str], Sequence[str] | None]
-) -> Found:
+def read_table(name: str, train: Table, test: Table | None, choice: Choice) -> Found:
     """The data set whose parts are tables.
+
+    Classes are the same where their names are: two files may number them differently, as long as each says how.
 
     Args:
         name: of the data set, for messages.
         train: or all of it, when there is no test part.
         test: may be None.
         choice: of columns.
-        classes: column -> names of the integers in it, where the data set knows them.
 
     Raises:
         ValueError: for a missing column, or one whose values cannot be classes.
     """
     parts = [train] if test is None else [train, test]
-    labels, names = _numbered(name, parts, choice.label, "label", choice.names, classes)
+    labels, names, called = _numbered(name, parts, choice.label, "label", choice.names)
     domains = [np.zeros(len(p.source), dtype=np.int64) for p in parts]
     domain_names: tuple[str, ...] = ()
     if choice.domain is not None:
-        domains, domain_names = _numbered(name, parts, choice.domain, "domain", None, classes)
+        domains, domain_names, _ = _numbered(name, parts, choice.domain, "domain", None)
     made = [
         Part(p.source, np.arange(len(p.source)), label, domain)
         for p, label, domain in zip(parts, labels, domains, strict=True)
     ]
-    return Found(name, made[0], made[1] if test is not None else None, names, domain_names)
+    return Found(name, made[0], made[1] if test is not None else None, names, domain_names, numbers=called)
 
 
 def require_column(name: str, columns: Sequence[str], column: str, option: str) -> None:
@@ -68,98 +88,187 @@ def require_column(name: str, columns: Sequence[str], column: str, option: str) 
         raise ValueError(f"{name} has no column {column!r} ({option}=){hint}; its columns: {', '.join(columns)}")
 
 
-def class_label(schema: pa.Schema, column: str) -> list[str] | None:
+def check_names(name: str, column: str, option: str, kind: pa.DataType) -> None:
+    """Raise a ValueError unless a column of type `kind` can name classes or domains."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    if not text and not pa.types.is_integer(kind):
+        raise ValueError(f"{name}: {option} column {column!r} holds {kind!s:.80}; {_EXPECTED}")
+
+
+def class_label(schema: pa.Schema, column: str, where: str) -> Names | None:
     """Names of a ClassLabel column, from what the `datasets` library writes into parquet files."""
     try:
         facts = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][column]
-        return list(facts["names"]) if facts["_type"] == "ClassLabel" else None
+        return Names(dict(enumerate(facts["names"])), where) if facts["_type"] == "ClassLabel" else None
     except (KeyError, TypeError, ValueError, RecursionError):
         return None
 
 
-def classes_file(folder: Path, column: str) -> list[str] | None:
-    """Names from `classes.json` beside the data: a list, or an object with a list for each label column."""
+def classes_file(folder: Path, column: str) -> Names | None:
+    """Names from `classes.json` beside the data: a list, an object of names and numbers, or one of these a column.
+
+    Raises:
+        ValueError: when it is something else.
+    """
     file = folder / "classes.json"
     if not file.is_file():
         return None
     facts = plain(file.read_bytes(), str(file), "repair or remove it")
-    if isinstance(facts, dict):
+    if isinstance(facts, dict) and facts and all(isinstance(each, list | dict) for each in facts.values()):
         keys = [k for k in facts if k == column] or [k for k in facts if column.startswith(k)]
-        facts = facts[keys[0]] if keys else None
+        if not keys:
+            return None
+        facts = facts[keys[0]]
+    of = _named(facts)
+    if of is None:
+        raise ValueError(
+            f"{file}: expected a list of names, an object of names and their numbers, or one of these for each label "
+            "column; repair or remove it"
+        )
+    return Names(of, file.name)
+
+
+def _named(facts: Any) -> dict[int, str] | None:
     if isinstance(facts, list) and all(isinstance(each, str) for each in facts):
-        return facts
+        return dict(enumerate(facts))
+    if not isinstance(facts, dict) or not facts:
+        return None
+    keys, values = list(facts), list(facts.values())
+    if all(isinstance(each, int) and not isinstance(each, bool) for each in values) and len(set(values)) == len(values):
+        return dict(zip(values, keys, strict=True))
+    called = numbers(keys)
+    if called and all(isinstance(each, str) for each in values):
+        return dict(zip(called, values, strict=True))
     return None
 
 
+_Ids = list[np.ndarray[Any, np.dtype[np.int64]]]
+
+
 def _numbered(
-    name: str,
-    parts: Sequence[Table],
-    column: str,
-    option: str,
-    naming: str | None,
-    classes: Callable[[str], Sequence[str] | None],
-) -> tuple[list[np.ndarray[Any, np.dtype[np.int64]]], tuple[str, ...]]:
-    columns = list(parts[0].cells.column_names)
-    for part in parts:
-        require_column(name, part.cells.column_names, column, option)
+    name: str, parts: Sequence[Table], column: str, option: str, naming: str | None
+) -> tuple[_Ids, tuple[str, ...], tuple[int, ...] | None]:
+    """Ids of each part's rows, the names of these, and the integers that the data has for them, if it has."""
+    pieces = [piece for part in parts for piece in part.pieces]
     values = [_values(part, column, option) for part in parts]
-    kinds = {type(v) for each in values for v in each}
+    flat = [each for part in values for each in part]
+    kinds = {type(v) for each in flat for v in each}
     if len(kinds) > 1:
         raise ValueError(f"{name}: column {column!r} holds integers in one part, strings in the other; make them equal")
-    known = sorted({v for each in values for v in each})
-    if not known:
+    if not kinds:
         raise ValueError(f"{name} has no rows; choose another data set")
-    names = _from_column(name, parts, values, naming, option) if naming is not None else None
-    given = None if names or kinds == {str} else classes(column)
-    if given is not None:
-        names = {v: given[v] if 0 <= v < len(given) else str(v) for v in known}
+    if kinds == {str} and naming is None:
+        named: list[Names | None] = [None] * len(pieces)
+    else:
+        named = [_names_in(*each, column, option, naming) for each in zip(pieces, flat, strict=True)]
+    names, called, place = _joined(name, column, pieces, flat, named)
+    ids = [np.array([of[v] for v in each], dtype=np.int64) for each, of in zip(flat, place, strict=True)]
+    ends = list(accumulate(len(part.pieces) for part in parts))
+    made = [np.concatenate(ids[e - len(p.pieces) : e]) for p, e in zip(parts, ends, strict=True)]
+    return made, tuple(names), called
+
+
+def _joined(
+    name: str,
+    column: str,
+    pieces: Sequence[Piece],
+    values: Sequence[list[Any]],
+    named: Sequence[Names | None],
+) -> tuple[list[str], tuple[int, ...] | None, list[dict[Any, int]]]:
+    """Names of all classes, their integers (None where files number them differently), and value -> id a file."""
+    different = {v for each in values for v in each}
+    known: list[Any] = natural(different) if isinstance(next(iter(different)), str) else sorted(different)
+    agreed: dict[Any, str] = {}
+    differing = False
+    for each, names in zip(values, named, strict=True):
+        for v in set(each) if names else ():
+            differing |= names is not None and agreed.setdefault(v, names.of[v]) != names.of[v]
+    if not differing:
+        if unnamed := [v for v in known if agreed and v not in agreed]:
+            raise ValueError(f"{name}: {column} {unnamed[0]} has no name in any file; name it, or remove its rows")
+        texts = _distinct([agreed.get(v, str(v)) for v in known], known)
+        called = numbers(list(map(str, known)))
+        return texts, called, [{v: i for i, v in enumerate(known)}] * len(pieces)
+    first = next(each for each in named if each)
+    ids: dict[str, int] = {}
+    place: list[dict[Any, int]] = []
+    for piece, each, names in zip(pieces, values, named, strict=True):
+        own = {v: names.of[v] for v in set(each)} if names else {}
+        if not names or len(set(own.values())) < len(own):
+            other = f"{piece.name} does not name them all, or two of them alike"
+            raise ValueError(
+                f"{name}: {column}: the files number the classes differently, and {other}; name all in each"
+            )
+        for v in sorted(own, key=lambda v: (first.of.get(v) != own[v], v)):
+            ids.setdefault(own[v], len(ids))
+        place.append({v: ids[own[v]] for v in own})
+    return list(ids), None, place
+
+
+def _names_in(piece: Piece, values: Sequence[Any], column: str, option: str, naming: str | None) -> Names | None:
+    """What the values in a file stand for: by the column asked for, what the file knows, or a column that says so."""
+    if naming is not None:
+        require_column(piece.name, piece.cells.column_names, naming, "names")
+        found = _agreeing(piece, values, naming)
+        if found is None:
+            raise ValueError(
+                f"{piece.name}: column {naming!r} (names=) does not give each {option} one name; choose another"
+            )
+        return found
+    if (known := piece.classes(column)) is not None:
+        if unnamed := [v for v in values if v not in known.of]:
+            count, least = len(known.of), min(known.of, default=0)
+            raise ValueError(
+                f"{piece.name}: {option} {unnamed[0]} has no name in {known.where} ({count} names, from {least}); name "
+                "it there, or remove its rows"
+            )
+        return Names({v: class_name(known.of[v], f"{known.where}: name") for v in set(values)}, known.where)
     for guess in (f"{column}_name", "class_name" if option == "label" else f"{option}_name"):
-        if names is None and kinds == {int} and guess in columns:
-            names = _agreeing(parts, values, guess)
-    names = names or {v: str(v) for v in known}
-    place = {v: i for i, v in enumerate(known)}
-    numbered = [np.array([place[v] for v in each], dtype=np.int64) for each in values]
-    return numbered, _distinct([names[v] for v in known], known)
+        if guess in piece.cells.column_names and (found := _agreeing(piece, values, guess)):
+            return found
+    return None
 
 
-def _values(part: Table, column: str, option: str) -> list[Any]:
-    cells = part.cells[column]
-    whole = pa.types.is_integer(cells.type)
-    text = pa.types.is_string(cells.type) or pa.types.is_large_string(cells.type)
-    if pa.types.is_dictionary(cells.type):
-        return _values(Table(pa.table({column: cells.cast(cells.type.value_type)}), part.source), column, option)
-    if cells.null_count:
-        row = cells.is_null().index(True).as_py()
-        raise ValueError(f"{part.source.where(row)}: {option} column {column!r} is empty; fill it or remove the row")
-    if not whole and not text:
-        shown = f" ({part.source.where(0)}: {cells[0].as_py()!r:.40})" if len(cells) else ""
-        raise ValueError(f"{option} column {column!r} holds {cells.type}{shown}; expected integers or strings")
-    return list(cells.to_pylist())
-
-
-def _from_column(
-    name: str, parts: Sequence[Table], values: Sequence[list[Any]], naming: str, option: str
-) -> dict[Any, str]:
-    for part in parts:
-        require_column(name, part.cells.column_names, naming, "names")
-    found = _agreeing(parts, values, naming)
-    if found is None:
-        raise ValueError(f"{name}: column {naming!r} (names=) does not give each {option} one name; choose another")
+def _values(part: Table, column: str, option: str) -> list[list[Any]]:
+    """The column in each of the part's files, as integers or as names."""
+    found = []
+    row = 0
+    for piece in part.pieces:
+        require_column(piece.name, piece.cells.column_names, column, option)
+        cells = piece.cells[column]
+        check_names(piece.name, column, option, cells.type)
+        if pa.types.is_dictionary(cells.type):
+            cells = cells.cast(cells.type.value_type)
+        values = cells.to_pylist()
+        for i, value in enumerate(values):
+            where = part.source.where
+            if value is None or value == "":
+                shown = f"{option} column {column!r} is empty"
+                raise ValueError(f"{where(row + i)}: {shown}; fill it or remove the row")
+            if isinstance(value, int) and value < 0:
+                raise ValueError(f"{where(row + i)}: {option} {value} stands for no {option}; remove the row")
+        if values and isinstance(values[0], str):
+            names = {text: class_name(text, f"{piece.name}: {option}") for text in set(values)}
+            values = [names[text] for text in values]
+        found.append(values)
+        row += len(values)
     return found
 
 
-def _agreeing(parts: Sequence[Table], values: Sequence[list[Any]], naming: str) -> dict[Any, str] | None:
+def _agreeing(piece: Piece, values: Sequence[int], naming: str) -> Names | None:
     names: dict[Any, str] = {}
-    for part, each in zip(parts, values, strict=True):
-        if naming not in part.cells.column_names:
+    for value, text in zip(values, piece.cells[naming].to_pylist(), strict=True):
+        if text is None or not str(text).strip():
             return None
-        for value, text in zip(each, part.cells[naming].to_pylist(), strict=True):
-            if text is None or names.setdefault(value, str(text)) != str(text):
-                return None
-    return names
+        name = class_name(str(text), f"{piece.name}: {naming}")
+        if names.setdefault(value, name) != name:
+            return None
+    return Names(names, f"column {naming!r}")
 
 
-def _distinct(names: list[str], values: Sequence[Any]) -> tuple[str, ...]:
+def _distinct(names: list[str], values: Sequence[Any]) -> list[str]:
     # ImageNet has two classes "crane"; names tell classes apart wherever people meet them.
     count = Counter(names)
-    return tuple(f"{n} ({v})" if count[n] > 1 else n for n, v in zip(names, values, strict=True))
+    return [f"{n} ({v})" if count[n] > 1 else n for n, v in zip(names, values, strict=True)]

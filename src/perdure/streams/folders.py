@@ -1,28 +1,38 @@
 """Streams from folders of class folders, with train and test folders or without, with domains or without."""
 
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
+from typing import Any, Literal
 
 import numpy as np
-from PIL import Image
 
-from perdure.images import Preprocess
+from perdure.images import Preprocess, formats, is_image
 from perdure.streams.arrange import Found, Part, arrange
+from perdure.streams.naming import class_name, natural, role_of
 from perdure.streams.options import Options, StreamPlan, near, stream
 from perdure.streams.sources import Files
 from perdure.types import Stream
 
-_TEST = ("test", "val", "valid", "validation")
+_OURS = ("__MACOSX", "__pycache__", "@eaDir", "lost+found")
+"""Folders that systems make: of a Mac's zip files, of Python, of Synology's thumbnails, of a disk check."""
+_SHOWN = 5
+
+Asking = Literal["stream", "learn"]
+"""Who is told what to write instead: who describes a stream, or who teaches a folder."""
 
 
 @stream()
 def images(options: Options, path: str) -> StreamPlan:
     """Folders of images: `path/<class>/*`, or `path/train/<class>/*` and `path/test/<class>/*` (or `val`).
 
-    Classes are the folders' names. With `domain=0` the folders are `<domain>/<class>/*`, with `domain=1`
-    `<class>/<domain>/*`. Without a test folder, 20 % of each class are held out; which ones depends on the files' paths
-    within `path` only, never on the seed, so all runs are tested on the same images. Hidden files and files that
-    no reader of images knows by their ending are left aside; the latter are counted in the stream's notes.
+    Classes are the folders' names; train and test folders may be called as people call them (`Training`, `test_set`,
+    `valid`, ...). With `domain=0` the folders are `<domain>/<class>/*`, with `domain=1` `<class>/<domain>/*`. Without a
+    test folder, 20 % of each class are held out; which ones depends on the files' paths within `path` only, never on
+    the seed, so all runs are tested on the same images. Hidden files and files that no reader of images knows by their
+    ending are left aside; the latter are counted in the stream's notes.
 
     Args:
         options: the common ones.
@@ -33,66 +43,218 @@ def images(options: Options, path: str) -> StreamPlan:
     """
 
     def plan(preprocess: Preprocess, seed: int) -> Stream:
-        return arrange(read_folders(Path(path), _level(options.domain)), options, preprocess, seed)
+        found = read_folders(Path(path), _level(options.domain), options.measured)
+        return arrange(found, options, preprocess, seed)
 
     return plan
 
 
-def read_folders(path: Path, domain: int | None = None) -> Found:
-    """The data set in a folder of class folders; `domain` is the level of the domain folders (0 or 1)."""
-    train, test = parts(path)
+def read_folders(path: Path, domain: int | None = None, measured: bool = False) -> Found:
+    """The data set in a folder of class folders.
+
+    Args:
+        path: the folder.
+        domain: the level of the domain folders (0 or 1).
+        measured: whether it is only measured: then a test folder alone is enough.
+    """
+    train, test, left_out = parts(path, measured)
     roots = [train] if test is None else [train, test]
-    listed = [labelled(root, domain) for root in roots]
-    names = sorted({folder for each in listed for folder, _, _ in each})
-    domains = sorted({folder for each in listed for _, folder, _ in each}) if domain is not None else []
-    made = [_part(root, each, names, domains) for root, each in zip(roots, listed, strict=True)]
-    others = sum(not _is_image(file) for root in roots for file in _visible(root))
-    notes = {"other_files": others} if others else {}
+    read = [labelled(root, domain) for root in roots]
+    names = natural({name for each in read for name, _, _ in each.rows})
+    domains = natural({name for each in read for _, name, _ in each.rows}) if domain is not None else []
+    made = [_part(root, each.rows, names, domains) for root, each in zip(roots, read, strict=True)]
+    for each in read:
+        left_out.update(each.left_out)
+    notes: dict[str, Any] = {"left_out": dict(left_out)} if left_out else {}
     return Found(path.resolve().name, made[0], made[1] if test else None, tuple(names), tuple(domains), notes)
 
 
-def parts(path: Path) -> tuple[Path, Path | None]:
-    """The folders of the train and the test images; no test folder when there is none beside `train`."""
+def parts(path: Path, measured: bool = False) -> tuple[Path, Path | None, Counter[str]]:
+    """The folders of the train and the test images, and what is left out beside them.
+
+    There is no test folder when there is none beside the train images; when the data is only `measured`, a test folder
+    may stand alone, and is returned first.
+    """
     if not path.is_dir():
         here = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         what = "is a file" if path.is_file() else f"does not exist{near(path.name, here)}"
         raise ValueError(f"path={str(path)!r} {what}; give a folder of class folders")
-    test = next((path / word for word in _TEST if (path / word).is_dir() and _folders(path / word)), None)
+    folders = _folders(path)
     # "train", "test" and "val" may as well be classes: then they hold images, not folders.
-    if test is not None and not (path / "train").is_dir():
+    roles: dict[str, list[Path]] = {"train": [], "test": [], "val": []}
+    for folder in folders:
+        if (role := role_of(folder.name)) and _folders(folder):
+            roles[role].append(folder)
+    for same in roles.values():
+        if len(same) > 1:
+            names = " and ".join(repr(folder.name) for folder in same)
+            raise ValueError(f"path={str(path)!r} holds {names}, which mean the same: keep one, or put all into it")
+    train, test = (next(iter(roles["train"]), None), next(iter(roles["test"] or roles["val"]), None))
+    if train is None and test is None:
+        return path, None, Counter()
+    if train is None and test is not None and not measured:
         raise ValueError(f"path={str(path)!r} holds {test.name!r} but no 'train'; add the train images' folder")
-    if (path / "train").is_dir() and (test is not None or _folders(path / "train")):
-        if test is None and len(_folders(path)) > 1:
-            others = ", ".join(f.name for f in _folders(path) if f.name != "train")
-            raise ValueError(f"path={str(path)!r} holds 'train' beside {others}; call the test images' folder 'test'")
-        return path / "train", test
-    return path, None
+    others = [folder for folder in folders if folder not in (train, test)]
+    if test is None and others:
+        if bare := next((folder.name for folder in others if role_of(folder.name)), None):
+            raise ValueError(
+                f"path={str(path)!r}: {bare!r} holds no class folders, so nothing says what its images show; sort them "
+                f"into some, or give {str(train)!r} alone"
+            )
+        names = ", ".join(folder.name for folder in others)
+        raise ValueError(f"path={str(path)!r} holds 'train' beside {names}; call the test images' folder 'test'")
+    left_out = Counter({f"in {each.name!r}": count for each in others if (count := len(pictures(each, Counter())))})
+    _loose(path, left_out)
+    first = train or test or path
+    return first, test if first is train else None, left_out
 
 
-def labelled(root: Path, domain: int | None = None) -> list[tuple[str, str, str]]:
-    """Class, domain ("" without) and path within `root` of every image; (class, "", "") of a class without any."""
+@dataclass
+class Rows:
+    """What lies in a folder of class folders.
+
+    `rows` are class, domain ("" without) and path of every image, or (class, "", "") of a class without any;
+    `left_out` counts, by kind, the files that are no images, and the images that are in no class.
+    """
+
+    rows: list[tuple[str, str, str]] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
+
+
+def labelled(root: Path, domain: int | None = None, asking: Asking | None = "stream") -> Rows:
+    """The images of the class folders in `root`; `asking` None reads whatever arrangement there is."""
     if not (outer := _folders(root)):
         loose = next(root.iterdir(), None)
         what = f"holds {loose.name!r} but no folder" if loose else "is empty"
         raise ValueError(f"{str(root)!r} {what}; expected a folder for each class, with its images in it")
-    listed = []
+    found = Rows()
+    _loose(root, found.left_out)
+    if domain is None and asking is not None:
+        _check_arrangement(root, outer, asking)
     for folder in outer:
+        name = class_name(folder.name, f"{root}: folder")
         if domain is None:
-            listed += [(folder.name, "", found) for found in _files(root, folder)] or [(folder.name, "", "")]
+            files = pictures(folder, found.left_out)
+            found.rows += [(name, "", f"{folder.name}/{file}") for file in files] or [(name, "", "")]
             continue
+        _loose(folder, found.left_out)
         if not (inner := _folders(folder)):
             raise ValueError(f"domain={domain}: {str(folder)!r} holds no folder; expected <domain>/<class>/<images>")
         for each in inner:
-            pair = (each.name, folder.name) if domain == 0 else (folder.name, each.name)
-            listed += [(*pair, found) for found in _files(root, each)]
-    if not any(file for _, _, file in listed):
+            within = class_name(each.name, f"{folder}: folder")
+            pair = (within, name) if domain == 0 else (name, within)
+            files = pictures(each, found.left_out)
+            found.rows += [(*pair, f"{folder.name}/{each.name}/{file}") for file in files]
+    if not any(file for _, _, file in found.rows):
+        others = f"; {told_left_out(found.left_out)}" if found.left_out else ""
         known = "jpg, png, webp, ..."
-        raise ValueError(f"{str(root)!r} has class folders ({outer[0].name}, ...) but no image in them ({known})")
-    return listed
+        raise ValueError(
+            f"{str(root)!r} has class folders ({outer[0].name}, ...) but no image in them ({known}){others}"
+        )
+    return found
 
 
-def _part(root: Path, listed: Sequence[tuple[str, str, str]], names: Sequence[str], domains: Sequence[str]) -> Part:
-    real = [(name, domain, file) for name, domain, file in listed if file]
+def pictures(folder: Path, left_out: Counter[str]) -> list[str]:
+    """Paths within `folder` of all images in it and below, sorted; whatever else is there is counted by kind.
+
+    Links are followed. Hidden files and folders are neither read nor counted.
+
+    Raises:
+        ValueError: for a link to a folder that holds it.
+    """
+    above = _above(folder.absolute().parent)
+    if folder.is_symlink() and _identity(folder) in above:
+        raise ValueError(f"{folder} is a link to a folder that holds it: remove the link")
+    files = []
+    for file in _files(str(folder), "", (*above, _identity(folder))):
+        if file.endswith("/"):
+            left_out["dead links"] += 1
+        elif is_image(file):
+            files.append(file)
+        else:
+            left_out[_kind(file)] += 1
+    return sorted(files)
+
+
+def told_left_out(left_out: dict[str, int]) -> str:
+    """What was left out, in one line."""
+    kinds = sorted(left_out.items(), key=lambda each: (-each[1], each[0]))
+    shown = [f"{count} {kind}" for kind, count in kinds[:_SHOWN]] + (["..."] if len(kinds) > _SHOWN else [])
+    total = sum(left_out.values())
+    photographs = "HEIF" not in formats() and any(kind.lower() in (".heic", ".heif") for kind in left_out)
+    remedy = " (.heic is read once you pip install 'perdure[heif]')" if photographs else ""
+    return f"{total} {'file was' if total == 1 else 'files were'} left out: {', '.join(shown)}{remedy}"
+
+
+def _kind(file: str) -> str:
+    ending = PurePath(file).suffix
+    return ending.encode("utf-8", "replace").decode() if 1 < len(ending) <= 16 else "without ending"
+
+
+def _loose(folder: Path, left_out: Counter[str]) -> None:
+    """Count the files that lie beside folders, in no class."""
+    for entry in _entries(folder):
+        if entry.is_file():
+            left_out["images outside of class folders" if is_image(entry.name) else _kind(entry.name)] += 1
+
+
+def _above(folder: Path) -> tuple[tuple[int, int], ...]:
+    """What identifies a folder and all that hold it, wherever links lead."""
+    return tuple(map(_identity, (folder, *folder.parents, *folder.resolve().parents)))
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino
+
+
+def _files(folder: str, within: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
+    """Paths within the first folder; of dead links with a stroke at the end."""
+    for entry in _entries(folder):
+        if entry.is_dir():
+            me = _identity(Path(entry.path))
+            if entry.is_symlink() and me in above:
+                raise ValueError(f"{entry.path} is a link to a folder that holds it: remove the link")
+            yield from _files(entry.path, f"{within}{entry.name}/", (*above, me))
+        elif entry.is_file():
+            yield f"{within}{entry.name}"
+        else:
+            yield f"{within}{entry.name}/"
+
+
+def _check_arrangement(root: Path, outer: Sequence[Path], asking: Asking) -> None:
+    """Raise a ValueError where the folders in `root` do not look like classes."""
+    inner = [tuple(each.name for each in _folders(folder)) for folder in outer]
+    bare = [within != () and not _has_image(folder) for folder, within in zip(outer, inner, strict=True)]
+    if len(outer) == 1 and bare[0]:
+        meant = {"learn": f"'perdure learn {outer[0]}'", "stream": f"path={str(outer[0])!r}"}[asking]
+        raise ValueError(f"{outer[0]} holds only folders ({_few(inner[0])}): did you mean {meant}?")
+    same = len(outer) > 1 and inner[0] != () and len(set(inner)) == 1
+    if not same and not all(bare):
+        return
+    what = f"hold the same sub-folders ({_few(inner[0])})" if same else "hold only folders"
+    names = _few([folder.name for folder in outer])
+    if same and any(map(role_of, inner[0])):
+        remedy = "put these outermost, as train/<class> and test/<class>"
+    elif asking == "learn":
+        remedy = (
+            f"learn them one by one, as in 'perdure learn {outer[0]}', or move the images of a class into its folder"
+        )
+    else:
+        remedy = f"write domain=0 where {names} are domains, domain=1 where they are the classes"
+    raise ValueError(f"the class folders of {root} ({names}) {what}: {remedy}")
+
+
+def _has_image(folder: Path) -> bool:
+    return any(is_image(entry.name) and entry.is_file() for entry in _entries(folder))
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+
+
+def _part(root: Path, rows: Sequence[tuple[str, str, str]], names: Sequence[str], domains: Sequence[str]) -> Part:
+    real = [(name, domain, file) for name, domain, file in rows if file]
     class_of, domain_of = {n: i for i, n in enumerate(names)}, {d: i for i, d in enumerate(domains)}
     return Part(
         Files(root, [file for _, _, file in real]),
@@ -103,26 +265,17 @@ def _part(root: Path, listed: Sequence[tuple[str, str, str]], names: Sequence[st
 
 
 def _folders(path: Path) -> list[Path]:
-    return sorted((p for p in path.iterdir() if p.is_dir() and not _hidden(p)), key=lambda p: p.name)
+    return [path / name for name in sorted(entry.name for entry in _entries(path) if entry.is_dir())]
 
 
-def _files(root: Path, folder: Path) -> list[str]:
-    return sorted(file.relative_to(root).as_posix() for file in _visible(folder) if _is_image(file))
+def _entries(folder: str | Path) -> list["os.DirEntry[str]"]:
+    """What is in a folder, but for what is hidden; unlike a `Path`, an entry knows what it is without a look at it."""
+    with os.scandir(folder) as entries:
+        return [entry for entry in entries if not _hidden(entry.name)]
 
 
-def _visible(folder: Path) -> Iterable[Path]:
-    for file in folder.rglob("*"):
-        if file.is_file() and not any(part.startswith((".", "__")) for part in file.relative_to(folder).parts):
-            yield file
-
-
-def _is_image(file: Path) -> bool:
-    return Image.registered_extensions().get(file.suffix.lower()) in Image.OPEN
-
-
-def _hidden(path: Path) -> bool:
-    # Such as .ipynb_checkpoints, and the __MACOSX that zip files from a Mac contain.
-    return path.name.startswith((".", "__"))
+def _hidden(name: str) -> bool:
+    return name.startswith(".") or name in _OURS
 
 
 def _level(domain: str | int | None) -> int | None:

@@ -2,16 +2,16 @@
 
 import contextlib
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
 
 from perdure.images import Preprocess
 from perdure.streams.arrange import Found, arrange
-from perdure.streams.columns import Choice, Table, read_table, require_column
+from perdure.streams.columns import Choice, Names, Piece, Table, check_names, read_table, require_column
 from perdure.streams.options import Options, StreamPlan, near, stream
-from perdure.streams.sources import Rows
+from perdure.streams.sources import Rows, check_images
 from perdure.types import Stream
 
 
@@ -67,13 +67,8 @@ def read_hub(
         except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"cannot load data set {name!r}: {reason}; check the name and the connection") from error
-        train, *test = [_table(datasets, loaded, name, part, image) for part in parts if part is not None]
-
-        def classes(column: str) -> Sequence[str] | None:
-            feature = loaded[parts[0]].features[column]
-            return list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
-
-        return read_table(name, train, test[0] if test else None, choice, classes)
+        train, *test = [_table(datasets, loaded, name, part, image, choice) for part in parts if part is not None]
+        return read_table(name, train, test[0] if test else None, choice)
 
 
 @contextlib.contextmanager
@@ -89,14 +84,26 @@ def quietly() -> Iterator[Any]:
             datasets.enable_progress_bars()
 
 
-def _table(datasets: Any, loaded: Any, name: str, part: str, image: str) -> Table:
+def _table(datasets: Any, loaded: Any, name: str, part: str, image: str, choice: Choice) -> Table:
     if part not in loaded:
         raise ValueError(f"{name} has no part {part!r}{near(part, list(loaded))}; its parts: {', '.join(loaded)}")
     data = loaded[part]
+    features = data.features
     require_column(name, data.column_names, image, "image")
-    feature = data.features[image]
-    if isinstance(feature, datasets.Image):
+    if isinstance(features[image], datasets.Image):
         data = data.cast_column(image, datasets.Image(decode=False))
-    small = [k for k, f in data.features.items() if k != image and isinstance(f, datasets.Value | datasets.ClassLabel)]
+    first = next((cell for cell in (row[image] for row in data.select_columns([image])) if cell is not None), None)
+    check_images(f"{name} {part}", image, data.features.arrow_schema.field(image).type, first)
+    for option, column in (("label", choice.label), ("domain", choice.domain)):
+        if column is not None and column in features:
+            check_names(f"{name} {part}", column, option, features.arrow_schema.field(column).type)
+    small = [k for k, f in features.items() if k != image and isinstance(f, datasets.Value | datasets.ClassLabel)]
     cells: pa.Table = data.select_columns(small).with_format("arrow")[:]
-    return Table(cells, Rows(data.select_columns([image]), image, f"{name} {part}"))
+
+    def classes(column: str) -> Names | None:
+        feature = features[column]
+        where = f"the features of {name} {part}"
+        return Names(dict(enumerate(feature.names)), where) if isinstance(feature, datasets.ClassLabel) else None
+
+    whole = f"{name} {part}"
+    return Table([Piece(whole, cells, classes)], Rows(data.select_columns([image]), image, whole))

@@ -1,9 +1,11 @@
 """Labelled images as batches of uint8 tensors, decoded once when memory allows and at every access otherwise."""
 
+import hashlib
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, Self, SupportsIndex
 
 import psutil
@@ -11,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from perdure.images import Preprocess, UnreadableImage
-from perdure.streams.sources import Given, Picture, Source
+from perdure.images import Preprocess, UnreadableImage, begins_like_an_image
+from perdure.streams.sources import Given, Picture, Source, head
 from perdure.types import Batch
 
 _CHUNK = 256
@@ -85,7 +87,8 @@ class ImageSet:
             ValueError: when an image has another form, labels are not integers, or their numbers differ.
         """
         ids = _integers(labels)
-        made = cls(Given(images), torch.arange(len(images)), ids, preprocess)
+        source = Given(images)
+        made = cls(source, torch.arange(len(source)), ids, preprocess)
         side = preprocess.size
         if isinstance(images, Tensor) and images.shape[2:] == (side, side) and preprocess.resize == side:
             made._pixels, made._done, made._asked = images, torch.ones(len(images), dtype=torch.bool), True
@@ -139,7 +142,12 @@ class ImageSet:
 
         def attempt(position: int) -> None:
             try:
-                self._images(torch.tensor([position]))
+                # What does not even begin like an image is told by a few bytes: that costs a tenth of an attempt.
+                begin = head(self.source, int(self.rows[position]))
+                if begin is not None and not begins_like_an_image(begin):
+                    bad[position] = self.where(position)
+                else:
+                    self._images(torch.tensor([position]))
             except UnreadableImage:
                 bad[position] = self.where(position)
 
@@ -150,6 +158,25 @@ class ImageSet:
             good = self.subset(torch.tensor([p for p in range(len(self)) if p not in bad], dtype=torch.int64))
         good.skipped = (*self.skipped, *(bad[p] for p in sorted(bad)))
         return good
+
+    def hashes(self) -> Tensor:
+        """A number for each image that says what it shows, int64 (n,): from its file's content, whatever its name.
+
+        Zero for an image that is gone.
+        """
+        found = torch.zeros(len(self), dtype=torch.int64)
+
+        def fill(position: int) -> None:
+            try:
+                encoded = self.source.encoded(int(self.rows[position]))
+                content = encoded.read_bytes() if isinstance(encoded, Path) else encoded
+            except (UnreadableImage, OSError):
+                return
+            digest = hashlib.blake2b(content, digest_size=8).digest()
+            found[position] = int.from_bytes(digest, "big", signed=True)
+
+        _threaded(fill, len(self))
+        return found
 
     def _but(self, **changes: Any) -> Self:
         made = object.__new__(type(self))

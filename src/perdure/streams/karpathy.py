@@ -7,7 +7,7 @@ from typing import Any, NotRequired, TypedDict
 
 from perdure.images import Preprocess
 from perdure.schema import fitting, plain
-from perdure.streams.captions import Listing, gallery, read_listings
+from perdure.streams.captions import Listing, check_apart, gallery, read_listings
 from perdure.streams.columns import require_column
 from perdure.streams.hub import quietly
 from perdure.streams.options import StreamPlan, near, stream
@@ -136,6 +136,7 @@ def _read_json(file: Path, by: str | None) -> Gallery:
             raise ValueError(f"{file}: image {empty[0]!r} has no caption; write one or remove it")
         chosen = [topics[image["cocoid"]] for image in part] if by else None
         albums.append(Album(Files(root, paths), range(len(paths)), paths, (texts,), chosen))
+    check_apart(file.name, *(album.keys for album in albums))
     notes = {"images_without_objects": len(listed) - len(kept)} if len(kept) < len(listed) else {}
     return Gallery(file.stem, albums[0], albums[1], ("sentences",), notes)
 

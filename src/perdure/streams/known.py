@@ -13,7 +13,7 @@ from perdure.streams.folders import read_folders
 from perdure.streams.hub import read_hub
 from perdure.streams.options import Options, StreamPlan, stream
 from perdure.streams.sources import Files
-from perdure.streams.tables import parquet_columns, read_parquet
+from perdure.streams.tables import holds, parquet_columns, read_parquet
 from perdure.types import Stream
 
 
@@ -84,24 +84,26 @@ class _Hub:
 
 def _plan(name: str, path: str | None, options: Options, hub: _Hub) -> StreamPlan:
     def plan(preprocess: Preprocess, seed: int) -> Stream:
-        found = _read(Path(path), hub) if path else read_hub(hub.name, hub.choice, hub.image, hub.parts)
+        found = (
+            _read(Path(path), hub, options.measured) if path else read_hub(hub.name, hub.choice, hub.image, hub.parts)
+        )
         return arrange(replace(found, name=name), options, preprocess, seed)
 
     return plan
 
 
-def _read(path: Path, hub: _Hub) -> Found:
-    if path.is_file() or any(path.glob("*.parquet")) or any(path.glob("data/*.parquet")):
+def _read(path: Path, hub: _Hub, measured: bool) -> Found:
+    if path.is_file() or holds(path, ".parquet"):
         columns = parquet_columns(path)
         image = next((c for c in (hub.image, "image", "img") if c in columns), hub.image)
         label = next((c for c in (hub.choice.label, "label") if c in columns), hub.choice.label)
         names = hub.choice.names if hub.choice.names in columns else None
-        return read_parquet(str(path), label, image, names, hub.choice.domain)
+        return read_parquet(str(path), label, image, names, hub.choice.domain, measured)
     if (path / "train_test_split.txt").is_file():
         return _read_cub(path)
     if hub.choice.domain and any(path.glob("*_train.txt")):
         return _read_domainnet(path)
-    return read_folders(path, 0 if hub.choice.domain else None)
+    return read_folders(path, 0 if hub.choice.domain else None, measured)
 
 
 def _read_cub(path: Path) -> Found:
@@ -128,7 +130,11 @@ def _read_domainnet(path: Path) -> Found:
         for place, domain in enumerate(domains):
             for line in _lines(path / f"{domain}_{part}.txt"):
                 file, _, label = line.rpartition(" ")
-                named[int(label)] = file.split("/")[1]
+                if not label.isdecimal() or file.count("/") < 2:
+                    raise ValueError(f"{domain}_{part}.txt: {line!r:.80}: expected 'domain/class/image number'")
+                if named.setdefault(int(label), file.split("/")[1]) != file.split("/")[1]:
+                    both = f"{named[int(label)]!r} and {file.split('/')[1]!r}"
+                    raise ValueError(f"{domain}_{part}.txt: class {label} is {both}; give lists that agree")
                 files.append(file)
                 labels.append(int(label))
                 places.append(place)

@@ -1,18 +1,20 @@
 """One more task for a learner whose stream has no end: from a folder, or from images given in Python."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, SupportsIndex
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from perdure.images import Preprocess
 from perdure.streams.draws import held_out
-from perdure.streams.folders import labelled, parts
+from perdure.streams.folders import Asking, labelled, parts, told_left_out
 from perdure.streams.imageset import Budget, ImageSet
-from perdure.streams.sources import Files, Picture
+from perdure.streams.naming import class_name, in_case_only, natural, recorded
+from perdure.streams.sources import Files, Picture, listed
 from perdure.types import Data, Nothing, Task
 
 _ENOUGH = 5
@@ -26,6 +28,8 @@ def folder_task(
     index: int,
     skip_bad: bool = False,
     seed: int = 0,
+    tell: Callable[[str], None] = lambda _: None,
+    asking: Asking | None = "learn",
 ) -> Task:
     """The task in a folder of class folders, or of `train` and `test` folders with class folders in them.
 
@@ -40,29 +44,36 @@ def folder_task(
         index: of the task.
         skip_bad: leave unreadable images out and list them as `skipped` of the task's data.
         seed: of what is held out.
+        tell: is told what is left out, and which classes have nearly the same name.
+        asking: see `perdure.streams.folders.labelled`.
 
     Raises:
         ValueError: when the folder is not as expected, or a class has no train image.
     """
-    folder, test_folder = parts(Path(path))
-    listed = labelled(folder)
-    names = sorted({name for name, _, _ in listed})
+    folder, test_folder, left_out = parts(Path(path))
+    read = labelled(folder, asking=asking)
+    left_out.update(read.left_out)
+    names = recorded(natural({name for name, _, _ in read.rows}), known)
+    title = class_name(Path(path).name or Path(path).resolve().name or "folder", "folder")
     ids = _numbered(names, known)
-    train = _set(folder, listed, ids, preprocess)
+    train = _set(folder, read.rows, ids, preprocess)
     _all_present(str(path), names, ids, train)
     test: ImageSet | Nothing = Nothing()
     if test_folder is not None:
-        tested = labelled(test_folder)
-        if strange := sorted({name for name, _, file in tested if file} - set(names)):
+        tested = labelled(test_folder, asking=asking)
+        left_out.update(tested.left_out)
+        if strange := sorted(set(recorded({name for name, _, file in tested.rows if file}, ids)) - set(names)):
             raise ValueError(f"{path}: class {strange[0]!r} is in test but not in train; add train images or remove it")
-        test = _set(test_folder, [row for row in tested if row[0] in ids], ids, preprocess)
+        test = _set(test_folder, tested.rows, ids, preprocess)
+    for line in (*([told_left_out(left_out)] if left_out else []), *in_case_only(names, known)):
+        tell(line)
     if skip_bad:
         train = train.readable()
         _all_present(str(path), names, ids, train)
         test = test.readable() if isinstance(test, ImageSet) else test
     if test_folder is None:
         train, test = _hold_out(train, seed)
-    return Task(index, Path(path).name, tuple(ids[n] for n in names), tuple(names), None, train, test)
+    return Task(index, title, tuple(ids[n] for n in names), tuple(names), None, train, test)
 
 
 def given_task(
@@ -84,17 +95,28 @@ def given_task(
     Raises:
         ValueError: when an image or label has another form, or their numbers differ.
     """
-    values: list[Any] = labels.tolist() if isinstance(labels, Tensor) else list(labels)
+    if isinstance(labels, Tensor | np.ndarray) and labels.ndim != 1:
+        raise ValueError(
+            f"labels: got shape {tuple(labels.shape)}, expected a name or an integer for each image; of one row of "
+            "scores an image give labels.argmax(1)"
+        )
+    found = listed(labels, "labels")
+    values: list[Any] = list(found.tolist() if isinstance(found, Tensor | np.ndarray) else found)
     for row, value in enumerate(values):
-        if isinstance(value, bool) or not isinstance(value, str | SupportsIndex) or value == "":
-            raise ValueError(f"labels, row {row}: got {value!r}, expected a name or an integer")
+        fits = isinstance(value, str) or (isinstance(value, SupportsIndex) and np.ndim(value) == 0)  # type: ignore[arg-type]
+        if isinstance(value, bool) or not fits or value == "":
+            raise ValueError(f"labels, row {row}: got {value!r:.60}, expected a name or an integer")
+        if not isinstance(value, str) and value < 0:
+            raise ValueError(f"labels, row {row}: {value} stands for no label; leave the image out")
     if len({isinstance(value, str) for value in values}) > 1:
         raise ValueError("labels mix names and integers; give one kind")
     if not values:
         raise ValueError("labels are empty: a task needs at least one image")
-    names = list(dict.fromkeys(map(str, sorted(set(values)))))
+    texts = [class_name(str(value), f"labels, row {row}:") for row, value in enumerate(values)]
+    texts = recorded(texts, known)
+    names = natural(texts)
     ids = _numbered(names, known)
-    train = ImageSet.of(images, [ids[str(value)] for value in values], preprocess)
+    train = ImageSet.of(images, [ids[text] for text in texts], preprocess)
     title = f"{index}: {', '.join(names[:3])}" + (", ..." if len(names) > 3 else "")
     return Task(index, title, tuple(ids[n] for n in names), tuple(names), None, train, Nothing())
 
@@ -105,11 +127,9 @@ def _numbered(names: Sequence[str], known: Mapping[str, int]) -> dict[str, int]:
     return {**{n: known[n] for n in names if n in known}, **{n: following + i for i, n in enumerate(new)}}
 
 
-def _set(
-    root: Path, listed: Sequence[tuple[str, str, str]], ids: Mapping[str, int], preprocess: Preprocess
-) -> ImageSet:
-    real = [(name, file) for name, _, file in listed if file]
-    labels = torch.tensor([ids[name] for name, _ in real], dtype=torch.int64)
+def _set(root: Path, rows: Sequence[tuple[str, str, str]], ids: Mapping[str, int], preprocess: Preprocess) -> ImageSet:
+    real = [(name, file) for name, _, file in rows if file]
+    labels = torch.tensor([ids[name] for name in recorded([name for name, _ in real], ids)], dtype=torch.int64)
     return ImageSet(Files(root, [file for _, file in real]), torch.arange(len(real)), labels, preprocess, Budget())
 
 

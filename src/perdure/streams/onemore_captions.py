@@ -14,7 +14,7 @@ from perdure.streams.captioned import Captioned
 from perdure.streams.captions import gallery, read_listings
 from perdure.streams.draws import SHARE, held_out
 from perdure.streams.imageset import ImageSet
-from perdure.streams.sources import Picture
+from perdure.streams.sources import Picture, listed
 from perdure.streams.topics import Album
 from perdure.texts import pack
 from perdure.types import Data, Nothing, Task
@@ -85,6 +85,7 @@ def given_captions(
     """
     if isinstance(captions, str):
         raise ValueError(f"captions: got {captions!r:.60}, expected a list with a text, or several, for each image")
+    captions, images = listed(captions, "captions"), listed(images, "images")
     if len(captions) != len(images):
         raise ValueError(
             f"captions: got {len(captions)} for {len(images)} images, expected a text, or several, for each"

@@ -39,6 +39,27 @@ def sequence(
     Raises:
         ValueError: when there is only one part, when a part divides itself, or when labelled and captioned ones mix.
     """
+    return _sequence(streams, scenario, order)
+
+
+def measured(
+    *streams: Spec | str,
+    scenario: Literal["task", "class"] = "task",
+    order: str | int | Sequence[str | int] | None = None,
+) -> StreamPlan:
+    """The same where nothing is learnt: of data sets without a test part all images are tested."""
+    return _sequence(streams, scenario, order, True)
+
+
+sequence.measured = measured  # type: ignore[attr-defined]
+
+
+def _sequence(
+    streams: Sequence[Spec | str],
+    scenario: Literal["task", "class"],
+    order: str | int | Sequence[str | int] | None,
+    measured: bool = False,
+) -> StreamPlan:
     if scenario not in ("task", "class"):
         raise ValueError(f"scenario={scenario!r}: expected 'task' or 'class'{near(scenario, ('task', 'class'))}")
     check_order(order)
@@ -47,7 +68,7 @@ def sequence(
         raise ValueError(
             f"sequence of {len(specs)} data sets: expected at least 2, such as 'sequence(images(path=\"a\"), cub200())'"
         )
-    plans = [_one_task(spec) for spec in specs]
+    plans = [_one_task(spec, measured) for spec in specs]
 
     def plan(preprocess: Preprocess, seed: int) -> Stream:
         # Made-up pictures follow the seed: every part gets its own. The order of real data sets is fixed above.
@@ -60,8 +81,8 @@ def sequence(
     return plan
 
 
-def _one_task(spec: Spec) -> StreamPlan:
-    from perdure.streams import STREAMS  # here: the registry holds this stream too
+def _one_task(spec: Spec, measured: bool) -> StreamPlan:
+    from perdure.streams import factories  # here: the registry holds this stream too
 
     if spec.name == "sequence":
         raise ValueError(f"{str(spec)!r} within a sequence: write its parts in the outer one")
@@ -76,10 +97,11 @@ def _one_task(spec: Spec) -> StreamPlan:
                 f"captions={value!r} makes a task of each column, a sequence one of each data set: keep one"
             )
     given = {"tasks": 1, "order": "natural", "by": "natural"}
-    factory = STREAMS.get(spec.name)
+    registry = factories(measured)
+    factory = registry.get(spec.name)
     options = inspect.signature(factory).parameters if factory else {}
     decided = tuple((name, value) for name, value in given.items() if name in options)
-    plan: StreamPlan = build(Spec(spec.name, (*spec.kwargs, *decided), spec.parts), STREAMS, "stream")
+    plan: StreamPlan = build(Spec(spec.name, (*spec.kwargs, *decided), spec.parts), registry, "stream")
     return plan
 
 
@@ -153,6 +175,8 @@ def _notes(parts: Sequence[Stream], names: Sequence[str], tasks: Sequence[Task])
             side: [n for each in notes for n in each["captions"][side]] for side in ("train", "test")
         }
     # What else a data set says of itself, such as how many images were left out.
+    if remarks := [line for each in notes for line in each.get("remarks", ())]:
+        together["remarks"] = remarks
     for name, each in zip(names, notes, strict=True):
         if own := {k: v for k, v in each.items() if k not in (*together, "captions")}:
             together.setdefault("data_sets", {})[name] = own

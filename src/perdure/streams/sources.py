@@ -2,8 +2,10 @@
 
 import bisect
 import itertools
+import os
+import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,10 +17,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from perdure.images import UnreadableImage, decode
+from perdure.images import UnreadableImage, decode, head_of
+
+_SHOWN = 80  # characters of a text that was taken for a path
+_ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://|data:")
+# By how PNG, JPEG, GIF and WebP begin, or by a length that no path has.
+_BASE64 = re.compile(r"((iVBORw0KGgo|/9j/|R0lGOD|UklGR)[\w+/-]{40,}|[\w+/-]{200,})=*\s*", re.ASCII)
 
 Picture = Image.Image | np.ndarray[Any, Any] | str | Path | Tensor
-"""An image in Python: Pillow, uint8 (H, W, 3) or (H, W) array, uint8 (3, H, W) tensor, or the path of a file."""
+"""An image in Python: Pillow, uint8 (H, W, 3) or grey array, uint8 (3, H, W) tensor, or the path of a file."""
 
 
 class Source(Protocol):
@@ -38,8 +45,8 @@ class Source(Protocol):
         """What identifies the image wherever the data set lies."""
         ...
 
-    def content(self, row: int) -> bytes:
-        """What there is to decode: equal for equal images, whatever they are called and wherever they lie."""
+    def encoded(self, row: int) -> bytes | Path:
+        """What is decoded, or its file; of an image that was never encoded, its values."""
         ...
 
 
@@ -63,16 +70,16 @@ class Files:
         return decode(self.root / self.paths[row], self.where(row))
 
     def where(self, row: int) -> str:
-        """The path of the file."""
-        return str(self.root / self.paths[row])
+        """The path of the file; bytes of it that are not UTF-8 are shown as numbers."""
+        return os.fsencode(self.root / self.paths[row]).decode("utf-8", "backslashreplace")
 
     def key(self, row: int) -> str:
         """The path within the folder."""
         return self.paths[row].replace("\\", "/")
 
-    def content(self, row: int) -> bytes:
-        """The bytes of the file."""
-        return (self.root / self.paths[row]).read_bytes()
+    def encoded(self, row: int) -> Path:
+        """The file."""
+        return self.root / self.paths[row]
 
 
 class Parquet:
@@ -105,17 +112,14 @@ class Parquet:
 
     def read(self, row: int) -> Image.Image:
         """The decoded image; raises `UnreadableImage`."""
-        return _unpack(self._cell(row), self.where(row), self._place(row)[0].parent)
+        return decode(self.encoded(row), self.where(row))
 
-    def content(self, row: int) -> bytes:
-        """The encoded image."""
-        return _encoded(self._cell(row), self._place(row)[0].parent)
-
-    def _cell(self, row: int) -> Any:
+    def encoded(self, row: int) -> bytes | Path:
+        """The content of the cell, or the file that it names; raises `UnreadableImage` for an empty one."""
         with self._lock:
             if self._encoded is None:
                 self._encoded = self._open()
-        return self._encoded[row].as_py()
+        return _unpacked(self._encoded[row].as_py(), self.where(row), self._place(row)[0].parent)
 
     def where(self, row: int) -> str:
         """The file and the row in it."""
@@ -159,7 +163,11 @@ class Rows:
 
     def read(self, row: int) -> Image.Image:
         """The decoded image; raises `UnreadableImage`."""
-        return _unpack(self.data[row][self.column], self.where(row), Path())
+        return decode(self.encoded(row), self.where(row))
+
+    def encoded(self, row: int) -> bytes | Path:
+        """The content of the cell, or the file that it names; raises `UnreadableImage` for an empty one."""
+        return _unpacked(self.data[row][self.column], self.where(row), Path())
 
     def where(self, row: int) -> str:
         """The data set and the row."""
@@ -178,7 +186,8 @@ class Given:
     """Images handed over from Python.
 
     Args:
-        images: a sequence of images in any of the forms of `Picture`, or one uint8 tensor (n, 3, H, W).
+        images: a list (or another sequence, or a Series) of images in any of the forms of `Picture`, or one uint8
+            tensor (n, 3, H, W).
 
     Raises:
         ValueError: when an image has another form; names its row.
@@ -190,10 +199,13 @@ class Given:
                 f"images: got a {images.dtype} tensor of shape {tuple(images.shape)}, expected torch.uint8 "
                 "(n, 3, H, W) with values 0-255"
             )
-        self.images = images
-        if not isinstance(images, Tensor):
-            for row, image in enumerate(images):
-                _check(image, row)
+        self.images = images if isinstance(images, Tensor) else listed(images, "images")
+        if isinstance(images, Tensor):
+            if len(images):
+                _check(images[0], 0)
+            return
+        for row, image in enumerate(self.images):
+            _check(image, row)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -204,7 +216,7 @@ class Given:
         if isinstance(image, Tensor):
             image = image.permute(1, 2, 0).cpu().numpy()
         if isinstance(image, np.ndarray):
-            image = Image.fromarray(np.ascontiguousarray(image))
+            image = Image.fromarray(np.ascontiguousarray(image[:, :, 0] if image.shape[2:] == (1,) else image))
         return decode(image, self.where(row))
 
     def where(self, row: int) -> str:
@@ -216,33 +228,114 @@ class Given:
         """The row."""
         return str(row)
 
-    def content(self, row: int) -> bytes:
-        """The pixels."""
-        return self.read(row).tobytes()
+    def encoded(self, row: int) -> bytes | Path:
+        """The file, or the pixels."""
+        image = self.images[row]
+        if isinstance(image, str | Path):
+            return Path(image)
+        return np.asarray(image.cpu() if isinstance(image, Tensor) else image).tobytes()
+
+
+def listed(values: Any, what: str) -> Any:
+    """`values` as something with positions: a Series by position, whatever its index; lists and arrays as they are.
+
+    Raises:
+        ValueError: for what has no positions, such as a generator; `what` says what it should have been.
+    """
+    if hasattr(values, "iloc") and getattr(values, "ndim", 1) == 1:  # a Series, or an Index
+        return list(values)
+    keyed = isinstance(values, Mapping | Set | str | bytes) or hasattr(values, "iloc")
+    if keyed or not (hasattr(values, "__len__") and hasattr(values, "__getitem__")):
+        raise ValueError(f"{what}: got a {type(values).__name__}, expected a list, an array or a tensor")
+    return values
 
 
 def _check(image: Any, row: int) -> None:
     if isinstance(image, Tensor):
-        fits = image.dim() == 3 and image.shape[0] == 3 and image.dtype == torch.uint8
+        fits = image.dim() == 3 and image.shape[0] == 3 and image.dtype == torch.uint8 and image.numel() > 0
         form = f"a {image.dtype} tensor of shape {tuple(image.shape)}"
     elif isinstance(image, np.ndarray):
-        fits = image.dtype == np.uint8 and (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4)))
+        fits = image.dtype == np.uint8 and (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (1, 3, 4)))
+        fits = fits and image.size > 0
         form = f"a {image.dtype} array of shape {image.shape}"
+    elif isinstance(image, Image.Image):
+        fits, form = 0 not in image.size, f"a Pillow image of {image.size[0]} × {image.size[1]} pixels"
     else:
-        fits, form = isinstance(image, Image.Image | str | Path), f"a {type(image).__name__}"
+        fits, form = isinstance(image, str | Path), f"a {type(image).__name__}"
     if not fits:
         raise ValueError(
             f"images, row {row}: got {form}, expected a Pillow image, a path, a uint8 array (H, W, 3) or a uint8 "
-            "tensor (3, H, W) with values 0-255"
+            "tensor (3, H, W) with values 0-255 and at least one pixel"
         )
 
 
-def _unpack(cell: Any, where: str, folder: Path) -> Image.Image:
+def check_images(name: str, column: str, kind: pa.DataType, first: Any) -> None:
+    """Raise a ValueError unless a column of a table can hold images.
+
+    Args:
+        name: of the file.
+        column: its name.
+        kind: its type.
+        first: the value of its first cell that is not empty, if there is one.
+    """
+    fits = _binary(kind) or _text(kind)
+    if pa.types.is_struct(kind):
+        parts = {kind.field(i).name: kind.field(i).type for i in range(kind.num_fields)}
+        held = [(_binary if name == "bytes" else _text, parts[name]) for name in ("bytes", "path") if name in parts]
+        fits = bool(held) and all(fit(part) or pa.types.is_null(part) for fit, part in held)
+    if not fits:
+        raise ValueError(
+            f"{name}: image column {column!r} holds {_shortened(str(kind))}; expected encoded bytes, {{bytes, path}} "
+            "or paths"
+        )
+    path = first.get("path") if isinstance(first, dict) and first.get("bytes") is None else first
+    if isinstance(path, str):
+        check_path(path, f"{name}: image column {column!r}")
+
+
+def check_path(path: str, where: str) -> None:
+    """Raise a ValueError when a text that should be the path of an image is an address, or an image as base64."""
+    if path.startswith("data:") or _BASE64.fullmatch(path):
+        raise ValueError(f"{where} holds images as base64 text ({path[:12]}...); decode it to bytes, or to files")
+    if _ADDRESS.match(path):
+        raise ValueError(f"{where} holds addresses ({_shortened(path)}); download the images first")
+
+
+def _binary(kind: pa.DataType) -> bool:
+    return any(is_(kind) for is_ in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view))
+
+
+def _text(kind: pa.DataType) -> bool:
+    return any(is_(kind) for is_ in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view))
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def _unpacked(cell: Any, where: str, folder: Path) -> bytes | Path:
     if isinstance(cell, dict):
-        cell = cell["path"] if cell.get("bytes") is None else cell["bytes"]
+        cell = cell.get("path") if cell.get("bytes") is None else cell["bytes"]
     if cell is None:
-        raise UnreadableImage(f"cannot read image {where}: the cell is empty; fill it, or leave it out with skip_bad")
-    return decode(folder / cell if isinstance(cell, str) else cell, where)
+        raise UnreadableImage(f"cannot read image {where}: the cell is empty; fill it, or remove the row")
+    if isinstance(cell, str):
+        try:
+            check_path(cell, "the cell")
+        except ValueError as error:
+            raise UnreadableImage(f"cannot read image {where}: {error}") from error
+        return folder / cell
+    return bytes(cell)
+
+
+def head(source: Source, row: int) -> bytes | None:
+    """The first bytes of an encoded image, none where it is missing; None where the image is not encoded."""
+    try:
+        encoded = source.encoded(row)
+    except UnreadableImage:
+        return b""
+    if isinstance(encoded, Path):
+        return head_of(encoded)
+    return None if isinstance(source, Given) else encoded
 
 
 def _encoded(cell: Any, folder: Path) -> bytes:

@@ -16,7 +16,7 @@ from perdure.streams.captioned import Captioned
 from perdure.streams.clusters import clusters
 from perdure.streams.draws import SHARE, digest, first_of_each, held_out, shuffled
 from perdure.streams.imageset import Budget, ImageSet
-from perdure.streams.options import check_order
+from perdure.streams.options import PROGRAM, check_order
 from perdure.streams.sources import Source
 from perdure.texts import pack, present
 from perdure.types import Scenario, Stream, Task
@@ -44,6 +44,7 @@ class CaptionOptions:
         test_per_task: the same for test images.
         texts: at most so many captions an image (and language), the first ones.
         skip_bad: leave unreadable images out and list them; otherwise they are an error when they are met.
+        measured: nothing is learnt, all images are test images. The program's, not the user's.
     """
 
     by: str | None = None
@@ -54,6 +55,7 @@ class CaptionOptions:
     test_per_task: Count | None = None
     texts: Count = 5
     skip_bad: bool = False
+    measured: bool = field(default=False, metadata=PROGRAM)
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -127,7 +129,10 @@ def arrange_captions(found: Gallery, options: CaptionOptions, preprocess: Prepro
     Raises:
         ValueError: when the data set and the options do not fit together.
     """
-    train, test, kind = _split(found)
+    if options.measured and options.column is None:
+        # Clusters are those of what is learnt: without it, there are none.
+        options = replace(options, by="natural", embed=None, tasks=options.tasks or 1)
+    train, test, kind = _split(found, options.measured)
     budget = Budget()
     sides = [_Side("train", train, 0, preprocess, budget), _Side("test", test, len(train), preprocess, budget)]
     split = {"kind": kind} | {f"{side.kind}_sha256": digest(sorted(side.album.keys)) for side in sides}
@@ -204,7 +209,9 @@ def _images(album: Album, preprocess: Preprocess, budget: Budget) -> ImageSet:
     return ImageSet(album.source, rows, torch.zeros_like(rows), preprocess, budget)
 
 
-def _split(found: Gallery) -> tuple[Album, Album, str]:
+def _split(found: Gallery, measured: bool) -> tuple[Album, Album, str]:
+    if measured:
+        return found.train.take([]), found.test or found.train, "all of it is measured"
     if found.test is not None:
         return found.train, found.test, "given"
     groups = found.train.topics or [0] * len(found.train)
@@ -233,7 +240,7 @@ def _find_topics(name: str, sides: list[_Side], options: CaptionOptions) -> tupl
 def _from_column(name: str, sides: list[_Side], options: CaptionOptions) -> tuple[str, ...]:
     values = [side.album.topics or [] for side in sides]
     known = sorted({v for each in values for v in each}, key=lambda v: (isinstance(v, str), v))
-    if len(known) < 2:
+    if len(known) < 2 and not options.measured:
         raise ValueError(f"by={options.by!r}: all images of {name} have one value in it; a stream needs at least 2")
     if options.tasks not in (None, len(known)):
         raise ValueError(
@@ -276,7 +283,8 @@ def _captioned(
     for t, lot in enumerate(lots):
         pair = []
         for side, positions in zip(sides, lot.positions, strict=True):
-            if not positions:
+            unlearnt = options.measured and side.kind == "train"
+            if not positions and not unlearnt:
                 raise ValueError(
                     f"{name}: task {lot.name!r} has no {side.kind} image; use fewer tasks, or by='random' for even ones"
                 )
@@ -288,7 +296,7 @@ def _captioned(
             data = Captioned.around(images.relabelled(torch.full((len(at),), t)), side.pairs[at], next(texts).clone())
             pair.append(data.readable() if options.skip_bad else data)
         for side, data in zip(sides, pair, strict=True):
-            if not len(data):
+            if not len(data) and not (options.measured and side.kind == "train"):
                 raise ValueError(f"{name}: task {lot.name!r} has no readable {side.kind} image; add some")
         made.append((pair[0], pair[1]))
     return made
