@@ -68,15 +68,20 @@ def import_authors(folder: Path) -> tuple[Any, Any]:
     """Their modules `methods.inflora` and `models.sinet_inflora`."""
     sys.path.insert(0, str(folder))
     absent = {"ipdb": {}, "sklearn": {}, "sklearn.cluster": {"KMeans": _NoClusters}}
+    stubs = []
     for name, content in absent.items():
         try:
             import_module(name)
         except ImportError:
             sys.modules[name] = types.ModuleType(name)
             vars(sys.modules[name]).update(content)
+            stubs.append(name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return import_module("methods.inflora"), import_module("models.sinet_inflora")
+        modules = import_module("methods.inflora"), import_module("models.sinet_inflora")
+    for name in stubs:  # others ask whether the real ones are there
+        del sys.modules[name]
+    return modules
 
 
 class _NoClusters:
@@ -234,6 +239,7 @@ def config_of(options: argparse.Namespace) -> RunConfig:
         epochs=options.epochs,
         batch_size=options.batch_size,
         lr=options.lr,
+        schedule=options.schedule,
         precision="fp32",
         attention=options.attention,
         device="cpu",
@@ -257,6 +263,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=10)
     parser.add_argument("--method", help="another of ours, such as 'inflora(rank=10, end_moments=\"training\")'")
     parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--schedule", default="cosine", help="ours; theirs is always cosine-epoch")
     parser.add_argument("--attention", choices=("eager", "sdpa"), default="sdpa", help="ours; theirs is eager")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
