@@ -24,6 +24,7 @@ import types
 import warnings
 from collections.abc import Callable
 from importlib import import_module
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -68,20 +69,15 @@ def import_authors(folder: Path) -> tuple[Any, Any]:
     """Their modules `methods.inflora` and `models.sinet_inflora`."""
     sys.path.insert(0, str(folder))
     absent = {"ipdb": {}, "sklearn": {}, "sklearn.cluster": {"KMeans": _NoClusters}}
-    stubs = []
     for name, content in absent.items():
         try:
             import_module(name)
         except ImportError:
             sys.modules[name] = types.ModuleType(name)
-            vars(sys.modules[name]).update(content)
-            stubs.append(name)
+            vars(sys.modules[name]).update(content, __spec__=ModuleSpec(name, None))  # which torch asks for
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        modules = import_module("methods.inflora"), import_module("models.sinet_inflora")
-    for name in stubs:  # others ask whether the real ones are there
-        del sys.modules[name]
-    return modules
+        return import_module("methods.inflora"), import_module("models.sinet_inflora")
 
 
 class _NoClusters:
