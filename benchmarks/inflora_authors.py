@@ -24,6 +24,7 @@ import types
 import warnings
 from collections.abc import Callable
 from importlib import import_module
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def import_authors(folder: Path) -> tuple[Any, Any]:
             import_module(name)
         except ImportError:
             sys.modules[name] = types.ModuleType(name)
-            vars(sys.modules[name]).update(content)
+            vars(sys.modules[name]).update(content, __spec__=ModuleSpec(name, None))  # which torch asks for
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return import_module("methods.inflora"), import_module("models.sinet_inflora")
@@ -234,6 +235,7 @@ def config_of(options: argparse.Namespace) -> RunConfig:
         epochs=options.epochs,
         batch_size=options.batch_size,
         lr=options.lr,
+        schedule=options.schedule,
         precision="fp32",
         attention=options.attention,
         device="cpu",
@@ -257,6 +259,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=10)
     parser.add_argument("--method", help="another of ours, such as 'inflora(rank=10, end_moments=\"training\")'")
     parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--schedule", default="cosine", help="ours; theirs is always cosine-epoch")
     parser.add_argument("--attention", choices=("eager", "sdpa"), default="sdpa", help="ours; theirs is eager")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)

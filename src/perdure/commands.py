@@ -16,7 +16,7 @@ from perdure.catalogue import Kind, entries
 from perdure.command import Command
 from perdure.config import RunConfig
 from perdure.console import Screen
-from perdure.ranges import BatchSize, Epochs, Rate, Seed
+from perdure.ranges import BatchSize, Epochs, Range, Rate, Seed
 from perdure.recipes import DEMO_METHODS, demo, flags
 from perdure.use import Eval, Export, Move, Predict, Search, tell_skipped, told
 from perdure.wording import meant, shortened
@@ -108,6 +108,8 @@ class Learn(Command):
     """For a new learner; 0 unless said otherwise."""
     precision: Literal["auto", "fp32", "bf16"] | None = None
     """For a new learner; auto unless said otherwise."""
+    calibrate: Annotated[float, Range(0, 0.5)] | None = None
+    """For a new learner: share of each class's images set apart, for predict --calibrated; 0 unless said otherwise."""
     device: str | None = None
     """The learner's own unless said otherwise; auto for a new one."""
     skip_bad: bool = False

@@ -31,6 +31,8 @@ class RunConfig(TrainConfig):
     """What is asked: classify() learns heads, zeroshot() compares with class names, retrieve() images with captions."""
     augment: Literal["none", "flip", "crop", "zoom"] = "none"
     """Random views of training images."""
+    calibrate: Annotated[float, Range(0, 0.5)] = 0.0
+    """Share of each class's training images set apart, for `predict --calibrated`; with 0 all are trained on."""
     seed: Seed = 0
     """All randomness, and the order of classes unless the stream fixes it."""
     precision: Precision = "auto"

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from perdure.adapters.attach import adapted, fold
 from perdure.augment import AUGMENTS, Augment
 from perdure.backbones.base import Backbone
+from perdure.memory.temperature import Temperature
 from perdure.method import Method, embeds, encodes, parts_of, varies
 from perdure.objectives.base import Objective
 from perdure.process import Turn, plain, seeded
@@ -56,6 +57,8 @@ class Core(nn.Module):
         self.last_epoch = False  # whether that step belongs to the task's last
         self.precision = torch.float32  # of the encoder
         self.augment: Augment = AUGMENTS["none"]
+        self.calibrate = 0.0  # share of each task's images that are set apart to fit the temperature to
+        self.temperature = Temperature()
         self._encoded: dict[int, tuple[Data, Data]] = {}
         self.turn = Turn()
         self._answering = False
@@ -168,9 +171,9 @@ class Core(nn.Module):
 
         With frozen weights and activations in bfloat16 a step on a CPU is faster than under autocast, which casts
         weights, residuals and norms again and again (benchmarks/speed.py). What is trained, heads and scores stay in
-        float32.
+        float32. Before the first task the encoder stays as it came, for adapters copy the weights to fold into then.
         """
-        if self.precision != torch.float32 and not self.tunes_backbone:
+        if self.precision != torch.float32 and self.tasks and not self.tunes_backbone:
             self.backbone.to(self.precision)
         fold(self.backbone, branches=False)
 

@@ -35,7 +35,7 @@ from perdure.train import Diverged, Progress, Quiet, TrainConfig
 from perdure.types import Data, Stream, Task
 
 _SPECS = ("backbone", "method", "objective")
-_FIXED = (*_SPECS, "seed", "precision", "attention")
+_FIXED = (*_SPECS, "seed", "precision", "attention", "calibrate")
 _SOURCE = "source.json"
 _WORDS = {"folder": "folders", "train_sha256": "images", "content": "images", "captions": "captions' columns"}
 

@@ -28,7 +28,7 @@ Pair = tuple[float, float | None] | None
 _SPECS = ("stream", "backbone")
 _TRAINING = (
     *("objective", "epochs", "batch_size", "lr", "optimizer", "weight_decay"),
-    *("schedule", "milestones", "decay", "augment"),
+    *("schedule", "milestones", "decay", "augment", "calibrate"),
 )
 _OWN = ("method", "seed", "save_every", "device")
 

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import msgspec
 import torch
 
-from perdure import checkpoint, schema, taught
+from perdure import calibration, checkpoint, schema, taught
 from perdure.augment import AUGMENTS
 from perdure.checkpoint import read_record as read_record
 from perdure.config import RunConfig, make_backbone, make_method, make_objective
@@ -221,7 +221,7 @@ def build_learner(kind: type[C], config: RunConfig, runtime: Runtime | None = No
         runtime = resolve(backbone, config.precision, config.attention, config.batch_size, config.device)
     runtime.apply(backbone)
     learner = kind(backbone, objective, method, seed=config.seed)
-    learner.precision, learner.augment = runtime.dtype, AUGMENTS[config.augment]
+    learner.precision, learner.augment, learner.calibrate = runtime.dtype, AUGMENTS[config.augment], config.calibrate
     return learner, runtime
 
 
@@ -264,6 +264,7 @@ def learn_stream(
         extra: facts for the manifests of the tasks learnt now.
         held_out: data sets whose zero-shot accuracy is measured too.
     """
+    stream, held = calibration.apart(learner, stream)
     done = checkpoint.whole(out)
     for each in done:
         checkpoint.drop_steps(each.folder)
@@ -300,6 +301,7 @@ def learn_stream(
                     f"can be used as they are in {out}"
                 ) from error
             start = time.perf_counter()
+            calibration.fit(learner, held.get(task.index))
             new = before + evaluation.after(learner, task, fitted.moved)
             facts = facts_of(fitted, time.perf_counter() - start)
             check_there(out)

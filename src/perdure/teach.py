@@ -14,6 +14,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from perdure import checkpoint, taught
+from perdure.calibration import fit, set_apart
 from perdure.config import RunConfig, check_options
 from perdure.export import export
 from perdure.learner import Core
@@ -129,9 +130,11 @@ class Learner(Core):
             train = self.long_enough(train, task, "epochs" in options)
             twin = twin_of(self)
             *twin.tasks, task = alike([*self.tasks, task])
-            twin.grow(task)
+            learnt, held = set_apart(self, task)
+            twin.grow(learnt)
             part(twin, self)
-            twin._facts = facts_of(fit_task(twin, task, train, progress), 0.0)
+            twin._facts = facts_of(fit_task(twin, learnt, train, progress), 0.0)
+            fit(twin, held)
             become(self, twin)
         return self
 
@@ -171,14 +174,19 @@ class Learner(Core):
         top: int | None = None,
         batch_size: int = 256,
         classes: Sequence[str] | None = None,
+        calibrated: bool = False,
     ) -> list[list[tuple[str, float]]]:
         """Class names with scores, best first, for each image; scores of an image add up to 1.
+
+        They are the softmax of what the method answers with (logits, cosines, ...): an order, and no probability. Only
+        `calibrated` ones are meant as how often such an answer is right.
 
         Args:
             images: as in `learn`, or an image set.
             top: how many names; all when None.
             batch_size: images at once; the answer does not depend on it.
             classes: names to choose among, whatever was learnt, by a text tower; None answers with what was learnt.
+            calibrated: divide the answers by the temperature that images set apart from training have asked for.
 
         Raises:
             ValueError: when nothing was learnt yet, an image cannot be read, or the backbone has no text tower for
@@ -191,6 +199,8 @@ class Learner(Core):
                     "this learner ranks images and captions and has learnt no classes: name some with "
                     "classes=['a cat', 'a dog'] (--classes), or use search"
                 )
+        if calibrated:
+            self._check_calibrated(classes)
         if top is not None and top < 1:
             raise ValueError(f"top={top}: expected 1 or more, or None for all")
         if classes is not None and not len(classes):
@@ -204,7 +214,7 @@ class Learner(Core):
             else:
                 names, texts = tuple(classes), class_texts(self, classes, self.templates)
                 scores = self.backbone.logit_scale * self._towards(data, texts, batch_size)
-            shares = scores.float().softmax(1).cpu()
+            shares = (scores.float() / (self.temperature.value if calibrated else 1)).softmax(1).cpu()
         best = shares.topk(min(top or shares.shape[1], shares.shape[1]), dim=1)
         return [
             [(names[i], float(share)) for i, share in zip(where, line, strict=True)]
@@ -258,6 +268,18 @@ class Learner(Core):
                 f"{texts.shape[1]}-dimensional texts: this learner cannot be asked by text"
             )
         return F.normalize(features, dim=1) @ texts.T
+
+    def _check_calibrated(self, classes: Sequence[str] | None) -> None:
+        if classes is not None:
+            raise ValueError(
+                "calibrated scores are those of what was learnt, and say nothing of other names: leave out calibrated "
+                "(--calibrated), or classes (--classes)"
+            )
+        if not self.temperature:
+            raise ValueError(
+                "this learner has no temperature, for no images were set apart when it learnt: teach a new one with "
+                "calibrate=0.1 (--calibrate 0.1)"
+            )
 
     def _check_learnt(self) -> None:
         if not self.learnt:

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from perdure.types import Batch, Data, Row, Task
 
 
+_SURE = {"calibration_error": "of scores as they are", "calibration_error_calibrated": "of calibrated ones"}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Asking(Command):
     """What all commands have that ask a learner."""
@@ -46,6 +49,8 @@ class Predict(Asking):
     """How many names per image."""
     classes: tuple[str, ...] = ()
     """Any words to choose among, instead of what was learnt: --classes "a cat" "a dog"; needs a CLIP."""
+    calibrated: bool = False
+    """Scores as how often such an answer is right; for a learner made with --calibrate. Others only rank."""
     skip_bad: bool = False
     """Leave unreadable images out, and list them."""
 
@@ -60,7 +65,7 @@ class Predict(Asking):
         learner = Learner.load(self.learner, self.device)
         files, shown = _shown(self.images, learner, self.skip_bad, screen)
         with skippable("--skip-bad"):
-            found = learner.predict(shown, top=self.top, classes=self.classes or None)
+            found = learner.predict(shown, self.top, classes=self.classes or None, calibrated=self.calibrated)
         for file, answer in zip(files, found, strict=True):
             line = "  ".join(f"{shortened(name)} {share:.1%}" for name, share in answer)
             screen.result(
@@ -119,6 +124,8 @@ class Eval(Asking):
             for line in remarks:
                 say(line)
             screen.measured(tasks, rows)
+            if said := [f"{row.value:.1%} {_SURE[row.metric]}" for row in rows if row.metric in _SURE]:
+                say(f"expected calibration error (15 bins): {', '.join(said)}")
             return
         if self.stream is not None:
             raise ValueError("--stream has no effect beside --retain: measure one after the other")
@@ -226,6 +233,7 @@ def measure(folder: Path, stream: str | None, device: str | None = None) -> "tup
 
 def _measured(folder: Path, stream: str | None, device: str | None) -> "tuple[list[Task], list[Row], list[str]]":
     from perdure import taught
+    from perdure.calibration import errors
     from perdure.images import skippable
     from perdure.streams import build_stream
     from perdure.teach import Learner
@@ -256,7 +264,7 @@ def _measured(folder: Path, stream: str | None, device: str | None) -> "tuple[li
     rows = [
         Row(learner.learnt - 1, t.index, k, v) for t, each in zip(tasks, scores, strict=True) for k, v in each.items()
     ]
-    return tasks, rows, remarks
+    return tasks, rows + (errors(learner, tasks) if learner.objective.classifies else []), remarks
 
 
 def told(notes: Mapping[str, Any]) -> list[str]:

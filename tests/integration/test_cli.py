@@ -23,13 +23,13 @@ from perdure.types import Row, Task
 TRAINING = ["--epochs", "--batch-size", "--lr", "--optimizer", "--weight-decay", "--schedule"]
 TRAINING += ["--milestones", "--decay"]
 RUNNING = ["--stream", "--backbone", "--method", "--objective", "--augment", "--seed", "--precision", "--attention"]
-RUNNING += ["--device", "--save-every", "--retain"]
+RUNNING += ["--device", "--save-every", "--retain", "--calibrate"]
 FLAGS = {
     "demo": ["--json", "--out"],
     "run": ["--json", *TRAINING, *RUNNING, "--recipe", "--out"],
     "resume": ["--json", "FOLDER"],
     "learn": ["--json", "FOLDER", "--into", "--backbone", "--method", "--objective", "--epochs", "--lr"],
-    "predict": ["--json", "LEARNER", "IMAGES", "--top", "--classes", "--skip-bad"],
+    "predict": ["--json", "LEARNER", "IMAGES", "--top", "--classes", "--calibrated", "--skip-bad"],
     "search": ["--json", "LEARNER", "FOLDER", "TEXT", "--top", "--skip-bad"],
     "compare": ["--json", *TRAINING, *sorted({*RUNNING} - {"--method", "--seed"}), "--methods", "--seeds", "--out"],
     "advise": ["--json", "--bytes", "--old-data", "--tasks", "--id-at-test", "--step-cost", "--scenario", "--from"],
@@ -39,7 +39,7 @@ FLAGS = {
     "move": ["--json", "FOLDER", "CHANGE"],
     "list": ["--json", "WHAT", "NAME"],
 }
-FLAGS["learn"] += ["--captions", "--batch-size", "--seed", "--precision", "--skip-bad"]
+FLAGS["learn"] += ["--captions", "--batch-size", "--seed", "--precision", "--calibrate", "--skip-bad"]
 for _name in ("resume", "learn", "predict", "search", "eval", "export"):
     FLAGS[_name] += ["--device"]
 """All commands and flags; whoever changes this list changes what scripts out there rely on."""

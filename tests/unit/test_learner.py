@@ -4,7 +4,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+from perdure.adapters.attach import updates
 from perdure.learner import derived_seed
 from perdure.types import Task
 
@@ -118,3 +120,31 @@ def test_bfloat16_predicts_nearly_the_same_and_detaches_to_the_same_features(lab
     assert b.dtype == torch.float32
     assert 0 < (a - b).abs().max() < 0.1
     assert all(p.dtype == torch.float32 for p in rough.trainable().values())
+
+
+@pytest.mark.parametrize("spec", ["lora(rank=2, per_task=True)", "inflora(rank=2)", "o_lora(rank=2)"])
+def test_in_bfloat16_the_updates_of_ten_tasks_are_summed_in_float32_and_rounded_once(spec: str, lab: Any) -> None:
+    bench = lab.but(tasks=10, per_class=4)
+    learner, pretrained = bench.learner(spec), bench.backbone()
+    learner.precision = torch.bfloat16
+    bench.teach(learner, bench.stream(), epochs=1)
+    learner.settle()
+    wholes = {name: layer.weight.clone() for name, layer in pretrained.named_modules() if isinstance(layer, nn.Linear)}
+    for site, adapter, part in updates(learner.backbone):
+        update = adapter.delta(part, branches=False)
+        assert update is not None
+        wholes[site.layer][site.rows[0] : site.rows[1]] += update
+    for name, whole in wholes.items():
+        weight = learner.backbone.get_submodule(name).weight
+        assert weight.dtype == torch.bfloat16
+        assert torch.equal(weight, whole.bfloat16())
+
+
+def test_in_bfloat16_who_asks_before_the_first_task_changes_nothing_of_what_is_learnt(lab: Any) -> None:
+    learners = [lab.learner("lora(rank=2, per_task=True)") for _ in range(2)]
+    for learner in learners:
+        learner.precision = torch.bfloat16
+    with learners[1].inference():
+        learners[1].encode(lab.stream().tasks[0].test.__getitems__(range(8)))
+    plain, asked = (lab.teach(learner, lab.stream(), epochs=1).memory() for learner in learners)
+    assert [name for name in plain if not torch.equal(plain[name], asked[name])] == []

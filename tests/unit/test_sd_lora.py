@@ -78,6 +78,17 @@ def test_published_directions_are_normalised_layer_by_layer(lab: Any) -> None:
         torch.testing.assert_close(adapter.direction(0)[0], up)
 
 
+@pytest.mark.parametrize("normalise", ["paper", "code"])
+def test_directions_that_are_divided_already_as_in_older_learners_stay_as_they_are(normalise: str, lab: Any) -> None:
+    learner, stream, _ = begun(lab, f"sd_lora(rank=2, normalise={normalise!r})")
+    learner.grow(stream.tasks[1])
+    before = [adapter.direction(0)[0].clone() for adapter in learner.method.adapters]
+    for adapter in learner.method.adapters:
+        adapter.normalise(0, learner.method._length)
+    for adapter, up in zip(learner.method.adapters, before, strict=True):
+        torch.testing.assert_close(adapter.direction(0)[0], up, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize(("normalise", "kept"), [("jointly", True), ("paper", False), ("code", False)])
 def test_only_without_a_jump_are_magnitudes_inherited(normalise: str, kept: bool, lab: Any) -> None:
     learner, stream, _ = begun(lab, f"sd_lora(rank=2, normalise={normalise!r}, magnitude=0.8)", tasks=2)
