@@ -35,10 +35,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from perdure.config import RunConfig
-from perdure.images import Preprocess
-from perdure.run import run
+from perdure.backbones.preprocess import Preprocess
 from perdure.streams import build_stream
+from perdure.training.config import RunConfig
+from perdure.training.run import run
 from perdure.types import Stream
 
 _NAMES = {

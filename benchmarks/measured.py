@@ -14,10 +14,10 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from perdure import charts
-from perdure.advise import growth
-from perdure.measured import settings_of, steps_of
-from perdure.wording import human_bytes, times
+from perdure.formatting import human_bytes, times
+from perdure.reporting import charts
+from perdure.reporting.advise import growth
+from perdure.reporting.tables import settings_of, steps_of
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"

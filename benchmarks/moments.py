@@ -11,10 +11,10 @@ import argparse
 
 import torch
 
-from perdure.config import make_backbone
-from perdure.memory.inputs import second_moments
-from perdure.memory.subspace import Subspace
+from perdure.mechanisms.second_moments import second_moments
+from perdure.mechanisms.subspace import Subspace
 from perdure.streams import build_stream
+from perdure.training.config import make_backbone
 
 
 def main() -> None:

@@ -11,10 +11,10 @@ import dataclasses
 
 import torch
 
-from perdure.config import RunConfig
-from perdure.method import parts_of
-from perdure.runtime import Runtime
-from perdure.step_cost import PLAIN, Contestant, ratio
+from perdure.core.method import parts_of
+from perdure.experiments.step_cost import PLAIN, Contestant, ratio
+from perdure.training.config import RunConfig
+from perdure.training.runtime import Runtime
 
 
 def main() -> None:

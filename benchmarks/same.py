@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from perdure.config import RunConfig
-from perdure.run import run
-from perdure.teach import Learner
+from perdure.api.learner import Learner
+from perdure.training.config import RunConfig
+from perdure.training.run import run
 
 METHODS = {
     "inflora(rank=4)": "classify",

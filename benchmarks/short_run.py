@@ -30,10 +30,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPVisionModelWithProjection
 
-from perdure.config import RunConfig
-from perdure.images import Preprocess
-from perdure.run import run
+from perdure.backbones.preprocess import Preprocess
 from perdure.streams import build_stream
+from perdure.training.config import RunConfig
+from perdure.training.run import run
 from perdure.types import Stream
 
 

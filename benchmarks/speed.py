@@ -18,9 +18,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from perdure.config import make_backbone, make_method, make_objective
-from perdure.learner import Core
-from perdure.runtime import Runtime, fastest_attention
+from perdure.core.learner import Core
+from perdure.training.config import make_backbone, make_method, make_objective
+from perdure.training.runtime import Runtime, fastest_attention
 from perdure.types import Batch, Task
 
 CLASSES = 10
@@ -103,7 +103,7 @@ def peak_memory(backbone: str, method: str, runtime: Runtime, batch_size: int) -
     """Bytes a fresh process holds holds at most over three training steps, imports of both contestants included."""
     code = (
         "import sys, json; sys.path.insert(0, sys.argv[1]); import peft, speed\n"
-        "from perdure.runtime import Runtime\n"
+        "from perdure.training.runtime import Runtime\n"
         "backbone, method, runtime, size = json.loads(sys.argv[2])\n"
         "runtime = Runtime(**runtime); image = speed.batch_for(backbone, size)\n"
         "model = speed.Peft(backbone, runtime, 10) if method == 'peft' else speed.learner(backbone, method, runtime)\n"

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-from perdure.config import RunConfig
-from perdure.runtime import Runtime
-from perdure.step_cost import PLAIN, Contestant, measure, ratio
-from perdure.wording import times
+from perdure.experiments.step_cost import PLAIN, Contestant, measure, ratio
+from perdure.formatting import times
+from perdure.training.config import RunConfig
+from perdure.training.runtime import Runtime
 
 METHODS = (
     "lora(at='qv')",

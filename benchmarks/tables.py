@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from perdure.records import Run
+from perdure.reporting.runs import Run
 
 SHARES = {
     "acc": "acc",

@@ -18,11 +18,11 @@ import torch
 from safetensors.torch import load_file
 
 from perdure.backbones.tiny import Tiny, tiny
-from perdure.config import RunConfig, make_method, make_objective
-from perdure.learner import Core
-from perdure.run import resume, run
+from perdure.core.learner import Core
 from perdure.streams import build_stream
-from perdure.train import Progress, Quiet, TrainConfig, fit_task
+from perdure.training.config import RunConfig, make_method, make_objective
+from perdure.training.loop import Progress, Quiet, TrainConfig, fit_task
+from perdure.training.run import resume, run
 from perdure.types import Row, Scenario, Stream, Task
 
 torch.set_num_threads(1)

@@ -6,20 +6,20 @@ from typing import TYPE_CHECKING, Any
 from perdure.version import __version__
 
 if TYPE_CHECKING:
-    from perdure.adapters.attach import Adapter, attach, detach
-    from perdure.adapters.lowrank import LowRank
+    from perdure.adapters.buffer_dict import Tensors
+    from perdure.adapters.injection import Adapter, attach, detach
+    from perdure.adapters.low_rank import LowRank
+    from perdure.api.learner import Learner
     from perdure.backbones.base import Backbone
-    from perdure.config import RunConfig
-    from perdure.learner import Core
-    from perdure.memory.examples import Examples
-    from perdure.memory.inputs import second_moments
-    from perdure.memory.subspace import Subspace
-    from perdure.memory.tensors import Tensors
-    from perdure.method import METHODS, Method
+    from perdure.core.learner import Core
+    from perdure.core.method import METHODS, Method
+    from perdure.mechanisms.replay_buffer import Examples
+    from perdure.mechanisms.second_moments import second_moments
+    from perdure.mechanisms.subspace import Subspace
     from perdure.objectives.base import Objective
-    from perdure.report import write_report
-    from perdure.teach import Learner
-    from perdure.train import TrainConfig
+    from perdure.reporting.report import write_report
+    from perdure.training.config import RunConfig
+    from perdure.training.loop import TrainConfig
     from perdure.types import Batch, Data, Row, Site, Stream, Task
 
 __all__ = [
@@ -50,29 +50,29 @@ __all__ = [
 ]
 
 _PLACES = {
-    "Adapter": "perdure.adapters.attach",
+    "Adapter": "perdure.adapters.injection",
     "Backbone": "perdure.backbones.base",
     "Batch": "perdure.types",
-    "Core": "perdure.learner",
+    "Core": "perdure.core.learner",
     "Data": "perdure.types",
-    "Examples": "perdure.memory.examples",
-    "Learner": "perdure.teach",
-    "LowRank": "perdure.adapters.lowrank",
-    "METHODS": "perdure.method",
-    "Method": "perdure.method",
+    "Examples": "perdure.mechanisms.replay_buffer",
+    "Learner": "perdure.api.learner",
+    "LowRank": "perdure.adapters.low_rank",
+    "METHODS": "perdure.core.method",
+    "Method": "perdure.core.method",
     "Objective": "perdure.objectives.base",
     "Row": "perdure.types",
-    "RunConfig": "perdure.config",
+    "RunConfig": "perdure.training.config",
     "Site": "perdure.types",
     "Stream": "perdure.types",
-    "Subspace": "perdure.memory.subspace",
+    "Subspace": "perdure.mechanisms.subspace",
     "Task": "perdure.types",
-    "Tensors": "perdure.memory.tensors",
-    "TrainConfig": "perdure.train",
-    "attach": "perdure.adapters.attach",
-    "detach": "perdure.adapters.attach",
-    "second_moments": "perdure.memory.inputs",
-    "write_report": "perdure.report",
+    "Tensors": "perdure.adapters.buffer_dict",
+    "TrainConfig": "perdure.training.loop",
+    "attach": "perdure.adapters.injection",
+    "detach": "perdure.adapters.injection",
+    "second_moments": "perdure.mechanisms.second_moments",
+    "write_report": "perdure.reporting.report",
 }
 
 

@@ -21,7 +21,7 @@ def main() -> None:
     sys.unraisablehook = _unraisable
     code: object = 0
     try:
-        from perdure.cli import main as command_line
+        from perdure.cli.main import main as command_line
 
         command_line()
     except SystemExit as stop:

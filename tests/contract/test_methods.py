@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from perdure.adapters.attach import detach, prompted
-from perdure.config import make_method, register
-from perdure.learner import Core
-from perdure.method import METHODS, encodes
+from perdure.adapters.injection import detach, prompted
+from perdure.core.learner import Core
+from perdure.core.method import METHODS, encodes
 from perdure.objectives.retrieve import embedded
-from perdure.train import Quiet, fit_task
+from perdure.training.config import make_method, register
+from perdure.training.loop import Quiet, fit_task
 from perdure.types import Task
 
 register()

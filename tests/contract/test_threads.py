@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from perdure.config import register
-from perdure.method import METHODS
-from perdure.teach import Learner
-from perdure.train import Quiet
-from perdure.twin import twin_of
+from perdure.api.learner import Learner
+from perdure.core.method import METHODS
+from perdure.core.shared_copy import twin_of
+from perdure.training.config import register
+from perdure.training.loop import Quiet
 from perdure.types import Task
 
 register()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from perdure.cli import main
+from perdure.cli.main import main
 
 
 @dataclass(frozen=True)

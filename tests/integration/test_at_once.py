@@ -8,20 +8,20 @@ from typing import Any
 import pytest
 
 import perdure as package
-from perdure import catalogue
 from perdure.backbones import BACKBONES
-from perdure.catalogue import described, entries
-from perdure.commands import COMMANDS
-from perdure.config import register
-from perdure.method import METHODS, Method
-from perdure.mistakes import mistake
-from perdure.ranges import Rank
+from perdure.cli import catalogue
+from perdure.cli.catalogue import described, entries
+from perdure.cli.commands import COMMANDS
+from perdure.cli.suggestions import mistake
+from perdure.core.method import METHODS, Method
+from perdure.options.ranges import Rank
 from perdure.streams import STREAMS
+from perdure.training.config import register
 
 SLOW = "torch torchvision timm transformers open_clip datasets accelerate pyarrow scipy jinja2 safetensors numpy PIL"
 IN_PROCESS = """
 import sys
-from perdure.cli import main
+from perdure.cli.main import main
 for words in {commands!r}:
     try:
         main(words)

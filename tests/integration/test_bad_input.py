@@ -17,10 +17,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from perdure.checkpoint import locked
-from perdure.cli import main
-from perdure.console import Screen
-from perdure.disk import write_sealed
+from perdure.cli.console import Screen
+from perdure.cli.main import main
+from perdure.core.checkpoint import locked
+from perdure.storage.files import write_sealed
 
 
 def one_line(answer: Any, *said: str) -> None:
@@ -519,7 +519,7 @@ def test_a_full_disk_ends_in_one_line_and_the_run_goes_on(perdure: Any, small: A
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
 
-    words = [sys.executable, "-m", "perdure.cli", "run", *flags, "--out", "x"]
+    words = [sys.executable, "-m", "perdure.cli.main", "run", *flags, "--out", "x"]
     ended = subprocess.run(words, preexec_fn=limit, capture_output=True, text=True, timeout=120, check=False)
     assert ended.returncode == 2
     assert ended.stderr.startswith("perdure: File too large: ")
@@ -565,7 +565,7 @@ def pressed(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
 
     def press(task: int, step: int) -> None:
         monkeypatch.setattr(Stops, "place", (task, step))
-        monkeypatch.setattr("perdure.cli.Screen", Stops)
+        monkeypatch.setattr("perdure.cli.main.Screen", Stops)
 
     return press
 

@@ -16,14 +16,14 @@ import tyro
 from PIL import Image
 
 from perdure.backbones import BACKBONES
-from perdure.catalogue import described
-from perdure.commands import COMMANDS
-from perdure.config import RunConfig, make_method, make_objective, register
-from perdure.method import METHODS
-from perdure.run import resume, run
-from perdure.spec import build, parse_one
+from perdure.cli.catalogue import described
+from perdure.cli.commands import COMMANDS
+from perdure.core.method import METHODS
+from perdure.options.spec import build, parse_one
 from perdure.streams import STREAMS
-from perdure.train import Quiet
+from perdure.training.config import RunConfig, make_method, make_objective, register
+from perdure.training.loop import Quiet
+from perdure.training.run import resume, run
 
 ROOT = Path(__file__).parents[2]
 PAGES = [

@@ -24,19 +24,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perdure.adapters.attach import Adapter, attach
+from perdure.adapters.injection import Adapter, attach
+from perdure.api.learner import Learner
 from perdure.backbones import BACKBONES
 from perdure.backbones.pocket import FOLDER
-from perdure.cli import main
-from perdure.disk import locked
-from perdure.export import export
-from perdure.learner import Core
-from perdure.method import Method
+from perdure.cli.main import main
+from perdure.core.learner import Core
+from perdure.core.method import Method
+from perdure.export.model import export
 from perdure.methods.inflora import InfLoRA
-from perdure.spec import parse_one
+from perdure.options.spec import parse_one
+from perdure.storage.files import locked
 from perdure.streams import build_stream
-from perdure.teach import Learner
-from perdure.train import TrainConfig, fit_task
+from perdure.training.loop import TrainConfig, fit_task
 from perdure.types import Batch
 
 # PEFT 0.21 reads a property that transformers 5.23 calls deprecated; it says nothing about the export.

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from perdure import cli
-from perdure.commands import COMMANDS
-from perdure.compare import cells, compare
-from perdure.console import Screen
+from perdure.cli import main as cli
+from perdure.cli.commands import COMMANDS
+from perdure.cli.console import Screen
+from perdure.experiments.grid import cells, compare
 from perdure.types import Task
 
 METHODS = ["lora(rank=2)", "inflora(rank=2)", "lora(rank=2) + ewc(samples=8)", "probe + replay(size=6)", "ncm", "probe"]

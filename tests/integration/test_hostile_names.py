@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from perdure.compare import markdown
-from perdure.console import Screen
+from perdure.cli.console import Screen
+from perdure.experiments.grid import markdown
+from perdure.formatting import printable, printable_lines, shortened
 from perdure.types import Row, Task
-from perdure.wording import printable, printable_lines, shortened
 
 TITLE, CLEAR, TURNED, FORGED = "\x1b]0;mine\x07", "\x1b[2J\x1b[31m", "\u202egod", "\nperdure: all is well"
 NAMES = [

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from perdure import cli
-from perdure.checkpoint import locked, whole
-from perdure.run import resume, run
-from perdure.train import Quiet
+from perdure.cli import main as cli
+from perdure.core.checkpoint import locked, whole
+from perdure.training.loop import Quiet
+from perdure.training.run import resume, run
 from perdure.types import Row, Task
 
 pytestmark = [

@@ -10,13 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-from perdure.checkpoint import whole
-from perdure.config import RunConfig
-from perdure.disk import write_sealed
-from perdure.lessons import teach_folder
-from perdure.run import read_summary
-from perdure.teach import Learner
-from perdure.train import Quiet
+from perdure.api.folders import teach_folder
+from perdure.api.learner import Learner
+from perdure.core.checkpoint import whole
+from perdure.storage.files import write_sealed
+from perdure.training.config import RunConfig
+from perdure.training.loop import Quiet
+from perdure.training.run import read_summary
 
 MADE = ("--backbone", "tiny()", "--precision", "fp32", "--epochs", 2)
 

@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 import torch
 
-from perdure.checkpoint import whole
-from perdure.config import RunConfig
-from perdure.disk import write_sealed
-from perdure.images import Preprocess
-from perdure.lessons import teach_folder
-from perdure.run import read_summary
+from perdure.api.folders import teach_folder
+from perdure.api.learner import Learner
+from perdure.backbones.preprocess import Preprocess
+from perdure.core.checkpoint import whole
+from perdure.storage.files import write_sealed
 from perdure.streams import captioned_task
-from perdure.teach import Learner
-from perdure.train import Quiet
+from perdure.training.config import RunConfig
+from perdure.training.loop import Quiet
+from perdure.training.run import read_summary
 
 EIGHT = Preprocess(size=8, resize=8)
 METHOD = "lora(rank=2, tower='both') + replay(size=6)"

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from perdure.run import resume
-from perdure.teach import Learner
+from perdure.api.learner import Learner
+from perdure.training.run import resume
 
 ARCHIVE = Path(__file__).parents[1] / "fixtures/format1.tar.xz"
 

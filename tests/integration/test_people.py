@@ -419,7 +419,7 @@ def words_in(sources: Path) -> list[tuple[str, str]]:
 
 
 def test_no_message_names_an_option_that_its_command_lacks() -> None:
-    from perdure.commands import COMMANDS
+    from perdure.cli.commands import COMMANDS
 
     flags = {name: {f"--{f.name.rstrip('_').replace('_', '-')}" for f in fields(c)} for name, c in COMMANDS.items()}
     flags = {name: {*own, *(f"--no-{each[2:]}" for each in own)} for name, own in flags.items()}  # of a switch

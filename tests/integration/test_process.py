@@ -20,13 +20,13 @@ from PIL import Image
 from transformers.utils import logging as transformers
 
 from perdure import write_report
-from perdure.compare import cells, compare
-from perdure.lessons import teach_folder
-from perdure.run import resume, run
-from perdure.runtime import Runtime
-from perdure.teach import Learner
-from perdure.train import Quiet
-from perdure.use import measure
+from perdure.api.folders import teach_folder
+from perdure.api.learner import Learner
+from perdure.cli.use import measure
+from perdure.experiments.grid import cells, compare
+from perdure.training.loop import Quiet
+from perdure.training.run import resume, run
+from perdure.training.runtime import Runtime
 
 PLAIN = {"precision": "fp32", "attention": "sdpa", "device": "cpu", "epochs": 1, "batch_size": 4}
 SPEC = "lora(rank=2) + ewc(samples=4)"

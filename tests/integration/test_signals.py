@@ -45,7 +45,7 @@ def python(*words: str, cwd: Path, **more: Any) -> tuple[int, str, str]:
     return done.returncode, done.stdout or "", done.stderr or ""
 
 
-@pytest.mark.parametrize(("module", "times"), [("perdure.cli", 2), ("tyro", 1), ("rich.console", 2), ("torch", 1)])
+@pytest.mark.parametrize(("module", "times"), [("perdure.cli.main", 2), ("tyro", 1), ("rich.console", 2), ("torch", 1)])
 def test_control_c_while_modules_are_imported_is_one_line(module: str, times: int, tmp_path: Path) -> None:
     ended = python("-c", PRESSED.format(module=module, times=times), cwd=tmp_path)
     assert ended == (130, "", STOPPED)

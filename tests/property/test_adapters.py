@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from perdure.adapters.attach import attach, detach, fold
-from perdure.adapters.lowrank import LowRank
+from perdure.adapters.injection import attach, detach, fold
+from perdure.adapters.low_rank import LowRank
 from perdure.backbones.tiny import tiny
 from perdure.types import Site
 

@@ -9,9 +9,9 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from perdure import checkpoint
-from perdure.checkpoint import DamagedCheckpoint
-from perdure.train import fit_task
+from perdure.core import checkpoint
+from perdure.core.checkpoint import DamagedCheckpoint
+from perdure.training.loop import fit_task
 
 SPEC = "lora(rank=2) + ewc(samples=8)"
 FILES = ("learner.safetensors", "manifest.json", "step-000002/optimizer.safetensors", "step-000002/learner.safetensors")

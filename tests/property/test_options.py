@@ -13,14 +13,14 @@ import pytest
 
 from perdure.backbones import BACKBONES
 from perdure.backbones.tiny import tiny
-from perdure.commands import COMMANDS
-from perdure.config import RunConfig, make_backbone, make_method, make_objective, register
-from perdure.learner import Core
-from perdure.method import METHODS
-from perdure.mistakes import mistake
+from perdure.cli.commands import COMMANDS
+from perdure.cli.suggestions import mistake
+from perdure.core.learner import Core
+from perdure.core.method import METHODS
 from perdure.objectives import OBJECTIVES
-from perdure.ranges import Range, hints_of
+from perdure.options.ranges import Range, hints_of
 from perdure.streams import STREAMS, build_stream
+from perdure.training.config import RunConfig, make_backbone, make_method, make_objective, register
 from perdure.types import Task
 
 register()

@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from perdure.cli import main
-from perdure.config import RunConfig, register
-from perdure.disk import write_sealed
-from perdure.lessons import teach_folder
-from perdure.method import METHODS
-from perdure.run import resume, run
-from perdure.train import Quiet
+from perdure.api.folders import teach_folder
+from perdure.cli.main import main
+from perdure.core.method import METHODS
+from perdure.storage.files import write_sealed
+from perdure.training.config import RunConfig, register
+from perdure.training.loop import Quiet
+from perdure.training.run import resume, run
 
 SAMPLE, ALL = 100, 2000
 STREAM = "synthetic(tasks=3, classes_per_task=2, per_class=4, test_per_class=2)"
@@ -308,7 +308,7 @@ def write_resealed(path: Path, content: dict[str, Any]) -> None:
     try:
         write_sealed(path, content)
     except UnicodeEncodeError:
-        from perdure.schema import sealed
+        from perdure.storage.schema import sealed
 
         path.write_text(json.dumps(sealed(content)) + "\n")
 

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from perdure.images import Preprocess
-from perdure.streams.arrange import Found, Part, arrange
-from perdure.streams.draws import first_of_each, held_out, shuffled
+from perdure.backbones.preprocess import Preprocess
 from perdure.streams.options import Options
+from perdure.streams.splits import first_of_each, held_out, shuffled
+from perdure.streams.task_split import Found, Part, arrange
 from perdure.types import Stream
 
 TWO = Preprocess(2, 2)

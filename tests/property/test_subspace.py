@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from perdure.memory.subspace import Subspace, keep_schedule
+from perdure.mechanisms.subspace import Subspace, keep_schedule
 
 thorough = settings(deadline=None, max_examples=40)
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from perdure.images import Preprocess
+from perdure.backbones.preprocess import Preprocess
+from perdure.backbones.texts import unpack
 from perdure.streams import build_stream
-from perdure.texts import unpack
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "flickr8k"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"the data set is not there: {DATA}")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from perdure.images import Preprocess
+from perdure.backbones.preprocess import Preprocess
 from perdure.streams import build_stream
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from perdure.adapters.attach import adapted, attach, detach, fold, updates
-from perdure.adapters.lowrank import LowRank
+from perdure.adapters.injection import adapted, attach, detach, fold, updates
+from perdure.adapters.low_rank import LowRank
 from perdure.backbones.tiny import tiny
-from perdure.config import make_method
+from perdure.training.config import make_method
 from perdure.types import Site
 
 

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from perdure.advise import Advice, Constraints, advise, bytes_at, in_words, shipped
-from perdure.spec import parse
+from perdure.options.spec import parse
+from perdure.reporting.advise import Advice, Constraints, advise, bytes_at, in_words, shipped
 
 MEGA = 1e6
 

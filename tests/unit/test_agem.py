@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from perdure.config import make_method
-from perdure.train import fit_task
+from perdure.training.config import make_method
+from perdure.training.loop import fit_task
 
 
 def flat(tensors: Any) -> torch.Tensor:

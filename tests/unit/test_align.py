@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from perdure.config import make_method
-from perdure.memory.gaussians import Covariance, Gaussians
-from perdure.memory.symmetric import pack, shrunk, unpack
+from perdure.mechanisms.class_statistics import Covariance, Gaussians
+from perdure.mechanisms.linear_algebra import pack, shrunk, unpack
+from perdure.training.config import make_method
 
 FORMS: tuple[Covariance, ...] = ("shared", "full", "diagonal", "lowrank")
 

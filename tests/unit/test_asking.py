@@ -10,9 +10,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from perdure.cli import main
+from perdure.api.learner import Learner
+from perdure.cli.main import main
 from perdure.objectives.zeroshot import class_texts
-from perdure.teach import Learner
 
 NAMES = ["a cat", "two dogs", "雪山"]
 

@@ -7,9 +7,9 @@ import torch
 from torchvision.transforms.v2 import RandomResizedCrop
 from torchvision.transforms.v2 import functional as tv
 
-from perdure import augment
-from perdure.augment import AUGMENTS, crop, flip, none, zoom
-from perdure.config import RunConfig
+from perdure.streams import augment
+from perdure.streams.augment import AUGMENTS, crop, flip, none, zoom
+from perdure.training.config import RunConfig
 
 
 def batch(count: int = 64, side: int = 16) -> dict[str, torch.Tensor]:

@@ -19,7 +19,7 @@ from torch import nn
 
 from perdure.backbones import BACKBONES, Backbone
 from perdure.backbones.pocket import FOLDER
-from perdure.spec import build, parse_one
+from perdure.options.spec import build, parse_one
 
 SIZE = 32
 TOWER = {

@@ -10,12 +10,12 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from perdure.adapters.attach import attach, detach
 from perdure.adapters.bottleneck import Beside, Bottleneck
+from perdure.adapters.injection import attach, detach
 from perdure.backbones.tiny import Tiny, tiny
-from perdure.config import make_backbone, make_method, make_objective
-from perdure.export import export
-from perdure.learner import Core
+from perdure.core.learner import Core
+from perdure.export.model import export
+from perdure.training.config import make_backbone, make_method, make_objective
 from perdure.types import Site
 
 IMAGES = {"image": torch.arange(4 * 3 * 16 * 16, dtype=torch.uint8).reshape(4, 3, 16, 16)}

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from perdure.calibration import set_apart
-from perdure.memory.temperature import Temperature, calibration_error, fitted
-from perdure.teach import Learner
-from perdure.use import measure
+from perdure.api.learner import Learner
+from perdure.cli.use import measure
+from perdure.core.temperature import Temperature, calibration_error, fitted
+from perdure.evaluation.calibration import set_apart
 
 
 def drawn(count: int, truth: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,14 +13,14 @@ import pytest
 import torch
 from PIL import Image
 
+from perdure.backbones.preprocess import Preprocess
+from perdure.backbones.texts import unpack
 from perdure.backbones.tiny import tiny
-from perdure.images import Preprocess
-from perdure.spec import Spec
+from perdure.options.spec import Spec
 from perdure.streams import Captioned, ImageSet, build_stream
 from perdure.streams.clusters import clusters
 from perdure.streams.karpathy import _read_hub
 from perdure.streams.topics import CaptionOptions
-from perdure.texts import unpack
 from perdure.types import Stream
 
 EIGHT = Preprocess(8, 8)

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from perdure import checkpoint
-from perdure.checkpoint import DamagedCheckpoint
-from perdure.records import Run
-from perdure.run import resume, run
-from perdure.teach import Learner
-from perdure.train import Quiet
+from perdure.api.learner import Learner
+from perdure.core import checkpoint
+from perdure.core.checkpoint import DamagedCheckpoint
+from perdure.reporting.runs import Run
+from perdure.training.loop import Quiet
+from perdure.training.run import resume, run
 from perdure.types import Row, Task
 
 SECONDS = {"prepare": 0.5, "train": 1.5, "finish": 0.0, "evaluate": 2.0}

@@ -19,22 +19,22 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perdure.adapters.attach import detach, fold
-from perdure.adapters.lowrank import Branches
+from perdure.adapters.injection import detach, fold
+from perdure.adapters.low_rank import Branches
 from perdure.adapters.prefix import Prefix
 from perdure.backbones import BACKBONES, Backbone
 from perdure.backbones.open_clip import locate
+from perdure.backbones.open_clip_attention import Attention
 from perdure.backbones.pocket import FOLDER
-from perdure.backbones.unpacked import Attention
-from perdure.config import make_method
-from perdure.export import export
-from perdure.learner import Core
+from perdure.core.learner import Core
+from perdure.export.model import export
+from perdure.mechanisms.prompting import attach_prefix
 from perdure.methods.finetune import Finetune
 from perdure.methods.lora import LoRA
 from perdure.objectives.retrieve import Retrieve
 from perdure.objectives.zeroshot import ZeroShot
-from perdure.prompting import attach_prefix
-from perdure.spec import build, parse_one
+from perdure.options.spec import build, parse_one
+from perdure.training.config import make_method
 from perdure.types import Nothing, Task
 
 SIZE = 32
@@ -830,7 +830,7 @@ def test_export_brings_a_tokenizer_that_came_from_the_hub(
     learner.grow(Task(0, "a", (0, 1), ("cat", "dog"), 1))
     learner.learnt = 1
     facts = dataclasses.replace(locate(str(saved["open_timm_bert"])), folder=None)
-    monkeypatch.setattr("perdure.export_open_clip.locate", lambda *_: facts)  # a model that the library knows by name
+    monkeypatch.setattr("perdure.export.open_clip.locate", lambda *_: facts)  # a model that the library knows by name
     folder = export(learner, tmp_path / "it", "merged")
     tokens = library.get_tokenizer(f"local-dir:{folder}")(TEXTS)
     assert torch.equal(tokens, learner.backbone.tokenizer(TEXTS))

@@ -7,8 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from perdure.backbones.tiny import tiny
-from perdure.config import make_method, make_objective
-from perdure.learner import Core
+from perdure.core.learner import Core
+from perdure.training.config import make_method, make_objective
 from perdure.types import Task
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from perdure.augment import AUGMENTS
-from perdure.config import make_method
-from perdure.memory.examples import read
+from perdure.mechanisms.replay_buffer import read
+from perdure.streams.augment import AUGMENTS
+from perdure.training.config import make_method
 
 
 @pytest.mark.parametrize("rest", ["lora(rank=2)", "finetune"])

@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perdure.config import make_method
-from perdure.drs import DRS, _complexity, _rising, soft_prefix, split
-from perdure.learner import Core
-from perdure.train import fit_task
+from perdure.core.learner import Core
+from perdure.mechanisms.rank_selection import DRS, _complexity, _rising, soft_prefix, split
+from perdure.training.config import make_method
+from perdure.training.loop import fit_task
 from perdure.types import Task
 
 RANKS = (2, 4, 8)

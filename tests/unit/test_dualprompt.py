@@ -8,10 +8,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from perdure.backbones.tiny import tiny
-from perdure.config import make_method, make_objective
-from perdure.learner import Core
-from perdure.prompting import query
-from perdure.train import TrainConfig, fit_task
+from perdure.core.learner import Core
+from perdure.mechanisms.prompting import query
+from perdure.training.config import make_method, make_objective
+from perdure.training.loop import TrainConfig, fit_task
 from perdure.types import Task
 
 

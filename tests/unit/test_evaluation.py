@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from perdure.drift import Drift
-from perdure.evaluation import Evaluation
-from perdure.learner import Core
-from perdure.retention import Retention
-from perdure.run import run
+from perdure.core.learner import Core
+from perdure.evaluation.feature_drift import Drift
+from perdure.evaluation.schedule import Evaluation
+from perdure.evaluation.zero_shot_retention import Retention
 from perdure.streams import ImageSet
-from perdure.train import Quiet, fit_task
+from perdure.training.loop import Quiet, fit_task
+from perdure.training.run import run
 from perdure.types import Batch, Data, Nothing, Stream
 
 
@@ -193,5 +193,5 @@ def test_a_stream_of_many_small_tasks_starts_no_thread_for_each(lab: Any, monkey
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a thread for a single batch")
 
-    monkeypatch.setattr("perdure.learner.ThreadPoolExecutor", refuse)
+    monkeypatch.setattr("perdure.core.learner.ThreadPoolExecutor", refuse)
     assert lab.but(per_class=4).taught("lora(rank=2)").learnt == 3

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from perdure.adapters.attach import updates
-from perdure.config import make_method
-from perdure.importance import _Asked
+from perdure.adapters.injection import updates
+from perdure.mechanisms.importance import _Asked
+from perdure.training.config import make_method
 
 
 @pytest.mark.parametrize("spec", ["lora(rank=2) + ewc(samples=10)", "finetune + ewc(samples=10)"])

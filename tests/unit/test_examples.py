@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from perdure.report import write_report
-from perdure.run import resume, run
+from perdure.reporting.report import write_report
+from perdure.training.run import resume, run
 
 
 @pytest.fixture

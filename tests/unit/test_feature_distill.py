@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from perdure.augment import AUGMENTS
-from perdure.config import make_method
-from perdure.learner import Core
+from perdure.core.learner import Core
 from perdure.methods.feature_distill import FeatureDistill
+from perdure.streams.augment import AUGMENTS
+from perdure.training.config import make_method
 from perdure.types import Batch, Task
 
 

@@ -8,8 +8,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from perdure import figures
-from perdure.figures import COLOURS, Point, Series, curves, front, matrix, scatter
+from perdure.reporting import figures
+from perdure.reporting.figures import COLOURS, Point, Series, curves, front, matrix, scatter
 
 
 def axes(drawing: figures.Drawing):

@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from perdure.api.learner import Learner
 from perdure.backbones.pocket import FOLDER
-from perdure.config import make_backbone
 from perdure.objectives.retrieve import Retrieve
 from perdure.streams import build_stream
-from perdure.teach import Learner
+from perdure.training.config import make_backbone
 
 PLAIN = {"precision": "fp32", "attention": "sdpa", "device": "cpu", "epochs": 1, "batch_size": 4}
 FEATURES = r"the model gives features that are"

@@ -7,13 +7,13 @@ import torch
 import transformers
 from torch import Tensor
 
-from perdure.adapters.attach import detach, prompted, updates
-from perdure.adapters.tokens import Tokens
+from perdure.adapters.injection import detach, prompted, updates
+from perdure.adapters.prompt_tokens import Tokens
+from perdure.api.learner import Learner
 from perdure.backbones.tiny import tiny
-from perdure.config import make_method, make_objective
-from perdure.export import export
-from perdure.learner import Core
-from perdure.teach import Learner
+from perdure.core.learner import Core
+from perdure.export.model import export
+from perdure.training.config import make_method, make_objective
 from perdure.types import Batch, Stream, Task
 
 

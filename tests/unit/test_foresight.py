@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from perdure.config import make_method
-from perdure.foresight import foresee
-from perdure.learner import Core
-from perdure.train import fit_task
+from perdure.core.learner import Core
+from perdure.training.config import make_method
+from perdure.training.dry_run import foresee
+from perdure.training.loop import fit_task
 from perdure.types import Batch, Task
 
 

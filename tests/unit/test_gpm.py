@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from perdure.backbones.tiny import tiny
-from perdure.config import make_method, make_objective
-from perdure.learner import Core
+from perdure.core.learner import Core
 from perdure.streams import build_stream
-from perdure.train import TrainConfig, fit_task
+from perdure.training.config import make_method, make_objective
+from perdure.training.loop import TrainConfig, fit_task
 from perdure.types import Stream, Task
 
 WHOLE = "keep=1.0, schedule='fixed'"

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from perdure.config import make_method
-from perdure.memory.examples import read
-from perdure.train import fit_task
+from perdure.mechanisms.replay_buffer import read
+from perdure.training.config import make_method
+from perdure.training.loop import fit_task
 
 
 def test_an_image_is_answered_by_the_nearest_mean_of_exemplars(lab: Any) -> None:

@@ -13,8 +13,8 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
-import perdure.images
-from perdure.images import (
+import perdure.backbones.preprocess
+from perdure.backbones.preprocess import (
     Interpolation,
     Preprocess,
     UnreadableImage,
@@ -242,7 +242,7 @@ def test_formats_that_are_listed_are_read(form: str) -> None:
 
 
 def test_one_function_opens_images() -> None:
-    sources = Path(perdure.images.__file__).parent.rglob("*.py")
+    sources = Path(perdure.backbones.preprocess.__file__).parent.rglob("*.py")
     calls = [
         file.name
         for file in sources

@@ -8,11 +8,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from perdure.backbones.tiny import tiny
-from perdure.config import make_method, make_objective
-from perdure.learner import Core
-from perdure.method import parts_of
+from perdure.core.learner import Core
+from perdure.core.method import parts_of
 from perdure.streams import build_stream
-from perdure.train import TrainConfig, fit_task
+from perdure.training.config import make_method, make_objective
+from perdure.training.loop import TrainConfig, fit_task
 from perdure.types import Stream
 
 

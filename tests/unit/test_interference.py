@@ -9,11 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from perdure import checkpoint, drift, taught
-from perdure.checkpoint import DamagedCheckpoint
-from perdure.config import make_method
-from perdure.memory.subspace import Subspace
-from perdure.run import resume, run
+from perdure.core import checkpoint
+from perdure.core.checkpoint import DamagedCheckpoint
+from perdure.evaluation import feature_drift as drift
+from perdure.mechanisms.subspace import Subspace
+from perdure.training import taught_images as taught
+from perdure.training.config import make_method
+from perdure.training.run import resume, run
 from perdure.types import Row, Task
 
 # Layers have more inputs (64) than a task has tokens, so that each leaves some free.

@@ -8,14 +8,14 @@ import transformers
 from torch import Tensor
 from torch.nn import functional as F
 
-from perdure.adapters.tokens import Tokens
+from perdure.adapters.prompt_tokens import Tokens
+from perdure.backbones.preprocess import Preprocess
 from perdure.backbones.vision import Vision
-from perdure.config import make_method, make_objective
-from perdure.export import export
-from perdure.images import Preprocess
-from perdure.learner import Core
-from perdure.prompting import nearest, query
-from perdure.train import fit_task
+from perdure.core.learner import Core
+from perdure.export.model import export
+from perdure.mechanisms.prompting import nearest, query
+from perdure.training.config import make_method, make_objective
+from perdure.training.loop import fit_task
 from perdure.types import Batch, Task
 
 SPEC = "l2p(pool=6, length=2, top=2{})"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from perdure.learner import Core
+from perdure.core.learner import Core
 
 
 def grown(lab: Any, method: str, **where: Any) -> Core:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from perdure.adapters.attach import updates
-from perdure.learner import derived_seed
+from perdure.adapters.injection import updates
+from perdure.core.learner import derived_seed
 from perdure.types import Task
 
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from perdure.adapters.bases import Bases
-from perdure.config import make_method
-from perdure.learner import Core
+from perdure.adapters.shared_basis import Bases
+from perdure.core.learner import Core
 from perdure.methods.route_lora import _leading
+from perdure.training.config import make_method
 from perdure.types import Batch, Site, Task
 
 MERGED = [

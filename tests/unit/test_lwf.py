@@ -5,12 +5,12 @@ from typing import Any
 import pytest
 import torch
 
-from perdure.augment import AUGMENTS
-from perdure.config import make_method
-from perdure.learner import Core
+from perdure.core.learner import Core
+from perdure.mechanisms.distillation import distillation
 from perdure.methods.lwf import LwF
-from perdure.teacher import distillation
-from perdure.train import fit_task
+from perdure.streams.augment import AUGMENTS
+from perdure.training.config import make_method
+from perdure.training.loop import fit_task
 from perdure.types import Batch, Task
 
 

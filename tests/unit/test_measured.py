@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from perdure.config import RunConfig
-from perdure.disk import write_sealed
-from perdure.measured import new_task_acc, settings_of, steps_of
-from perdure.run import run
+from perdure.reporting.tables import new_task_acc, settings_of, steps_of
+from perdure.storage.files import write_sealed
+from perdure.training.config import RunConfig
+from perdure.training.run import run
 
 
 @pytest.fixture(scope="module")

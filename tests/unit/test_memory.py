@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from perdure.adapters.buffer_dict import Tensors
 from perdure.backbones.tiny import tiny
-from perdure.memory.inputs import second_moments
-from perdure.memory.tensors import Tensors
+from perdure.mechanisms.second_moments import second_moments
 
 
 def pictures(count: int) -> Any:

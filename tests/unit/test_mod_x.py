@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from perdure.augment import AUGMENTS
 from perdure.backbones.tiny import tiny
-from perdure.config import make_method
-from perdure.learner import Core
+from perdure.core.learner import Core
 from perdure.methods.mod_x import ModX
 from perdure.objectives.retrieve import Retrieve
 from perdure.streams import build_stream
-from perdure.train import fit_task
+from perdure.streams.augment import AUGMENTS
+from perdure.training.config import make_method
+from perdure.training.loop import fit_task
 from perdure.types import Batch, Stream, Task
 
 

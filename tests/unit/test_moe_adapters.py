@@ -8,11 +8,11 @@ import torch
 from perdure.adapters.experts import Routes, routing
 from perdure.backbones.pocket import pocket
 from perdure.backbones.tiny import tiny
-from perdure.config import make_method, make_objective
-from perdure.learner import Core
-from perdure.memory.familiarity import Familiarity
-from perdure.prompting import query, text_query
+from perdure.core.learner import Core
+from perdure.mechanisms.prompting import query, text_query
+from perdure.mechanisms.task_identification import Familiarity
 from perdure.streams import build_stream
+from perdure.training.config import make_method, make_objective
 from perdure.types import Batch, Task
 
 

@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from perdure.backbones.pocket import pocket
-from perdure.config import make_objective
-from perdure.train import fit_task
+from perdure.training.config import make_objective
+from perdure.training.loop import fit_task
 from perdure.types import Task
 
 

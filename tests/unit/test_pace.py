@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from perdure.pace import Pace
+from perdure.cli.eta import Pace
 
 
 def test_time_left_is_as_foretold_or_judged_by_the_runs_own_speed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from perdure.config import RunConfig
-from perdure.places import anchored, moved, pathless, paths_in
+from perdure.options.paths import anchored, moved, pathless, paths_in
+from perdure.training.config import RunConfig
 
 
 @pytest.fixture(autouse=True)

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from perdure.config import make_backbone, make_method, make_objective
-from perdure.learner import Core
+from perdure.core.learner import Core
 from perdure.streams import build_stream
-from perdure.train import TrainConfig, fit_task
+from perdure.training.config import make_backbone, make_method, make_objective
+from perdure.training.loop import TrainConfig, fit_task
 
 BACKBONES = ["tiny(depth=3)", "tiny(depth=3, fused=False)"]
 

@@ -11,18 +11,18 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perdure.adapters.attach import adapted, detach, prompted
+from perdure.adapters.injection import adapted, detach, prompted
 from perdure.adapters.prefix import Prefix, starting_prefix
 from perdure.backbones.base import Backbone
 from perdure.backbones.pocket import pocket
+from perdure.backbones.preprocess import Preprocess
 from perdure.backbones.timm import Timm
 from perdure.backbones.tiny import tiny
 from perdure.backbones.vision import Vision
-from perdure.images import Preprocess
-from perdure.learner import Core
-from perdure.method import Method
+from perdure.core.learner import Core
+from perdure.core.method import Method
+from perdure.mechanisms.prompting import attach_prefix, first_blocks
 from perdure.objectives.classify import Classify
-from perdure.prompting import attach_prefix, first_blocks
 
 TOWER = {
     "hidden_size": 32,

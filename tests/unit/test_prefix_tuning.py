@@ -9,9 +9,9 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from perdure.backbones.pocket import pocket
-from perdure.config import make_method, make_objective
-from perdure.export import export
-from perdure.learner import Core
+from perdure.core.learner import Core
+from perdure.export.model import export
+from perdure.training.config import make_method, make_objective
 from perdure.types import Batch, Task
 
 

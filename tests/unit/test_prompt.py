@@ -8,15 +8,15 @@ import torch
 import transformers
 from torch import Tensor
 
-from perdure.adapters.tokens import Tokens
+from perdure.adapters.prompt_tokens import Tokens
+from perdure.backbones.preprocess import Preprocess
 from perdure.backbones.timm import Timm
 from perdure.backbones.tiny import Tiny
 from perdure.backbones.vision import Vision
-from perdure.config import make_backbone, make_method, make_objective
-from perdure.export import export
-from perdure.images import Preprocess
-from perdure.learner import Core
-from perdure.train import TrainConfig, fit_task
+from perdure.core.learner import Core
+from perdure.export.model import export
+from perdure.training.config import make_backbone, make_method, make_objective
+from perdure.training.loop import TrainConfig, fit_task
 from perdure.types import Task
 
 DEEP = "prompt(tokens=3, deep=True)"

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 
 from perdure.backbones import BACKBONES
-from perdure.commands import COMMANDS
-from perdure.config import RunConfig, register
-from perdure.memory.budget import room_for
-from perdure.method import METHODS, Method
+from perdure.byte_size import room_for
+from perdure.cli.commands import COMMANDS
+from perdure.core.method import METHODS, Method
 from perdure.objectives import OBJECTIVES
-from perdure.ranges import Range, check_fields, checked, expected, fits, hints_of
-from perdure.spec import Spec, build
+from perdure.options.ranges import Range, check_fields, checked, expected, fits, hints_of
+from perdure.options.spec import Spec, build
 from perdure.streams import STREAMS
+from perdure.training.config import RunConfig, register
 
 register()
 REGISTRIES: dict[str, dict[str, Any]] = {

@@ -14,12 +14,12 @@ import timm
 import tyro
 
 from perdure.backbones import BACKBONES
-from perdure.commands import COMMANDS, Run
-from perdure.config import RunConfig, make_method, make_objective
-from perdure.published import FAMILIES, PRESETS, TABLES, Preset, Table
-from perdure.recipes import RECIPES, expand, flags
-from perdure.spec import build, parse, parse_one
+from perdure.cli.commands import COMMANDS, Run
+from perdure.experiments.published import FAMILIES, PRESETS, TABLES, Preset, Table
+from perdure.experiments.recipes import RECIPES, expand, flags
+from perdure.options.spec import build, parse, parse_one
 from perdure.streams import STREAMS
+from perdure.training.config import RunConfig, make_method, make_objective
 
 PAGE = Path(__file__).parents[2] / "docs/published.md"
 EACH = pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.name)

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from perdure.augment import AUGMENTS
-from perdure.config import make_method
+from perdure.streams.augment import AUGMENTS
+from perdure.training.config import make_method
 from perdure.types import Batch
 
 

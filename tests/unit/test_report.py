@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from perdure import charts
-from perdure.charts import duration, show
-from perdure.records import Run, grouped
-from perdure.report import write_report
+from perdure.reporting import charts
+from perdure.reporting.charts import duration, show
+from perdure.reporting.report import write_report
+from perdure.reporting.runs import Run, grouped
 
 INFLORA = "inflora(rank=10)"
 

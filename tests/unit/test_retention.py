@@ -9,15 +9,15 @@ import pytest
 from torch.nn import functional as F
 
 from perdure import metrics
-from perdure.compare import markdown, tabulate
-from perdure.config import make_method, make_objective
-from perdure.disk import write_sealed
-from perdure.learner import Core
+from perdure.core.learner import Core
+from perdure.evaluation.zero_shot_retention import Retention, kept
+from perdure.experiments.grid import markdown, tabulate
 from perdure.objectives.zeroshot import class_texts
-from perdure.report import write_report
-from perdure.retention import Retention, kept
-from perdure.run import resume, run
+from perdure.reporting.report import write_report
+from perdure.storage.files import write_sealed
 from perdure.streams import build_stream
+from perdure.training.config import make_method, make_objective
+from perdure.training.run import resume, run
 from perdure.types import Row
 
 HELD = "synthetic(tasks=2, classes_per_task=2, test_per_class=5)"

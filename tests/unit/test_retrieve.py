@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from perdure.config import make_method
-from perdure.memory.inputs import second_moments
+from perdure.backbones.texts import pack, unpack
+from perdure.mechanisms.second_moments import second_moments
 from perdure.objectives.retrieve import Retrieve, _Gallery, embedded
-from perdure.run import run
-from perdure.texts import pack, unpack
+from perdure.training.config import make_method
+from perdure.training.run import run
 from perdure.types import Encoded
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from perdure.backbones.tiny import tiny
-from perdure.runtime import Runtime, fastest_attention, native_bf16, resolve
+from perdure.training.runtime import Runtime, fastest_attention, native_bf16, resolve
 
 
 def test_what_is_asked_for_is_not_measured() -> None:

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from perdure import examples, schema
-from perdure.checkpoint import read_record
-from perdure.measured import steps_of
+from perdure.core.checkpoint import read_record
+from perdure.evaluation import search_examples as examples
+from perdure.reporting.tables import steps_of
+from perdure.storage import schema
 from perdure.streams.captions import read_listings
 from perdure.streams.columns import classes_file
 from perdure.streams.karpathy import _json, _largest_objects

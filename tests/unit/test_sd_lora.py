@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from perdure.config import make_method
-from perdure.learner import Core
+from perdure.core.learner import Core
+from perdure.training.config import make_method
 from perdure.types import Batch, Stream, Task
 
 

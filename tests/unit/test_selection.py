@@ -11,12 +11,12 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perdure.config import make_method
-from perdure.memory import orders
-from perdure.memory.budget import count_bytes
-from perdure.selection import Exemplars, last_layer
-from perdure.streams.imageset import Budget
-from perdure.streams.onemore import folder_task
+from perdure.byte_size import count_bytes
+from perdure.mechanisms import selection_scores as orders
+from perdure.mechanisms.exemplars import Exemplars, last_layer
+from perdure.streams.image_set import Budget
+from perdure.streams.single_task import folder_task
+from perdure.training.config import make_method
 from perdure.types import Task
 
 CHOSEN = ("class_balanced", "herding", "kmeans", "el2n", "grand", "influence")

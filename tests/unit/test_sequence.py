@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from perdure.images import Preprocess
+from perdure.backbones.preprocess import Preprocess
 from perdure.streams import build_stream
 from perdure.types import Stream
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from perdure.config import make_method
+from perdure.training.config import make_method
 from perdure.types import Task
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import pytest
 
-from perdure.spec import Spec, build, parse, parse_one
+from perdure.options.spec import Spec, build, parse, parse_one
 
 
 class Lora:

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from perdure.runtime import Runtime
-from perdure.step_cost import PLAIN, TURN, Contestant, measure, ratio
+from perdure.experiments.step_cost import PLAIN, TURN, Contestant, measure, ratio
+from perdure.training.runtime import Runtime
 
 RUNTIME = Runtime("cpu", "fp32", "sdpa", 1)
 

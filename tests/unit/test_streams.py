@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from perdure.images import Preprocess, UnreadableImage
-from perdure.spec import Spec
+from perdure.backbones.preprocess import Preprocess, UnreadableImage
+from perdure.options.spec import Spec
 from perdure.streams import STREAMS, Budget, ImageSet, build_stream, folder_task, given_task
 from perdure.streams.sources import Files, Parquet
 from perdure.types import Nothing, Stream

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from perdure import checkpoint
-from perdure.teach import Learner
+from perdure.api.learner import Learner
+from perdure.core import checkpoint
 from perdure.types import Row
 
 PLAIN = {"precision": "fp32", "attention": "sdpa", "device": "cpu", "epochs": 8, "lr": 1e-2, "batch_size": 8}

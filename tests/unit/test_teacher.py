@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from perdure.learner import Core
-from perdure.teacher import Teacher, distillation, trains_encoder
+from perdure.core.learner import Core
+from perdure.mechanisms.distillation import Teacher, distillation, trains_encoder
 
 
 def test_the_distillation_is_the_hand_computed_divergence_of_softened_scores() -> None:

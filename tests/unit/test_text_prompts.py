@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from perdure.adapters.masks import widened
+from perdure.adapters.attention_masks import widened
 from perdure.adapters.prefix import Prefix
-from perdure.adapters.tokens import Tokens
+from perdure.adapters.prompt_tokens import Tokens
 from perdure.backbones.base import Backbone
 from perdure.backbones.pocket import pocket
 from perdure.backbones.tiny import tiny
-from perdure.config import make_method
+from perdure.training.config import make_method
 
 TEXTS = ["a cat", "two small dogs on a red carpet", "dogs"]
 M = 3

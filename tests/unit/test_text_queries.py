@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from perdure.backbones.tiny import tiny
-from perdure.config import make_method, make_objective
-from perdure.learner import Core
+from perdure.core.learner import Core
+from perdure.training.config import make_method, make_objective
 
 SPECS = pytest.mark.parametrize("spec", ["l2p(top=2, tower={!r})", "dualprompt(tower={!r})", "coda_prompt(tower={!r})"])
 TEXTS = ["a photo of a picture 0.", "a photo of a picture 3.", "something else, and longer"]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from perdure.texts import pack, present, unpack
+from perdure.backbones.texts import pack, present, unpack
 
 
 def test_texts_of_any_language_come_back() -> None:

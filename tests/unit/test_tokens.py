@@ -7,8 +7,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from perdure.adapters.attach import detach, prompted
-from perdure.adapters.tokens import Given, Passing, Tokens
+from perdure.adapters.injection import detach, prompted
+from perdure.adapters.prompt_tokens import Given, Passing, Tokens
 from perdure.backbones.tiny import Tiny
 from perdure.types import Batch
 

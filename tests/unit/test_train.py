@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from torch.optim.lr_scheduler import MultiStepLR
 
 from perdure.backbones.tiny import tiny
-from perdure.learner import Core
-from perdure.method import Method
+from perdure.core.learner import Core
+from perdure.core.method import Method
 from perdure.objectives import Classify
 from perdure.streams import ImageSet
-from perdure.train import Quiet, TrainConfig, fit_task
+from perdure.training.loop import Quiet, TrainConfig, fit_task
 from perdure.types import Task
 
 

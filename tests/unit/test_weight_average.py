@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import torch
 
-from perdure.config import make_method
-from perdure.learner import Core
-from perdure.method import Method
-from perdure.train import fit_task
+from perdure.core.learner import Core
+from perdure.core.method import Method
+from perdure.training.config import make_method
+from perdure.training.loop import fit_task
 from perdure.types import Batch
 
 

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from perdure.backbones.texts import pack
 from perdure.backbones.tiny import tiny
-from perdure.config import make_method
-from perdure.learner import Core
+from perdure.core.learner import Core
+from perdure.mechanisms.distillation import distillation
 from perdure.methods.zscl import ZSCL
 from perdure.objectives.retrieve import Retrieve, embedded
 from perdure.streams import build_stream
-from perdure.teacher import distillation
-from perdure.texts import pack
+from perdure.training.config import make_method
 from perdure.types import Batch, Stream, Task
 
 

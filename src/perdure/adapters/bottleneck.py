@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perdure.adapters.attach import Adapter, starting_rows
+from perdure.adapters.injection import Adapter, starting_rows
 from perdure.types import Site
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from perdure.adapters.attach import Adapter, starting_rows
-from perdure.memory.learnt import Learnt
-from perdure.memory.tensors import Tensors
+from perdure.adapters.buffer_dict import Tensors
+from perdure.adapters.injection import Adapter, starting_rows
+from perdure.adapters.parameter_dict import Learnt
 from perdure.types import Site
 
 _PARTS = ("down", "down_bias", "up", "up_bias")

@@ -10,7 +10,7 @@ from typing import Any, Literal, final
 import torch
 from torch import Tensor, nn
 
-from perdure.images import Preprocess
+from perdure.backbones.preprocess import Preprocess
 from perdure.types import Batch, Site
 
 Tower = Literal["vision", "text", "both"]

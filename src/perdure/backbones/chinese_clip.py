@@ -1,7 +1,7 @@
 """Chinese-CLIP: images and Chinese texts in one space."""
 
 from perdure.backbones.clip import Clip, named
-from perdure.ranges import checked
+from perdure.options.ranges import checked
 
 
 @checked

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from perdure.backbones import pretrained
 from perdure.backbones.base import Backbone, Tower, named_towers
-from perdure.images import Preprocess
-from perdure.ranges import checked
-from perdure.spec import Spec
+from perdure.backbones.preprocess import Preprocess
+from perdure.options.ranges import checked
+from perdure.options.spec import Spec
 
 # Trained on texts padded to full length, without a mask: anything shorter gives other embeddings.
 _PADDED_TO_FULL_LENGTH = ("siglip",)

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from perdure.backbones import pretrained
 from perdure.backbones.clip import Clip, named, read_tokenizer
-from perdure.ranges import checked
-from perdure.spec import Spec
+from perdure.options.ranges import checked
+from perdure.options.spec import Spec
 
 _KIND = "vision-text-dual-encoder"
 

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from perdure import schema
 from perdure.backbones import pretrained
 from perdure.backbones.base import Backbone, Tower
-from perdure.backbones.unpacked import Attention, unpack
-from perdure.images import Interpolation, Preprocess
-from perdure.ranges import checked
-from perdure.spec import Spec
+from perdure.backbones.open_clip_attention import Attention, unpack
+from perdure.backbones.preprocess import Interpolation, Preprocess
+from perdure.options.ranges import checked
+from perdure.options.spec import Spec
+from perdure.storage import schema
 
 _HUB = "hf-hub:"
 CONFIG = "open_clip_config.json"

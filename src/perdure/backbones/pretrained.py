@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from perdure.backbones.base import Backbone
 from perdure.backbones.confined import check_confined
-from perdure.images import Interpolation, Preprocess
+from perdure.backbones.preprocess import Interpolation, Preprocess
 from perdure.process import ALONE
 
 InputNorm = Literal["model", "none"]

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from perdure.backbones import pretrained
 from perdure.backbones.base import Backbone
-from perdure.images import Preprocess
-from perdure.ranges import checked
-from perdure.spec import Spec
+from perdure.backbones.preprocess import Preprocess
+from perdure.options.ranges import checked
+from perdure.options.spec import Spec
 
 _HUB = "hf-hub:"
 _LOCAL = "local-dir:"

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perdure.backbones.base import Backbone, Tower
-from perdure.images import Preprocess
-from perdure.ranges import Range, Seed, checked
-from perdure.spec import Spec
+from perdure.backbones.preprocess import Preprocess
+from perdure.options.ranges import Range, Seed, checked
+from perdure.options.spec import Spec
 
 _HEADS = 4
 _PATCH = 4  # side, in pixels

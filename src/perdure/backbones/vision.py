@@ -6,9 +6,9 @@ from torch import Tensor
 
 from perdure.backbones import pretrained
 from perdure.backbones.base import Backbone
-from perdure.images import Preprocess
-from perdure.ranges import checked
-from perdure.spec import Spec
+from perdure.backbones.preprocess import Preprocess
+from perdure.options.ranges import checked
+from perdure.options.spec import Spec
 
 # `model_type` of a config -> class. Only what was checked: of a model with another layout, token 0 would be read as
 # the class token without complaint.

@@ -8,12 +8,12 @@ Differs: Houlsby et al. also train the layer norms, which stay frozen here; thei
 that the model starts exactly as it was pre-trained.
 """
 
-from perdure.adapters.attach import Adapters, attach, updates
 from perdure.adapters.bottleneck import Beside, Bottleneck
+from perdure.adapters.injection import Adapters, attach, updates
 from perdure.backbones.base import Tower
-from perdure.learner import Core
-from perdure.method import Method
-from perdure.ranges import Count, Factor, Rank, without_effect
+from perdure.core.learner import Core
+from perdure.core.method import Method
+from perdure.options.ranges import Count, Factor, Rank, without_effect
 from perdure.types import Task
 
 

@@ -13,11 +13,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from perdure import gradients
-from perdure.learner import Core
-from perdure.method import Method, check_mask, check_trained
-from perdure.ranges import BatchSize, Count
-from perdure.selection import Exemplars
+from perdure.core.learner import Core
+from perdure.core.method import Method, check_mask, check_trained
+from perdure.mechanisms import replay_gradients as gradients
+from perdure.mechanisms.exemplars import Exemplars
+from perdure.options.ranges import BatchSize, Count
 from perdure.types import Batch, Task
 
 

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perdure.learner import Core
-from perdure.memory.gaussians import Covariance, Gaussians
-from perdure.memory.symmetric import exact, shrunk
-from perdure.method import Method, parts_of, predicts
+from perdure.core.learner import Core
+from perdure.core.method import Method, parts_of, predicts
+from perdure.mechanisms.class_statistics import Covariance, Gaussians
+from perdure.mechanisms.linear_algebra import exact, shrunk
 from perdure.objectives.classify import Classify
-from perdure.ranges import Factor, Range, Rank, Rate, without_effect
+from perdure.options.ranges import Factor, Range, Rank, Rate, without_effect
 from perdure.types import Task
 
 # As in the official code.

@@ -10,11 +10,11 @@ the InfLoRA paper uses it (rank 64, strength 0.5).
 import torch
 from torch import Tensor
 
-from perdure.adapters.lowrank import Branches
+from perdure.adapters.low_rank import Branches
 from perdure.backbones.base import Tower
-from perdure.learner import Core
-from perdure.method import Method
-from perdure.ranges import Rank, Strength
+from perdure.core.learner import Core
+from perdure.core.method import Method
+from perdure.options.ranges import Rank, Strength
 from perdure.types import Batch, Task
 
 

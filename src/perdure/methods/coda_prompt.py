@@ -20,12 +20,12 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor, nn
 
+from perdure.adapters.buffer_dict import Tensors
 from perdure.adapters.prefix import Prefix
 from perdure.backbones.base import OneTower, Tower, named_towers
-from perdure.learner import Core
-from perdure.memory.tensors import Tensors
-from perdure.prompting import Asking, Chosen, attach_prefix, first_blocks
-from perdure.ranges import Range, Strength
+from perdure.core.learner import Core
+from perdure.mechanisms.prompting import Asking, Chosen, attach_prefix, first_blocks
+from perdure.options.ranges import Range, Strength
 from perdure.types import Batch, Task
 
 Start = Literal["orthogonal", "random"]

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from perdure.learner import Core
-from perdure.method import Method
+from perdure.core.learner import Core
+from perdure.core.method import Method
 from perdure.objectives.classify import Classify
-from perdure.ranges import Factor, without_effect
+from perdure.options.ranges import Factor, without_effect
 from perdure.types import Task
 
 _SCALE, _TEMPLATE = 10.0, "a photo of a {}."

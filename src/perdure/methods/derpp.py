@@ -12,13 +12,13 @@ them were seen. All seen classes compete for new and old images; in mammoth thos
 import torch
 from torch import Tensor
 
-from perdure.learner import Core
-from perdure.memory.examples import Referred
-from perdure.memory.orders import Position
-from perdure.memory.tensors import Tensors
-from perdure.method import Method, check_mask, check_trained
-from perdure.ranges import Bytes, Count, Ratio, Strength, without_effect
-from perdure.selection import Exemplars, Selection
+from perdure.adapters.buffer_dict import Tensors
+from perdure.core.learner import Core
+from perdure.core.method import Method, check_mask, check_trained
+from perdure.mechanisms.exemplars import Exemplars, Selection
+from perdure.mechanisms.replay_buffer import Referred
+from perdure.mechanisms.selection_scores import Position
+from perdure.options.ranges import Bytes, Count, Ratio, Strength, without_effect
 from perdure.types import Batch, Task
 
 

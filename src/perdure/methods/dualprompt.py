@@ -21,12 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from perdure.adapters.buffer_dict import Tensors
 from perdure.adapters.prefix import Prefix, starting_prefix
 from perdure.backbones.base import OneTower, Tower, named_towers
-from perdure.learner import Core
-from perdure.memory.tensors import Tensors
-from perdure.prompting import Asking, Chosen, attach_prefix, first_blocks, nearest
-from perdure.ranges import Factor, Length, Range, without_effect
+from perdure.core.learner import Core
+from perdure.mechanisms.prompting import Asking, Chosen, attach_prefix, first_blocks, nearest
+from perdure.options.ranges import Factor, Length, Range, without_effect
 from perdure.types import Batch, Task
 
 _GENERAL, _EXPERT, _LENGTH = 2, 3, 5

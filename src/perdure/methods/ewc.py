@@ -14,12 +14,12 @@ from typing import Annotated, Literal
 
 from torch import Tensor
 
-from perdure.importance import Of, Rivals, check_updates, held, importance
-from perdure.learner import Core
-from perdure.memory.springs import Springs
-from perdure.memory.tensors import Tensors
-from perdure.method import Method
-from perdure.ranges import Count, Range, Strength, without_effect
+from perdure.adapters.buffer_dict import Tensors
+from perdure.core.learner import Core
+from perdure.core.method import Method
+from perdure.mechanisms.importance import Of, Rivals, check_updates, held, importance
+from perdure.mechanisms.quadratic_penalty import Springs
+from perdure.options.ranges import Count, Range, Strength, without_effect
 from perdure.types import Batch, Task
 
 

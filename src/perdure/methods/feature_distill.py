@@ -14,15 +14,15 @@ from typing import Literal
 from torch import Tensor
 from torch.nn import functional as F
 
-from perdure.adapters.attach import adapted
+from perdure.adapters.buffer_dict import Tensors
+from perdure.adapters.injection import adapted
 from perdure.backbones.base import Tower
-from perdure.learner import Core
-from perdure.memory.tensors import Tensors
-from perdure.method import Method, check_texts, varies
+from perdure.core.learner import Core
+from perdure.core.method import Method, check_texts, varies
+from perdure.mechanisms.distillation import Teacher, trains_encoder
 from perdure.objectives.retrieve import Retrieve, embedded
 from perdure.objectives.zeroshot import ZeroShot
-from perdure.ranges import Strength, without_effect
-from perdure.teacher import Teacher, trains_encoder
+from perdure.options.ranges import Strength, without_effect
 from perdure.types import Batch, Task
 
 _FEATURES = "feature_distill"  # what is recorded: the teacher's features

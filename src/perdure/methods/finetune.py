@@ -1,9 +1,9 @@
 """Full fine-tuning in sequence: the lower bound of forgetting."""
 
 from perdure.backbones.base import Tower
-from perdure.learner import Core
-from perdure.method import Method, check_mask
-from perdure.ranges import Factor
+from perdure.core.learner import Core
+from perdure.core.method import Method, check_mask
+from perdure.options.ranges import Factor
 from perdure.types import Task
 
 

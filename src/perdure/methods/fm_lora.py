@@ -4,7 +4,7 @@ arXiv:2504.08823. There is no public implementation, and of the paper only its a
 is a re-implementation, not a replication. Three parts, each of which can be switched off:
 
 - F-LoRA: ΔW_t = A M_t N_tᵀ B, bases A and B learnt with the first task, then frozen; later tasks train M_t, N_t.
-- DRS: the rank r_t of M_t, N_t is chosen per task, see `perdure.drs`.
+- DRS: the rank r_t of M_t, N_t is chosen per task, see `perdure.mechanisms.rank_selection`.
 - DMP: m prompt tokens, shared and trained by all tasks, without position.
 
 What the source fixes: the factorisation, the rule of DRS, that prompts are shared. What we chose: the bases are made
@@ -22,17 +22,17 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
-from perdure.adapters.attach import Adapters
-from perdure.adapters.bases import Bases
-from perdure.adapters.lowrank import Branches
-from perdure.adapters.tokens import Tokens
+from perdure.adapters.buffer_dict import Tensors
+from perdure.adapters.injection import Adapters
+from perdure.adapters.low_rank import Branches
+from perdure.adapters.prompt_tokens import Tokens
+from perdure.adapters.shared_basis import Bases
 from perdure.backbones.base import Tower, named_towers
-from perdure.drs import DRS, Mode
-from perdure.learner import Core
-from perdure.memory.tensors import Tensors
-from perdure.method import Method
-from perdure.prompting import check_tokens
-from perdure.ranges import Range, Rank, Strength, without_effect
+from perdure.core.learner import Core
+from perdure.core.method import Method
+from perdure.mechanisms.prompting import check_tokens
+from perdure.mechanisms.rank_selection import DRS, Mode
+from perdure.options.ranges import Range, Rank, Strength, without_effect
 from perdure.types import Batch, Task
 
 _PROMPT_LR = 0.1  # after the first task, as a factor of the run's learning rate

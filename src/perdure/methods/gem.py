@@ -18,12 +18,12 @@ Only parameters that the new examples move are compared and projected, so a froz
 import torch
 from torch import Tensor
 
-from perdure import gradients
-from perdure.learner import Core
-from perdure.memory.symmetric import exact
-from perdure.method import Method, check_mask, check_trained
-from perdure.ranges import BatchSize, Count, Strength
-from perdure.selection import Exemplars
+from perdure.core.learner import Core
+from perdure.core.method import Method, check_mask, check_trained
+from perdure.mechanisms import replay_gradients as gradients
+from perdure.mechanisms.exemplars import Exemplars
+from perdure.mechanisms.linear_algebra import exact
+from perdure.options.ranges import BatchSize, Count, Strength
 from perdure.types import Batch, Task
 
 _RIDGE = 1e-10  # on the diagonal of cosines

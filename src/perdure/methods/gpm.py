@@ -16,14 +16,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from perdure.adapters.buffer_dict import Tensors
 from perdure.backbones.base import Tower
-from perdure.learner import Core
-from perdure.memory.inputs import second_moments
-from perdure.memory.spaces import Spaces
-from perdure.memory.subspace import keep_schedule
-from perdure.memory.tensors import Tensors
-from perdure.method import Method
-from perdure.ranges import Count, Factor, Share
+from perdure.core.learner import Core
+from perdure.core.method import Method
+from perdure.mechanisms.second_moments import second_moments
+from perdure.mechanisms.subspace import keep_schedule
+from perdure.mechanisms.subspace_memory import Spaces
+from perdure.options.ranges import Count, Factor, Share
 from perdure.types import Batch, Site, Task
 
 

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from perdure.learner import Core
-from perdure.memory.examples import Referred, refer
-from perdure.memory.tensors import Tensors
-from perdure.method import Method
-from perdure.ranges import Bytes, Count, Factor, Strength, without_effect
-from perdure.selection import Exemplars
-from perdure.teacher import Teacher, distillation
+from perdure.adapters.buffer_dict import Tensors
+from perdure.core.learner import Core
+from perdure.core.method import Method
+from perdure.mechanisms.distillation import Teacher, distillation
+from perdure.mechanisms.exemplars import Exemplars
+from perdure.mechanisms.replay_buffer import Referred, refer
+from perdure.options.ranges import Bytes, Count, Factor, Strength, without_effect
 from perdure.types import Batch, Data, Task
 
 _TEMPERATURE = 2.0

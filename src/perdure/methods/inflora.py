@@ -21,17 +21,17 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from perdure.adapters.attach import attach
-from perdure.adapters.lowrank import LowRank
+from perdure.adapters.injection import attach
+from perdure.adapters.low_rank import LowRank
 from perdure.backbones.base import Tower
-from perdure.drs import DRS
-from perdure.learner import Core
-from perdure.memory.inputs import Collected, second_moments
-from perdure.memory.spaces import Spaces
-from perdure.memory.subspace import Subspace, keep_schedule
-from perdure.memory.symmetric import exact
-from perdure.method import Method
-from perdure.ranges import Count, Rank, Share, Strength, without_effect
+from perdure.core.learner import Core
+from perdure.core.method import Method
+from perdure.mechanisms.linear_algebra import exact
+from perdure.mechanisms.rank_selection import DRS
+from perdure.mechanisms.second_moments import Collected, second_moments
+from perdure.mechanisms.subspace import Subspace, keep_schedule
+from perdure.mechanisms.subspace_memory import Spaces
+from perdure.options.ranges import Count, Rank, Share, Strength, without_effect
 from perdure.types import Batch, Site, Task
 
 # Kaiming-uniform rows, which the official code starts from, have norm 1/√3; B_t's rows keep it.
@@ -56,8 +56,9 @@ class InfLoRA(Method, name="inflora"):
         moments: number of training images that second moments are taken from.
         end_moments: `pass` takes those at a task's end in a forward pass, `training` from the images of the last epoch
             as they are trained on, with weights that still move: it spares the pass.
-        ranks: candidates among which each task's rank is chosen after a short warm-up, see `perdure.drs`; None takes
-            `rank`. B_t's rows come in order of the inputs' energy, so a smaller rank keeps the leading ones.
+        ranks: candidates among which each task's rank is chosen after a short warm-up, see
+            `perdure.mechanisms.rank_selection`; None takes `rank`. B_t's rows come in order of the inputs' energy, so a
+            smaller rank keeps the leading ones.
         rank_cost: price of the largest of `ranks`; None is 0.5.
     """
 

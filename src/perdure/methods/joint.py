@@ -1,9 +1,9 @@
 """Joint training on all data so far, which continual methods are measured against."""
 
 from perdure.backbones.base import Tower
-from perdure.learner import Core
-from perdure.method import Method
-from perdure.ranges import Factor, without_effect
+from perdure.core.learner import Core
+from perdure.core.method import Method
+from perdure.options.ranges import Factor, without_effect
 from perdure.types import Data, Task, Union
 
 _RATE = 0.1

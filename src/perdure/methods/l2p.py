@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perdure.adapters.tokens import Given
+from perdure.adapters.prompt_tokens import Given
 from perdure.backbones.base import OneTower, Tower, named_towers
-from perdure.learner import Core
-from perdure.prompting import Asking, Chosen, check_tokens, nearest, output_of
-from perdure.ranges import Length, Range, Strength, without_effect
+from perdure.core.learner import Core
+from perdure.mechanisms.prompting import Asking, Chosen, check_tokens, nearest, output_of
+from perdure.options.ranges import Length, Range, Strength, without_effect
 from perdure.types import Batch, Task
 
 

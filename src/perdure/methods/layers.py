@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from perdure.learner import Core
-from perdure.method import Method, predicts
-from perdure.ranges import Count
+from perdure.core.learner import Core
+from perdure.core.method import Method, predicts
+from perdure.options.ranges import Count
 from perdure.types import Batch, Task
 
 

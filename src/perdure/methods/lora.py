@@ -1,10 +1,10 @@
 """LoRA in sequence (Hu et al., ICLR 2022, arXiv:2106.09685): one branch per layer, or a fresh one for each task."""
 
-from perdure.adapters.lowrank import Branches
+from perdure.adapters.low_rank import Branches
 from perdure.backbones.base import Tower
-from perdure.learner import Core
-from perdure.method import Method
-from perdure.ranges import Count, Factor, Rank, without_effect
+from perdure.core.learner import Core
+from perdure.core.method import Method
+from perdure.options.ranges import Count, Factor, Rank, without_effect
 from perdure.types import Task
 
 

@@ -14,11 +14,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from perdure.learner import Core
-from perdure.method import Method
+from perdure.core.learner import Core
+from perdure.core.method import Method
+from perdure.mechanisms.distillation import Teacher, distillation, trains_encoder
 from perdure.objectives.retrieve import Retrieve
-from perdure.ranges import Factor, Strength
-from perdure.teacher import Teacher, distillation, trains_encoder
+from perdure.options.ranges import Factor, Strength
 from perdure.types import Batch, Task
 
 _FEATURES, _CAPTIONS = "lwf_features", "lwf_captions"  # what is recorded of images with captions

@@ -10,11 +10,11 @@ of EWC: the paper's λ is half of `strength`, for Ω of mean 1. `of="updates"` i
 
 from torch import Tensor
 
-from perdure.importance import Of, Rivals, check_updates, held, importance
-from perdure.learner import Core
-from perdure.memory.springs import Springs
-from perdure.method import Method
-from perdure.ranges import Count, Strength
+from perdure.core.learner import Core
+from perdure.core.method import Method
+from perdure.mechanisms.importance import Of, Rivals, check_updates, held, importance
+from perdure.mechanisms.quadratic_penalty import Springs
+from perdure.options.ranges import Count, Strength
 from perdure.types import Batch, Task
 
 

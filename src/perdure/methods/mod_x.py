@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from perdure.learner import Core
-from perdure.method import Method
+from perdure.core.learner import Core
+from perdure.core.method import Method
+from perdure.mechanisms.distillation import Teacher, trains_encoder
 from perdure.objectives.retrieve import Retrieve
-from perdure.ranges import Factor, Strength
-from perdure.teacher import Teacher, trains_encoder
+from perdure.options.ranges import Factor, Strength
 from perdure.types import Batch, Task
 
 _TEACHER = "mod_x"  # what is recorded: the teacher's image features, and after them its embeddings of captions

@@ -21,16 +21,16 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
-from perdure.adapters.attach import Adapters, attach, overhear
 from perdure.adapters.experts import Experts, Routes, routing
+from perdure.adapters.injection import Adapters, attach, overhear
 from perdure.backbones.base import OneTower, Tower, named_towers
-from perdure.learner import Core
-from perdure.memory.budget import room_for
-from perdure.memory.familiarity import Familiarity, Roster
-from perdure.method import parts_of
-from perdure.prompting import QUERY, PerTower, query, text_query
-from perdure.ranges import Factor, Range, Rank, Share, Strength
-from perdure.texts import present, unpack
+from perdure.backbones.texts import present, unpack
+from perdure.byte_size import room_for
+from perdure.core.learner import Core
+from perdure.core.method import parts_of
+from perdure.mechanisms.prompting import QUERY, PerTower, query, text_query
+from perdure.mechanisms.task_identification import Familiarity, Roster
+from perdure.options.ranges import Factor, Range, Rank, Share, Strength
 from perdure.types import Batch, Data, Task
 
 _OPEN_END = 8  # experts of a stream of which nobody knows the end

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from perdure.learner import Core
-from perdure.memory.tensors import Tensors
-from perdure.method import Method
+from perdure.adapters.buffer_dict import Tensors
+from perdure.core.learner import Core
+from perdure.core.method import Method
 from perdure.types import Batch, Task
 
 

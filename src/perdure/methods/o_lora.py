@@ -10,12 +10,12 @@ A stays, for the penalty. The code's second penalty (on the norm of the new bran
 import torch
 from torch import Tensor
 
-from perdure.adapters.lowrank import Branches
+from perdure.adapters.buffer_dict import Tensors
+from perdure.adapters.low_rank import Branches
 from perdure.backbones.base import Tower
-from perdure.learner import Core
-from perdure.memory.tensors import Tensors
-from perdure.method import Method
-from perdure.ranges import Rank, Strength
+from perdure.core.learner import Core
+from perdure.core.method import Method
+from perdure.options.ranges import Rank, Strength
 from perdure.types import Batch, Task
 
 

@@ -9,10 +9,10 @@ import torch
 
 from perdure.adapters.prefix import Prefix, starting_prefix
 from perdure.backbones.base import Tower, named_towers
-from perdure.learner import Core
-from perdure.method import Method
-from perdure.prompting import attach_prefix
-from perdure.ranges import Length
+from perdure.core.learner import Core
+from perdure.core.method import Method
+from perdure.mechanisms.prompting import attach_prefix
+from perdure.options.ranges import Length
 from perdure.types import Task
 
 

@@ -1,6 +1,6 @@
 """Linear probing: heads on frozen features, the cheapest baseline."""
 
-from perdure.method import Method
+from perdure.core.method import Method
 
 
 class Probe(Method, name="probe"):

@@ -9,12 +9,12 @@ Differs: tokens start from a normal distribution of deviation 0.02 and have no d
 
 import torch
 
-from perdure.adapters.tokens import Tokens
+from perdure.adapters.prompt_tokens import Tokens
 from perdure.backbones.base import Tower, named_towers
-from perdure.learner import Core
-from perdure.method import Method
-from perdure.prompting import check_tokens
-from perdure.ranges import Length, without_effect
+from perdure.core.learner import Core
+from perdure.core.method import Method
+from perdure.mechanisms.prompting import check_tokens
+from perdure.options.ranges import Length, without_effect
 from perdure.types import Task
 
 

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from perdure.learner import Core
-from perdure.memory.budget import room_for
-from perdure.memory.symmetric import exact, pack, unpack
-from perdure.memory.tensors import Tensors
-from perdure.method import Method
-from perdure.ranges import Range
+from perdure.adapters.buffer_dict import Tensors
+from perdure.byte_size import room_for
+from perdure.core.learner import Core
+from perdure.core.method import Method
+from perdure.mechanisms.linear_algebra import exact, pack, unpack
+from perdure.options.ranges import Range
 from perdure.types import Batch, Task
 
 _RIDGES = tuple(10.0**k for k in range(-8, 9))  # as in the paper

@@ -15,12 +15,12 @@ from typing import Annotated, Literal
 
 import torch
 
-from perdure.augment import AUGMENTS
-from perdure.learner import Core
-from perdure.memory.orders import Position
-from perdure.method import Method, check_trained
-from perdure.ranges import Bytes, Count, Range, Ratio, without_effect
-from perdure.selection import Exemplars, Selection
+from perdure.core.learner import Core
+from perdure.core.method import Method, check_trained
+from perdure.mechanisms.exemplars import Exemplars, Selection
+from perdure.mechanisms.selection_scores import Position
+from perdure.options.ranges import Bytes, Count, Range, Ratio, without_effect
+from perdure.streams.augment import AUGMENTS
 from perdure.types import Batch, Task
 
 _EVERY = 10

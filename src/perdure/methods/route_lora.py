@@ -16,12 +16,12 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from perdure.adapters.attach import Adapters
-from perdure.adapters.bases import Bases
+from perdure.adapters.injection import Adapters
+from perdure.adapters.shared_basis import Bases
 from perdure.backbones.base import Tower
-from perdure.learner import Core
-from perdure.method import Method
-from perdure.ranges import Factor, Rank, Share, Strength
+from perdure.core.learner import Core
+from perdure.core.method import Method
+from perdure.options.ranges import Factor, Rank, Share, Strength
 from perdure.types import Batch, Task
 
 

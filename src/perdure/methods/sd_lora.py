@@ -16,12 +16,12 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor, nn
 
-from perdure.adapters.attach import Adapters
-from perdure.adapters.directions import Directions
+from perdure.adapters.injection import Adapters
+from perdure.adapters.magnitude_direction import Directions
 from perdure.backbones.base import Tower
-from perdure.learner import Core
-from perdure.method import Method
-from perdure.ranges import Count, Factor, Range, Rank
+from perdure.core.learner import Core
+from perdure.core.method import Method
+from perdure.options.ranges import Count, Factor, Range, Rank
 from perdure.types import Task
 
 Factors = Sequence[tuple[Tensor, Tensor]]  # (up, down) of each layer

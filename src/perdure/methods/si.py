@@ -11,11 +11,11 @@ pull has the ½ of EWC: the paper's c is half of `strength`, for Ω of mean 1.
 import torch
 from torch import Tensor, nn
 
-from perdure.learner import Core
-from perdure.memory.springs import Springs, mean_one
-from perdure.memory.tensors import Tensors
-from perdure.method import Method
-from perdure.ranges import Factor, Strength, without_effect
+from perdure.adapters.buffer_dict import Tensors
+from perdure.core.learner import Core
+from perdure.core.method import Method
+from perdure.mechanisms.quadratic_penalty import Springs, mean_one
+from perdure.options.ranges import Factor, Strength, without_effect
 from perdure.types import Batch, Task
 
 _DAMPING = 1e-3

@@ -13,10 +13,10 @@ from typing import Literal
 
 import torch
 
-from perdure.learner import Core
-from perdure.memory.tensors import Tensors
-from perdure.method import Method
-from perdure.ranges import Count, Share, without_effect
+from perdure.adapters.buffer_dict import Tensors
+from perdure.core.learner import Core
+from perdure.core.method import Method
+from perdure.options.ranges import Count, Share, without_effect
 from perdure.types import Batch, Task
 
 

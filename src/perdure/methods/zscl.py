@@ -19,20 +19,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from perdure.adapters.attach import detach
+from perdure.adapters.buffer_dict import Tensors
+from perdure.adapters.injection import detach
 from perdure.backbones.base import Backbone
-from perdure.learner import Core, derived_seed
-from perdure.memory.examples import read
-from perdure.memory.tensors import Tensors
-from perdure.method import Method
+from perdure.backbones.texts import pack, present
+from perdure.core.learner import Core, derived_seed
+from perdure.core.method import Method
+from perdure.core.shared_copy import Constant
+from perdure.mechanisms.distillation import distillation, trains_encoder
+from perdure.mechanisms.replay_buffer import read
 from perdure.objectives.retrieve import Retrieve, embedded
 from perdure.objectives.zeroshot import TEMPLATE, ZeroShot
-from perdure.ranges import Count, Factor, Strength, without_effect
-from perdure.spec import parse_one
+from perdure.options.ranges import Count, Factor, Strength, without_effect
+from perdure.options.spec import parse_one
 from perdure.streams import build_stream
-from perdure.teacher import distillation, trains_encoder
-from perdure.texts import pack, present
-from perdure.twin import Constant
 from perdure.types import Batch, Task
 
 _TEACHER = "zscl"  # what is recorded: the teacher's image features, and after them its embeddings of captions

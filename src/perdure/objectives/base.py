@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from perdure.types import Batch, Task, Union
 
 if TYPE_CHECKING:
-    from perdure.learner import Core
+    from perdure.core.learner import Core
 
 
 class Objective(nn.Module):

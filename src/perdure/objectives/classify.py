@@ -12,7 +12,7 @@ from perdure.objectives.base import Objective
 from perdure.types import Task
 
 if TYPE_CHECKING:
-    from perdure.learner import Core
+    from perdure.core.learner import Core
 
 
 class Classify(Objective):

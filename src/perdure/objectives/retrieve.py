@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from perdure.backbones.texts import present, unpack
 from perdure.objectives.base import Objective
-from perdure.ranges import Count, checked
+from perdure.options.ranges import Count, checked
 from perdure.ranking import recalls
-from perdure.texts import present, unpack
 from perdure.types import Batch, Data, Task, Union
 
 if TYPE_CHECKING:
-    from perdure.learner import Core
+    from perdure.core.learner import Core
 
 _CAPTIONS = "captions"
 

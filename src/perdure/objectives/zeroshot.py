@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from perdure.objectives.base import Objective, accuracies
-from perdure.ranges import checked
+from perdure.options.ranges import checked
 from perdure.types import Batch, Task
 
 if TYPE_CHECKING:
-    from perdure.learner import Core
+    from perdure.core.learner import Core
 
 TEMPLATE = "a photo of a {}."
 

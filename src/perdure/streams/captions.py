@@ -10,8 +10,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from perdure.images import Preprocess
-from perdure.schema import plain
+from perdure.backbones.preprocess import Preprocess
+from perdure.storage.schema import plain
 from perdure.streams.columns import require_column
 from perdure.streams.options import StreamPlan, near, stream
 from perdure.streams.sources import Files, Parquet, Source, check_path

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from perdure.backbones import Backbone
-from perdure.streams.imageset import ImageSet
+from perdure.streams.image_set import ImageSet
 
 _BATCH = 128
 _RESTARTS = 5

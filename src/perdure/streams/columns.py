@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from perdure.schema import plain
-from perdure.streams.arrange import Found, Part
+from perdure.storage.schema import plain
 from perdure.streams.naming import class_name, natural, numbers
 from perdure.streams.options import near
 from perdure.streams.sources import Source
+from perdure.streams.task_split import Found, Part
 
 _EXPECTED = "expected integers or strings"
 

@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from perdure.images import Preprocess, formats, is_image
-from perdure.streams.arrange import Found, Part, arrange
+from perdure.backbones.preprocess import Preprocess, formats, is_image
 from perdure.streams.naming import class_name, natural, role_of
 from perdure.streams.options import Options, StreamPlan, near, stream
 from perdure.streams.sources import Files
+from perdure.streams.task_split import Found, Part, arrange
 from perdure.types import Stream
 
 _OURS = ("__MACOSX", "__pycache__", "@eaDir", "lost+found")

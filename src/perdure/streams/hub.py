@@ -7,11 +7,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from perdure.images import Preprocess
-from perdure.streams.arrange import Found, arrange
+from perdure.backbones.preprocess import Preprocess
 from perdure.streams.columns import Choice, Names, Piece, Table, check_names, read_table, require_column
 from perdure.streams.options import Options, StreamPlan, near, stream
 from perdure.streams.sources import Rows, check_images
+from perdure.streams.task_split import Found, arrange
 from perdure.types import Stream
 
 

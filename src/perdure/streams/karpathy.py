@@ -5,8 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
-from perdure.images import Preprocess
-from perdure.schema import fitting, plain
+from perdure.backbones.preprocess import Preprocess
+from perdure.storage.schema import fitting, plain
 from perdure.streams.captions import Listing, check_apart, gallery, read_listings
 from perdure.streams.columns import require_column
 from perdure.streams.hub import quietly

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from perdure.images import Preprocess
-from perdure.ranges import Count, Range, Seed, check_fields, hints_of, refuse
+from perdure.backbones.preprocess import Preprocess
+from perdure.formatting import meant
+from perdure.options.ranges import Count, Range, Seed, check_fields, hints_of, refuse
 from perdure.types import Scenario, Stream
-from perdure.wording import meant
 
 StreamPlan = Callable[[Preprocess, int], Stream]
 """A stream described but not yet read: `plan(preprocess, seed)` reads it."""

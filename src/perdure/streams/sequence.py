@@ -6,14 +6,14 @@ from typing import Any, Literal
 
 import torch
 
-from perdure.images import Preprocess
-from perdure.ranges import Seed, checked
-from perdure.spec import Spec, build, parse_one
-from perdure.streams.arrange import ordered
-from perdure.streams.captioned import Captioned
-from perdure.streams.draws import digest
-from perdure.streams.imageset import Budget, ImageSet
+from perdure.backbones.preprocess import Preprocess
+from perdure.options.ranges import Seed, checked
+from perdure.options.spec import Spec, build, parse_one
+from perdure.streams.caption_set import Captioned
+from perdure.streams.image_set import Budget, ImageSet
 from perdure.streams.options import StreamPlan, check_order, near
+from perdure.streams.splits import digest
+from perdure.streams.task_split import ordered
 from perdure.types import Stream, Task
 
 _DECIDED = ("tasks", "increments", "scenario", "domain", "protocol", "order", "by", "embed")

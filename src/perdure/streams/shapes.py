@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from perdure.images import Preprocess
-from perdure.streams.arrange import Found, Part, arrange
+from perdure.backbones.preprocess import Preprocess
 from perdure.streams.options import Options, StreamPlan, stream
 from perdure.streams.sources import Files
+from perdure.streams.task_split import Found, Part, arrange
 from perdure.types import Stream
 
 _SHAPES = ("circle", "rectangle", "triangle")

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from perdure.images import UnreadableImage, decode, head_of
+from perdure.backbones.preprocess import UnreadableImage, decode, head_of
 
 _SHOWN = 80  # characters of a text that was taken for a path
 _ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://|data:")

@@ -6,15 +6,15 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from perdure.images import Preprocess
-from perdure.ranges import Count, Range, checked
-from perdure.streams.captioned import Captioned
-from perdure.streams.draws import digest
-from perdure.streams.imageset import ImageSet
+from perdure.backbones.preprocess import Preprocess
+from perdure.backbones.texts import pack
+from perdure.formatting import human_bytes
+from perdure.options.ranges import Count, Range, checked
+from perdure.streams.caption_set import Captioned
+from perdure.streams.image_set import ImageSet
 from perdure.streams.options import StreamPlan
-from perdure.texts import pack
+from perdure.streams.splits import digest
 from perdure.types import Scenario, Stream, Task
-from perdure.wording import human_bytes
 
 _SYLLABLES = tuple(first + second for second in "aeiou" for first in "bdfgklmnprst")
 _PHRASES = ("a {0} of {1}", "{1}: one {0}", "the {0} ({1})", "{0}, {1}", "{1}, look: {0}")

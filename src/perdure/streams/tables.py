@@ -10,8 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from perdure.images import Preprocess
-from perdure.streams.arrange import Found, arrange
+from perdure.backbones.preprocess import Preprocess
 from perdure.streams.columns import (
     Choice,
     Names,
@@ -26,6 +25,7 @@ from perdure.streams.columns import (
 from perdure.streams.naming import Role, role_of
 from perdure.streams.options import Options, StreamPlan, near, stream
 from perdure.streams.sources import Files, Parquet, check_images, check_path
+from perdure.streams.task_split import Found, arrange
 from perdure.types import Stream
 
 _DELIMITERS = ",;\t|"

@@ -8,17 +8,17 @@ import numpy as np
 import torch
 
 from perdure.backbones import BACKBONES
-from perdure.images import Preprocess
-from perdure.ranges import Count, Seed, check_fields
-from perdure.spec import build, parse_one
-from perdure.streams.arrange import ordered
-from perdure.streams.captioned import Captioned
+from perdure.backbones.preprocess import Preprocess
+from perdure.backbones.texts import pack, present
+from perdure.options.ranges import Count, Seed, check_fields
+from perdure.options.spec import build, parse_one
+from perdure.streams.caption_set import Captioned
 from perdure.streams.clusters import clusters
-from perdure.streams.draws import SHARE, digest, first_of_each, held_out, shuffled
-from perdure.streams.imageset import Budget, ImageSet
+from perdure.streams.image_set import Budget, ImageSet
 from perdure.streams.options import PROGRAM, check_order
 from perdure.streams.sources import Source
-from perdure.texts import pack, present
+from perdure.streams.splits import SHARE, digest, first_of_each, held_out, shuffled
+from perdure.streams.task_split import ordered
 from perdure.types import Scenario, Stream, Task
 
 WORDS = ("clusters", "random", "natural")

@@ -1,0 +1,327 @@
+"""Lessons: the learner of a folder is taught one folder of images after another, and none is lost."""
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from perdure.api.learner import OPEN, Learner, check_first
+from perdure.backbones.preprocess import skippable
+from perdure.backbones.texts import unpack
+from perdure.core import checkpoint
+from perdure.core.checkpoint import Checkpoint
+from perdure.options.paths import anchored, relocated
+from perdure.options.spec import parse
+from perdure.process import as_found, plain
+from perdure.storage import schema
+from perdure.storage.schema import Source
+from perdure.streams import Captioned, ImageSet, alike, build_stream, captioned_task, folder_task
+from perdure.streams.single_caption_task import COLUMN
+from perdure.streams.splits import digest
+from perdure.training.config import RunConfig
+from perdure.training.loop import Diverged, Progress, Quiet, TrainConfig
+from perdure.training.run import (
+    Interrupted,
+    elsewhere,
+    learn_stream,
+    nothing_learnt_nothing_left,
+    read_record,
+    recorded_moves,
+    resume,
+    write_record,
+)
+from perdure.types import Data, Stream, Task
+
+_SPECS = ("backbone", "method", "objective")
+_FIXED = (*_SPECS, "seed", "precision", "attention", "calibrate")
+_SOURCE = "source.json"
+_WORDS = {"folder": "folders", "train_sha256": "images", "content": "images", "captions": "captions' columns"}
+
+
+@plain()
+def teach_folder(
+    photos: Path,
+    into: Path,
+    config: RunConfig,
+    given: Mapping[str, Any],
+    progress: Progress | None = None,
+    skip_bad: bool = False,
+    captions: str | None = None,
+) -> tuple[Task, dict[str, Any]]:
+    """Teach the learner in folder `into` one more task; it is made when it is not there.
+
+    Like a run, it is saved within the task and goes on where it was stopped when it is called again. Tasks learnt from
+    folders that are still there are evaluated again, and their examples can be replayed.
+
+    Args:
+        photos: folder of class folders; for a learner of captions a parquet or JSONL file, or a folder of them.
+        into: the learner's folder.
+        config: for a new learner.
+        given: what of `config` the user asked for; it must agree with a learner that is already there.
+        progress: who is told.
+        skip_bad: leave unreadable images out and report them.
+        captions: for a learner of captions, their column; "captions" when None.
+
+    What was taught last is not taught once more: of a command that was killed after the task was saved, what is left
+    to do is done.
+
+    Raises:
+        ValueError: for a folder that cannot be learnt from, options that would have no effect, or a damaged learner.
+        Interrupted: after SIGINT or SIGTERM.
+    """
+    progress = progress or Quiet()
+    with checkpoint.locked(into):
+        there = (into / "run.json").exists()
+        done = checkpoint.whole(into)
+        if there:
+            learner = Learner.untaught(into, given.get("device"))
+            _refuse_without_effect(into, learner.config, given)
+        else:
+            learner = Learner.of(dataclasses.replace(config, stream=OPEN))
+        if captions is not None and learner.objective.classifies:
+            raise ValueError(
+                f"--captions {captions} has no effect with {learner.config.objective}, which learns "
+                "classes: leave it out"
+            )
+        trained = {k: v for k, v in given.items() if k in {f.name for f in dataclasses.fields(TrainConfig)}}
+        train = learner.usual_training().but(**trained)
+        before = _tasks_with_data(learner, into, done, progress)
+        known = {name: c for task in before for name, c in zip(task.names, task.classes, strict=True)}
+        with skippable("--skip-bad"):
+            task = _read(photos, learner, known, len(before), skip_bad, captions, progress.note)
+        check_first(learner, task, known, str(photos))
+        train = learner.long_enough(train, task, "epochs" in given)
+        source = _source(photos, task, skip_bad) | {"options": trained}
+        if not learner.objective.classifies:
+            source["captions"] = captions or COLUMN
+            _tell_overlap(before, task, progress)
+            *before, task = alike([*before, task])
+        _refuse_other_task(into, done, source)
+        if _taught_last(done, source):
+            progress.note(
+                f"{photos} is what {into} was taught last, as task {done[-1].learnt}: nothing is learnt twice, results "
+                f"and summary are brought up to date; to teach it anew, remove {done[-1].folder} first"
+            )
+            return before[-1], _finish(learner, before, into, progress)
+        if not there:
+            write_record(into, learner.record())
+        _place_source(into, len(before), source)
+        stream = Stream(OPEN, learner.scenario, (*before, task))
+        facts = {"source": source} | (elsewhere(into, learner.runtime, progress) if there else {})
+        try:
+            with skippable("--skip-bad"), nothing_learnt_nothing_left(into), as_found(learner.runtime.threads):
+                return task, learn_stream(train, learner, stream, into, progress, learner.config.save_every, facts)
+        except Interrupted as stop:
+            said = str(stop).partition(";")[0]
+            raise Interrupted(
+                f"{said}; go on with 'perdure learn {photos} --into {into}' and the same options"
+            ) from stop
+        except Diverged as error:
+            shutil.rmtree(into / f"task-{len(before):03d}", ignore_errors=True)  # of no use to go on from
+            raise ValueError(f"{error}: teach it again with a lower --lr than {train.lr:g}") from error
+
+
+def go_on(folder: Path, progress: Progress | None = None, device: str | None = None) -> dict[str, Any]:
+    """Finish what was stopped or killed in a folder: a run's tasks, or a learner's last lesson; returns the summary.
+
+    Raises:
+        ValueError: when `folder` is neither's, something in it is damaged, or a learner has nothing to go on with.
+        Interrupted: after SIGINT or SIGTERM.
+    """
+    written, done = read_record(folder), checkpoint.whole(folder)
+    begun = _begun(folder, done)
+    if begun is not None:
+        given = {**begun.get("options", {}), **({"device": device} if device else {})}
+        config = RunConfig(stream=OPEN)  # what counts is the folder's own
+        photos, captions = Path(begun["folder"]), begun.get("captions")
+        return teach_folder(photos, folder, config, given, progress, begun["skip_bad"], captions)[1]
+    if written["config"].get("stream"):
+        return resume(folder, progress, device)
+    if not done:
+        raise ValueError(f"{folder} was taught nothing yet: go on with 'perdure learn FOLDER --into {folder}'")
+    progress = progress or Quiet()
+    with checkpoint.locked(folder):
+        learner = Learner.untaught(folder, device)
+        return _finish(learner, _tasks_with_data(learner, folder, done, progress), folder, progress)
+
+
+def _finish(learner: Learner, tasks: Sequence[Task], into: Path, progress: Progress) -> dict[str, Any]:
+    """What `learn_stream` does once all is learnt."""
+    stream = Stream(OPEN, learner.scenario, tuple(tasks))
+    return learn_stream(learner.usual_training(), learner, stream, into, progress)
+
+
+def _tasks_with_data(learner: Learner, folder: Path, done: Sequence[Checkpoint], progress: Progress) -> list[Task]:
+    """The tasks already learnt, with their data where it is still at hand."""
+    if not done:
+        return []
+    declared: tuple[Task, ...] = ()
+    if learner.config.stream != OPEN:
+        declared = build_stream(learner.config.stream, learner.backbone.preprocess, learner.config.seed).tasks
+        if done[-1].learnt < len(declared):
+            raise ValueError(
+                f"{folder} has learnt {done[-1].learnt} of its stream's {len(declared)} tasks: finish it with "
+                f"'perdure resume {folder}' before it learns more"
+            )
+    moves = recorded_moves(folder)
+    sources = {each.learnt - 1: each.manifest.get("source") for each in done}
+    tasks: list[Task] = []
+    for described in done[-1].tasks:
+        task = declared[described.index] if described.index < len(declared) else described
+        if source := sources.get(described.index):
+            known = {name: c for t in tasks for name, c in zip(t.names, t.classes, strict=True)}
+            for move in moves:
+                source = {**source, "folder": relocated(source["folder"], move)}
+            task = _again(source, described, learner, known)
+            if not len(task.train):
+                progress.note(
+                    f"{source['folder']} is gone or has changed since it was learnt (task {described.index + 1}): it "
+                    "is not evaluated again, and its images cannot be replayed"
+                )
+        tasks.append(task if task == described else described)
+    return tasks
+
+
+def _again(source: Source, described: Task, learner: Learner, known: Mapping[str, int]) -> Task:
+    """A task with its data, read again; without when that is not what was learnt."""
+    folder = Path(source["folder"])
+    if not folder.exists():
+        return described
+    own = dict(zip(described.names, described.classes, strict=True)) if learner.objective.classifies else {}
+    try:
+        captions = source.get("captions")
+        task = _read(folder, learner, {**known, **own}, described.index, source["skip_bad"], captions, again=True)
+    except ValueError:  # no folder of classes any more
+        return described
+    if own == dict(zip(task.names, task.classes, strict=True)):
+        # The folder may be called otherwise now, and versions differ in how they sort classes.
+        task = dataclasses.replace(described, train=task.train, test=task.test)
+    # A memory refers to images by their position.
+    return task if task == described and _digest(task.train) == source["train_sha256"] else described
+
+
+def _read(
+    photos: Path,
+    learner: Learner,
+    known: Mapping[str, int],
+    index: int,
+    skip_bad: bool,
+    captions: str | None,
+    tell: Callable[[str], None] = lambda _: None,
+    again: bool = False,
+) -> Task:
+    if learner.objective.classifies:
+        place = photos, learner.backbone.preprocess, known, index, skip_bad, learner.seed
+        return folder_task(*place, tell, None if again else "learn")
+    return captioned_task(photos, learner.backbone.preprocess, known, index, captions, skip_bad)
+
+
+def _source(photos: Path, task: Task, skip_bad: bool) -> Source:
+    return {
+        "folder": str(photos.resolve()),
+        "skip_bad": skip_bad,
+        "train_sha256": _digest(task.train),
+        "content": _content(task),
+        "skipped": _skipped(task),
+    }
+
+
+def _content(task: Task) -> str:
+    """Of the bytes of the images to learn, with their classes or captions, in whatever order and under any name."""
+    data = task.train
+    if not isinstance(data, ImageSet):
+        return ""
+    names = dict(zip(task.classes, task.names, strict=True))
+    if isinstance(data, Captioned):
+        said = ["\n".join(unpack(each)) for each in data.texts]
+    else:
+        said = [names[label] for label in data.labels.tolist()]
+    return digest(sorted(f"{image} {text}" for image, text in zip(data.hashes().tolist(), said, strict=True)))
+
+
+def _digest(data: Data) -> str:
+    """Of which images there are, in their order, and of their captions."""
+    if not isinstance(data, ImageSet):
+        return ""
+    keys = [data.source.key(row) for row in data.rows.tolist()]
+    return digest(
+        [*keys, *(line for each in data.texts for line in unpack(each))] if isinstance(data, Captioned) else keys
+    )
+
+
+def _skipped(task: Task) -> list[str]:
+    return [where for data in (task.train, task.test) if isinstance(data, ImageSet) for where in data.skipped]
+
+
+def _refuse_without_effect(into: Path, config: RunConfig, given: Mapping[str, Any]) -> None:
+    for name, value in given.items():
+        made = getattr(config, name)
+        if name in _FIXED and value != made and (name not in _SPECS or parse(anchored(value)) != parse(made)):
+            raise ValueError(
+                f"{into} was made with {name}={made!r}; {value!r} would have no effect: leave it out, or teach a new "
+                "learner"
+            )
+
+
+def _tell_overlap(before: Sequence[Task], task: Task, progress: Progress) -> None:
+    """Say when what is to be learnt was a test so far."""
+    tests = torch.cat([t.test.pairs for t in before if isinstance(t.test, Captioned)] or [torch.empty(0)])
+    learnt = task.train.pairs if isinstance(task.train, Captioned) else torch.empty(0)
+    if count := int(torch.isin(learnt, tests).sum()):
+        progress.note(
+            f"{count} images to learn are test images of earlier tasks, whose recall is no fair test any more"
+        )
+
+
+def _next(into: Path, done: Sequence[Checkpoint]) -> Path:
+    """Folder of the task that comes next."""
+    return into / f"task-{done[-1].learnt if done else 0:03d}"
+
+
+def _begun(into: Path, done: Sequence[Checkpoint]) -> Source | None:
+    """The source of a lesson that has been begun and is not whole."""
+    path = _next(into, done) / _SOURCE
+    if not path.is_file():
+        return None
+    remedy = f"restore it, or remove {path.parent} to give this task up"
+    return schema.read(path, Source, remedy, "format" in read_record(into))
+
+
+def _refuse_other_task(into: Path, done: Sequence[Checkpoint], source: Source) -> None:
+    """What was stopped within a task goes on with the same images and options only."""
+    begun = _begun(into, done)
+    if begun is None or checkpoint.latest_step(into, done) is None:
+        return
+    before, now = dict(begun), dict(source)
+    if changed := [key for key in before if key != "seal" and before[key] != now.get(key)]:
+        raise ValueError(
+            f"{into} was stopped while it learnt {begun['folder']}, and now the {_WORDS.get(changed[0], changed[0])} "
+            f"differ: give the same to finish that, or remove {_next(into, done)} to give it up"
+        )
+
+
+def _taught_last(done: Sequence[Checkpoint], source: Source) -> bool:
+    """Whether the last task was learnt from these images.
+
+    Raises:
+        ValueError: when it was, with other options, which would have no effect now.
+    """
+    last = done[-1].manifest.get("source") if done else None
+    if not last or not source["content"] or last.get("content") != source["content"]:
+        return False
+    before, now = last.get("options", {}), source.get("options", {})
+    if changed := [key for key in now if now[key] != before.get(key)]:
+        raise ValueError(
+            f"{source['folder']} is what was taught last, and --{changed[0].replace('_', '-')} {now[changed[0]]} would "
+            f"have no effect now: remove {done[-1].folder} to teach it anew"
+        )
+    return True
+
+
+def _place_source(into: Path, index: int, source: Source) -> None:
+    begun = into / f"task-{index:03d}"
+    begun.mkdir(exist_ok=True)
+    checkpoint.write_sealed(begun / _SOURCE, source)

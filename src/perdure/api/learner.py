@@ -1,0 +1,379 @@
+"""The learner as people use it: create, teach, ask, save, load, export."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from perdure.core import checkpoint
+from perdure.core.learner import Core
+from perdure.core.method import parts_of
+from perdure.core.shared_copy import as_now, become, part, twin_of
+from perdure.evaluation.calibration import fit, set_apart
+from perdure.export.model import export
+from perdure.objectives.zeroshot import TEMPLATE, ZeroShot, class_texts
+from perdure.process import Turn, as_found, plain
+from perdure.streams import ImageSet, alike, captioned_task, folder_task, given_captions, given_task
+from perdure.streams.sources import Picture, listed
+from perdure.training import taught_images as taught
+from perdure.training.config import RunConfig, check_options
+from perdure.training.loop import Progress, Quiet, TrainConfig, fit_task
+from perdure.training.run import build_learner, read_record, record, recorded_config, recorded_runtime, write_record
+from perdure.training.runtime import Runtime
+from perdure.training.summary import COSTS, facts_of, write_summary
+from perdure.types import Row, Stream, Task
+
+OPEN = ""
+"""The stream of a learner that is taught one folder after another."""
+
+_LEAST_STEPS = 60
+"""Of a task that is taught by hand, when the number of epochs is left open."""
+
+
+class Learner(Core):
+    """A pre-trained model that goes on learning.
+
+    ```python
+    learner = Learner.create("pocket()", "inflora(rank=10)")
+    learner.learn(images, labels)
+    learner.predict(["cat.jpg"])      # one list of (name, score) an image, best first
+    learner.save("my.learner")
+    ```
+
+    Every method can be called from any thread. While one learns, the others answer, save and export by what was learnt
+    before; a task that fails or is interrupted leaves the learner as it was.
+    """
+
+    config: RunConfig
+    runtime: Runtime
+    lessons: Turn
+    _facts: dict[str, Any]
+
+    @classmethod
+    def create(
+        cls, backbone: str = "pocket()", method: str = "inflora(rank=10)", objective: str = "classify()", **options: Any
+    ) -> Self:
+        """A learner that has learnt nothing yet.
+
+        Args:
+            backbone: the pre-trained model, in the mini-language.
+            method: how it learns.
+            objective: what is asked of it.
+            options: fields of `RunConfig`: epochs, lr, batch_size, seed, precision, ...
+
+        Raises:
+            ValueError: for names and options that do not exist.
+        """
+        check_options("create", options, RunConfig)
+        return cls.of(RunConfig(stream=OPEN, backbone=backbone, method=method, objective=objective, **options))
+
+    @classmethod
+    @plain()
+    def of(cls, config: RunConfig, runtime: Runtime | None = None) -> Self:
+        """A learner that has learnt nothing yet, from its configuration."""
+        learner, found = build_learner(cls, config, runtime)
+        learner.config, learner.runtime, learner._facts, learner.lessons = config, found, {}, Turn()
+        return learner
+
+    @classmethod
+    def untaught(cls, folder: Path, device: str | None = None) -> Self:
+        """The learner of a folder, as it was before its first task; on `device` instead of its own."""
+        written = read_record(folder)
+        learner = cls.of(recorded_config(folder, written), recorded_runtime(folder, written, device))
+        learner.scenario = written["stream"]["scenario"]
+        return learner
+
+    @property
+    def known(self) -> dict[str, int]:
+        """Class name -> id of everything learnt so far."""
+        objective = self.objective  # once: a lesson in another thread may end here
+        return dict(zip(objective.names, objective.classes, strict=True))
+
+    @plain()
+    def learn(
+        self,
+        images: Sequence[Picture] | torch.Tensor | str | Path,
+        labels: Sequence[str | int] | torch.Tensor | None = None,
+        progress: Progress | None = None,
+        captions: Sequence[str | Sequence[str]] | str | None = None,
+        **options: Any,
+    ) -> Self:
+        """One more task.
+
+        Args:
+            images: Pillow images, paths, uint8 arrays (H, W, 3) or a uint8 tensor (n, 3, H, W); or the path of a folder
+                of class folders, or with `retrieve` of a parquet or JSONL file of images and captions.
+            labels: a name or number for each image; None for a folder, and with `retrieve`.
+            progress: who is told; to it, too, the learner answers by what it knew before.
+            captions: with `retrieve`, a text or several for each image; of a file, the column that holds them.
+            options: fields of `TrainConfig`, for this task only.
+
+        Raises:
+            ValueError: for images, labels or options that cannot be used.
+        """
+        check_options("learn", options, TrainConfig)
+        train = self.usual_training().but(**options)
+        with self.lessons, as_found(self.runtime.threads):
+            if self.lessons.depth > 1:
+                raise ValueError("this learner is learning: learn cannot be called from its progress; call it after")
+            read = self._labelled if self.objective.classifies else self._captioned
+            task = read(images, labels, captions)
+            given = "captions" if labels is None else "labels"
+            check_first(self, task, self.known, str(images) if isinstance(images, str | Path) else given)
+            train = self.long_enough(train, task, "epochs" in options)
+            twin = twin_of(self)
+            *twin.tasks, task = alike([*self.tasks, task])
+            learnt, held = set_apart(self, task)
+            twin.grow(learnt)
+            part(twin, self)
+            twin._facts = facts_of(fit_task(twin, learnt, train, progress), 0.0)
+            fit(twin, held)
+            become(self, twin)
+        return self
+
+    def _labelled(self, images: Any, labels: Any, captions: Any) -> Task:
+        if captions is not None:
+            raise ValueError(f"captions have no effect with {self.config.objective}: give labels, or take retrieve()")
+        place = self.backbone.preprocess, self.known, self.learnt
+        if isinstance(images, str | Path):
+            if labels is not None:
+                raise ValueError(f"{images} is a folder, whose sub-folders are the labels; leave labels out")
+            return folder_task(images, *place, seed=self.seed)
+        if labels is None:
+            raise ValueError("labels are missing: give a name or number for each image")
+        return given_task(_several(images), labels, *place)
+
+    def _captioned(self, images: Any, labels: Any, captions: Any) -> Task:
+        if labels is not None:
+            raise ValueError("labels have no effect with retrieve, which learns captions: give captions=[...]")
+        place = self.backbone.preprocess, self.known, self.learnt
+        if isinstance(images, str | Path):
+            if not (Path(images).is_dir() or Path(images).suffix in (".jsonl", ".parquet")):
+                raise ValueError(
+                    f"{images} is no parquet or JSONL file of images and captions: give pictures as a list, "
+                    f"[{str(images)!r}]"
+                )
+            if not (captions is None or isinstance(captions, str)):
+                raise ValueError(f"{images} is a file, which has the captions; give the name of their column, or none")
+            return captioned_task(images, *place, captions)
+        if captions is None:
+            raise ValueError("captions are missing: give a text, or several, for each image")
+        return given_captions(_several(images), captions, *place)
+
+    @plain()
+    def predict(
+        self,
+        images: Sequence[Picture] | torch.Tensor | ImageSet,
+        top: int | None = None,
+        batch_size: int = 256,
+        classes: Sequence[str] | None = None,
+        calibrated: bool = False,
+    ) -> list[list[tuple[str, float]]]:
+        """Class names with scores, best first, for each image; scores of an image add up to 1.
+
+        They are the softmax of what the method answers with (logits, cosines, ...): an order, and no probability. Only
+        `calibrated` ones are meant as how often such an answer is right.
+
+        Args:
+            images: as in `learn`, or an image set.
+            top: how many names; all when None.
+            batch_size: images at once; the answer does not depend on it.
+            classes: names to choose among, whatever was learnt, by a text tower; None answers with what was learnt.
+            calibrated: divide the answers by the temperature that images set apart from training have asked for.
+
+        Raises:
+            ValueError: when nothing was learnt yet, an image cannot be read, or the backbone has no text tower for
+                `classes`.
+        """
+        if classes is None:
+            self._check_learnt()
+            if not self.objective.classifies:
+                raise ValueError(
+                    "this learner ranks images and captions and has learnt no classes: name some with "
+                    "classes=['a cat', 'a dog'] (--classes), or use search"
+                )
+        if calibrated:
+            self._check_calibrated(classes)
+        if top is not None and top < 1:
+            raise ValueError(f"top={top}: expected 1 or more, or None for all")
+        if classes is not None and not len(classes):
+            raise ValueError("classes is empty: give at least one name, or None for what was learnt")
+        data = self._shown(images)
+        if not len(data):
+            return []
+        with self.inference():
+            if classes is None:
+                names, scores = self.objective.names, self.answers(data, batch_size)
+            else:
+                names, texts = tuple(classes), class_texts(self, classes, self.templates)
+                scores = self.backbone.logit_scale * self._towards(data, texts, batch_size)
+            shares = (scores.float() / (self.temperature.value if calibrated else 1)).softmax(1).cpu()
+        best = shares.topk(min(top or shares.shape[1], shares.shape[1]), dim=1)
+        return [
+            [(names[i], float(share)) for i, share in zip(where, line, strict=True)]
+            for where, line in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        ]
+
+    @plain()
+    def search(
+        self, images: Sequence[Picture] | torch.Tensor | ImageSet, text: str, top: int = 5, batch_size: int = 256
+    ) -> list[tuple[int, float]]:
+        """Which of `images` fit `text` best: their positions with the cosine of image and text, best first.
+
+        Args:
+            images: as in `learn`.
+            text: what is looked for, in any language that the text tower knows.
+            top: how many.
+            batch_size: images at once; the answer does not depend on it.
+
+        Raises:
+            ValueError: when the text is empty, an image cannot be read, or the backbone has no text tower.
+        """
+        if not text.strip():
+            raise ValueError("the text to search for is empty: say what to look for")
+        if top < 1:
+            raise ValueError(f"top={top}: expected 1 or more")
+        data = self._shown(images)
+        if not len(data):
+            return []
+        with self.inference():
+            cosines = self._towards(data, class_texts(self, [text], ("{}",)), batch_size)[:, 0].cpu()
+        best = cosines.topk(min(top, len(cosines)))
+        return list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+
+    def _shown(self, images: Any) -> ImageSet:
+        if isinstance(images, ImageSet):
+            return images
+        images = listed(_several(images), "images")
+        return ImageSet.of(images, [0] * len(images), self.backbone.preprocess)
+
+    @property
+    def templates(self) -> tuple[str, ...]:
+        """Sentences into which names of classes are put."""
+        return self.objective.templates if isinstance(self.objective, ZeroShot) else (TEMPLATE,)
+
+    def _towards(self, data: ImageSet, texts: torch.Tensor, size: int) -> torch.Tensor:
+        """Cosines (n, m) of images to unit-length embeddings of texts (m, dim)."""
+        features = torch.cat([self.encode(batch) for batch in self.batches(data, size)])
+        if features.shape[1] != texts.shape[1]:
+            raise ValueError(
+                f"the {features.shape[1]} features of {self.method.spec!r} are not in the space of the "
+                f"{texts.shape[1]}-dimensional texts: this learner cannot be asked by text"
+            )
+        return F.normalize(features, dim=1) @ texts.T
+
+    def _check_calibrated(self, classes: Sequence[str] | None) -> None:
+        if classes is not None:
+            raise ValueError(
+                "calibrated scores are those of what was learnt, and say nothing of other names: leave out calibrated "
+                "(--calibrated), or classes (--classes)"
+            )
+        if not self.temperature:
+            raise ValueError(
+                "this learner has no temperature, for no images were set apart when it learnt: teach a new one with "
+                "calibrate=0.1 (--calibrate 0.1)"
+            )
+
+    def _check_learnt(self) -> None:
+        if not self.learnt:
+            raise ValueError("this learner has learnt nothing yet: call learn(images, labels) first")
+
+    @plain()
+    def save(self, folder: str | Path, rows: Sequence[Row] = ()) -> Path:
+        """Write what was learnt to `folder`, new or of this learner; to save twice without learning changes nothing.
+
+        While another thread teaches it, what it knew before is written.
+
+        Args:
+            folder: where to.
+            rows: measurements made after the last task, for the report.
+
+        Raises:
+            ValueError: when nothing was learnt yet, or the folder holds another learner.
+        """
+        folder, now = Path(folder), as_now(self)
+        if not now.learnt:
+            raise ValueError("this learner has learnt nothing yet: there is nothing to save")
+        with checkpoint.locked(folder):
+            if not (folder / "run.json").exists():
+                write_record(folder, now.record())
+            elif recorded_config(folder, read_record(folder)) != now.config:
+                raise ValueError(f"{folder} holds another learner; save to a new folder")
+            done = checkpoint.whole(folder)
+            before = done[-1].learnt if done else 0
+            if not (done and checkpoint.holds(done[-1], now)):
+                if before >= now.learnt or (done and done[-1].tasks != now.tasks[:before]):
+                    raise ValueError(f"{folder} has learnt something else since; save to a new folder")
+                gap = {"alone": True} if before < now.learnt - 1 else {}
+                checkpoint.save_task(folder, now, list(rows), now._facts | gap, taught.files(now.tasks[-1]))
+            # also when nothing was to be saved: a process may have been killed before it came here
+            checkpoint.write_results(folder, checkpoint.whole(folder))
+            write_summary(folder, Quiet().note)
+        return folder
+
+    @classmethod
+    @plain()
+    def load(cls, folder: str | Path, device: str | None = None) -> Self:
+        """The learner of a folder, as it was after its last whole task; a run's folder or a saved learner's.
+
+        Args:
+            folder: where from.
+            device: to compute on; None is the one that it was made on.
+
+        Raises:
+            ValueError: when the folder is not a learner, is damaged, or its backbone has changed.
+        """
+        read_record(Path(folder))
+        done = checkpoint.whole(Path(folder))  # before the model is read, which may take longer
+        if not done:
+            raise ValueError(f"{folder} has no learnt task yet: go on with 'perdure resume {folder}'")
+        learner = cls.untaught(Path(folder), device)
+        with as_found(learner.runtime.threads):
+            checkpoint.restore(learner, done[-1])
+        learner._facts = {k: v for k, v in done[-1].manifest.items() if k in COSTS}
+        return learner
+
+    @plain()
+    def export(self, folder: str | Path, to: str) -> Path:
+        """Write the model for other libraries: `peft` or `merged`; see `perdure.export.model`."""
+        return export(as_now(self), Path(folder), to)
+
+    def record(self) -> dict[str, Any]:
+        """The content of run.json, for a learner that is taught without a declared stream."""
+        return record(self.config, self, Stream(OPEN, self.scenario, ()), self.runtime)
+
+    def usual_training(self) -> TrainConfig:
+        """How tasks are trained unless said otherwise."""
+        return TrainConfig(**{f.name: getattr(self.config, f.name) for f in dataclasses.fields(TrainConfig)})
+
+    def long_enough(self, train: TrainConfig, task: Task, settled: bool) -> TrainConfig:
+        """More passes over a small task, unless the user settled their number: in a few steps nothing is learnt."""
+        if settled or self.config.epochs != RunConfig.epochs:
+            return train
+        steps = math.ceil(len(task.train) / train.batch_size)
+        return dataclasses.replace(train, epochs=max(train.epochs, math.ceil(_LEAST_STEPS / steps)))
+
+
+def check_first(learner: Learner, task: Task, known: Mapping[str, int], where: str) -> None:
+    """Refuse a first task that has nothing to tell apart."""
+    if not known and len(task.classes) < 2 and not learner.objective.open_vocabulary:
+        raise ValueError(f"{where}: one class only, {task.names[0]!r}; a first task needs at least two")
+    rehearsed = learner.learnt and any(part.rehearses for part in parts_of(learner.method))
+    if not learner.objective.classifies and len(task.train) < 2 and not rehearsed:
+        raise ValueError(f"{where}: one image only; images are told apart from each other, so give at least two")
+
+
+def _several(images: Any) -> Any:
+    """A sequence of images from what may be one of them."""
+    one = isinstance(images, str | Path | Image.Image)
+    # (H, W, 3) and (H, W, 1) are one picture; several grey ones are (n, H, W).
+    one = one or (isinstance(images, np.ndarray) and images.ndim == 3 and images.shape[2] in (1, 3, 4))
+    return [images] if one else images

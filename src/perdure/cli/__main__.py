@@ -1,0 +1,5 @@
+"""`python -m perdure.cli`."""
+
+from perdure.__main__ import main
+
+main()

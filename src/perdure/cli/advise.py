@@ -1,0 +1,85 @@
+"""`perdure advise`: apart from the other commands, because it answers without torch and so at once."""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from perdure.cli.command import Command
+from perdure.cli.console import Screen
+from perdure.formatting import human_bytes, share
+from perdure.reporting.advise import Advice, Choice, Constraints, advise, in_words, shipped
+
+_MOST = 12  # methods shown of one setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class Advise(Constraints, Command):
+    """Which method to take: measured ones that keep to your constraints, best first."""
+
+    from_: Annotated[Path | None, tyro.conf.arg(name="from")] = None
+    """Folder that `perdure compare` wrote, to answer from your own measurements instead of those that were shipped."""
+
+    def __post_init__(self) -> None:
+        """Nothing: values are checked when the command is called, where a mistake becomes one line."""
+
+    def __call__(self, screen: Screen) -> None:
+        """Print the list, with what it relies on."""
+        asked = Constraints(**{f.name: getattr(self, f.name) for f in fields(Constraints)})
+        # Only reading runs takes torch.
+        read = (lambda _: shipped()) if self.from_ is None else import_module("perdure.reporting.tables").settings_of
+        answers = advise(read([self.from_]), asked)
+        said, folder = in_words(asked), None if self.from_ is None else str(self.from_)
+        content = {"event": "advice", "asked": said, "from": folder, "answers": [asdict(a) for a in answers]}
+        screen.result(content, *text(said, answers, folder))
+
+
+def text(asked: Sequence[str], answers: Sequence[Advice], folder: str | None) -> list[str]:
+    """The answer for people, line by line."""
+    lines = [f"asked: {', '.join(asked)}"]
+    if not answers:
+        return [
+            *lines,
+            f"not known: {folder or 'the shipped table'} has no such measurement. Measure methods on your own stream "
+            "with 'perdure compare', then ask with --from and its folder",
+        ]
+    for answer in answers:
+        lines += ["", *_answer(answer)]
+    if folder is None:
+        lines += ["", "On other data the order may differ: measure with 'perdure compare', then ask with --from."]
+    return lines
+
+
+def _answer(answer: Advice) -> list[str]:
+    about = answer.setting
+    lines = [f"{about['data']}, {about['tasks']} tasks, {about['classes']} classes, {about['backbone']}"]
+    if not answer.choices:
+        lines.append("not known: no method that was measured here is known to keep to all of this")
+    else:
+        titles = ("", "accuracy", "new task", "forgetting", "stored", "step", "method")
+        rows = [titles, *map(_cells, answer.choices[:_MOST])]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines += ["  ".join([*map(str.rjust, row[:-1], widths), row[-1]]) for row in rows]
+        if len(answer.choices) > _MOST:
+            lines.append(f"and {len(answer.choices) - _MOST} more, see --json")
+    lines += [f"left out, {why}: {', '.join(methods)}" for why, methods in answer.left_out.items()]
+    lines += [f"not known, {what}: {', '.join(methods)}" for what, methods in answer.unknown.items()]
+    days = " to ".join(dict.fromkeys((about["created"][0], about["created"][-1])))
+    commits = f" at {', '.join(about['git'])}" if about["git"] else ""
+    lines += [*answer.notes, f"measured {days} with perdure {', '.join(about['perdure'])}{commits}"]
+    if not answer.choices:
+        return lines
+    first = shlex.join([choice.method for choice in answer.choices[:3]])
+    return [*lines, "to measure the first three:", f"  {about['command']} --methods {first} --out runs/again"]
+
+
+def _cells(choice: Choice) -> tuple[str, ...]:
+    sign = {"extrapolated": "~", "at most": "≤"}.get(choice.stored, "")
+    stored = "?" if choice.stored_bytes is None else f"{sign}{human_bytes(choice.stored_bytes)}"
+    step = {"none": "none", "unknown": "?"}.get(choice.steps) or f"{choice.step:.2f}"
+    shares = map(share, (choice.share, choice.new_task_acc, choice.forgetting))
+    return f"{choice.place}{'=' if choice.tied else ' '}", *shares, stored, step, choice.method

@@ -1,0 +1,183 @@
+"""What there is: names, options and texts of methods, streams and backbones, without importing what computes.
+
+Read from the sources as syntax trees, because torch alone takes seconds to import and a list should come at once. Only
+methods of third parties, which may lie anywhere, are imported.
+"""
+
+import ast
+import builtins
+import functools
+import inspect
+import sys
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, Literal
+
+from perdure.experiments.recipes import RECIPES
+from perdure.options import ranges
+
+Kind = Literal["methods", "streams", "backbones", "recipes"]
+_REGISTRIES = {"streams": "STREAMS", "backbones": "BACKBONES"}
+_ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One name.
+
+    Args:
+        options: as in its signature, with defaults: `rank=10, at='kv'`.
+        ranges: option -> what a number may be: `int from 1 to 4096`.
+        about: all that is written about it.
+    """
+
+    options: str
+    ranges: Mapping[str, str]
+    about: str
+
+    @property
+    def sentence(self) -> str:
+        """What it is, in one paragraph."""
+        return " ".join(self.about.partition("\n\n")[0].split())
+
+
+def entries(kind: Kind) -> dict[str, Entry]:
+    """All of a kind, by name."""
+    if kind == "recipes":
+        return {name: described(made) for name, made in RECIPES.items()}
+    if kind in _REGISTRIES:
+        return dict(_factories(kind, _REGISTRIES[kind]))
+    ours = dict(_methods())
+    if entry_points(group="perdure.methods"):
+        import_module("perdure.methods")
+        every = import_module("perdure.core.method").METHODS
+        ours |= {name: described(made) for name, made in every.items() if name not in ours}
+    return ours
+
+
+def described(made: Callable[..., Any]) -> Entry:
+    """What is known of a class or factory that is imported."""
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    options = {k: p.default for k, p in inspect.signature(made).parameters.items() if p.kind in named}
+    about = inspect.cleandoc(made.__doc__ or "")
+    if inspect.isclass(made):
+        about = f"{inspect.cleandoc(sys.modules[made.__module__].__doc__ or '')}\n\n{about}"
+    hints = ranges.hints_of(made)
+    return _entry({k: (v, hints.get(k, Any)) for k, v in options.items()}, about)
+
+
+def _entry(options: Mapping[str, tuple[Any, Any]], about: str) -> Entry:
+    """From default and annotation of each option."""
+    shown = (name if value is inspect.Parameter.empty else f"{name}={value!r}" for name, (value, _) in options.items())
+    numeric = {name: ranges.expected(hint) for name, (_, hint) in options.items() if ranges.ranged(hint)}
+    return Entry(", ".join(shown), numeric, about)
+
+
+def _methods() -> Iterator[tuple[str, Entry]]:
+    """Classes that name themselves: `class Mine(Method, name="mine")`."""
+    for file in (_ROOT / "methods").glob("*.py"):
+        module = _Module.of("methods", file.stem)
+        for made in (each for each in module.made.values() if isinstance(each, ast.ClassDef)):
+            for word in made.keywords:
+                if word.arg == "name" and isinstance(word.value, ast.Constant):
+                    inits = [f for f in made.body if isinstance(f, ast.FunctionDef) and f.name == "__init__"]
+                    options = module.options(inits[0]) if inits else {}
+                    text = f"{ast.get_docstring(module.tree) or ''}\n\n{ast.get_docstring(made) or ''}"
+                    yield str(word.value.value), _entry(options, text)
+
+
+def _factories(package: str, registry: str) -> Iterator[tuple[str, Entry]]:
+    """Functions that a package's dictionary names."""
+    module = _Module.of(package, "__init__")
+    listed = module.values[registry]
+    assert isinstance(listed, ast.Dict)
+    for name, value in zip(map(ast.literal_eval, filter(None, listed.keys)), listed.values, strict=True):
+        home, made = module.found(value)
+        assert isinstance(made, ast.FunctionDef)
+        options = home.options(made)
+        for mark in made.decorator_list:
+            if isinstance(mark, ast.Call) and getattr(mark.func, "id", "") == "stream":
+                # As `perdure.streams.options.stream` does: the first argument stands for its class's fields.
+                common = made.args.args[0]
+                del options[common.arg]
+                without = {word.value for word in mark.args if isinstance(word, ast.Constant)}
+                place, fields = home.found(common.annotation)
+                options |= {k: v for k, v in place.fields(fields).items() if k not in without}
+        yield name, _entry(options, ast.get_docstring(made) or "")
+
+
+class _Module:
+    """A module's syntax tree, and what its names stand for."""
+
+    def __init__(self, package: str, name: str) -> None:
+        self.tree = ast.parse((_ROOT / package / f"{name}.py").read_text("utf-8"))
+        self.values: dict[str, ast.expr] = {}
+        self.made: dict[str, ast.stmt] = {}
+        self.places: dict[str, tuple[str, str]] = {}
+        for line in self.tree.body:
+            match line:
+                case ast.ImportFrom(module=str(where)) if where.startswith("perdure."):
+                    package, _, name = where.removeprefix("perdure.").rpartition(".")
+                    self.places |= {each.asname or each.name: (package, name) for each in line.names}
+                case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+                    self.made[name] = line
+                case ast.Assign(targets=[ast.Name(id=name)], value=value):
+                    self.values[name] = value
+                case ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as value):
+                    self.values[name] = value
+
+    @staticmethod
+    @functools.cache
+    def of(package: str, name: str) -> "_Module":
+        """`perdure.<package>.<name>`."""
+        return _Module(package, name)
+
+    def found(self, named: ast.expr | None) -> tuple["_Module", ast.stmt]:
+        """The class or function of a name, with the module that defines it."""
+        assert isinstance(named, ast.Name)
+        home = self if named.id in self.made else _Module.of(*self.places[named.id])
+        return home, home.made[named.id]
+
+    def options(self, made: ast.FunctionDef) -> dict[str, tuple[Any, Any]]:
+        """Default and annotation of the arguments of a function or constructor."""
+        words = [
+            each for each in (*made.args.posonlyargs, *made.args.args, *made.args.kwonlyargs) if each.arg != "self"
+        ]
+        positional = len(words) - len(made.args.kwonlyargs)
+        lacking = positional - len(made.args.defaults)
+        values = [*[None] * lacking, *made.args.defaults, *made.args.kw_defaults]
+        return {w.arg: self._option(value, w.annotation) for w, value in zip(words, values, strict=True)}
+
+    def fields(self, made: ast.stmt) -> dict[str, tuple[Any, Any]]:
+        """Default and annotation of the fields of a dataclass."""
+        lines = made.body if isinstance(made, ast.ClassDef) else []
+        # a field made by a call is the program's, see `perdure.streams.options.PROGRAM`
+        written = (each for each in lines if isinstance(each, ast.AnnAssign) and not isinstance(each.value, ast.Call))
+        named = ((line.target, line) for line in written)
+        return {n.id: self._option(line.value, line.annotation) for n, line in named if isinstance(n, ast.Name)}
+
+    def _option(self, default: ast.expr | None, annotation: ast.expr | None) -> tuple[Any, Any]:
+        if isinstance(default, ast.Name):
+            default = self.values[default.id]
+        value = inspect.Parameter.empty if default is None else ast.literal_eval(default)
+        return value, Any if annotation is None else self.meant(annotation)
+
+    def meant(self, annotation: ast.expr) -> Any:
+        """The type of an annotation; what has no range is anything."""
+        # Our own source, as importing it would; of its names only those that make ranges matter here.
+        return eval(ast.unparse(annotation), {}, _Names(self))
+
+
+class _Names(dict[str, Any]):
+    """What the names in a module's annotations mean."""
+
+    def __init__(self, module: _Module) -> None:
+        super().__init__(vars(builtins) | vars(typing) | vars(ranges))
+        self.module = module
+
+    def __missing__(self, name: str) -> Any:
+        return self.module.meant(self.module.values[name]) if name in self.module.values else Any

@@ -1,0 +1,271 @@
+"""The commands: one frozen dataclass each, whose fields are the flags and whose docstrings are the help.
+
+What a command computes with is imported when it is called: help, lists and mistakes wait for no torch.
+"""
+
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal, Optional
+
+import tyro
+
+from perdure.cli.advise import Advise
+from perdure.cli.catalogue import Kind, entries
+from perdure.cli.command import Command
+from perdure.cli.console import Screen
+from perdure.cli.use import Eval, Export, Move, Predict, Search, tell_skipped, told
+from perdure.experiments.recipes import DEMO_METHODS, demo, flags
+from perdure.formatting import meant, shortened
+from perdure.options.ranges import BatchSize, Epochs, Range, Rate, Seed
+from perdure.training.config import RunConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo(Command):
+    """Sequential LoRA and InfLoRA on coloured shapes, offline, in minutes."""
+
+    out: Path = Path("runs/demo")
+    """Folder of the two runs and the report."""
+
+    def __call__(self, screen: Screen) -> None:
+        """Compare the two methods and write the report."""
+        config = demo()
+        screen.note(f"{config.stream} on {config.backbone}: {' beside '.join(DEMO_METHODS)}")
+        _grid(config, DEMO_METHODS, (0,), self.out, screen, demo=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(RunConfig, Command):
+    """Learn a stream with one method."""
+
+    recipe: str | None = None
+    """Name from `perdure list recipes`: its options, unless they are given here too."""
+    out: Path
+    """Folder of the run; it must not hold one yet."""
+
+    def __post_init__(self) -> None:
+        """Nothing: values are checked when the command is called, where a mistake becomes one line."""
+
+    def __call__(self, screen: Screen) -> None:
+        """Run, report."""
+        from perdure.training.run import run
+
+        config = RunConfig(**{f.name: getattr(self, f.name) for f in fields(RunConfig)})
+        if self.recipe:
+            screen.note(f"recipe {self.recipe}: {shlex.join(flags(config))}")
+        screen.wait("reading the data and the model")
+        from perdure.backbones.preprocess import skippable
+
+        with skippable("skip_bad=True in the stream"):
+            summary = run(config, self.out, screen)
+        _finished(self.out, summary, screen)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resume(Command):
+    """Go on with a run or a lesson that was stopped or killed, with the same result as if it never was."""
+
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
+    """The run's or the learner's folder."""
+    device: str | None = None
+    """Another one than the run began on, such as cpu; the result is then no longer the same to the bit."""
+
+    def __call__(self, screen: Screen) -> None:
+        """Resume, report."""
+        from perdure.api.folders import go_on
+        from perdure.backbones.preprocess import skippable
+
+        screen.wait("reading the data and the model")
+        with skippable("skip_bad=True in the stream of a new run"):
+            summary = go_on(self.folder, screen, self.device)
+        _finished(self.folder, summary, screen)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learn(Command):
+    """Teach a learner one more task, from a folder whose sub-folders are the classes, or from images with captions."""
+
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
+    """Folder of class folders, or with train/ and test/ in it; with --objective retrieve a parquet or JSONL file of
+    images and captions, or a folder of them."""
+    into: Path
+    """The learner's folder; a new one is made with the options below."""
+    backbone: str | None = None
+    """For a new learner; pocket() unless said otherwise."""
+    method: str | None = None
+    """For a new learner; inflora(rank=10) unless said otherwise."""
+    objective: str | None = None
+    """For a new learner; classify() unless said otherwise."""
+    epochs: Epochs | None = None
+    """Passes over the images; 5 unless said otherwise, and more over few images, for at least 60 steps."""
+    lr: Rate | None = None
+    """Learning rate; 1e-3 unless said otherwise."""
+    batch_size: BatchSize | None = None
+    """Images per step; 64 unless said otherwise."""
+    seed: Seed | None = None
+    """For a new learner; 0 unless said otherwise."""
+    precision: Literal["auto", "fp32", "bf16"] | None = None
+    """For a new learner; auto unless said otherwise."""
+    calibrate: Annotated[float, Range(0, 0.5)] | None = None
+    """For a new learner: share of each class's images set apart, for predict --calibrated; 0 unless said otherwise."""
+    device: str | None = None
+    """The learner's own unless said otherwise; auto for a new one."""
+    skip_bad: bool = False
+    """Leave unreadable images out, and list them."""
+    captions: str | None = None
+    """Column of the captions, for a learner of captions; captions unless said otherwise."""
+
+    def __call__(self, screen: Screen) -> None:
+        """Learn, say what is known now."""
+        from perdure.api.folders import teach_folder
+        from perdure.reporting.report import write_report
+
+        screen.wait("reading the data and the model")
+        names = [f.name for f in fields(RunConfig) if hasattr(self, f.name)]
+        given = {n: getattr(self, n) for n in names if getattr(self, n) is not None}
+        config = RunConfig(stream="", **given)
+        task, summary = teach_folder(self.folder, self.into, config, given, screen, self.skip_bad, self.captions)
+        skipped = [where for data in (task.train, task.test) for where in getattr(data, "skipped", ())]
+        tell_skipped(skipped, screen.note)
+        write_report([self.into], self.into / "report.html")
+        into = shlex.quote(str(self.into))
+        ask = f"predict {into} IMAGE" if summary["score"] == "accuracy" else f"search {into} FOLDER 'words'"
+        screen.result(
+            {"event": "learnt", "task": task.describe(), "summary": summary, "skipped": skipped},
+            f"learnt {', '.join(map(shortened, task.names))}; ask it with: perdure {ask}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare(RunConfig, Command):
+    """Methods side by side over several seeds (class orders): scores, bytes and step cost in a table, plots."""
+
+    methods: tuple[str, ...]
+    """Methods, each in quotes."""
+    method: Annotated[str, tyro.conf.Suppress] = field(default="")
+    seeds: tuple[Seed, ...] = (0, 1, 2)
+    """One run a method for each; unless the stream fixes it, a seed is also a class order."""
+    seed: Annotated[Seed, tyro.conf.Suppress] = field(default=0)
+    out: Path
+    """Folder of the grid; finished runs in it are not repeated."""
+
+    def __post_init__(self) -> None:
+        """Nothing: values are checked when the command is called, where a mistake becomes one line."""
+
+    def __call__(self, screen: Screen) -> None:
+        """Run the grid, print the table, write the report."""
+        names = [f.name for f in fields(RunConfig) if f.name not in ("method", "seed")]
+        config = RunConfig(**{n: getattr(self, n) for n in names})
+        _grid(config, self.methods, self.seeds, self.out, screen)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report(Command):
+    """Write report.html for one or several runs."""
+
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FOLDERS")]
+    """Runs' folders, or a grid's."""
+    out: Path | None = None
+    """The file; report.html in the first folder when left out."""
+    figures: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """A folder for the figures as PDF and PNG, for papers."""
+
+    def __call__(self, screen: Screen) -> None:
+        """Write and print the path."""
+        from perdure.reporting.report import write_report
+
+        inner = [run for folder in self.folders for run in _runs_in(folder)]
+        path = write_report(inner, self.out or self.folders[0] / "report.html", self.figures, screen.note)
+        screen.result({"report": str(path)}, f"report: {path}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class List(Command):
+    """What there is: methods, streams, backbones, recipes."""
+
+    what: tyro.conf.Positional[Kind]
+    """Which."""
+    # Not `str | None`: to look at such a default, tyro imports a package that takes a seventh of the time of a list.
+    name: Annotated[Optional[str], tyro.conf.Positional, tyro.conf.arg(metavar="NAME")] = None  # noqa: UP045
+    """One of them, with all that is written about it."""
+
+    def __call__(self, screen: Screen) -> None:
+        """Print names, options and what they are."""
+        found = entries(self.what)
+        if self.name is None:
+            screen.listing([(name, each.options, each.sentence) for name, each in sorted(found.items())])
+            return
+        if self.name not in found:
+            near = meant(self.name, found) or f"; 'perdure list {self.what}' names them"
+            raise ValueError(f"{self.name!r} is not among the {self.what}{near}")
+        entry = found[self.name]
+        lines = [f"{self.name}({entry.options})" if entry.options else self.name]
+        lines += [f"  {name}: {values}" for name, values in entry.ranges.items()]
+        screen.result({"name": self.name, **asdict(entry)}, *lines, "", *entry.about.splitlines())
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "demo": Demo,
+    "run": Run,
+    "resume": Resume,
+    "learn": Learn,
+    "predict": Predict,
+    "search": Search,
+    "compare": Compare,
+    "advise": Advise,
+    "eval": Eval,
+    "report": Report,
+    "export": Export,
+    "move": Move,
+    "list": List,
+}
+
+
+def _grid(
+    config: RunConfig, methods: Sequence[str], seeds: Sequence[int], out: Path, screen: Screen, demo: bool = False
+) -> None:
+    from perdure.backbones.preprocess import skippable
+    from perdure.experiments.grid import cells, compare
+    from perdure.reporting.report import write_report
+    from perdure.training.run import read_record, read_summary
+
+    grid = cells(methods, seeds, out)
+    with skippable("skip_bad=True in the stream"):
+        table = compare(config, grid, out, screen, steps=not demo)
+    if demo:
+        for cell in grid:
+            names = [t["name"] for t in read_record(cell.folder)["stream"]["tasks"]]
+            screen.matrix(dict(read_summary(cell.folder)), names, cell.method)
+    screen.table(table)
+    _tell_notes([read_record(cell.folder) for cell in grid], screen)
+    path = write_report([cell.folder for cell in grid], out / "report.html")
+    screen.result({"event": "report", "path": str(path)}, f"report: {path}")
+
+
+def _finished(out: Path, summary: dict[str, Any], screen: Screen) -> None:
+    from perdure.reporting.report import write_report
+    from perdure.reporting.runs import Run as Folder
+
+    found = Folder.read(out)
+    _tell_notes([found.facts], screen)
+    screen.matrix(summary, found.names(), found.method)
+    path = write_report([out], out / "report.html")
+    screen.result({"event": "done", "summary": summary, "report": str(path)}, f"report: {path}")
+
+
+def _tell_notes(records: Sequence[Mapping[str, Any]], screen: Screen) -> None:
+    """Say, once, what runs left out of their data."""
+    for line in dict.fromkeys(line for record in records for line in told(record["stream"])):
+        screen.note(line)
+    tell_skipped(records[0]["stream"].get("skipped", []), screen.note)
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    if (folder / "run.json").exists():
+        return [folder]
+    inner = sorted(p.parent for p in folder.glob("*/run.json"))
+    if not inner:
+        raise ValueError(f"{folder} is neither a run's nor a grid's folder: it has no run.json")
+    return inner

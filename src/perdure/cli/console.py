@@ -1,0 +1,393 @@
+"""What a person sees: live progress and tables on a terminal, plain lines elsewhere, JSON events on request."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from perdure.cli.eta import Pace
+from perdure.formatting import RARE, human_bytes, human_seconds, number, printable, share, shortened, times
+
+if TYPE_CHECKING:  # so that what computes nothing does not wait for torch
+    from torch import Tensor
+
+    from perdure.types import Row, Task
+
+_REFRESH = 0.5  # seconds between readings of the loss, which waits for the device
+_LONGEST_LINE, _LONGEST_ERROR = 4_000, 1_000  # characters; what is longer is cut in its middle
+_UNBROKEN = 10_000  # columns of what is no terminal: a file or a pipe breaks no line
+_COLUMNS = {
+    "acc": "accuracy",
+    "aaa": "average",
+    "forgetting": "forgetting",
+    "acc_with_task_id": "with task id",
+    "task_id_acc": "task id",
+    "transfer": "transfer",
+    "average": "over the matrix",
+    "zero_shot_ratio": "zero-shot kept",
+}
+
+_SPARE = ("images/s", "average")  # columns left out of a table that is too wide, the first one first
+_MEANINGS = {
+    "average": "over the stream",
+    "new task": "right after it was learnt",
+    "with task id": "when told which task an image is of",
+    "transfer": "on data sets not learnt yet",
+    "over the matrix": "all scores after every task",
+    "zero-shot kept": "on held-out data",
+    "step": "its cost, plain LoRA's is 1",
+}
+
+
+class Screen:
+    """Implements `perdure.experiments.grid.GridProgress`, and so `perdure.training.loop.Progress`.
+
+    Args:
+        as_json: one JSON object per event on standard output, and nothing else there.
+    """
+
+    def __init__(self, as_json: bool = False) -> None:
+        self.json = as_json
+        terminal = sys.stdout.isatty()
+        width = None if terminal else _UNBROKEN
+        self.out = Console(highlight=False, markup=False, emoji=False, soft_wrap=not terminal, width=width)
+        self.live = Console(stderr=True, highlight=False, markup=False, emoji=False)
+        self._bar: Progress | None = None
+        self._images, self._start, self._read, self._epochs, self._steps = 0, 0.0, 0.0, 1, 0
+        self._headed = False
+        self._grid: Pace | None = None
+
+    def wait(self, text: str) -> None:
+        """On a terminal, say what is being done until something else is shown."""
+        self._close()
+        if self.json or not self.live.is_terminal:
+            return
+        if self._grid:
+            self._rows(text, None)
+        else:
+            self._show(SpinnerColumn("line"), _plain("{task.description}"), TimeElapsedColumn())
+            if self._bar is not None:
+                self._bar.add_task(text, total=None)
+
+    def cell(self, number: int, total: int, method: str, seed: int, left: float | None) -> None:
+        """Run number `number` (from 0) of a grid of `total` begins; about `left` seconds are left."""
+        self._close()
+        self._event("cell", cell=number, cells=total, method=method, seed=seed, seconds_left=left)
+        about = "" if left is None else f", about {human_seconds(left)} left"
+        self._say(f"[{number + 1}/{total}] {method}, seed {seed}{about}")
+        self._grid, self._headed = Pace(number, total, printable(f"{shortened(method)}, seed {seed}"), left), False
+        self.wait("preparing")
+
+    def step_cost(self, number: int, total: int, method: str) -> None:
+        """Method number `number` (from 0) of `total` is timed against plain LoRA."""
+        self._close()
+        self._grid = None
+        self._event("step_cost", method=method, number=number, total=total)
+        self._say(f"step cost {number + 1}/{total}: {method}")
+        self.wait("timing its steps against plain LoRA's")
+
+    def task(self, task: Task, tasks: int | None, epochs: int, steps: int) -> None:
+        """A task begins."""
+        self._close()
+        self._images, self._start, self._read = 0, time.perf_counter(), 0.0
+        self._epochs, self._steps = epochs, steps
+        self._event("task", task=task.index, tasks=tasks, name=task.name, epochs=epochs, steps=steps)
+        where = f"task {task.index + 1}{f'/{tasks}' if tasks else ''}"
+        if self._grid:
+            self._grid.begin(task.index, tasks)
+        if not steps:
+            self.wait(f"{where}  evaluating")
+        elif not self.json and self.live.is_terminal:
+            self._rows(where, steps)
+
+    def step(self, step: int, loss: Tensor, images: int) -> None:
+        """A step ended."""
+        self._images += images
+        now = time.perf_counter()
+        if now - self._read < _REFRESH and step != self._steps:
+            return
+        self._read = now
+        rate = self._images / (now - self._start)
+        epoch = min(self._epochs, 1 + (step - 1) * self._epochs // max(self._steps, 1))
+        if self._bar is not None:
+            line = f"epoch {epoch}/{self._epochs}  loss {float(loss):.3f}  {rate:,.0f} images/s"
+            done = "evaluating" if step == self._steps else line
+            self._bar.update(self._bar.task_ids[-1], completed=step, line=done)
+            if self._grid:
+                self._grid.within = step / max(self._steps, 1)
+                self._bar.update(self._bar.task_ids[0], completed=self._grid.share)
+        elif self.json:
+            self._event("step", step=step, steps=self._steps, epoch=epoch, loss=float(loss), images_per_second=rate)
+
+    def scores(self, task: Task, rows: list[Row]) -> None:
+        """A task was learnt and evaluated."""
+        self._close()
+        self._event("scores", task=task.index, rows=[asdict(row) for row in rows])
+        seconds = time.perf_counter() - self._start
+
+        from perdure.metrics import RECALL, scored  # here: advice, which uses this file too, waits for no torch
+
+        score, told, _ = scored(rows)
+
+        def mean(metric: str) -> str:
+            seen = [row for row in rows if row.on is not None and row.on <= task.index == row.after]
+            values = [row.value for row in seen if row.metric == metric]
+            return f"{sum(values) / len(values):.1%}" if values else "–"
+
+        new = [r.value for r in rows if r.metric == score and r.on == task.index == r.after]
+        room = max(8, min(self.out.width, 100) - 53)
+        if not self._headed:
+            head = "own gallery" if score == RECALL[0] else "with task id"
+            self._say(f"  task  {'':<{room}}     new   so far  {head:>12}       time")
+        self._headed = True
+        name = printable(task.name)
+        name = name if len(name) <= room else f"{name[: room - 1]}…"
+        shares = f"{f'{new[0]:.1%}' if new else 'no test':>8} {mean(score):>8} {mean(told):>13}"
+        # Padded by what a character takes on the screen: a Chinese one takes two columns.
+        padding = " " * max(0, room - Text(name).cell_len)
+        self._say(f"  {task.index + 1:>4}  {name}{padding}{shares} {human_seconds(seconds):>10}")
+        if task.total is not None and task.index + 1 < task.total:
+            self.wait(f"task {task.index + 2}/{task.total}  preparing")
+
+    def note(self, text: str) -> None:
+        """Something the user should know."""
+        self._close()
+        self._event("note", text=text)
+        self._say(text)
+
+    def warn(self, text: str) -> None:
+        """Something the user should know, beside the answers: on standard error, where no program takes it for one."""
+        self._close()
+        print(f"perdure: {' '.join(text.split())}", file=sys.stderr)
+
+    def result(self, content: Any, *lines: str) -> None:
+        """The outcome of a command: `content` as JSON, or `lines` for a person."""
+        self._close()
+        if self.json:
+            print(_json(content), flush=True)
+        else:
+            self._say(*lines)
+
+    def matrix(self, summary: dict[str, Any], names: Sequence[str], title: str) -> None:
+        """A run's score matrix and summary."""
+        self._close()
+        if self.json:
+            return
+        tasks = len(summary["matrix"])
+        fitting = (self.out.width - len("after") - len("mean") - 4) // 4
+        shown = _ends(tasks, max(2, fitting))
+        self._say("", f"{shortened(title)}: % right on each task (columns), after each task (rows)")
+        table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+        table.add_column("after", justify="right")
+        for j in shown:
+            table.add_column("…" if j is None else str(j + 1), justify="right", min_width=3)
+        table.add_column("mean", justify="right", min_width=5)
+        for i in shown:
+            if i is None:
+                table.add_row("…")
+                continue
+            line = summary["matrix"][i]
+            seen = [v for v in line[: i + 1] if v is not None]
+            cells = ["" if j is None or line[j] is None else f"{100 * line[j]:.0f}" for j in shown]
+            table.add_row(str(i + 1), *cells, f"{100 * sum(seen) / len(seen):.1f}" if seen else "–")
+        self.out.print(table)
+        if None in shown:
+            self._say(f"all {tasks} tasks are in summary.json and report.html")
+        parts = [f"{name} {summary[key]:.1%}" for key, name in _COLUMNS.items() if summary.get(key) is not None]
+        self._flow([*parts, f"stored {human_bytes(summary['stored_bytes'])}"])
+
+    def table(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Methods side by side, mean ± spread."""
+        self._close()
+        if self.json:
+            self._event("compared", table=list(rows))
+            return
+        names = {"acc": "accuracy", "aaa": "average", "new_task_acc": "new task", **_COLUMNS}
+        columns = {
+            title: [share(row.get(key)) for row in rows]
+            for key, title in names.items()
+            if key not in RARE or any(row.get(key) for row in rows)
+        }
+        columns["stored"] = [human_bytes(row["stored_bytes"][0]) for row in rows]
+        columns["step"] = [times(row.get("step")) for row in rows]
+        columns["images/s"] = [number(row["images_per_second"]) for row in rows]
+        columns["seconds"] = [number(row["seconds"]) for row in rows]
+        width, apart = self.out.width, "   "
+        widest = {title: max(map(len, [title, *column])) for title, column in columns.items()}
+        for title in _SPARE:
+            if sum(widest.values()) + len(widest) > width:
+                del columns[title], widest[title]
+        titles, widths = list(columns), list(widest.values())
+        lines = list(zip(*columns.values(), strict=True))
+        methods = [printable(shortened(row["method"])) for row in rows]
+        name = max(Text(method).cell_len for method in methods)
+        beside = name + sum(widths) + len(apart) * len(widths) <= width
+        if not beside:
+            # Methods get a line of their own; then, if need be, numbers one below the other.
+            apart = next((gap for gap in ("   ", "  ", " ") if sum(widths) + len(gap) * len(widths) <= width), "")
+        heading = [f"{title:>{w}}" for title, w in zip(titles, widths, strict=True)]
+        self._say("")
+        if apart:
+            self._say(apart.join([" " * name if beside else "", *heading]))
+        for method, line in zip(methods, lines, strict=True):
+            cells = [f"{cell:>{w}}" for cell, w in zip(line, widths, strict=True)]
+            if beside:
+                self._say(apart.join([method + " " * (name - Text(method).cell_len), *cells]))
+                continue
+            self._say(method)
+            if apart:
+                self._say(apart.join(["", *cells]))
+            else:
+                self._flow([f"{title} {cell}" for title, cell in zip(titles, line, strict=True)])
+        spread = "mean ± standard deviation" if any("±" in cell for line in lines for cell in line) else "one run each"
+        means = "; ".join(f"{title}: {meaning}" for title, meaning in _MEANINGS.items() if title in columns)
+        self._say(f"in %, {spread}; {means}")
+        if gone := [title for title in _SPARE if title not in columns]:
+            self._say(f"no room for {', '.join(gone)}: in report.html")
+
+    def measured(self, tasks: Sequence[Task], rows: Sequence[Row]) -> None:
+        """Accuracy on each task."""
+        self._close()
+        if self.json:
+            for row in rows:
+                self.result(asdict(row))
+            return
+        from perdure.metrics import RECALL, scored  # see `scores`
+
+        score, told, task_id = scored(rows)
+        kinds = {score: score, told: "own gallery" if score == RECALL[0] else "with task id", task_id: "task id"}
+        kinds = {metric: title for metric, title in kinds.items() if any(row.metric == metric for row in rows)}
+        found = {(row.on, row.metric): row.value for row in rows}
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        for title in ("task", "", *kinds.values()):
+            table.add_column(title, justify="left" if not title else "right")
+        for task in tasks:
+            shares = [found.get((task.index, metric)) for metric in kinds]
+            table.add_row(
+                str(task.index + 1),
+                printable(shortened(task.name)),
+                *["–" if s is None else f"{s:.1%}" for s in shares],
+            )
+        self.out.print(table)
+        every = [found[task.index, score] for task in tasks]
+        self._say(f"mean over tasks {sum(every) / len(every):.1%}")
+
+    def listing(self, entries: Sequence[tuple[str, str, str]]) -> None:
+        """Names, options and what they are."""
+        if self.json:
+            for name, options, text in entries:
+                self.result({"name": name, "options": options, "about": text})
+            return
+        wide = max(len(name) for name, _, _ in entries) + 2
+        for name, options, text in entries:
+            if not self.out.is_terminal:
+                self._say(f"{name:<{wide}}{text}", *([f"{'':<{wide}}({options})"] if options else []))
+                continue
+            # A table of one row: a long text goes on below itself, not below the name.
+            table = Table(box=None, pad_edge=False, show_header=False, padding=0)
+            table.add_column(width=wide, style="bold", no_wrap=True)
+            table.add_column()
+            table.add_row(name, text)
+            if options:
+                table.add_row("", Text(f"({options})", style="dim"))
+            self.out.print(table)
+
+    def error(self, text: str) -> None:
+        """One line on standard error."""
+        self._close()
+        with contextlib.suppress(OSError):  # whoever read it is gone; the exit code says it too
+            line = printable(shortened(" ".join(text.split()), _LONGEST_ERROR))
+            print(f"perdure: {line}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Take away what is live."""
+        self._close()
+
+    def _say(self, *lines: str) -> None:
+        """All that a person is told passes here (or through a table's cells): one line each, with nothing that acts."""
+        for line in lines if not self.json else ():
+            self.out.print(printable(shortened(line, _LONGEST_LINE)), soft_wrap=True)
+
+    def _flow(self, parts: Sequence[str]) -> None:
+        """Parts side by side, on as many lines as they need."""
+        line = ""
+        for part in parts:
+            if line and Text(f"{line}   {part}").cell_len > self.out.width:
+                self._say(line)
+                line = ""
+            line = f"{line}   {part}" if line else part
+        self._say(line)
+
+    def _event(self, kind: str, **content: Any) -> None:
+        if self.json:
+            print(_json({"event": kind, **content}), flush=True)
+
+    def _rows(self, where: str, steps: int | None) -> None:
+        """A bar for what is being done, of unknown length when `steps` is None; above it one for the whole grid."""
+        bar = BarColumn(bar_width=10 if self.live.width < 100 else 24)
+        self._show(_plain("{task.description}"), bar, _plain("{task.fields[line]}"), _TimeLeft())
+        if self._bar is None:
+            return
+        if grid := self._grid:
+            run = f"run {grid.number + 1}/{grid.total}"
+            self._bar.add_task(run, total=1.0, line=grid.name, left=grid.left)
+            self._bar.update(self._bar.task_ids[0], completed=grid.share)
+        self._bar.add_task(where, total=steps, line="")
+
+    def _show(self, *columns: ProgressColumn) -> None:
+        # Standard output stays as it is: it may go elsewhere than the bar.
+        self._bar = Progress(*columns, console=self.live, transient=True, refresh_per_second=4, redirect_stdout=False)
+        self._bar.start()
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+class _TimeLeft(ProgressColumn):
+    """As `human_seconds`, once there is a speed to judge by."""
+
+    def render(self, task: Any) -> Text:
+        """The column's text."""
+        given = task.fields.get("left")
+        left = given() if given else None if task.finished else task.time_remaining
+        return Text("" if left is None else f"{human_seconds(left)} left")
+
+
+def _ends(count: int, room: int) -> list[int | None]:
+    """All of 0..count-1 when there is room, else the first and the last ones around a None."""
+    if count <= room:
+        return list(range(count))
+    first = room // 2
+    return [*range(first), None, *range(count - (room - first - 1), count)]
+
+
+def _plain(text: str) -> TextColumn:
+    return TextColumn(text, markup=False)
+
+
+def _json(content: Any) -> str:
+    text = json.dumps(_finite(content), ensure_ascii=False, allow_nan=False)
+    # What JSON lets through may steer a terminal too; within its strings, its own escapes mean the same.
+    return printable(text, lambda character: json.dumps(character)[1:-1])
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no word for what is not a finite number."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    return [_finite(v) for v in value] if isinstance(value, list | tuple) else value

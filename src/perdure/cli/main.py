@@ -1,0 +1,89 @@
+"""The command line: what was typed becomes a command, and what goes wrong becomes one line and an exit code."""
+
+import errno
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from perdure.cli.advise import Advise
+from perdure.cli.command import Command
+from perdure.cli.console import Screen
+from perdure.cli.suggestions import mistake
+from perdure.version import __version__
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """What `args` ask for. Exit code 0 when done, 2 for a request that cannot be met, 130 when interrupted."""
+    arguments = list(sys.argv[1:] if args is None else args)
+    if arguments in (["--version"], ["-V"]):
+        print(f"perdure {__version__}")
+        return
+    screen = Screen("--json" in arguments)
+    try:
+        commands: dict[str, Callable[..., Any]] = {"advise": Advise}
+        if arguments[:1] != ["advise"]:
+            # Not before: the other commands, recipes and all, take longer to import than advice to be given.
+            commands = import_module("perdure.cli.commands").COMMANDS
+            arguments = import_module("perdure.experiments.recipes").expand(arguments)
+        wrong = mistake(arguments, commands)
+    except ValueError as error:
+        wrong = str(error)
+    if wrong:
+        screen.error(wrong)
+        sys.exit(2)
+    try:
+        command: Command = tyro.extras.subcommand_cli_from_dict(
+            # A parser is built for each of them: a fifth of the time that a list takes.
+            {name: made for name, made in commands.items() if name in arguments[:1]} or commands,
+            prog="perdure",
+            description="Teach pre-trained vision and vision-language models one task after another, without "
+            "forgetting.",
+            args=arguments,
+            config=(tyro.conf.OmitArgPrefixes,),
+        )
+        command(screen)
+    except KeyboardInterrupt:
+        screen.error("stopped at once; what was saved before is whole, and the same command can go on")
+        sys.exit(130)
+    except BrokenPipeError:  # who reads our output has had enough
+        raise
+    except ValueError as error:
+        screen.error(str(error))
+        sys.exit(2)
+    except OSError as error:
+        screen.error(_said(error))
+        sys.exit(2)
+    except _raised("perdure.training.run", "Interrupted") as stop:
+        screen.error(str(stop))
+        sys.exit(130)
+    except RuntimeError as error:
+        if not import_module("accelerate.utils.memory").should_reduce_batch_size(error):
+            raise
+        screen.error("out of memory: give a smaller --batch-size; all tasks learnt before are whole")
+        sys.exit(2)
+    finally:
+        screen.close()
+
+
+def _raised(module: str, name: str) -> tuple[type[BaseException], ...]:
+    """An exception of a module that takes long to import; none where nobody has imported it, for nobody raised it."""
+    return (getattr(sys.modules[module], name),) if module in sys.modules else ()
+
+
+def _said(error: OSError) -> str:
+    where = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else None
+    if error.errno in _FULL:
+        full = f"{error.strerror}{f': {where}' if where else ''}"
+        return f"{full}: free some space, then resume (or learn again); all tasks learnt before are whole"
+    return f"{error.strerror or error}{f': {where}: check the path and its permissions' if where else ''}"
+
+
+if __name__ == "__main__":
+    import_module("perdure.__main__").main()

@@ -1,0 +1,1 @@
+"""The contract: learner, method, objective."""

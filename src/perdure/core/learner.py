@@ -1,0 +1,400 @@
+"""The one module that is trained, saved, used and exported: backbone + objective + method."""
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from itertools import accumulate, chain, islice
+from typing import Any, Self, TypeVar
+
+import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from torch import Tensor, nn
+
+from perdure.adapters.injection import adapted, fold
+from perdure.backbones.base import Backbone
+from perdure.backbones.texts import unpack
+from perdure.core.method import Method, embeds, encodes, parts_of, varies
+from perdure.core.temperature import Temperature
+from perdure.objectives.base import Objective
+from perdure.process import Turn, plain, seeded
+from perdure.streams.augment import AUGMENTS, Augment
+from perdure.types import Batch, Data, Encoded, Scenario, Stream, Task, Union
+
+T = TypeVar("T")
+
+_MOST_KEPT = 2**30  # bytes of hidden states kept for one task
+
+
+class Core(nn.Module):
+    """A backbone, what is asked of it, and how it learns; knows the tasks that it has grown for.
+
+    Args:
+        backbone: the pre-trained model; frozen here, a method may thaw it.
+        objective: loss, scores and evaluation.
+        method: the algorithm.
+        scenario: which classes may be answered at test time.
+        seed: all randomness derives from it.
+    """
+
+    def __init__(
+        self, backbone: Backbone, objective: Objective, method: Method, scenario: Scenario = "class", seed: int = 0
+    ) -> None:
+        super().__init__()
+        if not objective.classifies and (deaf := [p.name for p in parts_of(method) if p.classifies]):
+            raise ValueError(
+                f"{deaf[0]} needs scores of classes, and {type(objective).__name__.lower()} ranks pairs: leave it out "
+                f"of {method.spec or deaf[0]!r}, or use --objective classify or zeroshot"
+            )
+        self.backbone = backbone.requires_grad_(False).eval()
+        self.fingerprint = backbone.fingerprint()  # now, before anything is learnt
+        self.objective, self.method = objective, method
+        self.scenario, self.seed = scenario, seed
+        self.tasks: list[Task] = []
+        self.learnt = 0  # number of tasks behind us
+        self.step = 0  # within the current task
+        self.last_epoch = False  # whether that step belongs to the task's last
+        self.precision = torch.float32  # of the encoder
+        self.augment: Augment = AUGMENTS["none"]
+        self.calibrate = 0.0  # share of each task's images that are set apart to fit the temperature to
+        self.temperature = Temperature()
+        self._encoded: dict[int, tuple[Data, Data]] = {}
+        self.turn = Turn()
+        self._answering = False
+
+    @property
+    def stream(self) -> Stream:
+        """The tasks grown so far, as a stream."""
+        return Stream("", self.scenario, tuple(self.tasks))
+
+    @property
+    def task(self) -> Task:
+        """The task last grown for."""
+        return self.tasks[-1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.backbone.parameters()).device
+
+    def train(self, mode: bool = True) -> Self:
+        """As in `nn.Module`; the backbone always stays in evaluation mode (no dropout, as in the published codes)."""
+        super().train(mode)
+        self.backbone.eval()
+        return self
+
+    def generator(self, purpose: str, step: int | None = None) -> torch.Generator:
+        """Randomness derived from what it is for, never carried along; so it needs no saving."""
+        index = self.task.index if self.tasks else 0
+        return torch.Generator().manual_seed(derived_seed(self.seed, index, purpose, step))
+
+    def grow(self, task: Task) -> None:
+        """Make room for `task`. Depends on descriptions only, so a resumed run can replay it."""
+        self.tasks.append(task)
+        with plain(), seeded(derived_seed(self.seed, task.index, "grow")):
+            self.objective.grow(self, task)
+            self.method.grow(self, task)
+        self.to(self.device)
+
+    def encode(self, batch: Batch) -> Tensor:
+        """Features (B, dim) in float32."""
+        if "features" in batch:
+            return batch["features"]
+        entered = batch.get("hidden")
+        with (
+            self.computing(),
+            nullcontext() if entered is None else self.backbone.entering(self.constant_blocks, entered),
+        ):
+            features = self.method.encode(self, batch)
+        return self._checked(features.float(), "features of images")
+
+    def embed(self, text: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Embeddings (n, dim) in float32 of packed texts (n, bytes), see `embed_texts`."""
+        return self.embed_texts(unpack(text), labels)
+
+    def embed_texts(self, texts: Sequence[str], labels: Tensor | None = None) -> Tensor:
+        """Embeddings (n, dim) in float32 of `texts`, in the space of the features, not normalised.
+
+        Args:
+            texts: any number of them.
+            labels: class of each, int64 (n,), where it is known; used in training only.
+        """
+        if not texts:
+            return torch.zeros(0, self.backbone.dim, dtype=torch.float32, device=self.device)
+        with self.computing():
+            tokens = self.backbone.tokenised(texts)
+            found = self.method.embed(self, tokens, labels if self.training else None).float()
+            return self._checked(found, "embeddings of texts")
+
+    def _checked(self, answer: Tensor, what: str) -> Tensor:
+        """`answer`, which is finite wherever it is asked for; in training a whole task is looked at, see `train`."""
+        if self._answering and not torch.isfinite(answer).all():
+            remedy = "go back to an earlier task, or learn again with a lower lr"
+            raise ValueError(f"{what} are not finite (NaN or infinite), so there is no answer: {remedy}")
+        return answer
+
+    def perceive(self, batch: Batch) -> None:
+        """Let each tower read what it reads in a step: images, and texts where the objective has any."""
+        self.encode(batch)
+        texts, labels = self.objective.said(self, batch)
+        if texts:
+            self.embed_texts(texts, labels)
+
+    def computing(self) -> Any:
+        """The context in which the encoder runs.
+
+        A frozen encoder is itself in the run's precision (see `settle`). One that is trained stays in float32 and its
+        matrix products are cast.
+        """
+        if self.precision == torch.float32 or not self.tunes_backbone:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.precision)
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes of an image in uint8, at the size the model sees."""
+        return 3 * self.backbone.preprocess.size**2
+
+    @property
+    def dim(self) -> int:
+        """Number of features."""
+        return self.method.width(self)
+
+    @property
+    def tunes_backbone(self) -> bool:
+        """Whether pre-trained weights themselves are trained."""
+        return any(p.requires_grad for p in self.backbone.parameters())
+
+    def settle(self) -> None:
+        """Make ready for training: a frozen encoder in the run's precision, finished updates in its weights.
+
+        With frozen weights and activations in bfloat16 a step on a CPU is faster than under autocast, which casts
+        weights, residuals and norms again and again (benchmarks/speed.py). What is trained, heads and scores stay in
+        float32. Before the first task the encoder stays as it came, for adapters copy the weights to fold into then.
+        """
+        if self.precision != torch.float32 and self.tasks and not self.tunes_backbone:
+            self.backbone.to(self.precision)
+        fold(self.backbone, branches=False)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Objective plus penalty."""
+        features, batch = self.encode(batch), self.objective.read(self, batch)
+        return self.objective.loss(features, batch) + self.method.penalty(self, batch, features)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Scores (B, seen classes)."""
+        return self.method.predict(self, batch)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Parameters that the current task trains."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def shared(self) -> dict[str, nn.Parameter]:
+        """Trainable parameters that outlive the task: not the branches that a method opens for one task only."""
+        parts = parts_of(self.method)
+        own = {id(p) for part in parts for p in part.parameters()}
+        own -= {id(p) for part in parts for p in part.shared_parameters()}
+        return {name: p for name, p in self.trainable().items() if id(p) not in own}
+
+    def memory(self) -> dict[str, Tensor]:
+        """All that was learnt: the state without the frozen backbone."""
+        tuned = {f"backbone.{n}" for n, p in self.backbone.named_parameters() if p.requires_grad}
+        return {k: v for k, v in self.state_dict().items() if not k.startswith("backbone.") or k in tuned}
+
+    @property
+    def constant_encoder(self) -> bool:
+        """Whether features can never change: nothing in the vision tower is trained or adapted."""
+        tower = self.backbone.get_submodule(self.backbone.towers()["vision"])
+        return not self.tunes_backbone and not adapted(tower) and not varies(self.method)
+
+    @property
+    def constant_texts(self) -> bool:
+        """Whether embeddings of texts can never change: nothing in the text tower is trained or adapted."""
+        parameters = self.backbone.tower_parameters("text").values()
+        tower = self.backbone.get_submodule(self.backbone.towers()["text"])
+        return not (adapted(tower) or embeds(self.method) or any(p.requires_grad for p in parameters))
+
+    @property
+    def constant_blocks(self) -> int:
+        """How many blocks at the bottom of the vision tower are neither trained nor adapted."""
+        if self.tunes_backbone or encodes(self.method) or not self.backbone.has_blocks():
+            return 0
+        names = self.backbone.blocks()
+        return next((i for i, n in enumerate(names) if adapted(self.backbone.get_submodule(n))), len(names))
+
+    @contextmanager
+    def inference(self) -> Iterator[None]:
+        """Evaluation mode, no gradients, all linear updates folded into the weights; other threads wait their turn."""
+        with self.turn, plain():
+            within, training, self._answering = self._answering, self.training, True
+            try:
+                if not within:
+                    self.eval()
+                    self.settle()
+                    fold(self.backbone, branches=True)
+                    self.objective.refresh()
+                with torch.inference_mode():
+                    yield
+            finally:
+                if not within:
+                    self._answering = False
+                    fold(self.backbone, branches=False)
+                    self.train(training)
+
+    def answers(self, data: Data, size: int = 256) -> Tensor:
+        """Scores (n, seen classes) of all of `data`; a batch that does not fit the device's memory is halved."""
+        return self._checked(torch.cat(self._each(data, self, size)), "scores")
+
+    def _each(self, data: Data, ask: Callable[[Batch], T], size: int = 256) -> list[T]:
+        """What `ask` says of each batch of `data`; all are halved when one does not fit the device's memory."""
+        while True:
+            try:
+                return [ask(batch) for batch in self.batches(data, size)]
+            except RuntimeError as error:
+                if size == 1 or not should_reduce_batch_size(error):
+                    raise
+            # only now: collecting garbage takes longer than predicting a small set
+            clear_device_cache(garbage_collection=True)
+            size //= 2
+
+    def features(self, data: Data, size: int = 256) -> tuple[Tensor, Tensor]:
+        """Features (n, dim) and labels (n,) of all of `data`, without augmentation."""
+        with self.inference():
+            pieces = [self.encode(batch) for batch in self.batches(data, size)]
+        # cloned: tensors made under inference_mode may not take part in training
+        return torch.cat(pieces).clone(), data.labels.to(self.device)
+
+    def prefixed(self, data: Data) -> Data:
+        """`data` with what the constant blocks at the bottom make of each image, so that they are computed once.
+
+        `data` itself when there are none, or when their output would take more than a gigabyte.
+        """
+        entry = self.constant_blocks
+        if not entry or self.constant_encoder or not len(data):
+            return data
+        with torch.no_grad(), self.computing():
+            first = self.backbone.before(entry, next(self.batches(data, 1)))
+            if first.nbytes * len(data) > _MOST_KEPT:
+                return data
+            pieces = [self.backbone.before(entry, batch) for batch in self.batches(data, 256)]
+        return Encoded({"hidden": torch.cat(pieces)}, data.labels, data)
+
+    def encoded(self, data: Data, keep: bool = False) -> Data:
+        """`data` with features in place of images where the encoder is constant, else `data` itself.
+
+        Args:
+            data: of images.
+            keep: remember the features (4 · dim bytes an image), as for a test set, which is asked for after each task.
+        """
+        if not len(data) or (isinstance(data, Encoded) and data.images is None):
+            return data
+        if not keep:
+            return self.features_of(data) if self.constant_encoder else data
+        if id(data) not in self._encoded:
+            self._encoded[id(data)] = data, self.features_of(data) if self.constant_encoder else self.recorded(data)
+        return self._encoded[id(data)][1]
+
+    def features_of(self, data: Data) -> Encoded:
+        """`data` with features as they are now in place of images, and with everything else."""
+
+        def kept(batch: Batch) -> Batch:
+            found = {"features": self.encode(batch)} | self.objective.record(self, batch) | batch
+            return {name: found[name] for name in found.keys() - {"image", "label"}}
+
+        with self.inference():
+            found = self._each(data, kept)
+        # cloned: tensors made under inference_mode may not take part in training
+        return Encoded({k: v.clone() for k, v in _columns(found).items()}, data.labels.to(self.device))
+
+    def features_together(self, sets: Sequence[Data]) -> list[Encoded]:
+        """`features_of` each of `sets`, in one pass of full batches: small sets alone cost as much as large ones."""
+        if not sets:
+            return []
+        whole, ends = self.features_of(Union(sets)), accumulate(map(len, sets))
+        return [whole.part(end - len(each), end) for each, end in zip(sets, ends, strict=True)]
+
+    def recorded(self, data: Data) -> Data:
+        """`data` with what method and objective record of each image beside it; `data` itself when that is nothing."""
+        silent = type(self.objective).record is Objective.record
+        if silent and not any(part.records for part in parts_of(self.method)):
+            return data  # and no image was read to find that out
+        found: list[Batch] = []
+        with torch.no_grad():
+            for batch in self.batches(data, 256):
+                found.append(self._missing(batch) | self.objective.record(self, batch))
+                if not found[0]:
+                    return data
+        return Encoded(_columns(found), data.labels, data)
+
+    def noted(self, batch: Batch) -> Batch:
+        """`batch` with what the method records of it, where that was not computed before."""
+        with torch.no_grad():
+            return batch | self._missing(batch)
+
+    def _missing(self, batch: Batch) -> Batch:
+        found: Batch = {}
+        for part in parts_of(self.method):
+            if not batch.keys() >= set(part.records):
+                found |= part.record(self, batch)
+        return found
+
+    def completed(self, batch: Batch, like: Batch) -> Batch:
+        """`batch` of images with what the batch `like` holds beside them."""
+        with torch.no_grad():
+            if "features" in like:
+                batch = batch | {"features": self.encode(batch)}
+            if "hidden" in like:
+                batch = batch | {"hidden": self.backbone.before(self.constant_blocks, batch)}
+        if not like.keys() <= batch.keys():
+            batch = self.noted(batch)
+        if not like.keys() <= batch.keys():
+            with torch.no_grad():
+                batch |= self.objective.record(self, batch)
+        return {key: batch[key] for key in like}
+
+    def views(self, data: Data, most: int, purpose: str, size: int = 64) -> Iterator[Batch]:
+        """At most `most` random training examples as the training sees them (augmented), in batches."""
+        order = torch.randperm(len(data), generator=self.generator(purpose))[:most]
+        for number, batch in enumerate(self.batches(data, size, order)):
+            yield self.augment(batch, self.generator(purpose, number))
+
+    def batches(self, data: Data, size: int, order: Tensor | None = None) -> Iterator[Batch]:
+        """`data` in batches on the learner's device, in `order` (positions) or as it stands."""
+        positions: Sequence[int] = range(len(data)) if order is None else order.tolist()
+        chunks = (positions[start : start + size] for start in range(0, len(positions), size))
+        for batch in _ahead(data.__getitems__, chunks):
+            yield {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
+
+
+def _columns(batches: Sequence[Batch]) -> Batch:
+    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+
+
+def _ahead(read: Callable[[Sequence[int]], Batch], chunks: Iterator[Sequence[int]]) -> Iterator[Batch]:
+    """`read` of each chunk, one chunk ahead of its use: decoding overlaps with computing.
+
+    The reading thread has its own grad and inference modes, so what data sets keep can be trained on. A single chunk
+    overlaps with nothing and is read here.
+    """
+    ready = list(islice(chunks, 2))
+    if len(ready) < 2:
+        for chunk in ready:
+            with torch.inference_mode(False), torch.enable_grad():
+                batch = read(chunk)
+            yield batch
+        return
+    with ThreadPoolExecutor(1, "perdure-read") as pool:
+        waiting: deque[Future[Batch]] = deque()
+        for chunk in chain(ready, chunks):
+            waiting.append(pool.submit(read, chunk))
+            if len(waiting) == 2:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def derived_seed(seed: int, task: int, purpose: str, step: int | None = None) -> int:
+    """A seed for one purpose at one place of a run."""
+    text = f"{seed}/{task}/{purpose}/{step}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")

@@ -1,0 +1,354 @@
+"""A continual-learning method: a handful of hooks, every one optional."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from torch import Tensor, nn
+
+from perdure.options.ranges import checked, without_effect
+from perdure.types import Batch, Data, Task
+
+if TYPE_CHECKING:
+    from perdure.core.learner import Core
+
+METHODS: dict[str, type[Method]] = {}
+"""Every method by name; a class registers itself by `class Mine(Method, name="mine")`."""
+
+_EXCLUSIVE = ("encode", "embed", "predict", "data")
+
+
+class Method(nn.Module):
+    """Base of all methods; by itself, trains the head on frozen features.
+
+    `__init__` stores options, checked against its annotations (see `options.ranges`) before it is called. Everything a
+    method remembers is a parameter, a submodule or in `Tensors`, so that `state_dict()` is its whole memory and a
+    stopped run can go on exactly. Randomness comes from `learner.generator(purpose)`. Hooks return; they never write
+    into the trainer.
+    """
+
+    name: ClassVar[str]
+    spec: str = ""
+    """The text it was made from, where it was; a checkpoint of another one is refused."""
+    adapts: ClassVar[bool] = False
+    """Whether it changes what the encoder gives."""
+    shares: bool = False
+    """Whether tasks train the same encoder parameters: those that regularisers can protect."""
+    guarantees: ClassVar[bool] = False
+    """Whether what it promises, or relies on, breaks when another part changes the encoder too."""
+    concludes: ClassVar[bool] = False
+    """Whether its `end_task` decides what the trained parameters will be, so that others must see it done."""
+    guards: ClassVar[Literal["", "shares", "adapts"]] = ""
+    """What a method that only guards other parts needs one of them to do: share parameters, or adapt at all."""
+
+    classifies: ClassVar[bool] = False
+    """Whether it needs an objective that scores classes."""
+    rehearses: ClassVar[bool] = False
+    """Whether it trains on examples of old tasks; one part that does is enough."""
+    reads: ClassVar[bool] = False
+    """Whether its `encode` only reads what the encoder computes: constant as long as the encoder is."""
+    records: tuple[str, ...] = ()
+    """Names of what `record` gives."""
+    leaves: frozenset[str] = frozenset()
+    """Exclusive hooks that its class has, but that with these options it leaves to others."""
+
+    def __init_subclass__(cls, name: str = "", **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if name:
+            if name in METHODS and METHODS[name].__qualname__ != cls.__qualname__:
+                raise ValueError(f"two methods are named {name!r}: {METHODS[name]} and {cls}; rename one")
+            cls.name, METHODS[name] = name, cls
+            if "__init__" in vars(cls):
+                cls.__init__ = checked(cls.__init__)  # type: ignore[method-assign]
+
+    def shared_parameters(self) -> Iterable[nn.Parameter]:
+        """Those of its parameters that all tasks train: all when it `shares`, unless it says otherwise."""
+        return self.parameters() if self.shares else ()
+
+    # Structure: a function of the task's description alone, so that a resumed run can replay it.
+    def grow(self, learner: Core, task: Task) -> None:
+        """Make room for `task`: new branches, heads, prompts; decide what is trained."""
+
+    def check(self, learner: Core, task: Task) -> None:
+        """Raise `ValueError` for what cannot be, or would have no effect, in a task that all parts have grown for.
+
+        Depends on descriptions only: a run asks for all of its tasks before the first. `begin_task` asks again.
+        """
+
+    # Task boundaries: may read the task's data.
+    def data(self, learner: Core, task: Task) -> Data:
+        """What the task is trained on; its own training set unless a method says otherwise."""
+        return task.train
+
+    def begin_task(self, learner: Core, task: Task) -> None:
+        """Prepare from the task's data, before the first step."""
+
+    def end_task(self, learner: Core, task: Task) -> None:
+        """Remember what later tasks need, after the last step."""
+
+    def measures(self, learner: Core) -> dict[str, float]:
+        """Facts about the method itself after a task, for results and report: `{"free_dimension/<layer>": 120}`."""
+        return {}
+
+    # Steps, in the order in which they run.
+    def record(self, learner: Core, batch: Batch) -> Batch:
+        """What it wants to know of each image beside it, as `{name: (B, ...)}`: what no training of the task changes.
+
+        Asked of each part of a composition. Computed once for a training set where images stay as they are, else in
+        every step. In evaluation mode it may give only what never changes: a test set's is kept for good.
+        """
+        return {}
+
+    def batch(self, learner: Core, batch: Batch) -> Batch:
+        """The batch that is trained on, e.g. with old examples mixed in."""
+        return batch
+
+    def penalty(self, learner: Core, batch: Batch, features: Tensor) -> Tensor | float:
+        """What is added to the objective's loss."""
+        return 0.0
+
+    def after_backward(self, learner: Core) -> None:
+        """Change gradients."""
+
+    def after_step(self, learner: Core, batch: Batch) -> None:
+        """Look at, or change, parameters after the optimizer's step."""
+
+    def param_groups(self, learner: Core) -> dict[str, float]:
+        """Names of trainable parameters whose learning rate differs -> factor."""
+        return {}
+
+    # Inference; in a composition at most one part may define each.
+    def encode(self, learner: Core, batch: Batch) -> Tensor:
+        """Features (B, dim) of a batch."""
+        features: Tensor = learner.backbone(batch)
+        return features
+
+    def embed(self, learner: Core, tokens: Batch, labels: Tensor | None) -> Tensor:
+        """Embeddings (n, dim) of texts.
+
+        Args:
+            learner: whose texts.
+            tokens: what the backbone's `tokenise` gave, on its device.
+            labels: class of each text, int64 (n,), where it is known; only in training.
+        """
+        return learner.backbone.encode_tokens(tokens)
+
+    def width(self, learner: Core) -> int:
+        """Number of features that `encode` gives."""
+        return learner.backbone.dim
+
+    def predict(self, learner: Core, batch: Batch) -> Tensor:
+        """Scores (B, seen classes) of a batch; must not depend on which examples share the batch.
+
+        Reads features with `learner.encode`: where these are known already, as in an evaluation, images are gone.
+        """
+        return learner.objective.scores(learner.encode(batch))
+
+
+class Compose(Method):
+    """Several methods as one: additive hooks run in the order written, exclusive ones have one owner.
+
+    At a task's end those that encode or embed come first, so that the others see the features that will be used.
+
+    Raises:
+        ValueError: when two parts define the same exclusive hook, a part stands twice, or a part that guards others
+            has none to guard.
+    """
+
+    def __init__(self, parts: Sequence[Method]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+        names = [part.name for part in parts]
+        if twice := [n for n in names if names.count(n) > 1]:
+            raise ValueError(f"{twice[0]} stands twice in {' + '.join(names)}; write each part once")
+        for hook in _EXCLUSIVE:
+            owners = [p for p in parts if _defines(p, hook)]
+            if len(owners) > 1:
+                clash = " and ".join(p.name for p in owners)
+                raise ValueError(f"{clash} cannot be combined: each defines {hook!r}; keep one of them")
+
+    def _owner(self, hook: str) -> Method | None:
+        return next((p for p in self if _defines(p, hook)), None)
+
+    def __iter__(self) -> Iterator[Method]:
+        for part in self.parts:
+            assert isinstance(part, Method)
+            yield part
+
+    def grow(self, learner: Core, task: Task) -> None:
+        """See `Method.grow`."""
+        for part in self:
+            part.grow(learner, task)
+
+    def check(self, learner: Core, task: Task) -> None:
+        """See `Method.check`."""
+        for part in self:
+            part.check(learner, task)
+
+    def data(self, learner: Core, task: Task) -> Data:
+        """See `Method.data`."""
+        owner = self._owner("data")
+        return task.train if owner is None else owner.data(learner, task)
+
+    def begin_task(self, learner: Core, task: Task) -> None:
+        """See `Method.begin_task`; parts that change the encoder come first, so that others see it as it will train."""
+        for part in sorted(self, key=lambda part: not part.adapts):
+            part.begin_task(learner, task)
+
+    def end_task(self, learner: Core, task: Task) -> None:
+        """See `Method.end_task`."""
+        owners = [self._owner(hook) for hook in ("encode", "embed")]
+        for part in sorted(self, key=lambda part: (not part.concludes, part not in owners)):
+            part.end_task(learner, task)
+
+    def measures(self, learner: Core) -> dict[str, float]:
+        """See `Method.measures`; what two parts measure adds up."""
+        facts: Counter[str] = Counter()
+        for part in self:
+            facts.update(part.measures(learner))
+        return dict(facts)
+
+    def batch(self, learner: Core, batch: Batch) -> Batch:
+        """See `Method.batch`."""
+        for part in self:
+            batch = part.batch(learner, batch)
+        return batch
+
+    def penalty(self, learner: Core, batch: Batch, features: Tensor) -> Tensor | float:
+        """See `Method.penalty`."""
+        total: Tensor | float = 0.0
+        for part in self:
+            total = total + part.penalty(learner, batch, features)
+        return total
+
+    def after_backward(self, learner: Core) -> None:
+        """See `Method.after_backward`."""
+        for part in self:
+            part.after_backward(learner)
+
+    def after_step(self, learner: Core, batch: Batch) -> None:
+        """See `Method.after_step`."""
+        for part in self:
+            part.after_step(learner, batch)
+
+    def param_groups(self, learner: Core) -> dict[str, float]:
+        """See `Method.param_groups`."""
+        return {k: v for part in self for k, v in part.param_groups(learner).items()}
+
+    def encode(self, learner: Core, batch: Batch) -> Tensor:
+        """See `Method.encode`."""
+        owner = self._owner("encode")
+        return super().encode(learner, batch) if owner is None else owner.encode(learner, batch)
+
+    def embed(self, learner: Core, tokens: Batch, labels: Tensor | None) -> Tensor:
+        """See `Method.embed`."""
+        owner = self._owner("embed")
+        if owner is None:
+            return super().embed(learner, tokens, labels)
+        return owner.embed(learner, tokens, labels)
+
+    def width(self, learner: Core) -> int:
+        """See `Method.width`; asked of the part that encodes."""
+        owner = self._owner("encode")
+        return super().width(learner) if owner is None else owner.width(learner)
+
+    def predict(self, learner: Core, batch: Batch) -> Tensor:
+        """See `Method.predict`."""
+        owner = self._owner("predict")
+        return super().predict(learner, batch) if owner is None else owner.predict(learner, batch)
+
+
+def parts_of(method: Method) -> tuple[Method, ...]:
+    """The parts of a composition; a method by itself is its own only part."""
+    return tuple(method) if isinstance(method, Compose) else (method,)
+
+
+def compose(parts: Sequence[Method]) -> Method:
+    """One method from its parts, refused when it could have no effect.
+
+    Raises:
+        ValueError: see `Compose`, or when a part would protect nothing.
+    """
+    for guard in (p for p in parts if p.guards):
+        if not any(getattr(p, guard.guards) for p in parts):
+            lacks = "trains parameters that tasks share" if guard.guards == "shares" else "changes the encoder"
+            raise ValueError(
+                f"{guard.name} has nothing to protect in {' + '.join(p.name for p in parts)!r}: no part {lacks}. Write "
+                f"'lora + {guard.name}' or 'finetune + {guard.name}'"
+            )
+    if len(twice := [p.name for p in parts if p.rehearses]) > 1:
+        raise ValueError(
+            f"{twice[0]} cannot be combined with {twice[1]}: each trains on images of old tasks; keep one of them"
+        )
+    if any(p.name == "joint" for p in parts) and (idle := [p.name for p in parts if p.name in ("gem", "agem")]):
+        raise ValueError(
+            f"{idle[0]} has nothing to protect beside joint, which trains on all old images: keep one of them"
+        )
+    for promise in (p for p in parts if p.guarantees):
+        if free := [p.name for p in parts if p.adapts and p is not promise]:
+            raise ValueError(
+                f"{promise.name} cannot be combined with {free[0]}, which changes what the encoder gives wherever it "
+                f"likes: what {promise.name} protects or relies on would be void. Use one of the two"
+            )
+    return parts[0] if len(parts) == 1 else Compose(parts)
+
+
+def check_texts(learner: Core, part: Method, tower: str) -> None:
+    """Raise `ValueError` when `part` is asked for a text tower that the objective never reads with."""
+    if tower != "vision" and not learner.objective.texts:
+        raise ValueError(
+            f"{part.name}(tower={tower!r}): this objective reads no texts: use --objective zeroshot or retrieve, or "
+            "tower='vision'"
+        )
+
+
+def check_mask(learner: Core, mask: bool | None) -> None:
+    """Raise `ValueError` when an option `mask` was given and would change nothing."""
+    if not learner.objective.classifies:
+        without_effect("where pairs compete, and not classes", mask=mask)
+    if learner.scenario == "domain":
+        without_effect("where every task has all classes", mask=mask)
+    if mask and not learner.objective.mask:
+        without_effect("beside a part that lets all seen classes compete", mask=mask)
+
+
+def _defines(part: Method, hook: str) -> bool:
+    return getattr(type(part), hook) is not getattr(Method, hook) and hook not in part.leaves
+
+
+def encodes(method: Method) -> bool:
+    """Whether a part replaces the backbone's plain features."""
+    return any(_defines(part, "encode") for part in parts_of(method))
+
+
+def embeds(method: Method) -> bool:
+    """Whether a part replaces the backbone's plain embeddings of texts."""
+    return any(_defines(part, "embed") for part in parts_of(method))
+
+
+def varies(method: Method) -> bool:
+    """Whether a part replaces the backbone's features by something that can change when the backbone does not."""
+    return any(_defines(part, "encode") and not part.reads for part in parts_of(method))
+
+
+def predicts(method: Method) -> bool:
+    """Whether a part replaces the objective's scores, which for classes not yet learnt it may not have."""
+    return any(_defines(part, "predict") for part in parts_of(method))
+
+
+def check_trained(learner: Core, part: Method, lacks: str) -> None:
+    """Raise `ValueError` when nothing is trained that answers depend on, so that `part` has no effect.
+
+    Args:
+        learner: with a task begun.
+        part: who asks.
+        lacks: what it then has not, as "no gradient to project".
+    """
+    deaf = next((p.name for p in parts_of(learner.method) if predicts(p)), None)
+    if all(deaf and name.startswith("objective.") for name in learner.trainable()):
+        why = f"{deaf} answers without the heads, and nothing else" if deaf else "nothing"
+        raise ValueError(
+            f"{part.name} has {lacks}: {why} is trained. Write 'lora + {part.name}' or 'finetune + {part.name}'"
+        )

@@ -1,0 +1,91 @@
+"""Zero-shot retention: what a CLIP still knows of data sets that it is never taught."""
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
+
+from perdure.core.learner import Core
+from perdure.objectives.zeroshot import TEMPLATE, ZeroShot, class_texts
+from perdure.options.spec import parse_one
+from perdure.streams import build_stream
+from perdure.types import Row, Stream, Union
+
+METRIC = "zero_shot"
+"""Rows are called `zero_shot/<data set>`; `after` is -1 for the pre-trained model."""
+
+
+class Retention:
+    """Held-out data sets on which zero-shot accuracy is measured before the first task and after each.
+
+    Images are encoded as the learner encodes them (with its prompts, experts and adapters), class names by its text
+    tower; heads have no part in it.
+
+    Args:
+        held_out: streams; all their test images are scored among all their classes.
+        learner: with a text tower.
+        measured: whether of a stream without a test part all images are scored, and not those held out of it.
+
+    Raises:
+        ValueError: when the backbone has no text tower, or a stream is not as expected.
+    """
+
+    def __init__(self, held_out: Sequence[str], learner: Core, measured: bool = False) -> None:
+        if held_out and "text" not in learner.backbone.towers():
+            raise ValueError(
+                f"retain={held_out[0]!r}: zero-shot accuracy needs a text tower, which {learner.backbone.spec} lacks: "
+                "use clip(path=...) or pocket(), or leave retain out"
+            )
+        self.sets: dict[str, Stream] = {}
+        for text in held_out:
+            written = {name for name, _ in parse_one(text).kwargs}
+            whole = {} if written & {"tasks", "increments", "scenario"} else {"tasks": 1}
+            stream = build_stream(text, learner.backbone.preprocess, 0, measured, **whole)
+            if "captions" in stream.notes or len({c for task in stream for c in task.classes}) < 2:
+                raise ValueError(f"retain={text!r}: there are no classes to tell apart; give a labelled data set")
+            name = stream.name if stream.name not in self.sets else f"{stream.name} {len(self.sets) + 1}"
+            self.sets[name] = stream
+        objective = learner.objective
+        self.templates = objective.templates if isinstance(objective, ZeroShot) else (TEMPLATE,)
+
+    def measure(self, learner: Core, after: int) -> list[Row]:
+        """Accuracy on each data set; `after` says after which task."""
+        return [Row(after, None, f"{METRIC}/{name}", self._accuracy(learner, s)) for name, s in self.sets.items()]
+
+    def _accuracy(self, learner: Core, stream: Stream) -> float:
+        names = dict(chain.from_iterable(zip(task.classes, task.names, strict=True) for task in stream))
+        place = {c: i for i, c in enumerate(names)}
+        right = total = 0
+        with learner.inference():
+            classes = class_texts(learner, list(names.values()), self.templates)
+            tests = Union([learner.encoded(task.test, keep=True) for task in stream])
+            for batch in learner.batches(tests, 256):
+                features = learner.encode(batch)
+                if features.shape[1] != classes.shape[1]:
+                    raise ValueError(
+                        f"retain has no meaning with {learner.method.spec!r}, whose {features.shape[1]} features "
+                        f"are not in the space of the {classes.shape[1]}-dimensional texts: leave it out"
+                    )
+                answer = (features @ classes.T).argmax(1).tolist()
+                wanted = [place[c] for c in batch["label"].tolist()]
+                right += sum(a == w for a, w in zip(answer, wanted, strict=True))
+                total += len(wanted)
+        return right / total
+
+
+def kept(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
+    """For each held-out data set: accuracy `before`, `after` each task, the `drop` in the end, and its `ratio`."""
+    found: dict[str, dict[int, float]] = {}
+    for row in rows:
+        kind, _, name = row.metric.partition("/")
+        if kind == METRIC and row.on is None:
+            found.setdefault(name, {})[row.after] = row.value
+    return {name: _kept(values) for name, values in found.items()}
+
+
+def _kept(values: dict[int, float]) -> dict[str, Any]:
+    before = values.pop(-1, None)
+    after = [value for _, value in sorted(values.items())]
+    facts: dict[str, Any] = {"before": before, "after": after, "drop": None, "ratio": None}
+    if before is not None and after:
+        facts |= {"drop": before - after[-1], "ratio": after[-1] / before if before else None}
+    return facts

@@ -1,0 +1,306 @@
+"""A grid of methods and seeds on one stream: every cell a run's folder, so a killed grid goes on where it stood.
+
+Beside the cells stand the table (`compare.json`, `compare.md`), what a step costs (`steps.json`), and what accuracy
+costs (`accuracy-bytes.svg`, `accuracy-time.svg`).
+"""
+
+import dataclasses
+import re
+import shlex
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from perdure import metrics
+from perdure.core import checkpoint
+from perdure.experiments import step_cost
+from perdure.formatting import RARE, printable, times
+from perdure.process import as_found, plain
+from perdure.reporting import tables as measured
+from perdure.reporting.charts import show
+from perdure.reporting.report import trade_offs
+from perdure.reporting.runs import Run, ignore
+from perdure.streams import build_stream
+from perdure.training.config import RunConfig, make_backbone, make_method
+from perdure.training.dry_run import foresee
+from perdure.training.loop import Progress
+from perdure.training.run import Interrupted, recorded_config, resume, run
+from perdure.training.runtime import Runtime, resolve
+
+KEYS = (
+    "acc",
+    "aaa",
+    "forgetting",
+    "acc_with_task_id",
+    "forgetting_with_task_id",
+    "task_id_acc",
+    "images_per_second",
+    "stored_bytes",
+    *RARE,
+)
+"""What the table shows of each summary."""
+_SURE = ("matrix", "seconds_per_task", "trainable_parameters", "stored_bytes")  # what every summary has
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One run of a grid."""
+
+    method: str
+    seed: int
+    folder: Path
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to do."""
+        return (self.folder / "summary.json").exists()
+
+
+class GridProgress(Progress, step_cost.StepProgress, Protocol):
+    """Progress that is also told of the grid."""
+
+    def cell(self, number: int, total: int, method: str, seed: int, left: float | None) -> None:
+        """Run number `number` (from 0) of `total` begins; `left` seconds are left for all, as far as one can tell."""
+
+
+def cells(methods: Sequence[str], seeds: Sequence[int], out: Path) -> list[Cell]:
+    """The grid, seeds outermost: after each seed the table is complete for it.
+
+    Raises:
+        ValueError: for a method that cannot be built, for no method or seed, or one that stands twice.
+    """
+    for what, given in (("methods", methods), ("seeds", seeds)):
+        if not given:
+            raise ValueError(f"--{what} is empty: give at least one")
+    for method in methods:
+        make_method(method)
+    names = [_folder_name(method) for method in methods]
+    for name, method in zip(names, methods, strict=True):
+        if names.count(name) > 1:
+            raise ValueError(f"{method!r} stands twice among the methods; write each once")
+    for seed in seeds:
+        if seeds.count(seed) > 1:
+            raise ValueError(f"seed {seed} stands twice among the seeds; write each once")
+    return [Cell(m, s, out / f"{n}-seed{s}") for s in seeds for n, m in zip(names, methods, strict=True)]
+
+
+@plain()
+def compare(
+    config: RunConfig, grid: Sequence[Cell], out: Path, progress: GridProgress | None = None, *, steps: bool = True
+) -> list[dict[str, Any]]:
+    """Run what is not finished of a grid; returns the table, one row a method.
+
+    Every cell computes in the same way (device, precision, attention are resolved once). What the tasks' descriptions
+    rule out is refused before the first cell runs. The table is also written to `out`, once the cells are finished and
+    again with the step costs; it has the methods of `grid` only, and of other finished runs in `out` a note tells.
+
+    Args:
+        config: what all cells share; its method and seed are replaced.
+        grid: from `cells`.
+        out: folder of the grid.
+        progress: who is told.
+        steps: measure what a step costs against plain LoRA's, where that is not known yet.
+
+    Raises:
+        ValueError: when a run in `out` was made with other options or is damaged, or anything in `config` cannot be
+            done.
+        Interrupted: after SIGINT or SIGTERM.
+    """
+    with checkpoint.locked(out):
+        runtime = None
+        measured.steps_of(out)  # a damaged one is told of now, not after hours
+        for cell in grid:
+            runtime = _made(config, cell) or runtime
+            if cell.finished:
+                _summary(cell, progress.note if progress else ignore)
+        if unfinished := [cell for cell in grid if not cell.finished]:
+            runtime = _ready(config, unfinished, runtime)
+        for number, cell in enumerate(grid):
+            if cell.finished:
+                continue
+            if progress:
+                progress.cell(number, len(grid), cell.method, cell.seed, seconds_left(grid))
+            try:
+                if (cell.folder / "run.json").exists():
+                    resume(cell.folder, progress)
+                    continue
+                run(dataclasses.replace(config, method=cell.method, seed=cell.seed), cell.folder, progress, runtime)
+            except Interrupted as stop:
+                said = str(stop).partition(";")[0]
+                raise Interrupted(f"{cell.folder.name}: {said}; the same command goes on from here") from stop
+        table = _write(grid, out)
+        if steps and runtime is not None:
+            methods = list(dict.fromkeys(cell.method for cell in grid))
+            with as_found(runtime.threads):
+                step_cost.measure(config, methods, runtime, out, progress)
+            table = _write(grid, out)
+        if progress and (left_out := _left_out(grid, out)):
+            progress.note(left_out)
+    return table
+
+
+def seconds_left(grid: Sequence[Cell]) -> float | None:
+    """What the unfinished cells will take, judged by finished ones of the same method, else by all; None at first."""
+    took = {cell: _seconds(cell) for cell in grid if cell.finished}
+    if not took:
+        return None
+    left = 0.0
+    for cell in grid:
+        if cell not in took:
+            alike = [seconds for other, seconds in took.items() if other.method == cell.method]
+            left += max(0.0, statistics.fmean(alike or took.values()) - _seconds(cell))
+    return left
+
+
+def tabulate(summaries: Sequence[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Mean and sample standard deviation over the runs of each method: `{"method", "runs", key: [mean, std]}`."""
+    table = []
+    for method in dict.fromkeys(name for name, _ in summaries):
+        mine = [summary for name, summary in summaries if name == method]
+        row: dict[str, Any] = {"method": method, "runs": len(mine)}
+        for key in KEYS:
+            values = [s[key] for s in mine if s.get(key) is not None]
+            row[key] = list(metrics.spread(values)) if values else None
+        seconds = [sum(sum(task.values()) for task in s["seconds_per_task"]) for s in mine]
+        row["seconds"] = list(metrics.spread(seconds))
+        row["trainable_parameters"] = mine[0]["trainable_parameters"]
+        table.append(row)
+    return table
+
+
+def markdown(table: Sequence[dict[str, Any]]) -> str:
+    """The table in Markdown, in per cent: mean ± sample standard deviation over the runs."""
+    shown = [(key, title) for key, title in _SHOWN if key not in RARE or any(row.get(key) for row in table)]
+    titles = [title for _, title in shown]
+    lines = [f"| method | runs | {' | '.join(titles)} |", "|---" * (len(titles) + 2) + "|"]
+    for row in table:
+        cells = [times(row["step"]) if key == "step" else _shown(key, row[key]) for key, _ in shown]
+        lines.append(f"| {_code(row['method'])} | {row['runs']} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _code(text: str) -> str:
+    """A text as code in a table's cell: no bar ends the cell, no backtick the code."""
+    text = printable(text).replace("|", "\\|")
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"
+
+
+_SHOWN = (
+    ("acc", "final accuracy"),
+    ("new_task_acc", "new-task accuracy"),
+    ("forgetting", "forgetting"),
+    ("acc_with_task_id", "with task id"),
+    ("forgetting_with_task_id", "forgetting with task id"),
+    ("transfer", "transfer"),
+    ("average", "average over the matrix"),
+    ("zero_shot_ratio", "zero-shot kept"),
+    ("stored_bytes", "stored"),
+    ("step", "step / plain LoRA's"),
+    ("seconds", "time"),
+)
+
+
+def _shown(key: str, value: Any) -> str:
+    mean, std = value if isinstance(value, list) else (value, None)
+    return str(show(key, mean, std, unit=key == "stored_bytes").striptags())
+
+
+def _write(grid: Sequence[Cell], out: Path) -> list[dict[str, Any]]:
+    """Write table and plots of a finished grid."""
+    table = tabulate([(cell.method, _summary(cell)) for cell in grid])
+    for row in table:
+        found = measured.row_of([Run.read(cell.folder) for cell in grid if cell.method == row["method"]])
+        last = found["after"]["new_task_acc"][-1]
+        row["new_task_acc"] = None if last is None else list(last)
+        row["stored_bytes_after"] = [None if pair is None else pair[0] for pair in found["after"]["stored_bytes"]]
+        row["referenced_bytes"] = found["referenced_bytes"]
+        row["step_cost"], row["step"] = (found["step"] or {}).get("ratio"), found["step"]
+    checkpoint.write_json(out / "compare.json", table)
+    checkpoint.write_text(out / "compare.md", markdown(table))
+    for name, drawing in trade_offs([(row["method"], row.get) for row in table]).items():
+        drawing.save(out / f"accuracy-{name}.svg")
+    return table
+
+
+def _made(config: RunConfig, cell: Cell) -> Runtime | None:
+    """How a cell that is there computes; other options than it was made with would have no effect on it."""
+    if not (cell.folder / "run.json").exists():
+        return None
+    made = Run.read(cell.folder)
+    if not made.facts["stream"]["tasks"]:
+        raise ValueError(
+            f"{cell.folder / 'run.json'} names no tasks: it is no run's; remove {cell.folder} to run it again"
+        )
+    written, runtime = recorded_config(cell.folder, made.facts).describe(), Runtime(**made.facts["resolved"])
+    for name, value in dataclasses.replace(config, method=cell.method, seed=cell.seed).describe().items():
+        if name != "save_every" and written[name] != value:
+            raise ValueError(
+                f"{cell.folder} was made with {name}={written[name]!r}, not {value!r}: give the same options "
+                "to go on, or another --out to start anew"
+            )
+    return runtime
+
+
+def _ready(config: RunConfig, unfinished: Sequence[Cell], runtime: Runtime | None) -> Runtime:
+    """How cells compute; refuses methods that a task would refuse when its turn comes, perhaps after hours."""
+    backbone = make_backbone(config.backbone)
+    if runtime is None:
+        runtime = resolve(backbone, config.precision, config.attention, config.batch_size, config.device)
+    runtime.apply(backbone)
+    seed = unfinished[0].seed
+    stream = build_stream(config.stream, backbone.preprocess, seed)
+    for method in dict.fromkeys(cell.method for cell in unfinished):
+        try:
+            foresee(dataclasses.replace(config, method=method, seed=seed), backbone, stream)
+        except ValueError as error:
+            raise ValueError(f"--methods {method!r}: {error}") from error
+    return runtime
+
+
+def _summary(cell: Cell, note: Callable[[str], None] = ignore) -> dict[str, Any]:
+    """A finished run's summary, with all numbers that the table needs."""
+    found: dict[str, Any] = dict(Run.read(cell.folder, note).summary)
+    if any(found.get(key) is None for key in _SURE):
+        raise ValueError(
+            f"{cell.folder / 'summary.json'} is damaged: numbers are missing; remove it, and the same command writes "
+            "it anew"
+        )
+    return found
+
+
+def _left_out(grid: Sequence[Cell], out: Path) -> str:
+    """What `out` holds beside the grid, and how to see it in the table; empty when there is nothing."""
+    mine = {cell.folder.name for cell in grid}
+    names, methods, seeds = [], [], []
+    for file in sorted(out.glob("*/summary.json")):
+        if file.parent.name in mine or not (file.parent / "run.json").is_file():
+            continue
+        names.append(file.parent.name)
+        try:
+            other = Run.read(file.parent)
+        except ValueError:  # it is not asked for: its name will do
+            continue
+        methods.append(other.method)
+        seeds.append(other.facts.get("seed"))
+    if not names:
+        return ""
+    more = {
+        "--methods": shlex.join(sorted(set(methods) - {cell.method for cell in grid})),
+        "--seeds": " ".join(map(str, sorted({s for s in seeds if s is not None} - {cell.seed for cell in grid}))),
+    }
+    how = " and ".join(f"{values} to {flag}" for flag, values in more.items() if values)
+    runs = f"{len(names)} more finished run{'s' if len(names) > 1 else ''}"
+    listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return f"{out} holds {runs}, not in this table: {listed}" + (f"; to include, add {how}" if how else "")
+
+
+def _seconds(cell: Cell) -> float:
+    """What a cell took so far."""
+    took = [each.manifest["seconds"] for each in checkpoint.whole(cell.folder) if "seconds" in each.manifest]
+    return sum(s["prepare"] + s["train"] + s["finish"] + s["evaluate"] for s in took)
+
+
+def _folder_name(method: str) -> str:
+    return re.sub(r"[^\w.=+-]+", "_", method.replace(" ", "")).strip("_")

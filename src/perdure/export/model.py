@@ -1,0 +1,306 @@
+"""Export: what was learnt as a folder that plain PEFT, transformers or timm load, with the classifier beside it.
+
+Exact, not an approximation: linear updates are either one LoRA per layer, whose inner dimension is the sum of all
+branches', or added to the weights.
+"""
+
+import difflib
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from perdure.adapters.injection import prompted, updates
+from perdure.backbones import pretrained
+from perdure.backbones.base import Backbone
+from perdure.backbones.clip import Clip
+from perdure.backbones.open_clip import OpenClip
+from perdure.backbones.pocket import FOLDER as POCKET
+from perdure.backbones.timm import Timm
+from perdure.backbones.vision import Vision
+from perdure.core.learner import Core
+from perdure.core.method import embeds, encodes, parts_of
+from perdure.export.files import TERMS, TOKENIZER, Use, copy, options_of, readme, use_of
+from perdure.export.head import classifier_of, head_of
+from perdure.export.open_clip import write_open_clip
+from perdure.objectives import ZeroShot
+from perdure.storage.files import locked, write_json, write_text
+from perdure.training.config import make_backbone
+from perdure.version import __version__
+
+Target = Literal["peft", "merged"]
+"""`peft`: a LoRA for the pre-trained model; `merged`: the whole model with the updates in its weights."""
+
+_DRAFT = ".draft"
+# Beside config and weights: how images and texts are read, and what may be done with the model.
+_PROCESSOR = ("*processor_config.json",)
+
+
+def export(learner: Core, folder: Path, to: Target | str) -> Path:
+    """Write `learner` to `folder`, whole or not at all; returns `folder`.
+
+    Beside the model stand `head.safetensors` (`weight` (classes, dim), and `bias` or `logit_scale` where there is one;
+    for captions `logit_scale` alone), `labels.json` (names of the classes in the order of the columns, and how to get
+    from features to scores) and `README.md` with a working example.
+
+    Args:
+        learner: that has learnt at least one task.
+        folder: new or empty.
+        to: `peft` or `merged`.
+
+    Raises:
+        ValueError: when the other library could not do the same as this learner, or the folder holds something.
+    """
+    _check(learner, to)
+    target = folder.expanduser().resolve()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{folder} is there already and not an empty folder: give a new one")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _drop_drafts(target.parent)
+        with _draft(target) as draft:
+            _write(learner, draft, to)
+            if target.exists():
+                target.rmdir()
+            draft.rename(target)
+        _force_to_disk([target.parent])
+    except (OSError, SafetensorError) as error:  # nothing that was learnt is concerned, so there is nothing to resume
+        why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise ValueError(
+            f"{folder} cannot be written ({why}): make room or get leave there, or give another"
+        ) from error
+    return folder
+
+
+@contextmanager
+def _draft(target: Path) -> Iterator[Path]:
+    """A folder on the disk of `target`, within one that this process holds and that is removed in the end."""
+    held = target.with_name(f".{target.name}{_DRAFT}")
+    with locked(held):
+        try:
+            draft = held / target.name
+            draft.mkdir()
+            yield draft
+        finally:
+            shutil.rmtree(held, ignore_errors=True)
+
+
+def _drop_drafts(folder: Path) -> None:
+    """Remove what killed exports left in `folder`: nobody holds it any more."""
+    for lock in folder.glob(f".*{_DRAFT}/.lock"):
+        with suppress(ValueError), locked(lock.parent):  # refused while its export goes on
+            shutil.rmtree(lock.parent, ignore_errors=True)
+
+
+def _write(learner: Core, folder: Path, to: str) -> None:
+    with learner.inference():
+        if to == "peft":
+            _write_lora(learner, folder)
+        else:
+            _write_merged(_merged(learner), folder)
+        head = head_of(learner)
+    save_file({k: v.detach().cpu().contiguous() for k, v in head.items()}, folder / "head.safetensors")
+    use = use_of(learner.backbone, to)
+    write_json(folder / "labels.json", _facts(learner, use))
+    write_text(folder / "README.md", readme(learner, to, use))
+    for file in folder.iterdir():
+        shutil.copymode(folder / "README.md", file)  # safetensors writes files that only their owner may read
+    _force_to_disk([*folder.iterdir(), folder])
+
+
+def _check(learner: Core, to: str) -> None:
+    backbone = learner.backbone
+    if to not in get_args(Target):
+        near = difflib.get_close_matches(to, get_args(Target), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "write 'peft' or 'merged'"
+        raise ValueError(f"unknown export {to!r}; {hint}")
+    if not learner.learnt:
+        raise ValueError("this learner has learnt nothing yet: there is nothing to export")
+    if not isinstance(backbone, Clip | Vision | Timm | OpenClip):
+        raise ValueError(
+            f"{backbone.spec} cannot be exported: learn on pocket(), clip(...), open_clip(...), vision(...) or "
+            "timm(...), or keep it with save"
+        )
+    if strange := [part.name for part in parts_of(learner.method) if encodes(part) or embeds(part)]:
+        raise ValueError(f"{strange[0]} changes features as no weights can express; keep this learner with save")
+    if prompted(backbone):
+        raise ValueError("prompts take part in the encoder, which no weights can hold; keep this learner with save")
+    classifier_of(learner)
+    linear = False
+    for site, adapter, part in updates(backbone):
+        if adapter.delta(part, branches=True) is not None:
+            linear = True
+        elif adapter.state_dict():
+            raise ValueError(
+                f"the {type(adapter).__name__} on {site.layer} is no linear update of its weight: neither LoRA nor "
+                "merged weights can hold it; keep this learner with save"
+            )
+    if to == "peft":
+        if isinstance(backbone, OpenClip):
+            raise ValueError("OpenCLIP's attention is one fused layer, which no LoRA of PEFT fits: export to 'merged'")
+        if "vision" in options_of(backbone):
+            raise ValueError(f"{backbone.spec} was put together here, no folder has it for a LoRA: export to 'merged'")
+        if learner.tunes_backbone:
+            raise ValueError("the encoder's own weights were trained, which a LoRA cannot hold: export to 'merged'")
+        if not linear:
+            raise ValueError("no layer of the encoder was adapted, so there is no LoRA to write: export to 'merged'")
+
+
+# The model
+
+
+def _write_lora(learner: Core, folder: Path) -> None:
+    layers = {name.removeprefix("model."): pair for name, pair in _stacked(learner.backbone).items()}
+    tensors = {}
+    for name, (down, up) in layers.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = down.cpu().contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = up.cpu().contiguous()
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    ranks = {name: len(down) for name, (down, _) in layers.items()}
+    common = Counter(ranks.values()).most_common(1)[0][0]
+    others = {name: rank for name, rank in ranks.items() if rank != common}
+    kind, options = type(learner.backbone.model), options_of(learner.backbone)
+    config = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": options.get("path"),
+        "auto_mapping": {"base_model_class": kind.__name__, "parent_library": kind.__module__},
+        "inference_mode": True,
+        "r": common,
+        "lora_alpha": common,  # PEFT multiplies by alpha / r
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "target_modules": list(layers),
+    }
+    if isinstance(learner.backbone, Timm):
+        config["auto_mapping"] = None  # PEFT would look for `from_pretrained`, which timm's classes lack
+        config["base_model_name_or_path"] = options.get("checkpoint", options["name"])
+    write_json(folder / "adapter_config.json", config)
+
+
+def _stacked(backbone: Backbone) -> dict[str, tuple[Tensor, Tensor]]:
+    """Layer -> (down (r, fan_in), up (fan_out, r)) of all that stands on it, float32."""
+    pieces: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for site, adapter, part in updates(backbone):
+        factors = adapter.factors(part)
+        if factors is None:
+            continue
+        up, down = (factor.detach().float() for factor in factors)
+        layer: Any = backbone.get_submodule(site.layer)
+        whole = up.new_zeros(len(layer.weight), up.shape[1])
+        whole[site.rows[0] : site.rows[1]] = up
+        known = pieces.setdefault(site.layer, [])
+        # k and v of a fused layer read through the same `down`: once is enough.
+        for i, (other, sofar) in enumerate(known):
+            if torch.equal(other, down):
+                known[i] = other, sofar + whole
+                break
+        else:
+            known.append((down, whole))
+    return {
+        layer: (torch.cat([down for down, _ in known]), torch.cat([up for _, up in known], 1))
+        for layer, known in pieces.items()
+    }
+
+
+def _merged(learner: Core) -> Any:
+    """The backbone with all updates in its weights, in float32."""
+    backbone = learner.backbone
+    if all(p.dtype == torch.float32 for p in backbone.parameters()):
+        return backbone
+    # In bfloat16 most of a small update is lost: it has to meet the weights as they were published.
+    whole = make_backbone(backbone.spec)
+    if whole.fingerprint() != learner.fingerprint:
+        raise ValueError(f"{backbone.spec} has changed since this learner was made: give the weights it was learnt on")
+    for site, adapter, part in updates(backbone):
+        update = adapter.delta(part, branches=True)
+        if update is not None:
+            whole.get_submodule(site.layer).weight[site.rows[0] : site.rows[1]] += update.cpu()
+    return whole
+
+
+def _write_merged(whole: Any, folder: Path) -> None:
+    if isinstance(whole, Timm):
+        _write_timm(whole, folder)
+    elif isinstance(whole, OpenClip):
+        write_open_clip(whole, folder)
+    else:
+        _write_transformers(whole, folder)
+
+
+def _write_transformers(backbone: Any, folder: Path) -> None:
+    from transformers.utils import logging as hf
+
+    bars = hf.is_progress_bar_enabled()
+    hf.disable_progress_bar()
+    try:
+        backbone.model.save_pretrained(folder)
+    finally:
+        if bars:
+            hf.enable_progress_bar()
+    options = options_of(backbone)
+    if "vision" in options:  # two models that have never met
+        for tower in ("vision", "text"):
+            copy(_folder(options[tower]), TERMS, folder, before=f"{tower}-")
+        copy(_folder(options["vision"]), _PROCESSOR, folder)
+        backbone.tokenizer.save_pretrained(folder)  # says which class it is of, which a copied vocabulary need not
+    else:
+        source = _folder(options["path"]) if "path" in options else POCKET
+        copy(source, (*_PROCESSOR, *TERMS, *(TOKENIZER if isinstance(backbone, Clip) else ())), folder)
+    if options.get("input_norm") == "none":
+        for file in folder.glob("*processor_config.json"):
+            facts = json.loads(file.read_text(encoding="utf-8"))
+            facts.get("image_processor", facts)["do_normalize"] = False
+            write_json(file, facts)
+
+
+def _folder(model: str) -> Path:
+    return Path(pretrained.locate(model)[1])
+
+
+def _write_timm(backbone: Timm, folder: Path) -> None:
+    from timm.models import save_for_hf
+
+    save_for_hf(backbone.model, str(folder), safe_serialization=True)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["pretrained_cfg"] |= {k: backbone.preprocess.describe()[k] for k in ("mean", "std")}
+    write_json(folder / "config.json", config)
+
+
+def _facts(learner: Core, use: Use) -> dict[str, Any]:
+    config, classifier = getattr(learner, "config", None), classifier_of(learner)
+    facts = {
+        "labels": list(learner.objective.names) if learner.objective.classifies else [],
+        "objective": config.objective if config else type(learner.objective).__name__.lower(),
+        "classifier": classifier.what,
+        "features": f"features = {use.features}; head = head.safetensors; scores = {classifier.scores}",
+        "preprocess": learner.backbone.preprocess.describe(),
+        "perdure": __version__,
+        "backbone": learner.backbone.spec,
+        "fingerprint": learner.fingerprint,
+    }
+    if config:
+        facts["method"] = config.method
+    if isinstance(learner.objective, ZeroShot):
+        facts["templates"] = list(learner.objective.templates)
+    return facts
+
+
+def _force_to_disk(paths: Iterable[Path]) -> None:
+    for path in paths:
+        if path.is_dir() and os.name != "posix":  # Windows cannot open a folder
+            continue
+        handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

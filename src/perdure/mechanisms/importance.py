@@ -1,0 +1,163 @@
+"""What regularisers hold, parameters or merged updates, and how much each number of it matters to single examples."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from perdure.adapters.injection import updates
+from perdure.core.learner import Core
+from perdure.mechanisms.quadratic_penalty import mean_one
+from perdure.types import Batch, Data, Site
+
+Of = Literal["parameters", "updates"]
+Output = Callable[[Tensor, Batch, "Rivals"], Tensor]
+"""(features (1, dim), batch of one, what it competes with) to a scalar."""
+_CHUNK = 16  # examples whose gradients are held at once
+_COMPANY = 64  # pairs that a pair competes with
+_MOST = 2**30  # bytes of gradients held at once
+_UPDATE = "update/"
+
+
+@dataclass
+class Rivals:
+    """What a single example competes with: classes, or other pairs of image and text.
+
+    Args:
+        local: whether only the task's classes compete.
+        company: see `Objective.company`.
+    """
+
+    local: bool
+    company: Batch
+
+
+def held(learner: Core, of: Of) -> dict[str, Tensor]:
+    """What springs may hold, by name, as a function of the parameters.
+
+    `parameters`: all that are trained and outlive the task. `updates`: the linear update (fan_out, fan_in) of each
+    adapted layer in place of its factors, which are not unique: A B = (A G)(G⁻¹ B); and the other parameters.
+    """
+    parameters: dict[str, Tensor] = dict(learner.shared())
+    if of == "parameters":
+        return parameters
+    merged: dict[str, Tensor] = {}
+    factors: set[int] = set()
+    for site, adapter, part in updates(learner.backbone):
+        delta = adapter.delta(part, branches=True)
+        if delta is not None:
+            merged[_key(site)] = merged[_key(site)] + delta if _key(site) in merged else delta
+            factors |= {id(p) for p in adapter.parameters()}
+    return {name: p for name, p in parameters.items() if id(p) not in factors} | merged
+
+
+def check_updates(learner: Core, name: str) -> None:
+    """Raise `ValueError` when no layer has a linear update that the method `name` could hold."""
+    if not any(adapter.delta(part, branches=True) is not None for _, adapter, part in updates(learner.backbone)):
+        raise ValueError(
+            f"of='updates': no part of {learner.method.spec!r} adds a linear update to a layer, so {name} would hold "
+            "none; write of='parameters'"
+        )
+
+
+@torch.no_grad()  # torch.func differentiates all the same, but no graph of the other parameters is kept
+def importance(
+    learner: Core, data: Data, of: Of, samples: int, purpose: str, output: Output, power: int
+) -> dict[str, Tensor]:
+    """Mean over examples of |∂ output / ∂ value|^power for each value that `held` gives, scaled to mean 1.
+
+    Gradients are of single examples: a batch's gradient is far smaller than its examples'.
+
+    Args:
+        learner: at the end of a task.
+        data: the task's.
+        of: see `held`.
+        samples: number of examples, as training sees them.
+        purpose: of the choice of examples.
+        output: what is differentiated.
+        power: 1 or 2.
+    """
+    learner.settle()  # a branch that another part has just closed must stand in the weights
+    values = held(learner, of)
+    if not values:
+        return {}
+    sites = {_key(site): site for site, _, _ in updates(learner.backbone) if _key(site) in values}
+    # the gradient of an update is that of one more update, which is nothing yet
+    at = {name: torch.zeros_like(value) if name in sites else value.detach() for name, value in values.items()}
+    total = {name: torch.zeros_like(value) for name, value in values.items()}
+    size = max(1, min(_CHUNK, _MOST // sum(value.nbytes for value in values.values())))
+    asked = _Asked(learner, output)
+    company: Batch = {}
+    gradients = _at_once
+    if not learner.objective.classifies:  # captions are read one by one: vmap cannot look into them
+        gradients, size = _in_turn, _COMPANY
+        others = next(learner.views(data, _COMPANY, f"{purpose} company", _COMPANY))
+        company = learner.objective.company(learner, others)
+    with ExitStack() as after:
+        for name, site in sites.items():
+            layer = learner.backbone.get_submodule(site.layer)
+            after.callback(layer.register_forward_hook(partial(asked.add, name, site.rows)).remove)
+        for views in learner.views(data, samples, purpose, size):
+            batch = learner.noted(learner.objective.narrowed(views))
+            asked.rivals = Rivals(learner.objective.competes_locally(batch), company)
+            for found in gradients(asked, at, batch):
+                for name, gradient in found.items():
+                    total[name] += gradient.abs().pow(power).sum(0)
+    return mean_one(total)
+
+
+class _Asked(nn.Module):
+    """The output as a module, for `functional_call`, and as a function of what is held."""
+
+    def __init__(self, learner: Core, output: Output) -> None:
+        super().__init__()
+        self.learner, self.output = learner, output
+        self.rivals = Rivals(local=False, company={})
+        self.added: dict[str, Tensor] = {}
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self.output(self.learner.encode(batch), batch, self.rivals)
+
+    def of(self, values: dict[str, Tensor], example: Batch) -> Tensor:
+        """The output of one example."""
+        self.added = {name: value for name, value in values.items() if name.startswith(_UPDATE)}
+        named = {f"learner.{name}": value for name, value in values.items() if name not in self.added}
+        out: Tensor = functional_call(self, named, ({name: value.unsqueeze(0) for name, value in example.items()},))
+        return out
+
+    def add(self, name: str, rows: tuple[int, int], _layer: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
+        """A layer's output with one more update; its weight itself may not seem to be trained."""
+        if name not in self.added:
+            return y
+        more = F.linear(args[0], self.added[name].to(args[0].dtype))
+        return y + F.pad(more, (rows[0], y.shape[-1] - rows[1]))
+
+
+Gradients = Iterator[dict[str, Tensor]]
+"""For some examples at a time and each name, (examples, ...)."""
+
+
+def _at_once(asked: _Asked, at: dict[str, Tensor], batch: Batch) -> Gradients:
+    # vmap has no rule for the fused kernels and would run them one example at a time
+    with sdpa_kernel(SDPBackend.MATH):
+        yield vmap(grad(asked.of), in_dims=(None, 0))(at, batch)
+
+
+def _in_turn(asked: _Asked, at: dict[str, Tensor], batch: Batch) -> Gradients:
+    leaves = {name: value.clone().requires_grad_() for name, value in at.items()}
+    for i in range(len(batch["label"])):
+        with torch.enable_grad():
+            out = asked.of(leaves, {name: value[i] for name, value in batch.items()})
+            found = torch.autograd.grad(out, list(leaves.values()), allow_unused=True, materialize_grads=True)
+        yield {name: gradient[None] for name, gradient in zip(leaves, found, strict=True)}
+
+
+def _key(site: Site) -> str:
+    return f"{_UPDATE}{site.key}"

@@ -1,0 +1,1 @@
+"""What a user writes: option syntax, ranges, paths."""

@@ -1,0 +1,75 @@
+"""Paths in what a user described: recorded so that they lead there from anywhere, and put right when they moved."""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from perdure.options.spec import Spec, parse
+
+_PATHS = ("path", "checkpoint", "name", "vision", "text", "order")
+"""Options that may be a file or folder, of streams and backbones."""
+_NESTED = ("embed", "reference")
+"""Options that are themselves described like this."""
+
+Move = tuple[str, str]
+"""Where something was, and where it is now: absolute paths, or the beginnings of some."""
+
+
+def anchored(text: str) -> str:
+    """A description whose paths are absolute where there is something; what is no path, as a hub's name, stays."""
+
+    def anchor(value: str) -> str:
+        try:
+            place = Path(value).expanduser()
+            return str(place.absolute()) if value and place.exists() else value
+        except (OSError, ValueError, RuntimeError):  # too long, a NUL in it, or no such user's home
+            return value
+
+    return _changed(text, anchor)
+
+
+def moved(text: str, moves: Sequence[Move]) -> str:
+    """A description after some moves, the first one first."""
+    for move in moves:
+        text = _changed(text, lambda value, move=move: relocated(value, move))  # type: ignore[misc]
+    return text
+
+
+def relocated(path: str, move: Move) -> str:
+    """A path after a move, when it is what moved or lies within."""
+    old, new = move
+    if path == old:
+        return new
+    return new + path[len(old) :] if path.startswith(old.rstrip(os.sep) + os.sep) else path
+
+
+def pathless(text: str) -> str:
+    """A description without its paths: what stays the same wherever they lead."""
+    return _changed(text, lambda _: "")
+
+
+def paths_in(text: str) -> list[str]:
+    """What in a description may be a path."""
+    found: list[str] = []
+    _changed(text, lambda value: found.append(value) or value)  # type: ignore[func-returns-value]
+    return found
+
+
+def _changed(text: str, change: Callable[[str], str]) -> str:
+    try:
+        specs = parse(text)
+    except ValueError:  # whoever builds it says what is wrong
+        return text
+    made = tuple(_in_spec(spec, change) for spec in specs)
+    return text if made == specs else " + ".join(map(str, made))
+
+
+def _in_spec(spec: Spec, change: Callable[[str], str]) -> Spec:
+    def option(name: str, value: Any) -> Any:
+        if isinstance(value, str) and name in _PATHS and (name, value) != ("order", "natural"):
+            return change(value)
+        return _changed(value, change) if isinstance(value, str) and name in _NESTED else value
+
+    kwargs = tuple((name, option(name, value)) for name, value in spec.kwargs)
+    return Spec(spec.name, kwargs, tuple(_in_spec(part, change) for part in spec.parts))

@@ -1,0 +1,297 @@
+"""What runs left on disk, read back: facts, results and summaries, finished or not."""
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+from perdure import metrics
+from perdure.core import checkpoint
+from perdure.core.checkpoint import Checkpoint, read_record
+from perdure.evaluation import feature_drift as drift
+from perdure.formatting import RARE
+from perdure.options.spec import parse
+from perdure.reporting.figures import Series
+from perdure.storage import schema
+from perdure.storage.schema import Damaged, Line, Record, Summary, TaskFacts
+from perdure.training.summary import FILE as _SUMMARY
+from perdure.training.summary import contradicts, summarise
+from perdure.types import Row
+
+PHASES = ("prepare", "train", "finish", "evaluate")
+"""What the time of a task is spent on."""
+_RESULTS = "results.jsonl"
+_COSTS = ("trainable_parameters", "stored_bytes", "seconds", "images_per_second", "peak_rss_bytes")
+
+
+def ignore(text: str) -> None:
+    """Who is told nothing."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run's folder says; what is missing so far is empty."""
+
+    folder: Path
+    facts: Record
+    """run.json, with the tasks that a learner was taught"""
+    summary: Summary
+    """summary.json, or what it should say"""
+    rows: tuple[Row, ...]
+    """results.jsonl, or what the manifests know better"""
+
+    @classmethod
+    def read(cls, folder: Path, note: Callable[[str], None] = ignore) -> "Run":
+        """Read a folder that `perdure run` or `perdure learn` wrote, even while it is still being written.
+
+        Where there are manifests they are believed; results and summary only repeat what they say.
+
+        Args:
+            folder: of the run.
+            note: is told of results or a summary that say something else.
+
+        Raises:
+            ValueError: when `run.json` is missing, or a file that counts is damaged.
+        """
+        facts, done = read_record(folder), checkpoint.whole(folder)
+        if not done:
+            path = folder / _SUMMARY
+            summary = _summary(path, "format" in facts) if path.exists() else Summary()
+            return cls(folder, facts, summary, tuple(_rows(folder / _RESULTS, facts)))
+        declared = facts["stream"]["tasks"]
+        taught = [cast(TaskFacts, task.describe()) for task in done[-1].tasks[len(declared) :]]
+        facts = {**facts, "stream": {**facts["stream"], "tasks": [*declared, *taught]}}
+        rows = [row for each in done for row in each.rows]
+        _tell_other_results(folder, rows, note)
+        finite = tuple(row for row in rows if math.isfinite(row.value))
+        finished = (folder / _SUMMARY).exists() or done[-1].learnt >= len(declared)
+        return cls(folder, facts, _known_summary(folder, done, note) if finished else Summary(), finite)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What was asked for."""
+        return dict(self.facts["config"])
+
+    @property
+    def method(self) -> str:
+        """The method's spec, as text."""
+        return str(self.config.get("method", "unknown method"))
+
+    def tasks(self) -> list[dict[str, Any]]:
+        """Descriptions of all tasks; empty ones for those that only the results mention."""
+        listed: list[dict[str, Any]] = [dict(task) for task in self.facts["stream"]["tasks"]]
+        seen = 1 + max((max(r.after, -1 if r.on is None else r.on) for r in self.rows), default=-1)
+        return [*listed, *({} for _ in range(max(seen, len(self._stored())) - len(listed)))]
+
+    def names(self) -> list[str]:
+        """Names of all tasks."""
+        return [str(task.get("name") or f"task {i + 1}") for i, task in enumerate(self.tasks())]
+
+    @property
+    def scored(self) -> tuple[str, str, str]:
+        """Names of the score and its kin: accuracy, or recall."""
+        return metrics.scored(self.rows)
+
+    def matrix(self, metric: str | None = None) -> list[list[float | None]]:
+        """Scores of all tasks, learnt or not: from the results, or from the summary where these are missing.
+
+        Args:
+            metric: its name; the run's score when None.
+        """
+        if metric is None and not self.rows and (stored := self._stored()):
+            return stored
+        return metrics.matrix_of(self.rows, metric or self.scored[0], len(self.tasks()))
+
+    def averages(self) -> list[float | None]:
+        """Mean accuracy over the tasks learnt so far, after each task."""
+        return metrics.running_averages(self.matrix())
+
+    def learnt(self) -> int:
+        """Number of tasks after which all tasks so far were evaluated."""
+        averages = self.averages()
+        return next((i for i, value in enumerate(averages) if value is None), len(averages))
+
+    def numbers(self) -> dict[str, float | None]:
+        """Scores and costs by their key in summary.json, else from the results so far; `gap` and `seconds` besides."""
+        done = self.learnt()
+        given, with_id, task_id = ([row[:done] for row in self.matrix(m)[:done]] for m in (None, *self.scored[1:]))
+        baseline = metrics.baseline_of(self.rows, self.scored[0], len(self.tasks()))[:done]
+        so_far: dict[str, float | None] = {**dict.fromkeys(_COSTS), **metrics.summarise(given, baseline)}
+        so_far |= {"acc_with_task_id": metrics.acc(with_id), "task_id_acc": metrics.acc(task_id)}
+        so_far["feature_drift"] = drift.final([row[:done] for row in self.drift()[:done]])
+        found = {k: v if (stored := _number(self.summary.get(k))) is None else stored for k, v in so_far.items()}
+        found |= {key: _number(self.summary.get(key)) for key in RARE}
+        acc, told = found["acc"], found["acc_with_task_id"]
+        found["gap"] = None if acc is None or told is None else told - acc
+        if seconds := self.seconds():
+            found["seconds"] = sum(sum(task.values()) for task in seconds)
+        return found
+
+    def seconds(self) -> list[dict[str, float]]:
+        """Seconds of each phase, for each task."""
+        listed = self.summary.get("seconds_per_task") or []
+        return [{p: _number(task.get(p)) or 0.0 for p in PHASES} for task in listed]
+
+    def _stored(self) -> list[list[float | None]]:
+        stored = self.summary.get("matrix") or []
+        if any(len(row) != len(stored) for row in stored):
+            raise ValueError(
+                f"{self.folder / 'summary.json'} is damaged: 'matrix' is not square; restore it, or remove it and "
+                f"'perdure resume {self.folder}' writes it anew"
+            )
+        return [[_number(v) for v in row] for row in stored]
+
+    def drift(self) -> list[list[float | None]]:
+        """Feature drift of each task (columns) after each task (rows)."""
+        return self.matrix(drift.METRIC)
+
+    def drifts(self) -> list[float | None]:
+        """Mean feature drift of the old tasks after each task."""
+        return [_mean(row) for row in self.drift()]
+
+    def facts_of_tasks(self) -> dict[str, list[float | None]]:
+        """What the method said of itself as a whole after each task, such as `rank` and `complexity`."""
+        found: dict[str, list[float | None]] = {}
+        for row in self.rows:
+            if row.on is None and row.after >= 0 and "/" not in row.metric:
+                found.setdefault(row.metric, [None] * len(self.tasks()))[row.after] = row.value
+        return found
+
+    def layers(self, measure: str) -> dict[str, list[float | None]]:
+        """What the method said of each layer's input after each task, such as `free_dimension`."""
+        found: dict[str, list[float | None]] = {}
+        for row in self.rows:
+            kind, _, layer = row.metric.partition("/")
+            if row.on is None and row.after >= 0 and kind == measure and layer:
+                found.setdefault(layer, [None] * len(self.tasks()))[row.after] = row.value
+        return found
+
+    def over_layers(self, measure: str) -> list[float | None]:
+        """The mean of `layers` over layers, after each task."""
+        columns = zip(*self.layers(measure).values(), strict=True)
+        return [_mean(column) for column in columns] or [None] * len(self.tasks())
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in nothing but the seed and the order of classes."""
+
+    label: str
+    runs: tuple[Run, ...]
+
+    def spread(self, key: str) -> tuple[float, float | None] | None:
+        """Mean and standard deviation of a number over the runs that have it."""
+        values = [v for run in self.runs if (v := run.numbers().get(key)) is not None]
+        return metrics.spread(values) if values else None
+
+    def curve(self, values: Callable[[Run], list[float | None]], colour: int) -> Series | None:
+        """A number of each run after each task: mean over the runs that have it, and its standard deviation.
+
+        None when no run has any.
+        """
+        columns = [[v for v in c if v is not None] for c in _transposed([values(run) for run in self.runs])]
+        if not any(columns):
+            return None
+        both = [metrics.spread(column) if column else (None, None) for column in columns]
+        return Series(self.label, [m for m, _ in both], [s for _, s in both] if len(self.runs) > 1 else (), colour)
+
+
+def grouped(runs: Sequence[Run]) -> list[Group]:
+    """Runs of the same method and settings together, in the order given; other settings are added to the label."""
+    found: dict[str, list[Run]] = {}
+    for run in runs:
+        found.setdefault(json.dumps(_settings(run), sort_keys=True, default=str), []).append(run)
+    groups = []
+    for members in found.values():
+        same = [_settings(other[0]) for other in found.values() if other[0].method == members[0].method]
+        mine = _settings(members[0])
+        differing = [k for k in mine if any(other.get(k) != mine[k] for other in same)]
+        groups.append(Group(" · ".join([members[0].method, *(f"{k} {mine[k]}" for k in differing)]), tuple(members)))
+    return groups
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    """Configuration without what repetitions vary: seeds, the order of classes, when and where to save."""
+    return {k: _unseeded(v) for k, v in run.config.items() if k not in ("seed", "out", "save_every")}
+
+
+def _unseeded(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        specs = parse(value)
+    except ValueError:
+        return value
+    varied = ("seed", "order", "class_order")
+    return " + ".join(str(replace(s, kwargs=tuple((k, v) for k, v in s.kwargs if k not in varied))) for s in specs)
+
+
+def _transposed(lists: Sequence[Sequence[float | None]]) -> list[list[float | None]]:
+    return [[each[i] for each in lists if i < len(each)] for i in range(max(map(len, lists), default=0))]
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return statistics.fmean(known) if known else None
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def _summary(path: Path, must_be_sealed: bool) -> Summary:
+    remedy = f"restore it, or remove it and 'perdure resume {path.parent}' writes it anew"
+    return schema.read(path, Summary, remedy, must_be_sealed)
+
+
+def _known_summary(folder: Path, done: Sequence[Checkpoint], note: Callable[[str], None]) -> Summary:
+    """What the manifests add up to."""
+    path = folder / _SUMMARY
+    try:
+        said = _summary(path, done[-1].manifest["format"] > 1) if path.exists() else None
+        why = "is not what the manifests say"
+    except Damaged:
+        said, why = None, "is damaged"
+    try:
+        found = summarise(folder, done)
+    except Damaged:  # the numbers do not need the tensors, of which the sum counts the bytes
+        if said is None or said.get("manifest") != done[-1].seal:
+            raise
+        return said
+    if path.exists() and (said is None or contradicts(said, found)):
+        note(f"{path} {why}: its numbers are taken from the manifests; 'perdure resume {folder}' writes it anew")
+    return cast(Summary, found)
+
+
+def _tell_other_results(folder: Path, rows: Sequence[Row], note: Callable[[str], None]) -> None:
+    """A line that is missing at the end is still to be written, or of a process that was killed."""
+    path = folder / _RESULTS
+    said = "".join(checkpoint.lines_of(rows)).encode()
+    if path.exists() and not said.startswith(path.read_bytes()):
+        note(
+            f"{path} is not what the manifests say: what is shown is taken from these; 'perdure resume {folder}' "
+            "writes it anew"
+        )
+
+
+def _rows(path: Path, facts: Record) -> Iterable[Row]:
+    if not path.exists():
+        return
+    lines = path.read_bytes().split(b"\n")
+    most = max(len(facts["stream"]["tasks"]), len(lines))  # each task has a line at least
+    # What stands after the last line break is still being written, or was cut when the run was killed.
+    for number, line in enumerate(lines[:-1], start=1):
+        if not line.strip():
+            continue
+        remedy = "remove the line, or resume the run from its last task"
+        found = schema.parse(line, Line, f"{path}, line {number},", remedy)
+        if max(found["after"], found["on"] or 0) >= most:
+            raise Damaged(f"{path}, line {number}, is damaged: no task has such a number; {remedy}")
+        value = _number(found["value"])
+        if value is not None:
+            yield Row(found["after"], found["on"], found["metric"], value)

@@ -1,0 +1,198 @@
+"""What finished runs measured, one row a method: scores and stored bytes after every task, time, and step cost.
+
+Rows that were measured alike stand together in a setting, as JSON:
+
+    {"stream", "data", "scenario", "tasks", "classes", "images", "test_images", "backbone", "training", "computed",
+     "created", "perdure", "git", "command", "rows": [{"method", "seeds", "after", "seconds", ...}, ...]}
+
+`after` has a list for each number, one entry a task: `[mean, standard deviation]`, None where it is not defined.
+"""
+
+import json
+import shlex
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
+from pathlib import Path, PurePath
+from typing import Any
+
+from perdure import metrics
+from perdure.options.spec import parse
+from perdure.reporting.runs import Run
+from perdure.storage import schema
+from perdure.storage.schema import Steps
+from perdure.training.config import RunConfig
+
+STEPS = "steps.json"
+"""In a grid's folder: the step cost of each of its methods, written by `perdure.experiments.step_cost`."""
+
+Pair = tuple[float, float | None] | None
+_SPECS = ("stream", "backbone")
+_TRAINING = (
+    *("objective", "epochs", "batch_size", "lr", "optimizer", "weight_decay"),
+    *("schedule", "milestones", "decay", "augment", "calibrate"),
+)
+_OWN = ("method", "seed", "save_every", "device")
+
+
+def settings_of(folders: Sequence[Path], seeds: Sequence[int] | None = None, *, shorten: bool = False) -> list[Any]:
+    """All finished runs of streams in `folders`, sorted into settings.
+
+    Of two runs of the same method and seed in the same setting, the later one counts.
+
+    Args:
+        folders: runs', grids', or any folders with such in them.
+        seeds: leave out runs with other seeds; None takes all.
+        shorten: of absolute paths in specs keep the last name only, for tables that others read.
+
+    Raises:
+        ValueError: when there is no finished run, or one is damaged.
+    """
+    found: dict[str, dict[tuple[str, Any], Run]] = {}
+    for folder in folders:
+        for file in sorted(folder.rglob("summary.json")):
+            run = Run.read(file.parent)
+            if not run.names() and run.config.get("stream"):
+                raise ValueError(f"{file.parent / 'run.json'} is damaged: it names no tasks; restore it or run again")
+            if not run.config.get("stream") or (seeds is not None and run.facts.get("seed") not in seeds):
+                continue
+            alike = found.setdefault(json.dumps(_settings(run), sort_keys=True, default=str), {})
+            key = run.method, run.facts.get("seed")
+            if key not in alike or str(run.facts.get("created")) >= str(alike[key].facts.get("created")):
+                alike[key] = run
+    if not found:
+        where = ", ".join(map(str, folders))
+        raise ValueError(f"no finished run in {where}: give folders that 'perdure compare' or 'perdure run' wrote")
+    return [_setting(list(alike.values()), shorten) for alike in found.values()]
+
+
+def row_of(runs: Sequence[Run]) -> dict[str, Any]:
+    """What the runs of one method measured; they differ in nothing but the seed."""
+    tasks = min(len(run.names()) for run in runs)
+    bytes_after = [_bytes_after(run) for run in runs]
+    return {
+        "method": runs[0].method,
+        "seeds": sorted(run.facts.get("seed", 0) for run in runs),
+        "after": {name: _after(runs, tasks, *number) for name, number in _NUMBERS.items()}
+        | {"stored_bytes": [_pair(each[i] for each in bytes_after) for i in range(tasks)]},
+        "referenced_bytes": max(max(_referenced(run).values(), default=0.0) for run in runs),
+        "trainable_parameters": runs[0].summary.get("trainable_parameters"),
+        "seconds": _pair(run.numbers().get("seconds") for run in runs),
+        "images_per_second": _pair(run.numbers()["images_per_second"] for run in runs),
+        "step": steps_of(runs[0].folder.parent)["methods"].get(runs[0].method),
+    }
+
+
+def new_task_acc(matrix: metrics.Matrix) -> float | None:
+    """Mean score on each task right after it was learnt: (1/T) Σ_j R_jj."""
+    own = [row[j] for j, row in enumerate(matrix)]
+    known = [v for v in own if v is not None]
+    return sum(known) / len(known) if known and len(known) == len(own) else None
+
+
+def steps_of(folder: Path) -> Steps:
+    """steps.json of a grid's folder: `options` and, by method, what was measured; empty when there is none.
+
+    Raises:
+        ValueError: when the file is damaged.
+    """
+    path = folder / STEPS
+    if not path.is_file():
+        return {"options": {}, "methods": {}}
+    return schema.read(path, Steps, "remove it, the grid's command measures it anew")
+
+
+_NUMBERS: dict[str, tuple[int, Callable[[metrics.Matrix], float | None]]] = {
+    "acc": (0, metrics.acc),
+    "acc_with_task_id": (1, metrics.acc),
+    "new_task_acc": (0, new_task_acc),
+    "new_task_acc_with_task_id": (1, new_task_acc),
+    "forgetting": (0, metrics.forgetting),
+    "forgetting_with_task_id": (1, metrics.forgetting),
+}
+
+
+def _after(runs: Sequence[Run], tasks: int, which: int, number: Callable[[metrics.Matrix], float | None]) -> list[Pair]:
+    """A number of the score matrix (`which` of `Run.scored`) as it stood after each task."""
+    matrices = [run.matrix(run.scored[which]) for run in runs]
+    return [_pair(number([row[:n] for row in matrix[:n]]) for matrix in matrices) for n in range(1, tasks + 1)]
+
+
+def _bytes_after(run: Run) -> list[float | None]:
+    """What was stored after each task, with the examples that a memory refers to; None where the files are gone."""
+    referenced = _referenced(run)
+    found: list[float | None] = []
+    for i in range(len(run.names())):
+        file = run.folder / f"task-{i:03d}" / "learner.safetensors"
+        found.append(file.stat().st_size + referenced.get(i, 0.0) if file.exists() else None)
+    if found[-1] is None:
+        found[-1] = run.numbers()["stored_bytes"]
+    return found
+
+
+def _referenced(run: Run) -> dict[int, float]:
+    return {row.after: row.value for row in run.rows if row.metric == "referenced_bytes"}
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    """What must be equal for two rows to be compared."""
+    known = {f.name: f.default for f in fields(RunConfig)} | run.config
+    facts = run.facts["stream"]
+    return {name: known[name] for name in (*_SPECS, *_TRAINING)} | {
+        "fingerprint": run.facts["backbone"].get("fingerprint"),
+        "scenario": facts.get("scenario"),
+        "tasks": len(run.names()),
+    }
+
+
+def _setting(runs: Sequence[Run], shorten: bool) -> dict[str, Any]:
+    first, methods = runs[0], list(dict.fromkeys(run.method for run in runs))
+    decided, tasks = _settings(first), first.tasks()
+    specs = {name: _shortened(str(decided[name])) if shorten else str(decided[name]) for name in _SPECS}
+    return {
+        **specs,
+        "data": first.facts["stream"].get("name") or specs["stream"],
+        "scenario": decided["scenario"],
+        "tasks": decided["tasks"],
+        "classes": len({c for task in tasks for c in task.get("classes", ())}),
+        "images": sum(task.get("train", 0) for task in tasks),
+        "test_images": sum(task.get("test", 0) for task in tasks),
+        "fingerprint": decided["fingerprint"],
+        "training": {name: decided[name] for name in _TRAINING},
+        "computed": first.facts["resolved"],
+        "created": sorted({str(run.facts.get("created"))[:10] for run in runs}),
+        "perdure": sorted({str(run.facts.get("perdure")) for run in runs}),
+        "git": sorted({str(run.facts["git"])[:12] for run in runs if run.facts.get("git")}),
+        "command": _command(first, specs),
+        "rows": [row_of([run for run in runs if run.method == method]) for method in methods],
+    }
+
+
+def _command(run: Run, specs: dict[str, str]) -> str:
+    """The command that measures the setting, but for `--methods`, `--seeds` and `--out`."""
+    words = ["perdure", "compare"]
+    for field in fields(RunConfig):
+        value = specs.get(field.name, run.config.get(field.name, field.default))
+        several = isinstance(value, list | tuple)
+        if field.name not in _OWN and (value if several else value != field.default):
+            words += [f"--{field.name.replace('_', '-')}", *map(str, value if several else [value])]
+    return shlex.join(words)
+
+
+def _shortened(text: str) -> str:
+    """`text` with absolute paths cut to their last name."""
+    for spec in (inner for outer in parse(text) for inner in (outer, *outer.parts)):
+        for _, value in spec.kwargs:
+            if isinstance(value, str) and _absolute(value):
+                text = text.replace(value, PurePath(value).name)
+    return text
+
+
+def _absolute(text: str) -> bool:
+    return Path(text).is_absolute() or text.startswith("~")
+
+
+def _pair(values: Iterable[float | None]) -> Pair:
+    """Mean and standard deviation over runs; None when a run has no such number."""
+    listed = list(values)
+    known = [v for v in listed if v is not None]
+    return metrics.spread(known) if known and len(known) == len(listed) else None

@@ -1,0 +1,89 @@
+"""What a report says of texts: recall in the end, what is kept of zero-shot accuracy, and examples of searches."""
+
+from typing import Any
+
+from perdure import metrics
+from perdure.evaluation.search_examples import FILE, read
+from perdure.evaluation.zero_shot_retention import kept
+from perdure.ranking import CUTS
+from perdure.reporting.charts import percent
+from perdure.reporting.runs import Run
+
+NUMBERS = (
+    (
+        "transfer",
+        "Transfer",
+        "Mean accuracy on data sets not learnt yet (MTIL's Transfer): what is left of zero-shot accuracy, or gained.",
+    ),
+    (
+        "average",
+        "Average over the whole matrix",
+        "Mean accuracy on all data sets after every task (MTIL's Avg); its Last is the final accuracy.",
+    ),
+    (
+        "zero_shot_ratio",
+        "Zero-shot accuracy kept",
+        "Accuracy in the end on held-out data sets relative to the pre-trained model's, mean over the sets.",
+    ),
+)
+"""Numbers that only some runs have: of sequences of data sets, and with held-out ones. Key, name, meaning."""
+
+_WAYS = {"i2t": "image to text", "t2i": "text to image"}
+_GALLERIES = {"own": "among its own images and captions", "union": "among those of all tasks"}
+
+
+def view(run: Run) -> dict[str, Any]:
+    """Parts of a run's page; empty where it has none."""
+    return {"recalls": _recalls(run), "zero_shot": _zero_shot(run), "searches": _searches(run)}
+
+
+def zero_shot_kept(run: Run) -> list[float | None]:
+    """After each task, zero-shot accuracy relative to the pre-trained model's, the mean over held-out data sets."""
+    ratios = [[after / each["before"] for after in each["after"]] for each in kept(run.rows).values() if each["before"]]
+    return [sum(column) / len(column) for column in zip(*ratios, strict=False)]
+
+
+def _recalls(run: Run) -> list[tuple[str, list[str], list[tuple[str, list[str]]]]]:
+    """For each gallery: what it is, headings, and the last task's recalls for each task."""
+    done = run.learnt()
+    if run.scored != metrics.RECALL or not done:
+        return []
+    found = []
+    for gallery, about in _GALLERIES.items():
+        names = [(way, k) for way in _WAYS for k in CUTS]
+        columns = [run.matrix(f"{gallery}/{way}@{k}")[done - 1][:done] for way, k in names]
+        lines = [
+            (name, [*map(percent, row), "–" if None in row else f"{100 * sum(v or 0 for v in row):.0f}"])
+            for name, row in zip(run.names(), zip(*columns, strict=True), strict=False)
+        ]
+        found.append((about, [*(f"{_WAYS[way]} @{k}" for way, k in names), "rsum"], lines))
+    return found
+
+
+def _zero_shot(run: Run) -> list[tuple[str, str, list[str], str]]:
+    """For each held-out data set: accuracy before, after each task, and what is left of it."""
+    return [
+        (name, percent(each["before"]), [*map(percent, each["after"])], percent(each["ratio"]))
+        for name, each in kept(run.rows).items()
+    ]
+
+
+def _searches(run: Run) -> list[dict[str, Any]]:
+    """Queries with the pictures found before and after; none while the run is not finished."""
+    if not (run.folder / FILE).is_file():
+        return []
+    noted = read(run.folder)
+    pictures = noted["pictures"]
+    return [
+        {
+            "text": query["text"],
+            "task": query["task"],
+            "right": pictures[str(query["pair"])],
+            "found": [
+                (when, [(pictures[str(pair)], pair == query["pair"]) for pair in found])
+                for when, found in (("before", query["before"]), ("after", query.get("after", [])))
+            ],
+        }
+        for query in noted["queries"]
+        if pictures
+    ]

@@ -1,0 +1,74 @@
+"""Files that are whole or not there, whenever the power fails; and folders that one process works in."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from perdure.storage.schema import sealed
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process.
+
+    Raises:
+        ValueError: when another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout as error:
+        raise ValueError(f"another process is working in {folder}: wait for it, or give another folder") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write a JSON file so that it is either whole or not there."""
+    place(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
+    """The same with a seal: see `perdure.storage.schema`."""
+    write_json(path, sealed(content))
+
+
+def write_text(path: Path, text: str) -> None:
+    """The same for text."""
+    place(path, text.encode())
+
+
+def place(path: Path, content: bytes) -> None:
+    """Write a file beside its name, force it to disk, and rename it."""
+    draft = path.with_name(f".{path.name}.draft")
+    try:
+        with draft.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk does not say where
+        with suppress(OSError):
+            draft.unlink()
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Force the names in a folder to disk."""
+    if os.name != "posix":  # Windows cannot open a folder
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

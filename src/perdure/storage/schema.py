@@ -1,0 +1,289 @@
+"""The JSON files of a folder: what each holds, and how it is read: typed, sealed, or refused in one line.
+
+A seal is the sha256 of what a file says, kept in the file itself: it tells what a disk or a hand has changed. Whether a
+seal must be there is said by the format of `run.json`, which every manifest since then vouches for.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, NotRequired, TypedDict, TypeVar, cast
+
+import msgspec
+from msgspec import Meta
+
+FORMAT = 2
+"""Of what is written now: seals in all files, manifests that name their run and their predecessor. 1 had neither."""
+
+Count = Annotated[int, Meta(ge=0, le=2**53)]
+Task = Annotated[int, Meta(ge=0, le=1_000_000)]
+T = TypeVar("T")
+
+
+class Damaged(ValueError):
+    """A file of a folder is not what it was when it was written."""
+
+
+class TaskFacts(TypedDict):
+    """A task's description, without its data."""
+
+    index: Task
+    name: str
+    classes: list[Count]
+    names: list[str]
+    total: NotRequired[Task | None]
+    train: NotRequired[Count]
+    test: NotRequired[Count]
+
+
+class RowFacts(TypedDict):
+    """A measurement: see `perdure.types.Row`."""
+
+    after: Annotated[int, Meta(ge=-1, le=1_000_000)]
+    on: Task | None
+    metric: str
+    value: float
+
+
+class Line(RowFacts):
+    """The same in results.jsonl, where others may have written that there is none."""
+
+    value: float | None  # type: ignore[misc]
+
+
+class Seconds(TypedDict):
+    """Where the time of a task went."""
+
+    prepare: float
+    train: float
+    finish: float
+    evaluate: float
+
+
+class Source(TypedDict):
+    """Where the images of a lesson were."""
+
+    folder: str
+    skip_bad: bool
+    train_sha256: str
+    skipped: NotRequired[list[str]]
+    options: NotRequired[dict[str, int | float | str]]
+    captions: NotRequired[str | None]
+    content: NotRequired[str]
+    seal: NotRequired[str]
+
+
+class Manifest(TypedDict):
+    """manifest.json of a task, or of a snapshot within one."""
+
+    format: int
+    run: NotRequired[str]
+    previous: NotRequired[str | None]
+    learnt: Task
+    backbone: str
+    method: NotRequired[str]
+    tasks: list[TaskFacts]
+    rows: NotRequired[list[RowFacts]]
+    step: NotRequired[Count]
+    alone: NotRequired[bool]
+    source: NotRequired[Source]
+    device: NotRequired[str]
+    seconds: NotRequired[Seconds]
+    images: NotRequired[Count]
+    trainable_parameters: NotRequired[Count]
+    peak_rss_bytes: NotRequired[Count]
+    sha256: dict[str, str]
+    bytes: NotRequired[dict[str, Count]]
+    seal: str
+
+
+class Resolved(TypedDict):
+    """How a run computes: see `perdure.training.runtime.Runtime`."""
+
+    device: str
+    precision: Literal["fp32", "bf16"]
+    attention: Literal["eager", "sdpa"]
+    threads: Annotated[int, Meta(ge=1, le=65_536)]
+
+
+class BackboneFacts(TypedDict):
+    """Which weights a run began with."""
+
+    spec: NotRequired[str]
+    fingerprint: NotRequired[str]
+    preprocess: NotRequired[dict[str, Any]]
+
+
+class StreamFacts(TypedDict):
+    """What is learnt; notes of the stream stand beside these."""
+
+    name: NotRequired[str]
+    scenario: Literal["class", "task", "domain"]
+    tasks: list[TaskFacts]
+    skipped: NotRequired[list[str]]
+    sequence: NotRequired[Any]
+
+
+class Record(TypedDict):
+    """run.json."""
+
+    format: NotRequired[int]
+    perdure: NotRequired[str]
+    created: NotRequired[str]
+    git: NotRequired[str | None]
+    seed: NotRequired[int]
+    config: dict[str, bool | int | float | str | list[str] | None]
+    resolved: Resolved
+    backbone: BackboneFacts
+    versions: NotRequired[dict[str, str]]
+    stream: StreamFacts
+    held_out: NotRequired[dict[str, StreamFacts]]
+    seal: NotRequired[str]
+
+
+class Moves(TypedDict):
+    """moved.json: where things were, and where they are."""
+
+    moved: list[tuple[str, str]]
+    seal: str
+
+
+class Summary(TypedDict, total=False):
+    """summary.json: numbers, and the manifest that they end with."""
+
+    matrix: list[list[float | None]]
+    score: str
+    acc: float | None
+    aaa: float | None
+    forgetting: float | None
+    bwt: float | None
+    fwt: float | None
+    retention: float | None
+    acc_with_task_id: float | None
+    task_id_acc: float | None
+    forgetting_with_task_id: float | None
+    feature_drift: float | None
+    transfer: float | None
+    average: float | None
+    zero_shot: dict[str, dict[str, Any]]
+    zero_shot_ratio: float | None
+    recall: dict[str, dict[str, list[float | None]]]
+    trainable_parameters: Count
+    stored_bytes: Count
+    seconds_per_task: list[dict[str, float]]
+    images_per_second: float | None
+    peak_rss_bytes: Count
+    skipped_images: Count
+    manifest: str
+    seal: str
+
+
+class Query(TypedDict):
+    """A text that is searched for, and the identities of the images found."""
+
+    task: str
+    text: str
+    pair: int
+    before: list[int]
+    after: NotRequired[list[int]]
+
+
+class Searches(TypedDict):
+    """examples.json: queries, and PNGs in base64 by identity."""
+
+    queries: list[Query]
+    searched: NotRequired[list[Task]]
+    pictures: dict[str, str]
+    learnt: NotRequired[Task]
+    seal: NotRequired[str]
+
+
+class Cost(TypedDict):
+    """What a method's step costs; `ratio` None where `why` says the reason."""
+
+    ratio: float | None
+    why: NotRequired[str]
+
+
+class Steps(TypedDict):
+    """steps.json of a grid."""
+
+    options: dict[str, Any]
+    methods: dict[str, Cost]
+
+
+def seal(content: Mapping[str, Any]) -> str:
+    """sha256 of what a JSON object says, whatever its layout; its own seal is left out."""
+    text = json.dumps({k: v for k, v in content.items() if k != "seal"}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """`content` as it will be read, with its seal."""
+    plain: dict[str, Any] = json.loads(json.dumps(content))  # tuples become lists, all keys texts
+    return {**plain, "seal": seal(plain)}
+
+
+def read(path: Path, kind: type[T], remedy: str, must_be_sealed: bool = False) -> T:
+    """The content of a JSON file.
+
+    Args:
+        path: of the file, which is there.
+        kind: what it holds, one of the classes above.
+        remedy: what to do when it holds something else.
+        must_be_sealed: when False, a file without a seal is one of an older version.
+
+    Raises:
+        Damaged: names the file, and the field that is wrong.
+    """
+    return parse(path.read_bytes(), kind, str(path), remedy, must_be_sealed)
+
+
+def parse(content: bytes, kind: type[T], where: str, remedy: str, must_be_sealed: bool = False) -> T:
+    """The same for bytes that came from `where`."""
+    found = plain(content, f"{where} is damaged", remedy)
+    sealed_here = isinstance(found, dict) and ("seal" in found or must_be_sealed)
+    if sealed_here and not (found.get("seal") == seal(found) and content.endswith(b"}\n")):
+        raise Damaged(f"{where} is damaged: its content does not match its seal, it was changed; {remedy}")
+    return fitting(found, kind, f"{where} is damaged", remedy)
+
+
+def plain(content: bytes, what: str, remedy: str, hook: Callable[[dict[str, Any]], Any] | None = None) -> Any:
+    """JSON as it stands there, of whatever form.
+
+    Args:
+        content: in UTF-8, with a byte order mark or without.
+        what: begins the message when it cannot be read.
+        remedy: ends it.
+        hook: see `json.loads`.
+
+    Raises:
+        Damaged: in one line.
+    """
+    try:
+        return json.loads(content.decode("utf-8-sig"), object_hook=hook)
+    except UnicodeDecodeError as error:
+        why = f"byte {error.start} is no UTF-8 text"
+    except RecursionError:
+        why = "brackets are nested too deeply"
+    except ValueError as error:
+        why = f"it cannot be read as JSON ({error})"
+    raise Damaged(f"{what}: {why}; {remedy}")
+
+
+def fitting(found: Any, kind: type[T], what: str, remedy: str) -> T:
+    """`found`, once it is known to be of `kind`; the message names the field that is wrong."""
+    try:
+        msgspec.convert(found, kind)
+    except (msgspec.ValidationError, UnicodeError) as error:
+        raise Damaged(f"{what}: {said(error)}; {remedy}") from error
+    return cast(T, found)  # as it is: fields that are not listed stay
+
+
+def said(error: Exception, within: str = "") -> str:
+    """A type error as `field: what is wrong`; `within` is what the fields belong to."""
+    wrong, _, place = str(error).replace("`", "").partition(" - at ")
+    field = f"{within}{place.removeprefix('$')}".lstrip(".")
+    wrong = f"{wrong[:1].lower()}{wrong[1:]}"[:200]
+    return f"{field}: {wrong}" if field else wrong

@@ -1,0 +1,155 @@
+"""Streams of the field's well-known data sets, by name: from the hub, or from a copy on disk."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from perdure.backbones.preprocess import Preprocess
+from perdure.streams.columns import Choice
+from perdure.streams.folders import read_folders
+from perdure.streams.hub import read_hub
+from perdure.streams.options import Options, StreamPlan, stream
+from perdure.streams.sources import Files
+from perdure.streams.tables import holds, parquet_columns, read_parquet
+from perdure.streams.task_split import Found, Part, arrange
+from perdure.types import Stream
+
+
+@stream("domain")
+def cifar100(options: Options, path: str | None = None) -> StreamPlan:
+    """CIFAR-100 (Krizhevsky 2009): 100 classes, 32 × 32.
+
+    Args:
+        options: the common ones.
+        path: folder of parquet files, or of class folders; None: `uoft-cs/cifar100` from the hub.
+    """
+    return _plan("cifar100", path, options, _Hub("uoft-cs/cifar100", Choice("fine_label", None, None), "img"))
+
+
+@stream("domain")
+def imagenet_r(options: Options, path: str | None = None) -> StreamPlan:
+    """ImageNet-R (Hendrycks et al. 2021, arXiv:2006.16241): 200 classes in renditions, about 30,000 images.
+
+    It comes without a split; 20 % of each class are held out, always the same ones. The split of published
+    continual-learning results is a list of files: put these into `train` and `test` folders to compare with them.
+
+    Args:
+        options: the common ones.
+        path: folder of parquet files, or of class folders (with or without train and test); None:
+            `axiong/imagenet-r` from the hub.
+    """
+    hub = _Hub("axiong/imagenet-r", Choice("wnid", "class_name", None), "image", ("test", None))
+    return _plan("imagenet_r", path, options, hub)
+
+
+@stream("domain")
+def cub200(options: Options, path: str | None = None) -> StreamPlan:
+    """CUB-200-2011 (Wah et al. 2011): 200 birds, 5,994 train and 5,794 test images.
+
+    Args:
+        options: the common ones.
+        path: the original folder (with `images.txt`), one of parquet files, or one of class folders; None:
+            `bentrevett/caltech-ucsd-birds-200-2011` from the hub.
+    """
+    hub = _Hub("bentrevett/caltech-ucsd-birds-200-2011", Choice("label", None, None), "image")
+    return _plan("cub200", path, options, hub)
+
+
+@stream("scenario", "domain")
+def domainnet(options: Options, path: str | None = None, protocol: Literal["class", "domain"] = "class") -> StreamPlan:
+    """DomainNet (Peng et al. 2019, arXiv:1812.01754): 345 classes in 6 domains, about 587,000 images.
+
+    Args:
+        options: the common ones; `tasks` is 5 by default with protocol="class".
+        path: the original folder (with `clipart_train.txt` and so on), one of parquet files with a column `domain`, or
+            one of domain folders; None: `wltjr1007/DomainNet` from the hub.
+        protocol: "class" learns 5 times 69 classes of all domains, "domain" 6 domains of all classes. Results of
+            the two cannot be compared.
+    """
+    if protocol not in ("class", "domain"):
+        raise ValueError(f"protocol={protocol!r}: expected 'class' or 'domain'")
+    options = replace(options, scenario=protocol).by_default(tasks=5)
+    return _plan("domainnet", path, options, _Hub("wltjr1007/DomainNet", Choice("label", None, "domain"), "image"))
+
+
+@dataclass(frozen=True)
+class _Hub:
+    name: str
+    choice: Choice
+    image: str
+    parts: tuple[str, str | None] = ("train", "test")
+
+
+def _plan(name: str, path: str | None, options: Options, hub: _Hub) -> StreamPlan:
+    def plan(preprocess: Preprocess, seed: int) -> Stream:
+        found = (
+            _read(Path(path), hub, options.measured) if path else read_hub(hub.name, hub.choice, hub.image, hub.parts)
+        )
+        return arrange(replace(found, name=name), options, preprocess, seed)
+
+    return plan
+
+
+def _read(path: Path, hub: _Hub, measured: bool) -> Found:
+    if path.is_file() or holds(path, ".parquet"):
+        columns = parquet_columns(path)
+        image = next((c for c in (hub.image, "image", "img") if c in columns), hub.image)
+        label = next((c for c in (hub.choice.label, "label") if c in columns), hub.choice.label)
+        names = hub.choice.names if hub.choice.names in columns else None
+        return read_parquet(str(path), label, image, names, hub.choice.domain, measured)
+    if (path / "train_test_split.txt").is_file():
+        return _read_cub(path)
+    if hub.choice.domain and any(path.glob("*_train.txt")):
+        return _read_domainnet(path)
+    return read_folders(path, 0 if hub.choice.domain else None, measured)
+
+
+def _read_cub(path: Path) -> Found:
+    # Lines such as "1 001.Black_footed_Albatross/x.jpg" and "1 0": number of the image, and whether it is for training.
+    file_of = dict(line.split(maxsplit=1) for line in _lines(path / "images.txt"))
+    learnt = dict(line.split() for line in _lines(path / "train_test_split.txt"))
+    folders = sorted({file.partition("/")[0] for file in file_of.values()})
+    names = tuple(folder.partition(".")[2].replace("_", " ") or folder for folder in folders)
+    parts = []
+    for flag in ("1", "0"):
+        files = [file for number, file in file_of.items() if learnt[number] == flag]
+        labels = [folders.index(file.partition("/")[0]) for file in files]
+        parts.append(_listed(path / "images", files, labels, [0] * len(files)))
+    return Found(path.name, parts[0], parts[1], names)
+
+
+def _read_domainnet(path: Path) -> Found:
+    # Lines such as "clipart/aircraft_carrier/x.jpg 0" in clipart_train.txt.
+    domains = sorted(file.name.removesuffix("_train.txt") for file in path.glob("*_train.txt"))
+    named: dict[int, str] = {}
+    parts = []
+    for part in ("train", "test"):
+        files, labels, places = [], [], []
+        for place, domain in enumerate(domains):
+            for line in _lines(path / f"{domain}_{part}.txt"):
+                file, _, label = line.rpartition(" ")
+                if not label.isdecimal() or file.count("/") < 2:
+                    raise ValueError(f"{domain}_{part}.txt: {line!r:.80}: expected 'domain/class/image number'")
+                if named.setdefault(int(label), file.split("/")[1]) != file.split("/")[1]:
+                    both = f"{named[int(label)]!r} and {file.split('/')[1]!r}"
+                    raise ValueError(f"{domain}_{part}.txt: class {label} is {both}; give lists that agree")
+                files.append(file)
+                labels.append(int(label))
+                places.append(place)
+        parts.append((files, labels, places))
+    position = {label: i for i, label in enumerate(sorted(named))}
+    made = [_listed(path, files, [position[each] for each in labels], places) for files, labels, places in parts]
+    return Found(path.name, made[0], made[1], tuple(named[each] for each in sorted(named)), tuple(domains))
+
+
+def _listed(root: Path, files: list[str], labels: list[int], domains: list[int]) -> Part:
+    as_ids = (np.array(ids, dtype=np.int64) for ids in (labels, domains))
+    return Part(Files(root, files), np.arange(len(files)), *as_ids)
+
+
+def _lines(file: Path) -> list[str]:
+    if not file.is_file():
+        raise ValueError(f"{str(file)!r} is missing; give the whole original folder, or one of parquet files")
+    return [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]

@@ -1,0 +1,1 @@
+"""The loop and a run in a folder."""

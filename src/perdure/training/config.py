@@ -1,0 +1,113 @@
+"""What a run is asked to do: one frozen dataclass, which is the command line's help and run.json's content."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from perdure.formatting import meant
+from perdure.options.paths import anchored
+from perdure.options.ranges import Range, Seed
+from perdure.options.spec import build, parse
+from perdure.training.settings import Attention, Precision, TrainConfig
+
+if TYPE_CHECKING:  # what only asks, as the command line's help does, waits for no torch
+    from perdure.core.method import Method
+    from perdure.objectives import Objective
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(TrainConfig):
+    """One method on one stream."""
+
+    stream: str
+    """What is learnt, as 'cifar100(tasks=10)' or 'images(path="my/photos", tasks=5)'; see `perdure list streams`."""
+    backbone: str = "pocket()"
+    """The pre-trained model, such as 'clip(path="openai/clip-vit-base-patch16")'; see `perdure list backbones`."""
+    method: str = "inflora(rank=10)"
+    """How, such as 'inflora(rank=10) + replay(size=2000)'; see `perdure list methods`."""
+    objective: str = "classify()"
+    """What is asked: classify() learns heads, zeroshot() compares with class names, retrieve() images with captions."""
+    augment: Literal["none", "flip", "crop", "zoom"] = "none"
+    """Random views of training images."""
+    calibrate: Annotated[float, Range(0, 0.5)] = 0.0
+    """Share of each class's training images set apart, for `predict --calibrated`; with 0 all are trained on."""
+    seed: Seed = 0
+    """All randomness, and the order of classes unless the stream fixes it."""
+    precision: Precision = "auto"
+    """Of the encoder: auto takes bf16 where the processor has it natively."""
+    attention: Attention = "auto"
+    """auto times both implementations at the start and takes the faster."""
+    device: str = "auto"
+    """cpu, cuda, mps, ..."""
+    save_every: Annotated[int, Range(0, 10**9)] = 0
+    """Steps between snapshots within a task; 0 saves as often as costs at most 2 % of the time."""
+
+    retain: tuple[str, ...] = ()
+    """Held-out streams on which a CLIP's zero-shot accuracy is measured after each task."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # What is written down must lead to the same files wherever it is read.
+        for name in ("stream", "backbone", "method"):
+            object.__setattr__(self, name, anchored(getattr(self, name)))
+        object.__setattr__(self, "retain", tuple(map(anchored, self.retain)))
+
+    def describe(self) -> dict[str, Any]:
+        """As JSON."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+
+def register() -> None:
+    """Import all methods, which makes them known by name."""
+    import_module("perdure.methods")
+
+
+def make_method(text: str) -> "Method":
+    """A method from its spec: `lora(rank=8) + replay(size=200)`."""
+    from perdure.core.method import METHODS, compose
+
+    register()
+    specs = parse(text)
+    method = compose([build(spec, METHODS, "method") for spec in specs])
+    method.spec = " + ".join(map(str, specs))
+    return method
+
+
+def make_objective(text: str) -> "Objective":
+    """An objective from its spec."""
+    from perdure.objectives import OBJECTIVES
+
+    return one(text, OBJECTIVES, "objective")  # type: ignore[no-any-return]
+
+
+def make_backbone(text: str) -> Any:
+    """A backbone from its spec.
+
+    Raises:
+        ValueError: when there is none, or its weights are not finite.
+    """
+    from perdure.backbones import BACKBONES
+
+    backbone = one(text, BACKBONES, "backbone")
+    backbone.check_finite()
+    return backbone
+
+
+def one(text: str, registry: Any, kind: str, **given: Any) -> Any:
+    """What a spec without `+` names."""
+    specs = parse(text)
+    if len(specs) != 1:
+        raise ValueError(f"--{kind} {text!r}: expected one {kind}, not a sum; only methods can be combined with +")
+    return build(specs[0], registry, kind, **given)
+
+
+def check_options(call: str, options: Mapping[str, Any], config: type) -> None:
+    """Refuse options of `Learner.<call>` that are no fields of the dataclass `config`, with a near name."""
+    known = [f.name for f in dataclasses.fields(config)]
+    for name in options:
+        if name not in known:
+            raise ValueError(
+                f"Learner.{call} has no option {name!r}{meant(name, known)}; it has: {', '.join(sorted(known))}"
+            )

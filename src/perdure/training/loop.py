@@ -1,0 +1,211 @@
+"""The training loop."""
+
+import functools
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from perdure.core.learner import Core, derived_seed
+from perdure.core.method import varies
+from perdure.process import ALONE, as_found, plain
+from perdure.streams.augment import AUGMENTS
+from perdure.training.settings import TrainConfig as TrainConfig
+from perdure.types import Batch, Data, Row, Task
+
+
+class Diverged(ValueError):
+    """Training ended in parameters that are not finite."""
+
+
+class Progress(Protocol):
+    """What is told while a run goes on; the console shows it, tests collect it."""
+
+    def task(self, task: Task, tasks: int | None, epochs: int, steps: int) -> None:
+        """A task begins, with so many steps in all."""
+
+    def step(self, step: int, loss: Tensor, images: int) -> None:
+        """A step ended; reading `loss` waits for the device."""
+
+    def scores(self, task: Task, rows: list[Row]) -> None:
+        """A task was learnt and evaluated."""
+
+    def note(self, text: str) -> None:
+        """Something the user should know."""
+
+
+class Quiet:
+    """No progress."""
+
+    def task(self, task: Task, tasks: int | None, epochs: int, steps: int) -> None:
+        """Nothing."""
+
+    def step(self, step: int, loss: Tensor, images: int) -> None:
+        """Nothing."""
+
+    def scores(self, task: Task, rows: list[Row]) -> None:
+        """Nothing."""
+
+    def note(self, text: str) -> None:
+        """Nothing."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What learning one task took: wall time of its parts (`prepare` and `finish` are the method's own hooks)."""
+
+    prepare: float
+    train: float
+    finish: float
+    images: int
+    trainable: int
+    moved: bool
+    """Whether more than heads was trained, or features are the method's own: those of old images are others now."""
+
+
+SaveStep = Callable[[int, torch.optim.Optimizer | None], None]
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _undisturbed(fit: Callable[Concatenate[Core, P], T]) -> Callable[Concatenate[Core, P], T]:
+    """`fit` while nobody else is asked by the learner or changes it; torch and its generators are left as found."""
+
+    @functools.wraps(fit)
+    def fitting(learner: Core, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        with learner.turn, plain(), as_found():
+            return fit(learner, *args, **kwargs)
+
+    return fitting
+
+
+@_undisturbed
+def fit_task(
+    learner: Core,
+    task: Task,
+    config: TrainConfig,
+    progress: Progress | None = None,
+    save_step: SaveStep | None = None,
+    resumed: tuple[int, Callable[[torch.optim.Optimizer], None]] | None = None,
+) -> Fitted:
+    """Learn one task.
+
+    Args:
+        learner: already grown for `task`.
+        task: with its training data.
+        config: how.
+        progress: who is told.
+        save_step: called after every step with the number of steps done.
+        resumed: number of steps already done, and what puts the optimizer's state back; the learner's is in place.
+    """
+    progress, method = progress or Quiet(), learner.method
+    clock = [time.perf_counter()]
+    learner.train()
+    learner.settle()
+    if resumed is None:
+        learner.step = 0
+        _reseed(learner, task, "begin")
+        method.begin_task(learner, task)
+    data = method.data(learner, task)
+    if learner.augment is AUGMENTS["none"] and learner.trainable():
+        data = learner.encoded(data)
+        if config.epochs > 1:
+            data = learner.recorded(learner.prefixed(data))
+    clock.append(time.perf_counter())
+    steps = config.epochs * math.ceil(len(data) / config.batch_size)
+    done, images = 0, 0
+    optimizer = _optimizer(learner, config)
+    trainable = sum(p.numel() for p in learner.trainable().values())
+    moved = varies(method) or not all(name.startswith("objective.") for name in learner.trainable())
+    progress.task(task, task.total, config.epochs, steps if optimizer else 0)
+    if optimizer:
+        if resumed:
+            done, restore = resumed
+            restore(optimizer)
+        for step, batch in _training_batches(learner, task, data, config, done):
+            learner.step, learner.last_epoch = step, step >= steps - steps // config.epochs
+            _reseed(learner, task, "step", step)
+            for group in optimizer.param_groups:
+                group["lr"] = config.rate(step, steps) * group["scale"]
+            batch = method.batch(learner, batch)
+            if "image" in batch:
+                batch = learner.augment(batch, learner.generator("augment", step))
+            batch = learner.noted(batch)
+            optimizer.zero_grad()
+            loss = learner.loss(batch)
+            loss.backward()  # type: ignore[no-untyped-call]
+            if step == done:
+                _check_gradients(learner, task)
+            method.after_backward(learner)
+            optimizer.step()
+            method.after_step(learner, batch)
+            images += len(batch["label"])
+            progress.step(step + 1, loss.detach(), len(batch["label"]))
+            if save_step:
+                save_step(step + 1, optimizer)
+        check_finite(learner, task)
+    clock.append(time.perf_counter())
+    learner.step, learner.last_epoch = steps, False  # also where a resumed run had no step left to do
+    _reseed(learner, task, "end")
+    method.end_task(learner, task)
+    learner.settle()
+    learner.learnt = task.index + 1
+    clock.append(time.perf_counter())
+    return Fitted(clock[1] - clock[0], clock[2] - clock[1], clock[3] - clock[2], images, trainable, moved)
+
+
+def _training_batches(
+    learner: Core, task: Task, data: Data, config: TrainConfig, done: int
+) -> Iterator[tuple[int, Batch]]:
+    """(step, batch) from step `done` on, in an order that depends on seed, task and epoch only."""
+    per_epoch = math.ceil(len(data) / config.batch_size)
+    for epoch in range(done // per_epoch, config.epochs):
+        order = torch.randperm(len(data), generator=learner.generator("shuffle", epoch))
+        skip = max(0, done - epoch * per_epoch)
+        batches = learner.batches(data, config.batch_size, order[skip * config.batch_size :])
+        yield from enumerate(batches, epoch * per_epoch + skip)
+
+
+def _optimizer(learner: Core, config: TrainConfig) -> torch.optim.Optimizer | None:
+    """A fresh optimizer; None when nothing is trained."""
+    scales = learner.method.param_groups(learner)
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, p in learner.trainable().items():
+        groups.setdefault(scales.get(name, 1.0), []).append(p)
+    if not groups:
+        return None
+    # the rate itself is set before every step
+    described = [{"params": params, "scale": scale} for scale, params in groups.items()]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(described, config.lr, momentum=0.9, weight_decay=config.weight_decay, fused=True)
+    kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
+    return kind(described, config.lr, weight_decay=config.weight_decay, fused=True)
+
+
+def _reseed(learner: Core, task: Task, purpose: str, step: int | None = None) -> None:
+    """The global generators too, for methods and models that draw from them."""
+    # Where all runs on the CPU its generator alone: asking after each kind of accelerator takes half a millisecond.
+    generators = torch.default_generator if learner.device.type == "cpu" else torch
+    with ALONE:
+        generators.manual_seed(derived_seed(learner.seed, task.index, purpose, step))
+
+
+def _check_gradients(learner: Core, task: Task) -> None:
+    """A parameter that is to be trained and gets no gradient is a request without effect."""
+    idle = [n for n, p in learner.trainable().items() if p.grad is None and not n.startswith("backbone.")]
+    if idle:
+        raise ValueError(
+            f"task {task.index}: {len(idle)} trainable parameters get no gradient, the first is {idle[0]}: the loss "
+            "does not depend on them. Is the adapted tower part of the objective? (classify uses the vision tower only)"
+        )
+
+
+def check_finite(learner: Core, task: Task) -> None:
+    """Raise `Diverged` when a trained parameter is not finite."""
+    bad = [n for n, p in learner.trainable().items() if not torch.isfinite(p).all()]
+    if bad:
+        raise Diverged(f"training diverged in task {task.index}: {bad[0]} is not finite")

@@ -1,0 +1,134 @@
+"""What a run's checkpoints add up to: summary.json."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from perdure import metrics
+from perdure.core import checkpoint
+from perdure.core.checkpoint import Checkpoint
+from perdure.evaluation import feature_drift as drift
+from perdure.evaluation.zero_shot_retention import kept
+from perdure.ranking import CUTS
+from perdure.storage.schema import Damaged
+from perdure.training.loop import Fitted
+from perdure.training.runtime import peak_memory
+from perdure.types import Row
+
+FILE = "summary.json"
+COSTS = ("seconds", "images", "trainable_parameters", "peak_rss_bytes")
+"""What `facts_of` gives."""
+
+
+def facts_of(fitted: Fitted, evaluate: float) -> dict[str, Any]:
+    """What a task's manifest says of its cost; `evaluate` in seconds."""
+    return {
+        "seconds": {
+            "prepare": fitted.prepare,
+            "train": fitted.train,
+            "finish": fitted.finish,
+            "evaluate": evaluate,
+        },
+        "images": fitted.images,
+        "trainable_parameters": fitted.trainable,
+        "peak_rss_bytes": peak_memory(),
+    }
+
+
+def write_summary(out: Path, note: Callable[[str], None]) -> dict[str, Any]:
+    """Write summary.json anew; returns its content.
+
+    Args:
+        out: the run's or the learner's folder.
+        note: is told when the file said something else of the same tasks.
+    """
+    done = checkpoint.whole(out)
+    path, found = out / FILE, summarise(out, done)
+    if path.exists():
+        said = _read_leniently(path)
+        earlier = said.get("manifest") in [each.seal for each in done[:-1]]
+        if not earlier and (not said or contradicts(said, found)):
+            note(f"{path} was not what the manifests say: it was written anew from them")
+    checkpoint.write_sealed(path, found)
+    return found
+
+
+def contradicts(said: Mapping[str, Any], found: Mapping[str, Any]) -> bool:
+    """Whether a summary says something else than what manifests add up to; other versions may say more, or less."""
+    return any(key in found and found[key] != value for key, value in said.items())
+
+
+def drop_summary_beyond(out: Path, learnt: int) -> None:
+    """Remove the summary of more tasks than there are any more: the last ones were removed to go back."""
+    matrix = _read_leniently(out / FILE).get("matrix")
+    if isinstance(matrix, list) and len(matrix) > learnt:
+        (out / FILE).unlink()
+
+
+def _read_leniently(path: Path) -> dict[str, Any]:
+    """What is about to be written anew; nothing when it cannot be read."""
+    with suppress(OSError, ValueError, TypeError, RecursionError):
+        return dict(json.loads(path.read_bytes()))
+    return {}
+
+
+def summarise(out: Path, done: Sequence[Checkpoint]) -> dict[str, Any]:
+    """The content of summary.json, from the folder's record and its whole checkpoints, of which there are some.
+
+    Raises:
+        Damaged: when a manifest does not say what it cost, or what was learnt is missing.
+    """
+    tasks = done[-1].learnt
+    rows = [row for each in done for row in each.rows if row.on is None or row.on < tasks]
+    score, told, task_id = metrics.scored(rows)
+    matrices = {m: metrics.matrix_of(rows, m, tasks) for m in (score, told, task_id)}
+    seconds = [_cost(each, "seconds") for each in done]
+    train = sum(s["train"] for s in seconds)
+    referenced = [row.value for row in rows if row.metric == "referenced_bytes"]
+    notes: dict[str, Any] = dict(checkpoint.read_record(out)["stream"])
+    sources = [each.manifest["source"] for each in done if "source" in each.manifest]
+    found = metrics.summarise(matrices[score], metrics.baseline_of(rows, score, tasks)) | {
+        "acc_with_task_id": metrics.acc(matrices[told]),
+        "task_id_acc": metrics.acc(matrices[task_id]),
+        "forgetting_with_task_id": metrics.forgetting(matrices[told]),
+        "feature_drift": drift.final(metrics.matrix_of(rows, drift.METRIC, tasks)),
+        "score": score,
+        "matrix": matrices[score],
+        "trainable_parameters": _cost(done[-1], "trainable_parameters"),
+        "stored_bytes": checkpoint.stored_bytes(done[-1]) + int(referenced[-1] if referenced else 0),
+        "seconds_per_task": seconds,
+        "images_per_second": sum(_cost(each, "images") for each in done) / train if train else None,
+        "peak_rss_bytes": max(_cost(each, "peak_rss_bytes") for each in done),
+        "skipped_images": sum(len(facts.get("skipped", ())) for facts in (notes, *sources)),
+        "manifest": done[-1].seal,
+    }
+    if score == metrics.RECALL[0]:
+        found["recall"] = _recall(rows, tasks)
+    if notes.get("sequence"):
+        found |= {"transfer": metrics.transfer(matrices[score]), "average": metrics.average(matrices[score])}
+    if zero_shot := kept(rows):
+        ratios = [facts["ratio"] for facts in zero_shot.values()]
+        known = None not in ratios
+        found |= {"zero_shot": zero_shot, "zero_shot_ratio": sum(ratios) / len(ratios) if known else None}
+    return found
+
+
+def _cost(checkpoint: Checkpoint, key: str) -> Any:
+    """What a task took, which every manifest says that a run or a learner wrote."""
+    facts: dict[str, Any] = dict(checkpoint.manifest)
+    if key not in facts:
+        raise Damaged(f"{checkpoint.path} is damaged: it has no {key!r}; restore it")
+    return facts[key]
+
+
+def _recall(rows: list[Row], tasks: int) -> dict[str, dict[str, list[float | None]]]:
+    """Recall at 1, 5 and 10 both ways on each task in the end, and `rsum` in per cent: own gallery, and the union."""
+    found: dict[str, dict[str, list[float | None]]] = {}
+    for gallery in ("own", "union"):
+        names = [f"{way}@{k}" for way in ("i2t", "t2i") for k in CUTS]
+        last = {n: metrics.matrix_of(rows, f"{gallery}/{n}", tasks)[-1] for n in names}
+        rsum = [None if None in each else 100 * sum(each) for each in zip(*last.values(), strict=True)]
+        found[gallery] = {**last, "rsum": rsum}
+    return found
