@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 from perdure.version import __version__
 
 if TYPE_CHECKING:
-    from perdure.adapters.buffer_dict import Tensors
+    from perdure.adapters.buffer_dict import BufferDict
     from perdure.adapters.injection import Adapter, attach, detach
     from perdure.adapters.low_rank import LowRank
     from perdure.api.learner import Learner
     from perdure.backbones.base import Backbone
     from perdure.core.learner import Core
     from perdure.core.method import METHODS, Method
-    from perdure.mechanisms.replay_buffer import Examples
+    from perdure.mechanisms.replay_buffer import ReplayBuffer
     from perdure.mechanisms.second_moments import second_moments
     from perdure.mechanisms.subspace import Subspace
     from perdure.objectives.base import Objective
@@ -27,20 +27,20 @@ __all__ = [
     "Adapter",
     "Backbone",
     "Batch",
+    "BufferDict",
     "Core",
     "Data",
-    "Examples",
     "Learner",
     "LowRank",
     "Method",
     "Objective",
+    "ReplayBuffer",
     "Row",
     "RunConfig",
     "Site",
     "Stream",
     "Subspace",
     "Task",
-    "Tensors",
     "TrainConfig",
     "__version__",
     "attach",
@@ -55,7 +55,7 @@ _PLACES = {
     "Batch": "perdure.types",
     "Core": "perdure.core.learner",
     "Data": "perdure.types",
-    "Examples": "perdure.mechanisms.replay_buffer",
+    "ReplayBuffer": "perdure.mechanisms.replay_buffer",
     "Learner": "perdure.api.learner",
     "LowRank": "perdure.adapters.low_rank",
     "METHODS": "perdure.core.method",
@@ -67,7 +67,7 @@ _PLACES = {
     "Stream": "perdure.types",
     "Subspace": "perdure.mechanisms.subspace",
     "Task": "perdure.types",
-    "Tensors": "perdure.adapters.buffer_dict",
+    "BufferDict": "perdure.adapters.buffer_dict",
     "TrainConfig": "perdure.training.loop",
     "attach": "perdure.adapters.injection",
     "detach": "perdure.adapters.injection",

@@ -113,7 +113,7 @@ COMBINATIONS = [
     "moe_adapters(expand=0.3)",
     "moe_adapters + replay(size=12)",
 ]
-ALONE = sorted(name for name, method in METHODS.items() if not method.guards)
+ALONE = sorted(name for name, method in METHODS.items() if not method.protects)
 SPECS = ALONE + COMBINATIONS
 FROZEN = [s for s in SPECS if "finetune" not in s and "gpm" not in s and s != "joint"]
 ELSEWHERE = [

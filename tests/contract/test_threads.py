@@ -18,7 +18,7 @@ from perdure.types import Task
 register()
 THREADS = 8
 TEXTS = ("zscl", "mod_x")  # these read some
-NAMED = [name if not method.guards else f"lora(rank=2) + {name}" for name, method in sorted(METHODS.items())]
+NAMED = [name if not method.protects else f"lora(rank=2) + {name}" for name, method in sorted(METHODS.items())]
 PLACES = [(spec, "classify()") for spec in NAMED if not spec.endswith(TEXTS)] + [
     ("lora(rank=2, tower='both') + zscl + weight_average", "zeroshot()"),
     ("inflora(rank=2, tower='both')", "zeroshot()"),

@@ -252,7 +252,7 @@ def test_rows_of_a_fused_layer_that_learnt_nothing_are_zero(families: dict[str, 
 @pytest.fixture
 def stacked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let two methods adapt the same layers, which a third party's may; InfLoRA's promise is no subject of export."""
-    monkeypatch.setattr(InfLoRA, "guarantees", False)
+    monkeypatch.setattr(InfLoRA, "sole_adapter", False)
 
 
 @pytest.mark.usefixtures("stacked")

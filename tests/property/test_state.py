@@ -30,7 +30,7 @@ NONSENSE = [b"", b"[", b"[" * 100_000, b"\xff\xfe{}", b"3\n", b"null\n", b"{}\n"
 KINDS = ("run", "stopped", "taught")
 register()
 EVERY = [
-    f"lora(rank=2) + {name}" if method.guards else name
+    f"lora(rank=2) + {name}" if method.protects else name
     for name, method in sorted(METHODS.items())
     if name not in ("mod_x", "zscl")  # which need texts
 ]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from perdure.mechanisms.class_statistics import Covariance, Gaussians
+from perdure.mechanisms.class_statistics import ClassStatistics, Covariance
 from perdure.mechanisms.linear_algebra import pack, shrunk, unpack
 from perdure.training.config import make_method
 
@@ -44,7 +44,7 @@ def test_align_after_an_adapter_answers_better_than_the_adapter_alone(lab: Any) 
 @pytest.mark.parametrize("form", ["shared", "full", "diagonal"])
 def test_a_class_that_comes_again_is_merged_as_if_it_had_come_at_once(form: Covariance) -> None:
     features, labels = mixed()
-    once, twice = Gaussians(form), Gaussians(form)
+    once, twice = ClassStatistics(form), ClassStatistics(form)
     once.add(features, labels)
     twice.add(features[:25], labels[:25])
     twice.add(features[25:], labels[25:])
@@ -56,7 +56,7 @@ def test_a_class_that_comes_again_is_merged_as_if_it_had_come_at_once(form: Cova
 
 def test_the_full_covariance_is_the_unbiased_one_and_all_forms_agree_on_its_diagonal() -> None:
     features, labels = mixed()
-    forms = {form: Gaussians(form, rank=2) for form in FORMS}
+    forms = {form: ClassStatistics(form, rank=2) for form in FORMS}
     for gaussians in forms.values():
         gaussians.add(features, labels)
     expected = features[labels == 1].T.cov().double()
@@ -68,7 +68,7 @@ def test_the_full_covariance_is_the_unbiased_one_and_all_forms_agree_on_its_diag
 
 def test_low_rank_of_all_directions_is_the_full_covariance() -> None:
     features, labels = mixed()
-    low, full = Gaussians("lowrank", rank=6), Gaussians("full")
+    low, full = ClassStatistics("lowrank", rank=6), ClassStatistics("full")
     for gaussians in (low, full):
         gaussians.add(features, labels)
     torch.testing.assert_close(low.spread(0), full.spread(0), rtol=1e-4, atol=1e-4)
@@ -76,7 +76,7 @@ def test_low_rank_of_all_directions_is_the_full_covariance() -> None:
 
 def test_diagonal_equals_full_when_features_are_independent() -> None:
     signs = torch.tensor([[a, b, c] for a in (-1.0, 1.0) for b in (-2.0, 2.0) for c in (-3.0, 3.0)])
-    diagonal, full = Gaussians("diagonal"), Gaussians("full")
+    diagonal, full = ClassStatistics("diagonal"), ClassStatistics("full")
     for gaussians in (diagonal, full):
         gaussians.add(signs, torch.zeros(8, dtype=torch.int64))
     torch.testing.assert_close(diagonal.spread(0), full.spread(0))
@@ -85,7 +85,7 @@ def test_diagonal_equals_full_when_features_are_independent() -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_samples_have_the_covariance_that_is_stored(form: Covariance) -> None:
     features, labels = mixed(n=200, dim=4)
-    gaussians = Gaussians(form, rank=2)
+    gaussians = ClassStatistics(form, rank=2)
     gaussians.add(features, labels)
     drawn = gaussians.draw(20_000, torch.Generator().manual_seed(0))
     assert drawn.shape == (3, 20_000, 4)
@@ -97,7 +97,7 @@ def test_samples_have_the_covariance_that_is_stored(form: Covariance) -> None:
 
 def test_the_order_in_which_a_state_is_loaded_changes_no_sample() -> None:
     features, labels = mixed()
-    one, two = Gaussians("diagonal"), Gaussians("diagonal")
+    one, two = ClassStatistics("diagonal"), ClassStatistics("diagonal")
     one.add(features, labels)
     two.load_state_dict(dict(reversed(one.state_dict().items())))
     a, b = (each.draw(5, torch.Generator().manual_seed(0)) for each in (one, two))
@@ -217,7 +217,7 @@ def test_options_of_a_training_that_the_closed_form_makes_needless_are_refused(o
 
 
 def test_directions_lie_in_memory_as_they_would_be_loaded() -> None:
-    gaussians = Gaussians("lowrank", rank=2)
+    gaussians = ClassStatistics("lowrank", rank=2)
     gaussians.add(*mixed())
     assert gaussians.spreads["0/directions"].is_contiguous()
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perdure.adapters.injection import detach, fold
-from perdure.adapters.low_rank import Branches
+from perdure.adapters.low_rank import LowRankSet
 from perdure.adapters.prefix import Prefix
 from perdure.backbones import BACKBONES, Backbone
 from perdure.backbones.open_clip import locate
@@ -218,9 +218,9 @@ def logits(backbone: Backbone) -> Tensor:
     return backbone.logit_scale * F.normalize(image) @ F.normalize(text).T
 
 
-def low_rank(backbone: Backbone, at: str, tower: Any, up: float) -> Branches:
+def low_rank(backbone: Backbone, at: str, tower: Any, up: float) -> LowRankSet:
     """LoRA whose output factors are normal with deviation `up`."""
-    adapters = Branches()
+    adapters = LowRankSet()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         adapters.open(backbone, backbone.sites(at, tower=tower), 2)

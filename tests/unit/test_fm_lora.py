@@ -8,7 +8,7 @@ import transformers
 from torch import Tensor
 
 from perdure.adapters.injection import detach, prompted, updates
-from perdure.adapters.prompt_tokens import Tokens
+from perdure.adapters.prompt_tokens import PromptTokens
 from perdure.api.learner import Learner
 from perdure.backbones.tiny import tiny
 from perdure.core.learner import Core
@@ -159,7 +159,7 @@ def test_no_prompts_means_no_tokens(lab: Any) -> None:
 def test_tokens_pass_through_the_blocks_and_are_dropped_at_the_end(lab: Any) -> None:
     backbone, images = lab.backbone(), lab.stream().tasks[0].test.__getitems__(range(3))
     blocks = [backbone.get_submodule(name) for name in backbone.blocks()]
-    plain, tokens = backbone(images), Tokens(5, 16)
+    plain, tokens = backbone(images), PromptTokens(5, 16)
     tokens.attach(blocks)
     inside, outside = [], []
     for block in blocks:
@@ -180,7 +180,7 @@ def test_tokens_pass_through_the_blocks_and_are_dropped_at_the_end(lab: Any) -> 
 
 def test_tokens_change_features_through_attention_and_not_by_their_order(lab: Any) -> None:
     backbone, images = lab.backbone(), lab.stream().tasks[0].test.__getitems__(range(3))
-    tokens = Tokens(5, 16)
+    tokens = PromptTokens(5, 16)
     tokens.attach([backbone.get_submodule(name) for name in backbone.blocks()])
     with torch.no_grad():
         tokens.values.normal_(generator=torch.Generator().manual_seed(0))
@@ -292,7 +292,7 @@ def test_bases_larger_than_a_layer_are_refused(lab: Any) -> None:
 
 def test_a_number_of_tokens_below_1_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^m=0: expected at least 1 prompt token$"):
-        Tokens(0, 16)
+        PromptTokens(0, 16)
 
 
 def test_bases_stand_in_the_tower_that_was_asked_for() -> None:

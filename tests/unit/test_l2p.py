@@ -8,7 +8,7 @@ import transformers
 from torch import Tensor
 from torch.nn import functional as F
 
-from perdure.adapters.prompt_tokens import Tokens
+from perdure.adapters.prompt_tokens import PromptTokens
 from perdure.backbones.preprocess import Preprocess
 from perdure.backbones.vision import Vision
 from perdure.core.learner import Core
@@ -54,7 +54,7 @@ def test_each_image_is_encoded_with_the_entries_that_it_chose(reads: str, lab: A
     features, chosen = learner.encode(images), choices(lab, learner, images)
     assert len({tuple(sorted(best)) for best in chosen}) > 2
     for i, best in enumerate(chosen):
-        backbone, tokens = lab.backbone(), Tokens(4, 16)
+        backbone, tokens = lab.backbone(), PromptTokens(4, 16)
         tokens.reads = reads == "prompts"
         tokens.attach([backbone.get_submodule(name) for name in backbone.blocks()])
         tokens.values.data.copy_(torch.cat([learner.method.of("vision").prompts[entry] for entry in best]))

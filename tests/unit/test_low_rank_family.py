@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from perdure.adapters.shared_basis import Bases
+from perdure.adapters.shared_basis import SharedBasis
 from perdure.core.learner import Core
 from perdure.methods.route_lora import _leading
 from perdure.training.config import make_method
@@ -193,7 +193,7 @@ def test_the_old_path_of_route_lora_sends_no_gradient_into_its_bases(lab: Any) -
 
 
 def test_bases_give_the_gradients_of_an_old_path_that_is_stopped_and_a_new_one() -> None:
-    bases = Bases(Site("0.q", "layer", "input", 7, (0, 5)), 3)
+    bases = SharedBasis(Site("0.q", "layer", "input", 7, (0, 5)), 3)
     nn.init.normal_(bases.up)
     bases.settled["core"] = torch.randn(3, 3)
     bases.open(torch.randn(3, 3))

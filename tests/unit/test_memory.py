@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from perdure.adapters.buffer_dict import Tensors
+from perdure.adapters.buffer_dict import BufferDict
 from perdure.backbones.tiny import tiny
 from perdure.mechanisms.second_moments import second_moments
 
@@ -72,7 +72,7 @@ def test_named_tensors_survive_saving_whatever_their_number_and_size() -> None:
     class Holder(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.kept = Tensors()
+            self.kept = BufferDict()
 
     one, two = Holder(), Holder()
     one.kept["blocks.0.attn/k"] = torch.arange(6).reshape(2, 3)
@@ -88,6 +88,6 @@ def test_named_tensors_survive_saving_whatever_their_number_and_size() -> None:
 
 
 def test_named_tensors_follow_their_module() -> None:
-    kept = Tensors()
+    kept = BufferDict()
     kept["a"] = torch.zeros(3)
     assert kept.to(torch.float64)["a"].dtype == torch.float64

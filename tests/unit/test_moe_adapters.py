@@ -10,7 +10,7 @@ from perdure.backbones.pocket import pocket
 from perdure.backbones.tiny import tiny
 from perdure.core.learner import Core
 from perdure.mechanisms.prompting import query, text_query
-from perdure.mechanisms.task_identification import Familiarity
+from perdure.mechanisms.task_identification import TaskGaussians
 from perdure.streams import build_stream
 from perdure.training.config import make_method, make_objective
 from perdure.types import Batch, Task
@@ -149,7 +149,7 @@ def test_the_limit_leaves_the_share_of_its_own_images_outside_that_it_is_told() 
         return centres[labels] + 0.3 * torch.randn(len(labels), 32, generator=generator)
 
     for share in (0.6, 0.9):
-        familiarity = Familiarity(8, share)
+        familiarity = TaskGaussians(8, share)
         familiarity.add(0, drawn(), labels, generator)
         assert (familiarity.route(drawn()) == 0).float().mean() == pytest.approx(share, abs=0.04)
         assert (familiarity.route(3 * drawn()) == -1).all()
@@ -159,14 +159,14 @@ def test_a_limit_comes_from_gaussians_that_have_not_seen_what_is_judged() -> Non
     generator = torch.Generator().manual_seed(0)
     labels = torch.zeros(60, dtype=torch.int64)
     known, fresh = torch.randn(60, 48, generator=generator), torch.randn(2000, 48, generator=generator)
-    familiarity = Familiarity(16, 0.9)
+    familiarity = TaskGaussians(16, 0.9)
     familiarity.add(0, known, labels, generator)
     assert (familiarity.route(fresh) == 0).float().mean() > 0.75
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_few_images_are_enough_for_a_gateway(count: int) -> None:
-    familiarity = Familiarity(16, 0.99)
+    familiarity = TaskGaussians(16, 0.99)
     familiarity.add(3, torch.eye(8)[:count], torch.arange(count), torch.Generator().manual_seed(0))
     assert familiarity.tasks == [3]
     assert familiarity.route(torch.eye(8)).shape == (8,)

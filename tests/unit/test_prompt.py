@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from perdure.adapters.prompt_tokens import Tokens
+from perdure.adapters.prompt_tokens import PromptTokens
 from perdure.backbones.preprocess import Preprocess
 from perdure.backbones.timm import Timm
 from perdure.backbones.tiny import Tiny
@@ -62,7 +62,7 @@ def test_chosen_blocks_alone_have_tokens(lab: Any) -> None:
 def test_the_shallow_form_lets_one_set_pass_through_all_blocks(lab: Any) -> None:
     learner, backbone = grown(lab, "prompt(tokens=3)"), lab.backbone()
     images = lab.stream().tasks[0].test.__getitems__(range(4))
-    tokens = Tokens(3, 16)
+    tokens = PromptTokens(3, 16)
     tokens.attach([backbone.get_submodule(name) for name in backbone.blocks()])
     tokens.load_state_dict(learner.method.prompts[0].state_dict())
     assert len(learner.method.prompts) == 1

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from perdure.byte_size import count_bytes
 from perdure.mechanisms import selection_scores as orders
-from perdure.mechanisms.exemplars import Exemplars, last_layer
+from perdure.mechanisms.exemplars import ExemplarBuffer, last_layer
 from perdure.streams.image_set import Budget
 from perdure.streams.single_task import folder_task
 from perdure.training.config import make_method
@@ -142,7 +142,7 @@ def test_a_memory_shares_its_size_among_the_classes_seen(selection: str, lab: An
 
 
 def chosen(selection: str, learner: Any, task: Any, position: str | None = None, size: int = 20) -> list[int]:
-    memory = Exemplars(size, None, selection, position)
+    memory = ExemplarBuffer(size, None, selection, position)
     memory.remember(learner, task)
     assert memory.refs[:, 0].unique().tolist() == [task.index]
     return memory.refs[:, 1].tolist()

@@ -40,8 +40,8 @@ def test_the_path_is_that_of_the_task_s_own_loss_without_the_pull(lab: Any) -> N
     si, second = learner.method.parts[1], stream.tasks[1]
     learner.grow(second)
     path, _ = walk(learner, second, 4, 5e-3, momentum=0.9)
-    assert si.springs.forces(learner.trainable()).keys() == path.keys()
-    pulls = torch.cat([force.flatten() for force in si.springs.forces(learner.trainable()).values()])
+    assert si.springs.gradient(learner.trainable()).keys() == path.keys()
+    pulls = torch.cat([force.flatten() for force in si.springs.gradient(learner.trainable()).values()])
     assert 50 * pulls.norm() > 1  # there was something to take off
     assert si.path.keys() == path.keys()
     for name, expected in path.items():

@@ -89,7 +89,7 @@ def test_a_teacher_leaves_the_learner_as_it_found_it_even_after_an_error(lab: An
         return found.keys() == now.keys() and all(found[k] is p and torch.equal(p, v) for k, (p, v) in now.items())
 
     def asked_wrongly() -> None:
-        with teacher.speaking(learner):
+        with teacher.swapped_in(learner):
             assert not unchanged()
             assert not learner.training
             learner.encode({})

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from perdure.adapters.attention_masks import widened
 from perdure.adapters.prefix import Prefix
-from perdure.adapters.prompt_tokens import Tokens
+from perdure.adapters.prompt_tokens import PromptTokens
 from perdure.backbones.base import Backbone
 from perdure.backbones.pocket import pocket
 from perdure.backbones.tiny import tiny
@@ -22,7 +22,7 @@ M = 3
 
 
 def shallow(backbone: Backbone) -> None:
-    tokens = Tokens(M, backbone.sites("q", "0", "text")[0].fan_in)
+    tokens = PromptTokens(M, backbone.sites("q", "0", "text")[0].fan_in)
     backbone.prompts = tokens
     tokens.attach([backbone.get_submodule(name) for name in backbone.blocks("text")], "text")
 
@@ -30,7 +30,7 @@ def shallow(backbone: Backbone) -> None:
 def deep(backbone: Backbone) -> None:
     backbone.prompts = torch.nn.ModuleList()
     for site in backbone.sites("q", tower="text"):
-        tokens = Tokens(M, site.fan_in)
+        tokens = PromptTokens(M, site.fan_in)
         tokens.attach([backbone.get_submodule(site.key.rpartition(":")[0])], "text")
         backbone.prompts.append(tokens)
 

@@ -8,12 +8,12 @@ import transformers
 from torch import Tensor
 
 from perdure.adapters.injection import detach, prompted
-from perdure.adapters.prompt_tokens import Given, Passing, Tokens
+from perdure.adapters.prompt_tokens import PromptBase, PromptTokens, RoutedPrompts
 from perdure.backbones.tiny import Tiny
 from perdure.types import Batch
 
 
-def held(lab: Any, tokens: Passing) -> tuple[Tiny, Batch]:
+def held(lab: Any, tokens: PromptBase) -> tuple[Tiny, Batch]:
     """A backbone whose blocks all take `tokens`, and three images."""
     backbone = lab.backbone()
     tokens.attach([backbone.get_submodule(name) for name in backbone.blocks()])
@@ -25,7 +25,7 @@ def drawn(*shape: int) -> Tensor:
 
 
 def test_tokens_stand_behind_the_first_and_before_all_others(lab: Any) -> None:
-    tokens = Tokens(5, 16)
+    tokens = PromptTokens(5, 16)
     backbone, images = held(lab, tokens)
     read: list[Tensor] = []
     backbone.vision.blocks[0].norm1.register_forward_hook(lambda _m, args, _y: read.append(args[0]))
@@ -39,7 +39,7 @@ def test_tokens_stand_behind_the_first_and_before_all_others(lab: Any) -> None:
 
 
 def test_nothing_is_added_until_it_is_given_nor_after(lab: Any) -> None:
-    tokens, plain = Given(), lab.backbone()
+    tokens, plain = RoutedPrompts(), lab.backbone()
     backbone, images = held(lab, tokens)
     assert prompted(backbone)
     assert torch.equal(backbone(images), plain(images))
@@ -52,15 +52,15 @@ def test_nothing_is_added_until_it_is_given_nor_after(lab: Any) -> None:
 
 
 def test_given_tokens_are_no_part_of_any_state(lab: Any) -> None:
-    tokens = Given()
+    tokens = RoutedPrompts()
     with tokens.giving(drawn(5, 16)):
         assert not tokens.state_dict()
-    assert list(Tokens(5, 16).state_dict()) == ["values"]
+    assert list(PromptTokens(5, 16).state_dict()) == ["values"]
 
 
 @pytest.mark.parametrize("reads", [False, True])
 def test_tokens_of_its_own_serve_each_image_as_if_it_were_alone(reads: bool, lab: Any) -> None:
-    tokens = Given()
+    tokens = RoutedPrompts()
     tokens.reads = reads
     backbone, images = held(lab, tokens)
     values = drawn(3, 5, 16)
@@ -73,7 +73,7 @@ def test_tokens_of_its_own_serve_each_image_as_if_it_were_alone(reads: bool, lab
 
 
 def test_what_the_tokens_became_can_take_the_place_of_the_class_token(lab: Any) -> None:
-    tokens = Given()
+    tokens = RoutedPrompts()
     tokens.reads = True
     backbone, images = held(lab, tokens)
     became: list[Tensor] = []
@@ -88,7 +88,7 @@ def test_what_the_tokens_became_can_take_the_place_of_the_class_token(lab: Any) 
 
 
 def test_tokens_take_the_precision_of_the_encoder(lab: Any) -> None:
-    tokens = Given()
+    tokens = RoutedPrompts()
     backbone, images = held(lab, tokens)
     backbone.to(torch.bfloat16)
     with tokens.giving(drawn(5, 16)):
@@ -107,7 +107,7 @@ def test_tokens_are_to_a_model_that_rotates_patches_what_its_own_registers_are()
     shared = {k: v for k, v in with_registers.state_dict().items() if not k.endswith("register_tokens")}
     missing, _ = without.load_state_dict(shared, strict=False)
     assert missing == ["embeddings.register_tokens"]
-    tokens, pixels = Given(), drawn(2, 3, 32, 32)
+    tokens, pixels = RoutedPrompts(), drawn(2, 3, 32, 32)
     tokens.attach(list(without.model.layer))
     plain = without(pixels).pooler_output
     with tokens.giving(registers[0]):

@@ -6,7 +6,7 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 
-class Tensors(nn.Module, MutableMapping[str, Tensor]):
+class BufferDict(nn.Module, MutableMapping[str, Tensor]):
     """A dictionary that follows its module to devices and into checkpoints.
 
     Buffers must exist, with their final shape, before a state is loaded; what a method remembers (Fisher diagonals,

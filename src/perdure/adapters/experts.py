@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from perdure.adapters.buffer_dict import Tensors
+from perdure.adapters.buffer_dict import BufferDict
 from perdure.adapters.injection import Adapter, starting_rows
-from perdure.adapters.parameter_dict import Learnt
+from perdure.adapters.parameter_dict import ParameterStore
 from perdure.types import Site
 
 _PARTS = ("down", "down_bias", "up", "up_bias")
@@ -61,7 +61,7 @@ class Experts(Adapter):
         if rank < 1 or rank > most:
             raise ValueError(f"rank={rank}: expected 1 to {most}, the width at {last.layer}")
         self.rank, self.top, self.scale = rank, top, scale
-        self.learnt, self.fixed = Learnt(), Tensors()
+        self.learnt, self.fixed = ParameterStore(), BufferDict()
         if normed:  # in the state, for experts of an earlier version have learnt from the MLP's input and go on with it
             self.fixed[_BEFORE_NORM] = torch.ones((), dtype=torch.float32)
         self.routes: Routes | None = None

@@ -76,7 +76,7 @@ class Adapters(nn.ModuleList, Generic[A]):
 
 
 @dataclass
-class _Seat:
+class _AdaptedLayer:
     """What stands on one layer. Kept on the layer as a plain attribute: it is no part of any state."""
 
     pretrained: Tensor
@@ -95,7 +95,7 @@ def attach(model: nn.Module, sites: Sequence[Site], adapter: Adapter) -> None:
         seat = getattr(layer, _SEAT, None)
         if seat is None:
             # a copy, in the precision the model came in: what is folded is always computed from it
-            seat = _Seat(layer.weight.detach().clone())
+            seat = _AdaptedLayer(layer.weight.detach().clone())
             setattr(layer, _SEAT, seat)
         whole = site.rows == (0, layer.weight.shape[0])
         # partial, not a closure: a copied learner must call its own adapters.
@@ -109,7 +109,7 @@ def overhear(model: nn.Module, site: Site, module: nn.Module, listener: Callable
 
     A bound method and no closure: in a deep copy of a learner it belongs to the copied adapter.
     """
-    seat: _Seat = getattr(model.get_submodule(site.layer), _SEAT)
+    seat: _AdaptedLayer = getattr(model.get_submodule(site.layer), _SEAT)
     seat.handles.append(module.register_forward_pre_hook(partial(_overheard, listener)))
 
 
@@ -135,7 +135,7 @@ def _linear(layer: nn.Module, name: str) -> nn.Linear:
     return layer
 
 
-def _seats(model: nn.Module) -> Iterator[tuple[nn.Linear, _Seat]]:
+def _seats(model: nn.Module) -> Iterator[tuple[nn.Linear, _AdaptedLayer]]:
     for layer in model.modules():
         seat = getattr(layer, _SEAT, None)
         if isinstance(layer, nn.Linear) and seat is not None:

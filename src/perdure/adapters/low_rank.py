@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perdure.adapters.buffer_dict import Tensors
+from perdure.adapters.buffer_dict import BufferDict
 from perdure.adapters.injection import Adapter, Adapters, starting_rows
 from perdure.types import Site
 
@@ -32,7 +32,7 @@ class LowRank(Adapter):
         self.fan_outs = [site.fan_out for site in sites]
         self.down: nn.Parameter | None = None
         self.up = nn.ParameterList()
-        self.settled = Tensors()
+        self.settled = BufferDict()
 
     def open(self, train_down: bool = True) -> None:
         """Start a branch that changes nothing yet: `down` as in LoRA (Kaiming uniform), `up` zero."""
@@ -106,7 +106,7 @@ class LowRank(Adapter):
         return new if past is None else past + new
 
 
-class Branches(Adapters[LowRank]):
+class LowRankSet(Adapters[LowRank]):
     """One `LowRank` for each layer, opened and settled together."""
 
     def open(self, backbone: nn.Module, sites: Iterable[Site], rank: int, scale: float = 1.0) -> None:

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perdure.adapters.buffer_dict import Tensors
+from perdure.adapters.buffer_dict import BufferDict
 from perdure.adapters.injection import Adapter, starting_rows
 from perdure.types import Site
 
 
-class Directions(Adapter):
+class MagnitudeDirection(Adapter):
     """y + Σ_k magnitude_k · up_k (down_k x), the last branch in training, the former frozen.
 
     The cost of a step grows with the number of directions; prediction folds all of them into the weight.
@@ -27,7 +27,7 @@ class Directions(Adapter):
         self.down: nn.Parameter | None = None
         self.up: nn.Parameter | None = None
         # down (K, fan_in) and up (fan_out, K) of all directions side by side; owner (K,): which magnitude is a row's
-        self.frozen = Tensors()
+        self.frozen = BufferDict()
         self._magnitudes: tuple[nn.Parameter, ...] = ()  # in a tuple: it is the method's, not ours
 
     def open(self, rank: int, magnitudes: nn.Parameter) -> None:

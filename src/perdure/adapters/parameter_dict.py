@@ -5,8 +5,8 @@ from typing import Any
 from torch import Tensor, nn
 
 
-class Learnt(nn.Module):
-    """Parameters of which data decides how many there are; `Tensors` holds what is trained no more."""
+class ParameterStore(nn.Module):
+    """Parameters of which data decides how many there are; `BufferDict` holds what is trained no more."""
 
     def __getitem__(self, name: str) -> nn.Parameter:
         parameter = self._parameters[name]

@@ -12,7 +12,7 @@ from perdure.adapters.attention_masks import with_masks
 from perdure.adapters.injection import hold
 
 
-class Passing(nn.Module):
+class PromptBase(nn.Module):
     """Tokens that pass through blocks without position; a subclass says which, and when."""
 
     reads = False
@@ -38,7 +38,7 @@ class Passing(nn.Module):
         hold(blocks[-1], [blocks[-1].register_forward_hook(partial(_leave, self, place))])
 
 
-class Tokens(Passing):
+class PromptTokens(PromptBase):
     """`values` (m, width): the same m tokens for all images or texts, from a normal distribution of deviation 0.02."""
 
     def __init__(self, m: int, width: int) -> None:
@@ -49,11 +49,11 @@ class Tokens(Passing):
         self.values = nn.Parameter(torch.empty(m, width, dtype=torch.float32).normal_(std=0.02))
 
     def now(self) -> Tensor | None:
-        """See `Passing.now`."""
+        """See `PromptBase.now`."""
         return None if self.off else self.values
 
 
-class Given(Passing):
+class RoutedPrompts(PromptBase):
     """Tokens that someone else owns and chooses: there are none but within `giving`."""
 
     def __init__(self) -> None:
@@ -61,7 +61,7 @@ class Given(Passing):
         self._values: Tensor | None = None
 
     def now(self) -> Tensor | None:
-        """See `Passing.now`."""
+        """See `PromptBase.now`."""
         return self._values
 
     @contextmanager
@@ -75,7 +75,7 @@ class Given(Passing):
 
 
 def _enter(
-    tokens: Passing, place: int, _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    tokens: PromptBase, place: int, _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     hidden: Tensor = args[0]
     values = tokens.now()
@@ -87,7 +87,7 @@ def _enter(
 
 
 def _pass(
-    tokens: Passing, _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    tokens: PromptBase, _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     values = tokens.now()
     if values is None:
@@ -97,7 +97,7 @@ def _pass(
     return (args[0], *rest), options
 
 
-def _leave(tokens: Passing, place: int, _block: nn.Module, _args: tuple[Any, ...], hidden: Tensor) -> Tensor:
+def _leave(tokens: PromptBase, place: int, _block: nn.Module, _args: tuple[Any, ...], hidden: Tensor) -> Tensor:
     values = tokens.now()
     if values is None:
         return hidden

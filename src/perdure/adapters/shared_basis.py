@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perdure.adapters.buffer_dict import Tensors
+from perdure.adapters.buffer_dict import BufferDict
 from perdure.adapters.injection import Adapter, starting_rows
 from perdure.types import Site
 
 
-class Bases(Adapter):
+class SharedBasis(Adapter):
     """y + up · (core + branch) · down x, with `core` (rank, rank) settled and `branch` in training.
 
     A branch is the product of the matrices of `open`: one (rank, rank), or two, M (rank, k) and Nᵀ
@@ -33,7 +33,7 @@ class Bases(Adapter):
         self.down = nn.Parameter(starting_rows(rank, site.fan_in))
         self.up = nn.Parameter(torch.zeros(site.fan_out, rank, dtype=torch.float32))
         self.branch = nn.ParameterList()
-        self.settled = Tensors()  # "core"
+        self.settled = BufferDict()  # "core"
 
     @property
     def fixed(self) -> bool:

@@ -24,7 +24,7 @@ class Method(nn.Module):
     """Base of all methods; by itself, trains the head on frozen features.
 
     `__init__` stores options, checked against its annotations (see `options.ranges`) before it is called. Everything a
-    method remembers is a parameter, a submodule or in `Tensors`, so that `state_dict()` is its whole memory and a
+    method remembers is a parameter, a submodule or in `BufferDict`, so that `state_dict()` is its whole memory and a
     stopped run can go on exactly. Randomness comes from `learner.generator(purpose)`. Hooks return; they never write
     into the trainer.
     """
@@ -32,15 +32,15 @@ class Method(nn.Module):
     name: ClassVar[str]
     spec: str = ""
     """The text it was made from, where it was; a checkpoint of another one is refused."""
-    adapts: ClassVar[bool] = False
+    changes_encoder: ClassVar[bool] = False
     """Whether it changes what the encoder gives."""
-    shares: bool = False
+    trains_shared: bool = False
     """Whether tasks train the same encoder parameters: those that regularisers can protect."""
-    guarantees: ClassVar[bool] = False
+    sole_adapter: ClassVar[bool] = False
     """Whether what it promises, or relies on, breaks when another part changes the encoder too."""
     concludes: ClassVar[bool] = False
     """Whether its `end_task` decides what the trained parameters will be, so that others must see it done."""
-    guards: ClassVar[Literal["", "shares", "adapts"]] = ""
+    protects: ClassVar[Literal["", "shared_parameters", "encoder"]] = ""
     """What a method that only guards other parts needs one of them to do: share parameters, or adapt at all."""
 
     classifies: ClassVar[bool] = False
@@ -64,8 +64,8 @@ class Method(nn.Module):
                 cls.__init__ = checked(cls.__init__)  # type: ignore[method-assign]
 
     def shared_parameters(self) -> Iterable[nn.Parameter]:
-        """Those of its parameters that all tasks train: all when it `shares`, unless it says otherwise."""
-        return self.parameters() if self.shares else ()
+        """Those of its parameters that all tasks train: all when it `trains_shared`, unless it says otherwise."""
+        return self.parameters() if self.trains_shared else ()
 
     # Structure: a function of the task's description alone, so that a resumed run can replay it.
     def grow(self, learner: Core, task: Task) -> None:
@@ -194,7 +194,7 @@ class Compose(Method):
 
     def begin_task(self, learner: Core, task: Task) -> None:
         """See `Method.begin_task`; parts that change the encoder come first, so that others see it as it will train."""
-        for part in sorted(self, key=lambda part: not part.adapts):
+        for part in sorted(self, key=lambda part: not part.changes_encoder):
             part.begin_task(learner, task)
 
     def end_task(self, learner: Core, task: Task) -> None:
@@ -271,9 +271,10 @@ def compose(parts: Sequence[Method]) -> Method:
     Raises:
         ValueError: see `Compose`, or when a part would protect nothing.
     """
-    for guard in (p for p in parts if p.guards):
-        if not any(getattr(p, guard.guards) for p in parts):
-            lacks = "trains parameters that tasks share" if guard.guards == "shares" else "changes the encoder"
+    for guard in (p for p in parts if p.protects):
+        shared = guard.protects == "shared_parameters"
+        if not any(p.trains_shared if shared else p.changes_encoder for p in parts):
+            lacks = "trains parameters that tasks share" if shared else "changes the encoder"
             raise ValueError(
                 f"{guard.name} has nothing to protect in {' + '.join(p.name for p in parts)!r}: no part {lacks}. Write "
                 f"'lora + {guard.name}' or 'finetune + {guard.name}'"
@@ -286,8 +287,8 @@ def compose(parts: Sequence[Method]) -> Method:
         raise ValueError(
             f"{idle[0]} has nothing to protect beside joint, which trains on all old images: keep one of them"
         )
-    for promise in (p for p in parts if p.guarantees):
-        if free := [p.name for p in parts if p.adapts and p is not promise]:
+    for promise in (p for p in parts if p.sole_adapter):
+        if free := [p.name for p in parts if p.changes_encoder and p is not promise]:
             raise ValueError(
                 f"{promise.name} cannot be combined with {free[0]}, which changes what the encoder gives wherever it "
                 f"likes: what {promise.name} protects or relies on would be void. Use one of the two"

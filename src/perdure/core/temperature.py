@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from perdure.adapters.buffer_dict import Tensors
+from perdure.adapters.buffer_dict import BufferDict
 
 _LEAST, _MOST = math.log(1e-4), math.log(1e4)
 
 
-class Temperature(Tensors):
+class Temperature(BufferDict):
     """One temperature for all scores, averaged over tasks; empty until it has been fitted.
 
     Each task gives the temperature that suits its own held-out images best, among all classes seen then. Kept is the

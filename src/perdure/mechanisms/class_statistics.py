@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from perdure.adapters.buffer_dict import Tensors
+from perdure.adapters.buffer_dict import BufferDict
 from perdure.mechanisms.linear_algebra import exact, pack, unpack
 
 Covariance = Literal["shared", "full", "diagonal", "lowrank"]
@@ -13,7 +13,7 @@ _ALL = "all"  # the key of what classes share
 _JITTER = 1e-4  # of the mean variance: fewer examples than dimensions leave a covariance singular
 
 
-class Gaussians(nn.Module):
+class ClassStatistics(nn.Module):
     """Mean and covariance of each class's features; a class that comes again is merged as if it had come at once.
 
     Exact but for rounding to float32 and, with `lowrank`, for what its form cannot hold.
@@ -27,8 +27,8 @@ class Gaussians(nn.Module):
     def __init__(self, covariance: Covariance, rank: int = 16) -> None:
         super().__init__()
         self.covariance, self.rank = covariance, rank
-        self.means, self.counts = Tensors(), Tensors()  # class -> (d,), number of examples
-        self.spreads = Tensors()  # class (or "all") -> packed, (d,), or "class/directions" and "class/rest"
+        self.means, self.counts = BufferDict(), BufferDict()  # class -> (d,), number of examples
+        self.spreads = BufferDict()  # class (or "all") -> packed, (d,), or "class/directions" and "class/rest"
 
     @property
     def classes(self) -> list[int]:

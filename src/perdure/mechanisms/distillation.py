@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perdure.adapters.buffer_dict import Tensors
+from perdure.adapters.buffer_dict import BufferDict
 from perdure.core.learner import Core
 from perdure.objectives.retrieve import embedded
 from perdure.types import Batch
@@ -21,7 +21,7 @@ class Teacher(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.kept = Tensors()  # name of a parameter of the learner -> its value
+        self.kept = BufferDict()  # name of a parameter of the learner -> its value
 
     def remember(self, learner: Core) -> None:
         """Take the learner as it is."""
@@ -34,7 +34,7 @@ class Teacher(nn.Module):
         self.kept.clear()
 
     @contextmanager
-    def speaking(self, learner: Core) -> Iterator[None]:
+    def swapped_in(self, learner: Core) -> Iterator[None]:
         """Within, `learner` answers as it did: in evaluation mode, without gradients; then it is what it has become."""
         # by pointer, not by torch.func: some parts hold parameters of others, which a call with other values misses
         swapped = [(learner.get_parameter(name), self.kept[name]) for name in sorted(self.kept)]
@@ -52,12 +52,12 @@ class Teacher(nn.Module):
 
     def pairs(self, learner: Core, batch: Batch) -> tuple[Tensor, Tensor]:
         """Features (B, dim) and the captions' embeddings (B, K, dim), zero where there is none, without gradients."""
-        with self.speaking(learner):
+        with self.swapped_in(learner):
             return learner.encode(batch), embedded(learner, batch["text"])
 
     def forward(self, learner: Core, batch: Batch) -> tuple[Tensor, Tensor]:
         """Features (B, dim) and scores (B, seen classes) by the learner of the snapshot, without gradients."""
-        with self.speaking(learner):
+        with self.swapped_in(learner):
             features = learner.encode(batch)
             return features, learner.objective.scores(features)
 

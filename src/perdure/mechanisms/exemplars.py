@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from perdure.byte_size import count_bytes
 from perdure.core.learner import Core
 from perdure.mechanisms import selection_scores as orders
-from perdure.mechanisms.replay_buffer import Examples, Referred, gone, read
+from perdure.mechanisms.replay_buffer import BufferView, ReplayBuffer, gone, read
 from perdure.mechanisms.selection_scores import Position
 from perdure.objectives.classify import Classify
 from perdure.options.ranges import without_effect
@@ -24,7 +24,7 @@ _SIZE = 2000
 _SCORED = ("el2n", "grand", "influence")
 
 
-class Exemplars(Examples):
+class ExemplarBuffer(ReplayBuffer):
     """Past images, chosen by what the learner makes of them at the end of their task.
 
     All selections but `reservoir` keep equally many of each class seen, and drop the last of each class's order when
@@ -132,7 +132,7 @@ class Exemplars(Examples):
 
     def _prepared(self, learner: Core) -> Data:
         if self._ready is None or self._ready[0] != learner.task.index:
-            kept = Referred(learner.tasks, self.refs)
+            kept = BufferView(learner.tasks, self.refs)
             self._ready = learner.task.index, learner.recorded(learner.prefixed(learner.encoded(kept)))
         return self._ready[1]
 

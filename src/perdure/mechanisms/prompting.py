@@ -48,7 +48,7 @@ class PerTower(Method, Generic[P]):
         tower: which encoder.
     """
 
-    adapts, guarantees = True, True
+    changes_encoder, sole_adapter = True, True
 
     def __init__(self, tower: Tower) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class PerTower(Method, Generic[P]):
             return super().embed(learner, tokens, labels)
 
 
-class Chosen(nn.Module):
+class PromptPool(nn.Module):
     """Prompts of one tower that queries choose or mix; a method that asks says how."""
 
     def joining(self, asked: Tensor, labels: Tensor | None) -> AbstractContextManager[None]:
@@ -103,10 +103,10 @@ class Chosen(nn.Module):
         raise NotImplementedError
 
 
-C = TypeVar("C", bound=Chosen)
+C = TypeVar("C", bound=PromptPool)
 
 
-class Asking(PerTower[C]):
+class QueriedPrompts(PerTower[C]):
     """Base of methods whose prompts depend on the query; every image and text is asked about by itself."""
 
     def record(self, learner: Core, batch: Batch) -> Batch:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perdure.adapters.buffer_dict import Tensors
+from perdure.adapters.buffer_dict import BufferDict
 from perdure.core.learner import Core
 from perdure.types import Batch, Data, Task
 
@@ -66,7 +66,7 @@ class DRS(nn.Module):
             )
         self.mode, self.epochs, self.lr = mode, epochs, lr
         self.cost = _COST if cost is None else cost
-        self.chosen = Tensors()  # rank and complexity of the current task
+        self.chosen = BufferDict()  # rank and complexity of the current task
 
     @property
     def largest(self) -> int:

@@ -6,13 +6,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from perdure.adapters.buffer_dict import Tensors
+from perdure.adapters.buffer_dict import BufferDict
 from perdure.types import Batch, Task
 
 Selection = Literal["reservoir", "class_balanced"]
 
 
-class Examples(nn.Module):
+class ReplayBuffer(nn.Module):
     """At most `size` past examples.
 
     Args:
@@ -26,7 +26,7 @@ class Examples(nn.Module):
         if size < 1:
             raise ValueError(f"size={size}: expected at least 1 example to remember")
         self.size, self.selection = size, selection
-        self.kept = Tensors()  # refs (n, 3): task, position, class; offered (1,)
+        self.kept = BufferDict()  # refs (n, 3): task, position, class; offered (1,)
 
     def __len__(self) -> int:
         return len(self.refs)
@@ -79,7 +79,7 @@ class Examples(nn.Module):
         return torch.randint(len(self), (n,), generator=generator)
 
 
-class Referred:
+class BufferView:
     """The examples that `refs` (n, 3) point to, as a data set.
 
     Args:

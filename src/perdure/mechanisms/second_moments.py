@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from perdure.adapters.buffer_dict import Tensors
+from perdure.adapters.buffer_dict import BufferDict
 from perdure.types import Batch
 
 
@@ -76,7 +76,7 @@ def _product(x: Tensor) -> tuple[Tensor, int]:
     return product.cpu().double() if x.device.type == "mps" else product.double(), len(x)
 
 
-class Collected(Tensors):
+class Collected(BufferDict):
     """Second moments of what layers read in training steps: no pass of their own, but of weights that still move.
 
     Sums are part of the state, so that a run stopped in between goes on with them.

@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from perdure.adapters.buffer_dict import Tensors
+from perdure.adapters.buffer_dict import BufferDict
 from perdure.mechanisms.linear_algebra import exact
 from perdure.mechanisms.subspace import Subspace
 
 
-class Spaces(Tensors):
+class SubspaceMemory(BufferDict):
     """`<input>/taken` or `<input>/free` -> basis (fan_in, k) in float32, the smaller of the two."""
 
     def of(self, key: str, fan_in: int, device: torch.device | str = "cpu") -> Subspace:

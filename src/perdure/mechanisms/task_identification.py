@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from perdure.adapters.buffer_dict import Tensors
+from perdure.adapters.buffer_dict import BufferDict
 from perdure.mechanisms.linear_algebra import exact
 
 _FOLDS = 5
@@ -11,7 +11,7 @@ _SAME = 1e-3  # largest squared distance of what padding and rounding make of on
 _FLOOR = 1e-6  # least variance, of features of unit length
 
 
-class Familiarity(nn.Module):
+class TaskGaussians(nn.Module):
     """For each task: class means, and one covariance within classes, of a few directions and an even rest.
 
     Closed form; nothing that was stored for a task changes afterwards, and every example is judged by itself.
@@ -25,7 +25,9 @@ class Familiarity(nn.Module):
     def __init__(self, rank: int, known: float) -> None:
         super().__init__()
         self.rank, self.known = rank, known
-        self.kept = Tensors()  # "task/means" (c, d), "task/directions" (k, d), "task/variances" (k + 1,), "task/limit"
+        self.kept = (
+            BufferDict()
+        )  # "task/means" (c, d), "task/directions" (k, d), "task/variances" (k + 1,), "task/limit"
 
     @property
     def tasks(self) -> list[int]:
@@ -82,7 +84,7 @@ class Familiarity(nn.Module):
         return means.to(like), vectors[:, width - rank :].T.to(like), variances.to(like)
 
 
-class Roster(nn.Module):
+class ClassTable(nn.Module):
     """Which task each of a closed set of examples belongs to, such as class names: they are known, and none like them.
 
     An example that several tasks have belongs to the latest.
@@ -90,7 +92,7 @@ class Roster(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.kept = Tensors()  # task: unit features (n, d)
+        self.kept = BufferDict()  # task: unit features (n, d)
 
     @property
     def tasks(self) -> list[int]:

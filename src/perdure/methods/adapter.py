@@ -31,7 +31,7 @@ class BottleneckAdapter(Method, name="adapter"):
             only). None means all.
     """
 
-    adapts = True
+    changes_encoder = True
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class BottleneckAdapter(Method, name="adapter"):
             without_effect("with parallel=True, which stands beside each block's MLP", at=at)
         self.rank, self.at, self.blocks, self.tower, self.scale = rank, at or "fc2", blocks, tower, scale
         self.parallel, self.tasks = parallel, tasks
-        self.shares = tasks != 1
+        self.trains_shared = tasks != 1
         self.adapters: Adapters[Bottleneck] = Adapters()
 
     def grow(self, learner: Core, task: Task) -> None:

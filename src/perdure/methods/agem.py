@@ -16,7 +16,7 @@ from torch import Tensor
 from perdure.core.learner import Core
 from perdure.core.method import Method, check_mask, check_trained
 from perdure.mechanisms import replay_gradients as gradients
-from perdure.mechanisms.exemplars import Exemplars
+from perdure.mechanisms.exemplars import ExemplarBuffer
 from perdure.options.ranges import BatchSize, Count
 from perdure.types import Batch, Task
 
@@ -35,7 +35,7 @@ class AGEM(Method, name="agem"):
 
     def __init__(self, size: Count = 2000, batch_size: BatchSize = 64, mask: bool = True) -> None:
         super().__init__()
-        self.memory, self.batch_size, self.mask = Exemplars(size), batch_size, mask
+        self.memory, self.batch_size, self.mask = ExemplarBuffer(size), batch_size, mask
         self._old: Batch | None = None  # of the current step
 
     def grow(self, learner: Core, task: Task) -> None:

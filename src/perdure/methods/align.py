@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from perdure.core.learner import Core
 from perdure.core.method import Method, parts_of, predicts
-from perdure.mechanisms.class_statistics import Covariance, Gaussians
+from perdure.mechanisms.class_statistics import ClassStatistics, Covariance
 from perdure.mechanisms.linear_algebra import exact, shrunk
 from perdure.objectives.classify import Classify
 from perdure.options.ranges import Factor, Range, Rank, Rate, without_effect
@@ -75,7 +75,7 @@ class Align(Method, name="align"):
         self.start, self.epochs = start, epochs
         self.lr, self.samples = _LR if lr is None else lr, _SAMPLES if samples is None else samples
         self.temperature, self.shrink = temperature, shrink
-        self.gaussians = Gaussians(covariance, rank or _RANK)
+        self.gaussians = ClassStatistics(covariance, rank or _RANK)
 
     def grow(self, learner: Core, task: Task) -> None:
         """Nothing to make room for; refuse what would have no effect."""

@@ -10,7 +10,7 @@ the InfLoRA paper uses it (rank 64, strength 0.5).
 import torch
 from torch import Tensor
 
-from perdure.adapters.low_rank import Branches
+from perdure.adapters.low_rank import LowRankSet
 from perdure.backbones.base import Tower
 from perdure.core.learner import Core
 from perdure.core.method import Method
@@ -30,7 +30,7 @@ class CLoRA(Method, name="c_lora"):
             the updates, so small updates need a large one.
     """
 
-    adapts = True
+    changes_encoder = True
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class CLoRA(Method, name="c_lora"):
     ) -> None:
         super().__init__()
         self.rank, self.at, self.blocks, self.tower, self.strength = rank, at, blocks, tower, strength
-        self.adapters = Branches()
+        self.adapters = LowRankSet()
         self._past: list[Tensor] = []  # |sum of former updates| per layer, made anew from the adapters for each task
 
     def grow(self, learner: Core, task: Task) -> None:

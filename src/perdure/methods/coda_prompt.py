@@ -20,11 +20,11 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor, nn
 
-from perdure.adapters.buffer_dict import Tensors
+from perdure.adapters.buffer_dict import BufferDict
 from perdure.adapters.prefix import Prefix
 from perdure.backbones.base import OneTower, Tower, named_towers
 from perdure.core.learner import Core
-from perdure.mechanisms.prompting import Asking, Chosen, attach_prefix, first_blocks
+from perdure.mechanisms.prompting import PromptPool, QueriedPrompts, attach_prefix, first_blocks
 from perdure.options.ranges import Range, Strength
 from perdure.types import Batch, Task
 
@@ -33,7 +33,7 @@ _BLOCKS = 5
 _ALL, _EACH = 100, 10  # components of a stream of known length, and of each task where the end is open
 
 
-class Components(Chosen):
+class Components(PromptPool):
     """Keys, filters and prompts of one tower."""
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class Components(Chosen):
         # of the current task: "key" and "filter" (A), (blocks, components, dim), and "prompt"
         # (blocks, components, length / 2, 2 · width), keys beside values
         self.new = nn.ParameterDict()
-        self.past = Tensors()  # the same of all former tasks together
+        self.past = BufferDict()  # the same of all former tasks together
 
     def grow(self, shapes: dict[str, tuple[int, ...]], start: Start) -> None:
         """Put the last task's components away, and start new ones of these shapes."""
@@ -53,7 +53,7 @@ class Components(Chosen):
             self.new[name] = nn.Parameter(self._begin(name, shape, start))
 
     def joining(self, asked: Tensor, labels: Tensor | None) -> AbstractContextManager[None]:
-        """See `Chosen.joining`."""
+        """See `PromptPool.joining`."""
         prompt = _mixed(asked, self.new["key"], self.new["filter"], self.new["prompt"])
         if self.past:  # apart: these need no gradient, and no copy
             prompt = prompt + _mixed(asked, self.past["key"], self.past["filter"], self.past["prompt"])
@@ -87,7 +87,7 @@ class Components(Chosen):
         return total / (count * count)
 
 
-class CODAPrompt(Asking[Components], name="coda_prompt"):
+class CODAPrompt(QueriedPrompts[Components], name="coda_prompt"):
     """Prompts made for each image or text from components, some of which each task adds; the encoder stays as it is.
 
     Args:

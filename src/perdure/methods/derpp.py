@@ -12,11 +12,11 @@ them were seen. All seen classes compete for new and old images; in mammoth thos
 import torch
 from torch import Tensor
 
-from perdure.adapters.buffer_dict import Tensors
+from perdure.adapters.buffer_dict import BufferDict
 from perdure.core.learner import Core
 from perdure.core.method import Method, check_mask, check_trained
-from perdure.mechanisms.exemplars import Exemplars, Selection
-from perdure.mechanisms.replay_buffer import Referred
+from perdure.mechanisms.exemplars import ExemplarBuffer, Selection
+from perdure.mechanisms.replay_buffer import BufferView
 from perdure.mechanisms.selection_scores import Position
 from perdure.options.ranges import Bytes, Count, Ratio, Strength, without_effect
 from perdure.types import Batch, Task
@@ -29,8 +29,8 @@ class DERPP(Method, name="derpp"):
         size: number of images remembered in all; None is 2000, or what `bytes` allow.
         alpha: weight of the logits; 0 leaves them out.
         beta: weight of the labels; 0 leaves them out. With both 0 it is plain training, and nothing is remembered.
-        selection: which images are kept, see `Exemplars`.
-        position: which scores are kept with `el2n`, `grand` and `influence`, see `Exemplars`.
+        selection: which images are kept, see `ExemplarBuffer`.
+        position: which scores are kept with `el2n`, `grand` and `influence`, see `ExemplarBuffer`.
         bytes: of images (logits come on top), as a number or a text such as "50MB", in place of `size`.
         ratio: size of each of the two draws per new image.
         mask: True lets new images compete among their task's own classes only, as methods without old images do; old
@@ -66,8 +66,8 @@ class DERPP(Method, name="derpp"):
                 mask=mask or None,
             )
         self.alpha, self.beta, self.ratio, self.mask = alpha, beta, ratio, mask
-        self.memory = Exemplars(size, bytes, selection, position)
-        self.stored = Tensors()  # logits: (images kept, classes seen), a row for each of the memory's references
+        self.memory = ExemplarBuffer(size, bytes, selection, position)
+        self.stored = BufferDict()  # logits: (images kept, classes seen), a row for each of the memory's references
 
     def grow(self, learner: Core, task: Task) -> None:
         """All heads learn from old images, and without the mask from new ones."""
@@ -117,7 +117,7 @@ class DERPP(Method, name="derpp"):
         fresh = refs[:, 0] == task.index
         logits = torch.zeros(len(refs), len(learner.objective.classes), dtype=torch.float32, device=learner.device)
         if fresh.any():
-            features, _ = learner.features(Referred(learner.tasks, refs[fresh]))
+            features, _ = learner.features(BufferView(learner.tasks, refs[fresh]))
             with torch.no_grad():
                 logits[fresh] = learner.objective.scores(features)
         if not fresh.all():

@@ -21,18 +21,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perdure.adapters.buffer_dict import Tensors
+from perdure.adapters.buffer_dict import BufferDict
 from perdure.adapters.prefix import Prefix, starting_prefix
 from perdure.backbones.base import OneTower, Tower, named_towers
 from perdure.core.learner import Core
-from perdure.mechanisms.prompting import Asking, Chosen, attach_prefix, first_blocks, nearest
+from perdure.mechanisms.prompting import PromptPool, QueriedPrompts, attach_prefix, first_blocks, nearest
 from perdure.options.ranges import Factor, Length, Range, without_effect
 from perdure.types import Batch, Task
 
 _GENERAL, _EXPERT, _LENGTH = 2, 3, 5
 
 
-class Prompts(Chosen):
+class Prompts(PromptPool):
     """G-prompts of one tower, and the E-prompts and keys of all tasks.
 
     Args:
@@ -48,7 +48,7 @@ class Prompts(Chosen):
         self.shared = None if shared is None else nn.Parameter(shared)
         self.prompt = nn.Parameter(prompt)  # of the current task
         self.key = nn.Parameter(torch.empty(dim, dtype=torch.float32).normal_(std=0.02))  # of the current task
-        self.past = Tensors()  # "keys" (tasks, dim) and "prompts" (tasks, blocks, length, 2 · width) of former tasks
+        self.past = BufferDict()  # "keys" (tasks, dim) and "prompts" (tasks, blocks, length, 2 · width) of former tasks
         self.register_buffer("owner", torch.empty(0, dtype=torch.int64), persistent=False)  # class -> task
         self.register_buffer("idle", torch.empty(0, dtype=torch.bool), persistent=False)  # tasks without inputs
         self.owner: Tensor
@@ -92,7 +92,7 @@ class Prompts(Chosen):
         return asked @ F.normalize(keys, dim=1).T
 
 
-class DualPrompt(Asking[Prompts], name="dualprompt"):
+class DualPrompt(QueriedPrompts[Prompts], name="dualprompt"):
     """General and expert prefixes, the latter chosen by the pre-trained encoder; the encoder stays as it is.
 
     Args:
@@ -126,7 +126,7 @@ class DualPrompt(Asking[Prompts], name="dualprompt"):
             without_effect("with tower='text'", batchwise=batchwise or None)
         self.length, self.blocks, self.general_blocks = length, blocks, general_blocks
         self.strength, self.batchwise = strength, batchwise
-        self.shares = self.general_length > 0
+        self.trains_shared = self.general_length > 0
 
     def shared_parameters(self) -> Iterable[nn.Parameter]:
         """The G-prompts."""

@@ -14,11 +14,11 @@ from typing import Annotated, Literal
 
 from torch import Tensor
 
-from perdure.adapters.buffer_dict import Tensors
+from perdure.adapters.buffer_dict import BufferDict
 from perdure.core.learner import Core
 from perdure.core.method import Method
 from perdure.mechanisms.importance import Of, Rivals, check_updates, held, importance
-from perdure.mechanisms.quadratic_penalty import Springs
+from perdure.mechanisms.quadratic_penalty import QuadraticPenalty
 from perdure.options.ranges import Count, Range, Strength, without_effect
 from perdure.types import Batch, Task
 
@@ -40,7 +40,7 @@ class EWC(Method, name="ewc"):
             depends on how a product is divided into two; a product has as many numbers as the layer's weight.
     """
 
-    guards = "shares"
+    protects = "shared_parameters"
 
     def __init__(
         self,
@@ -55,15 +55,15 @@ class EWC(Method, name="ewc"):
             without_effect("with form='offline', which keeps all importance", decay=decay)
         self.strength, self.decay, self.samples = strength, 1.0 if decay is None else decay, samples
         self.form, self.of = form, of
-        self.springs = Springs()
+        self.springs = QuadraticPenalty()
 
     @property
-    def fisher(self) -> Tensors:
+    def fisher(self) -> BufferDict:
         """F by name; merged over tasks."""
         return self.springs.weights
 
     @property
-    def anchor(self) -> Tensors:
+    def anchor(self) -> BufferDict:
         """θ* by name; offline, the weighted mean of all."""
         return self.springs.anchors
 
@@ -76,7 +76,7 @@ class EWC(Method, name="ewc"):
         """strength/2 · Σ F (θ - θ*)² over what is still trained."""
         if not self.fisher or not self.strength:
             return 0.0
-        return self.strength * self.springs.energy(held(learner, self.of))
+        return self.strength * self.springs.value(held(learner, self.of))
 
     def end_task(self, learner: Core, task: Task) -> None:
         """Add this task's Fisher; anchor at what was learnt."""
@@ -89,6 +89,6 @@ class EWC(Method, name="ewc"):
         # what is held no more cannot drift: frozen heads, and branches that were closed for good
         values = held(learner, self.of)
         if self.form == "offline":
-            self.springs.join(fisher, values)
+            self.springs.accumulate(fisher, values)
         else:
-            self.springs.hang(fisher, values, self.decay)
+            self.springs.move_anchor(fisher, values, self.decay)

@@ -14,7 +14,7 @@ from typing import Literal
 from torch import Tensor
 from torch.nn import functional as F
 
-from perdure.adapters.buffer_dict import Tensors
+from perdure.adapters.buffer_dict import BufferDict
 from perdure.adapters.injection import adapted
 from perdure.backbones.base import Tower
 from perdure.core.learner import Core
@@ -43,7 +43,7 @@ class FeatureDistill(Method, name="feature_distill"):
             lengths too.
     """
 
-    guards = "adapts"
+    protects = "encoder"
     records: tuple[str, ...] = (_FEATURES,)
 
     def __init__(
@@ -55,7 +55,7 @@ class FeatureDistill(Method, name="feature_distill"):
             without_effect("with strength=0", tower=held, form=apart)
         self.strength, self.tower, self.form = strength, tower, form
         self.teacher = Teacher()
-        self.names = Tensors()  # "old": the teacher's embeddings of the former tasks' class names
+        self.names = BufferDict()  # "old": the teacher's embeddings of the former tasks' class names
 
     def grow(self, learner: Core, task: Task) -> None:
         """Nothing to make room for; refuse texts where there are none."""
@@ -72,7 +72,7 @@ class FeatureDistill(Method, name="feature_distill"):
         if self._towers("vision") or isinstance(learner.objective, Retrieve):
             self.teacher.remember(learner)
         if self._towers("text") and isinstance(learner.objective, ZeroShot):
-            with self.teacher.speaking(learner):  # as it answers, without what methods do in training only
+            with self.teacher.swapped_in(learner):  # as it answers, without what methods do in training only
                 self.names["old"] = self._embed(learner)
 
     def check(self, learner: Core, task: Task) -> None:
@@ -117,7 +117,7 @@ class FeatureDistill(Method, name="feature_distill"):
 
     def _teachers(self, learner: Core, batch: Batch) -> Batch:
         # not the teacher's scores too, for which a text tower that is trained would have to read all names
-        with self.teacher.speaking(learner):
+        with self.teacher.swapped_in(learner):
             images = {_FEATURES: learner.encode(batch)} if _FEATURES in self.records else {}
             return images | ({_CAPTIONS: embedded(learner, batch["text"])} if _CAPTIONS in self.records else {})
 

@@ -17,8 +17,8 @@ class Finetune(Method, name="finetune"):
         tower: which encoder.
     """
 
-    adapts = True
-    shares = True
+    changes_encoder = True
+    trains_shared = True
 
     def __init__(self, mask: bool = True, backbone_lr: Factor = 0.1, tower: Tower = "vision") -> None:
         super().__init__()

@@ -22,11 +22,11 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
-from perdure.adapters.buffer_dict import Tensors
+from perdure.adapters.buffer_dict import BufferDict
 from perdure.adapters.injection import Adapters
-from perdure.adapters.low_rank import Branches
-from perdure.adapters.prompt_tokens import Tokens
-from perdure.adapters.shared_basis import Bases
+from perdure.adapters.low_rank import LowRankSet
+from perdure.adapters.prompt_tokens import PromptTokens
+from perdure.adapters.shared_basis import SharedBasis
 from perdure.backbones.base import Tower, named_towers
 from perdure.core.learner import Core
 from perdure.core.method import Method
@@ -55,7 +55,7 @@ class FMLoRA(Method, name="fm_lora"):
         prompts: number m of prompt tokens; 0 for none.
     """
 
-    adapts = True
+    changes_encoder = True
 
     def __init__(
         self,
@@ -78,12 +78,12 @@ class FMLoRA(Method, name="fm_lora"):
             without_effect("with drs='fixed'", rank_cost=rank_cost)
         self.rank, self.at, self.blocks, self.tower = rank, at, blocks, tower
         self.share, self.prompts = share, prompts
-        self.shares = prompts > 0
+        self.trains_shared = prompts > 0
         self.drs = DRS(candidates, drs, rank_cost)
-        self.bases: Adapters[Bases] = Adapters()
-        self.branches = Branches()  # instead of the bases, when they are not shared
+        self.bases: Adapters[SharedBasis] = Adapters()
+        self.branches = LowRankSet()  # instead of the bases, when they are not shared
         self.tokens = nn.ModuleDict()  # of Tokens, for each tower
-        self.kept = Tensors()  # "<tower>": P of the last task
+        self.kept = BufferDict()  # "<tower>": P of the last task
 
     def shared_parameters(self) -> Iterable[nn.Parameter]:
         """The prompts."""
@@ -95,14 +95,14 @@ class FMLoRA(Method, name="fm_lora"):
         sites = backbone.sites(self.at, self.blocks, self.tower)
         if not task.index and self.prompts:
             for tower in named_towers(self.tower):
-                tokens = Tokens(self.prompts, backbone.sites("q", "0", tower)[0].fan_in)
+                tokens = PromptTokens(self.prompts, backbone.sites("q", "0", tower)[0].fan_in)
                 tokens.attach([backbone.get_submodule(name) for name in backbone.blocks(tower)], tower)
                 check_tokens(learner, tower)
                 self.tokens[tower] = tokens
         if not self.share:
             self.branches.open(backbone, sites, self.drs.largest)
             return
-        self.bases.place(backbone, sites, lambda site: Bases(site, self.rank))
+        self.bases.place(backbone, sites, lambda site: SharedBasis(site, self.rank))
         for adapter in self.bases:
             if task.index == 0:
                 adapter.open(torch.eye(self.rank, dtype=torch.float32), train=False)
@@ -145,7 +145,7 @@ class FMLoRA(Method, name="fm_lora"):
 
     def _prompts(self) -> dict[str, nn.Parameter]:
         """P by tower."""
-        return {tower: each.values for tower, each in self.tokens.items() if isinstance(each, Tokens)}
+        return {tower: each.values for tower, each in self.tokens.items() if isinstance(each, PromptTokens)}
 
 
 def _candidates(rank: int, ranks: int | Sequence[int] | None, drs: Mode | None) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from perdure.core.learner import Core
 from perdure.core.method import Method, check_mask, check_trained
 from perdure.mechanisms import replay_gradients as gradients
-from perdure.mechanisms.exemplars import Exemplars
+from perdure.mechanisms.exemplars import ExemplarBuffer
 from perdure.mechanisms.linear_algebra import exact
 from perdure.options.ranges import BatchSize, Count, Strength
 from perdure.types import Batch, Task
@@ -52,7 +52,7 @@ class GEM(Method, name="gem"):
         self, size: Count = 2000, batch_size: BatchSize = 32, margin: Strength = 0.5, mask: bool | None = None
     ) -> None:
         super().__init__()
-        self.memory, self.batch_size, self.margin = Exemplars(size, selection="class_balanced"), batch_size, margin
+        self.memory, self.batch_size, self.margin = ExemplarBuffer(size, selection="class_balanced"), batch_size, margin
         self.mask = mask
         self._old: list[Batch] = []  # of the current step, one batch a past task
 

@@ -16,13 +16,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from perdure.adapters.buffer_dict import Tensors
+from perdure.adapters.buffer_dict import BufferDict
 from perdure.backbones.base import Tower
 from perdure.core.learner import Core
 from perdure.core.method import Method
 from perdure.mechanisms.second_moments import second_moments
 from perdure.mechanisms.subspace import keep_schedule
-from perdure.mechanisms.subspace_memory import Spaces
+from perdure.mechanisms.subspace_memory import SubspaceMemory
 from perdure.options.ranges import Count, Factor, Share
 from perdure.types import Batch, Site, Task
 
@@ -42,9 +42,9 @@ class GPM(Method, name="gpm"):
         moments: number of training images that second moments are taken from.
     """
 
-    adapts = True
-    shares = True
-    guarantees = True
+    changes_encoder = True
+    trains_shared = True
+    sole_adapter = True
 
     def __init__(
         self,
@@ -60,8 +60,8 @@ class GPM(Method, name="gpm"):
         super().__init__()
         self.at, self.blocks, self.tower, self.backbone_lr = at, blocks, tower, backbone_lr
         self.keep, self.power, self.schedule, self.moments = keep, power, schedule, moments
-        self.spaces = Spaces()  # of each input
-        self.start = Tensors()  # layer -> its weight before the task, where a step is not free
+        self.spaces = SubspaceMemory()  # of each input
+        self.start = BufferDict()  # layer -> its weight before the task, where a step is not free
         self._inputs: dict[str, Site] = {}  # name of an input -> one of the sites that read it
         self._layers: dict[str, list[Site]] = {}  # layer -> the sites on it: rows of a fused one
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from perdure.adapters.buffer_dict import Tensors
+from perdure.adapters.buffer_dict import BufferDict
 from perdure.core.learner import Core
 from perdure.core.method import Method
 from perdure.mechanisms.distillation import Teacher, distillation
-from perdure.mechanisms.exemplars import Exemplars
-from perdure.mechanisms.replay_buffer import Referred, refer
+from perdure.mechanisms.exemplars import ExemplarBuffer
+from perdure.mechanisms.replay_buffer import BufferView, refer
 from perdure.options.ranges import Bytes, Count, Factor, Strength, without_effect
 from perdure.types import Batch, Data, Task
 
@@ -51,9 +51,9 @@ class ICaRL(Method, name="icarl"):
         if strength == 0:
             without_effect("with strength=0", temperature=temperature)
         self.strength, self.temperature = strength, _TEMPERATURE if temperature is None else temperature
-        self.memory = Exemplars(size, bytes, "herding")
+        self.memory = ExemplarBuffer(size, bytes, "herding")
         self.teacher = Teacher()
-        self.means = Tensors()  # exemplars: (classes seen, dim), unit rows in the order of the objective's columns
+        self.means = BufferDict()  # exemplars: (classes seen, dim), unit rows in the order of the objective's columns
 
     def grow(self, learner: Core, task: Task) -> None:
         """All heads learn, and all seen classes compete: there are examples of each.
@@ -72,7 +72,7 @@ class ICaRL(Method, name="icarl"):
         """The task's training set and the exemplars of the tasks before."""
         old = self.memory.refs.cpu()
         old = old[old[:, 0] < task.index]
-        return Referred(learner.tasks, torch.cat([refer(task), old])) if len(old) else task.train
+        return BufferView(learner.tasks, torch.cat([refer(task), old])) if len(old) else task.train
 
     def begin_task(self, learner: Core, task: Task) -> None:
         """Remember the model as it is."""
@@ -98,7 +98,7 @@ class ICaRL(Method, name="icarl"):
         """Choose the task's exemplars; take all classes' means with the encoder of this moment."""
         self.teacher.forget()
         self.memory.remember(learner, task)
-        features, labels = learner.features(Referred(learner.tasks, self.memory.refs))
+        features, labels = learner.features(BufferView(learner.tasks, self.memory.refs))
         columns = learner.objective.columns(labels)
         sums = features.new_zeros(len(learner.objective.classes), features.shape[1])
         # one class at a time: what a parallel sum adds up first may differ from run to run

@@ -30,7 +30,7 @@ from perdure.mechanisms.linear_algebra import exact
 from perdure.mechanisms.rank_selection import DRS
 from perdure.mechanisms.second_moments import Collected, second_moments
 from perdure.mechanisms.subspace import Subspace, keep_schedule
-from perdure.mechanisms.subspace_memory import Spaces
+from perdure.mechanisms.subspace_memory import SubspaceMemory
 from perdure.options.ranges import Count, Rank, Share, Strength, without_effect
 from perdure.types import Batch, Site, Task
 
@@ -62,8 +62,8 @@ class InfLoRA(Method, name="inflora"):
         rank_cost: price of the largest of `ranks`; None is 0.5.
     """
 
-    adapts = True
-    guarantees = True
+    changes_encoder = True
+    sole_adapter = True
 
     def __init__(
         self,
@@ -98,7 +98,7 @@ class InfLoRA(Method, name="inflora"):
         self.keep, self.power, self.schedule = keep, power, schedule
         self.design, self.project, self.moments, self.end_moments = design, project, moments, end_moments
         self.adapters = nn.ModuleDict()
-        self.spaces = Spaces()  # of each input
+        self.spaces = SubspaceMemory()  # of each input
         self.collected = Collected()  # in the last epoch
         self._inputs: dict[str, Site] = {}  # adapter key -> one of the sites that read this input
         self._reach: dict[str, float] = {}  # adapter key -> `old_space_share` of the task just learnt

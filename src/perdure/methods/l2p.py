@@ -19,15 +19,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perdure.adapters.prompt_tokens import Given
+from perdure.adapters.prompt_tokens import RoutedPrompts
 from perdure.backbones.base import OneTower, Tower, named_towers
 from perdure.core.learner import Core
-from perdure.mechanisms.prompting import Asking, Chosen, check_tokens, nearest, output_of
+from perdure.mechanisms.prompting import PromptPool, QueriedPrompts, check_tokens, nearest, output_of
 from perdure.options.ranges import Length, Range, Strength, without_effect
 from perdure.types import Batch, Task
 
 
-class Pool(Chosen):
+class Pool(PromptPool):
     """Keys and prompt tokens of one tower.
 
     Args:
@@ -38,13 +38,13 @@ class Pool(Chosen):
         tokens: how what is chosen passes through the tower.
     """
 
-    def __init__(self, keys: Tensor, prompts: Tensor, top: int, batchwise: bool, tokens: Given) -> None:
+    def __init__(self, keys: Tensor, prompts: Tensor, top: int, batchwise: bool, tokens: RoutedPrompts) -> None:
         super().__init__()
         self.keys, self.prompts = nn.Parameter(keys), nn.Parameter(prompts)
         self.top, self.batchwise, self.tokens = top, batchwise, tokens
 
     def joining(self, asked: Tensor, labels: Tensor | None) -> AbstractContextManager[None]:
-        """See `Chosen.joining`."""
+        """See `PromptPool.joining`."""
         _, chosen = self._choose(asked)
         return self.tokens.giving(self.prompts[chosen].flatten(1, 2))
 
@@ -59,7 +59,7 @@ class Pool(Chosen):
         return cosines, nearest(cosines.detach(), self.top, self.batchwise)
 
 
-class L2P(Asking[Pool], name="l2p"):
+class L2P(QueriedPrompts[Pool], name="l2p"):
     """A pool of keys and prompt tokens, shared and trained by all tasks; the encoder stays as it is.
 
     The pool never grows. Entries that no image or text chooses learn nothing.
@@ -77,7 +77,7 @@ class L2P(Asking[Pool], name="l2p"):
         tower: which encoder; each has a pool of its own.
     """
 
-    shares = True
+    trains_shared = True
 
     def __init__(
         self,
@@ -121,7 +121,7 @@ class L2P(Asking[Pool], name="l2p"):
         return {"batchwise": 1.0} if self.batchwise else {}
 
     def _pool(self, learner: Core, tower: OneTower) -> Pool:
-        backbone, tokens = learner.backbone, Given()
+        backbone, tokens = learner.backbone, RoutedPrompts()
         tokens.reads = tower == "vision" and self.from_prompts
         tokens.attach([backbone.get_submodule(name) for name in backbone.blocks(tower)], tower)
         width = backbone.sites("q", "0", tower)[0].fan_in

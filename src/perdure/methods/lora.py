@@ -1,6 +1,6 @@
 """LoRA in sequence (Hu et al., ICLR 2022, arXiv:2106.09685): one branch per layer, or a fresh one for each task."""
 
-from perdure.adapters.low_rank import Branches
+from perdure.adapters.low_rank import LowRankSet
 from perdure.backbones.base import Tower
 from perdure.core.learner import Core
 from perdure.core.method import Method
@@ -22,7 +22,7 @@ class LoRA(Method, name="lora"):
             only). None means all.
     """
 
-    adapts = True
+    changes_encoder = True
 
     def __init__(
         self,
@@ -39,8 +39,8 @@ class LoRA(Method, name="lora"):
             without_effect("with tasks=1, which opens one branch only", per_task=per_task or None)
         self.rank, self.at, self.blocks, self.tower, self.alpha = rank, at, blocks, tower, alpha
         self.per_task, self.tasks = per_task, tasks
-        self.shares = not per_task and tasks != 1
-        self.adapters = Branches()
+        self.trains_shared = not per_task and tasks != 1
+        self.adapters = LowRankSet()
 
     def grow(self, learner: Core, task: Task) -> None:
         """Open the branches at the first task; later tasks go on with them, or with new ones, or with none."""

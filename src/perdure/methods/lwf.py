@@ -42,7 +42,7 @@ class LwF(Method, name="lwf"):
             directions are always kept, and None is `temperature`.
     """
 
-    guards = "adapts"
+    protects = "encoder"
     records: tuple[str, ...] = (_SCORES,)
 
     def __init__(

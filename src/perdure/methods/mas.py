@@ -13,7 +13,7 @@ from torch import Tensor
 from perdure.core.learner import Core
 from perdure.core.method import Method
 from perdure.mechanisms.importance import Of, Rivals, check_updates, held, importance
-from perdure.mechanisms.quadratic_penalty import Springs
+from perdure.mechanisms.quadratic_penalty import QuadraticPenalty
 from perdure.options.ranges import Count, Strength
 from perdure.types import Batch, Task
 
@@ -28,12 +28,12 @@ class MAS(Method, name="mas"):
             depends on how a product is divided into two; a product has as many numbers as the layer's weight.
     """
 
-    guards = "shares"
+    protects = "shared_parameters"
 
     def __init__(self, strength: Strength = 100.0, samples: Count = 512, of: Of = "parameters") -> None:
         super().__init__()
         self.strength, self.samples, self.of = strength, samples, of
-        self.springs = Springs()
+        self.springs = QuadraticPenalty()
 
     def begin_task(self, learner: Core, task: Task) -> None:
         """Refuse updates where there are none."""
@@ -44,7 +44,7 @@ class MAS(Method, name="mas"):
         """strength/2 · Σ Ω (θ - θ*)² over what is still trained."""
         if not self.springs.weights or not self.strength:
             return 0.0
-        return self.strength * self.springs.energy(held(learner, self.of))
+        return self.strength * self.springs.value(held(learner, self.of))
 
     def end_task(self, learner: Core, task: Task) -> None:
         """Add this task's importance; anchor at what was learnt."""
@@ -54,4 +54,4 @@ class MAS(Method, name="mas"):
 
         data = learner.method.data(learner, task)
         weights = importance(learner, data, self.of, self.samples, "importance", length, power=1)
-        self.springs.hang(weights, held(learner, self.of))
+        self.springs.move_anchor(weights, held(learner, self.of))

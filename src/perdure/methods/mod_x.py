@@ -34,7 +34,7 @@ class ModX(Method, name="mod_x"):
         temperature: T; with 1 a row of cosines is nearly even, a lower one counts large cosines more.
     """
 
-    guards = "adapts"
+    protects = "encoder"
     records = (_TEACHER,)
 
     def __init__(self, strength: Strength = 20.0, temperature: Factor = 1.0) -> None:

@@ -29,7 +29,7 @@ from perdure.byte_size import room_for
 from perdure.core.learner import Core
 from perdure.core.method import parts_of
 from perdure.mechanisms.prompting import QUERY, PerTower, query, text_query
-from perdure.mechanisms.task_identification import Familiarity, Roster
+from perdure.mechanisms.task_identification import ClassTable, TaskGaussians
 from perdure.options.ranges import Factor, Range, Rank, Share, Strength
 from perdure.types import Batch, Data, Task
 
@@ -45,7 +45,7 @@ class Mixture(nn.Module):
         gateway: of this tower; a roster where its inputs are class names.
     """
 
-    def __init__(self, gateway: Familiarity | Roster) -> None:
+    def __init__(self, gateway: TaskGaussians | ClassTable) -> None:
         super().__init__()
         self.adapters: Adapters[Experts] = Adapters()
         self.gateway = gateway
@@ -87,7 +87,7 @@ class MoEAdapters(PerTower[Mixture], name="moe_adapters"):
         tower: which encoder; each has experts, routers and a gateway of its own.
     """
 
-    shares = True
+    trains_shared = True
 
     def __init__(
         self,
@@ -128,7 +128,7 @@ class MoEAdapters(PerTower[Mixture], name="moe_adapters"):
             widths = sum(first.fan_in + last.fan_out for first, last in zip(firsts, lasts, strict=True))
             room_for(4 * number * self.rank * widths, f"moe_adapters with {number} experts of rank={self.rank}")
             names = tower == "text" and learner.objective.classifies
-            self.towers[tower] = own = Mixture(Roster() if names else Familiarity(self.directions, self.known))
+            self.towers[tower] = own = Mixture(ClassTable() if names else TaskGaussians(self.directions, self.known))
             for pair in zip(firsts, lasts, strict=True):
                 norm = backbone.norm_before(pair[0])
                 adapter = Experts(pair, self.rank, self.top, self.scale, norm is not None)
@@ -170,7 +170,7 @@ class MoEAdapters(PerTower[Mixture], name="moe_adapters"):
         mine = torch.isin(data.labels.cpu(), torch.tensor(task.classes)).nonzero().flatten()
         for tower in named_towers(self.tower):
             gateway, (features, labels) = self.of(tower).gateway, self._read(learner, data, mine, tower)
-            if isinstance(gateway, Roster):
+            if isinstance(gateway, ClassTable):
                 gateway.add(task.index, features)
             else:
                 gateway.add(task.index, features, labels, learner.generator("moe_adapters end"))

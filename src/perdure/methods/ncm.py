@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from perdure.adapters.buffer_dict import Tensors
+from perdure.adapters.buffer_dict import BufferDict
 from perdure.core.learner import Core
 from perdure.core.method import Method
 from perdure.types import Batch, Task
@@ -20,8 +20,8 @@ class NCM(Method, name="ncm"):
 
     def __init__(self) -> None:
         super().__init__()
-        self.sums = Tensors()  # class id -> sum of features (dim,)
-        self.counts = Tensors()  # class id -> number of images
+        self.sums = BufferDict()  # class id -> sum of features (dim,)
+        self.counts = BufferDict()  # class id -> number of images
 
     def grow(self, learner: Core, task: Task) -> None:
         """Alone, freeze the heads: they would be trained in vain."""

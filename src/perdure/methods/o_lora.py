@@ -10,8 +10,8 @@ A stays, for the penalty. The code's second penalty (on the norm of the new bran
 import torch
 from torch import Tensor
 
-from perdure.adapters.buffer_dict import Tensors
-from perdure.adapters.low_rank import Branches
+from perdure.adapters.buffer_dict import BufferDict
+from perdure.adapters.low_rank import LowRankSet
 from perdure.backbones.base import Tower
 from perdure.core.learner import Core
 from perdure.core.method import Method
@@ -32,7 +32,7 @@ class OLoRA(Method, name="o_lora"):
         strength: weight of the penalty (the paper's λ1); 0 is `lora(per_task=True)`.
     """
 
-    adapts = True
+    changes_encoder = True
 
     def __init__(
         self,
@@ -44,8 +44,8 @@ class OLoRA(Method, name="o_lora"):
     ) -> None:
         super().__init__()
         self.rank, self.at, self.blocks, self.tower, self.strength = rank, at, blocks, tower, strength
-        self.adapters = Branches()
-        self.rows = Tensors()  # number of the adapter -> A of all former tasks (t · rank, fan_in)
+        self.adapters = LowRankSet()
+        self.rows = BufferDict()  # number of the adapter -> A of all former tasks (t · rank, fan_in)
 
     def grow(self, learner: Core, task: Task) -> None:
         """A new branch in every chosen layer."""

@@ -9,7 +9,7 @@ Differs: tokens start from a normal distribution of deviation 0.02 and have no d
 
 import torch
 
-from perdure.adapters.prompt_tokens import Tokens
+from perdure.adapters.prompt_tokens import PromptTokens
 from perdure.backbones.base import Tower, named_towers
 from perdure.core.learner import Core
 from perdure.core.method import Method
@@ -28,7 +28,7 @@ class Prompt(Method, name="prompt"):
         tower: which encoder.
     """
 
-    adapts, shares = True, True
+    changes_encoder, trains_shared = True, True
 
     def __init__(
         self, tokens: Length = 10, deep: bool = False, blocks: str | None = None, tower: Tower = "vision"
@@ -46,7 +46,7 @@ class Prompt(Method, name="prompt"):
         backbone = learner.backbone
         for tower in named_towers(self.tower):
             for site in backbone.sites("q", self.blocks if self.deep else "0", tower):
-                tokens = Tokens(self.tokens, site.fan_in)
+                tokens = PromptTokens(self.tokens, site.fan_in)
                 through = [site.key.rpartition(":")[0]] if self.deep else backbone.blocks(tower)
                 tokens.attach([backbone.get_submodule(name) for name in through], tower)
                 self.prompts.append(tokens)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from perdure.adapters.buffer_dict import Tensors
+from perdure.adapters.buffer_dict import BufferDict
 from perdure.byte_size import room_for
 from perdure.core.learner import Core
 from perdure.core.method import Method
@@ -51,8 +51,8 @@ class RanPAC(Method, name="ranpac"):
     ) -> None:
         super().__init__()
         self.dim, self.ridge = dim, ridge
-        self.held = Tensors()  # gram: packed G; ridge: (1,)
-        self.sums = Tensors()  # class -> sum of h
+        self.held = BufferDict()  # gram: packed G; ridge: (1,)
+        self.sums = BufferDict()  # class -> sum of h
         self._projection: Tensor | None = None
         self._weights: Tensor | None = None  # made from the state when it is asked for
 

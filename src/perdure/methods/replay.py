@@ -17,7 +17,7 @@ import torch
 
 from perdure.core.learner import Core
 from perdure.core.method import Method, check_trained
-from perdure.mechanisms.exemplars import Exemplars, Selection
+from perdure.mechanisms.exemplars import ExemplarBuffer, Selection
 from perdure.mechanisms.selection_scores import Position
 from perdure.options.ranges import Bytes, Count, Range, Ratio, without_effect
 from perdure.streams.augment import AUGMENTS
@@ -33,8 +33,8 @@ class Replay(Method, name="replay"):
 
     Args:
         size: number of examples remembered in all; None is 2000, or what `bytes` allow.
-        selection: which are kept, see `Exemplars`.
-        position: which scores are kept with `el2n`, `grand` and `influence`, see `Exemplars`.
+        selection: which are kept, see `ExemplarBuffer`.
+        position: which scores are kept with `el2n`, `grand` and `influence`, see `ExemplarBuffer`.
         schedule: `interleaved` adds old examples to every batch; `periodic` puts a batch of old examples in the place
             of the first one of a task and of every `every`-th from there.
         every: number of steps from one batch of old examples to the next, with `periodic`; None is 10.
@@ -59,7 +59,7 @@ class Replay(Method, name="replay"):
         super().__init__()
         if schedule == "interleaved":
             without_effect("with schedule='interleaved'", every=every)
-        self.memory, self.ratio = Exemplars(size, bytes, selection, position), ratio
+        self.memory, self.ratio = ExemplarBuffer(size, bytes, selection, position), ratio
         self.every = (every or _EVERY) if schedule == "periodic" else None
         self.augment = None if augment is None else AUGMENTS[augment]
 

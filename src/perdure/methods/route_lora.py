@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from perdure.adapters.injection import Adapters
-from perdure.adapters.shared_basis import Bases
+from perdure.adapters.shared_basis import SharedBasis
 from perdure.backbones.base import Tower
 from perdure.core.learner import Core
 from perdure.core.method import Method
@@ -38,8 +38,8 @@ class RouteLoRA(Method, name="route_lora"):
         bases_lr: learning rate of A and B after the first task, as a factor of the run's.
     """
 
-    adapts = True
-    shares = True
+    changes_encoder = True
+    trains_shared = True
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ class RouteLoRA(Method, name="route_lora"):
         super().__init__()
         self.rank, self.at, self.blocks, self.tower = rank, at, blocks, tower
         self.strength, self.energy, self.bases_lr = strength, energy, bases_lr
-        self.adapters: Adapters[Bases] = Adapters()
+        self.adapters: Adapters[SharedBasis] = Adapters()
         self._leading: list[Tensor] = []  # U(R_old) per layer, made anew from the cores for each task
 
     def shared_parameters(self) -> Iterable[nn.Parameter]:
@@ -64,7 +64,7 @@ class RouteLoRA(Method, name="route_lora"):
     def grow(self, learner: Core, task: Task) -> None:
         """A new increment in every chosen layer."""
         sites = learner.backbone.sites(self.at, self.blocks, self.tower)
-        self.adapters.place(learner.backbone, sites, lambda site: Bases(site, self.rank))
+        self.adapters.place(learner.backbone, sites, lambda site: SharedBasis(site, self.rank))
         for adapter in self.adapters:
             start = torch.eye(self.rank, dtype=torch.float32)
             adapter.open(torch.zeros_like(start) if task.index else start)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from perdure.adapters.injection import Adapters
-from perdure.adapters.magnitude_direction import Directions
+from perdure.adapters.magnitude_direction import MagnitudeDirection
 from perdure.backbones.base import Tower
 from perdure.core.learner import Core
 from perdure.core.method import Method
@@ -45,7 +45,7 @@ class SDLoRA(Method, name="sd_lora"):
             keeps all.
     """
 
-    adapts = True
+    changes_encoder = True
 
     def __init__(
         self,
@@ -72,12 +72,14 @@ class SDLoRA(Method, name="sd_lora"):
             )
         self.drops, self.at, self.blocks, self.tower = tuple(drops), at, blocks, tower
         self.normalise, self.magnitude, self.distil = normalise, magnitude, distil
-        self.adapters: Adapters[Directions] = Adapters()
+        self.adapters: Adapters[MagnitudeDirection] = Adapters()
         self.magnitudes = nn.Parameter(torch.empty(0, dtype=torch.float32))
 
     def grow(self, learner: Core, task: Task) -> None:
         """One more direction and magnitude; the published forms normalise the last direction only now."""
-        self.adapters.place(learner.backbone, learner.backbone.sites(self.at, self.blocks, self.tower), Directions)
+        self.adapters.place(
+            learner.backbone, learner.backbone.sites(self.at, self.blocks, self.tower), MagnitudeDirection
+        )
         old = self.magnitudes.detach()
         if self.normalise != "jointly":
             old = torch.full_like(old, self.magnitude)

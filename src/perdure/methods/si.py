@@ -11,10 +11,10 @@ pull has the ½ of EWC: the paper's c is half of `strength`, for Ω of mean 1.
 import torch
 from torch import Tensor, nn
 
-from perdure.adapters.buffer_dict import Tensors
+from perdure.adapters.buffer_dict import BufferDict
 from perdure.core.learner import Core
 from perdure.core.method import Method
-from perdure.mechanisms.quadratic_penalty import Springs, mean_one
+from perdure.mechanisms.quadratic_penalty import QuadraticPenalty, mean_one
 from perdure.options.ranges import Factor, Strength, without_effect
 from perdure.types import Batch, Task
 
@@ -32,15 +32,15 @@ class SI(Method, name="si"):
         damping: ξ, which bounds the importance of parameters that hardly moved; in squared parameter units.
     """
 
-    guards = "shares"
+    protects = "shared_parameters"
 
     def __init__(self, strength: Strength = 100.0, damping: Factor = _DAMPING) -> None:
         super().__init__()
         if not strength:
             without_effect("with strength=0", damping=None if damping == _DAMPING else damping)
         self.strength, self.damping = strength, damping
-        self.springs = Springs()
-        self.path, self.start = Tensors(), Tensors()  # ω, and values at the task's start
+        self.springs = QuadraticPenalty()
+        self.path, self.start = BufferDict(), BufferDict()  # ω, and values at the task's start
         # parameters, their gradients without the pull, their values before the step: between two hooks of one step
         self._before: tuple[dict[str, nn.Parameter], list[Tensor], list[Tensor]] | None = None
 
@@ -53,14 +53,14 @@ class SI(Method, name="si"):
         """strength/2 · Σ Ω (θ - θ*)² over parameters that are still trained."""
         if not self.springs.weights or not self.strength:
             return 0.0
-        return self.strength * self.springs.energy(learner.trainable())
+        return self.strength * self.springs.value(learner.trainable())
 
     def after_backward(self, learner: Core) -> None:
         """Remember values, and gradients of the loss without the pull."""
         moving = {k: p for k, p in learner.trainable().items() if k in self.path and p.grad is not None}
         gradients = {k: p.grad.clone() for k, p in moving.items() if p.grad is not None}
         if self.strength:
-            for name, force in self.springs.forces(moving).items():
+            for name, force in self.springs.gradient(moving).items():
                 gradients[name].sub_(force, alpha=self.strength)
         self._before = moving, list(gradients.values()), [p.detach().clone() for p in moving.values()]
 
@@ -79,6 +79,6 @@ class SI(Method, name="si"):
         """Add what the path says; anchor at what was learnt."""
         kept = {k: p for k, p in learner.shared().items() if k in self.path}
         weights = {k: self.path[k].relu() / ((p - self.start[k]).square() + self.damping) for k, p in kept.items()}
-        self.springs.hang(mean_one(weights) if weights else {}, kept)
+        self.springs.move_anchor(mean_one(weights) if weights else {}, kept)
         self.path.clear()
         self.start.clear()

@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from perdure.adapters.buffer_dict import Tensors
+from perdure.adapters.buffer_dict import BufferDict
 from perdure.core.learner import Core
 from perdure.core.method import Method
 from perdure.options.ranges import Count, Share, without_effect
@@ -32,7 +32,7 @@ class WeightAverage(Method, name="weight_average"):
         alpha: with `wise`, the share of what was learnt, above 0; 1 is plain training. None is 0.5.
     """
 
-    guards = "shares"
+    protects = "shared_parameters"
     concludes = True
 
     def __init__(
@@ -44,8 +44,8 @@ class WeightAverage(Method, name="weight_average"):
         else:
             without_effect("with form='wise', which looks at the ends only", every=every)
         self.form, self.every, self.alpha = form, every or 1, 0.5 if alpha is None else alpha
-        self.kept = Tensors()  # name of a parameter of the learner -> its mean so far, or its value before the task
-        self.count = Tensors()  # "taken": how many values a mean is of
+        self.kept = BufferDict()  # name of a parameter of the learner -> its mean so far, or its value before the task
+        self.count = BufferDict()  # "taken": how many values a mean is of
 
     def begin_task(self, learner: Core, task: Task) -> None:
         """Note the values before the first step."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from perdure.adapters.buffer_dict import Tensors
+from perdure.adapters.buffer_dict import BufferDict
 from perdure.adapters.injection import detach
 from perdure.backbones.base import Backbone
 from perdure.backbones.texts import pack, present
@@ -57,7 +57,7 @@ class ZSCL(Method, name="zscl"):
         text_gradient: False compares the student's images with the teacher's texts, as the published code does.
     """
 
-    guards = "adapts"
+    protects = "encoder"
     records = (_TEACHER,)
 
     def __init__(
@@ -84,7 +84,7 @@ class ZSCL(Method, name="zscl"):
         self.reference, self.size, self.images, self.texts = reference, size or _SIZE, images, texts
         self.strength_image, self.strength_text = strength_image, strength_text
         self.temperature, self.anchor, self.text_gradient = temperature, anchor, text_gradient
-        self.anchors = Tensors()  # name of a parameter of the learner -> its value before the task
+        self.anchors = BufferDict()  # name of a parameter of the learner -> its value before the task
         self._pretrained: Constant[Backbone] = Constant()  # in a list: it is no part of any state
         self._teacher: Constant[Core] = Constant()
         self._material: Constant[_Reference] = Constant()
