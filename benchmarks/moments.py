@@ -11,8 +11,7 @@ import argparse
 
 import torch
 
-from perdure.mechanisms.second_moments import second_moments
-from perdure.mechanisms.subspace import Subspace
+from perdure.mechanisms.subspace import Subspace, second_moments
 from perdure.streams import build_stream
 from perdure.training.config import make_backbone
 

@@ -6,16 +6,15 @@ from typing import TYPE_CHECKING, Any
 from perdure.version import __version__
 
 if TYPE_CHECKING:
-    from perdure.adapters.buffer_dict import BufferDict
     from perdure.adapters.injection import Adapter, attach, detach
     from perdure.adapters.low_rank import LowRank
+    from perdure.adapters.state import BufferDict
     from perdure.api.learner import Learner
     from perdure.backbones.base import Backbone
     from perdure.core.learner import Core
     from perdure.core.method import METHODS, Method
-    from perdure.mechanisms.replay_buffer import ReplayBuffer
-    from perdure.mechanisms.second_moments import second_moments
-    from perdure.mechanisms.subspace import Subspace
+    from perdure.mechanisms.replay import ReplayBuffer
+    from perdure.mechanisms.subspace import Subspace, second_moments
     from perdure.objectives.base import Objective
     from perdure.reporting.report import write_report
     from perdure.training.config import RunConfig
@@ -55,7 +54,7 @@ _PLACES = {
     "Batch": "perdure.types",
     "Core": "perdure.core.learner",
     "Data": "perdure.types",
-    "ReplayBuffer": "perdure.mechanisms.replay_buffer",
+    "ReplayBuffer": "perdure.mechanisms.replay",
     "Learner": "perdure.api.learner",
     "LowRank": "perdure.adapters.low_rank",
     "METHODS": "perdure.core.method",
@@ -67,11 +66,11 @@ _PLACES = {
     "Stream": "perdure.types",
     "Subspace": "perdure.mechanisms.subspace",
     "Task": "perdure.types",
-    "BufferDict": "perdure.adapters.buffer_dict",
+    "BufferDict": "perdure.adapters.state",
     "TrainConfig": "perdure.training.loop",
     "attach": "perdure.adapters.injection",
     "detach": "perdure.adapters.injection",
-    "second_moments": "perdure.mechanisms.second_moments",
+    "second_moments": "perdure.mechanisms.subspace",
     "write_report": "perdure.reporting.report",
 }
 

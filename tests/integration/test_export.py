@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from perdure.adapters.injection import Adapter, attach
 from perdure.api.learner import Learner
 from perdure.backbones import BACKBONES
-from perdure.backbones.pocket import FOLDER
+from perdure.backbones.clip import FOLDER
 from perdure.cli.main import main
 from perdure.core.learner import Core
 from perdure.core.method import Method

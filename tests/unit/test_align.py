@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from perdure.mechanisms.class_statistics import ClassStatistics, Covariance
-from perdure.mechanisms.linear_algebra import pack, shrunk, unpack
+from perdure.mechanisms.subspace import pack, shrunk, unpack
 from perdure.training.config import make_method
 
 FORMS: tuple[Covariance, ...] = ("shared", "full", "diagonal", "lowrank")

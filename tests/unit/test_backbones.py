@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from perdure.backbones import BACKBONES, Backbone
-from perdure.backbones.pocket import FOLDER
+from perdure.backbones.clip import FOLDER
 from perdure.options.spec import build, parse_one
 
 SIZE = 32

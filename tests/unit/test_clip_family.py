@@ -23,9 +23,9 @@ from perdure.adapters.injection import detach, fold
 from perdure.adapters.low_rank import LowRankSet
 from perdure.adapters.prefix import Prefix
 from perdure.backbones import BACKBONES, Backbone
+from perdure.backbones.clip import FOLDER
 from perdure.backbones.open_clip import locate
 from perdure.backbones.open_clip_attention import Attention
-from perdure.backbones.pocket import FOLDER
 from perdure.core.learner import Core
 from perdure.export.model import export
 from perdure.mechanisms.prompting import attach_prefix

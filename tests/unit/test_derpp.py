@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from perdure.mechanisms.replay_buffer import read
+from perdure.mechanisms.replay import read
 from perdure.streams.augment import AUGMENTS
 from perdure.training.config import make_method
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from perdure.api.learner import Learner
-from perdure.backbones.pocket import FOLDER
+from perdure.backbones.clip import FOLDER
 from perdure.objectives.retrieve import Retrieve
 from perdure.streams import build_stream
 from perdure.training.config import make_backbone

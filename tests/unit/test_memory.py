@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from perdure.adapters.buffer_dict import BufferDict
+from perdure.adapters.state import BufferDict
 from perdure.backbones.tiny import tiny
-from perdure.mechanisms.second_moments import second_moments
+from perdure.mechanisms.subspace import second_moments
 
 
 def pictures(count: int) -> Any:

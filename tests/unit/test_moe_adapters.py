@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from perdure.adapters.experts import Routes, routing
-from perdure.backbones.pocket import pocket
+from perdure.backbones.clip import pocket
 from perdure.backbones.tiny import tiny
 from perdure.core.learner import Core
+from perdure.mechanisms.class_statistics import TaskGaussians
 from perdure.mechanisms.prompting import query, text_query
-from perdure.mechanisms.task_identification import TaskGaussians
 from perdure.streams import build_stream
 from perdure.training.config import make_method, make_objective
 from perdure.types import Batch, Task

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from perdure.backbones.pocket import pocket
+from perdure.backbones.clip import pocket
 from perdure.training.config import make_objective
 from perdure.training.loop import fit_task
 from perdure.types import Task

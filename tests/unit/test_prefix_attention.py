@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from perdure.adapters.injection import adapted, detach, prompted
 from perdure.adapters.prefix import Prefix, starting_prefix
 from perdure.backbones.base import Backbone
-from perdure.backbones.pocket import pocket
+from perdure.backbones.clip import pocket
 from perdure.backbones.preprocess import Preprocess
 from perdure.backbones.timm import Timm
 from perdure.backbones.tiny import tiny

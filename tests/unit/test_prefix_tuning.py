@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from perdure.backbones.pocket import pocket
+from perdure.backbones.clip import pocket
 from perdure.core.learner import Core
 from perdure.export.model import export
 from perdure.training.config import make_method, make_objective

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from perdure.backbones import BACKBONES
-from perdure.byte_size import room_for
 from perdure.cli.commands import COMMANDS
 from perdure.core.method import METHODS, Method
+from perdure.formatting import room_for
 from perdure.objectives import OBJECTIVES
 from perdure.options.ranges import Range, check_fields, checked, expected, fits, hints_of
 from perdure.options.spec import Spec, build

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from perdure.ranking import CUTS, ranks, recalls
+from perdure.metrics import CUTS, ranks, recalls
 
 
 def by_sorting(queries: Tensor, owners: Tensor, gallery: Tensor, gallery_owners: Tensor, k: int) -> float:
@@ -60,7 +60,7 @@ def test_ranks_do_not_depend_on_how_many_queries_are_scored_at_once(size: int, m
     queries, pairs = F.normalize(torch.randn(20, 4, generator=draw), dim=1), torch.arange(20)
     gallery = F.normalize(queries + torch.randn(20, 4, generator=draw), dim=1)
     whole = ranks(queries, pairs, gallery, pairs)
-    monkeypatch.setattr("perdure.ranking._CHUNK", size)
+    monkeypatch.setattr("perdure.metrics._CHUNK", size)
     assert torch.equal(ranks(queries, pairs, gallery, pairs), whole)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from perdure.mechanisms.linear_algebra import unpack
+from perdure.mechanisms.subspace import unpack
 from perdure.methods.ranpac import random_signs
 from perdure.training.config import make_method
 from perdure.types import Task

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from perdure.backbones.texts import pack, unpack
-from perdure.mechanisms.second_moments import second_moments
+from perdure.mechanisms.subspace import second_moments
 from perdure.objectives.retrieve import Retrieve, _Gallery, embedded
 from perdure.training.config import make_method
 from perdure.training.run import run

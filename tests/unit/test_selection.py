@@ -11,9 +11,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perdure.byte_size import count_bytes
+from perdure.formatting import count_bytes
 from perdure.mechanisms import selection_scores as orders
-from perdure.mechanisms.exemplars import ExemplarBuffer, last_layer
+from perdure.mechanisms.replay import ExemplarBuffer, last_layer
 from perdure.streams.image_set import Budget
 from perdure.streams.single_task import folder_task
 from perdure.training.config import make_method

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from perdure.mechanisms.second_moments import second_moments
-from perdure.mechanisms.subspace import Subspace
+from perdure.mechanisms.subspace import Subspace, second_moments
 
 
 def random_moments(d: int, directions: int, noise: float, seed: int) -> Tensor:

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from perdure.adapters.attention_masks import widened
 from perdure.adapters.prefix import Prefix
-from perdure.adapters.prompt_tokens import PromptTokens
+from perdure.adapters.prompt_tokens import PromptTokens, widened
 from perdure.backbones.base import Backbone
-from perdure.backbones.pocket import pocket
+from perdure.backbones.clip import pocket
 from perdure.backbones.tiny import tiny
 from perdure.training.config import make_method
 

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from perdure.adapters.buffer_dict import BufferDict
 from perdure.adapters.injection import Adapter, starting_rows
-from perdure.adapters.parameter_dict import ParameterStore
+from perdure.adapters.state import BufferDict, ParameterStore
 from perdure.types import Site
 
 _PARTS = ("down", "down_bias", "up", "up_bias")

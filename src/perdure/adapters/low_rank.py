@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perdure.adapters.buffer_dict import BufferDict
 from perdure.adapters.injection import Adapter, Adapters, starting_rows
+from perdure.adapters.state import BufferDict
 from perdure.types import Site
 
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perdure.adapters.attention_masks import with_masks
 from perdure.adapters.injection import hold
+from perdure.adapters.prompt_tokens import with_masks
 from perdure.types import Site
 
 

@@ -3,11 +3,8 @@
 from collections.abc import Callable
 
 from perdure.backbones.base import Backbone
-from perdure.backbones.chinese_clip import chinese_clip
-from perdure.backbones.clip import clip
-from perdure.backbones.dual import dual
+from perdure.backbones.clip import chinese_clip, clip, dual, pocket
 from perdure.backbones.open_clip import open_clip
-from perdure.backbones.pocket import pocket
 from perdure.backbones.timm import timm
 from perdure.backbones.tiny import tiny
 from perdure.backbones.vision import vision

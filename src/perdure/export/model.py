@@ -22,9 +22,9 @@ from torch import Tensor
 from perdure.adapters.injection import prompted, updates
 from perdure.backbones import pretrained
 from perdure.backbones.base import Backbone
+from perdure.backbones.clip import FOLDER as POCKET
 from perdure.backbones.clip import Clip
 from perdure.backbones.open_clip import OpenClip
-from perdure.backbones.pocket import FOLDER as POCKET
 from perdure.backbones.timm import Timm
 from perdure.backbones.vision import Vision
 from perdure.core.learner import Core

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from perdure.mechanisms.linear_algebra import exact
+from perdure.mechanisms.subspace import exact
 
 Position = Literal["top", "mid", "bottom", "offset"]
 

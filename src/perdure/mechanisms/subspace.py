@@ -4,13 +4,17 @@ Liang & Li, CVPR 2024, arXiv:2404.00228; GPM: Saha et al., ICLR 2021, arXiv:2103
 complement M⊥ are two ways to store one thing; the smaller is kept, so a layer never stores more than d·d/2 numbers.
 """
 
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from perdure.mechanisms.linear_algebra import exact
+from perdure.adapters.state import BufferDict
+from perdure.types import Batch
 
 Kind = Literal["taken", "free"]
 Power = Literal[1, 2]
@@ -115,3 +119,188 @@ def keep_schedule(keep: float, task: int, total: int | None) -> float:
     Liang & Li: ε_t = (1 - ε)·t / T + ε.
     """
     return keep if total is None else keep + (1 - keep) * task / total
+
+
+def exact(tensor: Tensor) -> Tensor:
+    """In float64; on the CPU where the device has none (MPS)."""
+    return tensor.cpu().double() if tensor.device.type == "mps" else tensor.double()
+
+
+def pack(matrix: Tensor) -> Tensor:
+    """The upper triangle of a symmetric (d, d), row by row: float32 (d·(d+1)/2,)."""
+    rows, columns = torch.triu_indices(*matrix.shape, device=matrix.device)
+    return matrix[rows, columns].float()
+
+
+def unpack(packed: Tensor) -> Tensor:
+    """The symmetric matrix that `pack` stored, (d, d) float64."""
+    packed = exact(packed)
+    d = round((2 * len(packed) + 0.25) ** 0.5 - 0.5)
+    rows, columns = torch.triu_indices(d, d, device=packed.device)
+    matrix = packed.new_zeros(d, d)
+    matrix[rows, columns] = packed
+    matrix[columns, rows] = packed
+    return matrix
+
+
+def shrunk(covariance: Tensor, freedom: int) -> Tensor:
+    """Oracle approximating shrinkage (Chen et al., IEEE TSP 2010, arXiv:0907.4698) towards a multiple of the identity.
+
+    A covariance of fewer examples than dimensions can be inverted afterwards, one of very many is left as it is.
+
+    Args:
+        covariance: (d, d).
+        freedom: number of examples it was taken from, less the number of means; 0 or no spread give the identity.
+    """
+    d = len(covariance)
+    trace, square = covariance.trace(), covariance.square().sum()
+    identity = torch.eye(d, dtype=covariance.dtype, device=covariance.device)
+    if freedom < 1 or trace <= 0:
+        return identity
+    excess = (freedom + 1 - 2 / d) * (square - trace**2 / d)
+    share = ((1 - 2 / d) * square + trace**2) / excess.clamp_min(torch.finfo(excess.dtype).tiny)
+    share = share.clamp_max(1)
+    return (1 - share) * covariance + share * trace / d * identity
+
+
+class _Enough(Exception):
+    """All watched layers have been reached; what lies above them need not be computed."""
+
+
+@torch.no_grad()
+def second_moments(
+    encode: Callable[[Batch], object],
+    layers: Mapping[str, nn.Module],
+    batches: Iterable[Batch],
+    mask: Callable[[], Tensor | None] = lambda: None,
+) -> dict[str, Tensor]:
+    """E[x xᵀ] of the inputs of each layer, uncentred, over all tokens: float64 (fan_in, fan_in).
+
+    Products are formed in float32 outside autocast (in bfloat16 the subspaces are noise), as one flat xᵀx per batch,
+    and summed in float64. A batch is not computed beyond the last watched layer.
+
+    Args:
+        encode: runs the model on a batch.
+        layers: name -> layer to watch.
+        batches: the data.
+        mask: asked whenever a layer is reached: which tokens (n, L) of its input count; None counts all.
+    """
+    total: dict[str, Tensor] = {}
+    count = dict.fromkeys(layers, 0)
+    reached: set[str] = set()
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(_layer: nn.Module, args: tuple[Any, ...]) -> None:
+            x: Tensor = args[0]
+            if (counts := mask()) is not None:
+                x = x[counts.to(x.device)]
+            product, tokens = _product(x)
+            total[name] = total[name].add_(product) if name in total else product
+            count[name] += tokens
+            reached.add(name)
+            if len(reached) == len(layers):
+                raise _Enough
+
+        return hook
+
+    handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
+    try:
+        for batch in batches:
+            reached.clear()
+            try:
+                encode(batch)
+            except _Enough:
+                continue
+            raise ValueError(f"the inputs of {sorted(layers.keys() - reached)} are never computed: choose other sites")
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: total[name] / count[name] for name in layers}
+
+
+def _product(x: Tensor) -> tuple[Tensor, int]:
+    """The sum of x xᵀ over all tokens of (..., d), float64 (d, d), and how many these are."""
+    with torch.autocast(x.device.type, enabled=False):
+        x = x.detach().flatten(0, -2).float()
+        product = x.T @ x
+    # float64 holds sums of millions of tokens; MPS has none, so it is kept on the CPU there.
+    return product.cpu().double() if x.device.type == "mps" else product.double(), len(x)
+
+
+class Collected(BufferDict):
+    """Second moments of what layers read in training steps: no pass of their own, but of weights that still move.
+
+    Sums are part of the state, so that a run stopped in between goes on with them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._heard: dict[str, Tensor] = {}
+        self._handles: list[RemovableHandle] = []
+
+    @property
+    def images(self) -> int:
+        """How many were counted."""
+        return int(self["images"]) if "images" in self else 0
+
+    @property
+    def listening(self) -> bool:
+        """Whether something is held for `add`."""
+        return bool(self._handles)
+
+    def listen(self, layers: Mapping[str, nn.Module]) -> None:
+        """Hold what each of `layers` reads in the next forward pass that is trained on, until `add`."""
+
+        def hear(name: str, _layer: nn.Module, args: tuple[Any, ...]) -> None:
+            if torch.is_grad_enabled():  # a teacher's pass is none of them
+                self._heard.setdefault(name, args[0].detach())
+
+        self._handles = [layer.register_forward_pre_hook(partial(hear, name)) for name, layer in layers.items()]
+
+    @torch.no_grad()
+    def add(self, images: Tensor) -> None:
+        """Count `images` (rows of the batch) of what was heard, and listen no more."""
+        for handle in self._handles:
+            handle.remove()
+        for name, x in self._heard.items():
+            product, tokens = _product(x[images])
+            for key, value in ((f"sum/{name}", product), (f"tokens/{name}", torch.tensor(tokens))):
+                self[key] = self[key] + value if key in self else value
+        self["images"] = torch.tensor(self.images + len(images))
+        self._handles, self._heard = [], {}
+
+    def finish(self) -> dict[str, Tensor]:
+        """E[x xᵀ] of each layer, as `second_moments` gives it; the sums begin anew."""
+        names = [key.removeprefix("sum/") for key in self if key.startswith("sum/")]
+        found = {name: self[f"sum/{name}"] / self[f"tokens/{name}"] for name in names}
+        self.clear()
+        return found
+
+
+class SubspaceMemory(BufferDict):
+    """`<input>/taken` or `<input>/free` -> basis (fan_in, k) in float32, the smaller of the two."""
+
+    def of(self, key: str, fan_in: int, device: torch.device | str = "cpu") -> Subspace:
+        """What is taken, or free, in float64 on `device`; an input that was never kept is free as a whole."""
+        if f"{key}/free" in self:
+            return Subspace(exact(self[f"{key}/free"]).to(device), "free")
+        if f"{key}/taken" in self:
+            return Subspace(exact(self[f"{key}/taken"]).to(device))
+        return Subspace.empty(fan_in, device)
+
+    def keep(self, key: str, space: Subspace) -> None:
+        """Put `space` in the place of what was kept of this input."""
+        for kind in ("taken", "free"):
+            self.pop(f"{key}/{kind}", None)
+        # in the order of memory in which it would be loaded: another one rounds otherwise
+        self[f"{key}/{space.kind}"] = space.basis.float().contiguous()
+
+    def outside(self, key: str, rows: Tensor) -> Tensor:
+        """The part of each row (n, fan_in) that lies in the free directions, in the precision of `rows`."""
+        if f"{key}/free" in self:
+            basis = self[f"{key}/free"]
+            return rows @ basis @ basis.T
+        if f"{key}/taken" in self:
+            basis = self[f"{key}/taken"]
+            return rows - rows @ basis @ basis.T
+        return rows

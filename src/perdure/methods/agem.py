@@ -15,8 +15,7 @@ from torch import Tensor
 
 from perdure.core.learner import Core
 from perdure.core.method import Method, check_mask, check_trained
-from perdure.mechanisms import replay_gradients as gradients
-from perdure.mechanisms.exemplars import ExemplarBuffer
+from perdure.mechanisms.replay import ExemplarBuffer, gradients_on, with_gradients
 from perdure.options.ranges import BatchSize, Count
 from perdure.types import Batch, Task
 
@@ -64,8 +63,8 @@ class AGEM(Method, name="agem"):
         """Project the gradient where it points against the old examples'."""
         if self._old is None:
             return
-        parameters = gradients.moved(learner)
-        reference = gradients.on(learner, self._old, parameters)
+        parameters = with_gradients(learner)
+        reference = gradients_on(learner, self._old, parameters)
         self._old = None
         with torch.no_grad():
             gradient = [p.grad for p in parameters if p.grad is not None]

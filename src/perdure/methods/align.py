@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from perdure.core.learner import Core
 from perdure.core.method import Method, parts_of, predicts
 from perdure.mechanisms.class_statistics import ClassStatistics, Covariance
-from perdure.mechanisms.linear_algebra import exact, shrunk
+from perdure.mechanisms.subspace import exact, shrunk
 from perdure.objectives.classify import Classify
 from perdure.options.ranges import Factor, Range, Rank, Rate, without_effect
 from perdure.types import Task

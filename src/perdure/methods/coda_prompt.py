@@ -20,8 +20,8 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor, nn
 
-from perdure.adapters.buffer_dict import BufferDict
 from perdure.adapters.prefix import Prefix
+from perdure.adapters.state import BufferDict
 from perdure.backbones.base import OneTower, Tower, named_towers
 from perdure.core.learner import Core
 from perdure.mechanisms.prompting import PromptPool, QueriedPrompts, attach_prefix, first_blocks

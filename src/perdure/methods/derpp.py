@@ -12,11 +12,10 @@ them were seen. All seen classes compete for new and old images; in mammoth thos
 import torch
 from torch import Tensor
 
-from perdure.adapters.buffer_dict import BufferDict
+from perdure.adapters.state import BufferDict
 from perdure.core.learner import Core
 from perdure.core.method import Method, check_mask, check_trained
-from perdure.mechanisms.exemplars import ExemplarBuffer, Selection
-from perdure.mechanisms.replay_buffer import BufferView
+from perdure.mechanisms.replay import BufferView, ExemplarBuffer, Selection
 from perdure.mechanisms.selection_scores import Position
 from perdure.options.ranges import Bytes, Count, Ratio, Strength, without_effect
 from perdure.types import Batch, Task

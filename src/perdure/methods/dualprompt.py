@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perdure.adapters.buffer_dict import BufferDict
 from perdure.adapters.prefix import Prefix, starting_prefix
+from perdure.adapters.state import BufferDict
 from perdure.backbones.base import OneTower, Tower, named_towers
 from perdure.core.learner import Core
 from perdure.mechanisms.prompting import PromptPool, QueriedPrompts, attach_prefix, first_blocks, nearest

@@ -14,11 +14,10 @@ from typing import Annotated, Literal
 
 from torch import Tensor
 
-from perdure.adapters.buffer_dict import BufferDict
+from perdure.adapters.state import BufferDict
 from perdure.core.learner import Core
 from perdure.core.method import Method
-from perdure.mechanisms.importance import Of, Rivals, check_updates, held, importance
-from perdure.mechanisms.quadratic_penalty import QuadraticPenalty
+from perdure.mechanisms.importance import Of, QuadraticPenalty, Rivals, check_updates, held, importance
 from perdure.options.ranges import Count, Range, Strength, without_effect
 from perdure.types import Batch, Task
 

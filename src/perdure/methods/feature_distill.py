@@ -14,8 +14,8 @@ from typing import Literal
 from torch import Tensor
 from torch.nn import functional as F
 
-from perdure.adapters.buffer_dict import BufferDict
 from perdure.adapters.injection import adapted
+from perdure.adapters.state import BufferDict
 from perdure.backbones.base import Tower
 from perdure.core.learner import Core
 from perdure.core.method import Method, check_texts, varies

@@ -22,11 +22,11 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
-from perdure.adapters.buffer_dict import BufferDict
 from perdure.adapters.injection import Adapters
 from perdure.adapters.low_rank import LowRankSet
 from perdure.adapters.prompt_tokens import PromptTokens
 from perdure.adapters.shared_basis import SharedBasis
+from perdure.adapters.state import BufferDict
 from perdure.backbones.base import Tower, named_towers
 from perdure.core.learner import Core
 from perdure.core.method import Method

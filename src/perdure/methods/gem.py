@@ -20,9 +20,8 @@ from torch import Tensor
 
 from perdure.core.learner import Core
 from perdure.core.method import Method, check_mask, check_trained
-from perdure.mechanisms import replay_gradients as gradients
-from perdure.mechanisms.exemplars import ExemplarBuffer
-from perdure.mechanisms.linear_algebra import exact
+from perdure.mechanisms.replay import ExemplarBuffer, gradients_on, with_gradients
+from perdure.mechanisms.subspace import exact
 from perdure.options.ranges import BatchSize, Count, Strength
 from perdure.types import Batch, Task
 
@@ -85,8 +84,8 @@ class GEM(Method, name="gem"):
         """Project the gradient where it points against a past task's."""
         if not self._old:
             return
-        parameters = gradients.moved(learner)
-        old = [gradients.on(learner, batch, parameters) for batch in self._old]
+        parameters = with_gradients(learner)
+        old = [gradients_on(learner, batch, parameters) for batch in self._old]
         self._old = []
         with torch.no_grad():
             # a parameter's gradients, new one last: (tasks + 1, numbers), never all parameters' in one matrix

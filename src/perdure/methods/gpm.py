@@ -16,13 +16,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from perdure.adapters.buffer_dict import BufferDict
+from perdure.adapters.state import BufferDict
 from perdure.backbones.base import Tower
 from perdure.core.learner import Core
 from perdure.core.method import Method
-from perdure.mechanisms.second_moments import second_moments
-from perdure.mechanisms.subspace import keep_schedule
-from perdure.mechanisms.subspace_memory import SubspaceMemory
+from perdure.mechanisms.subspace import SubspaceMemory, keep_schedule, second_moments
 from perdure.options.ranges import Count, Factor, Share
 from perdure.types import Batch, Site, Task
 

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from perdure.adapters.buffer_dict import BufferDict
+from perdure.adapters.state import BufferDict
 from perdure.core.learner import Core
 from perdure.core.method import Method
 from perdure.mechanisms.distillation import Teacher, distillation
-from perdure.mechanisms.exemplars import ExemplarBuffer
-from perdure.mechanisms.replay_buffer import BufferView, refer
+from perdure.mechanisms.replay import BufferView, ExemplarBuffer, refer
 from perdure.options.ranges import Bytes, Count, Factor, Strength, without_effect
 from perdure.types import Batch, Data, Task
 

@@ -26,11 +26,8 @@ from perdure.adapters.low_rank import LowRank
 from perdure.backbones.base import Tower
 from perdure.core.learner import Core
 from perdure.core.method import Method
-from perdure.mechanisms.linear_algebra import exact
 from perdure.mechanisms.rank_selection import DRS
-from perdure.mechanisms.second_moments import Collected, second_moments
-from perdure.mechanisms.subspace import Subspace, keep_schedule
-from perdure.mechanisms.subspace_memory import SubspaceMemory
+from perdure.mechanisms.subspace import Collected, Subspace, SubspaceMemory, exact, keep_schedule, second_moments
 from perdure.options.ranges import Count, Rank, Share, Strength, without_effect
 from perdure.types import Batch, Site, Task
 

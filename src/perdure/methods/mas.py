@@ -12,8 +12,7 @@ from torch import Tensor
 
 from perdure.core.learner import Core
 from perdure.core.method import Method
-from perdure.mechanisms.importance import Of, Rivals, check_updates, held, importance
-from perdure.mechanisms.quadratic_penalty import QuadraticPenalty
+from perdure.mechanisms.importance import Of, QuadraticPenalty, Rivals, check_updates, held, importance
 from perdure.options.ranges import Count, Strength
 from perdure.types import Batch, Task
 

@@ -25,11 +25,11 @@ from perdure.adapters.experts import Experts, Routes, routing
 from perdure.adapters.injection import Adapters, attach, overhear
 from perdure.backbones.base import OneTower, Tower, named_towers
 from perdure.backbones.texts import present, unpack
-from perdure.byte_size import room_for
 from perdure.core.learner import Core
 from perdure.core.method import parts_of
+from perdure.formatting import room_for
+from perdure.mechanisms.class_statistics import ClassTable, TaskGaussians
 from perdure.mechanisms.prompting import QUERY, PerTower, query, text_query
-from perdure.mechanisms.task_identification import ClassTable, TaskGaussians
 from perdure.options.ranges import Factor, Range, Rank, Share, Strength
 from perdure.types import Batch, Data, Task
 

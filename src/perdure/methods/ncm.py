@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from perdure.adapters.buffer_dict import BufferDict
+from perdure.adapters.state import BufferDict
 from perdure.core.learner import Core
 from perdure.core.method import Method
 from perdure.types import Batch, Task

@@ -10,8 +10,8 @@ A stays, for the penalty. The code's second penalty (on the norm of the new bran
 import torch
 from torch import Tensor
 
-from perdure.adapters.buffer_dict import BufferDict
 from perdure.adapters.low_rank import LowRankSet
+from perdure.adapters.state import BufferDict
 from perdure.backbones.base import Tower
 from perdure.core.learner import Core
 from perdure.core.method import Method

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from perdure.adapters.buffer_dict import BufferDict
-from perdure.byte_size import room_for
+from perdure.adapters.state import BufferDict
 from perdure.core.learner import Core
 from perdure.core.method import Method
-from perdure.mechanisms.linear_algebra import exact, pack, unpack
+from perdure.formatting import room_for
+from perdure.mechanisms.subspace import exact, pack, unpack
 from perdure.options.ranges import Range
 from perdure.types import Batch, Task
 

@@ -17,7 +17,7 @@ import torch
 
 from perdure.core.learner import Core
 from perdure.core.method import Method, check_trained
-from perdure.mechanisms.exemplars import ExemplarBuffer, Selection
+from perdure.mechanisms.replay import ExemplarBuffer, Selection
 from perdure.mechanisms.selection_scores import Position
 from perdure.options.ranges import Bytes, Count, Range, Ratio, without_effect
 from perdure.streams.augment import AUGMENTS

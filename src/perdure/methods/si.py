@@ -11,10 +11,10 @@ pull has the ½ of EWC: the paper's c is half of `strength`, for Ω of mean 1.
 import torch
 from torch import Tensor, nn
 
-from perdure.adapters.buffer_dict import BufferDict
+from perdure.adapters.state import BufferDict
 from perdure.core.learner import Core
 from perdure.core.method import Method
-from perdure.mechanisms.quadratic_penalty import QuadraticPenalty, mean_one
+from perdure.mechanisms.importance import QuadraticPenalty, mean_one
 from perdure.options.ranges import Factor, Strength, without_effect
 from perdure.types import Batch, Task
 

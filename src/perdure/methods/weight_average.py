@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from perdure.adapters.buffer_dict import BufferDict
+from perdure.adapters.state import BufferDict
 from perdure.core.learner import Core
 from perdure.core.method import Method
 from perdure.options.ranges import Count, Share, without_effect

@@ -19,15 +19,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from perdure.adapters.buffer_dict import BufferDict
 from perdure.adapters.injection import detach
+from perdure.adapters.state import BufferDict
 from perdure.backbones.base import Backbone
 from perdure.backbones.texts import pack, present
 from perdure.core.learner import Core, derived_seed
 from perdure.core.method import Method
 from perdure.core.shared_copy import Constant
 from perdure.mechanisms.distillation import distillation, trains_encoder
-from perdure.mechanisms.replay_buffer import read
+from perdure.mechanisms.replay import read
 from perdure.objectives.retrieve import Retrieve, embedded
 from perdure.objectives.zeroshot import TEMPLATE, ZeroShot
 from perdure.options.ranges import Count, Factor, Strength, without_effect

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from perdure.backbones.texts import present, unpack
+from perdure.metrics import recalls
 from perdure.objectives.base import Objective
 from perdure.options.ranges import Count, checked
-from perdure.ranking import recalls
 from perdure.types import Batch, Data, Task, Union
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
     def __init__(self, rank: Rank = 10, keep: Share = 0.95, at: Literal["kv", "qv"] = "kv") -> None: ...
 
 Every numeric option has a range. Its ends are no advice: below and above them nothing sensible was ever meant, and what
-a value within them costs is asked where it is known (`perdure.byte_size.room_for`).
+a value within them costs is asked where it is known (`perdure.formatting.room_for`).
 """
 
 import functools

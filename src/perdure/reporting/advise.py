@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 from importlib import resources
 from typing import Annotated, Any, Literal
 
-from perdure.byte_size import count_bytes
-from perdure.formatting import human_bytes
+from perdure.formatting import count_bytes, human_bytes
 from perdure.options.ranges import Count, Range, check_fields
 from perdure.options.spec import parse
 

@@ -5,7 +5,7 @@ from typing import Any
 from perdure import metrics
 from perdure.evaluation.search_examples import FILE, read
 from perdure.evaluation.zero_shot_retention import kept
-from perdure.ranking import CUTS
+from perdure.metrics import CUTS
 from perdure.reporting.charts import percent
 from perdure.reporting.runs import Run
 

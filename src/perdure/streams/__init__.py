@@ -6,7 +6,7 @@ from typing import Any
 
 from perdure.backbones.preprocess import Preprocess
 from perdure.options.spec import Spec, build, parse_one
-from perdure.streams.benchmarks import cifar100, cub200, domainnet, imagenet_r
+from perdure.streams.benchmarks import cifar100, cub200, domainnet, easy_vqa, imagenet_r
 from perdure.streams.caption_set import Captioned
 from perdure.streams.captions import captions
 from perdure.streams.folders import images
@@ -15,7 +15,6 @@ from perdure.streams.image_set import Budget, ImageSet
 from perdure.streams.karpathy import coco, flickr30k
 from perdure.streams.options import Options, StreamPlan
 from perdure.streams.sequence import sequence
-from perdure.streams.shapes import easy_vqa
 from perdure.streams.single_caption_task import alike, captioned_task, given_captions
 from perdure.streams.single_task import folder_task, given_task
 from perdure.streams.synthetic import captions_synthetic, synthetic

@@ -11,7 +11,7 @@ from perdure.core import checkpoint
 from perdure.core.checkpoint import Checkpoint
 from perdure.evaluation import feature_drift as drift
 from perdure.evaluation.zero_shot_retention import kept
-from perdure.ranking import CUTS
+from perdure.metrics import CUTS
 from perdure.storage.schema import Damaged
 from perdure.training.loop import Fitted
 from perdure.training.runtime import peak_memory
