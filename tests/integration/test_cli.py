@@ -169,6 +169,7 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
             "list method",
             "perdure: 'method': expected 'methods', 'streams', 'backbones' or 'recipes'; did you mean 'methods'?",
         ),
+        ("list recipes fm_lora_cub200", "recipe 'fm_lora_cub200' is gone"),
         ("compare --method x", "'perdure compare' has no option --method; did you mean '--methods'?"),
         ("compare --stream s --out o --methods --seeds 0", "--methods needs a value"),
         ("compare --stream s --out o --methods lora --seeds a", "--seeds 'a': expected int from"),
