@@ -13,8 +13,7 @@ import tyro
 
 from perdure.cli.advise import Advise
 from perdure.cli.catalogue import Kind, entries
-from perdure.cli.command import Command
-from perdure.cli.console import Screen
+from perdure.cli.console import Command, Screen
 from perdure.cli.use import Eval, Export, Move, Predict, Search, tell_skipped, told
 from perdure.experiments.recipes import DEMO_METHODS, demo, flags, recipe
 from perdure.formatting import meant, shortened

@@ -102,9 +102,9 @@ def native_bf16(device: str) -> bool:
 def attention_for(backbone: Backbone, device: str, precision: str) -> Literal["eager", "sdpa"]:
     """The kernel that `auto` takes: by a rule, so that two starts of a run compute alike, however busy the machine is.
 
-    Fused attention, which writes no matrix of all pairs of tokens. In float32 neither is faster on a CPU: eager takes
-    0.96 to 1.04 of sdpa's time, 17 to 577 tokens (`benchmarks/attention.py`). Only in bfloat16 on a CPU, with few tokens,
-    are eager's plain matrix products: all measured runs of `pocket()` (37 tokens) chose them.
+    It is fused attention, which writes no matrix of all pairs of tokens. In float32 neither is faster on a CPU: eager
+    takes 0.96 to 1.04 of sdpa's time, at 17 to 577 tokens (`benchmarks/attention.py`). In bfloat16 on a CPU eager's
+    plain matrix products are, where tokens are few: every measured run of `pocket()`, which has 37, had chosen them.
     """
     few = device == "cpu" and precision == "bf16" and backbone.has_blocks() and _tokens(backbone) <= FEW_TOKENS
     return "eager" if few else "sdpa"
