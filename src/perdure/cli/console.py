@@ -75,7 +75,7 @@ class Screen:
         if self._grid:
             self._rows(text, None)
         else:
-            spinner = SpinnerColumn("line"), _plain("{task.description}"), TimeElapsedColumn()
+            spinner = SpinnerColumn("line"), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
             self._show(*spinner).add_task(text, total=None)
 
     def cell(self, number: int, total: int, method: str, seed: int, left: float | None) -> None:
@@ -330,10 +330,11 @@ class Screen:
     def _rows(self, where: str, steps: int | None) -> None:
         """A bar for what is being done, of unknown length when `steps` is None; above it one for the whole grid."""
         bar = BarColumn(bar_width=10 if self.live.width < 100 else 24)
-        shown = self._show(_plain("{task.description}"), bar, _plain("{task.fields[line]}"), _TimeLeft())
+        line = TextColumn("{task.fields[line]}", markup=False)
+        shown = self._show(TextColumn("{task.description}", markup=False), bar, line, _TimeLeft())
         if grid := self._grid:
             run = f"run {grid.number + 1}/{grid.total}"
-            shown.add_task(run, total=1.0, completed=grid.share, line=grid.name, left=grid.left)
+            shown.update(shown.add_task(run, total=1.0, line=grid.name, left=grid.left), completed=grid.share)
         shown.add_task(where, total=steps, line="")
 
     def _show(self, *columns: ProgressColumn) -> Progress:
@@ -378,10 +379,6 @@ def _ends(count: int, room: int) -> list[int | None]:
         return list(range(count))
     first = room // 2
     return [*range(first), None, *range(count - (room - first - 1), count)]
-
-
-def _plain(text: str) -> TextColumn:
-    return TextColumn(text, markup=False)
 
 
 def _json(content: Any) -> str:
