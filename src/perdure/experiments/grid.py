@@ -12,20 +12,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from perdure import metrics
 from perdure.core import checkpoint
 from perdure.experiments import step_cost
 from perdure.formatting import RARE, printable, times
 from perdure.process import as_found, plain
-from perdure.reporting import tables as measured
 from perdure.reporting.charts import show
 from perdure.reporting.report import trade_offs
-from perdure.reporting.runs import Run, ignore
+from perdure.reporting.runs import Group, RunResults, ignore, steps_of
+from perdure.reporting.tables import row_of
 from perdure.streams import build_stream
 from perdure.training.config import RunConfig, make_backbone, make_method
-from perdure.training.dry_run import foresee
 from perdure.training.loop import Progress
-from perdure.training.run import Interrupted, recorded_config, resume, run
+from perdure.training.record import recorded_config
+from perdure.training.run import Interrupted, dry_run, resume, run
 from perdure.training.runtime import Runtime, resolve
 
 KEYS = (
@@ -109,11 +108,9 @@ def compare(
     """
     with checkpoint.locked(out):
         runtime = None
-        measured.steps_of(out)  # a damaged one is told of now, not after hours
+        steps_of(out)  # a damaged one is told of now, not after hours
         for cell in grid:
-            runtime = _made(config, cell) or runtime
-            if cell.finished:
-                _summary(cell, progress.note if progress else ignore)
+            runtime = _made(config, cell, progress.note if progress else ignore) or runtime
         if unfinished := [cell for cell in grid if not cell.finished]:
             runtime = _ready(config, unfinished, runtime)
         for number, cell in enumerate(grid):
@@ -153,18 +150,27 @@ def seconds_left(grid: Sequence[Cell]) -> float | None:
     return left
 
 
-def tabulate(summaries: Sequence[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Mean and sample standard deviation over the runs of each method: `{"method", "runs", key: [mean, std]}`."""
+def tabulate(runs: Sequence[tuple[str, RunResults]]) -> list[dict[str, Any]]:
+    """Mean and sample standard deviation over the runs of each method: `{"method", "runs", key: [mean, std]}`.
+
+    Args:
+        runs: method and what one of its finished runs says.
+
+    Raises:
+        ValueError: when a run lacks numbers that every finished one has.
+    """
     table = []
-    for method in dict.fromkeys(name for name, _ in summaries):
-        mine = [summary for name, summary in summaries if name == method]
+    for method in dict.fromkeys(name for name, _ in runs):
+        mine = [_complete(run) for name, run in runs if name == method]
+        group, measured = Group(method, tuple(mine)), row_of(mine)
         row: dict[str, Any] = {"method": method, "runs": len(mine)}
-        for key in KEYS:
-            values = [s[key] for s in mine if s.get(key) is not None]
-            row[key] = list(metrics.spread(values)) if values else None
-        seconds = [sum(sum(task.values()) for task in s["seconds_per_task"]) for s in mine]
-        row["seconds"] = list(metrics.spread(seconds))
-        row["trainable_parameters"] = mine[0]["trainable_parameters"]
+        for key in (*KEYS, "seconds", "new_task_acc"):
+            found = group.spread(key)
+            row[key] = None if found is None else list(found)
+        row["trainable_parameters"] = measured["trainable_parameters"]
+        row["stored_bytes_after"] = [None if pair is None else pair[0] for pair in measured["after"]["stored_bytes"]]
+        row["referenced_bytes"] = measured["referenced_bytes"]
+        row["step_cost"], row["step"] = (measured["step"] or {}).get("ratio"), measured["step"]
         table.append(row)
     return table
 
@@ -209,14 +215,7 @@ def _shown(key: str, value: Any) -> str:
 
 def _write(grid: Sequence[Cell], out: Path) -> list[dict[str, Any]]:
     """Write table and plots of a finished grid."""
-    table = tabulate([(cell.method, _summary(cell)) for cell in grid])
-    for row in table:
-        found = measured.row_of([Run.read(cell.folder) for cell in grid if cell.method == row["method"]])
-        last = found["after"]["new_task_acc"][-1]
-        row["new_task_acc"] = None if last is None else list(last)
-        row["stored_bytes_after"] = [None if pair is None else pair[0] for pair in found["after"]["stored_bytes"]]
-        row["referenced_bytes"] = found["referenced_bytes"]
-        row["step_cost"], row["step"] = (found["step"] or {}).get("ratio"), found["step"]
+    table = tabulate([(cell.method, RunResults.read(cell.folder)) for cell in grid])
     checkpoint.write_json(out / "compare.json", table)
     checkpoint.write_text(out / "compare.md", markdown(table))
     for name, drawing in trade_offs([(row["method"], row.get) for row in table]).items():
@@ -224,15 +223,11 @@ def _write(grid: Sequence[Cell], out: Path) -> list[dict[str, Any]]:
     return table
 
 
-def _made(config: RunConfig, cell: Cell) -> Runtime | None:
+def _made(config: RunConfig, cell: Cell, note: Callable[[str], None]) -> Runtime | None:
     """How a cell that is there computes; other options than it was made with would have no effect on it."""
     if not (cell.folder / "run.json").exists():
         return None
-    made = Run.read(cell.folder)
-    if not made.facts["stream"]["tasks"]:
-        raise ValueError(
-            f"{cell.folder / 'run.json'} names no tasks: it is no run's; remove {cell.folder} to run it again"
-        )
+    made = RunResults.read(cell.folder, note if cell.finished else ignore)
     written, runtime = recorded_config(cell.folder, made.facts).describe(), Runtime(**made.facts["resolved"])
     for name, value in dataclasses.replace(config, method=cell.method, seed=cell.seed).describe().items():
         if name != "save_every" and written[name] != value:
@@ -240,6 +235,8 @@ def _made(config: RunConfig, cell: Cell) -> Runtime | None:
                 f"{cell.folder} was made with {name}={written[name]!r}, not {value!r}: give the same options "
                 "to go on, or another --out to start anew"
             )
+    if cell.finished:
+        _complete(made)
     return runtime
 
 
@@ -253,21 +250,20 @@ def _ready(config: RunConfig, unfinished: Sequence[Cell], runtime: Runtime | Non
     stream = build_stream(config.stream, backbone.preprocess, seed)
     for method in dict.fromkeys(cell.method for cell in unfinished):
         try:
-            foresee(dataclasses.replace(config, method=method, seed=seed), backbone, stream)
+            dry_run(dataclasses.replace(config, method=method, seed=seed), backbone, stream)
         except ValueError as error:
             raise ValueError(f"--methods {method!r}: {error}") from error
     return runtime
 
 
-def _summary(cell: Cell, note: Callable[[str], None] = ignore) -> dict[str, Any]:
-    """A finished run's summary, with all numbers that the table needs."""
-    found: dict[str, Any] = dict(Run.read(cell.folder, note).summary)
-    if any(found.get(key) is None for key in _SURE):
+def _complete(run: RunResults) -> RunResults:
+    """A finished run, once it is known to have all numbers that the table needs."""
+    if any(run.summary.get(key) is None for key in _SURE):
         raise ValueError(
-            f"{cell.folder / 'summary.json'} is damaged: numbers are missing; remove it, and the same command writes "
+            f"{run.folder / 'summary.json'} is damaged: numbers are missing; remove it, and the same command writes "
             "it anew"
         )
-    return found
+    return run
 
 
 def _left_out(grid: Sequence[Cell], out: Path) -> str:
@@ -279,11 +275,11 @@ def _left_out(grid: Sequence[Cell], out: Path) -> str:
             continue
         names.append(file.parent.name)
         try:
-            other = Run.read(file.parent)
+            other = RunResults.read(file.parent)
         except ValueError:  # it is not asked for: its name will do
             continue
         methods.append(other.method)
-        seeds.append(other.facts.get("seed"))
+        seeds.append(other.seed)
     if not names:
         return ""
     more = {
