@@ -15,6 +15,7 @@ from perdure.cli.advise import Advise
 from perdure.cli.catalogue import Kind, entries
 from perdure.cli.command import Command
 from perdure.cli.console import Screen
+from perdure.cli.tune import Tune
 from perdure.cli.use import Eval, Export, Move, Predict, Search, tell_skipped, told
 from perdure.experiments.recipes import DEMO_METHODS, demo, flags
 from perdure.formatting import meant, shortened
@@ -214,6 +215,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "predict": Predict,
     "search": Search,
     "compare": Compare,
+    "tune": Tune,
     "advise": Advise,
     "eval": Eval,
     "report": Report,
@@ -228,10 +230,13 @@ def _grid(
 ) -> None:
     from perdure.backbones.preprocess import skippable
     from perdure.experiments.grid import cells, compare
+    from perdure.experiments.tune import tuned_on
     from perdure.reporting.report import write_report
     from perdure.training.run import read_record, read_summary
 
     grid = cells(methods, seeds, out)
+    if warning := tuned_on(out, seeds):
+        screen.note(warning)
     with skippable("skip_bad=True in the stream"):
         table = compare(config, grid, out, screen, steps=not demo)
     if demo:
