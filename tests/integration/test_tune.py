@@ -77,12 +77,17 @@ def test_a_killed_search_goes_on_with_the_trial_that_was_in_work(tmp_path: Path)
         tuning.tune(_config(), space, out, trials=4, progress=killed)
     started = {folder.name for folder in out.glob("trial-*")}
     assert len(started) == 3
+    with (out / tuning.JOURNAL).open("ab") as file:
+        file.write(b'{"op_code":')  # the kill came within a line
     told = _Told()
     found = tuning.tune(_config(), space, out, trials=4, progress=told)
     assert told.options[0] == killed.options[2]
     assert len(told.options) == 2
     assert len(found["trials"]) + found["pruned"] == 4
     assert started < {folder.name for folder in out.glob("trial-*")}
+    (out / tuning.JOURNAL).write_bytes(b"no json\n")
+    with pytest.raises(ValueError, match="line 1: it cannot be read as JSON"):
+        tuning.tune(_config(), space, out, trials=4)
 
 
 @pytest.mark.parametrize(

@@ -63,5 +63,6 @@ def text(found: Mapping[str, Any]) -> list[str]:
     lines = [f"{len(rows)} trials finished, {found['pruned']} given up early, {len(found['failed'])} could not be run"]
     lines += [f"  {100 * row['score']:5.1f} %  {settings(row['options'])}" for row in rows[:_MOST]]
     if found["importance"]:
-        lines.append("what mattered among the finished: " + ", ".join(f"{n} {100 * v:.0f} %" for n, v in found["importance"].items()))
+        shares = ", ".join(f"{name} {100 * value:.0f} %" for name, value in found["importance"].items())
+        lines.append(f"what mattered among the finished: {shares}")
     return [*lines, f"report it with: {found['command']}"]

@@ -79,7 +79,7 @@ def tune(
         )
     settings = [field.name for field in fields(TrainConfig)]
     check_space(space, {name: getattr(config, name) for name in TEXTS}, settings)
-    _check_ends(config, space)
+    check_ends(config, space)
     asked = {
         "config": config.describe(),
         "space": {name: _described(each) for name, each in space.items()},
@@ -129,6 +129,7 @@ def _study(optuna: Any, out: Path, seed: int) -> "Study":
     from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
     journal = str(out / JOURNAL)
+    _check_journal(out / JOURNAL)
     storage = JournalStorage(JournalFileBackend(journal, JournalFileOpenLock(journal)))
     study: Study = optuna.create_study(
         study_name="perdure",
@@ -140,6 +141,19 @@ def _study(optuna: Any, out: Path, seed: int) -> "Study":
     # The trials so far seed the sampler too: else a search that goes on would propose what it began with.
     study.sampler = optuna.samplers.TPESampler(seed=(seed + len(study.get_trials(deepcopy=False))) % 2**31)
     return study
+
+
+def _check_journal(path: Path) -> None:
+    """A line that a kill cut short is dropped; any other that is no JSON object is damage."""
+    if not path.is_file():
+        return
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        path.write_bytes(whole)
+    for number, line in enumerate(whole.splitlines(), 1):
+        if not isinstance(schema.plain(line, f"{path}, line {number}", _RESTORE), dict):
+            raise schema.Damaged(f"{path}, line {number}: expected a JSON object; {_RESTORE}")
 
 
 def _one(
@@ -211,7 +225,7 @@ def configured(config: RunConfig, options: Mapping[str, Any]) -> RunConfig:
     return replace(config.but(**settings), **texts)
 
 
-def _check_ends(config: RunConfig, space: Space) -> None:
+def check_ends(config: RunConfig, space: Space) -> None:
     """Build each end of the space, so that what no option takes is refused before the first trial."""
     ends = {n: (e.low, e.high) if isinstance(e, Interval) else e for n, e in space.items()}
     first = {name: values[0] for name, values in ends.items()}
