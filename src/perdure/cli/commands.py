@@ -13,11 +13,10 @@ import tyro
 
 from perdure.cli.advise import Advise
 from perdure.cli.catalogue import Kind, entries
-from perdure.cli.command import Command
-from perdure.cli.console import Screen
+from perdure.cli.console import Command, Screen
 from perdure.cli.tune import Tune
 from perdure.cli.use import Eval, Export, Move, Predict, Search, tell_skipped, told
-from perdure.experiments.recipes import DEMO_METHODS, demo, flags
+from perdure.experiments.recipes import DEMO_METHODS, demo, flags, recipe
 from perdure.formatting import meant, shortened
 from perdure.options.ranges import BatchSize, Epochs, Range, Rate, Seed
 from perdure.training.config import RunConfig
@@ -198,6 +197,8 @@ class List(Command):
         if self.name is None:
             screen.listing([(name, each.options, each.sentence) for name, each in sorted(found.items())])
             return
+        if self.what == "recipes":
+            recipe(self.name)  # tells of those that are gone
         if self.name not in found:
             near = meant(self.name, found) or f"; 'perdure list {self.what}' names them"
             raise ValueError(f"{self.name!r} is not among the {self.what}{near}")

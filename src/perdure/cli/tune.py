@@ -7,8 +7,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from perdure.cli.command import Command
-from perdure.cli.console import Screen
+from perdure.cli.console import Command, Screen
 from perdure.formatting import settings
 from perdure.options.ranges import Range, Seed
 from perdure.options.space import parse_space

@@ -247,7 +247,7 @@ def _ready(config: RunConfig, unfinished: Sequence[Cell], runtime: Runtime | Non
     """How cells compute; refuses methods that a task would refuse when its turn comes, perhaps after hours."""
     backbone = make_backbone(config.backbone)
     if runtime is None:
-        runtime = resolve(backbone, config.precision, config.attention, config.batch_size, config.device)
+        runtime = resolve(backbone, config.precision, config.attention, config.device)
     runtime.apply(backbone)
     seed = unfinished[0].seed
     stream = build_stream(config.stream, backbone.preprocess, seed)
