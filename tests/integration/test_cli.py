@@ -26,12 +26,20 @@ RUNNING = ["--stream", "--backbone", "--method", "--objective", "--augment", "--
 RUNNING += ["--device", "--save-every", "--retain", "--calibrate"]
 FLAGS = {
     "demo": ["--json", "--out"],
-    "run": ["--json", *TRAINING, *RUNNING, "--recipe", "--out"],
+    "run": ["--json", *TRAINING, *RUNNING, "--recipe", "--out", "--track"],
     "resume": ["--json", "FOLDER"],
     "learn": ["--json", "FOLDER", "--into", "--backbone", "--method", "--objective", "--epochs", "--lr"],
     "predict": ["--json", "LEARNER", "IMAGES", "--top", "--classes", "--calibrated", "--skip-bad"],
     "search": ["--json", "LEARNER", "FOLDER", "TEXT", "--top", "--skip-bad"],
-    "compare": ["--json", *TRAINING, *sorted({*RUNNING} - {"--method", "--seed"}), "--methods", "--seeds", "--out"],
+    "compare": [
+        "--json",
+        *TRAINING,
+        *sorted({*RUNNING} - {"--method", "--seed"}),
+        "--methods",
+        "--seeds",
+        "--out",
+        "--track",
+    ],
     "tune": [
         "--json",
         *TRAINING,
@@ -49,6 +57,7 @@ FLAGS = {
     "list": ["--json", "WHAT", "NAME"],
 }
 FLAGS["tune"] += ["--out"]
+FLAGS["compare"] += ["--track"]
 FLAGS["learn"] += ["--captions", "--batch-size", "--seed", "--precision", "--calibrate", "--skip-bad"]
 for _name in ("resume", "learn", "predict", "search", "eval", "export"):
     FLAGS[_name] += ["--device"]
