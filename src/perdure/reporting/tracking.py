@@ -7,7 +7,7 @@ tracker's run it belongs to, and at which step each task began.
 
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -53,17 +53,12 @@ def tracked(progress: Progress, names: str, out: Path) -> Iterator[Progress]:
     if not wanted:
         yield progress
         return
-    from accelerate.state import PartialState
-
-    mine = not PartialState._shared_state  # Accelerate's trackers write to a log that needs it
-    PartialState(cpu=True)
-    with ExitStack() as stack:
-        if mine:
-            stack.callback(PartialState._reset_state)
-        follower = _Follower(progress, out, before, wanted)
-        stack.callback(follower.finish)
+    follower = _Follower(progress, out, before, wanted)
+    try:
         yield follower
         follower.picture()
+    finally:
+        follower.finish()
 
 
 def _wanted(names: str) -> list[str]:
@@ -93,12 +88,15 @@ class _Follower:
     def __init__(self, inner: Progress, out: Path, content: Tracking, names: Sequence[str]) -> None:
         self.inner, self.out, self.content, self.names = inner, out, content, names
         self.trackers: list[Any] = []
-        self.offset, self.steps = 0, 0
+        self.offset, self.steps, self.resets = 0, 0, False
 
     def _start(self) -> None:
         """Open or continue the trackers' runs, once there is one to follow."""
+        from accelerate.state import PartialState
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
+        self.resets = not PartialState._shared_state  # Accelerate's trackers write to a log that needs it
+        PartialState()
         facts = checkpoint.read_record(self.out)["config"]
         values = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in facts.items()}
         for name in self.names:
@@ -172,8 +170,12 @@ class _Follower:
 
     def finish(self) -> None:
         """Close the trackers' runs."""
+        from accelerate.state import PartialState
+
         for tracker in self.trackers:
             tracker.finish()
+        if self.resets:
+            PartialState._reset_state()
 
     def _log(self, values: dict[str, float], step: int) -> None:
         for tracker in self.trackers:
