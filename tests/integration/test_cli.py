@@ -26,12 +26,29 @@ RUNNING = ["--stream", "--backbone", "--method", "--objective", "--augment", "--
 RUNNING += ["--device", "--save-every", "--retain", "--calibrate"]
 FLAGS = {
     "demo": ["--json", "--out"],
-    "run": ["--json", *TRAINING, *RUNNING, "--recipe", "--out"],
+    "run": ["--json", *TRAINING, *RUNNING, "--recipe", "--out", "--track"],
     "resume": ["--json", "FOLDER"],
     "learn": ["--json", "FOLDER", "--into", "--backbone", "--method", "--objective", "--epochs", "--lr"],
     "predict": ["--json", "LEARNER", "IMAGES", "--top", "--classes", "--calibrated", "--skip-bad"],
     "search": ["--json", "LEARNER", "FOLDER", "TEXT", "--top", "--skip-bad"],
-    "compare": ["--json", *TRAINING, *sorted({*RUNNING} - {"--method", "--seed"}), "--methods", "--seeds", "--out"],
+    "compare": [
+        "--json",
+        *TRAINING,
+        *sorted({*RUNNING} - {"--method", "--seed"}),
+        "--methods",
+        "--seeds",
+        "--out",
+        "--track",
+    ],
+    "tune": [
+        "--json",
+        *TRAINING,
+        *sorted({*RUNNING} - {"--seed"}),
+        "--space",
+        "--trials",
+        "--order-seed",
+        "--report-seeds",
+    ],
     "advise": ["--json", "--bytes", "--old-data", "--tasks", "--id-at-test", "--step-cost", "--scenario", "--from"],
     "eval": ["--json", "LEARNER", "--stream", "--retain"],
     "report": ["--json", "FOLDERS", "--out", "--figures"],
@@ -39,6 +56,7 @@ FLAGS = {
     "move": ["--json", "FOLDER", "CHANGE"],
     "list": ["--json", "WHAT", "NAME"],
 }
+FLAGS["tune"] += ["--out"]
 FLAGS["learn"] += ["--captions", "--batch-size", "--seed", "--precision", "--calibrate", "--skip-bad"]
 for _name in ("resume", "learn", "predict", "search", "eval", "export"):
     FLAGS[_name] += ["--device"]

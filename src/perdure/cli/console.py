@@ -7,7 +7,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,17 @@ from rich.table import Table
 from rich.text import Text
 
 from perdure.cli.eta import Pace
-from perdure.formatting import RARE, human_bytes, human_seconds, number, printable, share, shortened, times
+from perdure.formatting import (
+    RARE,
+    human_bytes,
+    human_seconds,
+    number,
+    printable,
+    settings,
+    share,
+    shortened,
+    times,
+)
 
 if TYPE_CHECKING:  # so that what computes nothing does not wait for torch
     from torch import Tensor
@@ -85,6 +95,15 @@ class Screen:
         about = "" if left is None else f", about {human_seconds(left)} left"
         self._say(f"[{number + 1}/{total}] {method}, seed {seed}{about}")
         self._grid, self._headed = Pace(number, total, printable(f"{shortened(method)}, seed {seed}"), left), False
+        self.wait("preparing")
+
+    def trial(self, number: int, total: int, options: Mapping[str, Any], best: float | None) -> None:
+        """Trial number `number` (from 0) of a search of `total` begins; `best` is the best score so far."""
+        self.close()
+        self._event("trial", trial=number, trials=total, options=dict(options), best=best)
+        so_far = "" if best is None else f"; best so far {100 * best:.1f} %"
+        self._say(f"[{number + 1}/{total}] {settings(options)}{so_far}")
+        self._headed = False
         self.wait("preparing")
 
     def step_cost(self, number: int, total: int, method: str) -> None:
