@@ -1,8 +1,8 @@
 """What an answer is compared with, what it is worth, and what a set of answers is worth."""
 
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 Form = Literal["parsed", "empty", "unparsable"]
@@ -19,6 +19,7 @@ class Reference:
         question: as it was asked; some official rules look at it.
         image: name of the image's file; likewise.
         kind: the benchmark's own sort of question; likewise.
+        categories: of a question of an evaluation set, in the order that its score names.
     """
 
     answers: tuple[str, ...]
@@ -26,6 +27,7 @@ class Reference:
     question: str = ""
     image: str = ""
     kind: str = ""
+    categories: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Grade:
         unparsable: share of answers from which nothing could be read.
         marks: of each answer.
         remarks: what a reader of the numbers must know.
+        details: further numbers of an evaluation set, by name.
     """
 
     strict: float
@@ -66,6 +69,7 @@ class Grade:
     unparsable: float
     marks: tuple[Mark, ...]
     remarks: tuple[str, ...] = ()
+    details: Mapping[str, float] = field(default_factory=dict)
 
 
 class Score(Protocol):

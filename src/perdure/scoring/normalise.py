@@ -16,15 +16,15 @@ _COUNTED = "zero one two three four five six seven eight nine ten"
 _NUMBERS = {"none": "0"} | {word: str(number) for number, word in enumerate(_COUNTED.split())}
 _ARTICLES = {"a", "an", "the"}
 _EDGES = ".,:;!?'\"*~“”‘’"
-_SIGN = re.compile(r"(?<!\w)[-\u2212](?=\.?\d)")
+_SIGN = re.compile(rf"(?<![^\W{HAN}])[-\u2212](?=\.?\d)")
 
-_WITH_APOSTROPHE = """ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't
-he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've
-needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll
-somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd
-there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll
-what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't
-would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've"""
+_WITH_APOSTROPHE = """ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
+haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't
+must've needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've
+somebody'll somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll that's
+there'd there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't
+what'll what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's
+won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've"""
 # The evaluator's keys are these words with one apostrophe left out; those with a capital ("Im", "Ive") are left out
 # here: they never match, because texts are in lower case by then. One pair is the wrong way round, as there.
 _CONTRACTIONS = {
@@ -37,6 +37,8 @@ _CONTRACTIONS = {
 _NUMERAL = re.compile("[〇零一二两兩三四五六七八九十百千万萬亿億]+")
 _BLANK_BESIDE_HAN = re.compile(rf"\s+(?=[{HAN}])|(?<=[{HAN}])\s+")
 _POINT = re.compile(r"(?<=\d)\.(?=\d)")
+_LATIN = re.compile("[a-z0-9]")
+_COMMA = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 
 
 def normalise(text: str) -> str:
@@ -76,13 +78,14 @@ def vqa_normalise(text: str) -> str:
 def contains(answer: str, truth: str) -> bool:
     """Whether `truth` stands in `answer` as whole words, or as characters in Chinese; both are normalised.
 
-    A number that is part of a longer one does not count.
+    A number or a Latin word that is part of a longer one does not count.
     """
     if not truth:
         return False
     if has_han(answer) or has_han(truth):
-        before, after = (r"(?<!\d)" if truth[0].isdigit() else ""), (r"(?!\d)" if truth[-1].isdigit() else "")
-        return re.search(before + re.escape(truth) + after, answer) is not None
+        before, after = (_LATIN.match(truth[i]) is not None for i in (0, -1))
+        edges = (r"(?<![a-z0-9负])(?<!\d\.)" if before else "", r"(?![a-z0-9]|\.\d)" if after else "")
+        return re.search(re.escape(truth).join(edges), answer) is not None
     return f" {truth} " in f" {answer} "
 
 
@@ -92,7 +95,8 @@ def has_han(text: str) -> bool:
 
 
 def _chinese(text: str) -> str:
-    plain = _NUMERAL.sub(lambda found: _digits(found[0]), text.lower())
+    plain = _COMMA.sub("", _SIGN.sub("负", text.lower()))
+    plain = _NUMERAL.sub(lambda found: _digits(found[0]), plain)
     plain = _POINT.sub("\0", plain)  # the point of 3.5 is no full stop
     plain = "".join(" " if unicodedata.category(c)[0] in "PZ" else c for c in plain).replace("\0", ".")
     return _BLANK_BESIDE_HAN.sub("", " ".join(plain.split())) or text
