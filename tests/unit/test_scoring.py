@@ -131,6 +131,7 @@ def test_what_is_empty_or_unparsable_is_wrong_and_counted(score: str) -> None:
 
 @given(st.lists(st.text() | st.sampled_from(["B", "red", "三百", "[1,2,3,4]", "-", "yes"]), min_size=2, max_size=2))
 @example(["万亿", "百零"])
+@example(["一" + "亿" * 999, "Answer" + "." * 999])
 def test_no_text_breaks_a_score_or_makes_the_strict_mark_the_better_one(answers: list[str]) -> None:
     for score in SCORES:
         found = measure(answers, _any_references(score)[:2], score)

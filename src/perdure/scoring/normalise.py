@@ -37,6 +37,7 @@ _CONTRACTIONS = {
 _NUMERAL = re.compile("[〇零一二两兩三四五六七八九十百千万萬亿億]+")
 _BLANK_BESIDE_HAN = re.compile(rf"\s+(?=[{HAN}])|(?<=[{HAN}])\s+")
 _POINT = re.compile(r"(?<=\d)\.(?=\d)")
+_LONGEST = 32  # characters of a numeral with units; what repeats 亿 without end is no number
 _LATIN = re.compile("[a-z0-9]")
 _COMMA = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 
@@ -107,7 +108,7 @@ def _digits(numeral: str) -> str:
     values = [2 if c == "两" else int(unicodedata.numeric(c)) for c in numeral]
     if max(values) < 10:
         return "".join(map(str, values))
-    if values[0] > 10:
+    if values[0] > 10 or len(values) > _LONGEST:
         return numeral
     total = section = digit = 0
     for value in values:

@@ -6,7 +6,8 @@ arXiv 2408.13257; Fu et al., "Video-MME", CVPR 2025, arXiv 2405.21075. Prompts a
 
 import ast
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +83,6 @@ class EvaluationSet:
                 score.check(question.reference)
             except ValueError as error:
                 raise ValueError(f"{question.where}: {error}") from error
-        self.grade([""] * len(self.questions))  # refuses what no single question shows: an image without its pair
 
     @property
     def references(self) -> list[Reference]:
@@ -110,7 +110,7 @@ def mme(path: str) -> EvaluationSet:
     """
     root = Path(path) / _RELEASE if (Path(path) / _RELEASE).is_dir() else Path(path)
     folders = [f for f in sorted(root.iterdir()) if f.is_dir() and _texts(f)] if root.is_dir() else []
-    found = [q for folder in folders for q in _mme_folder(folder)] or list(map(_mme_row, read_rows(root, ("image",))))
+    found = [q for folder in folders for q in _mme_folder(folder)] or _mme_rows(read_rows(root, ("image",)))
     return EvaluationSet("mme", "mme", tuple(found))
 
 
@@ -174,6 +174,14 @@ def video_mme(
     return EvaluationSet(name, "video_mme", tuple(questions), remarks)
 
 
+EVALUATION_SETS: dict[str, Callable[..., EvaluationSet]] = {
+    "mme": mme,
+    "mme_realworld": mme_realworld,
+    "video_mme": video_mme,
+}
+"""Name -> factory; its named parameters are the options a user may write."""
+
+
 def _texts(folder: Path) -> list[Path]:
     within = folder / "questions_answers_YN"
     return sorted((within if within.is_dir() else folder).glob("*.txt"))
@@ -200,9 +208,16 @@ def _mme_folder(folder: Path) -> Iterator[Question]:
             yield _yes_no(question, answer, image, image.name, folder.name, f"{file}, line {number}")
 
 
-def _mme_row(row: Row) -> Question:
-    image = row.text("image_path", "question_id")
-    return _yes_no(row.text("question"), row.text("answer"), row.image("image"), image, row.text("category"), row.where)
+def _mme_rows(rows: Sequence[Row]) -> list[Question]:
+    images = [(row.text("category"), row.text("image_path", "question_id")) for row in rows]
+    times = Counter(images)
+    for row, (subtask, image) in zip(rows, images, strict=True):
+        if (n := times[subtask, image]) != 2:
+            raise ValueError(f"{row.where}: expected 2 questions on image {image!r} of {subtask!r}, got {n}")
+    return [
+        _yes_no(row.text("question"), row.text("answer"), row.image("image"), image, subtask, row.where)
+        for row, (subtask, image) in zip(rows, images, strict=True)
+    ]
 
 
 def _yes_no(question: str, answer: str, image: Picture, name: str, subtask: str, where: str) -> Question:

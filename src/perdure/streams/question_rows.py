@@ -5,6 +5,7 @@ import binascii
 import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -182,10 +183,11 @@ def _separated(file: Path) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _parquet(file: Path, images: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
-    schema = read_schema(file)
-    opened = pq.ParquetFile(file)
-    lazy = [name for name in schema.names if name in images and _holds_images(opened, name)]
-    cells = opened.read(columns=[name for name in schema.names if name not in lazy]).to_pylist()
+    names = read_schema(file).names
+    with _damage_told(file):
+        opened = pq.ParquetFile(file)
+        lazy = [name for name in names if name in images and _holds_images(opened, name)]
+        cells = opened.read(columns=[name for name in names if name not in lazy]).to_pylist()
     columns = {name: _Column(file, name) for name in lazy}
     for i, row in enumerate(cells):
         row |= {name: Stored(column, i, f"{file}, row {i}") for name, column in columns.items()}
@@ -210,7 +212,7 @@ class _Column:
         self._group: Any = ()
 
     def __getitem__(self, row: int) -> Any:
-        with self._lock:
+        with self._lock, _damage_told(self.file):
             if not self._first <= row < self._first + len(self._group):
                 opened = pq.ParquetFile(self.file)
                 group, self._first = 0, 0
@@ -219,6 +221,16 @@ class _Column:
                     group += 1
                 self._group = opened.read_row_group(group, columns=[self.name]).column(0)
             return self._group[row - self._first].as_py()
+
+
+@contextmanager
+def _damage_told(file: Path) -> Iterator[None]:
+    """Within, what pyarrow says of a damaged file becomes one line with its name."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = shortened(" ".join(str(error).split()))
+        raise ValueError(f"{file} is damaged ({reason}); download it again") from error
 
 
 def _with_repeated_images(
