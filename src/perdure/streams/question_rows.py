@@ -140,7 +140,7 @@ def _rows(file: Path, images: Sequence[str]) -> Iterator[Row]:
     if file.suffix == ".parquet":
         cells = _parquet(file, images)
     else:
-        room_for(file.stat().st_size, f"the content of {file}")
+        room_for(3 * file.stat().st_size, f"the content of {file}")  # as bytes, as texts, and decoded
         read = {".json": _json, ".jsonl": _json_lines}.get(file.suffix, _separated)
         cells = _with_repeated_images(read(file), images)
     for where, row in cells:
