@@ -97,6 +97,18 @@ class Screen:
         self._grid, self._headed = Pace(number, total, printable(f"{shortened(method)}, seed {seed}"), left), False
         self.wait("preparing")
 
+    def beside(self, number: int, total: int, method: str, seed: int, event: str, facts: dict[str, Any]) -> None:
+        """A run of a grid, among others that go on at the same time, was scored or has something to say."""
+        self.close()
+        self._event(event, cell=number, cells=total, method=method, seed=seed, **facts)
+        where = f"[{number + 1}/{total}] {method}, seed {seed}"
+        if event == "note":
+            self._say(f"{where}: {facts['text']}")
+            return
+        of = f" of {facts['tasks']}" if facts["tasks"] else ""
+        self._say(f"{where}: task {facts['task'] + 1}{of}, average accuracy {100 * facts['average']:.1f} %")
+        self.wait("cells run beside each other")
+
     def trial(self, number: int, total: int, options: Mapping[str, Any], best: float | None) -> None:
         """Trial number `number` (from 0) of a search of `total` begins; `best` is the best score so far."""
         self.close()
