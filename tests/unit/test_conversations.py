@@ -156,3 +156,117 @@ def test_conversations_may_show_several_images_or_none_and_have_many_turns(folde
     assert (len(shown.images), shown.answer) == (3, "darker")
     every = [(each.taught, len(each.images)) for each in examples(measured(file, every_turn=True))]
     assert every == [("4", 0), ("alike", 2), ("darker", 3)]
+
+
+def test_all_images_of_a_conversation_are_decoded_once_and_pickled_ones_hold_none(folder: Path) -> None:
+    file = folder / "again.jsonl"
+    write(file, [{**row(i % 3), "question": f"{i}?"} for i in range(12)])
+    data = measured(file)
+    opened: list[int] = []
+    (source, _), *_ = data.pictures._places
+    real = source.read
+    source.read = lambda number: opened.append(number) or real(number)
+    try:
+        batch = data.__getitems__(range(12))
+        assert sorted(opened) == [0, 1, 2] and data.images() == 3
+        data.pictures.budget.left = 0  # what is decoded stays; nothing else would
+        data.__getitems__([0, 3])
+        assert len(opened) == 3
+    finally:
+        del source.read
+    assert batch["pair"].unique().numel() == 3 and batch["pair"][0] == batch["pair"][3]
+    again = pickle.loads(pickle.dumps(data))
+    assert not again.pictures._decoded and len(again.__getitems__([0])["conversation"]) == 1
+    assert torch.equal(again.pairs, data.pairs)
+
+
+def shown(data: Any) -> set[int]:
+    return {number for each in data.records for number in each.images}
+
+
+def test_no_image_is_learnt_in_one_task_and_tested_in_another(folder: Path) -> None:
+    file = folder / "kinds.jsonl"
+    write(file, [{**row(i), "kind": kind} for i in range(20) for kind in ("colour", "shape")])
+    stream = read(file, by="kind")
+    assert {task.name for task in stream} == {"colour", "shape"}
+    learnt, tested = (
+        set().union(*(shown(data) for data in sets)) for sets in zip(*((t.train, t.test) for t in stream))
+    )
+    assert len(learnt) == 16 and len(tested) == 4 and not learnt & tested
+    assert stream.notes["test_images"] == [4, 4] and stream.notes["conversations"]["train"] == [16, 16]
+    # Neither the seed nor which tasks are kept changes what is tested; fewer are a part of more.
+    one = read(file, seed=9, by="kind", only=("shape",), per_task=3)
+    (task,) = one
+    whole = next(each for each in stream if each.name == "shape")
+    keys = [{each.key for each in data.records} for data in (task.train, whole.train, task.test, whole.test)]
+    assert keys[0] < keys[1] and keys[2] == keys[3] and len(task.train) == 3
+    mixed = read(file, by="kind", share_images=True)
+    assert (
+        set().union(*(shown(t.train) for t in mixed)) & set().union(*(shown(t.test) for t in mixed))
+        and mixed.notes["remarks"]
+    )
+
+
+LAYOUTS = [
+    (["a.train.json", "a.test.json", "b.train.json", "b.test.json"], ["a", "b"]),
+    (["a/train.json", "a/test.json", "b/train.jsonl", "b/val.jsonl"], ["a", "b"]),
+    (["a/train_4w.json", "a/test_3000.json", "b/training_set.json", "b/test.json"], ["a", "b"]),
+    (["train/a.json", "train/b.json", "test/a.json", "test/b.json"], ["a", "b"]),
+    (["a.json", "b.csv"], ["a", "b"]),
+    (["a/one.json", "b.d/two.json"], ["one", "two"]),
+    (["train-00000-of-00002.parquet", "train-00001-of-00002.parquet", "test.parquet"], ["layout"]),
+]
+
+
+@pytest.mark.parametrize(("files", "names"), LAYOUTS, ids=[files[0] for files, _ in LAYOUTS])
+def test_files_and_folders_are_tasks_by_their_names(
+    files: list[str], names: list[str], folder: Path, tmp_path: Path
+) -> None:
+    place = tmp_path / "layout"
+    for number, file in enumerate(files):
+        write(place / file, [row(i) for i in range(number * 5, number * 5 + 5)])
+    stream = read(place, images=str(folder))
+    assert sorted(task.name for task in stream) == names
+    given = any("test" in file for file in files)
+    assert [len(task.test) for task in stream] == [5 if given else 1] * len(names)
+    assert stream.notes["split"]["kind"] == ("given" if given else "20% of the images held out")
+    assert sum(len(task.train) + len(task.test) for task in stream) == 5 * len(files)
+
+
+def test_a_list_of_files_is_in_order_and_a_folder_by_the_seed(folder: Path) -> None:
+    for name in "cab":
+        write(folder / "three" / f"{name}.json", [row(i) for i in range(5)])
+    paths = [str(folder / "three" / f"{name}.json") for name in "cab"]
+    for seed in range(3):
+        assert [task.name for task in read(paths, seed, images=str(folder))] == ["c", "a", "b"]
+    found = {tuple(t.name for t in read(folder / "three", seed, images=str(folder))) for seed in range(6)}
+    assert len(found) > 1
+    named = read(folder / "three", images=str(folder), order=["b", "c", "a"])
+    assert [task.name for task in named] == ["b", "c", "a"] and [task.classes for task in named] == [(0,), (1,), (2,)]
+
+
+CHOICES: list[tuple[Any, Any, str]] = [
+    (["red", "blue"], "blue", "B"),
+    (["red", "blue"], 1, "B"),
+    (["red", "blue"], "(b)", "B"),
+    ("red|blue", "RED", "A"),
+    ('["red", "blue"]', "A.", "A"),
+    ({"A": "red", "B": "blue", "C": None}, "B", "B"),
+    (["(A) red", "(B) blue"], "blue", "B"),
+    (["2", "1"], "1", "B"),
+]
+
+
+@pytest.mark.parametrize(("options", "answer", "letter"), CHOICES)
+def test_options_are_written_out_and_the_answer_is_a_letter(
+    options: Any, answer: Any, letter: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "choice.jsonl"
+    write(file, [{"question": "Which?", "options": options, "answer": answer}])
+    (each,) = examples(measured(file, score="choice"))
+    first, second = each.options or ()
+    asked = f"Which?\nA. {first}\nB. {second}\nAnswer with the option's letter from the given choices directly."
+    assert (each.question, each.answer) == (asked, letter) and not first.startswith("(A)")
+    write(file, [{"question": "Which?\n(A) red\n(B) blue", "options": ["red", "blue"], "answer": "B"}])
+    (each,) = examples(measured(file, suffix="One letter."))
+    assert (each.question, each.answer) == ("Which?\n(A) red\n(B) blue\nOne letter.", "B")
