@@ -60,6 +60,7 @@ class Reader:
         self.skip_bad = skip_bad
         self._files = Files("", [])
         self._inside = _Inside()
+        self._known: dict[tuple[Path, str], int] = {}
 
     def read(
         self, file: Path, images: Path | None = None, amend: Callable[[Any, int], Any] | None = None
@@ -139,11 +140,15 @@ class Reader:
         if (encoded := _decoded(value)) is not None:
             identity = sha256(encoded).hexdigest()
             return [self.pictures.number(identity, lambda: self._inside.add(encoded), identity)]
+        if (folder, value) in self._known:
+            return [self._known[folder, value]]
         check_path(value, "the image")
         path = os.path.normpath(folder / value)
         if not _is_file(path):
             raise MissingImage(f"there is no image {value!r:.120} in {folder}; add it, write images= for its folder")
-        return [self.pictures.number(str(Path(path).absolute()), lambda: self._file(path), value.replace("\\", "/"))]
+        whole, key = str(Path(path).absolute()), value.replace("\\", "/")
+        self._known[folder, value] = self.pictures.number(whole, lambda: self._file(path), key)
+        return [self._known[folder, value]]
 
     def _file(self, path: str) -> tuple[Source, int]:
         self._files.paths.append(path)

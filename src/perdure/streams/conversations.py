@@ -41,6 +41,7 @@ class Conversation(Mapping[str, Any]):
         score: how answers are scored; "" leaves it to the objective.
         kind: the data's own sort of question, which some official scores look at.
         where: file and line, for messages to people.
+        names: what the images are called in the data, which some official scores look at.
 
     Raises:
         ValueError: when turns do not alternate, or images and their parts differ in number.
@@ -53,6 +54,7 @@ class Conversation(Mapping[str, Any]):
     score: str = ""
     kind: str = ""
     where: str = ""
+    names: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         turns = [(each["role"], tuple(part.get("text") for part in each["content"])) for each in self.messages]
@@ -249,6 +251,7 @@ class ConversationSet:
                 self.score,
                 each.kind,
                 each.where,
+                tuple(self.pictures.keys[number] for number in each.images),
             )
             for each in records
         ]
