@@ -161,6 +161,16 @@ def test_missing_and_damaged_images_are_left_out_and_listed_when_asked(folder: P
     damaged = next(d for d in (task.train, task.test) if any("line 5" in each.where for each in d.records))  # type: ignore[attr-defined]
     with pytest.raises(UnreadableImage, match=r"talk.jsonl, line 5: cannot read image .*bad.png"):
         damaged.__getitems__(range(len(damaged)))
+    cells = [{"bytes": (folder / "0.png").read_bytes(), "path": None}, {"bytes": b"no image", "path": None}]
+    table = {
+        "images": [cells[:1], [], cells],
+        "question": ["<image>?", "What?", "<image> or <image>?"],
+        "answer": ["dot"] * 3,
+    }
+    pq.write_table(pa.table(table), folder / "lists.parquet")
+    plan = conversations.measured(str(folder / "lists.parquet"))  # type: ignore[attr-defined]
+    with pytest.raises(UnreadableImage, match=r"lists.parquet, row 2: cannot read image .*lists.parquet, row 2: "):
+        plan(SIZE, 0).tasks[0].test.__getitems__(range(3))
     (folder / "gone.png").unlink()
     stream = read(file, skip_bad=True)
     assert stream.notes["skipped"] == [f"{file}, line 3", f"{file}, line 5"]
