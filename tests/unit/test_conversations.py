@@ -205,6 +205,18 @@ def test_no_image_is_learnt_in_one_task_and_tested_in_another(folder: Path) -> N
     mixed = read(file, by="kind", share_images=True)
     assert shown(*(task.train for task in mixed)) & shown(*(task.test for task in mixed))
     assert mixed.notes["remarks"]
+    joined = in_turn(
+        *(conversations(str(file), by="kind", share_images=True, only=(kind,)) for kind in ("shape", "colour"))
+    )
+    assert "images that are learnt, in some task" in joined(SIZE, 0).notes["remarks"][-1]
+    write(folder / "apart" / "a.train.json", [row(i) for i in range(4)])
+    write(folder / "apart" / "a.test.json", [row(i) for i in range(4, 6)])
+    write(folder / "apart" / "b.train.json", [row(i) for i in range(5, 9)])
+    write(folder / "apart" / "b.test.json", [row(9)])
+    with pytest.raises(ValueError, match=r"a.test.json, line 7 \(entry 2\): .* is also learnt, in task 'b'"):
+        read(folder / "apart", images=str(folder))
+    apart = read(folder / "apart", images=str(folder), share_images=True)
+    assert apart.notes["remarks"] == ["task 'a': 1 of 2 test conversations show images that are learnt"]
 
 
 LAYOUTS = [
