@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -159,6 +159,15 @@ class Laboratory:
             torch.manual_seed(987)  # whatever happened before must not matter
             begin = partial(resume, out)
         begin(Quiet())
+
+
+@pytest.fixture(scope="module")
+def plain_figures() -> Iterator[None]:
+    """Figures without ticks, and legends where they fall: these take matplotlib two thirds of a command's time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("matplotlib.figure.Figure.set_layout_engine", lambda *_, **__: None)
+        patch.setattr("matplotlib.axis.Axis.draw", lambda *_: None)
+        yield
 
 
 CERTAIN = ("learnt", "tasks", "rows", "sha256", "trainable_parameters")
