@@ -15,6 +15,8 @@ from typing import Any
 
 from perdure.backbones.preprocess import Preprocess
 from perdure.formatting import meant
+from perdure.scoring import BENCHMARK_SCORES
+from perdure.scoring.benchmarks import NOT_LOCAL
 from perdure.storage.schema import plain
 from perdure.streams.conversation_files import Reader, read_json
 from perdure.streams.conversation_rows import Columns
@@ -92,10 +94,11 @@ def mllm_acl(options: ConversationOptions, path: str) -> StreamPlan:
     Raises:
         ValueError: when a file is missing or not as expected.
     """
+    refused = {name: NOT_LOCAL[score] for name, score in BENCHMARK_SCORES["mllm_acl"].items() if score in NOT_LOCAL}
     for name in options.only or ():
-        if name in _NOT_LOCAL:
-            raise ValueError(f"only: {name!r} of mllm_acl cannot be scored here, {_NOT_LOCAL[name]}; leave it out")
-    remarks = [f"{name} is left out: {why}" for name, why in _NOT_LOCAL.items()]
+        if name in refused:
+            raise ValueError(f"only: {name!r} of mllm_acl is not here: {refused[name]}")
+    remarks = [f"{name} is left out: {why.partition(':')[0]}" for name, why in refused.items()]
     return _plan("mllm_acl", _ACL, options, path, None, remarks)
 
 
@@ -193,10 +196,9 @@ class _Places:
 
 @dataclass(frozen=True)
 class _Task:
-    """A task of a benchmark: what its folders may be called, its rule, and where its right answers are."""
+    """A task of a benchmark: what its folders may be called, and where its right answers are."""
 
     name: str
-    score: str
     folders: tuple[str, ...] = ()
     tested: tuple[str, ...] = ()
     answers: Callable[[_Places], Amend | None] = lambda _: None
@@ -261,35 +263,31 @@ def _box(places: _Places) -> Amend:
 
 
 _COIN = (
-    _Task("ScienceQA", "coin_scienceqa", answers=_problems),
-    _Task("TextVQA", "coin_textvqa", answers=_people),
-    _Task("ImageNet", "coin_imagenet"),
-    _Task("GQA", "coin_gqa"),
-    _Task("VizWiz", "coin_equal"),
-    _Task("Grounding", "coin_grounding", answers=_box),
-    _Task("VQAv2", "coin_equal"),
-    _Task("OCRVQA", "coin_ocrvqa", ("OCR-VQA",)),
+    _Task("ScienceQA", answers=_problems),
+    _Task("TextVQA", answers=_people),
+    _Task("ImageNet"),
+    _Task("GQA"),
+    _Task("VizWiz"),
+    _Task("Grounding", answers=_box),
+    _Task("VQAv2"),
+    _Task("OCRVQA", ("OCR-VQA",)),
 )
 _UCIT = (
-    _Task("ImageNet-R", "coin_imagenet"),
-    _Task("ArxivQA", "coin_equal"),
-    _Task("VizWiz", "cider", ("VizWiz-caption",), answers=_captions),
-    _Task("IconQA", "coin_equal"),
-    _Task("CLEVR", "coin_equal", ("CLEVR-Math",)),
-    _Task("Flickr30k", "cider", ("Flickr30k-cap",), answers=_captions),
+    _Task("ImageNet-R"),
+    _Task("ArxivQA"),
+    _Task("VizWiz", ("VizWiz-caption",), answers=_captions),
+    _Task("IconQA"),
+    _Task("CLEVR", ("CLEVR-Math",)),
+    _Task("Flickr30k", ("Flickr30k-cap",), answers=_captions),
 )
 _DCL = (
-    _Task("RS", "mllm_cl_words", ("RemoteSensing",)),
-    _Task("Med", "mllm_cl_med", ("Medical",)),
-    _Task("AD", "mllm_cl_words", ("AD/DriveLM",)),
-    _Task("Sci", "mllm_cl_sci"),
-    _Task("Fin", "mllm_cl_fin"),
+    _Task("RS", ("RemoteSensing",)),
+    _Task("Med", ("Medical",)),
+    _Task("AD", ("AD/DriveLM",)),
+    _Task("Sci"),
+    _Task("Fin"),
 )
-_ACL = (_Task("OCR", "mllm_cl_ocr", tested=("OCR_test",)), _Task("VP", "mllm_cl_count", tested=("VP_test",)))
-_NOT_LOCAL = {
-    "Math": "a language model behind an interface judges its answers",
-    "APP": "its answers are scored on the authors' server",
-}
+_ACL = (_Task("OCR", tested=("OCR_test",)), _Task("VP", tested=("VP_test",)))
 
 
 def _plan(
@@ -309,7 +307,7 @@ def _plan(
         root = _instructions(Path(path), tasks)
         reader = Reader(Columns(), skip_bad=options.skip_bad)
         wanted = [task for task in tasks if options.only is None or task.name in options.only]
-        parts = [_part(reader, root, task, images, options) for task in wanted]
+        parts = [_part(reader, root, task, images, options, BENCHMARK_SCORES[name][task.name]) for task in wanted]
         found = Dialogues(name, parts, reader.pictures, reader.left_out, True, list(remarks))
         return arrange_conversations(found, replace(options, share_images=True), seed)
 
@@ -328,7 +326,9 @@ def _instructions(path: Path, tasks: Sequence[_Task]) -> Path:
     return inside[0] if inside and not any((path / name / "train.json").is_file() for name in names) else path
 
 
-def _part(reader: Reader, root: Path, task: _Task, images: str | None, options: ConversationOptions) -> Part:
+def _part(
+    reader: Reader, root: Path, task: _Task, images: str | None, options: ConversationOptions, score: str
+) -> Part:
     learnt = _folder(root, (task.name, *task.folders))
     tested = _folder(root, task.tested) if task.tested else learnt
     if images is None:
@@ -340,7 +340,7 @@ def _part(reader: Reader, root: Path, task: _Task, images: str | None, options: 
     roots = [_images(file, [file.parent, *candidates] if images is None else candidates) for file in files]
     amend = task.answers(places)
     train = [] if options.measured else reader.read(files[0], roots[0])
-    return Part(task.name, train, reader.read(files[1], roots[1], amend), task.score)
+    return Part(task.name, train, reader.read(files[1], roots[1], amend), score)
 
 
 def _folder(root: Path, names: Sequence[str]) -> Path:

@@ -5,13 +5,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from perdure.backbones.preprocess import Preprocess
 from perdure.formatting import meant
 from perdure.options.spec import Spec, build, parse_one
+from perdure.scoring import score_of
 from perdure.streams.caption_set import Captioned
 from perdure.streams.conversation_files import ENDINGS, Reader
 from perdure.streams.conversation_rows import Columns
@@ -31,16 +32,13 @@ from perdure.streams.sources import Source
 from perdure.streams.task_split import ordered
 from perdure.types import Stream, Task
 
-Score = Literal["", "exact", "vqa", "choice", "contains", "anls", "cider", "bleu", "rouge", "iou"]
-"""How answers are scored; "" leaves it to the objective."""
-
 
 @stream(common_to=ConversationOptions)
 def conversations(
     options: ConversationOptions,
     path: str | Sequence[str],
     images: str | None = None,
-    score: Score = "",
+    score: str = "",
     by: str | None = None,
     image: str | None = None,
     question: str | None = None,
@@ -60,7 +58,7 @@ def conversations(
         options: the common ones of conversations.
         path: a file, a folder of files or of folders of files, or a list of these, which then is the order of tasks.
         images: the folder that images' paths are relative to; None: that of each file.
-        score: how answers are scored.
+        score: how answers are scored, by a name of `perdure.scoring`; "" leaves it to the objective.
         by: a column whose values are the tasks, of what is in one file or folder.
         image: column of the image, or of a list of images; `image` or `images` when None.
         question: column of the question; `question`, `text` or `prompt` when None.
@@ -71,6 +69,7 @@ def conversations(
     Raises:
         ValueError: when a file or folder is not as expected, with the file and the line.
     """
+    _check_score(score)
     columns = Columns(image, question, answer, by, suffix, every_turn)
 
     def plan(preprocess: Preprocess, seed: int) -> Stream:
@@ -79,7 +78,7 @@ def conversations(
     return plan
 
 
-def as_questions(*stream: Spec | str | StreamPlan, question: str = "", score: Score = "exact") -> StreamPlan:
+def as_questions(*stream: Spec | str | StreamPlan, question: str = "", score: str = "exact") -> StreamPlan:
     """Any stream of labelled images as questions: `as_questions(cifar100(tasks=5), question="What is this?")`.
 
     The answer is the name of the image's class, with blanks for underscores. Tasks, split and classes stay as they are.
@@ -87,7 +86,7 @@ def as_questions(*stream: Spec | str | StreamPlan, question: str = "", score: Sc
     Args:
         stream: the stream of images; in Python the question may follow it.
         question: what is asked about each image.
-        score: how answers are scored.
+        score: how answers are scored, by a name of `perdure.scoring`.
 
     Raises:
         ValueError: when there is no question, not one stream, or one of something else than labelled images.
@@ -99,6 +98,7 @@ def as_questions(*stream: Spec | str | StreamPlan, question: str = "", score: Sc
         raise ValueError(f"as_questions of {len(stream)} streams: expected one, such as as_questions(cifar100(), ...)")
     if not question.strip():
         raise ValueError(f"question={question!r}: expected a text, such as 'What is in the picture?'")
+    _check_score(score)
     made = _plan_of(stream[0])
 
     def plan(preprocess: Preprocess, seed: int) -> Stream:
@@ -115,6 +115,11 @@ def as_questions(*stream: Spec | str | StreamPlan, question: str = "", score: Sc
         return replace(images, tasks=tuple(tasks), notes={**images.notes, "question": question.strip()})
 
     return plan
+
+
+def _check_score(score: str) -> None:
+    if score:
+        score_of(score)
 
 
 def _asked(data: ImageSet, question: str, names: Mapping[int, str], pictures: Pictures, score: str) -> ConversationSet:

@@ -156,6 +156,8 @@ def _set(
         kept = first_of_each([0] * len(records), [each.key for each in records], size, f"{which} conversations")
         records = [records[i] for i in kept]
     data = ConversationSet(records, found.pictures, label, part.score)
+    if which == "test":
+        data.check_score()
     if options.skip_bad:
         data = data.readable()
     if not len(data) and not (options.measured and which == "train"):
