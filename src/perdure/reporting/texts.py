@@ -9,25 +9,6 @@ from perdure.metrics import CUTS
 from perdure.reporting.charts import percent
 from perdure.reporting.runs import RunResults
 
-NUMBERS = (
-    (
-        "transfer",
-        "Transfer",
-        "Mean accuracy on data sets not learnt yet (MTIL's Transfer): what is left of zero-shot accuracy, or gained.",
-    ),
-    (
-        "average",
-        "Average over the whole matrix",
-        "Mean accuracy on all data sets after every task (MTIL's Avg); its Last is the final accuracy.",
-    ),
-    (
-        "zero_shot_ratio",
-        "Zero-shot accuracy kept",
-        "Accuracy in the end on held-out data sets relative to the pre-trained model's, mean over the sets.",
-    ),
-)
-"""Numbers that only some runs have: of sequences of data sets, and with held-out ones. Key, name, meaning."""
-
 _WAYS = {"i2t": "image to text", "t2i": "text to image"}
 _GALLERIES = {"own": "among its own images and captions", "union": "among those of all tasks"}
 
