@@ -22,7 +22,7 @@ def stepped(lab: Any, spec: str) -> tuple[Any, Any, torch.Tensor]:
     (agem,) = (part for part in learner.method.parts if part.name == "agem")
     batch = learner.method.batch(learner, stream.tasks[1].train.__getitems__(range(16)))
     params = list(learner.trainable().values())
-    loss = learner.objective.losses(learner.encode(agem._old), agem._old, local=False).mean()
+    loss = learner.objective.losses(learner.encode(agem._old), agem._old, only_task=False).mean()
     reference = flat(torch.autograd.grad(loss, params, materialize_grads=True))
     learner.zero_grad()
     learner.loss(batch).backward()
@@ -103,7 +103,7 @@ def test_the_old_loss_rises_less_than_without(lab: Any) -> None:
         learner = bench.taught(spec, epochs=4)
         batch = bench.stream().tasks[0].train.__getitems__(range(16))
         with torch.no_grad():
-            return float(learner.objective.losses(learner.encode(batch), batch, local=False).mean())
+            return float(learner.objective.losses(learner.encode(batch), batch, only_task=False).mean())
 
     assert loss("finetune(backbone_lr=1.0) + agem") < 0.9 * loss("finetune(backbone_lr=1.0)")
 

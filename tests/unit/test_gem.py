@@ -102,7 +102,7 @@ def stepped(lab: Any, spec: str, seed: int = 0) -> tuple[Any, Any, torch.Tensor,
     old = []
     for each in gem._old:
         learner.zero_grad()
-        learner.objective.losses(learner.encode(each), each, local=False).mean().backward()
+        learner.objective.losses(learner.encode(each), each, only_task=False).mean().backward()
         old.append(
             torch.cat(
                 [
@@ -183,7 +183,7 @@ def test_the_old_loss_rises_less_than_without(lab: Any) -> None:
         learner = bench.taught(spec, epochs=4)
         batch = bench.stream().tasks[0].train.__getitems__(range(16))
         with torch.no_grad():
-            return float(learner.objective.losses(learner.encode(batch), batch, local=False).mean())
+            return float(learner.objective.losses(learner.encode(batch), batch, only_task=False).mean())
 
     assert loss("lora(rank=2) + gem") < 0.75 * loss("lora(rank=2)")
 

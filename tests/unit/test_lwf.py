@@ -34,7 +34,7 @@ def answers(learner: Core, lwf: LwF, task: Task) -> tuple[torch.Tensor, torch.Te
     with torch.no_grad():
         features = learner.encode(batch)
         penalty = lwf.penalty(learner, learner.noted(batch), features)
-        return penalty, lwf.teacher(learner, batch)[1], learner.objective.scores(features)
+        return penalty, lwf.teacher(learner, batch)["scores"], learner.objective.scores(features)
 
 
 @pytest.mark.parametrize("carrier", ["lora(rank=2)", "finetune", "inflora(rank=2)"])
@@ -160,17 +160,17 @@ def test_recorded_scores_are_what_the_teacher_says_at_any_time(lab: Any) -> None
     learner.train()
     learner.settle()
     learner.method.begin_task(learner, task)
-    kept = learner.recorded(learner.prefixed(task.train)).__getitems__(range(len(task.train)))["lwf"]
+    kept = learner.recorded(learner.prefixed(task.train)).__getitems__(range(len(task.train)))["lwf/scores"]
     lab.descend(learner, task, steps=0)
     optimizer = torch.optim.Adam(learner.trainable().values(), 2e-2)
     for _ in range(4):
         optimizer.zero_grad()
-        learner.loss(whole(task) | {"lwf": kept}).backward()
+        learner.loss(whole(task) | {"lwf/scores": kept}).backward()
         optimizer.step()
     lwf = learner.method.parts[1]
     with torch.no_grad():
         assert not torch.allclose(learner.objective.scores(learner.encode(whole(task))), kept, atol=1e-2)
-    torch.testing.assert_close(lwf.teacher(learner, whole(task))[1], kept)
+    torch.testing.assert_close(lwf.teacher(learner, whole(task))["scores"], kept)
 
 
 def test_replayed_images_are_distilled_with_the_new_ones(lab: Any) -> None:
@@ -178,13 +178,13 @@ def test_replayed_images_are_distilled_with_the_new_ones(lab: Any) -> None:
     kept = learner.recorded(task.train)
     batch = learner.method.batch(learner, kept.__getitems__(range(8)))
     assert set(batch["label"].tolist()) - set(task.classes)
-    torch.testing.assert_close(batch["lwf"], lwf.teacher(learner, batch)[1])
+    torch.testing.assert_close(batch["lwf/scores"], lwf.teacher.ask(learner, batch)["lwf/scores"])
 
 
 def test_of_a_test_set_nothing_is_recorded_for_it_is_kept_longer_than_a_teacher(lab: Any) -> None:
     learner, task, part = begun(lab, "lora(rank=2) + lwf")
     batch = whole(task)
-    assert "lwf" in learner.noted(batch)
+    assert "lwf/scores" in learner.noted(batch)
     with learner.inference():
         assert learner.noted(batch).keys() == batch.keys()
         assert torch.isfinite(part.penalty(learner, batch, learner.encode(batch)))
