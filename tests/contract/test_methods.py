@@ -253,7 +253,8 @@ def differs(spec: str, where: dict[str, str]) -> bool:
     That the state is whole is proved at every place by two other tests; a stop and a resumption add what is in flight:
     each method by itself under each objective, each guard once an objective, sums whose parts see each other's work.
     """
-    return where.get("scenario") is None if " + " not in spec else spec in IN_FLIGHT[where.get("objective", "classify")]
+    objective = where.get("objective", "classify").partition("(")[0]
+    return where.get("scenario") is None if " + " not in spec else spec in IN_FLIGHT[objective]
 
 
 # The sums of `differs`, by objective.

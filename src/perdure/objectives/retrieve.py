@@ -9,25 +9,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from perdure.backbones.texts import present, unpack
+from perdure.core.learner import Core
+from perdure.core.objective import Competitors, Head, Objective
 from perdure.metrics import recalls
-from perdure.objectives.base import Competitors, Head, Objective
 from perdure.options.ranges import Count, checked
 from perdure.types import Batch, Data, Task, Union
-
-if TYPE_CHECKING:
-    from perdure.core.learner import Core
 
 _CAPTIONS = "captions"
 
 
-class Retrieve(Objective):
+class Retrieve(Objective, name="retrieve"):
     """Symmetric contrastive loss between images and captions, with the model's frozen logit scale.
 
     Args:

@@ -1,23 +1,18 @@
 """Classification by class names: the text tower's embeddings are the classifier (CLIP; Radford et al., ICML 2021)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from perdure.objectives.base import COSINES, TEMPLATE, Head, Objective, accuracies
+from perdure.core.learner import Core
+from perdure.core.objective import COSINES, TEMPLATE, Head, Objective, accuracies
 from perdure.options.ranges import checked
 from perdure.types import Batch, Task
 
-if TYPE_CHECKING:
-    from perdure.core.learner import Core
 
-
-class ZeroShot(Objective):
+class ZeroShot(Objective, name="zeroshot"):
     """Cosine to the class names' text embeddings, times the model's frozen logit scale.
 
     A class's embedding is the normalised mean over templates of normalised embeddings. While the text tower is neither

@@ -22,11 +22,11 @@ import torch
 from perdure.core import checkpoint
 from perdure.core.checkpoint import read_record as read_record
 from perdure.core.learner import Core
+from perdure.core.objective import asking
 from perdure.evaluation import calibration
 from perdure.evaluation.feature_drift import Drift
 from perdure.evaluation.schedule import Evaluation
 from perdure.evaluation.zero_shot_retention import Retention
-from perdure.objectives import asking
 from perdure.options.paths import Move, moved
 from perdure.process import as_found, plain
 from perdure.storage import schema
