@@ -519,7 +519,6 @@ def test_a_distillation_where_no_part_changes_the_encoder_is_refused_when_built(
     ("spec", "objective", "why"),
     [
         ("lora(rank=2) + zscl", "classify", "reads no texts"),
-        ("lora(rank=2) + mod_x", "zeroshot", "retrieve"),
         ("lora(rank=2) + zscl(text_gradient=False)", "zeroshot", "text"),
     ],
 )

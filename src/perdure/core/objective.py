@@ -86,11 +86,13 @@ class Objective(nn.Module):
         self.task_columns: tuple[int, ...] = ()  # of the current task's classes
         self.former: tuple[tuple[int, ...], ...] = ()  # columns of former tasks' classes that answer together
         self.masked_loss = True  # False: every seen class always competes
-        self._learner: list[AnyLearner] = []  # in a list: the learner owns us, not we the learner
+        self._learner: list[
+            AnyLearner
+        ] = []  # who reads texts for it; in a list: the learner owns us, not we the learner
 
     def bind(self, learner: AnyLearner) -> None:
         """Called when it belongs to another learner than before."""
-        self._learner = [learner]
+        self._learner = [learner] if "text" in self.towers else []
 
     def grow(self, learner: AnyLearner, task: Task) -> None:
         """Make room for the classes of `task`.
