@@ -7,8 +7,8 @@ import json
 import math
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -17,7 +17,14 @@ from rich.table import Table
 from rich.text import Text
 
 from perdure.cli.eta import Pace
-from perdure.formatting import RARE, human_bytes, human_seconds, number, printable, share, shortened, times
+from perdure.cli.tables import COLUMNS, comparison, ends, flowed
+from perdure.formatting import (
+    human_bytes,
+    human_seconds,
+    printable,
+    settings,
+    shortened,
+)
 
 if TYPE_CHECKING:  # so that what computes nothing does not wait for torch
     from torch import Tensor
@@ -27,27 +34,6 @@ if TYPE_CHECKING:  # so that what computes nothing does not wait for torch
 _REFRESH = 0.5  # seconds between readings of the loss, which waits for the device
 _LONGEST_LINE, _LONGEST_ERROR = 4_000, 1_000  # characters; what is longer is cut in its middle
 _UNBROKEN = 10_000  # columns of what is no terminal: a file or a pipe breaks no line
-_COLUMNS = {
-    "acc": "accuracy",
-    "aaa": "average",
-    "forgetting": "forgetting",
-    "acc_with_task_id": "with task id",
-    "task_id_acc": "task id",
-    "transfer": "transfer",
-    "average": "over the matrix",
-    "zero_shot_ratio": "zero-shot kept",
-}
-
-_SPARE = ("images/s", "average")  # columns left out of a table that is too wide, the first one first
-_MEANINGS = {
-    "average": "over the stream",
-    "new task": "right after it was learnt",
-    "with task id": "when told which task an image is of",
-    "transfer": "on data sets not learnt yet",
-    "over the matrix": "all scores after every task",
-    "zero-shot kept": "on held-out data",
-    "step": "its cost, plain LoRA's is 1",
-}
 
 
 class Screen:
@@ -70,28 +56,48 @@ class Screen:
 
     def wait(self, text: str) -> None:
         """On a terminal, say what is being done until something else is shown."""
-        self._close()
+        self.close()
         if self.json or not self.live.is_terminal:
             return
         if self._grid:
             self._rows(text, None)
         else:
-            self._show(SpinnerColumn("line"), _plain("{task.description}"), TimeElapsedColumn())
-            if self._bar is not None:
-                self._bar.add_task(text, total=None)
+            spinner = SpinnerColumn("line"), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
+            self._show(*spinner).add_task(text, total=None)
 
     def cell(self, number: int, total: int, method: str, seed: int, left: float | None) -> None:
         """Run number `number` (from 0) of a grid of `total` begins; about `left` seconds are left."""
-        self._close()
+        self.close()
         self._event("cell", cell=number, cells=total, method=method, seed=seed, seconds_left=left)
         about = "" if left is None else f", about {human_seconds(left)} left"
         self._say(f"[{number + 1}/{total}] {method}, seed {seed}{about}")
         self._grid, self._headed = Pace(number, total, printable(f"{shortened(method)}, seed {seed}"), left), False
         self.wait("preparing")
 
+    def beside(self, number: int, total: int, method: str, seed: int, event: str, facts: dict[str, Any]) -> None:
+        """A run of a grid, among others that go on at the same time, was scored or has something to say."""
+        self.close()
+        self._event(event, cell=number, cells=total, method=method, seed=seed, **facts)
+        where = f"[{number + 1}/{total}] {method}, seed {seed}"
+        if event == "note":
+            self._say(f"{where}: {facts['text']}")
+            return
+        of = f" of {facts['tasks']}" if facts["tasks"] else ""
+        self._say(f"{where}: task {facts['task'] + 1}{of}, average accuracy {100 * facts['average']:.1f} %")
+        self.wait("cells run beside each other")
+
+    def trial(self, number: int, total: int, options: Mapping[str, Any], best: float | None) -> None:
+        """Trial number `number` (from 0) of a search of `total` begins; `best` is the best score so far."""
+        self.close()
+        self._event("trial", trial=number, trials=total, options=dict(options), best=best)
+        so_far = "" if best is None else f"; best so far {100 * best:.1f} %"
+        self._say(f"[{number + 1}/{total}] {settings(options)}{so_far}")
+        self._headed = False
+        self.wait("preparing")
+
     def step_cost(self, number: int, total: int, method: str) -> None:
         """Method number `number` (from 0) of `total` is timed against plain LoRA."""
-        self._close()
+        self.close()
         self._grid = None
         self._event("step_cost", method=method, number=number, total=total)
         self._say(f"step cost {number + 1}/{total}: {method}")
@@ -99,7 +105,7 @@ class Screen:
 
     def task(self, task: Task, tasks: int | None, epochs: int, steps: int) -> None:
         """A task begins."""
-        self._close()
+        self.close()
         self._images, self._start, self._read = 0, time.perf_counter(), 0.0
         self._epochs, self._steps = epochs, steps
         self._event("task", task=task.index, tasks=tasks, name=task.name, epochs=epochs, steps=steps)
@@ -132,7 +138,7 @@ class Screen:
 
     def scores(self, task: Task, rows: list[Row]) -> None:
         """A task was learnt and evaluated."""
-        self._close()
+        self.close()
         self._event("scores", task=task.index, rows=[asdict(row) for row in rows])
         seconds = time.perf_counter() - self._start
 
@@ -162,18 +168,18 @@ class Screen:
 
     def note(self, text: str) -> None:
         """Something the user should know."""
-        self._close()
+        self.close()
         self._event("note", text=text)
         self._say(text)
 
     def warn(self, text: str) -> None:
         """Something the user should know, beside the answers: on standard error, where no program takes it for one."""
-        self._close()
+        self.close()
         print(f"perdure: {' '.join(text.split())}", file=sys.stderr)
 
     def result(self, content: Any, *lines: str) -> None:
         """The outcome of a command: `content` as JSON, or `lines` for a person."""
-        self._close()
+        self.close()
         if self.json:
             print(_json(content), flush=True)
         else:
@@ -181,12 +187,12 @@ class Screen:
 
     def matrix(self, summary: dict[str, Any], names: Sequence[str], title: str) -> None:
         """A run's score matrix and summary."""
-        self._close()
+        self.close()
         if self.json:
             return
         tasks = len(summary["matrix"])
         fitting = (self.out.width - len("after") - len("mean") - 4) // 4
-        shown = _ends(tasks, max(2, fitting))
+        shown = ends(tasks, max(2, fitting))
         self._say("", f"{shortened(title)}: % right on each task (columns), after each task (rows)")
         table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
         table.add_column("after", justify="right")
@@ -204,61 +210,20 @@ class Screen:
         self.out.print(table)
         if None in shown:
             self._say(f"all {tasks} tasks are in summary.json and report.html")
-        parts = [f"{name} {summary[key]:.1%}" for key, name in _COLUMNS.items() if summary.get(key) is not None]
-        self._flow([*parts, f"stored {human_bytes(summary['stored_bytes'])}"])
+        parts = [f"{name} {summary[key]:.1%}" for key, name in COLUMNS.items() if summary.get(key) is not None]
+        self._say(*flowed([*parts, f"stored {human_bytes(summary['stored_bytes'])}"], self.out.width))
 
     def table(self, rows: Sequence[dict[str, Any]]) -> None:
         """Methods side by side, mean ± spread."""
-        self._close()
+        self.close()
         if self.json:
             self._event("compared", table=list(rows))
             return
-        names = {"acc": "accuracy", "aaa": "average", "new_task_acc": "new task", **_COLUMNS}
-        columns = {
-            title: [share(row.get(key)) for row in rows]
-            for key, title in names.items()
-            if key not in RARE or any(row.get(key) for row in rows)
-        }
-        columns["stored"] = [human_bytes(row["stored_bytes"][0]) for row in rows]
-        columns["step"] = [times(row.get("step")) for row in rows]
-        columns["images/s"] = [number(row["images_per_second"]) for row in rows]
-        columns["seconds"] = [number(row["seconds"]) for row in rows]
-        width, apart = self.out.width, "   "
-        widest = {title: max(map(len, [title, *column])) for title, column in columns.items()}
-        for title in _SPARE:
-            if sum(widest.values()) + len(widest) > width:
-                del columns[title], widest[title]
-        titles, widths = list(columns), list(widest.values())
-        lines = list(zip(*columns.values(), strict=True))
-        methods = [printable(shortened(row["method"])) for row in rows]
-        name = max(Text(method).cell_len for method in methods)
-        beside = name + sum(widths) + len(apart) * len(widths) <= width
-        if not beside:
-            # Methods get a line of their own; then, if need be, numbers one below the other.
-            apart = next((gap for gap in ("   ", "  ", " ") if sum(widths) + len(gap) * len(widths) <= width), "")
-        heading = [f"{title:>{w}}" for title, w in zip(titles, widths, strict=True)]
-        self._say("")
-        if apart:
-            self._say(apart.join([" " * name if beside else "", *heading]))
-        for method, line in zip(methods, lines, strict=True):
-            cells = [f"{cell:>{w}}" for cell, w in zip(line, widths, strict=True)]
-            if beside:
-                self._say(apart.join([method + " " * (name - Text(method).cell_len), *cells]))
-                continue
-            self._say(method)
-            if apart:
-                self._say(apart.join(["", *cells]))
-            else:
-                self._flow([f"{title} {cell}" for title, cell in zip(titles, line, strict=True)])
-        spread = "mean ± standard deviation" if any("±" in cell for line in lines for cell in line) else "one run each"
-        means = "; ".join(f"{title}: {meaning}" for title, meaning in _MEANINGS.items() if title in columns)
-        self._say(f"in %, {spread}; {means}")
-        if gone := [title for title in _SPARE if title not in columns]:
-            self._say(f"no room for {', '.join(gone)}: in report.html")
+        self._say("", *comparison(rows, self.out.width))
 
     def measured(self, tasks: Sequence[Task], rows: Sequence[Row]) -> None:
         """Accuracy on each task."""
-        self._close()
+        self.close()
         if self.json:
             for row in rows:
                 self.result(asdict(row))
@@ -305,29 +270,15 @@ class Screen:
 
     def error(self, text: str) -> None:
         """One line on standard error."""
-        self._close()
+        self.close()
         with contextlib.suppress(OSError):  # whoever read it is gone; the exit code says it too
             line = printable(shortened(" ".join(text.split()), _LONGEST_ERROR))
             print(f"perdure: {line}", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        """Take away what is live."""
-        self._close()
 
     def _say(self, *lines: str) -> None:
         """All that a person is told passes here (or through a table's cells): one line each, with nothing that acts."""
         for line in lines if not self.json else ():
             self.out.print(printable(shortened(line, _LONGEST_LINE)), soft_wrap=True)
-
-    def _flow(self, parts: Sequence[str]) -> None:
-        """Parts side by side, on as many lines as they need."""
-        line = ""
-        for part in parts:
-            if line and Text(f"{line}   {part}").cell_len > self.out.width:
-                self._say(line)
-                line = ""
-            line = f"{line}   {part}" if line else part
-        self._say(line)
 
     def _event(self, kind: str, **content: Any) -> None:
         if self.json:
@@ -336,24 +287,37 @@ class Screen:
     def _rows(self, where: str, steps: int | None) -> None:
         """A bar for what is being done, of unknown length when `steps` is None; above it one for the whole grid."""
         bar = BarColumn(bar_width=10 if self.live.width < 100 else 24)
-        self._show(_plain("{task.description}"), bar, _plain("{task.fields[line]}"), _TimeLeft())
-        if self._bar is None:
-            return
+        line = TextColumn("{task.fields[line]}", markup=False)
+        shown = self._show(TextColumn("{task.description}", markup=False), bar, line, _TimeLeft())
         if grid := self._grid:
             run = f"run {grid.number + 1}/{grid.total}"
-            self._bar.add_task(run, total=1.0, line=grid.name, left=grid.left)
-            self._bar.update(self._bar.task_ids[0], completed=grid.share)
-        self._bar.add_task(where, total=steps, line="")
+            shown.update(shown.add_task(run, total=1.0, line=grid.name, left=grid.left), completed=grid.share)
+        shown.add_task(where, total=steps, line="")
 
-    def _show(self, *columns: ProgressColumn) -> None:
+    def _show(self, *columns: ProgressColumn) -> Progress:
         # Standard output stays as it is: it may go elsewhere than the bar.
-        self._bar = Progress(*columns, console=self.live, transient=True, refresh_per_second=4, redirect_stdout=False)
-        self._bar.start()
+        shown = Progress(*columns, console=self.live, transient=True, refresh_per_second=4, redirect_stdout=False)
+        shown.start()
+        self._bar = shown
+        return shown
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Take away what is live."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """What every command is: its fields are the flags, whose docstrings are the help."""
+
+    json: bool = False
+    """One JSON object per event or result, for programs."""
+
+    def __call__(self, screen: Screen) -> None:
+        """Do it."""
+        raise NotImplementedError
 
 
 class _TimeLeft(ProgressColumn):
@@ -364,18 +328,6 @@ class _TimeLeft(ProgressColumn):
         given = task.fields.get("left")
         left = given() if given else None if task.finished else task.time_remaining
         return Text("" if left is None else f"{human_seconds(left)} left")
-
-
-def _ends(count: int, room: int) -> list[int | None]:
-    """All of 0..count-1 when there is room, else the first and the last ones around a None."""
-    if count <= room:
-        return list(range(count))
-    first = room // 2
-    return [*range(first), None, *range(count - (room - first - 1), count)]
-
-
-def _plain(text: str) -> TextColumn:
-    return TextColumn(text, markup=False)
 
 
 def _json(content: Any) -> str:
