@@ -11,7 +11,7 @@ import timm
 import tyro
 
 from perdure.cli.commands import COMMANDS, Run
-from perdure.experiments.recipes import Table, expand, flags, published, recipe, recipes
+from perdure.experiments.recipes import PublishedTable, expand, flags, published, recipe, recipes
 from perdure.options.spec import build, parse, parse_one
 from perdure.streams import STREAMS
 from perdure.training.config import RunConfig, make_method, make_objective
@@ -70,7 +70,7 @@ def test_the_page_has_no_other_presets() -> None:
 
 
 @pytest.mark.parametrize("table", EVERY.tables.values(), ids=EVERY.tables)
-def test_timm_has_weights_of_that_tag_and_resizes_as_the_page_says(table: Table) -> None:
+def test_timm_has_weights_of_that_tag_and_resizes_as_the_page_says(table: PublishedTable) -> None:
     facts = timm.get_pretrained_cfg(table.tag)
     assert facts is not None
     assert facts.tag == table.tag.partition(".")[2]

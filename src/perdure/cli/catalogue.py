@@ -20,7 +20,7 @@ from typing import Any, Literal
 from perdure.experiments.recipes import recipes
 from perdure.options import ranges
 
-Kind = Literal["methods", "streams", "backbones", "recipes"]
+Listed = Literal["methods", "streams", "backbones", "recipes"]
 _REGISTRIES = {"streams": "STREAMS", "backbones": "BACKBONES"}
 _ROOT = Path(__file__).parent.parent
 
@@ -45,7 +45,7 @@ class Entry:
         return " ".join(self.about.partition("\n\n")[0].split())
 
 
-def entries(kind: Kind) -> dict[str, Entry]:
+def entries(kind: Listed) -> dict[str, Entry]:
     """All of a kind, by name."""
     if kind == "recipes":
         return {name: Entry("", {}, each.about) for name, each in recipes().items()}

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Optional
 import tyro
 
 from perdure.cli.advise import Advise
-from perdure.cli.catalogue import Kind, entries
+from perdure.cli.catalogue import Listed, entries
 from perdure.cli.console import Command, Screen
 from perdure.cli.tune import Tune
 from perdure.cli.use import Eval, Export, Move, Predict, Search, tell_skipped, told
@@ -201,7 +201,7 @@ class Report(Command):
 class List(Command):
     """What there is: methods, streams, backbones, recipes."""
 
-    what: tyro.conf.Positional[Kind]
+    what: tyro.conf.Positional[Listed]
     """Which."""
     # Not `str | None`: to look at such a default, tyro imports a package that takes a seventh of the time of a list.
     name: Annotated[Optional[str], tyro.conf.Positional, tyro.conf.arg(metavar="NAME")] = None  # noqa: UP045

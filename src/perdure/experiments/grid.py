@@ -127,7 +127,7 @@ def compare(
         if steps and runtime is not None:
             methods = list(dict.fromkeys(cell.method for cell in grid))
             with as_found(runtime.threads):
-                step_cost.measure(config, methods, runtime, out, progress)
+                step_cost.measure_steps(config, methods, runtime, out, progress)
             table = _write(grid, out)
         if progress and (left_out := _left_out(grid, out)):
             progress.note(left_out)

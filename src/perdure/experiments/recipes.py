@@ -25,7 +25,7 @@ class _Facts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     differs: tuple[str, ...] = ()
 
 
-class Table(_Facts, frozen=True):
+class PublishedTable(_Facts, frozen=True):
     """Results that may stand beside each other: one backbone, one protocol.
 
     Args:
@@ -48,7 +48,7 @@ class Table(_Facts, frozen=True):
         return f'timm(name="{self.tag}", input_norm="none")'
 
 
-class Data(_Facts, frozen=True):
+class PublishedData(_Facts, frozen=True):
     """A data set cut into tasks: the stream's name and options."""
 
     title: str
@@ -56,7 +56,7 @@ class Data(_Facts, frozen=True):
     options: str
 
 
-class Row(_Facts, frozen=True):
+class PublishedRow(_Facts, frozen=True):
     """A method on one data set: the training's name, the score as printed, the method if not the family's."""
 
     training: str
@@ -82,7 +82,7 @@ class Family(_Facts, frozen=True):
     table: str
     settings: str
     method: str
-    rows: dict[str, Row]
+    rows: dict[str, PublishedRow]
     paper: str = ""
     evidence: str = ""
     first_hand: tuple[str, ...] = ()
@@ -97,8 +97,8 @@ class Published(_Facts, frozen=True):
         gone: names that once were.
     """
 
-    tables: dict[str, Table]
-    data: dict[str, Data]
+    tables: dict[str, PublishedTable]
+    data: dict[str, PublishedData]
     streams: dict[str, tuple[str, ...]]
     training: dict[str, dict[str, Any]]
     families: dict[str, Family]

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from optuna import Study, Trial
     from optuna.trial import FrozenTrial
 
-FILE = "study.json"
+STUDY = "study.json"
 JOURNAL = "study.log"
 TEXTS = ("method", "backbone", "objective")
 """Options of a run that may have holes."""
@@ -88,7 +88,7 @@ def tune(
     }
     with checkpoint.locked(out), _quiet(optuna):
         _check_same(out, asked)
-        checkpoint.write_json(out / FILE, asked)
+        checkpoint.write_json(out / STUDY, asked)
         study = _study(optuna, out, config.seed)
         for old in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
             # of a killed search: the same options are proposed again, and their run goes on
@@ -97,14 +97,14 @@ def tune(
         while (done := _done(study)) < trials:
             _one(optuna, study, config, space, out, progress, (done, trials))
         found = asked | _result(study, config, space, report_seeds, out)
-        checkpoint.write_json(out / FILE, found)
+        checkpoint.write_json(out / STUDY, found)
         return found
 
 
 def tuned_on(out: Path, seeds: Sequence[int]) -> str:
     """A warning for who reports, in `out`, class orders on which a study there or above chose options; else empty."""
     for folder in (out, *out.parents):
-        if (folder / FILE).is_file():
+        if (folder / STUDY).is_file():
             order = read_study(folder)["order_seed"]
             if order in seeds:
                 return (
@@ -117,7 +117,7 @@ def tuned_on(out: Path, seeds: Sequence[int]) -> str:
 
 def read_study(folder: Path) -> dict[str, Any]:
     """`study.json` of a folder."""
-    path = folder / FILE
+    path = folder / STUDY
     found = schema.plain(path.read_bytes(), str(path), _RESTORE)
     if not isinstance(found, dict) or not isinstance(found.get("order_seed"), int):
         raise schema.Damaged(f"{path} is damaged: it does not say on which class order was searched; {_RESTORE}")
@@ -257,7 +257,7 @@ def _folder(config: RunConfig) -> str:
 
 
 def _check_same(out: Path, asked: Mapping[str, Any]) -> None:
-    if not (out / FILE).is_file():
+    if not (out / STUDY).is_file():
         return
     written = read_study(out)
     for key, value in json.loads(json.dumps(asked)).items():

@@ -23,7 +23,7 @@ from perdure.reporting.charts import show
 from perdure.reporting.runs import Group, RunResults, steps_of
 from perdure.training.config import RunConfig
 
-Pair = tuple[float, float | None] | None
+Spread = tuple[float, float | None] | None
 _SPECS = ("stream", "backbone")
 _TRAINING = (
     *("objective", "epochs", "batch_size", "lr", "optimizer", "weight_decay"),
@@ -176,7 +176,7 @@ _NUMBERS: dict[str, tuple[int, Callable[[metrics.Matrix], float | None]]] = {
 
 def _after(
     runs: Sequence[RunResults], tasks: int, which: int, number: Callable[[metrics.Matrix], float | None]
-) -> list[Pair]:
+) -> list[Spread]:
     """A number of the score matrix (`which` of `RunResults.scored`) as it stood after each task."""
     matrices = [run.matrix(run.scored[which]) for run in runs]
     return [_pair(number([row[:n] for row in matrix[:n]]) for matrix in matrices) for n in range(1, tasks + 1)]
@@ -256,7 +256,7 @@ def _absolute(text: str) -> bool:
     return Path(text).is_absolute() or text.startswith("~")
 
 
-def _pair(values: Iterable[float | None]) -> Pair:
+def _pair(values: Iterable[float | None]) -> Spread:
     """Mean and standard deviation over runs; None when a run has no such number."""
     listed = list(values)
     known = [v for v in listed if v is not None]
