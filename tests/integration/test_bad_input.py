@@ -5,9 +5,8 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -509,6 +508,17 @@ def test_training_that_diverges_says_so_and_keeps_what_was_learnt(perdure: Any, 
     assert perdure("learn", "more", "--into", "y", "--epochs", 1).code == 0
 
 
+@contextmanager
+def no_file_above(size: int) -> Iterator[None]:
+    """The system refuses to write more than `size` bytes into a file, as a full disk would."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 def test_a_full_disk_ends_in_one_line_and_the_run_goes_on(perdure: Any, small: Any, content_of: Any) -> None:
     flags = (*small, "--method", "inflora(rank=2)", "--epochs", "3", "--save-every", "1000")
     assert perdure("run", *flags, "--out", "whole").code == 0
@@ -516,15 +526,8 @@ def test_a_full_disk_ends_in_one_line_and_the_run_goes_on(perdure: Any, small: A
     most = sum(sizes) // 2
     assert sizes[0] < most < sizes[1]
 
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
-
-    words = [sys.executable, "-m", "perdure.cli.main", "run", *flags, "--out", "x"]
-    ended = subprocess.run(words, preexec_fn=limit, capture_output=True, text=True, timeout=120, check=False)
-    assert ended.returncode == 2
-    assert ended.stderr.startswith("perdure: File too large: ")
-    assert "free some space, then resume" in ended.stderr
-    assert ended.stderr.count("\n") == 1
+    with no_file_above(most):
+        one_line(perdure("run", *flags, "--out", "x"), "perdure: File too large: ", "free some space, then resume")
     assert not Path("x/task-001/manifest.json").exists()
     assert perdure("resume", "x").code == 0
     assert content_of(Path("x")) == content_of(Path("whole"))
@@ -533,12 +536,8 @@ def test_a_full_disk_ends_in_one_line_and_the_run_goes_on(perdure: Any, small: A
 def test_a_report_on_a_full_disk_does_not_advise_to_resume(perdure: Any, small: Any) -> None:
     perdure("run", *small, "--out", "x")
     page = Path("x/report.html").read_bytes()
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
-    try:
+    with no_file_above(1000):
         answer = perdure("report", "x")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     one_line(answer, "x/report.html cannot be written (File too large): make room there, or give another --out")
     assert Path("x/report.html").read_bytes() == page
     assert not list(Path("x").glob(".*draft*"))

@@ -338,7 +338,7 @@ def test_a_terminal_shows_a_live_bar_and_narrow_tables(tmp_path: Path, small: An
 
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 80, 0, 0))
-    words = [sys.executable, "-m", "perdure.cli.main", "run", *small, "--epochs", "60", "--out", "x"]
+    words = [sys.executable, "-m", "perdure.cli.main", "run", *small, "--epochs", "12", "--out", "x"]
     environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "NO_COLOR")} | {"TERM": "xterm-256color"}
     child = subprocess.Popen(words, cwd=tmp_path, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
     os.close(theirs)
@@ -352,7 +352,7 @@ def test_a_terminal_shows_a_live_bar_and_narrow_tables(tmp_path: Path, small: An
         os.close(ours)
     assert child.wait() == 0
     text = shown.decode()
-    assert re.search(r"task 1/2.*epoch \d+/60.*loss \d\.\d+.*images/s", text)
+    assert re.search(r"task 1/2.*epoch \d+/12.*loss \d\.\d+.*images/s", text)
     assert "\x1b[" in text
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
     assert "accuracy" in plain
