@@ -32,7 +32,7 @@ COMBINATIONS = (
     "probe + align(covariance='lowrank', rank=4, temperature=0.1, shrink=0.1, epochs=1) | "
     "lora(rank=2) + replay(size=12) + align(covariance='diagonal') | lora(rank=2) + align(covariance='full') + ewc | "
     "lora(rank=2) + joint + align | inflora(rank=2) + align(start='heads', epochs=1) | "
-    "inflora(rank=2) + cosine + align | inflora(rank=2) + ranpac(dim=64) | fm_lora(rank=4) + align | layers + align | "
+    "inflora(rank=2) + ranpac(dim=64) | fm_lora(rank=4) + align | layers + align | "
     "fm_lora(rank=4) + ewc | ewc + route_lora(rank=2) | inflora(ranks=(1, 2)) + joint | "
     "inflora(rank=2) + layers + ranpac(dim=0) | adapter(rank=3) + ewc | "
     "ewc + adapter(rank=3, parallel=True, scale=0.5) | adapter(rank=3, at='o,fc2') + replay(size=12) | "
@@ -60,7 +60,7 @@ COMBINATIONS = (
 )
 OTHER_SCENARIOS = (
     "lora | inflora | ncm | probe + replay(size=12) | finetune + ewc | lora(rank=2) + joint | fm_lora(rank=4) | "
-    "sd_lora(rank=2) | probe + align | inflora(rank=2) + ranpac(dim=64) | lora(rank=2) + cosine | "
+    "sd_lora(rank=2) | probe + align | inflora(rank=2) + ranpac(dim=64) | "
     "lora(rank=2) + lwf | l2p | prompt | dualprompt | coda_prompt | finetune + si | probe + agem | "
     "lora(rank=2) + icarl(size=12) | lora(rank=2) + derpp(size=12) | gpm(keep=0.5)"
 )
@@ -106,6 +106,8 @@ ELSEWHERE = {
         "inflora(rank=2, tower='both') | coda_prompt(tower='text') | prompt(tower='text')"
     ),
 }
+COSINE = "classify(cosine=True)"
+ELSEWHERE |= {COSINE: "inflora(rank=2) + align", f"{COSINE} task": "lora(rank=2)", f"{COSINE} domain": "lora(rank=2)"}
 SPECS = [*ALONE, *COMBINATIONS.split(" | ")]
 FROZEN = [s for s in SPECS if "finetune" not in s and "gpm" not in s and s != "joint"]
 
@@ -130,7 +132,7 @@ def differs(spec: str, where: dict[str, str]) -> bool:
     """
     if " + " not in spec:
         return where.get("scenario") is None
-    return spec in IN_FLIGHT[where.get("objective", "classify")].split(" | ")
+    return spec in IN_FLIGHT[where.get("objective", "classify").partition("(")[0]].split(" | ")
 
 
 # The sums of `differs`, by objective.
@@ -387,12 +389,12 @@ class Watch(Quiet):
         """Features, and scores of the classes that were seen before."""
         features = encoded(self.learner, self.images)
         scores = features[:, :0] if self.means else scored(self.learner, self.images)
-        return features, scores[:, : self.seen] if self.learner.objective.classifies else scores
+        return features, scores[:, : self.seen] if "classes" in self.learner.objective.asks else scores
 
     def look(self) -> Tensor:
         """Features of images beside what the objective makes of them, before a method answers in its place."""
         with self.learner.inference():
-            if not self.learner.objective.classifies:
+            if "classes" not in self.learner.objective.asks:
                 return answered(self.learner, self.images).clone()
             features = self.learner.encode(self.images)
             return torch.cat([features, self.learner.objective.scores(features)], dim=1).clone()
@@ -412,7 +414,7 @@ def scored(learner: Core, images: dict[str, Tensor]) -> Tensor:
 
 def answered(learner: Core, images: dict[str, Tensor]) -> Tensor:
     """Scores of classes; for captions, the image's features beside the embeddings of its texts."""
-    if learner.objective.classifies:
+    if "classes" in learner.objective.asks:
         return learner(images)
     return torch.cat([learner.encode(images), embedded(learner, images["text"]).flatten(1)], dim=1)
 

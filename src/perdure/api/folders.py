@@ -12,7 +12,7 @@ from perdure.api.learner import OPEN, Learner, check_first
 from perdure.backbones.preprocess import skippable
 from perdure.backbones.texts import unpack
 from perdure.core import checkpoint
-from perdure.core.checkpoint import Checkpoint
+from perdure.core.checkpoint import Checkpoint, read_record
 from perdure.options.paths import anchored, relocated
 from perdure.options.spec import parse
 from perdure.process import as_found, plain
@@ -21,18 +21,10 @@ from perdure.storage.schema import Source
 from perdure.streams import Captioned, ImageSet, alike, build_stream, captioned_task, folder_task
 from perdure.streams.single_caption_task import COLUMN
 from perdure.streams.splits import digest
-from perdure.training.config import RunConfig
+from perdure.training.config import RunConfig, former_parts
 from perdure.training.loop import Diverged, Progress, Quiet, TrainConfig
-from perdure.training.run import (
-    Interrupted,
-    elsewhere,
-    learn_stream,
-    nothing_learnt_nothing_left,
-    read_record,
-    recorded_moves,
-    resume,
-    write_record,
-)
+from perdure.training.record import elsewhere, recorded_moves, write_record
+from perdure.training.run import Interrupted, learn_stream, nothing_learnt_nothing_left, resume
 from perdure.types import Data, Stream, Task
 
 _SPECS = ("backbone", "method", "objective")
@@ -81,7 +73,9 @@ def teach_folder(
             _refuse_without_effect(into, learner.config, given)
         else:
             learner = Learner.of(dataclasses.replace(config, stream=OPEN))
-        if captions is not None and learner.objective.classifies:
+            if old := former_parts(config):
+                progress.note(old)
+        if captions is not None and "classes" in learner.objective.asks:
             raise ValueError(
                 f"--captions {captions} has no effect with {learner.config.objective}, which learns "
                 "classes: leave it out"
@@ -95,7 +89,7 @@ def teach_folder(
         check_first(learner, task, known, str(photos))
         train = learner.long_enough(train, task, "epochs" in given)
         source = _source(photos, task, skip_bad) | {"options": trained}
-        if not learner.objective.classifies:
+        if "classes" not in learner.objective.asks:
             source["captions"] = captions or COLUMN
             _tell_overlap(before, task, progress)
             *before, task = alike([*before, task])
@@ -190,7 +184,7 @@ def _again(source: Source, described: Task, learner: Learner, known: Mapping[str
     folder = Path(source["folder"])
     if not folder.exists():
         return described
-    own = dict(zip(described.names, described.classes, strict=True)) if learner.objective.classifies else {}
+    own = dict(zip(described.names, described.classes, strict=True)) if "classes" in learner.objective.asks else {}
     try:
         captions = source.get("captions")
         task = _read(folder, learner, {**known, **own}, described.index, source["skip_bad"], captions, again=True)
@@ -213,7 +207,7 @@ def _read(
     tell: Callable[[str], None] = lambda _: None,
     again: bool = False,
 ) -> Task:
-    if learner.objective.classifies:
+    if "classes" in learner.objective.asks:
         place = photos, learner.backbone.preprocess, known, index, skip_bad, learner.seed
         return folder_task(*place, tell, None if again else "learn")
     return captioned_task(photos, learner.backbone.preprocess, known, index, captions, skip_bad)

@@ -256,28 +256,27 @@ def _grid(
     from perdure.experiments.grid import cells, compare
     from perdure.experiments.tune import tuned_on
     from perdure.reporting.report import write_report
-    from perdure.training.run import read_record, read_summary
+    from perdure.reporting.runs import RunResults
 
     grid = cells(methods, seeds, out)
     if warning := tuned_on(out, seeds):
         screen.note(warning)
     with skippable("skip_bad=True in the stream"):
         table = compare(config, grid, out, screen, steps=not demo, track=track, cluster=cluster)
-    if demo:
-        for cell in grid:
-            names = [t["name"] for t in read_record(cell.folder)["stream"]["tasks"]]
-            screen.matrix(dict(read_summary(cell.folder)), names, cell.method)
+    runs = [RunResults.read(cell.folder) for cell in grid]
+    for made in runs if demo else ():
+        screen.matrix(dict(made.summary), made.names(), made.method)
     screen.table(table)
-    _tell_notes([read_record(cell.folder) for cell in grid], screen)
+    _tell_notes([made.facts for made in runs], screen)
     path = write_report([cell.folder for cell in grid], out / "report.html")
     screen.result({"event": "report", "path": str(path)}, f"report: {path}")
 
 
 def _finished(out: Path, summary: dict[str, Any], screen: Screen) -> None:
     from perdure.reporting.report import write_report
-    from perdure.reporting.runs import Run as Folder
+    from perdure.reporting.runs import RunResults
 
-    found = Folder.read(out)
+    found = RunResults.read(out)
     _tell_notes([found.facts], screen)
     screen.matrix(summary, found.names(), found.method)
     path = write_report([out], out / "report.html")

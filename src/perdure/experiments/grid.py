@@ -17,34 +17,18 @@ from perdure import metrics
 from perdure.core import checkpoint
 from perdure.experiments import step_cost
 from perdure.experiments.cluster import Cluster, run_beside
-from perdure.formatting import RARE, printable, times
 from perdure.process import as_found, plain
-from perdure.reporting import tables as measured
-from perdure.reporting.charts import show
 from perdure.reporting.report import trade_offs
-from perdure.reporting.runs import Run, ignore
+from perdure.reporting.runs import RunResults, ignore, steps_of
+from perdure.reporting.tables import check_complete, markdown, tabulate
 from perdure.reporting.tracking import tracked
 from perdure.streams import build_stream
 from perdure.training.config import RunConfig, make_backbone, make_method
-from perdure.training.dry_run import foresee
 from perdure.training.loop import Progress, Quiet
-from perdure.training.run import Interrupted, recorded_config, resume, run
+from perdure.training.record import recorded_config
+from perdure.training.run import Interrupted, dry_run, resume, run
 from perdure.training.runtime import Runtime, resolve
 from perdure.types import Row, Task
-
-KEYS = (
-    "acc",
-    "aaa",
-    "forgetting",
-    "acc_with_task_id",
-    "forgetting_with_task_id",
-    "task_id_acc",
-    "images_per_second",
-    "stored_bytes",
-    *RARE,
-)
-"""What the table shows of each summary."""
-_SURE = ("matrix", "seconds_per_task", "trainable_parameters", "stored_bytes")  # what every summary has
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,11 +113,9 @@ def compare(
     """
     with checkpoint.locked(out):
         runtime = None
-        measured.steps_of(out)  # a damaged one is told of now, not after hours
+        steps_of(out)  # a damaged one is told of now, not after hours
         for cell in grid:
-            runtime = _made(config, cell) or runtime
-            if cell.finished:
-                _summary(cell, progress.note if progress else ignore)
+            runtime = _made(config, cell, progress.note if progress else ignore) or runtime
         if unfinished := [cell for cell in grid if not cell.finished]:
             runtime = _ready(config, unfinished, runtime)
         if unfinished and runtime is not None:
@@ -219,9 +201,8 @@ class _Telling(Quiet):
         self.tell = tell
 
     def scores(self, task: Task, rows: list[Row]) -> None:
-        score, _, _ = metrics.scored(rows)
-        now = [row.value for row in rows if row.metric == score and row.after == task.index and row.on is not None]
-        self.tell("scores", {"task": task.index, "tasks": task.total, "average": statistics.fmean(now)})
+        average = metrics.average_after(rows, task.index)
+        self.tell("scores", {"task": task.index, "tasks": task.total, "average": average})
 
     def note(self, text: str) -> None:
         self.tell("note", {"text": text})
@@ -245,70 +226,9 @@ def seconds_left(grid: Sequence[Cell]) -> float | None:
     return left
 
 
-def tabulate(summaries: Sequence[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Mean and sample standard deviation over the runs of each method: `{"method", "runs", key: [mean, std]}`."""
-    table = []
-    for method in dict.fromkeys(name for name, _ in summaries):
-        mine = [summary for name, summary in summaries if name == method]
-        row: dict[str, Any] = {"method": method, "runs": len(mine)}
-        for key in KEYS:
-            values = [s[key] for s in mine if s.get(key) is not None]
-            row[key] = list(metrics.spread(values)) if values else None
-        seconds = [sum(sum(task.values()) for task in s["seconds_per_task"]) for s in mine]
-        row["seconds"] = list(metrics.spread(seconds))
-        row["trainable_parameters"] = mine[0]["trainable_parameters"]
-        table.append(row)
-    return table
-
-
-def markdown(table: Sequence[dict[str, Any]]) -> str:
-    """The table in Markdown, in per cent: mean ± sample standard deviation over the runs."""
-    shown = [(key, title) for key, title in _SHOWN if key not in RARE or any(row.get(key) for row in table)]
-    titles = [title for _, title in shown]
-    lines = [f"| method | runs | {' | '.join(titles)} |", "|---" * (len(titles) + 2) + "|"]
-    for row in table:
-        cells = [times(row["step"]) if key == "step" else _shown(key, row[key]) for key, _ in shown]
-        lines.append(f"| {_code(row['method'])} | {row['runs']} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def _code(text: str) -> str:
-    """A text as code in a table's cell: no bar ends the cell, no backtick the code."""
-    text = printable(text).replace("|", "\\|")
-    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"
-
-
-_SHOWN = (
-    ("acc", "final accuracy"),
-    ("new_task_acc", "new-task accuracy"),
-    ("forgetting", "forgetting"),
-    ("acc_with_task_id", "with task id"),
-    ("forgetting_with_task_id", "forgetting with task id"),
-    ("transfer", "transfer"),
-    ("average", "average over the matrix"),
-    ("zero_shot_ratio", "zero-shot kept"),
-    ("stored_bytes", "stored"),
-    ("step", "step / plain LoRA's"),
-    ("seconds", "time"),
-)
-
-
-def _shown(key: str, value: Any) -> str:
-    mean, std = value if isinstance(value, list) else (value, None)
-    return str(show(key, mean, std, unit=key == "stored_bytes").striptags())
-
-
 def _write(grid: Sequence[Cell], out: Path) -> list[dict[str, Any]]:
     """Write table and plots of a finished grid."""
-    table = tabulate([(cell.method, _summary(cell)) for cell in grid])
-    for row in table:
-        found = measured.row_of([Run.read(cell.folder) for cell in grid if cell.method == row["method"]])
-        last = found["after"]["new_task_acc"][-1]
-        row["new_task_acc"] = None if last is None else list(last)
-        row["stored_bytes_after"] = [None if pair is None else pair[0] for pair in found["after"]["stored_bytes"]]
-        row["referenced_bytes"] = found["referenced_bytes"]
-        row["step_cost"], row["step"] = (found["step"] or {}).get("ratio"), found["step"]
+    table = tabulate([(cell.method, RunResults.read(cell.folder)) for cell in grid])
     checkpoint.write_json(out / "compare.json", table)
     checkpoint.write_text(out / "compare.md", markdown(table))
     for name, drawing in trade_offs([(row["method"], row.get) for row in table]).items():
@@ -316,15 +236,11 @@ def _write(grid: Sequence[Cell], out: Path) -> list[dict[str, Any]]:
     return table
 
 
-def _made(config: RunConfig, cell: Cell) -> Runtime | None:
+def _made(config: RunConfig, cell: Cell, note: Callable[[str], None]) -> Runtime | None:
     """How a cell that is there computes; other options than it was made with would have no effect on it."""
     if not (cell.folder / "run.json").exists():
         return None
-    made = Run.read(cell.folder)
-    if not made.facts["stream"]["tasks"]:
-        raise ValueError(
-            f"{cell.folder / 'run.json'} names no tasks: it is no run's; remove {cell.folder} to run it again"
-        )
+    made = RunResults.read(cell.folder, note if cell.finished else ignore)
     written, runtime = recorded_config(cell.folder, made.facts).describe(), Runtime(**made.facts["resolved"])
     for name, value in cell.configured(config).describe().items():
         if name != "save_every" and written[name] != value:
@@ -332,6 +248,8 @@ def _made(config: RunConfig, cell: Cell) -> Runtime | None:
                 f"{cell.folder} was made with {name}={written[name]!r}, not {value!r}: give the same options "
                 "to go on, or another --out to start anew"
             )
+    if cell.finished:
+        check_complete(made)
     return runtime
 
 
@@ -345,21 +263,10 @@ def _ready(config: RunConfig, unfinished: Sequence[Cell], runtime: Runtime | Non
     stream = build_stream(config.stream, backbone.preprocess, seed)
     for method in dict.fromkeys(cell.method for cell in unfinished):
         try:
-            foresee(dataclasses.replace(config, method=method, seed=seed), backbone, stream)
+            dry_run(dataclasses.replace(config, method=method, seed=seed), backbone, stream)
         except ValueError as error:
             raise ValueError(f"--methods {method!r}: {error}") from error
     return runtime
-
-
-def _summary(cell: Cell, note: Callable[[str], None] = ignore) -> dict[str, Any]:
-    """A finished run's summary, with all numbers that the table needs."""
-    found: dict[str, Any] = dict(Run.read(cell.folder, note).summary)
-    if any(found.get(key) is None for key in _SURE):
-        raise ValueError(
-            f"{cell.folder / 'summary.json'} is damaged: numbers are missing; remove it, and the same command writes "
-            "it anew"
-        )
-    return found
 
 
 def _left_out(grid: Sequence[Cell], out: Path) -> str:
@@ -371,11 +278,11 @@ def _left_out(grid: Sequence[Cell], out: Path) -> str:
             continue
         names.append(file.parent.name)
         try:
-            other = Run.read(file.parent)
+            other = RunResults.read(file.parent)
         except ValueError:  # it is not asked for: its name will do
             continue
         methods.append(other.method)
-        seeds.append(other.facts.get("seed"))
+        seeds.append(other.seed)
     if not names:
         return ""
     more = {

@@ -210,9 +210,9 @@ class _Watched(Quiet):
 
     def scores(self, task: Task, rows: list[Row]) -> None:
         self.inner.scores(task, rows)
-        score, _, _ = metrics.scored(rows)
-        now = [row.value for row in rows if row.metric == score and row.after == task.index and row.on is not None]
-        self.trial.report(sum(now) / len(now), task.index)
+        average = metrics.average_after(rows, task.index)
+        assert average is not None
+        self.trial.report(average, task.index)
         last = task.total is not None and task.index == task.total - 1
         if not last and self.trial.should_prune():
             raise _Pruned
@@ -233,7 +233,7 @@ def check_ends(config: RunConfig, space: Space) -> None:
         for value in values:
             mine = configured(config, first | {name: value})
             make_method(mine.method)
-            make_objective(mine.objective)
+            make_objective(mine.objective, mine.method)
             if mine.backbone != configured(config, first).backbone:
                 make_backbone(mine.backbone)
 

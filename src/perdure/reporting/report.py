@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from functools import cache, partial
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -17,51 +17,19 @@ from perdure.reporting import charts, figures
 from perdure.reporting import texts as language
 from perdure.reporting.charts import duration, show
 from perdure.reporting.figures import Drawing, Point
-from perdure.reporting.runs import PHASES, Group, Run, grouped, ignore
-from perdure.reporting.tables import new_task_acc, steps_of
+from perdure.reporting.numbers import STEP, numbers_named
+from perdure.reporting.runs import PHASES, Group, RunResults, grouped, ignore
 from perdure.storage.files import write_text
 
-# A number's key in summary.json, its name, and what it says to someone who reads it for the first time.
-NUMBERS = (
-    ("acc", "Final accuracy", "Mean accuracy over all tasks after the last one was learnt. Higher is better."),
-    ("aaa", "Average accuracy", "The same mean taken after every task, then averaged: quality along the way."),
-    ("new_task_acc", "New-task accuracy", "Mean accuracy on each task right after it was learnt. Higher is better."),
-    ("forgetting", "Forgetting", "How many points old tasks fell below their best, on average. Lower is better."),
-    ("bwt", "Backward transfer", "Change of old tasks since they were learnt. Negative means forgetting."),
-    ("fwt", "Forward transfer", "Gain on a task before it is learnt, over the model that has learnt nothing."),
-    ("retention", "Retention", "Share of an old task's first accuracy that is still there at the end."),
-    (
-        "acc_with_task_id",
-        "Accuracy with task given",
-        "Final accuracy when the model is told which task an image is from.",
-    ),
-    ("task_id_acc", "Task recognised", "How often the answer belongs to the image's own task, right class or not."),
-    ("gap", "Gap", "Accuracy with task given minus final accuracy: what confusing the tasks costs."),
-    (
-        "feature_drift",
-        "Feature drift",
-        "How far features of old test images moved since their task was learnt, relative to their length. 0 is best.",
-    ),
-    ("trainable_parameters", "Trainable parameters", "Numbers that training may change, in the largest task."),
-    ("stored_bytes", "Stored", "All that was learnt, with images a memory refers to, without the pre-trained model."),
-    ("seconds", "Time", "Preparing, training, finishing and evaluating all tasks."),
-    ("images_per_second", "Images per second", "Speed of training."),
-    ("peak_rss_bytes", "Peak memory", "Most main memory that the run used at once."),
-)
-_STEP = (
-    "step_cost",
-    "Step",
-    "A training step of the second task, as a multiple of plain LoRA's; without what is done once a task.",
-)
 _COMPARED = ("acc", "aaa", "new_task_acc", "forgetting", "acc_with_task_id", "task_id_acc", "gap", "feature_drift")
 # What tells why old tasks were kept or lost: heading, explanation, where it comes from, whether it ends at 1.
-_REASONS: tuple[tuple[str, str, Callable[[Run], list[float | None]], bool], ...] = (
+_REASONS: tuple[tuple[str, str, Callable[[RunResults], list[float | None]], bool], ...] = (
     (
         "How far old features moved",
         "Distance between the features of old test images now and right after their task was learnt, in per cent of "
         "their length, mean over old tasks. At 0 the encoder has forgotten nothing: if accuracy falls, tasks are "
         "confused with each other.",
-        Run.drifts,
+        RunResults.drifts,
         False,
     ),
     (
@@ -126,7 +94,7 @@ def write_report(
     """
     if not folders:
         raise ValueError("no run to report: give at least one folder that `perdure run` wrote")
-    runs = [Run.read(folder, note) for folder in dict.fromkeys(map(Path, folders))]
+    runs = [RunResults.read(folder, note) for folder in dict.fromkeys(map(Path, folders))]
     target = out / "report.html" if out.is_dir() else out
     page = _Page(runs)
     text, place = page.render(), target
@@ -167,20 +135,22 @@ def trade_offs(
 class _Page:
     """The report about some runs: its figures, and the page that shows them."""
 
-    def __init__(self, runs: Sequence[Run]) -> None:
+    def __init__(self, runs: Sequence[RunResults]) -> None:
         self.runs, self.groups = runs, grouped(runs)
         self.score = "recall" if all(run.scored == metrics.RECALL for run in runs) else "accuracy"
         self.streams = list(dict.fromkeys(str(run.config.get("stream", "–")) for run in runs))
         self.backbones = list(dict.fromkeys(str(run.config.get("backbone", "–")) for run in runs))
         longest = max((run.names() for run in runs), key=len, default=[])
-        self.curves = _figure(f"Mean {self.score} over the tasks learnt so far", self.groups, Run.averages, longest)
+        self.curves = _figure(
+            f"Mean {self.score} over the tasks learnt so far", self.groups, RunResults.averages, longest
+        )
         self.reasons = [
             (title, meaning, figure)
             for title, meaning, values, share in _REASONS
             if (figure := _figure(title, self.groups, values, longest, zero=True, share=share))
         ]
         same = len(self.streams) == len(self.backbones) == 1
-        self.trades = trade_offs([(g.label, partial(_spread, g)) for g in self.groups]) if same else {}
+        self.trades = trade_offs([(g.label, g.spread) for g in self.groups]) if same else {}
 
     def save(self, folder: Path) -> None:
         """Write each figure, and each run's matrix of scores, as PDF and PNG."""
@@ -205,9 +175,8 @@ class _Page:
         shared = [k for k in keys if all(each.get(k) == facts[0].get(k) for each in facts)]
         methods = list(dict.fromkeys(run.method for run in runs))
         rare = {key for key in RARE if any(run.numbers()[key] is not None for run in runs)}
-        first, *others = _recall_named() if score == "recall" else NUMBERS
-        named = (first, *(each for each in language.NUMBERS if each[0] in rare), *others)
-        steps = any(_spread(group, "step_cost") for group in groups)
+        named = numbers_named(score == "recall", rare)
+        steps = any(group.spread("step_cost") for group in groups)
         page = _template().render(
             title=", ".join(methods) if len(methods) <= 3 else f"{len(methods)} methods compared",
             streams=self.streams,
@@ -220,9 +189,9 @@ class _Page:
             reasons=[(title, meaning, drawing.inline()) for title, meaning, drawing in self.reasons],
             trades=[(drawing.title, drawing.inline()) for drawing in self.trades.values()],
             numbers=named,
-            meanings=[*named, _STEP] if steps else named,
+            meanings=[*named, STEP] if steps else named,
             compared=[(k, name) for k, name, _ in named if k in {*_COMPARED, *rare}],
-            costs=[(k, name) for k, name, _ in named if k in _COSTS] + ([_STEP[:2]] if steps else []),
+            costs=[(k, name) for k, name, _ in named if k in _COSTS] + ([STEP[:2]] if steps else []),
             winners={k: _winner(groups, k) for k in ("acc", "aaa", "new_task_acc", "acc_with_task_id", "task_id_acc")},
             shared=[(k, facts[0][k]) for k in shared],
             differing=[k for k in keys if k not in shared],
@@ -242,49 +211,15 @@ def _template() -> jinja2.Template:
     environment.globals.update(
         bar=charts.bar, stack=charts.stack, legend=charts.legend, level=charts.level, percent=charts.percent
     )
-    environment.globals.update(show=show, duration=duration, spread=_spread)
+    environment.globals.update(show=show, duration=duration)
     text = resources.files("perdure.reporting").joinpath("report.html.jinja").read_text("utf-8")
     return environment.from_string(text)
-
-
-def _recall_named() -> tuple[tuple[str, str, str], ...]:
-    """`NUMBERS` as they are of rankings."""
-    own = {
-        "acc": "Mean of recall at 1, 5 and 10 in both directions, searched among all tasks learnt. Higher is better.",
-        "acc_with_task_id": "Final recall when only the images and captions of the query's own task are searched.",
-        "gap": "Recall on the own gallery minus that among all tasks: what the larger gallery costs.",
-    }
-    told = "Recall on the own gallery"
-    return tuple(
-        (
-            key,
-            told if key == "acc_with_task_id" else name.replace("accuracy", "recall"),
-            own.get(key, text.replace("accuracy", "recall")),
-        )
-        for key, name, text in NUMBERS
-        if key != "task_id_acc"
-    )
-
-
-def _numbers(run: Run) -> dict[str, float | None]:
-    """`Run.numbers`, accuracy on new tasks, and what a step costs."""
-    done = run.learnt()
-    step = steps_of(run.folder.parent)["methods"].get(run.method)
-    cost = step["ratio"] if step else None
-    more = {"new_task_acc": new_task_acc([row[:done] for row in run.matrix()[:done]]), "step_cost": cost}
-    return run.numbers() | more
-
-
-def _spread(group: Group, key: str) -> tuple[float, float | None] | None:
-    """As `Group.spread`, for all of `_numbers`."""
-    values = [v for run in group.runs if (v := _numbers(run)[key]) is not None]
-    return metrics.spread(values) if values else None
 
 
 def _figure(
     title: str,
     groups: Sequence[Group],
-    values: Callable[[Run], list[float | None]],
+    values: Callable[[RunResults], list[float | None]],
     names: Sequence[str],
     **axis: bool,
 ) -> Drawing | None:
@@ -293,7 +228,7 @@ def _figure(
     return figures.curves(title, curves, names, **axis) if curves else None
 
 
-def _view(run: Run) -> dict[str, Any]:
+def _view(run: RunResults) -> dict[str, Any]:
     names, done = run.names(), run.learnt()
     matrix = run.matrix()
     lost = metrics.forgetting_per_task([row[:done] for row in matrix[:done]])
@@ -304,7 +239,7 @@ def _view(run: Run) -> dict[str, Any]:
         "names": names,
         "tasks": run.tasks(),
         "done": done,
-        "numbers": _numbers(run),
+        "numbers": run.numbers(),
         "before": metrics.baseline_of(run.rows, run.scored[0], len(names)),
         "matrix": matrix[:done],
         "averages": run.averages(),
@@ -322,7 +257,7 @@ def _view(run: Run) -> dict[str, Any]:
     }
 
 
-def _room(run: Run) -> dict[str, list[tuple[str, float] | None]]:
+def _room(run: RunResults) -> dict[str, list[tuple[str, float] | None]]:
     """For each layer and task: the number of free directions where it was recorded, and their share."""
     counts = run.layers("free_dimension")
     return {
@@ -343,7 +278,7 @@ def _time(index: int, names: Sequence[str], task: Mapping[str, float]) -> tuple[
     return names[index] if index < len(names) else f"task {index + 1}", parts, sum(task.values())
 
 
-def _facts(run: Run) -> dict[str, str]:
+def _facts(run: RunResults) -> dict[str, str]:
     """What must be equal for a fair comparison, then everything else that was set."""
     stream, backbone, preprocess = run.facts["stream"], run.facts["backbone"], run.facts["backbone"].get("preprocess")
     answers = {
@@ -384,17 +319,17 @@ def _words(key: str) -> str:
 
 
 def _winner(groups: Sequence[Group], key: str) -> str | None:
-    means = {group.label: found[0] for group in groups if (found := _spread(group, key))}
+    means = {group.label: found[0] for group in groups if (found := group.spread(key))}
     return max(means, key=means.__getitem__) if len(means) > 1 else None
 
 
-def _skipped(run: Run) -> list[str]:
+def _skipped(run: RunResults) -> list[str]:
     """Images left out, listed where the run listed them, else counted."""
     listed = run.facts["stream"].get("skipped") or run.summary.get("skipped_images") or []
     return [str(each) for each in listed] if isinstance(listed, list) else [f"{listed} images"]
 
 
-def _dates(runs: Sequence[Run]) -> str:
+def _dates(runs: Sequence[RunResults]) -> str:
     days = []
     for run in runs:
         created = str(run.facts.get("created") or "")

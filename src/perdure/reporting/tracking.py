@@ -5,6 +5,7 @@ end, the matrix as a picture. A run that is resumed continues its curve: `tracki
 tracker's run it belongs to, and at which step each task began.
 """
 
+import math
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from perdure import metrics
 from perdure.core import checkpoint
 from perdure.formatting import meant
 from perdure.reporting import figures
-from perdure.reporting.runs import Run
+from perdure.reporting.runs import RunResults
 from perdure.storage import schema
 from perdure.training.loop import Progress
 from perdure.types import Row, Task
@@ -142,11 +143,9 @@ class _Follower:
 
     def scores(self, task: Task, rows: list[Row]) -> None:
         """A task was learnt and evaluated."""
-        score, _, _ = metrics.scored(rows)
-        now = [row for row in rows if row.after == task.index]
-        values = {_title(row): row.value for row in now}
-        values["average accuracy"] = _mean([row.value for row in now if row.metric == score and row.on is not None])
-        self._log(values, self.offset + self.steps)
+        values = {_title(row): row.value for row in rows if row.after == task.index}
+        average = metrics.average_after(rows, task.index)
+        self._log(values | {"average accuracy": math.nan if average is None else average}, self.offset + self.steps)
         self.inner.scores(task, rows)
 
     def note(self, text: str) -> None:
@@ -157,7 +156,7 @@ class _Follower:
         """The matrix of scores, as a picture."""
         if not self.trackers:  # nothing was left to learn
             return
-        run = Run.read(self.out)
+        run = RunResults.read(self.out)
         drawing = figures.matrix("score matrix", run.matrix(), run.names())
         picture = drawing.pixels()
         for tracker in self.trackers:
@@ -184,7 +183,3 @@ class _Follower:
 
 def _title(row: Row) -> str:
     return row.metric if row.on is None else f"{row.metric}/task {row.on + 1}"
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else float("nan")
