@@ -118,7 +118,8 @@ def test_a_spec_may_span_several_lines():
 
 UNREADABLE = """|   |lora(|lora(rank)|lora - replay|3|'lora'|a.b(rank=1)|lora(rank=8)(alpha=1)|lora(**{'a': 1})
 |lora(rank=f())|lora(rank=lora)|lora(rank=1 + 1)|lora(rank=2j)|lora(rank={1: 2})|lora(rank=b'x')|lora(rank=...)
-|lora(rank=1e999)|lora(rank=-True)|lora(rank=f'{1}')|lora(rank=lambda: 0)|lora(*[1])|lora, replay|lora; replay|lora(path='C:\\data')"""
+|lora(rank=1e999)|lora(rank=-True)|lora(rank=f'{1}')|lora(rank=lambda: 0)|lora(*[1])|lora, replay
+|lora; replay|lora(path='C:\\data')"""
 
 
 @pytest.mark.parametrize("text", [*UNREADABLE.replace("\n", "").split("|"), "lora\0", "(" * 300 + ")" * 300])
