@@ -11,9 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from perdure.backbones.preprocess import Preprocess
+from perdure.formatting import meant
 from perdure.storage.schema import plain
 from perdure.streams.columns import require_column
-from perdure.streams.options import StreamPlan, near, stream
+from perdure.streams.options import StreamPlan, stream
 from perdure.streams.sources import Files, Parquet, Source, check_path
 from perdure.streams.tables import check_image_column, csv_images, holds, read_csv, read_schema, table_files
 from perdure.streams.topics import WORDS, Album, CaptionOptions, Gallery, arrange_captions
@@ -121,7 +122,7 @@ def _album(name: str, part: Listing, columns: tuple[str, ...], by: str | None) -
     if by is not None and by not in part.columns:
         known = ", ".join(part.columns)
         raise ValueError(
-            f"by={by!r}: {name} has no such column{near(by, (*WORDS, *part.columns))}; expected 'clusters', 'random', "
+            f"by={by!r}: {name} has no such column{meant(by, (*WORDS, *part.columns))}; expected 'clusters', 'random', "
             f"'natural', or a column: {known}"
         )
     place: dict[str, int] = {}

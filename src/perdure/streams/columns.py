@@ -84,7 +84,7 @@ def read_table(name: str, train: Table, test: Table | None, choice: Choice) -> F
 def require_column(name: str, columns: Sequence[str], column: str, option: str) -> None:
     """Raise a ValueError that names the columns when `column` is not one of them."""
     if column not in columns:
-        hint = near(column, columns) or near(option, columns)
+        hint = meant(column, columns) or meant(option, columns)
         raise ValueError(f"{name} has no column {column!r} ({option}=){hint}; its columns: {', '.join(columns)}")
 
 

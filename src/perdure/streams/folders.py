@@ -10,8 +10,9 @@ from typing import Any, Literal
 import numpy as np
 
 from perdure.backbones.preprocess import Preprocess, formats, is_image
+from perdure.formatting import meant
 from perdure.streams.naming import class_name, natural, role_of
-from perdure.streams.options import Options, StreamPlan, near, stream
+from perdure.streams.options import Options, StreamPlan, stream
 from perdure.streams.sources import Files
 from perdure.streams.task_split import Found, Part, arrange
 from perdure.types import Stream
@@ -77,7 +78,7 @@ def parts(path: Path, measured: bool = False) -> tuple[Path, Path | None, Counte
     """
     if not path.is_dir():
         here = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        what = "is a file" if path.is_file() else f"does not exist{near(path.name, here)}"
+        what = "is a file" if path.is_file() else f"does not exist{meant(path.name, here)}"
         raise ValueError(f"path={str(path)!r} {what}; give a folder of class folders")
     folders = _folders(path)
     # "train", "test" and "val" may as well be classes: then they hold images, not folders.

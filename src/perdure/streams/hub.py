@@ -1,16 +1,14 @@
 """Streams from data sets of the Hugging Face hub, or any folder that the `datasets` library loads."""
 
-import contextlib
-import importlib
-from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
 
 from perdure.backbones.preprocess import Preprocess
+from perdure.formatting import meant
 from perdure.streams.columns import Choice, Names, Piece, Table, check_names, read_table, require_column
-from perdure.streams.options import Options, StreamPlan, near, stream
-from perdure.streams.sources import Rows, check_images
+from perdure.streams.options import Options, StreamPlan, stream
+from perdure.streams.sources import Rows, check_images, quietly
 from perdure.streams.task_split import Found, arrange
 from perdure.types import Stream
 
@@ -71,22 +69,9 @@ def read_hub(
         return read_table(name, train, test[0] if test else None, choice)
 
 
-@contextlib.contextmanager
-def quietly() -> Iterator[Any]:
-    """The `datasets` library without progress bars."""
-    datasets = importlib.import_module("datasets")
-    shown = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        yield datasets
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
-
-
 def _table(datasets: Any, loaded: Any, name: str, part: str, image: str, choice: Choice) -> Table:
     if part not in loaded:
-        raise ValueError(f"{name} has no part {part!r}{near(part, list(loaded))}; its parts: {', '.join(loaded)}")
+        raise ValueError(f"{name} has no part {part!r}{meant(part, list(loaded))}; its parts: {', '.join(loaded)}")
     data = loaded[part]
     features = data.features
     require_column(name, data.column_names, image, "image")

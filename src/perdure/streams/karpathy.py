@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 from perdure.backbones.preprocess import Preprocess
+from perdure.formatting import meant
 from perdure.storage.schema import fitting, plain
 from perdure.streams.captions import Listing, check_apart, gallery, read_listings
 from perdure.streams.columns import require_column
-from perdure.streams.hub import quietly
-from perdure.streams.options import StreamPlan, near, stream
-from perdure.streams.sources import Files, Rows
+from perdure.streams.options import StreamPlan, stream
+from perdure.streams.sources import Files, Rows, quietly
 from perdure.streams.topics import WORDS, Album, CaptionOptions, Gallery, arrange_captions
 from perdure.types import Stream
 
@@ -114,7 +114,7 @@ def _read_hub(name: str, options: CaptionOptions, revision: str | None = None) -
 
 def _read_json(file: Path, by: str | None) -> Gallery:
     if by not in (None, _SUPER):
-        raise ValueError(f"by={by!r}: {file.name} has no such topics{near(by, (*WORDS, _SUPER))}; leave it out")
+        raise ValueError(f"by={by!r}: {file.name} has no such topics{meant(by, (*WORDS, _SUPER))}; leave it out")
     if not file.is_file():
         raise ValueError(f"path={str(file)!r} does not exist; give the folder that holds it and the images")
     listed = _json(file).get("images")

@@ -7,11 +7,12 @@ from typing import Any, Literal
 import torch
 
 from perdure.backbones.preprocess import Preprocess
+from perdure.formatting import meant
 from perdure.options.ranges import Seed, checked
 from perdure.options.spec import Spec, build, parse_one
 from perdure.streams.caption_set import Captioned
 from perdure.streams.image_set import Budget, ImageSet
-from perdure.streams.options import StreamPlan, check_order, near
+from perdure.streams.options import StreamPlan, check_order
 from perdure.streams.splits import digest
 from perdure.streams.task_split import ordered
 from perdure.types import Stream, Task
@@ -61,7 +62,7 @@ def _sequence(
     measured: bool = False,
 ) -> StreamPlan:
     if scenario not in ("task", "class"):
-        raise ValueError(f"scenario={scenario!r}: expected 'task' or 'class'{near(scenario, ('task', 'class'))}")
+        raise ValueError(f"scenario={scenario!r}: expected 'task' or 'class'{meant(scenario, ('task', 'class'))}")
     check_order(order)
     specs = [parse_one(each) if isinstance(each, str) else each for each in streams]
     if len(specs) < 2:

@@ -5,7 +5,9 @@ import itertools
 import os
 import re
 import threading
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -348,8 +350,19 @@ def _encoded(cell: Any, folder: Path) -> bytes:
 
 
 def _memory_mapped(files: Sequence[Path], column: str) -> pa.ChunkedArray:
-    from perdure.streams.hub import quietly  # `datasets` takes a second to import; small data never needs it
-
     with quietly() as datasets:
         data = datasets.load_dataset("parquet", data_files=[str(f) for f in files], columns=[column], split="train")
     return data.data.column(column)
+
+
+@contextmanager
+def quietly() -> Iterator[Any]:
+    """The `datasets` library without progress bars; imported here, for it takes a second, and small data never needs it."""
+    datasets = import_module("datasets")
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield datasets
+    finally:
+        if shown:
+            datasets.enable_progress_bars()

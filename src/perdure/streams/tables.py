@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from perdure.backbones.preprocess import Preprocess
+from perdure.formatting import meant
 from perdure.streams.columns import (
     Choice,
     Names,
@@ -23,7 +24,7 @@ from perdure.streams.columns import (
     require_column,
 )
 from perdure.streams.naming import Role, role_of
-from perdure.streams.options import Options, StreamPlan, near, stream
+from perdure.streams.options import Options, StreamPlan, stream
 from perdure.streams.sources import Files, Parquet, check_images, check_path
 from perdure.streams.task_split import Found, arrange
 from perdure.types import Stream
@@ -114,7 +115,7 @@ def table_files(path: Path, ending: str = ".parquet", measured: bool = False) ->
         return [path], []
     if not path.is_dir():
         here = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise ValueError(f"path={str(path)!r} does not exist{near(path.name, here)}; give a folder or a {ending} file")
+        raise ValueError(f"path={str(path)!r} does not exist{meant(path.name, here)}; give a folder or a {ending} file")
     for folder in (path, path / "data"):
         if files := sorted(folder.glob(f"*{ending}")):
             roles = [role_of(file.name.removesuffix(ending), whole=False) for file in files]

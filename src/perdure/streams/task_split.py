@@ -9,9 +9,10 @@ import numpy as np
 import torch
 
 from perdure.backbones.preprocess import Preprocess
+from perdure.formatting import meant
 from perdure.streams.image_set import Budget, ImageSet
 from perdure.streams.naming import class_name, in_case_only, numbers, recorded
-from perdure.streams.options import Options, near, read_order
+from perdure.streams.options import Options, read_order
 from perdure.streams.sources import Source
 from perdure.streams.splits import SHARE, digest, first_of_each, held_out, shuffled
 from perdure.types import Stream, Task
@@ -224,7 +225,7 @@ def ordered(
         if isinstance(entry, int) and entry not in number:
             raise ValueError(f"order: {entry} is not a {kind}; there are {min(number)}-{max(number)}")
         if isinstance(entry, str) and entry not in place:
-            raise ValueError(f"order: there is no {kind} {entry!r}{near(entry, names)}")
+            raise ValueError(f"order: there is no {kind} {entry!r}{meant(entry, names)}")
         chosen.append(place[entry] if isinstance(entry, str) else number[entry])
     if twice := [c for c, n in Counter(chosen).items() if n > 1]:
         raise ValueError(f"order names the {kind} {names[twice[0]]!r} twice; name each once")
