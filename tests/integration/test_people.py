@@ -117,7 +117,8 @@ def test_eval_measures_all_images_that_were_not_taught_and_says_how_many(perdure
         assert measured.out.startswith("20 images are measured\n"), measured
     own = perdure("eval", "a", "--stream", "images(path='d')", "--json")
     assert "4 images are measured; 16 more were taught to this learner and are left out" in own.err
-    assert {row["metric"] for row in own.events} == {"accuracy", "accuracy_with_task_id", "task_id_accuracy"}
+    measures = {"accuracy", "accuracy_with_task_id", "task_id_accuracy", "calibration_error"}
+    assert {row["metric"] for row in own.events} == measures
     shutil.copytree("data/test", "few")
     shutil.rmtree("few/dog")
     assert perdure("eval", "a", "--stream", "images(path='few')").out.startswith("10 images are measured\n")
