@@ -4,6 +4,7 @@ Beside the cells stand the table (`compare.json`, `compare.md`), what a step cos
 costs (`accuracy-bytes.svg`, `accuracy-time.svg`).
 """
 
+import contextlib
 import dataclasses
 import re
 import shlex
@@ -15,18 +16,21 @@ from typing import Any, Protocol
 from perdure import metrics
 from perdure.core import checkpoint
 from perdure.experiments import step_cost
+from perdure.experiments.cluster import Cluster, run_beside
 from perdure.formatting import RARE, printable, times
 from perdure.process import as_found, plain
 from perdure.reporting import tables as measured
 from perdure.reporting.charts import show
 from perdure.reporting.report import trade_offs
 from perdure.reporting.runs import Run, ignore
+from perdure.reporting.tracking import tracked
 from perdure.streams import build_stream
 from perdure.training.config import RunConfig, make_backbone, make_method
 from perdure.training.dry_run import foresee
-from perdure.training.loop import Progress
+from perdure.training.loop import Progress, Quiet
 from perdure.training.run import Interrupted, recorded_config, resume, run
 from perdure.training.runtime import Runtime, resolve
+from perdure.types import Row, Task
 
 KEYS = (
     "acc",
@@ -56,12 +60,19 @@ class Cell:
         """Whether nothing is left to do."""
         return (self.folder / "summary.json").exists()
 
+    def configured(self, config: RunConfig) -> RunConfig:
+        """What all cells share, with this one's method and seed."""
+        return dataclasses.replace(config, method=self.method, seed=self.seed)
+
 
 class GridProgress(Progress, step_cost.StepProgress, Protocol):
     """Progress that is also told of the grid."""
 
     def cell(self, number: int, total: int, method: str, seed: int, left: float | None) -> None:
         """Run number `number` (from 0) of `total` begins; `left` seconds are left for all, as far as one can tell."""
+
+    def beside(self, number: int, total: int, method: str, seed: int, event: str, facts: dict[str, Any]) -> None:
+        """A run among others that go on at the same time was scored (`scores`), or has something to say (`note`)."""
 
 
 def cells(methods: Sequence[str], seeds: Sequence[int], out: Path) -> list[Cell]:
@@ -87,7 +98,14 @@ def cells(methods: Sequence[str], seeds: Sequence[int], out: Path) -> list[Cell]
 
 @plain()
 def compare(
-    config: RunConfig, grid: Sequence[Cell], out: Path, progress: GridProgress | None = None, *, steps: bool = True
+    config: RunConfig,
+    grid: Sequence[Cell],
+    out: Path,
+    progress: GridProgress | None = None,
+    *,
+    steps: bool = True,
+    track: str = "",
+    cluster: Cluster | None = None,
 ) -> list[dict[str, Any]]:
     """Run what is not finished of a grid; returns the table, one row a method.
 
@@ -100,6 +118,8 @@ def compare(
         grid: from `cells`.
         out: folder of the grid.
         progress: who is told.
+        track: experiment trackers that each run is followed by, see `tracked`.
+        cluster: where cells run beside each other; None runs them here, one after another.
         steps: measure what a step costs against plain LoRA's, where that is not known yet.
 
     Raises:
@@ -116,19 +136,11 @@ def compare(
                 _summary(cell, progress.note if progress else ignore)
         if unfinished := [cell for cell in grid if not cell.finished]:
             runtime = _ready(config, unfinished, runtime)
-        for number, cell in enumerate(grid):
-            if cell.finished:
-                continue
-            if progress:
-                progress.cell(number, len(grid), cell.method, cell.seed, seconds_left(grid))
-            try:
-                if (cell.folder / "run.json").exists():
-                    resume(cell.folder, progress)
-                    continue
-                run(dataclasses.replace(config, method=cell.method, seed=cell.seed), cell.folder, progress, runtime)
-            except Interrupted as stop:
-                said = str(stop).partition(";")[0]
-                raise Interrupted(f"{cell.folder.name}: {said}; the same command goes on from here") from stop
+        if unfinished and runtime is not None:
+            if cluster is not None and cluster.beside:
+                _beside(config, grid, track, progress, dataclasses.replace(runtime, threads=cluster.cpus), cluster)
+            else:
+                _in_turn(config, grid, track, progress, runtime)
         table = _write(grid, out)
         if steps and runtime is not None:
             methods = list(dict.fromkeys(cell.method for cell in grid))
@@ -138,6 +150,86 @@ def compare(
         if progress and (left_out := _left_out(grid, out)):
             progress.note(left_out)
     return table
+
+
+def _in_turn(
+    config: RunConfig, grid: Sequence[Cell], track: str, progress: GridProgress | None, runtime: Runtime
+) -> None:
+    for number, cell in enumerate(grid):
+        if cell.finished:
+            continue
+        if progress:
+            progress.cell(number, len(grid), cell.method, cell.seed, seconds_left(grid))
+        try:
+            _run_cell(cell.configured(config), cell.folder, track, runtime, progress or Quiet())
+        except Interrupted as stop:
+            raise _stopped(cell, stop) from stop
+
+
+def _beside(
+    config: RunConfig,
+    grid: Sequence[Cell],
+    track: str,
+    progress: GridProgress | None,
+    runtime: Runtime,
+    cluster: Cluster,
+) -> None:
+    unfinished = [(number, cell) for number, cell in enumerate(grid) if not cell.finished]
+    calls = [
+        (
+            _run_elsewhere,
+            {"config": c.configured(config), "folder": c.folder.absolute(), "track": track, "runtime": runtime},
+        )
+        for _, c in unfinished
+    ]
+
+    def told(place: int, event: str, facts: dict[str, Any]) -> None:
+        number, cell = unfinished[place]
+        if progress:
+            progress.beside(number, len(grid), cell.method, cell.seed, event, facts)
+
+    try:
+        run_beside(cluster, calls, told)
+    except KeyboardInterrupt as stop:
+        raise Interrupted("stopped, all is saved; the same command goes on from here") from stop
+
+
+def _run_cell(config: RunConfig, folder: Path, track: str, runtime: Runtime, progress: Progress) -> None:
+    with tracked(progress, track, folder) as told:
+        if (folder / "run.json").exists():
+            resume(folder, told)
+        else:
+            run(config, folder, told, runtime)
+
+
+def _run_elsewhere(
+    config: RunConfig, folder: Path, track: str, runtime: Runtime, tell: Callable[[str, dict[str, Any]], None]
+) -> None:
+    """A cell in a worker; one that was started again finds what is finished and goes on."""
+    if (folder / "summary.json").exists():
+        return
+    with contextlib.suppress(Interrupted):  # the grid was stopped, and says so
+        _run_cell(config, folder, track, runtime, _Telling(tell))
+
+
+class _Telling(Quiet):
+    """Tells the grid what a cell has to say."""
+
+    def __init__(self, tell: Callable[[str, dict[str, Any]], None]) -> None:
+        self.tell = tell
+
+    def scores(self, task: Task, rows: list[Row]) -> None:
+        score, _, _ = metrics.scored(rows)
+        now = [row.value for row in rows if row.metric == score and row.after == task.index and row.on is not None]
+        self.tell("scores", {"task": task.index, "tasks": task.total, "average": statistics.fmean(now)})
+
+    def note(self, text: str) -> None:
+        self.tell("note", {"text": text})
+
+
+def _stopped(cell: Cell, stop: Interrupted) -> Interrupted:
+    said = str(stop).partition(";")[0]
+    return Interrupted(f"{cell.folder.name}: {said}; the same command goes on from here")
 
 
 def seconds_left(grid: Sequence[Cell]) -> float | None:
@@ -234,7 +326,7 @@ def _made(config: RunConfig, cell: Cell) -> Runtime | None:
             f"{cell.folder / 'run.json'} names no tasks: it is no run's; remove {cell.folder} to run it again"
         )
     written, runtime = recorded_config(cell.folder, made.facts).describe(), Runtime(**made.facts["resolved"])
-    for name, value in dataclasses.replace(config, method=cell.method, seed=cell.seed).describe().items():
+    for name, value in cell.configured(config).describe().items():
         if name != "save_every" and written[name] != value:
             raise ValueError(
                 f"{cell.folder} was made with {name}={written[name]!r}, not {value!r}: give the same options "
@@ -247,7 +339,7 @@ def _ready(config: RunConfig, unfinished: Sequence[Cell], runtime: Runtime | Non
     """How cells compute; refuses methods that a task would refuse when its turn comes, perhaps after hours."""
     backbone = make_backbone(config.backbone)
     if runtime is None:
-        runtime = resolve(backbone, config.precision, config.attention, config.batch_size, config.device)
+        runtime = resolve(backbone, config.precision, config.attention, config.device)
     runtime.apply(backbone)
     seed = unfinished[0].seed
     stream = build_stream(config.stream, backbone.preprocess, seed)
