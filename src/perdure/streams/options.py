@@ -19,6 +19,9 @@ StreamPlan = Callable[[Preprocess, int, bool], Stream]
 `measured`: nothing is learnt from it, all images are test images.
 """
 
+REGISTRY: dict[str, Callable[..., StreamPlan]] = {}
+"""Name -> factory, for streams that are made of others; `perdure.streams` fills it."""
+
 Level = Annotated[int, Range(0, 100)]
 """Of folders; 0 is the outermost."""
 
