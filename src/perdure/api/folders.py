@@ -19,7 +19,7 @@ from perdure.process import as_found, plain
 from perdure.storage import schema
 from perdure.storage.schema import LessonSource
 from perdure.streams import Captioned, ImageSet, alike, build_stream, captioned_task, folder_task
-from perdure.streams.single_caption_task import COLUMN
+from perdure.streams.single_task import COLUMN
 from perdure.streams.splits import digest
 from perdure.training.config import RunConfig, former_parts
 from perdure.training.loop import Diverged, Progress, Quiet, TrainConfig
@@ -210,7 +210,7 @@ def _read(
     if "classes" in learner.objective.asks:
         place = photos, learner.backbone.preprocess, known, index, skip_bad, learner.seed
         return folder_task(*place, tell, None if again else "learn")
-    return captioned_task(photos, learner.backbone.preprocess, known, index, captions, skip_bad)
+    return captioned_task(photos, learner.backbone.preprocess, known, index, captions, skip_bad, tell)
 
 
 def _source(photos: Path, task: Task, skip_bad: bool) -> LessonSource:
