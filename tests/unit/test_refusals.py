@@ -54,8 +54,6 @@ BUILT = {
     r"at='fc2' has no effect with parallel=True, which stands beside each": "adapter(at='fc2', parallel=True)",
     r"length=5: expected an even number": "coda_prompt(length=5)",
     r"start='ortho': expected 'orthogonal' or 'random'": "coda_prompt(start='ortho')",
-    r"template='cat' has no {} for the class name": "cosine(init='zeroshot', template='cat')",
-    r"template='a {}' has no effect with init='random': leave it out$": "cosine(template='a {}')",
     r"(size|bytes|selection|ratio|mask)=.* has no effect with alpha=0 and beta=0: leave it out$": (
         "derpp(alpha=0, beta=0, mask=True) | lora + derpp(alpha=0, beta=0, size=12) | "
         "lora + derpp(alpha=0, beta=0, bytes='1MB') | lora + derpp(alpha=0, beta=0, selection='herding') | "
@@ -153,7 +151,7 @@ FORESEEN = {
         r"^task 2: feature_distill has no effect where no part": "feature_distill + lora(rank=2, tasks=2)",
         r"^task 2: weight_average has no effect where no part": "lora(rank=2, tasks=2) + weight_average",
         r"^zscl keeps scores of images and texts, and classify reads no texts: use": "finetune + zscl",
-        r"^mod_x keeps scores of images and captions, and classify reads no captions": "lora(rank=2) + mod_x",
+        r"^mod_x needs captions, and classify learns classes: leave it out of .* --obj.* retrieve$": "lora + mod_x",
         r"^feature_distill\(tower='(text|both)'\): this objective reads no texts: use --objective zeroshot": (
             "lora(rank=2) + feature_distill(tower='text') | lora(rank=2) + feature_distill(tower='both')"
         ),
@@ -170,11 +168,18 @@ FORESEEN = {
         r"^adapter reads what .* gives, .*: write adapter last, or": "adapter(rank=2) + lora(rank=2, at='fc2')",
         r"^selection='grand' is 'el2n' here: .*; write": "lora(rank=2) + cosine + replay(size=9, selection='grand')",
         r"^mask=True has no effect beside a part that lets all .*: leave": "finetune(mask=False) + gem(mask=True)",
-        r"^cosine\(init='zeroshot'\) needs a text tower, which tiny.* or pocket\(\), or": "cosine(init='zeroshot')",
+        r"^classify\(init='zeroshot'\) needs a text tower, which tiny.* or pocket\(\), or": "cosine(init='zeroshot')",
         r"^align cannot be combined with (ncm|ranpac), which answers without the heads": (
             "ncm + align | align + ncm | ranpac(dim=8) + align | align + ranpac(dim=8)"
         ),
         r"backbone_lr=0\.2 has no effect beside the part that trains the encoder": "joint(backbone_lr=0.2) + lora",
+        r"^(lr=0\.1|samples=9) has no effect on align's closed form \(epochs=5 would train\): leave it out$": (
+            "align(lr=0.1) | align(samples=9) | align(samples=9, start='lda')"
+        ),
+    },
+    "classify(cosine=True)": {
+        r"^align: start='lda' is the solution for linear heads": "align(start='lda') | align(epochs=0)",
+        r"^selection='grand' is 'el2n' here: .*; write": "lora(rank=2) + replay(size=9, selection='grand')",
     },
     "domain": {
         r"^heads='frozen' has no effect where no old head stands apart": "lora(rank=2) + lwf(heads='frozen')",
@@ -185,10 +190,10 @@ FORESEEN = {
     "zeroshot": {
         r"class names cannot be compared with: use --objective classify, or add ncm": "layers(last=1)",
         r"^align re-trains heads, and this objective has none: use --objective class": "align",
-        r"^cosine changes the heads of classify, and this objective has none: use": "lora + cosine",
+        r"^objective 'zeroshot' has no option 'cosine'": "lora + cosine",
         r"^task 1: zscl has no effect where no part trains the encoder any more": "lora(rank=2, tasks=1) + zscl",
         r"text_gradient=False has no effect where no part trains the": "lora(rank=2) + zscl(text_gradient=False)",
-        r"^mod_x keeps scores of images and captions, and zeroshot reads no captions": "lora(rank=2) + mod_x",
+        r"^mod_x needs captions, and zeroshot learns classes: leave it out of .* --obj.* retrieve$": "lora + mod_x",
         r"has no effect on the text tower, which no .* write tower='vision'": (
             "lora(rank=2) + feature_distill(tower='both') | finetune + feature_distill(tower='text')"
         ),
@@ -202,7 +207,7 @@ FORESEEN = {
         r"tower='both' has no effect beside the part that trains the": "lora(tower='both') + joint(tower='both')",
     },
     "retrieve": {
-        r"needs scores of classes, and retrieve ranks pairs: leave it out of": (
+        r"needs classes, and retrieve learns captions: leave it out of .* --objective classify or zeroshot$": (
             "ncm | probe + align | ranpac | lora + derpp | finetune + icarl"
         ),
         r"^task 1: mod_x has no effect where no part trains the encoder any": "lora(rank=2, tasks=1) + mod_x",
@@ -215,13 +220,6 @@ FORESEEN = {
 # And of what only the learning of a task shows.
 LEARNT = {
     r"both adapted and fine-tuned.* Use one of the two": "lora(rank=2) + finetune",
-    r"^align: start='lda' is the solution for linear heads": (
-        "cosine + align(start='lda') | cosine + align(epochs=0) | "
-        "align(start='lda') + cosine | align(epochs=0) + cosine"
-    ),
-    r"^(lr=0\.1|samples=9) has no effect on align's closed form \(epochs=5 would train\): leave it out$": (
-        "align(lr=0.1) | align(samples=9) | align(samples=9, start='lda')"
-    ),
     r"^of='updates': no part of .* adds a linear update to a layer, so (ewc|mas) would hold none; write of=": (
         "finetune + ewc(of='updates') | finetune + mas(of='updates')"
     ),

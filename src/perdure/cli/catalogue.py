@@ -155,8 +155,7 @@ class _Module:
     def fields(self, made: ast.stmt) -> dict[str, tuple[Any, Any]]:
         """Default and annotation of the fields of a dataclass."""
         lines = made.body if isinstance(made, ast.ClassDef) else []
-        # a field made by a call is the program's, see `perdure.streams.options.PROGRAM`
-        written = (each for each in lines if isinstance(each, ast.AnnAssign) and not isinstance(each.value, ast.Call))
+        written = (each for each in lines if isinstance(each, ast.AnnAssign))
         named = ((line.target, line) for line in written)
         return {n.id: self._option(line.value, line.annotation) for n, line in named if isinstance(n, ast.Name)}
 

@@ -232,7 +232,7 @@ def check_ends(config: RunConfig, space: Space) -> None:
         for value in values:
             mine = configured(config, first | {name: value})
             make_method(mine.method)
-            make_objective(mine.objective)
+            make_objective(mine.objective, mine.method)
             if mine.backbone != configured(config, first).backbone:
                 make_backbone(mine.backbone)
 

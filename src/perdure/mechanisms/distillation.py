@@ -1,6 +1,6 @@
 """A teacher: the learner as it was, kept as a snapshot of what is trained; no second backbone."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -9,18 +9,23 @@ from torch.nn import functional as F
 
 from perdure.adapters.state import BufferDict
 from perdure.core.learner import Core
-from perdure.objectives.retrieve import embedded
-from perdure.types import Batch
+from perdure.core.method import Method
+from perdure.types import Batch, Task
 
 
 class Teacher(nn.Module):
     """What the learner answered when `remember` was called, although it has been trained since.
 
     Only parameters in training are kept, while the task lasts; everything else does not change in it.
+
+    Args:
+        name: under which what it says is recorded.
+        outputs: what it says of single examples, see `Objective.output`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, name: str, outputs: Sequence[str] = ()) -> None:
         super().__init__()
+        self.name, self.outputs = name, tuple(outputs)
         self.kept = BufferDict()  # name of a parameter of the learner -> its value
 
     def remember(self, learner: Core) -> None:
@@ -32,6 +37,33 @@ class Teacher(nn.Module):
     def forget(self) -> None:
         """Drop the snapshot."""
         self.kept.clear()
+
+    @property
+    def records(self) -> tuple[str, ...]:
+        """Names of what `record` gives."""
+        return tuple(f"{self.name}/{output}" for output in self.outputs)
+
+    def record(self, learner: Core, batch: Batch) -> Batch:
+        """What it says of each example of a training set, (B, ...), for `Method.record`."""
+        return self.ask(learner, batch) if self.kept and learner.training else {}
+
+    def forward(self, learner: Core, batch: Batch) -> Batch:
+        """Its `outputs` for `batch`, by name, as they were recorded or else asked for now; without gradients."""
+        said = batch if batch.keys() >= set(self.records) else self.ask(learner, batch)
+        return {output: said[name] for output, name in zip(self.outputs, self.records, strict=True)}
+
+    def distributions(self, learner: Core, batch: Batch, old: bool = False) -> list[Tensor]:
+        """What the objective answered by, see `Objective.distributions`."""
+        if self.outputs:
+            return learner.objective.distributions(None, batch | self(learner, batch), old)
+        with self.swapped_in(learner):
+            return learner.objective.distributions(learner.encode(batch), batch, old)
+
+    def ask(self, learner: Core, batch: Batch) -> Batch:
+        """What is recorded, asked for now."""
+        with self.swapped_in(learner):
+            said = [learner.objective.output(learner, batch, output) for output in self.outputs]
+        return dict(zip(self.records, said, strict=True))
 
     @contextmanager
     def swapped_in(self, learner: Core) -> Iterator[None]:
@@ -50,17 +82,6 @@ class Teacher(nn.Module):
             for (parameter, _), value in zip(swapped, present, strict=True):
                 parameter.data = value
 
-    def pairs(self, learner: Core, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Features (B, dim) and the captions' embeddings (B, K, dim), zero where there is none, without gradients."""
-        with self.swapped_in(learner):
-            return learner.encode(batch), embedded(learner, batch["text"])
-
-    def forward(self, learner: Core, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Features (B, dim) and scores (B, seen classes) by the learner of the snapshot, without gradients."""
-        with self.swapped_in(learner):
-            features = learner.encode(batch)
-            return features, learner.objective.scores(features)
-
 
 def distillation(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
     """T² · KL(softmax(teacher / T) ‖ softmax(student / T)), the mean over rows (Hinton et al., 2015, arXiv:1503.02531).
@@ -74,6 +95,59 @@ def distillation(teacher: Tensor, student: Tensor, temperature: float) -> Tensor
     """
     wanted, given = (F.log_softmax(scores / temperature, dim=1) for scores in (teacher, student))
     return temperature**2 * F.kl_div(given, wanted, reduction="batchmean", log_target=True)
+
+
+class Distillation(Method):
+    """Base of methods that hold what a teacher says, from the second task on; `strength` is the weight.
+
+    Args:
+        outputs: what the teacher is asked for, see `Objective.output`.
+    """
+
+    protects = "encoder"
+    strength: float
+
+    def __init__(self, outputs: Sequence[str] = ()) -> None:
+        super().__init__()
+        self.teacher = Teacher(self.name)
+        self.ask_for(outputs)
+
+    def ask_for(self, outputs: Sequence[str]) -> None:
+        """Settle what the teacher says."""
+        self.teacher.outputs = tuple(outputs)
+        self.records = self.teacher.records
+
+    def holds(self, task: Task) -> bool:
+        """Whether there is anything to keep in `task`."""
+        return bool(self.strength and task.index)
+
+    def begin_task(self, learner: Core, task: Task) -> None:
+        """Take the learner as teacher."""
+        self.check(learner, task)
+        if self.holds(task):
+            self.teacher.remember(learner)
+
+    def check(self, learner: Core, task: Task) -> None:
+        """Refuse a task in which nothing moves; known when all parts have grown."""
+        if self.holds(task):
+            check_moves(learner, task, self)
+
+    def record(self, learner: Core, batch: Batch) -> Batch:
+        """What the teacher says of each example."""
+        return self.teacher.record(learner, batch)
+
+    def end_task(self, learner: Core, task: Task) -> None:
+        """Let the teacher go."""
+        self.teacher.forget()
+
+
+def check_moves(learner: Core, task: Task, part: Method) -> None:
+    """Raise `ValueError` when `part` holds an encoder that `task` does not train."""
+    if not trains_encoder(learner):
+        raise ValueError(
+            f"task {task.index}: {part.name} has no effect where no part trains the encoder any more: take one that "
+            f"does in every task, as in 'lora + {part.name}', or leave {part.name} out"
+        )
 
 
 def trains_encoder(learner: Core) -> bool:

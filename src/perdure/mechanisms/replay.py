@@ -1,7 +1,7 @@
 """Replay: which old examples are remembered, how they are read again, and gradients on them."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -9,10 +9,10 @@ from torch.nn import functional as F
 
 from perdure.adapters.state import BufferDict
 from perdure.core.learner import Core
+from perdure.core.method import Method, check_trained
 from perdure.formatting import count_bytes
 from perdure.mechanisms import selection_scores as orders
 from perdure.mechanisms.selection_scores import Position
-from perdure.objectives.classify import Classify
 from perdure.options.ranges import without_effect
 from perdure.streams.augment import AUGMENTS, Augment
 from perdure.streams.image_set import ImageSet
@@ -222,7 +222,7 @@ class ExemplarBuffer(ReplayBuffer):
         Raises:
             ValueError: for `grand` where the last layer's inputs all have the same length.
         """
-        if self.chooses == "grand" and not _linear(learner):
+        if self.chooses == "grand" and not learner.objective.linear:
             raise ValueError(
                 "selection='grand' is 'el2n' here: class vectors are compared by direction, and features of unit "
                 "length give every gradient the error's length; write selection='el2n'"
@@ -292,6 +292,43 @@ class ExemplarBuffer(ReplayBuffer):
         return (orders.grand if self.chooses == "grand" else orders.influence)(residuals, inputs)
 
 
+class Rehearsal(Method):
+    """Base of methods that remember old examples; the memory refers to the tasks' training sets.
+
+    Args:
+        memory: which examples.
+    """
+
+    lacks: ClassVar[str] = "nothing to teach"
+    """What it has where nothing is trained."""
+
+    def __init__(self, memory: ExemplarBuffer) -> None:
+        super().__init__()
+        self.memory = memory
+
+    def grow(self, learner: Core, task: Task) -> None:
+        """Make room in the memory."""
+        self.memory.grow(learner)
+
+    def check(self, learner: Core, task: Task) -> None:
+        """Refuse what would have no effect; known when all parts have grown."""
+        check_trained(learner, self, self.lacks)
+        self.memory.check(learner)
+
+    def begin_task(self, learner: Core, task: Task) -> None:
+        """Refuse what would have no effect, or could not be drawn."""
+        self.check(learner, task)
+        self.memory.begin(learner)
+
+    def end_task(self, learner: Core, task: Task) -> None:
+        """Offer the task's examples to the memory."""
+        self.memory.remember(learner, task)
+
+    def measures(self, learner: Core) -> dict[str, float]:
+        """Bytes of the images that the memory refers to, at the size the model sees."""
+        return self.memory.measures(learner)
+
+
 def last_layer(learner: Core, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """softmax(f(x)) - onehot(y) over all seen classes, (n, classes), and what the last layer reads, (n, dim).
 
@@ -302,7 +339,7 @@ def last_layer(learner: Core, features: Tensor, labels: Tensor) -> tuple[Tensor,
     with learner.inference():
         residuals = F.softmax(learner.objective.scores(features), dim=1)
         residuals[torch.arange(len(labels)), learner.objective.columns(labels)] -= 1
-    if _linear(learner):
+    if learner.objective.linear:
         return residuals.clone(), F.pad(features, (0, 1), value=1.0)
     return residuals.clone(), F.normalize(features, dim=1)
 
@@ -312,10 +349,6 @@ def _moved(data: Data) -> bool:
     if not isinstance(data, ImageSet) or not isinstance(data.source, Files):
         return False
     return not data.cached and not data.source.root.is_dir()
-
-
-def _linear(learner: Core) -> bool:
-    return isinstance(learner.objective, Classify) and learner.objective.cosine is None
 
 
 def with_gradients(learner: Core) -> list[nn.Parameter]:
@@ -328,5 +361,5 @@ def gradients_on(learner: Core, batch: Batch, parameters: Sequence[nn.Parameter]
 
     All seen classes compete, so what is learnt now may not outshout old classes either.
     """
-    loss = learner.objective.losses(learner.encode(batch), batch, local=False).mean()
+    loss = learner.objective.losses(learner.encode(batch), batch, only_task=False).mean()
     return list(torch.autograd.grad(loss, parameters, materialize_grads=True))

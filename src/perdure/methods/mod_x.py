@@ -9,21 +9,16 @@ Differs: where an image stands in a batch more than once, or shows several capti
 logit scale is frozen.
 """
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from perdure.core.learner import Core
-from perdure.core.method import Method
-from perdure.mechanisms.distillation import Teacher, trains_encoder
-from perdure.objectives.retrieve import Retrieve
+from perdure.mechanisms.distillation import Distillation
 from perdure.options.ranges import Factor, Strength
 from perdure.types import Batch, Task
 
-_TEACHER = "mod_x"  # what is recorded: the teacher's image features, and after them its embeddings of captions
 
-
-class ModX(Method, name="mod_x"):
+class ModX(Distillation, name="mod_x"):
     """Keeps the distribution of an image over the batch's captions, and of a caption over its images.
 
     The teacher is a snapshot of what the task trains, dropped when it ends; in the first task it is the pre-trained
@@ -34,62 +29,25 @@ class ModX(Method, name="mod_x"):
         temperature: T; with 1 a row of cosines is nearly even, a lower one counts large cosines more.
     """
 
-    protects = "encoder"
-    records = (_TEACHER,)
+    needs = "captions"
 
     def __init__(self, strength: Strength = 20.0, temperature: Factor = 1.0) -> None:
-        super().__init__()
+        super().__init__(["features", "captions"])
         self.strength, self.temperature = strength, temperature
-        self.teacher = Teacher()
 
-    def grow(self, learner: Core, task: Task) -> None:
-        """Nothing to make room for; refuse an objective without captions."""
-        if not isinstance(learner.objective, Retrieve):
-            raise ValueError(
-                f"mod_x keeps scores of images and captions, and {type(learner.objective).__name__.lower()} reads no "
-                "captions: use --objective retrieve, or zscl with zeroshot, or lwf"
-            )
-
-    def begin_task(self, learner: Core, task: Task) -> None:
-        """Take the learner as teacher."""
-        self.check(learner, task)
-        if self.strength:
-            self.teacher.remember(learner)
-
-    def check(self, learner: Core, task: Task) -> None:
-        """Refuse a task in which nothing moves; known when all parts have grown."""
-        if self.strength and not trains_encoder(learner):
-            raise ValueError(
-                f"task {task.index}: mod_x has no effect where no part trains the encoder any more: take one that does "
-                "in every task, as in 'lora + mod_x', or leave mod_x out"
-            )
-
-    def record(self, learner: Core, batch: Batch) -> Batch:
-        """The teacher's features of an image and embeddings of its captions, (B, 1 + K, dim)."""
-        if not self.teacher.kept or not learner.training:
-            return {}
-        return {_TEACHER: self._recorded(learner, batch)}
+    def holds(self, task: Task) -> bool:
+        """In the first task too."""
+        return bool(self.strength)
 
     def penalty(self, learner: Core, batch: Batch, features: Tensor) -> Tensor | float:
         """strength · T² · the mean of both directions' sum over the batch."""
         if not self.teacher.kept:
             return 0.0
-        objective = learner.objective
-        assert isinstance(objective, Retrieve)
-        recorded = batch[_TEACHER] if _TEACHER in batch else self._recorded(learner, batch)
-        rows, places = objective.chosen(batch)
-        texts, _ = objective.shown(batch)
-        old, new = _cosines(recorded[:, 0], recorded[rows, 1 + places]), _cosines(features, texts)
-        true = batch["pair"][:, None] == batch["pair"][rows][None]
+        said, objective = self.teacher(learner, batch), learner.objective
+        chosen, (texts, image_of) = objective.chosen(batch), objective.shown(batch)
+        old, new = _cosines(said["features"], said["captions"][chosen]), _cosines(features, texts)
+        true = batch["pair"][:, None] == batch["pair"][image_of][None]
         return self.strength / 2 * (self._kept(old, new, true) + self._kept(old.T, new.T, true.T))
-
-    def end_task(self, learner: Core, task: Task) -> None:
-        """Let the teacher go."""
-        self.teacher.forget()
-
-    def _recorded(self, learner: Core, batch: Batch) -> Tensor:
-        images, texts = self.teacher.pairs(learner, batch)
-        return torch.cat([images.unsqueeze(1), texts], dim=1)
 
     def _kept(self, old: Tensor, new: Tensor, true: Tensor) -> Tensor:
         """T² · the sum, over rows in which `old` finds a true pair, of the divergence of `new` from it."""

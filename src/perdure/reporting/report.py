@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -169,16 +170,6 @@ class _Page:
     def render(self) -> str:
         """The page."""
         runs, groups, score = self.runs, self.groups, self.score
-        environment = jinja2.Environment(
-            autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-        )
-        environment.globals.update(
-            bar=charts.bar, stack=charts.stack, legend=charts.legend, level=charts.level, percent=charts.percent
-        )
-        environment.globals.update(show=show, duration=duration)
-        template = environment.from_string(
-            resources.files("perdure.reporting").joinpath("report.html.jinja").read_text("utf-8")
-        )
         facts = [_facts(run) for run in runs]
         keys = list(dict.fromkeys(k for each in facts for k in each))
         shared = [k for k in keys if all(each.get(k) == facts[0].get(k) for each in facts)]
@@ -186,7 +177,7 @@ class _Page:
         rare = {key for key in RARE if any(run.numbers()[key] is not None for run in runs)}
         named = numbers_named(score == "recall", rare)
         steps = any(group.spread("step_cost") for group in groups)
-        page = template.render(
+        page = _template().render(
             title=", ".join(methods) if len(methods) <= 3 else f"{len(methods)} methods compared",
             streams=self.streams,
             backbones=self.backbones,
@@ -209,6 +200,20 @@ class _Page:
             heat=[(charts.heat_colours(dark=False), ""), (charts.heat_colours(dark=True), "dark")],
         )
         return printable_lines(page)
+
+
+@cache
+def _template() -> jinja2.Template:
+    """The page, compiled once: that takes longer than to fill it."""
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.globals.update(
+        bar=charts.bar, stack=charts.stack, legend=charts.legend, level=charts.level, percent=charts.percent
+    )
+    environment.globals.update(show=show, duration=duration)
+    text = resources.files("perdure.reporting").joinpath("report.html.jinja").read_text("utf-8")
+    return environment.from_string(text)
 
 
 def _figure(

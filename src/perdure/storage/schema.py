@@ -33,6 +33,7 @@ class TaskFacts(TypedDict):
     classes: list[Natural]
     names: list[str]
     total: NotRequired[TaskNumber | None]
+    score: NotRequired[str]
     train: NotRequired[Natural]
     test: NotRequired[Natural]
 

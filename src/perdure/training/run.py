@@ -17,6 +17,7 @@ from perdure.backbones.base import Backbone
 from perdure.core import checkpoint
 from perdure.core.checkpoint import read_record
 from perdure.core.learner import Core
+from perdure.core.objective import asking
 from perdure.evaluation import calibration
 from perdure.evaluation.feature_drift import Drift
 from perdure.evaluation.schedule import Evaluation
@@ -24,7 +25,7 @@ from perdure.evaluation.zero_shot_retention import Retention
 from perdure.process import as_found, plain
 from perdure.streams import build_stream
 from perdure.streams.augment import AUGMENTS
-from perdure.training.config import RunConfig, make_backbone, make_method, make_objective
+from perdure.training.config import RunConfig, former_parts, make_backbone, make_method, make_objective
 from perdure.training.loop import Diverged, Progress, Quiet, TrainConfig, check_finite, fit_task
 from perdure.training.record import (
     check_unchanged,
@@ -63,15 +64,18 @@ def run(
         ValueError: for anything in `config` that cannot be done, before anything is learnt.
         Interrupted: after SIGINT or SIGTERM.
     """
+    progress = progress or Quiet()
     with checkpoint.locked(out):
         if (out / "run.json").exists():
             raise ValueError(f"{out} already holds a run: go on with 'perdure resume {out}', or give another --out")
+        if old := former_parts(config):
+            progress.note(old)
         learner, stream, runtime = _build(config, runtime)
         dry_run(config, learner.backbone, stream)
         held_out = Retention(config.retain, learner)
         write_record(out, record_of(config, learner, stream, runtime, held_out))
         with nothing_learnt_nothing_left(out), as_found(runtime.threads):
-            return learn_stream(config, learner, stream, out, progress or Quiet(), config.save_every, held_out=held_out)
+            return learn_stream(config, learner, stream, out, progress, config.save_every, held_out=held_out)
 
 
 def dry_run(config: RunConfig, backbone: Backbone, stream: Stream) -> None:
@@ -85,7 +89,8 @@ def dry_run(config: RunConfig, backbone: Backbone, stream: Stream) -> None:
     Raises:
         ValueError: for what a task of `stream` would be refused with when its turn comes.
     """
-    learner = Core(backbone, make_objective(config.objective), make_method(config.method), stream.scenario, config.seed)
+    objective, method = make_objective(config.objective, config.method), make_method(config.method)
+    learner = Core(backbone, objective, method, stream.scenario, config.seed)
     try:
         for task in stream:
             described = Task.described(task.describe())
@@ -148,7 +153,7 @@ def build_learner(kind: type[C], config: RunConfig, runtime: Runtime | None = No
         config: of the run.
         runtime: how to compute; None resolves what `config` leaves open.
     """
-    method, objective = make_method(config.method), make_objective(config.objective)
+    method, objective = make_method(config.method), make_objective(config.objective, config.method)
     backbone = make_backbone(config.backbone)
     if runtime is None:
         runtime = resolve(backbone, config.precision, config.attention, config.device)
@@ -161,15 +166,11 @@ def build_learner(kind: type[C], config: RunConfig, runtime: Runtime | None = No
 def _build(config: RunConfig, runtime: Runtime | None) -> tuple[Core, Stream, Runtime]:
     learner, runtime = build_learner(Core, config, runtime)
     stream = build_stream(config.stream, learner.backbone.preprocess, config.seed)
-    captioned = "captions" in stream.notes
-    if captioned and learner.objective.classifies:
+    if stream.gives not in (asks := learner.objective.asks):
+        asked = " or ".join(asks)
         raise ValueError(
-            f"{config.stream} has captions, which {config.objective} does not read: use --objective retrieve"
-        )
-    if not captioned and not learner.objective.classifies:
-        raise ValueError(
-            f"{config.objective} learns captions, which {config.stream} has not: use captions(path=...), or another "
-            "--objective"
+            f"{config.objective} learns {asked}, which {config.stream} has not: give a stream of {asked}, or use "
+            f"--objective {asking(stream.gives)}"
         )
     learner.scenario = stream.scenario
     return learner, stream, runtime
