@@ -90,10 +90,10 @@ def with_each_caption_once(
 ) -> CaptionedData:
     """The data set of these parts, with a remark where an image had a caption more than once in a column."""
     once = [
-        replace(part, captions=tuple([list(dict.fromkeys(each)) for each in column] for column in part.captions))
+        replace(part, captions=[[list(dict.fromkeys(texts)) for texts in each] for each in part.captions])
         for part in parts
     ]
-    before, after = (sum(len(e) for p in listed for column in p.captions for e in column) for listed in (parts, once))
+    before, after = (sum(len(t) for p in listed for each in p.captions for t in each) for listed in (parts, once))
     if gone := before - after:
         notes["remarks"] = [f"{gone} captions stand twice at the same image: each text of an image counts once"]
     return CaptionedData(name, once[0], once[1] if len(once) > 1 else None, columns, notes)
@@ -143,16 +143,12 @@ def _part(name: str, part: Listing, columns: tuple[str, ...], by: str | None) ->
         if known_at == len(first):
             first.append(row)
         image_of.append(known_at)
-    texts = []
-    for column in columns:
-        of_image: list[list[str]] = [[] for _ in first]
+    texts: list[list[list[str]]] = [[[] for _ in columns] for _ in first]
+    for c, column in enumerate(columns):
         for row, value in enumerate(part.values(column)):
-            of_image[image_of[row]] += _lines(value, column, part.where, row)
-        texts.append(of_image)
+            texts[image_of[row]][c] += _lines(value, column, part.where, row)
     topics = None if by is None else _topics(part, by, image_of, first)
-    return CaptionedPart(
-        part.source, [part.rows[r] for r in first], [part.keys[r] for r in first], tuple(texts), topics
-    )
+    return CaptionedPart(part.source, [part.rows[r] for r in first], [part.keys[r] for r in first], texts, topics)
 
 
 def _lines(value: Any, column: str, where: Callable[[int], str], row: int) -> list[str]:

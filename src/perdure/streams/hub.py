@@ -5,13 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from PIL import Image
 
-from perdure.backbones.preprocess import decode
 from perdure.formatting import meant
 from perdure.streams.columns import LabelColumns, Names, TableFile, TablePart, check_names, read_table, require_column
 from perdure.streams.options import Options, stream
-from perdure.streams.sources import check_images, quietly, unpacked
+from perdure.streams.sources import Source, check_images, quietly, unpacked
 from perdure.streams.task_split import LabelledData, arrange
 
 
@@ -80,7 +78,7 @@ def hub_images(name: str, data: Any, column: str) -> "HubRows":
     return HubRows(images, column, name)
 
 
-class HubRows:
+class HubRows(Source):
     """The image column of a data set of the `datasets` library.
 
     Args:
@@ -96,10 +94,6 @@ class HubRows:
 
     def __len__(self) -> int:
         return len(self.data)
-
-    def read(self, row: int) -> Image.Image:
-        """The decoded image; raises `UnreadableImage`."""
-        return decode(self.encoded(row), self.where(row))
 
     def encoded(self, row: int) -> bytes | Path:
         """The content of the cell, or the file that it names; raises `UnreadableImage` for an empty one."""

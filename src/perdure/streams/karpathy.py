@@ -117,11 +117,11 @@ def _read_json(file: Path, by: str | None) -> CaptionedData:
         if not images:
             raise ValueError(f"{file}: no image of the split {words[0]!r}; expected train, val and test")
         paths = [named(image) for image in images]
-        texts = [[each["raw"].strip() for each in image["sentences"] if each["raw"].strip()] for image in images]
-        if empty := [path for path, lines in zip(paths, texts, strict=True) if not lines]:
+        texts = [[[text for s in image["sentences"] if (text := s["raw"].strip())]] for image in images]
+        if empty := [path for path, (lines,) in zip(paths, texts, strict=True) if not lines]:
             raise ValueError(f"{file}: image {empty[0]!r} has no caption; write one or remove it")
         chosen = [topics[image["cocoid"]] for image in images] if by else None
-        parts.append(CaptionedPart(Files(root, paths), range(len(paths)), paths, (texts,), chosen))
+        parts.append(CaptionedPart(Files(root, paths), range(len(paths)), paths, texts, chosen))
     check_apart(file.name, *(part.keys for part in parts))
     notes = {"images_without_objects": len(listed) - len(kept)} if len(kept) < len(listed) else {}
     return with_each_caption_once(file.stem, parts, ("sentences",), **notes)

@@ -273,7 +273,9 @@ def _identities(names: Sequence[str]) -> Tensor:
 def _captioned(part: CaptionedPart, preprocess: Preprocess) -> Captioned:
     rows = torch.tensor(part.rows, dtype=torch.int64)
     pairs = _identities([part.source.where(row) for row in part.rows])
-    return Captioned(part.source, rows, torch.zeros_like(rows), pairs, pack(part.captions[0]), preprocess)
+    return Captioned(
+        part.source, rows, torch.zeros_like(rows), pairs, pack([texts for texts, *_ in part.captions]), preprocess
+    )
 
 
 def _placed(name: str, sets: Sequence[Captioned], known: Mapping[str, int], index: int) -> Task:

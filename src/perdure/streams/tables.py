@@ -102,26 +102,37 @@ def table_files(path: Path, ending: str = ".parquet", measured: bool = False) ->
     if not path.is_dir():
         here = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise ValueError(f"path={str(path)!r} does not exist{meant(path.name, here)}; give a folder or a {ending} file")
+    files, roles = _listed(path, ending)
+    if not files:
+        raise ValueError(f"path={str(path)!r} holds no {ending} file; expected train*{ending} and test*{ending}")
+    of = {role: [f for f, r in zip(files, roles, strict=True) if r == role] for role in ("train", "test", "val", None)}
+    train, test, others = of["train"], of["test"] or of["val"], of[None]
+    if measured and test:
+        return test, []
+    if test and not train and others:
+        raise ValueError(
+            f"path={str(path)!r} holds {test[0].name} and {others[0].name}, but no train*{ending}: rename "
+            "the files to learn from, or give path= of one"
+        )
+    return (train, test) if train and test else (train or test or files, [])
+
+
+def holds(path: Path, ending: str) -> bool:
+    """Whether `table_files` finds files of that ending in a folder."""
+    return bool(_listed(path, ending)[0])
+
+
+def _listed(path: Path, ending: str) -> tuple[list[Path], list[Role | None]]:
+    """The files in a folder, in its folder `data`, or in folders called train, test and so on; and what each is for."""
     for folder in (path, path / "data"):
         if files := sorted(folder.glob(f"*{ending}")):
-            roles = [role_of(file.name.removesuffix(ending), whole=False) for file in files]
-            return _divided(folder, files, roles, ending, measured)
+            return files, [role_of(file.name.removesuffix(ending), whole=False) for file in files]
     folders = sorted({file.parent for depth in ("*", "*/*") for file in path.glob(f"{depth}/*{ending}")})
-    configurations = sorted({folder.parent for folder in folders if role_of(folder.name)})
+    configurations = sorted({str(folder.parent) for folder in folders if role_of(folder.name)})
     if len(configurations) > 1:
-        shown = ", ".join(str(each) for each in configurations)
-        raise ValueError(f"path={str(path)!r} holds several data sets: give one of {shown}")
-    if configurations:
-        files = [file for folder in folders for file in sorted(folder.glob(f"*{ending}"))]
-        return _divided(path, files, [role_of(file.parent.name) for file in files], ending, measured)
-    raise ValueError(f"path={str(path)!r} holds no {ending} file; expected train*{ending} and test*{ending}")
-
-
-def holds(folder: Path, ending: str) -> bool:
-    """Whether `table_files` would find files of that ending in a folder."""
-    return any(any(folder.glob(f"{depth}*{ending}")) for depth in ("", "data/")) or any(
-        role_of(file.parent.name) for depth in ("*/", "*/*/") for file in folder.glob(f"{depth}*{ending}")
-    )
+        raise ValueError(f"path={str(path)!r} holds several data sets: give one of {', '.join(configurations)}")
+    files = [file for folder in folders if configurations for file in sorted(folder.glob(f"*{ending}"))]
+    return files, [role_of(file.parent.name) for file in files]
 
 
 def parquet_columns(path: Path) -> list[str]:
@@ -221,23 +232,6 @@ def _piece(file: Path, cells: pa.Table, schema: pa.Schema | None) -> TableFile:
         return known or classes_file(file.parent, column)
 
     return TableFile(str(file), cells, classes)
-
-
-def _divided(
-    folder: Path, files: Sequence[Path], roles: Sequence[Role | None], ending: str, measured: bool
-) -> tuple[list[Path], list[Path]]:
-    """The files of the train and of the test part, by what each is for."""
-    of = {role: [f for f, r in zip(files, roles, strict=True) if r == role] for role in ("train", "test", "val")}
-    train, test = of["train"], of["test"] or of["val"]
-    others = [f for f, r in zip(files, roles, strict=True) if r is None]
-    if measured and test:
-        return test, []
-    if test and not train and others:
-        raise ValueError(
-            f"path={str(folder)!r} holds {test[0].name} and {others[0].name}, but no train*{ending}: rename the files "
-            "to learn from, or give path= of one"
-        )
-    return (train, test) if train and test else (train or test or list(files), [])
 
 
 def _plain(kind: pa.DataType) -> bool:
