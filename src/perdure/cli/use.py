@@ -4,7 +4,6 @@ What they compute with is imported when they are called: their help waits for no
 """
 
 import dataclasses
-import difflib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from perdure.cli.console import Command, Screen
-from perdure.formatting import shortened
+from perdure.formatting import meant, shortened
 from perdure.options.ranges import Count
 
 if TYPE_CHECKING:
@@ -300,11 +299,8 @@ def _named_alike(task: "Task", learner: "Learner", what: str, folder: Path) -> "
 
     names = recorded(task.names, learner.known)
     if unknown := [name for name in names if name not in learner.known]:
-        near = difflib.get_close_matches(unknown[0], learner.known, n=1)
-        raise ValueError(
-            f"{what} {unknown[0]!r} of task {task.index} is not among what {folder} has learnt"
-            + (f"; did you mean {near[0]!r}?" if near else "")
-        )
+        near = meant(unknown[0], learner.known)
+        raise ValueError(f"{what} {unknown[0]!r} of task {task.index} is not among what {folder} has learnt{near}")
     ids = {c: learner.known[name] for c, name in zip(task.classes, names, strict=True)}
     return dataclasses.replace(task, classes=tuple(ids.values()), test=_Renumbered(task.test, ids))
 

@@ -22,10 +22,9 @@ from perdure import metrics
 from perdure.core import checkpoint
 from perdure.options.space import Interval, Space, check_space, filled
 from perdure.storage import schema
-from perdure.training.config import RunConfig, make_backbone, make_method, make_objective
+from perdure.training.config import RunConfig, TrainConfig, flags, make_backbone, make_method, make_objective
 from perdure.training.loop import Progress, Quiet
 from perdure.training.run import resume, run
-from perdure.training.settings import TrainConfig
 from perdure.types import Row, Task
 
 if TYPE_CHECKING:
@@ -323,14 +322,8 @@ def _by(row: Mapping[str, Any]) -> tuple[float, str]:
 
 def command(best: RunConfig, seeds: Sequence[int], out: Path) -> str:
     """The command line that reports the best options on other class orders."""
-    plain = RunConfig(stream=best.stream)
     words = ["perdure", "compare", "--methods", best.method, "--seeds", *map(str, seeds), "--out", str(out)]
-    for field in fields(RunConfig):
-        value = getattr(best, field.name)
-        if field.name in ("method", "seed") or (field.name != "stream" and value == getattr(plain, field.name)):
-            continue
-        words += [f"--{field.name.replace('_', '-')}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
-    return shlex.join(words)
+    return shlex.join([*words, *flags(best.describe(), ("method", "seed"))])
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from perdure.formatting import RARE, printable, times
 from perdure.options.spec import parse
 from perdure.reporting.charts import show
 from perdure.reporting.runs import Group, RunResults, steps_of
-from perdure.training.config import RunConfig
+from perdure.training.config import RunConfig, flags
 
 Spread = tuple[float, float | None] | None
 _SPECS = ("stream", "backbone")
@@ -234,13 +234,7 @@ def _setting(runs: Sequence[RunResults], shorten: bool) -> dict[str, Any]:
 
 def _command(run: RunResults, specs: dict[str, str]) -> str:
     """The command that measures the setting, but for `--methods`, `--seeds` and `--out`."""
-    words = ["perdure", "compare"]
-    for field in fields(RunConfig):
-        value = specs.get(field.name, run.config.get(field.name, field.default))
-        several = isinstance(value, list | tuple)
-        if field.name not in _OWN and (value if several else value != field.default):
-            words += [f"--{field.name.replace('_', '-')}", *map(str, value if several else [value])]
-    return shlex.join(words)
+    return shlex.join(["perdure", "compare", *flags(run.config | specs, _OWN)])
 
 
 def _shortened(text: str) -> str:

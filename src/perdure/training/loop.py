@@ -14,7 +14,7 @@ from perdure.core.learner import Core, derived_seed
 from perdure.core.method import varies
 from perdure.process import ALONE, as_found, plain
 from perdure.streams.augment import AUGMENTS
-from perdure.training.settings import TrainConfig as TrainConfig
+from perdure.training.config import TrainConfig as TrainConfig
 from perdure.types import Batch, Data, Row, Task
 
 
