@@ -13,7 +13,7 @@ from torch import Tensor
 
 from perdure.backbones.preprocess import Preprocess
 from perdure.backbones.texts import pack
-from perdure.streams.captions import captioned_data, read_listings
+from perdure.streams.captions import captioned_data, read_tables
 from perdure.streams.folders import Asker, labelled, parts, told_left_out
 from perdure.streams.image_set import Budget, Captioned, ImageSet
 from perdure.streams.naming import class_name, in_case_only, natural, recorded
@@ -113,7 +113,7 @@ def captioned_task(
         ValueError: when the file is not as expected.
     """
     place = Path(path).expanduser().resolve()  # as it is found again, wherever from and by whatever link
-    found = captioned_data(place.name, read_listings(place, "image"), (column or COLUMN,), None)
+    found = captioned_data(place.name, read_tables(place, "image"), (column or COLUMN,), None)
     for line in found.notes.get("remarks", ()):
         tell(line)
     count = len(found.train)

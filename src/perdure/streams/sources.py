@@ -139,6 +139,11 @@ class Parquet(Source):
         file, inside = self._place(row)
         return f"{file.name}:{inside}"
 
+    @property
+    def of_paths(self) -> bool:
+        """Whether the column holds paths only."""
+        return is_text(pq.read_schema(self.files[0]).field(self.column).type)
+
     def names(self) -> list[str | None]:
         """The path in each cell, without a look at the images."""
         return [name for file in self.files for name in _paths(file, self.column)]
