@@ -148,7 +148,7 @@ def _topics(part: TablePart, by: str, images: Sequence[Sequence[int]]) -> list[s
     for first, *others in images:
         if different := [i for i in others if values[i] != values[first]]:
             raise ValueError(
-                f"{part.where(different[0])}: column {by!r} (by=) is {values[different[0]]!r}, but {values[first]!r} at "
-                f"the same image in {part.where(first)}; give an image one topic"
+                f"{part.where(different[0])}: column {by!r} (by=) is {values[different[0]]!r}, but {values[first]!r} "
+                f"at the same image in {part.where(first)}; give an image one topic"
             )
     return [values[first] for first, *_ in images]
