@@ -150,6 +150,11 @@ class Laboratory:
     def run(self, method: str, out: Path, **more: Any) -> dict[str, Any]:
         return run(self.config(method, **more), out)
 
+    def stopped_run(self, method: str, out: Path, place: tuple[int, int | None], **more: Any) -> None:
+        """A run that crashes at `place`, (task, step)."""
+        with suppress(Crash):
+            run(self.config(method, **more), out, Breaks(*place))
+
     def broken_run(self, method: str, out: Path, *places: tuple[int, int | None], **more: Any) -> None:
         """A run that crashes at each of `places`, (task, step), and is resumed each time.
 
