@@ -13,6 +13,7 @@ from perdure.core.method import METHODS
 from perdure.core.shared_copy import twin_of
 from perdure.training.config import register
 from perdure.training.loop import Quiet
+from perdure.types import Task
 
 register()
 THREADS, QUESTIONS = 8, 4
