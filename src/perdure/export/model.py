@@ -130,7 +130,7 @@ def _check(learner: Core, to: str) -> None:
             f"{backbone.spec} cannot be exported: learn on pocket(), clip(...), open_clip(...), vision(...) or "
             "timm(...), or keep it with save"
         )
-    if strange := [part.name for part in parts_of(learner.method) if encodes(part) or embeds(part)]:
+    if strange := [part.name for part in parts_of(learner.method) if part.treats]:
         raise ValueError(f"{strange[0]} changes features as no weights can express; keep this learner with save")
     if prompted(backbone):
         raise ValueError("prompts take part in the encoder, which no weights can hold; keep this learner with save")

@@ -87,9 +87,9 @@ class Align(Method, name="align"):
             raise ValueError(
                 f"align cannot be combined with {deaf[0]}, which answers without the heads: keep one of them"
             )
-        if self.gaussians.rank > learner.dim and self.gaussians.covariance == "lowrank":
+        if self.gaussians.rank > learner.backbone.dim and self.gaussians.covariance == "lowrank":
             raise ValueError(
-                f"align(rank={self.gaussians.rank}): expected 1 to {learner.dim}, the size of the features"
+                f"align(rank={self.gaussians.rank}): expected 1 to {learner.backbone.dim}, the size of the features"
             )
 
     def begin_task(self, learner: Core, task: Task) -> None:
