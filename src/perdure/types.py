@@ -130,6 +130,11 @@ class Stream:
     notes: dict[str, Any] = field(default_factory=dict, compare=False)
     """What a run records about the data, as JSON: class order, images per task, the split, skipped images."""
 
+    @property
+    def gives(self) -> str:
+        """What stands beside its images: `classes`, or `captions`; see `Objective.asks`."""
+        return "captions" if "captions" in self.notes else "classes"
+
     def __len__(self) -> int:
         return len(self.tasks)
 

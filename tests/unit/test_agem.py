@@ -21,7 +21,7 @@ def stepped(lab: Any, spec: str) -> tuple[Any, Any, torch.Tensor]:
     (agem,) = (part for part in learner.method.parts if part.name == "agem")
     batch = learner.method.batch(learner, stream.tasks[1].train.__getitems__(range(16)))
     params = list(learner.trainable().values())
-    loss = learner.objective.losses(learner.encode(agem._old), agem._old, local=False).mean()
+    loss = learner.objective.losses(learner.encode(agem._old), agem._old, only_task=False).mean()
     reference = flat(torch.autograd.grad(loss, params, materialize_grads=True))
     learner.zero_grad()
     learner.loss(batch).backward()
@@ -93,7 +93,7 @@ def test_features_that_cannot_change_are_compared_as_the_batch_holds_them(lab: A
     assert learner.method.batch(learner, batch) is batch
     old = learner.method.parts[1]._old
     assert old.keys() == batch.keys() == {"features", "label"}
-    assert old["features"].shape == (5, learner.dim)
+    assert old["features"].shape == (5, learner.backbone.dim)
 
 
 def test_old_examples_are_augmented_as_new_ones_are(lab: Any) -> None:

@@ -17,7 +17,7 @@ from perdure.backbones.base import Backbone
 from perdure.backbones.texts import unpack
 from perdure.core.method import Method, parts_of, predicts, treated
 from perdure.core.temperature import Temperature
-from perdure.objectives.base import Objective
+from perdure.objectives import Objective, asking
 from perdure.process import Turn, plain, seeded
 from perdure.streams.augment import AUGMENTS, Augment
 from perdure.types import Batch, Data, Encoded, Scenario, Stream, Task, Union
@@ -42,15 +42,16 @@ class Core(nn.Module):
         self, backbone: Backbone, objective: Objective, method: Method, scenario: Scenario = "class", seed: int = 0
     ) -> None:
         super().__init__()
-        if not objective.classifies and (deaf := [p.name for p in parts_of(method) if p.classifies]):
+        if deaf := [p for p in parts_of(method) if p.needs and p.needs not in objective.asks]:
+            name, needs = deaf[0].name, deaf[0].needs
             raise ValueError(
-                f"{deaf[0]} needs scores of classes, and {type(objective).__name__.lower()} ranks pairs: leave it out "
-                f"of {method.spec or deaf[0]!r}, or use --objective classify or zeroshot"
+                f"{name} needs {needs}, and {objective.name} learns {' and '.join(objective.asks)}: leave it out of "
+                f"{method.spec or name!r}, or use --objective {asking(needs)}"
             )
         if backbone.layers and objective.open_vocabulary and not predicts(method):
             raise ValueError(
-                f"{backbone.spec} gives features that class names and captions cannot be compared with: use --objective "
-                "classify, or add ncm or ranpac"
+                f"{backbone.spec} gives features that class names and captions cannot be compared with: use "
+                "--objective classify, or add ncm or ranpac"
             )
         self.backbone = backbone.requires_grad_(False).eval()
         self.fingerprint = backbone.fingerprint()  # now, before anything is learnt
@@ -100,6 +101,7 @@ class Core(nn.Module):
         with plain(), seeded(derived_seed(self.seed, task.index, "grow")):
             self.objective.grow(self, task)
             self.method.grow(self, task)
+            self.objective.grown(self)
         self.to(self.device)
 
     def encode(self, batch: Batch) -> Tensor:
@@ -145,7 +147,7 @@ class Core(nn.Module):
 
     @property
     def encoder(self) -> tuple[str, ...]:
-        """The towers that features depend on: those that the objective reads, without one of texts, which embeds apart."""
+        """The towers that make features: those that the objective reads, but one of texts, which embeds by itself."""
         return tuple(t for t in self.backbone.towers() if t in self.objective.towers and t != "text")
 
     def _checked(self, answer: Tensor, what: str) -> Tensor:
@@ -158,7 +160,7 @@ class Core(nn.Module):
     def perceive(self, batch: Batch) -> None:
         """Let each tower read what it reads in a step: images, and texts where the objective has any."""
         self.encode(batch)
-        texts, labels = self.objective.said(self, batch)
+        texts, labels = self.objective.texts(self, batch)
         if texts:
             self.embed_texts(texts, labels)
 
@@ -195,7 +197,7 @@ class Core(nn.Module):
 
     def loss(self, batch: Batch) -> Tensor:
         """Objective plus penalty."""
-        features, batch = self.encode(batch), self.objective.read(self, batch)
+        features, batch = self.encode(batch), self.objective.embed_texts(self, batch)
         return self.objective.loss(features, batch) + self.method.penalty(self, batch, features)
 
     def forward(self, batch: Batch) -> Tensor:
@@ -235,7 +237,7 @@ class Core(nn.Module):
 
     @property
     def constant_blocks(self) -> int:
-        """How many blocks at the bottom of the vision tower are neither trained nor adapted, nor features taken from."""
+        """How many of the lowest vision blocks are neither trained nor adapted, and give no features by themselves."""
         backbone = self.backbone
         if self.tunes_backbone or self.encoder != ("vision",) or treated(self.method) or not backbone.has_blocks():
             return 0

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
+from perdure.objectives.base import Head
 from perdure.options.ranges import checked, without_effect
 from perdure.types import Batch, Data, Task
 
@@ -44,10 +45,14 @@ class Method(nn.Module):
     protects: ClassVar[Literal["", "shared_parameters", "encoder"]] = ""
     """What a method that only guards other parts needs one of them to do: share parameters, or adapt at all."""
 
-    classifies: ClassVar[bool] = False
-    """Whether it needs an objective that scores classes."""
-    rehearses: ClassVar[bool] = False
-    """Whether it trains on examples of old tasks; one part that does is enough."""
+    needs: ClassVar[str] = ""
+    """What it needs its objective to ask for, if anything: `classes`, or `captions`."""
+    rehearses: ClassVar[Literal["", "some", "all"]] = ""
+    """Which examples of old tasks it trains on, if any; one part that does is enough."""
+    gradient_projection: ClassVar[bool] = False
+    """Whether it only keeps steps from raising the loss on old examples, which training on all of them does too."""
+    carrier: ClassVar[bool] = False
+    """Whether messages name it where a part that trains the encoder is missing."""
     treats: frozenset[str] = frozenset()
     """Towers that compute in another way within `applied`."""
     records: tuple[str, ...] = ()
@@ -61,6 +66,10 @@ class Method(nn.Module):
             cls.name, METHODS[name] = name, cls
             if "__init__" in vars(cls):
                 cls.__init__ = checked(cls.__init__)  # type: ignore[method-assign]
+
+    def __iter__(self) -> Iterator[Method]:
+        """Its parts; a method by itself is its own only part."""
+        yield self
 
     def shared_parameters(self) -> Iterable[nn.Parameter]:
         """Those of its parameters that all tasks train: all when it `trains_shared`, unless it says otherwise."""
@@ -130,8 +139,8 @@ class Method(nn.Module):
 
         Args:
             learner: whose backbone.
-            batch: what the tower reads, on its device; of texts what `tokenise` gave, and in training `label` (n,) where
-                classes are known.
+            batch: what the tower reads, on its device; of texts what `tokenise` gave, and in training `label` (n,)
+                where classes are known.
             tower: one of the backbone's; those that a method `treats` are all that it is asked for.
         """
         return nullcontext()
@@ -142,6 +151,10 @@ class Method(nn.Module):
         Reads features with `learner.encode`: where these are known already, as in an evaluation, images are gone.
         """
         return learner.objective.scores(learner.encode(batch))
+
+    def head(self, learner: Core) -> Head:
+        """What an export needs to give what `predict` does; who defines that and not this cannot be exported."""
+        raise NotImplementedError
 
 
 class Compose(Method):
@@ -245,7 +258,7 @@ class Compose(Method):
     def backward(self, learner: Core, loss: Tensor) -> None:
         """See `Method.backward`."""
         owner = self._owner("backward")
-        (super() if owner is None else owner).backward(learner, loss)
+        return super().backward(learner, loss) if owner is None else owner.backward(learner, loss)
 
     def predict(self, learner: Core, batch: Batch) -> Tensor:
         """See `Method.predict`."""
@@ -255,7 +268,7 @@ class Compose(Method):
 
 def parts_of(method: Method) -> tuple[Method, ...]:
     """The parts of a composition; a method by itself is its own only part."""
-    return tuple(method) if isinstance(method, Compose) else (method,)
+    return tuple(method)
 
 
 def compose(parts: Sequence[Method]) -> Method:
@@ -269,16 +282,17 @@ def compose(parts: Sequence[Method]) -> Method:
         if not any(p.trains_shared if shared else p.changes_encoder for p in parts):
             lacks = "trains parameters that tasks share" if shared else "changes the encoder"
             raise ValueError(
-                f"{guard.name} has nothing to protect in {' + '.join(p.name for p in parts)!r}: no part {lacks}. Write "
-                f"'lora + {guard.name}' or 'finetune + {guard.name}'"
+                f"{guard.name} has nothing to protect in {' + '.join(p.name for p in parts)!r}: no part {lacks}. "
+                f"Write {_carried(guard)}"
             )
     if len(twice := [p.name for p in parts if p.rehearses]) > 1:
         raise ValueError(
             f"{twice[0]} cannot be combined with {twice[1]}: each trains on images of old tasks; keep one of them"
         )
-    if any(p.name == "joint" for p in parts) and (idle := [p.name for p in parts if p.name in ("gem", "agem")]):
+    every = [p.name for p in parts if p.rehearses == "all"]
+    if every and (idle := [p.name for p in parts if p.gradient_projection]):
         raise ValueError(
-            f"{idle[0]} has nothing to protect beside joint, which trains on all old images: keep one of them"
+            f"{idle[0]} has nothing to protect beside {every[0]}, which trains on all old images: keep one of them"
         )
     for promise in (p for p in parts if p.sole_adapter):
         if free := [p.name for p in parts if p.changes_encoder and p is not promise]:
@@ -289,9 +303,14 @@ def compose(parts: Sequence[Method]) -> Method:
     return parts[0] if len(parts) == 1 else Compose(parts)
 
 
+def _carried(part: Method) -> str:
+    """Sums of `part` with one that trains the encoder, as they would be written."""
+    return " or ".join(f"'{name} + {part.name}'" for name in sorted(METHODS, reverse=True) if METHODS[name].carrier)
+
+
 def check_texts(learner: Core, part: Method, tower: str) -> None:
     """Raise `ValueError` when `part` is asked for a text tower that the objective never reads with."""
-    if tower != "vision" and not learner.objective.texts:
+    if tower != "vision" and "text" not in learner.objective.towers:
         raise ValueError(
             f"{part.name}(tower={tower!r}): this objective reads no texts: use --objective zeroshot or retrieve, or "
             "tower='vision'"
@@ -300,11 +319,11 @@ def check_texts(learner: Core, part: Method, tower: str) -> None:
 
 def check_mask(learner: Core, mask: bool | None) -> None:
     """Raise `ValueError` when an option `mask` was given and would change nothing."""
-    if not learner.objective.classifies:
+    if "classes" not in learner.objective.asks:
         without_effect("where pairs compete, and not classes", mask=mask)
     if learner.scenario == "domain":
         without_effect("where every task has all classes", mask=mask)
-    if mask and not learner.objective.mask:
+    if mask and not learner.objective.masked_loss:
         without_effect("beside a part that lets all seen classes compete", mask=mask)
 
 
@@ -333,6 +352,4 @@ def check_trained(learner: Core, part: Method, lacks: str) -> None:
     deaf = next((p.name for p in parts_of(learner.method) if predicts(p)), None)
     if all(deaf and name.startswith("objective.") for name in learner.trainable()):
         why = f"{deaf} answers without the heads, and nothing else" if deaf else "nothing"
-        raise ValueError(
-            f"{part.name} has {lacks}: {why} is trained. Write 'lora + {part.name}' or 'finetune + {part.name}'"
-        )
+        raise ValueError(f"{part.name} has {lacks}: {why} is trained. Write {_carried(part)}")

@@ -5,7 +5,7 @@ from itertools import chain
 from typing import Any
 
 from perdure.core.learner import Core
-from perdure.objectives.zeroshot import TEMPLATE, ZeroShot, class_texts
+from perdure.objectives.zeroshot import class_texts
 from perdure.options.spec import parse_one
 from perdure.streams import build_stream
 from perdure.types import Row, Stream, Union
@@ -35,17 +35,21 @@ class Retention:
                 f"retain={held_out[0]!r}: zero-shot accuracy needs a text tower, which {learner.backbone.spec} lacks: "
                 "use clip(path=...) or pocket(), or leave retain out"
             )
+        if held_out and learner.backbone.layers:
+            raise ValueError(
+                f"retain={held_out[0]!r}: {learner.backbone.spec} gives features that texts cannot be compared with: "
+                "leave layers or retain out"
+            )
         self.sets: dict[str, Stream] = {}
         for text in held_out:
             written = {name for name, _ in parse_one(text).kwargs}
             whole = {} if written & {"tasks", "increments", "scenario"} else {"tasks": 1}
             stream = build_stream(text, learner.backbone.preprocess, 0, measured, **whole)
-            if "captions" in stream.notes or len({c for task in stream for c in task.classes}) < 2:
+            if stream.gives != "classes" or len({c for task in stream for c in task.classes}) < 2:
                 raise ValueError(f"retain={text!r}: there are no classes to tell apart; give a labelled data set")
             name = stream.name if stream.name not in self.sets else f"{stream.name} {len(self.sets) + 1}"
             self.sets[name] = stream
-        objective = learner.objective
-        self.templates = objective.templates if isinstance(objective, ZeroShot) else (TEMPLATE,)
+        self.templates = learner.objective.templates
 
     def measure(self, learner: Core, after: int) -> list[Row]:
         """Accuracy on each data set; `after` says after which task."""
@@ -59,13 +63,7 @@ class Retention:
             classes = class_texts(learner, list(names.values()), self.templates)
             tests = Union([learner.encoded(task.test, keep=True) for task in stream])
             for batch in learner.batches(tests, 256):
-                features = learner.encode(batch)
-                if features.shape[1] != classes.shape[1]:
-                    raise ValueError(
-                        f"retain has no meaning with {learner.method.spec!r}, whose {features.shape[1]} features "
-                        f"are not in the space of the {classes.shape[1]}-dimensional texts: leave it out"
-                    )
-                answer = (features @ classes.T).argmax(1).tolist()
+                answer = (learner.encode(batch) @ classes.T).argmax(1).tolist()
                 wanted = [place[c] for c in batch["label"].tolist()]
                 right += sum(a == w for a, w in zip(answer, wanted, strict=True))
                 total += len(wanted)

@@ -1,9 +1,14 @@
-"""What every objective offers: a loss, scores over classes, and their evaluation."""
+"""What every objective offers: a loss, scores of rows, and their evaluation.
+
+A row is one thing that is scored: an image, where classes are learnt. Whatever comes of rows is (R, ...), an entry of a
+batch (B, ...); where every example has one row, R is B.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
@@ -16,6 +21,32 @@ from perdure.types import Batch, Task, Union
 if TYPE_CHECKING:
     from perdure.core.learner import Core
 
+TEMPLATE = "a photo of a {}."
+COSINES = 'head["logit_scale"] * torch.nn.functional.normalize(features) @ head["weight"].T'
+"""`Head.scores` where rows of `weight` have unit length."""
+
+
+@dataclass(frozen=True)
+class Competitors:
+    """What a single example competes with, where it is looked at alone.
+
+    Args:
+        only_task: whether of all classes only the task's own compete.
+        others: other examples, see `Objective.competitors`.
+    """
+
+    only_task: bool = False
+    others: Batch = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Head:
+    """How scores are made of features: in words, in Python, and the tensors, which Python finds in `head`."""
+
+    what: str
+    scores: str
+    tensors: dict[str, Tensor]
+
 
 class Objective(nn.Module):
     """Scores over all seen classes, learnt by cross-entropy among the classes that compete in a batch.
@@ -24,19 +55,33 @@ class Objective(nn.Module):
     SD-LoRA and PILOT. As soon as a batch holds an example of another class (replay), all seen classes compete.
     """
 
+    asks: ClassVar[frozenset[str]] = frozenset({"classes"})
+    """What a stream must have for it: `classes`, or `captions`."""
+    towers: ClassVar[frozenset[str]] = frozenset({"vision"})
+    """Whose output it reads: what may be computed once, and where adapters have an effect."""
+    outputs: ClassVar[tuple[str, ...]] = ("scores",)
+    """Of which outputs of single examples its distributions are made (see `output`); none where rows are too many."""
     open_vocabulary: ClassVar[bool] = False
     """Whether a task can be measured before it was learnt."""
-    classifies: ClassVar[bool] = True
-    """Whether it scores classes; else methods that answer by classes have nothing to answer."""
-    texts: ClassVar[bool] = False
-    """Whether it reads texts, so that a text tower can learn."""
+    vectorised: ClassVar[bool] = True
+    """Whether gradients of single examples may be computed by `vmap`: no row is picked by what a batch holds."""
+    linear: bool = False
+    """Whether scores are linear in the features, with a bias, by a head that can be set (see `assign`)."""
+    templates: tuple[str, ...] = (TEMPLATE,)
+    """Sentences with `{}` into which names of classes are put."""
 
     def __init__(self) -> None:
         super().__init__()
         self.classes: tuple[int, ...] = ()  # seen, in column order
         self.names: tuple[str, ...] = ()
-        self.local: tuple[int, ...] = ()  # columns of the current task
-        self.mask = True  # False: every seen class always competes
+        self.task_columns: tuple[int, ...] = ()  # of the current task's classes
+        self.former: tuple[tuple[int, ...], ...] = ()  # columns of former tasks' classes that answer together
+        self.masked_loss = True  # False: every seen class always competes
+
+    @property
+    def name(self) -> str:
+        """As it is written."""
+        return type(self).__name__.lower()
 
     def bind(self, learner: Core) -> None:
         """Called when it belongs to another learner than before."""
@@ -46,11 +91,20 @@ class Objective(nn.Module):
         fresh = [(c, n) for c, n in zip(task.classes, task.names, strict=True) if c not in self.classes]
         self.classes += tuple(c for c, _ in fresh)
         self.names += tuple(n for _, n in fresh)
-        self.local = tuple(sorted(self.classes.index(c) for c in task.classes))
+        column = {c: i for i, c in enumerate(self.classes)}
+        self.task_columns = tuple(sorted(column[c] for c in task.classes))
+        # apart where the task is told at test time, else together
+        former = {tuple(sorted(column[c] for c in each.classes)) for each in learner.tasks[:-1]}
+        if learner.scenario != "task" and former:
+            former = {tuple(sorted({i for each in former for i in each}))}
+        self.former = tuple(sorted(former))
+
+    def grown(self, learner: Core) -> None:
+        """Called when the method has made room too."""
 
     def unmask(self) -> None:
         """Let all seen classes compete for every example, and all heads learn."""
-        self.mask = False
+        self.masked_loss = False
         self.requires_grad_(True)
 
     def refresh(self) -> None:
@@ -63,21 +117,47 @@ class Objective(nn.Module):
         """
         return {}
 
-    def read(self, learner: Core, batch: Batch) -> Batch:
+    def embed_texts(self, learner: Core, batch: Batch) -> Batch:
         """`batch` with what its loss reads of the texts, computed once for all who ask in a step."""
         return batch
 
-    def said(self, learner: Core, batch: Batch) -> tuple[list[str], Tensor]:
+    def texts(self, learner: Core, batch: Batch) -> tuple[list[str], Tensor]:
         """Texts of the current task that the text tower reads in a step on `batch`, and the class of each, (n,)."""
         return [], batch["label"][:0]
 
-    def scores(self, features: Tensor) -> Tensor:
-        """Scores (B, seen classes), columns in the order of `classes`."""
+    def shown(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Embeddings (n, dim) of the captions that a step shows, and for each the row of its image, (n,)."""
         raise NotImplementedError
 
-    def local_scores(self, features: Tensor) -> Tensor:
-        """Scores (B, classes of the current task), the columns `local`: all that most steps need."""
-        return self.scores(features)[:, list(self.local)]
+    def chosen(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Which captions a step shows, as (rows, places) into `text`; the same ones whenever asked in a step."""
+        raise NotImplementedError
+
+    def scores(self, features: Tensor) -> Tensor:
+        """Scores (R, K) of rows (R, dim): of the seen classes, in the order of `classes`."""
+        raise NotImplementedError
+
+    def task_scores(self, features: Tensor) -> Tensor:
+        """Scores (R, classes of the current task), the columns `task_columns`: all that most steps need."""
+        return self.scores(features)[:, list(self.task_columns)]
+
+    def output(self, learner: Core, batch: Batch, name: str) -> Tensor:
+        """What the model makes of each example, (B, ...): `features`, `scores`, or embeddings of all its `captions`."""
+        features = learner.encode(batch)
+        return features if name == "features" else self.scores(features)
+
+    def distributions(self, features: Tensor | None, batch: Batch, old: bool = False) -> list[Tensor]:
+        """Scores of every softmax that answers, each (n, k) with a distribution in each of its n rows.
+
+        Where texts are read the last one is the other way round: of each text over the batch's images.
+
+        Args:
+            features: (R, dim); None where `batch` holds the `outputs`, as a teacher gave them.
+            batch: what a step trains on.
+            old: of answers that former tasks had already.
+        """
+        scores = batch["scores"] if features is None else self.scores(features)
+        return [scores[:, list(each)] for each in self.former] if old else [scores]
 
     def columns(self, labels: Tensor) -> Tensor:
         """Class ids (B,) to columns of the scores."""
@@ -85,50 +165,72 @@ class Objective(nn.Module):
         lookup[list(self.classes)] = torch.arange(len(self.classes), device=labels.device)
         return lookup[labels]
 
-    def guess(self, batch: Batch, local: bool) -> float:
+    def targets(self, batch: Batch) -> Tensor:
+        """The right column of each row, (R,)."""
+        return self.columns(batch["label"])
+
+    def owners(self, batch: Batch) -> Tensor:
+        """The example of each row, (R,), each of which has one or more."""
+        return torch.arange(len(batch["label"]), device=batch["label"].device)
+
+    def chance_loss(self, batch: Batch, only_task: bool) -> float:
         """Loss of who knows nothing: log of the number of classes that compete."""
-        return math.log(max(2, len(self.local if local else self.classes)))
+        return math.log(max(2, len(self.task_columns if only_task else self.classes)))
 
     def loss(self, features: Tensor, batch: Batch) -> Tensor:
         """Mean cross-entropy of the batch."""
         return self.losses(features, batch).mean()
 
-    def losses(self, features: Tensor, batch: Batch, local: bool | None = None) -> Tensor:
-        """Cross-entropy of each example, (B,).
+    def losses(self, features: Tensor, batch: Batch, only_task: bool | None = None) -> Tensor:
+        """Cross-entropy of each example, (B,): the mean over its rows.
 
         Args:
-            features: (B, dim).
+            features: (R, dim).
             batch: with `label`.
-            local: whether only the task's classes compete; None finds out from the labels.
+            only_task: whether only the task's classes compete; None finds out from the labels.
         """
-        target = self.columns(batch["label"])
-        if self.competes_locally(batch) if local is None else local:
-            target = torch.searchsorted(torch.tensor(self.local, device=target.device), target)
-            return F.cross_entropy(self.local_scores(features), target, reduction="none")
-        return F.cross_entropy(self.scores(features), target, reduction="none")
+        target = self.targets(batch)
+        if self.only_task_classes(batch) if only_task is None else only_task:
+            target = torch.searchsorted(torch.tensor(self.task_columns, device=target.device), target)
+            losses = F.cross_entropy(self.task_scores(features), target, reduction="none")
+        else:
+            losses = F.cross_entropy(self.scores(features), target, reduction="none")
+        if len(losses) == len(batch["label"]):
+            return losses
+        owners = self.owners(batch)
+        sums = losses.new_zeros(len(batch["label"])).index_add(0, owners, losses)
+        return sums / torch.bincount(owners, minlength=len(sums))
 
-    def competes_locally(self, batch: Batch) -> bool:
-        """Whether the batch holds the task's own classes only, and the mask is on."""
-        if not self.mask or len(self.local) == len(self.classes):
+    def only_task_classes(self, batch: Batch) -> bool:
+        """Whether the batch holds the task's own classes only, and the loss is masked."""
+        if not self.masked_loss or len(self.task_columns) == len(self.classes):
             return False
-        target = self.columns(batch["label"])
-        return bool(torch.isin(target, torch.tensor(self.local, device=target.device)).all())
+        target = self.targets(batch)
+        return bool(torch.isin(target, torch.tensor(self.task_columns, device=target.device)).all())
 
-    def narrowed(self, batch: Batch) -> Batch:
-        """`batch` with those texts only that a step shows, so that its examples can be looked at one by one."""
-        return batch
+    def example(self, batch: Batch, index: int) -> Batch:
+        """The example at `index` as a batch of its own, with those of its texts that a step on `batch` shows."""
+        return {name: value[index : index + 1] for name, value in batch.items()}
 
-    def company(self, learner: Core, batch: Batch) -> Batch:
-        """What a single example competes with, where it is asked about alone: nothing where classes compete."""
+    def competitors(self, learner: Core, batch: Batch) -> Batch:
+        """What single examples compete with, made of a `batch` of others: nothing where classes compete."""
         return {}
 
-    def loss_alone(self, features: Tensor, batch: Batch, local: bool, company: Batch) -> Tensor:
-        """Loss of the one example of `batch`, a scalar, as in `losses`; see `company`."""
-        return self.losses(features, batch, local)[0]
+    def example_loss(self, features: Tensor, batch: Batch, rivals: Competitors) -> Tensor:
+        """Loss of the one example of `batch`, a scalar, as in `losses`."""
+        return self.losses(features, batch, rivals.only_task)[0]
 
-    def answers_alone(self, features: Tensor, batch: Batch, company: Batch) -> Tensor:
-        """Scores of the one example of `batch`, (n,), which say what it is taken for; see `company`."""
-        return self.scores(features)[0]
+    def example_scores(self, features: Tensor, batch: Batch, rivals: Competitors) -> Tensor:
+        """Scores of the one example of `batch`, which say what it is taken for."""
+        return self.scores(features)
+
+    def assign(self, columns: Tensor, weight: Tensor, bias: Tensor) -> None:
+        """Set the head's rows for `columns` (n,), where it is `linear`: `weight` (n, dim) and `bias` (n,)."""
+        raise NotImplementedError
+
+    def head(self, learner: Core) -> Head:
+        """What an export needs to give the same scores; who defines `scores` and not this cannot be exported."""
+        raise NotImplementedError
 
     def evaluate(self, learner: Core, tasks: Sequence[Task], size: int = 256) -> list[dict[str, float]]:
         """Shares of right answers on the test set of each of `tasks`.
@@ -143,8 +245,8 @@ class Objective(nn.Module):
             scores = torch.split(learner.answers(tests, size).cpu(), [len(task.test) for task in tasks])
         stream, last = learner.stream, learner.learnt - 1
         allowed = [set(stream.candidates(task, last)) & set(self.classes) | set(task.classes) for task in tasks]
-        told = partial(accuracies, learner, classes=self.classes, first=stream.first_task())
-        return [told(*each) for each in zip(tasks, scores, allowed, strict=True)]
+        score = partial(accuracies, learner, classes=self.classes, first=stream.first_task())
+        return [score(*each) for each in zip(tasks, scores, allowed, strict=True)]
 
 
 def accuracies(
