@@ -10,6 +10,10 @@ from torch import Tensor
 Batch = dict[str, Tensor]
 """Named tensors of one batch: `image` uint8 (B, 3, S, S), `label` int64 (B,), ..."""
 
+AnyLearner = Any
+"""A `perdure.core.learner.Core`, where it cannot be named: it is made of an objective and a method whose hooks take it,
+so the base classes of both stand below it; every objective and every method says `learner: Core` and is checked."""
+
 Scenario = Literal["class", "task", "domain"]
 """What may be answered at test time: every seen class, the task's own, or the same classes in every task."""
 

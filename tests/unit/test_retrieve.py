@@ -9,8 +9,8 @@ import torch
 from torch.nn import functional as F
 
 from perdure.backbones.texts import pack, unpack
+from perdure.core.objective import Competitors
 from perdure.mechanisms.subspace import second_moments
-from perdure.objectives.base import Competitors
 from perdure.objectives.retrieve import Retrieve, _Gallery, embedded
 from perdure.training.config import make_method
 from perdure.training.run import run

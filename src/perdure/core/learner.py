@@ -16,8 +16,8 @@ from perdure.adapters.injection import adapted, fold
 from perdure.backbones.base import Backbone
 from perdure.backbones.texts import unpack
 from perdure.core.method import Method, parts_of, predicts, treated
+from perdure.core.objective import Objective, asking
 from perdure.core.temperature import Temperature
-from perdure.objectives import Objective, asking
 from perdure.process import Turn, plain, seeded
 from perdure.streams.augment import AUGMENTS, Augment
 from perdure.types import Batch, Data, Encoded, Scenario, Stream, Task, Union

@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from perdure.objectives.base import Head
+from perdure.core.objective import Head
 from perdure.options.ranges import checked, without_effect
-from perdure.types import Batch, Data, Task
-
-if TYPE_CHECKING:
-    from perdure.core.learner import Core
+from perdure.types import AnyLearner, Batch, Data, Task
 
 METHODS: dict[str, type[Method]] = {}
 """Every method by name; a class registers itself by `class Mine(Method, name="mine")`."""
@@ -76,32 +73,32 @@ class Method(nn.Module):
         return self.parameters() if self.trains_shared else ()
 
     # Structure: a function of the task's description alone, so that a resumed run can replay it.
-    def grow(self, learner: Core, task: Task) -> None:
+    def grow(self, learner: AnyLearner, task: Task) -> None:
         """Make room for `task`: new branches, heads, prompts; decide what is trained."""
 
-    def check(self, learner: Core, task: Task) -> None:
+    def check(self, learner: AnyLearner, task: Task) -> None:
         """Raise `ValueError` for what cannot be, or would have no effect, in a task that all parts have grown for.
 
         Depends on descriptions only: a run asks for all of its tasks before the first. `begin_task` asks again.
         """
 
     # Task boundaries: may read the task's data.
-    def data(self, learner: Core, task: Task) -> Data:
+    def data(self, learner: AnyLearner, task: Task) -> Data:
         """What the task is trained on; its own training set unless a method says otherwise."""
         return task.train
 
-    def begin_task(self, learner: Core, task: Task) -> None:
+    def begin_task(self, learner: AnyLearner, task: Task) -> None:
         """Prepare from the task's data, before the first step."""
 
-    def end_task(self, learner: Core, task: Task) -> None:
+    def end_task(self, learner: AnyLearner, task: Task) -> None:
         """Remember what later tasks need, after the last step."""
 
-    def measures(self, learner: Core) -> dict[str, float]:
+    def measures(self, learner: AnyLearner) -> dict[str, float]:
         """Facts about the method itself after a task, for results and report: `{"free_dimension/<layer>": 120}`."""
         return {}
 
     # Steps, in the order in which they run.
-    def record(self, learner: Core, batch: Batch) -> Batch:
+    def record(self, learner: AnyLearner, batch: Batch) -> Batch:
         """What it wants to know of each image beside it, as `{name: (B, ...)}`: what no training of the task changes.
 
         Asked of each part of a composition. Computed once for a training set where images stay as they are, else in
@@ -109,30 +106,30 @@ class Method(nn.Module):
         """
         return {}
 
-    def batch(self, learner: Core, batch: Batch) -> Batch:
+    def batch(self, learner: AnyLearner, batch: Batch) -> Batch:
         """The batch that is trained on, e.g. with old examples mixed in."""
         return batch
 
-    def penalty(self, learner: Core, batch: Batch, features: Tensor) -> Tensor | float:
+    def penalty(self, learner: AnyLearner, batch: Batch, features: Tensor) -> Tensor | float:
         """What is added to the objective's loss."""
         return 0.0
 
-    def backward(self, learner: Core, loss: Tensor) -> None:
+    def backward(self, learner: AnyLearner, loss: Tensor) -> None:
         """Fill the gradients from the loss; at most one part of a composition may define it."""
         loss.backward()  # type: ignore[no-untyped-call]
 
-    def after_backward(self, learner: Core) -> None:
+    def after_backward(self, learner: AnyLearner) -> None:
         """Change gradients."""
 
-    def after_step(self, learner: Core, batch: Batch) -> None:
+    def after_step(self, learner: AnyLearner, batch: Batch) -> None:
         """Look at, or change, parameters after the optimizer's step."""
 
-    def param_groups(self, learner: Core) -> dict[str, float]:
+    def param_groups(self, learner: AnyLearner) -> dict[str, float]:
         """Names of trainable parameters whose learning rate differs -> factor."""
         return {}
 
     # Inference.
-    def applied(self, learner: Core, batch: Batch, tower: str) -> AbstractContextManager[None]:
+    def applied(self, learner: AnyLearner, batch: Batch, tower: str) -> AbstractContextManager[None]:
         """Within, `tower` computes on `batch` as this method has it: features, embeddings, and what a model generates.
 
         For what adapters and prompts in the tower do not do by themselves, such as prompts that each input chooses.
@@ -145,14 +142,15 @@ class Method(nn.Module):
         """
         return nullcontext()
 
-    def predict(self, learner: Core, batch: Batch) -> Tensor:
+    def predict(self, learner: AnyLearner, batch: Batch) -> Tensor:
         """Scores (B, seen classes) of a batch; must not depend on which examples share the batch. Of one part.
 
         Reads features with `learner.encode`: where these are known already, as in an evaluation, images are gone.
         """
-        return learner.objective.scores(learner.encode(batch))
+        scores: Tensor = learner.objective.scores(learner.encode(batch))
+        return scores
 
-    def head(self, learner: Core) -> Head:
+    def head(self, learner: AnyLearner) -> Head:
         """What an export needs to give what `predict` does; who defines that and not this cannot be exported."""
         raise NotImplementedError
 
@@ -187,71 +185,71 @@ class Compose(Method):
             assert isinstance(part, Method)
             yield part
 
-    def grow(self, learner: Core, task: Task) -> None:
+    def grow(self, learner: AnyLearner, task: Task) -> None:
         """See `Method.grow`."""
         for part in self:
             part.grow(learner, task)
 
-    def check(self, learner: Core, task: Task) -> None:
+    def check(self, learner: AnyLearner, task: Task) -> None:
         """See `Method.check`."""
         for part in self:
             part.check(learner, task)
 
-    def data(self, learner: Core, task: Task) -> Data:
+    def data(self, learner: AnyLearner, task: Task) -> Data:
         """See `Method.data`."""
         owner = self._owner("data")
         return task.train if owner is None else owner.data(learner, task)
 
-    def begin_task(self, learner: Core, task: Task) -> None:
+    def begin_task(self, learner: AnyLearner, task: Task) -> None:
         """See `Method.begin_task`; parts that change the encoder come first, so that others see it as it will train."""
         for part in sorted(self, key=lambda part: not part.changes_encoder):
             part.begin_task(learner, task)
 
-    def end_task(self, learner: Core, task: Task) -> None:
+    def end_task(self, learner: AnyLearner, task: Task) -> None:
         """See `Method.end_task`."""
         for part in sorted(self, key=lambda part: (not part.concludes, not part.treats)):
             part.end_task(learner, task)
 
-    def measures(self, learner: Core) -> dict[str, float]:
+    def measures(self, learner: AnyLearner) -> dict[str, float]:
         """See `Method.measures`; what two parts measure adds up."""
         facts: Counter[str] = Counter()
         for part in self:
             facts.update(part.measures(learner))
         return dict(facts)
 
-    def batch(self, learner: Core, batch: Batch) -> Batch:
+    def batch(self, learner: AnyLearner, batch: Batch) -> Batch:
         """See `Method.batch`."""
         for part in self:
             batch = part.batch(learner, batch)
         return batch
 
-    def penalty(self, learner: Core, batch: Batch, features: Tensor) -> Tensor | float:
+    def penalty(self, learner: AnyLearner, batch: Batch, features: Tensor) -> Tensor | float:
         """See `Method.penalty`."""
         total: Tensor | float = 0.0
         for part in self:
             total = total + part.penalty(learner, batch, features)
         return total
 
-    def after_backward(self, learner: Core) -> None:
+    def after_backward(self, learner: AnyLearner) -> None:
         """See `Method.after_backward`."""
         for part in self:
             part.after_backward(learner)
 
-    def after_step(self, learner: Core, batch: Batch) -> None:
+    def after_step(self, learner: AnyLearner, batch: Batch) -> None:
         """See `Method.after_step`."""
         for part in self:
             part.after_step(learner, batch)
 
-    def param_groups(self, learner: Core) -> dict[str, float]:
+    def param_groups(self, learner: AnyLearner) -> dict[str, float]:
         """See `Method.param_groups`."""
         return {k: v for part in self for k, v in part.param_groups(learner).items()}
 
-    def backward(self, learner: Core, loss: Tensor) -> None:
+    def backward(self, learner: AnyLearner, loss: Tensor) -> None:
         """See `Method.backward`."""
         owner = self._owner("backward")
         return super().backward(learner, loss) if owner is None else owner.backward(learner, loss)
 
-    def predict(self, learner: Core, batch: Batch) -> Tensor:
+    def predict(self, learner: AnyLearner, batch: Batch) -> Tensor:
         """See `Method.predict`."""
         owner = self._owner("predict")
         return super().predict(learner, batch) if owner is None else owner.predict(learner, batch)
@@ -299,7 +297,7 @@ def _carried(part: Method) -> str:
     return " or ".join(f"'{name} + {part.name}'" for name in sorted(METHODS, reverse=True) if METHODS[name].carrier)
 
 
-def check_texts(learner: Core, part: Method, tower: str) -> None:
+def check_texts(learner: AnyLearner, part: Method, tower: str) -> None:
     """Raise `ValueError` when `part` is asked for a text tower that the objective never reads with."""
     if tower != "vision" and "text" not in learner.objective.towers:
         raise ValueError(
@@ -308,7 +306,7 @@ def check_texts(learner: Core, part: Method, tower: str) -> None:
         )
 
 
-def check_mask(learner: Core, mask: bool | None) -> None:
+def check_mask(learner: AnyLearner, mask: bool | None) -> None:
     """Raise `ValueError` when an option `mask` was given and would change nothing."""
     if "classes" not in learner.objective.asks:
         without_effect("where pairs compete, and not classes", mask=mask)
@@ -332,7 +330,7 @@ def predicts(method: Method) -> bool:
     return any(_defines(part, "predict") for part in parts_of(method))
 
 
-def check_trained(learner: Core, part: Method, lacks: str) -> None:
+def check_trained(learner: AnyLearner, part: Method, lacks: str) -> None:
     """Raise `ValueError` when nothing is trained that answers depend on, so that `part` has no effect.
 
     Args:

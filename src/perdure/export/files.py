@@ -11,7 +11,7 @@ from perdure.backbones.open_clip import OpenClip
 from perdure.backbones.timm import Timm
 from perdure.backbones.vision import Vision
 from perdure.core.learner import Core
-from perdure.objectives.base import Head
+from perdure.core.objective import Head
 from perdure.options.spec import parse_one
 from perdure.version import __version__
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from perdure.core.learner import Core
 from perdure.core.method import parts_of, predicts
-from perdure.objectives.base import Head
+from perdure.core.objective import Head
 
 
 def head_of(learner: Core) -> Head:
@@ -26,7 +26,7 @@ def answering(learner: Core) -> Any:
     part = next((part for part in parts_of(learner.method) if predicts(part)), None)
     who, hook = (learner.objective, "scores") if part is None else (part, "predict")
     if _defining(who, hook) is not _defining(who, "head"):
-        raise ValueError(f"{who.name} answers in a way that a plain head cannot; keep this learner with save")
+        raise ValueError(f"{who.name} predicts in a way that a plain head cannot; keep this learner with save")
     return who
 
 

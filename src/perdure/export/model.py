@@ -30,9 +30,9 @@ from perdure.backbones.timm import Timm
 from perdure.backbones.vision import Vision
 from perdure.core.learner import Core
 from perdure.core.method import parts_of
+from perdure.core.objective import Head
 from perdure.export.files import TERMS, TOKENIZER, Use, copy, options_of, readme, use_of
 from perdure.export.head import answering, head_of
-from perdure.objectives.base import Head
 from perdure.storage.files import locked, write_json, write_text
 from perdure.training.config import make_backbone
 from perdure.version import __version__

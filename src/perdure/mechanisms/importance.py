@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from perdure.adapters.injection import updates
 from perdure.adapters.state import BufferDict
 from perdure.core.learner import Core
-from perdure.objectives.base import Competitors
+from perdure.core.objective import Competitors
 from perdure.types import Batch, Data, Site
 
 Of = Literal["parameters", "updates"]

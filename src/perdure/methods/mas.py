@@ -12,8 +12,8 @@ from torch import Tensor
 
 from perdure.core.learner import Core
 from perdure.core.method import Method
+from perdure.core.objective import Competitors
 from perdure.mechanisms.importance import Of, QuadraticPenalty, check_updates, held, importance
-from perdure.objectives.base import Competitors
 from perdure.options.ranges import Count, Strength
 from perdure.types import Batch, Task
 

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from perdure.adapters.state import BufferDict
 from perdure.core.learner import Core
 from perdure.core.method import Method
-from perdure.objectives.base import Head
+from perdure.core.objective import Head
 from perdure.types import Batch, Task
 
 

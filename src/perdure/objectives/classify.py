@@ -5,25 +5,21 @@ A cosine head may start from class names as in Wortsman et al., *Robust fine-tun
 examples. Differs: the scale of the cosines is fixed, LUCIR learns it.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perdure.objectives.base import COSINES, TEMPLATE, Head, Objective
+from perdure.core.learner import Core
+from perdure.core.objective import COSINES, TEMPLATE, Head, Objective
 from perdure.options.ranges import Factor, checked, without_effect
 from perdure.types import Task
-
-if TYPE_CHECKING:
-    from perdure.core.learner import Core
 
 _SCALE = 10.0
 
 
-class Classify(Objective):
+class Classify(Objective, name="classify"):
     """One linear layer with bias for the classes that a task brings; prediction concatenates them.
 
     A head is trained while its classes are part of the current task: in a domain-incremental stream the first task's

@@ -9,25 +9,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from perdure.backbones.texts import present, unpack
+from perdure.core.learner import Core
+from perdure.core.objective import Competitors, Head, Objective
 from perdure.metrics import recalls
-from perdure.objectives.base import Competitors, Head, Objective
 from perdure.options.ranges import Count, checked
 from perdure.types import Batch, Data, Task, Union
-
-if TYPE_CHECKING:
-    from perdure.core.learner import Core
 
 _CAPTIONS = "captions"
 
 
-class Retrieve(Objective):
+class Retrieve(Objective, name="retrieve"):
     """Symmetric contrastive loss between images and captions, with the model's frozen logit scale.
 
     Args:
@@ -44,20 +41,6 @@ class Retrieve(Objective):
     def __init__(self, captions: Count | None = 1) -> None:
         super().__init__()
         self.captions = captions
-        self._learner: list[Core] = []  # in a list: the learner owns us, not we the learner
-
-    def bind(self, learner: Core) -> None:
-        """See `Objective.bind`."""
-        self._learner = [learner]
-
-    def grow(self, learner: Core, task: Task) -> None:
-        """Remember the topic."""
-        if "text" not in learner.backbone.towers():
-            raise ValueError(
-                f"retrieve needs a text tower, which {learner.backbone.spec} lacks: use clip(path=...) or pocket()"
-            )
-        super().grow(learner, task)
-        self.bind(learner)
 
     def scores(self, features: Tensor) -> Tensor:
         """There are no classes to score.
@@ -91,7 +74,7 @@ class Retrieve(Objective):
 
     def similarity(self, features: Tensor, texts: Tensor) -> Tensor:
         """Scaled cosines (B, n) of image features to embeddings of texts."""
-        scale = self._learner[0].backbone.logit_scale
+        scale: Tensor = self._learner[0].backbone.logit_scale
         return scale * F.normalize(features, dim=1) @ F.normalize(texts, dim=1).T
 
     def output(self, learner: Core, batch: Batch, name: str) -> Tensor:

@@ -1,23 +1,18 @@
 """Classification by class names: the text tower's embeddings are the classifier (CLIP; Radford et al., ICML 2021)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from perdure.objectives.base import COSINES, TEMPLATE, Head, Objective, accuracies
+from perdure.core.learner import Core
+from perdure.core.objective import COSINES, TEMPLATE, Head, Objective, accuracies
 from perdure.options.ranges import checked
 from perdure.types import Batch, Task
 
-if TYPE_CHECKING:
-    from perdure.core.learner import Core
 
-
-class ZeroShot(Objective):
+class ZeroShot(Objective, name="zeroshot"):
     """Cosine to the class names' text embeddings, times the model's frozen logit scale.
 
     A class's embedding is the normalised mean over templates of normalised embeddings. While the text tower is neither
@@ -37,22 +32,11 @@ class ZeroShot(Objective):
         for template in self.templates:
             if "{}" not in template:
                 raise ValueError(f"template {template!r} has no {{}} for the class name; write 'a photo of a {{}}.'")
-        self._learner: list[Core] = []  # in a list: the learner owns us, not we the learner
         self._known: Tensor | None = None
-
-    def bind(self, learner: Core) -> None:
-        """See `Objective.bind`."""
-        self._learner = [learner]
 
     def grow(self, learner: Core, task: Task) -> None:
         """Remember the class names."""
-        if "text" not in learner.backbone.towers():
-            raise ValueError(
-                f"zeroshot needs a text tower, which {learner.backbone.spec} lacks: use clip(path=...) or pocket(), or "
-                "--objective classify"
-            )
         super().grow(learner, task)
-        self.bind(learner)
         self._known = None
 
     def refresh(self) -> None:
@@ -77,7 +61,7 @@ class ZeroShot(Objective):
 
     def similarity(self, features: Tensor, classes: Tensor) -> Tensor:
         """Scaled cosines (R, n) of image features to `classes` (n, dim)."""
-        scale = self._learner[0].backbone.logit_scale
+        scale: Tensor = self._learner[0].backbone.logit_scale
         return scale * F.normalize(features, dim=1) @ classes.T
 
     def distributions(self, features: Tensor | None, batch: Batch, old: bool = False) -> list[Tensor]:

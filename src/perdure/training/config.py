@@ -15,7 +15,7 @@ from perdure.training.settings import Attention, Precision, TrainConfig
 
 if TYPE_CHECKING:  # what only asks, as the command line's help does, waits for no torch
     from perdure.core.method import Method
-    from perdure.objectives import Objective
+    from perdure.core.objective import Objective
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,16 +10,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perdure.types import Batch, Task, Union
-
-if TYPE_CHECKING:
-    from perdure.core.learner import Core
+from perdure.types import AnyLearner, Batch, Task, Union
 
 TEMPLATE = "a photo of a {}."
 COSINES = 'head["logit_scale"] * torch.nn.functional.normalize(features) @ head["weight"].T'
@@ -48,6 +45,10 @@ class Head:
     tensors: dict[str, Tensor]
 
 
+OBJECTIVES: dict[str, type[Objective]] = {}
+"""Every objective by name; a class registers itself by `class Mine(Objective, name="mine")`."""
+
+
 class Objective(nn.Module):
     """Scores over all seen classes, learnt by cross-entropy among the classes that compete in a batch.
 
@@ -55,6 +56,8 @@ class Objective(nn.Module):
     SD-LoRA and PILOT. As soon as a batch holds an example of another class (replay), all seen classes compete.
     """
 
+    name: ClassVar[str]
+    """As it is written."""
     asks: ClassVar[frozenset[str]] = frozenset({"classes"})
     """What a stream must have for it: `classes`, or `captions`."""
     towers: ClassVar[frozenset[str]] = frozenset({"vision"})
@@ -70,6 +73,12 @@ class Objective(nn.Module):
     templates: tuple[str, ...] = (TEMPLATE,)
     """Sentences with `{}` into which names of classes are put."""
 
+    def __init_subclass__(cls, name: str = "", **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.name = name or cls.__name__.lower()
+        if name:
+            OBJECTIVES[name] = cls
+
     def __init__(self) -> None:
         super().__init__()
         self.classes: tuple[int, ...] = ()  # seen, in column order
@@ -77,17 +86,26 @@ class Objective(nn.Module):
         self.task_columns: tuple[int, ...] = ()  # of the current task's classes
         self.former: tuple[tuple[int, ...], ...] = ()  # columns of former tasks' classes that answer together
         self.masked_loss = True  # False: every seen class always competes
+        self._learner: list[
+            AnyLearner
+        ] = []  # who reads texts for it; in a list: the learner owns us, not we the learner
 
-    @property
-    def name(self) -> str:
-        """As it is written."""
-        return type(self).__name__.lower()
-
-    def bind(self, learner: Core) -> None:
+    def bind(self, learner: AnyLearner) -> None:
         """Called when it belongs to another learner than before."""
+        self._learner = [learner] if "text" in self.towers else []
 
-    def grow(self, learner: Core, task: Task) -> None:
-        """Make room for the classes of `task`."""
+    def grow(self, learner: AnyLearner, task: Task) -> None:
+        """Make room for the classes of `task`.
+
+        Raises:
+            ValueError: when the backbone lacks a tower that is read.
+        """
+        if lacking := self.towers - learner.backbone.towers().keys():
+            raise ValueError(
+                f"{self.name} needs a {min(lacking)} tower, which {learner.backbone.spec} lacks: use clip(path=...) or "
+                "pocket(), or --objective classify"
+            )
+        self.bind(learner)
         fresh = [(c, n) for c, n in zip(task.classes, task.names, strict=True) if c not in self.classes]
         self.classes += tuple(c for c, _ in fresh)
         self.names += tuple(n for _, n in fresh)
@@ -99,7 +117,7 @@ class Objective(nn.Module):
             former = {tuple(sorted({i for each in former for i in each}))}
         self.former = tuple(sorted(former))
 
-    def grown(self, learner: Core) -> None:
+    def grown(self, learner: AnyLearner) -> None:
         """Called when the method has made room too."""
 
     def unmask(self) -> None:
@@ -110,18 +128,18 @@ class Objective(nn.Module):
     def refresh(self) -> None:
         """Called before prediction, when parameters may have changed."""
 
-    def record(self, learner: Core, batch: Batch) -> Batch:
+    def record(self, learner: AnyLearner, batch: Batch) -> Batch:
         """What it wants to know of each image beside it and no training can change, as `{name: (B, ...)}`.
 
         Computed once for a training set where images stay as they are, and for a test set; never within a step.
         """
         return {}
 
-    def embed_texts(self, learner: Core, batch: Batch) -> Batch:
+    def embed_texts(self, learner: AnyLearner, batch: Batch) -> Batch:
         """`batch` with what its loss reads of the texts, computed once for all who ask in a step."""
         return batch
 
-    def texts(self, learner: Core, batch: Batch) -> tuple[list[str], Tensor]:
+    def texts(self, learner: AnyLearner, batch: Batch) -> tuple[list[str], Tensor]:
         """Texts of the current task that the text tower reads in a step on `batch`, and the class of each, (n,)."""
         return [], batch["label"][:0]
 
@@ -141,7 +159,7 @@ class Objective(nn.Module):
         """Scores (R, classes of the current task), the columns `task_columns`: all that most steps need."""
         return self.scores(features)[:, list(self.task_columns)]
 
-    def output(self, learner: Core, batch: Batch, name: str) -> Tensor:
+    def output(self, learner: AnyLearner, batch: Batch, name: str) -> Tensor:
         """What the model makes of each example, (B, ...): `features`, `scores`, or embeddings of all its `captions`."""
         features = learner.encode(batch)
         return features if name == "features" else self.scores(features)
@@ -212,7 +230,7 @@ class Objective(nn.Module):
         """The example at `index` as a batch of its own, with those of its texts that a step on `batch` shows."""
         return {name: value[index : index + 1] for name, value in batch.items()}
 
-    def competitors(self, learner: Core, batch: Batch) -> Batch:
+    def competitors(self, learner: AnyLearner, batch: Batch) -> Batch:
         """What single examples compete with, made of a `batch` of others: nothing where classes compete."""
         return {}
 
@@ -228,11 +246,11 @@ class Objective(nn.Module):
         """Set the head's rows for `columns` (n,), where it is `linear`: `weight` (n, dim) and `bias` (n,)."""
         raise NotImplementedError
 
-    def head(self, learner: Core) -> Head:
+    def head(self, learner: AnyLearner) -> Head:
         """What an export needs to give the same scores; who defines `scores` and not this cannot be exported."""
         raise NotImplementedError
 
-    def evaluate(self, learner: Core, tasks: Sequence[Task], size: int = 256) -> list[dict[str, float]]:
+    def evaluate(self, learner: AnyLearner, tasks: Sequence[Task], size: int = 256) -> list[dict[str, float]]:
         """Shares of right answers on the test set of each of `tasks`.
 
         As the scenario has it, with the task id given, and of the task id itself. Batches are as large as fit; scores
@@ -249,8 +267,13 @@ class Objective(nn.Module):
         return [score(*each) for each in zip(tasks, scores, allowed, strict=True)]
 
 
+def asking(what: str) -> str:
+    """Names of the objectives that learn `what`, as they would be written in a sentence."""
+    return " or ".join(name for name, objective in OBJECTIVES.items() if what in objective.asks)
+
+
 def accuracies(
-    learner: Core, task: Task, scores: Tensor, candidates: set[int], classes: Sequence[int], first: dict[int, int]
+    learner: AnyLearner, task: Task, scores: Tensor, candidates: set[int], classes: Sequence[int], first: dict[int, int]
 ) -> dict[str, float]:
     """Shares of right answers on a task's test set.
 
