@@ -92,6 +92,10 @@ class Backbone(nn.Module):
                 handle.remove()
         return torch.cat([F.layer_norm(token.float(), token.shape[1:]) for token in taken], dim=1)
 
+    def prepare(self, batch: Batch) -> Batch:
+        """`batch` as it was read with what `forward` needs beside it, such as tokens; called on the reading thread."""
+        return batch
+
     def normalise(self, image: Tensor) -> Tensor:
         """uint8 images to the pixel values the model was trained on, in the precision of its weights."""
         pixels = image.to(torch.float32, copy=True)

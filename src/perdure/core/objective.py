@@ -128,7 +128,7 @@ class Objective(nn.Module):
     def refresh(self) -> None:
         """Called before prediction, when parameters may have changed."""
 
-    def record(self, learner: AnyLearner, batch: Batch) -> Batch:
+    def precompute(self, learner: AnyLearner, batch: Batch) -> Batch:
         """What it wants to know of each image beside it and no training can change, as `{name: (B, ...)}`.
 
         Computed once for a training set where images stay as they are, and for a test set; never within a step.
@@ -259,8 +259,8 @@ class Objective(nn.Module):
         if not tasks:
             return []
         with learner.inference():
-            tests = Union([learner.encoded(task.test, keep=True) for task in tasks])
-            scores = torch.split(learner.answers(tests, size).cpu(), [len(task.test) for task in tasks])
+            tests = Union([learner.cache.test(task.test) for task in tasks])
+            scores = torch.split(learner.scores_of(tests, size).cpu(), [len(task.test) for task in tasks])
         stream, last = learner.stream, learner.learnt - 1
         allowed = [set(stream.candidates(task, last)) & set(self.classes) | set(task.classes) for task in tasks]
         score = partial(accuracies, learner, classes=self.classes, first=stream.first_task())

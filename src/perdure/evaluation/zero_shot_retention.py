@@ -61,7 +61,7 @@ class Retention:
         right = total = 0
         with learner.inference():
             classes = class_texts(learner, list(names.values()), self.templates)
-            tests = Union([learner.encoded(task.test, keep=True) for task in stream])
+            tests = Union([learner.cache.test(task.test) for task in stream])
             for batch in learner.batches(tests, 256):
                 answer = (learner.encode(batch) @ classes.T).argmax(1).tolist()
                 wanted = [place[c] for c in batch["label"].tolist()]
