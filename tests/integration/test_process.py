@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers
 from perdure import write_report
 from perdure.api.folders import teach_folder
 from perdure.api.learner import Learner
-from perdure.cli.use import measure
+from perdure.cli.use import evaluate
 from perdure.experiments.grid import cells, compare
 from perdure.training.loop import Quiet
 from perdure.training.run import resume, run
@@ -91,7 +91,7 @@ CALLS: dict[str, Callable[[Any, Path, Path], object]] = {
     "refused": lambda lab, at, new: refused(new),
     "run": lambda lab, at, new: lab.run(SPEC, new / "run")["matrix"],
     "resume": lambda lab, at, new: resume(shutil.copytree(at / "stopped", new / "run"))["matrix"],
-    "eval": lambda lab, at, new: measure(at / "run", None)[1],
+    "eval": lambda lab, at, new: evaluate(at / "run", None)[1],
     "learn a folder": lambda lab, at, new: str(
         teach_folder(at / "images", new / "taught", create().config, {})[0].describe()
     ),

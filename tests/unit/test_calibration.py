@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from perdure.api.learner import Learner
-from perdure.cli.use import measure
+from perdure.cli.use import evaluate
 from perdure.core.temperature import Temperature, calibration_error, fitted
 from perdure.evaluation.calibration import set_apart
 
@@ -102,7 +102,7 @@ def test_calibrated_scores_are_those_of_the_temperature_and_rank_alike(lab: Any,
 def test_eval_says_how_far_scores_are_off_and_the_temperature_helps(lab: Any, tmp_path: Path) -> None:
     bench = lab.but(per_class=40, noise=1.2)
     bench.run("ncm", tmp_path, calibrate=0.25)
-    found = {row.metric: row.value for row in measure(tmp_path, None)[1] if row.on is None}
+    found = {row.metric: row.value for row in evaluate(tmp_path, None)[1] if row.on is None}
     assert found["calibration_error_calibrated"] < 0.9 * found["calibration_error"]
 
 

@@ -415,13 +415,6 @@ def test_fused_attention_is_unpacked_with_its_weights(saved: dict[str, Path]) ->
     assert not any("in_proj" in name for name in backbone.state_dict())
 
 
-def test_openclip_whose_attention_is_still_fused_is_refused(saved: dict[str, Path]) -> None:
-    backbone = load("open", saved)
-    backbone.model = original(saved["open"])
-    with pytest.raises(ValueError, match=r"part of nn\.MultiheadAttention, which never calls it"):
-        backbone.sites("o")
-
-
 def test_quick_gelu_is_kept_and_another_activation_would_show(saved: dict[str, Path], tmp_path: Path) -> None:
     quick = load("open_quick", saved)
     folder = shutil.copytree(saved["open_quick"], tmp_path / "plain")

@@ -83,20 +83,6 @@ def test_the_penalty_is_half_the_strength_times_the_weighted_square_of_the_drift
     assert parameter.grad[1, 1].item() == pytest.approx(6 * 2.0 * -1)
 
 
-def test_a_stronger_pull_keeps_important_parameters_closer_to_their_anchor(lab: Any) -> None:
-    def moved(strength: float) -> float:
-        """Σ F (θ - θ*)² after another task."""
-        learner, stream = lab.learner(f"lora(rank=2) + ewc(strength={strength})"), lab.stream()
-        lab.teach(learner, stream.tasks[:1])
-        guard = learner.method.parts[1]
-        fisher, anchor = ({k: v.clone() for k, v in kept.items()} for kept in (guard.fisher, guard.anchor))
-        lab.teach(learner, stream.tasks[1:2], epochs=8)
-        return sum(float((f * (learner.get_parameter(k).detach() - anchor[k]) ** 2).sum()) for k, f in fisher.items())
-
-    drifts = [moved(strength) for strength in (0, 100, 1000)]
-    assert drifts[0] > 2 * drifts[1] > 4 * drifts[2]
-
-
 def test_when_the_last_shared_branch_is_closed_nothing_is_held_any_more(lab: Any) -> None:
     bench = lab.but(objective="zeroshot")
     learner, stream = bench.learner("lora(rank=2, tasks=2) + ewc"), bench.stream()
@@ -232,8 +218,11 @@ def test_updates_of_all_tasks_are_held_where_a_task_closes_its_own(lab: Any) -> 
     assert moved(1e4) < 0.5 * moved(0)
 
 
-@pytest.mark.parametrize("guard", ["ewc", "ewc(of='updates', form='offline')", "mas", "mas(of='updates')", "si"])
-@pytest.mark.parametrize("where", [{"precision": "bf16"}, {"objective": "zeroshot"}, {"scenario": "domain"}])
+GUARDS = ("ewc", "ewc(of='updates', form='offline')", "mas", "mas(of='updates')", "si")
+WHERES = ({"precision": "bf16"}, {"objective": "zeroshot"}, {"scenario": "domain"}, {})
+
+
+@pytest.mark.parametrize(("guard", "where"), [(each, WHERES[i % 4]) for i, each in enumerate(GUARDS)])
 def test_a_pull_holds_updates_closer_in_any_precision_and_setting(guard: str, where: Any, lab: Any) -> None:
     def moved(strength: float) -> float:
         """How far updates moved in the second task."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from perdure.core.learner import Core, derived_seed
 from perdure.core.method import treated
 from perdure.process import ALONE, as_found, plain
-from perdure.training.settings import TrainConfig as TrainConfig
+from perdure.training.config import TrainConfig as TrainConfig
 from perdure.types import Batch, Data, Row, Task
 
 
