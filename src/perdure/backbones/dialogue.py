@@ -17,9 +17,13 @@ from torch.nn import functional as F
 from perdure.backbones.preprocess import decode
 
 Conversation = Any
-"""A mapping, or an object, with `messages` (each with `role` and `content`: a text, or a list of parts such as
-`{"type": "text", "text": ...}` and `{"type": "image"}`), `images` (paths, encoded bytes or Pillow images, in the order
-of the parts), and `answer`, a text or several: None where it is not known. `videos` are lists of images."""
+"""A mapping, or an object, with
+
+- `messages`: each with `role` and `content`, a text or parts such as {"type": "text", "text": ...}, {"type": "image"};
+- `images`: paths, encoded bytes or Pillow images, in the order of their parts; `videos`, lists of images, likewise;
+- `answer`: a text, or several of which the first is taught; none where it is not known;
+- `where`: file and line, for errors; may be missing.
+"""
 
 _PROMPTED = "input_ids"
 _LOCK = threading.Lock()  # fast tokenizers change their padding and truncation for a call
@@ -30,8 +34,8 @@ class Tokens:
     """One conversation as the model reads it.
 
     Args:
-        inputs: what the processor gave, as if the conversation were a batch of its own: `input_ids` int64 (1, L), others
-            of that shape beside it, and whatever the family makes of images.
+        inputs: what the processor gave, as if the conversation were a batch of its own: `input_ids` int64 (1, L),
+            others of that shape beside it, and whatever the family makes of images.
         prompt: how many of the L tokens are the prompt; the answer's come after them.
         cut: whether the answer was longer than there was room for.
     """
@@ -87,7 +91,7 @@ def collate(examples: Sequence[Tokens], side: Literal["left", "right"], pad: int
 
 
 def _stacked(values: Sequence[Tensor]) -> Tensor:
-    """One after another; where families pad the tiles of images to as many as the batch needs, with zeros as they do."""
+    """One after another; tiles of images are padded with zeros to as many as the batch needs, as processors do."""
     shape = [max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True)]
     padded = []
     for value in values:
@@ -114,8 +118,8 @@ class Dialogue:
         self.tokenizer = processor.tokenizer
         if not getattr(processor, "chat_template", None):
             raise ValueError(
-                f"{source!r} has no chat template, so it is not known how a question is put to it: use a model that was "
-                "taught instructions, or put its chat_template.jinja into the folder"
+                f"{source!r} has no chat template, so it is not known how a question is put to it: use a model that "
+                "was taught instructions, or put its chat_template.jinja into the folder"
             )
         self.stops = sorted(set(stops))
         self._ends = [self.tokenizer.convert_ids_to_tokens(stop) for stop in self.stops]
@@ -133,8 +137,15 @@ class Dialogue:
 
         Raises:
             ValueError: for an image that cannot be read, images that do not match their places, an empty answer, or a
-                prompt that leaves no room for an answer.
+                prompt that leaves no room for an answer; says where the conversation is from, if that is known.
         """
+        try:
+            return self._read(conversation)
+        except ValueError as error:
+            where, reason = _of(conversation, "where"), " ".join(str(error).split())
+            raise ValueError(f"{where}: {reason}" if where else reason) from error
+
+    def _read(self, conversation: Conversation) -> Tokens:
         messages, answer = self._turns(conversation)
         images, videos = _pictures(conversation, messages, "image"), _pictures(conversation, messages, "video")
         text = self._text(messages, True)
@@ -148,8 +159,8 @@ class Dialogue:
         asked = Tokens(asked.inputs, len(asked))
         if len(asked) >= self.length:
             raise ValueError(
-                f"a conversation takes {len(asked)} tokens, those of its {len(images)} images included, and there is room "
-                f"for {self.length} with an answer: shorten it, leave it out, or use a model that reads more"
+                f"a conversation takes {len(asked)} tokens, those of its {len(images)} images included, and there is "
+                f"room for {self.length} with an answer: shorten it, leave it out, or use a model that reads more"
             )
         return asked if answer is None else self.answered(asked, conversation, answer)
 
@@ -212,12 +223,13 @@ class Dialogue:
         for turn in _of(conversation, "messages"):
             content = _of(turn, "content")
             parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
-            clean = [p | {"text": self._plain(p["text"])} if p["type"] == "text" else {"type": p["type"]} for p in parts]
+            clean = [
+                p | {"text": self._plain(p["text"])} if p["type"] == "text" else {"type": p["type"]} for p in parts
+            ]
             messages.append({"role": _of(turn, "role"), "content": clean})
         answer = _of(conversation, "answer")
         if answer is not None and not isinstance(answer, str):
-            answers = list(answer)
-            answer = max(answers, key=answers.count) if answers else None  # of equally frequent ones the first
+            answer = next(iter(answer), None)
         if messages and messages[-1]["role"] == "assistant":
             said = messages.pop()["content"]
             answer = answer if answer is not None else "".join(part.get("text", "") for part in said)

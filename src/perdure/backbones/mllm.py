@@ -59,12 +59,12 @@ def mllm(
     usual = {"dtype": "auto", "quantize": "none", "checkpointing": False, "length": None}
     spec = Spec("mllm", tuple((k, v) for k, v in options.items() if k not in usual or v != usual[k]))
     with pretrained.reading(folder):
-        from transformers import AutoModelForImageTextToText, AutoProcessor
+        from transformers import AutoModelForImageTextToText
 
         config = pretrained.read_config(folder)
         if type(config) not in AutoModelForImageTextToText._model_mapping:
             raise ValueError(f"{folder!r} is a {config.model_type} model, which answers no questions about images")
-        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+        processor = _processor(folder)
         chosen = _dtype(config, dtype)
         more = _quantised(config, quantize, chosen)
         model = pretrained.read_model(AutoModelForImageTextToText, folder, dtype=chosen, **more)
@@ -123,7 +123,13 @@ class Language(Backbone):
         """
         if "tokens" in batch or "conversation" not in batch:
             return batch
-        return batch | {"tokens": [self.dialogue(each) for each in batch["conversation"]]}
+        made: Any = {"tokens": [self.dialogue(each) for each in batch["conversation"]]}
+        return batch | made
+
+    def tokens(self, batch: Batch) -> list[Tokens]:
+        """What `prepare` makes of the conversations of `batch`, where it has not been made yet."""
+        found: Any = self.prepare(batch)["tokens"]
+        return list(found)
 
     def forward(self, batch: Batch) -> Tensor:
         """Hidden states in front of the answers' tokens, (R, dim): one conversation's after another's.
@@ -131,13 +137,12 @@ class Language(Backbone):
         Raises:
             ValueError: when a conversation has no answer: there is nothing to be learnt from it.
         """
-        examples = self.prepare(batch)["tokens"]
+        examples = self.tokens(batch)
         if any(not len(each.answer) for each in examples):
             raise ValueError("a conversation without an answer cannot be learnt: leave it out")
         hidden = self._hidden(self._inputs(examples, "right"))
         places = [torch.arange(each.prompt - 1, len(each) - 1) for each in examples]
-        rows = self.owners(batch | {"tokens": examples})
-        return hidden[rows, torch.cat(places).to(hidden.device)]
+        return hidden[_owners(examples).to(hidden.device), torch.cat(places).to(hidden.device)]
 
     def head(self, rows: Tensor) -> Tensor:
         """Logits (R, vocabulary) in float32 of hidden states (R, dim)."""
@@ -148,12 +153,11 @@ class Language(Backbone):
 
     def targets(self, batch: Batch) -> Tensor:
         """The token that each row is to give, int64 (R,)."""
-        return torch.cat([each.answer for each in self.prepare(batch)["tokens"]]).to(self._device)
+        return torch.cat([each.answer for each in self.tokens(batch)]).to(self._device)
 
     def owners(self, batch: Batch) -> Tensor:
         """The conversation of each row, int64 (R,)."""
-        counts = torch.tensor([len(each.answer) for each in self.prepare(batch)["tokens"]])
-        return torch.repeat_interleave(torch.arange(len(counts)), counts).to(self._device)
+        return _owners(self.tokens(batch)).to(self._device)
 
     def generate(self, batch: Batch, tokens: int = 32, size: int = _SIZE) -> list[str]:
         """What the model says, greedily, in each conversation of `batch`.
@@ -163,7 +167,7 @@ class Language(Backbone):
             tokens: most tokens of an answer.
             size: conversations that are answered together; fewer where they do not fit into memory.
         """
-        asked = [each.with_answer(()) for each in self.prepare(batch)["tokens"]]
+        asked = [each.with_answer(()) for each in self.tokens(batch)]
 
         def say(some: Sequence[Tokens]) -> list[str]:
             inputs = self._inputs(some, "left")
@@ -177,7 +181,11 @@ class Language(Backbone):
         return _by_length(asked, say, size)
 
     def likelihoods(
-        self, batch: Batch, options: Sequence[Sequence[str]], size: int = _SIZE, per: Literal["token", "option"] = "token"
+        self,
+        batch: Batch,
+        options: Sequence[Sequence[str]],
+        size: int = _SIZE,
+        per: Literal["token", "option"] = "token",
     ) -> list[Tensor]:
         """How likely each of the options is as the answer to its conversation: log-probabilities, (options,) each.
 
@@ -189,7 +197,7 @@ class Language(Backbone):
             size: answers that are read together; fewer where they do not fit into memory.
             per: the mean over the option's tokens, or their sum, which favours short ones.
         """
-        examples = self.prepare(batch)["tokens"]
+        examples = self.tokens(batch)
         asked = [
             self.dialogue.answered(tokens, conversation, option, end=False)
             for tokens, conversation, own in zip(examples, batch["conversation"], options, strict=True)
@@ -197,14 +205,14 @@ class Language(Backbone):
         ]
 
         def score(some: Sequence[Tokens]) -> list[Tensor]:
-            read: Batch = {"tokens": list(some)}
+            read: Any = {"tokens": list(some)}
             with torch.no_grad():
                 found = -nn.functional.cross_entropy(self.head(self(read)), self.targets(read), reduction="none")
-            pieces = found.cpu().split([len(each.answer) for each in some])
+            pieces = torch.split(found.cpu(), [len(each.answer) for each in some])
             return [piece.mean() if per == "token" else piece.sum() for piece in pieces]
 
         scores = torch.stack(_by_length(asked, score, size)) if asked else torch.empty(0)
-        return list(scores.split([len(own) for own in options]))
+        return list(torch.split(scores, [len(own) for own in options]))
 
     def set_attention(self, implementation: pretrained.Attention) -> None:
         """Choose how attention is computed; the result is the same up to rounding."""
@@ -246,13 +254,16 @@ class Language(Backbone):
         if not logits.isfinite().all():
             raise self._not_finite("the model gives logits that are")
         if not torch.equal(rows[:-1], again[:-1]) and not torch.allclose(rows[:-1], again[:-1], atol=1e-2, rtol=1e-2):
-            raise ValueError(f"{self.spec}: the tokens of an answer see those that come after them: not a model to teach")
+            raise ValueError(
+                f"{self.spec}: the tokens of an answer see those that come after them: not a model to teach"
+            )
         if not torch.allclose(logits, whole, atol=1e-2 * float(whole.abs().max()), rtol=1e-2):
             raise ValueError(f"{self.spec}: its logits are more than its head makes of its last hidden states")
 
     @property
     def _device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        device: torch.device = self.model.device
+        return device
 
     def _inputs(self, examples: Sequence[Tokens], side: Literal["left", "right"]) -> dict[str, Tensor]:
         found = collate(examples, side, self.dialogue.pad)
@@ -282,7 +293,9 @@ class Language(Backbone):
     def _checkpointed(self) -> Iterator[None]:
         """Within, blocks keep no activations where they are asked not to: transformers looks whether a block trains."""
         asked = self.checkpointing and torch.is_grad_enabled()
-        layers = [each for each in self.model.modules() if getattr(each, "gradient_checkpointing", False)] if asked else []
+        layers = (
+            [each for each in self.model.modules() if getattr(each, "gradient_checkpointing", False)] if asked else []
+        )
         try:
             for each in layers:
                 each.training = True  # of the block alone: what is within it, dropout, stays as it is
@@ -299,12 +312,17 @@ class Language(Backbone):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Language":
         """As in `nn.Module`; frequencies of positions stay in float32, where bfloat16 would confuse far tokens."""
         kept = {name: buffer for name, buffer in self.named_buffers() if name.endswith("inv_freq")}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in kept.items():
             owner, _, own = name.rpartition(".")
             moved = self.get_buffer(name)
             setattr(self.get_submodule(owner), own, buffer.to(moved.device))
         return self
+
+
+def _owners(examples: Sequence[Tokens]) -> Tensor:
+    counts = torch.tensor([len(each.answer) for each in examples])
+    return torch.repeat_interleave(torch.arange(len(counts)), counts)
 
 
 def _by_length(examples: Sequence[Tokens], ask: Callable[[Sequence[Tokens]], list[T]], size: int) -> list[T]:
@@ -321,6 +339,18 @@ def _by_length(examples: Sequence[Tokens], ask: Callable[[Sequence[Tokens]], lis
             clear_device_cache(garbage_collection=True)
             size //= 2
     return [found[i] for i in range(len(examples))]
+
+
+def _processor(folder: str) -> Any:
+    from transformers import AutoProcessor
+
+    try:
+        return AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{folder!r} has no usable processor: copy processor_config.json, preprocessor_config.json and the "
+            "tokenizer's files of the original model there; they say how images and texts are read"
+        ) from error
 
 
 def _ids(given: int | Sequence[int] | None) -> list[int]:
