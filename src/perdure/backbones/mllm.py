@@ -124,7 +124,8 @@ class Language(Backbone):
         if "tokens" in batch or "conversation" not in batch:
             return batch
         made: Any = {"tokens": [self.dialogue(each) for each in batch["conversation"]]}
-        return batch | made
+        joined: Batch = batch | made
+        return joined
 
     def tokens(self, batch: Batch) -> list[Tokens]:
         """What `prepare` makes of the conversations of `batch`, where it has not been made yet."""
