@@ -4,7 +4,7 @@ import difflib
 import math
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 Pair = Sequence[float | None] | None
@@ -43,6 +43,11 @@ def share(value: Pair) -> str:
 def number(value: Pair) -> str:
     """(1234.5, 20) -> '1,234'."""
     return "–" if value is None or value[0] is None else f"{value[0]:,.0f}"
+
+
+def settings(options: Mapping[str, Any]) -> str:
+    """{"rank": 8, "lr": 0.00123456} -> 'rank=8, lr=0.001235'."""
+    return ", ".join(f"{n}={v:.4g}" if isinstance(v, float) else f"{n}={v!r}" for n, v in options.items())
 
 
 def times(step: dict[str, Any] | None) -> str:

@@ -469,12 +469,6 @@ def test_a_step_costs_the_same_after_two_and_after_six_tasks(spec: str, lab: Any
     assert structure(learner) == after_two
 
 
-@pytest.mark.parametrize("spec", ["ncm + ncm", "lora + lora"])
-def test_a_part_that_stands_twice_is_refused_by_name(spec: str) -> None:
-    with pytest.raises(ValueError, match=r"^(ncm|lora) stands twice in .*; write each part once$"):
-        make_method(spec)
-
-
 def test_two_owners_of_an_exclusive_hook_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     for hook in ("encode", "embed", "predict", "data"):
         one, two = (type(n, (METHODS["probe"],), {hook: lambda *_: None, "name": n}) for n in ("one", "two"))
@@ -482,60 +476,6 @@ def test_two_owners_of_an_exclusive_hook_are_refused_by_name(monkeypatch: pytest
         monkeypatch.setitem(METHODS, "two", two)
         with pytest.raises(ValueError, match=f"^one and two cannot be combined: each defines '{hook}'; keep one of"):
             make_method("one + lora + two")
-
-
-def test_an_unknown_method_suggests_a_name() -> None:
-    with pytest.raises(ValueError, match=r"^unknown method 'inflor'; did you mean 'inflora'\?$"):
-        make_method("inflor")
-
-
-def test_an_unknown_option_suggests_a_name() -> None:
-    with pytest.raises(ValueError, match="has no option 'ranks'; did you mean 'rank'"):
-        make_method("lora(ranks=3)")
-
-
-@pytest.mark.parametrize("spec", ["ewc", "inflora + ewc", "probe + ewc", "ncm + replay + ewc"])
-def test_a_guard_without_anything_to_protect_is_refused_when_built(spec: str) -> None:
-    with pytest.raises(
-        ValueError, match=r"^ewc has nothing to protect in .* Write 'lora \+ ewc' or 'finetune \+ ewc'$"
-    ):
-        make_method(spec)
-
-
-@pytest.mark.parametrize("spec", ["lwf", "probe + lwf", "probe + replay + lwf"])
-def test_a_distillation_where_no_part_changes_the_encoder_is_refused_when_built(spec: str) -> None:
-    with pytest.raises(ValueError, match=r"^lwf has nothing to protect in .*no part changes the encoder"):
-        make_method(spec)
-
-
-@pytest.mark.parametrize(
-    ("spec", "objective", "why"),
-    [
-        ("lora(rank=2) + zscl", "classify", "reads no texts"),
-        ("lora(rank=2) + mod_x", "zeroshot", "retrieve"),
-        ("lora(rank=2) + zscl(text_gradient=False)", "zeroshot", "text"),
-    ],
-)
-def test_what_needs_texts_says_so_before_anything_is_learnt(spec: str, objective: str, why: str, lab: Any) -> None:
-    bench = lab.but(objective=objective)
-    learner, task = bench.learner(spec), bench.stream().tasks[0]
-    with pytest.raises(ValueError, match=why):  # noqa: PT012 - one of the two
-        learner.grow(task)
-        learner.method.check(learner, task)
-
-
-@pytest.mark.parametrize("spec", ["replay + derpp", "lora + joint + replay", "icarl + lora + derpp"])
-def test_two_parts_that_train_on_old_images_are_refused_when_built(spec: str) -> None:
-    with pytest.raises(ValueError, match=r"(each trains on images of old tasks; keep one of them|keep one of them)$"):
-        make_method(spec)
-
-
-@pytest.mark.parametrize(
-    "spec", ["l2p + lora", "coda_prompt + lora", "prefix + dualprompt", "gpm + lora", "moe_adapters + lora"]
-)
-def test_what_relies_on_the_encoder_is_refused_beside_what_changes_it(spec: str) -> None:
-    with pytest.raises(ValueError, match=r"cannot be combined with .* protects or relies on would be void"):
-        make_method(spec)
 
 
 class LastStep(Quiet):

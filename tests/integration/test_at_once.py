@@ -12,7 +12,7 @@ from perdure.backbones import BACKBONES
 from perdure.cli import catalogue
 from perdure.cli.catalogue import described, entries
 from perdure.cli.commands import COMMANDS
-from perdure.cli.suggestions import mistake
+from perdure.cli.suggestions import command_of
 from perdure.core.method import METHODS, Method
 from perdure.options.ranges import Rank
 from perdure.streams import STREAMS
@@ -89,7 +89,8 @@ def test_public_names_are_there_and_others_are_not() -> None:
 
 
 def test_advice_from_a_folder_is_asked_for_with_from(perdure: Any, small: Any) -> None:
-    assert mistake(["advise", "--from", "runs/cmp", "--no-old-data"], COMMANDS) is None
+    asked = command_of(["advise", "--from", "runs/cmp", "--no-old-data"], COMMANDS)
+    assert (asked.from_, asked.old_data) == (Path("runs/cmp"), False)
     assert perdure("advise", "--frm", "x").err.startswith(
         "perdure: 'perdure advise' has no option --frm; did you mean '--from'?"
     )

@@ -18,7 +18,10 @@ from PIL import Image
 from perdure.backbones import BACKBONES
 from perdure.cli.catalogue import described
 from perdure.cli.commands import COMMANDS
+from perdure.cli.tune import Tune
 from perdure.core.method import METHODS
+from perdure.experiments.tune import check_ends
+from perdure.options.space import parse_space
 from perdure.options.spec import build, parse_one
 from perdure.streams import STREAMS
 from perdure.training.config import RunConfig, make_method, make_objective, register
@@ -81,6 +84,9 @@ def test_there_are_commands_and_code_on_the_pages() -> None:
 @pytest.mark.parametrize(("page", "line"), COMMAND_LINES, ids=[f"{page}: {line[:60]}" for page, line in COMMAND_LINES])
 def test_every_command_on_the_pages_parses(page: str, line: str) -> None:
     command = parsed(line)
+    if isinstance(command, Tune):
+        check_ends(RunConfig(stream=command.stream, method=command.method), parse_space(command.space))
+        return
     for text in (getattr(command, "method", None), *getattr(command, "methods", ())):
         if text:
             make_method(text)

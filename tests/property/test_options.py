@@ -14,7 +14,7 @@ import pytest
 from perdure.backbones import BACKBONES
 from perdure.backbones.tiny import tiny
 from perdure.cli.commands import COMMANDS
-from perdure.cli.suggestions import mistake
+from perdure.cli.suggestions import command_of
 from perdure.core.learner import Core
 from perdure.core.method import METHODS
 from perdure.objectives import OBJECTIVES
@@ -145,10 +145,7 @@ def asked(number: int) -> tuple[str, Callable[[], Any]]:
 
 def _flag(name: str, value: str) -> None:
     words = ["run", "--stream", "synthetic()", "--out", "x", f"--{name.replace('_', '-')}", value]
-    if said := mistake(words, COMMANDS):
-        raise ValueError(said)
-    kind = float if hints_of(RunConfig)[name].__origin__ is float else int
-    RunConfig(stream="synthetic()", **{name: kind(value)})  # type: ignore[arg-type]
+    command_of(words, COMMANDS)
 
 
 def _grown(text: str) -> None:

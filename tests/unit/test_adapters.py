@@ -10,7 +10,6 @@ from torch import nn
 from perdure.adapters.injection import adapted, attach, detach, fold, updates
 from perdure.adapters.low_rank import LowRank
 from perdure.backbones.tiny import tiny
-from perdure.training.config import make_method
 from perdure.types import Site
 
 
@@ -87,16 +86,3 @@ def test_only_linear_layers_can_be_adapted() -> None:
     model = nn.Sequential(nn.Conv2d(3, 3, 1))
     with pytest.raises(ValueError, match=r"^0 is a Conv2d: only nn.Linear can be adapted; choose other sites$"):
         attach(model, [Site("k", "0", "x", 3, (0, 3))], LowRank([Site("k", "0", "x", 3, (0, 3))], 1))
-
-
-def test_a_layer_cannot_be_adapted_and_fine_tuned(lab: Any) -> None:
-    with pytest.raises(ValueError, match=r"both adapted and fine-tuned.* Use one of the two"):
-        lab.taught("lora(rank=2) + finetune")
-
-
-@pytest.mark.parametrize("spec", ["lora + inflora", "inflora(rank=2) + finetune"])
-def test_what_would_void_the_protection_of_inflora_is_refused(spec: str) -> None:
-    with pytest.raises(
-        ValueError, match=r"inflora cannot be combined with (lora|finetune).*protects or relies on would be void"
-    ):
-        make_method(spec)

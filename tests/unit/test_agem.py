@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 import torch
 
-from perdure.training.config import make_method
 from perdure.training.loop import fit_task
 
 
@@ -97,17 +96,6 @@ def test_features_that_cannot_change_are_compared_as_the_batch_holds_them(lab: A
     assert old["features"].shape == (5, learner.dim)
 
 
-def test_the_old_loss_rises_less_than_without(lab: Any) -> None:
-    def loss(spec: str) -> float:
-        bench = lab.but(noise=0.3)
-        learner = bench.taught(spec, epochs=4)
-        batch = bench.stream().tasks[0].train.__getitems__(range(16))
-        with torch.no_grad():
-            return float(learner.objective.losses(learner.encode(batch), batch, local=False).mean())
-
-    assert loss("finetune(backbone_lr=1.0) + agem") < 0.9 * loss("finetune(backbone_lr=1.0)")
-
-
 def test_old_examples_are_augmented_as_new_ones_are(lab: Any) -> None:
     learner, stream = lab.learner("lora(rank=2) + agem(batch_size=5)"), lab.stream()
     lab.teach(learner, stream.tasks[:1])
@@ -115,31 +103,6 @@ def test_old_examples_are_augmented_as_new_ones_are(lab: Any) -> None:
     learner.augment = lambda batch, generator: batch | {"image": torch.zeros_like(batch["image"])}
     learner.method.batch(learner, stream.tasks[1].train.__getitems__(range(4)))
     assert not learner.method.parts[1]._old["image"].any()
-
-
-@pytest.mark.parametrize("part", ["gem", "agem"])
-@pytest.mark.parametrize(
-    ("carrier", "tasks", "said"),
-    [
-        ("ncm", 1, "has no gradient to project: ncm answers without the heads, and nothing else is trained"),
-        ("lora(rank=2, tasks=1) + ncm", 2, "has no gradient to project: ncm answers without the heads"),
-    ],
-)
-def test_where_no_step_needs_to_be_turned_it_is_refused(
-    part: str, carrier: str, tasks: int, said: str, lab: Any
-) -> None:
-    learner, stream = lab.learner(f"{carrier} + {part}"), lab.stream()
-    lab.teach(learner, stream.tasks[: tasks - 1])
-    with pytest.raises(ValueError, match=f"^{part} {said}"):
-        lab.teach(learner, stream.tasks[tasks - 1 : tasks])
-
-
-@pytest.mark.parametrize("part", ["gem", "agem"])
-def test_beside_joint_it_is_refused_when_built(part: str) -> None:
-    with pytest.raises(
-        ValueError, match=f"^{part} has nothing to protect beside joint, which trains on all old images"
-    ):
-        make_method(f"lora(rank=2) + joint + {part}")
 
 
 @pytest.mark.parametrize("part", ["agem", "gem", "replay", "derpp"])

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from perdure.mechanisms.class_statistics import ClassStatistics, Covariance
 from perdure.mechanisms.subspace import pack, shrunk, unpack
-from perdure.training.config import make_method
 
 FORMS: tuple[Covariance, ...] = ("shared", "full", "diagonal", "lowrank")
 
@@ -169,62 +168,10 @@ def test_the_temperature_levels_the_logits_of_tasks(lab: Any) -> None:
     torch.testing.assert_close(learner.method._levelled(learner, scores), scores / 2.0 / 0.5)
 
 
-def test_align_refuses_an_objective_without_heads(lab: Any) -> None:
-    with pytest.raises(ValueError, match=r"^align re-trains heads, and this objective has none: use --objective class"):
-        lab.but(objective="zeroshot").taught("align")
-
-
-@pytest.mark.parametrize("other", ["ncm", "ranpac(dim=8)"])
-@pytest.mark.parametrize("order", ["{} + align", "align + {}"])
-def test_align_refuses_a_partner_that_answers_without_the_heads(other: str, order: str, lab: Any) -> None:
-    name = other.partition("(")[0]
-    with pytest.raises(ValueError, match=f"^align cannot be combined with {name}, which answers without the heads"):
-        lab.taught(order.format(other))
-
-
-@pytest.mark.parametrize("order", ["cosine + align({})", "align({}) + cosine"])
-@pytest.mark.parametrize("option", ["start='lda'", "epochs=0"])
-def test_align_refuses_the_closed_form_for_cosine_heads(order: str, option: str, lab: Any) -> None:
-    with pytest.raises(ValueError, match=r"^align: start='lda' is the solution for linear heads"):
-        lab.taught(order.format(option))
-
-
-@pytest.mark.parametrize(
-    ("option", "message"),
-    [
-        ("rank=4", r"rank=4 has no effect with covariance='shared'"),
-        ("start='heads', epochs=0", r"epochs=0: expected 1 or more"),
-        ("temperature=0.1, epochs=0", r"temperature=0.1 has no effect with epochs=0"),
-        ("lr=0.1, epochs=0", r"lr=0.1 has no effect with epochs=0: leave it out$"),
-        ("samples=9, epochs=0", r"samples=9 has no effect with epochs=0: leave it out$"),
-    ],
-)
-def test_an_option_that_makes_no_sense_is_refused(option: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make_method(f"align({option})")
-
-
-@pytest.mark.parametrize("option", ["lr=0.1", "samples=9", "samples=9, start='lda'"])
-def test_options_of_a_training_that_the_closed_form_makes_needless_are_refused(option: str, lab: Any) -> None:
-    name = option.partition(",")[0]
-    with pytest.raises(
-        ValueError, match=rf"^{name} has no effect on align's closed form \(epochs=5 would train\): leave it out$"
-    ):
-        lab.taught(f"align({option})")
-    lab.taught(f"align({option}, epochs=1)")
-    if "lda" not in option:
-        lab.taught(f"cosine + align({option})")
-
-
 def test_directions_lie_in_memory_as_they_would_be_loaded() -> None:
     gaussians = ClassStatistics("lowrank", rank=2)
     gaussians.add(*mixed())
     assert gaussians.spreads["0/directions"].is_contiguous()
-
-
-def test_a_rank_beyond_the_features_is_refused(lab: Any) -> None:
-    with pytest.raises(ValueError, match=r"^align\(rank=17\): expected 1 to 16, the size of the features$"):
-        lab.taught("align(covariance='lowrank', rank=17)")
 
 
 def test_a_learning_rate_that_is_too_high_is_named(lab: Any) -> None:

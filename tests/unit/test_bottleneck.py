@@ -13,9 +13,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from perdure.adapters.bottleneck import Beside, Bottleneck
 from perdure.adapters.injection import attach, detach
 from perdure.backbones.tiny import Tiny, tiny
-from perdure.core.learner import Core
-from perdure.export.model import export
-from perdure.training.config import make_backbone, make_method, make_objective
 from perdure.types import Site
 
 IMAGES = {"image": torch.arange(4 * 3 * 16 * 16, dtype=torch.uint8).reshape(4, 3, 16, 16)}
@@ -166,32 +163,6 @@ def test_a_linear_update_of_the_layer_that_is_read_comes_first_or_is_refused(lab
         learner.method.begin_task(learner, stream.tasks[0])
     for spec in ("adapter(rank=2) + lora(rank=2)", "adapter(rank=2, parallel=True) + lora(rank=2, at='mlp')"):
         lab.teach(lab.learner(spec), stream.tasks[:1], epochs=1)
-
-
-@pytest.mark.parametrize("method", ["adapter(rank=2)", "adapter(rank=2, parallel=True)"])
-@pytest.mark.parametrize("to", ["peft", "merged"])
-def test_export_is_refused_because_no_weight_can_hold_a_bottleneck(
-    method: str, to: str, lab: Any, tmp_path: Any
-) -> None:
-    learner = Core(make_backbone("pocket()"), make_objective("classify"), make_method(method))
-    learner.grow(lab.stream().tasks[0])
-    learner.learnt = 1
-    with pytest.raises(ValueError, match="is no linear update of its weight: neither LoRA nor merged weights"):
-        export(learner, tmp_path / "out", to)
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ("adapter(at='fc2', parallel=True)", "at='fc2' has no effect with parallel=True, which stands beside each"),
-        ("inflora + adapter", "inflora cannot be combined with adapter"),
-        ("adapter(tasks=1) + ewc", "ewc has nothing to protect"),
-    ],
-)
-def test_what_cannot_work_is_refused_when_built(spec: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make_method(spec)
 
 
 @pytest.mark.parametrize("rank", [0, 9])

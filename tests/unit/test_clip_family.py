@@ -830,7 +830,7 @@ def test_export_brings_a_tokenizer_that_came_from_the_hub(
     learner.grow(Task(0, "a", (0, 1), ("cat", "dog"), 1))
     learner.learnt = 1
     facts = dataclasses.replace(locate(str(saved["open_timm_bert"])), folder=None)
-    monkeypatch.setattr("perdure.export.open_clip.locate", lambda *_: facts)  # a model that the library knows by name
+    monkeypatch.setattr("perdure.export.model.locate", lambda *_: facts)  # a model that the library knows by name
     folder = export(learner, tmp_path / "it", "merged")
     tokens = library.get_tokenizer(f"local-dir:{folder}")(TEXTS)
     assert torch.equal(tokens, learner.backbone.tokenizer(TEXTS))

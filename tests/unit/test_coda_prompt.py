@@ -9,9 +9,7 @@ from torch.nn import functional as F
 
 from perdure.backbones.tiny import tiny
 from perdure.core.learner import Core
-from perdure.mechanisms.prompting import query
 from perdure.training.config import make_method, make_objective
-from perdure.training.loop import TrainConfig, fit_task
 from perdure.types import Task
 
 NAMES = ("key", "filter", "prompt")
@@ -132,46 +130,6 @@ def test_penalty_is_that_of_all_components_but_for_a_constant() -> None:
 def test_strength_0_adds_nothing_to_the_loss(lab: Any) -> None:
     learner = grown("coda_prompt")
     assert learner.method.penalty(learner, {}, torch.empty(0)) == 0.0
-
-
-def test_recorded_queries_equal_those_computed_in_every_step(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = TrainConfig(epochs=2, batch_size=8, lr=1e-2)
-    task = lab.stream().tasks[0]
-    learners = [lab.learner("coda_prompt") for _ in range(2)]
-    for learner in learners:
-        learner.grow(task)
-    recorded = learners[0].recorded(task.train)
-    batch = recorded.__getitems__([3, 1])
-    torch.testing.assert_close(batch["query"], query(learners[0], task.train.__getitems__([3, 1])))
-    fit_task(learners[0], task, config)
-    monkeypatch.setattr(Core, "recorded", lambda _learner, data: data)
-    fit_task(learners[1], task, config)
-    for name, value in learners[0].memory().items():
-        torch.testing.assert_close(value, learners[1].memory()[name], rtol=1e-4, atol=1e-5)
-
-
-def test_training_encodes_images_once_a_step_and_once_a_task_for_queries(lab: Any) -> None:
-    learner, task = lab.learner("coda_prompt"), lab.stream().tasks[0]
-    learner.grow(task)
-    images: list[int] = []
-    first = learner.backbone.get_submodule(learner.backbone.blocks()[0])
-    first.register_forward_pre_hook(lambda _block, args: images.append(len(args[0])))
-    fit_task(learner, task, TrainConfig(epochs=3, batch_size=8))
-    assert sum(images) == (1 + 3) * len(task.train)
-
-
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ("coda_prompt(length=5)", "length=5: expected an even number"),
-        ("coda_prompt(start='ortho')", "start='ortho': expected 'orthogonal' or 'random'"),
-        ("coda_prompt + lora", "^coda_prompt cannot be combined with lora"),
-        ("coda_prompt + ewc", "^ewc has nothing to protect"),
-    ],
-)
-def test_what_makes_no_sense_is_refused_when_built(spec: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make_method(spec)
 
 
 def test_more_orthogonal_components_than_features_are_refused() -> None:

@@ -71,29 +71,3 @@ def test_the_scale_is_ten_or_the_models_own_unless_given(lab: Any) -> None:
         learner = with_text(lab, method)
         learner.grow(task)
         assert learner.objective.cosine == (scale or float(learner.backbone.logit_scale))
-
-
-def test_class_names_without_a_text_tower_are_refused(lab: Any) -> None:
-    with pytest.raises(
-        ValueError, match=r"^cosine\(init='zeroshot'\) needs a text tower, which tiny.* or pocket\(\), or"
-    ):
-        lab.taught("cosine(init='zeroshot')")
-
-
-def test_an_objective_without_heads_is_refused(lab: Any) -> None:
-    with pytest.raises(
-        ValueError, match=r"^cosine changes the heads of classify, and this objective has none: use --obj"
-    ):
-        with_text(lab, "cosine", "zeroshot").grow(lab.stream().tasks[0])
-
-
-@pytest.mark.parametrize(
-    ("option", "message"),
-    [
-        ("init='zeroshot', template='cat'", "template='cat' has no {} for the class name"),
-        ("template='a {}'", "template='a {}' has no effect with init='random': leave it out$"),
-    ],
-)
-def test_an_option_that_makes_no_sense_is_refused(option: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make_method(f"cosine({option})")

@@ -8,25 +8,6 @@ from torch.nn import functional as F
 
 from perdure.mechanisms.replay import read
 from perdure.streams.augment import AUGMENTS
-from perdure.training.config import make_method
-
-
-@pytest.mark.parametrize("rest", ["lora(rank=2)", "finetune"])
-def test_with_weights_of_0_it_is_plain_training_bit_for_bit(rest: str, lab: Any) -> None:
-    plain, dark = lab.taught(rest), lab.taught(f"{rest} + derpp(alpha=0, beta=0)")
-    a, b = list(plain.memory().values()), list(dark.memory().values())
-    assert len(a) == len(b)
-    assert all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
-    assert [p.requires_grad for p in plain.objective.parameters()] == [
-        p.requires_grad for p in dark.objective.parameters()
-    ]
-
-
-@pytest.mark.parametrize("option", ["size=12", "bytes='1MB'", "selection='herding'", "ratio=0.5"])
-def test_what_both_weights_of_0_make_needless_is_refused(option: str) -> None:
-    name = option.partition("=")[0]
-    with pytest.raises(ValueError, match=rf"{name}=.* has no effect with alpha=0 and beta=0: leave it out$"):
-        make_method(f"lora + derpp(alpha=0, beta=0, {option})")
 
 
 @pytest.mark.parametrize("selection", ["reservoir", "herding"])

@@ -1,7 +1,6 @@
 """The dynamic rank: what the rules say, what the warm-up leaves behind, and that the chosen rank is the branch's."""
 
 import math
-import re
 from collections import Counter
 from typing import Any
 
@@ -12,7 +11,6 @@ from hypothesis import strategies as st
 
 from perdure.core.learner import Core
 from perdure.mechanisms.rank_selection import DRS, _complexity, _rising, soft_prefix, split
-from perdure.training.config import make_method
 from perdure.training.loop import fit_task
 from perdure.types import Task
 
@@ -239,15 +237,3 @@ def test_a_longer_warm_up_makes_a_task_look_easier(lab: Any) -> None:
         return learner.method.measures(learner)["complexity"]
 
     assert complexity(4) < complexity(1)
-
-
-def test_one_rank_to_choose_from_is_refused_with_the_remedy() -> None:
-    for ranks in ("(4,)", "(4, 4)"):
-        with pytest.raises(
-            ValueError,
-            match=rf"^method 'inflora', option ranks={re.escape(ranks)}: one candidate leaves nothing to choose; "
-            "write rank=4 instead$",
-        ):
-            make_method(f"inflora(ranks={ranks})")
-    with pytest.raises(ValueError, match=r"^method 'inflora', option ranks=\(\): expected candidate ranks"):
-        make_method("inflora(ranks=())")

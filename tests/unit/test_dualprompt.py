@@ -11,7 +11,7 @@ from perdure.backbones.tiny import tiny
 from perdure.core.learner import Core
 from perdure.mechanisms.prompting import query
 from perdure.training.config import make_method, make_objective
-from perdure.training.loop import TrainConfig, fit_task
+from perdure.training.loop import fit_task
 from perdure.types import Task
 
 
@@ -45,6 +45,8 @@ def test_blocks_can_be_named_and_general_prompts_left_out() -> None:
     assert placed(4, "dualprompt(general_blocks='3', blocks='0,2')") == ([3], [0, 2])
     assert placed(5, "dualprompt(general_length=0)") == ([], [2, 3, 4])
     assert placed(1, "dualprompt(general_length=0)") == ([], [0])
+    with pytest.raises(ValueError, match=r"has one block, G- and E-prompts need two: write general_length=0$"):
+        placed(1)
 
 
 def test_only_general_prompts_are_shared_and_only_the_current_expert_learns(lab: Any) -> None:
@@ -152,45 +154,3 @@ def test_where_all_tasks_have_the_same_classes_images_count_as_the_current_tasks
     bench = lab.but(scenario="domain")
     learner = bench.teach(bench.learner("dualprompt"), bench.stream().tasks[:2])
     assert learner.method.of("vision").owner.tolist() == [1, 1]
-
-
-def test_recorded_queries_equal_those_computed_in_every_step(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = TrainConfig(epochs=2, batch_size=8, lr=1e-2)
-    task = lab.stream().tasks[0]
-    learners = [lab.learner("dualprompt") for _ in range(2)]
-    for learner in learners:
-        learner.grow(task)
-    recorded = learners[0].recorded(task.train)
-    batch = recorded.__getitems__([3, 1])
-    torch.testing.assert_close(batch["query"], query(learners[0], task.train.__getitems__([3, 1])))
-    fit_task(learners[0], task, config)
-    monkeypatch.setattr(Core, "recorded", lambda _learner, data: data)
-    fit_task(learners[1], task, config)
-    for name, value in learners[0].memory().items():
-        torch.testing.assert_close(value, learners[1].memory()[name], rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ("dualprompt(general_length=0, general_blocks='0')", "general_blocks='0' has no effect with general_length=0"),
-        ("dualprompt + lora", "^dualprompt cannot be combined with lora"),
-        ("prefix + dualprompt", "^dualprompt cannot be combined with prefix"),
-    ],
-)
-def test_what_makes_no_sense_is_refused_when_built(spec: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make_method(spec)
-
-
-@pytest.mark.parametrize(
-    ("depth", "spec", "message"),
-    [
-        (2, "dualprompt(general_blocks='0-1')", r"^blocks='1-1' and general_blocks='0-1' share vision.blocks.1: "),
-        (2, "dualprompt(blocks='2-4')", r"'2-4' is outside 0-1"),
-        (1, "dualprompt", "has one block, G- and E-prompts need two: write general_length=0$"),
-    ],
-)
-def test_blocks_that_do_not_fit_the_model_are_refused(depth: int, spec: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        placed(depth, spec)

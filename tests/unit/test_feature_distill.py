@@ -9,7 +9,6 @@ from torch.nn import functional as F
 from perdure.core.learner import Core
 from perdure.methods.feature_distill import FeatureDistill
 from perdure.streams.augment import AUGMENTS
-from perdure.training.config import make_method
 from perdure.types import Batch, Task
 
 
@@ -24,14 +23,6 @@ def begun(bench: Any, spec: str) -> tuple[Core, Task, FeatureDistill]:
 
 def whole(task: Task) -> Batch:
     return task.train.__getitems__(range(len(task.train)))
-
-
-@pytest.mark.parametrize("carrier", ["lora(rank=2)", "finetune", "fm_lora(rank=4)"])
-def test_strength_zero_is_the_carrier_alone_bit_for_bit(carrier: str, lab: Any) -> None:
-    plain, distilled = lab.taught(carrier).memory(), lab.taught(f"{carrier} + feature_distill(strength=0)").memory()
-    assert distilled.keys() == {key.replace("method.", "method.parts.0.") for key in plain}
-    for key, value in plain.items():
-        assert torch.equal(distilled[key.replace("method.", "method.parts.0.")], value), key
 
 
 def test_the_penalty_is_the_distance_of_features_by_hand(lab: Any) -> None:
@@ -116,63 +107,3 @@ def test_augmented_images_are_compared_with_the_teachers_features_of_the_same_vi
     lab.teach(learner, stream.tasks[1:2])
     after = learner.encode(views)
     assert (1 - F.cosine_similarity(before, after)).mean() < 1e-2
-
-
-def test_of_a_test_set_nothing_is_recorded_for_it_is_kept_longer_than_a_teacher(lab: Any) -> None:
-    learner, task, part = begun(lab, "lora(rank=2) + feature_distill")
-    batch = whole(task)
-    assert "feature_distill" in learner.noted(batch)
-    with learner.inference():
-        assert learner.noted(batch).keys() == batch.keys()
-        assert torch.isfinite(part.penalty(learner, batch, learner.encode(batch)))
-
-
-def test_nothing_of_the_teacher_is_stored_once_the_task_is_learnt(lab: Any) -> None:
-    bench = lab.but(objective="zeroshot")
-    learner, task, _ = begun(bench, "lora(rank=2, tower='both') + feature_distill(tower='both')")
-    kept = {key.rpartition("parts.1.")[2].partition(".")[0] for key in learner.memory() if "parts.1." in key}
-    assert kept == {"teacher", "names"}
-    bench.close(learner, task)
-    assert not any("parts.1." in key for key in learner.memory())
-
-
-@pytest.mark.parametrize("spec", ["feature_distill", "probe + feature_distill", "ncm + replay + feature_distill"])
-def test_where_no_part_changes_the_encoder_it_is_refused_when_built(spec: str) -> None:
-    with pytest.raises(ValueError, match=r"^feature_distill has nothing to protect in .*: no part changes the encoder"):
-        make_method(spec)
-
-
-@pytest.mark.parametrize("tower", ["text", "both"])
-def test_texts_are_refused_where_the_objective_reads_none(tower: str, lab: Any) -> None:
-    with pytest.raises(
-        ValueError,
-        match=rf"^feature_distill\(tower='{tower}'\): this objective reads no texts: use --objective zeroshot",
-    ):
-        lab.taught(f"lora(rank=2) + feature_distill(tower={tower!r})")
-
-
-@pytest.mark.parametrize(
-    ("carrier", "tower", "still", "instead"),
-    [
-        ("lora(rank=2)", "both", "text", "vision"),
-        ("finetune", "text", "text", "vision"),
-        ("lora(rank=2, tower='text')", "vision", "vision", "text"),
-        ("finetune(tower='text')", "both", "vision", "text"),
-    ],
-)
-def test_a_tower_that_no_part_trains_is_refused(carrier: str, tower: str, still: str, instead: str, lab: Any) -> None:
-    with pytest.raises(ValueError, match=f"has no effect on the {still} tower, which no .* write tower='{instead}'"):
-        lab.but(objective="zeroshot").taught(f"{carrier} + feature_distill(tower={tower!r})")
-
-
-def test_where_the_encoder_is_trained_no_more_it_is_refused(lab: Any) -> None:
-    learner, stream = lab.learner("lora(rank=2, tasks=1) + feature_distill"), lab.stream()
-    lab.teach(learner, stream.tasks[:1])
-    with pytest.raises(ValueError, match=r"^task 1: feature_distill has no effect where no part trains the encoder"):
-        lab.teach(learner, stream.tasks[1:2])
-
-
-@pytest.mark.parametrize("option", ["form='mse'", "tower='text'", "tower='both'"])
-def test_options_of_a_distance_that_is_not_taken_are_refused(option: str) -> None:
-    with pytest.raises(ValueError, match=rf"{option} has no effect with strength=0: leave it out$"):
-        make_method(f"lora(tower='both') + feature_distill(strength=0, {option})")

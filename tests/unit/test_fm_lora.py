@@ -12,7 +12,6 @@ from perdure.adapters.prompt_tokens import PromptTokens
 from perdure.api.learner import Learner
 from perdure.backbones.tiny import tiny
 from perdure.core.learner import Core
-from perdure.export.model import export
 from perdure.training.config import make_method, make_objective
 from perdure.types import Batch, Stream, Task
 
@@ -256,38 +255,7 @@ def test_shared_bases_export_as_plain_weights(model: str, tmp_path: Any) -> None
     learner.export(tmp_path / "lora", "peft")
 
 
-def test_export_of_prompts_which_no_weights_can_hold_is_refused(model: str, tmp_path: Any) -> None:
-    learner = exportable(model, ", prompts=2")
-    for to in ("merged", "peft"):
-        with pytest.raises(ValueError, match=r"prompts take part in the encoder, .*; keep this learner with save$"):
-            export(learner, tmp_path / "it", to)
-    assert not list(tmp_path.iterdir())
-
-
 # Refusals
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ("rank=4, ranks=(2, 8)", r"ranks=\(2, 8\): expected at most rank=4, the dimension of the shared bases"),
-        ("rank=4, ranks=4, drs='affine'", r"ranks=.*one rank leaves nothing to choose; .*drs='fixed'.*"),
-        ("rank=1, drs='affine'", r"drs=.*ranks=\(1,\), .*one rank leaves nothing to choose; write drs='fixed'"),
-        ("ranks=(2, 4), drs='fixed'", r"ranks=\(2, 4\): drs='fixed' takes one rank for all tasks; write ranks=4"),
-        ("drs='fixed', rank_cost=0.1", r"rank_cost=0.1 has no effect with drs='fixed': leave it out"),
-        ("ranks=()", r"ranks=\(\): expected candidate ranks, such as \(2, 4, 8\)"),
-        ("drs='afine'", r"drs='afine': expected .*; did you mean 'affine'\?"),
-    ],
-)
-def test_impossible_options_are_refused_with_what_is_possible(options: str, message: str) -> None:
-    with pytest.raises(ValueError, match=rf"^method 'fm_lora', option {message}$"):
-        make_method(f"fm_lora({options})")
-
-
-def test_bases_larger_than_a_layer_are_refused(lab: Any) -> None:
-    learner = lab.learner("fm_lora(rank=17)")
-    with pytest.raises(ValueError, match=r"^rank=17: expected 1 to 16, the smaller side of vision\.blocks\.0\.[^\n]+$"):
-        learner.grow(lab.stream().tasks[0])
 
 
 def test_a_number_of_tokens_below_1_is_refused() -> None:

@@ -33,28 +33,6 @@ def look_ahead(lab: Any, method: str, backbone: Any = None, **more: Any) -> None
     foresee(lab.config(method, **more), backbone or lab.backbone(), unread)
 
 
-@pytest.mark.parametrize(
-    ("method", "said"),
-    [
-        ("lora(rank=99)", "^rank=99: expected 1 to "),
-        ("lora(rank=2) + icarl(size=5)", "^size=5: icarl answers by exemplars, .* for each of 6 classes"),
-        ("lora(rank=2, tasks=1) + feature_distill", "^task 1: feature_distill has no effect where no part trains"),
-        ("feature_distill + lora(rank=2, tasks=2)", "^task 2: feature_distill has no effect where no part trains"),
-        ("adapter(rank=3, tasks=1) + feature_distill", "^task 1: feature_distill has no effect"),
-        ("lora(rank=2, tasks=1) + ncm + replay", "^replay has nothing to teach: ncm answers without the heads"),
-        ("ncm + derpp", "^derpp has nothing to teach"),
-        ("lora(rank=2) + joint + gem", "^gem has nothing to protect beside joint"),
-        ("agem + lora(rank=2) + joint", "^agem has nothing to protect beside joint"),
-        ("adapter(rank=3) + lora(rank=2, at='fc2')", "^adapter reads what .* gives, and a part written after it"),
-        ("lora(rank=2) + cosine + replay(selection='grand')", "^selection='grand' is 'el2n' here"),
-        ("lora(rank=2) + replay(bytes=9)", "^bytes=9: expected at least "),
-    ],
-)
-def test_what_a_task_would_be_refused_with_is_said_before_the_first(method: str, said: str, lab: Any) -> None:
-    with pytest.raises(ValueError, match=said):
-        look_ahead(lab, method)
-
-
 def hooks(model: nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 

@@ -175,21 +175,3 @@ def test_heads_on_frozen_features_learn_under_constraints_too(scenario: str, lab
         if scenario == "class"
         else ["heads.0.weight", "heads.0.bias"]
     )
-
-
-def test_the_old_loss_rises_less_than_without(lab: Any) -> None:
-    def loss(spec: str) -> float:
-        bench = lab.but(noise=0.3, lr=5e-2)
-        learner = bench.taught(spec, epochs=4)
-        batch = bench.stream().tasks[0].train.__getitems__(range(16))
-        with torch.no_grad():
-            return float(learner.objective.losses(learner.encode(batch), batch, local=False).mean())
-
-    assert loss("lora(rank=2) + gem") < 0.75 * loss("lora(rank=2)")
-
-
-@pytest.mark.parametrize("part", ["gem", "agem"])
-def test_a_sum_without_a_gradient_that_answers_depend_on_is_refused(part: str, lab: Any) -> None:
-    for spec, bench in ((f"ncm + {part}", lab), (f"probe + {part}", lab.but(objective="zeroshot"))):
-        with pytest.raises(ValueError, match=rf"^{part} has no gradient to project: .*; ?|\. Write 'lora \+ {part}'"):
-            bench.taught(spec)

@@ -174,15 +174,3 @@ def test_a_tower_that_the_loss_does_not_reach_is_an_error() -> None:
     learner = Core(backbone, make_objective("classify"), make_method("gpm(tower='both')"), "class", 0)
     with pytest.raises(ValueError, match="gets no gradient, the loss does not depend on it"):
         learn(learner, build_stream("synthetic(size=8)", backbone.preprocess, 0).tasks[0])
-
-
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ("gpm + lora", "gpm cannot be combined with lora"),
-        ("gpm + finetune", "gpm cannot be combined with finetune"),
-    ],
-)
-def test_what_cannot_be_is_refused(spec: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make_method(spec)

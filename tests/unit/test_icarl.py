@@ -7,7 +7,6 @@ import torch
 from torch.nn import functional as F
 
 from perdure.mechanisms.replay import read
-from perdure.training.config import make_method
 from perdure.training.loop import fit_task
 
 
@@ -94,23 +93,3 @@ def test_a_class_without_exemplars_is_never_the_answer(lab: Any) -> None:
         scores = learner(batch)
     assert scores[:, :2].isfinite().all()
     assert (scores[:, 2:] == -torch.inf).all()
-
-
-def test_fewer_exemplars_than_classes_are_refused(lab: Any) -> None:
-    learner, stream = lab.learner("lora(rank=2) + icarl(size=5)"), lab.stream()
-    lab.teach(learner, stream.tasks[:2])
-    with pytest.raises(ValueError, match=r"^size=5: icarl answers by exemplars, expected one or more for each of 6 cl"):
-        learner.grow(stream.tasks[2])
-
-
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ("finetune + icarl + ncm", r"^icarl and ncm cannot be combined: each defines 'predict'"),
-        ("icarl + joint", r"^icarl cannot be combined with joint: each trains on images of old tasks"),
-        ("icarl(strength=0, temperature=3.0)", r"temperature=3.0 has no effect with strength=0"),
-    ],
-)
-def test_what_makes_no_sense_is_refused(spec: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make_method(spec)

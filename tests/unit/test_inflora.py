@@ -133,19 +133,6 @@ def test_without_the_projection_the_past_is_not_avoided() -> None:
     assert (adapter.down.double() @ learner.method._space(key).basis).norm() > 0.1
 
 
-@pytest.mark.parametrize(
-    ("option", "message"),
-    [
-        ("moments=0", "moments=0: "),
-        ("rank=4, ranks=(2, 4)", "rank=4 has no effect beside ranks: leave it out$"),
-        ("rank_cost=0.1", "rank_cost=0.1 has no effect without ranks: leave it out$"),
-    ],
-)
-def test_options_that_make_no_sense_are_refused(option: str, message: str) -> None:
-    with pytest.raises(ValueError, match=f"method 'inflora', option {message}"):
-        make_method(f"inflora({option})")
-
-
 def test_a_space_is_in_float64_on_the_device_of_the_moments(lab: Any) -> None:
     learner, stream = lab.learner("inflora(rank=2)"), lab.stream()
     for task in stream.tasks[:2]:  # without a past, and with one
@@ -154,13 +141,6 @@ def test_a_space_is_in_float64_on_the_device_of_the_moments(lab: Any) -> None:
         basis = learner.method._space(key, "meta").basis
         assert (basis.device.type, basis.dtype) == ("meta", torch.float64)
         fit_task(learner, task, TrainConfig(epochs=1, batch_size=8))
-
-
-@pytest.mark.parametrize("partner", ["finetune", "lora", "fm_lora"])
-def test_a_partner_that_changes_what_old_inputs_give_is_refused(partner: str) -> None:
-    for order in (f"inflora + {partner}", f"{partner} + inflora"):
-        with pytest.raises(ValueError, match=rf"^inflora cannot be combined with {partner}, which changes"):
-            make_method(order)
 
 
 @pytest.mark.parametrize("more", ["", " + replay(size=4)", " + joint"])
@@ -202,8 +182,3 @@ def test_a_run_stopped_in_the_last_epoch_goes_on_with_what_was_collected(
     lab.run(method, tmp_path / "unbroken")
     lab.broken_run(method, tmp_path / "stopped", (1, 4), save_every=3)
     assert content_of(tmp_path / "stopped") == content_of(tmp_path / "unbroken")
-
-
-def test_collecting_in_training_is_refused_where_texts_are_read() -> None:
-    with pytest.raises(ValueError, match="end_moments='training' counts images, and tower='both' reads texts"):
-        make_method("inflora(tower='both', end_moments='training')")

@@ -12,7 +12,6 @@ from perdure.adapters.prompt_tokens import PromptTokens
 from perdure.backbones.preprocess import Preprocess
 from perdure.backbones.vision import Vision
 from perdure.core.learner import Core
-from perdure.export.model import export
 from perdure.mechanisms.prompting import nearest, query
 from perdure.training.config import make_method, make_objective
 from perdure.training.loop import fit_task
@@ -108,12 +107,6 @@ def test_scores_depend_on_the_company_an_image_keeps_only_where_the_batch_votes(
 # Queries
 
 
-def test_queries_are_the_pretrained_encoders_whatever_the_pool_has_learnt(lab: Any) -> None:
-    learner, images = lab.taught(SPEC.format("")), lab.stream().tasks[0].test.__getitems__(range(6))
-    assert (learner.encode(images) - lab.backbone()(images)).abs().max() > 0.01
-    torch.testing.assert_close(query(learner, images), queries(lab, images), rtol=0, atol=1e-6)
-
-
 def test_recorded_queries_equal_recomputed_ones(lab: Any) -> None:
     learner, task, _ = grown(lab)
     data = task.train
@@ -139,18 +132,6 @@ def test_a_step_and_a_later_evaluation_encode_each_image_once(lab: Any) -> None:
             for batch in learner.batches(data, 4):
                 learner(batch)
         assert sum(encoded) == passes * len(task.test)
-
-
-def test_training_on_recorded_queries_is_training(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def taught() -> dict[str, Tensor]:
-        learner, task, _ = grown(lab)
-        fit_task(learner, task, lab.train_config(lr=1e-3))
-        return learner.memory()
-
-    recorded = taught()
-    monkeypatch.setattr(Core, "recorded", lambda _core, data: data)
-    for name, value in taught().items():
-        torch.testing.assert_close(recorded[name], value, rtol=1e-3, atol=1e-4, msg=name)
 
 
 # The loss
@@ -211,14 +192,6 @@ def test_fisher_of_the_pool_equals_a_loop_over_examples(batchwise: bool, lab: An
     torch.testing.assert_close(found / found.sum(), total / total.sum(), rtol=1e-3, atol=1e-6)
 
 
-def test_a_frozen_encoder_in_half_precision_trains_the_pool_in_float32(lab: Any) -> None:
-    learner = lab.learner(SPEC.format(""))
-    learner.precision = torch.bfloat16
-    lab.teach(learner, lab.stream().tasks[:1])
-    assert {p.dtype for p in learner.trainable().values()} == {torch.float32}
-    assert {p.dtype for p in learner.backbone.parameters()} == {torch.bfloat16}
-
-
 # What is refused
 
 
@@ -241,36 +214,3 @@ def test_an_encoder_that_reads_all_tokens_has_no_place_for_the_prompts_mean() ->
         learner.grow(task)
     Core(vision("siglip"), make_objective("classify"), make_method("l2p(reads='class')")).grow(task)
     Core(vision("vit"), make_objective("classify"), make_method("l2p")).grow(task)
-
-
-@pytest.mark.parametrize("spec", ["l2p + lora", "lora + l2p", "finetune + l2p", "l2p + prompt"])
-def test_another_part_that_changes_the_encoder_would_change_the_queries(spec: str) -> None:
-    with pytest.raises(
-        ValueError, match=r"^l2p cannot be combined with .* what l2p protects or relies on would be void"
-    ):
-        make_method(spec)
-
-
-def test_prompts_of_a_pool_cannot_be_exported(tmp_path: Any) -> None:
-    learner = Core(vision("vit"), make_objective("classify"), make_method("l2p"))
-    learner.grow(Task(0, "a", (0, 1), ("x", "y"), 1))
-    learner.learnt = 1
-    with pytest.raises(ValueError, match=r"^l2p changes features as no weights can express; keep this learner with"):
-        export(learner, tmp_path / "it", "merged")
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ("top=11", "top=11: expected at most pool=10, the number of entries"),
-        ("top=10", "top=10 takes all entries of pool=10, so that keys choose nothing: write strength=0, or fewer"),
-        (
-            "top=10, strength=0, batchwise=True",
-            "batchwise=True has no effect with top=10 of pool=10 entries: leave it out",
-        ),
-        ("reads='mean'", "reads='mean': expected 'prompts' or 'class' or None"),
-    ],
-)
-def test_what_cannot_be_is_refused(options: str, message: str) -> None:
-    with pytest.raises(ValueError, match=f"{message}$"):
-        make_method(f"l2p({options})")

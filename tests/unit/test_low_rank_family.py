@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from perdure.adapters.shared_basis import SharedBasis
 from perdure.core.learner import Core
 from perdure.methods.route_lora import _leading
-from perdure.training.config import make_method
 from perdure.types import Batch, Site, Task
 
 MERGED = [
@@ -315,27 +314,8 @@ def test_lora_leaves_the_encoder_alone_after_so_many_tasks(options: str, adapted
     assert moved == [t < adapted for t in range(1, 4)]
 
 
-def test_a_branch_a_task_is_refused_where_there_is_one_only() -> None:
-    with pytest.raises(ValueError, match=r"per_task=True has no effect with tasks=1"):
-        make_method("lora(tasks=1, per_task=True)")
-
-
 def test_a_branch_trained_over_two_tasks_is_the_one_of_plain_lora(lab: Any) -> None:
     stream = lab.stream()
     one, other = (lab.teach(lab.learner(f"lora(rank=2{more})"), stream.tasks[:2]) for more in ("", ", tasks=2"))
     data = stream.tasks[0].test
     torch.testing.assert_close(one.features(data)[0], other.features(data)[0], rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("method", ["lora", "o_lora", "c_lora", "sd_lora", "route_lora"])
-def test_a_rank_that_no_layer_has_is_refused(method: str, lab: Any) -> None:
-    with pytest.raises(ValueError, match=r"^rank=17: expected 1 to 16, the (inputs|smaller side) of [^\n]+$"):
-        lab.learner(f"{method}(rank=17)").grow(lab.stream().tasks[0])
-
-
-def test_a_regulariser_of_shared_parameters_needs_some_that_are_shared() -> None:
-    for spec in ("lora(tasks=1)", "lora(per_task=True)", "o_lora", "c_lora", "sd_lora", "fm_lora(prompts=0)"):
-        with pytest.raises(ValueError, match=r"^ewc has nothing to protect"):
-            make_method(f"{spec} + ewc")
-    for spec in ("lora(tasks=2)", "route_lora", "fm_lora"):
-        make_method(f"{spec} + ewc")

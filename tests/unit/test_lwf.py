@@ -9,7 +9,6 @@ from perdure.core.learner import Core
 from perdure.mechanisms.distillation import distillation
 from perdure.methods.lwf import LwF
 from perdure.streams.augment import AUGMENTS
-from perdure.training.config import make_method
 from perdure.training.loop import fit_task
 from perdure.types import Batch, Task
 
@@ -35,13 +34,6 @@ def answers(learner: Core, lwf: LwF, task: Task) -> tuple[torch.Tensor, torch.Te
         features = learner.encode(batch)
         penalty = lwf.penalty(learner, learner.noted(batch), features)
         return penalty, lwf.teacher(learner, batch)[1], learner.objective.scores(features)
-
-
-@pytest.mark.parametrize("carrier", ["lora(rank=2)", "finetune", "inflora(rank=2)"])
-def test_strength_zero_is_the_carrier_alone_bit_for_bit(carrier: str, lab: Any) -> None:
-    plain, distilled = lab.taught(carrier).memory(), lab.taught(f"{carrier} + lwf(strength=0)").memory()
-    for key, value in plain.items():
-        assert torch.equal(distilled[key.replace("method.", "method.parts.0.")], value), key
 
 
 def test_the_penalty_is_the_divergence_of_scores_for_old_classes_alone(lab: Any) -> None:
@@ -92,19 +84,6 @@ def test_old_heads_learn_on_under_the_distillation_and_only_where_they_shall(lab
         old = learner.objective.heads[0].weight.detach().clone()
         lab.teach(learner, stream.tasks[1:2])
         assert torch.equal(learner.objective.heads[0].weight, old) != moves
-
-
-@pytest.mark.parametrize(
-    ("carrier", "where"),
-    [
-        ("lora(rank=2)", {"objective": "zeroshot"}),
-        ("lora(rank=2)", {"scenario": "domain"}),
-        ("replay(size=12) + lora(rank=2)", {}),
-    ],
-)
-def test_frozen_heads_are_refused_where_none_stands_apart(carrier: str, where: Any, lab: Any) -> None:
-    with pytest.raises(ValueError, match=r"^heads='frozen' has no effect where no old head stands apart"):
-        lab.but(**where).taught(f"{carrier} + lwf(heads='frozen')")
 
 
 @pytest.mark.parametrize(("heads", "times"), [("learn", 5), ("frozen", 100)])
@@ -181,25 +160,6 @@ def test_replayed_images_are_distilled_with_the_new_ones(lab: Any) -> None:
     torch.testing.assert_close(batch["lwf"], lwf.teacher(learner, batch)[1])
 
 
-def test_of_a_test_set_nothing_is_recorded_for_it_is_kept_longer_than_a_teacher(lab: Any) -> None:
-    learner, task, part = begun(lab, "lora(rank=2) + lwf")
-    batch = whole(task)
-    assert "lwf" in learner.noted(batch)
-    with learner.inference():
-        assert learner.noted(batch).keys() == batch.keys()
-        assert torch.isfinite(part.penalty(learner, batch, learner.encode(batch)))
-
-
-def test_nothing_of_the_teacher_is_stored_once_the_task_is_learnt(lab: Any) -> None:
-    learner, task, _ = begun(lab, "lora(rank=2) + lwf")
-    assert any("teacher" in key for key in learner.memory())
-    lab.close(learner, task)
-    assert not any("teacher" in key for key in learner.memory())
-    assert lab.taught("lora(rank=2) + lwf").memory().keys() == {
-        key.replace("method.", "method.parts.0.") for key in lab.taught("lora(rank=2)").memory()
-    }
-
-
 def test_the_order_of_the_sum_does_not_matter_even_where_the_rank_is_chosen(lab: Any) -> None:
     one, other = (lab.taught(spec) for spec in ("lwf + inflora(ranks=(1, 2, 4))", "inflora(ranks=(1, 2, 4)) + lwf"))
     a, b = (dict(zip(sorted(m), map(m.get, sorted(m)), strict=True)) for m in (one.memory(), other.memory()))
@@ -218,29 +178,3 @@ def test_bfloat16_distils_from_answers_of_the_same_precision(lab: Any) -> None:
         batch = whole(stream.tasks[1])
         penalty = learner.method.penalty(learner, batch, learner.encode(batch))
         assert penalty.abs() < 1e-6, carrier
-
-
-@pytest.mark.parametrize("spec", ["lwf", "probe + lwf", "ncm + lwf", "probe + replay + lwf"])
-def test_where_no_part_changes_the_encoder_it_is_refused_when_built(spec: str) -> None:
-    with pytest.raises(
-        ValueError, match=r"^lwf has nothing to protect in .*: no part changes the encoder. Write 'lora"
-    ):
-        make_method(spec)
-
-
-def test_where_the_encoder_is_trained_no_more_it_is_refused(lab: Any) -> None:
-    learner, stream = lab.learner("lora(rank=2, tasks=1) + lwf"), lab.stream()
-    lab.teach(learner, stream.tasks[:1])
-    with pytest.raises(ValueError, match=r"^task 1: lwf has no effect where no part trains the encoder any more: "):
-        lab.teach(learner, stream.tasks[1:2])
-
-
-def test_a_temperature_for_texts_is_refused_where_there_are_none(lab: Any) -> None:
-    with pytest.raises(ValueError, match=r"^text_temperature=1\.0 has no effect without texts: use --objective zerosh"):
-        lab.taught("lora(rank=2) + lwf(text_temperature=1.0)")
-
-
-@pytest.mark.parametrize("option", ["strength=-1.0", "temperature=0.0", "temperature=-2.0", "text_temperature=0.0"])
-def test_an_option_out_of_range_is_refused(option: str) -> None:
-    with pytest.raises(ValueError, match=f"{option}: expected"):
-        make_method(f"lora + lwf({option})")

@@ -58,12 +58,3 @@ def test_labels_do_not_matter(lab: Any) -> None:
         part.springs = type(part.springs)()
         part.end_task(learner, type(task)(**{**vars(task), "train": wrong}))
         assert all(torch.equal(part.springs.weights[name], weight) for name, weight in before.items()) is same
-
-
-@pytest.mark.parametrize(
-    ("carrier", "of"), [("lora(rank=2)", "parameters"), ("lora(rank=2)", "updates"), ("finetune", "parameters")]
-)
-def test_strength_zero_is_the_carrier_alone_bit_for_bit(carrier: str, of: str, lab: Any) -> None:
-    plain, guarded = lab.taught(carrier).memory(), lab.taught(f"{carrier} + mas(strength=0, of='{of}')").memory()
-    for key, value in plain.items():
-        assert torch.equal(guarded[key.replace("method.", "method.parts.0.")], value), key

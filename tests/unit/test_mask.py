@@ -5,8 +5,6 @@ from typing import Any
 import pytest
 import torch
 
-from perdure.training.config import make_method
-
 ALL = {
     "gem": True,
     "gem(mask=True)": False,
@@ -43,30 +41,6 @@ def test_new_images_compete_with_old_classes_where_the_methods_source_has_it(spe
 @pytest.mark.parametrize(("spec", "competes"), [("gem", False), ("gem(mask=False)", True), ("derpp", True)])
 def test_where_the_task_is_told_gem_masks_as_its_source_does(spec: str, competes: bool, lab: Any) -> None:
     assert pushed(lab.but(scenario="task"), spec) == competes
-
-
-@pytest.mark.parametrize(
-    ("spec", "where", "why"),
-    [
-        ("lora(rank=2) + gem(mask=True)", {"objective": "retrieve"}, "mask=True has no effect where pairs compete"),
-        ("lora(rank=2) + agem(mask=False)", {"objective": "retrieve"}, "mask=False has no effect where pairs compete"),
-        ("finetune(mask=False)", {"objective": "retrieve"}, "mask=False has no effect where pairs compete"),
-        ("finetune(mask=False)", {"scenario": "domain"}, "mask=False has no effect where every task has all classes"),
-        ("lora + derpp(mask=True)", {"scenario": "domain"}, "mask=True has no effect where every task has all classes"),
-        ("finetune(mask=False) + gem(mask=True)", {}, "mask=True has no effect beside a part that lets all seen"),
-    ],
-)
-def test_a_mask_that_changes_nothing_is_refused(spec: str, where: Any, why: str, lab: Any) -> None:
-    bench = lab.but(**where)
-    learner, task = bench.learner(spec), bench.stream().tasks[0]
-    learner.grow(task)
-    with pytest.raises(ValueError, match=f"^{why}.*: leave it out$"):
-        learner.method.check(learner, task)
-
-
-def test_a_mask_without_old_images_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"mask=True has no effect with alpha=0 and beta=0: leave it out$"):
-        make_method("derpp(alpha=0, beta=0, mask=True)")
 
 
 def test_without_the_mask_gem_compares_all_heads(lab: Any) -> None:

@@ -77,21 +77,6 @@ def test_any_of_an_images_captions_is_its_own(lab: Any) -> None:
     torch.testing.assert_close(part._kept(old, new, only), rows[1])
 
 
-def test_strength_zero_is_the_carrier_alone_bit_for_bit(lab: Any) -> None:
-    states = []
-    for spec in (
-        "finetune(tower='both')",
-        "finetune(tower='both') + mod_x(strength=0)",
-        "finetune(tower='both') + mod_x",
-    ):
-        learner, stream = captioned(spec)
-        states.append(lab.teach(learner, stream.tasks).memory())
-    plain, without, held = states
-    assert plain.keys() == without.keys() == held.keys()
-    assert all(torch.equal(without[key], value) for key, value in plain.items())
-    assert any(not torch.equal(held[key], value) for key, value in plain.items())
-
-
 def test_a_stronger_one_keeps_the_matrix_of_the_task_before_nearer(lab: Any) -> None:
     def moved(strength: float) -> float:
         learner, stream = captioned(f"finetune(tower='both') + mod_x(strength={strength})", None)
@@ -120,15 +105,3 @@ def test_the_teacher_is_asked_once_where_images_stay_as_they_are(augment: str, t
     part.teacher.pairs = lambda learner, batch: asked.append(len(batch["label"])) or pairs(learner, batch)
     fit_task(learner, stream.tasks[0], lab.train_config(epochs=3))
     assert sum(asked) == times * 8
-
-
-@pytest.mark.parametrize("objective", ["classify", "zeroshot"])
-def test_an_objective_without_captions_is_refused(objective: str, lab: Any) -> None:
-    with pytest.raises(ValueError, match=f"^mod_x keeps scores of images and captions, and {objective} reads no capt"):
-        lab.but(objective=objective).taught("lora(rank=2) + mod_x")
-
-
-def test_a_task_in_which_nothing_moves_is_refused(lab: Any) -> None:
-    learner, stream = captioned("lora(rank=2, tasks=1) + mod_x")
-    with pytest.raises(ValueError, match=r"^task 1: mod_x has no effect where no part trains the encoder any more"):
-        lab.teach(learner, stream.tasks)

@@ -387,29 +387,6 @@ def test_how_many_experts_there_are_follows_the_length_of_the_stream() -> None:
     assert make_method("moe_adapters(expand=0.5)")._first(Task(0, "", (0,), ("a",), 11)) == 2
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ("experts=2, top=3", "experts=2: expected at least top=3"),
-        ("expand=0.5, freeze=0", "expand=0.5 has no effect with freeze=0"),
-    ],
-)
-def test_options_out_of_range_are_refused(options: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message) as error:
-        make_method(f"moe_adapters({options})")
-    assert "\n" not in str(error.value)
-
-
-def test_what_changes_the_encoder_is_refused_beside_it() -> None:
-    with pytest.raises(ValueError, match=r"^moe_adapters cannot be combined with lora, which changes"):
-        make_method("moe_adapters + lora")
-
-
-def test_experts_of_more_units_than_the_width_are_refused(lab: Any) -> None:
-    with pytest.raises(ValueError, match=r"^rank=99: expected 1 to 16, the width at "):
-        lab.learner("moe_adapters(rank=99)").grow(lab.stream().tasks[0])
-
-
 def test_a_stopped_run_goes_on_bit_for_bit(lab: Any, content_of: Any, tmp_path: Any) -> None:
     bench = lab.but(objective="zeroshot")
     for number, spec in enumerate(("moe_adapters(expand=0.2)", "moe_adapters + zscl")):

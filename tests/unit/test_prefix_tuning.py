@@ -8,11 +8,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from perdure.backbones.clip import pocket
 from perdure.core.learner import Core
-from perdure.export.model import export
-from perdure.training.config import make_method, make_objective
-from perdure.types import Batch, Task
+from perdure.types import Batch
 
 
 class Loss(nn.Module):
@@ -65,13 +62,3 @@ def test_gradients_of_single_examples_equal_a_loop(spec: str, fused: bool, lab: 
                 torch.testing.assert_close(together[k][i], p.grad, rtol=1e-4, atol=1e-6)
                 seen += "method" in k
     assert seen >= 4
-
-
-@pytest.mark.parametrize("spec", ["prefix(length=1, blocks='0')", "dualprompt(length=1)", "coda_prompt(length=2)"])
-def test_export_is_refused_because_no_weights_can_hold_a_prefix(spec: str, tmp_path: Any) -> None:
-    learner = Core(pocket(), make_objective("classify()"), make_method(spec))
-    learner.grow(Task(0, "first", (0, 1), ("a", "b")))
-    learner.learnt = 1
-    for to in ("merged", "peft"):
-        with pytest.raises(ValueError, match=r"no weights can (hold|express); keep this learner with save$"):
-            export(learner, tmp_path / "out", to)

@@ -5,16 +5,13 @@ from typing import Any
 import pytest
 import timm
 import torch
-import transformers
 from torch import Tensor
 
 from perdure.adapters.prompt_tokens import PromptTokens
 from perdure.backbones.preprocess import Preprocess
 from perdure.backbones.timm import Timm
 from perdure.backbones.tiny import Tiny
-from perdure.backbones.vision import Vision
 from perdure.core.learner import Core
-from perdure.export.model import export
 from perdure.training.config import make_backbone, make_method, make_objective
 from perdure.training.loop import TrainConfig, fit_task
 from perdure.types import Task
@@ -99,31 +96,6 @@ def test_every_task_goes_on_with_the_same_tokens(spec: str, lab: Any) -> None:
     assert all((after[n] - before[n]).abs().max() > 1e-3 for n in before)
 
 
-def test_a_frozen_encoder_in_half_precision_trains_tokens_in_float32(lab: Any) -> None:
-    learner = lab.learner(DEEP)
-    learner.precision = torch.bfloat16
-    lab.teach(learner, lab.stream().tasks[:1])
-    assert {p.dtype for p in learner.trainable().values()} == {torch.float32}
-    assert {p.dtype for p in learner.backbone.parameters()} == {torch.bfloat16}
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ("blocks='0-1'", r"blocks='0-1' has no effect with deep=False, where tokens pass through all .*: leave it out"),
-    ],
-)
-def test_what_has_no_effect_is_refused(options: str, message: str) -> None:
-    with pytest.raises(ValueError, match=f"^method 'prompt', option {message}$"):
-        make_method(f"prompt({options})")
-
-
-def test_blocks_outside_of_the_model_are_refused(lab: Any) -> None:
-    learner = lab.learner("prompt(deep=True, blocks='1-4')")
-    with pytest.raises(ValueError, match="'1-4' is outside 0-1"):
-        learner.grow(lab.stream().tasks[0])
-
-
 @pytest.mark.parametrize("spec", ["prompt", DEEP, "l2p(reads='class')"])
 def test_attention_that_counts_an_images_tokens_is_refused(spec: str) -> None:
     with torch.random.fork_rng(devices=[]):
@@ -134,14 +106,3 @@ def test_attention_that_counts_an_images_tokens_is_refused(spec: str) -> None:
         ValueError, match=r"^timm\(name='eva'\): no token can join those of an image \(.*\); use another"
     ):
         learner.grow(Task(0, "a", (0, 1), ("x", "y"), 1))
-
-
-def test_tokens_cannot_be_exported(tmp_path: Any) -> None:
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
-    model = transformers.ViTModel(transformers.ViTConfig(**sizes, image_size=16, patch_size=8), add_pooling_layer=False)
-    backbone = Vision(model, False, Preprocess(size=16, resize=16, interpolation="bilinear"), "vision()")
-    learner = Core(backbone, make_objective("classify"), make_method("prompt"))
-    learner.grow(Task(0, "a", (0, 1), ("x", "y"), 1))
-    learner.learnt = 1
-    with pytest.raises(ValueError, match=r"^prompts take part in the encoder, which no weights can hold; keep"):
-        export(learner, tmp_path / "it", "merged")

@@ -8,7 +8,6 @@ from torch.nn import functional as F
 
 from perdure.mechanisms.subspace import unpack
 from perdure.methods.ranpac import random_signs
-from perdure.training.config import make_method
 from perdure.types import Task
 
 
@@ -183,17 +182,3 @@ def test_in_a_composition_features_are_of_the_tasks_end(lab: Any) -> None:
     torch.testing.assert_close(
         unpack(learner.method.parts[1].held["gram"]).float(), wide.T @ wide, rtol=1e-4, atol=1e-4
     )
-
-
-@pytest.mark.parametrize(
-    ("option", "message"),
-    [],
-)
-def test_an_option_that_makes_no_sense_is_refused(option: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make_method(f"ranpac({option})")
-
-
-def test_ranpac_and_ncm_cannot_both_answer() -> None:
-    with pytest.raises(ValueError, match=r"^ncm and ranpac cannot be combined: each defines 'predict'"):
-        make_method("ncm + ranpac")

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from perdure.streams.augment import AUGMENTS
-from perdure.training.config import make_method
 from perdure.types import Batch
 
 
@@ -67,24 +66,3 @@ def test_what_is_constant_is_computed_once_a_task(lab: Any, monkeypatch: pytest.
     stream = lab.stream()
     images = torch.cat([stream.tasks[t].train.__getitems__([p])["image"] for t, p, _ in refs[rows].tolist()])
     torch.testing.assert_close(batch["features"][8:], lab.backbone()({"image": images}), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ("every=5", r"every=5 has no effect with schedule='interleaved'"),
-        ("augment='none'", r"augment='none': expected 'flip', 'crop' or 'zoom' or None"),
-        ("selection='herd'", r"selection='herd': .*did you mean 'herding'"),
-        ("bytes='many'", r"bytes='many': expected a positive number of bytes"),
-    ],
-)
-def test_options_without_effect_or_sense_are_refused(options: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make_method(f"lora + replay({options})")
-
-
-@pytest.mark.parametrize("part", ["replay", "derpp"])
-def test_old_images_that_could_teach_nothing_that_answers_are_refused(part: str, lab: Any) -> None:
-    learner = lab.learner(f"ncm + {part}(size=5)")
-    with pytest.raises(ValueError, match=rf"^{part} has nothing to teach: ncm answers without the heads"):
-        lab.teach(learner, lab.stream().tasks[:1])

@@ -1,31 +1,46 @@
-"""What is found out about the machine, and that finding out leaves no trace."""
+"""What is found out about the machine, and what is chosen by it, the same way every time."""
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
 
 from perdure.backbones.tiny import tiny
-from perdure.training.runtime import Runtime, fastest_attention, native_bf16, resolve
+from perdure.training.run import read_record, recorded_runtime, run
+from perdure.training.runtime import Runtime, native_bf16, resolve
 
 
-def test_what_is_asked_for_is_not_measured() -> None:
-    runtime = resolve(tiny(), "bf16", "eager", 8, "cpu")
+def test_what_is_asked_for_is_what_is_taken() -> None:
+    runtime = resolve(tiny(), "bf16", "eager", "cpu")
     assert (runtime.device, runtime.precision, runtime.attention) == ("cpu", "bf16", "eager")
     assert runtime.dtype == torch.bfloat16
-    assert resolve(tiny(), "fp32", "sdpa", 8, "cpu").dtype == torch.float32
+    assert resolve(tiny(), "fp32", "sdpa", "cpu").dtype == torch.float32
 
 
-def test_auto_chooses_native_precision_and_a_measured_attention() -> None:
-    runtime = resolve(tiny(), "auto", "auto", 8, "cpu")
-    assert runtime.precision == ("bf16" if native_bf16("cpu") else "fp32")
-    assert runtime.attention in ("eager", "sdpa")
+@pytest.mark.parametrize(
+    ("size", "precision", "chosen"),
+    [(16, "fp32", "sdpa"), (16, "bf16", "eager"), (64, "bf16", "sdpa"), (64, "fp32", "sdpa")],
+)
+def test_two_starts_choose_alike_however_busy_the_machine_is(
+    size: int, precision: Literal["fp32", "bf16"], chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read() -> float:
+        raise AssertionError("a clock is read")
+
+    for clock in ("time", "perf_counter", "process_time", "monotonic"):
+        monkeypatch.setattr(time, clock, read)
+    assert [resolve(tiny(size=size), precision, "auto", "cpu").attention for _ in range(2)] == [chosen] * 2
+    assert resolve(tiny(), "auto", "auto", "cpu").precision == ("bf16" if native_bf16("cpu") else "fp32")
 
 
-def test_measuring_leaves_no_gradient_and_thaws_nothing() -> None:
-    model = tiny()
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    assert fastest_attention(model, torch.float32, 4, rounds=1) in ("eager", "sdpa")
-    assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+def test_a_resumed_run_computes_as_it_recorded_whatever_auto_would_choose_now(lab: Any, tmp_path: Path) -> None:
+    config = replace(lab.but(tasks=1, epochs=1).config("probe"), attention="auto", precision="fp32")
+    run(config, tmp_path / "run", runtime=Runtime("cpu", "fp32", "eager", 1))
+    assert resolve(tiny(), "fp32", "auto", "cpu").attention == "sdpa"
+    assert recorded_runtime(tmp_path / "run", read_record(tmp_path / "run")).attention == "eager"
 
 
 def test_a_record_gives_the_same_runtime_back() -> None:
@@ -43,4 +58,4 @@ def test_applying_a_runtime_sets_attention_and_leaves_the_process_alone() -> Non
 @pytest.mark.parametrize("device", ["nonsense", "xpu:7", "meta", "hpu"])
 def test_a_device_that_is_not_there_is_refused(device: str) -> None:
     with pytest.raises(ValueError, match=f"^device '{device}' cannot be used here .*; use auto$"):
-        resolve(tiny(), "fp32", "sdpa", 8, device)
+        resolve(tiny(), "fp32", "sdpa", device)

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from perdure.core.learner import Core
-from perdure.training.config import make_method
 from perdure.types import Batch, Stream, Task
 
 
@@ -205,28 +204,3 @@ def test_an_update_of_nothing_makes_no_number_infinite(lab: Any) -> None:
     before = logits(learner, images)
     lab.close(learner, stream.tasks[1])
     torch.testing.assert_close(logits(learner, images), before, rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ("rank=(4, 2)", r"option rank=\(4, 2\), drops=\(\): expected one number of tasks between any two ranks"),
-        (
-            "rank=(4, 3, 2), drops=(8, 4)",
-            r"option rank=\(4, 3, 2\), drops=\(8, 4\): .* rising, as in rank=\(10, 8, 6\), ",
-        ),
-        ("drops=(4,)", r"option drops=.*rank=10, drops=\(4,\): expected one number of tasks between any two ranks"),
-        (
-            "distil=9e-4, normalise='code'",
-            r"option distil=0.0009 puts an update into old magnitudes, which normalise='code' sets anew at every task: "
-            "leave normalise out$",
-        ),
-        (
-            "normalise='joint'",
-            r"option normalise='joint': expected 'jointly', 'paper' or 'code'; did you mean 'jointly'",
-        ),
-    ],
-)
-def test_impossible_options_are_refused_with_what_is_possible(options: str, message: str) -> None:
-    with pytest.raises(ValueError, match=f"^method 'sd_lora', {message}"):
-        make_method(f"sd_lora({options})")

@@ -16,7 +16,6 @@ from perdure.mechanisms import selection_scores as orders
 from perdure.mechanisms.replay import ExemplarBuffer, last_layer
 from perdure.streams.image_set import Budget
 from perdure.streams.single_task import folder_task
-from perdure.training.config import make_method
 from perdure.types import Task
 
 CHOSEN = ("class_balanced", "herding", "kmeans", "el2n", "grand", "influence")
@@ -219,37 +218,6 @@ def test_a_budget_in_bytes_holds_as_many_images_of_the_size_that_the_model_sees(
     learner = lab.taught(f"lora(rank=2) + {method}(bytes='5.4kB')")
     assert len(learner.method.parts[1].memory) == 7
     assert learner.method.measures(learner)["referenced_bytes"] == 7 * 3 * 16 * 16
-
-
-def test_bytes_for_less_than_an_image_are_refused(lab: Any) -> None:
-    with pytest.raises(ValueError, match=r"^bytes=500: expected at least 768, what one image takes at the size the mo"):
-        lab.learner("lora(rank=2) + replay(bytes=500)").grow(lab.stream().tasks[0])
-
-
-@pytest.mark.parametrize("method", ["replay", "derpp", "icarl"])
-def test_two_budgets_are_refused(method: str) -> None:
-    with pytest.raises(ValueError, match=r"size=10 and bytes='50MB' are two budgets for one memory: give one of them"):
-        make_method(f"{method}(size=10, bytes='50MB')")
-
-
-@pytest.mark.parametrize("selection", ["reservoir", "class_balanced", "herding", "kmeans"])
-@pytest.mark.parametrize("method", ["replay", "derpp"])
-def test_a_position_without_scores_is_refused(method: str, selection: str) -> None:
-    with pytest.raises(ValueError, match=r"position='top' has no effect with selection='.*', which has no scores"):
-        make_method(f"{method}(selection={selection!r}, position='top')")
-
-
-@pytest.mark.parametrize(("method", "objective"), [("lora(rank=2) + cosine", "classify"), ("lora(rank=2)", "zeroshot")])
-def test_grand_is_refused_where_it_is_el2n(method: str, objective: str, lab: Any) -> None:
-    bench = lab.but(objective=objective)
-    with pytest.raises(ValueError, match=r"^selection='grand' is 'el2n' here: .*; write selection='el2n'$"):
-        bench.teach(bench.learner(f"{method} + replay(size=9, selection='grand')"), bench.stream().tasks[:1])
-
-
-@pytest.mark.parametrize("parts", ["replay + derpp", "icarl + replay", "derpp + lora + icarl"])
-def test_two_memories_are_refused_by_name(parts: str, lab: Any) -> None:
-    with pytest.raises(ValueError, match=r"^(\w+) cannot be combined with (\w+): each trains on images of old tasks"):
-        lab.learner(parts).grow(lab.stream().tasks[0])
 
 
 @pytest.mark.parametrize("part", ["replay", "derpp", "icarl", "gem", "agem"])

@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 import torch
 
-from perdure.training.config import make_method
 from perdure.types import Task
 
 
@@ -87,13 +86,6 @@ def test_importance_is_the_path_over_the_damped_square_of_the_way(lab: Any) -> N
     assert (si.springs.weights[name] == 0).any()  # what made the loss rise is not important
 
 
-@pytest.mark.parametrize("carrier", ["lora(rank=2)", "finetune"])
-def test_strength_zero_is_the_carrier_alone_bit_for_bit(carrier: str, lab: Any) -> None:
-    plain, guarded = lab.taught(carrier).memory(), lab.taught(f"{carrier} + si(strength=0)").memory()
-    for key, value in plain.items():
-        assert torch.equal(guarded[key.replace("method.", "method.parts.0.")], value), key
-
-
 def test_a_task_in_which_nothing_moved_adds_nothing(lab: Any) -> None:
     learner, stream = lab.learner("lora(rank=2) + si"), lab.stream()
     for task in stream.tasks[:2]:
@@ -103,14 +95,3 @@ def test_a_task_in_which_nothing_moved_adds_nothing(lab: Any) -> None:
         learner.learnt += 1
     assert not any(weight.any() for weight in learner.method.parts[1].springs.weights.values())
     assert learner.loss(task.train.__getitems__(range(4))).isfinite()
-
-
-@pytest.mark.parametrize("guard", ["si", "mas"])
-def test_a_guard_without_anything_to_protect_is_refused(guard: str) -> None:
-    with pytest.raises(ValueError, match=rf"^{guard} has nothing to protect in .* Write 'lora \+ {guard}'"):
-        make_method(f"inflora + {guard}")
-
-
-def test_a_damping_without_a_pull_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"damping=0\.1 has no effect with strength=0: leave it out$"):
-        make_method("lora + si(strength=0, damping=0.1)")

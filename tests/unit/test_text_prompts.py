@@ -14,7 +14,6 @@ from perdure.adapters.prompt_tokens import PromptTokens, widened
 from perdure.backbones.base import Backbone
 from perdure.backbones.clip import pocket
 from perdure.backbones.tiny import tiny
-from perdure.training.config import make_method
 
 TEXTS = ["a cat", "two small dogs on a red carpet", "dogs"]
 M = 3
@@ -131,33 +130,3 @@ def test_new_tokens_see_all_that_count_where_the_first_does() -> None:
     expected = F.pad(counts, (2, 0), value=True)[:, None, None, :]
     assert torch.equal(widened(counts[:, None, None, :], 2), expected)
     assert torch.equal(widened(both, 2), expected.expand(-1, 1, 5, -1))
-
-
-@pytest.mark.parametrize("spec", ["prompt(tower='{}')", "prompt(deep=True, tower='{}')", "prefix(tower='{}')"])
-def test_towers_learn_apart_and_together(spec: str, lab: Any) -> None:
-    bench = lab.but(objective="zeroshot")
-    for tower in ("vision", "text", "both"):
-        learner, tasks = bench.learner(spec.format(tower)), bench.stream().tasks[:1]
-        learner.grow(tasks[0])
-        assert (learner.constant_texts, learner.constant_encoder) == (tower == "vision", tower == "text")
-        before = {name: p.detach().clone() for name, p in learner.method.named_parameters()}
-        bench.teach(learner, tasks)
-        after = dict(learner.method.named_parameters())
-        assert before
-        assert all((after[name] - value).abs().max() > 1e-3 for name, value in before.items())
-
-
-def test_a_text_tower_that_is_not_there_is_named(lab: Any) -> None:
-    learner = lab.learner("prefix(tower='text')")
-    with pytest.raises(ValueError, match="has no text tower; it has: vision"):
-        learner.grow(lab.stream().tasks[0])
-
-
-def test_joint_beside_another_part_takes_no_tower(lab: Any) -> None:
-    learner = lab.but(objective="zeroshot").learner("lora(tower='both') + joint(tower='both')")
-    with pytest.raises(ValueError, match="tower='both' has no effect beside the part that trains the encoder"):
-        learner.grow(lab.stream().tasks[0])
-    learner = lab.learner("joint(backbone_lr=0.2) + lora")
-    with pytest.raises(ValueError, match=r"backbone_lr=0.2 has no effect beside the part that trains the encoder"):
-        learner.grow(lab.stream().tasks[0])
-    assert make_method("joint(tower='both')").tower == "both"

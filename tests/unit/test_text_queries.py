@@ -27,20 +27,6 @@ def queries(lab: Any, texts: list[str]) -> Tensor:
 
 
 @SPECS
-@pytest.mark.parametrize("tower", ["vision", "text", "both"])
-def test_a_tower_changes_where_it_was_asked_for(spec: str, tower: str, lab: Any) -> None:
-    learner = taught(lab, spec.format(tower), 1)
-    assert (learner.constant_texts, learner.constant_encoder) == (tower == "vision", tower == "text")
-    assert set(learner.method.towers) == ({"vision", "text"} if tower == "both" else {tower})
-    plain = lab.but(objective="zeroshot").backbone()
-    images = lab.stream().tasks[0].test.__getitems__(range(4))
-    with learner.inference():
-        seen, read = learner.encode(images), learner.embed_texts(TEXTS)
-        assert ((seen - plain(images)).abs().max() > 1e-3) == (tower != "text")
-        assert ((read - plain.encode_text(TEXTS)).abs().max() > 1e-3) == (tower != "vision")
-
-
-@SPECS
 def test_an_embedding_depends_on_its_own_text_alone(spec: str, lab: Any) -> None:
     learner = taught(lab, spec.format("text"))
     with learner.inference():
@@ -153,16 +139,3 @@ def test_texts_are_mixed_prompts_by_the_papers_sum(lab: Any) -> None:
         with own.prefix.giving(blocks):
             expected = learner.backbone.encode_text(TEXTS)
         torch.testing.assert_close(learner.embed_texts(TEXTS), expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ("l2p(tower='text', reads='class')", "reads='class' has no effect with tower='text': leave it out"),
-        ("l2p(tower='text', batchwise=True)", "batchwise=True has no effect with tower='text': leave it out"),
-        ("dualprompt(tower='text', batchwise=True)", "batchwise=True has no effect with tower='text': leave it out"),
-    ],
-)
-def test_options_of_the_vision_tower_are_refused_without_it(spec: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make_method(spec)

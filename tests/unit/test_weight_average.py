@@ -7,7 +7,6 @@ import torch
 
 from perdure.core.learner import Core
 from perdure.core.method import Method
-from perdure.training.config import make_method
 from perdure.training.loop import fit_task
 from perdure.types import Batch
 
@@ -59,18 +58,6 @@ def test_wise_is_between_the_values_before_and_after_and_leaves_heads(alpha: flo
         torch.testing.assert_close(value.detach(), expected, msg=name)
 
 
-def test_a_share_of_one_is_plain_training_bit_for_bit(lab: Any) -> None:
-    plain = lab.taught("finetune").memory()
-    averaged = lab.taught("finetune + weight_average(form='wise', alpha=1)").memory()
-    for key, value in plain.items():
-        assert torch.equal(averaged[key.replace("method.", "method.parts.0.")], value), key
-
-
-def test_nothing_is_kept_once_a_task_has_ended(lab: Any) -> None:
-    plain, averaged = lab.taught("finetune").memory(), lab.taught("finetune + weight_average").memory()
-    assert plain.keys() == averaged.keys()
-
-
 @pytest.mark.parametrize("spec", ["ewc + lora(rank=2) + weight_average", "weight_average + lora(rank=2) + ewc"])
 def test_others_remember_the_average_wherever_they_stand(spec: str, lab: Any) -> None:
     learner = lab.taught(spec)
@@ -103,32 +90,3 @@ def test_the_average_forgets_less(lab: Any) -> None:
     free = moved("finetune")
     assert moved("finetune + weight_average") < free
     assert moved("finetune + weight_average(form='wise')") < 0.8 * free
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ("alpha=0.5", "alpha=0.5 has no effect with form='running'"),
-        ("form='wise', every=2", "every=2 has no effect with form='wise'"),
-    ],
-)
-def test_options_without_meaning_are_refused(options: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message) as error:
-        make_method(f"finetune + weight_average({options})")
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("spec", ["weight_average", "inflora + weight_average", "probe + weight_average"])
-def test_where_tasks_share_nothing_it_is_refused_when_built(spec: str) -> None:
-    with pytest.raises(ValueError, match=r"^weight_average has nothing to protect in .*parameters that tasks share"):
-        make_method(spec)
-
-
-def test_a_task_that_trains_nothing_shared_is_refused(lab: Any) -> None:
-    with pytest.raises(ValueError, match=r"^task 2: weight_average has no effect where no part trains what tasks"):
-        lab.taught("lora(rank=2, tasks=2) + weight_average")
-
-
-def test_a_task_too_short_for_its_interval_is_refused(lab: Any) -> None:
-    with pytest.raises(ValueError, match=r"^every=4: task 0 had no more than 4 steps, .* such as every=1$"):
-        lab.taught("lora(rank=2) + weight_average(every=4)")

@@ -142,20 +142,6 @@ def test_the_anchor_is_the_squared_distance_from_before_the_task(lab: Any) -> No
     torch.testing.assert_close(penalty(learner, part, whole(stream.tasks[1])), expected)
 
 
-def test_no_strength_is_the_carrier_alone_bit_for_bit(lab: Any) -> None:
-    bench = lab.but(objective="zeroshot")
-    plain = bench.taught("finetune(tower='both')").memory()
-    held = bench.taught("finetune(tower='both') + zscl(strength_image=0, strength_text=0, anchor=0)").memory()
-    assert held.keys() == plain.keys()
-    assert all(torch.equal(held[key], value) for key, value in plain.items())
-
-
-def test_the_teacher_is_in_no_checkpoint(lab: Any) -> None:
-    bench = lab.but(objective="zeroshot")
-    plain, held = (bench.taught(f"finetune{more}").memory() for more in ("", " + zscl"))
-    assert held.keys() == plain.keys()
-
-
 def test_it_keeps_scores_of_images_that_are_never_taught(lab: Any) -> None:
     bench = lab.but(objective="zeroshot")
     others = build_stream("synthetic(tasks=1, classes_per_task=6)", bench.backbone().preprocess, 5).tasks[0]
@@ -172,45 +158,3 @@ def test_it_keeps_scores_of_images_that_are_never_taught(lab: Any) -> None:
     assert moved("finetune(tower='both') + zscl(anchor=0)") < free
     strong = "strength_image=10, strength_text=10, anchor=0"
     assert moved(f"finetune(tower='both') + zscl(reference='captions_synthetic()', {strong})") < 0.7 * free
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ("images=3", "images=3 has no effect without a reference"),
-        ("text_gradient=False, reference='synthetic()', texts=3", "texts=3 has no effect with text_gradient=False"),
-        (
-            "strength_image=0, strength_text=0, reference='synthetic()'",
-            "reference='synthetic\\(\\)' has no effect with",
-        ),
-    ],
-)
-def test_options_without_meaning_are_refused(options: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message) as error:
-        make_method(f"finetune + zscl({options})")
-    assert "\n" not in str(error.value)
-
-
-def test_an_objective_without_texts_is_refused(lab: Any) -> None:
-    with pytest.raises(ValueError, match=r"^zscl keeps scores of images and texts, and classify reads no texts: use"):
-        lab.taught("finetune + zscl")
-
-
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ("lora(rank=2) + zscl(text_gradient=False)", "text_gradient=False has no effect where no part trains the text"),
-        ("lora(rank=2, tasks=1) + zscl", "task 1: zscl has no effect where no part trains the encoder any more"),
-    ],
-)
-def test_what_has_no_effect_on_a_task_is_refused(spec: str, message: str, lab: Any) -> None:
-    with pytest.raises(ValueError, match=message):
-        lab.but(objective="zeroshot").taught(spec)
-
-
-def test_a_stopped_run_goes_on_bit_for_bit(lab: Any, content_of: Any, tmp_path: Any) -> None:
-    bench = lab.but(objective="zeroshot")
-    spec = "finetune(tower='both') + zscl(reference='captions_synthetic()', images=4) + weight_average"
-    bench.run(spec, tmp_path / "unbroken")
-    bench.broken_run(spec, tmp_path / "broken", (1, 3), save_every=2)
-    assert content_of(tmp_path / "broken") == content_of(tmp_path / "unbroken")

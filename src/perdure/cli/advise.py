@@ -9,8 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from perdure.cli.command import Command
-from perdure.cli.console import Screen
+from perdure.cli.console import Command, Screen
 from perdure.formatting import human_bytes, share
 from perdure.reporting.advise import Advice, Choice, Constraints, advise, in_words, shipped
 

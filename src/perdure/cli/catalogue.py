@@ -17,7 +17,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Literal
 
-from perdure.experiments.recipes import RECIPES
+from perdure.experiments.recipes import recipes
 from perdure.options import ranges
 
 Kind = Literal["methods", "streams", "backbones", "recipes"]
@@ -48,7 +48,7 @@ class Entry:
 def entries(kind: Kind) -> dict[str, Entry]:
     """All of a kind, by name."""
     if kind == "recipes":
-        return {name: described(made) for name, made in RECIPES.items()}
+        return {name: Entry("", {}, each.about) for name, each in recipes().items()}
     if kind in _REGISTRIES:
         return dict(_factories(kind, _REGISTRIES[kind]))
     ours = dict(_methods())

@@ -13,10 +13,10 @@ import tyro
 
 from perdure.cli.advise import Advise
 from perdure.cli.catalogue import Kind, entries
-from perdure.cli.command import Command
-from perdure.cli.console import Screen
+from perdure.cli.console import Command, Screen
+from perdure.cli.tune import Tune
 from perdure.cli.use import Eval, Export, Move, Predict, Search, tell_skipped, told
-from perdure.experiments.recipes import DEMO_METHODS, demo, flags
+from perdure.experiments.recipes import DEMO_METHODS, demo, flags, recipe
 from perdure.formatting import meant, shortened
 from perdure.options.ranges import BatchSize, Epochs, Range, Rate, Seed
 from perdure.training.config import RunConfig
@@ -44,12 +44,15 @@ class Run(RunConfig, Command):
     """Name from `perdure list recipes`: its options, unless they are given here too."""
     out: Path
     """Folder of the run; it must not hold one yet."""
+    track: str = ""
+    """Experiment trackers to tell, such as tensorboard, wandb or mlflow, with commas between."""
 
     def __post_init__(self) -> None:
         """Nothing: values are checked when the command is called, where a mistake becomes one line."""
 
     def __call__(self, screen: Screen) -> None:
         """Run, report."""
+        from perdure.reporting.tracking import tracked
         from perdure.training.run import run
 
         config = RunConfig(**{f.name: getattr(self, f.name) for f in fields(RunConfig)})
@@ -58,8 +61,8 @@ class Run(RunConfig, Command):
         screen.wait("reading the data and the model")
         from perdure.backbones.preprocess import skippable
 
-        with skippable("skip_bad=True in the stream"):
-            summary = run(config, self.out, screen)
+        with skippable("skip_bad=True in the stream"), tracked(screen, self.track, self.out) as progress:
+            summary = run(config, self.out, progress)
         _finished(self.out, summary, screen)
 
 
@@ -76,10 +79,11 @@ class Resume(Command):
         """Resume, report."""
         from perdure.api.folders import go_on
         from perdure.backbones.preprocess import skippable
+        from perdure.reporting.tracking import tracked
 
         screen.wait("reading the data and the model")
-        with skippable("skip_bad=True in the stream of a new run"):
-            summary = go_on(self.folder, screen, self.device)
+        with skippable("skip_bad=True in the stream of a new run"), tracked(screen, "", self.folder) as progress:
+            summary = go_on(self.folder, progress, self.device)
         _finished(self.folder, summary, screen)
 
 
@@ -150,6 +154,8 @@ class Compare(RunConfig, Command):
     seed: Annotated[Seed, tyro.conf.Suppress] = field(default=0)
     out: Path
     """Folder of the grid; finished runs in it are not repeated."""
+    track: str = ""
+    """Experiment trackers to tell of each run, such as tensorboard, wandb or mlflow, with commas between."""
 
     def __post_init__(self) -> None:
         """Nothing: values are checked when the command is called, where a mistake becomes one line."""
@@ -158,7 +164,7 @@ class Compare(RunConfig, Command):
         """Run the grid, print the table, write the report."""
         names = [f.name for f in fields(RunConfig) if f.name not in ("method", "seed")]
         config = RunConfig(**{n: getattr(self, n) for n in names})
-        _grid(config, self.methods, self.seeds, self.out, screen)
+        _grid(config, self.methods, self.seeds, self.out, screen, track=self.track)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,6 +203,8 @@ class List(Command):
         if self.name is None:
             screen.listing([(name, each.options, each.sentence) for name, each in sorted(found.items())])
             return
+        if self.what == "recipes":
+            recipe(self.name)  # tells of those that are gone
         if self.name not in found:
             near = meant(self.name, found) or f"; 'perdure list {self.what}' names them"
             raise ValueError(f"{self.name!r} is not among the {self.what}{near}")
@@ -214,6 +222,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "predict": Predict,
     "search": Search,
     "compare": Compare,
+    "tune": Tune,
     "advise": Advise,
     "eval": Eval,
     "report": Report,
@@ -224,16 +233,25 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 
 
 def _grid(
-    config: RunConfig, methods: Sequence[str], seeds: Sequence[int], out: Path, screen: Screen, demo: bool = False
+    config: RunConfig,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    out: Path,
+    screen: Screen,
+    demo: bool = False,
+    track: str = "",
 ) -> None:
     from perdure.backbones.preprocess import skippable
     from perdure.experiments.grid import cells, compare
+    from perdure.experiments.tune import tuned_on
     from perdure.reporting.report import write_report
     from perdure.training.run import read_record, read_summary
 
     grid = cells(methods, seeds, out)
+    if warning := tuned_on(out, seeds):
+        screen.note(warning)
     with skippable("skip_bad=True in the stream"):
-        table = compare(config, grid, out, screen, steps=not demo)
+        table = compare(config, grid, out, screen, steps=not demo, track=track)
     if demo:
         for cell in grid:
             names = [t["name"] for t in read_record(cell.folder)["stream"]["tasks"]]

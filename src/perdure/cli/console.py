@@ -7,8 +7,8 @@ import json
 import math
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -17,7 +17,17 @@ from rich.table import Table
 from rich.text import Text
 
 from perdure.cli.eta import Pace
-from perdure.formatting import RARE, human_bytes, human_seconds, number, printable, share, shortened, times
+from perdure.formatting import (
+    RARE,
+    human_bytes,
+    human_seconds,
+    number,
+    printable,
+    settings,
+    share,
+    shortened,
+    times,
+)
 
 if TYPE_CHECKING:  # so that what computes nothing does not wait for torch
     from torch import Tensor
@@ -37,7 +47,6 @@ _COLUMNS = {
     "average": "over the matrix",
     "zero_shot_ratio": "zero-shot kept",
 }
-
 _SPARE = ("images/s", "average")  # columns left out of a table that is too wide, the first one first
 _MEANINGS = {
     "average": "over the stream",
@@ -70,28 +79,36 @@ class Screen:
 
     def wait(self, text: str) -> None:
         """On a terminal, say what is being done until something else is shown."""
-        self._close()
+        self.close()
         if self.json or not self.live.is_terminal:
             return
         if self._grid:
             self._rows(text, None)
         else:
-            self._show(SpinnerColumn("line"), _plain("{task.description}"), TimeElapsedColumn())
-            if self._bar is not None:
-                self._bar.add_task(text, total=None)
+            spinner = SpinnerColumn("line"), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
+            self._show(*spinner).add_task(text, total=None)
 
     def cell(self, number: int, total: int, method: str, seed: int, left: float | None) -> None:
         """Run number `number` (from 0) of a grid of `total` begins; about `left` seconds are left."""
-        self._close()
+        self.close()
         self._event("cell", cell=number, cells=total, method=method, seed=seed, seconds_left=left)
         about = "" if left is None else f", about {human_seconds(left)} left"
         self._say(f"[{number + 1}/{total}] {method}, seed {seed}{about}")
         self._grid, self._headed = Pace(number, total, printable(f"{shortened(method)}, seed {seed}"), left), False
         self.wait("preparing")
 
+    def trial(self, number: int, total: int, options: Mapping[str, Any], best: float | None) -> None:
+        """Trial number `number` (from 0) of a search of `total` begins; `best` is the best score so far."""
+        self.close()
+        self._event("trial", trial=number, trials=total, options=dict(options), best=best)
+        so_far = "" if best is None else f"; best so far {100 * best:.1f} %"
+        self._say(f"[{number + 1}/{total}] {settings(options)}{so_far}")
+        self._headed = False
+        self.wait("preparing")
+
     def step_cost(self, number: int, total: int, method: str) -> None:
         """Method number `number` (from 0) of `total` is timed against plain LoRA."""
-        self._close()
+        self.close()
         self._grid = None
         self._event("step_cost", method=method, number=number, total=total)
         self._say(f"step cost {number + 1}/{total}: {method}")
@@ -99,7 +116,7 @@ class Screen:
 
     def task(self, task: Task, tasks: int | None, epochs: int, steps: int) -> None:
         """A task begins."""
-        self._close()
+        self.close()
         self._images, self._start, self._read = 0, time.perf_counter(), 0.0
         self._epochs, self._steps = epochs, steps
         self._event("task", task=task.index, tasks=tasks, name=task.name, epochs=epochs, steps=steps)
@@ -132,7 +149,7 @@ class Screen:
 
     def scores(self, task: Task, rows: list[Row]) -> None:
         """A task was learnt and evaluated."""
-        self._close()
+        self.close()
         self._event("scores", task=task.index, rows=[asdict(row) for row in rows])
         seconds = time.perf_counter() - self._start
 
@@ -162,18 +179,18 @@ class Screen:
 
     def note(self, text: str) -> None:
         """Something the user should know."""
-        self._close()
+        self.close()
         self._event("note", text=text)
         self._say(text)
 
     def warn(self, text: str) -> None:
         """Something the user should know, beside the answers: on standard error, where no program takes it for one."""
-        self._close()
+        self.close()
         print(f"perdure: {' '.join(text.split())}", file=sys.stderr)
 
     def result(self, content: Any, *lines: str) -> None:
         """The outcome of a command: `content` as JSON, or `lines` for a person."""
-        self._close()
+        self.close()
         if self.json:
             print(_json(content), flush=True)
         else:
@@ -181,7 +198,7 @@ class Screen:
 
     def matrix(self, summary: dict[str, Any], names: Sequence[str], title: str) -> None:
         """A run's score matrix and summary."""
-        self._close()
+        self.close()
         if self.json:
             return
         tasks = len(summary["matrix"])
@@ -209,7 +226,7 @@ class Screen:
 
     def table(self, rows: Sequence[dict[str, Any]]) -> None:
         """Methods side by side, mean ± spread."""
-        self._close()
+        self.close()
         if self.json:
             self._event("compared", table=list(rows))
             return
@@ -258,7 +275,7 @@ class Screen:
 
     def measured(self, tasks: Sequence[Task], rows: Sequence[Row]) -> None:
         """Accuracy on each task."""
-        self._close()
+        self.close()
         if self.json:
             for row in rows:
                 self.result(asdict(row))
@@ -305,14 +322,10 @@ class Screen:
 
     def error(self, text: str) -> None:
         """One line on standard error."""
-        self._close()
+        self.close()
         with contextlib.suppress(OSError):  # whoever read it is gone; the exit code says it too
             line = printable(shortened(" ".join(text.split()), _LONGEST_ERROR))
             print(f"perdure: {line}", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        """Take away what is live."""
-        self._close()
 
     def _say(self, *lines: str) -> None:
         """All that a person is told passes here (or through a table's cells): one line each, with nothing that acts."""
@@ -336,24 +349,37 @@ class Screen:
     def _rows(self, where: str, steps: int | None) -> None:
         """A bar for what is being done, of unknown length when `steps` is None; above it one for the whole grid."""
         bar = BarColumn(bar_width=10 if self.live.width < 100 else 24)
-        self._show(_plain("{task.description}"), bar, _plain("{task.fields[line]}"), _TimeLeft())
-        if self._bar is None:
-            return
+        line = TextColumn("{task.fields[line]}", markup=False)
+        shown = self._show(TextColumn("{task.description}", markup=False), bar, line, _TimeLeft())
         if grid := self._grid:
             run = f"run {grid.number + 1}/{grid.total}"
-            self._bar.add_task(run, total=1.0, line=grid.name, left=grid.left)
-            self._bar.update(self._bar.task_ids[0], completed=grid.share)
-        self._bar.add_task(where, total=steps, line="")
+            shown.update(shown.add_task(run, total=1.0, line=grid.name, left=grid.left), completed=grid.share)
+        shown.add_task(where, total=steps, line="")
 
-    def _show(self, *columns: ProgressColumn) -> None:
+    def _show(self, *columns: ProgressColumn) -> Progress:
         # Standard output stays as it is: it may go elsewhere than the bar.
-        self._bar = Progress(*columns, console=self.live, transient=True, refresh_per_second=4, redirect_stdout=False)
-        self._bar.start()
+        shown = Progress(*columns, console=self.live, transient=True, refresh_per_second=4, redirect_stdout=False)
+        shown.start()
+        self._bar = shown
+        return shown
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Take away what is live."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """What every command is: its fields are the flags, whose docstrings are the help."""
+
+    json: bool = False
+    """One JSON object per event or result, for programs."""
+
+    def __call__(self, screen: Screen) -> None:
+        """Do it."""
+        raise NotImplementedError
 
 
 class _TimeLeft(ProgressColumn):
@@ -372,10 +398,6 @@ def _ends(count: int, room: int) -> list[int | None]:
         return list(range(count))
     first = room // 2
     return [*range(first), None, *range(count - (room - first - 1), count)]
-
-
-def _plain(text: str) -> TextColumn:
-    return TextColumn(text, markup=False)
 
 
 def _json(content: Any) -> str:

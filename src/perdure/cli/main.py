@@ -8,12 +8,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from perdure.cli.advise import Advise
-from perdure.cli.command import Command
-from perdure.cli.console import Screen
-from perdure.cli.suggestions import mistake
+from perdure.cli.console import Command, Screen
+from perdure.cli.suggestions import command_of
 from perdure.version import __version__
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -32,22 +29,7 @@ def main(args: Sequence[str] | None = None) -> None:
             # Not before: the other commands, recipes and all, take longer to import than advice to be given.
             commands = import_module("perdure.cli.commands").COMMANDS
             arguments = import_module("perdure.experiments.recipes").expand(arguments)
-        wrong = mistake(arguments, commands)
-    except ValueError as error:
-        wrong = str(error)
-    if wrong:
-        screen.error(wrong)
-        sys.exit(2)
-    try:
-        command: Command = tyro.extras.subcommand_cli_from_dict(
-            # A parser is built for each of them: a fifth of the time that a list takes.
-            {name: made for name, made in commands.items() if name in arguments[:1]} or commands,
-            prog="perdure",
-            description="Teach pre-trained vision and vision-language models one task after another, without "
-            "forgetting.",
-            args=arguments,
-            config=(tyro.conf.OmitArgPrefixes,),
-        )
+        command: Command = command_of(arguments, commands)
         command(screen)
     except KeyboardInterrupt:
         screen.error("stopped at once; what was saved before is whole, and the same command can go on")

@@ -1,139 +1,96 @@
-"""What is wrong with a command line, in one line: unknown, missing and misspelt words, and what may have been meant."""
+"""A command line becomes a command, by tyro; what is wrong with it becomes one line, with what may have been meant."""
 
 import contextlib
-import dataclasses
-import difflib
-import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Union, get_args, get_origin, get_type_hints
+import io
+import itertools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, Field, fields
+from typing import Any, get_type_hints
 
 import tyro
 
-from perdure.formatting import shortened
-from perdure.options.ranges import problem, ranged
+from perdure.formatting import meant, shortened
+from perdure.options.ranges import expected, problem, ranged
+
+_CONFIG = (tyro.conf.OmitArgPrefixes,)
 
 
-def mistake(arguments: Sequence[str], commands: Mapping[str, Callable[..., Any]]) -> str | None:
-    """The first mistake in `arguments`; None when there is none, or help is asked for.
+def command_of(arguments: Sequence[str], commands: Mapping[str, Callable[..., Any]]) -> Any:
+    """The command that was typed, its values in the ranges of its fields.
 
     Args:
         arguments: what was typed.
         commands: name -> frozen dataclass whose fields are the flags.
+
+    Raises:
+        ValueError: for the first mistake.
+        SystemExit: when help was asked for, and is printed.
     """
     if not arguments:
-        return f"say what to do: {', '.join(commands)}; 'perdure --help' explains them"
+        raise ValueError(f"say what to do: {', '.join(commands)}; 'perdure --help' explains them")
     name, *words = arguments
-    if any(word in ("-h", "--help") for word in arguments):
-        return None
+    if "-h" in arguments or "--help" in arguments:
+        about = "Teach pre-trained vision and vision-language models one task after another, without forgetting."
+        listed = {name: commands[name]} if name in commands else dict(commands)  # each parser takes its time
+        return tyro.extras.subcommand_cli_from_dict(
+            listed, prog="perdure", description=about, args=arguments, config=_CONFIG
+        )
     if name not in commands:
-        near = _near(name, commands) or f"; there are: {', '.join(commands)}"
-        return f"there is no command {name!r}{near}"
-    flags = _flags(commands[name])
-    given, loose, wrong = _sorted(words, flags)
-    if wrong is not None:
-        near = _near(wrong.lstrip("-"), (flag.shown.lstrip("-") for flag in flags.values()), "--")
-        return f"'perdure {name}' has no option {wrong}{near or '; '}{_help(name)}"
-    for flag in (f for f in flags.values() if f.positional):
-        taken = len(loose) if flag.many else 1
-        given[flag.name], loose = loose[:taken], loose[taken:]
-        if not given[flag.name]:
-            del given[flag.name]
-    if loose:
-        return f"'perdure {name}' does not know what to do with {loose[0]!r}: is an option's name or a quote missing?"
-    for flag in flags.values():
-        if flag.name not in given:
-            if flag.required:
-                return f"'perdure {name}' needs {flag.shown}; {_help(name)}"
-        elif problem := flag.problem(given[flag.name]):
-            return problem
-    return None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Flag:
-    """A field of a command as it is typed."""
-
-    name: str
-    shown: str
-    hint: Any  # of one value
-    many: bool
-    positional: bool
-    required: bool
-
-    @property
-    def switch(self) -> bool:
-        return self.hint is bool
-
-    def problem(self, values: Sequence[str]) -> str | None:
-        if self.switch:
-            return None
-        if not values or not all(values):
-            return f"{self.shown} needs a value{', not an empty one' if values else ''}"
-        if len(values) > 1 and not self.many:
-            return f"{self.shown} takes one value, not {len(values)}: does {' '.join(values)!r} need quotes?"
-        who = "" if self.positional else f"{self.shown} "
-        for value in values:
-            if said := min((problem(read, self.hint) for read in _readings(value)), key=len):
-                return f"{who}{shortened(repr(value))}: {said}"
-        return None
-
-
-def _flags(command: Callable[..., Any]) -> dict[str, _Flag]:
-    hints = get_type_hints(command, include_extras=True)
-    found = {}
-    for field in dataclasses.fields(command):  # type: ignore[arg-type]
-        hint, marks = hints[field.name], getattr(hints[field.name], "__metadata__", ())
-        if tyro.conf.Suppress in marks:
+        raise ValueError(
+            f"there is no command {name!r}{meant(name, commands) or '; there are: ' + ', '.join(commands)}"
+        )
+    flags, more = _flags(commands[name]), f"'perdure {name} --help' lists what there is"
+    for word, following in itertools.pairwise([*words, "--"]):
+        flag, equals, value = word.partition("=")
+        if not flag.startswith("--"):
             continue
-        hint = hint if ranged(hint) or not marks else get_args(hint)[0]
-        many = get_origin(hint) is tuple
-        hint = get_args(hint)[0] if many else hint
-        if get_origin(hint) in (Union, types.UnionType):
-            hint = Union[tuple(kind for kind in get_args(hint) if kind is not type(None))]  # noqa: UP007
-        positional = tyro.conf.Positional in marks
+        known = flag.replace("_", "-")
+        positive = known if known in flags else known.replace("--no-", "--")
+        hint = flags[positive][1] if positive in flags else None
+        if hint is None or (positive != known and hint is not bool):
+            near = meant(known, (each for each in flags if each.startswith("--")))
+            raise ValueError(f"'perdure {name}' has no option {flag}{near or '; ' + more}")
+        if hint is not bool and not (value if equals else following):
+            raise ValueError(f"{flag} needs a value, not an empty one")
+        if hint is not bool and not equals and following.startswith("--"):
+            raise ValueError(f"{flag} needs a value")
+    made, unknown = _parsed(commands[name], name, words, flags)
+    if unknown:
+        what = f"{unknown[0]!r}: is an option's name or a quote missing?"
+        raise ValueError(f"'perdure {name}' does not know what to do with {what}")
+    for shown, (field, hint) in flags.items():
+        value = getattr(made, field.name)
+        if value == () and field.default is MISSING:
+            raise ValueError(f"'perdure {name}' needs {shown}; {more}")
+        if value != field.default and (wrong := problem(value, hint)):
+            raise ValueError(f"{shown} {shortened(repr(value))}: {wrong}")
+    return made
+
+
+def _flags(command: Callable[..., Any]) -> dict[str, tuple[Field[Any], Any]]:
+    """Field and type by how it is typed: `--batch-size`, or `FOLDER` for what stands by itself."""
+    hints, found = get_type_hints(command, include_extras=True), {}
+    for field in fields(command):  # type: ignore[arg-type]
+        marks = getattr(hints[field.name], "__metadata__", ())
         name = field.name.removesuffix("_")  # `from_`, for `from` is a word of Python
-        shown = name.upper() if positional else f"--{name.replace('_', '-')}"
-        required = field.default is field.default_factory is dataclasses.MISSING
-        found[name] = _Flag(name, shown, hint, many, positional, required)
+        if tyro.conf.Suppress not in marks:
+            shown = name.upper() if tyro.conf.Positional in marks else f"--{name.replace('_', '-')}"
+            found[shown] = field, hints[field.name]
     return found
 
 
-def _sorted(words: Sequence[str], flags: Mapping[str, _Flag]) -> tuple[dict[str, list[str]], list[str], str | None]:
-    """What each flag was given, what stands by itself, and the first word that should be a flag and is none."""
-    given: dict[str, list[str]] = {}
-    loose: list[str] = []
-    current: _Flag | None = None
-    for word in words:
-        if word.startswith("--"):
-            key, _, value = word[2:].partition("=")
-            key = key.replace("-", "_")
-            flag = flags.get(key) or (flags.get(key[3:]) if key.startswith("no_") else None)
-            if flag is None or flag.positional or (key != flag.name and not flag.switch):
-                return given, loose, word.partition("=")[0]
-            given[flag.name] = [value] if "=" in word else []
-            current = None if flag.switch or "=" in word else flag
-        elif current is not None:
-            given[current.name].append(word)
-            if not current.many:
-                current = None
-        else:
-            loose.append(word)
-    return given, loose, None
-
-
-def _readings(word: str) -> list[str | float]:
-    """What a word may mean: itself, and a number."""
-    found: list[str | float] = [word]
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            found.append(kind(word))
-    return found
-
-
-def _near(word: str, known: Iterable[str], before: str = "") -> str:
-    close = difflib.get_close_matches(word.replace("_", "-"), list(known), n=1)
-    return f"; did you mean '{before}{close[0]}'? " if close else ""
-
-
-def _help(name: str) -> str:
-    return f"'perdure {name} --help' lists what there is"
+def _parsed(
+    command: Callable[..., Any], name: str, words: Sequence[str], flags: Mapping[str, tuple[Field[Any], Any]]
+) -> tuple[Any, list[str]]:
+    """What tyro makes of the words, and those that it has no use for; its box of an error as one line."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
+            return tyro.cli(command, prog=f"perdure {name}", args=words, config=_CONFIG, return_unknown_args=True)
+    except SystemExit as stop:
+        # A heading, a rule, what is wrong, another rule, and help that is not asked for.
+        _, wrong, *_ = re.split(r"^\s*-{9,}\s*$", said.getvalue(), flags=re.MULTILINE)
+        line = " ".join(wrong.split()).removeprefix("Error parsing ")
+        hint = next((hint for shown, (_, hint) in flags.items() if line.startswith(f"{shown}:")), None)
+        raise ValueError(f"{line}; expected {expected(hint)}" if ranged(hint) else line) from stop

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from perdure.cli.command import Command
-from perdure.cli.console import Screen
+from perdure.cli.console import Command, Screen
 from perdure.formatting import shortened
 from perdure.options.ranges import Count
 

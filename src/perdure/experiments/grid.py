@@ -21,10 +21,11 @@ from perdure.reporting import tables as measured
 from perdure.reporting.charts import show
 from perdure.reporting.report import trade_offs
 from perdure.reporting.runs import Run, ignore
+from perdure.reporting.tracking import tracked
 from perdure.streams import build_stream
 from perdure.training.config import RunConfig, make_backbone, make_method
 from perdure.training.dry_run import foresee
-from perdure.training.loop import Progress
+from perdure.training.loop import Progress, Quiet
 from perdure.training.run import Interrupted, recorded_config, resume, run
 from perdure.training.runtime import Runtime, resolve
 
@@ -87,7 +88,13 @@ def cells(methods: Sequence[str], seeds: Sequence[int], out: Path) -> list[Cell]
 
 @plain()
 def compare(
-    config: RunConfig, grid: Sequence[Cell], out: Path, progress: GridProgress | None = None, *, steps: bool = True
+    config: RunConfig,
+    grid: Sequence[Cell],
+    out: Path,
+    progress: GridProgress | None = None,
+    *,
+    steps: bool = True,
+    track: str = "",
 ) -> list[dict[str, Any]]:
     """Run what is not finished of a grid; returns the table, one row a method.
 
@@ -100,6 +107,7 @@ def compare(
         grid: from `cells`.
         out: folder of the grid.
         progress: who is told.
+        track: experiment trackers that each run is followed by, see `tracked`.
         steps: measure what a step costs against plain LoRA's, where that is not known yet.
 
     Raises:
@@ -121,11 +129,13 @@ def compare(
                 continue
             if progress:
                 progress.cell(number, len(grid), cell.method, cell.seed, seconds_left(grid))
+            mine = dataclasses.replace(config, method=cell.method, seed=cell.seed)
             try:
-                if (cell.folder / "run.json").exists():
-                    resume(cell.folder, progress)
-                    continue
-                run(dataclasses.replace(config, method=cell.method, seed=cell.seed), cell.folder, progress, runtime)
+                with tracked(progress or Quiet(), track, cell.folder) as told:
+                    if (cell.folder / "run.json").exists():
+                        resume(cell.folder, told)
+                    else:
+                        run(mine, cell.folder, told, runtime)
             except Interrupted as stop:
                 said = str(stop).partition(";")[0]
                 raise Interrupted(f"{cell.folder.name}: {said}; the same command goes on from here") from stop
@@ -247,7 +257,7 @@ def _ready(config: RunConfig, unfinished: Sequence[Cell], runtime: Runtime | Non
     """How cells compute; refuses methods that a task would refuse when its turn comes, perhaps after hours."""
     backbone = make_backbone(config.backbone)
     if runtime is None:
-        runtime = resolve(backbone, config.precision, config.attention, config.batch_size, config.device)
+        runtime = resolve(backbone, config.precision, config.attention, config.device)
     runtime.apply(backbone)
     seed = unfinished[0].seed
     stream = build_stream(config.stream, backbone.preprocess, seed)

@@ -24,14 +24,14 @@ from perdure.backbones import pretrained
 from perdure.backbones.base import Backbone
 from perdure.backbones.clip import FOLDER as POCKET
 from perdure.backbones.clip import Clip
-from perdure.backbones.open_clip import OpenClip
+from perdure.backbones.open_clip import CONFIG, WEIGHTS, OpenClip, locate
+from perdure.backbones.open_clip_attention import packed
 from perdure.backbones.timm import Timm
 from perdure.backbones.vision import Vision
 from perdure.core.learner import Core
 from perdure.core.method import embeds, encodes, parts_of
 from perdure.export.files import TERMS, TOKENIZER, Use, copy, options_of, readme, use_of
 from perdure.export.head import classifier_of, head_of
-from perdure.export.open_clip import write_open_clip
 from perdure.objectives import ZeroShot
 from perdure.storage.files import locked, write_json, write_text
 from perdure.training.config import make_backbone
@@ -232,7 +232,7 @@ def _write_merged(whole: Any, folder: Path) -> None:
     if isinstance(whole, Timm):
         _write_timm(whole, folder)
     elif isinstance(whole, OpenClip):
-        write_open_clip(whole, folder)
+        _write_open_clip(whole, folder)
     else:
         _write_transformers(whole, folder)
 
@@ -274,6 +274,26 @@ def _write_timm(backbone: Timm, folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["pretrained_cfg"] |= {k: backbone.preprocess.describe()[k] for k in ("mean", "std")}
     write_json(folder / "config.json", config)
+
+
+def _write_open_clip(backbone: OpenClip, folder: Path) -> None:
+    """What `open_clip.create_model_and_transforms("local-dir:...")` loads."""
+    options = options_of(backbone)
+    source = locate(options["name"], options.get("checkpoint"))
+    preprocess = backbone.preprocess
+    reading = {
+        "size": preprocess.size,
+        "mean": list(preprocess.mean),
+        "std": list(preprocess.std),
+        "interpolation": preprocess.interpolation,
+        "resize_mode": "squash" if preprocess.squash else "shortest",
+    }
+    write_json(folder / CONFIG, {"model_cfg": source.model, "preprocess_cfg": reading})
+    weights = packed(backbone.model)
+    save_file({name: tensor.detach().cpu().clone() for name, tensor in weights.items()}, folder / WEIGHTS)
+    copy(source.folder, (*TERMS, *TOKENIZER), folder)
+    if source.folder is None and hasattr(backbone.tokenizer, "tokenizer"):  # one of transformers, from the hub
+        backbone.tokenizer.tokenizer.save_pretrained(folder)
 
 
 def _facts(learner: Core, use: Use) -> dict[str, Any]:

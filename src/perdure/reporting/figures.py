@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from markupsafe import Markup
+from PIL import Image
 
 from perdure.reporting.charts import percent
 
@@ -93,6 +95,10 @@ class Drawing:
     def save(self, path: Path) -> None:
         """Write a file of the kind that the name's ending says: svg, pdf or png (300 dots an inch)."""
         path.write_bytes(self._written(path.suffix.removeprefix(".")))
+
+    def pixels(self) -> "np.ndarray[Any, Any]":
+        """The picture, uint8 (height, width, 3)."""
+        return np.asarray(Image.open(io.BytesIO(self._written("png"))).convert("RGB"))
 
     def _written(self, kind: str) -> bytes:
         out = io.BytesIO()

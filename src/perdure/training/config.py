@@ -38,7 +38,7 @@ class RunConfig(TrainConfig):
     precision: Precision = "auto"
     """Of the encoder: auto takes bf16 where the processor has it natively."""
     attention: Attention = "auto"
-    """auto times both implementations at the start and takes the faster."""
+    """auto takes sdpa; eager where a CPU computes in bf16 and an image has at most 64 tokens."""
     device: str = "auto"
     """cpu, cuda, mps, ..."""
     save_every: Annotated[int, Range(0, 10**9)] = 0

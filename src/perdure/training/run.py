@@ -221,7 +221,7 @@ def build_learner(kind: type[C], config: RunConfig, runtime: Runtime | None = No
     method, objective = make_method(config.method), make_objective(config.objective)
     backbone = make_backbone(config.backbone)
     if runtime is None:
-        runtime = resolve(backbone, config.precision, config.attention, config.batch_size, config.device)
+        runtime = resolve(backbone, config.precision, config.attention, config.device)
     runtime.apply(backbone)
     learner = kind(backbone, objective, method, seed=config.seed)
     learner.precision, learner.augment, learner.calibrate = runtime.dtype, AUGMENTS[config.augment], config.calibrate

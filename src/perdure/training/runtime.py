@@ -1,7 +1,6 @@
 """Device, precision, attention, threads, memory: what the machine is good at, recorded with the run."""
 
 import sys
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -9,7 +8,6 @@ from typing import Any, Literal
 import psutil
 import torch
 from accelerate import PartialState
-from torch import nn
 
 from perdure.backbones.base import Backbone
 from perdure.process import ALONE
@@ -18,6 +16,8 @@ from perdure.training.settings import Attention, Precision
 if sys.platform != "win32":
     import resource
 
+FEW_TOKENS = 64
+"""Up to so many, eager attention in bfloat16 is taken on a CPU."""
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -45,9 +45,7 @@ class Runtime:
         backbone.set_attention(self.attention)
 
 
-def resolve(
-    backbone: Backbone, precision: Precision, attention: Attention, batch_size: int, device: str = "auto"
-) -> Runtime:
+def resolve(backbone: Backbone, precision: Precision, attention: Attention, device: str = "auto") -> Runtime:
     """Choose what `auto` leaves open.
 
     Raises:
@@ -60,7 +58,7 @@ def resolve(
     check_device(name, f"device {device!r}", "use auto")
     chosen = precision if precision != "auto" else ("bf16" if native_bf16(name) else "fp32")
     backbone.to(name)
-    best = attention if attention != "auto" else fastest_attention(backbone, _DTYPES[chosen], batch_size)
+    best = attention if attention != "auto" else attention_for(backbone, name, chosen)
     return Runtime(name, chosen, best, torch.get_num_threads())
 
 
@@ -101,39 +99,23 @@ def native_bf16(device: str) -> bool:
     return device in ("xpu", "npu")
 
 
-def fastest_attention(
-    backbone: Backbone, dtype: torch.dtype, batch_size: int, rounds: int = 3
-) -> Literal["eager", "sdpa"]:
-    """Time a training step with both implementations on this machine. Off the CPU, SDPA's fused kernels always win."""
-    device = next(backbone.parameters()).device
-    if device.type != "cpu" or not backbone.has_blocks():
-        return "sdpa"
+def attention_for(backbone: Backbone, device: str, precision: str) -> Literal["eager", "sdpa"]:
+    """The kernel that `auto` takes: by a rule, so that two starts of a run compute alike, however busy the machine is.
+
+    It is fused attention, which writes no matrix of all pairs of tokens. In float32 neither is faster on a CPU: eager
+    takes 0.96 to 1.04 of sdpa's time, at 17 to 577 tokens (`benchmarks/attention.py`). In bfloat16 on a CPU eager's
+    plain matrix products are, where tokens are few: every measured run of `pocket()`, which has 37, had chosen them.
+    """
+    few = device == "cpu" and precision == "bf16" and backbone.has_blocks() and _tokens(backbone) <= FEW_TOKENS
+    return "eager" if few else "sdpa"
+
+
+def _tokens(backbone: Backbone) -> int:
+    """How many tokens the first vision block reads of an image."""
     side = backbone.preprocess.size
-    image = torch.zeros(min(batch_size, 32), 3, side, side, dtype=torch.uint8, device=device)
-    best: dict[Literal["eager", "sdpa"], float] = {}
-    watched = backbone.get_submodule(backbone.blocks()[0])
-    before = {p: p.requires_grad for p in watched.parameters()}
-    try:
-        watched.requires_grad_(True)  # so that the backward pass runs through all blocks
-        for name in ("eager", "sdpa"):
-            backbone.set_attention(name)
-            times = []
-            for _ in range(rounds + 1):
-                start = time.perf_counter()
-                with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-                    features = backbone({"image": image})
-                features.float().sum().backward()
-                times.append(time.perf_counter() - start)
-            best[name] = min(times[1:])
-    finally:
-        _clear(watched, before)
-    return min(best, key=lambda name: best[name])
-
-
-def _clear(module: nn.Module, before: dict[nn.Parameter, bool]) -> None:
-    for p in module.parameters():
-        p.grad = None
-        p.requires_grad_(before[p])
+    image = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=next(backbone.parameters()).device)
+    with torch.inference_mode():
+        return backbone.before(0, {"image": image}).shape[1]
 
 
 def peak_memory() -> int:

@@ -1,0 +1,344 @@
+"""A search for the best options, on a class order that is never reported: trials are runs' folders, Optuna proposes.
+
+Tree-structured Parzen estimator (Bergstra et al., NeurIPS 2011) with median pruning (Golovin et al., KDD 2017): a trial
+whose average accuracy after a task is below the median of the others' at that task is given up.
+
+The study's journal (`study.log`) holds what was proposed and measured; the runs beside it hold the rest. A killed
+search goes on with the same command: the trial that was in work is resumed where its run stands.
+"""
+
+import contextlib
+import hashlib
+import json
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor
+
+from perdure import metrics
+from perdure.core import checkpoint
+from perdure.options.space import Interval, Space, check_space, filled
+from perdure.storage import schema
+from perdure.training.config import RunConfig, make_backbone, make_method, make_objective
+from perdure.training.loop import Progress, Quiet
+from perdure.training.run import resume, run
+from perdure.training.settings import TrainConfig
+from perdure.types import Row, Task
+
+if TYPE_CHECKING:
+    from optuna import Study, Trial
+    from optuna.trial import FrozenTrial
+
+FILE = "study.json"
+JOURNAL = "study.log"
+TEXTS = ("method", "backbone", "objective")
+"""Options of a run that may have holes."""
+_RESTORE = "restore it, or search anew in another folder"
+
+
+class TuneProgress(Progress, Protocol):
+    """Progress that is also told of the search."""
+
+    def trial(self, number: int, total: int, options: Mapping[str, Any], best: float | None) -> None:
+        """Trial `number` (from 0) of `total` begins with these options; `best` is the best score so far."""
+
+
+def tune(
+    config: RunConfig,
+    space: Space,
+    out: Path,
+    *,
+    trials: int,
+    report_seeds: Sequence[int] = (0, 1, 2),
+    progress: TuneProgress | None = None,
+) -> dict[str, Any]:
+    """Search until `trials` are finished; returns what is also written to `study.json`.
+
+    Args:
+        config: of each trial; its seed is the development class order. `method`, `backbone` and `objective` may have
+            holes (`lora(rank=?)`), which the space fills.
+        space: from `perdure.options.space.parse_space`.
+        out: folder of the study; finished trials in it count.
+        trials: number of trials, finished or given up.
+        report_seeds: class orders on which results will be reported: the development order must not be among them.
+        progress: who is told.
+
+    Raises:
+        ValueError: when the development order is a reported one, the space does not fit, or `out` holds another study.
+        Interrupted: after SIGINT or SIGTERM.
+    """
+    import optuna
+
+    if config.seed in report_seeds:
+        raise ValueError(
+            f"--order-seed {config.seed} is among --report-seeds {' '.join(map(str, report_seeds))}: options chosen on "
+            "an order look better on it than they are. Give an order that is not reported, such as 100"
+        )
+    settings = [field.name for field in fields(TrainConfig)]
+    check_space(space, {name: getattr(config, name) for name in TEXTS}, settings)
+    check_ends(config, space)
+    asked = {
+        "config": config.describe(),
+        "space": {name: _described(each) for name, each in space.items()},
+        "order_seed": config.seed,
+        "report_seeds": list(report_seeds),
+    }
+    with checkpoint.locked(out), _quiet(optuna):
+        _check_same(out, asked)
+        checkpoint.write_json(out / FILE, asked)
+        study = _study(optuna, out, config.seed)
+        for old in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
+            # of a killed search: the same options are proposed again, and their run goes on
+            study.enqueue_trial(old.params)
+            study.tell(old.number, state=optuna.trial.TrialState.FAIL)
+        while (done := _done(study)) < trials:
+            _one(optuna, study, config, space, out, progress, (done, trials))
+        found = asked | _result(study, config, space, report_seeds, out)
+        checkpoint.write_json(out / FILE, found)
+        return found
+
+
+def tuned_on(out: Path, seeds: Sequence[int]) -> str:
+    """A warning for who reports, in `out`, class orders on which a study there or above chose options; else empty."""
+    for folder in (out, *out.parents):
+        if (folder / FILE).is_file():
+            order = read_study(folder)["order_seed"]
+            if order in seeds:
+                return (
+                    f"seed {order} is the class order on which {folder} chose the options: its score is too good; "
+                    "leave it out of what you report"
+                )
+            return ""
+    return ""
+
+
+def read_study(folder: Path) -> dict[str, Any]:
+    """`study.json` of a folder."""
+    path = folder / FILE
+    found = schema.plain(path.read_bytes(), str(path), _RESTORE)
+    if not isinstance(found, dict) or not isinstance(found.get("order_seed"), int):
+        raise schema.Damaged(f"{path} is damaged: it does not say on which class order was searched; {_RESTORE}")
+    return found
+
+
+def _study(optuna: Any, out: Path, seed: int) -> "Study":
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+
+    journal = str(out / JOURNAL)
+    _check_journal(out / JOURNAL)
+    storage = JournalStorage(JournalFileBackend(journal, JournalFileOpenLock(journal)))
+    study: Study = optuna.create_study(
+        study_name="perdure",
+        storage=storage,
+        direction="maximize",
+        load_if_exists=True,
+        pruner=optuna.pruners.MedianPruner(n_startup_trials=4),
+    )
+    # The trials so far seed the sampler too: else a search that goes on would propose what it began with.
+    study.sampler = optuna.samplers.TPESampler(seed=(seed + len(study.get_trials(deepcopy=False))) % 2**31)
+    return study
+
+
+def _check_journal(path: Path) -> None:
+    """A line that a kill cut short is dropped; any other that is no JSON object is damage."""
+    if not path.is_file():
+        return
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        path.write_bytes(whole)
+    for number, line in enumerate(whole.splitlines(), 1):
+        if not isinstance(schema.plain(line, f"{path}, line {number}", _RESTORE), dict):
+            raise schema.Damaged(f"{path}, line {number}: expected a JSON object; {_RESTORE}")
+
+
+def _one(
+    optuna: Any,
+    study: "Study",
+    config: RunConfig,
+    space: Space,
+    out: Path,
+    progress: TuneProgress | None,
+    place: tuple[int, int],
+) -> None:
+    """One trial: its options, its run, its score."""
+    trial = study.ask()
+    options = {name: _suggest(trial, name, each) for name, each in space.items()}
+    mine = configured(config, options)
+    if progress:
+        progress.trial(*place, options, _best(study))
+    folder = out / _folder(mine)
+    try:
+        if (folder / "run.json").exists():
+            summary = resume(folder, _Watched(trial, progress))
+        else:
+            summary = run(mine, folder, _Watched(trial, progress))
+    except _Pruned:
+        study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+        return
+    except ValueError as error:  # options that do not go together, or training that diverged
+        trial.set_user_attr("error", str(error))
+        study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        _refuse_when_none_can_run(study, error)
+        return
+    trial.set_user_attr("folder", folder.name)
+    study.tell(trial, summary["acc"])
+
+
+class _Pruned(Exception):
+    """This trial is not worth finishing."""
+
+
+class _Watched(Quiet):
+    """Tells the study the average accuracy after each task, and others what they want to see."""
+
+    def __init__(self, trial: "Trial", progress: Progress | None) -> None:
+        self.trial, self.inner = trial, progress or Quiet()
+
+    def task(self, task: Task, tasks: int | None, epochs: int, steps: int) -> None:
+        self.inner.task(task, tasks, epochs, steps)
+
+    def step(self, step: int, loss: Tensor, images: int) -> None:
+        self.inner.step(step, loss, images)
+
+    def note(self, text: str) -> None:
+        self.inner.note(text)
+
+    def scores(self, task: Task, rows: list[Row]) -> None:
+        self.inner.scores(task, rows)
+        score, _, _ = metrics.scored(rows)
+        now = [row.value for row in rows if row.metric == score and row.after == task.index and row.on is not None]
+        self.trial.report(sum(now) / len(now), task.index)
+        last = task.total is not None and task.index == task.total - 1
+        if not last and self.trial.should_prune():
+            raise _Pruned
+
+
+def configured(config: RunConfig, options: Mapping[str, Any]) -> RunConfig:
+    """A trial's configuration: holes filled, settings replaced."""
+    texts: dict[str, Any] = {name: filled(getattr(config, name), options) for name in TEXTS}
+    settings = {name: value for name, value in options.items() if name in {f.name for f in fields(TrainConfig)}}
+    return replace(config.but(**settings), **texts)
+
+
+def check_ends(config: RunConfig, space: Space) -> None:
+    """Build each end of the space, so that what no option takes is refused before the first trial."""
+    ends = {n: (e.low, e.high) if isinstance(e, Interval) else e for n, e in space.items()}
+    first = {name: values[0] for name, values in ends.items()}
+    for name, values in ends.items():
+        for value in values:
+            mine = configured(config, first | {name: value})
+            make_method(mine.method)
+            make_objective(mine.objective)
+            if mine.backbone != configured(config, first).backbone:
+                make_backbone(mine.backbone)
+
+
+def _suggest(trial: "Trial", name: str, each: Interval | tuple[Any, ...]) -> Any:
+    if isinstance(each, tuple):
+        return trial.suggest_categorical(name, each)
+    if isinstance(each.low, int) and isinstance(each.high, int):
+        return trial.suggest_int(name, each.low, each.high, log=each.log)
+    return trial.suggest_float(name, each.low, each.high, log=each.log)
+
+
+def _described(each: Interval | tuple[Any, ...]) -> Any:
+    return list(each) if isinstance(each, tuple) else {"low": each.low, "high": each.high, "log": each.log}
+
+
+def _folder(config: RunConfig) -> str:
+    """A trial's folder is named by what it does, so the same options are never run twice."""
+    text = json.dumps(config.describe(), sort_keys=True)
+    return f"trial-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def _check_same(out: Path, asked: Mapping[str, Any]) -> None:
+    if not (out / FILE).is_file():
+        return
+    written = read_study(out)
+    for key, value in json.loads(json.dumps(asked)).items():
+        if written.get(key) != value:
+            raise ValueError(
+                f"{out} holds a study with {key}={json.dumps(written.get(key))}, not {json.dumps(value)}: give the "
+                "same options to go on, or another --out to start anew"
+            )
+
+
+def _done(study: "Study") -> int:
+    """Trials that are behind us: finished, given up, or impossible."""
+    return sum(
+        t.state.name in ("COMPLETE", "PRUNED") or "error" in t.user_attrs for t in study.get_trials(deepcopy=False)
+    )
+
+
+def _complete(study: "Study") -> "list[FrozenTrial]":
+    return [trial for trial in study.get_trials(deepcopy=False) if trial.state.name == "COMPLETE"]
+
+
+def _best(study: "Study") -> float | None:
+    return max((trial.value for trial in _complete(study) if trial.value is not None), default=None)
+
+
+def _refuse_when_none_can_run(study: "Study", error: ValueError) -> None:
+    errors = _errors(study)
+    if len(errors) >= 3 and len(errors) == _done(study):
+        raise ValueError(f"none of the first {len(errors)} trials could be run; the last one: {error}") from error
+
+
+def _errors(study: "Study") -> list[str]:
+    return [trial.user_attrs["error"] for trial in study.get_trials(deepcopy=False) if "error" in trial.user_attrs]
+
+
+def _result(study: "Study", config: RunConfig, space: Space, report_seeds: Sequence[int], out: Path) -> dict[str, Any]:
+    import optuna
+
+    complete, failed = _complete(study), _errors(study)
+    if not complete:
+        raise ValueError(f"no trial was finished: {failed[-1] if failed else 'all were given up'}; change the space")
+    rows = sorted(
+        ({"score": t.value, "options": t.params, "folder": t.user_attrs["folder"]} for t in complete), key=_by
+    )
+    importance: dict[str, float] = {}
+    if len(complete) > 3 and len({row["score"] for row in rows}) > 1:
+        found = optuna.importance.get_param_importances(study)
+        importance = {name: float(value) for name, value in found.items()}
+    best = configured(config, rows[0]["options"])
+    return {
+        "trials": rows,
+        "pruned": _done(study) - len(complete) - len(failed),
+        "failed": failed,
+        "importance": importance,
+        "best": rows[0],
+        "command": command(best, report_seeds, out / "report"),
+    }
+
+
+def _by(row: Mapping[str, Any]) -> tuple[float, str]:
+    return -row["score"], row["folder"]
+
+
+def command(best: RunConfig, seeds: Sequence[int], out: Path) -> str:
+    """The command line that reports the best options on other class orders."""
+    plain = RunConfig(stream=best.stream)
+    words = ["perdure", "compare", "--methods", best.method, "--seeds", *map(str, seeds), "--out", str(out)]
+    for field in fields(RunConfig):
+        value = getattr(best, field.name)
+        if field.name in ("method", "seed") or (field.name != "stream" and value == getattr(plain, field.name)):
+            continue
+        words += [f"--{field.name.replace('_', '-')}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
+    return shlex.join(words)
+
+
+@contextlib.contextmanager
+def _quiet(optuna: Any) -> Iterator[None]:
+    """Optuna without its own lines: what is worth telling is told by `progress`."""
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(before)

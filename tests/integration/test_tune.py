@@ -1,0 +1,117 @@
+"""A search for options: from the command line to a study that goes on after a kill."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from perdure.experiments import tune as tuning
+from perdure.options.space import parse_space
+from perdure.training.config import RunConfig
+from perdure.training.loop import Quiet
+
+SPACE = "rank=1..4, lr=1e-3..1e-1 log"
+
+
+def _config(**other: Any) -> RunConfig:
+    given = {
+        "stream": "synthetic(tasks=2, per_class=8, test_per_class=8)",
+        "backbone": "tiny()",
+        "method": "lora(rank=?)",
+        "epochs": 1,
+        "seed": 100,
+    }
+    return RunConfig(**(given | other))
+
+
+class _Told(Quiet):
+    """Counts trials, and may stop the search as a kill would."""
+
+    def __init__(self, dies: int = -1) -> None:
+        self.options: list[dict[str, Any]] = []
+        self.dies = dies
+
+    def trial(self, number: int, total: int, options: Any, best: float | None) -> None:
+        self.options.append(dict(options))
+
+    def scores(self, task: Any, rows: Any) -> None:
+        if len(self.options) - 1 == self.dies:
+            raise SystemExit
+
+
+def test_a_search_ends_with_the_best_options_and_the_command_to_report_them(perdure: Any) -> None:
+    flags = ["--stream", _config().stream, "--backbone", "tiny()", "--method", "lora(rank=?)", "--epochs", "1"]
+    flags += ["--space", SPACE, "--trials", "5", "--out", "study"]
+    done = perdure("tune", *flags)
+    assert done.code == 0, done
+    study = json.loads(Path("study/study.json").read_text())
+    scores = [row["score"] for row in study["trials"]]
+    assert scores == sorted(scores, reverse=True)
+    assert len(scores) + study["pruned"] == 5
+    assert study["best"] == study["trials"][0]
+    assert not study["importance"] or sum(study["importance"].values()) == pytest.approx(1)
+    assert (study["order_seed"], study["report_seeds"]) == (100, [0, 1, 2])
+    assert f"lora(rank={study['best']['options']['rank']})" in study["command"]
+    assert str(study["best"]["options"]["lr"]) in study["command"]
+    assert "--seeds 0 1 2" in study["command"]
+    assert done.out.rstrip().endswith(study["command"])
+    made = json.loads(Path("study", study["best"]["folder"], "run.json").read_text())
+    assert made["config"]["seed"] == 100
+    again = perdure("tune", *flags)  # nothing is left to do
+    assert "[" not in again.out.partition("trials finished")[0]
+    other = perdure("tune", *[flag if flag != SPACE else "rank=1..5, lr=1e-3..1e-1 log" for flag in flags])
+    assert other.code != 0
+    assert "study holds a study with space=" in other.err
+    warned = perdure(
+        *("compare", "--stream", _config().stream, "--backbone", "tiny()", "--epochs", "1", "--methods", "probe"),
+        *("--seeds", "100", "--out", "study/report"),
+    )
+    assert "seed 100 is the class order on which study chose the options" in warned.err + warned.out
+
+
+def test_a_killed_search_goes_on_with_the_trial_that_was_in_work(tmp_path: Path) -> None:
+    space, out = parse_space(SPACE), tmp_path / "study"
+    killed = _Told(dies=2)
+    with pytest.raises(SystemExit):
+        tuning.tune(_config(), space, out, trials=4, progress=killed)
+    started = {folder.name for folder in out.glob("trial-*")}
+    assert len(started) == 3
+    with (out / tuning.JOURNAL).open("ab") as file:
+        file.write(b'{"op_code":')  # the kill came within a line
+    told = _Told()
+    found = tuning.tune(_config(), space, out, trials=4, progress=told)
+    assert told.options[0] == killed.options[2]
+    assert len(told.options) == 2
+    assert len(found["trials"]) + found["pruned"] == 4
+    assert started < {folder.name for folder in out.glob("trial-*")}
+    (out / tuning.JOURNAL).write_bytes(b"no json\n")
+    with pytest.raises(ValueError, match="line 1: it cannot be read as JSON"):
+        tuning.tune(_config(), space, out, trials=4)
+
+
+@pytest.mark.parametrize(
+    ("space", "other", "said"),
+    [
+        (SPACE, {"seed": 1}, "--order-seed 1 is among --report-seeds 0 1 2"),
+        ("rank=0..4, lr=1e-3..1e-1", {}, "option rank=0"),
+        ("lr=1e-3..1e-1", {}, "leaves rank open"),
+        (SPACE, {"method": "lora(rang=?rank)"}, "has no option 'rang'"),
+        ("rank=1..4, lr=0..1", {}, "lr=0"),
+    ],
+)
+def test_a_search_that_cannot_be_is_refused_before_the_first_trial(
+    tmp_path: Path, space: str, other: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        tuning.tune(_config(**other), parse_space(space), tmp_path / "study", trials=2, progress=_Told())
+    assert not list(tmp_path.glob("study/trial-*"))
+
+
+def test_a_trial_worse_than_the_others_is_given_up(tmp_path: Path) -> None:
+    space = parse_space("lr=[1e-1, 1e-9], batch_size=4..6")
+    stream = "synthetic(tasks=3, per_class=12, test_per_class=8, classes_per_task=2, scenario='task')"
+    config = _config(epochs=8, stream=stream, method="probe")
+    found = tuning.tune(config, space, tmp_path / "s", trials=14, progress=_Told())
+    assert found["pruned"] > 0
+    assert found["best"]["options"]["lr"] == 1e-1
