@@ -109,15 +109,19 @@ class Task:
     """How many tasks there will be; None when the end is open."""
     train: Data = field(default_factory=Nothing, compare=False, repr=False)
     test: Data = field(default_factory=Nothing, compare=False, repr=False)
+    score: str = ""
+    """How answers in words are scored: "exact", "choice", "cider", ...; "" leaves it to the objective."""
 
     def describe(self) -> dict[str, Any]:
         """What `grow` may depend on, as JSON."""
-        return {k: getattr(self, k) for k in ("index", "name", "classes", "names", "total")}
+        facts = {k: getattr(self, k) for k in ("index", "name", "classes", "names", "total")}
+        return facts | ({"score": self.score} if self.score else {})
 
     @classmethod
     def described(cls, facts: dict[str, Any]) -> "Task":
         """A task without data, from what `describe` wrote."""
-        return cls(facts["index"], facts["name"], tuple(facts["classes"]), tuple(facts["names"]), facts["total"])
+        told = (facts["index"], facts["name"], tuple(facts["classes"]), tuple(facts["names"]), facts["total"])
+        return cls(*told, score=facts.get("score", ""))
 
 
 @dataclass(frozen=True)

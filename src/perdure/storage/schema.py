@@ -33,6 +33,7 @@ class TaskFacts(TypedDict):
     classes: list[Count]
     names: list[str]
     total: NotRequired[Task | None]
+    score: NotRequired[str]
     train: NotRequired[Count]
     test: NotRequired[Count]
 

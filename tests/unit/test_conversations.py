@@ -1,0 +1,272 @@
+"""Streams of conversations: formats, what is learnt and tested, and what is refused."""
+
+import base64
+import io
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from perdure.backbones.preprocess import Preprocess, UnreadableImage
+from perdure.streams.conversation_stream import as_questions, conversations, in_turn
+from perdure.streams.conversations import Conversation, ConversationSet
+from perdure.types import Stream, Task
+
+SIZE = Preprocess(size=8, resize=8)
+
+
+def png(number: int) -> bytes:
+    """An image that tells its number by its colour."""
+    made = io.BytesIO()
+    Image.new("RGB", (4, 4), (number, 0, 0)).save(made, "PNG")
+    return made.getvalue()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty images."""
+    place = tmp_path_factory.mktemp("data")
+    (place / "pics").mkdir()
+    for number in range(20):
+        (place / "pics" / f"{number}.png").write_bytes(png(number))
+    return place
+
+
+def read(path: Path | list[str], seed: int = 0, **options: Any) -> Stream:
+    return conversations(path if isinstance(path, list) else str(path), **options)(SIZE, seed)
+
+
+def measured(path: Path, **options: Any) -> Any:
+    """All conversations of one task, as data."""
+    plan = conversations.measured(str(path), **options)  # type: ignore[attr-defined]
+    (task,) = plan(SIZE, 0)
+    assert len(task.train) == 0
+    return task.test
+
+
+def examples(*sets: Any) -> list[Conversation]:
+    """All conversations, in the order of their first image, or their answer."""
+    found = [each for data in sets for each in data.__getitems__(range(len(data)))["conversation"]]
+    return sorted(found, key=lambda each: (each.images[0].getpixel((0, 0)) if each.images else (0,), each.where))
+
+
+def lines(rows: list[Any]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def write(file: Path, rows: list[Any]) -> None:
+    """Rows in the form that the ending says."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if file.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), file)
+    elif file.suffix == ".csv":
+        names = list(rows[0])
+        text = [",".join(names), *(",".join(f'"{row[name]}"' for name in names) for row in rows)]
+        file.write_text("\n".join(text))
+    else:
+        file.write_text(json.dumps(rows, indent=1) if file.suffix == ".json" else lines(rows))
+
+
+def llava(i: int) -> dict[str, Any]:
+    asked = {"from": "human", "value": f"<image>\nWhat is {i}?"}
+    return {"id": i, "image": f"pics/{i}.png", "conversations": [asked, {"from": "gpt", "value": f"it is {i}"}]}
+
+
+def spoken(i: int) -> dict[str, Any]:
+    content = [{"type": "image", "image": f"pics/{i}.png"}, {"type": "text", "text": f"What is {i}?"}]
+    answer = [{"type": "text", "text": f"it is {i}"}]
+    return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]}
+
+
+def marked(i: int) -> dict[str, Any]:
+    turns = [{"role": "user", "content": f"<image>What is {i}?"}, {"role": "assistant", "content": f"it is {i}"}]
+    return {"messages": turns, "images": [f"pics/{i}.png"]}
+
+
+def row(i: int) -> dict[str, Any]:
+    return {"image": f"pics/{i}.png", "question": f"What is {i}?", "answer": f"it is {i}"}
+
+
+def inside(i: int) -> dict[str, Any]:
+    return {**row(i), "image": {"bytes": png(i), "path": "x.png"}}
+
+
+def several(i: int) -> dict[str, Any]:
+    made = row(i)
+    return {"images": [{"bytes": png(i), "path": None}], "question": made["question"], "answer": made["answer"]}
+
+
+def uri(i: int) -> dict[str, Any]:
+    return {**row(i), "image": f"data:image/png;base64,{base64.b64encode(png(i)).decode()}"}
+
+
+FORMS = [
+    (llava, ".json"),
+    (llava, ".jsonl"),
+    (llava, ".parquet"),
+    (spoken, ".jsonl"),
+    (spoken, ".parquet"),
+    (marked, ".json"),
+    (row, ".csv"),
+    (row, ".parquet"),
+    (row, ".jsonl"),
+    (inside, ".parquet"),
+    (several, ".parquet"),
+    (uri, ".json"),
+]
+
+
+@pytest.mark.parametrize(("form", "ending"), FORMS, ids=[f"{form.__name__}{ending}" for form, ending in FORMS])
+def test_every_form_and_file_gives_the_same_conversations(form: Any, ending: str, folder: Path) -> None:
+    file = folder / f"{form.__name__}_{ending[1:]}{ending}"
+    write(file, [form(i) for i in range(10)])
+    stream = read(file, score="exact")
+    (task,) = stream
+    assert (task.name, task.score, task.total) == (file.stem, "exact", 1)
+    assert (len(task.train), len(task.test)) == (8, 2)
+    found = examples(task.train, task.test)
+    for i, each in enumerate(found):
+        content = [{"type": "image"}, {"type": "text", "text": f"What is {i}?"}]
+        assert each.messages == ({"role": "user", "content": content},)
+        assert each.images[0].getpixel((0, 0)) == (i, 0, 0)
+        assert (each.answer, each.options, each.score) == (f"it is {i}", None, "exact")
+        assert each["answer"] == each.answer and {**each}["images"] is each.images
+        assert str(file) in each.where
+    assert Task.described(task.describe()).score == "exact"
+
+
+def test_conversations_may_show_several_images_or_none_and_have_many_turns(folder: Path) -> None:
+    file = folder / "many.jsonl"
+    turns = ["<image>\n<image>\nCompare the two.", "alike", "And <image> this?", "darker"]
+    said = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(turns)]
+    rows = [{"system": "Be brief.", "image": [f"pics/{n}.png" for n in (1, 2, 3)], "conversations": said}]
+    rows += [{"messages": [{"role": "user", "content": "Two and two?"}], "answers": ["5", "4", "4"]}]
+    write(file, rows)
+    text, shown = examples(measured(file))
+    assert (text.images, text.answers, text.taught, text.question) == ((), ("4", "5", "4"), "4", "Two and two?")
+    assert [each["role"] for each in shown.messages] == ["system", "user", "assistant", "user"]
+    assert [part["type"] for part in shown.messages[1]["content"]] == ["image", "image", "text"]
+    assert [part.get("text") for part in shown.messages[3]["content"]] == ["And ", None, " this?"]
+    assert (len(shown.images), shown.answer) == (3, "darker")
+    every = [(each.taught, len(each.images)) for each in examples(measured(file, every_turn=True))]
+    assert every == [("4", 0), ("alike", 2), ("darker", 3)]
+
+
+def test_all_images_of_a_conversation_are_decoded_once_and_pickled_ones_hold_none(folder: Path) -> None:
+    file = folder / "again.jsonl"
+    write(file, [{**row(i % 3), "question": f"{i}?"} for i in range(12)])
+    data = measured(file)
+    opened: list[int] = []
+    (source, _), *_ = data.pictures._places
+    real = source.read
+    source.read = lambda number: opened.append(number) or real(number)
+    try:
+        batch = data.__getitems__(range(12))
+        assert sorted(opened) == [0, 1, 2] and data.images() == 3
+        data.pictures.budget.left = 0  # what is decoded stays; nothing else would
+        data.__getitems__([0, 3])
+        assert len(opened) == 3
+    finally:
+        del source.read
+    assert batch["pair"].unique().numel() == 3 and batch["pair"][0] == batch["pair"][3]
+    again = pickle.loads(pickle.dumps(data))
+    assert not again.pictures._decoded and len(again.__getitems__([0])["conversation"]) == 1
+    assert torch.equal(again.pairs, data.pairs)
+
+
+def shown(data: Any) -> set[int]:
+    return {number for each in data.records for number in each.images}
+
+
+def test_no_image_is_learnt_in_one_task_and_tested_in_another(folder: Path) -> None:
+    file = folder / "kinds.jsonl"
+    write(file, [{**row(i), "kind": kind} for i in range(20) for kind in ("colour", "shape")])
+    stream = read(file, by="kind")
+    assert {task.name for task in stream} == {"colour", "shape"}
+    learnt, tested = (
+        set().union(*(shown(data) for data in sets)) for sets in zip(*((t.train, t.test) for t in stream))
+    )
+    assert len(learnt) == 16 and len(tested) == 4 and not learnt & tested
+    assert stream.notes["test_images"] == [4, 4] and stream.notes["conversations"]["train"] == [16, 16]
+    # Neither the seed nor which tasks are kept changes what is tested; fewer are a part of more.
+    one = read(file, seed=9, by="kind", only=("shape",), per_task=3)
+    (task,) = one
+    whole = next(each for each in stream if each.name == "shape")
+    keys = [{each.key for each in data.records} for data in (task.train, whole.train, task.test, whole.test)]
+    assert keys[0] < keys[1] and keys[2] == keys[3] and len(task.train) == 3
+    mixed = read(file, by="kind", share_images=True)
+    assert (
+        set().union(*(shown(t.train) for t in mixed)) & set().union(*(shown(t.test) for t in mixed))
+        and mixed.notes["remarks"]
+    )
+
+
+LAYOUTS = [
+    (["a.train.json", "a.test.json", "b.train.json", "b.test.json"], ["a", "b"]),
+    (["a/train.json", "a/test.json", "b/train.jsonl", "b/val.jsonl"], ["a", "b"]),
+    (["a/train_4w.json", "a/test_3000.json", "b/training_set.json", "b/test.json"], ["a", "b"]),
+    (["train/a.json", "train/b.json", "test/a.json", "test/b.json"], ["a", "b"]),
+    (["a.json", "b.csv"], ["a", "b"]),
+    (["a/one.json", "b.d/two.json"], ["one", "two"]),
+    (["train-00000-of-00002.parquet", "train-00001-of-00002.parquet", "test.parquet"], ["layout"]),
+]
+
+
+@pytest.mark.parametrize(("files", "names"), LAYOUTS, ids=[files[0] for files, _ in LAYOUTS])
+def test_files_and_folders_are_tasks_by_their_names(
+    files: list[str], names: list[str], folder: Path, tmp_path: Path
+) -> None:
+    place = tmp_path / "layout"
+    for number, file in enumerate(files):
+        write(place / file, [row(i) for i in range(number * 5, number * 5 + 5)])
+    stream = read(place, images=str(folder))
+    assert sorted(task.name for task in stream) == names
+    given = any("test" in file for file in files)
+    assert [len(task.test) for task in stream] == [5 if given else 1] * len(names)
+    assert stream.notes["split"]["kind"] == ("given" if given else "20% of the images held out")
+    assert sum(len(task.train) + len(task.test) for task in stream) == 5 * len(files)
+
+
+def test_a_list_of_files_is_in_order_and_a_folder_by_the_seed(folder: Path) -> None:
+    for name in "cab":
+        write(folder / "three" / f"{name}.json", [row(i) for i in range(5)])
+    paths = [str(folder / "three" / f"{name}.json") for name in "cab"]
+    for seed in range(3):
+        assert [task.name for task in read(paths, seed, images=str(folder))] == ["c", "a", "b"]
+    found = {tuple(t.name for t in read(folder / "three", seed, images=str(folder))) for seed in range(6)}
+    assert len(found) > 1
+    named = read(folder / "three", images=str(folder), order=["b", "c", "a"])
+    assert [task.name for task in named] == ["b", "c", "a"] and [task.classes for task in named] == [(0,), (1,), (2,)]
+
+
+CHOICES: list[tuple[Any, Any, str]] = [
+    (["red", "blue"], "blue", "B"),
+    (["red", "blue"], 1, "B"),
+    (["red", "blue"], "(b)", "B"),
+    ("red|blue", "RED", "A"),
+    ('["red", "blue"]', "A.", "A"),
+    ({"A": "red", "B": "blue", "C": None}, "B", "B"),
+    (["(A) red", "(B) blue"], "blue", "B"),
+    (["2", "1"], "1", "B"),
+]
+
+
+@pytest.mark.parametrize(("options", "answer", "letter"), CHOICES)
+def test_options_are_written_out_and_the_answer_is_a_letter(
+    options: Any, answer: Any, letter: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "choice.jsonl"
+    write(file, [{"question": "Which?", "options": options, "answer": answer}])
+    (each,) = examples(measured(file, score="choice"))
+    first, second = each.options or ()
+    asked = f"Which?\nA. {first}\nB. {second}\nAnswer with the option's letter from the given choices directly."
+    assert (each.question, each.answer) == (asked, letter) and not first.startswith("(A)")
+    write(file, [{"question": "Which?\n(A) red\n(B) blue", "options": ["red", "blue"], "answer": "B"}])
+    (each,) = examples(measured(file, suffix="One letter."))
+    assert (each.question, each.answer) == ("Which?\n(A) red\n(B) blue\nOne letter.", "B")
