@@ -55,6 +55,10 @@ class Backbone(nn.Module):
     text_mask: Tensor | None = None
     """While texts are encoded: bool (n, L), which of their tokens count; None outside, and where all of them do."""
 
+    def prepare(self, batch: Batch) -> Batch:
+        """`batch` with what can be made of it before a step; the thread that reads data asks for it."""
+        return batch
+
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """Normalised pixels (B, 3, S, S) to features (B, dim)."""
         raise NotImplementedError

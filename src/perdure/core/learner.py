@@ -363,8 +363,8 @@ class Core(nn.Module):
         """`data` in batches on the learner's device, in `order` (positions) or as it stands."""
         positions: Sequence[int] = range(len(data)) if order is None else order.tolist()
         chunks = (positions[start : start + size] for start in range(0, len(positions), size))
-        for batch in _ahead(data.__getitems__, chunks):
-            yield {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
+        for batch in _ahead(lambda chunk: self.backbone.prepare(data.__getitems__(chunk)), chunks):
+            yield {k: v.to(self.device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
 def _columns(batches: Sequence[Batch]) -> Batch:
