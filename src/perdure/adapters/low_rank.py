@@ -70,6 +70,13 @@ class LowRank(Adapter):
         update = F.linear(inner, self.up[part].to(x.dtype))
         return y + (update if self.scale == 1 else self.scale * update)
 
+    def past(self, x: Tensor, part: int) -> Tensor | None:
+        """See `Adapter.past`; through the factors while they are kept."""
+        if f"up/{part}" not in self.settled:
+            return super().past(x, part)
+        down, up = self.settled["down"], self.settled[f"up/{part}"]
+        return F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype))
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         known = any(key.startswith(prefix) for key in state_dict)  # else it is missing, which must be noticed
         if known and f"{prefix}down" not in state_dict:  # saved between tasks, when no branch was open
