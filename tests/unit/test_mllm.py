@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from perdure.adapters.low_rank import LowRankSet
 from perdure.backbones.dialogue import Tokens, collate
-from perdure.backbones.mllm import Language, mllm
+from perdure.backbones.language import Language
+from perdure.backbones.mllm import mllm
 from perdure.backbones.tiny_mllm import tiny_mllm
 
 FAMILIES = ("llava", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "smolvlm")
@@ -65,10 +66,18 @@ def test_every_family_has_sites_in_its_towers_and_none_of_another(model: Languag
     model.check_finite()
     roots = model.towers()
     assert list(roots) == ["vision", "language", "projector"]
+    gated = "language" if model.dialogue.source.find("qwen2_5") < 0 else "vision language"
     for tower in ("vision", "language"):
-        found = [site.layer for site in model.sites("qv", tower=tower)]
-        assert len(found) == 4, "two blocks in each tower"
+        found = [site.layer for site in model.sites("qkvo,mlp", tower=tower)]
+        assert len(found) == (14 if tower in gated else 12), "two blocks, with a gate or without one"
         assert all(name.startswith(roots[tower] + ".") for name in found)
+    joining = model.sites("mlp", tower="projector")
+    assert len(joining) == (1 if "smolvlm" in model.spec else 4 if "qwen3" in model.spec else 2)
+    parts = [set(model.tower_parameters(tower)) for tower in roots]
+    assert not parts[0] & parts[2], "what is trained as the projector is not trained as the vision tower"
+    assert all(any(name.startswith(site.layer) for name in parts[2]) for site in joining)
+    head = {name for name, _ in model.named_parameters() if ".lm_head." in name or "image_newline" in name}
+    assert set().union(*parts) | head == {name for name, _ in model.named_parameters()}
 
 
 def test_answers_are_the_same_alone_and_together(model: Language) -> None:
@@ -127,8 +136,8 @@ def test_adapters_that_have_learnt_nothing_leave_logits_as_they_are(tiny_mllms: 
         model = mllm(str(tiny_mllms(family)))
         batch = model.prepare({"conversation": talks()})
         before = model.head(model(batch))
-        for tower in ("vision", "language"):
-            LowRankSet().open(model, model.sites("qv", tower=tower), rank=2)
+        for tower, at in (("vision", "qv"), ("language", "qkvo,mlp"), ("projector", "mlp")):
+            LowRankSet().open(model, model.sites(at, tower=tower), rank=2)
         assert torch.equal(model.head(model(batch)), before)
 
 

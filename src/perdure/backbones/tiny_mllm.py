@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import torch
 
-from perdure.backbones.mllm import Language
+from perdure.backbones.language import Language
 from perdure.options.ranges import Range, Seed, checked
 from perdure.options.spec import Spec
 from perdure.process import ALONE

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from perdure.backbones.mllm import Language
+from perdure.backbones.language import Language
 from perdure.objectives.base import Objective
 from perdure.options.ranges import Count, checked
 from perdure.scoring import Reference, measure, score_of
