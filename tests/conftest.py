@@ -111,7 +111,8 @@ class Laboratory:
         return build_stream(self.config("probe").stream, self.backbone().preprocess, self.seed)
 
     def learner(self, method: str) -> Core:
-        return Core(self.backbone(), make_objective(self.objective), make_method(method), self.scenario, self.seed)
+        objective = make_objective(self.objective, method)
+        return Core(self.backbone(), objective, make_method(method), self.scenario, self.seed)
 
     def teach(self, learner: Core, tasks: Any, **more: Any) -> Core:
         """Learn `tasks` one after another, in memory."""

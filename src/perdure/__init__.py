@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from perdure.backbones.base import Backbone
     from perdure.core.learner import Core
     from perdure.core.method import METHODS, Method
+    from perdure.core.objective import Objective
     from perdure.mechanisms.replay import ReplayBuffer
     from perdure.mechanisms.subspace import Subspace, second_moments
-    from perdure.objectives.base import Objective
     from perdure.reporting.report import write_report
     from perdure.training.config import RunConfig
     from perdure.training.loop import TrainConfig
@@ -59,7 +59,7 @@ _PLACES = {
     "LowRank": "perdure.adapters.low_rank",
     "METHODS": "perdure.core.method",
     "Method": "perdure.core.method",
-    "Objective": "perdure.objectives.base",
+    "Objective": "perdure.core.objective",
     "Row": "perdure.types",
     "RunConfig": "perdure.training.config",
     "Site": "perdure.types",

@@ -10,6 +10,10 @@ from torch import Tensor
 Batch = dict[str, Tensor]
 """Named tensors of one batch: `image` uint8 (B, 3, S, S), `label` int64 (B,), ..."""
 
+AnyLearner = Any
+"""A `perdure.core.learner.Core`, where it cannot be named: it is made of an objective and a method whose hooks take it,
+so the base classes of both stand below it; every objective and every method says `learner: Core` and is checked."""
+
 Scenario = Literal["class", "task", "domain"]
 """What may be answered at test time: every seen class, the task's own, or the same classes in every task."""
 
@@ -133,6 +137,11 @@ class Stream:
     tasks: tuple[Task, ...]
     notes: dict[str, Any] = field(default_factory=dict, compare=False)
     """What a run records about the data, as JSON: class order, images per task, the split, skipped images."""
+
+    @property
+    def gives(self) -> str:
+        """What stands beside its images: `classes`, or `captions`; see `Objective.asks`."""
+        return "captions" if "captions" in self.notes else "classes"
 
     def __len__(self) -> int:
         return len(self.tasks)

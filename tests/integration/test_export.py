@@ -379,7 +379,7 @@ def test_what_learnt_captions_is_exported_with_both_towers(
         ("timm", "", "inflora(rank=3)", "classify()"),
         ("timm", ", input_norm='none'", "inflora(rank=3)", "classify()"),
         ("pocket", "", "lora(rank=2, blocks='0')", "zeroshot()"),
-        ("pocket", "", "lora(rank=2, blocks='0') + cosine", "classify()"),
+        ("pocket", "", "lora(rank=2, blocks='0')", "classify(cosine=True)"),
         ("pocket", "", "sd_lora(rank=2, blocks='0')", "classify()"),
         ("pocket", "", "fm_lora(rank=2, blocks='0', prompts=0, drs='fixed')", "classify()"),
     ],

@@ -21,7 +21,7 @@ def stepped(lab: Any, spec: str) -> tuple[Any, Any, torch.Tensor]:
     (agem,) = (part for part in learner.method.parts if part.name == "agem")
     batch = learner.method.batch(learner, stream.tasks[1].train.__getitems__(range(16)))
     params = list(learner.trainable().values())
-    loss = learner.objective.losses(learner.encode(agem._old), agem._old, local=False).mean()
+    loss = learner.objective.losses(learner.encode(agem._old), agem._old, only_task=False).mean()
     reference = flat(torch.autograd.grad(loss, params, materialize_grads=True))
     learner.zero_grad()
     learner.loss(batch).backward()

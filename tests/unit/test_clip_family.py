@@ -849,7 +849,7 @@ def test_readme_of_an_exported_openclip_runs(
         readme = (folder / "README.md").read_text(encoding="utf-8")
         assert "it needs open_clip_torch" in readme
         exec(readme.split("```python\n")[1].split("```")[0], {})
-        expected = ("cat", "dog") if objective.classifies else ("a red car", "two dogs on a beach")
+        expected = ("cat", "dog") if "classes" in objective.asks else ("a red car", "two dogs on a beach")
         assert capsys.readouterr().out.strip() in expected
 
 

@@ -132,22 +132,19 @@ def test_a_step_computes_the_heads_that_compete_and_no_others(method: str, asked
     assert used == list(range(3))[-asked:]
 
 
-@pytest.mark.parametrize("objective", ["classify", "zeroshot"])
+@pytest.mark.parametrize("objective", ["classify", "classify(cosine=True)", "zeroshot"])
 def test_scores_of_the_own_classes_are_those_columns_of_all_scores(objective: str, lab: Any) -> None:
     bench = lab.but(objective=objective)
-    for method in (
-        "lora(rank=2)",
-        "cosine + lora(rank=2)" if objective == "classify" else "lora(rank=2, tower='text')",
-    ):
+    for method in ("lora(rank=2)", *(["lora(rank=2, tower='text')"] if bench.text else [])):
         learner = bench.learner(method)
         bench.teach(learner, bench.stream(), epochs=1)
-        features, columns = torch.randn(3, learner.dim), list(learner.objective.local)
+        features, columns = torch.randn(3, learner.dim), list(learner.objective.task_columns)
         torch.testing.assert_close(
-            learner.objective.local_scores(features), learner.objective.scores(features)[:, columns]
+            learner.objective.task_scores(features), learner.objective.scores(features)[:, columns]
         )
-        learner.objective.local = (1, 4)  # of two heads
+        learner.objective.task_columns = (1, 4)  # of two heads
         torch.testing.assert_close(
-            learner.objective.local_scores(features), learner.objective.scores(features)[:, [1, 4]]
+            learner.objective.task_scores(features), learner.objective.scores(features)[:, [1, 4]]
         )
 
 

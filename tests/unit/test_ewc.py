@@ -55,7 +55,7 @@ def test_the_fisher_of_a_later_task_counts_its_own_classes_and_adds_to_the_decay
     for i in range(len(batch["label"])):
         learner.zero_grad()
         single = batch_of(batch, i)
-        learner.objective.losses(learner.encode(single), single, local=True).sum().backward()
+        learner.objective.losses(learner.encode(single), single, only_task=True).sum().backward()
         for name in total:
             total[name] += learner.get_parameter(name).grad ** 2
     mean = torch.cat([f.flatten() for f in total.values()]).mean()

@@ -30,7 +30,7 @@ def test_the_penalty_is_the_distance_of_features_by_hand(lab: Any) -> None:
         learner, task, part = begun(lab, f"lora(rank=2) + feature_distill(strength=5, form={form!r})")
         batch = whole(task)
         with torch.no_grad():
-            now, was = learner.encode(batch), part.teacher(learner, batch)[0]
+            now, was = learner.encode(batch), part.teacher(learner, batch)["features"]
             penalty = part.penalty(learner, learner.noted(batch), now)
         pairs = list(zip(was.double(), now.double(), strict=True))
         if form == "cosine":
@@ -54,7 +54,7 @@ def test_the_text_side_is_the_distance_of_old_names_from_the_teachers_embeddings
         now = learner.objective.embed(stream.tasks[0].names)
         features = learner.encode(batch)
         texts = (1 - F.cosine_similarity(was, now)).mean()
-        images = (1 - F.cosine_similarity(part.teacher(learner, batch)[0], features)).mean()
+        images = (1 - F.cosine_similarity(part.teacher(learner, batch)["features"], features)).mean()
         penalty = part.penalty(learner, batch, features)
     assert min(texts, images) > 1e-4
     torch.testing.assert_close(penalty, texts + images)
@@ -92,10 +92,10 @@ def test_old_names_stay_nearer_where_the_text_tower_is_held(lab: Any) -> None:
 def test_recorded_features_are_what_the_teacher_says_after_training(lab: Any) -> None:
     learner, task, part = begun(lab, "lora(rank=2, blocks='1') + feature_distill")
     kept = learner.recorded(learner.prefixed(task.train)).__getitems__(range(len(task.train)))
-    assert {"hidden", "feature_distill"} <= kept.keys()
+    assert {"hidden", "feature_distill/features"} <= kept.keys()
     with torch.no_grad():
-        assert not torch.allclose(learner.encode(whole(task)), kept["feature_distill"], atol=1e-2)
-    torch.testing.assert_close(part.teacher(learner, whole(task))[0], kept["feature_distill"])
+        assert not torch.allclose(learner.encode(whole(task)), kept["feature_distill/features"], atol=1e-2)
+    torch.testing.assert_close(part.teacher(learner, whole(task))["features"], kept["feature_distill/features"])
 
 
 def test_augmented_images_are_compared_with_the_teachers_features_of_the_same_view(lab: Any) -> None:

@@ -102,7 +102,7 @@ def stepped(lab: Any, spec: str, seed: int = 0) -> tuple[Any, Any, torch.Tensor,
     old = []
     for each in gem._old:
         learner.zero_grad()
-        learner.objective.losses(learner.encode(each), each, local=False).mean().backward()
+        learner.objective.losses(learner.encode(each), each, only_task=False).mean().backward()
         old.append(
             torch.cat(
                 [

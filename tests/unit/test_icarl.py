@@ -72,10 +72,8 @@ def test_the_teacher_is_asked_once_an_image_where_images_stay_as_they_are(
     learner.grow(stream.tasks[1])
     asked: list[int] = []
     teacher = learner.method.parts[1].teacher
-    forward = teacher.forward
-    monkeypatch.setattr(
-        teacher, "forward", lambda core, batch: asked.append(len(batch["label"])) or forward(core, batch)
-    )
+    ask = teacher.ask
+    monkeypatch.setattr(teacher, "ask", lambda core, batch: asked.append(len(batch["label"])) or ask(core, batch))
     fit_task(learner, stream.tasks[1], lab.train_config(epochs=3))
     assert asked == [22]
 

@@ -33,7 +33,7 @@ def answers(learner: Core, lwf: LwF, task: Task) -> tuple[torch.Tensor, torch.Te
     with torch.no_grad():
         features = learner.encode(batch)
         penalty = lwf.penalty(learner, learner.noted(batch), features)
-        return penalty, lwf.teacher(learner, batch)[1], learner.objective.scores(features)
+        return penalty, lwf.teacher(learner, batch)["scores"], learner.objective.scores(features)
 
 
 def test_the_penalty_is_the_divergence_of_scores_for_old_classes_alone(lab: Any) -> None:
@@ -139,17 +139,17 @@ def test_recorded_scores_are_what_the_teacher_says_at_any_time(lab: Any) -> None
     learner.train()
     learner.settle()
     learner.method.begin_task(learner, task)
-    kept = learner.recorded(learner.prefixed(task.train)).__getitems__(range(len(task.train)))["lwf"]
+    kept = learner.recorded(learner.prefixed(task.train)).__getitems__(range(len(task.train)))["lwf/scores"]
     lab.descend(learner, task, steps=0)
     optimizer = torch.optim.Adam(learner.trainable().values(), 2e-2)
     for _ in range(4):
         optimizer.zero_grad()
-        learner.loss(whole(task) | {"lwf": kept}).backward()
+        learner.loss(whole(task) | {"lwf/scores": kept}).backward()
         optimizer.step()
     lwf = learner.method.parts[1]
     with torch.no_grad():
         assert not torch.allclose(learner.objective.scores(learner.encode(whole(task))), kept, atol=1e-2)
-    torch.testing.assert_close(lwf.teacher(learner, whole(task))[1], kept)
+    torch.testing.assert_close(lwf.teacher(learner, whole(task))["scores"], kept)
 
 
 def test_replayed_images_are_distilled_with_the_new_ones(lab: Any) -> None:
@@ -157,7 +157,7 @@ def test_replayed_images_are_distilled_with_the_new_ones(lab: Any) -> None:
     kept = learner.recorded(task.train)
     batch = learner.method.batch(learner, kept.__getitems__(range(8)))
     assert set(batch["label"].tolist()) - set(task.classes)
-    torch.testing.assert_close(batch["lwf"], lwf.teacher(learner, batch)[1])
+    torch.testing.assert_close(batch["lwf/scores"], lwf.teacher.ask(learner, batch)["lwf/scores"])
 
 
 def test_the_order_of_the_sum_does_not_matter_even_where_the_rank_is_chosen(lab: Any) -> None:

@@ -54,7 +54,7 @@ def test_the_penalty_is_the_divergence_of_rows_that_the_old_model_had_right(temp
     batch = whole(task)
     with torch.no_grad():
         rows, places = learner.objective.chosen(batch)
-        images, texts = part.teacher.pairs(learner, batch)
+        images, texts = part.teacher(learner, batch).values()
         old = F.normalize(images, dim=1) @ F.normalize(texts[rows, places], dim=1).T
         features = learner.encode(batch)
         new = F.normalize(features, dim=1) @ F.normalize(learner.objective.shown(batch)[0], dim=1).T
@@ -101,7 +101,7 @@ def test_the_teacher_is_asked_once_where_images_stay_as_they_are(augment: str, t
     asked = []
     learner.grow(stream.tasks[0])
     part = learner.method.parts[1]
-    pairs = part.teacher.pairs
-    part.teacher.pairs = lambda learner, batch: asked.append(len(batch["label"])) or pairs(learner, batch)
+    ask = part.teacher.ask
+    part.teacher.ask = lambda learner, batch: asked.append(len(batch["label"])) or ask(learner, batch)
     fit_task(learner, stream.tasks[0], lab.train_config(epochs=3))
     assert sum(asked) == times * 8

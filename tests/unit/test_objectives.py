@@ -43,7 +43,7 @@ def test_with_an_old_example_in_the_batch_all_seen_classes_compete(lab: Any) -> 
     features, labels = torch.randn(3, 16), torch.tensor([2, 3, 0])
     expected = F.cross_entropy(learner.objective.scores(features), labels)
     torch.testing.assert_close(learner.objective.loss(features, {"label": labels}), expected)
-    told = learner.objective.losses(features[:2], {"label": labels[:2]}, local=False).mean()
+    told = learner.objective.losses(features[:2], {"label": labels[:2]}, only_task=False).mean()
     torch.testing.assert_close(told, F.cross_entropy(learner.objective.scores(features[:2]), labels[:2]))
 
 
@@ -52,7 +52,7 @@ def test_columns_follow_the_order_of_arrival_not_the_class_ids(lab: Any) -> None
     assert learner.objective.classes == (7, 2, 0, 5)
     assert learner.objective.names == ("name 7", "name 2", "name 0", "name 5")
     assert learner.objective.columns(torch.tensor([0, 2, 5, 7])).tolist() == [2, 1, 3, 0]
-    assert learner.objective.local == (1, 2, 3)
+    assert learner.objective.task_columns == (1, 2, 3)
     features, labels = torch.randn(4, 16), torch.tensor([5, 2, 0, 2])
     expected = F.cross_entropy(learner.objective.scores(features)[:, 1:], torch.tensor([2, 0, 1, 0]))
     torch.testing.assert_close(learner.objective.loss(features, {"label": labels}), expected)

@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from perdure.backbones.texts import pack, unpack
+from perdure.core.objective import Competitors
 from perdure.mechanisms.subspace import second_moments
 from perdure.objectives.retrieve import Retrieve, _Gallery, embedded
 from perdure.training.config import make_method
@@ -101,21 +102,22 @@ def test_a_pair_by_itself_competes_with_the_others_of_its_task_as_they_are(bench
     learner.grow(task)
     learner.train()
     batch, objective = task.train.__getitems__(range(6)), learner.objective
-    company = objective.company(learner, batch)
+    others = objective.competitors(learner, batch)
+    rivals = Competitors(others=others)
     for i in range(6):
         one = {name: value[i : i + 1] for name, value in batch.items()}
         # the same caption of each, whatever the size of the batch
         rows, places = objective.chosen(one)
-        together = company["texts"].detach().clone()
+        together = others["texts"].detach().clone()
         together[i] = learner.embed(one["text"][rows, places])[0]
         scores = objective.similarity(learner.encode(batch), together)
         expected = Retrieve.contrast(scores, batch["pair"], torch.arange(6))[i]
-        found = objective.loss_alone(learner.encode(one), one, False, company)
+        found = objective.example_loss(learner.encode(one), one, rivals)
         torch.testing.assert_close(found, expected)
-        answers = objective.answers_alone(learner.encode(one), one, company)
-        others = [j for j in range(6) if j != i]
-        forth = objective.similarity(learner.encode(one), company["texts"][others])[0]
-        back = objective.similarity(learner.embed(one["text"][rows, places]), company["features"][others])[0]
+        answers = objective.example_scores(learner.encode(one), one, rivals)
+        rest = [j for j in range(6) if j != i]
+        forth = objective.similarity(learner.encode(one), others["texts"][rest])[0]
+        back = objective.similarity(learner.embed(one["text"][rows, places]), others["features"][rest])[0]
         torch.testing.assert_close(answers, torch.cat([forth, back]))
 
 
@@ -126,20 +128,20 @@ def test_importance_of_pairs_is_that_of_a_loop(method: str, bench: Any) -> None:
     bench.close(learner, task)
     part = list(learner.method)[1]
     purpose = "fisher" if method == "ewc" else "importance"
-    views = learner.objective.narrowed(next(learner.views(task.train, 5, purpose)))
-    assert len({tuple(row) for row in (views["text"][..., 0] > 0).tolist()}) > 1  # unlike captions of unlike images
+    views = next(learner.views(task.train, 5, purpose))
+    alone = [learner.objective.example(views, i) for i in range(5)]
+    assert len({tuple((one["text"][0, :, 0] > 0).tolist()) for one in alone}) > 1  # unlike captions of unlike images
     others = next(learner.views(task.train, 64, f"{purpose} company"))
     assert len(others["pair"]) > 5
-    company = {name: value.detach() for name, value in learner.objective.company(learner, others).items()}
+    others = {name: value.detach() for name, value in learner.objective.competitors(learner, others).items()}
     total = {name: torch.zeros_like(p) for name, p in learner.shared().items()}
-    for i in range(5):
-        one = {name: value[i : i + 1] for name, value in views.items()}
+    for one in alone:
         learner.zero_grad()
         features, objective = learner.encode(one), learner.objective
         if method == "ewc":
-            objective.loss_alone(features, one, False, company).backward()
+            objective.example_loss(features, one, Competitors(others=others)).backward()
         else:
-            objective.answers_alone(features, one, company).square().sum().backward()
+            objective.example_scores(features, one, Competitors(others=others)).square().sum().backward()
         for name, p in learner.shared().items():
             if p.grad is not None:
                 total[name] += p.grad.square() if method == "ewc" else p.grad.abs()
@@ -151,7 +153,10 @@ def test_importance_of_pairs_is_that_of_a_loop(method: str, bench: Any) -> None:
 
 def test_retrieval_without_captions_or_without_a_text_tower_says_what_to_use(bench: Any, tmp_path: Path) -> None:
     stream = "synthetic(tasks=2, test_per_class=4)"
-    with pytest.raises(ValueError, match=r"^retrieve learns captions, which synthetic.* has not: use captions\(path"):
+    with pytest.raises(
+        ValueError,
+        match=r"^retrieve learns captions, which synthetic.* has not: give a stream of captions, or use --obj",
+    ):
         run(bench.config("probe", stream=stream), tmp_path / "a")
     with pytest.raises(ValueError, match=r"^retrieve needs a text tower"):
         run(bench.config("probe", backbone="tiny()"), tmp_path / "b")
@@ -229,7 +234,7 @@ def test_replayed_pairs_are_negatives_of_new_ones(bench: Any) -> None:
     learner.method.begin_task(learner, stream.tasks[1])
     batch = learner.method.batch(learner, stream.tasks[1].train.__getitems__(range(6)))
     assert set(batch["label"].tolist()) == {0, 1}
-    features, batch = learner.encode(batch), learner.objective.read(learner, batch)
+    features, batch = learner.encode(batch), learner.objective.embed_texts(learner, batch)
     scores = learner.objective.similarity(features, batch["texts"]).detach().requires_grad_()
     learner.objective.contrast(scores, batch["pair"], batch["image_of"]).sum().backward()
     other = batch["label"][:, None] != batch["label"][batch["image_of"]][None]

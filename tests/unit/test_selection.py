@@ -100,16 +100,16 @@ def test_grand_and_el2n_are_two_orders_where_features_differ_in_length() -> None
 
 @pytest.mark.parametrize("cosine", [False, True])
 def test_scores_are_lengths_and_products_of_the_gradients_of_the_last_layer(cosine: bool, lab: Any) -> None:
-    spec = "lora(rank=2) + cosine + replay" if cosine else "lora(rank=2) + replay"
-    learner = lab.teach(lab.learner(spec), lab.stream().tasks[:2])
+    bench = lab.but(objective=f"classify(cosine={cosine})")
+    learner = bench.teach(bench.learner("lora(rank=2) + replay"), bench.stream().tasks[:2])
     features, labels = learner.features(lab.stream().tasks[1].train)
     gradients = []
     for feature, label in zip(features, labels, strict=True):
         weight = torch.cat([h.weight for h in learner.objective.linears()]).detach()
         if cosine:
             weight = F.normalize(weight, dim=1).requires_grad_()
-            loss = F.cross_entropy(learner.objective.cosine * weight @ F.normalize(feature, dim=0), label)
-            gradients.append(torch.autograd.grad(loss, weight)[0].flatten() / learner.objective.cosine)
+            loss = F.cross_entropy(learner.objective.scale * weight @ F.normalize(feature, dim=0), label)
+            gradients.append(torch.autograd.grad(loss, weight)[0].flatten() / learner.objective.scale)
         else:
             weight.requires_grad_()
             bias = torch.cat([h.bias for h in learner.objective.linears()]).detach().requires_grad_()

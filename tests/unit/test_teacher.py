@@ -59,7 +59,7 @@ def begun(lab: Any, spec: str, where: Any) -> tuple[Core, Any, Teacher]:
     learner.train()
     learner.settle()
     learner.method.begin_task(learner, stream.tasks[1])
-    teacher = Teacher()
+    teacher = Teacher("teacher", ["features", "scores"])
     teacher.remember(learner)
     return learner, stream.tasks[1], teacher
 
@@ -76,7 +76,7 @@ def test_a_teacher_answers_as_the_learner_did_before_it_was_trained(spec: str, w
     lab.descend(learner, task)
     with torch.no_grad():
         assert not torch.allclose(learner.objective.scores(learner.encode(batch)), said[1], atol=1e-3)
-    assert all(torch.equal(*pair) for pair in zip(teacher(learner, batch), said, strict=True))
+    assert all(torch.equal(*pair) for pair in zip(teacher(learner, batch).values(), said, strict=True))
 
 
 def test_a_teacher_leaves_the_learner_as_it_found_it_even_after_an_error(lab: Any) -> None:

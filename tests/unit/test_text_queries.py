@@ -48,7 +48,7 @@ def test_texts_take_the_pools_nearest_entries_and_pull_their_keys(lab: Any) -> N
             with pool.tokens.giving(torch.cat([pool.prompts[i] for i in entries])):
                 expected.append(learner.backbone.encode_text([text]))
         torch.testing.assert_close(learner.embed_texts(TEXTS), torch.cat(expected), rtol=1e-4, atol=1e-5)
-    texts, labels = learner.objective.said(learner, {})
+    texts, labels = learner.objective.texts(learner, {})
     assert texts == [f"a photo of a {name}." for name in learner.task.names]
     assert labels.tolist() == list(learner.task.classes)
     own = queries(lab, texts)

@@ -21,7 +21,7 @@ from perdure.storage.schema import Source
 from perdure.streams import Captioned, ImageSet, alike, build_stream, captioned_task, folder_task
 from perdure.streams.single_caption_task import COLUMN
 from perdure.streams.splits import digest
-from perdure.training.config import RunConfig
+from perdure.training.config import RunConfig, former_parts
 from perdure.training.loop import Diverged, Progress, Quiet, TrainConfig
 from perdure.training.run import (
     Interrupted,
@@ -81,7 +81,9 @@ def teach_folder(
             _refuse_without_effect(into, learner.config, given)
         else:
             learner = Learner.of(dataclasses.replace(config, stream=OPEN))
-        if captions is not None and learner.objective.classifies:
+            if old := former_parts(config):
+                progress.note(old)
+        if captions is not None and "classes" in learner.objective.asks:
             raise ValueError(
                 f"--captions {captions} has no effect with {learner.config.objective}, which learns "
                 "classes: leave it out"
@@ -95,7 +97,7 @@ def teach_folder(
         check_first(learner, task, known, str(photos))
         train = learner.long_enough(train, task, "epochs" in given)
         source = _source(photos, task, skip_bad) | {"options": trained}
-        if not learner.objective.classifies:
+        if "classes" not in learner.objective.asks:
             source["captions"] = captions or COLUMN
             _tell_overlap(before, task, progress)
             *before, task = alike([*before, task])
@@ -190,7 +192,7 @@ def _again(source: Source, described: Task, learner: Learner, known: Mapping[str
     folder = Path(source["folder"])
     if not folder.exists():
         return described
-    own = dict(zip(described.names, described.classes, strict=True)) if learner.objective.classifies else {}
+    own = dict(zip(described.names, described.classes, strict=True)) if "classes" in learner.objective.asks else {}
     try:
         captions = source.get("captions")
         task = _read(folder, learner, {**known, **own}, described.index, source["skip_bad"], captions, again=True)
@@ -213,7 +215,7 @@ def _read(
     tell: Callable[[str], None] = lambda _: None,
     again: bool = False,
 ) -> Task:
-    if learner.objective.classifies:
+    if "classes" in learner.objective.asks:
         place = photos, learner.backbone.preprocess, known, index, skip_bad, learner.seed
         return folder_task(*place, tell, None if again else "learn")
     return captioned_task(photos, learner.backbone.preprocess, known, index, captions, skip_bad)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -19,12 +20,12 @@ from perdure.core.method import parts_of
 from perdure.core.shared_copy import as_now, become, part, twin_of
 from perdure.evaluation.calibration import fit, set_apart
 from perdure.export.model import export
-from perdure.objectives.zeroshot import TEMPLATE, ZeroShot, class_texts
+from perdure.objectives.zeroshot import class_texts
 from perdure.process import Turn, as_found, plain
 from perdure.streams import ImageSet, alike, captioned_task, folder_task, given_captions, given_task
 from perdure.streams.sources import Picture, listed
 from perdure.training import taught_images as taught
-from perdure.training.config import RunConfig, check_options
+from perdure.training.config import RunConfig, check_options, former_parts
 from perdure.training.loop import Progress, Quiet, TrainConfig, fit_task
 from perdure.training.run import build_learner, read_record, record, recorded_config, recorded_runtime, write_record
 from perdure.training.runtime import Runtime
@@ -73,7 +74,10 @@ class Learner(Core):
             ValueError: for names and options that do not exist.
         """
         check_options("create", options, RunConfig)
-        return cls.of(RunConfig(stream=OPEN, backbone=backbone, method=method, objective=objective, **options))
+        config = RunConfig(stream=OPEN, backbone=backbone, method=method, objective=objective, **options)
+        if old := former_parts(config):
+            warnings.warn(old, FutureWarning, stacklevel=2)
+        return cls.of(config)
 
     @classmethod
     @plain()
@@ -124,7 +128,7 @@ class Learner(Core):
         with self.lessons, as_found(self.runtime.threads):
             if self.lessons.depth > 1:
                 raise ValueError("this learner is learning: learn cannot be called from its progress; call it after")
-            read = self._labelled if self.objective.classifies else self._captioned
+            read = self._labelled if "classes" in self.objective.asks else self._captioned
             task = read(images, labels, captions)
             given = "captions" if labels is None else "labels"
             check_first(self, task, self.known, str(images) if isinstance(images, str | Path) else given)
@@ -195,7 +199,7 @@ class Learner(Core):
         """
         if classes is None:
             self._check_learnt()
-            if not self.objective.classifies:
+            if "classes" not in self.objective.asks:
                 raise ValueError(
                     "this learner ranks images and captions and has learnt no classes: name some with "
                     "classes=['a cat', 'a dog'] (--classes), or use search"
@@ -213,7 +217,7 @@ class Learner(Core):
             if classes is None:
                 names, scores = self.objective.names, self.answers(data, batch_size)
             else:
-                names, texts = tuple(classes), class_texts(self, classes, self.templates)
+                names, texts = tuple(classes), class_texts(self, classes, self.objective.templates)
                 scores = self.backbone.logit_scale * self._towards(data, texts, batch_size)
             shares = (scores.float() / (self.temperature.value if calibrated else 1)).softmax(1).cpu()
         best = shares.topk(min(top or shares.shape[1], shares.shape[1]), dim=1)
@@ -254,11 +258,6 @@ class Learner(Core):
             return images
         images = listed(_several(images), "images")
         return ImageSet.of(images, [0] * len(images), self.backbone.preprocess)
-
-    @property
-    def templates(self) -> tuple[str, ...]:
-        """Sentences into which names of classes are put."""
-        return self.objective.templates if isinstance(self.objective, ZeroShot) else (TEMPLATE,)
 
     def _towards(self, data: ImageSet, texts: torch.Tensor, size: int) -> torch.Tensor:
         """Cosines (n, m) of images to unit-length embeddings of texts (m, dim)."""
@@ -367,7 +366,7 @@ def check_first(learner: Learner, task: Task, known: Mapping[str, int], where: s
     if not known and len(task.classes) < 2 and not learner.objective.open_vocabulary:
         raise ValueError(f"{where}: one class only, {task.names[0]!r}; a first task needs at least two")
     rehearsed = learner.learnt and any(part.rehearses for part in parts_of(learner.method))
-    if not learner.objective.classifies and len(task.train) < 2 and not rehearsed:
+    if "classes" not in learner.objective.asks and len(task.train) < 2 and not rehearsed:
         raise ValueError(f"{where}: one image only; images are told apart from each other, so give at least two")
 
 

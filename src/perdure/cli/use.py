@@ -256,14 +256,14 @@ def _measured(folder: Path, stream: str | None, device: str | None) -> "tuple[li
             )
         apart = f"; {count} more were taught to this learner and are left out" if count else ""
         remarks.append(f"{images} images are measured{apart}")
-    if learner.objective.classifies:
+    if "classes" in learner.objective.asks:
         tasks = [_named_alike(task, learner, f"{described}: class", folder) for task in tasks]
     with skippable("skip_bad=True in the stream"):
         scores = learner.objective.evaluate(learner, tasks)
     rows = [
         Row(learner.learnt - 1, t.index, k, v) for t, each in zip(tasks, scores, strict=True) for k, v in each.items()
     ]
-    return tasks, rows + (errors(learner, tasks) if learner.objective.classifies else []), remarks
+    return tasks, rows + (errors(learner, tasks) if "classes" in learner.objective.asks else []), remarks
 
 
 def told(notes: Mapping[str, Any]) -> list[str]:

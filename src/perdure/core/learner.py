@@ -16,8 +16,8 @@ from perdure.adapters.injection import adapted, fold
 from perdure.backbones.base import Backbone
 from perdure.backbones.texts import unpack
 from perdure.core.method import Method, embeds, encodes, parts_of, varies
+from perdure.core.objective import Objective, asking
 from perdure.core.temperature import Temperature
-from perdure.objectives.base import Objective
 from perdure.process import Turn, plain, seeded
 from perdure.streams.augment import AUGMENTS, Augment
 from perdure.types import Batch, Data, Encoded, Scenario, Stream, Task, Union
@@ -42,10 +42,11 @@ class Core(nn.Module):
         self, backbone: Backbone, objective: Objective, method: Method, scenario: Scenario = "class", seed: int = 0
     ) -> None:
         super().__init__()
-        if not objective.classifies and (deaf := [p.name for p in parts_of(method) if p.classifies]):
+        if deaf := [p for p in parts_of(method) if p.needs and p.needs not in objective.asks]:
+            name, needs = deaf[0].name, deaf[0].needs
             raise ValueError(
-                f"{deaf[0]} needs scores of classes, and {type(objective).__name__.lower()} ranks pairs: leave it out "
-                f"of {method.spec or deaf[0]!r}, or use --objective classify or zeroshot"
+                f"{name} needs {needs}, and {objective.name} learns {' and '.join(objective.asks)}: leave it out of "
+                f"{method.spec or name!r}, or use --objective {asking(needs)}"
             )
         self.backbone = backbone.requires_grad_(False).eval()
         self.fingerprint = backbone.fingerprint()  # now, before anything is learnt
@@ -95,6 +96,7 @@ class Core(nn.Module):
         with plain(), seeded(derived_seed(self.seed, task.index, "grow")):
             self.objective.grow(self, task)
             self.method.grow(self, task)
+            self.objective.grown(self)
         self.to(self.device)
 
     def encode(self, batch: Batch) -> Tensor:
@@ -137,7 +139,7 @@ class Core(nn.Module):
     def perceive(self, batch: Batch) -> None:
         """Let each tower read what it reads in a step: images, and texts where the objective has any."""
         self.encode(batch)
-        texts, labels = self.objective.said(self, batch)
+        texts, labels = self.objective.texts(self, batch)
         if texts:
             self.embed_texts(texts, labels)
 
@@ -179,7 +181,7 @@ class Core(nn.Module):
 
     def loss(self, batch: Batch) -> Tensor:
         """Objective plus penalty."""
-        features, batch = self.encode(batch), self.objective.read(self, batch)
+        features, batch = self.encode(batch), self.objective.embed_texts(self, batch)
         return self.objective.loss(features, batch) + self.method.penalty(self, batch, features)
 
     def forward(self, batch: Batch) -> Tensor:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
+from perdure.core.objective import Head
 from perdure.options.ranges import checked, without_effect
-from perdure.types import Batch, Data, Task
-
-if TYPE_CHECKING:
-    from perdure.core.learner import Core
+from perdure.types import AnyLearner, Batch, Data, Task
 
 METHODS: dict[str, type[Method]] = {}
 """Every method by name; a class registers itself by `class Mine(Method, name="mine")`."""
@@ -43,10 +41,14 @@ class Method(nn.Module):
     protects: ClassVar[Literal["", "shared_parameters", "encoder"]] = ""
     """What a method that only guards other parts needs one of them to do: share parameters, or adapt at all."""
 
-    classifies: ClassVar[bool] = False
-    """Whether it needs an objective that scores classes."""
-    rehearses: ClassVar[bool] = False
-    """Whether it trains on examples of old tasks; one part that does is enough."""
+    needs: ClassVar[str] = ""
+    """What it needs its objective to ask for, if anything: `classes`, or `captions`."""
+    rehearses: ClassVar[Literal["", "some", "all"]] = ""
+    """Which examples of old tasks it trains on, if any; one part that does is enough."""
+    gradient_projection: ClassVar[bool] = False
+    """Whether it only keeps steps from raising the loss on old examples, which training on all of them does too."""
+    carrier: ClassVar[bool] = False
+    """Whether messages name it where a part that trains the encoder is missing."""
     reads: ClassVar[bool] = False
     """Whether its `encode` only reads what the encoder computes: constant as long as the encoder is."""
     records: tuple[str, ...] = ()
@@ -63,37 +65,41 @@ class Method(nn.Module):
             if "__init__" in vars(cls):
                 cls.__init__ = checked(cls.__init__)  # type: ignore[method-assign]
 
+    def __iter__(self) -> Iterator[Method]:
+        """Its parts; a method by itself is its own only part."""
+        yield self
+
     def shared_parameters(self) -> Iterable[nn.Parameter]:
         """Those of its parameters that all tasks train: all when it `trains_shared`, unless it says otherwise."""
         return self.parameters() if self.trains_shared else ()
 
     # Structure: a function of the task's description alone, so that a resumed run can replay it.
-    def grow(self, learner: Core, task: Task) -> None:
+    def grow(self, learner: AnyLearner, task: Task) -> None:
         """Make room for `task`: new branches, heads, prompts; decide what is trained."""
 
-    def check(self, learner: Core, task: Task) -> None:
+    def check(self, learner: AnyLearner, task: Task) -> None:
         """Raise `ValueError` for what cannot be, or would have no effect, in a task that all parts have grown for.
 
         Depends on descriptions only: a run asks for all of its tasks before the first. `begin_task` asks again.
         """
 
     # Task boundaries: may read the task's data.
-    def data(self, learner: Core, task: Task) -> Data:
+    def data(self, learner: AnyLearner, task: Task) -> Data:
         """What the task is trained on; its own training set unless a method says otherwise."""
         return task.train
 
-    def begin_task(self, learner: Core, task: Task) -> None:
+    def begin_task(self, learner: AnyLearner, task: Task) -> None:
         """Prepare from the task's data, before the first step."""
 
-    def end_task(self, learner: Core, task: Task) -> None:
+    def end_task(self, learner: AnyLearner, task: Task) -> None:
         """Remember what later tasks need, after the last step."""
 
-    def measures(self, learner: Core) -> dict[str, float]:
+    def measures(self, learner: AnyLearner) -> dict[str, float]:
         """Facts about the method itself after a task, for results and report: `{"free_dimension/<layer>": 120}`."""
         return {}
 
     # Steps, in the order in which they run.
-    def record(self, learner: Core, batch: Batch) -> Batch:
+    def record(self, learner: AnyLearner, batch: Batch) -> Batch:
         """What it wants to know of each image beside it, as `{name: (B, ...)}`: what no training of the task changes.
 
         Asked of each part of a composition. Computed once for a training set where images stay as they are, else in
@@ -101,31 +107,31 @@ class Method(nn.Module):
         """
         return {}
 
-    def batch(self, learner: Core, batch: Batch) -> Batch:
+    def batch(self, learner: AnyLearner, batch: Batch) -> Batch:
         """The batch that is trained on, e.g. with old examples mixed in."""
         return batch
 
-    def penalty(self, learner: Core, batch: Batch, features: Tensor) -> Tensor | float:
+    def penalty(self, learner: AnyLearner, batch: Batch, features: Tensor) -> Tensor | float:
         """What is added to the objective's loss."""
         return 0.0
 
-    def after_backward(self, learner: Core) -> None:
+    def after_backward(self, learner: AnyLearner) -> None:
         """Change gradients."""
 
-    def after_step(self, learner: Core, batch: Batch) -> None:
+    def after_step(self, learner: AnyLearner, batch: Batch) -> None:
         """Look at, or change, parameters after the optimizer's step."""
 
-    def param_groups(self, learner: Core) -> dict[str, float]:
+    def param_groups(self, learner: AnyLearner) -> dict[str, float]:
         """Names of trainable parameters whose learning rate differs -> factor."""
         return {}
 
     # Inference; in a composition at most one part may define each.
-    def encode(self, learner: Core, batch: Batch) -> Tensor:
+    def encode(self, learner: AnyLearner, batch: Batch) -> Tensor:
         """Features (B, dim) of a batch."""
         features: Tensor = learner.backbone(batch)
         return features
 
-    def embed(self, learner: Core, tokens: Batch, labels: Tensor | None) -> Tensor:
+    def embed(self, learner: AnyLearner, tokens: Batch, labels: Tensor | None) -> Tensor:
         """Embeddings (n, dim) of texts.
 
         Args:
@@ -133,18 +139,25 @@ class Method(nn.Module):
             tokens: what the backbone's `tokenise` gave, on its device.
             labels: class of each text, int64 (n,), where it is known; only in training.
         """
-        return learner.backbone.encode_tokens(tokens)
+        embeddings: Tensor = learner.backbone.encode_tokens(tokens)
+        return embeddings
 
-    def width(self, learner: Core) -> int:
+    def width(self, learner: AnyLearner) -> int:
         """Number of features that `encode` gives."""
-        return learner.backbone.dim
+        width: int = learner.backbone.dim
+        return width
 
-    def predict(self, learner: Core, batch: Batch) -> Tensor:
+    def predict(self, learner: AnyLearner, batch: Batch) -> Tensor:
         """Scores (B, seen classes) of a batch; must not depend on which examples share the batch.
 
         Reads features with `learner.encode`: where these are known already, as in an evaluation, images are gone.
         """
-        return learner.objective.scores(learner.encode(batch))
+        scores: Tensor = learner.objective.scores(learner.encode(batch))
+        return scores
+
+    def head(self, learner: AnyLearner) -> Head:
+        """What an export needs to give what `predict` does; who defines that and not this cannot be exported."""
+        raise NotImplementedError
 
 
 class Compose(Method):
@@ -177,84 +190,84 @@ class Compose(Method):
             assert isinstance(part, Method)
             yield part
 
-    def grow(self, learner: Core, task: Task) -> None:
+    def grow(self, learner: AnyLearner, task: Task) -> None:
         """See `Method.grow`."""
         for part in self:
             part.grow(learner, task)
 
-    def check(self, learner: Core, task: Task) -> None:
+    def check(self, learner: AnyLearner, task: Task) -> None:
         """See `Method.check`."""
         for part in self:
             part.check(learner, task)
 
-    def data(self, learner: Core, task: Task) -> Data:
+    def data(self, learner: AnyLearner, task: Task) -> Data:
         """See `Method.data`."""
         owner = self._owner("data")
         return task.train if owner is None else owner.data(learner, task)
 
-    def begin_task(self, learner: Core, task: Task) -> None:
+    def begin_task(self, learner: AnyLearner, task: Task) -> None:
         """See `Method.begin_task`; parts that change the encoder come first, so that others see it as it will train."""
         for part in sorted(self, key=lambda part: not part.changes_encoder):
             part.begin_task(learner, task)
 
-    def end_task(self, learner: Core, task: Task) -> None:
+    def end_task(self, learner: AnyLearner, task: Task) -> None:
         """See `Method.end_task`."""
         owners = [self._owner(hook) for hook in ("encode", "embed")]
         for part in sorted(self, key=lambda part: (not part.concludes, part not in owners)):
             part.end_task(learner, task)
 
-    def measures(self, learner: Core) -> dict[str, float]:
+    def measures(self, learner: AnyLearner) -> dict[str, float]:
         """See `Method.measures`; what two parts measure adds up."""
         facts: Counter[str] = Counter()
         for part in self:
             facts.update(part.measures(learner))
         return dict(facts)
 
-    def batch(self, learner: Core, batch: Batch) -> Batch:
+    def batch(self, learner: AnyLearner, batch: Batch) -> Batch:
         """See `Method.batch`."""
         for part in self:
             batch = part.batch(learner, batch)
         return batch
 
-    def penalty(self, learner: Core, batch: Batch, features: Tensor) -> Tensor | float:
+    def penalty(self, learner: AnyLearner, batch: Batch, features: Tensor) -> Tensor | float:
         """See `Method.penalty`."""
         total: Tensor | float = 0.0
         for part in self:
             total = total + part.penalty(learner, batch, features)
         return total
 
-    def after_backward(self, learner: Core) -> None:
+    def after_backward(self, learner: AnyLearner) -> None:
         """See `Method.after_backward`."""
         for part in self:
             part.after_backward(learner)
 
-    def after_step(self, learner: Core, batch: Batch) -> None:
+    def after_step(self, learner: AnyLearner, batch: Batch) -> None:
         """See `Method.after_step`."""
         for part in self:
             part.after_step(learner, batch)
 
-    def param_groups(self, learner: Core) -> dict[str, float]:
+    def param_groups(self, learner: AnyLearner) -> dict[str, float]:
         """See `Method.param_groups`."""
         return {k: v for part in self for k, v in part.param_groups(learner).items()}
 
-    def encode(self, learner: Core, batch: Batch) -> Tensor:
+    def encode(self, learner: AnyLearner, batch: Batch) -> Tensor:
         """See `Method.encode`."""
         owner = self._owner("encode")
         return super().encode(learner, batch) if owner is None else owner.encode(learner, batch)
 
-    def embed(self, learner: Core, tokens: Batch, labels: Tensor | None) -> Tensor:
+    def embed(self, learner: AnyLearner, tokens: Batch, labels: Tensor | None) -> Tensor:
         """See `Method.embed`."""
         owner = self._owner("embed")
         if owner is None:
             return super().embed(learner, tokens, labels)
         return owner.embed(learner, tokens, labels)
 
-    def width(self, learner: Core) -> int:
+    def width(self, learner: AnyLearner) -> int:
         """See `Method.width`; asked of the part that encodes."""
         owner = self._owner("encode")
         return super().width(learner) if owner is None else owner.width(learner)
 
-    def predict(self, learner: Core, batch: Batch) -> Tensor:
+    def predict(self, learner: AnyLearner, batch: Batch) -> Tensor:
         """See `Method.predict`."""
         owner = self._owner("predict")
         return super().predict(learner, batch) if owner is None else owner.predict(learner, batch)
@@ -262,7 +275,7 @@ class Compose(Method):
 
 def parts_of(method: Method) -> tuple[Method, ...]:
     """The parts of a composition; a method by itself is its own only part."""
-    return tuple(method) if isinstance(method, Compose) else (method,)
+    return tuple(method)
 
 
 def compose(parts: Sequence[Method]) -> Method:
@@ -276,16 +289,17 @@ def compose(parts: Sequence[Method]) -> Method:
         if not any(p.trains_shared if shared else p.changes_encoder for p in parts):
             lacks = "trains parameters that tasks share" if shared else "changes the encoder"
             raise ValueError(
-                f"{guard.name} has nothing to protect in {' + '.join(p.name for p in parts)!r}: no part {lacks}. Write "
-                f"'lora + {guard.name}' or 'finetune + {guard.name}'"
+                f"{guard.name} has nothing to protect in {' + '.join(p.name for p in parts)!r}: no part {lacks}. "
+                f"Write {_carried(guard)}"
             )
     if len(twice := [p.name for p in parts if p.rehearses]) > 1:
         raise ValueError(
             f"{twice[0]} cannot be combined with {twice[1]}: each trains on images of old tasks; keep one of them"
         )
-    if any(p.name == "joint" for p in parts) and (idle := [p.name for p in parts if p.name in ("gem", "agem")]):
+    every = [p.name for p in parts if p.rehearses == "all"]
+    if every and (idle := [p.name for p in parts if p.gradient_projection]):
         raise ValueError(
-            f"{idle[0]} has nothing to protect beside joint, which trains on all old images: keep one of them"
+            f"{idle[0]} has nothing to protect beside {every[0]}, which trains on all old images: keep one of them"
         )
     for promise in (p for p in parts if p.sole_adapter):
         if free := [p.name for p in parts if p.changes_encoder and p is not promise]:
@@ -296,22 +310,27 @@ def compose(parts: Sequence[Method]) -> Method:
     return parts[0] if len(parts) == 1 else Compose(parts)
 
 
-def check_texts(learner: Core, part: Method, tower: str) -> None:
+def _carried(part: Method) -> str:
+    """Sums of `part` with one that trains the encoder, as they would be written."""
+    return " or ".join(f"'{name} + {part.name}'" for name in sorted(METHODS, reverse=True) if METHODS[name].carrier)
+
+
+def check_texts(learner: AnyLearner, part: Method, tower: str) -> None:
     """Raise `ValueError` when `part` is asked for a text tower that the objective never reads with."""
-    if tower != "vision" and not learner.objective.texts:
+    if tower != "vision" and "text" not in learner.objective.towers:
         raise ValueError(
             f"{part.name}(tower={tower!r}): this objective reads no texts: use --objective zeroshot or retrieve, or "
             "tower='vision'"
         )
 
 
-def check_mask(learner: Core, mask: bool | None) -> None:
+def check_mask(learner: AnyLearner, mask: bool | None) -> None:
     """Raise `ValueError` when an option `mask` was given and would change nothing."""
-    if not learner.objective.classifies:
+    if "classes" not in learner.objective.asks:
         without_effect("where pairs compete, and not classes", mask=mask)
     if learner.scenario == "domain":
         without_effect("where every task has all classes", mask=mask)
-    if mask and not learner.objective.mask:
+    if mask and not learner.objective.masked_loss:
         without_effect("beside a part that lets all seen classes compete", mask=mask)
 
 
@@ -339,7 +358,7 @@ def predicts(method: Method) -> bool:
     return any(_defines(part, "predict") for part in parts_of(method))
 
 
-def check_trained(learner: Core, part: Method, lacks: str) -> None:
+def check_trained(learner: AnyLearner, part: Method, lacks: str) -> None:
     """Raise `ValueError` when nothing is trained that answers depend on, so that `part` has no effect.
 
     Args:
@@ -350,6 +369,4 @@ def check_trained(learner: Core, part: Method, lacks: str) -> None:
     deaf = next((p.name for p in parts_of(learner.method) if predicts(p)), None)
     if all(deaf and name.startswith("objective.") for name in learner.trainable()):
         why = f"{deaf} answers without the heads, and nothing else" if deaf else "nothing"
-        raise ValueError(
-            f"{part.name} has {lacks}: {why} is trained. Write 'lora + {part.name}' or 'finetune + {part.name}'"
-        )
+        raise ValueError(f"{part.name} has {lacks}: {why} is trained. Write {_carried(part)}")

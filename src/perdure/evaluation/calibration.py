@@ -23,7 +23,7 @@ def set_apart(learner: Core, task: Task) -> tuple[Task, ImageSet | None]:
         ValueError: when there are no classes, or none has an image to spare.
     """
     share = learner.calibrate
-    if share and not learner.objective.classifies:
+    if share and "classes" not in learner.objective.asks:
         raise ValueError(f"calibrate={share:g} has no effect where no classes are scored: leave it out")
     if not share or not isinstance(task.train, ImageSet):
         return task, None

@@ -108,7 +108,7 @@ class Evaluation:
     @classmethod
     def _beside(cls, learner: Core, after: int, seen: list[Task], task: Task) -> list[Row]:
         """What is measured on `task`; in a ranking the images and captions of `seen` are searched too."""
-        tasks = [task] if learner.objective.classifies else [*seen, task]
+        tasks = [task] if "classes" in learner.objective.asks else [*seen, task]
         return cls._rows(learner, after, tasks)[-1]
 
     @staticmethod

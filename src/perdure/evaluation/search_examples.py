@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from perdure.backbones.texts import present, unpack
 from perdure.core import checkpoint
 from perdure.core.learner import Core
-from perdure.objectives.retrieve import Retrieve
 from perdure.storage import schema
 from perdure.storage.schema import Searches
 from perdure.types import Batch, Stream, Task
@@ -31,7 +30,7 @@ def before(learner: Core, stream: Stream, out: Path) -> None:
         stream: with its test sets, in all of which is searched.
         out: the run's folder.
     """
-    if not isinstance(learner.objective, Retrieve):
+    if "captions" not in learner.objective.asks:
         return
     tasks = [task for task in stream if len(task.test)]
     if not tasks:
@@ -50,7 +49,7 @@ def after(learner: Core, stream: Stream, out: Path) -> None:
 
     Where some of them are not at hand any more, what was found when they were stays.
     """
-    if not isinstance(learner.objective, Retrieve) or not (out / FILE).exists():
+    if "captions" not in learner.objective.asks or not (out / FILE).exists():
         return
     noted = read(out)
     if noted["pictures"] and noted.get("learnt") == learner.learnt:

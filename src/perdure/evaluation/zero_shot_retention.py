@@ -5,7 +5,7 @@ from itertools import chain
 from typing import Any
 
 from perdure.core.learner import Core
-from perdure.objectives.zeroshot import TEMPLATE, ZeroShot, class_texts
+from perdure.objectives.zeroshot import class_texts
 from perdure.options.spec import parse_one
 from perdure.streams import build_stream
 from perdure.types import Row, Stream, Union
@@ -40,12 +40,11 @@ class Retention:
             written = {name for name, _ in parse_one(text).kwargs}
             whole = {} if written & {"tasks", "increments", "scenario"} else {"tasks": 1}
             stream = build_stream(text, learner.backbone.preprocess, 0, measured, **whole)
-            if "captions" in stream.notes or len({c for task in stream for c in task.classes}) < 2:
+            if stream.gives != "classes" or len({c for task in stream for c in task.classes}) < 2:
                 raise ValueError(f"retain={text!r}: there are no classes to tell apart; give a labelled data set")
             name = stream.name if stream.name not in self.sets else f"{stream.name} {len(self.sets) + 1}"
             self.sets[name] = stream
-        objective = learner.objective
-        self.templates = objective.templates if isinstance(objective, ZeroShot) else (TEMPLATE,)
+        self.templates = learner.objective.templates
 
     def measure(self, learner: Core, after: int) -> list[Row]:
         """Accuracy on each data set; `after` says after which task."""

@@ -11,7 +11,7 @@ from perdure.backbones.open_clip import OpenClip
 from perdure.backbones.timm import Timm
 from perdure.backbones.vision import Vision
 from perdure.core.learner import Core
-from perdure.export.head import PAIRS, Classifier, classifier_of
+from perdure.core.objective import Head
 from perdure.options.spec import parse_one
 from perdure.version import __version__
 
@@ -114,9 +114,9 @@ def _use_transformers(backbone: Any, peft: bool) -> Use:
     return Use("transformers", imports, load, pixels, features, tokenizer, backbone.tokens, texts)
 
 
-def readme(learner: Core, to: str, use: Use) -> str:
+def readme(learner: Core, to: str, use: Use, head: Head) -> str:
     """The text of README.md."""
-    spec, classifier = learner.backbone.spec, classifier_of(learner)
+    spec, captioned = learner.backbone.spec, "captions" in learner.objective.asks
     what = f"a LoRA for {spec}; it needs {use.library} and peft"
     if to == "merged":
         what = f"{spec} with what was learnt added to its weights; it needs {use.library}"
@@ -131,27 +131,27 @@ def readme(learner: Core, to: str, use: Use) -> str:
         'folder = "."  # where this file stands',
         *use.load,
         'head = load_file(folder + "/head.safetensors")',
-        *_words(classifier, use),
+        *_words(captioned, use),
         'image = Image.open("photo.jpg").convert("RGB")',
         f"pixels = {use.pixels}",
         "with torch.inference_mode():",
         f"    features = {use.features}",
-        *([f"    texts = {use.texts}"] if classifier is PAIRS else []),
-        f"    scores = {classifier.scores}",
+        *([f"    texts = {use.texts}"] if captioned else []),
+        f"    scores = {head.scores}",
         "print(labels[int(scores.argmax())])",
     ]
-    learnt = "Images and captions" if classifier is PAIRS else f"{len(learner.objective.names)} classes"
+    learnt = "Images and captions" if captioned else f"{len(learner.objective.names)} classes"
     return (
         f"# {learnt}, learnt in {learner.learnt} tasks\n\n"
         f"Written by perdure {__version__}: {what}.\n"
-        f"The classifier is {classifier.what}. `labels.json` says the rest.\n\n"
+        f"The classifier is {head.what}. `labels.json` says the rest.\n\n"
         "```python\n" + "\n".join(code) + "\n```\n"
     )
 
 
-def _words(classifier: Classifier, use: Use) -> list[str]:
+def _words(captioned: bool, use: Use) -> list[str]:
     """Lines that say what is to be told apart."""
-    if classifier is not PAIRS:
+    if not captioned:
         return ['labels = json.loads(Path(folder, "labels.json").read_text(encoding="utf-8"))["labels"]']
     return [
         *use.tokenizer,

@@ -30,9 +30,9 @@ from perdure.backbones.timm import Timm
 from perdure.backbones.vision import Vision
 from perdure.core.learner import Core
 from perdure.core.method import embeds, encodes, parts_of
+from perdure.core.objective import Head
 from perdure.export.files import TERMS, TOKENIZER, Use, copy, options_of, readme, use_of
-from perdure.export.head import classifier_of, head_of
-from perdure.objectives import ZeroShot
+from perdure.export.head import answering, head_of
 from perdure.storage.files import locked, write_json, write_text
 from perdure.training.config import make_backbone
 from perdure.version import __version__
@@ -108,10 +108,10 @@ def _write(learner: Core, folder: Path, to: str) -> None:
         else:
             _write_merged(_merged(learner), folder)
         head = head_of(learner)
-    save_file({k: v.detach().cpu().contiguous() for k, v in head.items()}, folder / "head.safetensors")
+    save_file({k: v.detach().cpu().contiguous() for k, v in head.tensors.items()}, folder / "head.safetensors")
     use = use_of(learner.backbone, to)
-    write_json(folder / "labels.json", _facts(learner, use))
-    write_text(folder / "README.md", readme(learner, to, use))
+    write_json(folder / "labels.json", _facts(learner, use, head))
+    write_text(folder / "README.md", readme(learner, to, use, head))
     for file in folder.iterdir():
         shutil.copymode(folder / "README.md", file)  # safetensors writes files that only their owner may read
     _force_to_disk([*folder.iterdir(), folder])
@@ -134,7 +134,7 @@ def _check(learner: Core, to: str) -> None:
         raise ValueError(f"{strange[0]} changes features as no weights can express; keep this learner with save")
     if prompted(backbone):
         raise ValueError("prompts take part in the encoder, which no weights can hold; keep this learner with save")
-    classifier_of(learner)
+    answering(learner)
     linear = False
     for site, adapter, part in updates(backbone):
         if adapter.delta(part, branches=True) is not None:
@@ -296,13 +296,13 @@ def _write_open_clip(backbone: OpenClip, folder: Path) -> None:
         backbone.tokenizer.tokenizer.save_pretrained(folder)
 
 
-def _facts(learner: Core, use: Use) -> dict[str, Any]:
-    config, classifier = getattr(learner, "config", None), classifier_of(learner)
+def _facts(learner: Core, use: Use, head: Head) -> dict[str, Any]:
+    config = getattr(learner, "config", None)
     facts = {
-        "labels": list(learner.objective.names) if learner.objective.classifies else [],
-        "objective": config.objective if config else type(learner.objective).__name__.lower(),
-        "classifier": classifier.what,
-        "features": f"features = {use.features}; head = head.safetensors; scores = {classifier.scores}",
+        "labels": list(learner.objective.names) if "classes" in learner.objective.asks else [],
+        "objective": config.objective if config else learner.objective.name,
+        "classifier": head.what,
+        "features": f"features = {use.features}; head = head.safetensors; scores = {head.scores}",
         "preprocess": learner.backbone.preprocess.describe(),
         "perdure": __version__,
         "backbone": learner.backbone.spec,
@@ -310,7 +310,7 @@ def _facts(learner: Core, use: Use) -> dict[str, Any]:
     }
     if config:
         facts["method"] = config.method
-    if isinstance(learner.objective, ZeroShot):
+    if {"classes", "text"} <= learner.objective.asks | learner.objective.towers:
         facts["templates"] = list(learner.objective.templates)
     return facts
 

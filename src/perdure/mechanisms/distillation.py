@@ -1,6 +1,6 @@
 """A teacher: the learner as it was, kept as a snapshot of what is trained; no second backbone."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -9,7 +9,6 @@ from torch.nn import functional as F
 
 from perdure.adapters.state import BufferDict
 from perdure.core.learner import Core
-from perdure.objectives.retrieve import embedded
 from perdure.types import Batch
 
 
@@ -17,10 +16,15 @@ class Teacher(nn.Module):
     """What the learner answered when `remember` was called, although it has been trained since.
 
     Only parameters in training are kept, while the task lasts; everything else does not change in it.
+
+    Args:
+        name: under which what it says is recorded.
+        outputs: what it says of single examples, see `Objective.output`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, name: str, outputs: Sequence[str] = ()) -> None:
         super().__init__()
+        self.name, self.outputs = name, tuple(outputs)
         self.kept = BufferDict()  # name of a parameter of the learner -> its value
 
     def remember(self, learner: Core) -> None:
@@ -32,6 +36,33 @@ class Teacher(nn.Module):
     def forget(self) -> None:
         """Drop the snapshot."""
         self.kept.clear()
+
+    @property
+    def records(self) -> tuple[str, ...]:
+        """Names of what `record` gives."""
+        return tuple(f"{self.name}/{output}" for output in self.outputs)
+
+    def record(self, learner: Core, batch: Batch) -> Batch:
+        """What it says of each example of a training set, (B, ...), for `Method.record`."""
+        return self.ask(learner, batch) if self.kept and learner.training else {}
+
+    def forward(self, learner: Core, batch: Batch) -> Batch:
+        """Its `outputs` for `batch`, by name, as they were recorded or else asked for now; without gradients."""
+        said = batch if batch.keys() >= set(self.records) else self.ask(learner, batch)
+        return {output: said[name] for output, name in zip(self.outputs, self.records, strict=True)}
+
+    def distributions(self, learner: Core, batch: Batch, old: bool = False) -> list[Tensor]:
+        """What the objective answered by, see `Objective.distributions`."""
+        if self.outputs:
+            return learner.objective.distributions(None, batch | self(learner, batch), old)
+        with self.swapped_in(learner):
+            return learner.objective.distributions(learner.encode(batch), batch, old)
+
+    def ask(self, learner: Core, batch: Batch) -> Batch:
+        """What is recorded, asked for now."""
+        with self.swapped_in(learner):
+            said = [learner.objective.output(learner, batch, output) for output in self.outputs]
+        return dict(zip(self.records, said, strict=True))
 
     @contextmanager
     def swapped_in(self, learner: Core) -> Iterator[None]:
@@ -49,17 +80,6 @@ class Teacher(nn.Module):
             learner.train(training)
             for (parameter, _), value in zip(swapped, present, strict=True):
                 parameter.data = value
-
-    def pairs(self, learner: Core, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Features (B, dim) and the captions' embeddings (B, K, dim), zero where there is none, without gradients."""
-        with self.swapped_in(learner):
-            return learner.encode(batch), embedded(learner, batch["text"])
-
-    def forward(self, learner: Core, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Features (B, dim) and scores (B, seen classes) by the learner of the snapshot, without gradients."""
-        with self.swapped_in(learner):
-            features = learner.encode(batch)
-            return features, learner.objective.scores(features)
 
 
 def distillation(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:

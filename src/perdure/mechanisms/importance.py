@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -15,28 +14,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from perdure.adapters.injection import updates
 from perdure.adapters.state import BufferDict
 from perdure.core.learner import Core
+from perdure.core.objective import Competitors
 from perdure.types import Batch, Data, Site
 
 Of = Literal["parameters", "updates"]
-Output = Callable[[Tensor, Batch, "Rivals"], Tensor]
-"""(features (1, dim), batch of one, what it competes with) to a scalar."""
+Output = Callable[[Tensor, Batch, Competitors], Tensor]
+"""(features of one example, batch of one, what it competes with) to a scalar."""
 _CHUNK = 16  # examples whose gradients are held at once
-_COMPANY = 64  # pairs that a pair competes with
+_OTHERS = 64  # pairs that a pair competes with
 _MOST = 2**30  # bytes of gradients held at once
 _UPDATE = "update/"
-
-
-@dataclass
-class Rivals:
-    """What a single example competes with: classes, or other pairs of image and text.
-
-    Args:
-        local: whether only the task's classes compete.
-        company: see `Objective.company`.
-    """
-
-    local: bool
-    company: Batch
 
 
 def held(learner: Core, of: Of) -> dict[str, Tensor]:
@@ -94,19 +81,18 @@ def importance(
     total = {name: torch.zeros_like(value) for name, value in values.items()}
     size = max(1, min(_CHUNK, _MOST // sum(value.nbytes for value in values.values())))
     asked = _Asked(learner, output)
-    company: Batch = {}
+    objective, others = learner.objective, Batch()
     gradients = _at_once
-    if not learner.objective.classifies:  # captions are read one by one: vmap cannot look into them
-        gradients, size = _in_turn, _COMPANY
-        others = next(learner.views(data, _COMPANY, f"{purpose} company", _COMPANY))
-        company = learner.objective.company(learner, others)
+    if not objective.vectorised:
+        gradients, size = _in_turn, _OTHERS
+        others = objective.competitors(learner, next(learner.views(data, _OTHERS, f"{purpose} company", _OTHERS)))
     with ExitStack() as after:
         for name, site in sites.items():
             layer = learner.backbone.get_submodule(site.layer)
             after.callback(layer.register_forward_hook(partial(asked.add, name, site.rows)).remove)
         for views in learner.views(data, samples, purpose, size):
-            batch = learner.noted(learner.objective.narrowed(views))
-            asked.rivals = Rivals(learner.objective.competes_locally(batch), company)
+            batch = learner.noted(views)
+            asked.rivals = Competitors(objective.only_task_classes(batch), others)
             for found in gradients(asked, at, batch):
                 for name, gradient in found.items():
                     total[name] += gradient.abs().pow(power).sum(0)
@@ -119,18 +105,22 @@ class _Asked(nn.Module):
     def __init__(self, learner: Core, output: Output) -> None:
         super().__init__()
         self.learner, self.output = learner, output
-        self.rivals = Rivals(local=False, company={})
+        self.rivals = Competitors()
         self.added: dict[str, Tensor] = {}
 
     def forward(self, batch: Batch) -> Tensor:
         return self.output(self.learner.encode(batch), batch, self.rivals)
 
     def of(self, values: dict[str, Tensor], example: Batch) -> Tensor:
-        """The output of one example."""
+        """The output of one example, a batch of one."""
         self.added = {name: value for name, value in values.items() if name.startswith(_UPDATE)}
         named = {f"learner.{name}": value for name, value in values.items() if name not in self.added}
-        out: Tensor = functional_call(self, named, ({name: value.unsqueeze(0) for name, value in example.items()},))
+        out: Tensor = functional_call(self, named, (example,))
         return out
+
+    def of_row(self, values: dict[str, Tensor], row: Batch) -> Tensor:
+        """The output of one example without its first dimension, as `vmap` gives it."""
+        return self.of(values, {name: value.unsqueeze(0) for name, value in row.items()})
 
     def add(self, name: str, rows: tuple[int, int], _layer: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
         """A layer's output with one more update; its weight itself may not seem to be trained."""
@@ -147,14 +137,14 @@ Gradients = Iterator[dict[str, Tensor]]
 def _at_once(asked: _Asked, at: dict[str, Tensor], batch: Batch) -> Gradients:
     # vmap has no rule for the fused kernels and would run them one example at a time
     with sdpa_kernel(SDPBackend.MATH):
-        yield vmap(grad(asked.of), in_dims=(None, 0))(at, batch)
+        yield vmap(grad(asked.of_row), in_dims=(None, 0))(at, batch)
 
 
 def _in_turn(asked: _Asked, at: dict[str, Tensor], batch: Batch) -> Gradients:
     leaves = {name: value.clone().requires_grad_() for name, value in at.items()}
     for i in range(len(batch["label"])):
         with torch.enable_grad():
-            out = asked.of(leaves, {name: value[i] for name, value in batch.items()})
+            out = asked.of(leaves, asked.learner.objective.example(batch, i))
             found = torch.autograd.grad(out, list(leaves.values()), allow_unused=True, materialize_grads=True)
         yield {name: gradient[None] for name, gradient in zip(leaves, found, strict=True)}
 

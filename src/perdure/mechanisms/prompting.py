@@ -128,7 +128,7 @@ class QueriedPrompts(PerTower[C]):
             if tower == "vision":
                 yield self.of(tower), query(learner, batch), batch["label"]
             else:
-                texts, labels = learner.objective.said(learner, batch)
+                texts, labels = learner.objective.texts(learner, batch)
                 yield self.of(tower), text_query(learner, learner.backbone.tokenised(texts)), labels
 
 

@@ -185,7 +185,7 @@ def _complexity(learner: Core, batches: Iterable[Batch]) -> float:
     """Mean loss over that of a guess, among what competes: the task's own, or all seen as in joint training."""
     objective, shares = learner.objective, []
     for batch in batches:
-        local = objective.competes_locally(batch)
-        losses = objective.losses(learner.encode(batch), batch, local)
-        shares.append(losses / objective.guess(batch, local))
+        only_task = objective.only_task_classes(batch)
+        losses = objective.losses(learner.encode(batch), batch, only_task)
+        shares.append(losses / objective.chance_loss(batch, only_task))
     return torch.cat(shares).mean().item()

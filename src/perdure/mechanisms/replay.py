@@ -12,7 +12,6 @@ from perdure.core.learner import Core
 from perdure.formatting import count_bytes
 from perdure.mechanisms import selection_scores as orders
 from perdure.mechanisms.selection_scores import Position
-from perdure.objectives.classify import Classify
 from perdure.options.ranges import without_effect
 from perdure.streams.augment import AUGMENTS, Augment
 from perdure.streams.image_set import ImageSet
@@ -222,7 +221,7 @@ class ExemplarBuffer(ReplayBuffer):
         Raises:
             ValueError: for `grand` where the last layer's inputs all have the same length.
         """
-        if self.chooses == "grand" and not _linear(learner):
+        if self.chooses == "grand" and not learner.objective.linear:
             raise ValueError(
                 "selection='grand' is 'el2n' here: class vectors are compared by direction, and features of unit "
                 "length give every gradient the error's length; write selection='el2n'"
@@ -302,7 +301,7 @@ def last_layer(learner: Core, features: Tensor, labels: Tensor) -> tuple[Tensor,
     with learner.inference():
         residuals = F.softmax(learner.objective.scores(features), dim=1)
         residuals[torch.arange(len(labels)), learner.objective.columns(labels)] -= 1
-    if _linear(learner):
+    if learner.objective.linear:
         return residuals.clone(), F.pad(features, (0, 1), value=1.0)
     return residuals.clone(), F.normalize(features, dim=1)
 
@@ -312,10 +311,6 @@ def _moved(data: Data) -> bool:
     if not isinstance(data, ImageSet) or not isinstance(data.source, Files):
         return False
     return not data.cached and not data.source.root.is_dir()
-
-
-def _linear(learner: Core) -> bool:
-    return isinstance(learner.objective, Classify) and learner.objective.cosine is None
 
 
 def with_gradients(learner: Core) -> list[nn.Parameter]:
@@ -328,5 +323,5 @@ def gradients_on(learner: Core, batch: Batch, parameters: Sequence[nn.Parameter]
 
     All seen classes compete, so what is learnt now may not outshout old classes either.
     """
-    loss = learner.objective.losses(learner.encode(batch), batch, local=False).mean()
+    loss = learner.objective.losses(learner.encode(batch), batch, only_task=False).mean()
     return list(torch.autograd.grad(loss, parameters, materialize_grads=True))

@@ -32,6 +32,8 @@ class AGEM(Method, name="agem"):
             compete among all.
     """
 
+    gradient_projection = True
+
     def __init__(self, size: Count = 2000, batch_size: BatchSize = 64, mask: bool = True) -> None:
         super().__init__()
         self.memory, self.batch_size, self.mask = ExemplarBuffer(size), batch_size, mask

@@ -20,7 +20,6 @@ from perdure.core.learner import Core
 from perdure.core.method import Method, parts_of, predicts
 from perdure.mechanisms.class_statistics import ClassStatistics, Covariance
 from perdure.mechanisms.subspace import exact, shrunk
-from perdure.objectives.classify import Classify
 from perdure.options.ranges import Factor, Range, Rank, Rate, without_effect
 from perdure.types import Task
 
@@ -49,7 +48,7 @@ class Align(Method, name="align"):
         shrink: how much shorter the oldest classes' means are made, in [0, 1).
     """
 
-    classifies = True
+    needs = "classes"
 
     def __init__(
         self,
@@ -91,10 +90,7 @@ class Align(Method, name="align"):
             raise ValueError(
                 f"align(rank={self.gaussians.rank}): expected 1 to {learner.dim}, the size of the features"
             )
-
-    def begin_task(self, learner: Core, task: Task) -> None:
-        """Refuse what heads of this kind cannot do, or have no use for; known now that all parts have grown."""
-        if not _linear(learner) and (self.start == "lda" or self.epochs == 0):
+        if not learner.objective.linear and (self.start == "lda" or self.epochs == 0):
             raise ValueError(
                 "align: start='lda' is the solution for linear heads, and cosine heads have no bias: write "
                 "align(start='heads') with 1 or more epochs"
@@ -128,7 +124,6 @@ class Align(Method, name="align"):
         means = torch.stack([self.gaussians.mean(c) for c in self.gaussians.classes])
         return means * (1 - self.shrink * torch.tensor(age, dtype=means.dtype, device=means.device)).unsqueeze(1)
 
-    @torch.no_grad()
     def _solve(self, learner: Core, means: Tensor) -> None:
         """Heads of linear discriminant analysis: W = Σ⁻¹(μ - m), b = -(μ - m)ᵀ Σ⁻¹ (μ + m) / 2, m the mean of μ."""
         wide = exact(means)
@@ -137,15 +132,7 @@ class Align(Method, name="align"):
         weight = torch.linalg.solve(covariance, (wide - centre).T).T
         bias = -0.5 * (weight * (wide + centre)).sum(1)
         columns = learner.objective.columns(torch.tensor(self.gaussians.classes, device=means.device))
-        where = {column: row for row, column in enumerate(columns.tolist())}
-        first = 0
-        assert isinstance(learner.objective, Classify)
-        for head in learner.objective.linears():
-            for own in range(head.out_features):
-                if (row := where.get(first + own)) is not None:
-                    head.weight[own] = weight[row]
-                    head.bias[own] = bias[row]
-            first += head.out_features
+        learner.objective.assign(columns, weight, bias)
 
     def _train(self, learner: Core, means: Tensor, heads: list[nn.Parameter], epochs: int) -> None:
         objective, generator = learner.objective, learner.generator("align")
@@ -168,7 +155,7 @@ class Align(Method, name="align"):
         optimizer.zero_grad()
 
     def _closed(self, learner: Core) -> bool:
-        return _linear(learner) and self.start != "heads"
+        return learner.objective.linear and self.start != "heads"
 
     def _passes(self, closed: bool) -> int:
         if self.epochs is not None:
@@ -184,7 +171,3 @@ class Align(Method, name="align"):
         owners = torch.tensor([first[c] for c in learner.objective.classes], device=scores.device)
         norms = torch.stack([scores[:, owners == t].norm(dim=1) for t in torch.unique(owners).tolist()])
         return scores / norms.mean(0).unsqueeze(1) / self.temperature
-
-
-def _linear(learner: Core) -> bool:
-    return isinstance(learner.objective, Classify) and learner.objective.cosine is None

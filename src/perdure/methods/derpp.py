@@ -36,9 +36,8 @@ class DERPP(Method, name="derpp"):
             ones (x'') always compete among all.
     """
 
-    classifies = True
-
-    rehearses = True
+    needs = "classes"
+    rehearses = "some"
 
     def __init__(
         self,
@@ -101,7 +100,7 @@ class DERPP(Method, name="derpp"):
             total = self.alpha * self._apart(learner, again[:n], first)
         if self.beta:
             labelled = {"label": old["label"][len(first) :]}
-            total = total + self.beta * learner.objective.losses(again[len(first) :], labelled, local=False).mean()
+            total = total + self.beta * learner.objective.losses(again[len(first) :], labelled, only_task=False).mean()
         return total
 
     def end_task(self, learner: Core, task: Task) -> None:

@@ -141,7 +141,7 @@ class DualPrompt(QueriedPrompts[Prompts], name="dualprompt"):
             else:
                 self.towers[tower] = self._place(learner, tower)
             # a name that several tasks have was last trained by the latest: the others' prompts have no texts left
-            names = tower == "text" and learner.objective.classifies
+            names = tower == "text" and "classes" in learner.objective.asks
             self.of(tower).know(latest, len(learner.tasks), names)
 
     def penalty(self, learner: Core, batch: Batch, features: Tensor) -> Tensor | float:

@@ -17,7 +17,7 @@ from torch import Tensor
 from perdure.adapters.state import BufferDict
 from perdure.core.learner import Core
 from perdure.core.method import Method
-from perdure.mechanisms.importance import Of, QuadraticPenalty, Rivals, check_updates, held, importance
+from perdure.mechanisms.importance import Of, QuadraticPenalty, check_updates, held, importance
 from perdure.options.ranges import Count, Range, Strength, without_effect
 from perdure.types import Batch, Task
 
@@ -79,11 +79,7 @@ class EWC(Method, name="ewc"):
 
     def end_task(self, learner: Core, task: Task) -> None:
         """Add this task's Fisher; anchor at what was learnt."""
-
-        def loss(features: Tensor, example: Batch, rivals: Rivals) -> Tensor:
-            return learner.objective.loss_alone(features, example, rivals.local, rivals.company)
-
-        data = learner.method.data(learner, task)
+        data, loss = learner.method.data(learner, task), learner.objective.example_loss
         fisher = importance(learner, data, self.of, self.samples, "fisher", loss, power=2)
         # what is held no more cannot drift: frozen heads, and branches that were closed for good
         values = held(learner, self.of)

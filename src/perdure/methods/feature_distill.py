@@ -20,13 +20,9 @@ from perdure.backbones.base import Tower
 from perdure.core.learner import Core
 from perdure.core.method import Method, check_texts, varies
 from perdure.mechanisms.distillation import Teacher, trains_encoder
-from perdure.objectives.retrieve import Retrieve, embedded
-from perdure.objectives.zeroshot import ZeroShot
+from perdure.objectives.zeroshot import class_texts
 from perdure.options.ranges import Strength, without_effect
 from perdure.types import Batch, Task
-
-_FEATURES = "feature_distill"  # what is recorded: the teacher's features
-_CAPTIONS = "feature_distill_captions"  # and its embeddings of captions
 
 
 class FeatureDistill(Method, name="feature_distill"):
@@ -44,7 +40,6 @@ class FeatureDistill(Method, name="feature_distill"):
     """
 
     protects = "encoder"
-    records: tuple[str, ...] = (_FEATURES,)
 
     def __init__(
         self, strength: Strength = 1.0, tower: Tower = "vision", form: Literal["cosine", "mse"] = "cosine"
@@ -54,24 +49,25 @@ class FeatureDistill(Method, name="feature_distill"):
             held, apart = None if tower == "vision" else tower, None if form == "cosine" else form
             without_effect("with strength=0", tower=held, form=apart)
         self.strength, self.tower, self.form = strength, tower, form
-        self.teacher = Teacher()
+        self.teacher = Teacher("feature_distill")
         self.names = BufferDict()  # "old": the teacher's embeddings of the former tasks' class names
 
     def grow(self, learner: Core, task: Task) -> None:
         """Nothing to make room for; refuse texts where there are none."""
         check_texts(learner, self, self.tower)
-        if isinstance(learner.objective, Retrieve):
-            held = {"vision": _FEATURES, "text": _CAPTIONS}
-            self.records = tuple(held[tower] for tower in self._towers("vision", "text"))
+        captioned = "captions" in learner.objective.asks
+        held = {"vision": "features", "text": "captions"} if captioned else {"vision": "features"}
+        self.teacher.outputs = tuple(held[tower] for tower in self._towers("vision", "text") if tower in held)
+        self.records = self.teacher.records
 
     def begin_task(self, learner: Core, task: Task) -> None:
         """Take the learner as teacher; there is nothing to keep in the first task."""
         self.check(learner, task)
         if not self.strength or not task.index:
             return
-        if self._towers("vision") or isinstance(learner.objective, Retrieve):
+        if self.teacher.outputs:
             self.teacher.remember(learner)
-        if self._towers("text") and isinstance(learner.objective, ZeroShot):
+        if self._towers("text") and "classes" in learner.objective.asks:
             with self.teacher.swapped_in(learner):  # as it answers, without what methods do in training only
                 self.names["old"] = self._embed(learner)
 
@@ -91,21 +87,18 @@ class FeatureDistill(Method, name="feature_distill"):
 
     def record(self, learner: Core, batch: Batch) -> Batch:
         """The teacher's features (B, dim), and its embeddings (B, K, dim) of captions that are held too."""
-        if not self.teacher.kept or not learner.training:
-            return {}
-        return self._teachers(learner, batch)
+        return self.teacher.record(learner, batch)
 
     def penalty(self, learner: Core, batch: Batch, features: Tensor) -> Tensor | float:
         """strength · distance of the student's output to the teacher's, for each tower."""
         total: Tensor | float = 0.0
         if self.teacher.kept:
-            wanted = batch if batch.keys() >= set(self.records) else self._teachers(learner, batch)
-            if _FEATURES in wanted:
-                total = total + self.strength * self._distance(wanted[_FEATURES], features)
-            if _CAPTIONS in wanted:
-                assert isinstance(learner.objective, Retrieve)
-                shown = wanted[_CAPTIONS][learner.objective.chosen(batch)]
-                total = total + self.strength * self._distance(shown, learner.objective.shown(batch)[0])
+            wanted, objective = self.teacher(learner, batch), learner.objective
+            if "features" in wanted:
+                total = total + self.strength * self._distance(wanted["features"], features)
+            if "captions" in wanted:
+                shown = wanted["captions"][objective.chosen(batch)]
+                total = total + self.strength * self._distance(shown, objective.shown(batch)[0])
         if self.names:
             total = total + self.strength * self._distance(self.names["old"], self._embed(learner))
         return total
@@ -114,12 +107,6 @@ class FeatureDistill(Method, name="feature_distill"):
         """Let the teacher go."""
         self.teacher.forget()
         self.names.clear()
-
-    def _teachers(self, learner: Core, batch: Batch) -> Batch:
-        # not the teacher's scores too, for which a text tower that is trained would have to read all names
-        with self.teacher.swapped_in(learner):
-            images = {_FEATURES: learner.encode(batch)} if _FEATURES in self.records else {}
-            return images | ({_CAPTIONS: embedded(learner, batch["text"])} if _CAPTIONS in self.records else {})
 
     def _towers(self, *wanted: Tower) -> list[Tower]:
         return [tower for tower in wanted if self.tower in (tower, "both")]
@@ -134,10 +121,9 @@ class FeatureDistill(Method, name="feature_distill"):
     def _embed(learner: Core) -> Tensor:
         """Unit embeddings of the former tasks' class names."""
         objective = learner.objective
-        assert isinstance(objective, ZeroShot)
         former = {c for task in learner.tasks[:-1] for c in task.classes}
         old = [(c, n) for c, n in zip(objective.classes, objective.names, strict=True) if c in former]
-        return objective.embed([name for _, name in old], [c for c, _ in old])
+        return class_texts(learner, [name for _, name in old], objective.templates, [c for c, _ in old])
 
 
 def _moves(learner: Core, tower: str) -> bool:

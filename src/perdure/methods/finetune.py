@@ -18,6 +18,7 @@ class Finetune(Method, name="finetune"):
     """
 
     changes_encoder = True
+    carrier = True
     trains_shared = True
 
     def __init__(self, mask: bool = True, backbone_lr: Factor = 0.1, tower: Tower = "vision") -> None:

@@ -47,6 +47,8 @@ class GEM(Method, name="gem"):
             where all seen classes may be answered, and True where the task is told.
     """
 
+    gradient_projection = True
+
     def __init__(
         self, size: Count = 2000, batch_size: BatchSize = 32, margin: Strength = 0.5, mask: bool | None = None
     ) -> None:

@@ -21,7 +21,6 @@ from perdure.options.ranges import Bytes, Count, Factor, Strength, without_effec
 from perdure.types import Batch, Data, Task
 
 _TEMPERATURE = 2.0
-_OLD = "icarl"  # name under which the teacher's logits of the old classes are recorded
 
 
 class ICaRL(Method, name="icarl"):
@@ -34,10 +33,8 @@ class ICaRL(Method, name="icarl"):
         bytes: of images, as a number or a text such as "50MB", in place of `size`.
     """
 
-    classifies = True
-
-    rehearses = True
-    records = (_OLD,)
+    needs = "classes"
+    rehearses = "some"
 
     def __init__(
         self,
@@ -51,7 +48,8 @@ class ICaRL(Method, name="icarl"):
             without_effect("with strength=0", temperature=temperature)
         self.strength, self.temperature = strength, _TEMPERATURE if temperature is None else temperature
         self.memory = ExemplarBuffer(size, bytes, "herding")
-        self.teacher = Teacher()
+        self.teacher = Teacher("icarl", ["scores"])
+        self.records = self.teacher.records
         self.means = BufferDict()  # exemplars: (classes seen, dim), unit rows in the order of the objective's columns
 
     def grow(self, learner: Core, task: Task) -> None:
@@ -80,18 +78,16 @@ class ICaRL(Method, name="icarl"):
             self.teacher.remember(learner)
 
     def record(self, learner: Core, batch: Batch) -> Batch:
-        """Logits (B, old classes) of the model before the task."""
-        if not (learner.training and self.teacher.kept):
-            return {}
-        return {_OLD: self.teacher(learner, batch)[1][:, : self._old(learner)]}
+        """Logits (B, seen classes) of the model before the task."""
+        return self.teacher.record(learner, batch)
 
     def penalty(self, learner: Core, batch: Batch, features: Tensor) -> Tensor | float:
         """strength · T² · KL(teacher, model) over the old classes."""
         if not self.teacher.kept:
             return 0.0
-        wanted = batch[_OLD] if _OLD in batch else self.record(learner, batch)[_OLD]
-        found = learner.objective.scores(features)[:, : wanted.shape[1]]
-        return self.strength * distillation(wanted, found, self.temperature)
+        scores = (self.teacher(learner, batch)["scores"], learner.objective.scores(features))
+        wanted, given = (each[:, : self._old(learner)] for each in scores)
+        return self.strength * distillation(wanted, given, self.temperature)
 
     def end_task(self, learner: Core, task: Task) -> None:
         """Choose the task's exemplars; take all classes' means with the encoder of this moment."""

@@ -19,7 +19,7 @@ class Joint(Method, name="joint"):
         tower: which encoder, when it stands alone.
     """
 
-    rehearses = True
+    rehearses = "all"
 
     def __init__(self, backbone_lr: Factor = _RATE, tower: Tower = "vision") -> None:
         super().__init__()

@@ -23,6 +23,7 @@ class LoRA(Method, name="lora"):
     """
 
     changes_encoder = True
+    carrier = True
 
     def __init__(
         self,

@@ -17,12 +17,8 @@ from torch import Tensor
 from perdure.core.learner import Core
 from perdure.core.method import Method
 from perdure.mechanisms.distillation import Teacher, distillation, trains_encoder
-from perdure.objectives.retrieve import Retrieve
 from perdure.options.ranges import Factor, Strength
 from perdure.types import Batch, Task
-
-_FEATURES, _CAPTIONS = "lwf_features", "lwf_captions"  # what is recorded of images with captions
-_SCORES = "lwf"  # what is recorded: the teacher's scores of all seen classes
 
 
 class LwF(Method, name="lwf"):
@@ -43,7 +39,6 @@ class LwF(Method, name="lwf"):
     """
 
     protects = "encoder"
-    records: tuple[str, ...] = (_SCORES,)
 
     def __init__(
         self,
@@ -56,33 +51,32 @@ class LwF(Method, name="lwf"):
         super().__init__()
         self.strength, self.temperature = strength, temperature
         self.heads, self.schedule, self.text_temperature = heads, schedule, text_temperature
-        self.teacher = Teacher()
-        self._groups: list[list[int]] = []  # columns of old classes that answer together
+        self.teacher = Teacher("lwf")
 
     def grow(self, learner: Core, task: Task) -> None:
         """Old heads learn on, unless they shall not; refuse what this objective has no use for."""
-        if self.text_temperature is not None and not learner.objective.open_vocabulary:
+        objective = learner.objective
+        if self.text_temperature is not None and "text" not in objective.towers:
             raise ValueError(
                 f"text_temperature={self.text_temperature} has no effect without texts: use --objective zeroshot, or "
                 "leave it out"
             )
-        self._groups = _groups(learner)
-        if isinstance(learner.objective, Retrieve):
-            if self.heads == "frozen":
-                raise ValueError("heads='frozen' has no effect where there are no heads: leave it out")
-            self.records = (_FEATURES, _CAPTIONS)
-        if self.strength and self._groups and self.heads == "learn":
-            learner.objective.requires_grad_(True)
+        if self.heads == "frozen" and "classes" not in objective.asks:
+            raise ValueError("heads='frozen' has no effect where there are no heads: leave it out")
+        self.teacher.outputs = objective.outputs
+        self.records = self.teacher.records
+        if self.strength and task.index and self.heads == "learn":
+            objective.requires_grad_(True)
 
     def begin_task(self, learner: Core, task: Task) -> None:
         """Take the learner as teacher; there is nothing to keep in the first task."""
         self.check(learner, task)
-        if self.strength and self._groups:
+        if self.strength and task.index:
             self.teacher.remember(learner)
 
     def check(self, learner: Core, task: Task) -> None:
         """Refuse what nothing would come of."""
-        if not self.strength or not self._groups:
+        if not self.strength or not task.index:
             return
         if not trains_encoder(learner):
             raise ValueError(
@@ -95,48 +89,30 @@ class LwF(Method, name="lwf"):
             )
 
     def record(self, learner: Core, batch: Batch) -> Batch:
-        """The teacher's scores (B, seen classes); of images with captions its embeddings of both."""
-        if not self.teacher.kept or not learner.training:
-            return {}
-        if isinstance(learner.objective, Retrieve):
-            return dict(zip(self.records, self.teacher.pairs(learner, batch), strict=True))
-        return {_SCORES: self.teacher(learner, batch)[1]}
+        """What the teacher's distributions are made of."""
+        return self.teacher.record(learner, batch)
 
     def penalty(self, learner: Core, batch: Batch, features: Tensor) -> Tensor | float:
         """strength · T² · KL of the teacher's and the student's distribution over old classes."""
         if not self.teacher.kept:
             return 0.0
-        every = sorted({column for old in self._groups for column in old})
-        share = len(every) / len(learner.objective.classes) if self.schedule == "share" else 1.0
-        if isinstance(learner.objective, Retrieve):
-            return self.strength * share * self._retrieved(learner, learner.objective, batch, features)
-        wanted = batch[_SCORES] if _SCORES in batch else self.teacher(learner, batch)[1]
-        given = learner.objective.scores(features)
-        terms = [distillation(wanted[:, old], given[:, old], self.temperature) for old in self._groups]
-        if self.text_temperature is not None:
-            terms.append(distillation(wanted[:, every].T, given[:, every].T, self.text_temperature))
-        return self.strength * share * torch.stack(terms).sum()
-
-    def _retrieved(self, learner: Core, objective: Retrieve, batch: Batch, features: Tensor) -> Tensor:
-        """Each image's distribution over the batch's captions, and each caption's over its images."""
-        rows, places = objective.chosen(batch)
-        images, captions = (
-            (batch[_FEATURES], batch[_CAPTIONS]) if _FEATURES in batch else self.teacher.pairs(learner, batch)
+        objective, over_images = learner.objective, self.text_temperature
+        if "captions" in objective.asks:
+            over_images = over_images or self.temperature
+        wanted, given = (
+            self.teacher.distributions(learner, batch, old=True),
+            objective.distributions(features, batch, True),
         )
-        wanted = objective.similarity(images, captions[rows, places])
-        given = objective.similarity(features, objective.shown(batch)[0])
-        over_texts = distillation(wanted, given, self.temperature)
-        return over_texts + distillation(wanted.T, given.T, self.text_temperature or self.temperature)
+        temperatures: list[float | None] = [self.temperature] * len(given)
+        if "text" in objective.towers:
+            temperatures[-1] = over_images
+        held = zip(wanted, given, temperatures, strict=True)
+        terms = [distillation(old, new, temperature) for old, new, temperature in held if temperature is not None]
+        share = 1.0
+        if self.schedule == "share":
+            share = len({column for each in objective.former for column in each}) / len(objective.classes)
+        return self.strength * share * torch.stack(terms).sum()
 
     def end_task(self, learner: Core, task: Task) -> None:
         """Let the teacher go."""
         self.teacher.forget()
-
-
-def _groups(learner: Core) -> list[list[int]]:
-    """Columns of former tasks' classes: those of each task apart where the task is told, else all together."""
-    columns = {c: column for column, c in enumerate(learner.objective.classes)}
-    former = {tuple(sorted(columns[c] for c in task.classes)) for task in learner.tasks[:-1]}
-    if learner.scenario != "task" and former:
-        former = {tuple(sorted({column for each in former for column in each}))}
-    return [list(each) for each in sorted(former)]

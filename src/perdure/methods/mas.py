@@ -12,7 +12,8 @@ from torch import Tensor
 
 from perdure.core.learner import Core
 from perdure.core.method import Method
-from perdure.mechanisms.importance import Of, QuadraticPenalty, Rivals, check_updates, held, importance
+from perdure.core.objective import Competitors
+from perdure.mechanisms.importance import Of, QuadraticPenalty, check_updates, held, importance
 from perdure.options.ranges import Count, Strength
 from perdure.types import Batch, Task
 
@@ -48,8 +49,8 @@ class MAS(Method, name="mas"):
     def end_task(self, learner: Core, task: Task) -> None:
         """Add this task's importance; anchor at what was learnt."""
 
-        def length(features: Tensor, example: Batch, rivals: Rivals) -> Tensor:
-            return learner.objective.answers_alone(features, example, rivals.company).square().sum()
+        def length(features: Tensor, example: Batch, rivals: Competitors) -> Tensor:
+            return learner.objective.example_scores(features, example, rivals).square().sum()
 
         data = learner.method.data(learner, task)
         weights = importance(learner, data, self.of, self.samples, "importance", length, power=1)

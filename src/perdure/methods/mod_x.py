@@ -9,18 +9,14 @@ Differs: where an image stands in a batch more than once, or shows several capti
 logit scale is frozen.
 """
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from perdure.core.learner import Core
 from perdure.core.method import Method
 from perdure.mechanisms.distillation import Teacher, trains_encoder
-from perdure.objectives.retrieve import Retrieve
 from perdure.options.ranges import Factor, Strength
 from perdure.types import Batch, Task
-
-_TEACHER = "mod_x"  # what is recorded: the teacher's image features, and after them its embeddings of captions
 
 
 class ModX(Method, name="mod_x"):
@@ -35,20 +31,13 @@ class ModX(Method, name="mod_x"):
     """
 
     protects = "encoder"
-    records = (_TEACHER,)
+    needs = "captions"
 
     def __init__(self, strength: Strength = 20.0, temperature: Factor = 1.0) -> None:
         super().__init__()
         self.strength, self.temperature = strength, temperature
-        self.teacher = Teacher()
-
-    def grow(self, learner: Core, task: Task) -> None:
-        """Nothing to make room for; refuse an objective without captions."""
-        if not isinstance(learner.objective, Retrieve):
-            raise ValueError(
-                f"mod_x keeps scores of images and captions, and {type(learner.objective).__name__.lower()} reads no "
-                "captions: use --objective retrieve, or zscl with zeroshot, or lwf"
-            )
+        self.teacher = Teacher("mod_x", ["features", "captions"])
+        self.records = self.teacher.records
 
     def begin_task(self, learner: Core, task: Task) -> None:
         """Take the learner as teacher."""
@@ -65,31 +54,22 @@ class ModX(Method, name="mod_x"):
             )
 
     def record(self, learner: Core, batch: Batch) -> Batch:
-        """The teacher's features of an image and embeddings of its captions, (B, 1 + K, dim)."""
-        if not self.teacher.kept or not learner.training:
-            return {}
-        return {_TEACHER: self._recorded(learner, batch)}
+        """The teacher's features of an image (B, dim), and embeddings of its captions, (B, K, dim)."""
+        return self.teacher.record(learner, batch)
 
     def penalty(self, learner: Core, batch: Batch, features: Tensor) -> Tensor | float:
         """strength · T² · the mean of both directions' sum over the batch."""
         if not self.teacher.kept:
             return 0.0
-        objective = learner.objective
-        assert isinstance(objective, Retrieve)
-        recorded = batch[_TEACHER] if _TEACHER in batch else self._recorded(learner, batch)
-        rows, places = objective.chosen(batch)
-        texts, _ = objective.shown(batch)
-        old, new = _cosines(recorded[:, 0], recorded[rows, 1 + places]), _cosines(features, texts)
-        true = batch["pair"][:, None] == batch["pair"][rows][None]
+        said, objective = self.teacher(learner, batch), learner.objective
+        chosen, (texts, image_of) = objective.chosen(batch), objective.shown(batch)
+        old, new = _cosines(said["features"], said["captions"][chosen]), _cosines(features, texts)
+        true = batch["pair"][:, None] == batch["pair"][image_of][None]
         return self.strength / 2 * (self._kept(old, new, true) + self._kept(old.T, new.T, true.T))
 
     def end_task(self, learner: Core, task: Task) -> None:
         """Let the teacher go."""
         self.teacher.forget()
-
-    def _recorded(self, learner: Core, batch: Batch) -> Tensor:
-        images, texts = self.teacher.pairs(learner, batch)
-        return torch.cat([images.unsqueeze(1), texts], dim=1)
 
     def _kept(self, old: Tensor, new: Tensor, true: Tensor) -> Tensor:
         """T² · the sum, over rows in which `old` finds a true pair, of the divergence of `new` from it."""

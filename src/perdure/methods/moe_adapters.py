@@ -127,7 +127,7 @@ class MoEAdapters(PerTower[Mixture], name="moe_adapters"):
             number = self._first(task)
             widths = sum(first.fan_in + last.fan_out for first, last in zip(firsts, lasts, strict=True))
             room_for(4 * number * self.rank * widths, f"moe_adapters with {number} experts of rank={self.rank}")
-            names = tower == "text" and learner.objective.classifies
+            names = tower == "text" and "classes" in learner.objective.asks
             self.towers[tower] = own = Mixture(ClassTable() if names else TaskGaussians(self.directions, self.known))
             for pair in zip(firsts, lasts, strict=True):
                 norm = backbone.norm_before(pair[0])
@@ -257,8 +257,8 @@ class MoEAdapters(PerTower[Mixture], name="moe_adapters"):
     def _texts(learner: Core, data: Data, order: Tensor) -> dict[str, int]:
         """The class names of the task, or all captions of the images, and of which class each is."""
         found: dict[str, int] = {}
-        if learner.objective.classifies:
-            lines, labels = learner.objective.said(learner, {})
+        if "classes" in learner.objective.asks:
+            lines, labels = learner.objective.texts(learner, {})
             return dict(zip(lines, labels.tolist(), strict=True))
         for batch in learner.batches(data, _CHUNK, order):
             rows, places = present(batch["text"]).nonzero(as_tuple=True)

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from perdure.adapters.state import BufferDict
 from perdure.core.learner import Core
 from perdure.core.method import Method
+from perdure.core.objective import Head
 from perdure.types import Batch, Task
 
 
@@ -16,7 +17,7 @@ class NCM(Method, name="ncm"):
     In a composition (`lora + ncm`) a class's mean is taken at the end of its task, with the encoder of that moment.
     """
 
-    classifies = True
+    needs = "classes"
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,5 +39,15 @@ class NCM(Method, name="ncm"):
 
     def predict(self, learner: Core, batch: Batch) -> Tensor:
         """Cosines (B, seen classes) to the class means."""
+        return F.normalize(learner.encode(batch), dim=1) @ self._means(learner).T
+
+    def head(self, learner: Core) -> Head:
+        """The class means."""
+        what = "cosine to the classes' mean features (rows of `weight`, of unit length)"
+        scores = 'torch.nn.functional.normalize(features) @ head["weight"].T'
+        return Head(what, scores, {"weight": self._means(learner)})
+
+    def _means(self, learner: Core) -> Tensor:
+        """Unit-length class means, (seen classes, dim)."""
         means = torch.stack([self.sums[str(c)] / self.counts[str(c)] for c in learner.objective.classes])
-        return F.normalize(learner.encode(batch), dim=1) @ F.normalize(means, dim=1).T
+        return F.normalize(means, dim=1)

@@ -42,7 +42,7 @@ class RanPAC(Method, name="ranpac"):
             its training images.
     """
 
-    classifies = True
+    needs = "classes"
 
     def __init__(
         self,

@@ -43,7 +43,7 @@ class Replay(Method, name="replay"):
         ratio: old examples per new one in a batch, or in place of one.
     """
 
-    rehearses = True
+    rehearses = "some"
 
     def __init__(
         self,

@@ -28,8 +28,6 @@ from perdure.core.method import Method
 from perdure.core.shared_copy import Constant
 from perdure.mechanisms.distillation import distillation, trains_encoder
 from perdure.mechanisms.replay import read
-from perdure.objectives.retrieve import Retrieve, embedded
-from perdure.objectives.zeroshot import TEMPLATE, ZeroShot
 from perdure.options.ranges import Count, Factor, Strength, without_effect
 from perdure.options.spec import parse_one
 from perdure.streams import build_stream
@@ -97,10 +95,10 @@ class ZSCL(Method, name="zscl"):
 
     def grow(self, learner: Core, task: Task) -> None:
         """Take a copy of the model before the first task: later it has been trained."""
-        if not learner.objective.texts:
+        if "text" not in learner.objective.towers:
             raise ValueError(
-                f"zscl keeps scores of images and texts, and {type(learner.objective).__name__.lower()} reads no "
-                "texts: use --objective zeroshot or retrieve, or feature_distill"
+                f"zscl keeps scores of images and texts, and {learner.objective.name} reads no texts: use --objective "
+                "zeroshot or retrieve, or feature_distill"
             )
         if self.distils and not self._pretrained:
             self._pretrained.append(deepcopy(learner.backbone))
@@ -158,7 +156,7 @@ class ZSCL(Method, name="zscl"):
         else:
             recorded = batch[_TEACHER] if _TEACHER in batch else self._recorded(learner, batch)
             images = recorded[:, 0]
-            if isinstance(objective, Retrieve):
+            if "captions" in objective.asks:
                 rows, places = objective.chosen(batch)
                 lines, texts = batch["text"][rows, places], recorded[rows, 1 + places]
             else:
@@ -167,7 +165,7 @@ class ZSCL(Method, name="zscl"):
                 labels = labels.repeat_interleave(len(lines) // len(labels))  # every template, name after name
         own = texts
         if self.text_gradient and not learner.constant_texts:
-            if self.reference is None and isinstance(objective, Retrieve):
+            if self.reference is None and "captions" in objective.asks:
                 own = objective.shown(batch)[0]
             else:
                 own = learner.embed(lines, labels)
@@ -193,9 +191,9 @@ class ZSCL(Method, name="zscl"):
         shown: Batch = {name: batch[name] for name in ("image", "features") if name in batch}
         with torch.no_grad():
             images = teacher.encode(shown).unsqueeze(1)
-            if not isinstance(learner.objective, Retrieve):
+            if "captions" not in learner.objective.asks:
                 return images
-            return torch.cat([images, embedded(teacher, batch["text"])], dim=1)
+            return torch.cat([images, learner.objective.output(teacher, batch, "captions")], dim=1)
 
     def _names(self, learner: Core) -> tuple[Tensor, Tensor]:
         """Sentences with the names of all classes seen, packed, and what the teacher makes of them."""
@@ -256,6 +254,4 @@ def _similarity(learner: Core, images: Tensor, texts: Tensor) -> Tensor:
 
 def _sentences(names: Sequence[str], learner: Core) -> Tensor:
     """Every template with every name, packed."""
-    objective = learner.objective
-    templates = objective.templates if isinstance(objective, ZeroShot) else (TEMPLATE,)
-    return pack([[template.format(name)] for name in names for template in templates])[:, 0]
+    return pack([[template.format(name)] for name in names for template in learner.objective.templates])[:, 0]

@@ -1,31 +1,27 @@
 """Answers in words: cross-entropy on the tokens of answers, scored by what is said."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from string import ascii_uppercase
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from perdure.backbones.language import Language
-from perdure.objectives.base import Objective
+from perdure.core.learner import Core
+from perdure.core.objective import Objective
 from perdure.options.ranges import Count, checked
 from perdure.scoring import Reference, measure, score_of
 from perdure.scoring.choices import index_of, unlabelled
 from perdure.types import Batch, Data, Task
 
-if TYPE_CHECKING:
-    from perdure.core.learner import Core
-
 _TOGETHER = 256
 """Conversations that are read at once; those of them that are alike in length are answered together."""
 
 
-class Generate(Objective):
+class Generate(Objective, name="generate"):
     """A row is a token of an answer, the token that ends it included; what competes is the model's whole vocabulary.
 
     Neither the prompt nor images nor padding are learnt, and no logits of them are computed. Nothing grows with tasks:
@@ -45,6 +41,7 @@ class Generate(Objective):
 
     asks = frozenset({"conversations"})
     towers = frozenset({"vision", "projector", "language"})
+    outputs = ()  # a vocabulary's logits of every token are too many to keep
     open_vocabulary = True
     vectorised = False  # rows are picked by where answers stand
 
@@ -78,7 +75,6 @@ class Generate(Objective):
             )
         if score := self._score(task):
             score_of(score)
-        super().grow(learner, task)
         self.bind(learner)
 
     @property
@@ -91,6 +87,12 @@ class Generate(Objective):
     def scores(self, features: Tensor) -> Tensor:
         """Logits (R, vocabulary) of hidden states (R, dim)."""
         return self.backbone.head(features)
+
+    def distributions(self, features: Tensor | None, batch: Batch, old: bool = False) -> list[Tensor]:
+        """Logits (R, vocabulary): one distribution a token, which former tasks had already."""
+        if features is None:
+            raise ValueError("generate keeps no logits: its rows are needed")
+        return [self.scores(features)]
 
     def targets(self, batch: Batch) -> Tensor:
         """The token of each row, int64 (R,)."""

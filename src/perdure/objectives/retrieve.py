@@ -9,34 +9,33 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from perdure.backbones.texts import present, unpack
+from perdure.core.learner import Core
+from perdure.core.objective import Competitors, Head, Objective
 from perdure.metrics import recalls
-from perdure.objectives.base import Objective
 from perdure.options.ranges import Count, checked
 from perdure.types import Batch, Data, Task, Union
-
-if TYPE_CHECKING:
-    from perdure.core.learner import Core
 
 _CAPTIONS = "captions"
 
 
-class Retrieve(Objective):
+class Retrieve(Objective, name="retrieve"):
     """Symmetric contrastive loss between images and captions, with the model's frozen logit scale.
 
     Args:
         captions: how many of an image's captions a step shows, drawn anew in every step; None shows all.
     """
 
+    asks = frozenset({"captions"})
+    towers = frozenset({"vision", "text"})
+    outputs = ("features", _CAPTIONS)
     open_vocabulary = True
-    classifies = False
-    texts = True
+    vectorised = False  # captions are read one by one, and vmap cannot look into them
 
     @checked
     def __init__(self, captions: Count | None = 1) -> None:
@@ -65,17 +64,17 @@ class Retrieve(Objective):
         """
         raise ValueError("retrieve ranks images and captions and scores no classes: use 'perdure search'")
 
-    def competes_locally(self, batch: Batch) -> bool:
+    def only_task_classes(self, batch: Batch) -> bool:
         """Never: all pairs of a batch compete."""
         return False
 
-    def losses(self, features: Tensor, batch: Batch, local: bool | None = None) -> Tensor:
+    def losses(self, features: Tensor, batch: Batch, only_task: bool | None = None) -> Tensor:
         """Contrastive loss of each image, (B,): the mean of image to text and text to image.
 
         Args:
             features: (B, dim).
             batch: with `pair` and `text` (or the captions' embeddings).
-            local: has no meaning here.
+            only_task: has no meaning here.
 
         Raises:
             ValueError: when the batch has no captions.
@@ -83,7 +82,7 @@ class Retrieve(Objective):
         texts, image_of = self.shown(batch)
         return self.contrast(self.similarity(features, texts), batch["pair"], image_of)
 
-    def guess(self, batch: Batch, local: bool) -> float:
+    def chance_loss(self, batch: Batch, only_task: bool) -> float:
         """Log of the number of pairs that compete."""
         return math.log(max(2, len(batch["pair"])))
 
@@ -92,8 +91,21 @@ class Retrieve(Objective):
         scale = self._learner[0].backbone.logit_scale
         return scale * F.normalize(features, dim=1) @ F.normalize(texts, dim=1).T
 
+    def output(self, learner: Core, batch: Batch, name: str) -> Tensor:
+        """See `Objective.output`; zero for captions that are not there."""
+        return embedded(learner, batch["text"]) if name == _CAPTIONS else super().output(learner, batch, name)
+
+    def distributions(self, features: Tensor | None, batch: Batch, old: bool = False) -> list[Tensor]:
+        """Scaled cosines of images to the captions that a step shows, (R, n), and of captions to images, (n, R)."""
+        if features is None:
+            features, texts = batch["features"], batch[_CAPTIONS][self.chosen(batch)]
+        else:
+            texts, _ = self.shown(batch)
+        scores = self.similarity(features, texts)
+        return [scores, scores.T]
+
     def shown(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Embeddings (n, dim) of the captions that a step shows, and for each the row of its image."""
+        """See `Objective.shown`."""
         if "texts" in batch:
             return batch["texts"], batch["image_of"]
         rows, places = self.chosen(batch)
@@ -101,13 +113,13 @@ class Retrieve(Objective):
             return batch[_CAPTIONS][rows, places], rows
         return self._learner[0].embed(batch["text"][rows, places], batch["label"][rows]), rows
 
-    def read(self, learner: Core, batch: Batch) -> Batch:
+    def embed_texts(self, learner: Core, batch: Batch) -> Batch:
         """With the shown captions' embeddings `texts` (n, dim), and the row of each one's image, `image_of` (n,)."""
         texts, image_of = self.shown(batch)
         return batch | {"texts": texts, "image_of": image_of}
 
     def chosen(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Which captions a step shows, as (rows, places) into `text`; the same ones whenever asked in a step."""
+        """See `Objective.chosen`; drawn anew in every step."""
         if "text" not in batch:
             raise ValueError("retrieve learns from captions, which this stream has not: use captions(path=...)")
         there = present(batch["text"])
@@ -138,36 +150,43 @@ class Retrieve(Objective):
         back = (to_image @ shares) / shares.sum(0).clamp_min(1)
         return (to_text + back) / 2
 
-    def narrowed(self, batch: Batch) -> Batch:
-        """`batch` with those captions only that a step shows."""
+    def example(self, batch: Batch, index: int) -> Batch:
+        """See `Objective.example`."""
         rows, places = self.chosen(batch)
-        shown = torch.zeros_like(batch["text"])
-        shown[rows, places] = batch["text"][rows, places]
-        return batch | {"text": shown}
+        own = places[rows == index]
+        shown = torch.zeros_like(batch["text"][index])
+        shown[own] = batch["text"][index, own]
+        return super().example(batch, index) | {"text": shown.unsqueeze(0)}
 
-    def company(self, learner: Core, batch: Batch) -> Batch:
+    def competitors(self, learner: Core, batch: Batch) -> Batch:
         """The pairs of `batch` as they are now, which others are compared with."""
         texts, image_of = self.shown(batch)
         return {"features": learner.encode(batch), "pair": batch["pair"], "texts": texts, "image_of": image_of}
 
-    def loss_alone(self, features: Tensor, batch: Batch, local: bool, company: Batch) -> Tensor:
-        """See `Objective.loss_alone`: among the other images and texts of `company`, which get no gradient."""
+    def example_loss(self, features: Tensor, batch: Batch, rivals: Competitors) -> Tensor:
+        """See `Objective.example_loss`: among other images and texts, which get no gradient."""
         texts, image_of = self.shown(batch)
-        images = company["pair"] != batch["pair"]
-        others = images[company["image_of"]]
-        rows = images.cumsum(0)[company["image_of"][others]]  # counted from 1, for the one image comes first
+        images, others = self._others(batch, rivals)
+        known = rivals.others
+        rows = images.cumsum(0)[known["image_of"][others]]  # counted from 1, for the one image comes first
         scores = self.similarity(
-            torch.cat([features, company["features"][images]]), torch.cat([texts, company["texts"][others]])
+            torch.cat([features, known["features"][images]]), torch.cat([texts, known["texts"][others]])
         )
-        pair = torch.cat([batch["pair"], company["pair"][images]])
+        pair = torch.cat([batch["pair"], known["pair"][images]])
         return self.contrast(scores, pair, torch.cat([image_of, rows]))[0]
 
-    def answers_alone(self, features: Tensor, batch: Batch, company: Batch) -> Tensor:
-        """Scaled cosines of the image to the other texts of `company`, and of its texts to the other images."""
-        texts, _ = self.shown(batch)
-        images = company["pair"] != batch["pair"]
-        forth = self.similarity(features, company["texts"][images[company["image_of"]]])
-        return torch.cat([forth.flatten(), self.similarity(texts, company["features"][images]).flatten()])
+    def example_scores(self, features: Tensor, batch: Batch, rivals: Competitors) -> Tensor:
+        """Scaled cosines of the image to other texts, and of its texts to other images."""
+        images, others = self._others(batch, rivals)
+        forth = self.similarity(features, rivals.others["texts"][others])
+        back = self.similarity(self.shown(batch)[0], rivals.others["features"][images])
+        return torch.cat([forth.flatten(), back.flatten()])
+
+    @staticmethod
+    def _others(batch: Batch, rivals: Competitors) -> tuple[Tensor, Tensor]:
+        """Which images, and which texts, are not of the one pair of `batch`."""
+        images = rivals.others["pair"] != batch["pair"]
+        return images, images[rivals.others["image_of"]]
 
     def record(self, learner: Core, batch: Batch) -> Batch:
         """Embeddings (B, K, dim) of all captions, where the text tower can never change."""
@@ -175,7 +194,13 @@ class Retrieve(Objective):
             return {}
         return {_CAPTIONS: embedded(learner, batch["text"])}
 
-    def said(self, learner: Core, batch: Batch) -> tuple[list[str], Tensor]:
+    def head(self, learner: Core) -> Head:
+        """The scale: captions to compare with are anybody's."""
+        cosines = "torch.nn.functional.normalize(features) @ torch.nn.functional.normalize(texts).T"
+        what = "cosine to the embeddings of any sentences, times `logit_scale`"
+        return Head(what, f'head["logit_scale"] * {cosines}', {"logit_scale": learner.backbone.logit_scale})
+
+    def texts(self, learner: Core, batch: Batch) -> tuple[list[str], Tensor]:
         """The captions of a step."""
         rows, places = self.chosen(batch)
         return unpack(batch["text"][rows, places]), batch["label"][rows]

@@ -1,25 +1,18 @@
 """Classification by class names: the text tower's embeddings are the classifier (CLIP; Radford et al., ICML 2021)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from perdure.objectives.base import Objective, accuracies
+from perdure.core.learner import Core
+from perdure.core.objective import COSINES, TEMPLATE, Head, Objective, accuracies
 from perdure.options.ranges import checked
 from perdure.types import Batch, Task
 
-if TYPE_CHECKING:
-    from perdure.core.learner import Core
 
-TEMPLATE = "a photo of a {}."
-
-
-class ZeroShot(Objective):
+class ZeroShot(Objective, name="zeroshot"):
     """Cosine to the class names' text embeddings, times the model's frozen logit scale.
 
     A class's embedding is the normalised mean over templates of normalised embeddings. While the text tower is neither
@@ -29,8 +22,8 @@ class ZeroShot(Objective):
         templates: one or several sentences with `{}` for the class name.
     """
 
+    towers = frozenset({"vision", "text"})
     open_vocabulary = True
-    texts = True
 
     @checked
     def __init__(self, templates: str | Sequence[str] = TEMPLATE) -> None:
@@ -67,22 +60,34 @@ class ZeroShot(Objective):
         return class_texts(self._learner[0], names, self.templates, classes)
 
     def scores(self, features: Tensor) -> Tensor:
-        """Scaled cosines (B, seen classes)."""
+        """Scaled cosines (R, seen classes)."""
         return self.similarity(features, self._classes())
 
-    def local_scores(self, features: Tensor) -> Tensor:
-        """Scaled cosines (B, classes of the current task); a text tower that learns reads no other names."""
+    def task_scores(self, features: Tensor) -> Tensor:
+        """Scaled cosines (R, classes of the current task); a text tower that learns reads no other names."""
         if self._learner[0].constant_texts or torch.is_inference_mode_enabled():
-            return super().local_scores(features)
-        names, classes = [self.names[i] for i in self.local], [self.classes[i] for i in self.local]
+            return super().task_scores(features)
+        names, classes = zip(*((self.names[i], self.classes[i]) for i in self.task_columns), strict=True)
         return self.similarity(features, self.embed(names, classes))
 
     def similarity(self, features: Tensor, classes: Tensor) -> Tensor:
-        """Scaled cosines (B, n) of image features to `classes` (n, dim)."""
+        """Scaled cosines (R, n) of image features to `classes` (n, dim)."""
         scale = self._learner[0].backbone.logit_scale
         return scale * F.normalize(features, dim=1) @ classes.T
 
-    def said(self, learner: Core, batch: Batch) -> tuple[list[str], Tensor]:
+    def distributions(self, features: Tensor | None, batch: Batch, old: bool = False) -> list[Tensor]:
+        """See `Objective.distributions`; the last one is of each class name over the batch's images."""
+        scores = batch["scores"] if features is None else self.scores(features)
+        every = sorted({column for each in self.former for column in each})
+        over_images = scores[:, every].T if old else scores.T
+        return [*super().distributions(None, {"scores": scores}, old), over_images]
+
+    def head(self, learner: Core) -> Head:
+        """The embeddings of the class names."""
+        what = "cosine to the class names' text embeddings (rows of `weight`, of unit length), times `logit_scale`"
+        return Head(what, COSINES, {"weight": self.embed(self.names), "logit_scale": learner.backbone.logit_scale})
+
+    def texts(self, learner: Core, batch: Batch) -> tuple[list[str], Tensor]:
         """The class names of the task, in all templates."""
         task, templates = learner.task, self.templates
         texts = [template.format(name) for template in templates for name in task.names]

@@ -1,6 +1,7 @@
 """What a run is asked to do: one frozen dataclass, which is the command line's help and run.json's content."""
 
 import dataclasses
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -9,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from perdure.formatting import meant
 from perdure.options.paths import anchored
 from perdure.options.ranges import Range, Seed
-from perdure.options.spec import build, parse
+from perdure.options.spec import Spec, build, parse, parse_one
 from perdure.training.settings import Attention, Precision, TrainConfig
 
 if TYPE_CHECKING:  # what only asks, as the command line's help does, waits for no torch
     from perdure.core.method import Method
-    from perdure.objectives import Objective
+    from perdure.core.objective import Objective
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,22 +65,53 @@ def register() -> None:
     import_module("perdure.methods")
 
 
+FORMER = {"cosine": ("objective", {"cosine": True})}
+"""Former methods that are options of something else now, which a part of that name still sets: for one release."""
+
+
 def make_method(text: str) -> "Method":
     """A method from its spec: `lora(rank=8) + replay(size=200)`."""
-    from perdure.core.method import METHODS, compose
+    from perdure.core.method import METHODS, Method, compose
 
     register()
     specs = parse(text)
-    method = compose([build(spec, METHODS, "method") for spec in specs])
+    # an empty part stands for a former one, so that saved learners keep the keys of the others
+    empty = {name: type(name, (Method,), {"name": name}) for name in FORMER}
+    method = compose([empty[s.name]() if s.name in empty else build(s, METHODS, "method") for s in specs])
     method.spec = " + ".join(map(str, specs))
     return method
 
 
-def make_objective(text: str) -> "Objective":
-    """An objective from its spec."""
+def make_objective(text: str, method: str = "") -> "Objective":
+    """An objective from its spec, with what former parts of `method` set."""
     from perdure.objectives import OBJECTIVES
 
-    return one(text, OBJECTIVES, "objective")  # type: ignore[no-any-return]
+    return one(with_former(text, "objective", method), OBJECTIVES, "objective")  # type: ignore[no-any-return]
+
+
+def with_former(text: str, kind: str, method: str) -> str:
+    """The spec `text` of an objective, or what else a `kind` is, with the options that former parts of `method` set."""
+    parts = [part for part in (parse(method) if method else ()) if FORMER.get(part.name, ("",))[0] == kind]
+    if not parts:
+        return text
+    options = {k: v for part in parts for k, v in (*FORMER[part.name][1].items(), *part.kwargs)}
+    own = parse_one(text)
+    return str(
+        Spec(own.name, (*own.kwargs, *((k, v) for k, v in options.items() if k not in dict(own.kwargs))), own.parts)
+    )
+
+
+def former_parts(config: RunConfig) -> str:
+    """What to write in place of a method with former parts; empty where it has none."""
+    parts = parse(config.method)
+    if not (former := [part.name for part in parts if part.name in FORMER]):
+        return ""
+    rest = " + ".join(str(part) for part in parts if part.name not in FORMER) or "probe"
+    kinds = dict.fromkeys(FORMER[name][0] for name in former)
+    more = "".join(
+        f" --{kind} {shlex.quote(with_former(getattr(config, kind), kind, config.method))}" for kind in kinds
+    )
+    return f"{former[0]} is no method any more, but an option: write --method {shlex.quote(rest)}{more}"
 
 
 def make_backbone(text: str) -> Any:

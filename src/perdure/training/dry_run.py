@@ -18,7 +18,8 @@ def foresee(config: RunConfig, backbone: Backbone, stream: Stream) -> None:
     Raises:
         ValueError: for what a task of `stream` would be refused with when its turn comes.
     """
-    learner = Core(backbone, make_objective(config.objective), make_method(config.method), stream.scenario, config.seed)
+    objective, method = make_objective(config.objective, config.method), make_method(config.method)
+    learner = Core(backbone, objective, method, stream.scenario, config.seed)
     try:
         for task in stream:
             described = Task.described(task.describe())

@@ -22,6 +22,7 @@ import torch
 from perdure.core import checkpoint
 from perdure.core.checkpoint import read_record as read_record
 from perdure.core.learner import Core
+from perdure.core.objective import asking
 from perdure.evaluation import calibration
 from perdure.evaluation.feature_drift import Drift
 from perdure.evaluation.schedule import Evaluation
@@ -33,7 +34,7 @@ from perdure.storage.schema import Damaged, Moves, Record, Summary
 from perdure.streams import build_stream
 from perdure.streams.augment import AUGMENTS
 from perdure.training import taught_images as taught
-from perdure.training.config import RunConfig, make_backbone, make_method, make_objective
+from perdure.training.config import RunConfig, former_parts, make_backbone, make_method, make_objective
 from perdure.training.dry_run import foresee
 from perdure.training.loop import Diverged, Progress, Quiet, TrainConfig, check_finite, fit_task
 from perdure.training.runtime import Runtime, check_device, resolve
@@ -65,15 +66,18 @@ def run(
         ValueError: for anything in `config` that cannot be done, before anything is learnt.
         Interrupted: after SIGINT or SIGTERM.
     """
+    progress = progress or Quiet()
     with checkpoint.locked(out):
         if (out / "run.json").exists():
             raise ValueError(f"{out} already holds a run: go on with 'perdure resume {out}', or give another --out")
+        if old := former_parts(config):
+            progress.note(old)
         learner, stream, runtime = _build(config, runtime)
         foresee(config, learner.backbone, stream)
         held_out = Retention(config.retain, learner)
         write_record(out, record(config, learner, stream, runtime, held_out))
         with nothing_learnt_nothing_left(out), as_found(runtime.threads):
-            return learn_stream(config, learner, stream, out, progress or Quiet(), config.save_every, held_out=held_out)
+            return learn_stream(config, learner, stream, out, progress, config.save_every, held_out=held_out)
 
 
 @contextmanager
@@ -218,7 +222,7 @@ def build_learner(kind: type[C], config: RunConfig, runtime: Runtime | None = No
         config: of the run.
         runtime: how to compute; None resolves what `config` leaves open.
     """
-    method, objective = make_method(config.method), make_objective(config.objective)
+    method, objective = make_method(config.method), make_objective(config.objective, config.method)
     backbone = make_backbone(config.backbone)
     if runtime is None:
         runtime = resolve(backbone, config.precision, config.attention, config.device)
@@ -231,15 +235,11 @@ def build_learner(kind: type[C], config: RunConfig, runtime: Runtime | None = No
 def _build(config: RunConfig, runtime: Runtime | None) -> tuple[Core, Stream, Runtime]:
     learner, runtime = build_learner(Core, config, runtime)
     stream = build_stream(config.stream, learner.backbone.preprocess, config.seed)
-    captioned = "captions" in stream.notes
-    if captioned and learner.objective.classifies:
+    if stream.gives not in (asks := learner.objective.asks):
+        asked = " or ".join(asks)
         raise ValueError(
-            f"{config.stream} has captions, which {config.objective} does not read: use --objective retrieve"
-        )
-    if not captioned and not learner.objective.classifies:
-        raise ValueError(
-            f"{config.objective} learns captions, which {config.stream} has not: use captions(path=...), or another "
-            "--objective"
+            f"{config.objective} learns {asked}, which {config.stream} has not: give a stream of {asked}, or use "
+            f"--objective {asking(stream.gives)}"
         )
     learner.scenario = stream.scenario
     return learner, stream, runtime

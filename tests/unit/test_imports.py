@@ -1,0 +1,31 @@
+"""No two modules of the package need each other, whenever they are imported and whatever for."""
+
+import ast
+from pathlib import Path
+
+SOURCE = Path(__file__).parents[2] / "src"
+MODULES = {
+    ".".join(file.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__"): file
+    for file in (SOURCE / "perdure").rglob("*.py")
+}
+
+
+def imported(module: str) -> set[str]:
+    """All that a module imports of the package: at its top, within functions, and for the type checker only."""
+    found = set()
+    for line in ast.walk(ast.parse(MODULES[module].read_text("utf-8"))):
+        if isinstance(line, ast.Import):
+            found |= {each.name for each in line.names}
+        elif isinstance(line, ast.ImportFrom) and line.module:
+            # the module of that name, or else something that its package defines
+            full = {f"{line.module}.{each.name}" for each in line.names}
+            found |= full & MODULES.keys() or {line.module}
+    return (found & MODULES.keys()) - {module}
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    imports = {module: imported(module) for module in MODULES}
+    # who imports nothing, or is imported by nobody, of what is left is in no cycle
+    while free := {m for m in imports if not imports[m] or not any(m in others for others in imports.values())}:
+        imports = {m: others - free for m, others in imports.items() if m not in free}
+    assert {m for m in imports if not m.startswith("perdure.streams")} == set()  # those of streams are known
