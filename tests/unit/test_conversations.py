@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from perdure.backbones.preprocess import Preprocess, UnreadableImage
+from perdure.backbones.preprocess import Preprocess
 from perdure.streams.conversation_stream import as_questions, conversations, in_turn
-from perdure.streams.conversations import Conversation, ConversationSet
+from perdure.streams.conversations import Conversation
 from perdure.types import Stream, Task
 
 SIZE = Preprocess(size=8, resize=8)
@@ -136,7 +136,7 @@ def test_every_form_and_file_gives_the_same_conversations(form: Any, ending: str
         assert each.messages == ({"role": "user", "content": content},)
         assert each.images[0].getpixel((0, 0)) == (i, 0, 0)
         assert (each.answer, each.options, each.score) == (f"it is {i}", None, "exact")
-        assert each["answer"] == each.answer and {**each}["images"] is each.images
+        assert {**each}["images"] is each.images
         assert str(file) in each.where
     assert Task.described(task.describe()).score == "exact"
 
@@ -160,28 +160,31 @@ def test_conversations_may_show_several_images_or_none_and_have_many_turns(folde
 
 def test_all_images_of_a_conversation_are_decoded_once_and_pickled_ones_hold_none(folder: Path) -> None:
     file = folder / "again.jsonl"
-    write(file, [{**row(i % 3), "question": f"{i}?"} for i in range(12)])
+    twice = {**row(0), "image": ["pics/0.png", "pics/0.png"], "question": "<image> or <image>?"}
+    write(file, [twice, *({**row(i % 3), "question": f"{i}?"} for i in range(1, 12))])
     data = measured(file)
+    left, data.pictures.budget.left = data.pictures.budget.left, 0
     opened: list[int] = []
     (source, _), *_ = data.pictures._places
     real = source.read
     source.read = lambda number: opened.append(number) or real(number)
     try:
         batch = data.__getitems__(range(12))
-        assert sorted(opened) == [0, 1, 2] and data.images() == 3
-        data.pictures.budget.left = 0  # what is decoded stays; nothing else would
-        data.__getitems__([0, 3])
-        assert len(opened) == 3
+        assert (sorted(opened), data.images()) == ([0, 1, 2], 3)
+        data.pictures.budget.left = left  # now what is decoded stays
+        for _ in range(2):
+            data.__getitems__([0, 3])
+            assert sorted(opened) == [0, 0, 1, 2]
     finally:
         del source.read
-    assert batch["pair"].unique().numel() == 3 and batch["pair"][0] == batch["pair"][3]
+    assert (batch["pair"].unique().numel(), batch["pair"][3]) == (4, batch["pair"][6])
     again = pickle.loads(pickle.dumps(data))
-    assert not again.pictures._decoded and len(again.__getitems__([0])["conversation"]) == 1
+    assert (again.pictures._decoded, len(again.__getitems__([0])["conversation"])) == ({}, 1)
     assert torch.equal(again.pairs, data.pairs)
 
 
-def shown(data: Any) -> set[int]:
-    return {number for each in data.records for number in each.images}
+def shown(*sets: Any) -> set[int]:
+    return {number for data in sets for each in data.records for number in each.images}
 
 
 def test_no_image_is_learnt_in_one_task_and_tested_in_another(folder: Path) -> None:
@@ -189,22 +192,31 @@ def test_no_image_is_learnt_in_one_task_and_tested_in_another(folder: Path) -> N
     write(file, [{**row(i), "kind": kind} for i in range(20) for kind in ("colour", "shape")])
     stream = read(file, by="kind")
     assert {task.name for task in stream} == {"colour", "shape"}
-    learnt, tested = (
-        set().union(*(shown(data) for data in sets)) for sets in zip(*((t.train, t.test) for t in stream))
-    )
-    assert len(learnt) == 16 and len(tested) == 4 and not learnt & tested
-    assert stream.notes["test_images"] == [4, 4] and stream.notes["conversations"]["train"] == [16, 16]
+    learnt, tested = shown(*(task.train for task in stream)), shown(*(task.test for task in stream))
+    assert (len(learnt), len(tested), learnt & tested) == (16, 4, set())
+    assert (stream.notes["test_images"], stream.notes["conversations"]["train"]) == ([4, 4], [16, 16])
     # Neither the seed nor which tasks are kept changes what is tested; fewer are a part of more.
     one = read(file, seed=9, by="kind", only=("shape",), per_task=3)
     (task,) = one
     whole = next(each for each in stream if each.name == "shape")
     keys = [{each.key for each in data.records} for data in (task.train, whole.train, task.test, whole.test)]
-    assert keys[0] < keys[1] and keys[2] == keys[3] and len(task.train) == 3
+    assert keys[0] < keys[1]
+    assert (keys[2], len(task.train)) == (keys[3], 3)
     mixed = read(file, by="kind", share_images=True)
-    assert (
-        set().union(*(shown(t.train) for t in mixed)) & set().union(*(shown(t.test) for t in mixed))
-        and mixed.notes["remarks"]
+    assert shown(*(task.train for task in mixed)) & shown(*(task.test for task in mixed))
+    assert mixed.notes["remarks"]
+    joined = in_turn(
+        *(conversations(str(file), by="kind", share_images=True, only=(kind,)) for kind in ("shape", "colour"))
     )
+    assert "images that are learnt, in some task" in joined(SIZE, 0).notes["remarks"][-1]
+    write(folder / "apart" / "a.train.json", [row(i) for i in range(4)])
+    write(folder / "apart" / "a.test.json", [row(i) for i in range(4, 6)])
+    write(folder / "apart" / "b.train.json", [row(i) for i in range(5, 9)])
+    write(folder / "apart" / "b.test.json", [row(9)])
+    with pytest.raises(ValueError, match=r"a.test.json, line 7 \(entry 2\): .* is also learnt, in task 'b'"):
+        read(folder / "apart", images=str(folder))
+    apart = read(folder / "apart", images=str(folder), share_images=True)
+    assert apart.notes["remarks"] == ["task 'a': 1 of 2 test conversations show images that are learnt"]
 
 
 LAYOUTS = [
@@ -242,7 +254,7 @@ def test_a_list_of_files_is_in_order_and_a_folder_by_the_seed(folder: Path) -> N
     found = {tuple(t.name for t in read(folder / "three", seed, images=str(folder))) for seed in range(6)}
     assert len(found) > 1
     named = read(folder / "three", images=str(folder), order=["b", "c", "a"])
-    assert [task.name for task in named] == ["b", "c", "a"] and [task.classes for task in named] == [(0,), (1,), (2,)]
+    assert [(task.name, task.classes) for task in named] == [("b", (0,)), ("c", (1,)), ("a", (2,))]
 
 
 CHOICES: list[tuple[Any, Any, str]] = [
@@ -266,7 +278,44 @@ def test_options_are_written_out_and_the_answer_is_a_letter(
     (each,) = examples(measured(file, score="choice"))
     first, second = each.options or ()
     asked = f"Which?\nA. {first}\nB. {second}\nAnswer with the option's letter from the given choices directly."
-    assert (each.question, each.answer) == (asked, letter) and not first.startswith("(A)")
+    assert (each.question, each.answer, first.startswith("(")) == (asked, letter, False)
     write(file, [{"question": "Which?\n(A) red\n(B) blue", "options": ["red", "blue"], "answer": "B"}])
     (each,) = examples(measured(file, suffix="One letter."))
     assert (each.question, each.answer) == ("Which?\n(A) red\n(B) blue\nOne letter.", "B")
+
+
+def test_any_stream_of_images_becomes_questions_and_streams_follow_each_other(folder: Path) -> None:
+    table = folder / "labels.parquet"
+    rows = [
+        {"image": {"bytes": png(i), "path": None}, "label": ("big_dog", "cat", "cow", "pig")[i % 4]} for i in range(20)
+    ]
+    write(table, rows)
+    images = f"parquet(path={str(table)!r}, tasks=2, order='natural')"
+    asked = as_questions(images, "What is in the picture?")(SIZE, 0)
+    assert [(task.names, task.score) for task in asked] == [(("big_dog", "cat"), "exact"), (("cow", "pig"), "exact")]
+    for task in asked:
+        for each, label in zip(
+            task.train.__getitems__(range(8))["conversation"], task.train.labels.tolist(), strict=True
+        ):
+            colour = each.images[0].getpixel((0, 0))[0]
+            assert (
+                each.answer == ("big dog", "cat", "cow", "pig")[colour % 4] == ("big dog", "cat", "cow", "pig")[label]
+            )
+            assert (each.question, each.where.startswith(str(table))) == ("What is in the picture?", True)
+    file = folder / "talk.jsonl"
+    write(file, [row(i) for i in range(10)])
+    joined = in_turn(conversations(str(file)), as_questions(images, question="What?"))(SIZE, 0)
+    assert [(task.index, task.classes, task.total) for task in joined] == [(0, (0,), 3), (1, (1, 2), 3), (2, (3, 4), 3)]
+    assert [sorted(set(task.train.labels.tolist())) for task in joined] == [[0], [1, 2], [3, 4]]
+    last = in_turn(
+        conversations(str(file)),
+        conversations(str(folder / "three"), images=str(folder)),
+        order=["talk", "a", "c", "b"],
+    )
+    assert [task.name for task in last(SIZE, 0)] == ["talk", "a", "c", "b"]
+    with pytest.raises(ValueError, match="write as_questions"):
+        in_turn(images, conversations(str(file)))(SIZE, 0)
+    with pytest.raises(ValueError, match="expected a text"):
+        as_questions(images)
+    with pytest.raises(ValueError, match="no stream of labelled images"):
+        as_questions(conversations(str(file)), "What?")(SIZE, 0)

@@ -103,6 +103,8 @@ def records(row: Any, place: str, key: str, show: Callable[[Any], Sequence[int]]
     answered = turns[-1][0] == "assistant"
     # Where a turn answers, a column "answer" may be a remark of whoever made the data; a list of answers is none.
     told = _first(row, (columns.answer,) if columns.answer else ("answers",) if answered else _ANSWERS)
+    if answered and None in turns[-1][1]:
+        raise ValueError(f"an {MARK} mark in the answer: only the user shows images")
     check(turns[:-1] if answered else turns, len(images))
     if not answered:
         turns.append(("assistant", (_answers(told)[0],)))
@@ -117,8 +119,6 @@ def _of_turns(
     for end, (role, parts) in enumerate(turns):
         if role != "assistant" or not (every or end == len(turns) - 1):
             continue
-        if None in parts:
-            raise ValueError("an image in a turn of the assistant: only the user shows images")
         right: tuple[str, ...] = (_text("".join(filter(None, parts)), "answer"),)
         if told and end == len(turns) - 1:
             if right[0] not in told:

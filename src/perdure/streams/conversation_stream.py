@@ -178,7 +178,11 @@ def _joined(parts: Sequence[Stream], order: Order | None, seed: int) -> Stream:
         "skipped": [where for part in parts for where in part.notes["skipped"]],
         "data_sets": [part.notes for part in parts],
     }
-    if remarks := [line for part in parts for line in part.notes.get("remarks", ())]:
+    remarks = [line for part in parts for line in part.notes.get("remarks", ())]
+    learnt, tested = (torch.cat([getattr(task, side).pairs for task in made]) for side in ("train", "test"))
+    if count := int(torch.isin(tested, learnt).sum()):
+        remarks.append(f"{count} of {len(tested)} test conversations show images that are learnt, in some task")
+    if remarks:
         notes["remarks"] = remarks
     return Stream("in_turn", "class", tuple(made), notes)
 

@@ -81,7 +81,8 @@ def arrange_conversations(found: Dialogues, options: ConversationOptions, seed: 
     """
     kept = _chosen(found, options)
     if options.measured:
-        divided, kind = [_Divided([], part.test or part.train) for part in found.parts], "all of it is measured"
+        divided = [_Divided([], part.train if part.test is None else part.test) for part in found.parts]
+        kept, kind = [i for i in kept if divided[i].tested], "all of it is measured"
     else:
         divided, kind = _split(found.parts, options.share_images)
     parts, divided = [found.parts[i] for i in kept], [divided[i] for i in kept]
@@ -207,22 +208,20 @@ def _groups(records: Sequence[Record], apart: bool) -> list[int]:
 
 
 def _shared(parts: Sequence[Part], divided: Sequence[_Divided], allowed: bool) -> list[str]:
-    """A remark for each task whose test shows images that it learns; refused unless it is allowed."""
+    """A remark for each task whose test shows images that are learnt, in it or in another; refused unless allowed."""
+    taught = {
+        image: part.name for part, (train, _) in zip(parts, divided, strict=True) for r in train for image in r.images
+    }
     remarks = []
-    for part, (train, test) in zip(parts, divided, strict=True):
-        learnt = {image for record in train for image in record.images}
-        both = [record for record in test if not learnt.isdisjoint(record.images)]
+    for part, (_, test) in zip(parts, divided, strict=True):
+        both = [(record, image) for record in test for image in record.images if image in taught]
         if both and not allowed:
+            record, image = both[0]
             raise ValueError(
-                f"{both[0].where}: an image of this test conversation is also learnt (one of {len(both)} in task "
-                f"{part.name!r}); remove it, or write share_images=True"
+                f"{record.where}: an image of this test conversation is also learnt, in task {taught[image]!r}; remove "
+                "it from one of the two, or write share_images=True"
             )
         if both:
-            remarks.append(
-                f"task {part.name!r}: {len(both)} of {len(test)} test conversations show images that it learns"
-            )
-    everything = {image for train, _ in divided for record in train for image in record.images}
-    crossing = sum(not everything.isdisjoint(record.images) for _, test in divided for record in test)
-    if crossing and not remarks:
-        remarks.append(f"{crossing} test conversations show images that other tasks learn")
+            count = len({id(record) for record, _ in both})
+            remarks.append(f"task {part.name!r}: {count} of {len(test)} test conversations show images that are learnt")
     return remarks

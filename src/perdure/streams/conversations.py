@@ -154,9 +154,6 @@ class Pictures:
         self._decoded: dict[int, Image.Image] = {}
         self.budget = budget or Budget()
 
-    def __len__(self) -> int:
-        return len(self._places)
-
     def number(self, identity: str, place: Callable[[], tuple[Source, int]], key: str) -> int:
         """The number of an image; a new one, at `place`, where nothing else had this identity."""
         if identity not in self._numbers:
@@ -165,11 +162,6 @@ class Pictures:
             self.identities.append(identity)
             self._numbers[identity] = len(self.keys) - 1
         return self._numbers[identity]
-
-    def where(self, number: int) -> str:
-        """File and row, for people."""
-        source, row = self._places[number]
-        return source.where(row)
 
     def read(self, numbers: Sequence[int]) -> dict[int, Image.Image]:
         """The images of these numbers, decoded; raises `UnreadableImage`."""
