@@ -189,6 +189,8 @@ def test_registry_knows_the_options_of_each_family() -> None:
         "dual": ["path", "vision", "text", "input_norm"],
         "pocket": [],
         "tiny": ["dim", "depth", "size", "seed", "fused", "text"],
+        "mllm": ["path", "dtype", "quantize", "checkpointing", "length"],
+        "tiny_mllm": ["dim", "depth", "size", "seed"],
     }
 
 

@@ -11,6 +11,7 @@ import torch
 
 from perdure.backbones.preprocess import Preprocess
 from perdure.formatting import meant
+from perdure.options.ranges import checked
 from perdure.options.spec import Spec, build, parse_one
 from perdure.streams.caption_set import Captioned
 from perdure.streams.conversation_files import ENDINGS, Reader
@@ -79,6 +80,7 @@ def conversations(
     return plan
 
 
+@checked
 def as_questions(*stream: Spec | str | StreamPlan, question: str = "", score: Score = "exact") -> StreamPlan:
     """Any stream of labelled images as questions: `as_questions(cifar100(tasks=5), question="What is this?")`.
 
@@ -133,6 +135,7 @@ def _place(source: Source, row: int) -> tuple[Source, int]:
     return source, row
 
 
+@checked
 def in_turn(*streams: Spec | str | StreamPlan, order: Order | None = None) -> StreamPlan:
     """All tasks of several streams of conversations, one stream after another.
 
