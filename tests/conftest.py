@@ -65,6 +65,7 @@ class Laboratory:
     objective: str = "classify"
     dim: int = 16
     fused: bool = True
+    layers: int | None = None
     lr: float = 1e-2
     epochs: int = 2
     seed: int = 0
@@ -88,7 +89,7 @@ class Laboratory:
             stream = f"captions_synthetic(tasks={self.tasks}, test_per_task=8, scenario={self.scenario!r})"
         settings = {
             "stream": stream,
-            "backbone": f"tiny(dim={self.dim}, fused={self.fused}, text={self.text})",
+            "backbone": f"tiny(dim={self.dim}, fused={self.fused}, text={self.text}, layers={self.layers})",
             "objective": self.objective,
             "epochs": self.epochs,
             "batch_size": 8,
@@ -105,7 +106,7 @@ class Laboratory:
         return TrainConfig(**{"epochs": self.epochs, "batch_size": 8, "lr": self.lr} | more)
 
     def backbone(self) -> Tiny:
-        return tiny(dim=self.dim, fused=self.fused, text=self.text)
+        return tiny(dim=self.dim, fused=self.fused, text=self.text, layers=self.layers)
 
     def stream(self) -> Stream:
         return build_stream(self.config("probe").stream, self.backbone().preprocess, self.seed)

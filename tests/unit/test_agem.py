@@ -93,7 +93,7 @@ def test_features_that_cannot_change_are_compared_as_the_batch_holds_them(lab: A
     assert learner.method.batch(learner, batch) is batch
     old = learner.method.parts[1]._old
     assert old.keys() == batch.keys() == {"features", "label"}
-    assert old["features"].shape == (5, learner.dim)
+    assert old["features"].shape == (5, learner.backbone.dim)
 
 
 def test_old_examples_are_augmented_as_new_ones_are(lab: Any) -> None:

@@ -138,7 +138,7 @@ def test_scores_of_the_own_classes_are_those_columns_of_all_scores(objective: st
     for method in ("lora(rank=2)", *(["lora(rank=2, tower='text')"] if bench.text else [])):
         learner = bench.learner(method)
         bench.teach(learner, bench.stream(), epochs=1)
-        features, columns = torch.randn(3, learner.dim), list(learner.objective.task_columns)
+        features, columns = torch.randn(3, learner.backbone.dim), list(learner.objective.task_columns)
         torch.testing.assert_close(
             learner.objective.task_scores(features), learner.objective.scores(features)[:, columns]
         )

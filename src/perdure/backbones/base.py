@@ -4,16 +4,19 @@ import hashlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, Literal, final
+from typing import Any, Literal, Self, final
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from perdure.backbones.preprocess import Preprocess
 from perdure.backbones.sites import OneTower as OneTower
 from perdure.backbones.sites import Tower as Tower
 from perdure.backbones.sites import block_numbers, sites_in, stack_of_blocks, words_of
 from perdure.backbones.sites import named_towers as named_towers
+from perdure.options.ranges import without_effect
+from perdure.options.spec import Spec, parse_one
 from perdure.types import Batch, Site
 
 # Tokenizers are switched for a call, and learners share them.
@@ -32,6 +35,9 @@ class Backbone(nn.Module):
     spec: str
     scale: float | None = None
     """Inverse temperature of image-text scores as it was published: weights in bfloat16 would round it by 0.6 %."""
+    layers: int | None = None
+    means: bool = True
+    """How many blocks features are taken from, and what of each; see `reading`."""
     folds: bool = True
     """Whether finished updates are written into the weights, of which a copy is kept, see `adapters.injection`."""
     text_mask: Tensor | None = None
@@ -47,7 +53,48 @@ class Backbone(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Features (B, dim) of `batch["image"]`, uint8 (B, 3, S, S)."""
-        return self.encode_pixels(self.normalise(batch["image"]))
+        pixels = self.normalise(batch["image"])
+        return self.encode_pixels(pixels) if self.layers is None else self._tokens_of_blocks(pixels)
+
+    @final
+    def reading(self, layers: int | None, means: bool = True) -> Self:
+        """This model, whose features are now the tokens of its last `layers` vision blocks; None changes nothing.
+
+        What separates classes is not all in a pre-trained encoder's last layer, least of all for data unlike its own:
+        LayUP (Ahrens et al., TMLR 2024, arXiv:2312.08888), whose classifier is `ranpac(dim=0)`. Differs: beside each
+        block's first token (the class token where the model has one) stands, with `means`, the mean of the others, and
+        each is normalised to mean 0 and deviation 1, since blocks differ in scale by orders of magnitude.
+
+        Raises:
+            ValueError: when there are not so many blocks, or `means=False` has no effect.
+        """
+        if layers is None:
+            without_effect("without layers", means=None if means else False)
+            return self
+        if layers > (depth := len(self.blocks())):
+            raise ValueError(f"layers={layers}: expected 1 to {depth}, the blocks of {self.spec}")
+        self.layers, self.means = layers, means
+        self.dim = self.sites("q", "0")[0].fan_in * (1 + means) * layers
+        spec, more = parse_one(self.spec), () if means else (("means", False),)
+        self.spec = str(Spec(spec.name, (*spec.kwargs, ("layers", layers), *more)))
+        return self
+
+    def _tokens_of_blocks(self, pixels: Tensor) -> Tensor:
+        """Normalised tokens of the last blocks (B, dim), the lowest block first."""
+        taken: list[Tensor] = []
+
+        def take(_block: object, _args: object, output: Tensor | tuple[Tensor, ...]) -> None:
+            hidden = output if isinstance(output, Tensor) else output[0]
+            taken.extend([hidden[:, 0], hidden[:, 1:].mean(1)] if self.means else [hidden[:, 0]])
+
+        names = self.blocks()[-(self.layers or 0) :]
+        handles = [self.get_submodule(name).register_forward_hook(take) for name in names]
+        try:
+            self.encode_pixels(pixels)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return torch.cat([F.layer_norm(token.float(), token.shape[1:]) for token in taken], dim=1)
 
     def normalise(self, image: Tensor) -> Tensor:
         """uint8 images to the pixel values the model was trained on, in the precision of its weights."""

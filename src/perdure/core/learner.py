@@ -4,7 +4,7 @@ import hashlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import accumulate, chain, islice
 from typing import Any, Self, TypeVar
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from perdure.adapters.injection import adapted, fold
 from perdure.backbones.base import Backbone
 from perdure.backbones.texts import unpack
-from perdure.core.method import Method, embeds, encodes, parts_of, varies
+from perdure.core.method import Method, parts_of, predicts, treated
 from perdure.core.objective import Objective, asking
 from perdure.core.temperature import Temperature
 from perdure.process import Turn, plain, seeded
@@ -47,6 +47,11 @@ class Core(nn.Module):
             raise ValueError(
                 f"{name} needs {needs}, and {objective.name} learns {' and '.join(objective.asks)}: leave it out of "
                 f"{method.spec or name!r}, or use --objective {asking(needs)}"
+            )
+        if backbone.layers and objective.open_vocabulary and not predicts(method):
+            raise ValueError(
+                f"{backbone.spec} gives features that class names and captions cannot be compared with: use "
+                "--objective classify, or add ncm or ranpac"
             )
         self.backbone = backbone.requires_grad_(False).eval()
         self.fingerprint = backbone.fingerprint()  # now, before anything is learnt
@@ -107,8 +112,9 @@ class Core(nn.Module):
         with (
             self.computing(),
             nullcontext() if entered is None else self.backbone.entering(self.constant_blocks, entered),
+            self.applied(batch),
         ):
-            features = self.method.encode(self, batch)
+            features: Tensor = self.backbone(batch)
         return self._checked(features.float(), "features of images")
 
     def embed(self, text: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -126,8 +132,23 @@ class Core(nn.Module):
             return torch.zeros(0, self.backbone.dim, dtype=torch.float32, device=self.device)
         with self.computing():
             tokens = self.backbone.tokenised(texts)
-            found = self.method.embed(self, tokens, labels if self.training else None).float()
-            return self._checked(found, "embeddings of texts")
+            known = tokens | {"label": labels} if self.training and labels is not None else tokens
+            with self.method.applied(self, known, "text"):
+                embeddings = self.backbone.encode_tokens(tokens).float()
+            return self._checked(embeddings, "embeddings of texts")
+
+    @contextmanager
+    def applied(self, batch: Batch) -> Iterator[None]:
+        """Within, the towers that make features of `batch` compute as the method has it, see `Method.applied`."""
+        with ExitStack() as stack:
+            for tower in self.encoder:
+                stack.enter_context(self.method.applied(self, batch, tower))
+            yield
+
+    @property
+    def encoder(self) -> tuple[str, ...]:
+        """The towers that make features: those that the objective reads, but one of texts, which embeds by itself."""
+        return tuple(t for t in self.backbone.towers() if t in self.objective.towers and t != "text")
 
     def _checked(self, answer: Tensor, what: str) -> Tensor:
         """`answer`, which is finite wherever it is asked for; in training a whole task is looked at, see `train`."""
@@ -157,11 +178,6 @@ class Core(nn.Module):
     def image_bytes(self) -> int:
         """Bytes of an image in uint8, at the size the model sees."""
         return 3 * self.backbone.preprocess.size**2
-
-    @property
-    def dim(self) -> int:
-        """Number of features."""
-        return self.method.width(self)
 
     @property
     def tunes_backbone(self) -> bool:
@@ -206,24 +222,28 @@ class Core(nn.Module):
 
     @property
     def constant_encoder(self) -> bool:
-        """Whether features can never change: nothing in the vision tower is trained or adapted."""
-        tower = self.backbone.get_submodule(self.backbone.towers()["vision"])
-        return not self.tunes_backbone and not adapted(tower) and not varies(self.method)
+        """Whether features can never change: nothing in the towers that make them is trained or adapted."""
+        return not self.tunes_backbone and all(map(self._constant, self.encoder))
 
     @property
     def constant_texts(self) -> bool:
         """Whether embeddings of texts can never change: nothing in the text tower is trained or adapted."""
-        parameters = self.backbone.tower_parameters("text").values()
-        tower = self.backbone.get_submodule(self.backbone.towers()["text"])
-        return not (adapted(tower) or embeds(self.method) or any(p.requires_grad for p in parameters))
+        trained = any(p.requires_grad for p in self.backbone.tower_parameters("text").values())
+        return not trained and self._constant("text")
+
+    def _constant(self, tower: str) -> bool:
+        module = self.backbone.get_submodule(self.backbone.towers()[tower])
+        return not adapted(module) and tower not in treated(self.method)
 
     @property
     def constant_blocks(self) -> int:
-        """How many blocks at the bottom of the vision tower are neither trained nor adapted."""
-        if self.tunes_backbone or encodes(self.method) or not self.backbone.has_blocks():
+        """How many of the lowest vision blocks are neither trained nor adapted, and give no features by themselves."""
+        backbone = self.backbone
+        if self.tunes_backbone or self.encoder != ("vision",) or treated(self.method) or not backbone.has_blocks():
             return 0
-        names = self.backbone.blocks()
-        return next((i for i, n in enumerate(names) if adapted(self.backbone.get_submodule(n))), len(names))
+        names = backbone.blocks()
+        names = names[: len(names) - (backbone.layers or 0)]
+        return next((i for i, n in enumerate(names) if adapted(backbone.get_submodule(n))), len(names))
 
     @contextmanager
     def inference(self) -> Iterator[None]:

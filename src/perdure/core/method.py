@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from perdure.types import AnyLearner, Batch, Data, Task
 METHODS: dict[str, type[Method]] = {}
 """Every method by name; a class registers itself by `class Mine(Method, name="mine")`."""
 
-_EXCLUSIVE = ("encode", "embed", "predict", "data")
+_EXCLUSIVE = ("predict", "data", "backward")
 
 
 class Method(nn.Module):
@@ -49,12 +50,10 @@ class Method(nn.Module):
     """Whether it only keeps steps from raising the loss on old examples, which training on all of them does too."""
     carrier: ClassVar[bool] = False
     """Whether messages name it where a part that trains the encoder is missing."""
-    reads: ClassVar[bool] = False
-    """Whether its `encode` only reads what the encoder computes: constant as long as the encoder is."""
+    treats: frozenset[str] = frozenset()
+    """Towers that compute in another way within `applied`."""
     records: tuple[str, ...] = ()
     """Names of what `record` gives."""
-    leaves: frozenset[str] = frozenset()
-    """Exclusive hooks that its class has, but that with these options it leaves to others."""
 
     def __init_subclass__(cls, name: str = "", **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -115,6 +114,10 @@ class Method(nn.Module):
         """What is added to the objective's loss."""
         return 0.0
 
+    def backward(self, learner: AnyLearner, loss: Tensor) -> None:
+        """Fill the gradients from the loss; at most one part of a composition may define it."""
+        loss.backward()  # type: ignore[no-untyped-call]
+
     def after_backward(self, learner: AnyLearner) -> None:
         """Change gradients."""
 
@@ -125,30 +128,22 @@ class Method(nn.Module):
         """Names of trainable parameters whose learning rate differs -> factor."""
         return {}
 
-    # Inference; in a composition at most one part may define each.
-    def encode(self, learner: AnyLearner, batch: Batch) -> Tensor:
-        """Features (B, dim) of a batch."""
-        features: Tensor = learner.backbone(batch)
-        return features
+    # Inference.
+    def applied(self, learner: AnyLearner, batch: Batch, tower: str) -> AbstractContextManager[None]:
+        """Within, `tower` computes on `batch` as this method has it: features, embeddings, and what a model generates.
 
-    def embed(self, learner: AnyLearner, tokens: Batch, labels: Tensor | None) -> Tensor:
-        """Embeddings (n, dim) of texts.
+        For what adapters and prompts in the tower do not do by themselves, such as prompts that each input chooses.
 
         Args:
-            learner: whose texts.
-            tokens: what the backbone's `tokenise` gave, on its device.
-            labels: class of each text, int64 (n,), where it is known; only in training.
+            learner: whose backbone.
+            batch: what the tower reads, on its device; of texts what `tokenise` gave, and in training `label` (n,)
+                where classes are known.
+            tower: one of the backbone's; those that a method `treats` are all that it is asked for.
         """
-        embeddings: Tensor = learner.backbone.encode_tokens(tokens)
-        return embeddings
-
-    def width(self, learner: AnyLearner) -> int:
-        """Number of features that `encode` gives."""
-        width: int = learner.backbone.dim
-        return width
+        return nullcontext()
 
     def predict(self, learner: AnyLearner, batch: Batch) -> Tensor:
-        """Scores (B, seen classes) of a batch; must not depend on which examples share the batch.
+        """Scores (B, seen classes) of a batch; must not depend on which examples share the batch. Of one part.
 
         Reads features with `learner.encode`: where these are known already, as in an evaluation, images are gone.
         """
@@ -163,7 +158,7 @@ class Method(nn.Module):
 class Compose(Method):
     """Several methods as one: additive hooks run in the order written, exclusive ones have one owner.
 
-    At a task's end those that encode or embed come first, so that the others see the features that will be used.
+    At a task's end those that treat a tower come first, so that the others see the features that will be used.
 
     Raises:
         ValueError: when two parts define the same exclusive hook, a part stands twice, or a part that guards others
@@ -212,8 +207,7 @@ class Compose(Method):
 
     def end_task(self, learner: AnyLearner, task: Task) -> None:
         """See `Method.end_task`."""
-        owners = [self._owner(hook) for hook in ("encode", "embed")]
-        for part in sorted(self, key=lambda part: (not part.concludes, part not in owners)):
+        for part in sorted(self, key=lambda part: (not part.concludes, not part.treats)):
             part.end_task(learner, task)
 
     def measures(self, learner: AnyLearner) -> dict[str, float]:
@@ -250,22 +244,19 @@ class Compose(Method):
         """See `Method.param_groups`."""
         return {k: v for part in self for k, v in part.param_groups(learner).items()}
 
-    def encode(self, learner: AnyLearner, batch: Batch) -> Tensor:
-        """See `Method.encode`."""
-        owner = self._owner("encode")
-        return super().encode(learner, batch) if owner is None else owner.encode(learner, batch)
+    @contextmanager
+    def applied(self, learner: AnyLearner, batch: Batch, tower: str) -> Iterator[None]:
+        """See `Method.applied`."""
+        with ExitStack() as stack:
+            for part in self:
+                if tower in part.treats:
+                    stack.enter_context(part.applied(learner, batch, tower))
+            yield
 
-    def embed(self, learner: AnyLearner, tokens: Batch, labels: Tensor | None) -> Tensor:
-        """See `Method.embed`."""
-        owner = self._owner("embed")
-        if owner is None:
-            return super().embed(learner, tokens, labels)
-        return owner.embed(learner, tokens, labels)
-
-    def width(self, learner: AnyLearner) -> int:
-        """See `Method.width`; asked of the part that encodes."""
-        owner = self._owner("encode")
-        return super().width(learner) if owner is None else owner.width(learner)
+    def backward(self, learner: AnyLearner, loss: Tensor) -> None:
+        """See `Method.backward`."""
+        owner = self._owner("backward")
+        return super().backward(learner, loss) if owner is None else owner.backward(learner, loss)
 
     def predict(self, learner: AnyLearner, batch: Batch) -> Tensor:
         """See `Method.predict`."""
@@ -335,22 +326,12 @@ def check_mask(learner: AnyLearner, mask: bool | None) -> None:
 
 
 def _defines(part: Method, hook: str) -> bool:
-    return getattr(type(part), hook) is not getattr(Method, hook) and hook not in part.leaves
+    return getattr(type(part), hook) is not getattr(Method, hook)
 
 
-def encodes(method: Method) -> bool:
-    """Whether a part replaces the backbone's plain features."""
-    return any(_defines(part, "encode") for part in parts_of(method))
-
-
-def embeds(method: Method) -> bool:
-    """Whether a part replaces the backbone's plain embeddings of texts."""
-    return any(_defines(part, "embed") for part in parts_of(method))
-
-
-def varies(method: Method) -> bool:
-    """Whether a part replaces the backbone's features by something that can change when the backbone does not."""
-    return any(_defines(part, "encode") and not part.reads for part in parts_of(method))
+def treated(method: Method) -> frozenset[str]:
+    """Towers of which a part replaces what the backbone plainly computes."""
+    return frozenset(tower for part in parts_of(method) for tower in part.treats)
 
 
 def predicts(method: Method) -> bool:

@@ -233,9 +233,9 @@ def check_ends(config: RunConfig, space: Space) -> None:
         for value in values:
             mine = configured(config, first | {name: value})
             make_method(mine.method)
-            make_objective(mine.objective)
+            make_objective(mine.objective, mine.method)
             if mine.backbone != configured(config, first).backbone:
-                make_backbone(mine.backbone)
+                make_backbone(mine.backbone, mine.method)
 
 
 def _suggest(trial: "Trial", name: str, each: Interval | tuple[Any, ...]) -> Any:

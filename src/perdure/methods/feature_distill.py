@@ -18,7 +18,7 @@ from perdure.adapters.injection import adapted
 from perdure.adapters.state import BufferDict
 from perdure.backbones.base import Tower
 from perdure.core.learner import Core
-from perdure.core.method import Method, check_texts, varies
+from perdure.core.method import Method, check_texts, treated
 from perdure.mechanisms.distillation import Teacher, trains_encoder
 from perdure.objectives.zeroshot import class_texts
 from perdure.options.ranges import Strength, without_effect
@@ -129,5 +129,4 @@ class FeatureDistill(Method, name="feature_distill"):
 def _moves(learner: Core, tower: str) -> bool:
     """Whether any part can change what `tower` gives."""
     inside = learner.backbone.get_submodule(learner.backbone.towers()[tower])
-    trained = adapted(inside) or any(p.requires_grad for p in inside.parameters())
-    return trained or (tower == "vision" and varies(learner.method))
+    return adapted(inside) or tower in treated(learner.method) or any(p.requires_grad for p in inside.parameters())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from perdure.core.learner import Core, derived_seed
-from perdure.core.method import varies
+from perdure.core.method import treated
 from perdure.process import ALONE, as_found, plain
 from perdure.streams.augment import AUGMENTS
 from perdure.training.settings import TrainConfig as TrainConfig
@@ -120,7 +120,7 @@ def fit_task(
     done, images = 0, 0
     optimizer = _optimizer(learner, config)
     trainable = sum(p.numel() for p in learner.trainable().values())
-    moved = varies(method) or not all(name.startswith("objective.") for name in learner.trainable())
+    moved = bool(treated(method)) or not all(name.startswith("objective.") for name in learner.trainable())
     progress.task(task, task.total, config.epochs, steps if optimizer else 0)
     if optimizer:
         if resumed:
@@ -137,7 +137,7 @@ def fit_task(
             batch = learner.noted(batch)
             optimizer.zero_grad()
             loss = learner.loss(batch)
-            loss.backward()  # type: ignore[no-untyped-call]
+            method.backward(learner, loss)
             if step == done:
                 _check_gradients(learner, task)
             method.after_backward(learner)

@@ -223,7 +223,7 @@ def build_learner(kind: type[C], config: RunConfig, runtime: Runtime | None = No
         runtime: how to compute; None resolves what `config` leaves open.
     """
     method, objective = make_method(config.method), make_objective(config.objective, config.method)
-    backbone = make_backbone(config.backbone)
+    backbone = make_backbone(config.backbone, config.method)
     if runtime is None:
         runtime = resolve(backbone, config.precision, config.attention, config.device)
     runtime.apply(backbone)
