@@ -5,7 +5,7 @@ gigabytes for a large vocabulary, are never computed.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -20,8 +20,13 @@ from perdure.backbones.sites import Tower
 from perdure.types import Batch, Site
 
 T = TypeVar("T")
+Within = Callable[[Batch], AbstractContextManager[None]]
 _SIZE = 64
 """Conversations that are answered together, unless they do not fit."""
+
+
+def _plainly(_batch: Batch) -> AbstractContextManager[None]:
+    return nullcontext()
 
 
 class Language(Backbone):
@@ -125,20 +130,21 @@ class Language(Backbone):
         """The conversation of each row, int64 (R,)."""
         return _owners(self.tokens(batch)).to(self._device)
 
-    def generate(self, batch: Batch, tokens: int = 32, size: int = _SIZE) -> list[str]:
+    def generate(self, batch: Batch, tokens: int = 32, size: int = _SIZE, within: Within = _plainly) -> list[str]:
         """What the model says, greedily, in each conversation of `batch`.
 
         Args:
             batch: with `conversation`; answers that it holds are not looked at.
             tokens: most tokens of an answer.
             size: conversations that are answered together; fewer where they do not fit into memory.
+            within: in which context each part of the batch is answered, see `Method.applied`.
         """
         asked = [each.with_answer(()) for each in self.tokens(batch)]
 
-        def say(some: Sequence[Tokens]) -> list[str]:
-            inputs = self._inputs(some, "left")
+        def say(some: Sequence[int]) -> list[str]:
+            inputs = self._inputs([asked[i] for i in some], "left")
             self._forget_positions()
-            with torch.no_grad(), self._reading(inputs):
+            with torch.no_grad(), within(_taken(batch, some)), self._reading(inputs):
                 said = self.model.generate(**inputs, max_new_tokens=tokens, use_cache=True)
             new = said[:, inputs["input_ids"].shape[1] :]
             texts: list[str] = self.dialogue.tokenizer.batch_decode(new, skip_special_tokens=True)
@@ -152,6 +158,7 @@ class Language(Backbone):
         options: Sequence[Sequence[str]],
         size: int = _SIZE,
         per: Literal["token", "option"] = "token",
+        within: Within = _plainly,
     ) -> list[Tensor]:
         """How likely each of the options is as the answer to its conversation: log-probabilities, (options,) each.
 
@@ -162,19 +169,21 @@ class Language(Backbone):
             options: of each conversation.
             size: answers that are read together; fewer where they do not fit into memory.
             per: the mean over the option's tokens, or their sum, which favours short ones.
+            within: see `generate`.
         """
-        examples = self.tokens(batch)
+        prompts, conversations = self.tokens(batch), list[Any](batch["conversation"])
+        owners = [i for i, own in enumerate(options) for _ in own]
+        said = [option for own in options for option in own]
         asked = [
-            self.dialogue.answered(tokens, conversation, option, end=False)
-            for tokens, conversation, own in zip(examples, batch["conversation"], options, strict=True)
-            for option in own
+            self.dialogue.answered(prompts[i], conversations[i], option, end=False)
+            for i, option in zip(owners, said, strict=True)
         ]
 
-        def score(some: Sequence[Tokens]) -> list[Tensor]:
-            read: Any = {"tokens": list(some)}
-            with torch.no_grad():
+        def score(some: Sequence[int]) -> list[Tensor]:
+            read: Any = _taken(batch, [owners[i] for i in some]) | {"tokens": [asked[i] for i in some]}
+            with torch.no_grad(), within(read):
                 found = -nn.functional.cross_entropy(self.head(self(read)), self.targets(read), reduction="none")
-            pieces = torch.split(found.cpu(), [len(each.answer) for each in some])
+            pieces = torch.split(found.cpu(), [len(asked[i].answer) for i in some])
             return [piece.mean() if per == "token" else piece.sum() for piece in pieces]
 
         scores = torch.stack(_by_length(asked, score, size)) if asked else torch.empty(0)
@@ -301,14 +310,23 @@ def _projectors(model: Language) -> tuple[str, ...]:
     return tuple(names[id(each)] for each in (*beside, *(each for _, each in reversed(within))))
 
 
-def _by_length(examples: Sequence[Tokens], ask: Callable[[Sequence[Tokens]], list[T]], size: int) -> list[T]:
+def _taken(batch: Batch, rows: Sequence[int]) -> Batch:
+    """Some of the examples of a batch."""
+    chosen: Any = {
+        name: value[list(rows)] if isinstance(value, Tensor) else [value[i] for i in rows]
+        for name, value in batch.items()
+    }
+    return dict(chosen)
+
+
+def _by_length(examples: Sequence[Tokens], ask: Callable[[Sequence[int]], list[T]], size: int) -> list[T]:
     """What `ask` says of each example, in their order; the longest come first, and `size` is halved until they fit."""
     order = sorted(range(len(examples)), key=lambda i: -len(examples[i]))
     found: dict[int, T] = {}
     while len(found) < len(order):
         some = order[len(found) : len(found) + size]
         try:
-            found |= zip(some, ask([examples[i] for i in some]), strict=True)
+            found |= zip(some, ask(some), strict=True)
         except RuntimeError as error:
             if size == 1 or not should_reduce_batch_size(error):
                 raise

@@ -309,7 +309,7 @@ class Core(nn.Module):
             data: of images.
             keep: remember the features (4 · dim bytes an image), as for a test set, which is asked for after each task.
         """
-        if not len(data) or (isinstance(data, Encoded) and data.images is None):
+        if not len(data) or not self.objective.one_row or (isinstance(data, Encoded) and data.images is None):
             return data
         if not keep:
             return self.features_of(data) if self.constant_encoder else data

@@ -66,6 +66,8 @@ class Evaluation:
         In one pass of full batches while features move from task to task. Where they stay, each set by itself and only
         when it is new: so that a resumed run, which has them to encode again, gets the same bits.
         """
+        if not learner.objective.one_row:
+            return list(tasks)
         if learner.constant_encoder:
             return [dataclasses.replace(t, test=learner.encoded(t.test, keep=True)) for t in tasks]
         if moved:

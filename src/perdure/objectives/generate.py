@@ -43,6 +43,7 @@ class Generate(Objective, name="generate"):
     towers = frozenset({"vision", "projector", "language"})
     outputs = ()  # a vocabulary's logits of every token are too many to keep
     open_vocabulary = True
+    one_row = False
     vectorised = False  # rows are picked by where answers stand
 
     @checked
@@ -127,7 +128,7 @@ class Generate(Objective, name="generate"):
     def say(self, learner: Core, batch: Batch) -> list[str]:
         """What `learner` says in each conversation of `batch`."""
         with learner.computing():
-            return self.backbone.generate(batch, self.tokens)
+            return self.backbone.generate(batch, self.tokens, within=learner.applied)
 
     def evaluate(self, learner: Core, tasks: Sequence[Task], size: int = _TOGETHER) -> list[dict[str, float]]:
         """Scores of the answers to the test set of each of `tasks`, see `perdure.scoring.measure`.
@@ -155,7 +156,8 @@ class Generate(Objective, name="generate"):
     def _likeliest(self, learner: Core, batch: Batch, references: Sequence[Reference]) -> list[bool]:
         """Of those that have options: whether the likeliest one is right; the first of several alike counts."""
         with learner.computing():
-            scores = self.backbone.likelihoods(batch, [_candidates(each) for each in references])
+            candidates = [_candidates(each) for each in references]
+            scores = self.backbone.likelihoods(batch, candidates, within=learner.applied)
         pairs = zip(references, scores, strict=True)
         return [int(own.argmax()) == index_of(each.answers[0], each.options) for each, own in pairs if each.options]
 
