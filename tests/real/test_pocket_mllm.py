@@ -64,4 +64,3 @@ def test_answers_are_the_same_at_every_batch_size_and_come_faster_together(
         seconds[size] = time.process_time() - start
     assert said[24] == said[5] == said[1]
     assert seconds[1] > 1.5 * seconds[24], seconds
-

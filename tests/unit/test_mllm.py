@@ -120,6 +120,31 @@ def test_an_answer_and_what_ends_it_are_all_that_is_learnt(model: Language) -> N
         )
 
 
+def test_answers_stand_where_the_template_says_that_the_assistant_speaks(model: Language) -> None:
+    dialogue = model.dialogue
+    marked = dialogue.processor.chat_template.replace("{{ p['text'] }}", "{{ p['text'] }}", 1)
+    said = "{% if m['role'] == 'assistant' %}{% generation %}{{ p['text'] }}{% endgeneration %}{% else %}{{ p['text'] }}{% endif %}"
+    marked = marked.replace("{{ p['text'] }}", said)
+    for talk in talks():
+        answer = talk["answer"] if isinstance(talk["answer"], str) else talk["answer"][0]
+        parts = [{"type": "image", "image": image} for image in talk["images"]]
+        content = [*parts, *(part for part in talk["messages"][0]["content"] if part["type"] == "text")]
+        whole = [
+            {"role": "user", "content": content},
+            {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+        ]
+        theirs = dialogue.processor.apply_chat_template(
+            whole, marked, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, return_tensors="pt"
+        )
+        ours = dialogue(talk)
+        spoken = theirs["input_ids"][theirs["assistant_masks"].bool()].tolist()
+        assert dialogue.tokenizer.decode(spoken).strip() == answer
+        start = theirs["assistant_masks"][0].tolist().index(1)
+        length = ours.prompt + len(ours.answer) - 1  # without what ends it, which a template may lack
+        assert torch.equal(ours.inputs["input_ids"][0, :length], theirs["input_ids"][0, :length])
+        assert ours.prompt <= start <= ours.prompt + 1, "LLaVA's blank is learnt with the answer"
+
+
 def test_rows_do_not_depend_on_what_fills_up(model: Language) -> None:
     batch = model.prepare({"conversation": talks()})
     rows, pad = model(batch), model.dialogue.pad
@@ -150,6 +175,14 @@ def test_positions_of_one_call_do_not_reach_another(loaded: Callable[[str], Lang
             between(seen)
             assert torch.equal(model(text), rows)
             assert model.generate(text, 6) == said
+
+
+def test_positions_of_images_are_not_guessed(loaded: Callable[[str], Language]) -> None:
+    for family in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
+        read = loaded(family).dialogue(talks()[0])
+        without = {name: value for name, value in read.inputs.items() if name != "mm_token_type_ids"}
+        with pytest.raises(ValueError, match="does not say which tokens are of images"):
+            loaded(family)({"tokens": [Tokens(without, read.prompt)]})
 
 
 def test_frames_of_a_video_are_read_where_a_model_reads_videos(loaded: Callable[[str], Language]) -> None:

@@ -242,6 +242,11 @@ class Language(Backbone):
 
     def _inputs(self, examples: Sequence[Tokens], side: Literal["left", "right"]) -> dict[str, Tensor]:
         found = collate(examples, side, self.dialogue.pad)
+        if hasattr(self.model.base_model, "get_rope_index") and "mm_token_type_ids" not in found:
+            raise ValueError(
+                f"{self.spec}: its processor does not say which tokens are of images (mm_token_type_ids), by which "
+                "positions are counted: get the processor's files again"
+            )
         dtype = self.model.get_input_embeddings().weight.dtype
         return {
             name: value.to(self._device, dtype if value.is_floating_point() else None, non_blocking=True)

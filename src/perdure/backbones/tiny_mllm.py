@@ -25,6 +25,7 @@ def tiny_mllm(
     depth: Annotated[int, Range(1, 16)] = 2,
     size: Annotated[int, Range(_PATCH, 16 * _PATCH)] = 2 * _PATCH,
     seed: Seed = 7,
+    length: Annotated[int, Range(16, 2048)] = 2048,
 ) -> Language:
     """A LLaVA of random weights, for tests: milliseconds a step, no files; its tokens are bytes, so it reads any text.
 
@@ -33,18 +34,19 @@ def tiny_mllm(
         depth: blocks of each tower.
         size: side of the images, in pixels; a multiple of 14, each patch of which is an image token.
         seed: of the weights; the random state of torch is left alone.
+        length: see `mllm`.
     """
     for name, value, unit in (("dim", dim, 4 * _HEADS), ("size", size, _PATCH)):
         if value % unit:
             raise ValueError(f"{name}={value}: expected a multiple of {unit}, for example {name}={2 * unit}")
-    spec = Spec("tiny_mllm", (("dim", dim), ("depth", depth), ("size", size), ("seed", seed)))
+    spec = Spec("tiny_mllm", (("dim", dim), ("depth", depth), ("size", size), ("seed", seed), ("length", length)))
     with ALONE, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, processor = _llava(dim, depth, size)
         for parameter in model.parameters():
             if parameter.ndim > 1:  # wider than models begin, so that answers differ
                 torch.nn.init.normal_(parameter, std=1.5 / parameter[0].numel() ** 0.5)
-    return Language(model, processor, str(spec))
+    return Language(model, processor, str(spec), length)
 
 
 def _llava(dim: int, depth: int, size: int) -> tuple[Any, Any]:

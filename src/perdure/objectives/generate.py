@@ -58,6 +58,7 @@ class Generate(Objective, name="generate"):
         score_of(score)
         self.tokens, self.score, self.per, self.likelihood = tokens, score, per, likelihood
         self._learner: list[Core] = []  # in a list: the learner owns us, not we the learner
+        self._cut: set[str] = set()  # where the current task's conversations stand whose answers were cut
 
     def bind(self, learner: Core) -> None:
         """See `Objective.bind`."""
@@ -77,6 +78,7 @@ class Generate(Objective, name="generate"):
         if score := self._score(task):
             score_of(score)
         self.bind(learner)
+        self._cut = set()
 
     @property
     def backbone(self) -> Language:
@@ -109,6 +111,8 @@ class Generate(Objective, name="generate"):
 
     def loss(self, features: Tensor, batch: Batch) -> Tensor:
         """Mean cross-entropy of the batch, see `per`."""
+        pairs = zip(batch.get("conversation", ()), self.backbone.tokens(batch), strict=False)
+        self._cut |= {str(conversation.get("where")) for conversation, tokens in pairs if tokens.cut}
         if self.per == "answer":
             return self.losses(features, batch).mean()
         return F.cross_entropy(self.scores(features), self.targets(batch))
@@ -119,6 +123,16 @@ class Generate(Objective, name="generate"):
         owners = self.owners(batch)
         counts = torch.bincount(owners)
         return torch.zeros_like(counts, dtype=rows.dtype).index_add(0, owners, rows) / counts
+
+    def remarks(self) -> list[str]:
+        """How many answers were longer than there was room for."""
+        if not self._cut:
+            return []
+        count, room = len(self._cut), self.backbone.dialogue.length
+        return [
+            f"{count} answers were cut, to fit into {room} tokens with their questions, the first of {min(self._cut)}: "
+            "give a longer length= to mllm(), or shorten them"
+        ]
 
     def answers(self, learner: Core, data: Data) -> list[str]:
         """What `learner` says in each conversation of `data`."""
