@@ -17,7 +17,8 @@ from typing import Any
 from perdure.formatting import human_bytes, times
 from perdure.reporting import charts
 from perdure.reporting.advise import growth
-from perdure.reporting.tables import settings_of, steps_of
+from perdure.reporting.runs import steps_of
+from perdure.reporting.tables import settings_of
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"

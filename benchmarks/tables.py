@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from perdure.reporting.runs import Run
+from perdure.reporting.runs import RunResults
 
 SHARES = {
     "acc": "acc",
@@ -33,7 +33,7 @@ def main() -> None:
     print("| method | orders | " + " | ".join(SHARES.values()) + " | trained / task | stored | seconds |")
     print("|---" * (len(SHARES) + 5) + "|")
     runs: dict[str, list[dict[str, Any]]] = {}
-    for run in map(Run.read, folders):
+    for run in map(RunResults.read, folders):
         runs.setdefault(run.method, []).append(run.summary)
     for method, found in runs.items():
         shares = " | ".join(share([each.get(key) for each in found]) for key in SHARES)

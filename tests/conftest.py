@@ -3,7 +3,8 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -15,8 +16,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from perdure.backbones.clip import FOLDER
 from perdure.backbones.tiny import Tiny, tiny
 from perdure.core.learner import Core
 from perdure.streams import build_stream
@@ -163,6 +165,15 @@ class Laboratory:
         begin(Quiet())
 
 
+@pytest.fixture(scope="module")
+def plain_figures() -> Iterator[None]:
+    """Figures without ticks, and legends where they fall: these take matplotlib two thirds of a command's time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("matplotlib.figure.Figure.set_layout_engine", lambda *_, **__: None)
+        patch.setattr("matplotlib.axis.Axis.draw", lambda *_: None)
+        yield
+
+
 CERTAIN = ("learnt", "tasks", "rows", "sha256", "trainable_parameters")
 
 
@@ -209,3 +220,126 @@ def tiny_mllms(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 def content_of() -> Any:
     """See `content`."""
     return content
+
+
+SQUARE = {"height": 32, "width": 32}
+WIDTHS = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
+TOWER = WIDTHS | {"num_hidden_layers": 2, "image_size": 32, "patch_size": 8}
+TEXT = WIDTHS | {"num_hidden_layers": 3, "max_position_embeddings": 24}
+CLIP_WORDS = TEXT | {"vocab_size": 8192, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+EFFICIENT = {
+    **{"image_size": 32, "hidden_dim": 16, "width_coefficient": 1.0, "depth_coefficient": 1.0, "depth_divisor": 4},
+    **{"kernel_sizes": [3, 3], "in_channels": [32, 8], "out_channels": [8, 16], "strides": [1, 2]},
+    **{"num_block_repeats": [1, 1], "expand_ratios": [1, 2]},
+}
+
+
+def hugging(kind: str) -> tuple[Any, Any]:
+    """A small fresh model of transformers and its image processor."""
+    import transformers as t
+
+    words = TEXT | {"vocab_size": 200}
+    cropped = {"size": {"height": 37, "width": 37}, "crop_size": SQUARE}
+    made: dict[str, Callable[[], tuple[Any, Any]]] = {
+        "vit": lambda: (t.ViTForImageClassification(t.ViTConfig(**TOWER)), t.ViTImageProcessor(size=SQUARE)),
+        "deit": lambda: (
+            t.DeiTModel(t.DeiTConfig(**TOWER), add_pooling_layer=False), t.DeiTImageProcessor(**cropped)
+        ),
+        "dinov2": lambda: (
+            t.Dinov2Model(t.Dinov2Config(**TOWER)), t.BitImageProcessor(size={"shortest_edge": 37}, crop_size=SQUARE)
+        ),
+        "clip": lambda: (
+            t.CLIPModel(t.CLIPConfig(text_config=CLIP_WORDS, vision_config=TOWER, projection_dim=16)),
+            t.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=SQUARE),
+        ),
+        "siglip": lambda: (
+            t.SiglipModel(t.SiglipConfig(text_config=CLIP_WORDS | {"projection_size": 32}, vision_config=TOWER)),
+            t.SiglipImageProcessor(size=SQUARE),
+        ),
+        "align": lambda: (
+            t.AlignModel(t.AlignConfig(text_config=words, vision_config=EFFICIENT, projection_dim=16)),
+            t.EfficientNetImageProcessor(
+                **cropped, do_center_crop=True, do_normalize=False, rescale_factor=1 / 127.5, rescale_offset=True,
+                include_top=False,
+            ),
+        ),
+        "dual": lambda: (
+            t.VisionTextDualEncoderModel(
+                t.VisionTextDualEncoderConfig(
+                    vision_config=t.ViTConfig(**TOWER).to_dict(), text_config=t.BertConfig(**words).to_dict(),
+                    projection_dim=16,
+                )
+            ),
+            t.ViTImageProcessor(size=SQUARE),
+        ),
+        "chinese_clip": lambda: (
+            t.ChineseCLIPModel(t.ChineseCLIPConfig(text_config=words, vision_config=TOWER, projection_dim=16)),
+            t.ChineseCLIPImageProcessor(size=SQUARE, crop_size=SQUARE),
+        ),
+        "bert": lambda: (t.BertModel(t.BertConfig(**words)), None),
+        "roberta": lambda: (t.RobertaForMaskedLM(t.RobertaConfig(**words | {"pad_token_id": 1})), None),
+    }  # fmt: skip
+    return made[kind]()
+
+
+def shake(model: torch.nn.Module) -> None:
+    """Biases and layer norms of a fresh model are trivial; a mix-up of them would not show."""
+    for parameter in model.parameters():
+        # Convolutions as small as a fresh model's, many on top of each other, tell no images apart.
+        parameter.data += (0.5 if parameter.ndim == 4 else 0.05) * torch.randn(parameter.shape)
+
+
+def write_words(folder: Path) -> None:
+    """A vocabulary of single characters, as Chinese models have."""
+    marks = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    letters = [chr(i) for i in range(ord("a"), ord("z") + 1)]
+    (folder / "vocab.txt").write_text("\n".join([*marks, *letters, *(f"##{c}" for c in letters), *"一只猫狗,."]) + "\n")
+    facts = {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": 512}
+    (folder / "tokenizer_config.json").write_text(json.dumps(facts))
+
+
+class Saved(dict[str, Path]):
+    """Folders of small random models as transformers writes them, each made when it is first asked for."""
+
+    shake, write_words = staticmethod(shake), staticmethod(write_words)
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def __missing__(self, kind: str) -> Path:
+        import transformers
+
+        folder = self[kind] = self.root / kind
+        transformers.utils.logging.disable_progress_bar()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model, processor = hugging(kind)
+            shake(model)
+            model.save_pretrained(folder)
+        if processor is not None:
+            processor.save_pretrained(folder)
+        transformers.utils.logging.enable_progress_bar()
+        if kind in ("chinese_clip", "align", "dual", "bert", "roberta"):
+            write_words(folder)
+        else:
+            for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+                shutil.copy(FOLDER / name, folder)
+        return folder
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    """See `Saved`; not to be changed."""
+    return Saved(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def timm_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights of timm's test_vit with its classifier, as on the hub."""
+    import timm
+
+    file = tmp_path_factory.mktemp("timm") / "vit.safetensors"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        save_file(timm.create_model("test_vit").state_dict(), file)
+    return file

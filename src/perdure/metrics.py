@@ -129,6 +129,11 @@ def average(matrix: Matrix) -> float | None:
     return _mean([value for row in _square(matrix) for value in row])
 
 
+def new_task_acc(matrix: Matrix) -> float | None:
+    """Mean score on each task right after it was learnt: (1/T) Σ_j R_jj."""
+    return _mean([row[j] for j, row in enumerate(_square(matrix))])
+
+
 def summarise(matrix: Matrix, baseline: Scores | None = None) -> dict[str, float | None]:
     """All of the above by name: acc, aaa, forgetting, bwt, fwt, retention."""
     return {

@@ -140,7 +140,7 @@ class Stream:
 
     @property
     def gives(self) -> str:
-        """What stands beside its images, if there are any: `classes`, `captions` or `conversations`; see `Objective.asks`."""
+        """What stands beside its images: `classes`, `captions` or `conversations`; see `Objective.asks`."""
         return next((what for what in ("conversations", "captions") if what in self.notes), "classes")
 
     def __len__(self) -> int:

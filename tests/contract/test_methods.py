@@ -18,229 +18,107 @@ from perdure.training.loop import Quiet, fit_task
 from perdure.types import Task
 
 register()
-COMBINATIONS = [
-    "lora(rank=2) + ewc",
-    "lora(rank=2) + replay(size=12)",
-    "lora(rank=2) + ncm",
-    "lora(rank=2) + joint",
-    "lora(rank=2) + ewc + replay(size=12, selection='class_balanced')",
-    "inflora(rank=2) + replay(size=12)",
-    "inflora(rank=2) + ncm",
-    "inflora(rank=2) + replay(size=12) + ncm",
-    "inflora(rank=2) + joint",
-    "finetune + ewc",
-    "finetune + replay(size=12)",
-    "probe + replay(size=12)",
-    "finetune(mask=False) + ncm",
-    "lora(rank=2, per_task=True)",
-    "lora(rank=2, tasks=1) + ncm",
-    "inflora(ranks=(1, 2, 4))",
-    "sd_lora(rank=(3, 2), drops=(1,))",
-    "sd_lora(rank=2, distil=0.9)",
-    "sd_lora(rank=2, normalise='paper') + replay(size=12)",
-    "fm_lora(rank=4) + replay(size=12)",
-    "fm_lora(rank=4, share=False, prompts=0)",
-    "o_lora(rank=2) + ncm",
-    "route_lora(rank=2) + ewc",
-    "probe + align",
-    "probe + align(covariance='lowrank', rank=4, temperature=0.1, shrink=0.1, epochs=1)",
-    "lora(rank=2) + replay(size=12) + align(covariance='diagonal')",
-    "lora(rank=2) + align(covariance='full') + ewc",
-    "lora(rank=2) + joint + align",
-    "inflora(rank=2) + align(start='heads', epochs=1)",
-    "inflora(rank=2) + ranpac(dim=64)",
-    "fm_lora(rank=4) + align",
-    "fm_lora(rank=4) + ewc",
-    "ewc + route_lora(rank=2)",
-    "inflora(ranks=(1, 2)) + joint",
-    "adapter(rank=3) + ewc",
-    "ewc + adapter(rank=3, parallel=True, scale=0.5)",
-    "adapter(rank=3, at='o,fc2') + replay(size=12)",
-    "adapter(rank=3, tasks=1) + ncm",
-    "lora(rank=2, at='fc2') + adapter(rank=3)",
-    "lora(rank=2) + lwf",
-    "inflora(rank=2) + lwf",
-    "lora(rank=2) + feature_distill",
-    "finetune + lwf + ewc",
-    "fm_lora(rank=4) + feature_distill(form='mse')",
-    "lwf(schedule='share') + inflora(ranks=(1, 2))",
-    "lora(rank=2) + lwf(heads='frozen')",
-    "lora(rank=2) + lwf + replay(size=12)",
-    "lora(rank=2) + replay(size=12, selection='herding')",
-    "lora(rank=2) + replay(size=12, selection='el2n', position='mid')",
-    "lora(rank=2) + replay(size=12, schedule='periodic', every=2)",
-    "probe + replay(size=12, selection='kmeans', augment='flip')",
-    "inflora(rank=2, blocks='1') + replay(bytes=12000)",
-    "lora(rank=2) + derpp(size=12)",
-    "inflora(rank=2) + derpp(size=12, selection='influence')",
-    "finetune + icarl(size=12)",
-    "inflora(rank=2) + icarl(size=12)",
-    "lora(rank=2) + align + derpp(size=12, selection='grand')",
-    "coda_prompt(strength=0.1) + replay(size=12)",
-    "coda_prompt + align",
-    "coda_prompt + joint",
-    "dualprompt + replay(size=12)",
-    "dualprompt + ncm",
-    "dualprompt + ewc",
-    "prefix + ewc",
-    "prefix + lora(rank=2)",
-    "lora(rank=2) + gem",
-    "finetune + agem",
-    "lora(rank=2) + agem + replay(size=12)",
-    "inflora(rank=2) + gem(size=12, margin=0.0)",
-    "gpm(keep=0.5) + ncm",
-    "gpm(at='kv', keep=0.5) + agem",
-    "lora(rank=2) + si",
-    "lora(rank=2) + mas",
-    "finetune + si",
-    "finetune + ewc(form='offline')",
-    "lora(rank=2) + ewc(of='updates')",
-    "fm_lora(rank=4) + mas(of='updates')",
-    "si + route_lora(rank=2) + replay(size=12)",
-    "prompt(deep=True)",
-    "prompt(deep=True, blocks='1')",
-    "prompt + ewc",
-    "prompt + align",
-    "l2p(reads='class', strength=0)",
-    "l2p + replay(size=12)",
-    "l2p + ncm",
-    "l2p + ewc",
-    "finetune + weight_average",
-    "lora(rank=2) + weight_average(form='wise') + ewc",
-    "moe_adapters(expand=0.3)",
-    "moe_adapters + replay(size=12)",
-]
 ALONE = sorted(name for name, method in METHODS.items() if not method.protects)
-SPECS = ALONE + COMBINATIONS
-FROZEN = [s for s in SPECS if "finetune" not in s and "gpm" not in s and s != "joint"]
-ELSEWHERE = (
-    [
-        (spec, {"scenario": scenario})
-        for scenario in ("task", "domain")
-        for spec in (
-            "lora",
-            "inflora",
-            "ncm",
-            "probe + replay(size=12)",
-            "finetune + ewc",
-            "lora(rank=2) + joint",
-            "fm_lora(rank=4)",
-            "sd_lora(rank=2)",
-            "probe + align",
-            "inflora(rank=2) + ranpac(dim=64)",
-            "lora(rank=2) + lwf",
-            "l2p",
-            "prompt",
-            "dualprompt",
-            "coda_prompt",
-            "finetune + si",
-            "probe + agem",
-            "lora(rank=2) + icarl(size=12)",
-            "lora(rank=2) + derpp(size=12)",
-            "gpm(keep=0.5)",
-        )
-    ]
-    + [
-        ("inflora(rank=2) + align", {"objective": "classify(cosine=True)"}),
-        ("lora(rank=2)", {"objective": "classify(cosine=True)", "scenario": "task"}),
-        ("lora(rank=2)", {"objective": "classify(cosine=True)", "scenario": "domain"}),
-    ]
-    + [
-        (spec, {"objective": "zeroshot"})
-        for spec in (
-            "ncm",
-            "joint",
-            "lora(rank=2, tower='both')",
-            "inflora(rank=2)",
-            "inflora(rank=2) + replay(size=12)",
-            "finetune(tower='both') + ewc",
-            "lora(rank=2) + ncm",
-            "fm_lora(rank=4)",
-            "inflora(rank=2) + ranpac(dim=64)",
-            "l2p",
-            "dualprompt",
-            "prompt + ewc",
-            "lora(rank=2, tower='both') + ewc(of='updates')",
-            "gpm(keep=0.5, tower='both')",
-            "lora(rank=2, tower='both') + lwf(text_temperature=1.0)",
-            "lora(rank=2, tower='both') + feature_distill(tower='both')",
-            "finetune(tower='both') + zscl + weight_average",
-            "finetune + zscl(reference='captions_synthetic()', images=4, texts=5, size=20)",
-            "moe_adapters + zscl",
-            "moe_adapters(tower='both')",
-            "ewc(samples=8) + moe_adapters(tower='text')",
-            "moe_adapters(tower='text') + mas(samples=8)",
-            "moe_adapters(tower='text', expand=0.3) + replay(size=12)",
-            "moe_adapters + weight_average + ewc",
-            "prompt + zscl",
-            "prompt(tower='both')",
-            "prefix(tower='text')",
-            "l2p(tower='both')",
-            "l2p(tower='text') + replay(size=12)",
-            "dualprompt(tower='both')",
-            "dualprompt(tower='text', general_length=0) + replay(size=12)",
-            "coda_prompt(strength=0.1, tower='both')",
-        )
-    ]
+# Sums, parted by |, beside all methods that stand alone.
+COMBINATIONS = (
+    "lora(rank=2) + ewc | lora(rank=2) + replay(size=12) | lora(rank=2) + ncm | lora(rank=2) + joint | "
+    "lora(rank=2) + ewc + replay(size=12, selection='class_balanced') | inflora(rank=2) + replay(size=12) | "
+    "inflora(rank=2) + ncm | inflora(rank=2) + replay(size=12) + ncm | inflora(rank=2) + joint | finetune + ewc | "
+    "finetune + replay(size=12) | probe + replay(size=12) | finetune(mask=False) + ncm | "
+    "lora(rank=2, per_task=True) | lora(rank=2, tasks=1) + ncm | inflora(ranks=(1, 2, 4)) | "
+    "sd_lora(rank=(3, 2), drops=(1,)) | sd_lora(rank=2, distil=0.9) | "
+    "sd_lora(rank=2, normalise='paper') + replay(size=12) | fm_lora(rank=4) + replay(size=12) | "
+    "fm_lora(rank=4, share=False, prompts=0) | o_lora(rank=2) + ncm | route_lora(rank=2) + ewc | probe + align | "
+    "probe + align(covariance='lowrank', rank=4, temperature=0.1, shrink=0.1, epochs=1) | "
+    "lora(rank=2) + replay(size=12) + align(covariance='diagonal') | lora(rank=2) + align(covariance='full') + ewc | "
+    "lora(rank=2) + joint + align | inflora(rank=2) + align(start='heads', epochs=1) | "
+    "inflora(rank=2) + ranpac(dim=64) | fm_lora(rank=4) + align | "
+    "fm_lora(rank=4) + ewc | ewc + route_lora(rank=2) | inflora(ranks=(1, 2)) + joint | "
+    "inflora(rank=2) + ranpac(dim=0) | adapter(rank=3) + ewc | "
+    "ewc + adapter(rank=3, parallel=True, scale=0.5) | adapter(rank=3, at='o,fc2') + replay(size=12) | "
+    "adapter(rank=3, tasks=1) + ncm | lora(rank=2, at='fc2') + adapter(rank=3) | lora(rank=2) + lwf | "
+    "inflora(rank=2) + lwf | lora(rank=2) + feature_distill | finetune + lwf + ewc | "
+    "fm_lora(rank=4) + feature_distill(form='mse') | lwf(schedule='share') + inflora(ranks=(1, 2)) | "
+    "lora(rank=2) + lwf(heads='frozen') | lora(rank=2) + lwf + replay(size=12) | "
+    "lora(rank=2) + replay(size=12, selection='herding') | "
+    "lora(rank=2) + replay(size=12, selection='el2n', position='mid') | "
+    "lora(rank=2) + replay(size=12, schedule='periodic', every=2) | "
+    "probe + replay(size=12, selection='kmeans', augment='flip') | "
+    "inflora(rank=2, blocks='1') + replay(bytes=12000) | lora(rank=2) + derpp(size=12) | "
+    "inflora(rank=2) + derpp(size=12, selection='influence') | finetune + icarl(size=12) | "
+    "inflora(rank=2) + icarl(size=12) | lora(rank=2) + align + derpp(size=12, selection='grand') | "
+    "coda_prompt(strength=0.1) + replay(size=12) | coda_prompt + align | coda_prompt + joint | "
+    "dualprompt + replay(size=12) | dualprompt + ncm | dualprompt + ewc | prefix + ewc | prefix + lora(rank=2) | "
+    "lora(rank=2) + gem | finetune + agem | lora(rank=2) + agem + replay(size=12) | "
+    "inflora(rank=2) + gem(size=12, margin=0.0) | gpm(keep=0.5) + ncm | gpm(at='kv', keep=0.5) + agem | "
+    "lora(rank=2) + si | lora(rank=2) + mas | finetune + si | finetune + ewc(form='offline') | "
+    "lora(rank=2) + ewc(of='updates') | fm_lora(rank=4) + mas(of='updates') | "
+    "si + route_lora(rank=2) + replay(size=12) | prompt(deep=True) | prompt(deep=True, blocks='1') | prompt + ewc | "
+    "prompt + align | l2p(reads='class', strength=0) | l2p + replay(size=12) | l2p + ncm | l2p + ewc | "
+    "finetune + weight_average | lora(rank=2) + weight_average(form='wise') + ewc | moe_adapters(expand=0.3) | "
+    "moe_adapters + replay(size=12)"
 )
-RETRIEVED = [
-    (spec, {"objective": "retrieve"} | more)
-    for spec, more in (
-        ("probe", {}),
-        ("finetune(tower='both')", {}),
-        ("finetune(tower='text') + si", {}),
-        ("finetune(tower='both') + ewc(samples=8)", {}),
-        ("lora(rank=2, tower='both') + ewc(samples=8, of='updates')", {"scenario": "domain"}),
-        ("lora(rank=2, tower='both') + mas(samples=8)", {}),
-        ("joint(tower='both')", {}),
-        ("lora(rank=2, tower='both')", {}),
-        ("lora(rank=2, tower='text', per_task=True)", {}),
-        ("lora(rank=2, tower='both') + lwf", {}),
-        ("lora(rank=2, tower='both') + lwf(schedule='share', text_temperature=1.0)", {"scenario": "domain"}),
-        ("lora(rank=2, tower='both') + replay(size=6)", {}),
-        ("lora(rank=2, tower='both') + gem(size=6)", {}),
-        ("lora(rank=2) + agem(size=6)", {}),
-        ("lora(rank=2) + feature_distill", {}),
-        ("lora(rank=2, tower='both') + feature_distill(tower='both', form='mse')", {}),
-        ("lora(rank=2, tower='text') + feature_distill(tower='text')", {"scenario": "domain"}),
-        ("finetune(tower='both') + zscl + weight_average", {}),
-        ("lora(rank=2, tower='both') + zscl(text_gradient=False)", {}),
-        ("lora(rank=2, tower='both') + mod_x", {}),
-        ("finetune(tower='both') + weight_average(form='wise')", {}),
-        ("replay(size=6) + lora(rank=2, tower='both') + mod_x", {}),
-        ("moe_adapters", {}),
-        ("moe_adapters + mod_x", {}),
-        ("moe_adapters(tower='both')", {}),
-        ("ewc(samples=8) + moe_adapters(tower='text')", {}),
-        ("moe_adapters(tower='text') + replay(size=6)", {"scenario": "domain"}),
-        ("inflora(rank=2, tower='both')", {}),
-        ("inflora(ranks=(1, 2), tower='text')", {}),
-        ("inflora(rank=2, tower='both') + replay(size=6) + lwf", {}),
-        ("inflora(rank=2, tower='both')", {"scenario": "domain"}),
-        ("gpm(keep=0.5, tower='both')", {}),
-        ("fm_lora(rank=4, tower='both')", {}),
-        ("sd_lora(rank=2, tower='both')", {}),
-        ("o_lora(rank=2, tower='both')", {}),
-        ("c_lora(rank=2, tower='both')", {}),
-        ("route_lora(rank=2, tower='both')", {}),
-        ("adapter(rank=3, tower='both')", {}),
-        ("prompt", {}),
-        ("l2p", {}),
-        ("dualprompt", {}),
-        ("coda_prompt", {}),
-        ("l2p(tower='both')", {}),
-        ("dualprompt(tower='both')", {}),
-        ("dualprompt(tower='text') + replay(size=6) + lwf", {}),
-        ("coda_prompt(tower='text')", {"scenario": "domain"}),
-        ("prefix", {}),
-        ("prefix(tower='both')", {}),
-        ("prefix(length=2, tower='text') + lwf", {}),
-        ("prompt(tower='text')", {"scenario": "domain"}),
-        ("prompt(tokens=2, deep=True, tower='both')", {}),
-    )
-]
-ELSEWHERE += RETRIEVED
-PLACES = [(spec, {}) for spec in SPECS] + ELSEWHERE
+OTHER_SCENARIOS = (
+    "lora | inflora | ncm | probe + replay(size=12) | finetune + ewc | lora(rank=2) + joint | fm_lora(rank=4) | "
+    "sd_lora(rank=2) | probe + align | inflora(rank=2) + ranpac(dim=64) | "
+    "lora(rank=2) + lwf | l2p | prompt | dualprompt | coda_prompt | finetune + si | probe + agem | "
+    "lora(rank=2) + icarl(size=12) | lora(rank=2) + derpp(size=12) | gpm(keep=0.5)"
+)
+ELSEWHERE = {
+    "task": OTHER_SCENARIOS,
+    "domain": OTHER_SCENARIOS,
+    "zeroshot": (
+        "ncm | joint | lora(rank=2, tower='both') | inflora(rank=2) | inflora(rank=2) + replay(size=12) | "
+        "finetune(tower='both') + ewc | lora(rank=2) + ncm | fm_lora(rank=4) | inflora(rank=2) + ranpac(dim=64) | "
+        "l2p | dualprompt | prompt + ewc | lora(rank=2, tower='both') + ewc(of='updates') | "
+        "gpm(keep=0.5, tower='both') | lora(rank=2, tower='both') + lwf(text_temperature=1.0) | "
+        "lora(rank=2, tower='both') + feature_distill(tower='both') | "
+        "finetune(tower='both') + zscl + weight_average | "
+        "finetune + zscl(reference='captions_synthetic()', images=4, texts=5, size=20) | moe_adapters + zscl | "
+        "moe_adapters(tower='both') | ewc(samples=8) + moe_adapters(tower='text') | "
+        "moe_adapters(tower='text') + mas(samples=8) | moe_adapters(tower='text', expand=0.3) + replay(size=12) | "
+        "moe_adapters + weight_average + ewc | prompt + zscl | prompt(tower='both') | prefix(tower='text') | "
+        "l2p(tower='both') | l2p(tower='text') + replay(size=12) | dualprompt(tower='both') | "
+        "dualprompt(tower='text', general_length=0) + replay(size=12) | coda_prompt(strength=0.1, tower='both')"
+    ),
+    "retrieve": (
+        "probe | finetune(tower='both') | finetune(tower='text') + si | finetune(tower='both') + ewc(samples=8) | "
+        "lora(rank=2, tower='both') + mas(samples=8) | joint(tower='both') | lora(rank=2, tower='both') | "
+        "lora(rank=2, tower='text', per_task=True) | lora(rank=2, tower='both') + lwf | "
+        "lora(rank=2, tower='both') + replay(size=6) | lora(rank=2, tower='both') + gem(size=6) | "
+        "lora(rank=2) + agem(size=6) | lora(rank=2) + feature_distill | "
+        "lora(rank=2, tower='both') + feature_distill(tower='both', form='mse') | "
+        "finetune(tower='both') + zscl + weight_average | lora(rank=2, tower='both') + zscl(text_gradient=False) | "
+        "lora(rank=2, tower='both') + mod_x | finetune(tower='both') + weight_average(form='wise') | "
+        "replay(size=6) + lora(rank=2, tower='both') + mod_x | moe_adapters | moe_adapters + mod_x | "
+        "moe_adapters(tower='both') | ewc(samples=8) + moe_adapters(tower='text') | inflora(rank=2, tower='both') | "
+        "inflora(ranks=(1, 2), tower='text') | inflora(rank=2, tower='both') + replay(size=6) + lwf | "
+        "gpm(keep=0.5, tower='both') | fm_lora(rank=4, tower='both') | sd_lora(rank=2, tower='both') | "
+        "o_lora(rank=2, tower='both') | c_lora(rank=2, tower='both') | route_lora(rank=2, tower='both') | "
+        "adapter(rank=3, tower='both') | prompt | l2p | dualprompt | coda_prompt | l2p(tower='both') | "
+        "dualprompt(tower='both') | dualprompt(tower='text') + replay(size=6) + lwf | prefix | prefix(tower='both') | "
+        "prefix(length=2, tower='text') + lwf | prompt(tokens=2, deep=True, tower='both')"
+    ),
+    "retrieve domain": (
+        "lora(rank=2, tower='both') + ewc(samples=8, of='updates') | "
+        "lora(rank=2, tower='both') + lwf(schedule='share', text_temperature=1.0) | "
+        "lora(rank=2, tower='text') + feature_distill(tower='text') | moe_adapters(tower='text') + replay(size=6) | "
+        "inflora(rank=2, tower='both') | coda_prompt(tower='text') | prompt(tower='text')"
+    ),
+}
+COSINE = "classify(cosine=True)"
+ELSEWHERE |= {COSINE: "inflora(rank=2) + align", f"{COSINE} task": "lora(rank=2)", f"{COSINE} domain": "lora(rank=2)"}
+SPECS = [*ALONE, *COMBINATIONS.split(" | ")]
+FROZEN = [s for s in SPECS if "finetune" not in s and "gpm" not in s and s != "joint"]
+
+
+def settings(words: str) -> dict[str, str]:
+    """Of the laboratory: an objective, a scenario or both."""
+    return {"scenario" if word in ("task", "domain") else "objective": word for word in words.split()}
+
+
+PLACES = [(spec, {}) for spec in SPECS]
+PLACES += [(spec, settings(words)) for words, specs in ELSEWHERE.items() for spec in specs.split(" | ")]
 NAMES = [" ".join([spec, *where.values()]) for spec, where in PLACES]
 every_place = pytest.mark.parametrize(("spec", "where"), PLACES, ids=NAMES)
 
@@ -248,54 +126,52 @@ every_place = pytest.mark.parametrize(("spec", "where"), PLACES, ids=NAMES)
 def differs(spec: str, where: dict[str, str]) -> bool:
     """Whether a stopped run can go wrong here in a way of its own.
 
-    That the state is whole is proved at every place by two other tests; a stop and a resumption add what is in flight:
-    each method by itself under each objective, each guard once an objective, sums whose parts see each other's work.
+    That the state is whole is proved everywhere else by what goes on from a loaded one; a stop and a resumption add
+    what is in flight: each method by itself under each objective, each guard once an objective, sums whose parts see
+    each other's work.
     """
-    objective = where.get("objective", "classify").partition("(")[0]
-    return where.get("scenario") is None if " + " not in spec else spec in IN_FLIGHT[objective]
+    if " + " not in spec:
+        return where.get("scenario") is None
+    return spec in IN_FLIGHT[where.get("objective", "classify").partition("(")[0]].split(" | ")
 
 
 # The sums of `differs`, by objective.
 IN_FLIGHT = {
-    "classify": {
-        "lora(rank=2) + ewc + replay(size=12, selection='class_balanced')",
-        "finetune(mask=False) + ncm",
-        "lora(rank=2) + joint + align",
-        "ewc + route_lora(rank=2)",
-        "inflora(rank=2) + ranpac(dim=0)",
-        "lora(rank=2) + lwf + replay(size=12)",
-        "lora(rank=2) + feature_distill",
-        "lora(rank=2) + replay(size=12, schedule='periodic', every=2)",
-        "probe + replay(size=12, selection='kmeans', augment='flip')",
-        "lora(rank=2) + align + derpp(size=12, selection='grand')",
-        "coda_prompt(strength=0.1) + replay(size=12)",
-        "lora(rank=2) + agem + replay(size=12)",
-        "inflora(rank=2) + gem(size=12, margin=0.0)",
-        "lora(rank=2) + si",
-        "fm_lora(rank=4) + mas(of='updates')",
-        "finetune + ewc(form='offline')",
-        "lora(rank=2) + weight_average(form='wise') + ewc",
-    },
-    "zeroshot": {
-        "lora(rank=2, tower='both') + ewc(of='updates')",
-        "lora(rank=2, tower='both') + lwf(text_temperature=1.0)",
-        "finetune(tower='both') + zscl + weight_average",
-        "finetune + zscl(reference='captions_synthetic()', images=4, texts=5, size=20)",
-        "moe_adapters(tower='text') + mas(samples=8)",
-        "l2p(tower='text') + replay(size=12)",
-    },
-    "retrieve": {
-        "finetune(tower='both') + ewc(samples=8)",
-        "lora(rank=2, tower='both') + lwf(schedule='share', text_temperature=1.0)",
-        "replay(size=6) + lora(rank=2, tower='both') + mod_x",
-        "inflora(rank=2, tower='both') + replay(size=6) + lwf",
-        "dualprompt(tower='text') + replay(size=6) + lwf",
-    },
+    "classify": (
+        "lora(rank=2) + ewc + replay(size=12, selection='class_balanced') | finetune(mask=False) + ncm | "
+        "lora(rank=2) + joint + align | ewc + route_lora(rank=2) | inflora(rank=2) + ranpac(dim=0) | "
+        "lora(rank=2) + lwf + replay(size=12) | lora(rank=2) + feature_distill | "
+        "lora(rank=2) + replay(size=12, schedule='periodic', every=2) | "
+        "probe + replay(size=12, selection='kmeans', augment='flip') | "
+        "lora(rank=2) + align + derpp(size=12, selection='grand') | coda_prompt(strength=0.1) + replay(size=12) | "
+        "lora(rank=2) + agem + replay(size=12) | inflora(rank=2) + gem(size=12, margin=0.0) | lora(rank=2) + si | "
+        "fm_lora(rank=4) + mas(of='updates') | finetune + ewc(form='offline') | "
+        "lora(rank=2) + weight_average(form='wise') + ewc"
+    ),
+    "zeroshot": (
+        "lora(rank=2, tower='both') + ewc(of='updates') | lora(rank=2, tower='both') + lwf(text_temperature=1.0) | "
+        "finetune(tower='both') + zscl + weight_average | "
+        "finetune + zscl(reference='captions_synthetic()', images=4, texts=5, size=20) | "
+        "moe_adapters(tower='text') + mas(samples=8) | l2p(tower='text') + replay(size=12)"
+    ),
+    "retrieve": (
+        "finetune(tower='both') + ewc(samples=8) | "
+        "lora(rank=2, tower='both') + lwf(schedule='share', text_temperature=1.0) | "
+        "replay(size=6) + lora(rank=2, tower='both') + mod_x | inflora(rank=2, tower='both') + replay(size=6) + lwf | "
+        "dualprompt(tower='text') + replay(size=6) + lwf"
+    ),
 }
-STOPPED = [
-    pytest.param(spec, where, id=name, marks=() if differs(spec, where) else pytest.mark.slow)
-    for name, (spec, where) in zip(NAMES, PLACES, strict=True)
-]
+
+
+def where(stopped: bool) -> Any:
+    """The places where a stopped run says more, or those where it does not; the others by `make test-all`."""
+    return pytest.mark.parametrize(
+        ("spec", "where"),
+        [
+            pytest.param(*place, id=name, marks=() if differs(*place) == stopped else pytest.mark.slow)
+            for name, place in zip(NAMES, PLACES, strict=True)
+        ],
+    )
 
 
 @pytest.fixture(scope="module")
@@ -303,15 +179,17 @@ def watched(lab: Any) -> Any:
     """A learner that has learnt the whole stream, and who looked on; not to be changed."""
 
     @cache
-    def made(spec: str, where: tuple[tuple[str, str], ...]) -> "LastStep":
+    def made(spec: str, where: tuple[tuple[str, str], ...]) -> "Watch":
         bench = lab.but(**dict(where))
-        stream, last = bench.stream(), LastStep(bench.learner(spec))
-        last.images = stream.tasks[0].test.__getitems__(range(8))
+        stream = bench.stream()
+        watch = Watch(bench.learner(spec), stream.tasks[0].test.__getitems__(range(8)))
+        watch.means = "ncm" in spec or "ranpac" in spec
         for task in stream:
-            last.learner.grow(task)
-            fit_task(last.learner, task, bench.train_config(), last)
-            last.end()
-        return last
+            watch.before()
+            watch.learner.grow(task)
+            fit_task(watch.learner, task, bench.train_config(), watch)
+            watch.end()
+        return watch
 
     return lambda spec, where=(): made(spec, tuple(dict(where).items()))
 
@@ -322,11 +200,11 @@ def taught(watched: Any) -> Any:
     return lambda spec, where=(): watched(spec, where).learner
 
 
-@pytest.mark.parametrize(("spec", "where"), STOPPED)
+@where(stopped=True)
 def test_a_run_stopped_after_a_task_and_within_the_next_equals_an_unbroken_run(
     spec: str, where: Any, lab: Any, content_of: Any, tmp_path: Any
 ) -> None:
-    bench = lab.but(**where)
+    bench = lab.but(**where, tasks=2)
     bench.run(spec, tmp_path / "unbroken")
     bench.broken_run(spec, tmp_path / "broken", (0, None), (1, 3), save_every=2)
     assert content_of(tmp_path / "broken") == content_of(tmp_path / "unbroken")
@@ -369,30 +247,13 @@ def test_every_trainable_parameter_gets_a_gradient(spec: str, where: Any, lab: A
 JUMP = ("normalise='paper'", "coda_prompt", "moe_adapters")
 
 
-# A rank that was chosen is not chosen again, and this test begins every task twice.
-CHOSEN = ("inflora(ranks=(1, 2), tower='text')", "fm_lora(rank=4, tower='both')")
-GROWING = [(s, w) for s, w in PLACES if s not in CHOSEN and not any(word in s for word in JUMP)]
-
-
-@pytest.mark.parametrize(("spec", "where"), GROWING)
-def test_growing_changes_no_feature_and_no_old_score_yet(spec: str, where: Any, lab: Any) -> None:
-    bench = lab.but(**where)
-    learner, stream = bench.learner(spec), bench.stream()
-    images = stream.tasks[0].test.__getitems__(range(8))
-    plain = bench.backbone()(images)
-    for task in stream:
-        seen = len(learner.objective.classes)
-        before = (encoded(learner, images), scored(learner, images)) if seen else (plain, plain[:, :0])
-        learner.grow(task)
-        learner.method.begin_task(learner, task)
-        if not seen and (prompted(learner.backbone) or treated(learner.method)):  # which changes features by itself
-            before = encoded(learner, images), plain[:, :0]
-        torch.testing.assert_close(encoded(learner, images), before[0], rtol=0, atol=1e-6)
-        if "ncm" not in spec and "ranpac" not in spec:  # which have no mean of a class that it has not seen
-            now = scored(learner, images)
-            now = now[:, :seen] if "classes" in learner.objective.asks else now
-            torch.testing.assert_close(now[:, : before[1].shape[1]], before[1], rtol=0, atol=1e-6)
-        fit_task(learner, task, bench.train_config(epochs=1))
+@every_place
+def test_growing_changes_no_feature_and_no_old_score_yet(spec: str, where: Any, watched: Any) -> None:
+    if any(word in spec for word in JUMP):
+        pytest.skip("its source says otherwise")
+    for before, after in watched(spec, where).growths:
+        torch.testing.assert_close(after[0], before[0], rtol=0, atol=1e-6)
+        torch.testing.assert_close(after[1][:, : before[1].shape[1]], before[1], rtol=0, atol=1e-6)
 
 
 # What decides at a task's end what the learner will be, and the sentence of its card that says so.
@@ -449,7 +310,7 @@ def test_memory_in_a_learner_that_knows_only_descriptions_predicts_the_same(
     assert torch.equal(scored(fresh, images), scored(learner, images))
 
 
-@every_place
+@where(stopped=False)
 def test_state_is_all_that_a_method_remembers(spec: str, where: Any, lab: Any) -> None:
     bench = lab.but(**where)
     stream = bench.stream()
@@ -463,7 +324,15 @@ def test_state_is_all_that_a_method_remembers(spec: str, where: Any, lab: Any) -
     assert [key for key in a if not torch.equal(a[key], b[key])] == []
 
 
-# Frozen experts turn from parameters into tensors; their work stays the same.
+@every_place
+def test_a_step_costs_the_same_after_two_and_after_three_tasks(spec: str, where: Any, watched: Any) -> None:
+    if "moe_adapters" in spec:
+        pytest.skip("its frozen experts turn from parameters into tensors; their work stays the same")
+    _, two, three = watched(spec, where).costs
+    assert three == two
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", [spec for spec in SPECS if "moe_adapters" not in spec])
 def test_a_step_costs_the_same_after_two_and_after_six_tasks(spec: str, lab: Any) -> None:
     bench = lab.but(tasks=6, per_class=4, epochs=1)
@@ -483,25 +352,44 @@ def test_two_owners_of_an_exclusive_hook_are_refused_by_name(monkeypatch: pytest
             make_method("one + lora + two")
 
 
-class LastStep(Quiet):
-    """Looks at the learner right after each task's last step, and when the task has ended."""
+class Watch(Quiet):
+    """Looks at the learner before and after each task's growth, after its last step, and when it has ended."""
 
-    images: dict[str, Tensor]
+    means: bool
+    """Whether answers are by means of classes, of which new ones have none yet."""
 
-    def __init__(self, learner: Core) -> None:
-        self.learner, self.steps = learner, 0
+    def __init__(self, learner: Core, images: dict[str, Tensor]) -> None:
+        self.learner, self.images, self.seen = learner, images, 0
+        self.growths: list[tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]] = []
         self.steps_and_ends: list[tuple[Tensor, Tensor]] = []
+        self.costs: list[dict[str, int]] = []
+
+    def before(self) -> None:
+        """What images and classes give that the learner has grown for."""
+        self.seen = len(self.learner.objective.classes)
+        plain = self.learner.backbone(self.images) if not self.seen else torch.empty(0)
+        self.given = self.both() if self.seen else (plain, plain[:, :0])
 
     def task(self, task: Task, tasks: int | None, epochs: int, steps: int) -> None:
-        self.steps = steps
+        self.steps, now = steps, self.both()
+        if not self.seen and (prompted(self.learner.backbone) or treated(self.learner.method)):
+            self.given = now[0], self.given[1]  # which changes features by itself
+        self.growths.append((self.given, now))
 
     def step(self, step: int, loss: Tensor, images: int) -> None:
         if step == self.steps:
             self.trained = self.look()
 
     def end(self) -> None:
+        self.costs.append(structure(self.learner))
         if self.steps:
             self.steps_and_ends.append((self.trained, self.look()))
+
+    def both(self) -> tuple[Tensor, Tensor]:
+        """Features, and scores of the classes that were seen before."""
+        features = encoded(self.learner, self.images)
+        scores = features[:, :0] if self.means else scored(self.learner, self.images)
+        return features, scores[:, : self.seen] if "classes" in self.learner.objective.asks else scores
 
     def look(self) -> Tensor:
         """Features of images beside what the objective makes of them, before a method answers in its place."""

@@ -58,7 +58,7 @@ def one_line(answer: Any, *said: str) -> None:
             ["--method", "lora(tower='text')", "--backbone", "tiny(text=True)"],
             "trainable parameters get no gradient, the first is method.adapters.0.down",
         ),
-        (["--lr", "nan"], "--lr 'nan': expected float above 0"),
+        (["--lr", "nan"], "--lr nan: expected float above 0"),
         (["--device", "gpu"], "device 'gpu' cannot be used here"),
     ],
 )

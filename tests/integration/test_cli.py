@@ -57,7 +57,7 @@ FLAGS = {
     "list": ["--json", "WHAT", "NAME"],
 }
 FLAGS["tune"] += ["--out"]
-FLAGS["compare"] += ["--track"]
+FLAGS["compare"] += ["--jobs", "--on", "--cpus-per-cell", "--gpus-per-cell"]
 FLAGS["learn"] += ["--captions", "--batch-size", "--seed", "--precision", "--calibrate", "--skip-bad"]
 for _name in ("resume", "learn", "predict", "search", "eval", "export"):
     FLAGS[_name] += ["--device"]

@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import re
 import resource
-import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ import torch
 import transformers
 from peft import AutoPeftModel, PeftModel
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -42,77 +41,9 @@ from perdure.types import Batch
 # PEFT 0.21 reads a property that transformers 5.23 calls deprecated; it says nothing about the export.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
-SIZE = 32
-TOWER = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "image_size": SIZE,
-    "patch_size": 8,
-}
-TEXT = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "max_position_embeddings": 24,
-    "vocab_size": 8192,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 1,
-}
-SQUARE = {"height": SIZE, "width": SIZE}
 VISION = {"clip": "CLIPVisionModel", "vit": "ViTModel", "deit": "DeiTModel", "dinov2": "Dinov2Model"}
 VISION["siglip"] = "SiglipVisionModel"
 TIMM = "test_vit"
-
-
-def make(kind: str) -> tuple[nn.Module, Any]:
-    t = transformers
-    if kind == "vit":
-        return t.ViTModel(t.ViTConfig(**TOWER), add_pooling_layer=False), t.ViTImageProcessor(size=SQUARE)
-    if kind == "deit":
-        model = t.DeiTModel(t.DeiTConfig(**TOWER), add_pooling_layer=False)
-        return model, t.DeiTImageProcessor(size={"height": 37, "width": 37}, crop_size=SQUARE)
-    if kind == "dinov2":
-        processor = t.BitImageProcessor(size={"shortest_edge": 37}, crop_size=SQUARE)
-        return t.Dinov2Model(t.Dinov2Config(**TOWER)), processor
-    if kind == "clip":
-        config = t.CLIPConfig(text_config=TEXT, vision_config=TOWER, projection_dim=16)
-        return t.CLIPModel(config), t.CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size=SQUARE)
-    config = t.SiglipConfig(text_config=TEXT | {"projection_size": 32}, vision_config=TOWER)
-    return t.SiglipModel(config), t.SiglipImageProcessor(size=SQUARE)
-
-
-@pytest.fixture(scope="session")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders as `save_pretrained` writes them, of small random models."""
-    folders = {}
-    transformers.utils.logging.disable_progress_bar()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        for kind in VISION:
-            folder = folders[kind] = tmp_path_factory.mktemp("models") / kind
-            model, processor = make(kind)
-            for parameter in model.parameters():
-                parameter.data += 0.05 * torch.randn(parameter.shape)
-            model.save_pretrained(folder)
-            processor.save_pretrained(folder)
-            for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
-                shutil.copy(FOLDER / name, folder)
-    transformers.utils.logging.enable_progress_bar()
-    return folders
-
-
-@pytest.fixture(scope="session")
-def timm_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Weights of a timm ViT with its classifier, as on the hub."""
-    file = tmp_path_factory.mktemp("timm") / "vit.safetensors"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        save_file(timm_library.create_model(TIMM).state_dict(), file)
-    return file
 
 
 def pictures(side: int, n: int = 4, seed: int = 0) -> Tensor:
@@ -277,7 +208,7 @@ def test_updates_that_are_kept_dense_are_exported_in_full(families: dict[str, st
     assert "adapters.model/vision_model/encoder/layers/0:qkv.settled.dense/0" in learner.method.state_dict()
     folder = learner.export(tmp_path / "lora", "peft")
     same(answer(learner, PeftModel.from_pretrained(plain(learner), folder)), features(learner))
-    assert rank_of(folder) == {TOWER["hidden_size"]}
+    assert rank_of(folder) == {32}
 
 
 # Merged weights

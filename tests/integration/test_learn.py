@@ -16,7 +16,7 @@ from perdure.core.checkpoint import whole
 from perdure.storage.files import write_sealed
 from perdure.training.config import RunConfig
 from perdure.training.loop import Quiet
-from perdure.training.run import read_summary
+from perdure.training.summary import read_summary
 
 MADE = ("--backbone", "tiny()", "--precision", "fp32", "--epochs", 2)
 

@@ -15,7 +15,7 @@ from perdure.storage.files import write_sealed
 from perdure.streams import captioned_task
 from perdure.training.config import RunConfig
 from perdure.training.loop import Quiet
-from perdure.training.run import read_summary
+from perdure.training.summary import read_summary
 
 EIGHT = Preprocess(size=8, resize=8)
 METHOD = "lora(rank=2, tower='both') + replay(size=6)"

@@ -12,7 +12,7 @@ import torch
 from perdure.api.learner import Learner
 from perdure.core import checkpoint
 from perdure.core.checkpoint import DamagedCheckpoint
-from perdure.reporting.runs import Run
+from perdure.reporting.runs import RunResults
 from perdure.training.loop import Quiet
 from perdure.training.run import resume, run
 from perdure.types import Row, Task
@@ -241,7 +241,7 @@ def test_a_folder_of_another_run_is_refused_by_name(lab: Any, learnt: Path, copi
     for name in ("task-000", "task-001", "task-002"):
         shutil.rmtree(copied / name)
         shutil.copytree(tmp_path / "other" / name, copied / name)
-        for ask in (checkpoint.whole, resume, Run.read, Learner.load):
+        for ask in (checkpoint.whole, resume, RunResults.read, Learner.load):
             with pytest.raises(DamagedCheckpoint, match=rf"{name}/manifest\.json comes from another run: .*run\.json"):
                 ask(copied)
         shutil.rmtree(copied / name)
@@ -274,7 +274,7 @@ def test_a_lost_last_manifest_of_a_finished_run_is_told(copied: Path) -> None:
     path = copied / "task-002" / "manifest.json"
     path.unlink()
     for kept in ("summary.json", "results.jsonl"):  # each of them knows that there were three
-        for ask in (checkpoint.whole, resume, Run.read, Learner.load):
+        for ask in (checkpoint.whole, resume, RunResults.read, Learner.load):
             with pytest.raises(DamagedCheckpoint, match=r"task-002/manifest\.json is missing, though this"):
                 ask(copied)
         (copied / kept).unlink()
@@ -307,7 +307,7 @@ def test_a_run_of_an_older_version_is_resumed_and_chained_from_there(
 ) -> None:
     as_an_older_version_wrote_it(copied)
     told: list[str] = []
-    assert Run.read(copied, told.append).numbers() == Run.read(learnt).numbers()
+    assert RunResults.read(copied, told.append).numbers() == RunResults.read(learnt).numbers()
     assert told == []
     assert Learner.load(copied).learnt == 3
     shutil.rmtree(copied / "task-002")

@@ -10,8 +10,8 @@ from torch import nn
 
 from perdure.core.learner import Core
 from perdure.training.config import make_method
-from perdure.training.dry_run import foresee
 from perdure.training.loop import fit_task
+from perdure.training.run import dry_run
 from perdure.types import Batch, Task
 
 
@@ -30,7 +30,7 @@ class Unread:
 def look_ahead(lab: Any, method: str, backbone: Any = None, **more: Any) -> None:
     stream = lab.stream()
     unread = replace(stream, tasks=tuple(replace(task, train=Unread(), test=Unread()) for task in stream))
-    foresee(lab.config(method, **more), backbone or lab.backbone(), unread)
+    dry_run(lab.config(method, **more), backbone or lab.backbone(), unread)
 
 
 def hooks(model: nn.Module) -> int:

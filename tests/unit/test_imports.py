@@ -1,4 +1,4 @@
-"""No two modules of the package need each other, whenever they are imported and whatever for."""
+"""No two modules of the package need each other, and nobody asks what class an objective or a method is."""
 
 import ast
 from pathlib import Path
@@ -29,3 +29,15 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
     while free := {m for m in imports if not imports[m] or not any(m in others for others in imports.values())}:
         imports = {m: others - free for m, others in imports.items() if m not in free}
     assert {m for m in imports if not m.startswith("perdure.streams")} == set()  # those of streams are known
+
+
+def test_what_an_objective_or_a_method_can_is_asked_and_not_its_class() -> None:
+    classes = {"Classify", "ZeroShot", "Retrieve"}
+    asked = {
+        (module, line.module)
+        for module, file in MODULES.items()
+        for line in ast.walk(ast.parse(file.read_text("utf-8")))
+        if isinstance(line, ast.ImportFrom) and line.module and not module.startswith("perdure.objectives")
+        if line.module.startswith("perdure.methods.") or classes & {each.name for each in line.names}
+    }
+    assert asked == set()

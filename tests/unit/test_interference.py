@@ -13,9 +13,9 @@ from perdure.core import checkpoint
 from perdure.core.checkpoint import DamagedCheckpoint
 from perdure.evaluation import feature_drift as drift
 from perdure.mechanisms.subspace import Subspace
-from perdure.training import taught_images as taught
 from perdure.training.config import make_method
 from perdure.training.run import resume, run
+from perdure.training.summary import TAUGHT
 from perdure.types import Row, Task
 
 # Layers have more inputs (64) than a task has tokens, so that each leaves some free.
@@ -138,7 +138,7 @@ def test_the_features_are_no_part_of_the_learner(lab: Any, tmp_path: Path) -> No
     folder = tmp_path / "task-002"
     assert summary["stored_bytes"] == (folder / "learner.safetensors").stat().st_size
     assert not any("features" in name for name in load_file(folder / "learner.safetensors"))
-    assert set(checkpoint.whole(tmp_path)[2].manifest["sha256"]) == {"learner.safetensors", drift.FILE, taught.FILE}
+    assert set(checkpoint.whole(tmp_path)[2].manifest["sha256"]) == {"learner.safetensors", drift.FILE, TAUGHT}
 
 
 @pytest.mark.parametrize("method", ["inflora(rank=2)", "finetune"])

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from perdure.reporting.tables import new_task_acc, settings_of, steps_of
+from perdure.metrics import new_task_acc
+from perdure.reporting.runs import steps_of
+from perdure.reporting.tables import settings_of
 from perdure.storage.files import write_sealed
 from perdure.training.config import RunConfig
 from perdure.training.run import run

@@ -122,9 +122,9 @@ def test_an_answer_and_what_ends_it_are_all_that_is_learnt(model: Language) -> N
 
 def test_answers_stand_where_the_template_says_that_the_assistant_speaks(model: Language) -> None:
     dialogue = model.dialogue
-    marked = dialogue.processor.chat_template.replace("{{ p['text'] }}", "{{ p['text'] }}", 1)
-    said = "{% if m['role'] == 'assistant' %}{% generation %}{{ p['text'] }}{% endgeneration %}{% else %}{{ p['text'] }}{% endif %}"
-    marked = marked.replace("{{ p['text'] }}", said)
+    spoken = "{% generation %}{{ p['text'] }}{% endgeneration %}"
+    said = "{% if m['role'] == 'assistant' %}" + spoken + "{% else %}{{ p['text'] }}{% endif %}"
+    marked = dialogue.processor.chat_template.replace("{{ p['text'] }}", said)
     for talk in talks():
         answer = talk["answer"] if isinstance(talk["answer"], str) else talk["answer"][0]
         parts = [{"type": "image", "image": image} for image in talk["images"]]
@@ -137,8 +137,8 @@ def test_answers_stand_where_the_template_says_that_the_assistant_speaks(model: 
             whole, marked, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, return_tensors="pt"
         )
         ours = dialogue(talk)
-        spoken = theirs["input_ids"][theirs["assistant_masks"].bool()].tolist()
-        assert dialogue.tokenizer.decode(spoken).strip() == answer
+        masked = theirs["input_ids"][theirs["assistant_masks"].bool()].tolist()
+        assert dialogue.tokenizer.decode(masked).strip() == answer
         start = theirs["assistant_masks"][0].tolist().index(1)
         length = ours.prompt + len(ours.answer) - 1  # without what ends it, which a template may lack
         assert torch.equal(ours.inputs["input_ids"][0, :length], theirs["input_ids"][0, :length])

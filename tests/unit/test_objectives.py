@@ -5,13 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perdure.backbones.clip import pocket
+from perdure.objectives import Classify
 from perdure.training.config import make_objective
 from perdure.training.loop import fit_task
-from perdure.types import Task
+from perdure.types import Batch, Task
 
 
 def task(index: int, classes: tuple[int, ...]) -> Task:
@@ -45,6 +46,36 @@ def test_with_an_old_example_in_the_batch_all_seen_classes_compete(lab: Any) -> 
     torch.testing.assert_close(learner.objective.loss(features, {"label": labels}), expected)
     told = learner.objective.losses(features[:2], {"label": labels[:2]}, only_task=False).mean()
     torch.testing.assert_close(told, F.cross_entropy(learner.objective.scores(features[:2]), labels[:2]))
+
+
+class Tokens(Classify):
+    """An objective whose examples have several rows each."""
+
+    def targets(self, batch: Batch) -> Tensor:
+        return batch["token"]
+
+    def owners(self, batch: Batch) -> Tensor:
+        return batch["owner"]
+
+
+def test_the_loss_of_an_example_is_the_mean_over_its_rows(lab: Any) -> None:
+    learner = lab.learner("probe")
+    learner.objective = Tokens()
+    learner.grow(task(0, (0, 1, 2)))
+    rows, owners, tokens = torch.randn(5, 16), torch.tensor([0, 1, 1, 0, 1]), torch.tensor([2, 0, 1, 1, 2])
+    losses = learner.objective.losses(rows, {"label": torch.tensor([0, 1]), "owner": owners, "token": tokens})
+    each = F.cross_entropy(learner.objective.scores(rows), tokens, reduction="none")
+    torch.testing.assert_close(losses, torch.stack([each[[0, 3]].mean(), each[[1, 2, 4]].mean()]))
+
+
+def test_old_answers_are_apart_only_where_the_task_is_told(lab: Any) -> None:
+    for scenario, groups in (("class", [[0, 1, 2, 3]]), ("task", [[0, 1], [2, 3]])):
+        learner = grown(lab.but(scenario=scenario), (0, 1), (2, 3), (4, 5))
+        features = torch.randn(3, 16)
+        scores = learner.objective.scores(features)
+        old = learner.objective.distributions(features, {}, old=True)
+        assert all(torch.equal(found, scores[:, own]) for found, own in zip(old, groups, strict=True))
+        assert torch.equal(learner.objective.distributions(features, {})[0], scores)
 
 
 def test_columns_follow_the_order_of_arrival_not_the_class_ids(lab: Any) -> None:

@@ -14,7 +14,7 @@ import pytest
 from perdure.reporting import charts
 from perdure.reporting.charts import duration, show
 from perdure.reporting.report import write_report
-from perdure.reporting.runs import Run, grouped
+from perdure.reporting.runs import RunResults, grouped
 
 INFLORA = "inflora(rank=10)"
 
@@ -152,7 +152,7 @@ def test_one_run_shows_its_numbers_in_words(tmp_path: Path):
     page = render(tmp_path, write_run(tmp_path / "a"))
     check_balance(page)
     text = text_of(page)
-    run = Run.read(tmp_path / "a")
+    run = RunResults.read(tmp_path / "a")
     meaning = "Mean accuracy over all tasks after the last one was learnt. Higher is better."
     assert f"Final accuracy {meaning} {100 * run.numbers()['acc']:.1f} %" in text
     assert "Trainable parameters Numbers that training may change, in the largest task. 1,240,080" in text
@@ -169,7 +169,7 @@ def test_every_evaluated_score_stands_in_the_matrix(tmp_path: Path):
     page = render(tmp_path, write_run(tmp_path / "a", tasks=20))
     shown = page[page.index('aria-label="Accuracy matrix"') : page.index("Forgetting of each task")]
     cells = re.findall(r'<td class="(?:own )?h(\d+)">([\d.]+)</td>', shown)
-    scores = [v for row in Run.read(tmp_path / "a").matrix() for v in row if v is not None]
+    scores = [v for row in RunResults.read(tmp_path / "a").matrix() for v in row if v is not None]
     assert [text for _, text in cells] == [f"{100 * v:.1f}" for v in scores]
     assert [int(h) for h, _ in cells] == [charts.level(v) for v in scores]
     assert len(scores) == 210
@@ -221,7 +221,7 @@ def test_the_drift_of_every_old_task_stands_in_the_report(tmp_path: Path):
     assert table_of(page, "Feature drift") == [
         [f"{30 * (i - j)}.0" if j < i else "·" for j in range(4)] for i in range(1, 5)
     ]
-    assert Run.read(folder).drifts() == [None, *(pytest.approx(v) for v in (0.3, 0.45, 0.6, 0.75))]
+    assert RunResults.read(folder).drifts() == [None, *(pytest.approx(v) for v in (0.3, 0.45, 0.6, 0.75))]
     assert "Feature drift How far features of old test images moved" in text_of(page)
     assert "75.0 %" in text_of(page), "the mean after the last task"
     assert not any(label in page for label in LAYER_TABLES)
@@ -266,14 +266,14 @@ def test_a_run_without_these_measurements_says_nothing_about_them(tmp_path: Path
     check_balance(page)
     assert "did not forget" not in page
     assert 'aria-label="Feature drift"' not in page
-    assert Run.read(folder).numbers()["feature_drift"] is None
+    assert RunResults.read(folder).numbers()["feature_drift"] is None
 
 
 def test_several_runs_are_compared_by_method_over_seeds(tmp_path: Path):
     folders = [write_run(tmp_path / f"{m}{s}", f"{m}(rank=4)", s) for m in ("lora", "inflora") for s in range(3)]
     page = render(tmp_path, *folders)
     check_balance(page)
-    groups = grouped([Run.read(f) for f in folders])
+    groups = grouped([RunResults.read(f) for f in folders])
     assert [(g.label, len(g.runs)) for g in groups] == [("lora(rank=4)", 3), ("inflora(rank=4)", 3)]
     values = [run.numbers()["acc"] for run in groups[0].runs]
     mean = sum(values) / 3
@@ -286,7 +286,7 @@ def test_runs_that_differ_in_more_than_the_seed_are_not_averaged(tmp_path: Path)
     a = write_run(tmp_path / "a", seed=0, stream="cifar100(tasks=5, seed=0)")
     b = write_run(tmp_path / "b", seed=1, stream="cifar100(tasks=5, seed=1)")
     c = write_run(tmp_path / "c", seed=2, stream="cifar100(tasks=5, seed=2)", lr=0.01)
-    groups = grouped([Run.read(f) for f in (a, b, c)])
+    groups = grouped([RunResults.read(f) for f in (a, b, c)])
     assert [(g.label, len(g.runs)) for g in groups] == [(f"{INFLORA} · lr 0.0005", 2), (f"{INFLORA} · lr 0.01", 1)]
 
 
@@ -299,7 +299,7 @@ def test_a_run_still_going_is_shown_as_far_as_it_got(tmp_path: Path):
     folder = write_run(tmp_path / "a", learnt=3)
     with (folder / "results.jsonl").open("a") as file:
         file.write('{"after": 3, "on": 0, "metric": "accuracy", "value": 0.5}\n{"after": 3, "on": 1, "metr')
-    run = Run.read(folder)
+    run = RunResults.read(folder)
     assert run.learnt() == 3
     assert run.numbers()["acc"] == pytest.approx(sum(v for v in run.matrix()[2] if v is not None) / 3)
     text = text_of(render(tmp_path, folder))
@@ -310,7 +310,7 @@ def test_a_run_still_going_is_shown_as_far_as_it_got(tmp_path: Path):
 def test_a_run_at_its_very_beginning_gives_a_report(tmp_path: Path, learnt: int):
     folder = write_run(tmp_path / "a", learnt=learnt)
     check_balance(render(tmp_path, folder))
-    assert Run.read(folder).numbers()["forgetting"] is None
+    assert RunResults.read(folder).numbers()["forgetting"] is None
 
 
 def test_a_record_that_lacks_something_is_refused_with_the_field(tmp_path: Path):
@@ -325,9 +325,9 @@ def test_a_record_that_lacks_something_is_refused_with_the_field(tmp_path: Path)
 
 def test_a_summary_without_results_is_enough(tmp_path: Path):
     folder = write_run(tmp_path / "a")
-    before = Run.read(folder).numbers()["acc"]
+    before = RunResults.read(folder).numbers()["acc"]
     (folder / "results.jsonl").unlink()
-    assert Run.read(folder).numbers()["acc"] == pytest.approx(before)
+    assert RunResults.read(folder).numbers()["acc"] == pytest.approx(before)
     check_balance(render(tmp_path, folder))
 
 
@@ -339,7 +339,7 @@ def test_scores_of_the_pre_trained_model_stand_above_the_first_task(tmp_path: Pa
         )
         file.write(json.dumps({"after": 0, "on": 1, "metric": "accuracy", "value": 0.35}) + "\n")
     page = render(tmp_path, folder)
-    assert Run.read(folder).numbers()["fwt"] == pytest.approx(0.1)
+    assert RunResults.read(folder).numbers()["fwt"] == pytest.approx(0.1)
     assert "nothing yet" in page
     assert page.count(">25.0</td>") == 2
 

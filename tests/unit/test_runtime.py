@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from perdure.backbones.tiny import tiny
-from perdure.training.run import read_record, recorded_runtime, run
+from perdure.core.checkpoint import read_record
+from perdure.training.record import recorded_runtime
+from perdure.training.run import run
 from perdure.training.runtime import Runtime, native_bf16, resolve
 
 

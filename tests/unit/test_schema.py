@@ -9,7 +9,7 @@ import pytest
 
 from perdure.core.checkpoint import read_record
 from perdure.evaluation import search_examples as examples
-from perdure.reporting.tables import steps_of
+from perdure.reporting.runs import steps_of
 from perdure.storage import schema
 from perdure.streams.captions import read_listings
 from perdure.streams.columns import classes_file

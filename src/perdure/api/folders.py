@@ -12,7 +12,7 @@ from perdure.api.learner import OPEN, Learner, check_first
 from perdure.backbones.preprocess import skippable
 from perdure.backbones.texts import unpack
 from perdure.core import checkpoint
-from perdure.core.checkpoint import Checkpoint
+from perdure.core.checkpoint import Checkpoint, read_record
 from perdure.options.paths import anchored, relocated
 from perdure.options.spec import parse
 from perdure.process import as_found, plain
@@ -23,16 +23,8 @@ from perdure.streams.single_caption_task import COLUMN
 from perdure.streams.splits import digest
 from perdure.training.config import RunConfig, former_parts
 from perdure.training.loop import Diverged, Progress, Quiet, TrainConfig
-from perdure.training.run import (
-    Interrupted,
-    elsewhere,
-    learn_stream,
-    nothing_learnt_nothing_left,
-    read_record,
-    recorded_moves,
-    resume,
-    write_record,
-)
+from perdure.training.record import elsewhere, recorded_moves, write_record
+from perdure.training.run import Interrupted, learn_stream, nothing_learnt_nothing_left, resume
 from perdure.types import Data, Stream, Task
 
 _SPECS = ("backbone", "method", "objective")

@@ -15,6 +15,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from perdure.core import checkpoint
+from perdure.core.checkpoint import read_record
 from perdure.core.learner import Core
 from perdure.core.method import parts_of
 from perdure.core.shared_copy import as_now, become, part, twin_of
@@ -24,12 +25,12 @@ from perdure.objectives.zeroshot import class_texts
 from perdure.process import Turn, as_found, plain
 from perdure.streams import ImageSet, alike, captioned_task, folder_task, given_captions, given_task
 from perdure.streams.sources import Picture, listed
-from perdure.training import taught_images as taught
 from perdure.training.config import RunConfig, check_options, former_parts
 from perdure.training.loop import Progress, Quiet, TrainConfig, fit_task
-from perdure.training.run import build_learner, read_record, record, recorded_config, recorded_runtime, write_record
+from perdure.training.record import record_of, recorded_config, recorded_runtime, write_record
+from perdure.training.run import build_learner
 from perdure.training.runtime import Runtime
-from perdure.training.summary import COSTS, facts_of, write_summary
+from perdure.training.summary import COSTS, facts_of, taught_files, write_summary
 from perdure.types import Row, Stream, Task
 
 OPEN = ""
@@ -312,7 +313,7 @@ class Learner(Core):
                 if before >= now.learnt or (done and done[-1].tasks != now.tasks[:before]):
                     raise ValueError(f"{folder} has learnt something else since; save to a new folder")
                 gap = {"alone": True} if before < now.learnt - 1 else {}
-                checkpoint.save_task(folder, now, list(rows), now._facts | gap, taught.files(now.tasks[-1]))
+                checkpoint.save_task(folder, now, list(rows), now._facts | gap, taught_files(now.tasks[-1]))
             # also when nothing was to be saved: a process may have been killed before it came here
             checkpoint.write_results(folder, checkpoint.whole(folder))
             write_summary(folder, Quiet().note)
@@ -347,7 +348,7 @@ class Learner(Core):
 
     def record(self) -> dict[str, Any]:
         """The content of run.json, for a learner that is taught without a declared stream."""
-        return record(self.config, self, Stream(OPEN, self.scenario, ()), self.runtime)
+        return record_of(self.config, self, Stream(OPEN, self.scenario, ()), self.runtime)
 
     def usual_training(self) -> TrainConfig:
         """How tasks are trained unless said otherwise."""

@@ -16,6 +16,7 @@ from perdure.cli.catalogue import Kind, entries
 from perdure.cli.console import Command, Screen
 from perdure.cli.tune import Tune
 from perdure.cli.use import Eval, Export, Move, Predict, Search, tell_skipped, told
+from perdure.experiments.cluster import Cluster
 from perdure.experiments.recipes import DEMO_METHODS, demo, flags, recipe
 from perdure.formatting import meant, shortened
 from perdure.options.ranges import BatchSize, Epochs, Range, Rate, Seed
@@ -156,6 +157,14 @@ class Compare(RunConfig, Command):
     """Folder of the grid; finished runs in it are not repeated."""
     track: str = ""
     """Experiment trackers to tell of each run, such as tensorboard, wandb or mlflow, with commas between."""
+    jobs: Annotated[int, Range(1, 1024)] = 1
+    """Runs at a time on this machine."""
+    on: str = ""
+    """A Ray cluster to run on: ray for the one that this machine belongs to, or an address as ray://head:10001."""
+    cpus_per_cell: Annotated[int, Range(1, 4096)] = 1
+    """With --jobs or --on: threads of each run."""
+    gpus_per_cell: Annotated[float, Range(0, 1024)] = 0.0
+    """With --jobs or --on: GPUs of each run; a half lets two share one."""
 
     def __post_init__(self) -> None:
         """Nothing: values are checked when the command is called, where a mistake becomes one line."""
@@ -164,7 +173,8 @@ class Compare(RunConfig, Command):
         """Run the grid, print the table, write the report."""
         names = [f.name for f in fields(RunConfig) if f.name not in ("method", "seed")]
         config = RunConfig(**{n: getattr(self, n) for n in names})
-        _grid(config, self.methods, self.seeds, self.out, screen, track=self.track)
+        cluster = Cluster(self.on, self.jobs, self.cpus_per_cell, self.gpus_per_cell)
+        _grid(config, self.methods, self.seeds, self.out, screen, track=self.track, cluster=cluster)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,33 +250,33 @@ def _grid(
     screen: Screen,
     demo: bool = False,
     track: str = "",
+    cluster: Cluster | None = None,
 ) -> None:
     from perdure.backbones.preprocess import skippable
     from perdure.experiments.grid import cells, compare
     from perdure.experiments.tune import tuned_on
     from perdure.reporting.report import write_report
-    from perdure.training.run import read_record, read_summary
+    from perdure.reporting.runs import RunResults
 
     grid = cells(methods, seeds, out)
     if warning := tuned_on(out, seeds):
         screen.note(warning)
     with skippable("skip_bad=True in the stream"):
-        table = compare(config, grid, out, screen, steps=not demo, track=track)
-    if demo:
-        for cell in grid:
-            names = [t["name"] for t in read_record(cell.folder)["stream"]["tasks"]]
-            screen.matrix(dict(read_summary(cell.folder)), names, cell.method)
+        table = compare(config, grid, out, screen, steps=not demo, track=track, cluster=cluster)
+    runs = [RunResults.read(cell.folder) for cell in grid]
+    for made in runs if demo else ():
+        screen.matrix(dict(made.summary), made.names(), made.method)
     screen.table(table)
-    _tell_notes([read_record(cell.folder) for cell in grid], screen)
+    _tell_notes([made.facts for made in runs], screen)
     path = write_report([cell.folder for cell in grid], out / "report.html")
     screen.result({"event": "report", "path": str(path)}, f"report: {path}")
 
 
 def _finished(out: Path, summary: dict[str, Any], screen: Screen) -> None:
     from perdure.reporting.report import write_report
-    from perdure.reporting.runs import Run as Folder
+    from perdure.reporting.runs import RunResults
 
-    found = Folder.read(out)
+    found = RunResults.read(out)
     _tell_notes([found.facts], screen)
     screen.matrix(summary, found.names(), found.method)
     path = write_report([out], out / "report.html")

@@ -17,16 +17,13 @@ from rich.table import Table
 from rich.text import Text
 
 from perdure.cli.eta import Pace
+from perdure.cli.tables import COLUMNS, comparison, ends, flowed
 from perdure.formatting import (
-    RARE,
     human_bytes,
     human_seconds,
-    number,
     printable,
     settings,
-    share,
     shortened,
-    times,
 )
 
 if TYPE_CHECKING:  # so that what computes nothing does not wait for torch
@@ -37,26 +34,6 @@ if TYPE_CHECKING:  # so that what computes nothing does not wait for torch
 _REFRESH = 0.5  # seconds between readings of the loss, which waits for the device
 _LONGEST_LINE, _LONGEST_ERROR = 4_000, 1_000  # characters; what is longer is cut in its middle
 _UNBROKEN = 10_000  # columns of what is no terminal: a file or a pipe breaks no line
-_COLUMNS = {
-    "acc": "accuracy",
-    "aaa": "average",
-    "forgetting": "forgetting",
-    "acc_with_task_id": "with task id",
-    "task_id_acc": "task id",
-    "transfer": "transfer",
-    "average": "over the matrix",
-    "zero_shot_ratio": "zero-shot kept",
-}
-_SPARE = ("images/s", "average")  # columns left out of a table that is too wide, the first one first
-_MEANINGS = {
-    "average": "over the stream",
-    "new task": "right after it was learnt",
-    "with task id": "when told which task an image is of",
-    "transfer": "on data sets not learnt yet",
-    "over the matrix": "all scores after every task",
-    "zero-shot kept": "on held-out data",
-    "step": "its cost, plain LoRA's is 1",
-}
 
 
 class Screen:
@@ -96,6 +73,18 @@ class Screen:
         self._say(f"[{number + 1}/{total}] {method}, seed {seed}{about}")
         self._grid, self._headed = Pace(number, total, printable(f"{shortened(method)}, seed {seed}"), left), False
         self.wait("preparing")
+
+    def beside(self, number: int, total: int, method: str, seed: int, event: str, facts: dict[str, Any]) -> None:
+        """A run of a grid, among others that go on at the same time, was scored or has something to say."""
+        self.close()
+        self._event(event, cell=number, cells=total, method=method, seed=seed, **facts)
+        where = f"[{number + 1}/{total}] {method}, seed {seed}"
+        if event == "note":
+            self._say(f"{where}: {facts['text']}")
+            return
+        of = f" of {facts['tasks']}" if facts["tasks"] else ""
+        self._say(f"{where}: task {facts['task'] + 1}{of}, average accuracy {100 * facts['average']:.1f} %")
+        self.wait("cells run beside each other")
 
     def trial(self, number: int, total: int, options: Mapping[str, Any], best: float | None) -> None:
         """Trial number `number` (from 0) of a search of `total` begins; `best` is the best score so far."""
@@ -203,7 +192,7 @@ class Screen:
             return
         tasks = len(summary["matrix"])
         fitting = (self.out.width - len("after") - len("mean") - 4) // 4
-        shown = _ends(tasks, max(2, fitting))
+        shown = ends(tasks, max(2, fitting))
         self._say("", f"{shortened(title)}: % right on each task (columns), after each task (rows)")
         table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
         table.add_column("after", justify="right")
@@ -221,8 +210,8 @@ class Screen:
         self.out.print(table)
         if None in shown:
             self._say(f"all {tasks} tasks are in summary.json and report.html")
-        parts = [f"{name} {summary[key]:.1%}" for key, name in _COLUMNS.items() if summary.get(key) is not None]
-        self._flow([*parts, f"stored {human_bytes(summary['stored_bytes'])}"])
+        parts = [f"{name} {summary[key]:.1%}" for key, name in COLUMNS.items() if summary.get(key) is not None]
+        self._say(*flowed([*parts, f"stored {human_bytes(summary['stored_bytes'])}"], self.out.width))
 
     def table(self, rows: Sequence[dict[str, Any]]) -> None:
         """Methods side by side, mean ± spread."""
@@ -230,48 +219,7 @@ class Screen:
         if self.json:
             self._event("compared", table=list(rows))
             return
-        names = {"acc": "accuracy", "aaa": "average", "new_task_acc": "new task", **_COLUMNS}
-        columns = {
-            title: [share(row.get(key)) for row in rows]
-            for key, title in names.items()
-            if key not in RARE or any(row.get(key) for row in rows)
-        }
-        columns["stored"] = [human_bytes(row["stored_bytes"][0]) for row in rows]
-        columns["step"] = [times(row.get("step")) for row in rows]
-        columns["images/s"] = [number(row["images_per_second"]) for row in rows]
-        columns["seconds"] = [number(row["seconds"]) for row in rows]
-        width, apart = self.out.width, "   "
-        widest = {title: max(map(len, [title, *column])) for title, column in columns.items()}
-        for title in _SPARE:
-            if sum(widest.values()) + len(widest) > width:
-                del columns[title], widest[title]
-        titles, widths = list(columns), list(widest.values())
-        lines = list(zip(*columns.values(), strict=True))
-        methods = [printable(shortened(row["method"])) for row in rows]
-        name = max(Text(method).cell_len for method in methods)
-        beside = name + sum(widths) + len(apart) * len(widths) <= width
-        if not beside:
-            # Methods get a line of their own; then, if need be, numbers one below the other.
-            apart = next((gap for gap in ("   ", "  ", " ") if sum(widths) + len(gap) * len(widths) <= width), "")
-        heading = [f"{title:>{w}}" for title, w in zip(titles, widths, strict=True)]
-        self._say("")
-        if apart:
-            self._say(apart.join([" " * name if beside else "", *heading]))
-        for method, line in zip(methods, lines, strict=True):
-            cells = [f"{cell:>{w}}" for cell, w in zip(line, widths, strict=True)]
-            if beside:
-                self._say(apart.join([method + " " * (name - Text(method).cell_len), *cells]))
-                continue
-            self._say(method)
-            if apart:
-                self._say(apart.join(["", *cells]))
-            else:
-                self._flow([f"{title} {cell}" for title, cell in zip(titles, line, strict=True)])
-        spread = "mean ± standard deviation" if any("±" in cell for line in lines for cell in line) else "one run each"
-        means = "; ".join(f"{title}: {meaning}" for title, meaning in _MEANINGS.items() if title in columns)
-        self._say(f"in %, {spread}; {means}")
-        if gone := [title for title in _SPARE if title not in columns]:
-            self._say(f"no room for {', '.join(gone)}: in report.html")
+        self._say("", *comparison(rows, self.out.width))
 
     def measured(self, tasks: Sequence[Task], rows: Sequence[Row]) -> None:
         """Accuracy on each task."""
@@ -332,16 +280,6 @@ class Screen:
         for line in lines if not self.json else ():
             self.out.print(printable(shortened(line, _LONGEST_LINE)), soft_wrap=True)
 
-    def _flow(self, parts: Sequence[str]) -> None:
-        """Parts side by side, on as many lines as they need."""
-        line = ""
-        for part in parts:
-            if line and Text(f"{line}   {part}").cell_len > self.out.width:
-                self._say(line)
-                line = ""
-            line = f"{line}   {part}" if line else part
-        self._say(line)
-
     def _event(self, kind: str, **content: Any) -> None:
         if self.json:
             print(_json({"event": kind, **content}), flush=True)
@@ -390,14 +328,6 @@ class _TimeLeft(ProgressColumn):
         given = task.fields.get("left")
         left = given() if given else None if task.finished else task.time_remaining
         return Text("" if left is None else f"{human_seconds(left)} left")
-
-
-def _ends(count: int, room: int) -> list[int | None]:
-    """All of 0..count-1 when there is room, else the first and the last ones around a None."""
-    if count <= room:
-        return list(range(count))
-    first = room // 2
-    return [*range(first), None, *range(count - (room - first - 1), count)]
 
 
 def _json(content: Any) -> str:

@@ -46,7 +46,7 @@ def command_of(arguments: Sequence[str], commands: Mapping[str, Callable[..., An
         if not flag.startswith("--"):
             continue
         known = flag.replace("_", "-")
-        positive = known if known in flags else known.replace("--no-", "--")
+        positive = known if known in flags else f"--{known[2:].removeprefix('no-')}"
         hint = flags[positive][1] if positive in flags else None
         if hint is None or (positive != known and hint is not bool):
             near = meant(known, (each for each in flags if each.startswith("--")))

@@ -182,9 +182,10 @@ def move(folder: Path, change: str) -> list[tuple[str, str]]:
         ValueError: when nothing recorded was there, nothing is there now, or the backbone there is another one.
     """
     from perdure.core import checkpoint
+    from perdure.core.checkpoint import read_record
     from perdure.options.paths import moved, paths_in, relocated
     from perdure.training.config import make_backbone
-    from perdure.training.run import read_record, recorded_config, recorded_moves, write_moves
+    from perdure.training.record import recorded_config, recorded_moves, write_moves
 
     written = read_record(folder)
     old, equals, new = change.partition("=")
@@ -235,7 +236,7 @@ def _measured(folder: Path, stream: str | None, device: str | None) -> "tuple[li
     from perdure.backbones.preprocess import skippable
     from perdure.evaluation.calibration import errors
     from perdure.streams import build_stream
-    from perdure.training import taught_images as taught
+    from perdure.training.summary import taught_hashes
     from perdure.types import Row
 
     learner = Learner.load(folder, device)
@@ -247,7 +248,7 @@ def _measured(folder: Path, stream: str | None, device: str | None) -> "tuple[li
     tasks = list(found.tasks if stream is not None else found.tasks[: learner.learnt])
     remarks = told(found.notes)
     if stream is not None:
-        known, unknown = taught.hashes(folder)
+        known, unknown = taught_hashes(folder)
         tasks, count = _unseen(tasks, known, f"{described}: all", folder)
         images = sum(len(task.test) for task in tasks)
         if unknown:

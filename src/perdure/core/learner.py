@@ -133,16 +133,18 @@ class Core(nn.Module):
         with self.computing():
             tokens = self.backbone.tokenised(texts)
             known = tokens | {"label": labels} if self.training and labels is not None else tokens
-            with self.method.applied(self, known, "text"):
+            with self.applied(known, "text"):
                 embeddings = self.backbone.encode_tokens(tokens).float()
             return self._checked(embeddings, "embeddings of texts")
 
     @contextmanager
-    def applied(self, batch: Batch) -> Iterator[None]:
-        """Within, the towers that make features of `batch` compute as the method has it, see `Method.applied`."""
+    def applied(self, batch: Batch, *towers: str) -> Iterator[None]:
+        """Within, `towers`, or those that make features, compute on `batch` as the method has it: `Method.applied`."""
         with ExitStack() as stack:
-            for tower in self.encoder:
-                stack.enter_context(self.method.applied(self, batch, tower))
+            for part in parts_of(self.method):
+                for tower in towers or self.encoder:
+                    if tower in part.treats:
+                        stack.enter_context(part.applied(self, batch, tower))
             yield
 
     @property

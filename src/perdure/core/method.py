@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
@@ -243,15 +243,6 @@ class Compose(Method):
     def param_groups(self, learner: AnyLearner) -> dict[str, float]:
         """See `Method.param_groups`."""
         return {k: v for part in self for k, v in part.param_groups(learner).items()}
-
-    @contextmanager
-    def applied(self, learner: AnyLearner, batch: Batch, tower: str) -> Iterator[None]:
-        """See `Method.applied`."""
-        with ExitStack() as stack:
-            for part in self:
-                if tower in part.treats:
-                    stack.enter_context(part.applied(learner, batch, tower))
-            yield
 
     def backward(self, learner: AnyLearner, loss: Tensor) -> None:
         """See `Method.backward`."""

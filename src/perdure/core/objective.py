@@ -88,12 +88,26 @@ class Objective(nn.Module):
         self.task_columns: tuple[int, ...] = ()  # of the current task's classes
         self.former: tuple[tuple[int, ...], ...] = ()  # columns of former tasks' classes that answer together
         self.masked_loss = True  # False: every seen class always competes
+        self._learner: list[
+            AnyLearner
+        ] = []  # who reads texts for it; in a list: the learner owns us, not we the learner
 
     def bind(self, learner: AnyLearner) -> None:
         """Called when it belongs to another learner than before."""
+        self._learner = [learner] if "text" in self.towers else []
 
     def grow(self, learner: AnyLearner, task: Task) -> None:
-        """Make room for the classes of `task`."""
+        """Make room for the classes of `task`.
+
+        Raises:
+            ValueError: when the backbone lacks a tower that is read.
+        """
+        if lacking := self.towers - learner.backbone.towers().keys():
+            raise ValueError(
+                f"{self.name} needs a {min(lacking)} tower, which {learner.backbone.spec} lacks: use clip(path=...) or "
+                "pocket(), or --objective classify"
+            )
+        self.bind(learner)
         fresh = [(c, n) for c, n in zip(task.classes, task.names, strict=True) if c not in self.classes]
         self.classes += tuple(c for c, _ in fresh)
         self.names += tuple(n for _, n in fresh)

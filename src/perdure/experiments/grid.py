@@ -4,6 +4,7 @@ Beside the cells stand the table (`compare.json`, `compare.md`), what a step cos
 costs (`accuracy-bytes.svg`, `accuracy-time.svg`).
 """
 
+import contextlib
 import dataclasses
 import re
 import shlex
@@ -15,19 +16,21 @@ from typing import Any, Protocol
 from perdure import metrics
 from perdure.core import checkpoint
 from perdure.experiments import step_cost
+from perdure.experiments.cluster import Cluster, run_beside
 from perdure.formatting import RARE, printable, times
 from perdure.process import as_found, plain
-from perdure.reporting import tables as measured
 from perdure.reporting.charts import show
 from perdure.reporting.report import trade_offs
-from perdure.reporting.runs import Run, ignore
+from perdure.reporting.runs import Group, RunResults, ignore, steps_of
+from perdure.reporting.tables import row_of
 from perdure.reporting.tracking import tracked
 from perdure.streams import build_stream
 from perdure.training.config import RunConfig, make_backbone, make_method, with_former
-from perdure.training.dry_run import foresee
 from perdure.training.loop import Progress, Quiet
-from perdure.training.run import Interrupted, recorded_config, resume, run
+from perdure.training.record import recorded_config
+from perdure.training.run import Interrupted, dry_run, resume, run
 from perdure.training.runtime import Runtime, resolve
+from perdure.types import Row, Task
 
 KEYS = (
     "acc",
@@ -57,12 +60,19 @@ class Cell:
         """Whether nothing is left to do."""
         return (self.folder / "summary.json").exists()
 
+    def configured(self, config: RunConfig) -> RunConfig:
+        """What all cells share, with this one's method and seed."""
+        return dataclasses.replace(config, method=self.method, seed=self.seed)
+
 
 class GridProgress(Progress, step_cost.StepProgress, Protocol):
     """Progress that is also told of the grid."""
 
     def cell(self, number: int, total: int, method: str, seed: int, left: float | None) -> None:
         """Run number `number` (from 0) of `total` begins; `left` seconds are left for all, as far as one can tell."""
+
+    def beside(self, number: int, total: int, method: str, seed: int, event: str, facts: dict[str, Any]) -> None:
+        """A run among others that go on at the same time was scored (`scores`), or has something to say (`note`)."""
 
 
 def cells(methods: Sequence[str], seeds: Sequence[int], out: Path) -> list[Cell]:
@@ -95,6 +105,7 @@ def compare(
     *,
     steps: bool = True,
     track: str = "",
+    cluster: Cluster | None = None,
 ) -> list[dict[str, Any]]:
     """Run what is not finished of a grid; returns the table, one row a method.
 
@@ -108,6 +119,7 @@ def compare(
         out: folder of the grid.
         progress: who is told.
         track: experiment trackers that each run is followed by, see `tracked`.
+        cluster: where cells run beside each other; None runs them here, one after another.
         steps: measure what a step costs against plain LoRA's, where that is not known yet.
 
     Raises:
@@ -117,28 +129,16 @@ def compare(
     """
     with checkpoint.locked(out):
         runtime = None
-        measured.steps_of(out)  # a damaged one is told of now, not after hours
+        steps_of(out)  # a damaged one is told of now, not after hours
         for cell in grid:
-            runtime = _made(config, cell) or runtime
-            if cell.finished:
-                _summary(cell, progress.note if progress else ignore)
+            runtime = _made(config, cell, progress.note if progress else ignore) or runtime
         if unfinished := [cell for cell in grid if not cell.finished]:
             runtime = _ready(config, unfinished, runtime)
-        for number, cell in enumerate(grid):
-            if cell.finished:
-                continue
-            if progress:
-                progress.cell(number, len(grid), cell.method, cell.seed, seconds_left(grid))
-            mine = dataclasses.replace(config, method=cell.method, seed=cell.seed)
-            try:
-                with tracked(progress or Quiet(), track, cell.folder) as told:
-                    if (cell.folder / "run.json").exists():
-                        resume(cell.folder, told)
-                    else:
-                        run(mine, cell.folder, told, runtime)
-            except Interrupted as stop:
-                said = str(stop).partition(";")[0]
-                raise Interrupted(f"{cell.folder.name}: {said}; the same command goes on from here") from stop
+        if unfinished and runtime is not None:
+            if cluster is not None and cluster.beside:
+                _beside(config, grid, track, progress, dataclasses.replace(runtime, threads=cluster.cpus), cluster)
+            else:
+                _in_turn(config, grid, track, progress, runtime)
         table = _write(grid, out)
         if steps and runtime is not None:
             methods = list(dict.fromkeys(cell.method for cell in grid))
@@ -148,6 +148,86 @@ def compare(
         if progress and (left_out := _left_out(grid, out)):
             progress.note(left_out)
     return table
+
+
+def _in_turn(
+    config: RunConfig, grid: Sequence[Cell], track: str, progress: GridProgress | None, runtime: Runtime
+) -> None:
+    for number, cell in enumerate(grid):
+        if cell.finished:
+            continue
+        if progress:
+            progress.cell(number, len(grid), cell.method, cell.seed, seconds_left(grid))
+        try:
+            _run_cell(cell.configured(config), cell.folder, track, runtime, progress or Quiet())
+        except Interrupted as stop:
+            raise _stopped(cell, stop) from stop
+
+
+def _beside(
+    config: RunConfig,
+    grid: Sequence[Cell],
+    track: str,
+    progress: GridProgress | None,
+    runtime: Runtime,
+    cluster: Cluster,
+) -> None:
+    unfinished = [(number, cell) for number, cell in enumerate(grid) if not cell.finished]
+    calls = [
+        (
+            _run_elsewhere,
+            {"config": c.configured(config), "folder": c.folder.absolute(), "track": track, "runtime": runtime},
+        )
+        for _, c in unfinished
+    ]
+
+    def told(place: int, event: str, facts: dict[str, Any]) -> None:
+        number, cell = unfinished[place]
+        if progress:
+            progress.beside(number, len(grid), cell.method, cell.seed, event, facts)
+
+    try:
+        run_beside(cluster, calls, told)
+    except KeyboardInterrupt as stop:
+        raise Interrupted("stopped, all is saved; the same command goes on from here") from stop
+
+
+def _run_cell(config: RunConfig, folder: Path, track: str, runtime: Runtime, progress: Progress) -> None:
+    with tracked(progress, track, folder) as told:
+        if (folder / "run.json").exists():
+            resume(folder, told)
+        else:
+            run(config, folder, told, runtime)
+
+
+def _run_elsewhere(
+    config: RunConfig, folder: Path, track: str, runtime: Runtime, tell: Callable[[str, dict[str, Any]], None]
+) -> None:
+    """A cell in a worker; one that was started again finds what is finished and goes on."""
+    if (folder / "summary.json").exists():
+        return
+    with contextlib.suppress(Interrupted):  # the grid was stopped, and says so
+        _run_cell(config, folder, track, runtime, _Telling(tell))
+
+
+class _Telling(Quiet):
+    """Tells the grid what a cell has to say."""
+
+    def __init__(self, tell: Callable[[str, dict[str, Any]], None]) -> None:
+        self.tell = tell
+
+    def scores(self, task: Task, rows: list[Row]) -> None:
+        score, _, _ = metrics.scored(rows)
+        now = [row.value for row in rows if row.metric == score and row.after == task.index and row.on is not None]
+        self.tell("scores", {"task": task.index, "tasks": task.total, "average": statistics.fmean(now)})
+
+    def note(self, text: str) -> None:
+        self.tell("note", {"text": text})
+
+
+def _stopped(cell: Cell, stop: Interrupted) -> Interrupted:
+    said = str(stop).partition(";")[0]
+    return Interrupted(f"{cell.folder.name}: {said}; the same command goes on from here")
 
 
 def seconds_left(grid: Sequence[Cell]) -> float | None:
@@ -163,18 +243,27 @@ def seconds_left(grid: Sequence[Cell]) -> float | None:
     return left
 
 
-def tabulate(summaries: Sequence[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Mean and sample standard deviation over the runs of each method: `{"method", "runs", key: [mean, std]}`."""
+def tabulate(runs: Sequence[tuple[str, RunResults]]) -> list[dict[str, Any]]:
+    """Mean and sample standard deviation over the runs of each method: `{"method", "runs", key: [mean, std]}`.
+
+    Args:
+        runs: method and what one of its finished runs says.
+
+    Raises:
+        ValueError: when a run lacks numbers that every finished one has.
+    """
     table = []
-    for method in dict.fromkeys(name for name, _ in summaries):
-        mine = [summary for name, summary in summaries if name == method]
+    for method in dict.fromkeys(name for name, _ in runs):
+        mine = [_complete(run) for name, run in runs if name == method]
+        group, measured = Group(method, tuple(mine)), row_of(mine)
         row: dict[str, Any] = {"method": method, "runs": len(mine)}
-        for key in KEYS:
-            values = [s[key] for s in mine if s.get(key) is not None]
-            row[key] = list(metrics.spread(values)) if values else None
-        seconds = [sum(sum(task.values()) for task in s["seconds_per_task"]) for s in mine]
-        row["seconds"] = list(metrics.spread(seconds))
-        row["trainable_parameters"] = mine[0]["trainable_parameters"]
+        for key in (*KEYS, "seconds", "new_task_acc"):
+            found = group.spread(key)
+            row[key] = None if found is None else list(found)
+        row["trainable_parameters"] = measured["trainable_parameters"]
+        row["stored_bytes_after"] = [None if pair is None else pair[0] for pair in measured["after"]["stored_bytes"]]
+        row["referenced_bytes"] = measured["referenced_bytes"]
+        row["step_cost"], row["step"] = (measured["step"] or {}).get("ratio"), measured["step"]
         table.append(row)
     return table
 
@@ -219,14 +308,7 @@ def _shown(key: str, value: Any) -> str:
 
 def _write(grid: Sequence[Cell], out: Path) -> list[dict[str, Any]]:
     """Write table and plots of a finished grid."""
-    table = tabulate([(cell.method, _summary(cell)) for cell in grid])
-    for row in table:
-        found = measured.row_of([Run.read(cell.folder) for cell in grid if cell.method == row["method"]])
-        last = found["after"]["new_task_acc"][-1]
-        row["new_task_acc"] = None if last is None else list(last)
-        row["stored_bytes_after"] = [None if pair is None else pair[0] for pair in found["after"]["stored_bytes"]]
-        row["referenced_bytes"] = found["referenced_bytes"]
-        row["step_cost"], row["step"] = (found["step"] or {}).get("ratio"), found["step"]
+    table = tabulate([(cell.method, RunResults.read(cell.folder)) for cell in grid])
     checkpoint.write_json(out / "compare.json", table)
     checkpoint.write_text(out / "compare.md", markdown(table))
     for name, drawing in trade_offs([(row["method"], row.get) for row in table]).items():
@@ -234,22 +316,20 @@ def _write(grid: Sequence[Cell], out: Path) -> list[dict[str, Any]]:
     return table
 
 
-def _made(config: RunConfig, cell: Cell) -> Runtime | None:
+def _made(config: RunConfig, cell: Cell, note: Callable[[str], None]) -> Runtime | None:
     """How a cell that is there computes; other options than it was made with would have no effect on it."""
     if not (cell.folder / "run.json").exists():
         return None
-    made = Run.read(cell.folder)
-    if not made.facts["stream"]["tasks"]:
-        raise ValueError(
-            f"{cell.folder / 'run.json'} names no tasks: it is no run's; remove {cell.folder} to run it again"
-        )
+    made = RunResults.read(cell.folder, note if cell.finished else ignore)
     written, runtime = recorded_config(cell.folder, made.facts).describe(), Runtime(**made.facts["resolved"])
-    for name, value in dataclasses.replace(config, method=cell.method, seed=cell.seed).describe().items():
+    for name, value in cell.configured(config).describe().items():
         if name != "save_every" and written[name] != value:
             raise ValueError(
                 f"{cell.folder} was made with {name}={written[name]!r}, not {value!r}: give the same options "
                 "to go on, or another --out to start anew"
             )
+    if cell.finished:
+        _complete(made)
     return runtime
 
 
@@ -266,21 +346,20 @@ def _ready(config: RunConfig, unfinished: Sequence[Cell], runtime: Runtime | Non
             # a former part may read another backbone
             own = backbone if with_former(config.backbone, "backbone", method) == config.backbone else None
             mine = dataclasses.replace(config, method=method, seed=seed)
-            foresee(mine, own or make_backbone(config.backbone, method), stream)
+            dry_run(mine, own or make_backbone(config.backbone, method), stream)
         except ValueError as error:
             raise ValueError(f"--methods {method!r}: {error}") from error
     return runtime
 
 
-def _summary(cell: Cell, note: Callable[[str], None] = ignore) -> dict[str, Any]:
-    """A finished run's summary, with all numbers that the table needs."""
-    found: dict[str, Any] = dict(Run.read(cell.folder, note).summary)
-    if any(found.get(key) is None for key in _SURE):
+def _complete(run: RunResults) -> RunResults:
+    """A finished run, once it is known to have all numbers that the table needs."""
+    if any(run.summary.get(key) is None for key in _SURE):
         raise ValueError(
-            f"{cell.folder / 'summary.json'} is damaged: numbers are missing; remove it, and the same command writes "
+            f"{run.folder / 'summary.json'} is damaged: numbers are missing; remove it, and the same command writes "
             "it anew"
         )
-    return found
+    return run
 
 
 def _left_out(grid: Sequence[Cell], out: Path) -> str:
@@ -292,11 +371,11 @@ def _left_out(grid: Sequence[Cell], out: Path) -> str:
             continue
         names.append(file.parent.name)
         try:
-            other = Run.read(file.parent)
+            other = RunResults.read(file.parent)
         except ValueError:  # it is not asked for: its name will do
             continue
         methods.append(other.method)
-        seeds.append(other.facts.get("seed"))
+        seeds.append(other.seed)
     if not names:
         return ""
     more = {

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from perdure.core import checkpoint
 from perdure.core.learner import Core
-from perdure.reporting.tables import STEPS, steps_of
+from perdure.reporting.runs import STEPS, steps_of
 from perdure.storage.schema import Cost
 from perdure.streams import build_stream
 from perdure.training.config import RunConfig

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 from perdure.adapters.state import BufferDict
 from perdure.core.learner import Core
-from perdure.types import Batch
+from perdure.core.method import Method
+from perdure.types import Batch, Task
 
 
 class Teacher(nn.Module):
@@ -94,6 +95,59 @@ def distillation(teacher: Tensor, student: Tensor, temperature: float) -> Tensor
     """
     wanted, given = (F.log_softmax(scores / temperature, dim=1) for scores in (teacher, student))
     return temperature**2 * F.kl_div(given, wanted, reduction="batchmean", log_target=True)
+
+
+class Distillation(Method):
+    """Base of methods that hold what a teacher says, from the second task on; `strength` is the weight.
+
+    Args:
+        outputs: what the teacher is asked for, see `Objective.output`.
+    """
+
+    protects = "encoder"
+    strength: float
+
+    def __init__(self, outputs: Sequence[str] = ()) -> None:
+        super().__init__()
+        self.teacher = Teacher(self.name)
+        self.ask_for(outputs)
+
+    def ask_for(self, outputs: Sequence[str]) -> None:
+        """Settle what the teacher says."""
+        self.teacher.outputs = tuple(outputs)
+        self.records = self.teacher.records
+
+    def holds(self, task: Task) -> bool:
+        """Whether there is anything to keep in `task`."""
+        return bool(self.strength and task.index)
+
+    def begin_task(self, learner: Core, task: Task) -> None:
+        """Take the learner as teacher."""
+        self.check(learner, task)
+        if self.holds(task):
+            self.teacher.remember(learner)
+
+    def check(self, learner: Core, task: Task) -> None:
+        """Refuse a task in which nothing moves; known when all parts have grown."""
+        if self.holds(task):
+            check_moves(learner, task, self)
+
+    def record(self, learner: Core, batch: Batch) -> Batch:
+        """What the teacher says of each example."""
+        return self.teacher.record(learner, batch)
+
+    def end_task(self, learner: Core, task: Task) -> None:
+        """Let the teacher go."""
+        self.teacher.forget()
+
+
+def check_moves(learner: Core, task: Task, part: Method) -> None:
+    """Raise `ValueError` when `part` holds an encoder that `task` does not train."""
+    if not trains_encoder(learner):
+        raise ValueError(
+            f"task {task.index}: {part.name} has no effect where no part trains the encoder any more: take one that "
+            f"does in every task, as in 'lora + {part.name}', or leave {part.name} out"
+        )
 
 
 def trains_encoder(learner: Core) -> bool:

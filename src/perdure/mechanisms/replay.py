@@ -1,7 +1,7 @@
 """Replay: which old examples are remembered, how they are read again, and gradients on them."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from perdure.adapters.state import BufferDict
 from perdure.core.learner import Core
+from perdure.core.method import Method, check_trained
 from perdure.formatting import count_bytes
 from perdure.mechanisms import selection_scores as orders
 from perdure.mechanisms.selection_scores import Position
@@ -289,6 +290,43 @@ class ExemplarBuffer(ReplayBuffer):
         if self.chooses == "el2n":
             return orders.el2n(residuals)
         return (orders.grand if self.chooses == "grand" else orders.influence)(residuals, inputs)
+
+
+class Rehearsal(Method):
+    """Base of methods that remember old examples; the memory refers to the tasks' training sets.
+
+    Args:
+        memory: which examples.
+    """
+
+    lacks: ClassVar[str] = "nothing to teach"
+    """What it has where nothing is trained."""
+
+    def __init__(self, memory: ExemplarBuffer) -> None:
+        super().__init__()
+        self.memory = memory
+
+    def grow(self, learner: Core, task: Task) -> None:
+        """Make room in the memory."""
+        self.memory.grow(learner)
+
+    def check(self, learner: Core, task: Task) -> None:
+        """Refuse what would have no effect; known when all parts have grown."""
+        check_trained(learner, self, self.lacks)
+        self.memory.check(learner)
+
+    def begin_task(self, learner: Core, task: Task) -> None:
+        """Refuse what would have no effect, or could not be drawn."""
+        self.check(learner, task)
+        self.memory.begin(learner)
+
+    def end_task(self, learner: Core, task: Task) -> None:
+        """Offer the task's examples to the memory."""
+        self.memory.remember(learner, task)
+
+    def measures(self, learner: Core) -> dict[str, float]:
+        """Bytes of the images that the memory refers to, at the size the model sees."""
+        return self.memory.measures(learner)
 
 
 def last_layer(learner: Core, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

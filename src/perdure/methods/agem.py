@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from perdure.core.learner import Core
-from perdure.core.method import Method, check_mask, check_trained
-from perdure.mechanisms.replay import ExemplarBuffer, gradients_on, with_gradients
+from perdure.core.method import check_mask
+from perdure.mechanisms.replay import ExemplarBuffer, Rehearsal, gradients_on, with_gradients
 from perdure.options.ranges import BatchSize, Count
 from perdure.types import Batch, Task
 
 
-class AGEM(Method, name="agem"):
+class AGEM(Rehearsal, name="agem"):
     """Takes out of each step what would raise the loss on a random batch of old examples.
 
     The memory holds references into the tasks' training sets, which must stay at hand.
@@ -33,10 +33,11 @@ class AGEM(Method, name="agem"):
     """
 
     gradient_projection = True
+    lacks = "no gradient to project"
 
     def __init__(self, size: Count = 2000, batch_size: BatchSize = 64, mask: bool = True) -> None:
-        super().__init__()
-        self.memory, self.batch_size, self.mask = ExemplarBuffer(size), batch_size, mask
+        super().__init__(ExemplarBuffer(size))
+        self.batch_size, self.mask = batch_size, mask
         self._old: Batch | None = None  # of the current step
 
     def grow(self, learner: Core, task: Task) -> None:
@@ -44,14 +45,9 @@ class AGEM(Method, name="agem"):
         if not self.mask:
             learner.objective.unmask()
 
-    def begin_task(self, learner: Core, task: Task) -> None:
-        """Refuse what would have no effect, or could not be drawn."""
-        self.check(learner, task)
-        self.memory.begin(learner)
-
     def check(self, learner: Core, task: Task) -> None:
         """Refuse what would have no effect; known when all parts have grown."""
-        check_trained(learner, self, "no gradient to project")
+        super().check(learner, task)
         check_mask(learner, None if self.mask else False)
 
     def batch(self, learner: Core, batch: Batch) -> Batch:
@@ -75,14 +71,6 @@ class AGEM(Method, name="agem"):
             share = (_inner(gradient, reference) / square).clamp_max(0)
             for g, r in zip(gradient, reference, strict=True):
                 g.sub_(share * r)
-
-    def end_task(self, learner: Core, task: Task) -> None:
-        """Offer the task's examples to the memory."""
-        self.memory.remember(learner, task)
-
-    def measures(self, learner: Core) -> dict[str, float]:
-        """Bytes of the images that the memory refers to, at the size the model sees."""
-        return self.memory.measures(learner)
 
 
 def _inner(one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from perdure.adapters.state import BufferDict
 from perdure.core.learner import Core
-from perdure.core.method import Method, check_mask, check_trained
-from perdure.mechanisms.replay import BufferView, ExemplarBuffer, Selection
+from perdure.core.method import check_mask
+from perdure.mechanisms.replay import BufferView, ExemplarBuffer, Rehearsal, Selection
 from perdure.mechanisms.selection_scores import Position
 from perdure.options.ranges import Bytes, Count, Ratio, Strength, without_effect
 from perdure.types import Batch, Task
 
 
-class DERPP(Method, name="derpp"):
+class DERPP(Rehearsal, name="derpp"):
     """Old images shall give the logits they gave when they were stored, and their labels.
 
     Args:
@@ -50,7 +50,7 @@ class DERPP(Method, name="derpp"):
         ratio: Ratio = 1.0,
         mask: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(ExemplarBuffer(size, bytes, selection, position))
         if not (alpha or beta):
             chosen = None if selection == "reservoir" else selection
             drawn = None if ratio == 1 else ratio
@@ -64,25 +64,18 @@ class DERPP(Method, name="derpp"):
                 mask=mask or None,
             )
         self.alpha, self.beta, self.ratio, self.mask = alpha, beta, ratio, mask
-        self.memory = ExemplarBuffer(size, bytes, selection, position)
         self.stored = BufferDict()  # logits: (images kept, classes seen), a row for each of the memory's references
 
     def grow(self, learner: Core, task: Task) -> None:
         """All heads learn from old images, and without the mask from new ones."""
-        self.memory.grow(learner)
+        super().grow(learner, task)
         if task.index > 0 and (self.alpha or self.beta):
             learner.objective.requires_grad_(True) if self.mask else learner.objective.unmask()
 
-    def begin_task(self, learner: Core, task: Task) -> None:
-        """Refuse what would have no effect, or could not be drawn."""
-        self.check(learner, task)
-        self.memory.begin(learner)
-
     def check(self, learner: Core, task: Task) -> None:
         """Refuse what would have no effect; known when all parts have grown."""
-        check_trained(learner, self, "nothing to teach")
+        super().check(learner, task)
         check_mask(learner, self.mask or None)
-        self.memory.check(learner)
 
     def penalty(self, learner: Core, batch: Batch, features: Tensor) -> Tensor | float:
         """alpha · ‖f(x') - z'‖² + beta · CE(f(x''), y''): both draws in one pass through the encoder."""
@@ -108,7 +101,7 @@ class DERPP(Method, name="derpp"):
         if not (self.alpha or self.beta):
             return
         before = self.memory.refs.cpu()
-        self.memory.remember(learner, task)
+        super().end_task(learner, task)
         if not self.alpha:
             return
         refs = self.memory.refs.cpu()
@@ -122,10 +115,6 @@ class DERPP(Method, name="derpp"):
             old = self.stored["logits"]
             logits[~fresh, : old.shape[1]] = old[_places(before, refs[~fresh])]
         self.stored["logits"] = logits
-
-    def measures(self, learner: Core) -> dict[str, float]:
-        """Bytes of the images that the memory refers to, at the size the model sees."""
-        return self.memory.measures(learner)
 
     def _apart(self, learner: Core, features: Tensor, rows: Tensor) -> Tensor:
         """Mean squared difference to the stored logits, of the classes that were seen when they were stored."""

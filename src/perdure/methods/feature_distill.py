@@ -18,14 +18,14 @@ from perdure.adapters.injection import adapted
 from perdure.adapters.state import BufferDict
 from perdure.backbones.base import Tower
 from perdure.core.learner import Core
-from perdure.core.method import Method, check_texts, treated
-from perdure.mechanisms.distillation import Teacher, trains_encoder
+from perdure.core.method import check_texts, treated
+from perdure.mechanisms.distillation import Distillation
 from perdure.objectives.zeroshot import class_texts
 from perdure.options.ranges import Strength, without_effect
 from perdure.types import Batch, Task
 
 
-class FeatureDistill(Method, name="feature_distill"):
+class FeatureDistill(Distillation, name="feature_distill"):
     """Keeps features of new images, or embeddings of old class names, near what they were when the task began.
 
     The teacher is a snapshot of what the task trains, dropped when it ends. Where images are not augmented it is asked
@@ -39,8 +39,6 @@ class FeatureDistill(Method, name="feature_distill"):
             lengths too.
     """
 
-    protects = "encoder"
-
     def __init__(
         self, strength: Strength = 1.0, tower: Tower = "vision", form: Literal["cosine", "mse"] = "cosine"
     ) -> None:
@@ -49,7 +47,6 @@ class FeatureDistill(Method, name="feature_distill"):
             held, apart = None if tower == "vision" else tower, None if form == "cosine" else form
             without_effect("with strength=0", tower=held, form=apart)
         self.strength, self.tower, self.form = strength, tower, form
-        self.teacher = Teacher("feature_distill")
         self.names = BufferDict()  # "old": the teacher's embeddings of the former tasks' class names
 
     def grow(self, learner: Core, task: Task) -> None:
@@ -57,19 +54,16 @@ class FeatureDistill(Method, name="feature_distill"):
         check_texts(learner, self, self.tower)
         captioned = "captions" in learner.objective.asks
         held = {"vision": "features", "text": "captions"} if captioned else {"vision": "features"}
-        self.teacher.outputs = tuple(held[tower] for tower in self._towers("vision", "text") if tower in held)
-        self.records = self.teacher.records
+        self.ask_for([held[tower] for tower in self._towers("vision", "text") if tower in held])
 
     def begin_task(self, learner: Core, task: Task) -> None:
-        """Take the learner as teacher; there is nothing to keep in the first task."""
-        self.check(learner, task)
-        if not self.strength or not task.index:
-            return
-        if self.teacher.outputs:
-            self.teacher.remember(learner)
-        if self._towers("text") and "classes" in learner.objective.asks:
+        """Take the learner as teacher, and what it makes of old class names."""
+        super().begin_task(learner, task)
+        if self.holds(task) and self._towers("text") and "classes" in learner.objective.asks:
             with self.teacher.swapped_in(learner):  # as it answers, without what methods do in training only
                 self.names["old"] = self._embed(learner)
+        if not self.teacher.outputs:
+            self.teacher.forget()
 
     def check(self, learner: Core, task: Task) -> None:
         """Refuse a tower, or a task, in which nothing moves; known when all parts have grown."""
@@ -79,15 +73,7 @@ class FeatureDistill(Method, name="feature_distill"):
                     f"feature_distill(tower={self.tower!r}) has no effect on the {tower} tower, which no part trains: "
                     f"write tower={'text' if tower == 'vision' else 'vision'!r}, or a part with tower='both'"
                 )
-        if self.strength and task.index and not trains_encoder(learner):
-            raise ValueError(
-                f"task {task.index}: feature_distill has no effect where no part trains the encoder any more: take one "
-                "that does in every task, as in 'lora + feature_distill', or leave feature_distill out"
-            )
-
-    def record(self, learner: Core, batch: Batch) -> Batch:
-        """The teacher's features (B, dim), and its embeddings (B, K, dim) of captions that are held too."""
-        return self.teacher.record(learner, batch)
+        super().check(learner, task)
 
     def penalty(self, learner: Core, batch: Batch, features: Tensor) -> Tensor | float:
         """strength · distance of the student's output to the teacher's, for each tower."""
@@ -104,8 +90,8 @@ class FeatureDistill(Method, name="feature_distill"):
         return total
 
     def end_task(self, learner: Core, task: Task) -> None:
-        """Let the teacher go."""
-        self.teacher.forget()
+        """Let the teacher, and the old names, go."""
+        super().end_task(learner, task)
         self.names.clear()
 
     def _towers(self, *wanted: Tower) -> list[Tower]:

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from perdure.core.learner import Core
-from perdure.core.method import Method, check_mask, check_trained
-from perdure.mechanisms.replay import ExemplarBuffer, gradients_on, with_gradients
+from perdure.core.method import check_mask
+from perdure.mechanisms.replay import ExemplarBuffer, Rehearsal, gradients_on, with_gradients
 from perdure.mechanisms.subspace import exact
 from perdure.options.ranges import BatchSize, Count, Strength
 from perdure.types import Batch, Task
@@ -33,7 +33,7 @@ class Unsolved(ValueError):
     """The projected gradient still points against an old task."""
 
 
-class GEM(Method, name="gem"):
+class GEM(Rehearsal, name="gem"):
     """Turns each step so far that it raises the loss on no past task's examples.
 
     The memory holds references into the tasks' training sets, which must stay at hand.
@@ -48,13 +48,13 @@ class GEM(Method, name="gem"):
     """
 
     gradient_projection = True
+    lacks = "no gradient to project"
 
     def __init__(
         self, size: Count = 2000, batch_size: BatchSize = 32, margin: Strength = 0.5, mask: bool | None = None
     ) -> None:
-        super().__init__()
-        self.memory, self.batch_size, self.margin = ExemplarBuffer(size, selection="class_balanced"), batch_size, margin
-        self.mask = mask
+        super().__init__(ExemplarBuffer(size, selection="class_balanced"))
+        self.batch_size, self.margin, self.mask = batch_size, margin, mask
         self._old: list[Batch] = []  # of the current step, one batch a past task
 
     def grow(self, learner: Core, task: Task) -> None:
@@ -62,14 +62,9 @@ class GEM(Method, name="gem"):
         if not (learner.scenario == "task" if self.mask is None else self.mask):
             learner.objective.unmask()
 
-    def begin_task(self, learner: Core, task: Task) -> None:
-        """Refuse what would have no effect, or could not be drawn."""
-        self.check(learner, task)
-        self.memory.begin(learner)
-
     def check(self, learner: Core, task: Task) -> None:
         """Refuse what would have no effect; known when all parts have grown."""
-        check_trained(learner, self, "no gradient to project")
+        super().check(learner, task)
         check_mask(learner, self.mask)
 
     def batch(self, learner: Core, batch: Batch) -> Batch:
@@ -103,14 +98,6 @@ class GEM(Method, name="gem"):
             check(_products(rows, [row.unsqueeze(0) for row in projected])[:-1, 0], products, weights)
             for p, row in zip(parameters, projected, strict=True):
                 p.grad = row.view_as(p)
-
-    def end_task(self, learner: Core, task: Task) -> None:
-        """Offer the task's examples to the memory."""
-        self.memory.remember(learner, task)
-
-    def measures(self, learner: Core) -> dict[str, float]:
-        """Bytes of the images that the memory refers to, at the size the model sees."""
-        return self.memory.measures(learner)
 
 
 def dual(products: Tensor, margin: float) -> Tensor | None:

@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 
 from perdure.core.learner import Core
-from perdure.core.method import Method
-from perdure.mechanisms.distillation import Teacher, distillation, trains_encoder
+from perdure.mechanisms.distillation import Distillation, distillation
 from perdure.options.ranges import Factor, Strength
 from perdure.types import Batch, Task
 
 
-class LwF(Method, name="lwf"):
+class LwF(Distillation, name="lwf"):
     """Keeps what new images score for old classes near what they scored when the task began.
 
     The teacher is a snapshot of what the task trains, dropped when it ends. Where images are not augmented it is asked
@@ -38,8 +37,6 @@ class LwF(Method, name="lwf"):
             directions are always kept, and None is `temperature`.
     """
 
-    protects = "encoder"
-
     def __init__(
         self,
         strength: Strength = 1.0,
@@ -51,7 +48,6 @@ class LwF(Method, name="lwf"):
         super().__init__()
         self.strength, self.temperature = strength, temperature
         self.heads, self.schedule, self.text_temperature = heads, schedule, text_temperature
-        self.teacher = Teacher("lwf")
 
     def grow(self, learner: Core, task: Task) -> None:
         """Old heads learn on, unless they shall not; refuse what this objective has no use for."""
@@ -63,56 +59,32 @@ class LwF(Method, name="lwf"):
             )
         if self.heads == "frozen" and "classes" not in objective.asks:
             raise ValueError("heads='frozen' has no effect where there are no heads: leave it out")
-        self.teacher.outputs = objective.outputs
-        self.records = self.teacher.records
-        if self.strength and task.index and self.heads == "learn":
+        self.ask_for(objective.outputs)
+        if self.holds(task) and self.heads == "learn":
             objective.requires_grad_(True)
-
-    def begin_task(self, learner: Core, task: Task) -> None:
-        """Take the learner as teacher; there is nothing to keep in the first task."""
-        self.check(learner, task)
-        if self.strength and task.index:
-            self.teacher.remember(learner)
 
     def check(self, learner: Core, task: Task) -> None:
         """Refuse what nothing would come of."""
-        if not self.strength or not task.index:
-            return
-        if not trains_encoder(learner):
-            raise ValueError(
-                f"task {task.index}: lwf has no effect where no part trains the encoder any more: take one that does "
-                "in every task, as in 'lora + lwf', or leave lwf out"
-            )
-        if self.heads == "frozen" and all(p.requires_grad for p in learner.objective.parameters()):
+        super().check(learner, task)
+        if self.holds(task) and self.heads == "frozen" and all(p.requires_grad for p in learner.objective.parameters()):
             raise ValueError(
                 "heads='frozen' has no effect where no old head stands apart, or another part trains all: leave it out"
             )
-
-    def record(self, learner: Core, batch: Batch) -> Batch:
-        """What the teacher's distributions are made of."""
-        return self.teacher.record(learner, batch)
 
     def penalty(self, learner: Core, batch: Batch, features: Tensor) -> Tensor | float:
         """strength · T² · KL of the teacher's and the student's distribution over old classes."""
         if not self.teacher.kept:
             return 0.0
-        objective, over_images = learner.objective, self.text_temperature
-        if "captions" in objective.asks:
-            over_images = over_images or self.temperature
-        wanted, given = (
-            self.teacher.distributions(learner, batch, old=True),
-            objective.distributions(features, batch, True),
-        )
-        temperatures: list[float | None] = [self.temperature] * len(given)
+        objective = learner.objective
+        old = self.teacher.distributions(learner, batch, old=True)
+        new = objective.distributions(features, batch, old=True)
+        temperatures: list[float | None] = [self.temperature] * len(new)
         if "text" in objective.towers:
-            temperatures[-1] = over_images
-        held = zip(wanted, given, temperatures, strict=True)
-        terms = [distillation(old, new, temperature) for old, new, temperature in held if temperature is not None]
+            always = self.temperature if "captions" in objective.asks else None
+            temperatures[-1] = self.text_temperature or always
+        held = zip(old, new, temperatures, strict=True)
+        terms = [distillation(was, now, temperature) for was, now, temperature in held if temperature is not None]
         share = 1.0
         if self.schedule == "share":
             share = len({column for each in objective.former for column in each}) / len(objective.classes)
         return self.strength * share * torch.stack(terms).sum()
-
-    def end_task(self, learner: Core, task: Task) -> None:
-        """Let the teacher go."""
-        self.teacher.forget()

@@ -13,13 +13,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from perdure.core.learner import Core
-from perdure.core.method import Method
-from perdure.mechanisms.distillation import Teacher, trains_encoder
+from perdure.mechanisms.distillation import Distillation
 from perdure.options.ranges import Factor, Strength
 from perdure.types import Batch, Task
 
 
-class ModX(Method, name="mod_x"):
+class ModX(Distillation, name="mod_x"):
     """Keeps the distribution of an image over the batch's captions, and of a caption over its images.
 
     The teacher is a snapshot of what the task trains, dropped when it ends; in the first task it is the pre-trained
@@ -30,32 +29,15 @@ class ModX(Method, name="mod_x"):
         temperature: T; with 1 a row of cosines is nearly even, a lower one counts large cosines more.
     """
 
-    protects = "encoder"
     needs = "captions"
 
     def __init__(self, strength: Strength = 20.0, temperature: Factor = 1.0) -> None:
-        super().__init__()
+        super().__init__(["features", "captions"])
         self.strength, self.temperature = strength, temperature
-        self.teacher = Teacher("mod_x", ["features", "captions"])
-        self.records = self.teacher.records
 
-    def begin_task(self, learner: Core, task: Task) -> None:
-        """Take the learner as teacher."""
-        self.check(learner, task)
-        if self.strength:
-            self.teacher.remember(learner)
-
-    def check(self, learner: Core, task: Task) -> None:
-        """Refuse a task in which nothing moves; known when all parts have grown."""
-        if self.strength and not trains_encoder(learner):
-            raise ValueError(
-                f"task {task.index}: mod_x has no effect where no part trains the encoder any more: take one that does "
-                "in every task, as in 'lora + mod_x', or leave mod_x out"
-            )
-
-    def record(self, learner: Core, batch: Batch) -> Batch:
-        """The teacher's features of an image (B, dim), and embeddings of its captions, (B, K, dim)."""
-        return self.teacher.record(learner, batch)
+    def holds(self, task: Task) -> bool:
+        """In the first task too."""
+        return bool(self.strength)
 
     def penalty(self, learner: Core, batch: Batch, features: Tensor) -> Tensor | float:
         """strength · T² · the mean of both directions' sum over the batch."""
@@ -66,10 +48,6 @@ class ModX(Method, name="mod_x"):
         old, new = _cosines(said["features"], said["captions"][chosen]), _cosines(features, texts)
         true = batch["pair"][:, None] == batch["pair"][image_of][None]
         return self.strength / 2 * (self._kept(old, new, true) + self._kept(old.T, new.T, true.T))
-
-    def end_task(self, learner: Core, task: Task) -> None:
-        """Let the teacher go."""
-        self.teacher.forget()
 
     def _kept(self, old: Tensor, new: Tensor, true: Tensor) -> Tensor:
         """T² · the sum, over rows in which `old` finds a true pair, of the divergence of `new` from it."""

@@ -16,8 +16,7 @@ from typing import Annotated, Literal
 import torch
 
 from perdure.core.learner import Core
-from perdure.core.method import Method, check_trained
-from perdure.mechanisms.replay import ExemplarBuffer, Selection
+from perdure.mechanisms.replay import ExemplarBuffer, Rehearsal, Selection
 from perdure.mechanisms.selection_scores import Position
 from perdure.options.ranges import Bytes, Count, Range, Ratio, without_effect
 from perdure.streams.augment import AUGMENTS
@@ -26,7 +25,7 @@ from perdure.types import Batch, Task
 _EVERY = 10
 
 
-class Replay(Method, name="replay"):
+class Replay(Rehearsal, name="replay"):
     """Old examples join the batches, and all seen classes compete in one cross-entropy.
 
     The memory holds references into the tasks' training sets, which must stay at hand.
@@ -56,29 +55,19 @@ class Replay(Method, name="replay"):
         bytes: Bytes | str | None = None,
         ratio: Ratio = 1.0,
     ) -> None:
-        super().__init__()
         if schedule == "interleaved":
             without_effect("with schedule='interleaved'", every=every)
-        self.memory, self.ratio = ExemplarBuffer(size, bytes, selection, position), ratio
+        super().__init__(ExemplarBuffer(size, bytes, selection, position))
+        self.ratio = ratio
         self.every = (every or _EVERY) if schedule == "periodic" else None
         self.augment = None if augment is None else AUGMENTS[augment]
 
     def grow(self, learner: Core, task: Task) -> None:
         """All heads learn: old classes are in the batch."""
-        self.memory.grow(learner)
+        super().grow(learner, task)
         if task.index > 0:
             # old classes are in every batch, or, with `periodic`, in every few: new ones may not compete alone
             learner.objective.unmask() if self.every else learner.objective.requires_grad_(True)
-
-    def begin_task(self, learner: Core, task: Task) -> None:
-        """Refuse what would have no effect, or could not be drawn."""
-        self.check(learner, task)
-        self.memory.begin(learner)
-
-    def check(self, learner: Core, task: Task) -> None:
-        """Refuse what would have no effect; known when all parts have grown."""
-        check_trained(learner, self, "nothing to teach")
-        self.memory.check(learner)
 
     def batch(self, learner: Core, batch: Batch) -> Batch:
         """Append old examples; with `periodic`, replace the batch when it is time."""
@@ -88,11 +77,3 @@ class Replay(Method, name="replay"):
         rows = self.memory.pick(n, learner.generator("replay", learner.step))
         old = self.memory.recall(learner, rows, batch, self.augment)
         return old if self.every else {key: torch.cat([value, old[key]]) for key, value in batch.items()}
-
-    def end_task(self, learner: Core, task: Task) -> None:
-        """Offer the task's examples to the memory."""
-        self.memory.remember(learner, task)
-
-    def measures(self, learner: Core) -> dict[str, float]:
-        """Bytes of the images that the memory refers to, at the size the model sees."""
-        return self.memory.measures(learner)

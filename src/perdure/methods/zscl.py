@@ -26,7 +26,7 @@ from perdure.backbones.texts import pack, present
 from perdure.core.learner import Core, derived_seed
 from perdure.core.method import Method
 from perdure.core.shared_copy import Constant
-from perdure.mechanisms.distillation import distillation, trains_encoder
+from perdure.mechanisms.distillation import check_moves, distillation
 from perdure.mechanisms.replay import read
 from perdure.options.ranges import Count, Factor, Strength, without_effect
 from perdure.options.spec import parse_one
@@ -113,11 +113,8 @@ class ZSCL(Method, name="zscl"):
 
     def check(self, learner: Core, task: Task) -> None:
         """Refuse what would have no effect; known when all parts have grown."""
-        if (self.distils or self.anchor) and not trains_encoder(learner):
-            raise ValueError(
-                f"task {task.index}: zscl has no effect where no part trains the encoder any more: take one that does "
-                "in every task, as in 'lora + zscl', or leave zscl out"
-            )
+        if self.distils or self.anchor:
+            check_moves(learner, task, self)
         if not self.text_gradient and learner.constant_texts:
             raise ValueError(
                 "text_gradient=False has no effect where no part trains the text tower: leave it out, or write "

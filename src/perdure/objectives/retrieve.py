@@ -41,20 +41,6 @@ class Retrieve(Objective, name="retrieve"):
     def __init__(self, captions: Count | None = 1) -> None:
         super().__init__()
         self.captions = captions
-        self._learner: list[Core] = []  # in a list: the learner owns us, not we the learner
-
-    def bind(self, learner: Core) -> None:
-        """See `Objective.bind`."""
-        self._learner = [learner]
-
-    def grow(self, learner: Core, task: Task) -> None:
-        """Remember the topic."""
-        if "text" not in learner.backbone.towers():
-            raise ValueError(
-                f"retrieve needs a text tower, which {learner.backbone.spec} lacks: use clip(path=...) or pocket()"
-            )
-        super().grow(learner, task)
-        self.bind(learner)
 
     def scores(self, features: Tensor) -> Tensor:
         """There are no classes to score.
@@ -88,7 +74,7 @@ class Retrieve(Objective, name="retrieve"):
 
     def similarity(self, features: Tensor, texts: Tensor) -> Tensor:
         """Scaled cosines (B, n) of image features to embeddings of texts."""
-        scale = self._learner[0].backbone.logit_scale
+        scale: Tensor = self._learner[0].backbone.logit_scale
         return scale * F.normalize(features, dim=1) @ F.normalize(texts, dim=1).T
 
     def output(self, learner: Core, batch: Batch, name: str) -> Tensor:

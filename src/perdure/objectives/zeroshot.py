@@ -32,22 +32,11 @@ class ZeroShot(Objective, name="zeroshot"):
         for template in self.templates:
             if "{}" not in template:
                 raise ValueError(f"template {template!r} has no {{}} for the class name; write 'a photo of a {{}}.'")
-        self._learner: list[Core] = []  # in a list: the learner owns us, not we the learner
         self._known: Tensor | None = None
-
-    def bind(self, learner: Core) -> None:
-        """See `Objective.bind`."""
-        self._learner = [learner]
 
     def grow(self, learner: Core, task: Task) -> None:
         """Remember the class names."""
-        if "text" not in learner.backbone.towers():
-            raise ValueError(
-                f"zeroshot needs a text tower, which {learner.backbone.spec} lacks: use clip(path=...) or pocket(), or "
-                "--objective classify"
-            )
         super().grow(learner, task)
-        self.bind(learner)
         self._known = None
 
     def refresh(self) -> None:
@@ -72,7 +61,7 @@ class ZeroShot(Objective, name="zeroshot"):
 
     def similarity(self, features: Tensor, classes: Tensor) -> Tensor:
         """Scaled cosines (R, n) of image features to `classes` (n, dim)."""
-        scale = self._learner[0].backbone.logit_scale
+        scale: Tensor = self._learner[0].backbone.logit_scale
         return scale * F.normalize(features, dim=1) @ classes.T
 
     def distributions(self, features: Tensor | None, batch: Batch, old: bool = False) -> list[Tensor]:

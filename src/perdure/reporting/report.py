@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from functools import partial
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,7 @@ from perdure.reporting import charts, figures
 from perdure.reporting import texts as language
 from perdure.reporting.charts import duration, show
 from perdure.reporting.figures import Drawing, Point
-from perdure.reporting.runs import PHASES, Group, Run, grouped, ignore
-from perdure.reporting.tables import new_task_acc, steps_of
+from perdure.reporting.runs import PHASES, Group, RunResults, grouped, ignore
 from perdure.storage.files import write_text
 
 # A number's key in summary.json, its name, and what it says to someone who reads it for the first time.
@@ -55,13 +54,13 @@ _STEP = (
 )
 _COMPARED = ("acc", "aaa", "new_task_acc", "forgetting", "acc_with_task_id", "task_id_acc", "gap", "feature_drift")
 # What tells why old tasks were kept or lost: heading, explanation, where it comes from, whether it ends at 1.
-_REASONS: tuple[tuple[str, str, Callable[[Run], list[float | None]], bool], ...] = (
+_REASONS: tuple[tuple[str, str, Callable[[RunResults], list[float | None]], bool], ...] = (
     (
         "How far old features moved",
         "Distance between the features of old test images now and right after their task was learnt, in per cent of "
         "their length, mean over old tasks. At 0 the encoder has forgotten nothing: if accuracy falls, tasks are "
         "confused with each other.",
-        Run.drifts,
+        RunResults.drifts,
         False,
     ),
     (
@@ -126,7 +125,7 @@ def write_report(
     """
     if not folders:
         raise ValueError("no run to report: give at least one folder that `perdure run` wrote")
-    runs = [Run.read(folder, note) for folder in dict.fromkeys(map(Path, folders))]
+    runs = [RunResults.read(folder, note) for folder in dict.fromkeys(map(Path, folders))]
     target = out / "report.html" if out.is_dir() else out
     page = _Page(runs)
     text, place = page.render(), target
@@ -167,20 +166,22 @@ def trade_offs(
 class _Page:
     """The report about some runs: its figures, and the page that shows them."""
 
-    def __init__(self, runs: Sequence[Run]) -> None:
+    def __init__(self, runs: Sequence[RunResults]) -> None:
         self.runs, self.groups = runs, grouped(runs)
         self.score = "recall" if all(run.scored == metrics.RECALL for run in runs) else "accuracy"
         self.streams = list(dict.fromkeys(str(run.config.get("stream", "–")) for run in runs))
         self.backbones = list(dict.fromkeys(str(run.config.get("backbone", "–")) for run in runs))
         longest = max((run.names() for run in runs), key=len, default=[])
-        self.curves = _figure(f"Mean {self.score} over the tasks learnt so far", self.groups, Run.averages, longest)
+        self.curves = _figure(
+            f"Mean {self.score} over the tasks learnt so far", self.groups, RunResults.averages, longest
+        )
         self.reasons = [
             (title, meaning, figure)
             for title, meaning, values, share in _REASONS
             if (figure := _figure(title, self.groups, values, longest, zero=True, share=share))
         ]
         same = len(self.streams) == len(self.backbones) == 1
-        self.trades = trade_offs([(g.label, partial(_spread, g)) for g in self.groups]) if same else {}
+        self.trades = trade_offs([(g.label, g.spread) for g in self.groups]) if same else {}
 
     def save(self, folder: Path) -> None:
         """Write each figure, and each run's matrix of scores, as PDF and PNG."""
@@ -200,16 +201,6 @@ class _Page:
     def render(self) -> str:
         """The page."""
         runs, groups, score = self.runs, self.groups, self.score
-        environment = jinja2.Environment(
-            autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-        )
-        environment.globals.update(
-            bar=charts.bar, stack=charts.stack, legend=charts.legend, level=charts.level, percent=charts.percent
-        )
-        environment.globals.update(show=show, duration=duration, spread=_spread)
-        template = environment.from_string(
-            resources.files("perdure.reporting").joinpath("report.html.jinja").read_text("utf-8")
-        )
         facts = [_facts(run) for run in runs]
         keys = list(dict.fromkeys(k for each in facts for k in each))
         shared = [k for k in keys if all(each.get(k) == facts[0].get(k) for each in facts)]
@@ -217,8 +208,8 @@ class _Page:
         rare = {key for key in RARE if any(run.numbers()[key] is not None for run in runs)}
         first, *others = _recall_named() if score == "recall" else NUMBERS
         named = (first, *(each for each in language.NUMBERS if each[0] in rare), *others)
-        steps = any(_spread(group, "step_cost") for group in groups)
-        page = template.render(
+        steps = any(group.spread("step_cost") for group in groups)
+        page = _template().render(
             title=", ".join(methods) if len(methods) <= 3 else f"{len(methods)} methods compared",
             streams=self.streams,
             backbones=self.backbones,
@@ -243,6 +234,20 @@ class _Page:
         return printable_lines(page)
 
 
+@cache
+def _template() -> jinja2.Template:
+    """The page, compiled once: that takes longer than to fill it."""
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.globals.update(
+        bar=charts.bar, stack=charts.stack, legend=charts.legend, level=charts.level, percent=charts.percent
+    )
+    environment.globals.update(show=show, duration=duration)
+    text = resources.files("perdure.reporting").joinpath("report.html.jinja").read_text("utf-8")
+    return environment.from_string(text)
+
+
 def _recall_named() -> tuple[tuple[str, str, str], ...]:
     """`NUMBERS` as they are of rankings."""
     own = {
@@ -262,25 +267,10 @@ def _recall_named() -> tuple[tuple[str, str, str], ...]:
     )
 
 
-def _numbers(run: Run) -> dict[str, float | None]:
-    """`Run.numbers`, accuracy on new tasks, and what a step costs."""
-    done = run.learnt()
-    step = steps_of(run.folder.parent)["methods"].get(run.method)
-    cost = step["ratio"] if step else None
-    more = {"new_task_acc": new_task_acc([row[:done] for row in run.matrix()[:done]]), "step_cost": cost}
-    return run.numbers() | more
-
-
-def _spread(group: Group, key: str) -> tuple[float, float | None] | None:
-    """As `Group.spread`, for all of `_numbers`."""
-    values = [v for run in group.runs if (v := _numbers(run)[key]) is not None]
-    return metrics.spread(values) if values else None
-
-
 def _figure(
     title: str,
     groups: Sequence[Group],
-    values: Callable[[Run], list[float | None]],
+    values: Callable[[RunResults], list[float | None]],
     names: Sequence[str],
     **axis: bool,
 ) -> Drawing | None:
@@ -289,7 +279,7 @@ def _figure(
     return figures.curves(title, curves, names, **axis) if curves else None
 
 
-def _view(run: Run) -> dict[str, Any]:
+def _view(run: RunResults) -> dict[str, Any]:
     names, done = run.names(), run.learnt()
     matrix = run.matrix()
     lost = metrics.forgetting_per_task([row[:done] for row in matrix[:done]])
@@ -300,7 +290,7 @@ def _view(run: Run) -> dict[str, Any]:
         "names": names,
         "tasks": run.tasks(),
         "done": done,
-        "numbers": _numbers(run),
+        "numbers": run.numbers(),
         "before": metrics.baseline_of(run.rows, run.scored[0], len(names)),
         "matrix": matrix[:done],
         "averages": run.averages(),
@@ -318,7 +308,7 @@ def _view(run: Run) -> dict[str, Any]:
     }
 
 
-def _room(run: Run) -> dict[str, list[tuple[str, float] | None]]:
+def _room(run: RunResults) -> dict[str, list[tuple[str, float] | None]]:
     """For each layer and task: the number of free directions where it was recorded, and their share."""
     counts = run.layers("free_dimension")
     return {
@@ -339,7 +329,7 @@ def _time(index: int, names: Sequence[str], task: Mapping[str, float]) -> tuple[
     return names[index] if index < len(names) else f"task {index + 1}", parts, sum(task.values())
 
 
-def _facts(run: Run) -> dict[str, str]:
+def _facts(run: RunResults) -> dict[str, str]:
     """What must be equal for a fair comparison, then everything else that was set."""
     stream, backbone, preprocess = run.facts["stream"], run.facts["backbone"], run.facts["backbone"].get("preprocess")
     answers = {
@@ -380,17 +370,17 @@ def _words(key: str) -> str:
 
 
 def _winner(groups: Sequence[Group], key: str) -> str | None:
-    means = {group.label: found[0] for group in groups if (found := _spread(group, key))}
+    means = {group.label: found[0] for group in groups if (found := group.spread(key))}
     return max(means, key=means.__getitem__) if len(means) > 1 else None
 
 
-def _skipped(run: Run) -> list[str]:
+def _skipped(run: RunResults) -> list[str]:
     """Images left out, listed where the run listed them, else counted."""
     listed = run.facts["stream"].get("skipped") or run.summary.get("skipped_images") or []
     return [str(each) for each in listed] if isinstance(listed, list) else [f"{listed} images"]
 
 
-def _dates(runs: Sequence[Run]) -> str:
+def _dates(runs: Sequence[RunResults]) -> str:
     days = []
     for run in runs:
         created = str(run.facts.get("created") or "")

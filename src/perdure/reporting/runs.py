@@ -16,13 +16,15 @@ from perdure.formatting import RARE
 from perdure.options.spec import parse
 from perdure.reporting.figures import Series
 from perdure.storage import schema
-from perdure.storage.schema import Damaged, Line, Record, Summary, TaskFacts
+from perdure.storage.schema import Damaged, Line, Record, Steps, Summary, TaskFacts
 from perdure.training.summary import FILE as _SUMMARY
-from perdure.training.summary import contradicts, summarise
+from perdure.training.summary import contradicts, read_summary, scores_of, summarise
 from perdure.types import Row
 
 PHASES = ("prepare", "train", "finish", "evaluate")
 """What the time of a task is spent on."""
+STEPS = "steps.json"
+"""In a grid's folder: the step cost of each of its methods, written by `perdure.experiments.step_cost`."""
 _RESULTS = "results.jsonl"
 _COSTS = ("trainable_parameters", "stored_bytes", "seconds", "images_per_second", "peak_rss_bytes")
 
@@ -32,7 +34,7 @@ def ignore(text: str) -> None:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunResults:
     """What a run's folder says; what is missing so far is empty."""
 
     folder: Path
@@ -44,7 +46,7 @@ class Run:
     """results.jsonl, or what the manifests know better"""
 
     @classmethod
-    def read(cls, folder: Path, note: Callable[[str], None] = ignore) -> "Run":
+    def read(cls, folder: Path, note: Callable[[str], None] = ignore) -> "RunResults":
         """Read a folder that `perdure run` or `perdure learn` wrote, even while it is still being written.
 
         Where there are manifests they are believed; results and summary only repeat what they say.
@@ -57,16 +59,22 @@ class Run:
             ValueError: when `run.json` is missing, or a file that counts is damaged.
         """
         facts, done = read_record(folder), checkpoint.whole(folder)
+        if facts["config"].get("stream") and not facts["stream"]["tasks"]:
+            raise Damaged(f"{folder / 'run.json'} is damaged: it names no tasks; restore it, or run again")
         if not done:
-            path = folder / _SUMMARY
-            summary = _summary(path, "format" in facts) if path.exists() else Summary()
-            return cls(folder, facts, summary, tuple(_rows(folder / _RESULTS, facts)))
+            summary = read_summary(folder, "format" in facts) if (folder / _SUMMARY).exists() else Summary()
+            rows = tuple(_rows(folder / _RESULTS, facts))
+            if not rows:  # the results are gone: the summary has the scores
+                score, matrix = summary.get("score", metrics.ACCURACY[0]), summary.get("matrix", [])
+                cells = ((i, j, value) for i, row in enumerate(matrix) for j, value in enumerate(row))
+                rows = tuple(Row(i, j, score, value) for i, j, value in cells if value is not None)
+            return cls(folder, facts, summary, rows)
         declared = facts["stream"]["tasks"]
         taught = [cast(TaskFacts, task.describe()) for task in done[-1].tasks[len(declared) :]]
         facts = {**facts, "stream": {**facts["stream"], "tasks": [*declared, *taught]}}
-        rows = [row for each in done for row in each.rows]
-        _tell_other_results(folder, rows, note)
-        finite = tuple(row for row in rows if math.isfinite(row.value))
+        measured = [row for each in done for row in each.rows]
+        _tell_other_results(folder, measured, note)
+        finite = tuple(row for row in measured if math.isfinite(row.value))
         finished = (folder / _SUMMARY).exists() or done[-1].learnt >= len(declared)
         return cls(folder, facts, _known_summary(folder, done, note) if finished else Summary(), finite)
 
@@ -80,11 +88,16 @@ class Run:
         """The method's spec, as text."""
         return str(self.config.get("method", "unknown method"))
 
+    @property
+    def seed(self) -> int | None:
+        """Of all randomness, where it is recorded."""
+        return self.facts.get("seed")
+
     def tasks(self) -> list[dict[str, Any]]:
         """Descriptions of all tasks; empty ones for those that only the results mention."""
         listed: list[dict[str, Any]] = [dict(task) for task in self.facts["stream"]["tasks"]]
         seen = 1 + max((max(r.after, -1 if r.on is None else r.on) for r in self.rows), default=-1)
-        return [*listed, *({} for _ in range(max(seen, len(self._stored())) - len(listed)))]
+        return [*listed, *({} for _ in range(seen - len(listed)))]
 
     def names(self) -> list[str]:
         """Names of all tasks."""
@@ -96,13 +109,11 @@ class Run:
         return metrics.scored(self.rows)
 
     def matrix(self, metric: str | None = None) -> list[list[float | None]]:
-        """Scores of all tasks, learnt or not: from the results, or from the summary where these are missing.
+        """Scores of all tasks, learnt or not.
 
         Args:
             metric: its name; the run's score when None.
         """
-        if metric is None and not self.rows and (stored := self._stored()):
-            return stored
         return metrics.matrix_of(self.rows, metric or self.scored[0], len(self.tasks()))
 
     def averages(self) -> list[float | None]:
@@ -115,34 +126,27 @@ class Run:
         return next((i for i, value in enumerate(averages) if value is None), len(averages))
 
     def numbers(self) -> dict[str, float | None]:
-        """Scores and costs by their key in summary.json, else from the results so far; `gap` and `seconds` besides."""
+        """Scores and costs by their key in summary.json, else from the results so far.
+
+        Besides: `new_task_acc`, the `gap` between scores with and without the task told, `seconds` in all, and the
+        `step_cost` that was measured in the run's grid.
+        """
         done = self.learnt()
-        given, with_id, task_id = ([row[:done] for row in self.matrix(m)[:done]] for m in (None, *self.scored[1:]))
-        baseline = metrics.baseline_of(self.rows, self.scored[0], len(self.tasks()))[:done]
-        so_far: dict[str, float | None] = {**dict.fromkeys(_COSTS), **metrics.summarise(given, baseline)}
-        so_far |= {"acc_with_task_id": metrics.acc(with_id), "task_id_acc": metrics.acc(task_id)}
-        so_far["feature_drift"] = drift.final([row[:done] for row in self.drift()[:done]])
-        found = {k: v if (stored := _number(self.summary.get(k))) is None else stored for k, v in so_far.items()}
-        found |= {key: _number(self.summary.get(key)) for key in RARE}
+        so_far = {k: v for k, v in scores_of(self.rows, done).items() if k not in ("score", "matrix")}
+        known = dict.fromkeys((*_COSTS, *RARE)) | so_far
+        found = {k: v if (stored := _number(self.summary.get(k))) is None else stored for k, v in known.items()}
+        found["new_task_acc"] = metrics.new_task_acc([row[:done] for row in self.matrix()[:done]])
         acc, told = found["acc"], found["acc_with_task_id"]
         found["gap"] = None if acc is None or told is None else told - acc
         if seconds := self.seconds():
             found["seconds"] = sum(sum(task.values()) for task in seconds)
-        return found
+        step = steps_of(self.folder.parent)["methods"].get(self.method)
+        return found | {"step_cost": step["ratio"] if step else None}
 
     def seconds(self) -> list[dict[str, float]]:
         """Seconds of each phase, for each task."""
         listed = self.summary.get("seconds_per_task") or []
         return [{p: _number(task.get(p)) or 0.0 for p in PHASES} for task in listed]
-
-    def _stored(self) -> list[list[float | None]]:
-        stored = self.summary.get("matrix") or []
-        if any(len(row) != len(stored) for row in stored):
-            raise ValueError(
-                f"{self.folder / 'summary.json'} is damaged: 'matrix' is not square; restore it, or remove it and "
-                f"'perdure resume {self.folder}' writes it anew"
-            )
-        return [[_number(v) for v in row] for row in stored]
 
     def drift(self) -> list[list[float | None]]:
         """Feature drift of each task (columns) after each task (rows)."""
@@ -180,14 +184,14 @@ class Group:
     """Runs that differ in nothing but the seed and the order of classes."""
 
     label: str
-    runs: tuple[Run, ...]
+    runs: tuple[RunResults, ...]
 
     def spread(self, key: str) -> tuple[float, float | None] | None:
         """Mean and standard deviation of a number over the runs that have it."""
         values = [v for run in self.runs if (v := run.numbers().get(key)) is not None]
         return metrics.spread(values) if values else None
 
-    def curve(self, values: Callable[[Run], list[float | None]], colour: int) -> Series | None:
+    def curve(self, values: Callable[[RunResults], list[float | None]], colour: int) -> Series | None:
         """A number of each run after each task: mean over the runs that have it, and its standard deviation.
 
         None when no run has any.
@@ -199,9 +203,9 @@ class Group:
         return Series(self.label, [m for m, _ in both], [s for _, s in both] if len(self.runs) > 1 else (), colour)
 
 
-def grouped(runs: Sequence[Run]) -> list[Group]:
+def grouped(runs: Sequence[RunResults]) -> list[Group]:
     """Runs of the same method and settings together, in the order given; other settings are added to the label."""
-    found: dict[str, list[Run]] = {}
+    found: dict[str, list[RunResults]] = {}
     for run in runs:
         found.setdefault(json.dumps(_settings(run), sort_keys=True, default=str), []).append(run)
     groups = []
@@ -213,7 +217,19 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
     return groups
 
 
-def _settings(run: Run) -> dict[str, Any]:
+def steps_of(folder: Path) -> Steps:
+    """steps.json of a grid's folder: `options` and, by method, what was measured; empty when there is none.
+
+    Raises:
+        ValueError: when the file is damaged.
+    """
+    path = folder / STEPS
+    if not path.is_file():
+        return {"options": {}, "methods": {}}
+    return schema.read(path, Steps, "remove it, the grid's command measures it anew")
+
+
+def _settings(run: RunResults) -> dict[str, Any]:
     """Configuration without what repetitions vary: seeds, the order of classes, when and where to save."""
     return {k: _unseeded(v) for k, v in run.config.items() if k not in ("seed", "out", "save_every")}
 
@@ -244,16 +260,11 @@ def _number(value: Any) -> float | None:
     return float(value)
 
 
-def _summary(path: Path, must_be_sealed: bool) -> Summary:
-    remedy = f"restore it, or remove it and 'perdure resume {path.parent}' writes it anew"
-    return schema.read(path, Summary, remedy, must_be_sealed)
-
-
 def _known_summary(folder: Path, done: Sequence[Checkpoint], note: Callable[[str], None]) -> Summary:
     """What the manifests add up to."""
     path = folder / _SUMMARY
     try:
-        said = _summary(path, done[-1].manifest["format"] > 1) if path.exists() else None
+        said = read_summary(folder, done[-1].manifest["format"] > 1) if path.exists() else None
         why = "is not what the manifests say"
     except Damaged:
         said, why = None, "is damaged"

@@ -17,13 +17,8 @@ from typing import Any
 
 from perdure import metrics
 from perdure.options.spec import parse
-from perdure.reporting.runs import Run
-from perdure.storage import schema
-from perdure.storage.schema import Steps
+from perdure.reporting.runs import RunResults, steps_of
 from perdure.training.config import RunConfig
-
-STEPS = "steps.json"
-"""In a grid's folder: the step cost of each of its methods, written by `perdure.experiments.step_cost`."""
 
 Pair = tuple[float, float | None] | None
 _SPECS = ("stream", "backbone")
@@ -47,16 +42,14 @@ def settings_of(folders: Sequence[Path], seeds: Sequence[int] | None = None, *, 
     Raises:
         ValueError: when there is no finished run, or one is damaged.
     """
-    found: dict[str, dict[tuple[str, Any], Run]] = {}
+    found: dict[str, dict[tuple[str, Any], RunResults]] = {}
     for folder in folders:
         for file in sorted(folder.rglob("summary.json")):
-            run = Run.read(file.parent)
-            if not run.names() and run.config.get("stream"):
-                raise ValueError(f"{file.parent / 'run.json'} is damaged: it names no tasks; restore it or run again")
-            if not run.config.get("stream") or (seeds is not None and run.facts.get("seed") not in seeds):
+            run = RunResults.read(file.parent)
+            if not run.config.get("stream") or (seeds is not None and run.seed not in seeds):
                 continue
             alike = found.setdefault(json.dumps(_settings(run), sort_keys=True, default=str), {})
-            key = run.method, run.facts.get("seed")
+            key = run.method, run.seed
             if key not in alike or str(run.facts.get("created")) >= str(alike[key].facts.get("created")):
                 alike[key] = run
     if not found:
@@ -65,13 +58,13 @@ def settings_of(folders: Sequence[Path], seeds: Sequence[int] | None = None, *, 
     return [_setting(list(alike.values()), shorten) for alike in found.values()]
 
 
-def row_of(runs: Sequence[Run]) -> dict[str, Any]:
+def row_of(runs: Sequence[RunResults]) -> dict[str, Any]:
     """What the runs of one method measured; they differ in nothing but the seed."""
     tasks = min(len(run.names()) for run in runs)
     bytes_after = [_bytes_after(run) for run in runs]
     return {
         "method": runs[0].method,
-        "seeds": sorted(run.facts.get("seed", 0) for run in runs),
+        "seeds": sorted(run.seed or 0 for run in runs),
         "after": {name: _after(runs, tasks, *number) for name, number in _NUMBERS.items()}
         | {"stored_bytes": [_pair(each[i] for each in bytes_after) for i in range(tasks)]},
         "referenced_bytes": max(max(_referenced(run).values(), default=0.0) for run in runs),
@@ -82,42 +75,25 @@ def row_of(runs: Sequence[Run]) -> dict[str, Any]:
     }
 
 
-def new_task_acc(matrix: metrics.Matrix) -> float | None:
-    """Mean score on each task right after it was learnt: (1/T) Σ_j R_jj."""
-    own = [row[j] for j, row in enumerate(matrix)]
-    known = [v for v in own if v is not None]
-    return sum(known) / len(known) if known and len(known) == len(own) else None
-
-
-def steps_of(folder: Path) -> Steps:
-    """steps.json of a grid's folder: `options` and, by method, what was measured; empty when there is none.
-
-    Raises:
-        ValueError: when the file is damaged.
-    """
-    path = folder / STEPS
-    if not path.is_file():
-        return {"options": {}, "methods": {}}
-    return schema.read(path, Steps, "remove it, the grid's command measures it anew")
-
-
 _NUMBERS: dict[str, tuple[int, Callable[[metrics.Matrix], float | None]]] = {
     "acc": (0, metrics.acc),
     "acc_with_task_id": (1, metrics.acc),
-    "new_task_acc": (0, new_task_acc),
-    "new_task_acc_with_task_id": (1, new_task_acc),
+    "new_task_acc": (0, metrics.new_task_acc),
+    "new_task_acc_with_task_id": (1, metrics.new_task_acc),
     "forgetting": (0, metrics.forgetting),
     "forgetting_with_task_id": (1, metrics.forgetting),
 }
 
 
-def _after(runs: Sequence[Run], tasks: int, which: int, number: Callable[[metrics.Matrix], float | None]) -> list[Pair]:
-    """A number of the score matrix (`which` of `Run.scored`) as it stood after each task."""
+def _after(
+    runs: Sequence[RunResults], tasks: int, which: int, number: Callable[[metrics.Matrix], float | None]
+) -> list[Pair]:
+    """A number of the score matrix (`which` of `RunResults.scored`) as it stood after each task."""
     matrices = [run.matrix(run.scored[which]) for run in runs]
     return [_pair(number([row[:n] for row in matrix[:n]]) for matrix in matrices) for n in range(1, tasks + 1)]
 
 
-def _bytes_after(run: Run) -> list[float | None]:
+def _bytes_after(run: RunResults) -> list[float | None]:
     """What was stored after each task, with the examples that a memory refers to; None where the files are gone."""
     referenced = _referenced(run)
     found: list[float | None] = []
@@ -129,11 +105,11 @@ def _bytes_after(run: Run) -> list[float | None]:
     return found
 
 
-def _referenced(run: Run) -> dict[int, float]:
+def _referenced(run: RunResults) -> dict[int, float]:
     return {row.after: row.value for row in run.rows if row.metric == "referenced_bytes"}
 
 
-def _settings(run: Run) -> dict[str, Any]:
+def _settings(run: RunResults) -> dict[str, Any]:
     """What must be equal for two rows to be compared."""
     known = {f.name: f.default for f in fields(RunConfig)} | run.config
     facts = run.facts["stream"]
@@ -144,7 +120,7 @@ def _settings(run: Run) -> dict[str, Any]:
     }
 
 
-def _setting(runs: Sequence[Run], shorten: bool) -> dict[str, Any]:
+def _setting(runs: Sequence[RunResults], shorten: bool) -> dict[str, Any]:
     first, methods = runs[0], list(dict.fromkeys(run.method for run in runs))
     decided, tasks = _settings(first), first.tasks()
     specs = {name: _shortened(str(decided[name])) if shorten else str(decided[name]) for name in _SPECS}
@@ -167,7 +143,7 @@ def _setting(runs: Sequence[Run], shorten: bool) -> dict[str, Any]:
     }
 
 
-def _command(run: Run, specs: dict[str, str]) -> str:
+def _command(run: RunResults, specs: dict[str, str]) -> str:
     """The command that measures the setting, but for `--methods`, `--seeds` and `--out`."""
     words = ["perdure", "compare"]
     for field in fields(RunConfig):

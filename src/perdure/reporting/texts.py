@@ -7,7 +7,7 @@ from perdure.evaluation.search_examples import FILE, read
 from perdure.evaluation.zero_shot_retention import kept
 from perdure.metrics import CUTS
 from perdure.reporting.charts import percent
-from perdure.reporting.runs import Run
+from perdure.reporting.runs import RunResults
 
 NUMBERS = (
     (
@@ -32,18 +32,18 @@ _WAYS = {"i2t": "image to text", "t2i": "text to image"}
 _GALLERIES = {"own": "among its own images and captions", "union": "among those of all tasks"}
 
 
-def view(run: Run) -> dict[str, Any]:
+def view(run: RunResults) -> dict[str, Any]:
     """Parts of a run's page; empty where it has none."""
     return {"recalls": _recalls(run), "zero_shot": _zero_shot(run), "searches": _searches(run)}
 
 
-def zero_shot_kept(run: Run) -> list[float | None]:
+def zero_shot_kept(run: RunResults) -> list[float | None]:
     """After each task, zero-shot accuracy relative to the pre-trained model's, the mean over held-out data sets."""
     ratios = [[after / each["before"] for after in each["after"]] for each in kept(run.rows).values() if each["before"]]
     return [sum(column) / len(column) for column in zip(*ratios, strict=False)]
 
 
-def _recalls(run: Run) -> list[tuple[str, list[str], list[tuple[str, list[str]]]]]:
+def _recalls(run: RunResults) -> list[tuple[str, list[str], list[tuple[str, list[str]]]]]:
     """For each gallery: what it is, headings, and the last task's recalls for each task."""
     done = run.learnt()
     if run.scored != metrics.RECALL or not done:
@@ -60,7 +60,7 @@ def _recalls(run: Run) -> list[tuple[str, list[str], list[tuple[str, list[str]]]
     return found
 
 
-def _zero_shot(run: Run) -> list[tuple[str, str, list[str], str]]:
+def _zero_shot(run: RunResults) -> list[tuple[str, str, list[str], str]]:
     """For each held-out data set: accuracy before, after each task, and what is left of it."""
     return [
         (name, percent(each["before"]), [*map(percent, each["after"])], percent(each["ratio"]))
@@ -68,7 +68,7 @@ def _zero_shot(run: Run) -> list[tuple[str, str, list[str], str]]:
     ]
 
 
-def _searches(run: Run) -> list[dict[str, Any]]:
+def _searches(run: RunResults) -> list[dict[str, Any]]:
     """Queries with the pictures found before and after; none while the run is not finished."""
     if not (run.folder / FILE).is_file():
         return []

@@ -18,7 +18,7 @@ from perdure import metrics
 from perdure.core import checkpoint
 from perdure.formatting import meant
 from perdure.reporting import figures
-from perdure.reporting.runs import Run
+from perdure.reporting.runs import RunResults
 from perdure.storage import schema
 from perdure.training.loop import Progress
 from perdure.types import Row, Task
@@ -157,7 +157,7 @@ class _Follower:
         """The matrix of scores, as a picture."""
         if not self.trackers:  # nothing was left to learn
             return
-        run = Run.read(self.out)
+        run = RunResults.read(self.out)
         drawing = figures.matrix("score matrix", run.matrix(), run.names())
         picture = drawing.pixels()
         for tracker in self.trackers:

@@ -1,48 +1,46 @@
 """A run in a folder: build what the configuration names, learn task after task, evaluate, write everything down."""
 
-import json
-import platform
 import shutil
 import signal
-import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
-from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
-import msgspec
 import torch
 
+from perdure.adapters.injection import detach
+from perdure.backbones.base import Backbone
 from perdure.core import checkpoint
-from perdure.core.checkpoint import read_record as read_record
+from perdure.core.checkpoint import read_record
 from perdure.core.learner import Core
 from perdure.core.objective import asking
 from perdure.evaluation import calibration
 from perdure.evaluation.feature_drift import Drift
 from perdure.evaluation.schedule import Evaluation
 from perdure.evaluation.zero_shot_retention import Retention
-from perdure.options.paths import Move, moved
 from perdure.process import as_found, plain
-from perdure.storage import schema
-from perdure.storage.schema import Damaged, Moves, Record, Summary
 from perdure.streams import build_stream
 from perdure.streams.augment import AUGMENTS
-from perdure.training import taught_images as taught
 from perdure.training.config import RunConfig, former_parts, make_backbone, make_method, make_objective
-from perdure.training.dry_run import foresee
 from perdure.training.loop import Diverged, Progress, Quiet, TrainConfig, check_finite, fit_task
-from perdure.training.runtime import Runtime, check_device, resolve
-from perdure.training.summary import FILE, drop_summary_beyond, facts_of, write_summary
-from perdure.types import Row, Stream
-from perdure.version import __version__
+from perdure.training.record import (
+    check_unchanged,
+    elsewhere,
+    facts_of_held_out,
+    facts_of_stream,
+    record_of,
+    recorded_config,
+    recorded_runtime,
+    write_record,
+)
+from perdure.training.runtime import Runtime, resolve
+from perdure.training.summary import drop_summary_beyond, facts_of, taught_files, write_summary
+from perdure.types import Row, Stream, Task
 
-_MOVED = "moved.json"
 C = TypeVar("C", bound=Core)
 
 
@@ -73,11 +71,34 @@ def run(
         if old := former_parts(config):
             progress.note(old)
         learner, stream, runtime = _build(config, runtime)
-        foresee(config, learner.backbone, stream)
+        dry_run(config, learner.backbone, stream)
         held_out = Retention(config.retain, learner)
-        write_record(out, record(config, learner, stream, runtime, held_out))
+        write_record(out, record_of(config, learner, stream, runtime, held_out))
         with nothing_learnt_nothing_left(out), as_found(runtime.threads):
             return learn_stream(config, learner, stream, out, progress, config.save_every, held_out=held_out)
+
+
+def dry_run(config: RunConfig, backbone: Backbone, stream: Stream) -> None:
+    """Grow for all tasks of `stream` as training would, by their descriptions alone.
+
+    Args:
+        config: of the run.
+        backbone: as it was pre-trained, and so it is left.
+        stream: its images are not read.
+
+    Raises:
+        ValueError: for what a task of `stream` would be refused with when its turn comes.
+    """
+    objective, method = make_objective(config.objective, config.method), make_method(config.method)
+    learner = Core(backbone, objective, method, stream.scenario, config.seed)
+    try:
+        for task in stream:
+            described = Task.described(task.describe())
+            learner.grow(described)
+            learner.method.check(learner, described)
+    finally:
+        detach(backbone)
+        backbone.requires_grad_(False)
 
 
 @contextmanager
@@ -116,102 +137,12 @@ def resume(out: Path, progress: Progress | None = None, device: str | None = Non
             raise ValueError(f"{out} is taught from folders: go on with 'perdure learn FOLDER --into {out}'")
         extra = elsewhere(out, runtime, progress)
         learner, stream, _ = _build(config, runtime)
-        _check_unchanged(out, "data", written["stream"], _facts_of_stream(stream))
+        check_unchanged(out, "data", written["stream"], facts_of_stream(stream))
         held_out = Retention(config.retain, learner)
         if "held_out" in written:
-            _check_unchanged(out, "held-out data", written["held_out"], _facts_of_held_out(held_out))
+            check_unchanged(out, "held-out data", written["held_out"], facts_of_held_out(held_out))
         with as_found(runtime.threads):
             return learn_stream(config, learner, stream, out, progress, config.save_every, extra, held_out)
-
-
-def read_summary(out: Path) -> Summary:
-    """summary.json of a finished run.
-
-    Raises:
-        ValueError: when the run is not finished, or the file is not what was written.
-    """
-    dated = "format" in read_record(out)
-    path = out / FILE
-    if not path.is_file():
-        raise ValueError(f"{out} is not finished: it has no summary.json. Go on with 'perdure resume {out}'")
-    return schema.read(path, Summary, f"remove it, 'perdure resume {out}' writes it anew", dated)
-
-
-# Where the data lies and what it is called there, what else lies there, and what was said of it. Which images there are
-# is told by their number and the digests of the split.
-_BESIDE_THE_DATA = ("name", "data", "skipped", "left_out", "other_files", "remarks")
-
-
-def _check_unchanged(out: Path, what: str, written: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-    now = json.loads(json.dumps(facts))
-    if changed := [key for key in now if key not in _BESIDE_THE_DATA and now[key] != written.get(key)]:
-        raise ValueError(
-            f"the {what} of {out} has changed since the run began ({', '.join(changed)}): restore it, or start anew in "
-            "another folder"
-        )
-
-
-def recorded_config(out: Path, written: Record) -> RunConfig:
-    """The configuration in the record of the run in `out`; fields of other versions are left out.
-
-    Raises:
-        Damaged: when a value is not what a run writes.
-    """
-    moves = recorded_moves(out)
-
-    def there(value: Any) -> Any:
-        if isinstance(value, list):
-            return [there(each) for each in value]
-        return moved(value, moves) if moves and isinstance(value, str) else value
-
-    try:
-        return msgspec.convert({k: there(v) for k, v in written["config"].items()}, RunConfig)
-    except ValueError as error:
-        raise Damaged(f"{out / 'run.json'} is damaged: {schema.said(error, 'config')}; restore it") from error
-
-
-def recorded_moves(out: Path) -> list[Move]:
-    """What `perdure move` wrote: `run.json`, which every manifest vouches for, stays as it is."""
-    path = out / _MOVED
-    if not path.is_file():
-        return []
-    found = schema.read(path, Moves, "restore it, or remove it and move again", must_be_sealed=True)["moved"]
-    return [(str(old), str(new)) for old, new in found]
-
-
-def write_moves(out: Path, moves: Sequence[Move]) -> None:
-    """Write what moved, the first move first."""
-    checkpoint.write_sealed(out / _MOVED, {"moved": list(map(list, moves))})
-
-
-def write_record(out: Path, content: dict[str, Any]) -> None:
-    """Write run.json, with its seal."""
-    checkpoint.write_sealed(out / "run.json", content)
-
-
-def recorded_runtime(out: Path, written: Record, device: str | None = None) -> Runtime:
-    """How the run in `out` computes.
-
-    Raises:
-        ValueError: when its device, or the `device` that is wanted instead, is not there.
-    """
-    runtime = Runtime(**written["resolved"])
-    if device not in (None, "auto"):
-        check_device(device, f"--device {device}", "give another one, such as cpu")
-        return replace(runtime, device=device)
-    check_device(runtime.device, f"{out / 'run.json'}: device {runtime.device!r}", "give --device cpu, or another one")
-    return runtime
-
-
-def elsewhere(out: Path, runtime: Runtime, progress: Progress) -> dict[str, Any]:
-    """What manifests say of a device on which the run in `out` did not begin; the user is told what it means."""
-    if runtime.device == (began := read_record(out)["resolved"]["device"]):
-        return {}
-    progress.note(
-        f"on {runtime.device} instead of {began} numbers are rounded differently: the result is not to the bit what it "
-        "would have been"
-    )
-    return {"device": runtime.device}
 
 
 def build_learner(kind: type[C], config: RunConfig, runtime: Runtime | None = None) -> tuple[C, Runtime]:
@@ -310,7 +241,7 @@ def learn_stream(
             new = before + evaluation.after(learner, task, fitted.moved)
             facts = facts_of(fitted, time.perf_counter() - start)
             check_there(out)
-            beside = {**features.files(task), **taught.files(task)}
+            beside = {**features.files(task), **taught_files(task)}
             checkpoint.save_task(out, learner, new, facts | (extra or {}), beside)
             with (out / "results.jsonl").open("a", encoding="utf-8") as file:
                 file.writelines(checkpoint.lines_of(new))
@@ -382,44 +313,3 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def record(
-    config: RunConfig, learner: Core, stream: Stream, runtime: Runtime, held_out: Retention | None = None
-) -> dict[str, Any]:
-    """The content of run.json."""
-    return {
-        "format": schema.FORMAT,
-        "perdure": __version__,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "git": _git_commit(),
-        "seed": config.seed,
-        "config": config.describe(),
-        "resolved": runtime.describe(),
-        "backbone": {
-            "spec": learner.backbone.spec,
-            "fingerprint": learner.fingerprint,
-            "preprocess": asdict(learner.backbone.preprocess),
-        },
-        "versions": {"python": platform.python_version()} | {n: version(n) for n in ("torch", "timm", "transformers")},
-        "stream": _facts_of_stream(stream),
-        "held_out": _facts_of_held_out(held_out) if held_out else {},
-    }
-
-
-def _facts_of_stream(stream: Stream) -> dict[str, Any]:
-    tasks = [t.describe() | {"train": len(t.train), "test": len(t.test)} for t in stream]
-    return {"name": stream.name, "scenario": stream.scenario, "tasks": tasks} | stream.notes
-
-
-def _facts_of_held_out(held_out: Retention) -> dict[str, Any]:
-    return {name: _facts_of_stream(stream) for name, stream in held_out.sets.items()}
-
-
-def _git_commit() -> str | None:
-    """The commit of the folder perdure is run in, when it is a repository."""
-    try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return found.stdout.strip() or None

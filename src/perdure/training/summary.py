@@ -1,4 +1,4 @@
-"""What a run's checkpoints add up to: summary.json."""
+"""What a run's checkpoints add up to: summary.json; and which images they were taught."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -6,18 +6,24 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from perdure import metrics
 from perdure.core import checkpoint
 from perdure.core.checkpoint import Checkpoint
 from perdure.evaluation import feature_drift as drift
 from perdure.evaluation.zero_shot_retention import kept
 from perdure.metrics import CUTS
-from perdure.storage.schema import Damaged
+from perdure.storage import schema
+from perdure.storage.schema import Damaged, Summary
+from perdure.streams import ImageSet
 from perdure.training.loop import Fitted
 from perdure.training.runtime import peak_memory
-from perdure.types import Row
+from perdure.types import Row, Task
 
 FILE = "summary.json"
+TAUGHT, _HASHES = "taught.safetensors", "hashes"
 COSTS = ("seconds", "images", "trainable_parameters", "peak_rss_bytes")
 """What `facts_of` gives."""
 
@@ -81,21 +87,13 @@ def summarise(out: Path, done: Sequence[Checkpoint]) -> dict[str, Any]:
         Damaged: when a manifest does not say what it cost, or what was learnt is missing.
     """
     tasks = done[-1].learnt
-    rows = [row for each in done for row in each.rows if row.on is None or row.on < tasks]
-    score, told, task_id = metrics.scored(rows)
-    matrices = {m: metrics.matrix_of(rows, m, tasks) for m in (score, told, task_id)}
+    rows = [row for each in done for row in each.rows]
     seconds = [_cost(each, "seconds") for each in done]
     train = sum(s["train"] for s in seconds)
     referenced = [row.value for row in rows if row.metric == "referenced_bytes"]
     notes: dict[str, Any] = dict(checkpoint.read_record(out)["stream"])
     sources = [each.manifest["source"] for each in done if "source" in each.manifest]
-    found = metrics.summarise(matrices[score], metrics.baseline_of(rows, score, tasks)) | {
-        "acc_with_task_id": metrics.acc(matrices[told]),
-        "task_id_acc": metrics.acc(matrices[task_id]),
-        "forgetting_with_task_id": metrics.forgetting(matrices[told]),
-        "feature_drift": drift.final(metrics.matrix_of(rows, drift.METRIC, tasks)),
-        "score": score,
-        "matrix": matrices[score],
+    found = scores_of(rows, tasks) | {
         "trainable_parameters": _cost(done[-1], "trainable_parameters"),
         "stored_bytes": checkpoint.stored_bytes(done[-1]) + int(referenced[-1] if referenced else 0),
         "seconds_per_task": seconds,
@@ -104,14 +102,53 @@ def summarise(out: Path, done: Sequence[Checkpoint]) -> dict[str, Any]:
         "skipped_images": sum(len(facts.get("skipped", ())) for facts in (notes, *sources)),
         "manifest": done[-1].seal,
     }
-    if score == metrics.RECALL[0]:
+    matrix = found["matrix"]
+    if found["score"] == metrics.RECALL[0]:
         found["recall"] = _recall(rows, tasks)
     if notes.get("sequence"):
-        found |= {"transfer": metrics.transfer(matrices[score]), "average": metrics.average(matrices[score])}
+        found |= {"transfer": metrics.transfer(matrix), "average": metrics.average(matrix)}
     if zero_shot := kept(rows):
         ratios = [facts["ratio"] for facts in zero_shot.values()]
         known = None not in ratios
         found |= {"zero_shot": zero_shot, "zero_shot_ratio": sum(ratios) / len(ratios) if known else None}
+    return found
+
+
+def scores_of(rows: Sequence[Row], tasks: int) -> dict[str, Any]:
+    """The numbers that measurements add up to after `tasks` tasks; what was measured beyond them does not count."""
+    rows = [row for row in rows if row.after < tasks and (row.on is None or row.on < tasks)]
+    score, told, task_id = metrics.scored(rows)
+    matrix, given, recognised = (metrics.matrix_of(rows, metric, tasks) for metric in (score, told, task_id))
+    return metrics.summarise(matrix, metrics.baseline_of(rows, score, tasks)) | {
+        "acc_with_task_id": metrics.acc(given),
+        "task_id_acc": metrics.acc(recognised),
+        "forgetting_with_task_id": metrics.forgetting(given),
+        "feature_drift": drift.final(metrics.matrix_of(rows, drift.METRIC, tasks)),
+        "score": score,
+        "matrix": matrix,
+    }
+
+
+def read_summary(out: Path, must_be_sealed: bool | None = None) -> Summary:
+    """summary.json of a finished run.
+
+    Args:
+        out: the run's folder.
+        must_be_sealed: None judges by run.json.
+
+    Raises:
+        ValueError: when the run is not finished, or the file is not what was written.
+    """
+    path = out / FILE
+    if not path.is_file():
+        raise ValueError(f"{out} is not finished: it has no {FILE}. Go on with 'perdure resume {out}'")
+    if must_be_sealed is None:
+        must_be_sealed = "format" in checkpoint.read_record(out)
+    remedy = f"restore it, or remove it and 'perdure resume {out}' writes it anew"
+    found = schema.read(path, Summary, remedy, must_be_sealed)
+    matrix = found.get("matrix", [])
+    if any(len(row) != len(matrix) for row in matrix):
+        raise Damaged(f"{path} is damaged: 'matrix' is not square; {remedy}")
     return found
 
 
@@ -132,3 +169,18 @@ def _recall(rows: list[Row], tasks: int) -> dict[str, dict[str, list[float | Non
         rsum = [None if None in each else 100 * sum(each) for each in zip(*last.values(), strict=True)]
         found[gallery] = {**last, "rsum": rsum}
     return found
+
+
+def taught_files(task: Task) -> dict[str, dict[str, Tensor]]:
+    """What is kept of a task: 8 bytes of hash an image."""
+    if not isinstance(task.train, ImageSet):
+        return {}
+    hashes = task.train.hashes()
+    return {TAUGHT: {_HASHES: torch.unique(hashes[hashes != 0])}}
+
+
+def taught_hashes(folder: Path) -> tuple[Tensor, list[int]]:
+    """Hashes (n,) of all images taught to the learner in `folder`, and the tasks of which they are not known."""
+    known = [(each.learnt - 1, checkpoint.beside(each, TAUGHT)) for each in checkpoint.whole(folder)]
+    found = [tensors[_HASHES] for _, tensors in known if tensors]
+    return torch.cat([torch.empty(0, dtype=torch.int64), *found]), [index for index, tensors in known if not tensors]

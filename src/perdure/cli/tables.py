@@ -1,0 +1,95 @@
+"""Tables as lines of text, as wide as the screen."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.cells import cell_len
+
+from perdure.formatting import RARE, human_bytes, number, printable, share, shortened, times
+
+COLUMNS = {
+    "acc": "accuracy",
+    "aaa": "average",
+    "forgetting": "forgetting",
+    "acc_with_task_id": "with task id",
+    "task_id_acc": "task id",
+    "transfer": "transfer",
+    "average": "over the matrix",
+    "zero_shot_ratio": "zero-shot kept",
+}
+_SPARE = ("images/s", "average")  # columns left out of a table that is too wide, the first one first
+_MEANINGS = {
+    "average": "over the stream",
+    "new task": "right after it was learnt",
+    "with task id": "when told which task an image is of",
+    "transfer": "on data sets not learnt yet",
+    "over the matrix": "all scores after every task",
+    "zero-shot kept": "on held-out data",
+    "step": "its cost, plain LoRA's is 1",
+}
+
+
+def comparison(rows: Sequence[dict[str, Any]], width: int) -> list[str]:
+    """Methods side by side, mean ± spread, and what the columns mean; `rows` as in compare.json."""
+    names = {"acc": "accuracy", "aaa": "average", "new_task_acc": "new task", **COLUMNS}
+    columns = {
+        title: [share(row.get(key)) for row in rows]
+        for key, title in names.items()
+        if key not in RARE or any(row.get(key) for row in rows)
+    }
+    columns["stored"] = [human_bytes(row["stored_bytes"][0]) for row in rows]
+    columns["step"] = [times(row.get("step")) for row in rows]
+    columns["images/s"] = [number(row["images_per_second"]) for row in rows]
+    columns["seconds"] = [number(row["seconds"]) for row in rows]
+    apart = "   "
+    widest = {title: max(map(len, [title, *column])) for title, column in columns.items()}
+    for title in _SPARE:
+        if sum(widest.values()) + len(widest) > width:
+            del columns[title], widest[title]
+    titles, widths = list(columns), list(widest.values())
+    shown = list(zip(*columns.values(), strict=True))
+    methods = [printable(shortened(row["method"])) for row in rows]
+    name = max(cell_len(method) for method in methods)
+    beside = name + sum(widths) + len(apart) * len(widths) <= width
+    if not beside:
+        # Methods get a line of their own; then, if need be, numbers one below the other.
+        apart = next((gap for gap in ("   ", "  ", " ") if sum(widths) + len(gap) * len(widths) <= width), "")
+    heading = [f"{title:>{w}}" for title, w in zip(titles, widths, strict=True)]
+    lines = []
+    if apart:
+        lines.append(apart.join([" " * name if beside else "", *heading]))
+    for method, line in zip(methods, shown, strict=True):
+        cells = [f"{cell:>{w}}" for cell, w in zip(line, widths, strict=True)]
+        if beside:
+            lines.append(apart.join([method + " " * (name - cell_len(method)), *cells]))
+            continue
+        lines.append(method)
+        if apart:
+            lines.append(apart.join(["", *cells]))
+        else:
+            lines += flowed([f"{title} {cell}" for title, cell in zip(titles, line, strict=True)], width)
+    spread = "mean ± standard deviation" if any("±" in cell for line in shown for cell in line) else "one run each"
+    means = "; ".join(f"{title}: {meaning}" for title, meaning in _MEANINGS.items() if title in columns)
+    lines.append(f"in %, {spread}; {means}")
+    if gone := [title for title in _SPARE if title not in columns]:
+        lines.append(f"no room for {', '.join(gone)}: in report.html")
+    return lines
+
+
+def flowed(parts: Sequence[str], width: int) -> list[str]:
+    """Parts side by side, on as many lines as they need."""
+    lines: list[str] = []
+    for part in parts:
+        if lines and cell_len(f"{lines[-1]}   {part}") <= width:
+            lines[-1] += f"   {part}"
+        else:
+            lines.append(part)
+    return lines
+
+
+def ends(count: int, room: int) -> list[int | None]:
+    """All of 0..count-1 when there is room, else the first and the last ones around a None."""
+    if count <= room:
+        return list(range(count))
+    first = room // 2
+    return [*range(first), None, *range(count - (room - first - 1), count)]

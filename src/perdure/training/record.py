@@ -1,0 +1,149 @@
+"""What is recorded of a run when it begins, and how it is read back: run.json, and moved.json beside it."""
+
+import json
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from perdure.core import checkpoint
+from perdure.core.checkpoint import read_record
+from perdure.core.learner import Core
+from perdure.evaluation.zero_shot_retention import Retention
+from perdure.options.paths import Move, moved
+from perdure.storage import schema
+from perdure.storage.schema import Damaged, Moves, Record
+from perdure.training.config import RunConfig
+from perdure.training.loop import Progress
+from perdure.training.runtime import Runtime, check_device
+from perdure.types import Stream
+from perdure.version import __version__
+
+_MOVED = "moved.json"
+
+
+def record_of(
+    config: RunConfig, learner: Core, stream: Stream, runtime: Runtime, held_out: Retention | None = None
+) -> dict[str, Any]:
+    """The content of run.json."""
+    return {
+        "format": schema.FORMAT,
+        "perdure": __version__,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "git": _git_commit(),
+        "seed": config.seed,
+        "config": config.describe(),
+        "resolved": runtime.describe(),
+        "backbone": {
+            "spec": learner.backbone.spec,
+            "fingerprint": learner.fingerprint,
+            "preprocess": asdict(learner.backbone.preprocess),
+        },
+        "versions": {"python": platform.python_version()} | {n: version(n) for n in ("torch", "timm", "transformers")},
+        "stream": facts_of_stream(stream),
+        "held_out": facts_of_held_out(held_out) if held_out else {},
+    }
+
+
+def facts_of_stream(stream: Stream) -> dict[str, Any]:
+    """What is recorded of a stream: its tasks, and its notes."""
+    tasks = [t.describe() | {"train": len(t.train), "test": len(t.test)} for t in stream]
+    return {"name": stream.name, "scenario": stream.scenario, "tasks": tasks} | stream.notes
+
+
+def facts_of_held_out(held_out: Retention) -> dict[str, Any]:
+    """The same of each held-out stream, by name."""
+    return {name: facts_of_stream(stream) for name, stream in held_out.sets.items()}
+
+
+def write_record(out: Path, content: dict[str, Any]) -> None:
+    """Write run.json, with its seal."""
+    checkpoint.write_sealed(out / "run.json", content)
+
+
+def recorded_config(out: Path, written: Record) -> RunConfig:
+    """The configuration in the record of the run in `out`; fields of other versions are left out.
+
+    Raises:
+        Damaged: when a value is not what a run writes.
+    """
+    moves = recorded_moves(out)
+
+    def there(value: Any) -> Any:
+        if isinstance(value, list):
+            return [there(each) for each in value]
+        return moved(value, moves) if moves and isinstance(value, str) else value
+
+    try:
+        return msgspec.convert({k: there(v) for k, v in written["config"].items()}, RunConfig)
+    except ValueError as error:
+        raise Damaged(f"{out / 'run.json'} is damaged: {schema.said(error, 'config')}; restore it") from error
+
+
+def recorded_runtime(out: Path, written: Record, device: str | None = None) -> Runtime:
+    """How the run in `out` computes.
+
+    Raises:
+        ValueError: when its device, or the `device` that is wanted instead, is not there.
+    """
+    runtime = Runtime(**written["resolved"])
+    if device not in (None, "auto"):
+        check_device(device, f"--device {device}", "give another one, such as cpu")
+        return replace(runtime, device=device)
+    check_device(runtime.device, f"{out / 'run.json'}: device {runtime.device!r}", "give --device cpu, or another one")
+    return runtime
+
+
+def elsewhere(out: Path, runtime: Runtime, progress: Progress) -> dict[str, Any]:
+    """What manifests say of a device on which the run in `out` did not begin; the user is told what it means."""
+    if runtime.device == (began := read_record(out)["resolved"]["device"]):
+        return {}
+    progress.note(
+        f"on {runtime.device} instead of {began} numbers are rounded differently: the result is not to the bit what it "
+        "would have been"
+    )
+    return {"device": runtime.device}
+
+
+def recorded_moves(out: Path) -> list[Move]:
+    """What `perdure move` wrote: `run.json`, which every manifest vouches for, stays as it is."""
+    path = out / _MOVED
+    if not path.is_file():
+        return []
+    found = schema.read(path, Moves, "restore it, or remove it and move again", must_be_sealed=True)["moved"]
+    return [(str(old), str(new)) for old, new in found]
+
+
+def write_moves(out: Path, moves: Sequence[Move]) -> None:
+    """Write what moved, the first move first."""
+    checkpoint.write_sealed(out / _MOVED, {"moved": list(map(list, moves))})
+
+
+# Where the data lies and what it is called there, what else lies there, and what was said of it. Which images there are
+# is told by their number and the digests of the split.
+_BESIDE_THE_DATA = ("name", "data", "skipped", "left_out", "other_files", "remarks")
+
+
+def check_unchanged(out: Path, what: str, written: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    """Refuse to go on where `facts` of the data are not those that were written when the run in `out` began."""
+    now = json.loads(json.dumps(facts))
+    if changed := [key for key in now if key not in _BESIDE_THE_DATA and now[key] != written.get(key)]:
+        raise ValueError(
+            f"the {what} of {out} has changed since the run began ({', '.join(changed)}): restore it, or start anew in "
+            "another folder"
+        )
+
+
+def _git_commit() -> str | None:
+    """The commit of the folder perdure is run in, when it is a repository."""
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None

@@ -1,0 +1,89 @@
+"""A grid whose cells run beside each other, on a cluster of which a machine dies."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from perdure.experiments.cluster import Cluster
+from perdure.experiments.grid import GridProgress, cells, compare
+from perdure.training.config import RunConfig
+from perdure.training.loop import Quiet
+
+CONFIG = RunConfig(
+    stream="synthetic(tasks=3, per_class=8, test_per_class=8)",
+    backbone="tiny()",
+    epochs=20,
+    batch_size=2,
+    save_every=10,
+    precision="fp32",
+)
+METHODS = ("lora(rank=2)", "inflora(rank=2)")
+
+
+class _Killing(Quiet):
+    """Kills a machine when the first cell has learnt its first task."""
+
+    def __init__(self, kill: Any) -> None:
+        self.kill, self.heard = kill, 0
+
+    def beside(self, number: int, total: int, method: str, seed: int, event: str, facts: dict[str, Any]) -> None:
+        self.heard += 1
+        if self.heard == 1:
+            self.kill()
+
+    def cell(self, *_: Any) -> None:
+        raise AssertionError("cells do not run in turn")
+
+    def step_cost(self, *_: Any) -> None:
+        """Nothing."""
+
+
+@pytest.fixture
+def machines() -> Iterator[Any]:
+    ray = pytest.importorskip("ray", reason="ray is not installed")
+    from ray.cluster_utils import Cluster as Machines
+
+    if sys.platform == "win32":
+        pytest.skip("Ray's test clusters need a POSIX system")
+    found = Machines(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    found.add_node(num_cpus=1)
+    found.wait_for_nodes()
+    ray.init(address=found.address, log_to_driver=False, configure_logging=False)
+    yield found
+    ray.shutdown()
+    found.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of Ray's own
+def test_a_grid_ends_with_the_same_table_when_a_machine_dies(machines: Any, tmp_path: Path) -> None:
+    here = compare(CONFIG, cells(METHODS, (0, 1), tmp_path / "a"), tmp_path / "a", steps=False)
+    worker = next(node for node in machines.list_all_nodes() if node is not machines.head_node)
+    progress: GridProgress = _Killing(lambda: machines.remove_node(worker, allow_graceful=False))
+    grid = cells(METHODS, (0, 1), tmp_path / "b")
+    there = compare(CONFIG, grid, tmp_path / "b", progress, steps=False, cluster=Cluster("ray"))
+    timed = ("seconds", "images_per_second")
+    assert [{k: v for k, v in row.items() if k not in timed} for row in there] == [
+        {k: v for k, v in row.items() if k not in timed} for row in here
+    ]
+    assert all(json.loads((cell.folder / "run.json").read_text())["resolved"]["threads"] == 1 for cell in grid)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--on", "rai"], "did you mean 'ray'"),
+        (["--on", "ray", "--jobs", "2"], "--jobs 2 has no effect"),
+        (["--jobs", "0"], "jobs"),
+    ],
+)
+def test_a_cluster_that_cannot_be_is_refused_in_one_line(perdure: Any, flags: list[str], said: str) -> None:
+    grid = ["--stream", CONFIG.stream, "--backbone", "tiny()", "--methods", "lora", "--out", "g"]
+    refused = perdure("compare", *grid, *flags)
+    assert refused.code != 0
+    assert said in refused.err
+    assert len(refused.err.strip().splitlines()) == 1
