@@ -128,7 +128,7 @@ class Laboratory:
     def descend(learner: Core, task: Task, steps: int = 4) -> None:
         """Train on a task that `learner` has grown for, without ending it."""
         learner.train()
-        learner.settle()
+        learner.prepare()
         learner.method.begin_task(learner, task)
         optimizer = torch.optim.Adam(learner.trainable().values(), 2e-2)
         batch = task.train.__getitems__(range(len(task.train)))
@@ -141,7 +141,7 @@ class Laboratory:
     def close(learner: Core, task: Task) -> None:
         """End a task."""
         learner.method.end_task(learner, task)
-        learner.settle()
+        learner.prepare()
         learner.learnt += 1
 
     def taught(self, method: str, **more: Any) -> Core:

@@ -23,6 +23,14 @@ def scored(rows: Iterable[Row]) -> tuple[str, str, str]:
     return next((names for names in (SAID, RECALL) if names[0] in measured), ACCURACY)
 
 
+def average_after(rows: Iterable[Row], task: int) -> float | None:
+    """Mean score on all tasks that were measured right after `task`; None where there was none."""
+    rows = list(rows)
+    score, _, _ = scored(rows)
+    values = [row.value for row in rows if row.metric == score and row.after == task and row.on is not None]
+    return statistics.fmean(values) if values else None
+
+
 def matrix_of(rows: Iterable[Row], metric: str, tasks: int) -> list[list[float | None]]:
     """The T×T matrix of `metric` for T = `tasks`; of two rows for the same place the later one counts.
 

@@ -304,7 +304,7 @@ def test_memory_in_a_learner_that_knows_only_descriptions_predicts_the_same(
     fresh = bench.learner(spec)
     for task in learner.tasks:
         fresh.grow(Task.described(task.describe()))
-    missing, unexpected = fresh.load_state_dict(learner.memory(), strict=False)
+    missing, unexpected = fresh.load_state_dict(learner.learnt_state(), strict=False)
     assert unexpected == []
     assert [key for key in missing if not key.startswith("backbone.")] == []
     assert torch.equal(scored(fresh, images), scored(learner, images))
@@ -317,9 +317,9 @@ def test_state_is_all_that_a_method_remembers(spec: str, where: Any, lab: Any) -
     went_on = bench.teach(bench.learner(spec), stream.tasks[:1], epochs=1)
     loaded = bench.learner(spec)
     loaded.grow(stream.tasks[0])
-    loaded.load_state_dict(went_on.memory(), strict=False)
+    loaded.load_state_dict(went_on.learnt_state(), strict=False)
     loaded.learnt = 1
-    a, b = (bench.teach(learner, stream.tasks[1:2], epochs=1).memory() for learner in (went_on, loaded))
+    a, b = (bench.teach(learner, stream.tasks[1:2], epochs=1).learnt_state() for learner in (went_on, loaded))
     assert a.keys() == b.keys()
     assert [key for key in a if not torch.equal(a[key], b[key])] == []
 
@@ -402,7 +402,7 @@ class Watch(Quiet):
 
 def encoded(learner: Core, images: dict[str, Tensor]) -> Tensor:
     """Features as training computes them: the open branch beside the layer, the rest in its weight."""
-    learner.settle()
+    learner.prepare()
     with torch.no_grad():
         return learner.encode(images).clone()
 

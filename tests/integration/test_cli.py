@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -330,18 +329,26 @@ def test_numbers_read_well() -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
-def test_a_terminal_shows_a_live_bar_and_narrow_tables(tmp_path: Path, small: Any) -> None:
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_terminal_shows_a_live_bar_and_narrow_tables(
+    tmp_path: Path, small: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import fcntl
     import pty
     import struct
     import termios
 
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 80, 0, 0))
-    words = [sys.executable, "-m", "perdure.cli.main", "run", *small, "--epochs", "60", "--out", "x"]
-    environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "NO_COLOR")} | {"TERM": "xterm-256color"}
-    child = subprocess.Popen(words, cwd=tmp_path, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
-    os.close(theirs)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    for name in ("COLUMNS", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    child, ours = pty.fork()
+    if not child:  # the command, at the terminal's other end
+        fcntl.ioctl(1, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 80, 0, 0))
+        sys.stdout = sys.stderr = open(1, "w", closefd=False)  # noqa: SIM115
+        main(["run", *map(str, small), "--epochs", "60", "--out", "x"])
+        sys.stdout.flush()
+        os._exit(0)
     shown = b""
     try:
         while part := os.read(ours, 4096):
@@ -350,7 +357,7 @@ def test_a_terminal_shows_a_live_bar_and_narrow_tables(tmp_path: Path, small: An
         pass
     finally:
         os.close(ours)
-    assert child.wait() == 0
+    assert os.waitpid(child, 0)[1] == 0
     text = shown.decode()
     assert re.search(r"task 1/2.*epoch \d+/60.*loss \d\.\d+.*images/s", text)
     assert "\x1b[" in text

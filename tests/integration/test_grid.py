@@ -19,8 +19,8 @@ from perdure.cli.console import Screen
 from perdure.experiments.grid import cells, compare
 from perdure.types import Task
 
-METHODS = ["lora(rank=2)", "inflora(rank=2)", "lora(rank=2) + ewc(samples=8)", "probe + replay(size=6)", "ncm", "probe"]
-SEEDS = [0, 1, 2]
+METHODS = ["inflora(rank=2)", "lora(rank=2) + ewc(samples=8)", "probe + replay(size=6)", "ncm"]
+SEEDS = [0, 1]
 TIMED = ("seconds", "images_per_second", "step_cost", "step")
 
 
@@ -46,7 +46,7 @@ def untimed(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_six_methods_over_three_seeds_survive_kill_9(lab: Any, tmp_path: Path) -> None:
+def test_a_grid_of_methods_and_seeds_survives_kill_9(lab: Any, tmp_path: Path) -> None:
     bench, out = lab.but(tasks=2, epochs=1), tmp_path / "broken"
     options = {
         k: v
@@ -61,12 +61,10 @@ def test_six_methods_over_three_seeds_survive_kill_9(lab: Any, tmp_path: Path) -
 
     moments, kept = random.Random(7), {}
     fork = multiprocessing.get_context("fork").Process
-    for enough in (2, 5, 9, 14, 18):  # finished runs, after which it is killed at a random moment
+    for enough in (1, 3, 6, 8):  # finished runs, after which it is killed at a random moment
         child = fork(target=ask, args=(words, tmp_path / "said"))
         child.start()
-        while child.is_alive() and (
-            len(finished(out)) < enough or (enough == 18 and not (out / "steps.json").exists())
-        ):
+        while child.is_alive() and (len(finished(out)) < enough or (enough == 8 and not (out / "steps.json").exists())):
             time.sleep(0.005)
         time.sleep(moments.uniform(0.0, 0.2))
         os.kill(child.pid or 0, signal.SIGKILL)

@@ -13,8 +13,8 @@ from PIL import Image
 from rich.console import Console
 
 from perdure.cli.console import Screen
-from perdure.experiments.grid import markdown
 from perdure.formatting import printable, printable_lines, shortened
+from perdure.reporting.tables import markdown
 from perdure.types import Row, Task
 
 TITLE, CLEAR, TURNED, FORGED = "\x1b]0;mine\x07", "\x1b[2J\x1b[31m", "\u202egod", "\nperdure: all is well"

@@ -25,7 +25,7 @@ pytestmark = [
     # forked on purpose: it spares each child the imports, and the child computes on one thread
     pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning"),
 ]
-KILLS = 10  # for each of two methods
+KILLS = 6  # for each of two methods
 
 
 class Doomed(Quiet):

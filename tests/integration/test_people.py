@@ -202,12 +202,15 @@ def test_an_image_column_that_cannot_be_is_refused_when_the_stream_is_planned(
         ([1, None, 1, 2], "row 1: label column 'label' is empty"),
         (["a", "b", "", "a"], "row 2: label column 'label' is empty"),
         ([0, 1, 0, -1], "row 3: label -1 stands for no label"),
+        (None, "no column 'label' (label=); did you mean 'lable'?"),
     ],
 )
 def test_a_label_column_that_names_no_classes_is_refused(
-    labels: list[Any], said: str, perdure: Any, photos: Any
+    labels: list[Any] | None, said: str, perdure: Any, photos: Any
 ) -> None:
-    write("t.parquet", encoded(photos, 2), labels)
+    write("t.parquet", encoded(photos, 2), labels or [0, 1] * 2)
+    if labels is None:
+        pq.write_table(pq.read_table("t.parquet").rename_columns(["image", "lable"]), "t.parquet")
     one_line(perdure("run", "--stream", "parquet(path='t.parquet', tasks=2)", *NCM, "--out", "x"), "t.parquet", said)
 
 
@@ -306,16 +309,9 @@ def test_a_name_in_another_unicode_form_is_the_same_class_and_another_case_is_to
 
 
 @pytest.fixture
-def vit(tmp_path: Path) -> Path:
+def vit(saved: Any, tmp_path: Path) -> Path:
     """A tiny ViT of transformers, in the test's folder."""
-    from transformers import ViTConfig, ViTImageProcessor, ViTModel
-
-    config = ViTConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=8
-    )
-    ViTModel(config, add_pooling_layer=False).save_pretrained(tmp_path / "vit")
-    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "vit")
-    return tmp_path / "vit"
+    return Path(shutil.copytree(saved["vit"], tmp_path / "vit"))
 
 
 def test_a_folder_works_from_anywhere_and_after_a_move(

@@ -15,7 +15,7 @@ from perdure.training.loop import fit_task
 
 SPEC = "lora(rank=2) + ewc(samples=8)"
 FILES = ("learner.safetensors", "manifest.json", "step-000002/optimizer.safetensors", "step-000002/learner.safetensors")
-fast = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+fast = settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from PIL import Image
 from perdure.backbones.preprocess import Preprocess
 from perdure.streams.options import Options
 from perdure.streams.splits import first_of_each, held_out, shuffled
-from perdure.streams.task_split import Found, Part, arrange
+from perdure.streams.task_split import LabelledData, LabelledPart, arrange
 from perdure.types import Stream
 
 TWO = Preprocess(2, 2)
@@ -35,17 +35,20 @@ class Nowhere:
     def key(self, row: int) -> str:
         return f"{self.part}:{row}"
 
+    def names(self) -> list[None]:
+        return [None] * self.count
 
-def part(name: str, sizes: list[int], domains: int = 1) -> Part:
+
+def part(name: str, sizes: list[int], domains: int = 1) -> LabelledPart:
     labels = np.repeat(np.arange(len(sizes)), sizes)
     count = len(labels)
-    return Part(Nowhere(name, count), np.arange(count), labels, np.arange(count) % domains)
+    return LabelledPart(Nowhere(name, count), np.arange(count), labels, np.arange(count) % domains)
 
 
-def found(sizes: list[int], split: bool = True, domains: int = 1) -> Found:
+def found(sizes: list[int], split: bool = True, domains: int = 1) -> LabelledData:
     names = tuple(f"class {i}" for i in range(len(sizes)))
     test = part("test", [2 * domains] * len(sizes), domains) if split else None
-    return Found("data", part("train", sizes, domains), test, names, tuple(f"place {d}" for d in range(domains)))
+    return LabelledData("data", part("train", sizes, domains), test, names, tuple(f"place {d}" for d in range(domains)))
 
 
 def used(stream: Stream, which: str) -> list[str]:

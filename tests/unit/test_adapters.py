@@ -76,7 +76,7 @@ def test_updates_beside_their_layers_answer_as_folded_ones_do_and_copy_no_weight
     assert not list(folded_into(beside.backbone))
     test = lab.stream().tasks[0].test
     with folding.inference(), beside.inference():
-        torch.testing.assert_close(beside.answers(test), folding.answers(test), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(beside.scores_of(test), folding.scores_of(test), rtol=1e-3, atol=1e-3)
     detach(beside.backbone)
     assert not adapted(beside.backbone)
 

@@ -4,8 +4,6 @@ import inspect
 import json
 import logging
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -134,19 +132,11 @@ def test_registry_knows_the_options_of_each_family() -> None:
     }
 
 
-def test_listing_the_names_imports_none_of_their_libraries() -> None:
-    code = "import sys, perdure.backbones; sys.exit(bool({'timm', 'transformers', 'open_clip'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-def test_fingerprint_is_the_same_in_another_process_and_follows_the_weights() -> None:
-    code = "from perdure.backbones import BACKBONES as B; print(B['tiny']().fingerprint())"
-    other = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+def test_fingerprint_follows_the_weights() -> None:
     tiny = BACKBONES["tiny"]()
-    assert tiny.fingerprint() == other
-    assert BACKBONES["tiny"](seed=8).fingerprint() != other
+    assert tiny.fingerprint() == BACKBONES["tiny"]().fingerprint() != BACKBONES["tiny"](seed=8).fingerprint()
     next(tiny.parameters()).data.view(-1)[0] += 1e-6
-    assert tiny.fingerprint() != other
+    assert tiny.fingerprint() != BACKBONES["tiny"]().fingerprint()
 
 
 # Features and pixels are those of the plain library
@@ -248,14 +238,6 @@ def test_texts_are_encoded_in_two_steps() -> None:
         lengths = [ids.shape[1] for text in texts for ids in list(backbone.tokenise([text]).values())[:1]]
         assert masks[0].sum(1).tolist() == masks[1].sum(1).tolist() == lengths
         assert backbone.encode_text([]).shape == (0, backbone.dim)
-
-
-def test_gradients_reach_the_text_tower() -> None:
-    for backbone in (BACKBONES["pocket"](), BACKBONES["tiny"](text=True)):
-        layer = backbone.get_submodule(backbone.sites("v", tower="text")[0].layer)
-        layer.weight.requires_grad_(True)
-        backbone.encode_text(["a cat", "two dogs"])[:, 0].sum().backward()
-        assert layer.weight.grad.abs().sum() > 0
 
 
 def test_zero_shot_on_a_backbone_without_text_names_the_remedy(saved: dict[str, Path]) -> None:

@@ -138,7 +138,9 @@ def test_what_is_wrong_with_files_and_folders_is_told_in_one_line(folder: Path) 
         ("talk.jsonl", {"by": "kinds"}, "line 1: 'kinds' (by=) is missing; did you mean 'kind'"),
         ("talk.jsonl", {"only": ["talks"]}, "has no task 'talks'; did you mean 'talk'"),
         ("talk.jsonl", {"images": "nowhere"}, "images='nowhere' is no folder"),
-        ("talk.jsonl", {"score": "exakt"}, "score='exakt'"),
+        ("talk.jsonl", {"score": "exakt"}, "unknown score 'exakt'; did you mean 'exact'"),
+        ("talk.jsonl", {"score": "vqa"}, "score 'vqa' needs the answers of at least 4 people"),
+        ("talk.jsonl", {"score": "choice"}, "the right answer 'a dot' of a multiple-choice question is not"),
         ("beside", {}, "holds 'talk.jsonl' beside the folder 'deep'"),
         ("same", {"images": str(folder)}, "an image of this test conversation is also learnt"),
         ("alone", {"images": str(folder)}, "is a test file, and there is none to learn"),
@@ -168,9 +170,9 @@ def test_missing_and_damaged_images_are_left_out_and_listed_when_asked(folder: P
         "answer": ["dot"] * 3,
     }
     pq.write_table(pa.table(table), folder / "lists.parquet")
-    plan = conversations.measured(str(folder / "lists.parquet"))  # type: ignore[attr-defined]
+    plan = conversations(str(folder / "lists.parquet"))
     with pytest.raises(UnreadableImage, match=r"lists.parquet, row 2: cannot read image .*lists.parquet, row 2: "):
-        plan(SIZE, 0).tasks[0].test.__getitems__(range(3))
+        plan(SIZE, 0, True).tasks[0].test.__getitems__(range(3))
     (folder / "gone.png").unlink()
     stream = read(file, skip_bad=True)
     assert stream.notes["skipped"] == [f"{file}, line 3", f"{file}, line 5"]

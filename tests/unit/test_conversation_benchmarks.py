@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from perdure.backbones.preprocess import Preprocess
+from perdure.scoring import measure
 from perdure.streams.conversation_benchmarks import coin, daquar, mllm_acl, mllm_dcl, ucit
 from perdure.types import Stream
 
@@ -44,11 +45,15 @@ def task(place: Path, images: Path, name: str, files: tuple[str, str], more: dic
 
 
 def answered(stream: Stream) -> dict[str, tuple[str, Any, Any]]:
-    """Task -> its score, and answers and options of its second test example."""
+    """Task -> its score, by which the truth is right, and answers and options of its second test example."""
     found = {}
     for each in stream:
         assert (len(each.train), len(each.test)) == (2, 2)
-        second = each.test.__getitems__([1])["conversation"][0]
+        first, second = each.test.__getitems__([0, 1])["conversation"]
+        if each.score != "cider":
+            assert (
+                measure([first.taught, second.taught], [first.reference, second.reference], each.score)["strict"] == 1
+            )
         assert second.images[0].getpixel((0, 0)) == (1, 0, 0)
         found[each.name] = (each.score, second.answer, second.options)
     return found
@@ -115,7 +120,7 @@ def test_mllm_cl_reads_domains_and_the_abilities_that_a_rule_scores(tmp_path: Pa
         f"mllm_cl_{rule}" for rule in ("words", "med", "words", "sci", "fin")
     ]
     sci = mllm_dcl(str(domains), only=["Sci"])(SIZE, 0).tasks[0].test.__getitems__([0])["conversation"][0]
-    assert sci.names == ("Sci/test/0.png",)
+    assert (sci.names, sci.reference.image) == (("Sci/test/0.png",), "Sci/test/0.png")
     for name in ("OCR", "VP"):
         task(abilities, abilities, name, ("train.json", "test.json"), {"answer": "2", "answer_type": "Digits"}, "_test")
     stream = mllm_acl(str(abilities))(SIZE, 0)
@@ -123,7 +128,7 @@ def test_mllm_cl_reads_domains_and_the_abilities_that_a_rule_scores(tmp_path: Pa
     assert stream.tasks[0].test.__getitems__([0])["conversation"][0].kind == "Digits"
     assert [line.partition(" ")[0] for line in stream.notes["remarks"]] == ["Math", "APP"]
     for name in ("Math", "APP"):
-        with pytest.raises(ValueError, match=f"'{name}' of mllm_acl cannot be scored here"):
+        with pytest.raises(ValueError, match=f"'{name}' of mllm_acl is not here: .*leave the task out"):
             mllm_acl(str(abilities), only=[name])
 
 

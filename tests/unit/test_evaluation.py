@@ -113,7 +113,7 @@ def test_no_image_is_read_to_find_out_that_nothing_is_recorded_of_it(method: str
     tests = [task.test for task in stream]
     with learner.inference():
         for _ in range(3):
-            kept = [learner.encoded(test, keep=True) for test in tests]
+            kept = [learner.cache.test(test) for test in tests]
     assert all(isinstance(each, Counted) for each in kept)
     assert {test.read for test in tests} <= ({0} if "lwf" not in method else {8}), "read again in each evaluation"
 

@@ -17,7 +17,7 @@ def test_the_fisher_is_the_mean_of_squared_gradients_of_single_examples(spec: st
     ewc = learner.method.parts[1]
     total = {name: torch.zeros_like(p) for name, p in learner.shared().items()}
     wrong = {name: torch.zeros_like(p) for name, p in total.items()}
-    for batch in learner.views(task.train, 10, "fisher", size=16):
+    for batch in learner.training_views(task.train, 10, "fisher", size=16):
         for i in range(len(batch["label"])):
             learner.zero_grad()
             learner.objective.losses(
@@ -81,20 +81,6 @@ def test_the_penalty_is_half_the_strength_times_the_weighted_square_of_the_drift
     penalty.backward()
     assert parameter.grad[0, 0].item() == pytest.approx(6 * 0.5 * 2)
     assert parameter.grad[1, 1].item() == pytest.approx(6 * 2.0 * -1)
-
-
-def test_a_stronger_pull_keeps_important_parameters_closer_to_their_anchor(lab: Any) -> None:
-    def moved(strength: float) -> float:
-        """Σ F (θ - θ*)² after another task."""
-        learner, stream = lab.learner(f"lora(rank=2) + ewc(strength={strength})"), lab.stream()
-        lab.teach(learner, stream.tasks[:1])
-        guard = learner.method.parts[1]
-        fisher, anchor = ({k: v.clone() for k, v in kept.items()} for kept in (guard.fisher, guard.anchor))
-        lab.teach(learner, stream.tasks[1:2], epochs=8)
-        return sum(float((f * (learner.get_parameter(k).detach() - anchor[k]) ** 2).sum()) for k, f in fisher.items())
-
-    drifts = [moved(strength) for strength in (0, 100, 1000)]
-    assert drifts[0] > 2 * drifts[1] > 4 * drifts[2]
 
 
 def test_when_the_last_shared_branch_is_closed_nothing_is_held_any_more(lab: Any) -> None:
@@ -232,8 +218,11 @@ def test_updates_of_all_tasks_are_held_where_a_task_closes_its_own(lab: Any) -> 
     assert moved(1e4) < 0.5 * moved(0)
 
 
-@pytest.mark.parametrize("guard", ["ewc", "ewc(of='updates', form='offline')", "mas", "mas(of='updates')", "si"])
-@pytest.mark.parametrize("where", [{"precision": "bf16"}, {"objective": "zeroshot"}, {"scenario": "domain"}])
+GUARDS = ("ewc", "ewc(of='updates', form='offline')", "mas", "mas(of='updates')", "si")
+WHERES = ({"precision": "bf16"}, {"objective": "zeroshot"}, {"scenario": "domain"}, {})
+
+
+@pytest.mark.parametrize(("guard", "where"), [(each, WHERES[i % 4]) for i, each in enumerate(GUARDS)])
 def test_a_pull_holds_updates_closer_in_any_precision_and_setting(guard: str, where: Any, lab: Any) -> None:
     def moved(strength: float) -> float:
         """How far updates moved in the second task."""

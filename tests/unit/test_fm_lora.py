@@ -4,12 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import Tensor
 
 from perdure.adapters.injection import detach, prompted, updates
 from perdure.adapters.prompt_tokens import PromptTokens
-from perdure.api.learner import Learner
 from perdure.backbones.tiny import tiny
 from perdure.core.learner import Core
 from perdure.training.config import make_method, make_objective
@@ -37,21 +35,6 @@ def answers(learner: Core, images: Batch) -> Tensor:
 
 
 # Bases and cores
-
-
-@pytest.mark.parametrize("spec", ["fm_lora(rank=4)", "fm_lora(rank=4, share=False)"])
-def test_the_function_is_the_same_before_and_after_a_task_boundary(spec: str, lab: Any) -> None:
-    learner, stream, images = begun(lab, spec, tasks=0)
-    before = torch.empty(0)
-    for task in stream:
-        learner.grow(task)
-        if task.index:
-            torch.testing.assert_close(logits(learner, images), before, rtol=0, atol=1e-6)
-        lab.descend(learner, task)
-        assert task.index == 0 or (logits(learner, images) - before).abs().max() > 0.01
-        before = logits(learner, images)
-        lab.close(learner, task)
-        torch.testing.assert_close(logits(learner, images), before, rtol=0, atol=1e-6)
 
 
 def test_bases_are_orthonormal_after_the_first_task_and_byte_identical_ever_after(lab: Any) -> None:
@@ -213,46 +196,6 @@ def test_prompts_are_pulled_to_their_last_values(lab: Any) -> None:
 
 
 # Export
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A small ViT as transformers saves it."""
-    folder = tmp_path_factory.mktemp("model")
-    config = transformers.ViTConfig(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32, image_size=16, patch_size=8
-    )
-    transformers.utils.logging.disable_progress_bar()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        made = transformers.ViTModel(config, add_pooling_layer=False)
-        for parameter in made.parameters():
-            parameter.data += 0.05 * torch.randn(parameter.shape)
-        made.save_pretrained(folder)
-    transformers.ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
-    transformers.utils.logging.enable_progress_bar()
-    return str(folder)
-
-
-def exportable(model: str, options: str) -> Learner:
-    settings = {"epochs": 1, "lr": 0.02, "batch_size": 4, "precision": "fp32", "attention": "sdpa", "device": "cpu"}
-    learner = Learner.create(f"vision(path={model!r})", f"fm_lora(rank=4{options})", **settings)
-    for task in range(2):
-        images = torch.randint(0, 256, (6, 3, 16, 16), generator=torch.Generator().manual_seed(task)).byte()
-        learner.learn(images, [f"class {2 * task + i % 2}" for i in range(6)])
-    return learner
-
-
-def test_shared_bases_export_as_plain_weights(model: str, tmp_path: Any) -> None:
-    learner = exportable(model, ", prompts=0")
-    images = {"image": torch.randint(0, 256, (3, 3, 16, 16), generator=torch.Generator().manual_seed(9)).byte()}
-    before = answers(learner, images)
-    learner.export(tmp_path / "it", "merged")
-    plain = transformers.ViTModel.from_pretrained(tmp_path / "it", add_pooling_layer=False).eval()
-    with torch.no_grad():
-        features = plain(pixel_values=learner.backbone.normalise(images["image"]).float()).last_hidden_state[:, 0]
-    torch.testing.assert_close(features, before, rtol=1e-5, atol=1e-5)
-    learner.export(tmp_path / "lora", "peft")
 
 
 # Refusals

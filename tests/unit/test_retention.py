@@ -10,10 +10,10 @@ from torch.nn import functional as F
 
 from perdure import metrics
 from perdure.evaluation.zero_shot_retention import Retention, kept
-from perdure.experiments.grid import markdown, tabulate
 from perdure.objectives.zeroshot import class_texts
 from perdure.reporting.report import write_report
 from perdure.reporting.runs import RunResults
+from perdure.reporting.tables import markdown, tabulate
 from perdure.storage.files import write_sealed
 from perdure.streams import build_stream
 from perdure.training.run import resume, run

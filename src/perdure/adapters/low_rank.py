@@ -46,7 +46,7 @@ class LowRank(Adapter):
             self.up = nn.ParameterList(up.detach()[:, :rank].clone() for up in self.up)
 
     @torch.no_grad()
-    def settle(self) -> None:
+    def merge(self) -> None:
         """Close the branch: its update becomes part of the past."""
         if self.down is None:
             return
@@ -122,7 +122,7 @@ class LowRankSet(Adapters[LowRank]):
         for adapter in self:
             adapter.open()
 
-    def settle(self) -> None:
+    def merge(self) -> None:
         """Close all branches."""
         for adapter in self:
-            adapter.settle()
+            adapter.merge()

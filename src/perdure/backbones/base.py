@@ -43,10 +43,6 @@ class Backbone(nn.Module):
     text_mask: Tensor | None = None
     """While texts are encoded: bool (n, L), which of their tokens count; None outside, and where all of them do."""
 
-    def prepare(self, batch: Batch) -> Batch:
-        """`batch` with what can be made of it before a step; the thread that reads data asks for it."""
-        return batch
-
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """Normalised pixels (B, 3, S, S) to features (B, dim)."""
         raise NotImplementedError
@@ -95,6 +91,10 @@ class Backbone(nn.Module):
             for handle in handles:
                 handle.remove()
         return torch.cat([F.layer_norm(token.float(), token.shape[1:]) for token in taken], dim=1)
+
+    def prepare(self, batch: Batch) -> Batch:
+        """`batch` as it was read with what `forward` needs beside it, such as tokens; called on the reading thread."""
+        return batch
 
     def normalise(self, image: Tensor) -> Tensor:
         """uint8 images to the pixel values the model was trained on, in the precision of its weights."""

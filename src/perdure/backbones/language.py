@@ -17,7 +17,7 @@ from perdure.backbones.base import Backbone
 from perdure.backbones.dialogue import Dialogue, Tokens, collate
 from perdure.backbones.preprocess import Preprocess
 from perdure.backbones.sites import Tower
-from perdure.types import Batch, Site
+from perdure.types import Batch, Site, take
 
 T = TypeVar("T")
 Within = Callable[[Batch], AbstractContextManager[None]]
@@ -93,14 +93,11 @@ class Language(Backbone):
         """
         if "tokens" in batch or "conversation" not in batch:
             return batch
-        made: Any = {"tokens": [self.dialogue(each) for each in batch["conversation"]]}
-        joined: Batch = batch | made
-        return joined
+        return batch | {"tokens": [self.dialogue(each) for each in batch["conversation"]]}
 
     def tokens(self, batch: Batch) -> list[Tokens]:
         """What `prepare` makes of the conversations of `batch`, where it has not been made yet."""
-        found: Any = self.prepare(batch)["tokens"]
-        return list(found)
+        return list(self.prepare(batch)["tokens"])
 
     def forward(self, batch: Batch) -> Tensor:
         """Hidden states in front of the answers' tokens, (R, dim): one conversation's after another's.
@@ -144,7 +141,7 @@ class Language(Backbone):
         def say(some: Sequence[int]) -> list[str]:
             inputs = self._inputs([asked[i] for i in some], "left")
             self._forget_positions()
-            with torch.no_grad(), within(_taken(batch, some)), self._reading(inputs):
+            with torch.no_grad(), within(take(batch, torch.tensor(some))), self._reading(inputs):
                 said = self.model.generate(**inputs, max_new_tokens=tokens, use_cache=True)
             new = said[:, inputs["input_ids"].shape[1] :]
             texts: list[str] = self.dialogue.tokenizer.batch_decode(new, skip_special_tokens=True)
@@ -171,7 +168,7 @@ class Language(Backbone):
             per: the mean over the option's tokens, or their sum, which favours short ones.
             within: see `generate`.
         """
-        prompts, conversations = self.tokens(batch), list[Any](batch["conversation"])
+        prompts, conversations = self.tokens(batch), batch["conversation"]
         owners = [i for i, own in enumerate(options) for _ in own]
         said = [option for own in options for option in own]
         asked = [
@@ -180,7 +177,7 @@ class Language(Backbone):
         ]
 
         def score(some: Sequence[int]) -> list[Tensor]:
-            read: Any = _taken(batch, [owners[i] for i in some]) | {"tokens": [asked[i] for i in some]}
+            read = take(batch, torch.tensor([owners[i] for i in some])) | {"tokens": [asked[i] for i in some]}
             with torch.no_grad(), within(read):
                 found = -nn.functional.cross_entropy(self.head(self(read)), self.targets(read), reduction="none")
             pieces = torch.split(found.cpu(), [len(asked[i].answer) for i in some])
@@ -313,15 +310,6 @@ def _projectors(model: Language) -> tuple[str, ...]:
     beside = [each for each in body.children() if each not in (vision, language) and [*each.parameters()]]
     within = sorted((name, each) for name, each in vision.named_children() if "merger" in name)
     return tuple(names[id(each)] for each in (*beside, *(each for _, each in reversed(within))))
-
-
-def _taken(batch: Batch, rows: Sequence[int]) -> Batch:
-    """Some of the examples of a batch."""
-    chosen: Any = {
-        name: value[list(rows)] if isinstance(value, Tensor) else [value[i] for i in rows]
-        for name, value in batch.items()
-    }
-    return dict(chosen)
 
 
 def _by_length(examples: Sequence[Tokens], ask: Callable[[Sequence[int]], list[T]], size: int) -> list[T]:

@@ -16,6 +16,7 @@ from perdure.types import AnyLearner, Batch, Data, Task
 METHODS: dict[str, type[Method]] = {}
 """Every method by name; a class registers itself by `class Mine(Method, name="mine")`."""
 
+_FORMER = {"encode": "applied", "embed": "applied", "record": "precompute"}
 _EXCLUSIVE = ("predict", "data", "backward")
 
 
@@ -52,11 +53,11 @@ class Method(nn.Module):
     """Whether messages name it where a part that trains the encoder is missing."""
     treats: frozenset[str] = frozenset()
     """Towers that compute in another way within `applied`."""
-    records: tuple[str, ...] = ()
-    """Names of what `record` gives."""
 
     def __init_subclass__(cls, name: str = "", **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if former := [hook for hook in _FORMER if hook in vars(cls)]:
+            raise TypeError(f"{cls.__name__}.{former[0]} is a hook no more: define {_FORMER[former[0]]!r} instead")
         if name:
             if name in METHODS and METHODS[name].__qualname__ != cls.__qualname__:
                 raise ValueError(f"two methods are named {name!r}: {METHODS[name]} and {cls}; rename one")
@@ -98,11 +99,12 @@ class Method(nn.Module):
         return {}
 
     # Steps, in the order in which they run.
-    def record(self, learner: AnyLearner, batch: Batch) -> Batch:
-        """What it wants to know of each image beside it, as `{name: (B, ...)}`: what no training of the task changes.
+    def precompute(self, learner: AnyLearner, batch: Batch) -> Batch:
+        """What it wants to know of each example beside it, as `{name: (B, ...)}`: what no training of the task changes.
 
         Asked of each part of a composition. Computed once for a training set where images stay as they are, else in
-        every step. In evaluation mode it may give only what never changes: a test set's is kept for good.
+        every step; what `batch` holds already is not computed again. In evaluation mode it may give only what never
+        changes: a test set's is kept for good.
         """
         return {}
 

@@ -10,7 +10,7 @@ from perdure.options.spec import parse_one
 from perdure.streams import build_stream
 from perdure.types import Row, Stream, Union
 
-METRIC = "zero_shot"
+ZERO_SHOT = "zero_shot"
 """Rows are called `zero_shot/<data set>`; `after` is -1 for the pre-trained model."""
 
 
@@ -53,7 +53,7 @@ class Retention:
 
     def measure(self, learner: Core, after: int) -> list[Row]:
         """Accuracy on each data set; `after` says after which task."""
-        return [Row(after, None, f"{METRIC}/{name}", self._accuracy(learner, s)) for name, s in self.sets.items()]
+        return [Row(after, None, f"{ZERO_SHOT}/{name}", self._accuracy(learner, s)) for name, s in self.sets.items()]
 
     def _accuracy(self, learner: Core, stream: Stream) -> float:
         names = dict(chain.from_iterable(zip(task.classes, task.names, strict=True) for task in stream))
@@ -61,7 +61,7 @@ class Retention:
         right = total = 0
         with learner.inference():
             classes = class_texts(learner, list(names.values()), self.templates)
-            tests = Union([learner.encoded(task.test, keep=True) for task in stream])
+            tests = Union([learner.cache.test(task.test) for task in stream])
             for batch in learner.batches(tests, 256):
                 answer = (learner.encode(batch) @ classes.T).argmax(1).tolist()
                 wanted = [place[c] for c in batch["label"].tolist()]
@@ -75,7 +75,7 @@ def kept(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[int, float]] = {}
     for row in rows:
         kind, _, name = row.metric.partition("/")
-        if kind == METRIC and row.on is None:
+        if kind == ZERO_SHOT and row.on is None:
             found.setdefault(name, {})[row.after] = row.value
     return {name: _kept(values) for name, values in found.items()}
 

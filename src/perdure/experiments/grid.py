@@ -17,12 +17,10 @@ from perdure import metrics
 from perdure.core import checkpoint
 from perdure.experiments import step_cost
 from perdure.experiments.cluster import Cluster, run_beside
-from perdure.formatting import RARE, printable, times
 from perdure.process import as_found, plain
-from perdure.reporting.charts import show
 from perdure.reporting.report import trade_offs
-from perdure.reporting.runs import Group, RunResults, ignore, steps_of
-from perdure.reporting.tables import row_of
+from perdure.reporting.runs import RunResults, ignore, steps_of
+from perdure.reporting.tables import check_complete, markdown, tabulate
 from perdure.reporting.tracking import tracked
 from perdure.streams import build_stream
 from perdure.training.config import RunConfig, make_backbone, make_method, with_former
@@ -31,20 +29,6 @@ from perdure.training.record import recorded_config
 from perdure.training.run import Interrupted, dry_run, resume, run
 from perdure.training.runtime import Runtime, resolve
 from perdure.types import Row, Task
-
-KEYS = (
-    "acc",
-    "aaa",
-    "forgetting",
-    "acc_with_task_id",
-    "forgetting_with_task_id",
-    "task_id_acc",
-    "images_per_second",
-    "stored_bytes",
-    *RARE,
-)
-"""What the table shows of each summary."""
-_SURE = ("matrix", "seconds_per_task", "trainable_parameters", "stored_bytes")  # what every summary has
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +127,7 @@ def compare(
         if steps and runtime is not None:
             methods = list(dict.fromkeys(cell.method for cell in grid))
             with as_found(runtime.threads):
-                step_cost.measure(config, methods, runtime, out, progress)
+                step_cost.measure_steps(config, methods, runtime, out, progress)
             table = _write(grid, out)
         if progress and (left_out := _left_out(grid, out)):
             progress.note(left_out)
@@ -217,9 +201,8 @@ class _Telling(Quiet):
         self.tell = tell
 
     def scores(self, task: Task, rows: list[Row]) -> None:
-        score, _, _ = metrics.scored(rows)
-        now = [row.value for row in rows if row.metric == score and row.after == task.index and row.on is not None]
-        self.tell("scores", {"task": task.index, "tasks": task.total, "average": statistics.fmean(now)})
+        average = metrics.average_after(rows, task.index)
+        self.tell("scores", {"task": task.index, "tasks": task.total, "average": average})
 
     def note(self, text: str) -> None:
         self.tell("note", {"text": text})
@@ -241,69 +224,6 @@ def seconds_left(grid: Sequence[Cell]) -> float | None:
             alike = [seconds for other, seconds in took.items() if other.method == cell.method]
             left += max(0.0, statistics.fmean(alike or took.values()) - _seconds(cell))
     return left
-
-
-def tabulate(runs: Sequence[tuple[str, RunResults]]) -> list[dict[str, Any]]:
-    """Mean and sample standard deviation over the runs of each method: `{"method", "runs", key: [mean, std]}`.
-
-    Args:
-        runs: method and what one of its finished runs says.
-
-    Raises:
-        ValueError: when a run lacks numbers that every finished one has.
-    """
-    table = []
-    for method in dict.fromkeys(name for name, _ in runs):
-        mine = [_complete(run) for name, run in runs if name == method]
-        group, measured = Group(method, tuple(mine)), row_of(mine)
-        row: dict[str, Any] = {"method": method, "runs": len(mine)}
-        for key in (*KEYS, "seconds", "new_task_acc"):
-            found = group.spread(key)
-            row[key] = None if found is None else list(found)
-        row["trainable_parameters"] = measured["trainable_parameters"]
-        row["stored_bytes_after"] = [None if pair is None else pair[0] for pair in measured["after"]["stored_bytes"]]
-        row["referenced_bytes"] = measured["referenced_bytes"]
-        row["step_cost"], row["step"] = (measured["step"] or {}).get("ratio"), measured["step"]
-        table.append(row)
-    return table
-
-
-def markdown(table: Sequence[dict[str, Any]]) -> str:
-    """The table in Markdown, in per cent: mean ± sample standard deviation over the runs."""
-    shown = [(key, title) for key, title in _SHOWN if key not in RARE or any(row.get(key) for row in table)]
-    titles = [title for _, title in shown]
-    lines = [f"| method | runs | {' | '.join(titles)} |", "|---" * (len(titles) + 2) + "|"]
-    for row in table:
-        cells = [times(row["step"]) if key == "step" else _shown(key, row[key]) for key, _ in shown]
-        lines.append(f"| {_code(row['method'])} | {row['runs']} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def _code(text: str) -> str:
-    """A text as code in a table's cell: no bar ends the cell, no backtick the code."""
-    text = printable(text).replace("|", "\\|")
-    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"
-
-
-_SHOWN = (
-    ("acc", "final accuracy"),
-    ("new_task_acc", "new-task accuracy"),
-    ("forgetting", "forgetting"),
-    ("acc_with_task_id", "with task id"),
-    ("forgetting_with_task_id", "forgetting with task id"),
-    ("transfer", "transfer"),
-    ("average", "average over the matrix"),
-    ("zero_shot_ratio", "zero-shot kept"),
-    ("stored_bytes", "stored"),
-    ("step", "step / plain LoRA's"),
-    ("seconds", "time"),
-)
-
-
-def _shown(key: str, value: Any) -> str:
-    mean, std = value if isinstance(value, list) else (value, None)
-    return str(show(key, mean, std, unit=key == "stored_bytes").striptags())
 
 
 def _write(grid: Sequence[Cell], out: Path) -> list[dict[str, Any]]:
@@ -329,7 +249,7 @@ def _made(config: RunConfig, cell: Cell, note: Callable[[str], None]) -> Runtime
                 "to go on, or another --out to start anew"
             )
     if cell.finished:
-        _complete(made)
+        check_complete(made)
     return runtime
 
 
@@ -350,16 +270,6 @@ def _ready(config: RunConfig, unfinished: Sequence[Cell], runtime: Runtime | Non
         except ValueError as error:
             raise ValueError(f"--methods {method!r}: {error}") from error
     return runtime
-
-
-def _complete(run: RunResults) -> RunResults:
-    """A finished run, once it is known to have all numbers that the table needs."""
-    if any(run.summary.get(key) is None for key in _SURE):
-        raise ValueError(
-            f"{run.folder / 'summary.json'} is damaged: numbers are missing; remove it, and the same command writes "
-            "it anew"
-        )
-    return run
 
 
 def _left_out(grid: Sequence[Cell], out: Path) -> str:

@@ -17,16 +17,17 @@ from perdure.types import Batch, Task
 _UNFIT = (RuntimeError, IndexError, TypeError, KeyError)
 """What a model raises whose blocks do not take more tokens than an input has."""
 QUERY = "query"
-"""Name under which a method records queries; they never change, so a set of images needs them once."""
+"""Name of queries, which never change, so a set of images needs them once."""
 
 
 def query(learner: Core, batch: Batch) -> Tensor:
-    """Unit features (B, dim) of the pre-trained encoder, in float32; those recorded, or computed here.
+    """Unit features (B, dim) of the pre-trained encoder, in float32; those known, or computed here.
 
     Prompts must be off while it is asked: they are when nothing has been given to them.
     """
     if QUERY in batch:
-        return batch[QUERY]
+        known: Tensor = batch[QUERY]
+        return known
     with torch.no_grad():
         features: Tensor = learner.backbone(batch)
     return F.normalize(features.float(), dim=1)
@@ -61,7 +62,6 @@ class PerTower(Method, Generic[P]):
         self.tower = tower
         self.towers = nn.ModuleDict()  # of P
         self.treats = frozenset(named_towers(tower))
-        self.records = (QUERY,) if "vision" in self.treats else ()
 
     def of(self, tower: str) -> P:
         """The part of `tower`, which has been made."""
@@ -101,12 +101,12 @@ C = TypeVar("C", bound=PromptPool)
 class QueriedPrompts(PerTower[C]):
     """Base of methods whose prompts depend on the query; every image and text is asked about by itself."""
 
-    def record(self, learner: Core, batch: Batch) -> Batch:
+    def precompute(self, learner: Core, batch: Batch) -> Batch:
         """The query of each image."""
-        return {QUERY: query(learner, batch)} if self.records else {}
+        return {QUERY: query(learner, batch)} if "vision" in self.treats else {}
 
     def applied(self, learner: Core, batch: Batch, tower: str) -> AbstractContextManager[None]:
-        """Within, each image or text has its prompts; of images the queries that are recorded are not asked again."""
+        """Within, each image or text has its prompts; of images queries that are known are not computed again."""
         labels = batch.get("label") if self.training else None
         return self.of(tower).joining(self.asked_of(learner, batch, tower), labels)
 

@@ -149,9 +149,9 @@ class MoEAdapters(PerTower[Mixture], name="moe_adapters"):
             if unknown.float().mean() >= self.expand:
                 own.open(self.freeze, learner.device)
 
-    def record(self, learner: Core, batch: Batch) -> Batch:
+    def precompute(self, learner: Core, batch: Batch) -> Batch:
         """Features of the pre-trained model, for the gateway, which is not asked in training."""
-        return {QUERY: query(learner, batch)} if self.records and not learner.training else {}
+        return {QUERY: query(learner, batch)} if "vision" in self.treats and not learner.training else {}
 
     def batch(self, learner: Core, batch: Batch) -> Batch:
         """The batch as it is; a step begins."""

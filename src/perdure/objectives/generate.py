@@ -43,7 +43,6 @@ class Generate(Objective, name="generate"):
     towers = frozenset({"vision", "projector", "language"})
     outputs = ()  # a vocabulary's logits of every token are too many to keep
     open_vocabulary = True
-    one_row = False
     vectorised = False  # rows are picked by where answers stand
 
     @checked
@@ -158,9 +157,8 @@ class Generate(Objective, name="generate"):
         references: list[Reference] = []
         chosen: list[bool] = []
         for batch in learner.batches(task.test, size):
-            conversations: Any = batch["conversation"]
             said += self.say(learner, batch)
-            own = [_reference(each) for each in conversations]
+            own = [_reference(each) for each in batch["conversation"]]
             references += own
             if self.likelihood and any(each.options for each in own):
                 chosen += self._likeliest(learner, batch, own)

@@ -17,41 +17,10 @@ from perdure.reporting import charts, figures
 from perdure.reporting import texts as language
 from perdure.reporting.charts import duration, show
 from perdure.reporting.figures import Drawing, Point
+from perdure.reporting.numbers import STEP, numbers_named
 from perdure.reporting.runs import PHASES, Group, RunResults, grouped, ignore
 from perdure.storage.files import write_text
 
-# A number's key in summary.json, its name, and what it says to someone who reads it for the first time.
-NUMBERS = (
-    ("acc", "Final accuracy", "Mean accuracy over all tasks after the last one was learnt. Higher is better."),
-    ("aaa", "Average accuracy", "The same mean taken after every task, then averaged: quality along the way."),
-    ("new_task_acc", "New-task accuracy", "Mean accuracy on each task right after it was learnt. Higher is better."),
-    ("forgetting", "Forgetting", "How many points old tasks fell below their best, on average. Lower is better."),
-    ("bwt", "Backward transfer", "Change of old tasks since they were learnt. Negative means forgetting."),
-    ("fwt", "Forward transfer", "Gain on a task before it is learnt, over the model that has learnt nothing."),
-    ("retention", "Retention", "Share of an old task's first accuracy that is still there at the end."),
-    (
-        "acc_with_task_id",
-        "Accuracy with task given",
-        "Final accuracy when the model is told which task an image is from.",
-    ),
-    ("task_id_acc", "Task recognised", "How often the answer belongs to the image's own task, right class or not."),
-    ("gap", "Gap", "Accuracy with task given minus final accuracy: what confusing the tasks costs."),
-    (
-        "feature_drift",
-        "Feature drift",
-        "How far features of old test images moved since their task was learnt, relative to their length. 0 is best.",
-    ),
-    ("trainable_parameters", "Trainable parameters", "Numbers that training may change, in the largest task."),
-    ("stored_bytes", "Stored", "All that was learnt, with images a memory refers to, without the pre-trained model."),
-    ("seconds", "Time", "Preparing, training, finishing and evaluating all tasks."),
-    ("images_per_second", "Images per second", "Speed of training."),
-    ("peak_rss_bytes", "Peak memory", "Most main memory that the run used at once."),
-)
-_STEP = (
-    "step_cost",
-    "Step",
-    "A training step of the second task, as a multiple of plain LoRA's; without what is done once a task.",
-)
 _COMPARED = ("acc", "aaa", "new_task_acc", "forgetting", "acc_with_task_id", "task_id_acc", "gap", "feature_drift")
 # What tells why old tasks were kept or lost: heading, explanation, where it comes from, whether it ends at 1.
 _REASONS: tuple[tuple[str, str, Callable[[RunResults], list[float | None]], bool], ...] = (
@@ -206,8 +175,7 @@ class _Page:
         shared = [k for k in keys if all(each.get(k) == facts[0].get(k) for each in facts)]
         methods = list(dict.fromkeys(run.method for run in runs))
         rare = {key for key in RARE if any(run.numbers()[key] is not None for run in runs)}
-        first, *others = _recall_named() if score == "recall" else NUMBERS
-        named = (first, *(each for each in language.NUMBERS if each[0] in rare), *others)
+        named = numbers_named(score == "recall", rare)
         steps = any(group.spread("step_cost") for group in groups)
         page = _template().render(
             title=", ".join(methods) if len(methods) <= 3 else f"{len(methods)} methods compared",
@@ -221,9 +189,9 @@ class _Page:
             reasons=[(title, meaning, drawing.inline()) for title, meaning, drawing in self.reasons],
             trades=[(drawing.title, drawing.inline()) for drawing in self.trades.values()],
             numbers=named,
-            meanings=[*named, _STEP] if steps else named,
+            meanings=[*named, STEP] if steps else named,
             compared=[(k, name) for k, name, _ in named if k in {*_COMPARED, *rare}],
-            costs=[(k, name) for k, name, _ in named if k in _COSTS] + ([_STEP[:2]] if steps else []),
+            costs=[(k, name) for k, name, _ in named if k in _COSTS] + ([STEP[:2]] if steps else []),
             winners={k: _winner(groups, k) for k in ("acc", "aaa", "new_task_acc", "acc_with_task_id", "task_id_acc")},
             shared=[(k, facts[0][k]) for k in shared],
             differing=[k for k in keys if k not in shared],
@@ -246,25 +214,6 @@ def _template() -> jinja2.Template:
     environment.globals.update(show=show, duration=duration)
     text = resources.files("perdure.reporting").joinpath("report.html.jinja").read_text("utf-8")
     return environment.from_string(text)
-
-
-def _recall_named() -> tuple[tuple[str, str, str], ...]:
-    """`NUMBERS` as they are of rankings."""
-    own = {
-        "acc": "Mean of recall at 1, 5 and 10 in both directions, searched among all tasks learnt. Higher is better.",
-        "acc_with_task_id": "Final recall when only the images and captions of the query's own task are searched.",
-        "gap": "Recall on the own gallery minus that among all tasks: what the larger gallery costs.",
-    }
-    told = "Recall on the own gallery"
-    return tuple(
-        (
-            key,
-            told if key == "acc_with_task_id" else name.replace("accuracy", "recall"),
-            own.get(key, text.replace("accuracy", "recall")),
-        )
-        for key, name, text in NUMBERS
-        if key != "task_id_acc"
-    )
 
 
 def _figure(
@@ -324,8 +273,8 @@ def _cell(share: float | None) -> tuple[str, float] | None:
     return None if share is None else (charts.percent(share), share)
 
 
-def _time(index: int, names: Sequence[str], task: Mapping[str, float]) -> tuple[str, list[charts.Part], float]:
-    parts = [charts.Part(task[p], i, f"{p} {duration(task[p])}") for i, p in enumerate(PHASES)]
+def _time(index: int, names: Sequence[str], task: Mapping[str, float]) -> tuple[str, list[charts.Segment], float]:
+    parts = [charts.Segment(task[p], i, f"{p} {duration(task[p])}") for i, p in enumerate(PHASES)]
     return names[index] if index < len(names) else f"task {index + 1}", parts, sum(task.values())
 
 

@@ -9,6 +9,7 @@ Rows that were measured alike stand together in a setting, as JSON:
 """
 
 import json
+import re
 import shlex
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
@@ -16,16 +17,31 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from perdure import metrics
+from perdure.formatting import RARE, printable, times
 from perdure.options.spec import parse
-from perdure.reporting.runs import RunResults, steps_of
-from perdure.training.config import RunConfig
+from perdure.reporting.charts import show
+from perdure.reporting.runs import Group, RunResults, steps_of
+from perdure.training.config import RunConfig, flags
 
-Pair = tuple[float, float | None] | None
+Spread = tuple[float, float | None] | None
 _SPECS = ("stream", "backbone")
 _TRAINING = (
     *("objective", "epochs", "batch_size", "lr", "optimizer", "weight_decay"),
     *("schedule", "milestones", "decay", "augment", "calibrate"),
 )
+KEYS = (
+    "acc",
+    "aaa",
+    "forgetting",
+    "acc_with_task_id",
+    "forgetting_with_task_id",
+    "task_id_acc",
+    "images_per_second",
+    "stored_bytes",
+    *RARE,
+)
+"""What the table shows of each summary."""
+_SURE = ("matrix", "seconds_per_task", "trainable_parameters", "stored_bytes")  # what every summary has
 _OWN = ("method", "seed", "save_every", "device")
 
 
@@ -75,6 +91,79 @@ def row_of(runs: Sequence[RunResults]) -> dict[str, Any]:
     }
 
 
+def tabulate(runs: Sequence[tuple[str, RunResults]]) -> list[dict[str, Any]]:
+    """Mean and sample standard deviation over the runs of each method: `{"method", "runs", key: [mean, std]}`.
+
+    Args:
+        runs: method and what one of its finished runs says.
+
+    Raises:
+        ValueError: when a run lacks numbers that every finished one has.
+    """
+    table = []
+    for method in dict.fromkeys(name for name, _ in runs):
+        mine = [check_complete(run) for name, run in runs if name == method]
+        group, measured = Group(method, tuple(mine)), row_of(mine)
+        row: dict[str, Any] = {"method": method, "runs": len(mine)}
+        for key in (*KEYS, "seconds", "new_task_acc"):
+            found = group.spread(key)
+            row[key] = None if found is None else list(found)
+        row["trainable_parameters"] = measured["trainable_parameters"]
+        row["stored_bytes_after"] = [None if pair is None else pair[0] for pair in measured["after"]["stored_bytes"]]
+        row["referenced_bytes"] = measured["referenced_bytes"]
+        row["step_cost"], row["step"] = (measured["step"] or {}).get("ratio"), measured["step"]
+        table.append(row)
+    return table
+
+
+def markdown(table: Sequence[dict[str, Any]]) -> str:
+    """The table in Markdown, in per cent: mean ± sample standard deviation over the runs."""
+    shown = [(key, title) for key, title in _SHOWN if key not in RARE or any(row.get(key) for row in table)]
+    titles = [title for _, title in shown]
+    lines = [f"| method | runs | {' | '.join(titles)} |", "|---" * (len(titles) + 2) + "|"]
+    for row in table:
+        cells = [times(row["step"]) if key == "step" else _shown(key, row[key]) for key, _ in shown]
+        lines.append(f"| {_code(row['method'])} | {row['runs']} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _code(text: str) -> str:
+    """A text as code in a table's cell: no bar ends the cell, no backtick the code."""
+    text = printable(text).replace("|", "\\|")
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"
+
+
+_SHOWN = (
+    ("acc", "final accuracy"),
+    ("new_task_acc", "new-task accuracy"),
+    ("forgetting", "forgetting"),
+    ("acc_with_task_id", "with task id"),
+    ("forgetting_with_task_id", "forgetting with task id"),
+    ("transfer", "transfer"),
+    ("average", "average over the matrix"),
+    ("zero_shot_ratio", "zero-shot kept"),
+    ("stored_bytes", "stored"),
+    ("step", "step / plain LoRA's"),
+    ("seconds", "time"),
+)
+
+
+def _shown(key: str, value: Any) -> str:
+    mean, std = value if isinstance(value, list) else (value, None)
+    return str(show(key, mean, std, unit=key == "stored_bytes").striptags())
+
+
+def check_complete(run: RunResults) -> RunResults:
+    """A finished run, once it is known to have all numbers that the table needs."""
+    if any(run.summary.get(key) is None for key in _SURE):
+        raise ValueError(
+            f"{run.folder / 'summary.json'} is damaged: numbers are missing; remove it, and the same command writes "
+            "it anew"
+        )
+    return run
+
+
 _NUMBERS: dict[str, tuple[int, Callable[[metrics.Matrix], float | None]]] = {
     "acc": (0, metrics.acc),
     "acc_with_task_id": (1, metrics.acc),
@@ -87,7 +176,7 @@ _NUMBERS: dict[str, tuple[int, Callable[[metrics.Matrix], float | None]]] = {
 
 def _after(
     runs: Sequence[RunResults], tasks: int, which: int, number: Callable[[metrics.Matrix], float | None]
-) -> list[Pair]:
+) -> list[Spread]:
     """A number of the score matrix (`which` of `RunResults.scored`) as it stood after each task."""
     matrices = [run.matrix(run.scored[which]) for run in runs]
     return [_pair(number([row[:n] for row in matrix[:n]]) for matrix in matrices) for n in range(1, tasks + 1)]
@@ -145,13 +234,7 @@ def _setting(runs: Sequence[RunResults], shorten: bool) -> dict[str, Any]:
 
 def _command(run: RunResults, specs: dict[str, str]) -> str:
     """The command that measures the setting, but for `--methods`, `--seeds` and `--out`."""
-    words = ["perdure", "compare"]
-    for field in fields(RunConfig):
-        value = specs.get(field.name, run.config.get(field.name, field.default))
-        several = isinstance(value, list | tuple)
-        if field.name not in _OWN and (value if several else value != field.default):
-            words += [f"--{field.name.replace('_', '-')}", *map(str, value if several else [value])]
-    return shlex.join(words)
+    return shlex.join(["perdure", "compare", *flags(run.config | specs, _OWN)])
 
 
 def _shortened(text: str) -> str:
@@ -167,7 +250,7 @@ def _absolute(text: str) -> bool:
     return Path(text).is_absolute() or text.startswith("~")
 
 
-def _pair(values: Iterable[float | None]) -> Pair:
+def _pair(values: Iterable[float | None]) -> Spread:
     """Mean and standard deviation over runs; None when a run has no such number."""
     listed = list(values)
     known = [v for v in listed if v is not None]

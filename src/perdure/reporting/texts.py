@@ -3,30 +3,11 @@
 from typing import Any
 
 from perdure import metrics
-from perdure.evaluation.search_examples import FILE, read
+from perdure.evaluation.search_examples import EXAMPLES, read_examples
 from perdure.evaluation.zero_shot_retention import kept
 from perdure.metrics import CUTS
 from perdure.reporting.charts import percent
 from perdure.reporting.runs import RunResults
-
-NUMBERS = (
-    (
-        "transfer",
-        "Transfer",
-        "Mean accuracy on data sets not learnt yet (MTIL's Transfer): what is left of zero-shot accuracy, or gained.",
-    ),
-    (
-        "average",
-        "Average over the whole matrix",
-        "Mean accuracy on all data sets after every task (MTIL's Avg); its Last is the final accuracy.",
-    ),
-    (
-        "zero_shot_ratio",
-        "Zero-shot accuracy kept",
-        "Accuracy in the end on held-out data sets relative to the pre-trained model's, mean over the sets.",
-    ),
-)
-"""Numbers that only some runs have: of sequences of data sets, and with held-out ones. Key, name, meaning."""
 
 _WAYS = {"i2t": "image to text", "t2i": "text to image"}
 _GALLERIES = {"own": "among its own images and captions", "union": "among those of all tasks"}
@@ -70,9 +51,9 @@ def _zero_shot(run: RunResults) -> list[tuple[str, str, list[str], str]]:
 
 def _searches(run: RunResults) -> list[dict[str, Any]]:
     """Queries with the pictures found before and after; none while the run is not finished."""
-    if not (run.folder / FILE).is_file():
+    if not (run.folder / EXAMPLES).is_file():
         return []
-    noted = read(run.folder)
+    noted = read_examples(run.folder)
     pictures = noted["pictures"]
     return [
         {

@@ -5,6 +5,7 @@ end, the matrix as a picture. A run that is resumed continues its curve: `tracki
 tracker's run it belongs to, and at which step each task began.
 """
 
+import math
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from perdure.storage import schema
 from perdure.training.loop import Progress
 from perdure.types import Row, Task
 
-FILE = "tracking.json"
+TRACKING = "tracking.json"
 _POINTS = 100  # of the loss's curve, for each task: reading the loss waits for the device
 _PACKAGES = {"comet_ml": "comet-ml"}  # where the package is not called as the tracker
 
@@ -76,7 +77,7 @@ def _wanted(names: str) -> list[str]:
 
 
 def _read(out: Path) -> Tracking:
-    path = out / FILE
+    path = out / TRACKING
     if path.is_file():
         return schema.read(path, Tracking, "remove it: curves then begin anew")
     return Tracking(run=uuid.uuid4().hex, trackers={}, offsets={})
@@ -131,7 +132,7 @@ class _Follower:
         offsets = self.content["offsets"]
         self.offset = offsets.setdefault(str(task.index), self.offset + self.steps)
         self.steps = steps
-        checkpoint.write_json(self.out / FILE, msgspec.to_builtins(self.content))
+        checkpoint.write_json(self.out / TRACKING, msgspec.to_builtins(self.content))
         self.inner.task(task, tasks, epochs, steps)
 
     def step(self, step: int, loss: Tensor, images: int) -> None:
@@ -142,11 +143,9 @@ class _Follower:
 
     def scores(self, task: Task, rows: list[Row]) -> None:
         """A task was learnt and evaluated."""
-        score, _, _ = metrics.scored(rows)
-        now = [row for row in rows if row.after == task.index]
-        values = {_title(row): row.value for row in now}
-        values["average accuracy"] = _mean([row.value for row in now if row.metric == score and row.on is not None])
-        self._log(values, self.offset + self.steps)
+        values = {_title(row): row.value for row in rows if row.after == task.index}
+        average = metrics.average_after(rows, task.index)
+        self._log(values | {"average accuracy": math.nan if average is None else average}, self.offset + self.steps)
         self.inner.scores(task, rows)
 
     def note(self, text: str) -> None:
@@ -184,7 +183,3 @@ class _Follower:
 
 def _title(row: Row) -> str:
     return row.metric if row.on is None else f"{row.metric}/task {row.on + 1}"
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else float("nan")

@@ -1,29 +1,27 @@
 """Streams of images with captions from parquet or JSONL files: retrieval by topic, or language after language."""
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from hashlib import sha256
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
-from perdure.backbones.preprocess import Preprocess
+from perdure.formatting import meant
+from perdure.options.ranges import without_effect
 from perdure.storage.schema import plain
 from perdure.streams.columns import require_column
-from perdure.streams.options import StreamPlan, near, stream
-from perdure.streams.sources import Files, Parquet, Source, check_path
+from perdure.streams.options import TOPICS, CaptionOptions, stream
+from perdure.streams.sources import Files, Parquet, Source, check_path, identities, is_text
 from perdure.streams.tables import check_image_column, csv_images, holds, read_csv, read_schema, table_files
-from perdure.streams.topics import WORDS, Album, CaptionOptions, Gallery, arrange_captions
-from perdure.types import Stream
+from perdure.streams.topics import CaptionedData, CaptionedPart, arrange_captions
 
 
-@stream(common_to=CaptionOptions)
+@stream(arrange_captions)
 def captions(
     options: CaptionOptions, path: str, captions: str | Sequence[str] = "captions", image: str = "image"
-) -> StreamPlan:
+) -> Callable[[bool], CaptionedData]:
     """Images with captions: parquet, JSONL or CSV files, a folder with `train*` and `test*` (or `val*`), or one file.
 
     Each task is one topic; see `by`. With several caption columns each task is one language: the same images, the
@@ -43,14 +41,14 @@ def captions(
     if not columns or len(set(columns)) < len(columns):
         raise ValueError(f"captions={captions!r}: expected a column, or several different ones")
     if len(columns) > 1:
-        options.without_effect("with several caption columns, one task each", "by", "tasks", "embed")
+        own = {"by": options.by, "tasks": options.tasks, "embed": options.embed}
+        without_effect("with several caption columns, one task each", **own)
 
-    def plan(preprocess: Preprocess, seed: int) -> Stream:
-        name = Path(path).name or path
-        parts = read_listings(Path(path), image, options.measured)
-        return arrange_captions(gallery(name, parts, columns, options.column), options, preprocess, seed)
+    def read(measured: bool) -> CaptionedData:
+        parts = read_listings(Path(path), image, measured)
+        return captioned_data(Path(path).name or path, parts, columns, options.column)
 
-    return plan
+    return read
 
 
 @dataclass(frozen=True)
@@ -80,12 +78,25 @@ class Listing:
         )
 
 
-def gallery(name: str, parts: Sequence[Listing], columns: tuple[str, ...], by: str | None) -> Gallery:
+def captioned_data(name: str, parts: Sequence[Listing], columns: tuple[str, ...], by: str | None) -> CaptionedData:
     """The data set whose train and (perhaps) test part are listed."""
-    albums = [_album(name, part, columns, by) for part in parts]
     if len(parts) > 1:
         check_apart(name, *(part.identities for part in parts))
-    return Gallery(name, albums[0], albums[1] if len(parts) > 1 else None, columns)
+    return with_each_caption_once(name, [_part(name, part, columns, by) for part in parts], columns)
+
+
+def with_each_caption_once(
+    name: str, parts: Sequence[CaptionedPart], columns: tuple[str, ...], **notes: Any
+) -> CaptionedData:
+    """The data set of these parts, with a remark where an image had a caption more than once in a column."""
+    once = [
+        replace(part, captions=tuple([list(dict.fromkeys(each)) for each in column] for column in part.captions))
+        for part in parts
+    ]
+    before, after = (sum(len(e) for p in listed for column in p.captions for e in column) for listed in (parts, once))
+    if gone := before - after:
+        notes["remarks"] = [f"{gone} captions stand twice at the same image: each text of an image counts once"]
+    return CaptionedData(name, once[0], once[1] if len(once) > 1 else None, columns, notes)
 
 
 def check_apart(name: str, train: Sequence[str | None], test: Sequence[str | None]) -> None:
@@ -115,14 +126,14 @@ def read_listings(path: Path, image: str, measured: bool = False) -> list[Listin
     return _parquet(parts, image)
 
 
-def _album(name: str, part: Listing, columns: tuple[str, ...], by: str | None) -> Album:
+def _part(name: str, part: Listing, columns: tuple[str, ...], by: str | None) -> CaptionedPart:
     for column in columns:
         require_column(name, part.columns, column, "captions")
     if by is not None and by not in part.columns:
         known = ", ".join(part.columns)
         raise ValueError(
-            f"by={by!r}: {name} has no such column{near(by, (*WORDS, *part.columns))}; expected 'clusters', 'random', "
-            f"'natural', or a column: {known}"
+            f"by={by!r}: {name} has no such column{meant(by, (*TOPICS, *part.columns))}; expected 'clusters', "
+            f"'random', 'natural', or a column: {known}"
         )
     place: dict[str, int] = {}
     first: list[int] = []
@@ -139,7 +150,9 @@ def _album(name: str, part: Listing, columns: tuple[str, ...], by: str | None) -
             of_image[image_of[row]] += _lines(value, column, part.where, row)
         texts.append(of_image)
     topics = None if by is None else _topics(part, by, image_of, first)
-    return Album(part.source, [part.rows[r] for r in first], [part.keys[r] for r in first], tuple(texts), topics)
+    return CaptionedPart(
+        part.source, [part.rows[r] for r in first], [part.keys[r] for r in first], tuple(texts), topics
+    )
 
 
 def _lines(value: Any, column: str, where: Callable[[int], str], row: int) -> list[str]:
@@ -218,54 +231,20 @@ def _csv(files: Sequence[Path], image: str) -> Listing:
 
 
 def _parquet(parts: Sequence[Sequence[Path]], image: str) -> list[Listing]:
-    columns = list(read_schema(parts[0][0]).names)
     for file in (file for files in parts for file in files):
         check_image_column(file, image)
-    paths = [[path for file in files for path in _paths(file, image)] for files in parts]
-    often = {path for path, n in Counter(p for each in paths for p in each if p is not None).items() if n > 1}
-    return [_parquet_part(files, columns, image, each, often) for files, each in zip(parts, paths, strict=True)]
+    schema = read_schema(parts[0][0])
+    sources = [Parquet(files, image) for files in parts]
+    listed = []
+    for files, source, names in zip(parts, sources, identities(sources), strict=True):
+        by_path = is_text(read_schema(files[0]).field(image).type)
+        keys = [name if by_path and name is not None else source.key(row) for row, name in enumerate(names)]
+        values = partial(_column, files)
+        listed.append(Listing(schema.names, values, names, keys, source, range(len(names)), source.where))
+    return listed
 
 
-def _parquet_part(
-    files: Sequence[Path], columns: Sequence[str], image: str, paths: list[str | None], often: set[str]
-) -> Listing:
-    source = Parquet(files, image)
-
-    def values(column: str) -> list[Any]:
-        for file in files:
-            require_column(str(file), read_schema(file).names, column, "captions")
-        return [value for file in files for value in pq.read_table(file, columns=[column])[column].to_pylist()]
-
-    identities = paths
-    if not often.isdisjoint(p for p in paths if p is not None):
-        identities = [name for file in files for name in _identities(file, image, often)]
-    is_path = _is_text(read_schema(files[0]).field(image).type)
-    keys = [path if is_path and path is not None else source.key(row) for row, path in enumerate(paths)]
-    return Listing(columns, values, identities, keys, source, range(len(paths)), source.where)
-
-
-def _paths(file: Path, image: str) -> list[str | None]:
-    kind = read_schema(file).field(image).type
-    if _is_text(kind):
-        return list(pq.read_table(file, columns=[image])[image].to_pylist())
-    if pa.types.is_struct(kind) and kind.get_field_index("path") >= 0:
-        cells = pq.ParquetFile(file).read(columns=[f"{image}.path"])[image]
-        return [cell and cell["path"] for cell in cells.to_pylist()]
-    return [None] * int(pq.read_metadata(file).num_rows)
-
-
-def _identities(file: Path, image: str, often: set[str]) -> list[str | None]:
-    # The same name may stand for other bytes: "0.jpg" of another folder. Read in pieces, for images are large.
-    names: list[str | None] = []
-    for piece in pq.ParquetFile(file).iter_batches(batch_size=256, columns=[image]):
-        for cell in piece.column(0).to_pylist():
-            path = cell["path"] if isinstance(cell, dict) else cell
-            encoded = cell.get("bytes") if isinstance(cell, dict) else None
-            if path in often and encoded is not None:
-                path = f"{path}\n{sha256(encoded).hexdigest()}"
-            names.append(path)
-    return names
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+def _column(files: Sequence[Path], column: str) -> list[Any]:
+    for file in files:
+        require_column(str(file), read_schema(file).names, column, "captions")
+    return [value for file in files for value in pq.read_table(file, columns=[column])[column].to_pylist()]

@@ -4,18 +4,17 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
+from perdure.formatting import meant
 from perdure.storage.schema import plain
 from perdure.streams.naming import class_name, natural, numbers
-from perdure.streams.options import near
 from perdure.streams.sources import Source
-from perdure.streams.task_split import Found, Part
+from perdure.streams.task_split import LabelledData, LabelledPart
 
 _EXPECTED = "expected integers or strings"
 
@@ -29,7 +28,7 @@ class Names:
 
 
 @dataclass(frozen=True)
-class Piece:
+class TableFile:
     """A file of a data set: its columns but the images, and what it knows of the integers in a column."""
 
     name: str
@@ -38,15 +37,15 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Table:
+class TablePart:
     """One part of a data set: its files in the order of their rows, and the images."""
 
-    pieces: Sequence[Piece]
+    pieces: Sequence[TableFile]
     source: Source
 
 
 @dataclass(frozen=True)
-class Choice:
+class LabelColumns:
     """Which columns hold what."""
 
     label: str
@@ -54,37 +53,32 @@ class Choice:
     domain: str | None
 
 
-def read_table(name: str, train: Table, test: Table | None, choice: Choice) -> Found:
+def read_table(name: str, parts: Sequence[TablePart], choice: LabelColumns) -> LabelledData:
     """The data set whose parts are tables.
 
     Classes are the same where their names are: two files may number them differently, as long as each says how.
 
     Args:
         name: of the data set, for messages.
-        train: or all of it, when there is no test part.
-        test: may be None.
+        parts: the train part, or all of it, and the test part if there is one.
         choice: of columns.
 
     Raises:
         ValueError: for a missing column, or one whose values cannot be classes.
     """
-    parts = [train] if test is None else [train, test]
     labels, names, called = _numbered(name, parts, choice.label, "label", choice.names)
-    domains = [np.zeros(len(p.source), dtype=np.int64) for p in parts]
+    domains: Sequence[list[int] | None] = [None] * len(parts)
     domain_names: tuple[str, ...] = ()
     if choice.domain is not None:
         domains, domain_names, _ = _numbered(name, parts, choice.domain, "domain", None)
-    made = [
-        Part(p.source, np.arange(len(p.source)), label, domain)
-        for p, label, domain in zip(parts, labels, domains, strict=True)
-    ]
-    return Found(name, made[0], made[1] if test is not None else None, names, domain_names, numbers=called)
+    made = [LabelledPart.of(p.source, ids, places) for p, ids, places in zip(parts, labels, domains, strict=True)]
+    return LabelledData(name, made[0], made[1] if len(made) > 1 else None, names, domain_names, numbers=called)
 
 
 def require_column(name: str, columns: Sequence[str], column: str, option: str) -> None:
     """Raise a ValueError that names the columns when `column` is not one of them."""
     if column not in columns:
-        hint = near(column, columns) or near(option, columns)
+        hint = meant(column, columns) or meant(option, columns)
         raise ValueError(f"{name} has no column {column!r} ({option}=){hint}; its columns: {', '.join(columns)}")
 
 
@@ -144,12 +138,9 @@ def _named(facts: Any) -> dict[int, str] | None:
     return None
 
 
-_Ids = list[np.ndarray[Any, np.dtype[np.int64]]]
-
-
 def _numbered(
-    name: str, parts: Sequence[Table], column: str, option: str, naming: str | None
-) -> tuple[_Ids, tuple[str, ...], tuple[int, ...] | None]:
+    name: str, parts: Sequence[TablePart], column: str, option: str, naming: str | None
+) -> tuple[list[list[int]], tuple[str, ...], tuple[int, ...] | None]:
     """Ids of each part's rows, the names of these, and the integers that the data has for them, if it has."""
     pieces = [piece for part in parts for piece in part.pieces]
     values = [_values(part, column, option) for part in parts]
@@ -164,16 +155,14 @@ def _numbered(
     else:
         named = [_names_in(*each, column, option, naming) for each in zip(pieces, flat, strict=True)]
     names, called, place = _joined(name, column, pieces, flat, named)
-    ids = [np.array([of[v] for v in each], dtype=np.int64) for each, of in zip(flat, place, strict=True)]
-    ends = list(accumulate(len(part.pieces) for part in parts))
-    made = [np.concatenate(ids[e - len(p.pieces) : e]) for p, e in zip(parts, ends, strict=True)]
-    return made, tuple(names), called
+    ids = iter([of[v] for v in each] for each, of in zip(flat, place, strict=True))
+    return [list(chain(*islice(ids, len(part.pieces)))) for part in parts], tuple(names), called
 
 
 def _joined(
     name: str,
     column: str,
-    pieces: Sequence[Piece],
+    pieces: Sequence[TableFile],
     values: Sequence[list[Any]],
     named: Sequence[Names | None],
 ) -> tuple[list[str], tuple[int, ...] | None, list[dict[Any, int]]]:
@@ -207,7 +196,7 @@ def _joined(
     return list(ids), None, place
 
 
-def _names_in(piece: Piece, values: Sequence[Any], column: str, option: str, naming: str | None) -> Names | None:
+def _names_in(piece: TableFile, values: Sequence[Any], column: str, option: str, naming: str | None) -> Names | None:
     """What the values in a file stand for: by the column asked for, what the file knows, or a column that says so."""
     if naming is not None:
         require_column(piece.name, piece.cells.column_names, naming, "names")
@@ -231,7 +220,7 @@ def _names_in(piece: Piece, values: Sequence[Any], column: str, option: str, nam
     return None
 
 
-def _values(part: Table, column: str, option: str) -> list[list[Any]]:
+def _values(part: TablePart, column: str, option: str) -> list[list[Any]]:
     """The column in each of the part's files, as integers or as names."""
     found = []
     row = 0
@@ -257,7 +246,7 @@ def _values(part: Table, column: str, option: str) -> list[list[Any]]:
     return found
 
 
-def _agreeing(piece: Piece, values: Sequence[int], naming: str) -> Names | None:
+def _agreeing(piece: TableFile, values: Sequence[int], naming: str) -> Names | None:
     names: dict[Any, str] = {}
     for value, text in zip(values, piece.cells[naming].to_pylist(), strict=True):
         if text is None or not str(text).strip():

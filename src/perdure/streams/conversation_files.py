@@ -305,3 +305,7 @@ class _Inside:
     def encoded(self, row: int) -> bytes:
         """The content."""
         return self._encoded[row]
+
+    def names(self) -> list[str | None]:
+        """None has one."""
+        return [None] * len(self)

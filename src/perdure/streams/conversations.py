@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from perdure.backbones.preprocess import UnreadableImage
+from perdure.scoring import Reference, score_of
 from perdure.streams.image_set import Budget
 from perdure.streams.sources import Source
 from perdure.types import Batch
@@ -87,6 +88,12 @@ class Conversation(Mapping[str, Any]):
     def question(self) -> str:
         """The text of the last turn."""
         return "\n".join(part["text"] for part in self.messages[-1]["content"] if part["type"] == "text")
+
+    @property
+    def reference(self) -> Reference:
+        """What an answer is compared with."""
+        options = () if self.options is None else tuple(self.options)
+        return Reference(self.answers, options, self.question, next(iter(self.names), ""), self.kind)
 
 
 def check(turns: Sequence[Turn], images: int) -> None:
@@ -234,21 +241,29 @@ class ConversationSet:
                 shown |= self.pictures.read([number for number in each.images if number not in shown])
             except UnreadableImage as error:
                 raise UnreadableImage(f"{each.where}: {error}") from error
-        examples = [
-            Conversation(
-                messages(each.turns),
-                tuple(shown[number] for number in each.images),
-                each.answers[0] if len(each.answers) == 1 else each.answers,
-                each.options,
-                self.score,
-                each.kind,
-                each.where,
-                tuple(self.pictures.keys[number] for number in each.images),
-            )
-            for each in records
-        ]
+        examples = [self._example(each, [shown[number] for number in each.images]) for each in records]
         batch: dict[str, Any] = {"label": self.labels[chosen], "pair": self.pairs[chosen], "conversation": examples}
         return batch
+
+    def _example(self, record: Record, images: Sequence[Any]) -> Conversation:
+        return Conversation(
+            messages(record.turns),
+            tuple(images),
+            record.answers[0] if len(record.answers) == 1 else record.answers,
+            record.options,
+            self.score,
+            record.kind,
+            record.where,
+            tuple(self.pictures.keys[number] for number in record.images),
+        )
+
+    def check_score(self) -> None:
+        """Raise a ValueError, with file and line, for the first conversation of which the score cannot be asked."""
+        for record in self.records if self.score else ():
+            try:
+                score_of(self.score).check(self._example(record, record.images).reference)
+            except ValueError as error:
+                raise ValueError(f"{record.where}: {error}") from error
 
     def where(self, position: int) -> str:
         """File and line of a conversation, for people."""

@@ -3,19 +3,19 @@
 import csv as csv_format
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from perdure.backbones.preprocess import Preprocess
+from perdure.formatting import meant
 from perdure.streams.columns import (
-    Choice,
+    LabelColumns,
     Names,
-    Piece,
-    Table,
+    TableFile,
+    TablePart,
     check_names,
     class_label,
     classes_file,
@@ -23,19 +23,18 @@ from perdure.streams.columns import (
     require_column,
 )
 from perdure.streams.naming import Role, role_of
-from perdure.streams.options import Options, StreamPlan, near, stream
+from perdure.streams.options import Options, stream
 from perdure.streams.sources import Files, Parquet, check_images, check_path
-from perdure.streams.task_split import Found, arrange
-from perdure.types import Stream
+from perdure.streams.task_split import LabelledData, arrange
 
 _DELIMITERS = ",;\t|"
 _WHOLE = re.compile(r"0|-?[1-9][0-9]*")
 
 
-@stream()
+@stream(arrange)
 def parquet(
     options: Options, path: str, label: str = "label", image: str = "image", names: str | None = None
-) -> StreamPlan:
+) -> Callable[[bool], LabelledData]:
     """Parquet files with images: a folder with `train*.parquet` and `test*.parquet` (or `val*`), or one file.
 
     Also the layouts of the hub: `data/train-*.parquet`, and `default/train/0000.parquet`. Without a test part, 20 % of
@@ -53,18 +52,14 @@ def parquet(
     Raises:
         ValueError: when the folder, a column or a label is not as expected.
     """
-
-    def plan(preprocess: Preprocess, seed: int) -> Stream:
-        found = read_parquet(path, label, image, names, options.domain_column(), options.measured)
-        return arrange(found, options, preprocess, seed)
-
-    return plan
+    choice = LabelColumns(label, names, options.domain_column())
+    return lambda measured: read_parquet(path, image, choice, measured)
 
 
-@stream()
+@stream(arrange)
 def csv(
     options: Options, path: str, label: str = "label", image: str = "image", names: str | None = None
-) -> StreamPlan:
+) -> Callable[[bool], LabelledData]:
     """CSV files with labels of images: a folder with `train*.csv` and `test*.csv` (or `val*`), or one file.
 
     The first line names the columns; they are divided by commas, semicolons or tabs. Otherwise as `parquet`.
@@ -79,27 +74,19 @@ def csv(
     Raises:
         ValueError: when the folder, a column or a label is not as expected.
     """
+    choice = LabelColumns(label, names, options.domain_column())
 
-    def plan(preprocess: Preprocess, seed: int) -> Stream:
-        train, test = table_files(Path(path), ".csv", options.measured)
-        name = Path(path).name or path
-        parts = [_csv_part(files, image) for files in (train, test) if files]
-        choice = Choice(label, names, options.domain_column())
-        found = read_table(name, parts[0], parts[1] if test else None, choice)
-        return arrange(found, options, preprocess, seed)
+    def read(measured: bool) -> LabelledData:
+        parts = [_csv_part(files, image) for files in table_files(Path(path), ".csv", measured) if files]
+        return read_table(Path(path).name or path, parts, choice)
 
-    return plan
+    return read
 
 
-def read_parquet(
-    path: str, label: str, image: str, names: str | None, domain: str | None, measured: bool = False
-) -> Found:
+def read_parquet(path: str, image: str, choice: LabelColumns, measured: bool = False) -> LabelledData:
     """The data set in a folder of parquet files, or in one file; options as of `parquet`."""
-    train, test = table_files(Path(path), measured=measured)
-    name = Path(path).name or path
-    choice = Choice(label, names, domain)
-    parts = [_table(files, image, choice) for files in (train, test) if files]
-    return read_table(name, parts[0], parts[1] if test else None, choice)
+    parts = [_table(files, image, choice) for files in table_files(Path(path), measured=measured) if files]
+    return read_table(Path(path).name or path, parts, choice)
 
 
 def table_files(path: Path, ending: str = ".parquet", measured: bool = False) -> tuple[list[Path], list[Path]]:
@@ -114,7 +101,7 @@ def table_files(path: Path, ending: str = ".parquet", measured: bool = False) ->
         return [path], []
     if not path.is_dir():
         here = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise ValueError(f"path={str(path)!r} does not exist{near(path.name, here)}; give a folder or a {ending} file")
+        raise ValueError(f"path={str(path)!r} does not exist{meant(path.name, here)}; give a folder or a {ending} file")
     for folder in (path, path / "data"):
         if files := sorted(folder.glob(f"*{ending}")):
             roles = [role_of(file.name.removesuffix(ending), whole=False) for file in files]
@@ -206,14 +193,14 @@ def csv_images(files: Sequence[Path], tables: Sequence[pa.Table], image: str) ->
     return Files(files[0].parent, placed)
 
 
-def _csv_part(files: Sequence[Path], image: str) -> Table:
+def _csv_part(files: Sequence[Path], image: str) -> TablePart:
     tables = [read_csv(file) for file in files]
     source = csv_images(files, tables, image)
     pieces = [_piece(file, table, None) for file, table in zip(files, tables, strict=True)]
-    return Table(pieces, source)
+    return TablePart(pieces, source)
 
 
-def _table(files: Sequence[Path], image: str, choice: Choice) -> Table:
+def _table(files: Sequence[Path], image: str, choice: LabelColumns) -> TablePart:
     pieces = []
     for file in files:
         check_image_column(file, image)
@@ -225,15 +212,15 @@ def _table(files: Sequence[Path], image: str, choice: Choice) -> Table:
                 check_names(str(file), column, option, schema.field(column).type)
         kept = [c for c in schema.names if c != image and _plain(schema.field(c).type)]
         pieces.append(_piece(file, pq.read_table(file, columns=kept), schema))
-    return Table(pieces, Parquet(files, image))
+    return TablePart(pieces, Parquet(files, image))
 
 
-def _piece(file: Path, cells: pa.Table, schema: pa.Schema | None) -> Piece:
+def _piece(file: Path, cells: pa.Table, schema: pa.Schema | None) -> TableFile:
     def classes(column: str) -> Names | None:
         known = class_label(schema, column, file.name) if schema is not None else None
         return known or classes_file(file.parent, column)
 
-    return Piece(str(file), cells, classes)
+    return TableFile(str(file), cells, classes)
 
 
 def _divided(
