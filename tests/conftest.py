@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +205,21 @@ def content(folder: Path) -> dict[str, Any]:
 def lab() -> Laboratory:
     """The laboratory with its usual settings."""
     return Laboratory()
+
+
+@pytest.fixture(scope="session")
+def tiny_mllms(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Family of multimodal language models -> folder of a tiny random one, as it would lie on the hub."""
+
+    @cache
+    def folder(family: str) -> Path:
+        from tiny_mllms import build
+
+        if family == "smolvlm":
+            pytest.importorskip("num2words", reason="the processor of SmolVLM needs num2words")
+        return build(family, tmp_path_factory.mktemp(family))
+
+    return folder
 
 
 @pytest.fixture(scope="session")

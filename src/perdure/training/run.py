@@ -234,6 +234,8 @@ def learn_stream(
                     f"{error}: start anew in another folder with a lower --lr than {config.lr:g}; the tasks before "
                     f"can be used as they are in {out}"
                 ) from error
+            for remark in learner.objective.remarks():
+                progress.note(remark)
             start = time.perf_counter()
             calibration.fit(learner, held.get(task.index))
             new = before + evaluation.after(learner, task, fitted.moved)
