@@ -219,7 +219,9 @@ def test_moments_of_the_text_tower_leave_padding_out(bench: Any) -> None:
     short, long = "a dog", "a very long caption of a dog"
 
     def moments(texts: list[str]) -> torch.Tensor:
-        return second_moments(lambda _: backbone.encode_text(texts), layer, [{}], lambda _: backbone.token_groups(""))["layer"]
+        return second_moments(lambda _: backbone.encode_text(texts), layer, [{}], lambda _: backbone.token_groups(""))[
+            "layer"
+        ]
 
     together = moments([short, long])
     counts = torch.tensor([len(short), len(long)], dtype=torch.float64)

@@ -77,8 +77,6 @@ def _shrunk_to(size: int, rows: Tensor) -> Tensor:
     return ratio.clamp_min(0).sqrt().unsqueeze(1) * (vectors[:, :size].T @ rows)
 
 
-
-
 class _Enough(Exception):
     """All watched layers have been reached; what lies above them need not be computed."""
 
@@ -160,7 +158,9 @@ class _Sum:
 
 def _mean(kinds: Sequence[_Sum], shares: Sequence[float]) -> Moments:
     """The mean over tokens of each kind, weighted by `shares`; kinds without any token count for nothing."""
-    there = [(each, share) for each, share in zip(kinds, shares, strict=False) if each.tokens and each.whole is not None]
+    there = [
+        (each, share) for each, share in zip(kinds, shares, strict=False) if each.tokens and each.whole is not None
+    ]
     of = sum(share for _, share in there) or 1.0
     means = [each.whole * (share / of / each.tokens) for each, share in there]  # type: ignore[operator]
     return sum(means[1:], start=means[0])

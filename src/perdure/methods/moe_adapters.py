@@ -121,7 +121,9 @@ class MoEAdapters(PerTower[Mixture], name="moe_adapters"):
         """Experts at the first task, and a router for each."""
         backbone = learner.backbone
         if getattr(backbone, "checkpointing", False):
-            raise ValueError("moe_adapters cannot route again what is computed again: leave checkpointing out of mllm()")
+            raise ValueError(
+                "moe_adapters cannot route again what is computed again: leave checkpointing out of mllm()"
+            )
         for tower in named_towers(self.tower):
             if tower in self.towers:
                 self.of(tower).open(0, learner.device)
