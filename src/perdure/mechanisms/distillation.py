@@ -12,7 +12,6 @@ from perdure.core.learner import Core
 from perdure.core.method import Method
 from perdure.types import Batch, Task
 
-
 _LEAST = -60.0  # logarithm of a probability that counts as none
 
 

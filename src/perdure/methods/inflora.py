@@ -26,8 +26,8 @@ from perdure.adapters.low_rank import LowRank
 from perdure.backbones.base import Tower
 from perdure.core.learner import Core
 from perdure.core.method import Method
-from perdure.mechanisms.rank_selection import DRS
 from perdure.mechanisms.moments import Collected, Moments, exact, second_moments
+from perdure.mechanisms.rank_selection import DRS
 from perdure.mechanisms.subspace import Subspace, SubspaceMemory, check_balance, keep_schedule
 from perdure.options.ranges import Count, Rank, Share, Strength, without_effect
 from perdure.types import Batch, Site, Task
