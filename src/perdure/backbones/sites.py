@@ -41,7 +41,7 @@ _FUSED = re.compile(r"(.*\.)?qkv")
 
 def named_towers(tower: Tower) -> tuple[OneTower, ...]:
     """The encoders that `tower` names, `vision` first."""
-    return ("vision", "text") if tower == "both" else tuple(tower.split("+"))  # type: ignore[return-value]
+    return ("vision", "text") if tower == "both" else tuple(tower.split("+"))  # type: ignore[arg-type]
 
 
 def stack_of_blocks(model: nn.Module, root: str) -> list[str]:
