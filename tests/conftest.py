@@ -7,12 +7,13 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # where a test takes two threads, one must not spin for the other
 
 import pytest
 import torch
@@ -151,6 +152,11 @@ class Laboratory:
     def run(self, method: str, out: Path, **more: Any) -> dict[str, Any]:
         return run(self.config(method, **more), out)
 
+    def stopped_run(self, method: str, out: Path, place: tuple[int, int | None], **more: Any) -> None:
+        """A run that crashes at `place`, (task, step)."""
+        with suppress(Crash):
+            run(self.config(method, **more), out, Breaks(*place))
+
     def broken_run(self, method: str, out: Path, *places: tuple[int, int | None], **more: Any) -> None:
         """A run that crashes at each of `places`, (task, step), and is resumed each time.
 
@@ -199,6 +205,21 @@ def content(folder: Path) -> dict[str, Any]:
 def lab() -> Laboratory:
     """The laboratory with its usual settings."""
     return Laboratory()
+
+
+@pytest.fixture(scope="session")
+def tiny_mllms(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Family of multimodal language models -> folder of a tiny random one, as it would lie on the hub."""
+
+    @cache
+    def folder(family: str) -> Path:
+        from tiny_mllms import build
+
+        if family == "smolvlm":
+            pytest.importorskip("num2words", reason="the processor of SmolVLM needs num2words")
+        return build(family, tmp_path_factory.mktemp(family))
+
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -169,8 +169,8 @@ class Stream:
 
     @property
     def gives(self) -> str:
-        """What stands beside its images: `classes`, or `captions`; see `Objective.asks`."""
-        return "captions" if "captions" in self.notes else "classes"
+        """What stands beside its images: `classes`, `captions` or `conversations`; see `Objective.asks`."""
+        return next((what for what in ("conversations", "captions") if what in self.notes), "classes")
 
     def __len__(self) -> int:
         return len(self.tasks)

@@ -119,14 +119,16 @@ def test_loading_leaves_the_random_state_and_the_log_levels_alone(
 def test_registry_knows_the_options_of_each_family() -> None:
     options = {name: list(inspect.signature(factory).parameters) for name, factory in BACKBONES.items()}
     assert options == {
-        "timm": ["name", "checkpoint", "input_norm"],
-        "vision": ["path", "input_norm"],
-        "clip": ["path", "input_norm"],
-        "chinese_clip": ["path", "input_norm"],
-        "open_clip": ["name", "checkpoint", "input_norm"],
-        "dual": ["path", "vision", "text", "input_norm"],
-        "pocket": [],
-        "tiny": ["dim", "depth", "size", "seed", "fused", "text"],
+        "timm": ["name", "checkpoint", "input_norm", "layers", "means"],
+        "vision": ["path", "input_norm", "layers", "means"],
+        "clip": ["path", "input_norm", "layers", "means"],
+        "chinese_clip": ["path", "input_norm", "layers", "means"],
+        "open_clip": ["name", "checkpoint", "input_norm", "layers", "means"],
+        "dual": ["path", "vision", "text", "input_norm", "layers", "means"],
+        "pocket": ["layers", "means"],
+        "tiny": ["dim", "depth", "size", "seed", "fused", "text", "layers", "means"],
+        "mllm": ["path", "dtype", "quantize", "checkpointing", "length"],
+        "tiny_mllm": ["dim", "depth", "size", "seed", "length"],
     }
 
 

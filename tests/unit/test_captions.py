@@ -417,7 +417,7 @@ def test_hub_data_set_is_divided_by_its_split_column(tmp_path: Path, monkeypatch
     found = _read_hub(str(tmp_path / "data"), CaptionOptions())
     assert found.train.rows == [1, 3, 5]
     assert found.test is not None
-    assert list(found.test.captions[0]) == [["number 0", "it is 0"], ["number 4", "it is 4"]]
+    assert found.test.captions == [[["number 0", "it is 0"]], [["number 4", "it is 4"]]]
     assert found.test.source.read(4).getpixel((0, 0)) == (4, 4, 4)
 
 

@@ -153,6 +153,10 @@ class Objective(nn.Module):
         """Which captions a step shows, as (rows, places) into `text`; the same ones whenever asked in a step."""
         raise NotImplementedError
 
+    def remarks(self) -> list[str]:
+        """What a person should know of how the last task was learnt, a sentence each."""
+        return []
+
     def scores(self, features: Tensor) -> Tensor:
         """Scores (R, K) of rows (R, dim): of the seen classes, in the order of `classes`."""
         raise NotImplementedError

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from perdure.backbones.preprocess import Preprocess
 from perdure.backbones.texts import pack
-from perdure.streams.captions import captioned_data, read_listings
+from perdure.streams.captions import captioned_data, read_tables
 from perdure.streams.folders import Asker, labelled, parts, told_left_out
 from perdure.streams.image_set import Budget, Captioned, ImageSet
 from perdure.streams.naming import class_name, in_case_only, natural, recorded
@@ -113,7 +113,7 @@ def captioned_task(
         ValueError: when the file is not as expected.
     """
     place = Path(path).expanduser().resolve()  # as it is found again, wherever from and by whatever link
-    found = captioned_data(place.name, read_listings(place, "image"), (column or COLUMN,), None)
+    found = captioned_data(place.name, read_tables(place, "image"), (column or COLUMN,), None)
     for line in found.notes.get("remarks", ()):
         tell(line)
     count = len(found.train)
@@ -273,7 +273,9 @@ def _identities(names: Sequence[str]) -> Tensor:
 def _captioned(part: CaptionedPart, preprocess: Preprocess) -> Captioned:
     rows = torch.tensor(part.rows, dtype=torch.int64)
     pairs = _identities([part.source.where(row) for row in part.rows])
-    return Captioned(part.source, rows, torch.zeros_like(rows), pairs, pack(part.captions[0]), preprocess)
+    return Captioned(
+        part.source, rows, torch.zeros_like(rows), pairs, pack([texts for texts, *_ in part.captions]), preprocess
+    )
 
 
 def _placed(name: str, sets: Sequence[Captioned], known: Mapping[str, int], index: int) -> Task:

@@ -2,10 +2,13 @@
 
 import hashlib
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, Self, TypeVar
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self, TypeVar
+
+import numpy as np
 
 from perdure.streams.image_set import ImageSet
+from perdure.streams.sources import Source
 from perdure.types import Scenario, Stream, Task
 
 SHARE = 0.2
@@ -44,22 +47,32 @@ def held_out(groups: Sequence[Hashable], names: Sequence[str], share: float, pur
     return sorted(held)
 
 
-class Divisible(Protocol):
-    """Images of which some can be taken; `keys` name each, wherever the data set lies."""
+@dataclass(frozen=True)
+class ImagePart:
+    """A part of a data set: `rows` of `source`, with `keys` that name each image wherever the data lies.
 
-    def __len__(self) -> int: ...
+    Each further field has one value an image, or is None.
+    """
 
-    @property
-    def keys(self) -> Sequence[str]:
-        """What identifies each image."""
-        ...
+    source: Source
+    rows: Sequence[int]
+    keys: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
     def take(self, positions: Sequence[int]) -> Self:
         """The images at `positions`."""
-        ...
+
+        def some(values: Any) -> Any:
+            if isinstance(values, np.ndarray):
+                return values[np.asarray(positions, dtype=np.int64)]
+            return values and [values[i] for i in positions]
+
+        return replace(self, **{f.name: some(getattr(self, f.name)) for f in fields(self) if f.name != "source"})
 
 
-P = TypeVar("P", bound=Divisible)
+P = TypeVar("P", bound=ImagePart)
 
 
 def divide(

@@ -14,40 +14,28 @@ from perdure.streams.image_set import Budget, ImageSet
 from perdure.streams.naming import class_name, in_case_only, numbers, recorded
 from perdure.streams.options import Options, read_order
 from perdure.streams.sources import Source, told_shared
-from perdure.streams.splits import Lot, divide, first_of_each, noted, shuffled, tasks_of
+from perdure.streams.splits import ImagePart, Lot, divide, first_of_each, noted, shuffled, tasks_of
 from perdure.types import Scenario, Stream
 
 _SHOWN = 3
 
 
-@dataclass(frozen=True)
-class LabelledPart:
-    """Labelled images: `rows` of `source`, with `labels` and `domains` as positions in the names of `LabelledData`."""
+_Ids = np.ndarray[Any, np.dtype[np.int64]]
 
-    source: Source
-    rows: np.ndarray[Any, np.dtype[np.int64]]
-    labels: np.ndarray[Any, np.dtype[np.int64]]
-    domains: np.ndarray[Any, np.dtype[np.int64]]
+
+@dataclass(frozen=True)
+class LabelledPart(ImagePart):
+    """Labelled images, with `labels` and `domains` as positions in the names of `LabelledData`."""
+
+    labels: _Ids
+    domains: _Ids
 
     @classmethod
     def of(cls, source: Source, labels: Sequence[int], domains: Sequence[int] | None = None) -> "LabelledPart":
         """All images of `source`; without `domains` they are in domain 0."""
-        rows = np.arange(len(source), dtype=np.int64)
-        places = np.zeros_like(rows) if domains is None else np.array(domains, dtype=np.int64)
-        return cls(source, rows, np.array(labels, dtype=np.int64), places)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def take(self, positions: Sequence[int]) -> "LabelledPart":
-        """The images at `positions`."""
-        at = np.asarray(positions, dtype=np.int64)
-        return replace(self, rows=self.rows[at], labels=self.labels[at], domains=self.domains[at])
-
-    @property
-    def keys(self) -> list[str]:
-        """What identifies each image."""
-        return [self.source.key(int(row)) for row in self.rows]
+        ids = np.array(labels, dtype=np.int64)
+        places = np.zeros_like(ids) if domains is None else np.array(domains, dtype=np.int64)
+        return cls(source, range(len(ids)), list(map(source.key, range(len(ids)))), ids, places)
 
     def groups(self) -> list[tuple[int, int]]:
         """Class and domain of each image."""
@@ -245,8 +233,9 @@ def _lots(
         inside = np.isin(part.labels, place.classes)
         if place.domain is not None:
             inside &= part.domains == place.domain
-        labels = torch.tensor([ids[c] for c in part.labels[inside].tolist()], dtype=torch.int64)
-        data = ImageSet(part.source, torch.from_numpy(part.rows[inside]), labels, preprocess, budget)
+        chosen = part.take(inside.nonzero()[0].tolist())
+        rows, labels = torch.tensor(chosen.rows, dtype=torch.int64), [ids[c] for c in chosen.labels.tolist()]
+        data = ImageSet(part.source, rows, torch.tensor(labels, dtype=torch.int64), preprocess, budget)
         return data.readable() if skip_bad else data
 
     for place in places:
