@@ -42,17 +42,20 @@ def images(options: Options, path: str) -> Callable[[bool], LabelledData]:
     return lambda measured: read_folders(Path(path), _level(options.domain), measured)
 
 
-def read_folders(path: Path, domain: int | None = None, measured: bool = False) -> LabelledData:
+def read_folders(
+    path: Path, domain: int | None = None, measured: bool = False, asking: Asker | None = "stream"
+) -> LabelledData:
     """The data set in a folder of class folders.
 
     Args:
         path: the folder.
         domain: the level of the domain folders (0 or 1).
         measured: whether it is only measured: then a test folder alone is enough.
+        asking: None reads whatever arrangement of folders there is.
     """
-    train, test, left_out = parts(path, measured)
+    train, test, left_out = _parts(path, measured)
     roots = [train] if test is None else [train, test]
-    read = [labelled(root, domain) for root in roots]
+    read = [_labelled(root, domain, asking) for root in roots]
     names = natural({name for each in read for name, _, _ in each.rows})
     domains = natural({name for each in read for _, name, _ in each.rows}) if domain is not None else []
     made = [_part(root, each.rows, names, domains) for root, each in zip(roots, read, strict=True)]
@@ -62,7 +65,7 @@ def read_folders(path: Path, domain: int | None = None, measured: bool = False) 
     return LabelledData(path.resolve().name, made[0], made[1] if test else None, tuple(names), tuple(domains), notes)
 
 
-def parts(path: Path, measured: bool = False) -> tuple[Path, Path | None, Counter[str]]:
+def _parts(path: Path, measured: bool = False) -> tuple[Path, Path | None, Counter[str]]:
     """The folders of the train and the test images, and what is left out beside them.
 
     There is no test folder when there is none beside the train images; when the data is only `measured`, a test folder
@@ -103,7 +106,7 @@ def parts(path: Path, measured: bool = False) -> tuple[Path, Path | None, Counte
 
 
 @dataclass
-class LabelledFiles:
+class _LabelledFiles:
     """What lies in a folder of class folders.
 
     `rows` are class, domain ("" without) and path of every image, or (class, "", "") of a class without any;
@@ -114,13 +117,13 @@ class LabelledFiles:
     left_out: Counter[str] = field(default_factory=Counter)
 
 
-def labelled(root: Path, domain: int | None = None, asking: Asker | None = "stream") -> LabelledFiles:
-    """The images of the class folders in `root`; `asking` None reads whatever arrangement there is."""
+def _labelled(root: Path, domain: int | None, asking: Asker | None) -> _LabelledFiles:
+    """The images of the class folders in `root`."""
     if not (outer := _folders(root)):
         loose = next(root.iterdir(), None)
         what = f"holds {loose.name!r} but no folder" if loose else "is empty"
         raise ValueError(f"{str(root)!r} {what}; expected a folder for each class, with its images in it")
-    found = LabelledFiles()
+    found = _LabelledFiles()
     _loose(root, found.left_out)
     if domain is None and asking is not None:
         _check_arrangement(root, outer, asking)

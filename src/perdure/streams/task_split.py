@@ -78,11 +78,11 @@ def arrange(found: LabelledData, options: Options, preprocess: Preprocess, seed:
     scenario = found.scenario or options.scenario
     if len(found.names) < 2 and not measured:
         raise ValueError(f"{found.name}: only one class, {found.names[0]!r}; a stream needs at least 2")
+    if not measured:
+        check_classes(found)
     train, test, split = divide(found.train, found.test, found.train.groups(), "each class", measured)
     if measured:
         found, test = _with_classes_of(found, test)
-    else:
-        _check_classes(found, train, test)
     shared = told_shared(train.source, test.source) if found.test is not None and not measured else []
     remarks = [*in_case_only(found.names), *shared]
     if options.per_class is not None:
@@ -101,6 +101,24 @@ def arrange(found: LabelledData, options: Options, preprocess: Preprocess, seed:
     return noted(found.name, scenario, tasks, split, **notes)
 
 
+def check_classes(found: LabelledData) -> None:
+    """Raise a ValueError for a class without train images, whether it has test images or not."""
+    learnt = set(found.train.labels.tolist())
+    tested = Counter([] if found.test is None else found.test.labels.tolist())
+    absent = [i for i in range(len(found.names)) if i not in learnt]
+    strange = [i for i in absent if tested[i]]
+    more = f" ({len(absent) - 1} more such classes)" if len(absent) > 1 else ""
+    if strange:
+        raise ValueError(
+            f"{found.name}: class {found.names[strange[0]]!r} is in test ({tested[strange[0]]} images) but not in train"
+            f"{more}; add train images or remove it from test"
+        )
+    if absent:
+        raise ValueError(
+            f"{found.name}: class {found.names[absent[0]]!r} has no train image{more}; add some or remove the class"
+        )
+
+
 @dataclass(frozen=True)
 class _Place:
     """Which classes, and which domain if that matters, make up a task."""
@@ -116,24 +134,6 @@ def _with_classes_of(found: LabelledData, test: LabelledPart) -> tuple[LabelledD
     called = None if found.numbers is None else tuple(found.numbers[label] for label in present)
     names = tuple(found.names[label] for label in present)
     return replace(found, names=names, numbers=called), replace(test, labels=labels)
-
-
-def _check_classes(found: LabelledData, train: LabelledPart, test: LabelledPart) -> None:
-    learnt = set(train.labels.tolist())
-    tested = Counter(test.labels.tolist())
-    if strange := sorted(set(tested) - learnt):
-        raise ValueError(
-            f"{found.name}: class {found.names[strange[0]]!r} is in test ({tested[strange[0]]} images) but not in train"
-            f"{_more(len(strange))}; add train images or remove it from test"
-        )
-    if empty := [name for i, name in enumerate(found.names) if i not in learnt]:
-        raise ValueError(
-            f"{found.name}: class {empty[0]!r} has no train image{_more(len(empty))}; add some or remove the class"
-        )
-
-
-def _more(count: int) -> str:
-    return f" (and {count - 1} more classes)" if count > 1 else ""
 
 
 def _by_class(found: LabelledData, options: Options, seed: int, measured: bool) -> list[_Place]:

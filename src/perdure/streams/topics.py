@@ -195,7 +195,7 @@ def _lots(sides: list[_Side], wanted: Sequence[tuple[str, int, int]], options: C
             if languages and images.cached:
                 # All languages show these images; what the first decodes, the others find.
                 shared[side.kind] = images
-            data = Captioned.around(images.relabelled(torch.full((len(at),), t)), side.pairs[at], texts.clone())
+            data = Captioned(images.relabelled(torch.full((len(at),), t)), side.pairs[at], texts.clone())
             pair.append(data.readable() if options.skip_bad else data)
         yield Lot(name, (t,), (name,), *pair)
 
