@@ -14,8 +14,8 @@ from perdure.streams.image_set import Budget, ImageSet
 from perdure.streams.naming import class_name, in_case_only, numbers, recorded
 from perdure.streams.options import Options, read_order
 from perdure.streams.sources import Source, told_shared
-from perdure.streams.splits import ImagePart, Lot, divide, first_of_each, noted, shuffled, tasks_of
-from perdure.types import Scenario, Stream
+from perdure.streams.splits import ImagePart, all_with_images, divide, first_of_each, noted, shuffled
+from perdure.types import Scenario, Stream, Task
 
 _SHOWN = 3
 
@@ -76,13 +76,13 @@ def arrange(found: LabelledData, options: Options, preprocess: Preprocess, seed:
         ValueError: when the data set and the options do not fit together.
     """
     scenario = found.scenario or options.scenario
-    if len(found.names) < 2 and not measured:
-        raise ValueError(f"{found.name}: only one class, {found.names[0]!r}; a stream needs at least 2")
-    if not measured:
-        check_classes(found)
     train, test, split = divide(found.train, found.test, found.train.groups(), "each class", measured)
     if measured:
         found, test = _with_classes_of(found, test)
+    elif len(found.names) < 2:
+        raise ValueError(f"{found.name}: only one class, {found.names[0]!r}; a stream needs at least 2")
+    else:
+        check_classes(found)
     shared = told_shared(train.source, test.source) if found.test is not None and not measured else []
     remarks = [*in_case_only(found.names), *shared]
     if options.per_class is not None:
@@ -95,8 +95,8 @@ def arrange(found: LabelledData, options: Options, preprocess: Preprocess, seed:
         places = _by_class(found, options, seed, measured)
     if measured:
         places = [place for place in places if place.domain is None or place.domain in test.domains]
-    lots = _lots(places, found, train, test, preprocess, options.skip_bad, measured)
-    tasks = tasks_of(found.name, lots, len(places), "add some or leave it out", measured)
+    made = _tasks(places, found, train, test, preprocess, options.skip_bad, measured)
+    tasks = all_with_images(found.name, made, "add some or leave it out", measured)
     notes = found.notes | ({"remarks": [*found.notes.get("remarks", ()), *remarks]} if remarks else {})
     return noted(found.name, scenario, tasks, split, **notes)
 
@@ -217,7 +217,7 @@ def ordered(
     return chosen
 
 
-def _lots(
+def _tasks(
     places: Sequence[_Place],
     found: LabelledData,
     train: LabelledPart,
@@ -225,7 +225,7 @@ def _lots(
     preprocess: Preprocess,
     skip_bad: bool,
     measured: bool,
-) -> Iterator[Lot]:
+) -> Iterator[Task]:
     ids: dict[int, int] = {}
     budget = Budget()
 
@@ -238,7 +238,7 @@ def _lots(
         data = ImageSet(part.source, rows, torch.tensor(labels, dtype=torch.int64), preprocess, budget)
         return data.readable() if skip_bad else data
 
-    for place in places:
+    for t, place in enumerate(places):
         for c in place.classes:
             ids.setdefault(c, len(ids))
         learnt, tested = images(train, place), images(test, place)
@@ -247,4 +247,5 @@ def _lots(
         if gone and skip_bad and not measured:
             raise ValueError(f"{found.name}: class {gone[0]!r} has no readable train image; add some or remove it")
         classes = tuple(ids[c] for c in place.classes)
-        yield Lot(place.name, classes, tuple(found.names[c] for c in place.classes), learnt, tested)
+        names = tuple(found.names[c] for c in place.classes)
+        yield Task(t, place.name, classes, names, len(places), learnt, tested)
