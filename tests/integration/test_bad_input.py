@@ -2,11 +2,9 @@
 
 import json
 import os
-import resource
 import shutil
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -411,18 +409,9 @@ def test_training_that_diverges_says_so_and_keeps_what_was_learnt(perdure: Any, 
     assert perdure("learn", "more", "--into", "y", "--epochs", 1).code == 0
 
 
-@contextmanager
-def no_file_above(size: int) -> Iterator[None]:
-    """The system refuses to write more than `size` bytes into a file, as a full disk would."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def test_a_full_disk_ends_in_one_line_and_the_run_goes_on(perdure: Any, small: Any, content_of: Any) -> None:
+def test_a_full_disk_ends_in_one_line_and_the_run_goes_on(
+    perdure: Any, small: Any, content_of: Any, no_file_above: Any
+) -> None:
     flags = (*small, "--method", "inflora(rank=2)", "--epochs", "3", "--save-every", "1000")
     assert perdure("run", *flags, "--out", "whole").code == 0
     sizes = [Path("whole", t, "learner.safetensors").stat().st_size for t in ("task-000", "task-001")]
@@ -436,7 +425,7 @@ def test_a_full_disk_ends_in_one_line_and_the_run_goes_on(perdure: Any, small: A
     assert content_of(Path("x")) == content_of(Path("whole"))
 
 
-def test_a_report_on_a_full_disk_does_not_advise_to_resume(perdure: Any, small: Any) -> None:
+def test_a_report_on_a_full_disk_does_not_advise_to_resume(perdure: Any, small: Any, no_file_above: Any) -> None:
     perdure("run", *small, "--out", "x")
     page = Path("x/report.html").read_bytes()
     with no_file_above(1000):

@@ -104,7 +104,7 @@ METHODS = [
         "coda_prompt(components=2)",
         "moe_adapters",
     ),
-    *("layers + align", "lora(rank=2) + lwf", "lora(rank=2) + ewc(samples=8)", "finetune + si"),
+    *("probe + align", "lora(rank=2) + lwf", "lora(rank=2) + ewc(samples=8)", "finetune + si"),
     *("finetune + gem(size=8)", "lora(rank=2) + derpp(size=8)", "ranpac(dim=64)", "finetune + mas", "moe_adapters"),
 ]
 

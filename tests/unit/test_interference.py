@@ -130,7 +130,7 @@ def test_measuring_drift_does_not_change_what_is_learnt(lab: Any, tmp_path: Path
         for each in learner.tasks:
             learner.objective.evaluate(learner, [each])[0]
     kept = load_file(tmp_path / "task-002" / "learner.safetensors")
-    assert all(torch.equal(kept[k], v) for k, v in learner.memory().items())
+    assert all(torch.equal(kept[k], v) for k, v in learner.learnt_state().items())
 
 
 def test_the_features_are_no_part_of_the_learner(lab: Any, tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_what_cannot_be_compared_has_no_row(lab: Any, tmp_path: Path) -> None:
     learner, features = lab.teach(lab.learner("lora(rank=2)"), [first]), drift.Drift([])
 
     def measured(*tasks: Task) -> list[int | None]:
-        tests = [replace(task, test=learner.features_of(task.test)) for task in tasks if len(task.test)]
+        tests = [replace(task, test=learner.cache.features([task.test])[0]) for task in tasks if len(task.test)]
         return [row.on for row in features.measure(learner, tasks[-1], tests)]
 
     assert measured(first) == []

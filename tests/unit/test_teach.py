@@ -63,10 +63,10 @@ def test_a_loaded_learner_goes_on_learning_as_if_never_saved(tmp_path: Path) -> 
 
 def test_predictions_do_not_pile_up_in_memory() -> None:
     learner = taught("ncm")
-    kept = len(learner._encoded)
+    kept = len(learner.kept)
     for _ in range(3):
         learner.predict(pictures(31))
-    assert len(learner._encoded) == kept
+    assert len(learner.kept) == kept
 
 
 def test_a_name_that_is_known_keeps_its_class() -> None:

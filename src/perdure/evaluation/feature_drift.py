@@ -45,8 +45,10 @@ class Drift:
             task: the last one.
             tests: `task` and those before it that have test images, with features in place of these.
 
-        A task without features of its time to compare with has no row.
+        A task without features of its time to compare with has no row, nor has one whose examples are several rows.
         """
+        if not learner.objective.outputs:
+            return []
         rows, constant = [], learner.constant_encoder
         for each in tests:
             then = self._then.get(each.index)

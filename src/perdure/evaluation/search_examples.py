@@ -95,7 +95,7 @@ def _found(learner: Core, tasks: list[Task], texts: list[str]) -> list[list[int]
     with learner.inference():
         asked = F.normalize(learner.embed_texts(texts), dim=1).cpu()
         for task in tasks:
-            for batch in learner.batches(learner.encoded(task.test, keep=True), 256):
+            for batch in learner.batches(learner.cache.test(task.test), 256):
                 features = F.normalize(learner.encode(batch), dim=1).cpu()
                 gallery |= zip(batch["pair"].tolist(), features, strict=True)
     pairs = list(gallery)

@@ -234,7 +234,7 @@ def check_ends(config: RunConfig, space: Space) -> None:
             make_method(mine.method)
             make_objective(mine.objective, mine.method)
             if mine.backbone != configured(config, first).backbone:
-                make_backbone(mine.backbone)
+                make_backbone(mine.backbone, mine.method)
 
 
 def _suggest(trial: "Trial", name: str, each: Interval | tuple[Any, ...]) -> Any:

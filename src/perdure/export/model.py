@@ -28,7 +28,7 @@ from perdure.backbones.open_clip_attention import packed
 from perdure.backbones.timm import Timm
 from perdure.backbones.vision import Vision
 from perdure.core.learner import Core
-from perdure.core.method import embeds, encodes, parts_of
+from perdure.core.method import parts_of
 from perdure.core.objective import Head
 from perdure.export.files import TERMS, TOKENIZER, Use, copy, options_of, readme, use_of
 from perdure.export.head import answering, head_of
@@ -129,8 +129,12 @@ def _check(learner: Core, to: str) -> None:
             f"{backbone.spec} cannot be exported: learn on pocket(), clip(...), open_clip(...), vision(...) or "
             "timm(...), or keep it with save"
         )
-    if strange := [part.name for part in parts_of(learner.method) if encodes(part) or embeds(part)]:
+    if strange := [part.name for part in parts_of(learner.method) if part.treats]:
         raise ValueError(f"{strange[0]} changes features as no weights can express; keep this learner with save")
+    if backbone.layers:
+        raise ValueError(
+            f"{backbone.spec} takes features from several blocks, which no export holds; keep it with save"
+        )
     if prompted(backbone):
         raise ValueError("prompts take part in the encoder, which no weights can hold; keep this learner with save")
     answering(learner)

@@ -8,6 +8,8 @@ from perdure.backbones.preprocess import Preprocess
 from perdure.options.spec import Spec, build, parse_one
 from perdure.streams.benchmarks import cifar100, cub200, domainnet, easy_vqa, imagenet_r
 from perdure.streams.captions import captions
+from perdure.streams.conversation_benchmarks import coin, daquar, easy_vqa_questions, mllm_acl, mllm_dcl, ucit
+from perdure.streams.conversation_stream import as_questions, conversations, in_turn
 from perdure.streams.folders import images
 from perdure.streams.hub import hub
 from perdure.streams.image_set import Budget, Captioned, ImageSet
@@ -48,6 +50,15 @@ STREAMS: dict[str, Callable[..., StreamPlan]] = {
     "flickr30k": flickr30k,
     "coco": coco,
     "sequence": sequence,
+    "conversations": conversations,
+    "as_questions": as_questions,
+    "in_turn": in_turn,
+    "coin": coin,
+    "ucit": ucit,
+    "mllm_dcl": mllm_dcl,
+    "mllm_acl": mllm_acl,
+    "daquar": daquar,
+    "easy_vqa_questions": easy_vqa_questions,
     "synthetic": synthetic,
     "captions_synthetic": captions_synthetic,
 }

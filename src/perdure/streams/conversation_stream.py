@@ -11,6 +11,7 @@ import torch
 
 from perdure.backbones.preprocess import Preprocess
 from perdure.formatting import meant
+from perdure.options.ranges import checked
 from perdure.options.spec import Spec, build, parse_one
 from perdure.scoring import score_of
 from perdure.streams.conversation_files import ENDINGS, Reader
@@ -73,6 +74,7 @@ def conversations(
     return lambda measured: read_conversations(path, columns, images, score, options, measured)
 
 
+@checked
 def as_questions(*stream: Spec | str | StreamPlan, question: str = "", score: str = "exact") -> StreamPlan:
     """Any stream of labelled images as questions: `as_questions(cifar100(tasks=5), question="What is this?")`.
 
@@ -133,6 +135,7 @@ def _place(source: Source, row: int) -> tuple[Source, int]:
     return source, row
 
 
+@checked
 def in_turn(*streams: Spec | str | StreamPlan, order: Order | None = None) -> StreamPlan:
     """All tasks of several streams of conversations, one stream after another.
 

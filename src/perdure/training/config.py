@@ -149,8 +149,14 @@ def register() -> None:
     import_module("perdure.methods")
 
 
-FORMER = {"cosine": ("objective", {"cosine": True})}
-"""Former methods that are options of something else now, which a part of that name still sets: for one release."""
+FORMER: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
+    "cosine": ("objective", {"cosine": True}, {}),
+    "layers": ("backbone", {"layers": 2}, {"last": "layers"}),
+}
+"""Former methods that are options of something else now, which a part of that name still sets: for one release.
+
+Of what, what it always sets, and how options of the method that have another name now are called.
+"""
 
 
 def make_method(text: str) -> "Method":
@@ -175,14 +181,15 @@ def make_objective(text: str, method: str = "") -> "Objective":
 
 def with_former(text: str, kind: str, method: str) -> str:
     """The spec `text` of an objective, or what else a `kind` is, with the options that former parts of `method` set."""
-    parts = [part for part in (parse(method) if method else ()) if FORMER.get(part.name, ("",))[0] == kind]
-    if not parts:
+    options: dict[str, Any] = {}
+    for part in parse(method) if method else ():
+        of, fixed, renamed = FORMER.get(part.name, ("", {}, {}))
+        if of == kind:
+            options |= fixed | {renamed.get(k, k): v for k, v in part.kwargs}
+    if not options:
         return text
-    options = {k: v for part in parts for k, v in (*FORMER[part.name][1].items(), *part.kwargs)}
     own = parse_one(text)
-    return str(
-        Spec(own.name, (*own.kwargs, *((k, v) for k, v in options.items() if k not in dict(own.kwargs))), own.parts)
-    )
+    return str(Spec(own.name, tuple((dict(own.kwargs) | options).items()), own.parts))
 
 
 def former_parts(config: RunConfig) -> str:
@@ -198,15 +205,15 @@ def former_parts(config: RunConfig) -> str:
     return f"{former[0]} is no method any more, but an option: write --method {shlex.quote(rest)}{more}"
 
 
-def make_backbone(text: str) -> Any:
-    """A backbone from its spec.
+def make_backbone(text: str, method: str = "") -> Any:
+    """A backbone from its spec, with what former parts of `method` set.
 
     Raises:
         ValueError: when there is none, or its weights are not finite.
     """
     from perdure.backbones import BACKBONES
 
-    backbone = one(text, BACKBONES, "backbone")
+    backbone = one(with_former(text, "backbone", method), BACKBONES, "backbone")
     backbone.check_finite()
     return backbone
 
