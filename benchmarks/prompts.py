@@ -12,7 +12,7 @@ import dataclasses
 import torch
 
 from perdure.core.method import parts_of
-from perdure.experiments.step_cost import PLAIN, Contestant, ratio
+from perdure.experiments.step_cost import PLAIN, TimedLearner, ratio
 from perdure.training.config import RunConfig
 from perdure.training.runtime import Runtime
 
@@ -32,14 +32,14 @@ def main() -> None:
         epochs=2,
         batch_size=options.batch_size,
     )
-    plain = Contestant(recording, runtime)
+    plain = TimedLearner(recording, runtime)
     print("| method | queries recorded / lora | in every step / lora | every step / recorded |\n|---|---|---|---|")
     for method in options.methods:
         config = dataclasses.replace(recording, method=method)
-        once = Contestant(config, runtime, stream=plain.stream)
+        once = TimedLearner(config, runtime, stream=plain.stream)
         found = [ratio(once, plain)]
         if any(part.records for part in parts_of(once.learner.method)):
-            always = Contestant(dataclasses.replace(config, epochs=1), runtime, stream=plain.stream)
+            always = TimedLearner(dataclasses.replace(config, epochs=1), runtime, stream=plain.stream)
             found += [ratio(always, plain), ratio(always, once)]
         cells = [f"{each['ratio']:.2f} ({each['between'][0]:.2f} to {each['between'][1]:.2f})" for each in found]
         print(f"| `{method}` | {' | '.join(cells + ['–'] * (3 - len(cells)))} |", flush=True)

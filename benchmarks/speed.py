@@ -40,7 +40,7 @@ def learner(backbone: str, method: str, runtime: Runtime, tasks: int = 1) -> Cor
                     nn.init.normal_(p, std=1e-3)
             _end(core)
     core.train()
-    core.settle()
+    core.prepare()
     return core
 
 
@@ -48,7 +48,7 @@ def _end(core: Core) -> None:
     """End a task without data; what InfLoRA would remember of it has no part in a step."""
     if core.method.name == "inflora":
         for adapter in core.method.adapters.values():
-            adapter.settle()
+            adapter.merge()
     else:
         core.method.end_task(core, core.task)
     core.learnt += 1

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from perdure.experiments.step_cost import PLAIN, Contestant, measure, ratio
+from perdure.experiments.step_cost import PLAIN, TimedLearner, measure_steps, ratio
 from perdure.formatting import times
 from perdure.training.config import RunConfig
 from perdure.training.runtime import Runtime
@@ -62,14 +62,14 @@ def main() -> None:
     runtime = Runtime("cpu", options.precision, options.attention, torch.get_num_threads())
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
-        measure(config, options.methods, runtime, options.out, Said())
+        measure_steps(config, options.methods, runtime, options.out, Said())
         return
-    plain = Contestant(replace(config, method=PLAIN), runtime)
+    plain = TimedLearner(replace(config, method=PLAIN), runtime)
     print(f"| method | {' | '.join(f'task {n}' for n in options.tasks)} |")
     print("|---" * (len(options.tasks) + 1) + "|")
     for method in options.methods:
         mine = replace(config, method=method)
-        found = [ratio(Contestant(mine, runtime, n, plain.stream), plain) for n in options.tasks]
+        found = [ratio(TimedLearner(mine, runtime, n, plain.stream), plain) for n in options.tasks]
         print(f"| `{method}` | {' | '.join(map(times, found))} |", flush=True)
 
 

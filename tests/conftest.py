@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,7 @@ class Laboratory:
     objective: str = "classify"
     dim: int = 16
     fused: bool = True
+    layers: int | None = None
     lr: float = 1e-2
     epochs: int = 2
     seed: int = 0
@@ -91,7 +92,7 @@ class Laboratory:
             stream = f"captions_synthetic(tasks={self.tasks}, test_per_task=8, scenario={self.scenario!r})"
         settings = {
             "stream": stream,
-            "backbone": f"tiny(dim={self.dim}, fused={self.fused}, text={self.text})",
+            "backbone": f"tiny(dim={self.dim}, fused={self.fused}, text={self.text}, layers={self.layers})",
             "objective": self.objective,
             "epochs": self.epochs,
             "batch_size": 8,
@@ -108,7 +109,7 @@ class Laboratory:
         return TrainConfig(**{"epochs": self.epochs, "batch_size": 8, "lr": self.lr} | more)
 
     def backbone(self) -> Tiny:
-        return tiny(dim=self.dim, fused=self.fused, text=self.text)
+        return tiny(dim=self.dim, fused=self.fused, text=self.text, layers=self.layers)
 
     def stream(self) -> Stream:
         return build_stream(self.config("probe").stream, self.backbone().preprocess, self.seed)
@@ -128,7 +129,7 @@ class Laboratory:
     def descend(learner: Core, task: Task, steps: int = 4) -> None:
         """Train on a task that `learner` has grown for, without ending it."""
         learner.train()
-        learner.settle()
+        learner.prepare()
         learner.method.begin_task(learner, task)
         optimizer = torch.optim.Adam(learner.trainable().values(), 2e-2)
         batch = task.train.__getitems__(range(len(task.train)))
@@ -141,7 +142,7 @@ class Laboratory:
     def close(learner: Core, task: Task) -> None:
         """End a task."""
         learner.method.end_task(learner, task)
-        learner.settle()
+        learner.prepare()
         learner.learnt += 1
 
     def taught(self, method: str, **more: Any) -> Core:
@@ -204,6 +205,21 @@ def content(folder: Path) -> dict[str, Any]:
 def lab() -> Laboratory:
     """The laboratory with its usual settings."""
     return Laboratory()
+
+
+@pytest.fixture(scope="session")
+def tiny_mllms(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Family of multimodal language models -> folder of a tiny random one, as it would lie on the hub."""
+
+    @cache
+    def folder(family: str) -> Path:
+        from tiny_mllms import build
+
+        if family == "smolvlm":
+            pytest.importorskip("num2words", reason="the processor of SmolVLM needs num2words")
+        return build(family, tmp_path_factory.mktemp(family))
+
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -13,12 +13,14 @@ Matrix = Sequence[Scores]
 
 ACCURACY = ("accuracy", "accuracy_with_task_id", "task_id_accuracy")
 RECALL = ("recall", "recall_own_gallery", "task_id_accuracy")
+SAID = ("strict", "strict_with_task_id", "task_id_accuracy")
 """The score, the same with the task told (its own classes, its own gallery), and how often the task is right."""
 
 
 def scored(rows: Iterable[Row]) -> tuple[str, str, str]:
-    """`RECALL` where images and captions were ranked, else `ACCURACY`."""
-    return RECALL if any(row.metric == RECALL[0] for row in rows) else ACCURACY
+    """`SAID` where answers in words were scored, `RECALL` where images and captions were ranked, else `ACCURACY`."""
+    measured = {row.metric for row in rows}
+    return next((names for names in (SAID, RECALL) if names[0] in measured), ACCURACY)
 
 
 def average_after(rows: Iterable[Row], task: int) -> float | None:

@@ -7,8 +7,40 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-Batch = dict[str, Tensor]
-"""Named tensors of one batch: `image` uint8 (B, 3, S, S), `label` int64 (B,), ..."""
+Batch = dict[str, Any]
+"""One batch by name, with an entry for each example: `image` uint8 (B, 3, S, S), `label` int64 (B,), ...
+
+A value is a tensor, or a list of Python values (a conversation, a picture of any size). `join`, `take` and `to` are the
+only places that know it; who asks for a name knows which of the two it stands for, so it is typed no further.
+"""
+
+
+def join(batches: Sequence[Batch]) -> Batch:
+    """Batches of the same names as one, in their order."""
+    first, *_ = batches
+    return {
+        name: torch.cat([batch[name] for batch in batches])
+        if isinstance(value, Tensor)
+        else [each for batch in batches for each in batch[name]]
+        for name, value in first.items()
+    }
+
+
+def take(batch: Batch, rows: Tensor) -> Batch:
+    """The examples at `rows`, int64 (n,), in that order."""
+    return {
+        name: value[rows.to(value.device)] if isinstance(value, Tensor) else [value[i] for i in rows.tolist()]
+        for name, value in batch.items()
+    }
+
+
+def to(batch: Batch, device: torch.device) -> Batch:
+    """The same with its tensors on `device`; a list stays what it is."""
+    return {
+        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        for name, value in batch.items()
+    }
+
 
 AnyLearner = Any
 """A `perdure.core.learner.Core`, where it cannot be named: it is made of an objective and a method whose hooks take it,
@@ -65,12 +97,11 @@ class Union:
         for index in torch.unique(owner).tolist():
             places.append((owner == index).nonzero().flatten())
             parts.append(self.sets[index].__getitems__((wanted[places[-1]] - self._starts[index]).tolist()))
-        back = torch.cat(places).argsort()
-        return {key: torch.cat([part[key] for part in parts])[back] for key in parts[0]}
+        return take(join(parts), torch.cat(places).argsort())
 
 
 class Encoded:
-    """Data with what was computed of its images once: `features`, `hidden` up to a block, or what a method records.
+    """Data with what was computed of each example once: see `perdure.core.caching`.
 
     Args:
         kept: name -> (n, ...).
@@ -78,7 +109,7 @@ class Encoded:
         images: the data, when images are still needed.
     """
 
-    def __init__(self, kept: dict[str, Tensor], labels: Tensor, images: Data | None = None) -> None:
+    def __init__(self, kept: Batch, labels: Tensor, images: Data | None = None) -> None:
         self.kept, self.labels, self.images = kept, labels, images
 
     def __deepcopy__(self, memo: dict[int, object]) -> "Encoded":
@@ -93,9 +124,7 @@ class Encoded:
 
     def __getitems__(self, positions: Sequence[int]) -> Batch:
         """What is kept, and labels; images where they are needed."""
-        index = torch.as_tensor(positions)
-        batch = {name: values[index.to(values.device)] for name, values in self.kept.items()}
-        batch["label"] = self.labels[index.to(self.labels.device)]
+        batch = take(self.kept | {"label": self.labels}, torch.as_tensor(positions))
         return batch if self.images is None else batch | self.images.__getitems__(positions)
 
 
@@ -140,8 +169,8 @@ class Stream:
 
     @property
     def gives(self) -> str:
-        """What stands beside its images: `classes`, or `captions`; see `Objective.asks`."""
-        return "captions" if "captions" in self.notes else "classes"
+        """What stands beside its images: `classes`, `captions` or `conversations`; see `Objective.asks`."""
+        return next((what for what in ("conversations", "captions") if what in self.notes), "classes")
 
     def __len__(self) -> int:
         return len(self.tasks)

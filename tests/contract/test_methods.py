@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from perdure.adapters.injection import detach, prompted
 from perdure.core.learner import Core
-from perdure.core.method import METHODS, encodes
+from perdure.core.method import METHODS, treated
 from perdure.objectives.retrieve import embedded
 from perdure.training.config import make_method, register
 from perdure.training.loop import Quiet, fit_task
@@ -32,9 +32,9 @@ COMBINATIONS = (
     "probe + align(covariance='lowrank', rank=4, temperature=0.1, shrink=0.1, epochs=1) | "
     "lora(rank=2) + replay(size=12) + align(covariance='diagonal') | lora(rank=2) + align(covariance='full') + ewc | "
     "lora(rank=2) + joint + align | inflora(rank=2) + align(start='heads', epochs=1) | "
-    "inflora(rank=2) + ranpac(dim=64) | fm_lora(rank=4) + align | layers + align | "
+    "inflora(rank=2) + ranpac(dim=64) | fm_lora(rank=4) + align | "
     "fm_lora(rank=4) + ewc | ewc + route_lora(rank=2) | inflora(ranks=(1, 2)) + joint | "
-    "inflora(rank=2) + layers + ranpac(dim=0) | adapter(rank=3) + ewc | "
+    "inflora(rank=2) + ranpac(dim=0) | adapter(rank=3) + ewc | "
     "ewc + adapter(rank=3, parallel=True, scale=0.5) | adapter(rank=3, at='o,fc2') + replay(size=12) | "
     "adapter(rank=3, tasks=1) + ncm | lora(rank=2, at='fc2') + adapter(rank=3) | lora(rank=2) + lwf | "
     "inflora(rank=2) + lwf | lora(rank=2) + feature_distill | finetune + lwf + ewc | "
@@ -139,7 +139,7 @@ def differs(spec: str, where: dict[str, str]) -> bool:
 IN_FLIGHT = {
     "classify": (
         "lora(rank=2) + ewc + replay(size=12, selection='class_balanced') | finetune(mask=False) + ncm | "
-        "lora(rank=2) + joint + align | ewc + route_lora(rank=2) | inflora(rank=2) + layers + ranpac(dim=0) | "
+        "lora(rank=2) + joint + align | ewc + route_lora(rank=2) | inflora(rank=2) + ranpac(dim=0) | "
         "lora(rank=2) + lwf + replay(size=12) | lora(rank=2) + feature_distill | "
         "lora(rank=2) + replay(size=12, schedule='periodic', every=2) | "
         "probe + replay(size=12, selection='kmeans', augment='flip') | "
@@ -304,7 +304,7 @@ def test_memory_in_a_learner_that_knows_only_descriptions_predicts_the_same(
     fresh = bench.learner(spec)
     for task in learner.tasks:
         fresh.grow(Task.described(task.describe()))
-    missing, unexpected = fresh.load_state_dict(learner.memory(), strict=False)
+    missing, unexpected = fresh.load_state_dict(learner.learnt_state(), strict=False)
     assert unexpected == []
     assert [key for key in missing if not key.startswith("backbone.")] == []
     assert torch.equal(scored(fresh, images), scored(learner, images))
@@ -317,9 +317,9 @@ def test_state_is_all_that_a_method_remembers(spec: str, where: Any, lab: Any) -
     went_on = bench.teach(bench.learner(spec), stream.tasks[:1], epochs=1)
     loaded = bench.learner(spec)
     loaded.grow(stream.tasks[0])
-    loaded.load_state_dict(went_on.memory(), strict=False)
+    loaded.load_state_dict(went_on.learnt_state(), strict=False)
     loaded.learnt = 1
-    a, b = (bench.teach(learner, stream.tasks[1:2], epochs=1).memory() for learner in (went_on, loaded))
+    a, b = (bench.teach(learner, stream.tasks[1:2], epochs=1).learnt_state() for learner in (went_on, loaded))
     assert a.keys() == b.keys()
     assert [key for key in a if not torch.equal(a[key], b[key])] == []
 
@@ -372,7 +372,7 @@ class Watch(Quiet):
 
     def task(self, task: Task, tasks: int | None, epochs: int, steps: int) -> None:
         self.steps, now = steps, self.both()
-        if not self.seen and (prompted(self.learner.backbone) or encodes(self.learner.method)):
+        if not self.seen and (prompted(self.learner.backbone) or treated(self.learner.method)):
             self.given = now[0], self.given[1]  # which changes features by itself
         self.growths.append((self.given, now))
 
@@ -402,7 +402,7 @@ class Watch(Quiet):
 
 def encoded(learner: Core, images: dict[str, Tensor]) -> Tensor:
     """Features as training computes them: the open branch beside the layer, the rest in its weight."""
-    learner.settle()
+    learner.prepare()
     with torch.no_grad():
         return learner.encode(images).clone()
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from perdure.core.learner import Core
+from perdure.core.caching import Cache
 from perdure.mechanisms.prompting import query
 from perdure.training.loop import fit_task
 
@@ -49,8 +49,8 @@ def test_a_part_without_strength_leaves_its_carrier_as_it_is_bit_for_bit(
     carrier: str, part: str, objective: str, taught: Any
 ) -> None:
     plain, idle = taught(carrier, objective), taught(f"{carrier} + {part}", objective)
-    found = idle.memory()
-    for key, value in plain.memory().items():
+    found = idle.learnt_state()
+    for key, value in plain.learnt_state().items():
         assert torch.equal(found[key.replace("method.", "method.parts.0.")], value), key
     assert [p.requires_grad for p in idle.objective.parameters()] == [
         p.requires_grad for p in plain.objective.parameters()
@@ -67,8 +67,8 @@ def test_what_serves_one_task_is_stored_within_it_and_gone_after_it(
     learner.grow(stream.tasks[1])
     bench.descend(learner, stream.tasks[1], steps=1)
     if part != "zscl":  # whose teacher is the pre-trained model, which no state repeats
-        assert any(key.startswith("method.parts.1.") for key in learner.memory())
-    plain, held = taught(carrier, objective).memory(), taught(f"{carrier} + {part}", objective).memory()
+        assert any(key.startswith("method.parts.1.") for key in learner.learnt_state())
+    plain, held = taught(carrier, objective).learnt_state(), taught(f"{carrier} + {part}", objective).learnt_state()
     assert held.keys() == {key.replace("method.", "method.parts.0.") for key in plain}
 
 
@@ -79,9 +79,9 @@ def test_of_a_test_set_nothing_is_recorded_for_it_is_kept_longer_than_a_teacher(
     learner.grow(stream.tasks[1])
     lab.descend(learner, stream.tasks[1])
     batch = stream.tasks[1].train.__getitems__(range(8))
-    assert any(name.startswith(f"{part}/") for name in learner.noted(batch))
+    assert any(name.startswith(f"{part}/") for name in learner.cache.complete(batch))
     with learner.inference():
-        assert learner.noted(batch).keys() == batch.keys()
+        assert learner.cache.complete(batch).keys() == batch.keys()
         assert torch.isfinite(learner.method.penalty(learner, batch, learner.encode(batch)))
 
 
@@ -101,7 +101,7 @@ def test_queries_are_those_of_the_pretrained_encoder_asked_once_a_task_or_in_eve
     task, learners, seen = lab.stream().tasks[0], [lab.learner(spec) for _ in range(2)], []
     for learner in learners:
         learner.grow(task)
-    recorded = learners[0].recorded(task.train).__getitems__([3, 1])["query"]
+    recorded = learners[0].cache.precomputed(task.train).__getitems__([3, 1])["query"]
     images = task.train.__getitems__([3, 1])
     first = learners[0].backbone.get_submodule(learners[0].backbone.blocks()[0])
     first.register_forward_pre_hook(lambda _block, args: seen.append(len(args[0])))
@@ -110,10 +110,10 @@ def test_queries_are_those_of_the_pretrained_encoder_asked_once_a_task_or_in_eve
     torch.testing.assert_close(recorded, F.normalize(lab.backbone()(images), dim=1), rtol=1e-5, atol=1e-6)
     assert (learners[0].encode(images) - lab.backbone()(images)).abs().max() > 1e-3
     torch.testing.assert_close(query(learners[0], images), recorded, rtol=1e-5, atol=1e-6)
-    monkeypatch.setattr(Core, "recorded", lambda _learner, data: data)
+    monkeypatch.setattr(Cache, "precomputed", lambda _cache, data: data)
     fit_task(learners[1], task, lab.train_config(epochs=3, lr=1e-3))
-    for name, value in learners[0].memory().items():
-        torch.testing.assert_close(value, learners[1].memory()[name], rtol=1e-3, atol=1e-4, msg=name)
+    for name, value in learners[0].learnt_state().items():
+        torch.testing.assert_close(value, learners[1].learnt_state()[name], rtol=1e-3, atol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize(

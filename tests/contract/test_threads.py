@@ -119,7 +119,7 @@ def test_learners_that_learn_at_once_learn_what_each_does_alone(spec: str) -> No
         learner = create(spec, "classify()")
         for lesson in (seed, seed + 1):
             teach(learner, lesson)
-        return learner.memory()
+        return learner.learnt_state()
 
     alone = [learnt(seed) for seed in range(4)]
     torch.manual_seed(1)
@@ -201,7 +201,7 @@ def test_the_default_dtype_changes_nothing(spec: str, objective: str) -> None:
         learner = create(spec, objective)
         for lesson in (0, 1):
             teach(learner, lesson)
-        return answer(learner, 1), learner.memory()
+        return answer(learner, 1), learner.learnt_state()
 
     said, known = made()
     torch.set_default_dtype(torch.float64)

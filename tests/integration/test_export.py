@@ -446,13 +446,11 @@ class Strange(Method):
 
 
 class Prompting(Strange):
-    def encode(self, learner: Core, batch: Batch) -> Tensor:
-        return 2 * learner.backbone(batch)
+    treats = frozenset({"vision"})
 
 
 class Wording(Strange):
-    def embed(self, learner: Core, tokens: Batch, labels: Tensor | None) -> Tensor:
-        return 2 * learner.backbone.encode_tokens(tokens)
+    treats = frozenset({"text"})
 
 
 class Voting(Strange):

@@ -97,9 +97,8 @@ def test_run_killed_at_random_moments_equals_unbroken_run(
 METHODS = (
     "finetune | lora(rank=2) | inflora(rank=2) | o_lora(rank=2) | sd_lora(rank=2) | c_lora(rank=2) | "
     "route_lora(rank=2) | fm_lora(rank=4) | l2p(pool=4, top=2) | dualprompt | coda_prompt(components=2) | "
-    "moe_adapters | layers + align | "
-    "lora(rank=2) + lwf | lora(rank=2) + ewc(samples=8) | finetune + si | finetune + gem(size=8) | finetune + mas | "
-    "lora(rank=2) + derpp(size=8) | ranpac(dim=64)"
+    "moe_adapters | probe + align | lora(rank=2) + lwf | lora(rank=2) + ewc(samples=8) | finetune + si | "
+    "finetune + gem(size=8) | finetune + mas | lora(rank=2) + derpp(size=8) | ranpac(dim=64)"
 )
 
 

@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers
 from perdure import write_report
 from perdure.api.folders import teach_folder
 from perdure.api.learner import Learner
-from perdure.cli.use import measure
+from perdure.cli.use import evaluate
 from perdure.experiments.grid import cells, compare
 from perdure.training.loop import Quiet
 from perdure.training.run import resume
@@ -70,19 +70,19 @@ def grid(lab: Any, out: Path) -> Any:
 
 CALLS: dict[str, Callable[[Any, Path, Path], object]] = {
     "create": lambda lab, at, new: create(),
-    "learn": lambda lab, at, new: learnt().memory(),
+    "learn": lambda lab, at, new: learnt().learnt_state(),
     "predict": lambda lab, at, new: Learner.load(at / "learner").predict(pictures()),
     "predict among words": lambda lab, at, new: Learner.load(at / "learner").predict(pictures(), classes=["x", "y"]),
     "search": lambda lab, at, new: Learner.load(at / "learner").search(pictures(), "a"),
     "save": lambda lab, at, new: learnt().save(new / "saved"),
-    "load": lambda lab, at, new: Learner.load(at / "learner").memory(),
-    "learn on": lambda lab, at, new: Learner.load(at / "learner").learn(pictures(), list("abcdabcd")).memory(),
-    "learn augmented": lambda lab, at, new: create(augment="zoom").learn(pictures(), list("abababab")).memory(),
-    "learn names": lambda lab, at, new: learnt("zeroshot()").memory(),
+    "load": lambda lab, at, new: Learner.load(at / "learner").learnt_state(),
+    "learn on": lambda lab, at, new: Learner.load(at / "learner").learn(pictures(), list("abcdabcd")).learnt_state(),
+    "learn augmented": lambda lab, at, new: create(augment="zoom").learn(pictures(), list("abababab")).learnt_state(),
+    "learn names": lambda lab, at, new: learnt("zeroshot()").learnt_state(),
     "refused": lambda lab, at, new: refused(new),
     "run": lambda lab, at, new: lab.run(SPEC, new / "run")["matrix"],
     "resume": lambda lab, at, new: resume(shutil.copytree(at / "stopped", new / "run"))["matrix"],
-    "eval": lambda lab, at, new: measure(at / "run", None)[1],
+    "eval": lambda lab, at, new: evaluate(at / "run", None)[1],
     "learn a folder": lambda lab, at, new: str(
         teach_folder(at / "images", new / "taught", create().config, {})[0].describe()
     ),

@@ -49,7 +49,7 @@ def test_folded_equals_unfolded_equals_weights_changed_by_hand(
                     with torch.no_grad():
                         by_hand.get_submodule(site.layer).weight[site.rows[0] : site.rows[1]] += update
                 if each < times:
-                    adapter.settle()
+                    adapter.merge()
             attach(model, sites, adapter)
     expected = by_hand(IMAGES)
     for branches in (False, True, False):
@@ -74,7 +74,7 @@ def test_settled_branches_add_up_and_are_kept_in_the_smaller_form(
     total = [torch.zeros(out, fan_in) for out in fan_outs]
     for each in range(branches):
         total = [a + b for a, b in zip(total, opened(adapter, each), strict=True)]
-        adapter.settle()
+        adapter.merge()
         numbers = sum(t.numel() for t in adapter.settled.values())
         assert numbers <= fan_in * sum(fan_outs)
         assert numbers == min((each + 1) * rank * (fan_in + sum(fan_outs)), fan_in * sum(fan_outs))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from perdure.adapters.injection import adapted, attach, detach, fold, updates
+from perdure.adapters.injection import adapted, attach, detach, fold, folded_into, updates
 from perdure.adapters.low_rank import LowRank
 from perdure.backbones.tiny import tiny
 from perdure.types import Site
@@ -60,6 +60,25 @@ def test_only_the_named_rows_of_a_fused_layer_change() -> None:
     after = model.get_submodule("vision.blocks.0.attn.qkv").weight
     assert torch.equal(after[:16], before[:16])
     assert not torch.allclose(after[16:], before[16:])
+
+
+@pytest.mark.parametrize(
+    "method", ["inflora(rank=2)", "o_lora(rank=2)", "sd_lora(rank=2)", "fm_lora(rank=4)", "moe_adapters"]
+)
+def test_updates_beside_their_layers_answer_as_folded_ones_do_and_copy_no_weight(method: str, lab: Any) -> None:
+    folding, beside = lab.learner(method), lab.learner(method)
+    beside.backbone.folds = False
+    pretrained = {name: weight.clone() for name, weight in beside.backbone.named_parameters()}
+    for learner in (folding, beside):
+        lab.teach(learner, lab.stream().tasks[:2])
+    with beside.inference():
+        assert all(torch.equal(weight, pretrained[name]) for name, weight in beside.backbone.named_parameters())
+    assert not list(folded_into(beside.backbone))
+    test = lab.stream().tasks[0].test
+    with folding.inference(), beside.inference():
+        torch.testing.assert_close(beside.scores_of(test), folding.scores_of(test), rtol=1e-3, atol=1e-3)
+    detach(beside.backbone)
+    assert not adapted(beside.backbone)
 
 
 def test_an_adapted_layer_is_known_until_detached() -> None:

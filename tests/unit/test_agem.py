@@ -88,12 +88,12 @@ def test_features_that_cannot_change_are_compared_as_the_batch_holds_them(lab: A
     learner, stream = lab.learner("probe + agem(batch_size=5)"), lab.stream()
     lab.teach(learner, stream.tasks[:1])
     learner.grow(stream.tasks[1])
-    data = learner.encoded(stream.tasks[1].train)
+    data = learner.cache.of(stream.tasks[1].train)
     batch = data.__getitems__(range(4))
     assert learner.method.batch(learner, batch) is batch
     old = learner.method.parts[1]._old
     assert old.keys() == batch.keys() == {"features", "label"}
-    assert old["features"].shape == (5, learner.dim)
+    assert old["features"].shape == (5, learner.backbone.dim)
 
 
 def test_old_examples_are_augmented_as_new_ones_are(lab: Any) -> None:

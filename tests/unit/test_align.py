@@ -24,7 +24,7 @@ def accuracy(learner: Any, stream: Any) -> float:
 
 
 def held_bytes(learner: Any) -> int:
-    return sum(v.nbytes for k, v in learner.memory().items() if k.startswith("method."))
+    return sum(v.nbytes for k, v in learner.learnt_state().items() if k.startswith("method."))
 
 
 @pytest.mark.parametrize("spec", [*(f"align(covariance={form!r})" for form in FORMS), "align(start='heads')"])

@@ -119,14 +119,16 @@ def test_loading_leaves_the_random_state_and_the_log_levels_alone(
 def test_registry_knows_the_options_of_each_family() -> None:
     options = {name: list(inspect.signature(factory).parameters) for name, factory in BACKBONES.items()}
     assert options == {
-        "timm": ["name", "checkpoint", "input_norm"],
-        "vision": ["path", "input_norm"],
-        "clip": ["path", "input_norm"],
-        "chinese_clip": ["path", "input_norm"],
-        "open_clip": ["name", "checkpoint", "input_norm"],
-        "dual": ["path", "vision", "text", "input_norm"],
-        "pocket": [],
-        "tiny": ["dim", "depth", "size", "seed", "fused", "text"],
+        "timm": ["name", "checkpoint", "input_norm", "layers", "means"],
+        "vision": ["path", "input_norm", "layers", "means"],
+        "clip": ["path", "input_norm", "layers", "means"],
+        "chinese_clip": ["path", "input_norm", "layers", "means"],
+        "open_clip": ["name", "checkpoint", "input_norm", "layers", "means"],
+        "dual": ["path", "vision", "text", "input_norm", "layers", "means"],
+        "pocket": ["layers", "means"],
+        "tiny": ["dim", "depth", "size", "seed", "fused", "text", "layers", "means"],
+        "mllm": ["path", "dtype", "quantize", "checkpointing", "length"],
+        "tiny_mllm": ["dim", "depth", "size", "seed", "length"],
     }
 
 
@@ -342,6 +344,50 @@ def test_layers_inside_multihead_attention_are_refused() -> None:
         Packed().sites("o")
     with pytest.raises(ValueError, match=r"nothing matches at='k'.*linear1"):
         Packed().sites("kv")
+
+
+class Gated(Backbone):
+    """Two towers whose MLPs have two and three layers, and a projector between them."""
+
+    spec, dim = "gated", 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        plain = {"q_proj": nn.Linear(4, 4), "fc1": nn.Linear(4, 8), "fc2": nn.Linear(8, 4)}
+        gated = {"q_proj": nn.Linear(4, 4)} | {f"{n}_proj": nn.Linear(4, 4) for n in ("gate", "up", "down")}
+        self.seeing = nn.ModuleDict({"blocks": nn.ModuleList([nn.ModuleDict(plain)])})
+        self.joining = nn.ModuleDict({"linear_1": nn.Linear(4, 4), "linear_2": nn.Linear(4, 4)})
+        self.speaking = nn.ModuleDict({"blocks": nn.ModuleList([nn.ModuleDict(gated), nn.ModuleDict(gated)])})
+
+    def towers(self) -> dict[str, str]:
+        return {"vision": "seeing", "projector": "joining", "language": "speaking"}
+
+
+@pytest.mark.parametrize(
+    ("at", "tower", "layers"),
+    [
+        ("mlp", "vision", ["fc1", "fc2"]),
+        ("mlp", "language", ["up_proj", "down_proj", "gate_proj"] * 2),
+        ("gate", "language", ["gate_proj"] * 2),
+        ("up,down", "language", ["up_proj", "down_proj"] * 2),
+        ("mlp", "projector", ["linear_1", "linear_2"]),
+    ],
+)
+def test_an_mlp_is_all_the_layers_that_it_has_in_every_tower(at: str, tower: str, layers: list[str]) -> None:
+    sites = Gated().sites(at, tower=tower)
+    assert [site.layer.rpartition(".")[2] for site in sites] == layers
+
+
+def test_gate_and_up_read_the_same_input() -> None:
+    groups = Gated().sites_by_input("mlp", "0", "language").values()
+    assert [[site.key[-4:] for site in sites] for sites in groups] == [[":fc1", "gate"], [":fc2"]]
+
+
+def test_a_gate_is_refused_where_an_mlp_has_none() -> None:
+    with pytest.raises(
+        ValueError, match=r"^gated: nothing matches at='gate' in block 'seeing.blocks.0', which has: q_proj, fc1"
+    ):
+        Gated().sites("gate")
 
 
 def test_model_without_transformer_blocks_is_refused_when_sites_are_asked_for() -> None:

@@ -170,9 +170,9 @@ def test_missing_and_damaged_images_are_left_out_and_listed_when_asked(folder: P
         "answer": ["dot"] * 3,
     }
     pq.write_table(pa.table(table), folder / "lists.parquet")
-    plan = conversations.measured(str(folder / "lists.parquet"))  # type: ignore[attr-defined]
+    plan = conversations(str(folder / "lists.parquet"))
     with pytest.raises(UnreadableImage, match=r"lists.parquet, row 2: cannot read image .*lists.parquet, row 2: "):
-        plan(SIZE, 0).tasks[0].test.__getitems__(range(3))
+        plan(SIZE, 0, True).tasks[0].test.__getitems__(range(3))
     (folder / "gone.png").unlink()
     stream = read(file, skip_bad=True)
     assert stream.notes["skipped"] == [f"{file}, line 3", f"{file}, line 5"]

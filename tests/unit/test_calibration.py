@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from perdure.api.learner import Learner
-from perdure.cli.use import measure
+from perdure.cli.use import evaluate
 from perdure.core.temperature import Temperature, calibration_error, fitted
 from perdure.evaluation.calibration import set_apart
 
@@ -59,7 +59,7 @@ def test_without_the_option_there_is_no_temperature_and_all_images_are_trained_o
     task = lab.stream().tasks[0]
     assert set_apart(learner, task) == (task, None)
     lab.run("lora(rank=2)", tmp_path)
-    assert not any("temperature" in name for name in Learner.load(tmp_path).memory())
+    assert not any("temperature" in name for name in Learner.load(tmp_path).learnt_state())
 
 
 def test_a_share_of_each_class_is_set_apart_and_never_all_of_it(lab: Any) -> None:
@@ -93,7 +93,7 @@ def test_calibrated_scores_are_those_of_the_temperature_and_rank_alike(lab: Any,
     plain, sure = learner.predict(pixels), learner.predict(pixels, calibrated=True)
     assert [[n for n, _ in row] for row in plain] == [[n for n, _ in row] for row in sure]
     with learner.inference():
-        scores = learner.answers(images.subset(torch.arange(4)))
+        scores = learner.scores_of(images.subset(torch.arange(4)))
     expected = F.softmax(scores / learner.temperature.value, dim=1).max(1).values
     torch.testing.assert_close(torch.tensor([row[0][1] for row in sure]), expected.cpu())
     assert all(a[0][1] < b[0][1] for a, b in zip(plain, sure, strict=True))  # cosines are surer than their softmax
@@ -102,7 +102,7 @@ def test_calibrated_scores_are_those_of_the_temperature_and_rank_alike(lab: Any,
 def test_eval_says_how_far_scores_are_off_and_the_temperature_helps(lab: Any, tmp_path: Path) -> None:
     bench = lab.but(per_class=40, noise=1.2)
     bench.run("ncm", tmp_path, calibrate=0.25)
-    found = {row.metric: row.value for row in measure(tmp_path, None)[1] if row.on is None}
+    found = {row.metric: row.value for row in evaluate(tmp_path, None)[1] if row.on is None}
     assert found["calibration_error_calibrated"] < 0.9 * found["calibration_error"]
 
 

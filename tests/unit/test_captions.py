@@ -18,9 +18,9 @@ from perdure.backbones.texts import unpack
 from perdure.backbones.tiny import tiny
 from perdure.options.spec import Spec
 from perdure.streams import Captioned, ImageSet, build_stream
-from perdure.streams.clusters import clusters
 from perdure.streams.karpathy import _read_hub
-from perdure.streams.topics import CaptionOptions
+from perdure.streams.options import CaptionOptions
+from perdure.streams.topics import clusters
 from perdure.types import Stream
 
 EIGHT = Preprocess(8, 8)
@@ -378,7 +378,12 @@ def karpathy(root: Path, name: str = "flickr30k", folder: str = "images", filepa
     pictures(root / folder / (filepath or ""), 14)
     split = ["train"] * 8 + ["restval"] * 2 + ["val"] * 2 + ["test"] * 2
     images = [
-        {"filename": f"{i}.png", "split": split[i], "cocoid": 1000 + i, "sentences": [{"raw": f"number {i}. "}] * 6}
+        {
+            "filename": f"{i}.png",
+            "split": split[i],
+            "cocoid": 1000 + i,
+            "sentences": [{"raw": f"{k} {i}. "} for k in range(6)],
+        }
         | ({"filepath": filepath} if filepath else {})
         for i in range(14)
     ]
@@ -392,7 +397,7 @@ def test_karpathys_file_gives_his_split(tmp_path: Path, folder: str) -> None:
         (task,) = build("flickr30k", path=path, by="natural", tasks=1)
         assert values(task.train) == [*range(10)]
         assert values(task.test) == [12, 13]
-        assert texts(task.test) == [["number 12."] * 5, ["number 13."] * 5]
+        assert texts(task.test) == [[f"{k} {i}." for k in range(5)] for i in (12, 13)]
 
 
 def test_table_with_a_split_column_is_divided_by_it(tmp_path: Path) -> None:
@@ -412,7 +417,7 @@ def test_hub_data_set_is_divided_by_its_split_column(tmp_path: Path, monkeypatch
     found = _read_hub(str(tmp_path / "data"), CaptionOptions())
     assert found.train.rows == [1, 3, 5]
     assert found.test is not None
-    assert list(found.test.captions[0]) == [["number 0", "it is 0"], ["number 4", "it is 4"]]
+    assert found.test.captions == [[["number 0", "it is 0"]], [["number 4", "it is 4"]]]
     assert found.test.source.read(4).getpixel((0, 0)) == (4, 4, 4)
 
 

@@ -42,7 +42,7 @@ def test_a_checkpoint_gives_learner_tasks_and_rows_back(lab: Any, tmp_path: Path
     assert found.manifest["seconds"] == SECONDS
     fresh = lab.learner("inflora(rank=2)")
     checkpoint.restore(fresh, found)
-    assert all(torch.equal(v, learner.memory()[k]) for k, v in fresh.memory().items())
+    assert all(torch.equal(v, learner.learnt_state()[k]) for k, v in fresh.learnt_state().items())
     assert fresh.learnt == 1
 
 

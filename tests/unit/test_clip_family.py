@@ -387,7 +387,7 @@ def test_lora_learns_in_both_towers(kind: str, saved: dict[str, Path]) -> None:
     batch = {"image": image, "label": torch.arange(6) % 2}
     learner.grow(Task(index=0, name="pets", classes=(0, 1), names=("cat", "dog"), train=Nothing(), test=Nothing()))
     learner.train()
-    learner.settle()
+    learner.prepare()
     optimizer = torch.optim.Adam(learner.trainable().values(), 1e-2)
     losses = []
     for _ in range(8):

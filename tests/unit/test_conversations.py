@@ -44,8 +44,8 @@ def read(path: Path | list[str], seed: int = 0, **options: Any) -> Stream:
 
 def measured(path: Path, **options: Any) -> Any:
     """All conversations of one task, as data."""
-    plan = conversations.measured(str(path), **options)  # type: ignore[attr-defined]
-    (task,) = plan(SIZE, 0)
+    plan = conversations(str(path), **options)
+    (task,) = plan(SIZE, 0, True)
     assert len(task.train) == 0
     return task.test
 

@@ -34,7 +34,7 @@ def begun(lab: Any, spec: str, tasks: int = 1) -> tuple[Core, Task]:
     task = stream.tasks[tasks]
     learner.grow(task)
     learner.train()
-    learner.settle()
+    learner.prepare()
     return learner, task
 
 

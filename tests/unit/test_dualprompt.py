@@ -127,7 +127,7 @@ def apart(lab: Any, spec: str) -> tuple[Core, Any]:
 
 def scores(learner: Core, data: Any, size: int) -> Tensor:
     with learner.inference():
-        return learner.answers(data, size)
+        return learner.scores_of(data, size)
 
 
 def test_each_image_chooses_for_itself_but_a_batch_that_votes_makes_answers_depend_on_the_batch(lab: Any) -> None:

@@ -113,7 +113,7 @@ def test_no_image_is_read_to_find_out_that_nothing_is_recorded_of_it(method: str
     tests = [task.test for task in stream]
     with learner.inference():
         for _ in range(3):
-            kept = [learner.encoded(test, keep=True) for test in tests]
+            kept = [learner.cache.test(test) for test in tests]
     assert all(isinstance(each, Counted) for each in kept)
     assert {test.read for test in tests} <= ({0} if "lwf" not in method else {8}), "read again in each evaluation"
 
@@ -138,7 +138,7 @@ def test_scores_of_the_own_classes_are_those_columns_of_all_scores(objective: st
     for method in ("lora(rank=2)", *(["lora(rank=2, tower='text')"] if bench.text else [])):
         learner = bench.learner(method)
         bench.teach(learner, bench.stream(), epochs=1)
-        features, columns = torch.randn(3, learner.dim), list(learner.objective.task_columns)
+        features, columns = torch.randn(3, learner.backbone.dim), list(learner.objective.task_columns)
         torch.testing.assert_close(
             learner.objective.task_scores(features), learner.objective.scores(features)[:, columns]
         )

@@ -17,7 +17,7 @@ def test_the_fisher_is_the_mean_of_squared_gradients_of_single_examples(spec: st
     ewc = learner.method.parts[1]
     total = {name: torch.zeros_like(p) for name, p in learner.shared().items()}
     wrong = {name: torch.zeros_like(p) for name, p in total.items()}
-    for batch in learner.views(task.train, 10, "fisher", size=16):
+    for batch in learner.training_views(task.train, 10, "fisher", size=16):
         for i in range(len(batch["label"])):
             learner.zero_grad()
             learner.objective.losses(

@@ -31,7 +31,7 @@ def test_the_penalty_is_the_distance_of_features_by_hand(lab: Any) -> None:
         batch = whole(task)
         with torch.no_grad():
             now, was = learner.encode(batch), part.teacher(learner, batch)["features"]
-            penalty = part.penalty(learner, learner.noted(batch), now)
+            penalty = part.penalty(learner, learner.cache.complete(batch), now)
         pairs = list(zip(was.double(), now.double(), strict=True))
         if form == "cosine":
             rows = [1 - (a @ b) / (a.norm() * b.norm()) for a, b in pairs]
@@ -91,8 +91,8 @@ def test_old_names_stay_nearer_where_the_text_tower_is_held(lab: Any) -> None:
 
 def test_recorded_features_are_what_the_teacher_says_after_training(lab: Any) -> None:
     learner, task, part = begun(lab, "lora(rank=2, blocks='1') + feature_distill")
-    kept = learner.recorded(learner.prefixed(task.train)).__getitems__(range(len(task.train)))
-    assert {"hidden", "feature_distill/features"} <= kept.keys()
+    kept = learner.cache.precomputed(learner.cache.lower_blocks(task.train)).__getitems__(range(len(task.train)))
+    assert {"lower_blocks", "feature_distill/features"} <= kept.keys()
     with torch.no_grad():
         assert not torch.allclose(learner.encode(whole(task)), kept["feature_distill/features"], atol=1e-2)
     torch.testing.assert_close(part.teacher(learner, whole(task))["features"], kept["feature_distill/features"])
@@ -102,7 +102,7 @@ def test_augmented_images_are_compared_with_the_teachers_features_of_the_same_vi
     learner, stream = lab.learner("lora(rank=2) + feature_distill(strength=1000)"), lab.stream()
     learner.augment = AUGMENTS["crop"]
     lab.teach(learner, stream.tasks[:1])
-    views = next(learner.views(stream.tasks[1].train, 16, "look"))
+    views = next(learner.training_views(stream.tasks[1].train, 16, "look"))
     before = learner.encode(views).detach()
     lab.teach(learner, stream.tasks[1:2])
     after = learner.encode(views)

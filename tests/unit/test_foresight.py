@@ -56,7 +56,9 @@ def test_the_backbone_is_as_it_was(method: str, lab: Any) -> None:
         lab.teach(Core(each, lab.learner("probe").objective, make_method("lora(rank=2)")), lab.stream().tasks[:2])
         for each in (lab.backbone(), backbone)
     )
-    assert all(torch.equal(a, b) for a, b in zip(fresh.memory().values(), again.memory().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(fresh.learnt_state().values(), again.learnt_state().values(), strict=True)
+    )
 
 
 DESCRIBED = (

@@ -30,7 +30,7 @@ def rows_of(folder: Path) -> list[Row]:
 
 
 def drifts(folder: Path) -> dict[tuple[int, int | None], float]:
-    return {(row.after, row.on): row.value for row in rows_of(folder) if row.metric == drift.METRIC}
+    return {(row.after, row.on): row.value for row in rows_of(folder) if row.metric == drift.FEATURE_DRIFT}
 
 
 def shares(folder: Path) -> dict[int, list[float]]:
@@ -85,7 +85,7 @@ def test_the_share_is_that_of_the_dense_update_over_all_layers_that_read_the_inp
 def test_features_of_a_frozen_encoder_never_drift_and_nothing_is_kept_for_it(lab: Any, tmp_path: Path) -> None:
     assert lab.run("probe", tmp_path)["feature_drift"] == 0.0
     assert drifts(tmp_path) == {(1, 0): 0.0, (2, 0): 0.0, (2, 1): 0.0}
-    assert not list(tmp_path.rglob(drift.FILE))
+    assert not list(tmp_path.rglob(drift.FEATURES))
 
 
 def test_drift_is_small_where_old_inputs_are_protected_and_larger_where_not(lab: Any, tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_drift_is_the_mean_relative_distance_to_the_features_right_after_the_tas
     learner, tasks = lab.learner("lora(rank=2)"), lab.stream().tasks
     lab.teach(learner, tasks[:1])
     then = learner.features(tasks[0].test)[0]
-    torch.testing.assert_close(load_file(tmp_path / "task-000" / drift.FILE)["features"], then)
+    torch.testing.assert_close(load_file(tmp_path / "task-000" / drift.FEATURES)["features"], then)
     lab.teach(learner, tasks[1:2])
     now = learner.features(tasks[0].test)[0]
     expected = ((now - then).norm(dim=1) / then.norm(dim=1)).mean().item()
@@ -130,7 +130,7 @@ def test_measuring_drift_does_not_change_what_is_learnt(lab: Any, tmp_path: Path
         for each in learner.tasks:
             learner.objective.evaluate(learner, [each])[0]
     kept = load_file(tmp_path / "task-002" / "learner.safetensors")
-    assert all(torch.equal(kept[k], v) for k, v in learner.memory().items())
+    assert all(torch.equal(kept[k], v) for k, v in learner.learnt_state().items())
 
 
 def test_the_features_are_no_part_of_the_learner(lab: Any, tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_the_features_are_no_part_of_the_learner(lab: Any, tmp_path: Path) -> No
     folder = tmp_path / "task-002"
     assert summary["stored_bytes"] == (folder / "learner.safetensors").stat().st_size
     assert not any("features" in name for name in load_file(folder / "learner.safetensors"))
-    assert set(checkpoint.whole(tmp_path)[2].manifest["sha256"]) == {"learner.safetensors", drift.FILE, TAUGHT}
+    assert set(checkpoint.whole(tmp_path)[2].manifest["sha256"]) == {"learner.safetensors", drift.FEATURES, TAUGHT}
 
 
 @pytest.mark.parametrize("method", ["inflora(rank=2)", "finetune"])
@@ -146,7 +146,7 @@ def test_a_stopped_run_measures_the_same_drift(method: str, lab: Any, content_of
     lab.run(method, tmp_path / "unbroken")
     lab.broken_run(method, tmp_path / "broken", (0, 3), (0, None), (1, 3), (1, None), save_every=2)
     unbroken = content_of(tmp_path / "unbroken")
-    assert sum(drift.FILE in name and ":" not in name for name in unbroken) == 3
+    assert sum(drift.FEATURES in name and ":" not in name for name in unbroken) == 3
     assert content_of(tmp_path / "broken") == unbroken
 
 
@@ -154,12 +154,12 @@ def test_damaged_features_are_refused_by_name_before_anything_is_learnt(lab: Any
     lab.run("lora(rank=2)", tmp_path)
     for name in ("task-002", "summary.json"):
         (tmp_path / name).rename(tmp_path / f"old {name}")
-    path = tmp_path / "task-000" / drift.FILE
+    path = tmp_path / "task-000" / drift.FEATURES
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(DamagedCheckpoint, match=rf"task-000/{drift.FILE} is damaged: .* restore it, or remove"):
+    with pytest.raises(DamagedCheckpoint, match=rf"task-000/{drift.FEATURES} is damaged: .* restore it, or remove"):
         resume(tmp_path)
     path.unlink()
-    with pytest.raises(DamagedCheckpoint, match=rf"task-000/{drift.FILE} is missing: restore it, or remove"):
+    with pytest.raises(DamagedCheckpoint, match=rf"task-000/{drift.FEATURES} is missing: restore it, or remove"):
         resume(tmp_path)
     assert not (tmp_path / "task-002").exists()
 
@@ -169,7 +169,7 @@ def test_what_cannot_be_compared_has_no_row(lab: Any, tmp_path: Path) -> None:
     learner, features = lab.teach(lab.learner("lora(rank=2)"), [first]), drift.Drift([])
 
     def measured(*tasks: Task) -> list[int | None]:
-        tests = [replace(task, test=learner.features_of(task.test)) for task in tasks if len(task.test)]
+        tests = [replace(task, test=learner.cache.features([task.test])[0]) for task in tasks if len(task.test)]
         return [row.on for row in features.measure(learner, tasks[-1], tests)]
 
     assert measured(first) == []

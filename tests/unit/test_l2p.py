@@ -108,7 +108,7 @@ def test_scores_depend_on_the_company_an_image_keeps_only_where_the_batch_votes(
 def test_recorded_queries_equal_recomputed_ones(lab: Any) -> None:
     learner, task, _ = grown(lab)
     data = task.train
-    recorded = learner.recorded(data).__getitems__(range(len(data)))["query"]
+    recorded = learner.cache.precomputed(data).__getitems__(range(len(data)))["query"]
     fit_task(learner, task, lab.train_config())  # whatever is learnt meanwhile
     assert torch.equal(recorded, query(learner, data.__getitems__(range(len(data)))))
     for size in (1, 3):
@@ -126,7 +126,7 @@ def test_a_step_and_a_later_evaluation_encode_each_image_once(lab: Any) -> None:
     for passes in (2, 1, 1):
         encoded.clear()
         with learner.inference():
-            data = learner.encoded(task.test, keep=True)
+            data = learner.cache.test(task.test)
             for batch in learner.batches(data, 4):
                 learner(batch)
         assert sum(encoded) == passes * len(task.test)
@@ -160,7 +160,7 @@ def test_without_a_pull_keys_stay_where_they_start(lab: Any) -> None:
     before = learner.method.of("vision").keys.detach().clone()
     fit_task(learner, task, lab.train_config())
     assert torch.equal(learner.method.of("vision").keys, before)
-    assert "method.towers.vision.keys" in learner.memory()
+    assert "method.towers.vision.keys" in learner.learnt_state()
 
 
 def test_training_draws_keys_to_the_queries(lab: Any) -> None:

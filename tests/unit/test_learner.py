@@ -61,7 +61,7 @@ def test_inference_restores_mode_and_weights_even_after_an_error(lab: Any) -> No
 
 
 def test_memory_holds_what_was_learnt_and_no_frozen_weight(lab: Any) -> None:
-    names = {spec: set(lab.taught(spec).memory()) for spec in ("probe", "lora(rank=2)", "finetune")}
+    names = {spec: set(lab.taught(spec).learnt_state()) for spec in ("probe", "lora(rank=2)", "finetune")}
     assert names["probe"] == {f"objective.heads.{i}.{n}" for i in range(3) for n in ("weight", "bias")}
     assert not any(name.startswith("backbone.") for name in names["lora(rank=2)"])
     assert {n for n in names["finetune"] if n.startswith("backbone.")} == {
@@ -87,9 +87,9 @@ def test_features_equal_the_backbones_in_order(lab: Any) -> None:
 
 def test_views_are_at_most_so_many_different_images(lab: Any) -> None:
     learner, data = lab.learner("probe"), lab.stream().tasks[0].train
-    images = torch.cat([batch["image"] for batch in learner.views(data, 10, "look", size=4)])
+    images = torch.cat([batch["image"] for batch in learner.training_views(data, 10, "look", size=4)])
     assert len(images) == len(torch.unique(images.flatten(1), dim=0)) == 10
-    again = torch.cat([batch["image"] for batch in learner.views(data, 10, "look", size=4)])
+    again = torch.cat([batch["image"] for batch in learner.training_views(data, 10, "look", size=4)])
     assert torch.equal(images, again)
 
 
@@ -128,7 +128,7 @@ def test_in_bfloat16_the_updates_of_ten_tasks_are_summed_in_float32_and_rounded_
     learner, pretrained = bench.learner(spec), bench.backbone()
     learner.precision = torch.bfloat16
     bench.teach(learner, bench.stream(), epochs=1)
-    learner.settle()
+    learner.prepare()
     wholes = {name: layer.weight.clone() for name, layer in pretrained.named_modules() if isinstance(layer, nn.Linear)}
     for site, adapter, part in updates(learner.backbone):
         update = adapter.delta(part, branches=False)
@@ -146,5 +146,5 @@ def test_in_bfloat16_who_asks_before_the_first_task_changes_nothing_of_what_is_l
         learner.precision = torch.bfloat16
     with learners[1].inference():
         learners[1].encode(lab.stream().tasks[0].test.__getitems__(range(8)))
-    plain, asked = (lab.teach(learner, lab.stream(), epochs=1).memory() for learner in learners)
+    plain, asked = (lab.teach(learner, lab.stream(), epochs=1).learnt_state() for learner in learners)
     assert [name for name in plain if not torch.equal(plain[name], asked[name])] == []

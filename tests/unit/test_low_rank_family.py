@@ -36,7 +36,7 @@ def shake(learner: Core) -> None:
 
 def beside(learner: Core, images: Batch) -> Tensor:
     """Features as training computes them, the open branch beside the layers."""
-    learner.settle()
+    learner.prepare()
     with torch.no_grad():
         return learner.encode(images).clone()
 
@@ -49,13 +49,13 @@ def folded(learner: Core, images: Batch) -> Tensor:
 def open_task(learner: Core, task: Task) -> None:
     learner.grow(task)
     learner.train()
-    learner.settle()
+    learner.prepare()
     learner.method.begin_task(learner, task)
 
 
 def close_task(learner: Core, task: Task) -> None:
     learner.method.end_task(learner, task)
-    learner.settle()
+    learner.prepare()
     learner.learnt += 1
 
 
@@ -84,7 +84,7 @@ def test_a_penalty_of_strength_0_is_lora_per_task_bit_for_bit(name: str, lab: An
     def learnt(spec: str) -> dict[str, Tensor]:
         learner = lab.taught(spec)
         learner.learnt = 3
-        kept = {k: v for k, v in learner.memory().items() if "rows" not in k}
+        kept = {k: v for k, v in learner.learnt_state().items() if "rows" not in k}
         return kept | {"features": learner.features(data)[0]}
 
     plain, free, held = (

@@ -32,7 +32,7 @@ def answers(learner: Core, lwf: LwF, task: Task) -> tuple[torch.Tensor, torch.Te
     batch = whole(task)
     with torch.no_grad():
         features = learner.encode(batch)
-        penalty = lwf.penalty(learner, learner.noted(batch), features)
+        penalty = lwf.penalty(learner, learner.cache.complete(batch), features)
         return penalty, lwf.teacher(learner, batch)["scores"], learner.objective.scores(features)
 
 
@@ -137,9 +137,11 @@ def test_recorded_scores_are_what_the_teacher_says_at_any_time(lab: Any) -> None
     task = stream.tasks[1]
     learner.grow(task)
     learner.train()
-    learner.settle()
+    learner.prepare()
     learner.method.begin_task(learner, task)
-    kept = learner.recorded(learner.prefixed(task.train)).__getitems__(range(len(task.train)))["lwf/scores"]
+    kept = learner.cache.precomputed(learner.cache.lower_blocks(task.train)).__getitems__(range(len(task.train)))[
+        "lwf/scores"
+    ]
     lab.descend(learner, task, steps=0)
     optimizer = torch.optim.Adam(learner.trainable().values(), 2e-2)
     for _ in range(4):
@@ -154,15 +156,17 @@ def test_recorded_scores_are_what_the_teacher_says_at_any_time(lab: Any) -> None
 
 def test_replayed_images_are_distilled_with_the_new_ones(lab: Any) -> None:
     learner, task, lwf = begun(lab, "lora(rank=2) + lwf + replay(size=12)")
-    kept = learner.recorded(task.train)
+    kept = learner.cache.precomputed(task.train)
     batch = learner.method.batch(learner, kept.__getitems__(range(8)))
     assert set(batch["label"].tolist()) - set(task.classes)
-    torch.testing.assert_close(batch["lwf/scores"], lwf.teacher.ask(learner, batch)["lwf/scores"])
+    torch.testing.assert_close(batch["lwf/scores"], lwf.teacher.ask(learner, batch)["scores"])
 
 
 def test_the_order_of_the_sum_does_not_matter_even_where_the_rank_is_chosen(lab: Any) -> None:
     one, other = (lab.taught(spec) for spec in ("lwf + inflora(ranks=(1, 2, 4))", "inflora(ranks=(1, 2, 4)) + lwf"))
-    a, b = (dict(zip(sorted(m), map(m.get, sorted(m)), strict=True)) for m in (one.memory(), other.memory()))
+    a, b = (
+        dict(zip(sorted(m), map(m.get, sorted(m)), strict=True)) for m in (one.learnt_state(), other.learnt_state())
+    )
     heads = [key for key in a if key.startswith("objective.")]
     assert heads
     assert all(torch.equal(a[key], b[key]) for key in heads)

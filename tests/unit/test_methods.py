@@ -81,7 +81,7 @@ def test_replay_keeps_old_classes_alive(lab: Any) -> None:
     def right(method: str) -> float:
         learner = bench.taught(method)
         with learner.inference():
-            answers = torch.cat([learner.answers(each).argmax(1) for each in data])
+            answers = torch.cat([learner.scores_of(each).argmax(1) for each in data])
         return float((answers == torch.cat([each.labels for each in data])).float().mean())
 
     assert right("lora(rank=2) + replay(size=30, selection='class_balanced')") > right("lora(rank=2)") + 0.1
@@ -117,7 +117,7 @@ def test_without_the_mask_the_head_collapses_onto_the_last_task(mask: bool, coll
     bench = lab.but(per_class=16, epochs=6)
     learner, stream = bench.taught(f"finetune(mask={mask})"), bench.stream()
     with learner.inference():
-        answers = torch.cat([learner.answers(task.test).argmax(1) for task in stream.tasks[:2]])
+        answers = torch.cat([learner.scores_of(task.test).argmax(1) for task in stream.tasks[:2]])
     share_of_last = float((answers >= 4).float().mean())
     assert (share_of_last > 0.95) == collapses
 

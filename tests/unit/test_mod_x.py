@@ -58,7 +58,7 @@ def test_the_penalty_is_the_divergence_of_rows_that_the_old_model_had_right(temp
         old = F.normalize(images, dim=1) @ F.normalize(texts[rows, places], dim=1).T
         features = learner.encode(batch)
         new = F.normalize(features, dim=1) @ F.normalize(learner.objective.shown(batch)[0], dim=1).T
-        penalty = part.penalty(learner, learner.noted(batch), features)
+        penalty = part.penalty(learner, learner.cache.complete(batch), features)
     assert rows.tolist() == list(range(8))
     there, wrong = by_hand(old, new, rows.tolist(), temperature)
     back, wrong_back = by_hand(old.T, new.T, rows.tolist(), temperature)

@@ -81,7 +81,9 @@ def test_experts_that_learnt_from_the_mlps_input_go_on_with_it(lab: Any, monkeyp
     old = lab.learner("moe_adapters(known=1.0, scale=1.0)")
     for task in learner.tasks:
         old.grow(task)
-    old.load_state_dict({k: v for k, v in learner.memory().items() if not k.endswith("before_norm")}, strict=False)
+    old.load_state_dict(
+        {k: v for k, v in learner.learnt_state().items() if not k.endswith("before_norm")}, strict=False
+    )
     seen: dict[str, torch.Tensor] = {}
     first = old.backbone.get_submodule("vision.blocks.0.mlp.fc1")
     first.register_forward_pre_hook(lambda _m, args: seen.update(mlp=args[0].mean(1)))

@@ -108,7 +108,7 @@ def test_permuted_class_ids_learn_the_same_function(lab: Any) -> None:
         lab.teach(one, [each])
         classes = tuple(renamed[c] for c in each.classes)
         lab.teach(other, [Task(each.index, each.name, classes, each.names, each.total, Renamed(each.train))])
-    a, b = one.memory(), other.memory()
+    a, b = one.learnt_state(), other.learnt_state()
     assert [k for k in a if not torch.equal(a[k], b[k])] == []
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from perdure.core.caching import Cache
 from perdure.core.learner import Core
 from perdure.streams import build_stream
 from perdure.training.config import make_backbone, make_method, make_objective
@@ -26,14 +27,14 @@ def test_features_from_a_kept_state_equal_those_from_the_image(backbone: str, bl
         torch.nn.init.normal_(adapter.up[0], std=0.1)
     data = core.task.train
     plain = data.__getitems__(range(8))
-    kept = core.prefixed(data).__getitems__(range(8))
-    assert ("hidden" in kept) == (constant > 0)
+    kept = core.cache.lower_blocks(data).__getitems__(range(8))
+    assert ("lower_blocks" in kept) == (constant > 0)
     torch.testing.assert_close(core.encode(kept), core.encode(plain), rtol=0, atol=0)
 
 
 def test_blocks_below_the_entry_are_not_computed_and_come_back() -> None:
     core = learner("tiny(depth=3)", "lora(blocks='2')")
-    kept = core.prefixed(core.task.train).__getitems__([0, 1])
+    kept = core.cache.lower_blocks(core.task.train).__getitems__([0, 1])
     called: list[int] = []
     for number, name in enumerate(core.backbone.blocks()):
         inner = core.backbone.get_submodule(name).get_submodule("norm1")
@@ -49,16 +50,16 @@ def test_training_on_kept_states_changes_nothing(method: str, monkeypatch: pytes
     config = TrainConfig(epochs=2, batch_size=16, lr=1e-2)
     with_kept, without = learner("tiny()", method), learner("tiny()", method)
     fit_task(with_kept, with_kept.task, config)
-    monkeypatch.setattr(Core, "prefixed", lambda _core, data: data)
+    monkeypatch.setattr(Cache, "lower_blocks", lambda _cache, data: data)
     fit_task(without, without.task, config)
-    for name, value in with_kept.memory().items():
-        torch.testing.assert_close(value, without.memory()[name], rtol=0, atol=0, msg=name)
+    for name, value in with_kept.learnt_state().items():
+        torch.testing.assert_close(value, without.learnt_state()[name], rtol=0, atol=0, msg=name)
 
 
 def test_replayed_examples_get_their_state_too() -> None:
     core = learner("tiny(depth=3)", "lora(blocks='2') + replay(size=8)")
     fit_task(core, core.task, TrainConfig(epochs=2, batch_size=16))
-    batch = core.prefixed(core.task.train).__getitems__(range(4))
+    batch = core.cache.lower_blocks(core.task.train).__getitems__(range(4))
     mixed = core.method.batch(core, batch)
-    assert mixed["hidden"].shape[0] == 8
+    assert mixed["lower_blocks"].shape[0] == 8
     torch.testing.assert_close(core.encode(mixed), core.encode({"image": mixed["image"]}), rtol=1e-6, atol=1e-6)

@@ -11,6 +11,7 @@ from perdure.adapters.prompt_tokens import PromptTokens
 from perdure.backbones.preprocess import Preprocess
 from perdure.backbones.timm import Timm
 from perdure.backbones.tiny import Tiny
+from perdure.core.caching import Cache
 from perdure.core.learner import Core
 from perdure.training.config import make_backbone, make_method, make_objective
 from perdure.training.loop import TrainConfig, fit_task
@@ -75,10 +76,10 @@ def test_training_above_kept_blocks_changes_nothing(blocks: str, monkeypatch: py
         learner.grow(lab.stream().tasks[0])
         assert learner.constant_blocks == int(blocks[0])
         fit_task(learner, learner.task, TrainConfig(epochs=2, batch_size=8, lr=1e-2))
-        return learner.memory()
+        return learner.learnt_state()
 
     kept = taught()
-    monkeypatch.setattr(Core, "prefixed", lambda _core, data: data)
+    monkeypatch.setattr(Cache, "lower_blocks", lambda _cache, data: data)
     plain = taught()
     assert [name for name in plain if not torch.equal(kept[name], plain[name])] == []
 

@@ -144,18 +144,18 @@ def test_the_regression_is_solved_once_for_many_batches(lab: Any, monkeypatch: p
     original = type(learner.method)._solve
     monkeypatch.setattr(type(learner.method), "_solve", lambda *args: solved.append(1) or original(*args))
     with learner.inference():
-        learner.answers(data, 1)
-        learner.answers(data, 2)
+        learner.scores_of(data, 1)
+        learner.scores_of(data, 2)
     assert len(solved) <= 1
-    learner.load_state_dict(learner.memory(), strict=False)
+    learner.load_state_dict(learner.learnt_state(), strict=False)
     with learner.inference():
-        learner.answers(data, 1)
+        learner.scores_of(data, 1)
     assert len(solved) <= 2
 
 
 def test_the_state_is_one_triangle_and_a_sum_for_each_class(lab: Any) -> None:
     learner = lab.taught("ranpac(dim=40)")
-    held = {k: v for k, v in learner.memory().items() if k.startswith("method.")}
+    held = {k: v for k, v in learner.learnt_state().items() if k.startswith("method.")}
     assert sum(v.nbytes for v in held.values()) == 40 * 41 // 2 * 4 + 6 * 40 * 4 + 4
     gram = unpack(learner.method.held["gram"])
     assert torch.equal(gram, gram.T)

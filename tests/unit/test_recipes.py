@@ -5,16 +5,17 @@ import re
 import shlex
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
 import tyro
 
 from perdure.cli.commands import COMMANDS, Run
-from perdure.experiments.recipes import Table, expand, flags, published, recipe, recipes
+from perdure.experiments.recipes import expand, published, recipe, recipes
 from perdure.options.spec import build, parse, parse_one
 from perdure.streams import STREAMS
-from perdure.training.config import RunConfig, make_method, make_objective
+from perdure.training.config import RunConfig, flags, make_method, make_objective
 
 PAGE = (Path(__file__).parents[2] / "docs/published.md").read_text(encoding="utf-8")
 EVERY = published()
@@ -37,10 +38,10 @@ def test_a_recipe_can_be_built_and_its_text_says_what_it_is(name: str) -> None:
     options = dict(parse_one(config.backbone).kwargs)  # not built: that would read weights
     if name == "demo":
         return
-    family, data = next((f, d) for n, f in EVERY.families.items() for d in f.rows if f"{n}_{d}" == name)
-    table, score = EVERY.tables[family.table], family.rows[data].score
-    assert options == {"name": table.tag, "input_norm": "none"}
-    assert f'Backbone: `{table.tag}` (timm), input_norm="none"' in text
+    family, data = next((f, d) for n, f in EVERY["families"].items() for d in f["rows"] if f"{n}_{d}" == name)
+    table, score = EVERY["tables"][family["table"]], family["rows"][data].get("score", "")
+    assert options == {"name": table["tag"], "input_norm": "none"}
+    assert f'Backbone: `{table["tag"]}` (timm), input_norm="none"' in text
     assert (config.batch_size, config.augment, config.objective) == (128, "zoom", "classify()")
     for command in (r"^Command: `(perdure run --recipe .*?)`", r"^    (perdure run .*)$"):
         (line,) = re.findall(command, text, re.M)
@@ -57,7 +58,7 @@ def test_a_recipe_can_be_built_and_its_text_says_what_it_is(name: str) -> None:
     row = [f"`{name}`", f"`{config.method}`", score or "none"]
     (listed,) = (
         line
-        for line in PAGE.partition(f"Block {family.table}:")[2].partition("\n## ")[0].splitlines()
+        for line in PAGE.partition(f"Block {family['table']}:")[2].partition("\n## ")[0].splitlines()
         if f"`{name}`" in line
     )
     cells = [cell.strip() for cell in listed.strip("|").split("|")]
@@ -66,14 +67,14 @@ def test_a_recipe_can_be_built_and_its_text_says_what_it_is(name: str) -> None:
 
 def test_the_page_has_no_other_presets() -> None:
     assert sorted(re.findall(r"^\| `(\w+)` \|", PAGE, re.M)) == sorted(recipes().keys() - {"demo"})
-    assert not recipes().keys() & EVERY.gone
+    assert not recipes().keys() & set(EVERY["gone"])
 
 
-@pytest.mark.parametrize("table", EVERY.tables.values(), ids=EVERY.tables)
-def test_timm_has_weights_of_that_tag_and_resizes_as_the_page_says(table: Table) -> None:
-    facts = timm.get_pretrained_cfg(table.tag)
+@pytest.mark.parametrize("table", EVERY["tables"].values(), ids=EVERY["tables"])
+def test_timm_has_weights_of_that_tag_and_resizes_as_the_page_says(table: dict[str, Any]) -> None:
+    facts = timm.get_pretrained_cfg(table["tag"])
     assert facts is not None
-    assert facts.tag == table.tag.partition(".")[2]
+    assert facts.tag == table["tag"].partition(".")[2]
     assert (facts.input_size, int(224 / facts.crop_pct), facts.mean, facts.std) == (
         *((3, 224, 224), 248),
         *((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
@@ -142,4 +143,9 @@ def test_other_command_lines_stay_as_they_are(line: str) -> None:
 
 
 def test_flags_are_those_that_differ_from_the_defaults() -> None:
-    assert flags(RunConfig(stream="a(b=1)", weight_decay=0.5)) == ["--weight-decay", "0.5", "--stream", "a(b=1)"]
+    assert flags(RunConfig(stream="a(b=1)", weight_decay=0.5).describe()) == [
+        "--weight-decay",
+        "0.5",
+        "--stream",
+        "a(b=1)",
+    ]

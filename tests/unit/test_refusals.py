@@ -139,7 +139,6 @@ FORESEEN = {
         ),
         r"'\d-4' is outside 0-1": "prompt(deep=True, blocks='1-4') | dualprompt(blocks='2-4')",
         r"^blocks='1-1' and general_blocks='0-1' share vision.blocks.1: ": "dualprompt(general_blocks='0-1')",
-        r"^layers\(last=9\): expected 1 to 2, the blocks of tiny": "layers(last=9)",
         r"^align\(rank=17\): expected 1 to 16, the size of the features$": "align(covariance='lowrank', rank=17)",
         r" has no text tower; it has: vision": "finetune(tower='text') | prefix(tower='text')",
         r"^size=5: icarl answers by exemplars, .* for each of 6 classes": "lora(rank=2) + icarl(size=5)",
@@ -188,7 +187,6 @@ FORESEEN = {
         ),
     },
     "zeroshot": {
-        r"class names cannot be compared with: use --objective classify, or add ncm": "layers(last=1)",
         r"^align re-trains heads, and this objective has none: use --objective class": "align",
         r"^objective 'zeroshot' has no option 'cosine'": "lora + cosine",
         r"^task 1: zscl has no effect where no part trains the encoder any more": "lora(rank=2, tasks=1) + zscl",
@@ -207,7 +205,7 @@ FORESEEN = {
         r"tower='both' has no effect beside the part that trains the": "lora(tower='both') + joint(tower='both')",
     },
     "retrieve": {
-        r"needs classes, and retrieve learns captions: leave it out of .* --objective classify or zeroshot$": (
+        r"needs classes( or conversations)?, and retrieve learns captions: leave it out .* classify or zeroshot$": (
             "ncm | probe + align | ranpac | lora + derpp | finetune + icarl"
         ),
         r"^task 1: mod_x has no effect where no part trains the encoder any": "lora(rank=2, tasks=1) + mod_x",

@@ -45,7 +45,7 @@ def test_only_old_images_are_changed(augment: str, lab: Any) -> None:
 def test_changed_images_are_encoded_anew_where_features_stand_for_images(lab: Any) -> None:
     learner, _ = begun(lab, "probe + replay(size=9, augment='flip')")
     plain, images = begun(lab, "lora(rank=2) + replay(size=9, augment='flip')")
-    new = learner.encoded(learner.task.train).__getitems__(range(8))
+    new = learner.cache.of(learner.task.train).__getitems__(range(8))
     batch, seen = learner.method.batch(learner, new), plain.method.batch(plain, images)
     assert batch.keys() == {"features", "label"}
     torch.testing.assert_close(batch["features"], lab.backbone()(seen), rtol=1e-5, atol=1e-5)
@@ -53,7 +53,7 @@ def test_changed_images_are_encoded_anew_where_features_stand_for_images(lab: An
 
 def test_what_is_constant_is_computed_once_a_task(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     learner, _ = begun(lab, "probe + replay(size=9)")
-    new = learner.encoded(learner.task.train).__getitems__(range(8))
+    new = learner.cache.of(learner.task.train).__getitems__(range(8))
     encoded: list[int] = []
     forward = learner.backbone.forward
     monkeypatch.setattr(learner.backbone, "forward", lambda b: encoded.append(len(b["label"])) or forward(b))

@@ -9,7 +9,6 @@ import pytest
 from torch.nn import functional as F
 
 from perdure import metrics
-from perdure.core.learner import Core
 from perdure.evaluation.zero_shot_retention import Retention, kept
 from perdure.objectives.zeroshot import class_texts
 from perdure.reporting.report import write_report
@@ -17,7 +16,6 @@ from perdure.reporting.runs import RunResults
 from perdure.reporting.tables import markdown, tabulate
 from perdure.storage.files import write_sealed
 from perdure.streams import build_stream
-from perdure.training.config import make_method, make_objective
 from perdure.training.run import resume, run
 from perdure.types import Row
 
@@ -97,10 +95,10 @@ def test_two_data_sets_of_one_name_are_told_apart(bench: Any) -> None:
 def test_retention_without_texts_or_with_other_features_is_refused(lab: Any, bench: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^retain=.*needs a text tower, which tiny"):
         run(lab.config("probe", retain=(HELD,)), tmp_path / "a")
-    wide = Core(bench.backbone(), make_objective("classify"), make_method("layers"))
-    wide.grow(bench.stream().tasks[0])
-    with pytest.raises(ValueError, match=r"^retain has no meaning with 'layers'"):
-        Retention((HELD,), wide).measure(wide, 0)
+    with pytest.raises(
+        ValueError, match=r"^retain=.*tiny\(.*layers=1\) gives features that texts cannot be compared wi"
+    ):
+        Retention((HELD,), bench.but(layers=1).learner("ncm"))
 
 
 SEQUENCE = "sequence(synthetic(classes_per_task=3), synthetic(classes_per_task=2, noise=0.5))"

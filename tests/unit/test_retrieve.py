@@ -87,7 +87,7 @@ def test_recorded_captions_equal_encoded_ones_and_are_recorded_only_where_the_te
     for method, recorded in (("lora(rank=2)", True), ("lora(rank=2, tower='both')", False), ("finetune", True)):
         learner = bench.learner(method)
         learner.grow(task)
-        kept = learner.recorded(data)
+        kept = learner.cache.precomputed(data)
         assert isinstance(kept, Encoded) == recorded
         batch = kept.__getitems__([3, 0, 5])
         assert ("captions" in batch) == recorded
@@ -128,10 +128,10 @@ def test_importance_of_pairs_is_that_of_a_loop(method: str, bench: Any) -> None:
     bench.close(learner, task)
     part = list(learner.method)[1]
     purpose = "fisher" if method == "ewc" else "importance"
-    views = next(learner.views(task.train, 5, purpose))
+    views = next(learner.training_views(task.train, 5, purpose))
     alone = [learner.objective.example(views, i) for i in range(5)]
     assert len({tuple((one["text"][0, :, 0] > 0).tolist()) for one in alone}) > 1  # unlike captions of unlike images
-    others = next(learner.views(task.train, 64, f"{purpose} company"))
+    others = next(learner.training_views(task.train, 64, f"{purpose} company"))
     assert len(others["pair"]) > 5
     others = {name: value.detach() for name, value in learner.objective.competitors(learner, others).items()}
     total = {name: torch.zeros_like(p) for name, p in learner.shared().items()}
@@ -243,7 +243,8 @@ def test_replayed_pairs_are_negatives_of_new_ones(bench: Any) -> None:
 
 def test_lwf_at_strength_zero_is_plain_training_bit_for_bit(bench: Any) -> None:
     plain, held = (
-        bench.taught(m).memory() for m in ("lora(rank=2, tower='both')", "lora(rank=2, tower='both') + lwf(strength=0)")
+        bench.taught(m).learnt_state()
+        for m in ("lora(rank=2, tower='both')", "lora(rank=2, tower='both') + lwf(strength=0)")
     )
     of = lambda memory: {k.replace("method.parts.0.", "method."): v for k, v in memory.items()}  # noqa: E731
     assert all(torch.equal(value, of(plain)[key]) for key, value in of(held).items() if key in of(plain))

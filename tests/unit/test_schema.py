@@ -11,7 +11,7 @@ from perdure.core.checkpoint import read_record
 from perdure.evaluation import search_examples as examples
 from perdure.reporting.runs import steps_of
 from perdure.storage import schema
-from perdure.streams.captions import read_listings
+from perdure.streams.captions import read_tables
 from perdure.streams.columns import classes_file
 from perdure.streams.karpathy import _json, _largest_objects
 
@@ -22,7 +22,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "classes.json": lambda file: classes_file(file.parent, "label"),
     "dataset_coco.json": _json,
     "instances_train.json": lambda file: _largest_objects(file.parent),
-    "train.jsonl": lambda file: read_listings(file.parent, "image"),
+    "train.jsonl": lambda file: read_tables(file.parent, "image"),
 }
 
 
@@ -44,12 +44,12 @@ def test_examples_of_another_form_are_named(tmp_path: Path, lab: Any) -> None:
         ({"queries": [query | {"pair": "3"}], "pictures": {}}, r"queries\[0\].pair: expected int, got str"),
         ({"queries": [query], "pictures": {"3": "AA=="}}, "it has no picture of 4"),
     ):
-        (tmp_path / examples.FILE).write_text(json.dumps(schema.sealed(content)) + "\n")
+        (tmp_path / examples.EXAMPLES).write_text(json.dumps(schema.sealed(content)) + "\n")
         with pytest.raises(schema.Damaged, match=rf"examples\.json is damaged: .*{said}"):
-            examples.read(tmp_path)
-    (tmp_path / examples.FILE).write_text(json.dumps({"queries": [], "pictures": {}}))
+            examples.read_examples(tmp_path)
+    (tmp_path / examples.EXAMPLES).write_text(json.dumps({"queries": [], "pictures": {}}))
     with pytest.raises(schema.Damaged, match=r"examples\.json is damaged: its content does not match its seal"):
-        examples.read(tmp_path)
+        examples.read_examples(tmp_path)
 
 
 def test_a_seal_does_not_depend_on_layout_and_tells_every_change() -> None:

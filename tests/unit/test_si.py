@@ -11,7 +11,7 @@ from perdure.types import Task
 def walk(learner: Any, task: Task, steps: int, lr: float, **sgd: Any) -> tuple[dict[str, torch.Tensor], list[float]]:
     """-Σ g Δθ with the gradient of the task's own loss, asked for by itself, and those losses."""
     learner.train()
-    learner.settle()
+    learner.prepare()
     learner.method.begin_task(learner, task)
     params = learner.trainable()
     optimizer = torch.optim.SGD(params.values(), lr, **sgd)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from perdure.experiments.step_cost import PLAIN, TURN, Contestant, measure, ratio
+from perdure.experiments.step_cost import PLAIN, TURN, TimedLearner, measure_steps, ratio
 from perdure.training.runtime import Runtime
 
 RUNTIME = Runtime("cpu", "fp32", "sdpa", 1)
@@ -23,8 +23,8 @@ class Told:
 
 
 def test_frozen_features_cost_a_fraction_of_plain_lora_and_a_step_is_of_the_second_task(lab: Any) -> None:
-    plain = Contestant(lab.config(PLAIN), RUNTIME)
-    probe = Contestant(lab.config("probe"), RUNTIME, stream=plain.stream)
+    plain = TimedLearner(lab.config(PLAIN), RUNTIME)
+    probe = TimedLearner(lab.config("probe"), RUNTIME, stream=plain.stream)
     assert (plain.learner.task.index, plain.learner.learnt) == (1, 1)
     found = ratio(probe, plain)
     assert 0 < found["ratio"] < 0.7
@@ -36,12 +36,12 @@ def test_frozen_features_cost_a_fraction_of_plain_lora_and_a_step_is_of_the_seco
 def test_a_turn_has_equally_many_steps_every_time_however_few_images_there_are(lab: Any) -> None:
     small = lab.but(per_class=1, classes=1)
     for epochs in (1, 2):
-        one = Contestant(small.config("lora(rank=2) + replay(size=2)", epochs=epochs), RUNTIME)
+        one = TimedLearner(small.config("lora(rank=2) + replay(size=2)", epochs=epochs), RUNTIME)
         assert [len(one.turn()) for _ in range(3)] == [TURN] * 3
 
 
 def test_a_stream_of_one_task_is_measured_in_it(lab: Any) -> None:
-    one = Contestant(lab.but(tasks=1).config("lora(rank=2)"), RUNTIME)
+    one = TimedLearner(lab.but(tasks=1).config("lora(rank=2)"), RUNTIME)
     assert one.learner.task.index == 0
     assert len(one.turn()) == TURN
 
@@ -50,22 +50,22 @@ def test_what_has_no_steps_or_cannot_be_measured_says_so_and_nothing_is_measured
     lab: Any, tmp_path: Path
 ) -> None:
     told, methods = Told(), ["ncm", "inflora(rank=99)"]
-    measure(lab.config("probe"), methods, RUNTIME, tmp_path, told)
+    measure_steps(lab.config("probe"), methods, RUNTIME, tmp_path, told)
     written = json.loads((tmp_path / "steps.json").read_text())
     assert written["methods"]["ncm"] == {"ratio": None, "why": "no steps", "task": 2}
     assert written["methods"]["inflora(rank=99)"]["ratio"] is None
     assert "99" in written["methods"]["inflora(rank=99)"]["why"]
     assert (written["options"]["batch_size"], written["options"]["threads"]) == (8, 1)
-    measure(lab.config("probe"), [*methods, "nonsense"], RUNTIME, tmp_path, told)
+    measure_steps(lab.config("probe"), [*methods, "nonsense"], RUNTIME, tmp_path, told)
     assert told.methods == [*methods, "nonsense"]
-    measure(lab.config("probe", batch_size=4), ["ncm"], RUNTIME, tmp_path, told)
+    measure_steps(lab.config("probe", batch_size=4), ["ncm"], RUNTIME, tmp_path, told)
     assert told.methods[3:] == ["ncm"]
     assert json.loads((tmp_path / "steps.json").read_text())["methods"].keys() == {"ncm"}
 
 
 @pytest.mark.parametrize("method", ["lora(rank=2) + ewc(samples=8)", "inflora(rank=2)", "lora(rank=2) + joint"])
 def test_turns_leave_the_learner_fit_to_end_the_task(method: str, lab: Any) -> None:
-    one = Contestant(lab.config(method), RUNTIME)
+    one = TimedLearner(lab.config(method), RUNTIME)
     assert [len(one.turn()) for _ in range(2)] == [TURN] * 2
     learner = one.learner
     learner.method.end_task(learner, learner.task)

@@ -162,7 +162,7 @@ def test_power_two_of_a_method_takes_the_space_of_squared_moments(method: str, p
     lab.teach(learner, [first])
     sites = learner.backbone.sites_by_input("kv")
     layers = {key: learner.backbone.get_submodule(site[0].layer) for key, site in sites.items()}
-    found = second_moments(learner.perceive, layers, learner.batches(first.train, 64))
+    found = second_moments(learner.forward_towers, layers, learner.batches(first.train, 64))
     for key, moments in found.items():
         expected = Subspace.empty(16).take(moments @ moments if power == 2 else moments, 0.9)
         for name in (key, key.replace(".", "/")):

@@ -52,10 +52,10 @@ def test_a_saved_learner_loaded_answers_the_same(method: str, tmp_path: Path) ->
 
 def test_predictions_do_not_pile_up_in_memory() -> None:
     learner = taught("ncm")
-    kept = len(learner._encoded)
+    kept = len(learner.kept)
     for _ in range(3):
         learner.predict(pictures(31))
-    assert len(learner._encoded) == kept
+    assert len(learner.kept) == kept
 
 
 def test_a_folder_of_class_folders_is_learnt(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def begun(lab: Any, spec: str, where: Any) -> tuple[Core, Any, Teacher]:
     bench.teach(learner, stream.tasks[:1])
     learner.grow(stream.tasks[1])
     learner.train()
-    learner.settle()
+    learner.prepare()
     learner.method.begin_task(learner, stream.tasks[1])
     teacher = Teacher("teacher", ["features", "scores"])
     teacher.remember(learner)

@@ -22,9 +22,7 @@ from perdure.types import Task
 class Oracle(Method):
     """Reads the scores from the first pixels of each image."""
 
-    def encode(self, learner: Core, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """As always; defined, so that images are not replaced by features computed once."""
-        return super().encode(learner, batch)
+    treats = frozenset({"vision"})  # so that images are not replaced by features computed once
 
     def predict(self, learner: Core, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         return batch["image"][:, 0, 0, : len(learner.objective.classes)].float()
@@ -100,7 +98,7 @@ def test_a_batch_that_does_not_fit_is_halved() -> None:
     learner = oracle("class", [asked(*FIRST)], [(3, 1)])
     learner.method = Heavy()
     learner.method.sizes = []
-    scores = learner.answers(learner.tasks[0].test, 8)
+    scores = learner.scores_of(learner.tasks[0].test, 8)
     assert scores.tolist() == [line[:2] for line in FIRST[0]]
     assert learner.method.sizes == [4, 4, 2, 2]
 
@@ -113,7 +111,7 @@ def test_another_error_while_predicting_is_not_swallowed() -> None:
     learner = oracle("class", [asked(*FIRST)], [(3, 1)])
     learner.method = Broken()
     with pytest.raises(RuntimeError, match="shapes differ"):
-        learner.answers(learner.tasks[0].test)
+        learner.scores_of(learner.tasks[0].test)
 
 
 class Watch(Method):

@@ -37,7 +37,7 @@ def whole(task: Task) -> Batch:
 
 def penalty(learner: Core, part: ZSCL, batch: Batch) -> torch.Tensor:
     with torch.no_grad():
-        return part.penalty(learner, learner.noted(batch), learner.encode(batch))
+        return part.penalty(learner, learner.cache.complete(batch), learner.encode(batch))
 
 
 def cosines(images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:

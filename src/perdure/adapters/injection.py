@@ -2,7 +2,8 @@
 
 The pre-trained model's code and names stay as they are, adapters belong to the method, and `detach` gives the
 pre-trained weights back bit for bit. Linear updates that are finished are folded into the layer's weight, so a step
-and a prediction cost the same after any number of tasks.
+and a prediction cost the same after any number of tasks. Where weights cannot be written (quantised, or shared by
+several processes), or a second copy of them is too much, updates stay beside the layer: `Backbone.folds` is False.
 """
 
 import math
@@ -13,6 +14,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from perdure.types import Site
@@ -40,6 +42,11 @@ class Adapter(nn.Module):
             branches: with the branch in training, not only what is settled.
         """
         raise NotImplementedError
+
+    def past(self, x: Tensor, part: int) -> Tensor | None:
+        """What is settled, applied to the layer's input, where weights do not hold it; None when there is none."""
+        update = self.delta(part, branches=False)
+        return None if update is None else F.linear(x, update.to(x.dtype))
 
     def factors(self, part: int) -> tuple[Tensor, Tensor] | None:
         """All of the update as (up (fan_out, k), down (k, fan_in)), exact; None when there is none."""
@@ -79,7 +86,8 @@ class Adapters(nn.ModuleList, Generic[A]):
 class _AdaptedLayer:
     """What stands on one layer. Kept on the layer as a plain attribute: it is no part of any state."""
 
-    pretrained: Tensor
+    pretrained: Tensor | None
+    """The weight that updates are folded into; None where they stay beside it."""
     adapters: list[tuple[Adapter, int, Site]] = field(default_factory=list)
     handles: list[RemovableHandle] = field(default_factory=list)
 
@@ -88,18 +96,27 @@ _SEAT = "perdure_seat"
 _HOOKS = "perdure_hooks"
 
 
-def attach(model: nn.Module, sites: Sequence[Site], adapter: Adapter) -> None:
-    """Put `adapter` on `sites`, which read the same input; part i of the adapter goes to site i."""
+def attach(model: nn.Module, sites: Sequence[Site], adapter: Adapter, fold: bool | None = None) -> None:
+    """Put `adapter` on `sites`, which read the same input; part i of the adapter goes to site i.
+
+    Args:
+        model: the backbone.
+        sites: where.
+        adapter: what.
+        fold: whether finished updates are written into the layers' weights, for which a copy of these is kept; else
+            they are computed beside them in every step. None is as the model has it (`folds`).
+    """
+    fold = getattr(model, "folds", True) if fold is None else fold
     for part, site in enumerate(sites):
         layer = _linear(model.get_submodule(site.layer), site.layer)
         seat = getattr(layer, _SEAT, None)
         if seat is None:
             # a copy, in the precision the model came in: what is folded is always computed from it
-            seat = _AdaptedLayer(layer.weight.detach().clone())
+            seat = _AdaptedLayer(layer.weight.detach().clone() if fold else None)
             setattr(layer, _SEAT, seat)
-        whole = site.rows == (0, layer.weight.shape[0])
+        whole = site.rows == (0, layer.out_features)
         # partial, not a closure: a copied learner must call its own adapters.
-        hook = partial(_adapt, adapter, part, None if whole else site.rows)
+        hook = partial(_adapt, adapter, part, None if whole else site.rows, seat.pretrained is None)
         seat.adapters.append((adapter, part, site))
         seat.handles.append(layer.register_forward_hook(hook))
 
@@ -118,14 +135,24 @@ def _overheard(listener: Callable[[Tensor], None], _module: nn.Module, args: tup
 
 
 def _adapt(
-    adapter: Adapter, part: int, rows: tuple[int, int] | None, _layer: nn.Module, args: tuple[Any, ...], y: Tensor
+    adapter: Adapter,
+    part: int,
+    rows: tuple[int, int] | None,
+    beside: bool,
+    _layer: nn.Module,
+    args: tuple[Any, ...],
+    y: Tensor,
 ) -> Tensor | None:
     if adapter.folded:
         return None
+    own = y if rows is None else y[..., rows[0] : rows[1]]
+    new = adapter.forward(args[0], own, part)
+    if beside and (past := adapter.past(args[0], part)) is not None:
+        new = new + past
     if rows is None:
-        return adapter.forward(args[0], y, part)
+        return new
     # In place: no backward needs the output of a linear layer, and copying a fused one costs more than the update.
-    y[..., rows[0] : rows[1]] = adapter.forward(args[0], y[..., rows[0] : rows[1]], part)
+    y[..., rows[0] : rows[1]] = new
     return y
 
 
@@ -144,7 +171,7 @@ def _seats(model: nn.Module) -> Iterator[tuple[nn.Linear, _AdaptedLayer]]:
 
 def folded_into(model: nn.Module) -> Iterator[tuple[nn.Linear, Tensor]]:
     """The layers that carry adapters, whose weights `fold` writes; and their pre-trained weights, which stay."""
-    return ((layer, seat.pretrained) for layer, seat in _seats(model))
+    return ((layer, seat.pretrained) for layer, seat in _seats(model) if seat.pretrained is not None)
 
 
 def adapted(model: nn.Module) -> bool:
@@ -174,6 +201,8 @@ def fold(model: nn.Module, branches: bool) -> None:
     """
     for layer, seat in _seats(model):
         weight = layer.weight
+        if seat.pretrained is None:
+            continue
         if weight.requires_grad:
             raise ValueError(
                 "a layer is both adapted and fine-tuned: the adapter's update would be lost. Use one of the two"
@@ -186,7 +215,7 @@ def fold(model: nn.Module, branches: bool) -> None:
         weight.copy_(folded)
     for _, seat in _seats(model):
         for adapter, _, _ in seat.adapters:
-            adapter.folded = branches and adapter.folds
+            adapter.folded = branches and adapter.folds and seat.pretrained is not None
 
 
 def detach(model: nn.Module) -> None:
@@ -194,7 +223,8 @@ def detach(model: nn.Module) -> None:
     for layer, seat in list(_seats(model)):
         for handle in seat.handles:
             handle.remove()
-        layer.weight.data.copy_(seat.pretrained)
+        if seat.pretrained is not None:
+            layer.weight.data.copy_(seat.pretrained)
         delattr(layer, _SEAT)
     for block in model.modules():
         for handle in vars(block).pop(_HOOKS, ()):

@@ -46,7 +46,7 @@ class LowRank(Adapter):
             self.up = nn.ParameterList(up.detach()[:, :rank].clone() for up in self.up)
 
     @torch.no_grad()
-    def settle(self) -> None:
+    def merge(self) -> None:
         """Close the branch: its update becomes part of the past."""
         if self.down is None:
             return
@@ -69,6 +69,13 @@ class LowRank(Adapter):
             inner = inner * self.gate.to(x.dtype)
         update = F.linear(inner, self.up[part].to(x.dtype))
         return y + (update if self.scale == 1 else self.scale * update)
+
+    def past(self, x: Tensor, part: int) -> Tensor | None:
+        """See `Adapter.past`; through the factors while they are kept."""
+        if f"up/{part}" not in self.settled:
+            return super().past(x, part)
+        down, up = self.settled["down"], self.settled[f"up/{part}"]
+        return F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         known = any(key.startswith(prefix) for key in state_dict)  # else it is missing, which must be noticed
@@ -115,7 +122,7 @@ class LowRankSet(Adapters[LowRank]):
         for adapter in self:
             adapter.open()
 
-    def settle(self) -> None:
+    def merge(self) -> None:
         """Close all branches."""
         for adapter in self:
-            adapter.settle()
+            adapter.merge()

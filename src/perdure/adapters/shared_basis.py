@@ -58,7 +58,7 @@ class SharedBasis(Adapter):
         return factors[0] if factors else None
 
     @torch.no_grad()
-    def settle(self) -> None:
+    def merge(self) -> None:
         """Add the branch to the core."""
         step = self.step()
         if step is not None:

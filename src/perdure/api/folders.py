@@ -17,9 +17,9 @@ from perdure.options.paths import anchored, relocated
 from perdure.options.spec import parse
 from perdure.process import as_found, plain
 from perdure.storage import schema
-from perdure.storage.schema import Source
+from perdure.storage.schema import LessonSource
 from perdure.streams import Captioned, ImageSet, alike, build_stream, captioned_task, folder_task
-from perdure.streams.single_caption_task import COLUMN
+from perdure.streams.single_task import COLUMN
 from perdure.streams.splits import digest
 from perdure.training.config import RunConfig, former_parts
 from perdure.training.loop import Diverged, Progress, Quiet, TrainConfig
@@ -179,7 +179,7 @@ def _tasks_with_data(learner: Learner, folder: Path, done: Sequence[Checkpoint],
     return tasks
 
 
-def _again(source: Source, described: Task, learner: Learner, known: Mapping[str, int]) -> Task:
+def _again(source: LessonSource, described: Task, learner: Learner, known: Mapping[str, int]) -> Task:
     """A task with its data, read again; without when that is not what was learnt."""
     folder = Path(source["folder"])
     if not folder.exists():
@@ -210,10 +210,10 @@ def _read(
     if "classes" in learner.objective.asks:
         place = photos, learner.backbone.preprocess, known, index, skip_bad, learner.seed
         return folder_task(*place, tell, None if again else "learn")
-    return captioned_task(photos, learner.backbone.preprocess, known, index, captions, skip_bad)
+    return captioned_task(photos, learner.backbone.preprocess, known, index, captions, skip_bad, tell)
 
 
-def _source(photos: Path, task: Task, skip_bad: bool) -> Source:
+def _source(photos: Path, task: Task, skip_bad: bool) -> LessonSource:
     return {
         "folder": str(photos.resolve()),
         "skip_bad": skip_bad,
@@ -275,16 +275,16 @@ def _next(into: Path, done: Sequence[Checkpoint]) -> Path:
     return into / f"task-{done[-1].learnt if done else 0:03d}"
 
 
-def _begun(into: Path, done: Sequence[Checkpoint]) -> Source | None:
+def _begun(into: Path, done: Sequence[Checkpoint]) -> LessonSource | None:
     """The source of a lesson that has been begun and is not whole."""
     path = _next(into, done) / _SOURCE
     if not path.is_file():
         return None
     remedy = f"restore it, or remove {path.parent} to give this task up"
-    return schema.read(path, Source, remedy, "format" in read_record(into))
+    return schema.read(path, LessonSource, remedy, "format" in read_record(into))
 
 
-def _refuse_other_task(into: Path, done: Sequence[Checkpoint], source: Source) -> None:
+def _refuse_other_task(into: Path, done: Sequence[Checkpoint], source: LessonSource) -> None:
     """What was stopped within a task goes on with the same images and options only."""
     begun = _begun(into, done)
     if begun is None or checkpoint.latest_step(into, done) is None:
@@ -297,7 +297,7 @@ def _refuse_other_task(into: Path, done: Sequence[Checkpoint], source: Source) -
         )
 
 
-def _taught_last(done: Sequence[Checkpoint], source: Source) -> bool:
+def _taught_last(done: Sequence[Checkpoint], source: LessonSource) -> bool:
     """Whether the last task was learnt from these images.
 
     Raises:
@@ -315,7 +315,7 @@ def _taught_last(done: Sequence[Checkpoint], source: Source) -> bool:
     return True
 
 
-def _place_source(into: Path, index: int, source: Source) -> None:
+def _place_source(into: Path, index: int, source: LessonSource) -> None:
     begun = into / f"task-{index:03d}"
     begun.mkdir(exist_ok=True)
     checkpoint.write_sealed(begun / _SOURCE, source)

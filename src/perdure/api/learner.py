@@ -216,7 +216,7 @@ class Learner(Core):
             return []
         with self.inference():
             if classes is None:
-                names, scores = self.objective.names, self.answers(data, batch_size)
+                names, scores = self.objective.names, self.scores_of(data, batch_size)
             else:
                 names, texts = tuple(classes), class_texts(self, classes, self.objective.templates)
                 scores = self.backbone.logit_scale * self._towards(data, texts, batch_size)

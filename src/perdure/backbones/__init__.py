@@ -4,9 +4,11 @@ from collections.abc import Callable
 
 from perdure.backbones.base import Backbone
 from perdure.backbones.clip import chinese_clip, clip, dual, pocket
+from perdure.backbones.mllm import mllm
 from perdure.backbones.open_clip import open_clip
 from perdure.backbones.timm import timm
 from perdure.backbones.tiny import tiny
+from perdure.backbones.tiny_mllm import tiny_mllm
 from perdure.backbones.vision import vision
 
 BACKBONES: dict[str, Callable[..., Backbone]] = {
@@ -18,6 +20,8 @@ BACKBONES: dict[str, Callable[..., Backbone]] = {
     "dual": dual,
     "pocket": pocket,
     "tiny": tiny,
+    "mllm": mllm,
+    "tiny_mllm": tiny_mllm,
 }
 """Name in the mini-language -> factory; its signature is the list of options."""
 

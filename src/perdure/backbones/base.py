@@ -1,43 +1,26 @@
 """What every pre-trained model offers: features of a batch, and the layers that can be adapted."""
 
 import hashlib
-import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, Literal, final
+from typing import Any, Literal, Self, final
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from perdure.backbones.preprocess import Preprocess
+from perdure.backbones.sites import OneTower as OneTower
+from perdure.backbones.sites import Tower as Tower
+from perdure.backbones.sites import block_numbers, sites_in, stack_of_blocks, words_of
+from perdure.backbones.sites import named_towers as named_towers
+from perdure.options.ranges import without_effect
+from perdure.options.spec import Spec, parse_one
 from perdure.types import Batch, Site
-
-Tower = Literal["vision", "text", "both"]
-OneTower = Literal["vision", "text"]
-
-# Letter -> names, inside a block, of its linear layer in the model families we know: timm, HF vision and CLIP,
-# OpenCLIP, BERT (the text tower of Chinese-CLIP, ALIGN and dual encoders).
-_PROJECTIONS = {
-    "q": re.compile(r"(.*\.)?(q_proj|query|q)"),
-    "k": re.compile(r"(.*\.)?(k_proj|key|k)"),
-    "v": re.compile(r"(.*\.)?(v_proj|value|v)"),
-    "o": re.compile(r"(.*\.)?(out_proj|o_proj|proj|attention\.output\.dense)"),
-    "fc1": re.compile(r"(.*\.)?(fc1|up_proj|intermediate\.dense|mlp\.c_fc)"),
-    "fc2": re.compile(r"(.*\.)?(fc2|down_proj|mlp\.c_proj)|output\.dense"),
-}
-_FUSED = re.compile(r"(.*\.)?qkv")
-
 
 # Tokenizers are switched for a call, and learners share them.
 _TOKENISING = threading.Lock()
-
-
-def named_towers(tower: Tower) -> tuple[OneTower, ...]:
-    """The encoders that `tower` names, `vision` first."""
-    if tower == "both":
-        return ("vision", "text")
-    return (tower,)
 
 
 class Backbone(nn.Module):
@@ -52,6 +35,11 @@ class Backbone(nn.Module):
     spec: str
     scale: float | None = None
     """Inverse temperature of image-text scores as it was published: weights in bfloat16 would round it by 0.6 %."""
+    layers: int | None = None
+    means: bool = True
+    """How many blocks features are taken from, and what of each; see `reading`."""
+    folds: bool = True
+    """Whether finished updates are written into the weights, of which a copy is kept, see `adapters.injection`."""
     text_mask: Tensor | None = None
     """While texts are encoded: bool (n, L), which of their tokens count; None outside, and where all of them do."""
 
@@ -61,7 +49,52 @@ class Backbone(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Features (B, dim) of `batch["image"]`, uint8 (B, 3, S, S)."""
-        return self.encode_pixels(self.normalise(batch["image"]))
+        pixels = self.normalise(batch["image"])
+        return self.encode_pixels(pixels) if self.layers is None else self._tokens_of_blocks(pixels)
+
+    @final
+    def reading(self, layers: int | None, means: bool = True) -> Self:
+        """This model, whose features are now the tokens of its last `layers` vision blocks; None changes nothing.
+
+        What separates classes is not all in a pre-trained encoder's last layer, least of all for data unlike its own:
+        LayUP (Ahrens et al., TMLR 2024, arXiv:2312.08888), whose classifier is `ranpac(dim=0)`. Differs: beside each
+        block's first token (the class token where the model has one) stands, with `means`, the mean of the others, and
+        each is normalised to mean 0 and deviation 1, since blocks differ in scale by orders of magnitude.
+
+        Raises:
+            ValueError: when there are not so many blocks, or `means=False` has no effect.
+        """
+        if layers is None:
+            without_effect("without layers", means=None if means else False)
+            return self
+        if layers > (depth := len(self.blocks())):
+            raise ValueError(f"layers={layers}: expected 1 to {depth}, the blocks of {self.spec}")
+        self.layers, self.means = layers, means
+        self.dim = self.sites("q", "0")[0].fan_in * (1 + means) * layers
+        spec, more = parse_one(self.spec), () if means else (("means", False),)
+        self.spec = str(Spec(spec.name, (*spec.kwargs, ("layers", layers), *more)))
+        return self
+
+    def _tokens_of_blocks(self, pixels: Tensor) -> Tensor:
+        """Normalised tokens of the last blocks (B, dim), the lowest block first."""
+        taken: list[Tensor] = []
+
+        def take(_block: object, _args: object, output: Tensor | tuple[Tensor, ...]) -> None:
+            hidden = output if isinstance(output, Tensor) else output[0]
+            taken.extend([hidden[:, 0], hidden[:, 1:].mean(1)] if self.means else [hidden[:, 0]])
+
+        names = self.blocks()[-(self.layers or 0) :]
+        handles = [self.get_submodule(name).register_forward_hook(take) for name in names]
+        try:
+            self.encode_pixels(pixels)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return torch.cat([F.layer_norm(token.float(), token.shape[1:]) for token in taken], dim=1)
+
+    def prepare(self, batch: Batch) -> Batch:
+        """`batch` as it was read with what `forward` needs beside it, such as tokens; called on the reading thread."""
+        return batch
 
     def normalise(self, image: Tensor) -> Tensor:
         """uint8 images to the pixel values the model was trained on, in the precision of its weights."""
@@ -183,14 +216,7 @@ class Backbone(nn.Module):
 
     def _blocks(self, tower: str) -> list[str]:
         root = self.towers()[tower]
-        prefix = root + "." if root else ""
-        stacks = [
-            (name, len(stack))
-            for name, stack in self.named_modules()
-            if name.startswith(prefix) and isinstance(stack, nn.ModuleList | nn.Sequential) and _is_stack(stack)
-        ]
-        name, depth = max(stacks, key=lambda stack: stack[1], default=("", 0))
-        return [f"{name}.{i}" for i in range(depth)]
+        return [root] if tower == "projector" else stack_of_blocks(self, root)
 
     def before(self, block: int, batch: Batch) -> Tensor:
         """What vision block number `block` reads, (B, tokens, width); nothing above it is computed."""
@@ -229,19 +255,19 @@ class Backbone(nn.Module):
         """The layers that `at` names, in one notation for fused and separate projections.
 
         Args:
-            at: letters of attention projections (`q`, `k`, `v`, `o`), or `fc1`, `fc2`, `mlp` (both), joined by
-                commas: `"kv"`, `"qkvo,mlp"`.
+            at: letters of attention projections (`q`, `k`, `v`, `o`), or `fc1`, `fc2`, `gate` (where an MLP has one),
+                `mlp` (all that there are), joined by commas: `"kv"`, `"qkvo,mlp"`.
             blocks: `"0-4"`, `"0,2,11"`, counted from the bottom; all when None.
-            tower: which encoder.
+            tower: which encoder; a projector is one block.
 
         Raises:
             ValueError: when a part of the request matches nothing, or would have no effect.
         """
-        found = []
+        words, found = words_of(at), list[Site]()
         for each in named_towers(tower):
             names = self.blocks(each)
-            for i in _indices(blocks, len(names)):
-                found += [self._site(names[i], letter) for letter in _letters(at)]
+            for i in block_numbers(blocks, len(names)):
+                found += sites_in(self, names[i], words, self.spec)
         return found
 
     def norm_before(self, site: Site) -> nn.Module | None:
@@ -277,40 +303,6 @@ class Backbone(nn.Module):
             found |= {n: p for n, p in self.named_parameters() if not root or n.startswith(f"{root}.")}
         return found
 
-    def _site(self, block: str, letter: str) -> Site:
-        inside = self.get_submodule(block).named_modules()
-        linear = {name: layer for name, layer in inside if isinstance(layer, nn.Linear)}
-        key = f"{block}:{letter}"
-        read = f"{block}:qkv" if letter in "qkv" else key
-        for short, layer in linear.items():
-            name = f"{block}.{short}"
-            if _PROJECTIONS[letter].fullmatch(short):
-                if isinstance(self.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
-                    raise ValueError(
-                        f"{name} is part of nn.MultiheadAttention, which never calls it: an adapter there would have "
-                        "no effect; choose other sites, or a copy of the model that open_clip, clip or timm reads"
-                    )
-                return Site(key, name, read, layer.in_features, (0, layer.out_features))
-            if letter in "qkv" and _FUSED.fullmatch(short):
-                width, part = layer.out_features // 3, "qkv".index(letter)
-                return Site(key, name, read, layer.in_features, (part * width, (part + 1) * width))
-        have = ", ".join(linear) or "no linear layer"
-        raise ValueError(f"{self.spec}: nothing matches at={letter!r} in block {block!r}, which has: {have}")
-
-
-def _is_stack(modules: nn.Module) -> bool:
-    """Whether the children are blocks with attention, all alike: neither an MLP's layers nor a pooling head."""
-    children = list(modules.children())
-    return len({type(child) for child in children}) == 1 and all(map(_has_attention, children))
-
-
-def _has_attention(block: nn.Module) -> bool:
-    return any(
-        isinstance(module, nn.MultiheadAttention)
-        or (isinstance(module, nn.Linear) and (_FUSED.fullmatch(name) or _PROJECTIONS["q"].fullmatch(name)))
-        for name, module in block.named_modules()
-    )
-
 
 class _Reached(Exception):
     """The watched block has been reached."""
@@ -318,34 +310,3 @@ class _Reached(Exception):
 
 def _pass_on(hidden: Tensor, *_args: object, **_kwargs: object) -> Tensor:
     return hidden
-
-
-def _letters(at: str) -> list[str]:
-    letters: list[str] = []
-    for word in at.replace(" ", "").split(","):
-        if word == "mlp":
-            letters += ["fc1", "fc2"]
-        elif word in ("fc1", "fc2"):
-            letters.append(word)
-        elif word and set(word) <= set("qkvo"):
-            letters += list(word)
-        else:
-            raise ValueError(f"at={at!r}: cannot read {word!r}; write letters of qkvo, or fc1, fc2, mlp: 'kv,mlp'")
-    if len(set(letters)) < len(letters):
-        raise ValueError(f"at={at!r} names a layer twice")
-    return letters
-
-
-def _indices(blocks: str | None, depth: int) -> list[int]:
-    if blocks is None:
-        return list(range(depth))
-    chosen: list[int] = []
-    for word in str(blocks).replace(" ", "").split(","):
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", word)
-        if not match:
-            raise ValueError(f"blocks={blocks!r}: cannot read {word!r}; write '0-4' or '0,2,5'")
-        first, last = int(match[1]), int(match[2] or match[1])
-        if last >= depth or first > last:
-            raise ValueError(f"blocks={blocks!r}: {word!r} is outside 0-{depth - 1}, the blocks of this model")
-        chosen += range(first, last + 1)
-    return sorted(set(chosen))

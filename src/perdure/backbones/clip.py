@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from perdure.backbones import pretrained
 from perdure.backbones.base import Backbone, Tower, named_towers
 from perdure.backbones.preprocess import Preprocess
-from perdure.options.ranges import checked
+from perdure.options.ranges import Count, checked
 from perdure.options.spec import Spec
 
 # Trained on texts padded to full length, without a mask: anything shorter gives other embeddings.
@@ -23,7 +23,7 @@ _OWN_NAMES = {"chinese_clip": "chinese_clip", "vision-text-dual-encoder": "dual"
 
 
 @checked
-def clip(path: str, input_norm: str = "model") -> "Clip":
+def clip(path: str, input_norm: str = "model", layers: Count | None = None, means: bool = True) -> "Clip":
     """A model with image and text tower: CLIP, SigLIP and SigLIP 2, ALIGN, and others that transformers knows.
 
     Features are the projected image embeddings, not normalised to unit length. A SigLIP 2 must be one of fixed
@@ -32,11 +32,13 @@ def clip(path: str, input_norm: str = "model") -> "Clip":
     Args:
         path: hub name, or a folder with config, safetensors, tokenizer and image processor.
         input_norm: "model" for the mean and deviation of the image processor, "none" for raw pixels in [0, 1].
+        layers: features are tokens of the last so many blocks in place of the model's own, see `Backbone.reading`.
+        means: with `layers`, the mean of a block's other tokens beside its first.
 
     Raises:
         ValueError: when there is no such model, it is incomplete, or it has not both towers.
     """
-    return named("clip", path, input_norm)
+    return named("clip", path, input_norm).reading(layers, means)
 
 
 def named(name: str, path: str, input_norm: str, only: str | None = None) -> "Clip":
@@ -194,7 +196,7 @@ def read_tokenizer(folder: str) -> Any:
 
 
 @checked
-def chinese_clip(path: str, input_norm: str = "model") -> Clip:
+def chinese_clip(path: str, input_norm: str = "model", layers: Count | None = None, means: bool = True) -> Clip:
     """A Chinese-CLIP: the vision transformer of CLIP and a Chinese RoBERTa, trained on Chinese captions.
 
     Features are the projected image embeddings, not normalised to unit length.
@@ -203,11 +205,13 @@ def chinese_clip(path: str, input_norm: str = "model") -> Clip:
         path: hub name such as "OFA-Sys/chinese-clip-vit-base-patch16", or a folder with config, safetensors, tokenizer
             (vocab.txt) and image processor.
         input_norm: "model" for the mean and deviation of the image processor, "none" for raw pixels in [0, 1].
+        layers: features are tokens of the last so many blocks in place of the model's own, see `Backbone.reading`.
+        means: with `layers`, the mean of a block's other tokens beside its first.
 
     Raises:
         ValueError: when there is no such model, it is incomplete, or of another kind.
     """
-    return named("chinese_clip", path, input_norm, only="chinese_clip")
+    return named("chinese_clip", path, input_norm, only="chinese_clip").reading(layers, means)
 
 
 _KIND = "vision-text-dual-encoder"
@@ -215,7 +219,12 @@ _KIND = "vision-text-dual-encoder"
 
 @checked
 def dual(
-    path: str | None = None, vision: str | None = None, text: str | None = None, input_norm: str = "model"
+    path: str | None = None,
+    vision: str | None = None,
+    text: str | None = None,
+    input_norm: str = "model",
+    layers: Count | None = None,
+    means: bool = True,
 ) -> Clip:
     """A dual encoder: one that was saved whole, or two encoders that have never met.
 
@@ -229,13 +238,15 @@ def dual(
         vision: instead, hub name or folder of a ViT, DeiT, DINOv2, CLIP or SigLIP (its vision tower).
         text: with it, hub name or folder of a BERT, RoBERTa or CLIP (its text tower).
         input_norm: "model" for the mean and deviation of the image processor, "none" for raw pixels in [0, 1].
+        layers: features are tokens of the last so many blocks in place of the model's own, see `Backbone.reading`.
+        means: with `layers`, the mean of a block's other tokens beside its first.
 
     Raises:
         ValueError: when a model is missing, incomplete, or of a kind that cannot be a tower.
     """
     pretrained.check_norm(input_norm)
     if path is not None and vision is None and text is None:
-        return named("dual", path, input_norm, only=_KIND)
+        return named("dual", path, input_norm, only=_KIND).reading(layers, means)
     if path is not None or vision is None or text is None:
         given = {"path": path, "vision": vision, "text": text}
         shown = ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)
@@ -247,7 +258,7 @@ def dual(
     options = [("vision", seen), ("text", heard)]
     if input_norm != "model":
         options.append(("input_norm", input_norm))
-    return _pair(images, texts, str(Spec("dual", tuple(options))), input_norm)
+    return _pair(images, texts, str(Spec("dual", tuple(options))), input_norm).reading(layers, means)
 
 
 def _pair(images: str, texts: str, spec: str, input_norm: str) -> Clip:
@@ -304,9 +315,14 @@ def _unfit(which: str, folder: str, reason: str) -> ValueError:
 FOLDER = Path(__file__).parent / "pocket_clip"
 
 
-def pocket() -> Clip:
+@checked
+def pocket(layers: Count | None = None, means: bool = True) -> Clip:
     """A CLIP of 7 million parameters for images of 48 pixels; `pocket_clip/MODEL_CARD.md` says what it can do.
 
     The weights come from images that allow research use only.
+
+    Args:
+        layers: features are tokens of the last so many blocks in place of the model's own, see `Backbone.reading`.
+        means: with `layers`, the mean of a block's other tokens beside its first.
     """
-    return read(str(FOLDER), "pocket")
+    return read(str(FOLDER), "pocket").reading(layers, means)

@@ -15,7 +15,7 @@ from perdure.backbones import pretrained
 from perdure.backbones.base import Backbone, Tower
 from perdure.backbones.open_clip_attention import Attention, unpack
 from perdure.backbones.preprocess import Interpolation, Preprocess
-from perdure.options.ranges import checked
+from perdure.options.ranges import Count, checked
 from perdure.options.spec import Spec
 from perdure.storage import schema
 
@@ -25,7 +25,9 @@ WEIGHTS = "open_clip_model.safetensors"
 
 
 @checked
-def open_clip(name: str, checkpoint: str | None = None, input_norm: str = "model") -> "OpenClip":
+def open_clip(
+    name: str, checkpoint: str | None = None, input_norm: str = "model", layers: Count | None = None, means: bool = True
+) -> "OpenClip":
     """A model of the OpenCLIP library; install it with `pip install "perdure[open_clip]"`.
 
     Features are the projected image embeddings, not normalised to unit length. The name decides on the activation:
@@ -37,6 +39,8 @@ def open_clip(name: str, checkpoint: str | None = None, input_norm: str = "model
             the path of such a config; or "hf-hub:" and a hub name.
         checkpoint: a local .safetensors file with the weights; those beside the config when None.
         input_norm: "model" for the mean and deviation the weights were trained with, "none" for raw pixels in [0, 1].
+        layers: features are tokens of the last so many blocks in place of the model's own, see `Backbone.reading`.
+        means: with `layers`, the mean of a block's other tokens beside its first.
 
     Raises:
         ValueError: when the library is missing, there is no such model or file, or the weights do not fit.
@@ -52,7 +56,8 @@ def open_clip(name: str, checkpoint: str | None = None, input_norm: str = "model
         model = _create(source)
         _fill(model, source.weights)
         preprocess = _preprocess(source, model, input_norm)
-        return OpenClip(model, _tokenizer(source), preprocess, str(Spec("open_clip", tuple(options.items()))))
+        spec = str(Spec("open_clip", tuple(options.items())))
+        return OpenClip(model, _tokenizer(source), preprocess, spec).reading(layers, means)
 
 
 class OpenClip(Backbone):

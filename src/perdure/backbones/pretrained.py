@@ -1,5 +1,6 @@
 """Reading Hugging Face models from a folder or the hub: safetensors only, quietly, with errors of one line."""
 
+import hashlib
 import logging
 import re
 import zlib
@@ -112,7 +113,7 @@ def reading(path: str) -> Iterator[None]:
 
 
 def read_model(kind: Any, path: str, fresh: str = "", /, **options: Any) -> Any:
-    """The float32 model of class `kind` in `path`, with every weight read from there.
+    """The model of class `kind` in `path`, with every weight read from there; in float32, unless `dtype` is an option.
 
     Args:
         kind: a class of transformers.
@@ -123,8 +124,9 @@ def read_model(kind: Any, path: str, fresh: str = "", /, **options: Any) -> Any:
     Raises:
         ValueError: when weights are missing: random ones in their place would go unnoticed.
     """
+    options = {"dtype": torch.float32} | options
     model, found = kind.from_pretrained(
-        path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
+        path, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
     )
     absent = sorted(found["missing_keys"])
     if missing := [name for name in absent if not (fresh and name.startswith(fresh))]:
@@ -135,6 +137,21 @@ def read_model(kind: Any, path: str, fresh: str = "", /, **options: Any) -> Any:
     for name in absent:
         draw(model.get_parameter(name), name)
     return model
+
+
+def hash_of_files(folder: str) -> str:
+    """sha256 of the folder's weights, without a tensor being made of them.
+
+    A hub's copy is a link to a file that is called by its sha256, which then is not computed again.
+    """
+    digest = hashlib.sha256()
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        target = file.resolve().name
+        if not (file.is_symlink() and re.fullmatch(r"[0-9a-f]{64}", target)):
+            with file.open("rb") as opened:
+                target = hashlib.file_digest(opened, "sha256").hexdigest()
+        digest.update(f"{file.name} {target}\n".encode())
+    return digest.hexdigest()
 
 
 def draw(parameter: nn.Parameter, name: str) -> None:

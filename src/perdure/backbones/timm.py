@@ -11,7 +11,7 @@ from torch import Tensor
 from perdure.backbones import pretrained
 from perdure.backbones.base import Backbone
 from perdure.backbones.preprocess import Preprocess
-from perdure.options.ranges import checked
+from perdure.options.ranges import Count, checked
 from perdure.options.spec import Spec
 
 _HUB = "hf-hub:"
@@ -19,7 +19,9 @@ _LOCAL = "local-dir:"
 
 
 @checked
-def timm(name: str, checkpoint: str | None = None, input_norm: str = "model") -> "Timm":
+def timm(
+    name: str, checkpoint: str | None = None, input_norm: str = "model", layers: Count | None = None, means: bool = True
+) -> "Timm":
     """A model of the timm library by its name; adapters need one with transformer blocks.
 
     Features are what the model's own classifier would read: of a ViT, the class token after the last norm.
@@ -30,6 +32,8 @@ def timm(name: str, checkpoint: str | None = None, input_norm: str = "model") ->
         checkpoint: a local .safetensors file with the weights; from the folder or the hub when None.
         input_norm: "model" for the mean and deviation the weights were trained with, "none" for raw pixels in [0, 1],
             as the published results of InfLoRA used.
+        layers: features are tokens of the last so many blocks in place of the model's own, see `Backbone.reading`.
+        means: with `layers`, the mean of a block's other tokens beside its first.
 
     Raises:
         ValueError: when there is no such model or file, or the weights do not fit.
@@ -48,7 +52,8 @@ def timm(name: str, checkpoint: str | None = None, input_norm: str = "model") ->
         model = _create(name, folder)
         weights = pretrained.read_weights(file or _weights(name, folder, model))
         _fill(model, weights, str(file or name))
-        return Timm(model, _preprocess(name, model, input_norm), str(Spec("timm", tuple(options.items()))))
+        made = Timm(model, _preprocess(name, model, input_norm), str(Spec("timm", tuple(options.items()))))
+        return made.reading(layers, means)
 
 
 class Timm(Backbone):

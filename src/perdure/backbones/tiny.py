@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from perdure.backbones.base import Backbone, Tower
 from perdure.backbones.preprocess import Preprocess
-from perdure.options.ranges import Range, Seed, checked
+from perdure.options.ranges import Count, Range, Seed, checked
 from perdure.options.spec import Spec
 
 _HEADS = 4
@@ -27,6 +27,8 @@ def tiny(
     seed: Seed = 7,
     fused: bool = True,
     text: bool = False,
+    layers: Count | None = None,
+    means: bool = True,
 ) -> "Tiny":
     """A ViT of random weights, for tests: milliseconds a step, no files.
 
@@ -37,12 +39,14 @@ def tiny(
         seed: of the weights; the random state of torch is left alone.
         fused: one `qkv` layer as in timm, or `q_proj`, `k_proj`, `v_proj` as in Hugging Face; same features.
         text: add a text tower, as CLIP has.
+        layers: features are tokens of the last so many blocks in place of the model's own, see `Backbone.reading`.
+        means: with `layers`, the mean of a block's other tokens beside its first.
     """
     for name, value, unit in (("dim", dim, _HEADS), ("size", size, _PATCH)):
         if value % unit:
             raise ValueError(f"{name}={value}: expected a multiple of {unit}, for example {name}={4 * unit}")
     model = Tiny(dim, depth, size, seed, fused, text)
-    return model.eval().requires_grad_(False)
+    return model.eval().requires_grad_(False).reading(layers, means)
 
 
 class Tiny(Backbone):

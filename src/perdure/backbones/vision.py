@@ -7,7 +7,7 @@ from torch import Tensor
 from perdure.backbones import pretrained
 from perdure.backbones.base import Backbone
 from perdure.backbones.preprocess import Preprocess
-from perdure.options.ranges import checked
+from perdure.options.ranges import Count, checked
 from perdure.options.spec import Spec
 
 # `model_type` of a config -> class. Only what was checked: of a model with another layout, token 0 would be read as
@@ -31,7 +31,7 @@ _WITH_POOLER = ("vit", "deit")
 
 
 @checked
-def vision(path: str, input_norm: str = "model") -> "Vision":
+def vision(path: str, input_norm: str = "model", layers: Count | None = None, means: bool = True) -> "Vision":
     """A vision transformer: ViT, DeiT, DINOv2 and 3, or the vision tower of a CLIP or SigLIP.
 
     Features are the class token after the last norm; for CLIP the same, and for SigLIP the output of its attention
@@ -40,6 +40,8 @@ def vision(path: str, input_norm: str = "model") -> "Vision":
     Args:
         path: hub name, or a folder with config, safetensors and image processor.
         input_norm: "model" for the mean and deviation of the image processor, "none" for raw pixels in [0, 1].
+        layers: features are tokens of the last so many blocks in place of the model's own, see `Backbone.reading`.
+        means: with `layers`, the mean of a block's other tokens beside its first.
 
     Raises:
         ValueError: when there is no such model, it is incomplete, or of another kind.
@@ -53,7 +55,7 @@ def vision(path: str, input_norm: str = "model") -> "Vision":
         preprocess = pretrained.read_preprocess(folder, input_norm)
         extra = {"add_pooling_layer": False} if config.model_type in _WITH_POOLER else {}
         model = pretrained.read_model(kind, folder, **extra)
-        return Vision(model, pooled, preprocess, str(Spec("vision", options)))
+        return Vision(model, pooled, preprocess, str(Spec("vision", options))).reading(layers, means)
 
 
 class Vision(Backbone):

@@ -11,7 +11,7 @@ import tyro
 
 from perdure.cli.console import Command, Screen
 from perdure.formatting import human_bytes, share
-from perdure.reporting.advise import Advice, Choice, Constraints, advise, in_words, shipped
+from perdure.reporting.advise import Advice, Constraints, RankedMethod, advise, in_words, shipped
 
 _MOST = 12  # methods shown of one setting
 
@@ -76,7 +76,7 @@ def _answer(answer: Advice) -> list[str]:
     return [*lines, "to measure the first three:", f"  {about['command']} --methods {first} --out runs/again"]
 
 
-def _cells(choice: Choice) -> tuple[str, ...]:
+def _cells(choice: RankedMethod) -> tuple[str, ...]:
     sign = {"extrapolated": "~", "at most": "≤"}.get(choice.stored, "")
     stored = "?" if choice.stored_bytes is None else f"{sign}{human_bytes(choice.stored_bytes)}"
     step = {"none": "none", "unknown": "?"}.get(choice.steps) or f"{choice.step:.2f}"

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from perdure.experiments.recipes import recipes
 from perdure.options import ranges
 
-Kind = Literal["methods", "streams", "backbones", "recipes"]
+Listed = Literal["methods", "streams", "backbones", "recipes"]
 _REGISTRIES = {"streams": "STREAMS", "backbones": "BACKBONES"}
 _ROOT = Path(__file__).parent.parent
 
@@ -45,7 +45,7 @@ class Entry:
         return " ".join(self.about.partition("\n\n")[0].split())
 
 
-def entries(kind: Kind) -> dict[str, Entry]:
+def entries(kind: Listed) -> dict[str, Entry]:
     """All of a kind, by name."""
     if kind == "recipes":
         return {name: Entry("", {}, each.about) for name, each in recipes().items()}
@@ -155,8 +155,7 @@ class _Module:
     def fields(self, made: ast.stmt) -> dict[str, tuple[Any, Any]]:
         """Default and annotation of the fields of a dataclass."""
         lines = made.body if isinstance(made, ast.ClassDef) else []
-        # a field made by a call is the program's, see `perdure.streams.options.PROGRAM`
-        written = (each for each in lines if isinstance(each, ast.AnnAssign) and not isinstance(each.value, ast.Call))
+        written = (each for each in lines if isinstance(each, ast.AnnAssign))
         named = ((line.target, line) for line in written)
         return {n.id: self._option(line.value, line.annotation) for n, line in named if isinstance(n, ast.Name)}
 

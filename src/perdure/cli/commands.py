@@ -12,15 +12,15 @@ from typing import Annotated, Any, Literal, Optional
 import tyro
 
 from perdure.cli.advise import Advise
-from perdure.cli.catalogue import Kind, entries
+from perdure.cli.catalogue import Listed, entries
 from perdure.cli.console import Command, Screen
 from perdure.cli.tune import Tune
 from perdure.cli.use import Eval, Export, Move, Predict, Search, tell_skipped, told
 from perdure.experiments.cluster import Cluster
-from perdure.experiments.recipes import DEMO_METHODS, demo, flags, recipe
+from perdure.experiments.recipes import DEMO_METHODS, demo, recipe
 from perdure.formatting import meant, shortened
 from perdure.options.ranges import BatchSize, Epochs, Range, Rate, Seed
-from perdure.training.config import RunConfig
+from perdure.training.config import RunConfig, flags
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ class Run(RunConfig, Command):
 
         config = RunConfig(**{f.name: getattr(self, f.name) for f in fields(RunConfig)})
         if self.recipe:
-            screen.note(f"recipe {self.recipe}: {shlex.join(flags(config))}")
+            screen.note(f"recipe {self.recipe}: {shlex.join(flags(config.describe()))}")
         screen.wait("reading the data and the model")
         from perdure.backbones.preprocess import skippable
 
@@ -201,7 +201,7 @@ class Report(Command):
 class List(Command):
     """What there is: methods, streams, backbones, recipes."""
 
-    what: tyro.conf.Positional[Kind]
+    what: tyro.conf.Positional[Listed]
     """Which."""
     # Not `str | None`: to look at such a default, tyro imports a package that takes a seventh of the time of a list.
     name: Annotated[Optional[str], tyro.conf.Positional, tyro.conf.arg(metavar="NAME")] = None  # noqa: UP045

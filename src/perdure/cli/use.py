@@ -4,7 +4,6 @@ What they compute with is imported when they are called: their help waits for no
 """
 
 import dataclasses
-import difflib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from perdure.cli.console import Command, Screen
-from perdure.formatting import shortened
+from perdure.formatting import meant, shortened
 from perdure.options.ranges import Count
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ _SURE = {"calibration_error": "of scores as they are", "calibration_error_calibr
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asking(Command):
+class LearnerCommand(Command):
     """What all commands have that ask a learner."""
 
     device: str | None = None
@@ -37,7 +36,7 @@ class Asking(Command):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Predict(Asking):
+class Predict(LearnerCommand):
     """What a learner sees in images."""
 
     learner: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="LEARNER")]
@@ -73,7 +72,7 @@ class Predict(Asking):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Search(Asking):
+class Search(LearnerCommand):
     """The images of a folder that fit a text best, in any language that the model knows."""
 
     learner: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="LEARNER")]
@@ -101,7 +100,7 @@ class Search(Asking):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Eval(Asking):
+class Eval(LearnerCommand):
     """Measure a learner on all tasks of a stream: its own run's, or another one with the same class names."""
 
     learner: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="LEARNER")]
@@ -114,12 +113,12 @@ class Eval(Asking):
     def __call__(self, screen: Screen) -> None:
         """Print the score per task, or per held-out data set."""
         from perdure.api.learner import Learner
-        from perdure.evaluation.zero_shot_retention import METRIC, Retention
+        from perdure.evaluation.zero_shot_retention import ZERO_SHOT, Retention
 
         screen.wait("evaluating")
         say = screen.warn if self.json else screen.note
         if not self.retain:
-            tasks, rows, remarks = measure(self.learner, self.stream, self.device)
+            tasks, rows, remarks = evaluate(self.learner, self.stream, self.device)
             for line in remarks:
                 say(line)
             screen.measured(tasks, rows)
@@ -133,12 +132,12 @@ class Eval(Asking):
         for name, stream in held_out.sets.items():
             say(f"{name}: {sum(len(task.test) for task in stream)} images are measured")
         for row in held_out.measure(learner, learner.learnt - 1):
-            name = row.metric.removeprefix(f"{METRIC}/")
+            name = row.metric.removeprefix(f"{ZERO_SHOT}/")
             screen.result({"zero_shot": name, "accuracy": row.value}, f"zero-shot on {name}: {row.value:.1%}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Export(Asking):
+class Export(LearnerCommand):
     """Write a learner for other libraries."""
 
     learner: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="LEARNER")]
@@ -216,7 +215,7 @@ def move(folder: Path, change: str) -> list[tuple[str, str]]:
     return list(changed.items())
 
 
-def measure(folder: Path, stream: str | None, device: str | None = None) -> "tuple[list[Task], list[Row], list[str]]":
+def evaluate(folder: Path, stream: str | None, device: str | None = None) -> "tuple[list[Task], list[Row], list[str]]":
     """The tasks of a stream, a learner's accuracy on them, and what to know about it; classes are matched by name.
 
     All images of a stream that is given are measured: its test part where it has one, else all of it, without those
@@ -300,11 +299,8 @@ def _named_alike(task: "Task", learner: "Learner", what: str, folder: Path) -> "
 
     names = recorded(task.names, learner.known)
     if unknown := [name for name in names if name not in learner.known]:
-        near = difflib.get_close_matches(unknown[0], learner.known, n=1)
-        raise ValueError(
-            f"{what} {unknown[0]!r} of task {task.index} is not among what {folder} has learnt"
-            + (f"; did you mean {near[0]!r}?" if near else "")
-        )
+        near = meant(unknown[0], learner.known)
+        raise ValueError(f"{what} {unknown[0]!r} of task {task.index} is not among what {folder} has learnt{near}")
     ids = {c: learner.known[name] for c, name in zip(task.classes, names, strict=True)}
     return dataclasses.replace(task, classes=tuple(ids.values()), test=_Renumbered(task.test, ids))
 

@@ -58,7 +58,7 @@ def save_task(
     """
     target = folder / f"task-{learner.learnt - 1:03d}"
     manifest = _describe(folder, learner, bool(facts.get("alone"))) | {"rows": [asdict(row) for row in rows]} | facts
-    _write(target, manifest, {LEARNER: learner.memory()} | dict(beside or {}))
+    _write(target, manifest, {LEARNER: learner.learnt_state()} | dict(beside or {}))
     drop_steps(target)
     return target
 
@@ -71,7 +71,7 @@ def save_step(folder: Path, learner: Core, step: int, optimizer: torch.optim.Opt
     task = folder / f"task-{learner.learnt:03d}"
     target = task / f"step-{step:06d}"
     shutil.rmtree(target, ignore_errors=True)  # a torn one of a killed process
-    tensors = {LEARNER: learner.memory()}
+    tensors = {LEARNER: learner.learnt_state()}
     if optimizer is not None:
         names = {id(p): name for name, p in learner.trainable().items()}
         tensors[_OPTIMIZER] = {
@@ -114,7 +114,7 @@ def beside(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
 
 def holds(checkpoint: Checkpoint, learner: Core) -> bool:
     """Whether a checkpoint is what `learner` knows now."""
-    digest = hashlib.sha256(_packed(learner.memory())).hexdigest()
+    digest = hashlib.sha256(_packed(learner.learnt_state())).hexdigest()
     return checkpoint.tasks == learner.tasks and checkpoint.manifest["sha256"].get(LEARNER) == digest
 
 
@@ -148,7 +148,7 @@ def restore(learner: Core, checkpoint: Checkpoint, tasks: Sequence[Task] = ()) -
                 "data has changed; restore it, or start anew in another folder"
             )
         learner.grow(task)
-        learner.settle()  # as before each task of an unbroken run
+        learner.prepare()  # as before each task of an unbroken run
     try:
         missing, unexpected = learner.load_state_dict(tensors, strict=False)
     except RuntimeError as error:
@@ -164,7 +164,7 @@ def restore(learner: Core, checkpoint: Checkpoint, tasks: Sequence[Task] = ()) -
         )
     learner.to(learner.device)
     learner.learnt = checkpoint.learnt
-    learner.settle()
+    learner.prepare()
 
 
 def _describe(folder: Path, learner: Core, alone: bool = False) -> dict[str, Any]:

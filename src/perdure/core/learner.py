@@ -4,8 +4,8 @@ import hashlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
-from itertools import accumulate, chain, islice
+from contextlib import ExitStack, contextmanager, nullcontext
+from itertools import chain, islice
 from typing import Any, Self, TypeVar
 
 import torch
@@ -15,16 +15,15 @@ from torch import Tensor, nn
 from perdure.adapters.injection import adapted, fold
 from perdure.backbones.base import Backbone
 from perdure.backbones.texts import unpack
-from perdure.core.method import Method, embeds, encodes, parts_of, varies
+from perdure.core.caching import FEATURES, LOWER_BLOCKS, Cache
+from perdure.core.method import Method, parts_of, predicts, treated
 from perdure.core.objective import Objective, asking
 from perdure.core.temperature import Temperature
 from perdure.process import Turn, plain, seeded
 from perdure.streams.augment import AUGMENTS, Augment
-from perdure.types import Batch, Data, Encoded, Scenario, Stream, Task, Union
+from perdure.types import Batch, Data, Scenario, Stream, Task, to
 
 T = TypeVar("T")
-
-_MOST_KEPT = 2**30  # bytes of hidden states kept for one task
 
 
 class Core(nn.Module):
@@ -42,11 +41,16 @@ class Core(nn.Module):
         self, backbone: Backbone, objective: Objective, method: Method, scenario: Scenario = "class", seed: int = 0
     ) -> None:
         super().__init__()
-        if deaf := [p for p in parts_of(method) if p.needs and p.needs not in objective.asks]:
-            name, needs = deaf[0].name, deaf[0].needs
+        if deaf := [p for p in parts_of(method) if p.needs and objective.asks.isdisjoint(p.needs)]:
+            name, needs = deaf[0].name, " or ".join(deaf[0].needs)
             raise ValueError(
                 f"{name} needs {needs}, and {objective.name} learns {' and '.join(objective.asks)}: leave it out of "
-                f"{method.spec or name!r}, or use --objective {asking(needs)}"
+                f"{method.spec or name!r}, or use --objective {asking(*deaf[0].needs)}"
+            )
+        if backbone.layers and objective.open_vocabulary and not predicts(method):
+            raise ValueError(
+                f"{backbone.spec} gives features that class names and captions cannot be compared with: use "
+                "--objective classify, or add ncm or ranpac"
             )
         self.backbone = backbone.requires_grad_(False).eval()
         self.fingerprint = backbone.fingerprint()  # now, before anything is learnt
@@ -60,7 +64,8 @@ class Core(nn.Module):
         self.augment: Augment = AUGMENTS["none"]
         self.calibrate = 0.0  # share of each task's images that are set apart to fit the temperature to
         self.temperature = Temperature()
-        self._encoded: dict[int, tuple[Data, Data]] = {}
+        self.kept: dict[int, tuple[Data, Data]] = {}  # by identity: test sets with what never changes of them
+        self.still: dict[int, tuple[Data, Data]] = {}  # and with features, while no task moves these
         self.turn = Turn()
         self._answering = False
 
@@ -101,14 +106,16 @@ class Core(nn.Module):
 
     def encode(self, batch: Batch) -> Tensor:
         """Features (B, dim) in float32."""
-        if "features" in batch:
-            return batch["features"]
-        entered = batch.get("hidden")
+        if FEATURES in batch:
+            known: Tensor = batch[FEATURES]
+            return known
+        entered = batch.get(LOWER_BLOCKS)
         with (
             self.computing(),
             nullcontext() if entered is None else self.backbone.entering(self.constant_blocks, entered),
+            self.applied(batch),
         ):
-            features = self.method.encode(self, batch)
+            features: Tensor = self.backbone(batch)
         return self._checked(features.float(), "features of images")
 
     def embed(self, text: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -126,8 +133,25 @@ class Core(nn.Module):
             return torch.zeros(0, self.backbone.dim, dtype=torch.float32, device=self.device)
         with self.computing():
             tokens = self.backbone.tokenised(texts)
-            found = self.method.embed(self, tokens, labels if self.training else None).float()
-            return self._checked(found, "embeddings of texts")
+            known = tokens | {"label": labels} if self.training and labels is not None else tokens
+            with self.applied(known, "text"):
+                embeddings = self.backbone.encode_tokens(tokens).float()
+            return self._checked(embeddings, "embeddings of texts")
+
+    @contextmanager
+    def applied(self, batch: Batch, *towers: str) -> Iterator[None]:
+        """Within, `towers`, or those that make features, compute on `batch` as the method has it: `Method.applied`."""
+        with ExitStack() as stack:
+            for part in parts_of(self.method):
+                for tower in towers or self.encoder:
+                    if tower in part.treats:
+                        stack.enter_context(part.applied(self, batch, tower))
+            yield
+
+    @property
+    def encoder(self) -> tuple[str, ...]:
+        """The towers that make features: those that the objective reads, but one of texts, which embeds by itself."""
+        return tuple(t for t in self.backbone.towers() if t in self.objective.towers and t != "text")
 
     def _checked(self, answer: Tensor, what: str) -> Tensor:
         """`answer`, which is finite wherever it is asked for; in training a whole task is looked at, see `train`."""
@@ -136,7 +160,7 @@ class Core(nn.Module):
             raise ValueError(f"{what} are not finite (NaN or infinite), so there is no answer: {remedy}")
         return answer
 
-    def perceive(self, batch: Batch) -> None:
+    def forward_towers(self, batch: Batch) -> None:
         """Let each tower read what it reads in a step: images, and texts where the objective has any."""
         self.encode(batch)
         texts, labels = self.objective.texts(self, batch)
@@ -146,7 +170,7 @@ class Core(nn.Module):
     def computing(self) -> Any:
         """The context in which the encoder runs.
 
-        A frozen encoder is itself in the run's precision (see `settle`). One that is trained stays in float32 and its
+        A frozen encoder is itself in the run's precision (see `prepare`). One that is trained stays in float32 and its
         matrix products are cast.
         """
         if self.precision == torch.float32 or not self.tunes_backbone:
@@ -159,16 +183,11 @@ class Core(nn.Module):
         return 3 * self.backbone.preprocess.size**2
 
     @property
-    def dim(self) -> int:
-        """Number of features."""
-        return self.method.width(self)
-
-    @property
     def tunes_backbone(self) -> bool:
         """Whether pre-trained weights themselves are trained."""
         return any(p.requires_grad for p in self.backbone.parameters())
 
-    def settle(self) -> None:
+    def prepare(self) -> None:
         """Make ready for training: a frozen encoder in the run's precision, finished updates in its weights.
 
         With frozen weights and activations in bfloat16 a step on a CPU is faster than under autocast, which casts
@@ -199,31 +218,40 @@ class Core(nn.Module):
         own -= {id(p) for part in parts for p in part.shared_parameters()}
         return {name: p for name, p in self.trainable().items() if id(p) not in own}
 
-    def memory(self) -> dict[str, Tensor]:
+    def learnt_state(self) -> dict[str, Tensor]:
         """All that was learnt: the state without the frozen backbone."""
         tuned = {f"backbone.{n}" for n, p in self.backbone.named_parameters() if p.requires_grad}
         return {k: v for k, v in self.state_dict().items() if not k.startswith("backbone.") or k in tuned}
 
     @property
+    def cache(self) -> Cache:
+        """What is computed once."""
+        return Cache(self)
+
+    @property
     def constant_encoder(self) -> bool:
-        """Whether features can never change: nothing in the vision tower is trained or adapted."""
-        tower = self.backbone.get_submodule(self.backbone.towers()["vision"])
-        return not self.tunes_backbone and not adapted(tower) and not varies(self.method)
+        """Whether features can never change: nothing in the towers that make them is trained or adapted."""
+        return not self.tunes_backbone and all(map(self._constant, self.encoder))
 
     @property
     def constant_texts(self) -> bool:
         """Whether embeddings of texts can never change: nothing in the text tower is trained or adapted."""
-        parameters = self.backbone.tower_parameters("text").values()
-        tower = self.backbone.get_submodule(self.backbone.towers()["text"])
-        return not (adapted(tower) or embeds(self.method) or any(p.requires_grad for p in parameters))
+        trained = any(p.requires_grad for p in self.backbone.tower_parameters("text").values())
+        return not trained and self._constant("text")
+
+    def _constant(self, tower: str) -> bool:
+        module = self.backbone.get_submodule(self.backbone.towers()[tower])
+        return not adapted(module) and tower not in treated(self.method)
 
     @property
     def constant_blocks(self) -> int:
-        """How many blocks at the bottom of the vision tower are neither trained nor adapted."""
-        if self.tunes_backbone or encodes(self.method) or not self.backbone.has_blocks():
+        """How many of the lowest vision blocks are neither trained nor adapted, and give no features by themselves."""
+        backbone = self.backbone
+        if self.tunes_backbone or self.encoder != ("vision",) or treated(self.method) or not backbone.has_blocks():
             return 0
-        names = self.backbone.blocks()
-        return next((i for i, n in enumerate(names) if adapted(self.backbone.get_submodule(n))), len(names))
+        names = backbone.blocks()
+        names = names[: len(names) - (backbone.layers or 0)]
+        return next((i for i, n in enumerate(names) if adapted(backbone.get_submodule(n))), len(names))
 
     @contextmanager
     def inference(self) -> Iterator[None]:
@@ -233,7 +261,7 @@ class Core(nn.Module):
             try:
                 if not within:
                     self.eval()
-                    self.settle()
+                    self.prepare()
                     fold(self.backbone, branches=True)
                     self.objective.refresh()
                 with torch.inference_mode():
@@ -244,11 +272,11 @@ class Core(nn.Module):
                     fold(self.backbone, branches=False)
                     self.train(training)
 
-    def answers(self, data: Data, size: int = 256) -> Tensor:
+    def scores_of(self, data: Data, size: int = 256) -> Tensor:
         """Scores (n, seen classes) of all of `data`; a batch that does not fit the device's memory is halved."""
-        return self._checked(torch.cat(self._each(data, self, size)), "scores")
+        return self._checked(torch.cat(self.each_batch(data, self, size)), "scores")
 
-    def _each(self, data: Data, ask: Callable[[Batch], T], size: int = 256) -> list[T]:
+    def each_batch(self, data: Data, ask: Callable[[Batch], T], size: int = 256) -> list[T]:
         """What `ask` says of each batch of `data`; all are halved when one does not fit the device's memory."""
         while True:
             try:
@@ -267,95 +295,7 @@ class Core(nn.Module):
         # cloned: tensors made under inference_mode may not take part in training
         return torch.cat(pieces).clone(), data.labels.to(self.device)
 
-    def prefixed(self, data: Data) -> Data:
-        """`data` with what the constant blocks at the bottom make of each image, so that they are computed once.
-
-        `data` itself when there are none, or when their output would take more than a gigabyte.
-        """
-        entry = self.constant_blocks
-        if not entry or self.constant_encoder or not len(data):
-            return data
-        with torch.no_grad(), self.computing():
-            first = self.backbone.before(entry, next(self.batches(data, 1)))
-            if first.nbytes * len(data) > _MOST_KEPT:
-                return data
-            pieces = [self.backbone.before(entry, batch) for batch in self.batches(data, 256)]
-        return Encoded({"hidden": torch.cat(pieces)}, data.labels, data)
-
-    def encoded(self, data: Data, keep: bool = False) -> Data:
-        """`data` with features in place of images where the encoder is constant, else `data` itself.
-
-        Args:
-            data: of images.
-            keep: remember the features (4 · dim bytes an image), as for a test set, which is asked for after each task.
-        """
-        if not len(data) or (isinstance(data, Encoded) and data.images is None):
-            return data
-        if not keep:
-            return self.features_of(data) if self.constant_encoder else data
-        if id(data) not in self._encoded:
-            self._encoded[id(data)] = data, self.features_of(data) if self.constant_encoder else self.recorded(data)
-        return self._encoded[id(data)][1]
-
-    def features_of(self, data: Data) -> Encoded:
-        """`data` with features as they are now in place of images, and with everything else."""
-
-        def kept(batch: Batch) -> Batch:
-            found = {"features": self.encode(batch)} | self.objective.record(self, batch) | batch
-            return {name: found[name] for name in found.keys() - {"image", "label"}}
-
-        with self.inference():
-            found = self._each(data, kept)
-        # cloned: tensors made under inference_mode may not take part in training
-        return Encoded({k: v.clone() for k, v in _columns(found).items()}, data.labels.to(self.device))
-
-    def features_together(self, sets: Sequence[Data]) -> list[Encoded]:
-        """`features_of` each of `sets`, in one pass of full batches: small sets alone cost as much as large ones."""
-        if not sets:
-            return []
-        whole, ends = self.features_of(Union(sets)), accumulate(map(len, sets))
-        return [whole.part(end - len(each), end) for each, end in zip(sets, ends, strict=True)]
-
-    def recorded(self, data: Data) -> Data:
-        """`data` with what method and objective record of each image beside it; `data` itself when that is nothing."""
-        silent = type(self.objective).record is Objective.record
-        if silent and not any(part.records for part in parts_of(self.method)):
-            return data  # and no image was read to find that out
-        found: list[Batch] = []
-        with torch.no_grad():
-            for batch in self.batches(data, 256):
-                found.append(self._missing(batch) | self.objective.record(self, batch))
-                if not found[0]:
-                    return data
-        return Encoded(_columns(found), data.labels, data)
-
-    def noted(self, batch: Batch) -> Batch:
-        """`batch` with what the method records of it, where that was not computed before."""
-        with torch.no_grad():
-            return batch | self._missing(batch)
-
-    def _missing(self, batch: Batch) -> Batch:
-        found: Batch = {}
-        for part in parts_of(self.method):
-            if not batch.keys() >= set(part.records):
-                found |= part.record(self, batch)
-        return found
-
-    def completed(self, batch: Batch, like: Batch) -> Batch:
-        """`batch` of images with what the batch `like` holds beside them."""
-        with torch.no_grad():
-            if "features" in like:
-                batch = batch | {"features": self.encode(batch)}
-            if "hidden" in like:
-                batch = batch | {"hidden": self.backbone.before(self.constant_blocks, batch)}
-        if not like.keys() <= batch.keys():
-            batch = self.noted(batch)
-        if not like.keys() <= batch.keys():
-            with torch.no_grad():
-                batch |= self.objective.record(self, batch)
-        return {key: batch[key] for key in like}
-
-    def views(self, data: Data, most: int, purpose: str, size: int = 64) -> Iterator[Batch]:
+    def training_views(self, data: Data, most: int, purpose: str, size: int = 64) -> Iterator[Batch]:
         """At most `most` random training examples as the training sees them (augmented), in batches."""
         order = torch.randperm(len(data), generator=self.generator(purpose))[:most]
         for number, batch in enumerate(self.batches(data, size, order)):
@@ -365,12 +305,8 @@ class Core(nn.Module):
         """`data` in batches on the learner's device, in `order` (positions) or as it stands."""
         positions: Sequence[int] = range(len(data)) if order is None else order.tolist()
         chunks = (positions[start : start + size] for start in range(0, len(positions), size))
-        for batch in _ahead(data.__getitems__, chunks):
-            yield {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
-
-
-def _columns(batches: Sequence[Batch]) -> Batch:
-    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+        for batch in _ahead(lambda chunk: self.backbone.prepare(data.__getitems__(chunk)), chunks):
+            yield to(batch, self.device)
 
 
 def _ahead(read: Callable[[Sequence[int]], Batch], chunks: Iterator[Sequence[int]]) -> Iterator[Batch]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
+from perdure.backbones.sites import Tower, named_towers
 from perdure.core.objective import Head
 from perdure.options.ranges import checked, without_effect
 from perdure.types import AnyLearner, Batch, Data, Task
@@ -15,7 +17,8 @@ from perdure.types import AnyLearner, Batch, Data, Task
 METHODS: dict[str, type[Method]] = {}
 """Every method by name; a class registers itself by `class Mine(Method, name="mine")`."""
 
-_EXCLUSIVE = ("encode", "embed", "predict", "data")
+_FORMER = {"encode": "applied", "embed": "applied", "record": "precompute"}
+_EXCLUSIVE = ("predict", "data", "backward")
 
 
 class Method(nn.Module):
@@ -41,23 +44,21 @@ class Method(nn.Module):
     protects: ClassVar[Literal["", "shared_parameters", "encoder"]] = ""
     """What a method that only guards other parts needs one of them to do: share parameters, or adapt at all."""
 
-    needs: ClassVar[str] = ""
-    """What it needs its objective to ask for, if anything: `classes`, or `captions`."""
+    needs: ClassVar[tuple[str, ...]] = ()
+    """Of what its objective must ask for one, if it needs any: `classes`, `captions`, `conversations`."""
     rehearses: ClassVar[Literal["", "some", "all"]] = ""
     """Which examples of old tasks it trains on, if any; one part that does is enough."""
     gradient_projection: ClassVar[bool] = False
     """Whether it only keeps steps from raising the loss on old examples, which training on all of them does too."""
     carrier: ClassVar[bool] = False
     """Whether messages name it where a part that trains the encoder is missing."""
-    reads: ClassVar[bool] = False
-    """Whether its `encode` only reads what the encoder computes: constant as long as the encoder is."""
-    records: tuple[str, ...] = ()
-    """Names of what `record` gives."""
-    leaves: frozenset[str] = frozenset()
-    """Exclusive hooks that its class has, but that with these options it leaves to others."""
+    treats: frozenset[str] = frozenset()
+    """Towers that compute in another way within `applied`."""
 
     def __init_subclass__(cls, name: str = "", **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if former := [hook for hook in _FORMER if hook in vars(cls)]:
+            raise TypeError(f"{cls.__name__}.{former[0]} is a hook no more: define {_FORMER[former[0]]!r} instead")
         if name:
             if name in METHODS and METHODS[name].__qualname__ != cls.__qualname__:
                 raise ValueError(f"two methods are named {name!r}: {METHODS[name]} and {cls}; rename one")
@@ -99,11 +100,12 @@ class Method(nn.Module):
         return {}
 
     # Steps, in the order in which they run.
-    def record(self, learner: AnyLearner, batch: Batch) -> Batch:
-        """What it wants to know of each image beside it, as `{name: (B, ...)}`: what no training of the task changes.
+    def precompute(self, learner: AnyLearner, batch: Batch) -> Batch:
+        """What it wants to know of each example beside it, as `{name: (B, ...)}`: what no training of the task changes.
 
         Asked of each part of a composition. Computed once for a training set where images stay as they are, else in
-        every step. In evaluation mode it may give only what never changes: a test set's is kept for good.
+        every step; what `batch` holds already is not computed again. In evaluation mode it may give only what never
+        changes: a test set's is kept for good.
         """
         return {}
 
@@ -115,6 +117,10 @@ class Method(nn.Module):
         """What is added to the objective's loss."""
         return 0.0
 
+    def backward(self, learner: AnyLearner, loss: Tensor) -> None:
+        """Fill the gradients from the loss; at most one part of a composition may define it."""
+        loss.backward()  # type: ignore[no-untyped-call]
+
     def after_backward(self, learner: AnyLearner) -> None:
         """Change gradients."""
 
@@ -125,30 +131,22 @@ class Method(nn.Module):
         """Names of trainable parameters whose learning rate differs -> factor."""
         return {}
 
-    # Inference; in a composition at most one part may define each.
-    def encode(self, learner: AnyLearner, batch: Batch) -> Tensor:
-        """Features (B, dim) of a batch."""
-        features: Tensor = learner.backbone(batch)
-        return features
+    # Inference.
+    def applied(self, learner: AnyLearner, batch: Batch, tower: str) -> AbstractContextManager[None]:
+        """Within, `tower` computes on `batch` as this method has it: features, embeddings, and what a model generates.
 
-    def embed(self, learner: AnyLearner, tokens: Batch, labels: Tensor | None) -> Tensor:
-        """Embeddings (n, dim) of texts.
+        For what adapters and prompts in the tower do not do by themselves, such as prompts that each input chooses.
 
         Args:
-            learner: whose texts.
-            tokens: what the backbone's `tokenise` gave, on its device.
-            labels: class of each text, int64 (n,), where it is known; only in training.
+            learner: whose backbone.
+            batch: what the tower reads, on its device; of texts what `tokenise` gave, and in training `label` (n,)
+                where classes are known.
+            tower: one of the backbone's; those that a method `treats` are all that it is asked for.
         """
-        embeddings: Tensor = learner.backbone.encode_tokens(tokens)
-        return embeddings
-
-    def width(self, learner: AnyLearner) -> int:
-        """Number of features that `encode` gives."""
-        width: int = learner.backbone.dim
-        return width
+        return nullcontext()
 
     def predict(self, learner: AnyLearner, batch: Batch) -> Tensor:
-        """Scores (B, seen classes) of a batch; must not depend on which examples share the batch.
+        """Scores (B, seen classes) of a batch; must not depend on which examples share the batch. Of one part.
 
         Reads features with `learner.encode`: where these are known already, as in an evaluation, images are gone.
         """
@@ -163,7 +161,7 @@ class Method(nn.Module):
 class Compose(Method):
     """Several methods as one: additive hooks run in the order written, exclusive ones have one owner.
 
-    At a task's end those that encode or embed come first, so that the others see the features that will be used.
+    At a task's end those that treat a tower come first, so that the others see the features that will be used.
 
     Raises:
         ValueError: when two parts define the same exclusive hook, a part stands twice, or a part that guards others
@@ -212,8 +210,7 @@ class Compose(Method):
 
     def end_task(self, learner: AnyLearner, task: Task) -> None:
         """See `Method.end_task`."""
-        owners = [self._owner(hook) for hook in ("encode", "embed")]
-        for part in sorted(self, key=lambda part: (not part.concludes, part not in owners)):
+        for part in sorted(self, key=lambda part: (not part.concludes, not part.treats)):
             part.end_task(learner, task)
 
     def measures(self, learner: AnyLearner) -> dict[str, float]:
@@ -250,22 +247,10 @@ class Compose(Method):
         """See `Method.param_groups`."""
         return {k: v for part in self for k, v in part.param_groups(learner).items()}
 
-    def encode(self, learner: AnyLearner, batch: Batch) -> Tensor:
-        """See `Method.encode`."""
-        owner = self._owner("encode")
-        return super().encode(learner, batch) if owner is None else owner.encode(learner, batch)
-
-    def embed(self, learner: AnyLearner, tokens: Batch, labels: Tensor | None) -> Tensor:
-        """See `Method.embed`."""
-        owner = self._owner("embed")
-        if owner is None:
-            return super().embed(learner, tokens, labels)
-        return owner.embed(learner, tokens, labels)
-
-    def width(self, learner: AnyLearner) -> int:
-        """See `Method.width`; asked of the part that encodes."""
-        owner = self._owner("encode")
-        return super().width(learner) if owner is None else owner.width(learner)
+    def backward(self, learner: AnyLearner, loss: Tensor) -> None:
+        """See `Method.backward`."""
+        owner = self._owner("backward")
+        return super().backward(learner, loss) if owner is None else owner.backward(learner, loss)
 
     def predict(self, learner: AnyLearner, batch: Batch) -> Tensor:
         """See `Method.predict`."""
@@ -315,13 +300,15 @@ def _carried(part: Method) -> str:
     return " or ".join(f"'{name} + {part.name}'" for name in sorted(METHODS, reverse=True) if METHODS[name].carrier)
 
 
-def check_texts(learner: AnyLearner, part: Method, tower: str) -> None:
-    """Raise `ValueError` when `part` is asked for a text tower that the objective never reads with."""
-    if tower != "vision" and "text" not in learner.objective.towers:
-        raise ValueError(
-            f"{part.name}(tower={tower!r}): this objective reads no texts: use --objective zeroshot or retrieve, or "
-            "tower='vision'"
-        )
+def check_tower(learner: AnyLearner, part: Method, tower: Tower) -> None:
+    """Raise `ValueError` when `part` is asked for a tower that the objective never reads with."""
+    read = learner.objective.towers
+    if deaf := [each for each in named_towers(tower) if each not in read]:
+        remedy = "use --objective zeroshot or retrieve, or tower='vision'"
+        if deaf[0] != "text":
+            remedy = f"write tower={min(read)!r}"
+        what = "no texts" if deaf[0] == "text" else f"nothing of the {deaf[0]} tower"
+        raise ValueError(f"{part.name}(tower={tower!r}): this objective reads {what}: {remedy}")
 
 
 def check_mask(learner: AnyLearner, mask: bool | None) -> None:
@@ -335,22 +322,12 @@ def check_mask(learner: AnyLearner, mask: bool | None) -> None:
 
 
 def _defines(part: Method, hook: str) -> bool:
-    return getattr(type(part), hook) is not getattr(Method, hook) and hook not in part.leaves
+    return getattr(type(part), hook) is not getattr(Method, hook)
 
 
-def encodes(method: Method) -> bool:
-    """Whether a part replaces the backbone's plain features."""
-    return any(_defines(part, "encode") for part in parts_of(method))
-
-
-def embeds(method: Method) -> bool:
-    """Whether a part replaces the backbone's plain embeddings of texts."""
-    return any(_defines(part, "embed") for part in parts_of(method))
-
-
-def varies(method: Method) -> bool:
-    """Whether a part replaces the backbone's features by something that can change when the backbone does not."""
-    return any(_defines(part, "encode") and not part.reads for part in parts_of(method))
+def treated(method: Method) -> frozenset[str]:
+    """Towers of which a part replaces what the backbone plainly computes."""
+    return frozenset(tower for part in parts_of(method) for tower in part.treats)
 
 
 def predicts(method: Method) -> bool:

@@ -66,6 +66,8 @@ class Objective(nn.Module):
     """Of which outputs of single examples its distributions are made (see `output`); none where rows are too many."""
     open_vocabulary: ClassVar[bool] = False
     """Whether a task can be measured before it was learnt."""
+    one_row: ClassVar[bool] = True
+    """Whether each example is one row, so that its features can be kept in its place."""
     vectorised: ClassVar[bool] = True
     """Whether gradients of single examples may be computed by `vmap`: no row is picked by what a batch holds."""
     linear: bool = False
@@ -128,7 +130,7 @@ class Objective(nn.Module):
     def refresh(self) -> None:
         """Called before prediction, when parameters may have changed."""
 
-    def record(self, learner: AnyLearner, batch: Batch) -> Batch:
+    def precompute(self, learner: AnyLearner, batch: Batch) -> Batch:
         """What it wants to know of each image beside it and no training can change, as `{name: (B, ...)}`.
 
         Computed once for a training set where images stay as they are, and for a test set; never within a step.
@@ -150,6 +152,10 @@ class Objective(nn.Module):
     def chosen(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Which captions a step shows, as (rows, places) into `text`; the same ones whenever asked in a step."""
         raise NotImplementedError
+
+    def remarks(self) -> list[str]:
+        """What a person should know of how the last task was learnt, a sentence each."""
+        return []
 
     def scores(self, features: Tensor) -> Tensor:
         """Scores (R, K) of rows (R, dim): of the seen classes, in the order of `classes`."""
@@ -259,17 +265,17 @@ class Objective(nn.Module):
         if not tasks:
             return []
         with learner.inference():
-            tests = Union([learner.encoded(task.test, keep=True) for task in tasks])
-            scores = torch.split(learner.answers(tests, size).cpu(), [len(task.test) for task in tasks])
+            tests = Union([learner.cache.test(task.test) for task in tasks])
+            scores = torch.split(learner.scores_of(tests, size).cpu(), [len(task.test) for task in tasks])
         stream, last = learner.stream, learner.learnt - 1
         allowed = [set(stream.candidates(task, last)) & set(self.classes) | set(task.classes) for task in tasks]
         score = partial(accuracies, learner, classes=self.classes, first=stream.first_task())
         return [score(*each) for each in zip(tasks, scores, allowed, strict=True)]
 
 
-def asking(what: str) -> str:
-    """Names of the objectives that learn `what`, as they would be written in a sentence."""
-    return " or ".join(name for name, objective in OBJECTIVES.items() if what in objective.asks)
+def asking(*what: str) -> str:
+    """Names of the objectives that learn one of `what`, as they would be written in a sentence."""
+    return " or ".join(name for name, objective in OBJECTIVES.items() if not objective.asks.isdisjoint(what))
 
 
 def accuracies(

@@ -55,14 +55,14 @@ def fit(learner: Core, held: ImageSet | None) -> None:
     if held is None:
         return
     with learner.inference():
-        scores = learner.answers(held)
+        scores = learner.scores_of(held)
     learner.temperature.learn(scores, learner.objective.columns(held.labels.to(scores.device)))
 
 
 def errors(learner: Core, tasks: Sequence[Task]) -> list[Row]:
     """Calibration error of what `predict` says on all test images, and of what it says calibrated."""
     with learner.inference():
-        found = [learner.answers(learner.encoded(task.test, keep=True)).float() for task in tasks if len(task.test)]
+        found = [learner.scores_of(learner.cache.test(task.test)).float() for task in tasks if len(task.test)]
     labels = [task.test.labels for task in tasks if len(task.test)]
     if not labels:
         return []

@@ -15,8 +15,8 @@ from perdure.core.checkpoint import Checkpoint
 from perdure.core.learner import Core, derived_seed
 from perdure.types import Data, Row, Task
 
-METRIC = "feature_drift"
-FILE = "features.safetensors"
+FEATURE_DRIFT = "feature_drift"
+FEATURES = "features.safetensors"
 # Test images of a task, an eighth of them: what is kept beside a checkpoint stays small.
 _LEAST, _MOST = 32, 128
 
@@ -34,7 +34,7 @@ class Drift:
     """
 
     def __init__(self, done: Sequence[Checkpoint]) -> None:
-        kept = {each.learnt - 1: checkpoint.beside(each, FILE) for each in done}
+        kept = {each.learnt - 1: checkpoint.beside(each, FEATURES) for each in done}
         self._then = {index: tensors for index, tensors in kept.items() if tensors}
 
     def measure(self, learner: Core, task: Task, tests: Sequence[Task]) -> list[Row]:
@@ -45,8 +45,10 @@ class Drift:
             task: the last one.
             tests: `task` and those before it that have test images, with features in place of these.
 
-        A task without features of its time to compare with has no row.
+        A task without features of its time to compare with has no row, nor has one whose examples are several rows.
         """
+        if not learner.objective.outputs:
+            return []
         rows, constant = [], learner.constant_encoder
         for each in tests:
             then = self._then.get(each.index)
@@ -56,14 +58,16 @@ class Drift:
             elif then is not None:
                 now = _features(learner, each)
                 if _same_images(now, then):
-                    rows.append(Row(task.index, each.index, METRIC, _distance(now["features"], then["features"])))
+                    rows.append(
+                        Row(task.index, each.index, FEATURE_DRIFT, _distance(now["features"], then["features"]))
+                    )
             elif constant:  # and was it then, or something would have been noted
-                rows.append(Row(task.index, each.index, METRIC, 0.0))
+                rows.append(Row(task.index, each.index, FEATURE_DRIFT, 0.0))
         return rows
 
     def files(self, task: Task) -> dict[str, dict[str, Tensor]]:
         """What to keep beside the checkpoint of `task`: see `checkpoint.save_task`."""
-        return {FILE: self._then[task.index]} if task.index in self._then else {}
+        return {FEATURES: self._then[task.index]} if task.index in self._then else {}
 
 
 def final(matrix: Sequence[Sequence[float | None]]) -> float | None:

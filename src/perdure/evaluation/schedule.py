@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from perdure.core.learner import Core
@@ -51,7 +51,9 @@ class Evaluation:
         """
         last = len(self.stream) - 1 if self._square and self._open(learner) else task.index
         with learner.inference():
-            tests = self._encoded(learner, self._seen(last), moved)
+            seen = self._seen(last)
+            sets = learner.cache.tests([task.test for task in seen], moved)
+            tests = [dataclasses.replace(task, test=test) for task, test in zip(seen, sets, strict=True)]
         seen = [each for each in tests if each.index <= task.index]
         rows = [row for each in self._rows(learner, task.index, seen) for row in each]
         for later in tests[len(seen) :]:
@@ -59,24 +61,6 @@ class Evaluation:
         rows += self.retention.measure(learner, task.index)
         rows += [Row(task.index, None, k, float(v)) for k, v in learner.method.measures(learner).items()]
         return rows + self.drift.measure(learner, task, seen)
-
-    def _encoded(self, learner: Core, tasks: Sequence[Task], moved: bool) -> list[Task]:
-        """`tasks` with features in place of test images, for all who ask: each image is encoded once.
-
-        In one pass of full batches while features move from task to task. Where they stay, each set by itself and only
-        when it is new: so that a resumed run, which has them to encode again, gets the same bits.
-        """
-        if learner.constant_encoder:
-            return [dataclasses.replace(t, test=learner.encoded(t.test, keep=True)) for t in tasks]
-        if moved:
-            self._kept.clear()
-            tests: Sequence[Data] = learner.features_together([learner.encoded(t.test, keep=True) for t in tasks])
-        else:
-            for task in tasks:
-                if task.index not in self._kept:
-                    self._kept[task.index] = learner.features_of(learner.encoded(task.test, keep=True))
-            tests = [self._kept[task.index] for task in tasks]
-        return [dataclasses.replace(task, test=test) for task, test in zip(tasks, tests, strict=True)]
 
     def end(self, learner: Core) -> None:
         """Examples of what is found now, once all is learnt."""

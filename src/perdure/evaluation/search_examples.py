@@ -17,7 +17,7 @@ from perdure.storage import schema
 from perdure.storage.schema import Searches
 from perdure.types import Batch, Stream, Task
 
-FILE = "examples.json"
+EXAMPLES = "examples.json"
 _QUERIES = 10
 _SHOWN = 5
 
@@ -41,7 +41,7 @@ def before(learner: Core, stream: Stream, out: Path) -> None:
     for query, best in zip(queries, found, strict=True):
         query["before"] = best
     searched = [task.index for task in tasks]
-    checkpoint.write_sealed(out / FILE, {"queries": queries, "searched": searched, "pictures": {}})
+    checkpoint.write_sealed(out / EXAMPLES, {"queries": queries, "searched": searched, "pictures": {}})
 
 
 def after(learner: Core, stream: Stream, out: Path) -> None:
@@ -49,9 +49,9 @@ def after(learner: Core, stream: Stream, out: Path) -> None:
 
     Where some of them are not at hand any more, what was found when they were stays.
     """
-    if "captions" not in learner.objective.asks or not (out / FILE).exists():
+    if "captions" not in learner.objective.asks or not (out / EXAMPLES).exists():
         return
-    noted = read(out)
+    noted = read_examples(out)
     if noted["pictures"] and noted.get("learnt") == learner.learnt:
         return
     searched = noted.get("searched", range(len(stream)))
@@ -62,21 +62,23 @@ def after(learner: Core, stream: Stream, out: Path) -> None:
     for query, best in zip(noted["queries"], found, strict=True):
         query["after"] = best
     wanted = {p for query in noted["queries"] for p in (*query["before"], *query["after"], query["pair"])}
-    checkpoint.write_sealed(out / FILE, {**noted, "learnt": learner.learnt, "pictures": _pictures(tasks, wanted)})
+    checkpoint.write_sealed(out / EXAMPLES, {**noted, "learnt": learner.learnt, "pictures": _pictures(tasks, wanted)})
 
 
-def read(out: Path) -> Searches:
+def read_examples(out: Path) -> Searches:
     """What was noted in the folder of a run.
 
     Raises:
         Damaged: when it is not what was written.
     """
     dated = "format" in checkpoint.read_record(out)
-    found = schema.read(out / FILE, Searches, "restore it, or remove it: only the report shows it", dated)
+    found = schema.read(out / EXAMPLES, Searches, "restore it, or remove it: only the report shows it", dated)
     for query in found["queries"] if found["pictures"] else ():
         for pair in (query["pair"], *query["before"], *query.get("after", ())):
             if str(pair) not in found["pictures"]:
-                raise schema.Damaged(f"{out / FILE} is damaged: it has no picture of {pair}; restore it, or remove it")
+                raise schema.Damaged(
+                    f"{out / EXAMPLES} is damaged: it has no picture of {pair}; restore it, or remove it"
+                )
     return found
 
 
@@ -93,7 +95,7 @@ def _found(learner: Core, tasks: list[Task], texts: list[str]) -> list[list[int]
     with learner.inference():
         asked = F.normalize(learner.embed_texts(texts), dim=1).cpu()
         for task in tasks:
-            for batch in learner.batches(learner.encoded(task.test, keep=True), 256):
+            for batch in learner.batches(learner.cache.test(task.test), 256):
                 features = F.normalize(learner.encode(batch), dim=1).cpu()
                 gallery |= zip(batch["pair"].tolist(), features, strict=True)
     pairs = list(gallery)

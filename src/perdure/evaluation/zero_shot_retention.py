@@ -10,7 +10,7 @@ from perdure.options.spec import parse_one
 from perdure.streams import build_stream
 from perdure.types import Row, Stream, Union
 
-METRIC = "zero_shot"
+ZERO_SHOT = "zero_shot"
 """Rows are called `zero_shot/<data set>`; `after` is -1 for the pre-trained model."""
 
 
@@ -35,6 +35,11 @@ class Retention:
                 f"retain={held_out[0]!r}: zero-shot accuracy needs a text tower, which {learner.backbone.spec} lacks: "
                 "use clip(path=...) or pocket(), or leave retain out"
             )
+        if held_out and learner.backbone.layers:
+            raise ValueError(
+                f"retain={held_out[0]!r}: {learner.backbone.spec} gives features that texts cannot be compared with: "
+                "leave layers or retain out"
+            )
         self.sets: dict[str, Stream] = {}
         for text in held_out:
             written = {name for name, _ in parse_one(text).kwargs}
@@ -48,7 +53,7 @@ class Retention:
 
     def measure(self, learner: Core, after: int) -> list[Row]:
         """Accuracy on each data set; `after` says after which task."""
-        return [Row(after, None, f"{METRIC}/{name}", self._accuracy(learner, s)) for name, s in self.sets.items()]
+        return [Row(after, None, f"{ZERO_SHOT}/{name}", self._accuracy(learner, s)) for name, s in self.sets.items()]
 
     def _accuracy(self, learner: Core, stream: Stream) -> float:
         names = dict(chain.from_iterable(zip(task.classes, task.names, strict=True) for task in stream))
@@ -56,15 +61,9 @@ class Retention:
         right = total = 0
         with learner.inference():
             classes = class_texts(learner, list(names.values()), self.templates)
-            tests = Union([learner.encoded(task.test, keep=True) for task in stream])
+            tests = Union([learner.cache.test(task.test) for task in stream])
             for batch in learner.batches(tests, 256):
-                features = learner.encode(batch)
-                if features.shape[1] != classes.shape[1]:
-                    raise ValueError(
-                        f"retain has no meaning with {learner.method.spec!r}, whose {features.shape[1]} features "
-                        f"are not in the space of the {classes.shape[1]}-dimensional texts: leave it out"
-                    )
-                answer = (features @ classes.T).argmax(1).tolist()
+                answer = (learner.encode(batch) @ classes.T).argmax(1).tolist()
                 wanted = [place[c] for c in batch["label"].tolist()]
                 right += sum(a == w for a, w in zip(answer, wanted, strict=True))
                 total += len(wanted)
@@ -76,7 +75,7 @@ def kept(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[int, float]] = {}
     for row in rows:
         kind, _, name = row.metric.partition("/")
-        if kind == METRIC and row.on is None:
+        if kind == ZERO_SHOT and row.on is None:
             found.setdefault(name, {})[row.after] = row.value
     return {name: _kept(values) for name, values in found.items()}
 

@@ -23,7 +23,7 @@ from perdure.reporting.runs import RunResults, ignore, steps_of
 from perdure.reporting.tables import check_complete, markdown, tabulate
 from perdure.reporting.tracking import tracked
 from perdure.streams import build_stream
-from perdure.training.config import RunConfig, make_backbone, make_method
+from perdure.training.config import RunConfig, make_backbone, make_method, with_former
 from perdure.training.loop import Progress, Quiet
 from perdure.training.record import recorded_config
 from perdure.training.run import Interrupted, dry_run, resume, run
@@ -127,7 +127,7 @@ def compare(
         if steps and runtime is not None:
             methods = list(dict.fromkeys(cell.method for cell in grid))
             with as_found(runtime.threads):
-                step_cost.measure(config, methods, runtime, out, progress)
+                step_cost.measure_steps(config, methods, runtime, out, progress)
             table = _write(grid, out)
         if progress and (left_out := _left_out(grid, out)):
             progress.note(left_out)
@@ -263,7 +263,10 @@ def _ready(config: RunConfig, unfinished: Sequence[Cell], runtime: Runtime | Non
     stream = build_stream(config.stream, backbone.preprocess, seed)
     for method in dict.fromkeys(cell.method for cell in unfinished):
         try:
-            dry_run(dataclasses.replace(config, method=method, seed=seed), backbone, stream)
+            # a former part may read another backbone
+            own = backbone if with_former(config.backbone, "backbone", method) == config.backbone else None
+            mine = dataclasses.replace(config, method=method, seed=seed)
+            dry_run(mine, own or make_backbone(config.backbone, method), stream)
         except ValueError as error:
             raise ValueError(f"--methods {method!r}: {error}") from error
     return runtime

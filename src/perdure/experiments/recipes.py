@@ -3,106 +3,19 @@
 import functools
 import inspect
 import shlex
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from importlib import resources
 from typing import Any
 
-import msgspec
-
 from perdure.formatting import meant
-from perdure.training.config import RunConfig
+from perdure.training.config import RunConfig, flags
 
 DEMO_METHODS = ("lora(rank=10)", "inflora(rank=10)")
 _FIRST_HAND = "first-hand: read in the paper's tables as the authors' repository has them"
 _NO_SCORE = "no score with a source was found"
 _COMMON: dict[str, Any] = {"batch_size": 128, "augment": "zoom"}  # of all that is published here
-
-
-class _Facts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A table of recipes.toml; what differs from the publication is listed where it comes from."""
-
-    differs: tuple[str, ...] = ()
-
-
-class Table(_Facts, frozen=True):
-    """Results that may stand beside each other: one backbone, one protocol.
-
-    Args:
-        tag: the backbone's name in timm.
-        paper: where the table was printed.
-        evidence: how we know it.
-        measures: what its two numbers are.
-        order: option of the streams that fixes the order of classes; empty lets the run's seed decide.
-    """
-
-    tag: str
-    paper: str
-    evidence: str
-    measures: str
-    order: str = ""
-
-    @property
-    def backbone(self) -> str:
-        """The backbone's spec; raw pixels in [0, 1], as the published codes feed them."""
-        return f'timm(name="{self.tag}", input_norm="none")'
-
-
-class Data(_Facts, frozen=True):
-    """A data set cut into tasks: the stream's name and options."""
-
-    title: str
-    stream: str
-    options: str
-
-
-class Row(_Facts, frozen=True):
-    """A method on one data set: the training's name, the score as printed, the method if not the family's."""
-
-    training: str
-    score: str = ""
-    method: str = ""
-
-
-class Family(_Facts, frozen=True):
-    """A method's rows in one table.
-
-    Args:
-        label: of the method.
-        table: where its scores stand.
-        settings: where the settings come from.
-        method: its spec.
-        rows: data set -> row.
-        paper: where the scores were printed, if not where the table's were.
-        evidence: how we know them, if not as the table.
-        first_hand: data sets whose scores we know better: from the authors.
-    """
-
-    label: str
-    table: str
-    settings: str
-    method: str
-    rows: dict[str, Row]
-    paper: str = ""
-    evidence: str = ""
-    first_hand: tuple[str, ...] = ()
-
-
-class Published(_Facts, frozen=True):
-    """recipes.toml: all tables by name.
-
-    Args:
-        streams: what differs on a stream.
-        training: fields of `TrainConfig`, and what differs.
-        gone: names that once were.
-    """
-
-    tables: dict[str, Table]
-    data: dict[str, Data]
-    streams: dict[str, tuple[str, ...]]
-    training: dict[str, dict[str, Any]]
-    families: dict[str, Family]
-    gone: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -130,18 +43,20 @@ def demo() -> RunConfig:
 
 
 @functools.cache
-def published() -> Published:
-    """The content of recipes.toml."""
-    text = resources.files("perdure.experiments").joinpath("recipes.toml").read_bytes()
-    return msgspec.toml.decode(text, type=Published)
+def published() -> dict[str, Any]:
+    """The content of recipes.toml, which says what its fields mean."""
+    found: dict[str, Any] = tomllib.loads(
+        resources.files("perdure.experiments").joinpath("recipes.toml").read_text("utf-8")
+    )
+    return found
 
 
 @functools.cache
 def recipes() -> dict[str, Recipe]:
     """All by name: the demo, and `FAMILY_DATA` for each published row."""
     found = {"demo": Recipe(demo(), inspect.cleandoc(demo.__doc__ or ""))}
-    for name, family in published().families.items():
-        for data in family.rows:
+    for name, family in published()["families"].items():
+        for data in family["rows"]:
             found[f"{name}_{data}"] = _recipe(f"{name}_{data}", family, data)
     return found
 
@@ -154,22 +69,13 @@ def recipe(name: str) -> Recipe:
     """
     if name in (found := recipes()):
         return found[name]
-    if name in published().gone:
+    if name in published()["gone"]:
         raise ValueError(
             f"recipe {name!r} is gone, for neither its settings nor a score had a source: start from "
             "'--recipe fm_lora_imagenet_r_20' with another --stream"
         )
     near = meant(name, found) or "; 'perdure list recipes' names them"
     raise ValueError(f"there is no recipe {name!r}{near}")
-
-
-def flags(config: RunConfig) -> list[str]:
-    """The flags of `perdure run` that make `config`: those whose values are not the defaults."""
-    words = []
-    for f in fields(config):
-        if (value := getattr(config, f.name)) != f.default:
-            words += [f"--{f.name.replace('_', '-')}", str(value)]
-    return words
 
 
 def expand(arguments: Sequence[str]) -> list[str]:
@@ -192,36 +98,40 @@ def expand(arguments: Sequence[str]) -> list[str]:
     config = recipe(named[0]).config
     if any(word.partition("=")[0] == "--schedule" for word in arguments):  # milestones belong to the recipe's own
         config = config.but(schedule=RunConfig.schedule)
-    return ["run", *flags(config), *arguments[1:]]
+    return ["run", *flags(asdict(config)), *arguments[1:]]
 
 
-def _recipe(name: str, family: Family, data: str) -> Recipe:
+def _recipe(name: str, family: Mapping[str, Any], data: str) -> Recipe:
     """A published setting; its text has the command, the score, its source and all that differs."""
-    every, row, table = published(), family.rows[data], published().tables[family.table]
-    where, training, score = every.data[data], dict(every.training[row.training]), row.score
-    differs = [*training.pop("differs", ()), *row.differs, *family.differs, *every.differs]
-    differs += [*every.streams.get(where.stream, ()), *table.differs]
+    every, row = published(), family["rows"][data]
+    table, where, training = (
+        every["tables"][family["table"]],
+        every["data"][data],
+        dict(every["training"][row["training"]]),
+    )
+    differs = [*training.pop("differs", ()), *row.get("differs", ()), *family.get("differs", ()), *every["differs"]]
+    differs += [*every["streams"].get(where["stream"], ()), *table.get("differs", ())]
     config = RunConfig(
-        stream=f"{where.stream}({', '.join(filter(None, (where.options, table.order)))})",
-        backbone=table.backbone,
-        method=row.method or family.method,
+        stream=f"{where['stream']}({', '.join(filter(None, (where['options'], table.get('order'))))})",
+        backbone=f'timm(name="{table["tag"]}", input_norm="none")',
+        method=row.get("method", family["method"]),
         **(_COMMON | training),
     )
     claim, source = "no published score", _NO_SCORE
-    if score:
-        claim = f"{score} ({table.measures}) {'derived' if score.startswith('≈') else 'published'}"
-        evidence = _FIRST_HAND if data in family.first_hand else family.evidence or table.evidence
-        source = f"{score}, {family.paper or table.paper} ({evidence})"
+    if score := row.get("score"):
+        claim = f"{score} ({table['measures']}) {'derived' if score.startswith('≈') else 'published'}"
+        known = _FIRST_HAND if data in family.get("first_hand", ()) else family.get("evidence", table["evidence"])
+        source = f"{score}, {family.get('paper', table['paper'])} ({known})"
     listed = "\n".join(f"- {each}" for each in differs)
-    about = f"""{family.label}, {where.title}, {table.tag.partition(".")[2]}: {claim}, not run by us.
+    about = f"""{family["label"]}, {where["title"]}, {table["tag"].partition(".")[2]}: {claim}, not run by us.
 
 Command: `perdure run --recipe {name} --out DIR`, in full
 
-    perdure run {shlex.join(flags(config))} --out DIR
+    perdure run {shlex.join(flags(asdict(config)))} --out DIR
 
-Backbone: `{table.tag}` (timm), input_norm="none": raw pixels in [0, 1], as the published code.
+Backbone: `{table["tag"]}` (timm), input_norm="none": raw pixels in [0, 1], as the published code.
 Published: {source}.
-Settings: {family.settings}.
+Settings: {family["settings"]}.
 Run by us: no; it needs the weights of the ViT-B/16 and the full data set.
 Differs:
 {listed}"""

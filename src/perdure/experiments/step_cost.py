@@ -44,7 +44,7 @@ class StepProgress(Protocol):
         """Method number `number` (from 0) of `total` is measured."""
 
 
-class Contestant:
+class TimedLearner:
     """A learner on its way through a stream that was cut to a few images a task.
 
     Args:
@@ -80,7 +80,7 @@ class Contestant:
         return [after - before for before, after in itertools.pairwise(clock.ticks)]
 
 
-def ratio(one: Contestant, plain: Contestant) -> dict[str, Any]:
+def ratio(one: TimedLearner, plain: TimedLearner) -> dict[str, Any]:
     """The median step of `one` over that of `plain`, as the median over turns; a first turn of each is not counted.
 
     Returns:
@@ -106,7 +106,7 @@ def ratio(one: Contestant, plain: Contestant) -> dict[str, Any]:
     }
 
 
-def measure(
+def measure_steps(
     config: RunConfig, methods: Sequence[str], runtime: Runtime, out: Path, progress: StepProgress | None = None
 ) -> None:
     """Measure what `out`/steps.json does not have yet; it is written after each method.
@@ -123,15 +123,15 @@ def measure(
     options = {name: getattr(config, name) for name in _DECIDE} | runtime.describe()
     written = steps_of(out)
     known = written["methods"] if written["options"] == options else {}
-    plain: Contestant | None = None
+    plain: TimedLearner | None = None
     for number, method in enumerate(methods):
         if method in known:
             continue
         if progress:
             progress.step_cost(number, len(methods), method)
         try:
-            plain = plain or Contestant(dataclasses.replace(config, method=PLAIN), runtime)
-            one = Contestant(dataclasses.replace(config, method=method), runtime, stream=plain.stream)
+            plain = plain or TimedLearner(dataclasses.replace(config, method=PLAIN), runtime)
+            one = TimedLearner(dataclasses.replace(config, method=method), runtime, stream=plain.stream)
             found = ratio(one, plain)
         except ValueError as error:
             found = {"ratio": None, "why": str(error)}

@@ -22,17 +22,16 @@ from perdure import metrics
 from perdure.core import checkpoint
 from perdure.options.space import Interval, Space, check_space, filled
 from perdure.storage import schema
-from perdure.training.config import RunConfig, make_backbone, make_method, make_objective
+from perdure.training.config import RunConfig, TrainConfig, flags, make_backbone, make_method, make_objective
 from perdure.training.loop import Progress, Quiet
 from perdure.training.run import resume, run
-from perdure.training.settings import TrainConfig
 from perdure.types import Row, Task
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
     from optuna.trial import FrozenTrial
 
-FILE = "study.json"
+STUDY = "study.json"
 JOURNAL = "study.log"
 TEXTS = ("method", "backbone", "objective")
 """Options of a run that may have holes."""
@@ -88,7 +87,7 @@ def tune(
     }
     with checkpoint.locked(out), _quiet(optuna):
         _check_same(out, asked)
-        checkpoint.write_json(out / FILE, asked)
+        checkpoint.write_json(out / STUDY, asked)
         study = _study(optuna, out, config.seed)
         for old in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
             # of a killed search: the same options are proposed again, and their run goes on
@@ -97,14 +96,14 @@ def tune(
         while (done := _done(study)) < trials:
             _one(optuna, study, config, space, out, progress, (done, trials))
         found = asked | _result(study, config, space, report_seeds, out)
-        checkpoint.write_json(out / FILE, found)
+        checkpoint.write_json(out / STUDY, found)
         return found
 
 
 def tuned_on(out: Path, seeds: Sequence[int]) -> str:
     """A warning for who reports, in `out`, class orders on which a study there or above chose options; else empty."""
     for folder in (out, *out.parents):
-        if (folder / FILE).is_file():
+        if (folder / STUDY).is_file():
             order = read_study(folder)["order_seed"]
             if order in seeds:
                 return (
@@ -117,7 +116,7 @@ def tuned_on(out: Path, seeds: Sequence[int]) -> str:
 
 def read_study(folder: Path) -> dict[str, Any]:
     """`study.json` of a folder."""
-    path = folder / FILE
+    path = folder / STUDY
     found = schema.plain(path.read_bytes(), str(path), _RESTORE)
     if not isinstance(found, dict) or not isinstance(found.get("order_seed"), int):
         raise schema.Damaged(f"{path} is damaged: it does not say on which class order was searched; {_RESTORE}")
@@ -235,7 +234,7 @@ def check_ends(config: RunConfig, space: Space) -> None:
             make_method(mine.method)
             make_objective(mine.objective, mine.method)
             if mine.backbone != configured(config, first).backbone:
-                make_backbone(mine.backbone)
+                make_backbone(mine.backbone, mine.method)
 
 
 def _suggest(trial: "Trial", name: str, each: Interval | tuple[Any, ...]) -> Any:
@@ -257,7 +256,7 @@ def _folder(config: RunConfig) -> str:
 
 
 def _check_same(out: Path, asked: Mapping[str, Any]) -> None:
-    if not (out / FILE).is_file():
+    if not (out / STUDY).is_file():
         return
     written = read_study(out)
     for key, value in json.loads(json.dumps(asked)).items():
@@ -323,14 +322,8 @@ def _by(row: Mapping[str, Any]) -> tuple[float, str]:
 
 def command(best: RunConfig, seeds: Sequence[int], out: Path) -> str:
     """The command line that reports the best options on other class orders."""
-    plain = RunConfig(stream=best.stream)
     words = ["perdure", "compare", "--methods", best.method, "--seeds", *map(str, seeds), "--out", str(out)]
-    for field in fields(RunConfig):
-        value = getattr(best, field.name)
-        if field.name in ("method", "seed") or (field.name != "stream" and value == getattr(plain, field.name)):
-            continue
-        words += [f"--{field.name.replace('_', '-')}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
-    return shlex.join(words)
+    return shlex.join([*words, *flags(best.describe(), ("method", "seed"))])
 
 
 @contextlib.contextmanager

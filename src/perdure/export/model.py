@@ -4,7 +4,6 @@ Exact, not an approximation: linear updates are either one LoRA per layer, whose
 branches', or added to the weights.
 """
 
-import difflib
 import json
 import os
 import shutil
@@ -29,10 +28,11 @@ from perdure.backbones.open_clip_attention import packed
 from perdure.backbones.timm import Timm
 from perdure.backbones.vision import Vision
 from perdure.core.learner import Core
-from perdure.core.method import embeds, encodes, parts_of
+from perdure.core.method import parts_of
 from perdure.core.objective import Head
 from perdure.export.files import TERMS, TOKENIZER, Use, copy, options_of, readme, use_of
 from perdure.export.head import answering, head_of
+from perdure.formatting import meant
 from perdure.storage.files import locked, write_json, write_text
 from perdure.training.config import make_backbone
 from perdure.version import __version__
@@ -120,9 +120,8 @@ def _write(learner: Core, folder: Path, to: str) -> None:
 def _check(learner: Core, to: str) -> None:
     backbone = learner.backbone
     if to not in get_args(Target):
-        near = difflib.get_close_matches(to, get_args(Target), n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "write 'peft' or 'merged'"
-        raise ValueError(f"unknown export {to!r}; {hint}")
+        near = meant(to, get_args(Target)) or "; write 'peft' or 'merged'"
+        raise ValueError(f"unknown export {to!r}{near}")
     if not learner.learnt:
         raise ValueError("this learner has learnt nothing yet: there is nothing to export")
     if not isinstance(backbone, Clip | Vision | Timm | OpenClip):
@@ -130,8 +129,12 @@ def _check(learner: Core, to: str) -> None:
             f"{backbone.spec} cannot be exported: learn on pocket(), clip(...), open_clip(...), vision(...) or "
             "timm(...), or keep it with save"
         )
-    if strange := [part.name for part in parts_of(learner.method) if encodes(part) or embeds(part)]:
+    if strange := [part.name for part in parts_of(learner.method) if part.treats]:
         raise ValueError(f"{strange[0]} changes features as no weights can express; keep this learner with save")
+    if backbone.layers:
+        raise ValueError(
+            f"{backbone.spec} takes features from several blocks, which no export holds; keep it with save"
+        )
     if prompted(backbone):
         raise ValueError("prompts take part in the encoder, which no weights can hold; keep this learner with save")
     answering(learner)

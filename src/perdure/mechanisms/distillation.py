@@ -19,7 +19,7 @@ class Teacher(nn.Module):
     Only parameters in training are kept, while the task lasts; everything else does not change in it.
 
     Args:
-        name: under which what it says is recorded.
+        name: under which what it says is kept.
         outputs: what it says of single examples, see `Objective.output`.
     """
 
@@ -38,19 +38,17 @@ class Teacher(nn.Module):
         """Drop the snapshot."""
         self.kept.clear()
 
-    @property
-    def records(self) -> tuple[str, ...]:
-        """Names of what `record` gives."""
-        return tuple(f"{self.name}/{output}" for output in self.outputs)
-
-    def record(self, learner: Core, batch: Batch) -> Batch:
-        """What it says of each example of a training set, (B, ...), for `Method.record`."""
-        return self.ask(learner, batch) if self.kept and learner.training else {}
+    def precompute(self, learner: Core, batch: Batch) -> Batch:
+        """What it says of each example of a training set, (B, ...), for `Method.precompute`."""
+        said = self(learner, batch) if self.kept and learner.training else {}
+        return {f"{self.name}/{output}": value for output, value in said.items()}
 
     def forward(self, learner: Core, batch: Batch) -> Batch:
-        """Its `outputs` for `batch`, by name, as they were recorded or else asked for now; without gradients."""
-        said = batch if batch.keys() >= set(self.records) else self.ask(learner, batch)
-        return {output: said[name] for output, name in zip(self.outputs, self.records, strict=True)}
+        """Its `outputs` for `batch`, by name, as they were computed before or else asked for now; without gradients."""
+        names = {output: f"{self.name}/{output}" for output in self.outputs}
+        if batch.keys() >= set(names.values()):
+            return {output: batch[name] for output, name in names.items()}
+        return self.ask(learner, batch)
 
     def distributions(self, learner: Core, batch: Batch, old: bool = False) -> list[Tensor]:
         """What the objective answered by, see `Objective.distributions`."""
@@ -60,10 +58,9 @@ class Teacher(nn.Module):
             return learner.objective.distributions(learner.encode(batch), batch, old)
 
     def ask(self, learner: Core, batch: Batch) -> Batch:
-        """What is recorded, asked for now."""
+        """The same, asked for now."""
         with self.swapped_in(learner):
-            said = [learner.objective.output(learner, batch, output) for output in self.outputs]
-        return dict(zip(self.records, said, strict=True))
+            return {output: learner.objective.output(learner, batch, output) for output in self.outputs}
 
     @contextmanager
     def swapped_in(self, learner: Core) -> Iterator[None]:
@@ -115,7 +112,6 @@ class Distillation(Method):
     def ask_for(self, outputs: Sequence[str]) -> None:
         """Settle what the teacher says."""
         self.teacher.outputs = tuple(outputs)
-        self.records = self.teacher.records
 
     def holds(self, task: Task) -> bool:
         """Whether there is anything to keep in `task`."""
@@ -132,9 +128,9 @@ class Distillation(Method):
         if self.holds(task):
             check_moves(learner, task, self)
 
-    def record(self, learner: Core, batch: Batch) -> Batch:
+    def precompute(self, learner: Core, batch: Batch) -> Batch:
         """What the teacher says of each example."""
-        return self.teacher.record(learner, batch)
+        return self.teacher.precompute(learner, batch)
 
     def end_task(self, learner: Core, task: Task) -> None:
         """Let the teacher go."""

@@ -71,7 +71,7 @@ def importance(
         output: what is differentiated.
         power: 1 or 2.
     """
-    learner.settle()  # a branch that another part has just closed must stand in the weights
+    learner.prepare()  # a branch that another part has just closed must stand in the weights
     values = held(learner, of)
     if not values:
         return {}
@@ -85,13 +85,15 @@ def importance(
     gradients = _at_once
     if not objective.vectorised:
         gradients, size = _in_turn, _OTHERS
-        others = objective.competitors(learner, next(learner.views(data, _OTHERS, f"{purpose} company", _OTHERS)))
+        others = objective.competitors(
+            learner, next(learner.training_views(data, _OTHERS, f"{purpose} company", _OTHERS))
+        )
     with ExitStack() as after:
         for name, site in sites.items():
             layer = learner.backbone.get_submodule(site.layer)
             after.callback(layer.register_forward_hook(partial(asked.add, name, site.rows)).remove)
-        for views in learner.views(data, samples, purpose, size):
-            batch = learner.noted(views)
+        for views in learner.training_views(data, samples, purpose, size):
+            batch = learner.cache.complete(views)
             asked.rivals = Competitors(objective.only_task_classes(batch), others)
             for found in gradients(asked, at, batch):
                 for name, gradient in found.items():

@@ -1,7 +1,7 @@
 """What prompt methods share: choosing by a query, the pre-trained encoder's features, and placing prefixes."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Generic, TypeVar
 
 import torch
@@ -11,31 +11,38 @@ from torch.nn import functional as F
 from perdure.adapters.prefix import Prefix
 from perdure.backbones.base import Backbone, OneTower, Tower, named_towers
 from perdure.core.learner import Core
-from perdure.core.method import Method, check_texts
+from perdure.core.method import Method, check_tower
 from perdure.types import Batch, Task
 
 _UNFIT = (RuntimeError, IndexError, TypeError, KeyError)
 """What a model raises whose blocks do not take more tokens than an input has."""
 QUERY = "query"
-"""Name under which a method records queries; they never change, so a set of images needs them once."""
+"""Name of queries, which never change, so a set of images needs them once."""
 
 
 def query(learner: Core, batch: Batch) -> Tensor:
-    """Unit features (B, dim) of the pre-trained encoder, in float32; those recorded, or computed here.
+    """Unit features (B, dim) of the pre-trained encoder, in float32; those known, or computed here.
 
     Prompts must be off while it is asked: they are when nothing has been given to them.
     """
     if QUERY in batch:
-        return batch[QUERY]
+        known: Tensor = batch[QUERY]
+        return known
     with torch.no_grad():
         features: Tensor = learner.backbone(batch)
     return F.normalize(features.float(), dim=1)
 
 
 def text_query(learner: Core, tokens: Batch) -> Tensor:
-    """Unit embeddings (n, dim) of texts by the pre-trained encoder, in float32; prompts must be off, as in `query`."""
+    """Unit embeddings (n, dim) of texts by the pre-trained encoder, in float32; prompts must be off, as in `query`.
+
+    Args:
+        learner: whose encoder.
+        tokens: what the backbone's `tokenise` gave; a `label` beside it is not read.
+    """
+    read = {name: value for name, value in tokens.items() if name != "label"}
     with torch.no_grad(), learner.computing():
-        return F.normalize(learner.backbone.encode_tokens(tokens).float(), dim=1)
+        return F.normalize(learner.backbone.encode_tokens(read).float(), dim=1)
 
 
 P = TypeVar("P", bound=nn.Module)
@@ -54,11 +61,9 @@ class PerTower(Method, Generic[P]):
         super().__init__()
         self.tower = tower
         self.towers = nn.ModuleDict()  # of P
-        hooks: tuple[tuple[OneTower, str], ...] = (("vision", "encode"), ("text", "embed"))
-        self.leaves = frozenset(hook for each, hook in hooks if each not in named_towers(tower))
-        self.records = (QUERY,) if "vision" in named_towers(tower) else ()
+        self.treats = frozenset(named_towers(tower))
 
-    def of(self, tower: OneTower) -> P:
+    def of(self, tower: str) -> P:
         """The part of `tower`, which has been made."""
         found: P = self.towers[tower]  # type: ignore[assignment]
         return found
@@ -69,25 +74,12 @@ class PerTower(Method, Generic[P]):
 
     def check(self, learner: Core, task: Task) -> None:
         """Refuse a text tower that nobody reads with."""
-        check_texts(learner, self, self.tower)
+        check_tower(learner, self, self.tower)
 
-    def images(self, learner: Core, batch: Batch) -> AbstractContextManager[None]:
-        """Within, images are treated as this method does."""
-        raise NotImplementedError
-
-    def texts(self, learner: Core, tokens: Batch, labels: Tensor | None) -> AbstractContextManager[None]:
-        """Within, texts are; see `Method.embed`."""
-        raise NotImplementedError
-
-    def encode(self, learner: Core, batch: Batch) -> Tensor:
-        """Features (B, dim), plain where only the text tower is treated."""
-        with nullcontext() if "encode" in self.leaves else self.images(learner, batch):
-            return super().encode(learner, batch)
-
-    def embed(self, learner: Core, tokens: Batch, labels: Tensor | None) -> Tensor:
-        """Embeddings (n, dim), plain where only the vision tower is treated."""
-        with nullcontext() if "embed" in self.leaves else self.texts(learner, tokens, labels):
-            return super().embed(learner, tokens, labels)
+    @staticmethod
+    def asked_of(learner: Core, batch: Batch, tower: str) -> Tensor:
+        """Queries (n, dim) of images, or of texts, in the batch that `applied` is given."""
+        return query(learner, batch) if tower == "vision" else text_query(learner, batch)
 
 
 class PromptPool(nn.Module):
@@ -109,18 +101,14 @@ C = TypeVar("C", bound=PromptPool)
 class QueriedPrompts(PerTower[C]):
     """Base of methods whose prompts depend on the query; every image and text is asked about by itself."""
 
-    def record(self, learner: Core, batch: Batch) -> Batch:
+    def precompute(self, learner: Core, batch: Batch) -> Batch:
         """The query of each image."""
-        return {QUERY: query(learner, batch)} if self.records else {}
+        return {QUERY: query(learner, batch)} if "vision" in self.treats else {}
 
-    def images(self, learner: Core, batch: Batch) -> AbstractContextManager[None]:
-        """Within, each image has its prompts."""
+    def applied(self, learner: Core, batch: Batch, tower: str) -> AbstractContextManager[None]:
+        """Within, each image or text has its prompts; of images queries that are known are not computed again."""
         labels = batch.get("label") if self.training else None
-        return self.of("vision").joining(query(learner, batch), labels)
-
-    def texts(self, learner: Core, tokens: Batch, labels: Tensor | None) -> AbstractContextManager[None]:
-        """Within, each text has its prompts."""
-        return self.of("text").joining(text_query(learner, tokens), labels)
+        return self.of(tower).joining(self.asked_of(learner, batch, tower), labels)
 
     def asked(self, learner: Core, batch: Batch) -> Iterator[tuple[C, Tensor, Tensor]]:
         """What a step reads: prompts of a tower, its queries (n, dim), and classes (n,) of what they are of."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perdure.adapters.state import BufferDict
+from perdure.core.caching import READ
 from perdure.core.learner import Core
 from perdure.core.method import Method, check_trained
 from perdure.formatting import count_bytes
@@ -17,7 +18,7 @@ from perdure.options.ranges import without_effect
 from perdure.streams.augment import AUGMENTS, Augment
 from perdure.streams.image_set import ImageSet
 from perdure.streams.sources import Files
-from perdure.types import Batch, Data, Task
+from perdure.types import Batch, Data, Task, join, take, to
 
 
 class ReplayBuffer(nn.Module):
@@ -126,8 +127,7 @@ def read(tasks: list[Task], refs: Tensor) -> Batch:
             raise gone(tasks[index])
         places.append((refs[:, 0] == index).nonzero().flatten())
         parts.append(data.__getitems__(refs[places[-1], 1].tolist()))
-    back = torch.cat(places).argsort()
-    return {key: torch.cat([part[key] for part in parts])[back.to(parts[0][key].device)] for key in parts[0]}
+    return take(join(parts), torch.cat(places).argsort())
 
 
 def gone(task: Task) -> ValueError:
@@ -246,14 +246,14 @@ class ExemplarBuffer(ReplayBuffer):
             like: a batch in training.
             view: how the images are changed, anew in every step.
         """
-        if view is None and like.keys() - {"image", "label", "pair", "text"}:
+        if view is None and like.keys() - READ:
             old = self._prepared(learner).__getitems__(rows.tolist())
         else:
             old = read(learner.tasks, self.refs[rows])
-        old = {key: value.to(learner.device) for key, value in old.items()}
+        old = to(learner.backbone.prepare(old), learner.device)
         if view is not None:
             old = view(old, learner.generator("view of old images", learner.step))
-        return learner.completed(old, like) if like.keys() - old.keys() else {key: old[key] for key in like}
+        return learner.cache.complete(old, like)
 
     def seen(self, learner: Core, rows: Tensor, like: Batch) -> Batch:
         """The images at `rows` as training sees new ones: changed as the run changes images, else computed once."""
@@ -266,7 +266,7 @@ class ExemplarBuffer(ReplayBuffer):
     def _prepared(self, learner: Core) -> Data:
         if self._ready is None or self._ready[0] != learner.task.index:
             kept = BufferView(learner.tasks, self.refs)
-            self._ready = learner.task.index, learner.recorded(learner.prefixed(learner.encoded(kept)))
+            self._ready = learner.task.index, learner.cache.of(kept, passes=2)
         return self._ready[1]
 
     def _order(self, learner: Core, task: Task, generator: torch.Generator) -> Tensor:

@@ -48,7 +48,7 @@ class Align(Method, name="align"):
         shrink: how much shorter the oldest classes' means are made, in [0, 1).
     """
 
-    needs = "classes"
+    needs = ("classes",)
 
     def __init__(
         self,
@@ -86,9 +86,9 @@ class Align(Method, name="align"):
             raise ValueError(
                 f"align cannot be combined with {deaf[0]}, which answers without the heads: keep one of them"
             )
-        if self.gaussians.rank > learner.dim and self.gaussians.covariance == "lowrank":
+        if self.gaussians.rank > learner.backbone.dim and self.gaussians.covariance == "lowrank":
             raise ValueError(
-                f"align(rank={self.gaussians.rank}): expected 1 to {learner.dim}, the size of the features"
+                f"align(rank={self.gaussians.rank}): expected 1 to {learner.backbone.dim}, the size of the features"
             )
         if not learner.objective.linear and (self.start == "lda" or self.epochs == 0):
             raise ValueError(

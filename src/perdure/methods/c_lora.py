@@ -67,4 +67,4 @@ class CLoRA(Method, name="c_lora"):
 
     def end_task(self, learner: Core, task: Task) -> None:
         """The new branch becomes part of the past."""
-        self.adapters.settle()
+        self.adapters.merge()

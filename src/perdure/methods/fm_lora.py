@@ -130,9 +130,9 @@ class FMLoRA(Method, name="fm_lora"):
 
     def end_task(self, learner: Core, task: Task) -> None:
         """Settle the core; after the first task, fix the bases."""
-        self.branches.settle()
+        self.branches.merge()
         for adapter in self.bases:
-            adapter.settle()
+            adapter.merge()
             if task.index == 0:
                 adapter.fix()
         for tower, prompt in self._prompts().items():

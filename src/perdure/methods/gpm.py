@@ -105,8 +105,8 @@ class GPM(Method, name="gpm"):
         self.start.clear()
         keep = self.keep if self.schedule == "fixed" else keep_schedule(self.keep, task.index, task.total)
         layers = {key: learner.backbone.get_submodule(site.layer) for key, site in self._inputs.items()}
-        views = learner.views(learner.method.data(learner, task), self.moments, "take")
-        reading = second_moments(learner.perceive, layers, views, lambda: learner.backbone.text_mask)
+        views = learner.training_views(learner.method.data(learner, task), self.moments, "take")
+        reading = second_moments(learner.forward_towers, layers, views, lambda: learner.backbone.text_mask)
         for key, moments in reading.items():
             space = self.spaces.of(key, self._inputs[key].fan_in, moments.device)
             self.spaces.keep(key, space.take(moments, keep, self.power))

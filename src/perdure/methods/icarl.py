@@ -33,7 +33,7 @@ class ICaRL(Method, name="icarl"):
         bytes: of images, as a number or a text such as "50MB", in place of `size`.
     """
 
-    needs = "classes"
+    needs = ("classes",)
     rehearses = "some"
 
     def __init__(
@@ -49,7 +49,6 @@ class ICaRL(Method, name="icarl"):
         self.strength, self.temperature = strength, _TEMPERATURE if temperature is None else temperature
         self.memory = ExemplarBuffer(size, bytes, "herding")
         self.teacher = Teacher("icarl", ["scores"])
-        self.records = self.teacher.records
         self.means = BufferDict()  # exemplars: (classes seen, dim), unit rows in the order of the objective's columns
 
     def grow(self, learner: Core, task: Task) -> None:
@@ -77,9 +76,9 @@ class ICaRL(Method, name="icarl"):
         if self._old(learner) and self.strength:
             self.teacher.remember(learner)
 
-    def record(self, learner: Core, batch: Batch) -> Batch:
+    def precompute(self, learner: Core, batch: Batch) -> Batch:
         """Logits (B, seen classes) of the model before the task."""
-        return self.teacher.record(learner, batch)
+        return self.teacher.precompute(learner, batch)
 
     def penalty(self, learner: Core, batch: Batch, features: Tensor) -> Tensor | float:
         """strength · T² · KL(teacher, model) over the old classes."""

@@ -147,7 +147,7 @@ class InfLoRA(Method, name="inflora"):
         for key, moments in found.items():
             space = self._space(key, moments.device).take(moments, keep, self.power)
             self.spaces.keep(key, space)
-            self._adapter(key).settle()
+            self._adapter(key).merge()
 
     def measures(self, learner: Core) -> dict[str, float]:
         """Per input: free directions, the share taken, and the share of the task's update that reaches old inputs."""
@@ -181,8 +181,8 @@ class InfLoRA(Method, name="inflora"):
 
     def _moments(self, learner: Core, task: Task, purpose: str) -> dict[str, Tensor]:
         """E[x xᵀ] of each input."""
-        views = learner.views(learner.method.data(learner, task), self.moments, purpose)
-        return second_moments(learner.perceive, self._layers(learner), views, lambda: learner.backbone.text_mask)
+        views = learner.training_views(learner.method.data(learner, task), self.moments, purpose)
+        return second_moments(learner.forward_towers, self._layers(learner), views, lambda: learner.backbone.text_mask)
 
     def _layers(self, learner: Core) -> dict[str, nn.Module]:
         return {key: learner.backbone.get_submodule(site.layer) for key, site in self._inputs.items()}

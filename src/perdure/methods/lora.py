@@ -46,7 +46,7 @@ class LoRA(Method, name="lora"):
     def grow(self, learner: Core, task: Task) -> None:
         """Open the branches at the first task; later tasks go on with them, or with new ones, or with none."""
         if self._over(task.index):
-            self.adapters.settle()  # they are when the task before has ended, but not where only descriptions are known
+            self.adapters.merge()  # they are when the task before has ended, but not where only descriptions are known
         elif task.index == 0 or self.per_task:
             scale = 1.0 if self.alpha is None else self.alpha / self.rank
             sites = learner.backbone.sites(self.at, self.blocks, self.tower)
@@ -55,7 +55,7 @@ class LoRA(Method, name="lora"):
     def end_task(self, learner: Core, task: Task) -> None:
         """Close the branches when no later task trains them."""
         if self.per_task or self._over(task.index + 1):
-            self.adapters.settle()
+            self.adapters.merge()
 
     def _over(self, tasks: int) -> bool:
         return self.tasks is not None and tasks >= self.tasks

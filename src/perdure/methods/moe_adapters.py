@@ -149,9 +149,9 @@ class MoEAdapters(PerTower[Mixture], name="moe_adapters"):
             if unknown.float().mean() >= self.expand:
                 own.open(self.freeze, learner.device)
 
-    def record(self, learner: Core, batch: Batch) -> Batch:
+    def precompute(self, learner: Core, batch: Batch) -> Batch:
         """Features of the pre-trained model, for the gateway, which is not asked in training."""
-        return {QUERY: query(learner, batch)} if self.records and not learner.training else {}
+        return {QUERY: query(learner, batch)} if "vision" in self.treats and not learner.training else {}
 
     def batch(self, learner: Core, batch: Batch) -> Batch:
         """The batch as it is; a step begins."""
@@ -178,22 +178,13 @@ class MoEAdapters(PerTower[Mixture], name="moe_adapters"):
             adapter.close_router(task.index)
             adapter.freeze(self.freeze)
 
-    def images(self, learner: Core, batch: Batch) -> AbstractContextManager[None]:
-        """Within, images take experts: in training by the task's router, else by that of who knows an image best."""
-        own = self.of("vision")
+    def applied(self, learner: Core, batch: Batch, tower: str) -> AbstractContextManager[None]:
+        """Within, inputs take experts: in training by the task's router, else by that of who knows each one best."""
+        own, counted = self.of(tower), learner.backbone.counted(batch) if tower == "text" else None
         if learner.training and own.learning:
-            routes = self._told(learner, "vision", len(next(iter(batch.values()))), batch.get("label"))
+            routes = self._told(learner, tower, len(next(iter(batch.values()))), batch.get("label"), counted)
         else:
-            routes = own.by_itself(query(learner, batch))
-        return routing(list(own.adapters), routes)
-
-    def texts(self, learner: Core, tokens: Batch, labels: Tensor | None) -> AbstractContextManager[None]:
-        """Within, texts do, in the same way."""
-        own, counted = self.of("text"), learner.backbone.counted(tokens)
-        if learner.training and own.learning:
-            routes = self._told(learner, "text", len(next(iter(tokens.values()))), labels, counted)
-        else:
-            routes = own.by_itself(text_query(learner, tokens), counted)
+            routes = own.by_itself(self.asked_of(learner, batch, tower), counted)
         return routing(list(own.adapters), routes)
 
     def measures(self, learner: Core) -> dict[str, float]:
@@ -214,7 +205,7 @@ class MoEAdapters(PerTower[Mixture], name="moe_adapters"):
         return max(self.top, by_rule or (self.top if self.expand else _OPEN_END))
 
     def _told(
-        self, learner: Core, tower: OneTower, count: int, labels: Tensor | None, counted: Tensor | None = None
+        self, learner: Core, tower: str, count: int, labels: Tensor | None, counted: Tensor | None = None
     ) -> list[Routes]:
         """Everything by the router in training; what is of old tasks, as replay brings it, by those of its task."""
         adapters = self.of(tower).adapters

@@ -69,4 +69,4 @@ class OLoRA(Method, name="o_lora"):
             assert adapter.down is not None
             former = [self.rows[str(i)]] if str(i) in self.rows else []
             self.rows[str(i)] = torch.cat([*former, adapter.down.detach()])
-            adapter.settle()
+            adapter.merge()

@@ -87,7 +87,7 @@ class RouteLoRA(Method, name="route_lora"):
     def end_task(self, learner: Core, task: Task) -> None:
         """R_old takes the increment."""
         for adapter in self.adapters:
-            adapter.settle()
+            adapter.merge()
 
 
 def _leading(core: Tensor, energy: float) -> Tensor:

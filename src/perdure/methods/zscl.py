@@ -33,7 +33,7 @@ from perdure.options.spec import parse_one
 from perdure.streams import build_stream
 from perdure.types import Batch, Task
 
-_TEACHER = "zscl"  # what is recorded: the teacher's image features, and after them its embeddings of captions
+_TEACHER = "zscl"  # what is computed once: the teacher's image features, and after them its embeddings of captions
 _SIZE = 2000
 
 
@@ -56,7 +56,6 @@ class ZSCL(Method, name="zscl"):
     """
 
     protects = "encoder"
-    records = (_TEACHER,)
 
     def __init__(
         self,
@@ -121,11 +120,11 @@ class ZSCL(Method, name="zscl"):
                 "tower='both' in the part that trains"
             )
 
-    def record(self, learner: Core, batch: Batch) -> Batch:
+    def precompute(self, learner: Core, batch: Batch) -> Batch:
         """What the teacher makes of an image and its captions, (B, 1 + K, dim); K is 0 without captions."""
         if not self.distils or self.reference is not None or not learner.training:
             return {}
-        return {_TEACHER: self._recorded(learner, batch)}
+        return {_TEACHER: self._asked(learner, batch)}
 
     def penalty(self, learner: Core, batch: Batch, features: Tensor) -> Tensor | float:
         """Both distillations and the anchor."""
@@ -151,11 +150,11 @@ class ZSCL(Method, name="zscl"):
         if self.reference is not None:
             images, features, lines, texts = self._drawn(learner, len(batch["label"]))
         else:
-            recorded = batch[_TEACHER] if _TEACHER in batch else self._recorded(learner, batch)
-            images = recorded[:, 0]
+            said = self._asked(learner, batch)
+            images = said[:, 0]
             if "captions" in objective.asks:
                 rows, places = objective.chosen(batch)
-                lines, texts = batch["text"][rows, places], recorded[rows, 1 + places]
+                lines, texts = batch["text"][rows, places], said[rows, 1 + places]
             else:
                 lines, texts = self._names(learner)
                 labels = torch.tensor(objective.classes, device=lines.device)
@@ -183,7 +182,10 @@ class ZSCL(Method, name="zscl"):
             lines, texts = lines[chosen], texts[chosen]
         return material.features[rows.to(learner.device)], features, lines, texts
 
-    def _recorded(self, learner: Core, batch: Batch) -> Tensor:
+    def _asked(self, learner: Core, batch: Batch) -> Tensor:
+        if _TEACHER in batch:
+            known: Tensor = batch[_TEACHER]
+            return known
         teacher = self._taught_by(learner)
         shown: Batch = {name: batch[name] for name in ("image", "features") if name in batch}
         with torch.no_grad():
@@ -241,7 +243,8 @@ class _Reference:
 
     def read(self, rows: Tensor) -> Tensor:
         """Images (n, 3, S, S) of `rows` (n,)."""
-        return read(self.tasks, self.places[rows])["image"]
+        images: Tensor = read(self.tasks, self.places[rows])["image"]
+        return images
 
 
 def _similarity(learner: Core, images: Tensor, texts: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ class Classify(Objective, name="classify"):
         before = len(self.classes)
         super().grow(learner, task)
         if len(self.classes) > before:
-            self.heads.append(nn.Linear(learner.dim, len(self.classes) - before, dtype=torch.float32))
+            self.heads.append(nn.Linear(learner.backbone.dim, len(self.classes) - before, dtype=torch.float32))
         owners = torch.repeat_interleave(torch.tensor([head.weight.shape[0] for head in self.linears()]))
         current = set(owners[list(self.task_columns)].tolist())
         for index, head in enumerate(self.heads):

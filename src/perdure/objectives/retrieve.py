@@ -174,7 +174,7 @@ class Retrieve(Objective, name="retrieve"):
         images = rivals.others["pair"] != batch["pair"]
         return images, images[rivals.others["image_of"]]
 
-    def record(self, learner: Core, batch: Batch) -> Batch:
+    def precompute(self, learner: Core, batch: Batch) -> Batch:
         """Embeddings (B, K, dim) of all captions, where the text tower can never change."""
         if _CAPTIONS in batch or "text" not in batch or not learner.constant_texts:
             return {}
@@ -199,7 +199,7 @@ class Retrieve(Objective, name="retrieve"):
         there are neither right nor wrong.
         """
         with learner.inference():
-            galleries = self._galleries(learner, [learner.encoded(task.test, keep=True) for task in tasks], size)
+            galleries = self._galleries(learner, [learner.cache.test(task.test) for task in tasks], size)
         union = _joined(galleries)
         task_of = torch.cat([torch.full((len(own.texts),), i) for i, own in enumerate(galleries)])
         found = []

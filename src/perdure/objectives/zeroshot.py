@@ -94,7 +94,7 @@ class ZeroShot(Objective, name="zeroshot"):
         if learner.scenario == "task":
             classes, names = task.classes, task.names
         with learner.inference():
-            features, _ = learner.features(learner.encoded(task.test, keep=True), size)
+            features, _ = learner.features(learner.cache.test(task.test), size)
             scores = self.similarity(features, self.embed(names)).cpu()
         first = {**dict.fromkeys(task.classes, task.index), **learner.stream.first_task()}
         return accuracies(learner, task, scores, set(classes), classes, first)

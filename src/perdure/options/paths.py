@@ -12,7 +12,7 @@ _PATHS = ("path", "checkpoint", "name", "vision", "text", "order")
 _NESTED = ("embed", "reference")
 """Options that are themselves described like this."""
 
-Move = tuple[str, str]
+Relocation = tuple[str, str]
 """Where something was, and where it is now: absolute paths, or the beginnings of some."""
 
 
@@ -29,14 +29,14 @@ def anchored(text: str) -> str:
     return _changed(text, anchor)
 
 
-def moved(text: str, moves: Sequence[Move]) -> str:
+def moved(text: str, moves: Sequence[Relocation]) -> str:
     """A description after some moves, the first one first."""
     for move in moves:
         text = _changed(text, lambda value, move=move: relocated(value, move))  # type: ignore[misc]
     return text
 
 
-def relocated(path: str, move: Move) -> str:
+def relocated(path: str, move: Relocation) -> str:
     """A path after a move, when it is what moved or lies within."""
     old, new = move
     if path == old:

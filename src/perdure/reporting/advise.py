@@ -62,7 +62,7 @@ class Constraints:
 
 
 @dataclass(frozen=True)
-class Choice:
+class RankedMethod:
     """A method that keeps to the constraints, with what speaks for it."""
 
     method: str
@@ -90,7 +90,7 @@ class Advice:
     """Where the numbers come from; without the rows."""
     tasks: int
     """After how many tasks the scores were measured."""
-    choices: list[Choice] = field(default_factory=list)
+    choices: list[RankedMethod] = field(default_factory=list)
     left_out: dict[str, list[str]] = field(default_factory=dict)
     """By the constraint that they miss: methods, with the number that misses it."""
     unknown: dict[str, list[str]] = field(default_factory=dict)
@@ -170,7 +170,7 @@ def _answer(setting: dict[str, Any], asked: Constraints) -> Advice:
     tasks = measured if asked.tasks is None else asked.tasks
     at = min(tasks, measured) - 1
     answer = Advice({k: v for k, v in setting.items() if k != "rows"}, at + 1)
-    found: list[Choice] = []
+    found: list[RankedMethod] = []
     for row in setting["rows"]:
         choice = _choice(row, asked, at, tasks)
         if reason := _missed(row, choice, asked):
@@ -188,7 +188,7 @@ def _answer(setting: dict[str, Any], asked: Constraints) -> Advice:
     return answer
 
 
-def _choice(row: dict[str, Any], asked: Constraints, at: int, tasks: int) -> Choice | None:
+def _choice(row: dict[str, Any], asked: Constraints, at: int, tasks: int) -> RankedMethod | None:
     after, known = row["after"], "_with_task_id" if asked.task_known else ""
     share = after[f"acc{known}"][at]
     if share is None:
@@ -196,7 +196,7 @@ def _choice(row: dict[str, Any], asked: Constraints, at: int, tasks: int) -> Cho
     stored, how = bytes_at(after["stored_bytes"], tasks)
     step = row.get("step") or {}
     ratio = step.get("ratio")
-    return Choice(
+    return RankedMethod(
         method=row["method"],
         place=0,
         tied=False,
@@ -211,7 +211,7 @@ def _choice(row: dict[str, Any], asked: Constraints, at: int, tasks: int) -> Cho
     )
 
 
-def _missed(row: dict[str, Any], choice: Choice | None, asked: Constraints) -> tuple[str, str] | None:
+def _missed(row: dict[str, Any], choice: RankedMethod | None, asked: Constraints) -> tuple[str, str] | None:
     """The first constraint that a method misses, and the method with its number."""
     method, limit = row["method"], asked.limit
     if any(("batchwise", True) in spec.kwargs for spec in parse(method)):
@@ -235,16 +235,16 @@ def _so_far(row: dict[str, Any], tasks: int) -> str:
     return row["method"] if last is None else f"{row['method']} ({human_bytes(last[0])} after {tasks} tasks)"
 
 
-def _surely_small(choice: Choice, asked: Constraints) -> bool:
+def _surely_small(choice: RankedMethod, asked: Constraints) -> bool:
     return asked.limit is None or (choice.stored_bytes is not None and choice.stored_bytes <= asked.limit)
 
 
-def _placed(found: Sequence[Choice], images: int | None) -> list[Choice]:
+def _placed(found: Sequence[RankedMethod], images: int | None) -> list[RankedMethod]:
     """Best first; who is within one standard deviation of the first of a place shares it.
 
     The largest counts: over runs of either, and of a share of so many test images, which are the same in every run.
     """
-    groups: list[list[Choice]] = []
+    groups: list[list[RankedMethod]] = []
     for choice in sorted(found, key=lambda c: -c.share[0]):
         leader = groups[-1][0] if groups else None
         by_chance = math.sqrt(choice.share[0] * (1 - choice.share[0]) / images) if images else 0.0
@@ -255,7 +255,7 @@ def _placed(found: Sequence[Choice], images: int | None) -> list[Choice]:
             groups.append([choice])
     placed, place = [], 1
     for group in groups:
-        placed += [Choice(**(vars(c) | {"place": place, "tied": len(group) > 1})) for c in group]
+        placed += [RankedMethod(**(vars(c) | {"place": place, "tied": len(group) > 1})) for c in group]
         place += len(group)
     return placed
 

@@ -17,7 +17,7 @@ _DARK = ((30, 37, 46), (31, 62, 96), (38, 97, 150), (74, 143, 196), (138, 190, 2
 
 
 @dataclass(frozen=True)
-class Part:
+class Segment:
     """A piece of a stacked bar: its length, the colour's number, and what it says."""
 
     value: float
@@ -111,7 +111,7 @@ def bar(value: float | None, low: float, high: float, label: str) -> Markup:
     ).format(label, "gain" if shown < 0 else "", start, 100 * abs(shown) / width, zero)
 
 
-def stack(parts: Sequence[Part], longest: float) -> Markup:
+def stack(parts: Sequence[Segment], longest: float) -> Markup:
     """Pieces one after another on an axis from 0 to `longest`."""
     ends = list(itertools.accumulate((part.value for part in parts), initial=0.0))
     scale = 100 / (longest or 1.0)

@@ -273,8 +273,8 @@ def _cell(share: float | None) -> tuple[str, float] | None:
     return None if share is None else (charts.percent(share), share)
 
 
-def _time(index: int, names: Sequence[str], task: Mapping[str, float]) -> tuple[str, list[charts.Part], float]:
-    parts = [charts.Part(task[p], i, f"{p} {duration(task[p])}") for i, p in enumerate(PHASES)]
+def _time(index: int, names: Sequence[str], task: Mapping[str, float]) -> tuple[str, list[charts.Segment], float]:
+    parts = [charts.Segment(task[p], i, f"{p} {duration(task[p])}") for i, p in enumerate(PHASES)]
     return names[index] if index < len(names) else f"task {index + 1}", parts, sum(task.values())
 
 

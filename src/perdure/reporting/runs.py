@@ -17,8 +17,7 @@ from perdure.options.spec import parse
 from perdure.reporting.figures import Series
 from perdure.storage import schema
 from perdure.storage.schema import Damaged, Line, Record, Steps, Summary, TaskFacts
-from perdure.training.summary import FILE as _SUMMARY
-from perdure.training.summary import contradicts, read_summary, scores_of, summarise
+from perdure.training.summary import SUMMARY, contradicts, read_summary, scores_of, summary_of
 from perdure.types import Row
 
 PHASES = ("prepare", "train", "finish", "evaluate")
@@ -62,7 +61,7 @@ class RunResults:
         if facts["config"].get("stream") and not facts["stream"]["tasks"]:
             raise Damaged(f"{folder / 'run.json'} is damaged: it names no tasks; restore it, or run again")
         if not done:
-            summary = read_summary(folder, "format" in facts) if (folder / _SUMMARY).exists() else Summary()
+            summary = read_summary(folder, "format" in facts) if (folder / SUMMARY).exists() else Summary()
             rows = tuple(_rows(folder / _RESULTS, facts))
             if not rows:  # the results are gone: the summary has the scores
                 score, matrix = summary.get("score", metrics.ACCURACY[0]), summary.get("matrix", [])
@@ -75,7 +74,7 @@ class RunResults:
         measured = [row for each in done for row in each.rows]
         _tell_other_results(folder, measured, note)
         finite = tuple(row for row in measured if math.isfinite(row.value))
-        finished = (folder / _SUMMARY).exists() or done[-1].learnt >= len(declared)
+        finished = (folder / SUMMARY).exists() or done[-1].learnt >= len(declared)
         return cls(folder, facts, _known_summary(folder, done, note) if finished else Summary(), finite)
 
     @property
@@ -150,7 +149,7 @@ class RunResults:
 
     def drift(self) -> list[list[float | None]]:
         """Feature drift of each task (columns) after each task (rows)."""
-        return self.matrix(drift.METRIC)
+        return self.matrix(drift.FEATURE_DRIFT)
 
     def drifts(self) -> list[float | None]:
         """Mean feature drift of the old tasks after each task."""
@@ -262,14 +261,14 @@ def _number(value: Any) -> float | None:
 
 def _known_summary(folder: Path, done: Sequence[Checkpoint], note: Callable[[str], None]) -> Summary:
     """What the manifests add up to."""
-    path = folder / _SUMMARY
+    path = folder / SUMMARY
     try:
         said = read_summary(folder, done[-1].manifest["format"] > 1) if path.exists() else None
         why = "is not what the manifests say"
     except Damaged:
         said, why = None, "is damaged"
     try:
-        found = summarise(folder, done)
+        found = summary_of(folder, done)
     except Damaged:  # the numbers do not need the tensors, of which the sum counts the bytes
         if said is None or said.get("manifest") != done[-1].seal:
             raise

@@ -21,9 +21,9 @@ from perdure.formatting import RARE, printable, times
 from perdure.options.spec import parse
 from perdure.reporting.charts import show
 from perdure.reporting.runs import Group, RunResults, steps_of
-from perdure.training.config import RunConfig
+from perdure.training.config import RunConfig, flags
 
-Pair = tuple[float, float | None] | None
+Spread = tuple[float, float | None] | None
 _SPECS = ("stream", "backbone")
 _TRAINING = (
     *("objective", "epochs", "batch_size", "lr", "optimizer", "weight_decay"),
@@ -176,7 +176,7 @@ _NUMBERS: dict[str, tuple[int, Callable[[metrics.Matrix], float | None]]] = {
 
 def _after(
     runs: Sequence[RunResults], tasks: int, which: int, number: Callable[[metrics.Matrix], float | None]
-) -> list[Pair]:
+) -> list[Spread]:
     """A number of the score matrix (`which` of `RunResults.scored`) as it stood after each task."""
     matrices = [run.matrix(run.scored[which]) for run in runs]
     return [_pair(number([row[:n] for row in matrix[:n]]) for matrix in matrices) for n in range(1, tasks + 1)]
@@ -234,13 +234,7 @@ def _setting(runs: Sequence[RunResults], shorten: bool) -> dict[str, Any]:
 
 def _command(run: RunResults, specs: dict[str, str]) -> str:
     """The command that measures the setting, but for `--methods`, `--seeds` and `--out`."""
-    words = ["perdure", "compare"]
-    for field in fields(RunConfig):
-        value = specs.get(field.name, run.config.get(field.name, field.default))
-        several = isinstance(value, list | tuple)
-        if field.name not in _OWN and (value if several else value != field.default):
-            words += [f"--{field.name.replace('_', '-')}", *map(str, value if several else [value])]
-    return shlex.join(words)
+    return shlex.join(["perdure", "compare", *flags(run.config | specs, _OWN)])
 
 
 def _shortened(text: str) -> str:
@@ -256,7 +250,7 @@ def _absolute(text: str) -> bool:
     return Path(text).is_absolute() or text.startswith("~")
 
 
-def _pair(values: Iterable[float | None]) -> Pair:
+def _pair(values: Iterable[float | None]) -> Spread:
     """Mean and standard deviation over runs; None when a run has no such number."""
     listed = list(values)
     known = [v for v in listed if v is not None]

@@ -3,7 +3,7 @@
 from typing import Any
 
 from perdure import metrics
-from perdure.evaluation.search_examples import FILE, read
+from perdure.evaluation.search_examples import EXAMPLES, read_examples
 from perdure.evaluation.zero_shot_retention import kept
 from perdure.metrics import CUTS
 from perdure.reporting.charts import percent
@@ -51,9 +51,9 @@ def _zero_shot(run: RunResults) -> list[tuple[str, str, list[str], str]]:
 
 def _searches(run: RunResults) -> list[dict[str, Any]]:
     """Queries with the pictures found before and after; none while the run is not finished."""
-    if not (run.folder / FILE).is_file():
+    if not (run.folder / EXAMPLES).is_file():
         return []
-    noted = read(run.folder)
+    noted = read_examples(run.folder)
     pictures = noted["pictures"]
     return [
         {

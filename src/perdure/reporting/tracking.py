@@ -24,7 +24,7 @@ from perdure.storage import schema
 from perdure.training.loop import Progress
 from perdure.types import Row, Task
 
-FILE = "tracking.json"
+TRACKING = "tracking.json"
 _POINTS = 100  # of the loss's curve, for each task: reading the loss waits for the device
 _PACKAGES = {"comet_ml": "comet-ml"}  # where the package is not called as the tracker
 
@@ -77,7 +77,7 @@ def _wanted(names: str) -> list[str]:
 
 
 def _read(out: Path) -> Tracking:
-    path = out / FILE
+    path = out / TRACKING
     if path.is_file():
         return schema.read(path, Tracking, "remove it: curves then begin anew")
     return Tracking(run=uuid.uuid4().hex, trackers={}, offsets={})
@@ -132,7 +132,7 @@ class _Follower:
         offsets = self.content["offsets"]
         self.offset = offsets.setdefault(str(task.index), self.offset + self.steps)
         self.steps = steps
-        checkpoint.write_json(self.out / FILE, msgspec.to_builtins(self.content))
+        checkpoint.write_json(self.out / TRACKING, msgspec.to_builtins(self.content))
         self.inner.task(task, tasks, epochs, steps)
 
     def step(self, step: int, loss: Tensor, images: int) -> None:

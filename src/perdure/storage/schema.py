@@ -16,8 +16,8 @@ from msgspec import Meta
 FORMAT = 2
 """Of what is written now: seals in all files, manifests that name their run and their predecessor. 1 had neither."""
 
-Count = Annotated[int, Meta(ge=0, le=2**53)]
-Task = Annotated[int, Meta(ge=0, le=1_000_000)]
+Natural = Annotated[int, Meta(ge=0, le=2**53)]
+TaskNumber = Annotated[int, Meta(ge=0, le=1_000_000)]
 T = TypeVar("T")
 
 
@@ -28,21 +28,21 @@ class Damaged(ValueError):
 class TaskFacts(TypedDict):
     """A task's description, without its data."""
 
-    index: Task
+    index: TaskNumber
     name: str
-    classes: list[Count]
+    classes: list[Natural]
     names: list[str]
-    total: NotRequired[Task | None]
+    total: NotRequired[TaskNumber | None]
     score: NotRequired[str]
-    train: NotRequired[Count]
-    test: NotRequired[Count]
+    train: NotRequired[Natural]
+    test: NotRequired[Natural]
 
 
 class RowFacts(TypedDict):
     """A measurement: see `perdure.types.Row`."""
 
     after: Annotated[int, Meta(ge=-1, le=1_000_000)]
-    on: Task | None
+    on: TaskNumber | None
     metric: str
     value: float
 
@@ -62,7 +62,7 @@ class Seconds(TypedDict):
     evaluate: float
 
 
-class Source(TypedDict):
+class LessonSource(TypedDict):
     """Where the images of a lesson were."""
 
     folder: str
@@ -81,21 +81,21 @@ class Manifest(TypedDict):
     format: int
     run: NotRequired[str]
     previous: NotRequired[str | None]
-    learnt: Task
+    learnt: TaskNumber
     backbone: str
     method: NotRequired[str]
     tasks: list[TaskFacts]
     rows: NotRequired[list[RowFacts]]
-    step: NotRequired[Count]
+    step: NotRequired[Natural]
     alone: NotRequired[bool]
-    source: NotRequired[Source]
+    source: NotRequired[LessonSource]
     device: NotRequired[str]
     seconds: NotRequired[Seconds]
-    images: NotRequired[Count]
-    trainable_parameters: NotRequired[Count]
-    peak_rss_bytes: NotRequired[Count]
+    images: NotRequired[Natural]
+    trainable_parameters: NotRequired[Natural]
+    peak_rss_bytes: NotRequired[Natural]
     sha256: dict[str, str]
-    bytes: NotRequired[dict[str, Count]]
+    bytes: NotRequired[dict[str, Natural]]
     seal: str
 
 
@@ -170,12 +170,12 @@ class Summary(TypedDict, total=False):
     zero_shot: dict[str, dict[str, Any]]
     zero_shot_ratio: float | None
     recall: dict[str, dict[str, list[float | None]]]
-    trainable_parameters: Count
-    stored_bytes: Count
+    trainable_parameters: Natural
+    stored_bytes: Natural
     seconds_per_task: list[dict[str, float]]
     images_per_second: float | None
-    peak_rss_bytes: Count
-    skipped_images: Count
+    peak_rss_bytes: Natural
+    skipped_images: Natural
     manifest: str
     seal: str
 
@@ -194,9 +194,9 @@ class Searches(TypedDict):
     """examples.json: queries, and PNGs in base64 by identity."""
 
     queries: list[Query]
-    searched: NotRequired[list[Task]]
+    searched: NotRequired[list[TaskNumber]]
     pictures: dict[str, str]
-    learnt: NotRequired[Task]
+    learnt: NotRequired[TaskNumber]
     seal: NotRequired[str]
 
 

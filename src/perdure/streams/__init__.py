@@ -7,16 +7,16 @@ from typing import Any
 from perdure.backbones.preprocess import Preprocess
 from perdure.options.spec import Spec, build, parse_one
 from perdure.streams.benchmarks import cifar100, cub200, domainnet, easy_vqa, imagenet_r
-from perdure.streams.caption_set import Captioned
 from perdure.streams.captions import captions
+from perdure.streams.conversation_benchmarks import coin, daquar, easy_vqa_questions, mllm_acl, mllm_dcl, ucit
+from perdure.streams.conversation_stream import as_questions, conversations, in_turn
 from perdure.streams.folders import images
 from perdure.streams.hub import hub
-from perdure.streams.image_set import Budget, ImageSet
+from perdure.streams.image_set import Budget, Captioned, ImageSet
 from perdure.streams.karpathy import coco, flickr30k
-from perdure.streams.options import Options, StreamPlan
+from perdure.streams.options import REGISTRY, Options, StreamPlan
 from perdure.streams.sequence import sequence
-from perdure.streams.single_caption_task import alike, captioned_task, given_captions
-from perdure.streams.single_task import folder_task, given_task
+from perdure.streams.single_task import alike, captioned_task, folder_task, given_captions, given_task
 from perdure.streams.synthetic import captions_synthetic, synthetic
 from perdure.streams.tables import csv, parquet
 from perdure.types import Stream
@@ -50,15 +50,20 @@ STREAMS: dict[str, Callable[..., StreamPlan]] = {
     "flickr30k": flickr30k,
     "coco": coco,
     "sequence": sequence,
+    "conversations": conversations,
+    "as_questions": as_questions,
+    "in_turn": in_turn,
+    "coin": coin,
+    "ucit": ucit,
+    "mllm_dcl": mllm_dcl,
+    "mllm_acl": mllm_acl,
+    "daquar": daquar,
+    "easy_vqa_questions": easy_vqa_questions,
     "synthetic": synthetic,
     "captions_synthetic": captions_synthetic,
 }
 """Name -> factory; its named parameters are the options a user may write."""
-
-
-def factories(measured: bool = False) -> dict[str, Callable[..., StreamPlan]]:
-    """Name -> factory; those of streams that are only measured are apart."""
-    return {name: getattr(made, "measured", made) if measured else made for name, made in STREAMS.items()}
+REGISTRY.update(STREAMS)
 
 
 def build_stream(what: str | Spec, preprocess: Preprocess, seed: int, measured: bool = False, **more: Any) -> Stream:
@@ -77,5 +82,5 @@ def build_stream(what: str | Spec, preprocess: Preprocess, seed: int, measured: 
     """
     spec = parse_one(what) if isinstance(what, str) else what
     described = replace(spec, kwargs=tuple({**dict(spec.kwargs), **more}.items()))
-    plan: StreamPlan = build(described, factories(measured), "stream")
-    return plan(preprocess, seed)
+    plan: StreamPlan = build(described, STREAMS, "stream")
+    return plan(preprocess, seed, measured)

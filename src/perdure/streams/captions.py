@@ -1,29 +1,23 @@
 """Streams of images with captions from parquet or JSONL files: retrieval by topic, or language after language."""
 
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from hashlib import sha256
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from perdure.backbones.preprocess import Preprocess
-from perdure.storage.schema import plain
-from perdure.streams.columns import require_column
-from perdure.streams.options import StreamPlan, near, stream
-from perdure.streams.sources import Files, Parquet, Source, check_path
-from perdure.streams.tables import check_image_column, csv_images, holds, read_csv, read_schema, table_files
-from perdure.streams.topics import WORDS, Album, CaptionOptions, Gallery, arrange_captions
-from perdure.types import Stream
+from perdure.formatting import meant
+from perdure.options.ranges import without_effect
+from perdure.streams.columns import TablePart, require_column
+from perdure.streams.options import TOPICS, CaptionOptions, stream
+from perdure.streams.sources import Parquet, Source, identities
+from perdure.streams.tables import holds, read_parts
+from perdure.streams.topics import CaptionedData, CaptionedPart, arrange_captions
 
 
-@stream(common_to=CaptionOptions)
+@stream(arrange_captions)
 def captions(
     options: CaptionOptions, path: str, captions: str | Sequence[str] = "captions", image: str = "image"
-) -> StreamPlan:
+) -> Callable[[bool], CaptionedData]:
     """Images with captions: parquet, JSONL or CSV files, a folder with `train*` and `test*` (or `val*`), or one file.
 
     Each task is one topic; see `by`. With several caption columns each task is one language: the same images, the
@@ -43,60 +37,53 @@ def captions(
     if not columns or len(set(columns)) < len(columns):
         raise ValueError(f"captions={captions!r}: expected a column, or several different ones")
     if len(columns) > 1:
-        options.without_effect("with several caption columns, one task each", "by", "tasks", "embed")
+        own = {"by": options.by, "tasks": options.tasks, "embed": options.embed}
+        without_effect("with several caption columns, one task each", **own)
 
-    def plan(preprocess: Preprocess, seed: int) -> Stream:
-        name = Path(path).name or path
-        parts = read_listings(Path(path), image, options.measured)
-        return arrange_captions(gallery(name, parts, columns, options.column), options, preprocess, seed)
+    def read(measured: bool) -> CaptionedData:
+        parts = read_tables(Path(path), image, measured)
+        return captioned_data(Path(path).name or path, parts, columns, options.column)
 
-    return plan
+    return read
 
 
-@dataclass(frozen=True)
-class Listing:
-    """One part of a data set, row by row: its columns, and which image each row has.
+def captioned_data(name: str, parts: Sequence[TablePart], columns: tuple[str, ...], by: str | None) -> CaptionedData:
+    """The data set whose train and (perhaps) test part are tables; rows of the same image are one image.
 
-    `identities` tell images apart; None stands for an image of its own. `keys` name images wherever the data lies.
+    Raises:
+        ValueError: for a missing column or caption, and when an image is in both parts.
     """
-
-    columns: Sequence[str]
-    values: Callable[[str], list[Any]]
-    identities: Sequence[str | None]
-    keys: Sequence[str]
-    source: Source
-    rows: Sequence[int]
-    where: Callable[[int], str]
-
-    def take(self, rows: Sequence[int]) -> "Listing":
-        """Some of the rows."""
-        return replace(
-            self,
-            values=lambda column: [values[row] for values in (self.values(column),) for row in rows],
-            identities=[self.identities[row] for row in rows],
-            keys=[self.keys[row] for row in rows],
-            rows=[self.rows[row] for row in rows],
-            where=lambda row: self.where(rows[row]),
-        )
-
-
-def gallery(name: str, parts: Sequence[Listing], columns: tuple[str, ...], by: str | None) -> Gallery:
-    """The data set whose train and (perhaps) test part are listed."""
-    albums = [_album(name, part, columns, by) for part in parts]
+    told = identities([part.source for part in parts])
+    keys = [_keys(part.source) for part in parts]
     if len(parts) > 1:
-        check_apart(name, *(part.identities for part in parts))
-    return Gallery(name, albums[0], albums[1] if len(parts) > 1 else None, columns)
+        learnt = {told[0][row] for row in parts[0].rows} - {None}
+        if both := [row for row in parts[1].rows if told[1][row] in learnt]:
+            raise ValueError(f"{name}: image {keys[1][both[0]]!r} is in train and in test; remove it from one of them")
+    made = [_part(name, *each, columns, by) for each in zip(parts, told, keys, strict=True)]
+    return with_each_caption_once(name, made, columns)
 
 
-def check_apart(name: str, train: Sequence[str | None], test: Sequence[str | None]) -> None:
-    """Raise a ValueError when an image, told by what identifies it, is in train and in test."""
-    learnt = {each for each in train if each is not None}
-    if both := [each for each in test if each in learnt]:
-        shown = str(both[0]).partition("\n")[0]
-        raise ValueError(f"{name}: image {shown!r} is in train and in test; remove it from one of them")
+def _keys(source: Source) -> Sequence[str]:
+    """What names each image wherever the data lies: its path, else file and row."""
+    names = source.names() if isinstance(source, Parquet) and source.of_paths else [None] * len(source)
+    return [source.key(row) if name is None else name for row, name in enumerate(names)]
 
 
-def read_listings(path: Path, image: str, measured: bool = False) -> list[Listing]:
+def with_each_caption_once(
+    name: str, parts: Sequence[CaptionedPart], columns: tuple[str, ...], **notes: Any
+) -> CaptionedData:
+    """The data set of these parts, with a remark where an image had a caption more than once in a column."""
+    once = [
+        replace(part, captions=[[list(dict.fromkeys(texts)) for texts in each] for each in part.captions])
+        for part in parts
+    ]
+    before, after = (sum(len(t) for p in listed for each in p.captions for t in each) for listed in (parts, once))
+    if gone := before - after:
+        notes["remarks"] = [f"{gone} captions stand twice at the same image: each text of an image counts once"]
+    return CaptionedData(name, once[0], once[1] if len(once) > 1 else None, columns, notes)
+
+
+def read_tables(path: Path, image: str, measured: bool = False) -> list[TablePart]:
     """The train and (when there is one) the test part of the parquet, JSONL or CSV files at `path`.
 
     Data that is only `measured` is one part: its test part, or all of it.
@@ -107,39 +94,39 @@ def read_listings(path: Path, image: str, measured: bool = False) -> list[Listin
         if not found:
             raise ValueError(f"path={str(path)!r} holds no .parquet, .jsonl or .csv file; expected train.* and test.*")
         ending = found[0]
-    parts = [files for files in table_files(path, ending, measured) if files]
-    if ending == ".jsonl":
-        return [_json_lines(files, image) for files in parts]
-    if ending == ".csv":
-        return [_csv(files, image) for files in parts]
-    return _parquet(parts, image)
+    elif ending not in (".jsonl", ".csv"):
+        ending = ".parquet"
+    return read_parts(path, ending, image, measured)
 
 
-def _album(name: str, part: Listing, columns: tuple[str, ...], by: str | None) -> Album:
+def _part(
+    name: str,
+    part: TablePart,
+    told: Sequence[str | None],
+    keys: Sequence[str],
+    columns: tuple[str, ...],
+    by: str | None,
+) -> CaptionedPart:
+    known = part.files[0].columns
     for column in columns:
-        require_column(name, part.columns, column, "captions")
-    if by is not None and by not in part.columns:
-        known = ", ".join(part.columns)
+        require_column(name, known, column, "captions")
+    if by is not None and by not in known:
         raise ValueError(
-            f"by={by!r}: {name} has no such column{near(by, (*WORDS, *part.columns))}; expected 'clusters', 'random', "
-            f"'natural', or a column: {known}"
+            f"by={by!r}: {name} has no such column{meant(by, (*TOPICS, *known))}; expected 'clusters', 'random', "
+            f"'natural', or a column: {', '.join(known)}"
         )
-    place: dict[str, int] = {}
-    first: list[int] = []
-    image_of = []
-    for row, identity in enumerate(part.identities):
-        known_at = len(first) if identity is None else place.setdefault(identity, len(first))
-        if known_at == len(first):
-            first.append(row)
-        image_of.append(known_at)
-    texts = []
-    for column in columns:
-        of_image: list[list[str]] = [[] for _ in first]
-        for row, value in enumerate(part.values(column)):
-            of_image[image_of[row]] += _lines(value, column, part.where, row)
-        texts.append(of_image)
-    topics = None if by is None else _topics(part, by, image_of, first)
-    return Album(part.source, [part.rows[r] for r in first], [part.keys[r] for r in first], tuple(texts), topics)
+    positions: dict[str | int, list[int]] = {}
+    for i, row in enumerate(part.rows):
+        positions.setdefault(told[row] or row, []).append(i)
+    images = list(positions.values())
+    image_of = {i: number for number, each in enumerate(images) for i in each}
+    texts: list[list[list[str]]] = [[[] for _ in columns] for _ in images]
+    for c, column in enumerate(columns):
+        for i, value in enumerate(part.values(column, "captions")):
+            texts[image_of[i]][c] += _lines(value, column, part.where, i)
+    topics = None if by is None else _topics(part, by, images)
+    rows = [part.rows[each[0]] for each in images]
+    return CaptionedPart(part.source, rows, [keys[row] for row in rows], texts, topics)
 
 
 def _lines(value: Any, column: str, where: Callable[[int], str], row: int) -> list[str]:
@@ -153,119 +140,15 @@ def _lines(value: Any, column: str, where: Callable[[int], str], row: int) -> li
     return kept
 
 
-def _topics(part: Listing, by: str, image_of: list[int], first: list[int]) -> list[str | int]:
-    topics: dict[int, str | int] = {}
-    for row, value in enumerate(part.values(by)):
+def _topics(part: TablePart, by: str, images: Sequence[Sequence[int]]) -> list[str | int]:
+    values = part.values(by, "by")
+    for i, value in enumerate(values):
         if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
-            raise ValueError(f"{part.where(row)}: column {by!r} (by=) is {value!r:.60}; expected a name or an integer")
-        if topics.setdefault(image_of[row], value) != value:
-            other = topics[image_of[row]]
+            raise ValueError(f"{part.where(i)}: column {by!r} (by=) is {value!r:.60}; expected a name or an integer")
+    for first, *others in images:
+        if different := [i for i in others if values[i] != values[first]]:
             raise ValueError(
-                f"{part.where(row)}: column {by!r} (by=) is {value!r}, but {other!r} in row {first[image_of[row]]} of "
-                "the same image; give an image one topic"
+                f"{part.where(different[0])}: column {by!r} (by=) is {values[different[0]]!r}, but {values[first]!r} "
+                f"at the same image in {part.where(first)}; give an image one topic"
             )
-    return [topics[i] for i in range(len(first))]
-
-
-def _json_lines(files: Sequence[Path], image: str) -> Listing:
-    rows: list[dict[str, Any]] = []
-    places: list[str] = []
-    for file in files:
-        try:
-            text = file.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from error
-        # Not splitlines(): a caption may hold a line separator of Unicode.
-        for number, line in enumerate(text.split("\n"), 1):
-            if not line.strip():
-                continue
-            row = plain(line.encode(), f"{file}, line {number}", "write one object a line")
-            if not isinstance(row, dict):
-                raise ValueError(f"{file}, line {number}: expected an object, got {line!r:.40}")
-            rows.append(row)
-            places.append(f"{file}, line {number}")
-    if not rows:
-        raise ValueError(f"{files[0]} has no rows; choose another data set")
-    columns = list(rows[0])
-    require_column(str(files[0]), columns, image, "image")
-
-    def values(column: str) -> list[Any]:
-        return [row.get(column) for row in rows]
-
-    for place, path in zip(places, values(image), strict=True):
-        if not isinstance(path, str) or not path:
-            raise ValueError(f"{place}: column {image!r} (image=) is {path!r:.60}; expected the path of an image")
-        check_path(path, f"{place}: column {image!r} (image=)")
-    paths = [str(Path(path).as_posix()) for path in values(image)]
-    return Listing(
-        columns, values, paths, paths, Files(files[0].parent, paths), range(len(paths)), lambda row: places[row]
-    )
-
-
-def _csv(files: Sequence[Path], image: str) -> Listing:
-    tables = [read_csv(file) for file in files]
-    source = csv_images(files, tables, image)
-    places = [f"{file}, row {row}" for file, table in zip(files, tables, strict=True) for row in range(len(table))]
-
-    def values(column: str) -> list[Any]:
-        for file, table in zip(files, tables, strict=True):
-            require_column(str(file), table.column_names, column, "captions")
-        cells = [value for table in tables for value in table[column].to_pylist()]
-        return [str(value) for value in cells] if any(isinstance(value, str) for value in cells) else cells
-
-    columns = list(tables[0].column_names)
-    return Listing(columns, values, source.paths, source.paths, source, range(len(places)), lambda row: places[row])
-
-
-def _parquet(parts: Sequence[Sequence[Path]], image: str) -> list[Listing]:
-    columns = list(read_schema(parts[0][0]).names)
-    for file in (file for files in parts for file in files):
-        check_image_column(file, image)
-    paths = [[path for file in files for path in _paths(file, image)] for files in parts]
-    often = {path for path, n in Counter(p for each in paths for p in each if p is not None).items() if n > 1}
-    return [_parquet_part(files, columns, image, each, often) for files, each in zip(parts, paths, strict=True)]
-
-
-def _parquet_part(
-    files: Sequence[Path], columns: Sequence[str], image: str, paths: list[str | None], often: set[str]
-) -> Listing:
-    source = Parquet(files, image)
-
-    def values(column: str) -> list[Any]:
-        for file in files:
-            require_column(str(file), read_schema(file).names, column, "captions")
-        return [value for file in files for value in pq.read_table(file, columns=[column])[column].to_pylist()]
-
-    identities = paths
-    if not often.isdisjoint(p for p in paths if p is not None):
-        identities = [name for file in files for name in _identities(file, image, often)]
-    is_path = _is_text(read_schema(files[0]).field(image).type)
-    keys = [path if is_path and path is not None else source.key(row) for row, path in enumerate(paths)]
-    return Listing(columns, values, identities, keys, source, range(len(paths)), source.where)
-
-
-def _paths(file: Path, image: str) -> list[str | None]:
-    kind = read_schema(file).field(image).type
-    if _is_text(kind):
-        return list(pq.read_table(file, columns=[image])[image].to_pylist())
-    if pa.types.is_struct(kind) and kind.get_field_index("path") >= 0:
-        cells = pq.ParquetFile(file).read(columns=[f"{image}.path"])[image]
-        return [cell and cell["path"] for cell in cells.to_pylist()]
-    return [None] * int(pq.read_metadata(file).num_rows)
-
-
-def _identities(file: Path, image: str, often: set[str]) -> list[str | None]:
-    # The same name may stand for other bytes: "0.jpg" of another folder. Read in pieces, for images are large.
-    names: list[str | None] = []
-    for piece in pq.ParquetFile(file).iter_batches(batch_size=256, columns=[image]):
-        for cell in piece.column(0).to_pylist():
-            path = cell["path"] if isinstance(cell, dict) else cell
-            encoded = cell.get("bytes") if isinstance(cell, dict) else None
-            if path in often and encoded is not None:
-                path = f"{path}\n{sha256(encoded).hexdigest()}"
-            names.append(path)
-    return names
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+    return [values[first] for first, *_ in images]

@@ -13,7 +13,6 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
-from perdure.backbones.preprocess import Preprocess
 from perdure.formatting import meant
 from perdure.scoring import BENCHMARK_SCORES
 from perdure.scoring.benchmarks import NOT_LOCAL
@@ -24,15 +23,14 @@ from perdure.streams.conversation_stream import find
 from perdure.streams.conversation_tasks import ConversationOptions, Dialogues, Part, arrange_conversations, by_topic
 from perdure.streams.conversations import Record
 from perdure.streams.naming import role_of
-from perdure.streams.options import StreamPlan, stream
-from perdure.types import Stream
+from perdure.streams.options import stream
 
 Amend = Callable[[Any, int], Any]
 """From an entry of a test file and its number to the same with its right answers."""
 
 
-@stream("share_images", common_to=ConversationOptions)
-def coin(options: ConversationOptions, path: str, images: str | None = None) -> StreamPlan:
+@stream(arrange_conversations, "share_images")
+def coin(options: ConversationOptions, path: str, images: str | None = None) -> Callable[[bool], Dialogues]:
     """CoIN (Chen et al. 2024, arXiv:2403.08350): ScienceQA, TextVQA, ImageNet, GQA, VizWiz, Grounding, VQAv2, OCRVQA.
 
     Right answers of TextVQA are ten people's, from `TextVQA_0.5.1_val.json`; options of ScienceQA, and answers where
@@ -49,8 +47,8 @@ def coin(options: ConversationOptions, path: str, images: str | None = None) -> 
     return _plan("coin", _COIN, options, path, images)
 
 
-@stream("share_images", common_to=ConversationOptions)
-def ucit(options: ConversationOptions, path: str, images: str | None = None) -> StreamPlan:
+@stream(arrange_conversations, "share_images")
+def ucit(options: ConversationOptions, path: str, images: str | None = None) -> Callable[[bool], Dialogues]:
     """UCIT (Guo et al. 2025, arXiv:2503.12941): ImageNet-R, ArxivQA, VizWiz, IconQA, CLEVR-Math, Flickr30k.
 
     References of the two caption tasks are those of `val_coco_type_3000.json`, which follow the order of the test file.
@@ -67,8 +65,8 @@ def ucit(options: ConversationOptions, path: str, images: str | None = None) -> 
     return _plan("ucit", _UCIT, options, path, images)
 
 
-@stream("share_images", common_to=ConversationOptions)
-def mllm_dcl(options: ConversationOptions, path: str) -> StreamPlan:
+@stream(arrange_conversations, "share_images")
+def mllm_dcl(options: ConversationOptions, path: str) -> Callable[[bool], Dialogues]:
     """MLLM-CL, domains (Zhao et al. 2025, arXiv:2506.05453): remote sensing, medicine, driving, science, finance.
 
     Args:
@@ -81,8 +79,8 @@ def mllm_dcl(options: ConversationOptions, path: str) -> StreamPlan:
     return _plan("mllm_dcl", _DCL, options, path, None)
 
 
-@stream("share_images", common_to=ConversationOptions)
-def mllm_acl(options: ConversationOptions, path: str) -> StreamPlan:
+@stream(arrange_conversations, "share_images")
+def mllm_acl(options: ConversationOptions, path: str) -> Callable[[bool], Dialogues]:
     """MLLM-CL, abilities (Zhao et al. 2025, arXiv:2506.05453), those that are scored by a rule: OCR and VP (counting).
 
     Math is judged by a language model, APP on the authors' server: both are left out, and refused by name.
@@ -102,8 +100,8 @@ def mllm_acl(options: ConversationOptions, path: str) -> StreamPlan:
     return _plan("mllm_acl", _ACL, options, path, None, remarks)
 
 
-@stream(common_to=ConversationOptions)
-def daquar(options: ConversationOptions, path: str) -> StreamPlan:
+@stream(arrange_conversations)
+def daquar(options: ConversationOptions, path: str) -> Callable[[bool], Dialogues]:
     """DAQUAR (Malinowski and Fritz 2014, arXiv:1410.0210): questions about indoor scenes, one task a kind.
 
     Tasks: "objects", "counting" ("how many ...") and "colours". Differs: answers are compared as texts, not by their
@@ -117,18 +115,18 @@ def daquar(options: ConversationOptions, path: str) -> StreamPlan:
         ValueError: when a file is missing or not as expected.
     """
 
-    def plan(preprocess: Preprocess, seed: int) -> Stream:
-        (place, *_) = find(Path(path), options.measured)
+    def read(measured: bool) -> Dialogues:
+        (place, *_) = find(Path(path), measured)
         reader = Reader(Columns(), skip_bad=options.skip_bad)
         train, test = ([_scene(r) for file in files for r in reader.read(file)] for files in (place.train, place.test))
         parts = by_topic(Part("daquar", train, test or None, "exact"))
-        return arrange_conversations(Dialogues("daquar", parts, reader.pictures, reader.left_out), options, seed)
+        return Dialogues("daquar", parts, reader.pictures, reader.left_out)
 
-    return plan
+    return read
 
 
-@stream(common_to=ConversationOptions)
-def easy_vqa_questions(options: ConversationOptions) -> StreamPlan:
+@stream(arrange_conversations)
+def easy_vqa_questions(options: ConversationOptions) -> Callable[[bool], Dialogues]:
     """Questions about one coloured shape an image, from the package `easy-vqa` (MIT): six tasks, one a kind.
 
     48,248 questions about 5,000 images, in the package's own split: "colour" and "shape" ask for a name, "has colour"
@@ -141,7 +139,7 @@ def easy_vqa_questions(options: ConversationOptions) -> StreamPlan:
         ValueError: when the package is missing.
     """
 
-    def plan(preprocess: Preprocess, seed: int) -> Stream:
+    def read(measured: bool) -> Dialogues:
         try:
             folder = Path(str(importlib.resources.files("easy_vqa") / "data"))
         except ModuleNotFoundError as error:
@@ -152,9 +150,9 @@ def easy_vqa_questions(options: ConversationOptions) -> StreamPlan:
             for part in ("train", "test")
         )
         parts = by_topic(Part("easy_vqa", train, test, "exact"))
-        return arrange_conversations(Dialogues("easy_vqa", parts, reader.pictures, reader.left_out), options, seed)
+        return Dialogues("easy_vqa", parts, reader.pictures, reader.left_out)
 
-    return plan
+    return read
 
 
 def _shape(row: Any, number: int) -> dict[str, str]:
@@ -297,21 +295,20 @@ def _plan(
     path: str,
     images: str | None,
     remarks: Sequence[str] = (),
-) -> StreamPlan:
+) -> Callable[[bool], Dialogues]:
     known = [task.name for task in tasks]
     for each in options.only or ():
         if each not in known:
             raise ValueError(f"only: {name} has no task {each!r}{meant(each, known)}; it has: {', '.join(known)}")
 
-    def plan(preprocess: Preprocess, seed: int) -> Stream:
+    def read(measured: bool) -> Dialogues:
         root = _instructions(Path(path), tasks)
         reader = Reader(Columns(), skip_bad=options.skip_bad)
         wanted = [task for task in tasks if options.only is None or task.name in options.only]
-        parts = [_part(reader, root, task, images, options, BENCHMARK_SCORES[name][task.name]) for task in wanted]
-        found = Dialogues(name, parts, reader.pictures, reader.left_out, True, list(remarks))
-        return arrange_conversations(found, replace(options, share_images=True), seed)
+        parts = [_part(reader, root, task, images, measured, BENCHMARK_SCORES[name][task.name]) for task in wanted]
+        return Dialogues(name, parts, reader.pictures, reader.left_out, True, list(remarks), published=True)
 
-    return plan
+    return read
 
 
 def _instructions(path: Path, tasks: Sequence[_Task]) -> Path:
@@ -326,9 +323,7 @@ def _instructions(path: Path, tasks: Sequence[_Task]) -> Path:
     return inside[0] if inside and not any((path / name / "train.json").is_file() for name in names) else path
 
 
-def _part(
-    reader: Reader, root: Path, task: _Task, images: str | None, options: ConversationOptions, score: str
-) -> Part:
+def _part(reader: Reader, root: Path, task: _Task, images: str | None, measured: bool, score: str) -> Part:
     learnt = _folder(root, (task.name, *task.folders))
     tested = _folder(root, task.tested) if task.tested else learnt
     if images is None:
@@ -339,7 +334,7 @@ def _part(
     places = _Places(learnt, tested, candidates)
     roots = [_images(file, [file.parent, *candidates] if images is None else candidates) for file in files]
     amend = task.answers(places)
-    train = [] if options.measured else reader.read(files[0], roots[0])
+    train = [] if measured else reader.read(files[0], roots[0])
     return Part(task.name, train, reader.read(files[1], roots[1], amend), score)
 
 

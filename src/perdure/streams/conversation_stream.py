@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,9 @@ import torch
 
 from perdure.backbones.preprocess import Preprocess
 from perdure.formatting import meant
+from perdure.options.ranges import checked
 from perdure.options.spec import Spec, build, parse_one
 from perdure.scoring import score_of
-from perdure.streams.caption_set import Captioned
 from perdure.streams.conversation_files import ENDINGS, Reader
 from perdure.streams.conversation_rows import Columns
 from perdure.streams.conversation_tasks import (
@@ -25,15 +25,15 @@ from perdure.streams.conversation_tasks import (
     by_topic,
 )
 from perdure.streams.conversations import ConversationSet, Pictures, Record
-from perdure.streams.image_set import Budget, ImageSet
+from perdure.streams.image_set import Budget, Captioned, ImageSet
 from perdure.streams.naming import Role, role_of
-from perdure.streams.options import StreamPlan, check_order, stream
+from perdure.streams.options import REGISTRY, StreamPlan, check_order, stream
 from perdure.streams.sources import Source
 from perdure.streams.task_split import ordered
 from perdure.types import Stream, Task
 
 
-@stream(common_to=ConversationOptions)
+@stream(arrange_conversations)
 def conversations(
     options: ConversationOptions,
     path: str | Sequence[str],
@@ -45,7 +45,7 @@ def conversations(
     answer: str | None = None,
     suffix: str | None = None,
     every_turn: bool = False,
-) -> StreamPlan:
+) -> Callable[[bool], Dialogues]:
     """Questions and answers about images, captions, instructions: JSON, JSONL, parquet or CSV files, one task each.
 
     An entry is a conversation in LLaVA's form (`image`, `conversations` of `from` and `value`), one of messages
@@ -71,13 +71,10 @@ def conversations(
     """
     _check_score(score)
     columns = Columns(image, question, answer, by, suffix, every_turn)
-
-    def plan(preprocess: Preprocess, seed: int) -> Stream:
-        return arrange_conversations(read_conversations(path, columns, images, score, options), options, seed)
-
-    return plan
+    return lambda measured: read_conversations(path, columns, images, score, options, measured)
 
 
+@checked
 def as_questions(*stream: Spec | str | StreamPlan, question: str = "", score: str = "exact") -> StreamPlan:
     """Any stream of labelled images as questions: `as_questions(cifar100(tasks=5), question="What is this?")`.
 
@@ -101,8 +98,8 @@ def as_questions(*stream: Spec | str | StreamPlan, question: str = "", score: st
     _check_score(score)
     made = _plan_of(stream[0])
 
-    def plan(preprocess: Preprocess, seed: int) -> Stream:
-        images = made(preprocess, seed)
+    def plan(preprocess: Preprocess, seed: int, measured: bool = False) -> Stream:
+        images = made(preprocess, seed, measured)
         names = {c: name for task in images for c, name in zip(task.classes, task.names, strict=True)}
         pictures = Pictures()
 
@@ -138,6 +135,7 @@ def _place(source: Source, row: int) -> tuple[Source, int]:
     return source, row
 
 
+@checked
 def in_turn(*streams: Spec | str | StreamPlan, order: Order | None = None) -> StreamPlan:
     """All tasks of several streams of conversations, one stream after another.
 
@@ -153,8 +151,8 @@ def in_turn(*streams: Spec | str | StreamPlan, order: Order | None = None) -> St
     check_order(order)
     plans = [_plan_of(each) for each in streams]
 
-    def plan(preprocess: Preprocess, seed: int) -> Stream:
-        return _joined([each(preprocess, seed) for each in plans], order, seed)
+    def plan(preprocess: Preprocess, seed: int, measured: bool = False) -> Stream:
+        return _joined([each(preprocess, seed, measured) for each in plans], order, seed)
 
     return plan
 
@@ -200,24 +198,27 @@ def _renumbered(name: str, data: Any, new: Mapping[int, int], budget: Budget) ->
 
 
 def _plan_of(stream: Spec | str | StreamPlan) -> StreamPlan:
-    from perdure.streams import factories  # here: the registry holds these streams too
-
     if not isinstance(stream, Spec | str):
         return stream
-    plan: StreamPlan = build(parse_one(stream) if isinstance(stream, str) else stream, factories(), "stream")
+    plan: StreamPlan = build(parse_one(stream) if isinstance(stream, str) else stream, REGISTRY, "stream")
     return plan
 
 
 def read_conversations(
-    path: str | Sequence[str], columns: Columns, images: str | None, score: str, options: ConversationOptions
+    path: str | Sequence[str],
+    columns: Columns,
+    images: str | None,
+    score: str,
+    options: ConversationOptions,
+    measured: bool = False,
 ) -> Dialogues:
-    """The data set at a path or at several; options as of `conversations`."""
+    """The data set at a path or at several; options as of `conversations`, `measured` as of `find`."""
     paths = [path] if isinstance(path, str) else list(path)
     if not paths:
         raise ValueError("path=(): expected a file or a folder, or several")
     if images is not None and not Path(images).is_dir():
         raise ValueError(f"images={images!r} is no folder; give the one that images' paths are relative to")
-    places = [place for each in paths for place in find(Path(each), options.measured)]
+    places = [place for each in paths for place in find(Path(each), measured)]
     if columns.by is not None and len(places) > 1:
         names = ", ".join(place.name for place in places[:5])
         raise ValueError(f"by={columns.by!r}: the files are {len(places)} tasks already ({names}); give path= of one")

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from perdure.backbones.preprocess import Preprocess
 from perdure.formatting import meant
 from perdure.options.ranges import Count, Seed, check_fields
 from perdure.streams.conversations import ConversationSet, Pictures, Record
@@ -30,7 +31,6 @@ class ConversationOptions:
         skip_bad: leave conversations out whose images are missing or unreadable, and list them; otherwise they are an
             error when they are met.
         share_images: allow that the same image is learnt and tested, in different conversations.
-        measured: nothing is learnt, everything is tested. The program's, not the user's.
     """
 
     only: Sequence[str] | None = None
@@ -39,7 +39,6 @@ class ConversationOptions:
     test_per_task: Count | None = None
     skip_bad: bool = False
     share_images: bool = False
-    measured: bool = field(default=False, metadata={"program": True})
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -58,7 +57,10 @@ class Part:
 
 @dataclass
 class Dialogues:
-    """A data set of conversations, task by task in their natural order; `written`: in an order that means something."""
+    """A data set of conversations, task by task in their natural order.
+
+    `written`: in an order that means something; `published`: its split is its authors', who may share images.
+    """
 
     name: str
     parts: list[Part]
@@ -66,34 +68,39 @@ class Dialogues:
     left_out: list[str] = field(default_factory=list)
     written: bool = False
     remarks: list[str] = field(default_factory=list)
+    published: bool = False
 
 
-def arrange_conversations(found: Dialogues, options: ConversationOptions, seed: int) -> Stream:
+def arrange_conversations(
+    found: Dialogues, options: ConversationOptions, preprocess: Preprocess, seed: int, measured: bool = False
+) -> Stream:
     """The stream of tasks.
 
     Args:
         found: the data set.
         options: how its conversations become tasks.
+        preprocess: not looked at: a language model reads images in its own way.
         seed: the run's; orders the tasks, nothing else.
+        measured: whether nothing is learnt and everything tested.
 
     Raises:
         ValueError: when the data set and the options do not fit together.
     """
-    kept = _chosen(found, options)
-    if options.measured:
+    kept, share = _chosen(found, options), options.share_images or found.published
+    if measured:
         divided = [_Divided([], part.train if part.test is None else part.test) for part in found.parts]
         kept, kind = [i for i in kept if divided[i].tested], "all of it is measured"
     else:
-        divided, kind = _split(found.parts, options.share_images)
+        divided, kind = _split(found.parts, share)
     parts, divided = [found.parts[i] for i in kept], [divided[i] for i in kept]
-    remarks = [*found.remarks, *_shared(parts, divided, options.share_images)]
+    remarks = [*found.remarks, *_shared(parts, divided, share)]
     names = [part.name for part in parts]
     order = "natural" if options.order is None and found.written else options.order
     chosen = ordered(names, order, "task", seed)
     sets = []
     for number, i in enumerate(chosen):
         learnt, tested = divided[i]
-        make = functools.partial(_set, found, parts[i], number, options)
+        make = functools.partial(_set, found, parts[i], number, options, measured)
         sets.append((make(learnt, options.per_task, "train"), make(tested, options.test_per_task, "test")))
     tasks = tuple(
         Task(number, names[i], (number,), (names[i],), len(parts), learnt, tested, parts[i].score)
@@ -148,6 +155,7 @@ def _set(
     part: Part,
     label: int,
     options: ConversationOptions,
+    measured: bool,
     records: list[Record],
     size: int | None,
     which: str,
@@ -160,7 +168,7 @@ def _set(
         data.check_score()
     if options.skip_bad:
         data = data.readable()
-    if not len(data) and not (options.measured and which == "train"):
+    if not len(data) and not (measured and which == "train"):
         remedy = "give a test file, or write share_images=True" if records == [] and part.test is None else "add some"
         raise ValueError(f"{found.name}: task {part.name!r} has no {which} conversation; {remedy}")
     return data

@@ -2,30 +2,28 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
-import numpy as np
-
-from perdure.backbones.preprocess import Preprocess, formats, is_image
+from perdure.backbones.preprocess import formats, is_image
+from perdure.formatting import meant
 from perdure.streams.naming import class_name, natural, role_of
-from perdure.streams.options import Options, StreamPlan, near, stream
+from perdure.streams.options import Options, stream
 from perdure.streams.sources import Files
-from perdure.streams.task_split import Found, Part, arrange
-from perdure.types import Stream
+from perdure.streams.task_split import LabelledData, LabelledPart, arrange
 
 _OURS = ("__MACOSX", "__pycache__", "@eaDir", "lost+found")
 """Folders that systems make: of a Mac's zip files, of Python, of Synology's thumbnails, of a disk check."""
 _SHOWN = 5
 
-Asking = Literal["stream", "learn"]
+Asker = Literal["stream", "learn"]
 """Who is told what to write instead: who describes a stream, or who teaches a folder."""
 
 
-@stream()
-def images(options: Options, path: str) -> StreamPlan:
+@stream(arrange)
+def images(options: Options, path: str) -> Callable[[bool], LabelledData]:
     """Folders of images: `path/<class>/*`, or `path/train/<class>/*` and `path/test/<class>/*` (or `val`).
 
     Classes are the folders' names; train and test folders may be called as people call them (`Training`, `test_set`,
@@ -41,15 +39,10 @@ def images(options: Options, path: str) -> StreamPlan:
     Raises:
         ValueError: when the folder is missing, empty or otherwise arranged.
     """
-
-    def plan(preprocess: Preprocess, seed: int) -> Stream:
-        found = read_folders(Path(path), _level(options.domain), options.measured)
-        return arrange(found, options, preprocess, seed)
-
-    return plan
+    return lambda measured: read_folders(Path(path), _level(options.domain), measured)
 
 
-def read_folders(path: Path, domain: int | None = None, measured: bool = False) -> Found:
+def read_folders(path: Path, domain: int | None = None, measured: bool = False) -> LabelledData:
     """The data set in a folder of class folders.
 
     Args:
@@ -66,7 +59,7 @@ def read_folders(path: Path, domain: int | None = None, measured: bool = False) 
     for each in read:
         left_out.update(each.left_out)
     notes: dict[str, Any] = {"left_out": dict(left_out)} if left_out else {}
-    return Found(path.resolve().name, made[0], made[1] if test else None, tuple(names), tuple(domains), notes)
+    return LabelledData(path.resolve().name, made[0], made[1] if test else None, tuple(names), tuple(domains), notes)
 
 
 def parts(path: Path, measured: bool = False) -> tuple[Path, Path | None, Counter[str]]:
@@ -77,7 +70,7 @@ def parts(path: Path, measured: bool = False) -> tuple[Path, Path | None, Counte
     """
     if not path.is_dir():
         here = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        what = "is a file" if path.is_file() else f"does not exist{near(path.name, here)}"
+        what = "is a file" if path.is_file() else f"does not exist{meant(path.name, here)}"
         raise ValueError(f"path={str(path)!r} {what}; give a folder of class folders")
     folders = _folders(path)
     # "train", "test" and "val" may as well be classes: then they hold images, not folders.
@@ -110,7 +103,7 @@ def parts(path: Path, measured: bool = False) -> tuple[Path, Path | None, Counte
 
 
 @dataclass
-class Rows:
+class LabelledFiles:
     """What lies in a folder of class folders.
 
     `rows` are class, domain ("" without) and path of every image, or (class, "", "") of a class without any;
@@ -121,13 +114,13 @@ class Rows:
     left_out: Counter[str] = field(default_factory=Counter)
 
 
-def labelled(root: Path, domain: int | None = None, asking: Asking | None = "stream") -> Rows:
+def labelled(root: Path, domain: int | None = None, asking: Asker | None = "stream") -> LabelledFiles:
     """The images of the class folders in `root`; `asking` None reads whatever arrangement there is."""
     if not (outer := _folders(root)):
         loose = next(root.iterdir(), None)
         what = f"holds {loose.name!r} but no folder" if loose else "is empty"
         raise ValueError(f"{str(root)!r} {what}; expected a folder for each class, with its images in it")
-    found = Rows()
+    found = LabelledFiles()
     _loose(root, found.left_out)
     if domain is None and asking is not None:
         _check_arrangement(root, outer, asking)
@@ -222,7 +215,7 @@ def _files(folder: str, within: str, above: tuple[tuple[int, int], ...]) -> Iter
             yield f"{within}{entry.name}/"
 
 
-def _check_arrangement(root: Path, outer: Sequence[Path], asking: Asking) -> None:
+def _check_arrangement(root: Path, outer: Sequence[Path], asking: Asker) -> None:
     """Raise a ValueError where the folders in `root` do not look like classes."""
     inner = [tuple(each.name for each in _folders(folder)) for folder in outer]
     bare = [within != () and not _has_image(folder) for folder, within in zip(outer, inner, strict=True)]
@@ -253,14 +246,14 @@ def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
-def _part(root: Path, rows: Sequence[tuple[str, str, str]], names: Sequence[str], domains: Sequence[str]) -> Part:
+def _part(
+    root: Path, rows: Sequence[tuple[str, str, str]], names: Sequence[str], domains: Sequence[str]
+) -> LabelledPart:
     real = [(name, domain, file) for name, domain, file in rows if file]
     class_of, domain_of = {n: i for i, n in enumerate(names)}, {d: i for i, d in enumerate(domains)}
-    return Part(
-        Files(root, [file for _, _, file in real]),
-        np.arange(len(real)),
-        np.array([class_of[name] for name, _, _ in real], dtype=np.int64),
-        np.array([domain_of.get(domain, 0) for _, domain, _ in real], dtype=np.int64),
+    labels = [class_of[name] for name, _, _ in real]
+    return LabelledPart.of(
+        Files(root, [file for _, _, file in real]), labels, [domain_of.get(d, 0) for _, d, _ in real]
     )
 
 

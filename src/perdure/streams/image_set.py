@@ -1,6 +1,7 @@
-"""Labelled images as batches of uint8 tensors, decoded once when memory allows and at every access otherwise."""
+"""Labelled or captioned images as batches of uint8 tensors, decoded once when memory allows, else at every access."""
 
 import hashlib
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ from typing import Any, Self, SupportsIndex
 import psutil
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import get_worker_info
 
 from perdure.backbones.preprocess import Preprocess, UnreadableImage, begins_like_an_image
@@ -21,6 +23,8 @@ _CHUNK = 256
 _PROBE = 4
 _WORTH_A_THREAD = 0.002
 """Seconds."""
+_COUNTING = 5.0
+"""Seconds in which the unreadable images of a set are counted before one of them is refused."""
 
 
 class Budget:
@@ -101,12 +105,20 @@ class ImageSet:
         """`image` uint8 (B, 3, S, S) and `label` int64 (B,).
 
         Raises:
-            UnreadableImage: names file and row.
+            UnreadableImage: names file and row, and counts the unreadable images of the set.
         """
         chosen = torch.as_tensor(positions, dtype=torch.int64).flatten()
         if len(chosen) and not 0 <= int(chosen.min()) <= int(chosen.max()) < len(self):
             raise IndexError(f"positions {int(chosen.min())}..{int(chosen.max())} of a set of {len(self)} images")
-        return {"image": self._images(chosen), "label": self.labels[chosen]}
+        try:
+            return {"image": self._images(chosen), "label": self.labels[chosen]}
+        except UnreadableImage as error:
+            if len(self) == 1:
+                raise
+            bad, tried = self._unreadable(_COUNTING)
+            # This one is bad, whether or not there was the time to come to it.
+            found = "1 is" if len(bad) < 2 else f"{len(bad)} are"
+            raise UnreadableImage(f"of {tried} images {found} unreadable: {error}") from error
 
     @property
     def cached(self) -> bool:
@@ -138,9 +150,23 @@ class ImageSet:
 
     def readable(self) -> Self:
         """The images that can be decoded; decodes all, and lists the others as `skipped`."""
+        bad, _ = self._unreadable()
+        good = self
+        if bad:
+            good = self.subset(torch.tensor([p for p in range(len(self)) if p not in bad], dtype=torch.int64))
+        good.skipped = (*self.skipped, *(bad[p] for p in sorted(bad)))
+        return good
+
+    def _unreadable(self, seconds: float = math.inf) -> tuple[dict[int, str], int]:
+        """File and row of the images that cannot be decoded, by position, and how many were tried in that time."""
         bad: dict[int, str] = {}
+        tried: list[int] = []
+        until = time.monotonic() + seconds
 
         def attempt(position: int) -> None:
+            if time.monotonic() > until:
+                return
+            tried.append(position)
             try:
                 # What does not even begin like an image is told by a few bytes: that costs a tenth of an attempt.
                 begin = head(self.source, int(self.rows[position]))
@@ -153,11 +179,7 @@ class ImageSet:
 
         self._reserve()
         _threaded(attempt, len(self))
-        good = self
-        if bad:
-            good = self.subset(torch.tensor([p for p in range(len(self)) if p not in bad], dtype=torch.int64))
-        good.skipped = (*self.skipped, *(bad[p] for p in sorted(bad)))
-        return good
+        return bad, len(tried)
 
     def hashes(self) -> Tensor:
         """A number for each image that says what it shows, int64 (n,): from its file's content, whatever its name.
@@ -223,6 +245,74 @@ class ImageSet:
 
         _threaded(fill, len(rows))
         return decoded
+
+
+class Captioned(ImageSet):
+    """Images, each with all of its captions; implements `perdure.types.Data`.
+
+    Args:
+        source: where the images lie.
+        rows: which rows of `source`, int64 (n,).
+        labels: topics, int64 (n,).
+        pairs: identity of each image, int64 (n,): the same wherever the same image occurs in a stream.
+        texts: captions, uint8 (n, K, N) as `perdure.backbones.texts.pack` writes them; missing ones are zero.
+        preprocess: what the backbone wants.
+        budget: shared among sets; one of its own when None.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        rows: Tensor,
+        labels: Tensor,
+        pairs: Tensor,
+        texts: Tensor,
+        preprocess: Preprocess,
+        budget: Budget | None = None,
+    ) -> None:
+        super().__init__(source, rows, labels, preprocess, budget)
+        self._describe(pairs, texts)
+
+    @classmethod
+    def around(cls, images: ImageSet, pairs: Tensor, texts: Tensor) -> "Captioned":
+        """The images of `images`, with what is decoded of them, as captioned ones."""
+        made = cls.__new__(cls)
+        made.__dict__.update(images.__dict__)
+        made._describe(pairs, texts)
+        return made
+
+    def __getitems__(self, positions: Sequence[int]) -> Batch:
+        """`image` uint8 (B, 3, S, S), `label` int64 (B,), `pair` int64 (B,) and `text` uint8 (B, K, N).
+
+        Raises:
+            UnreadableImage: names file and row.
+        """
+        batch = super().__getitems__(positions)
+        chosen = torch.as_tensor(positions, dtype=torch.int64).flatten()
+        return batch | {"pair": self.pairs[chosen], "text": self.texts[chosen]}
+
+    def subset(self, positions: Tensor) -> Self:
+        """The images at `positions` (n,), in that order, with what is decoded of them."""
+        part = super().subset(positions)
+        part.pairs, part.texts = self.pairs[positions], self.texts[positions]
+        return part
+
+    def moved(self, pairs: int, most: int, longest: int) -> Self:
+        """As a part of a longer stream: identities raised by `pairs`, texts of shape (n, `most`, `longest`)."""
+        _, captions, size = self.texts.shape
+        texts = F.pad(self.texts, (0, longest - size, 0, most - captions))
+        return self._but(pairs=self.pairs + pairs, texts=texts)
+
+    def _describe(self, pairs: Tensor, texts: Tensor) -> None:
+        for name, values in (("pairs", pairs), ("texts", texts)):
+            if len(values) != len(self.labels):
+                raise ValueError(f"{name}: got {len(values)} for {len(self.labels)} images, expected one an image")
+        if texts.dim() != 3 or texts.dtype != torch.uint8:
+            raise ValueError(f"texts: got {texts.dtype} of shape {tuple(texts.shape)}, expected torch.uint8 (n, K, N)")
+        self.pairs = pairs
+        """Identity of each image, int64 (n,)."""
+        self.texts = texts
+        """Captions, uint8 (n, K, N)."""
 
 
 def _threaded(work: Callable[[int], None], count: int) -> None:

@@ -1,19 +1,18 @@
 """Flickr30k and COCO captions in Karpathy's splits: from the hub, from tables, or from his JSON beside the images."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
-from perdure.backbones.preprocess import Preprocess
+from perdure.formatting import meant
 from perdure.storage.schema import fitting, plain
-from perdure.streams.captions import Listing, check_apart, gallery, read_listings
-from perdure.streams.columns import require_column
-from perdure.streams.hub import quietly
-from perdure.streams.options import StreamPlan, near, stream
-from perdure.streams.sources import Files, Rows
-from perdure.streams.topics import WORDS, Album, CaptionOptions, Gallery, arrange_captions
-from perdure.types import Stream
+from perdure.streams.captions import captioned_data, read_tables
+from perdure.streams.columns import TableFile, TablePart
+from perdure.streams.hub import hub_images, hub_table, load
+from perdure.streams.options import TOPICS, CaptionOptions, stream
+from perdure.streams.sources import Files
+from perdure.streams.topics import CaptionedData, arrange_captions
 
 _LEARNT, _TESTED = ("train", "restval"), ("test",)
 _CAPTIONS = ("captions", "caption", "sentences")
@@ -21,8 +20,8 @@ _IMAGES = ("", "images", "flickr30k-images", "flickr30k_images")
 _SUPER = "supercategory"
 
 
-@stream(common_to=CaptionOptions)
-def flickr30k(options: CaptionOptions, path: str | None = None) -> StreamPlan:
+@stream(arrange_captions)
+def flickr30k(options: CaptionOptions, path: str | None = None) -> Callable[[bool], CaptionedData]:
     """Flickr30k (Young et al. 2014): 29,000 train and 1,000 test images in Karpathy's split, 5 captions each.
 
     Args:
@@ -31,15 +30,15 @@ def flickr30k(options: CaptionOptions, path: str | None = None) -> StreamPlan:
             parquet or JSONL files with a column `split`; None: `nlphuji/flickr30k` from the hub.
     """
 
-    def plan(preprocess: Preprocess, seed: int) -> Stream:
+    def read(_: bool) -> CaptionedData:
         found = _read(Path(path), options) if path else _read_hub("nlphuji/flickr30k", options, "refs/convert/parquet")
-        return arrange_captions(replace(found, name="flickr30k"), options, preprocess, seed)
+        return replace(found, name="flickr30k")
 
-    return plan
+    return read
 
 
-@stream(common_to=CaptionOptions)
-def coco(options: CaptionOptions, path: str) -> StreamPlan:
+@stream(arrange_captions)
+def coco(options: CaptionOptions, path: str) -> Callable[[bool], CaptionedData]:
     """COCO captions (Chen et al. 2015, arXiv:1504.00325): 113,287 train and 5,000 test images in Karpathy's split.
 
     Args:
@@ -49,35 +48,31 @@ def coco(options: CaptionOptions, path: str) -> StreamPlan:
             by="supercategory" with `instances_*.json` too (in it or in `annotations`); or a folder of parquet or JSONL
             files with a column `split`.
     """
-
-    def plan(preprocess: Preprocess, seed: int) -> Stream:
-        return arrange_captions(replace(_read(Path(path), options), name="coco"), options, preprocess, seed)
-
-    return plan
+    return lambda _: replace(_read(Path(path), options), name="coco")
 
 
-def _read(path: Path, options: CaptionOptions) -> Gallery:
+def _read(path: Path, options: CaptionOptions) -> CaptionedData:
     found = [path] if path.suffix == ".json" else sorted(path.glob("dataset*.json"))
     if len(found) > 1:
         names = ", ".join(file.name for file in found)
         raise ValueError(f"path={str(path)!r} holds {names}; give the path of one of them")
     if found:
         return _read_json(found[0], options.column)
-    parts = read_listings(path, "image")
-    return _of_listings(path.name, _divided(parts[0]) if len(parts) == 1 else parts, options)
+    parts = read_tables(path, "image")
+    return _of_tables(path.name, _divided(parts[0]) if len(parts) == 1 else parts, options)
 
 
-def _of_listings(name: str, parts: Sequence[Listing], options: CaptionOptions) -> Gallery:
-    column = next((c for c in _CAPTIONS if c in parts[0].columns), _CAPTIONS[0])
-    return gallery(name, parts, (column,), options.column)
+def _of_tables(name: str, parts: Sequence[TablePart], options: CaptionOptions) -> CaptionedData:
+    column = next((c for c in _CAPTIONS if c in parts[0].files[0].columns), _CAPTIONS[0])
+    return captioned_data(name, parts, (column,), options.column)
 
 
-def _divided(everything: Listing) -> list[Listing]:
+def _divided(everything: TablePart) -> list[TablePart]:
     """The train and the test part of what has a column `split`."""
-    if "split" not in everything.columns:
+    if "split" not in everything.files[0].columns:
         return [everything]
-    split = everything.values("split")
-    parts = [[row for row, word in enumerate(split) if word in words] for words in (_LEARNT, _TESTED)]
+    split = everything.values("split", "split")
+    parts = [[i for i, word in enumerate(split) if word in words] for words in (_LEARNT, _TESTED)]
     for words, rows in zip((_LEARNT, _TESTED), parts, strict=True):
         if not rows:
             raise ValueError(
@@ -90,65 +85,36 @@ def _few(words: Sequence[Any]) -> str:
     return ", ".join(repr(word) for word in list(dict.fromkeys(words))[:5])
 
 
-def _read_hub(name: str, options: CaptionOptions, revision: str | None = None) -> Gallery:
+def _read_hub(name: str, options: CaptionOptions, revision: str | None = None) -> CaptionedData:
     """A data set of the hub with one part and a column `split`; `revision` is where its parquet files are."""
-    with quietly() as datasets:
-        try:
-            loaded = datasets.load_dataset(name, revision=revision)
-        except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"cannot load data set {name!r}: {reason}; give path=, a copy on disk") from error
-        part = next(iter(loaded))
-        data = loaded[part]
-        require_column(name, data.column_names, "image", "image")
-        if isinstance(data.features["image"], datasets.Image):
-            data = data.cast_column("image", datasets.Image(decode=False))
-    source = Rows(data.select_columns(["image"]), "image", f"{name} {part}")
-    keys = [source.key(row) for row in range(len(data))]
-    columns = list(data.column_names)
-    everything = Listing(
-        columns, lambda c: list(data[c]), [None] * len(keys), keys, source, range(len(keys)), source.where
-    )
-    return _of_listings(name, _divided(everything), options)
+    loaded = load(name, "give path=, a copy on disk", revision=revision)
+    part = next(iter(loaded))
+    data = loaded[part]
+    source = hub_images(f"{name} {part}", data, "image")
+    everything = TablePart([hub_table(name, data)], source, range(len(source)))
+    return _of_tables(name, _divided(everything), options)
 
 
-def _read_json(file: Path, by: str | None) -> Gallery:
+def _read_json(file: Path, by: str | None) -> CaptionedData:
     if by not in (None, _SUPER):
-        raise ValueError(f"by={by!r}: {file.name} has no such topics{near(by, (*WORDS, _SUPER))}; leave it out")
+        raise ValueError(f"by={by!r}: {file.name} has no such topics{meant(by, (*TOPICS, _SUPER))}; leave it out")
     if not file.is_file():
         raise ValueError(f"path={str(file)!r} does not exist; give the folder that holds it and the images")
-    listed = _json(file).get("images")
-    if not isinstance(listed, list) or not all(_complete(image) for image in listed):
-        raise ValueError(
-            f"{file}: expected Karpathy's form, an object with `images`, each with filename, split and sentences"
-        )
-    topics: Mapping[int, str] = _largest_objects(file.parent) if by else {}
+    listed = fitting(_json(file), _Listed, str(file), "expected Karpathy's form; get the file again")["images"]
+    topics = _largest_objects(file.parent) if by else {}
     kept = [image for image in listed if not by or image.get("cocoid") in topics]
+    left_out = {"images_without_objects": len(listed) - len(kept)} if len(kept) < len(listed) else {}
     root, named = _folder(file.parent, listed)
-    albums = []
-    for words in (_LEARNT, _TESTED):
-        part = [image for image in kept if image["split"] in words]
-        if not part:
-            raise ValueError(f"{file}: no image of the split {words[0]!r}; expected train, val and test")
-        paths = [named(image) for image in part]
-        texts = [[each["raw"].strip() for each in image["sentences"] if each["raw"].strip()] for image in part]
-        if empty := [path for path, lines in zip(paths, texts, strict=True) if not lines]:
-            raise ValueError(f"{file}: image {empty[0]!r} has no caption; write one or remove it")
-        chosen = [topics[image["cocoid"]] for image in part] if by else None
-        albums.append(Album(Files(root, paths), range(len(paths)), paths, (texts,), chosen))
-    check_apart(file.name, *(album.keys for album in albums))
-    notes = {"images_without_objects": len(listed) - len(kept)} if len(kept) < len(listed) else {}
-    return Gallery(file.stem, albums[0], albums[1], ("sentences",), notes)
-
-
-def _complete(image: Any) -> bool:
-    return (
-        isinstance(image, dict)
-        and isinstance(image.get("filename"), str)
-        and isinstance(image.get("split"), str)
-        and isinstance(image.get("sentences"), list)
-        and all(isinstance(each, dict) and isinstance(each.get("raw"), str) for each in image["sentences"])
-    )
+    paths = [named(image) for image in kept]
+    columns: dict[str, list[Any]] = {
+        "sentences": [[each["raw"] for each in image["sentences"]] for image in kept],
+        "split": [image["split"] for image in kept],
+        _SUPER: [topics.get(image.get("cocoid", -1)) for image in kept],
+    }
+    table = TableFile(file.name, len(kept), list(columns), columns.__getitem__, lambda row: f"{file}: {paths[row]}")
+    everything = TablePart([table], Files(root, paths), range(len(kept)))
+    found = captioned_data(file.stem, _divided(everything), ("sentences",), by)
+    return replace(found, notes=found.notes | left_out)
 
 
 def _folder(path: Path, listed: Sequence[Mapping[str, Any]]) -> tuple[Path, Any]:
@@ -185,6 +151,22 @@ def _largest_objects(path: Path) -> dict[int, str]:
         for image, found in _objects(facts["annotations"]):
             largest[image] = max(largest.get(image, found), found)
     return {image: kinds[category] for image, (_, category) in largest.items()}
+
+
+class _Sentence(TypedDict):
+    raw: str
+
+
+class _Image(TypedDict):
+    filename: str
+    split: str
+    sentences: list[_Sentence]
+    filepath: NotRequired[str]
+    cocoid: NotRequired[int]
+
+
+class _Listed(TypedDict):
+    images: list[_Image]
 
 
 class _Category(TypedDict):

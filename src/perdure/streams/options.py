@@ -1,24 +1,32 @@
-"""The options that all streams have in common, and how a stream's factory gets them."""
+"""The options that streams have in common, of labelled and of captioned images, and how a factory gets them."""
 
+import functools
 import inspect
 import json
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
 from perdure.backbones.preprocess import Preprocess
 from perdure.formatting import meant
-from perdure.options.ranges import Count, Range, Seed, check_fields, hints_of, refuse
+from perdure.options.ranges import Count, Range, Seed, check_fields, hints_of, refuse, without_effect
 from perdure.types import Scenario, Stream
 
-StreamPlan = Callable[[Preprocess, int], Stream]
-"""A stream described but not yet read: `plan(preprocess, seed)` reads it."""
+StreamPlan = Callable[[Preprocess, int, bool], Stream]
+"""A stream described but not yet read: `plan(preprocess, seed, measured=False)` reads it.
+
+`measured`: nothing is learnt from it, all images are test images.
+"""
+
+REGISTRY: dict[str, Callable[..., StreamPlan]] = {}
+"""Name -> factory, for streams that are made of others; `perdure.streams` fills it."""
 
 Level = Annotated[int, Range(0, 100)]
 """Of folders; 0 is the outermost."""
-PROGRAM = {"program": True}
-"""Marks an option that nobody may write."""
+
+TOPICS = ("clusters", "random", "natural")
+"""What the option `by` of captioned images may be; anything else is a column."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +46,6 @@ class Options:
             order; fewer are a subset of more.
         test_per_class: the same for test images.
         skip_bad: leave unreadable images out and list them; otherwise they are an error when they are met.
-        measured: nothing is learnt, all images are test images. The program's, not the user's.
     """
 
     tasks: Count | None = None
@@ -49,7 +56,6 @@ class Options:
     per_class: Count | None = None
     test_per_class: Count | None = None
     skip_bad: bool = False
-    measured: bool = field(default=False, metadata=PROGRAM)
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -69,52 +75,84 @@ class Options:
             raise ValueError(f"domain={self.domain!r} has no effect with scenario={self.scenario!r}; use 'domain'")
         return str(self.domain)
 
-    def by_default(self, tasks: int) -> "Options":
-        """These options, with `tasks` where the user leaves the number open."""
-        undecided = self.tasks is None and self.increments is None and self.scenario != "domain"
-        return replace(self, tasks=1 if self.measured else tasks) if undecided else self
+
+@dataclass(frozen=True)
+class CaptionOptions:
+    """How images with captions become tasks.
+
+    Args:
+        by: what a task is: "clusters" of images that look alike (when None), "random" parts, "natural" parts in the
+            order of the rows, or the column whose values are the topics, one task each.
+        tasks: number of tasks; 5 when None. A column has its own number.
+        embed: the backbone whose features are clustered; `pocket()` when None.
+        order: of the topics: None (by the run's seed), "natural", an integer seed, or all names as a list. Captions
+            in several languages come in the order written when None.
+        per_task: at most so many train images a task. Which ones depends neither on a seed nor on the order; fewer
+            are a subset of more.
+        test_per_task: the same for test images.
+        texts: at most so many captions an image (and language), the first ones.
+        skip_bad: leave unreadable images out and list them; otherwise they are an error when they are met.
+    """
+
+    by: str | None = None
+    tasks: Count | None = None
+    embed: str | None = None
+    order: str | Seed | Sequence[str | Seed] | None = None
+    per_task: Count | None = None
+    test_per_task: Count | None = None
+    texts: Count = 5
+    skip_bad: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_order(self.order)
+        if self.by not in (None, "clusters"):
+            without_effect(f"with by={self.by!r}", embed=self.embed)
+
+    @property
+    def column(self) -> str | None:
+        """The column of the topics, when `by` is one."""
+        return None if self.by in (None, *TOPICS) else self.by
 
 
 def stream(
-    *without: str, common_to: type[Any] = Options
-) -> Callable[[Callable[..., StreamPlan]], Callable[..., StreamPlan]]:
-    """Give a factory the common options: in its signature, and as its first argument.
+    arrange: Callable[..., Stream], *without: str
+) -> Callable[[Callable[..., Callable[[bool], Any]]], Callable[..., StreamPlan]]:
+    """Make a stream's factory of a function from common options and its own to what reads the data set.
+
+    The fields of the first argument's class become options beside the function's own.
 
     Args:
-        without: options that are not offered.
-        common_to: the data class of the options: those of labelled or of captioned images.
+        arrange: from a data set, the common options, preprocessing, seed and whether it is only measured to the stream.
+        without: common options that are not offered.
     """
 
-    def decorate(factory: Callable[..., StreamPlan]) -> Callable[..., StreamPlan]:
-        own = list(inspect.signature(factory).parameters.values())[1:]
-        offered = [f for f in fields(common_to) if f.name not in without and "program" not in f.metadata]
-        common = {f.name: f.default for f in offered}
+    def decorate(read: Callable[..., Callable[[bool], Any]]) -> Callable[..., StreamPlan]:
+        first, *own = inspect.signature(read).parameters.values()
+        hints = hints_of(read)
+        common = hints.pop(first.name)
+        shared = {f.name: f.default for f in fields(common) if f.name not in without}
+        hints |= {name: hint for name, hint in hints_of(common).items() if name in shared}
+        shown = [*own, *(inspect.Parameter(k, inspect.Parameter.KEYWORD_ONLY, default=v) for k, v in shared.items())]
+        hints["return"] = StreamPlan
+        signature = inspect.Signature([p.replace(annotation=hints[p.name]) for p in shown])
 
-        def plan(measured: bool, args: Any, written: dict[str, Any]) -> StreamPlan:
-            arguments = signature.bind(*args, **written).arguments
-            refuse({k: v for k, v in arguments.items() if k in hints}, hints)
-            options = common_to(**{k: arguments.pop(k) for k in common if k in arguments}, measured=measured)
-            if isinstance(options, Options) and options.scenario == "domain" and "domain" in without:
-                raise ValueError(f"scenario='domain': {factory.__name__} has no domains; use 'class' or 'task'")
-            return factory(options, **arguments)
-
+        @functools.wraps(read)
         def made(*args: Any, **written: Any) -> StreamPlan:
-            return plan(False, args, written)
+            arguments = signature.bind(*args, **written).arguments
+            refuse(arguments, hints)
+            options = common(**{k: arguments.pop(k) for k in shared if k in arguments})
+            if "domain" in without and getattr(options, "scenario", "") == "domain":
+                raise ValueError(f"scenario='domain': {read.__name__} has no domains; use 'class' or 'task'")
+            reader = read(options, **arguments)
 
-        def measured(*args: Any, **written: Any) -> StreamPlan:
-            return plan(True, args, written)
+            def plan(preprocess: Preprocess, seed: int, measured: bool = False) -> Stream:
+                return arrange(reader(measured), options, preprocess, seed, measured)
 
-        hints = hints_of(factory)
-        everything = hints_of(common_to)
-        hints = {p.name: hints[p.name] for p in own} | {k: everything[k] for k in common}
-        shown = [inspect.Parameter(k, inspect.Parameter.KEYWORD_ONLY, default=v) for k, v in common.items()]
-        parameters = [p.replace(annotation=hints[p.name]) for p in (*own, *shown)]
-        signature = inspect.Signature(parameters, return_annotation=StreamPlan)
-        for each in (made, measured):
-            each.__signature__ = signature  # type: ignore[attr-defined]
-            each.__annotations__ = {**hints, "return": StreamPlan}
-            each.__name__, each.__doc__, each.__module__ = factory.__name__, factory.__doc__, factory.__module__
-        made.measured = measured  # type: ignore[attr-defined]
+            return plan
+
+        made.__signature__ = signature  # type: ignore[attr-defined]
+        made.__annotations__ = hints
         return made
 
     return decorate
@@ -125,7 +163,7 @@ def check_order(order: str | int | Sequence[str | int] | None) -> None:
     if isinstance(order, str) and order != "natural" and not Path(order).expanduser().is_file():
         raise ValueError(
             f"order={order!r}: expected 'natural', a seed, a list of names, or a file with a name a line"
-            f"{near(order, ('natural',))}"
+            f"{meant(order, ('natural',))}"
         )
 
 
@@ -142,8 +180,3 @@ def read_order(order: str | Sequence[str | int]) -> Sequence[str | int]:
     if not isinstance(listed, list) or not all(isinstance(each, str | int) for each in listed):
         raise ValueError(f"order={order!r} is no list of names; give a JSON list, or a name a line")
     return listed
-
-
-def near(value: object, known: Collection[str]) -> str:
-    """What to add to an error message: the nearest of the known names, if one is near."""
-    return meant(str(value), known)

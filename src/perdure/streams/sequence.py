@@ -9,10 +9,9 @@ import torch
 from perdure.backbones.preprocess import Preprocess
 from perdure.options.ranges import Seed, checked
 from perdure.options.spec import Spec, build, parse_one
-from perdure.streams.caption_set import Captioned
-from perdure.streams.image_set import Budget, ImageSet
-from perdure.streams.options import StreamPlan, check_order, near
-from perdure.streams.splits import digest
+from perdure.streams.image_set import Budget, Captioned, ImageSet
+from perdure.streams.options import REGISTRY, StreamPlan, check_order
+from perdure.streams.splits import digest, noted
 from perdure.streams.task_split import ordered
 from perdure.types import Stream, Task
 
@@ -39,41 +38,18 @@ def sequence(
     Raises:
         ValueError: when there is only one part, when a part divides itself, or when labelled and captioned ones mix.
     """
-    return _sequence(streams, scenario, order)
-
-
-def measured(
-    *streams: Spec | str,
-    scenario: Literal["task", "class"] = "task",
-    order: str | int | Sequence[str | int] | None = None,
-) -> StreamPlan:
-    """The same where nothing is learnt: of data sets without a test part all images are tested."""
-    return _sequence(streams, scenario, order, True)
-
-
-sequence.measured = measured  # type: ignore[attr-defined]
-
-
-def _sequence(
-    streams: Sequence[Spec | str],
-    scenario: Literal["task", "class"],
-    order: str | int | Sequence[str | int] | None,
-    measured: bool = False,
-) -> StreamPlan:
-    if scenario not in ("task", "class"):
-        raise ValueError(f"scenario={scenario!r}: expected 'task' or 'class'{near(scenario, ('task', 'class'))}")
     check_order(order)
     specs = [parse_one(each) if isinstance(each, str) else each for each in streams]
     if len(specs) < 2:
         raise ValueError(
             f"sequence of {len(specs)} data sets: expected at least 2, such as 'sequence(images(path=\"a\"), cub200())'"
         )
-    plans = [_one_task(spec, measured) for spec in specs]
+    plans = [_one_task(spec) for spec in specs]
 
-    def plan(preprocess: Preprocess, seed: int) -> Stream:
+    def plan(preprocess: Preprocess, seed: int, measured: bool = False) -> Stream:
         # Made-up pictures follow the seed: every part gets its own. The order of real data sets is fixed above.
         seeds = [int(digest((seed, "part", i))[:15], 16) for i in range(len(plans))]
-        found = [each(preprocess, own) for each, own in zip(plans, seeds, strict=True)]
+        found = [each(preprocess, own, measured) for each, own in zip(plans, seeds, strict=True)]
         names = _distinct([stream.name for stream in found])
         chosen = ordered(names, "natural" if order is None else order, "data set", seed)
         return _joined([found[i] for i in chosen], [names[i] for i in chosen], scenario)
@@ -81,9 +57,7 @@ def _sequence(
     return plan
 
 
-def _one_task(spec: Spec, measured: bool) -> StreamPlan:
-    from perdure.streams import factories  # here: the registry holds this stream too
-
+def _one_task(spec: Spec) -> StreamPlan:
     if spec.name == "sequence":
         raise ValueError(f"{str(spec)!r} within a sequence: write its parts in the outer one")
     for name, value in spec.kwargs:
@@ -97,11 +71,10 @@ def _one_task(spec: Spec, measured: bool) -> StreamPlan:
                 f"captions={value!r} makes a task of each column, a sequence one of each data set: keep one"
             )
     given = {"tasks": 1, "order": "natural", "by": "natural"}
-    registry = factories(measured)
-    factory = registry.get(spec.name)
+    factory = REGISTRY.get(spec.name)
     options = inspect.signature(factory).parameters if factory else {}
     decided = tuple((name, value) for name, value in given.items() if name in options)
-    plan: StreamPlan = build(Spec(spec.name, (*spec.kwargs, *decided), spec.parts), registry, "stream")
+    plan: StreamPlan = build(Spec(spec.name, (*spec.kwargs, *decided), spec.parts), REGISTRY, "stream")
     return plan
 
 
@@ -133,7 +106,7 @@ def _joined(parts: Sequence[Stream], names: Sequence[str], scenario: Literal["ta
         train, test = (data.relabelled(data.labels + first, budget) for data in (train, test))
         tasks.append(Task(t, name, classes, titles, len(parts), train, test))
         first += len(classes)
-    return Stream("sequence", scenario, tuple(tasks), _notes(parts, names, tasks))
+    return _noted(parts, names, tasks, scenario)
 
 
 def _set(data: Any) -> ImageSet:
@@ -154,30 +127,23 @@ def _align(sets: list[list[ImageSet]]) -> None:
         sets[i] = list(moved)
 
 
-def _notes(parts: Sequence[Stream], names: Sequence[str], tasks: Sequence[Task]) -> dict[str, Any]:
+def _noted(
+    parts: Sequence[Stream], names: Sequence[str], tasks: Sequence[Task], scenario: Literal["task", "class"]
+) -> Stream:
     notes = [part.notes for part in parts]
     splits = [each["split"] for each in notes]
     split = {"kind": "; ".join(dict.fromkeys(each["kind"] for each in splits))}
     for key in ("train_sha256", "test_sha256"):
         if all(key in each for each in splits):
             split[key] = digest(each[key] for each in splits)
-    together: dict[str, Any] = {
-        "data": " + ".join(names),
-        "sequence": True,
-        "classes": [name for task in tasks for name in task.names],
-        "train_images": [len(task.train) for task in tasks],
-        "test_images": [len(task.test) for task in tasks],
-        "split": split,
-        "skipped": [where for each in notes for where in each["skipped"]],
-    }
+    more: dict[str, Any] = {"data": " + ".join(names), "sequence": True}
     if all("captions" in each for each in notes):
-        together["captions"] = {
-            side: [n for each in notes for n in each["captions"][side]] for side in ("train", "test")
-        }
-    # What else a data set says of itself, such as how many images were left out.
+        more["captions"] = {side: [n for each in notes for n in each["captions"][side]] for side in ("train", "test")}
     if remarks := [line for each in notes for line in each.get("remarks", ())]:
-        together["remarks"] = remarks
+        more["remarks"] = remarks
+    together = noted("sequence", scenario, tasks, split, **more)
+    # What else a data set says of itself, such as how many images were left out.
     for name, each in zip(names, notes, strict=True):
-        if own := {k: v for k, v in each.items() if k not in (*together, "captions")}:
-            together.setdefault("data_sets", {})[name] = own
+        if own := {k: v for k, v in each.items() if k not in (*together.notes, "captions")}:
+            together.notes.setdefault("data_sets", {})[name] = own
     return together

@@ -1,7 +1,9 @@
-"""One more task for a learner whose stream has no end: from a folder, or from images given in Python."""
+"""One more task for a learner whose stream has no end: from a folder or a file, or from what is given in Python."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, SupportsIndex
 
@@ -10,14 +12,21 @@ import torch
 from torch import Tensor
 
 from perdure.backbones.preprocess import Preprocess
-from perdure.streams.folders import Asking, labelled, parts, told_left_out
-from perdure.streams.image_set import Budget, ImageSet
+from perdure.backbones.texts import pack
+from perdure.streams.captions import captioned_data, read_tables
+from perdure.streams.folders import Asker, labelled, parts, told_left_out
+from perdure.streams.image_set import Budget, Captioned, ImageSet
 from perdure.streams.naming import class_name, in_case_only, natural, recorded
-from perdure.streams.sources import Files, Picture, listed
-from perdure.streams.splits import held_out
+from perdure.streams.sources import Files, Picture, listed, told_shared
+from perdure.streams.splits import divide, held_out
+from perdure.streams.topics import CaptionedPart
 from perdure.types import Data, Nothing, Task
 
+COLUMN = "captions"
 _ENOUGH = 5
+"""Images of a class, below which all are learnt and none is tested."""
+_ENOUGH_CAPTIONED = 10
+"""Images with captions, below which all are learnt."""
 _SHARE = 0.15
 
 
@@ -29,7 +38,7 @@ def folder_task(
     skip_bad: bool = False,
     seed: int = 0,
     tell: Callable[[str], None] = lambda _: None,
-    asking: Asking | None = "learn",
+    asking: Asker | None = "learn",
 ) -> Task:
     """The task in a folder of class folders, or of `train` and `test` folders with class folders in them.
 
@@ -44,7 +53,7 @@ def folder_task(
         index: of the task.
         skip_bad: leave unreadable images out and list them as `skipped` of the task's data.
         seed: of what is held out.
-        tell: is told what is left out, and which classes have nearly the same name.
+        tell: is told what is left out, which classes have nearly the same name, and how many test images are learnt.
         asking: see `perdure.streams.folders.labelled`.
 
     Raises:
@@ -56,7 +65,7 @@ def folder_task(
     names = recorded(natural({name for name, _, _ in read.rows}), known)
     title = class_name(Path(path).name or Path(path).resolve().name or "folder", "folder")
     ids = _numbered(names, known)
-    train = _set(folder, read.rows, ids, preprocess)
+    train = _labelled(folder, read.rows, ids, preprocess)
     _all_present(str(path), names, ids, train)
     test: ImageSet | Nothing = Nothing()
     if test_folder is not None:
@@ -64,8 +73,9 @@ def folder_task(
         left_out.update(tested.left_out)
         if strange := sorted(set(recorded({name for name, _, file in tested.rows if file}, ids)) - set(names)):
             raise ValueError(f"{path}: class {strange[0]!r} is in test but not in train; add train images or remove it")
-        test = _set(test_folder, tested.rows, ids, preprocess)
-    for line in (*([told_left_out(left_out)] if left_out else []), *in_case_only(names, known)):
+        test = _labelled(test_folder, tested.rows, ids, preprocess)
+    shared = told_shared(train.source, test.source) if isinstance(test, ImageSet) else []
+    for line in (*([told_left_out(left_out)] if left_out else []), *in_case_only(names, known), *shared):
         tell(line)
     if skip_bad:
         train = train.readable()
@@ -74,6 +84,50 @@ def folder_task(
     if test_folder is None:
         train, test = _hold_out(train, seed)
     return Task(index, title, tuple(ids[n] for n in names), tuple(names), None, train, test)
+
+
+def captioned_task(
+    path: str | Path,
+    preprocess: Preprocess,
+    known: Mapping[str, int],
+    index: int,
+    column: str | None = None,
+    skip_bad: bool = False,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Task:
+    """The task in a parquet or JSONL file of images and captions, or a folder of them; see the stream `captions`.
+
+    All captions of an image are learnt. Without a test part, 20 % of 10 or more images are held out, the same ones each
+    time; of fewer there are no test images, for each is needed to learn.
+
+    Args:
+        path: file or folder.
+        preprocess: what the backbone wants.
+        known: name -> id of the topics learnt so far.
+        index: of the task.
+        column: of the captions; `captions` when None. Images are in the column `image`.
+        skip_bad: leave unreadable images out and list them as `skipped` of the task's data.
+        tell: is told how many captions an image has twice.
+
+    Raises:
+        ValueError: when the file is not as expected.
+    """
+    place = Path(path).expanduser().resolve()  # as it is found again, wherever from and by whatever link
+    found = captioned_data(place.name, read_tables(place, "image"), (column or COLUMN,), None)
+    for line in found.notes.get("remarks", ()):
+        tell(line)
+    count = len(found.train)
+    if found.test is None and count < 2:
+        raise ValueError(f"{path} has one image: images are told apart from each other, so give at least two")
+    pair = [found.train]
+    if found.test is not None or count >= _ENOUGH_CAPTIONED:
+        pair = list(divide(found.train, found.test, [0] * count, "the images")[:2])
+    sets = [_captioned(each, preprocess) for each in pair]
+    if skip_bad:
+        sets = [data.readable() for data in sets]
+    if not len(sets[0]):
+        raise ValueError(f"{path} has no readable train image: add some")
+    return _placed(place.stem if place.is_file() else place.name, sets, known, index)
 
 
 def given_task(
@@ -121,13 +175,65 @@ def given_task(
     return Task(index, title, tuple(ids[n] for n in names), tuple(names), None, train, Nothing())
 
 
+def given_captions(
+    images: Sequence[Picture] | Tensor,
+    captions: Sequence[str | Sequence[str]],
+    preprocess: Preprocess,
+    known: Mapping[str, int],
+    index: int,
+) -> Task:
+    """The task of images and captions given in Python; all of them are learnt, none held out.
+
+    Args:
+        images: Pillow images, paths, uint8 arrays (H, W, 3), or a uint8 tensor (n, 3, H, W).
+        captions: a text, or several, for each image.
+        preprocess: what the backbone wants.
+        known: name -> id of the topics learnt so far.
+        index: of the task.
+
+    Raises:
+        ValueError: when an image or caption has another form, or their numbers differ.
+    """
+    if isinstance(captions, str):
+        raise ValueError(f"captions: got {captions!r:.60}, expected a list with a text, or several, for each image")
+    captions, images = listed(captions, "captions"), listed(images, "images")
+    if len(captions) != len(images):
+        raise ValueError(
+            f"captions: got {len(captions)} for {len(images)} images, expected a text, or several, for each"
+        )
+    texts = [_texts(row, given) for row, given in enumerate(captions)]
+    if not texts:
+        raise ValueError("captions are empty: a task needs at least one image")
+    shown = ImageSet.of(images, [0] * len(texts), preprocess)
+    names = [
+        str(Path(image).expanduser().resolve()) if isinstance(image, str | Path) else f"given {index} {row}"
+        for row, image in enumerate(images)
+    ]
+    train = Captioned.around(shown, _identities(names), pack(texts))
+    return _placed(f"captions {index + 1}", [train], known, index)
+
+
+def alike(tasks: Sequence[Task]) -> list[Task]:
+    """The same tasks, their packed captions of one shape: batches of different tasks can be joined."""
+    sets = [data for task in tasks for data in (task.train, task.test) if isinstance(data, Captioned)]
+    most = max((data.texts.shape[1] for data in sets), default=0)
+    longest = max((data.texts.shape[2] for data in sets), default=0)
+
+    def wide(data: Data) -> Data:
+        return data.moved(0, most, longest) if isinstance(data, Captioned) else data
+
+    return [replace(task, train=wide(task.train), test=wide(task.test)) for task in tasks]
+
+
 def _numbered(names: Sequence[str], known: Mapping[str, int]) -> dict[str, int]:
     following = max(known.values(), default=-1) + 1
     new = [name for name in names if name not in known]
     return {**{n: known[n] for n in names if n in known}, **{n: following + i for i, n in enumerate(new)}}
 
 
-def _set(root: Path, rows: Sequence[tuple[str, str, str]], ids: Mapping[str, int], preprocess: Preprocess) -> ImageSet:
+def _labelled(
+    root: Path, rows: Sequence[tuple[str, str, str]], ids: Mapping[str, int], preprocess: Preprocess
+) -> ImageSet:
     real = [(name, file) for name, _, file in rows if file]
     labels = torch.tensor([ids[name] for name in recorded([name for name, _ in real], ids)], dtype=torch.int64)
     return ImageSet(Files(root, [file for _, file in real]), torch.arange(len(real)), labels, preprocess, Budget())
@@ -150,3 +256,31 @@ def _hold_out(data: ImageSet, seed: int) -> tuple[ImageSet, ImageSet | Nothing]:
     test = data.subset(held)
     test.skipped = ()
     return data.subset(kept.nonzero().flatten()), test
+
+
+def _texts(row: int, given: Any) -> list[str]:
+    texts = [given] if isinstance(given, str) else given
+    if not isinstance(texts, Sequence) or not texts or not all(isinstance(t, str) and t.strip() for t in texts):
+        raise ValueError(f"captions, row {row}: got {given!r:.60}, expected a text, or several")
+    return [text.strip() for text in texts]
+
+
+def _identities(names: Sequence[str]) -> Tensor:
+    """Numbers (n,) of images by what they are called: the same image of another task has the same one."""
+    return torch.tensor([int.from_bytes(sha256(name.encode()).digest()[:8], "big") >> 1 for name in names])
+
+
+def _captioned(part: CaptionedPart, preprocess: Preprocess) -> Captioned:
+    rows = torch.tensor(part.rows, dtype=torch.int64)
+    pairs = _identities([part.source.where(row) for row in part.rows])
+    return Captioned(
+        part.source, rows, torch.zeros_like(rows), pairs, pack([texts for texts, *_ in part.captions]), preprocess
+    )
+
+
+def _placed(name: str, sets: Sequence[Captioned], known: Mapping[str, int], index: int) -> Task:
+    """A task of one topic, new to the learner: what is learnt and, if there is any, what is tested."""
+    topic = max(known.values(), default=-1) + 1
+    title = next(t for n in range(1, len(known) + 2) if (t := name if n == 1 else f"{name} ({n})") not in known)
+    train, *tested = (data.relabelled(torch.full_like(data.labels, topic)) for data in sets)
+    return Task(index, title, (topic,), (title,), None, train, tested[0] if tested else Nothing())

@@ -1,13 +1,18 @@
-"""Where images lie before they are decoded: files, rows of parquet files, rows of a hub data set, Python objects."""
+"""Where images lie before they are decoded: files, rows of parquet files, Python objects; and which are the same."""
 
 import bisect
 import itertools
 import os
 import re
 import threading
-from collections.abc import Mapping, Sequence, Set
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
+from hashlib import sha256
+from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import psutil
@@ -18,7 +23,9 @@ from PIL import Image
 from torch import Tensor
 
 from perdure.backbones.preprocess import UnreadableImage, decode, head_of
+from perdure.formatting import shortened
 
+_CHUNK = 256
 _SHOWN = 80  # characters of a text that was taken for a path
 _ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://|data:")
 # By how PNG, JPEG, GIF and WebP begin, or by a length that no path has.
@@ -28,29 +35,34 @@ Picture = Image.Image | np.ndarray[Any, Any] | str | Path | Tensor
 """An image in Python: Pillow, uint8 (H, W, 3) or grey array, uint8 (3, H, W) tensor, or the path of a file."""
 
 
-class Source(Protocol):
+class Source(ABC):
     """Numbered images, read one by one from any thread; pickled, it holds references only."""
 
+    @abstractmethod
     def __len__(self) -> int: ...
+
+    @abstractmethod
+    def where(self, row: int) -> str:
+        """File and row, for people."""
+
+    @abstractmethod
+    def key(self, row: int) -> str:
+        """What identifies the image wherever the data set lies."""
+
+    @abstractmethod
+    def encoded(self, row: int) -> bytes | Path:
+        """What is decoded, or its file; of an image that was never encoded, its values. Raises `UnreadableImage`."""
 
     def read(self, row: int) -> Image.Image:
         """The decoded image; raises `UnreadableImage`."""
-        ...
+        return decode(self.encoded(row), self.where(row))
 
-    def where(self, row: int) -> str:
-        """File and row, for people."""
-        ...
-
-    def key(self, row: int) -> str:
-        """What identifies the image wherever the data set lies."""
-        ...
-
-    def encoded(self, row: int) -> bytes | Path:
-        """What is decoded, or its file; of an image that was never encoded, its values."""
-        ...
+    def names(self) -> Sequence[str | None]:
+        """What each image is called where it is stored; None for one without a name."""
+        return [None] * len(self)
 
 
-class Files:
+class Files(Source):
     """Image files below a folder.
 
     Args:
@@ -65,10 +77,6 @@ class Files:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def read(self, row: int) -> Image.Image:
-        """The decoded image; raises `UnreadableImage`."""
-        return decode(self.root / self.paths[row], self.where(row))
-
     def where(self, row: int) -> str:
         """The path of the file; bytes of it that are not UTF-8 are shown as numbers."""
         return os.fsencode(self.root / self.paths[row]).decode("utf-8", "backslashreplace")
@@ -81,8 +89,12 @@ class Files:
         """The file."""
         return self.root / self.paths[row]
 
+    def names(self) -> list[str | None]:
+        """What a file has for a name on its disk, so that links to it are seen to be the same."""
+        return [_inode(self.root / path) for path in self.paths]
 
-class Parquet:
+
+class Parquet(Source):
     """The image column of parquet files, read when the first image is asked for.
 
     Args:
@@ -110,16 +122,12 @@ class Parquet:
         self.__dict__.update(state)
         self._lock = threading.Lock()
 
-    def read(self, row: int) -> Image.Image:
-        """The decoded image; raises `UnreadableImage`."""
-        return decode(self.encoded(row), self.where(row))
-
     def encoded(self, row: int) -> bytes | Path:
         """The content of the cell, or the file that it names; raises `UnreadableImage` for an empty one."""
         with self._lock:
             if self._encoded is None:
                 self._encoded = self._open()
-        return _unpacked(self._encoded[row].as_py(), self.where(row), self._place(row)[0].parent)
+        return unpacked(self._encoded[row].as_py(), self.where(row), self._place(row)[0].parent)
 
     def where(self, row: int) -> str:
         """The file and the row in it."""
@@ -130,6 +138,27 @@ class Parquet:
         """The file's name and the row in it."""
         file, inside = self._place(row)
         return f"{file.name}:{inside}"
+
+    @property
+    def of_paths(self) -> bool:
+        """Whether the column holds paths only."""
+        return is_text(pq.read_schema(self.files[0]).field(self.column).type)
+
+    def names(self) -> list[str | None]:
+        """The path in each cell, without a look at the images."""
+        return [name for file in self.files for name in _paths(file, self.column)]
+
+    def contents(self, often: Set[str]) -> list[str | None]:
+        """The same, of images called as in `often` with a digest of their bytes: "0.jpg" may be another folder's."""
+        names: list[str | None] = []
+        # Read in pieces, for images are large.
+        for file in self.files:
+            for piece in pq.ParquetFile(file).iter_batches(batch_size=_CHUNK, columns=[self.column]):
+                for cell in piece.column(0).to_pylist():
+                    path, encoded = (cell.get("path"), cell.get("bytes")) if isinstance(cell, dict) else (cell, None)
+                    digest = f"\n{sha256(encoded).hexdigest()}" if path in often and encoded is not None else ""
+                    names.append(path and path + digest)
+        return names
 
     def _place(self, row: int) -> tuple[Path, int]:
         i = bisect.bisect_right(self.ends, row)
@@ -144,45 +173,7 @@ class Parquet:
         return pa.concat_tables(bare, promote_options="permissive")[self.column]
 
 
-class Rows:
-    """The image column of a data set of the `datasets` library.
-
-    Args:
-        data: a `datasets.Dataset` whose image column does not decode.
-        column: structs {bytes, path}, bytes, or paths.
-        name: what to call the data set in messages.
-    """
-
-    def __init__(self, data: Any, column: str, name: str) -> None:
-        self.data = data
-        self.column = column
-        self.name = name
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def read(self, row: int) -> Image.Image:
-        """The decoded image; raises `UnreadableImage`."""
-        return decode(self.encoded(row), self.where(row))
-
-    def encoded(self, row: int) -> bytes | Path:
-        """The content of the cell, or the file that it names; raises `UnreadableImage` for an empty one."""
-        return _unpacked(self.data[row][self.column], self.where(row), Path())
-
-    def where(self, row: int) -> str:
-        """The data set and the row."""
-        return f"{self.name}, row {row}"
-
-    def key(self, row: int) -> str:
-        """The part's name and the row."""
-        return f"{self.name.rpartition(' ')[2]}:{row}"
-
-    def content(self, row: int) -> bytes:
-        """The encoded image."""
-        return _encoded(self.data[row][self.column], Path())
-
-
-class Given:
+class Given(Source):
     """Images handed over from Python.
 
     Args:
@@ -236,6 +227,25 @@ class Given:
         return np.asarray(image.cpu() if isinstance(image, Tensor) else image).tobytes()
 
 
+def identities(parts: Sequence[Source]) -> list[Sequence[str | None]]:
+    """What tells the images of the parts of a data set apart; None for an image that is taken for one of its own."""
+    named = [part.names() for part in parts]
+    often = {name for name, n in Counter(itertools.chain(*named)).items() if name is not None and n > 1}
+    return [
+        part.contents(often) if isinstance(part, Parquet) and not often.isdisjoint(names) else names
+        for part, names in zip(parts, named, strict=True)
+    ]
+
+
+def told_shared(train: Source, test: Source) -> list[str]:
+    """A remark where test images are train images too: the same file, or the same name and content in a table."""
+    learnt, tested = identities([train, test])
+    known = set(learnt) - {None}
+    count = sum(each in known for each in tested)
+    shared = f"{count} of {len(tested)} test images are train images too, and test only what is known by heart"
+    return [f"{shared}: remove them from one of the two"] if count else []
+
+
 def listed(values: Any, what: str) -> Any:
     """`values` as something with positions: a Series by position, whatever its index; lists and arrays as they are.
 
@@ -278,15 +288,15 @@ def check_images(name: str, column: str, kind: pa.DataType, first: Any) -> None:
         kind: its type.
         first: the value of its first cell that is not empty, if there is one.
     """
-    fits = _binary(kind) or _text(kind)
+    fits = _binary(kind) or is_text(kind)
     if pa.types.is_struct(kind):
         parts = {kind.field(i).name: kind.field(i).type for i in range(kind.num_fields)}
-        held = [(_binary if name == "bytes" else _text, parts[name]) for name in ("bytes", "path") if name in parts]
+        held = [(_binary if name == "bytes" else is_text, parts[name]) for name in ("bytes", "path") if name in parts]
         fits = bool(held) and all(fit(part) or pa.types.is_null(part) for fit, part in held)
     if not fits:
         raise ValueError(
-            f"{name}: image column {column!r} holds {_shortened(str(kind))}; expected encoded bytes, {{bytes, path}} "
-            "or paths"
+            f"{name}: image column {column!r} holds {shortened(str(kind), _SHOWN)}; expected encoded bytes, "
+            "{bytes, path} or paths"
         )
     path = first.get("path") if isinstance(first, dict) and first.get("bytes") is None else first
     if isinstance(path, str):
@@ -298,22 +308,15 @@ def check_path(path: str, where: str) -> None:
     if path.startswith("data:") or _BASE64.fullmatch(path):
         raise ValueError(f"{where} holds images as base64 text ({path[:12]}...); decode it to bytes, or to files")
     if _ADDRESS.match(path):
-        raise ValueError(f"{where} holds addresses ({_shortened(path)}); download the images first")
+        raise ValueError(f"{where} holds addresses ({shortened(path, _SHOWN)}); download the images first")
 
 
 def _binary(kind: pa.DataType) -> bool:
     return any(is_(kind) for is_ in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view))
 
 
-def _text(kind: pa.DataType) -> bool:
-    return any(is_(kind) for is_ in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view))
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
-
-
-def _unpacked(cell: Any, where: str, folder: Path) -> bytes | Path:
+def unpacked(cell: Any, where: str, folder: Path) -> bytes | Path:
+    """The content of a table's cell, or the file that it names; raises `UnreadableImage` for an empty one."""
     if isinstance(cell, dict):
         cell = cell.get("path") if cell.get("bytes") is None else cell["bytes"]
     if cell is None:
@@ -338,18 +341,43 @@ def head(source: Source, row: int) -> bytes | None:
     return None if isinstance(source, Given) else encoded
 
 
-def _encoded(cell: Any, folder: Path) -> bytes:
-    """The bytes of a cell's image; none of an empty cell, or of a file that is not there."""
-    if isinstance(cell, dict):
-        cell = cell.get("path") if cell.get("bytes") is None else cell["bytes"]
-    if isinstance(cell, str):
-        return (folder / cell).read_bytes() if (folder / cell).is_file() else b""
-    return bytes(cell or b"")
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column of type `kind` holds texts."""
+    return any(is_(kind) for is_ in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view))
+
+
+def _paths(file: Path, column: str) -> list[str | None]:
+    kind = pq.read_schema(file).field(column).type
+    if is_text(kind):
+        return list(pq.read_table(file, columns=[column])[column].to_pylist())
+    if pa.types.is_struct(kind) and kind.get_field_index("path") >= 0:
+        cells = pq.ParquetFile(file).read(columns=[f"{column}.path"])[column]
+        return [cell and cell["path"] for cell in cells.to_pylist()]
+    return [None] * int(pq.read_metadata(file).num_rows)
+
+
+def _inode(file: Path) -> str:
+    try:
+        status = file.stat()
+    except OSError:  # told when it is read
+        return str(file)
+    return f"{status.st_dev}:{status.st_ino}"
 
 
 def _memory_mapped(files: Sequence[Path], column: str) -> pa.ChunkedArray:
-    from perdure.streams.hub import quietly  # `datasets` takes a second to import; small data never needs it
-
     with quietly() as datasets:
         data = datasets.load_dataset("parquet", data_files=[str(f) for f in files], columns=[column], split="train")
     return data.data.column(column)
+
+
+@contextmanager
+def quietly() -> Iterator[Any]:
+    """The `datasets` library without progress bars; imported here, for it takes a second and is seldom needed."""
+    datasets = import_module("datasets")
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield datasets
+    finally:
+        if shown:
+            datasets.enable_progress_bars()

@@ -1,7 +1,15 @@
-"""Draws that depend on names and a seed only: the same on every machine, whatever else is drawn."""
+"""How any data set becomes a stream: what is drawn, from names and a seed only, what is held out, and what is noted."""
 
 import hashlib
 from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self, TypeVar
+
+import numpy as np
+
+from perdure.streams.image_set import ImageSet
+from perdure.streams.sources import Source
+from perdure.types import Scenario, Stream, Task
 
 SHARE = 0.2
 """Of each class's images, how many become test images when a data set has no test part."""
@@ -37,6 +45,93 @@ def held_out(groups: Sequence[Hashable], names: Sequence[str], share: float, pur
             quota[groups[i]] -= 1
             held.append(i)
     return sorted(held)
+
+
+@dataclass(frozen=True)
+class ImagePart:
+    """A part of a data set: `rows` of `source`, with `keys` that name each image wherever the data lies.
+
+    Each further field has one value an image, or is None.
+    """
+
+    source: Source
+    rows: Sequence[int]
+    keys: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, positions: Sequence[int]) -> Self:
+        """The images at `positions`."""
+
+        def some(values: Any) -> Any:
+            if isinstance(values, np.ndarray):
+                return values[np.asarray(positions, dtype=np.int64)]
+            return values and [values[i] for i in positions]
+
+        return replace(self, **{f.name: some(getattr(self, f.name)) for f in fields(self) if f.name != "source"})
+
+
+P = TypeVar("P", bound=ImagePart)
+
+
+def divide(
+    train: P, test: P | None, groups: Sequence[Hashable], each: str, measured: bool = False
+) -> tuple[P, P, dict[str, str]]:
+    """The train and the test part of a data set, and what is noted of them.
+
+    Without a test part a share of each of the `groups` of `train` is held out; `each` says what these are. Of what is
+    only measured, the test part or else all is tested.
+    """
+    if measured:
+        tested = train if test is None else test
+        train, test, kind = tested.take([]), tested, "all of it is measured"
+    elif test is not None:
+        kind = "given"
+    else:
+        held = held_out(groups, train.keys, SHARE, "test part")
+        kept = sorted({*range(len(train))} - {*held})
+        train, test, kind = train.take(kept), train.take(held), f"{SHARE:.0%} of {each} held out"
+    sums = {f"{which}_sha256": digest(sorted(part.keys)) for which, part in (("train", train), ("test", test))}
+    return train, test, {"kind": kind} | sums
+
+
+@dataclass(frozen=True)
+class Lot:
+    """A task to be, and its train and test images."""
+
+    name: str
+    classes: tuple[int, ...]
+    names: tuple[str, ...]
+    train: ImageSet
+    test: ImageSet
+
+
+def tasks_of(data: str, lots: Iterable[Lot], total: int, remedy: str, measured: bool = False) -> tuple[Task, ...]:
+    """The tasks in their order; raises a ValueError for one without images, unless it is only `measured`."""
+    tasks: list[Task] = []
+    for lot in lots:
+        for which, images in (("train", lot.train), ("test", lot.test)):
+            if not len(images) and not (measured and which == "train"):
+                readable = "readable " if images.skipped else ""
+                raise ValueError(f"{data}: task {lot.name!r} has no {readable}{which} image; {remedy}")
+        tasks.append(Task(len(tasks), lot.name, lot.classes, lot.names, total, lot.train, lot.test))
+    return tuple(tasks)
+
+
+def noted(name: str, scenario: Scenario, tasks: Sequence[Task], split: Any, **more: Any) -> Stream:
+    """The stream of tasks, with what is noted of every one, and what `more` there is to note."""
+    sets = [data for task in tasks for data in (task.train, task.test)]
+    notes = {
+        "data": name,
+        "classes": list(dict.fromkeys(each for task in tasks for each in task.names)),
+        "train_images": [len(task.train) for task in tasks],
+        "test_images": [len(task.test) for task in tasks],
+        "split": split,
+        # Once each, for every language shows the same images.
+        "skipped": list(dict.fromkeys(where for data in sets for where in getattr(data, "skipped", ()))),
+    }
+    return Stream(name, scenario, tuple(tasks), notes | more)
 
 
 def digest(parts: Iterable[object]) -> str:

@@ -10,10 +10,9 @@ from perdure.backbones.preprocess import Preprocess
 from perdure.backbones.texts import pack
 from perdure.formatting import human_bytes
 from perdure.options.ranges import Count, Range, checked
-from perdure.streams.caption_set import Captioned
-from perdure.streams.image_set import ImageSet
+from perdure.streams.image_set import Captioned, ImageSet
 from perdure.streams.options import StreamPlan
-from perdure.streams.splits import digest
+from perdure.streams.splits import digest, noted
 from perdure.types import Scenario, Stream, Task
 
 _SYLLABLES = tuple(first + second for second in "aeiou" for first in "bdfgklmnprst")
@@ -55,7 +54,7 @@ def synthetic(
     if classes_per_task * (1 if scenario == "domain" else tasks) < 2:
         raise ValueError(f"classes_per_task={classes_per_task}: only one class in all; a stream needs at least 2")
 
-    def plan(preprocess: Preprocess, seed: int) -> Stream:
+    def plan(preprocess: Preprocess, seed: int, measured: bool = False) -> Stream:
         def part(t: int, classes: tuple[int, ...], kind: str, count: int) -> ImageSet:
             labels = torch.tensor(classes).repeat_interleave(count)
             centres = {c: _picture(size, seed, f"class {c}") for c in classes}
@@ -72,15 +71,7 @@ def synthetic(
             title = f"domain {t}" if scenario == "domain" else f"{t}: {names[0]} ... ({len(names)} classes)"
             train, test = part(t, classes, "train", per_class), part(t, classes, "test", test_per_class)
             made.append(Task(t, title, classes, names, tasks, train, test))
-        notes = {
-            "data": "synthetic",
-            "classes": list(dict.fromkeys(n for task in made for n in task.names)),
-            "train_images": [len(task.train) for task in made],
-            "test_images": [len(task.test) for task in made],
-            "split": {"kind": "given"},
-            "skipped": [],
-        }
-        return Stream("synthetic", scenario, tuple(made), notes)
+        return noted("synthetic", scenario, made, {"kind": "given"})
 
     return plan
 
@@ -130,22 +121,14 @@ def captions_synthetic(
         images = ImageSet.of(_bytes(grain.mul_(noise).add_(things)), torch.full((count,), t), preprocess)
         return Captioned.around(images, first + shown * count + torch.arange(count), texts[t * per_task :][:count])
 
-    def plan(preprocess: Preprocess, seed: int) -> Stream:
+    def plan(preprocess: Preprocess, seed: int, measured: bool = False) -> Stream:
         made = []
         for t in range(tasks):
             train = part(t, "train", per_task, 0, preprocess, seed)
             test = part(t, "test", test_per_task, tasks * per_task, preprocess, seed)
             made.append(Task(t, f"{kind} {t}", (t,), (f"{kind} {t}",), tasks, train, test))
-        notes = {
-            "data": "captions_synthetic",
-            "classes": [task.name for task in made],
-            "train_images": [per_task] * tasks,
-            "test_images": [test_per_task] * tasks,
-            "captions": {"train": [per_task * captions] * tasks, "test": [test_per_task * captions] * tasks},
-            "split": {"kind": "given"},
-            "skipped": [],
-        }
-        return Stream("captions_synthetic", scenario, tuple(made), notes)
+        counts = {"train": [per_task * captions] * tasks, "test": [test_per_task * captions] * tasks}
+        return noted("captions_synthetic", scenario, made, {"kind": "given"}, captions=counts)
 
     return plan
 

@@ -1,7 +1,7 @@
 """From the images of a data set to the tasks of a stream: split, subsample, order, increments."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -9,37 +9,33 @@ import numpy as np
 import torch
 
 from perdure.backbones.preprocess import Preprocess
+from perdure.formatting import meant
 from perdure.streams.image_set import Budget, ImageSet
 from perdure.streams.naming import class_name, in_case_only, numbers, recorded
-from perdure.streams.options import Options, near, read_order
-from perdure.streams.sources import Source
-from perdure.streams.splits import SHARE, digest, first_of_each, held_out, shuffled
-from perdure.types import Stream, Task
+from perdure.streams.options import Options, read_order
+from perdure.streams.sources import Source, told_shared
+from perdure.streams.splits import ImagePart, Lot, divide, first_of_each, noted, shuffled, tasks_of
+from perdure.types import Scenario, Stream
 
-_TASKS = 10
 _SHOWN = 3
 
 
+_Ids = np.ndarray[Any, np.dtype[np.int64]]
+
+
 @dataclass(frozen=True)
-class Part:
-    """Labelled images: `rows` of `source`, with `labels` and `domains` as positions in the names of `Found`."""
+class LabelledPart(ImagePart):
+    """Labelled images, with `labels` and `domains` as positions in the names of `LabelledData`."""
 
-    source: Source
-    rows: np.ndarray[Any, np.dtype[np.int64]]
-    labels: np.ndarray[Any, np.dtype[np.int64]]
-    domains: np.ndarray[Any, np.dtype[np.int64]]
+    labels: _Ids
+    domains: _Ids
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def take(self, positions: Sequence[int]) -> "Part":
-        """The images at `positions`."""
-        at = np.asarray(positions, dtype=np.int64)
-        return replace(self, rows=self.rows[at], labels=self.labels[at], domains=self.domains[at])
-
-    def keys(self) -> list[str]:
-        """What identifies each image."""
-        return [self.source.key(int(row)) for row in self.rows]
+    @classmethod
+    def of(cls, source: Source, labels: Sequence[int], domains: Sequence[int] | None = None) -> "LabelledPart":
+        """All images of `source`; without `domains` they are in domain 0."""
+        ids = np.array(labels, dtype=np.int64)
+        places = np.zeros_like(ids) if domains is None else np.array(domains, dtype=np.int64)
+        return cls(source, range(len(ids)), list(map(source.key, range(len(ids)))), ids, places)
 
     def groups(self) -> list[tuple[int, int]]:
         """Class and domain of each image."""
@@ -47,24 +43,26 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Found:
+class LabelledData:
     """A data set: its parts, and its classes and domains in their natural order.
 
     `test` is None when the data set has no test part; of one that is only measured, `train` may be the test part.
     Without domains, `domains` is empty and every image in domain 0. `numbers` are what the data itself calls its
-    classes where these are numbers.
+    classes where these are numbers. `tasks` is how many there are by default, `scenario` the one that it prescribes.
     """
 
     name: str
-    train: Part
-    test: Part | None
+    train: LabelledPart
+    test: LabelledPart | None
     names: tuple[str, ...]
     domains: tuple[str, ...] = ()
     notes: dict[str, Any] = field(default_factory=dict)
     numbers: tuple[int, ...] | None = None
+    tasks: int = 10
+    scenario: Scenario | None = None
 
 
-def arrange(found: Found, options: Options, preprocess: Preprocess, seed: int) -> Stream:
+def arrange(found: LabelledData, options: Options, preprocess: Preprocess, seed: int, measured: bool = False) -> Stream:
     """The stream of tasks.
 
     Args:
@@ -72,69 +70,55 @@ def arrange(found: Found, options: Options, preprocess: Preprocess, seed: int) -
         options: how its images become tasks.
         preprocess: what the backbone wants.
         seed: the run's; orders the classes (or the domains), nothing else.
+        measured: nothing is learnt, all images are test images.
 
     Raises:
         ValueError: when the data set and the options do not fit together.
     """
-    if options.measured:
-        found, options = _only_tested(found), options.by_default(tasks=1)
-    elif len(found.names) < 2:
+    scenario = found.scenario or options.scenario
+    if len(found.names) < 2 and not measured:
         raise ValueError(f"{found.name}: only one class, {found.names[0]!r}; a stream needs at least 2")
-    train, test, split = _split(found, options)
-    if not options.measured:
+    train, test, split = divide(found.train, found.test, found.train.groups(), "each class", measured)
+    if measured:
+        found, test = _with_classes_of(found, test)
+    else:
         _check_classes(found, train, test)
-    split |= {"train_sha256": digest(sorted(train.keys())), "test_sha256": digest(sorted(test.keys()))}
+    shared = told_shared(train.source, test.source) if found.test is not None and not measured else []
+    remarks = [*in_case_only(found.names), *shared]
     if options.per_class is not None:
-        train = train.take(first_of_each(train.groups(), train.keys(), options.per_class, "train images"))
+        train = train.take(first_of_each(train.groups(), train.keys, options.per_class, "train images"))
     if options.test_per_class is not None:
-        test = test.take(first_of_each(test.groups(), test.keys(), options.test_per_class, "test images"))
-    lots = _by_domain(found, options, seed) if options.scenario == "domain" else _by_class(found, options, seed)
-    if options.measured:
-        lots = [lot for lot in lots if lot.domain is None or lot.domain in test.domains]
-    tasks = _tasks(lots, found, train, test, options, preprocess)
-    notes = {
-        "data": found.name,
-        "classes": list(dict.fromkeys(name for task in tasks for name in task.names)),
-        "train_images": [len(task.train) for task in tasks],
-        "test_images": [len(task.test) for task in tasks],
-        "split": split,
-        "skipped": [where for task in tasks for data in (task.train, task.test) for where in _skipped(data)],
-        **found.notes,
-    }
-    if alike := in_case_only(found.names):
-        notes["remarks"] = [*notes.get("remarks", ()), *alike]
-    return Stream(found.name, options.scenario, tasks, notes)
+        test = test.take(first_of_each(test.groups(), test.keys, options.test_per_class, "test images"))
+    if scenario == "domain":
+        places = _by_domain(found, options, seed, measured)
+    else:
+        places = _by_class(found, options, seed, measured)
+    if measured:
+        places = [place for place in places if place.domain is None or place.domain in test.domains]
+    lots = _lots(places, found, train, test, preprocess, options.skip_bad, measured)
+    tasks = tasks_of(found.name, lots, len(places), "add some or leave it out", measured)
+    notes = found.notes | ({"remarks": [*found.notes.get("remarks", ()), *remarks]} if remarks else {})
+    return noted(found.name, scenario, tasks, split, **notes)
 
 
 @dataclass(frozen=True)
-class _Lot:
+class _Place:
+    """Which classes, and which domain if that matters, make up a task."""
+
     name: str
     classes: tuple[int, ...]
     domain: int | None
 
 
-def _only_tested(found: Found) -> Found:
-    """The data set as it is measured: its test part, or all of it when it has none, with the classes in there."""
-    test = found.train if found.test is None else found.test
-    present = sorted(set(test.labels.tolist()))
-    place = {label: i for i, label in enumerate(present)}
-    labels = np.array([place[label] for label in test.labels.tolist()], dtype=np.int64)
-    known = None if found.numbers is None else tuple(found.numbers[label] for label in present)
+def _with_classes_of(found: LabelledData, test: LabelledPart) -> tuple[LabelledData, LabelledPart]:
+    """The data set with no other classes than those of the test part, and that part with their labels."""
+    present, labels = np.unique(test.labels, return_inverse=True)
+    called = None if found.numbers is None else tuple(found.numbers[label] for label in present)
     names = tuple(found.names[label] for label in present)
-    return replace(found, train=test.take([]), test=replace(test, labels=labels), names=names, numbers=known)
+    return replace(found, names=names, numbers=called), replace(test, labels=labels)
 
 
-def _split(found: Found, options: Options) -> tuple[Part, Part, dict[str, Any]]:
-    if options.measured and found.test is not None:
-        return found.train, found.test, {"kind": "all of it is measured"}
-    if found.test is not None:
-        return found.train, found.test, {"kind": "given"}
-    held = held_out(found.train.groups(), found.train.keys(), SHARE, "test part")
-    kept = np.setdiff1d(np.arange(len(found.train)), held)
-    return found.train.take(kept.tolist()), found.train.take(held), {"kind": f"{SHARE:.0%} of each class held out"}
-
-
-def _check_classes(found: Found, train: Part, test: Part) -> None:
+def _check_classes(found: LabelledData, train: LabelledPart, test: LabelledPart) -> None:
     learnt = set(train.labels.tolist())
     tested = Counter(test.labels.tolist())
     if strange := sorted(set(tested) - learnt):
@@ -152,19 +136,19 @@ def _more(count: int) -> str:
     return f" (and {count - 1} more classes)" if count > 1 else ""
 
 
-def _by_class(found: Found, options: Options, seed: int) -> list[_Lot]:
+def _by_class(found: LabelledData, options: Options, seed: int, measured: bool) -> list[_Place]:
     order = ordered(found.names, options.order, "class", seed, found.numbers)
-    sizes = _increments(len(order), options)
+    sizes = _increments(len(order), options, 1 if measured else found.tasks)
     ends = np.cumsum(sizes).tolist()
-    lots = []
+    places = []
     for t, (size, end) in enumerate(zip(sizes, ends, strict=True)):
         classes = tuple(order[end - size : end])
         shown = ", ".join(found.names[c] for c in classes[:_SHOWN]) + (", ..." if size > _SHOWN else "")
-        lots.append(_Lot(f"{t}: {shown} ({size} {'class' if size == 1 else 'classes'})", classes, None))
-    return lots
+        places.append(_Place(f"{t}: {shown} ({size} {'class' if size == 1 else 'classes'})", classes, None))
+    return places
 
 
-def _increments(classes: int, options: Options) -> list[int]:
+def _increments(classes: int, options: Options, usual: int) -> list[int]:
     if options.increments is not None:
         if sum(options.increments) != classes:
             raise ValueError(
@@ -172,25 +156,25 @@ def _increments(classes: int, options: Options) -> list[int]:
                 f"{classes} classes; make the two equal"
             )
         return list(options.increments)
-    tasks = options.tasks or _TASKS
+    tasks = options.tasks or usual
     if tasks > classes:
         default = "" if options.tasks else " (the default)"
         raise ValueError(f"tasks={tasks}{default}: there are only {classes} classes; write tasks={classes} or fewer")
     return [classes // tasks + (t < classes % tasks) for t in range(tasks)]
 
 
-def _by_domain(found: Found, options: Options, seed: int) -> list[_Lot]:
+def _by_domain(found: LabelledData, options: Options, seed: int, measured: bool) -> list[_Place]:
     count = len(found.domains)
     if not count:
         raise ValueError("scenario='domain' needs domain=..., the column or the folder level that holds the domain")
-    if count < 2 and not options.measured:
+    if count < 2 and not measured:
         raise ValueError(f"{found.name}: only one domain, {found.domains[0]!r}; scenario='domain' needs at least 2")
     if options.increments is not None:
         raise ValueError("increments has no effect with scenario='domain', where each task is one domain: leave it out")
     if options.tasks not in (None, count):
         raise ValueError(f"tasks={options.tasks}: scenario='domain' has one task a domain, here {count}: leave it out")
     everything = tuple(range(len(found.names)))
-    return [_Lot(found.domains[d], everything, d) for d in ordered(found.domains, options.order, "domain", seed)]
+    return [_Place(found.domains[d], everything, d) for d in ordered(found.domains, options.order, "domain", seed)]
 
 
 def ordered(
@@ -224,7 +208,7 @@ def ordered(
         if isinstance(entry, int) and entry not in number:
             raise ValueError(f"order: {entry} is not a {kind}; there are {min(number)}-{max(number)}")
         if isinstance(entry, str) and entry not in place:
-            raise ValueError(f"order: there is no {kind} {entry!r}{near(entry, names)}")
+            raise ValueError(f"order: there is no {kind} {entry!r}{meant(entry, names)}")
         chosen.append(place[entry] if isinstance(entry, str) else number[entry])
     if twice := [c for c, n in Counter(chosen).items() if n > 1]:
         raise ValueError(f"order names the {kind} {names[twice[0]]!r} twice; name each once")
@@ -233,39 +217,34 @@ def ordered(
     return chosen
 
 
-def _tasks(
-    lots: list[_Lot], found: Found, train: Part, test: Part, options: Options, preprocess: Preprocess
-) -> tuple[Task, ...]:
+def _lots(
+    places: Sequence[_Place],
+    found: LabelledData,
+    train: LabelledPart,
+    test: LabelledPart,
+    preprocess: Preprocess,
+    skip_bad: bool,
+    measured: bool,
+) -> Iterator[Lot]:
     ids: dict[int, int] = {}
-    for lot in lots:
-        for c in lot.classes:
-            ids.setdefault(c, len(ids))
     budget = Budget()
-    tasks = []
-    for t, lot in enumerate(lots):
-        learnt, tested = (_data(part, lot, ids, preprocess, budget) for part in (train, test))
-        if options.skip_bad:
-            learnt, tested = learnt.readable(), tested.readable()
-            present = set(learnt.labels.tolist())
-            gone = [found.names[c] for c in lot.classes if ids[c] not in present and lot.domain is None]
-            if gone and not options.measured:
-                raise ValueError(f"{found.name}: class {gone[0]!r} has no readable train image; add some or remove it")
-        for part, data in (("train", learnt), ("test", tested)):
-            if not len(data) and not (options.measured and part == "train"):
-                raise ValueError(f"{found.name}: task {lot.name!r} has no {part} image; add some or leave it out")
-        classes = tuple(ids[c] for c in lot.classes)
-        names = tuple(found.names[c] for c in lot.classes)
-        tasks.append(Task(t, lot.name, classes, names, len(lots), learnt, tested))
-    return tuple(tasks)
 
+    def images(part: LabelledPart, place: _Place) -> ImageSet:
+        inside = np.isin(part.labels, place.classes)
+        if place.domain is not None:
+            inside &= part.domains == place.domain
+        chosen = part.take(inside.nonzero()[0].tolist())
+        rows, labels = torch.tensor(chosen.rows, dtype=torch.int64), [ids[c] for c in chosen.labels.tolist()]
+        data = ImageSet(part.source, rows, torch.tensor(labels, dtype=torch.int64), preprocess, budget)
+        return data.readable() if skip_bad else data
 
-def _data(part: Part, lot: _Lot, ids: dict[int, int], preprocess: Preprocess, budget: Budget) -> ImageSet:
-    inside = np.isin(part.labels, lot.classes)
-    if lot.domain is not None:
-        inside &= part.domains == lot.domain
-    labels = torch.tensor([ids[c] for c in part.labels[inside].tolist()], dtype=torch.int64)
-    return ImageSet(part.source, torch.from_numpy(part.rows[inside]), labels, preprocess, budget)
-
-
-def _skipped(data: Any) -> tuple[str, ...]:
-    return data.skipped if isinstance(data, ImageSet) else ()
+    for place in places:
+        for c in place.classes:
+            ids.setdefault(c, len(ids))
+        learnt, tested = images(train, place), images(test, place)
+        present = set(learnt.labels.tolist())
+        gone = [found.names[c] for c in place.classes if ids[c] not in present and place.domain is None]
+        if gone and skip_bad and not measured:
+            raise ValueError(f"{found.name}: class {gone[0]!r} has no readable train image; add some or remove it")
+        classes = tuple(ids[c] for c in place.classes)
+        yield Lot(place.name, classes, tuple(found.names[c] for c in place.classes), learnt, tested)

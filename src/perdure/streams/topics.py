@@ -1,123 +1,63 @@
 """From images with captions to the tasks of a stream: split, topics, subsample, order."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
-from perdure.backbones import BACKBONES
+from perdure.backbones import BACKBONES, Backbone
 from perdure.backbones.preprocess import Preprocess
 from perdure.backbones.texts import pack, present
-from perdure.options.ranges import Count, Seed, check_fields
 from perdure.options.spec import build, parse_one
-from perdure.streams.caption_set import Captioned
-from perdure.streams.clusters import clusters
-from perdure.streams.image_set import Budget, ImageSet
-from perdure.streams.options import PROGRAM, check_order
-from perdure.streams.sources import Source
-from perdure.streams.splits import SHARE, digest, first_of_each, held_out, shuffled
+from perdure.streams.image_set import Budget, Captioned, ImageSet
+from perdure.streams.options import CaptionOptions
+from perdure.streams.splits import ImagePart, Lot, digest, divide, first_of_each, noted, shuffled, tasks_of
 from perdure.streams.task_split import ordered
-from perdure.types import Scenario, Stream, Task
-
-WORDS = ("clusters", "random", "natural")
-"""What `by` may be; anything else is a column."""
+from perdure.types import Scenario, Stream
 
 _TASKS = 5
 _EMBED = "pocket()"
+_BATCH = 128
+_RESTARTS = 5
+_LLOYD = 100  # passes; tens are enough
+_REMEMBERED = 512  # batches, some 60 MB
+
+# Runs of one grid cluster the same images: keyed by the pixels themselves, features cannot be stale.
+_known: dict[tuple[str, str], Tensor] = {}
+
+_Points = np.ndarray[Any, np.dtype[np.float64]]
 
 
 @dataclass(frozen=True)
-class CaptionOptions:
-    """How images with captions become tasks.
+class CaptionedPart(ImagePart):
+    """Images with captions, each image once.
 
-    Args:
-        by: what a task is: "clusters" of images that look alike (when None), "random" parts, "natural" parts in the
-            order of the rows, or the column whose values are the topics, one task each.
-        tasks: number of tasks; 5 when None. A column has its own number.
-        embed: the backbone whose features are clustered; `pocket()` when None.
-        order: of the topics: None (by the run's seed), "natural", an integer seed, or all names as a list. Captions
-            in several languages come in the order written when None.
-        per_task: at most so many train images a task. Which ones depends neither on a seed nor on the order; fewer
-            are a subset of more.
-        test_per_task: the same for test images.
-        texts: at most so many captions an image (and language), the first ones.
-        skip_bad: leave unreadable images out and list them; otherwise they are an error when they are met.
-        measured: nothing is learnt, all images are test images. The program's, not the user's.
+    `captions` holds, for every image, the captions of each caption column; `topics` is None without a column for them.
     """
 
-    by: str | None = None
-    tasks: Count | None = None
-    embed: str | None = None
-    order: str | Seed | Sequence[str | Seed] | None = None
-    per_task: Count | None = None
-    test_per_task: Count | None = None
-    texts: Count = 5
-    skip_bad: bool = False
-    measured: bool = field(default=False, metadata=PROGRAM)
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        check_order(self.order)
-        if self.by not in (None, "clusters"):
-            self.without_effect(f"with by={self.by!r}", "embed")
-
-    def without_effect(self, why: str, *names: str) -> None:
-        """Raise a ValueError when one of the options `names` is written."""
-        for name in names:
-            if (value := getattr(self, name)) is not None:
-                raise ValueError(f"{name}={value!r} has no effect {why}: leave it out")
-
-    @property
-    def column(self) -> str | None:
-        """The column of the topics, when `by` is one."""
-        return None if self.by in (None, *WORDS) else self.by
-
-
-@dataclass(frozen=True)
-class Album:
-    """Images with captions, each image once: `rows` of `source`.
-
-    `captions` holds, for each caption column, the captions of every image; `topics` is None without a column for them.
-    """
-
-    source: Source
-    rows: Sequence[int]
-    keys: Sequence[str]
-    captions: tuple[Sequence[Sequence[str]], ...]
+    captions: Sequence[Sequence[Sequence[str]]]
     topics: Sequence[str | int] | None = None
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def take(self, positions: Sequence[int]) -> "Album":
-        """The images at `positions`."""
-
-        def some(values: Sequence[Any]) -> list[Any]:
-            return [values[i] for i in positions]
-
-        return replace(
-            self,
-            rows=some(self.rows),
-            keys=some(self.keys),
-            captions=tuple(some(column) for column in self.captions),
-            topics=None if self.topics is None else some(self.topics),
-        )
-
 
 @dataclass(frozen=True)
-class Gallery:
+class CaptionedData:
     """A data set of images with captions; `test` is None when it has no test part. `columns` names the captions."""
 
     name: str
-    train: Album
-    test: Album | None
+    train: CaptionedPart
+    test: CaptionedPart | None
     columns: tuple[str, ...]
     notes: dict[str, Any] = field(default_factory=dict)
 
 
-def arrange_captions(found: Gallery, options: CaptionOptions, preprocess: Preprocess, seed: int) -> Stream:
+def arrange_captions(
+    found: CaptionedData, options: CaptionOptions, preprocess: Preprocess, seed: int, measured: bool = False
+) -> Stream:
     """The stream of tasks, one topic each; with several caption columns, one language each.
 
     Args:
@@ -125,122 +65,94 @@ def arrange_captions(found: Gallery, options: CaptionOptions, preprocess: Prepro
         options: how its images become tasks.
         preprocess: what the learner's backbone wants.
         seed: the run's; orders the topics, nothing else.
+        measured: nothing is learnt, all images are test images.
 
     Raises:
         ValueError: when the data set and the options do not fit together.
     """
-    if options.measured and options.column is None:
+    if measured and options.column is None:
         # Clusters are those of what is learnt: without it, there are none.
         options = replace(options, by="natural", embed=None, tasks=options.tasks or 1)
-    train, test, kind = _split(found, options.measured)
+    topics = found.train.topics
+    each = "the images" if topics is None else "each topic"
+    train, test, split = divide(found.train, found.test, topics or [0] * len(found.train), each, measured)
     budget = Budget()
     sides = [_Side("train", train, 0, preprocess, budget), _Side("test", test, len(train), preprocess, budget)]
-    split = {"kind": kind} | {f"{side.kind}_sha256": digest(sorted(side.album.keys)) for side in sides}
     languages = len(found.columns) > 1
-    names = found.columns if languages else _find_topics(found.name, sides, options)
+    names = found.columns if languages else _find_topics(found.name, sides, options, measured)
     if not languages and options.by in (None, "clusters"):
         split["topics_sha256"] = digest(sorted(line for side in sides for line in side.assigned()))
     for side, size in zip(sides, (options.per_task, options.test_per_task), strict=True):
         side.subsample(size)
     order = "natural" if languages and options.order is None else options.order
-    lots = [
-        _Lot(names[t], t if languages else 0, [side.of(0 if languages else t) for side in sides])
-        for t in ordered(names, order, "caption column" if languages else "topic", seed)
-    ]
-    sets = _captioned(found.name, sides, lots, options)
-    tasks = tuple(
-        Task(t, lot.name, (t,), (lot.name,), len(lots), *pair)
-        for t, (lot, pair) in enumerate(zip(lots, sets, strict=True))
-    )
-    skipped = [where for side in sides for where in side.skipped]
-    notes = {
-        "data": found.name,
-        "classes": [lot.name for lot in lots],
-        "train_images": [len(learnt) for learnt, _ in sets],
-        "test_images": [len(tested) for _, tested in sets],
-        "captions": {side.kind: [int(present(pair[i].texts).sum()) for pair in sets] for i, side in enumerate(sides)},
-        "split": split,
-        # Once each, for every language shows the same images.
-        "skipped": list(dict.fromkeys(skipped + [where for pair in sets for data in pair for where in data.skipped])),
-        **found.notes,
-    }
+    chosen = ordered(names, order, "caption column" if languages else "topic", seed)
+    lots = _lots(sides, [(names[t], t if languages else 0, 0 if languages else t) for t in chosen], options)
+    remedy = "use fewer tasks, or by='random' for even ones, or add some"
+    tasks = tasks_of(found.name, lots, len(chosen), remedy, measured)
     scenario: Scenario = "domain" if languages else "class"
-    return Stream(found.name, scenario, tasks, notes)
+    sets = {"train": [task.train for task in tasks], "test": [task.test for task in tasks]}
+    captions = {
+        which: [int(present(data.texts).sum()) for data in each if isinstance(data, Captioned)]
+        for which, each in sets.items()
+    }
+    stream = noted(found.name, scenario, tasks, split, captions=captions, **found.notes)
+    skipped = [where for side in sides for where in side.skipped]
+    stream.notes["skipped"] = list(dict.fromkeys(skipped + stream.notes["skipped"]))
+    return stream
 
 
 class _Side:
     """The train or the test part: its images, with the identity and the topic of each."""
 
-    def __init__(self, kind: str, album: Album, first: int, preprocess: Preprocess, budget: Budget) -> None:
+    def __init__(self, kind: str, part: CaptionedPart, first: int, preprocess: Preprocess, budget: Budget) -> None:
         self.kind = kind
-        self.album = album
-        self.pairs = first + torch.arange(len(album))
-        self.images = _images(album, preprocess, budget)
-        self.topics = np.zeros(len(album), dtype=np.int64)
+        self.part = part
+        self.pairs = first + torch.arange(len(part))
+        self.images = _images(part, preprocess, budget)
+        self.topics = np.zeros(len(part), dtype=np.int64)
         """-1 for an image that is left out."""
-        self.kept: Sequence[int] = range(len(album))
+        self.kept: Sequence[int] = range(len(part))
         self.skipped: tuple[str, ...] = ()
 
     def assigned(self) -> list[str]:
         """Image and topic, as texts."""
-        return [f"{key} {topic}" for key, topic in zip(self.album.keys, self.topics.tolist(), strict=True)]
+        return [f"{key} {topic}" for key, topic in zip(self.part.keys, self.topics.tolist(), strict=True)]
 
     def subsample(self, size: int | None) -> None:
         """Keep at most `size` images a topic."""
         if size is not None:
-            self.kept = first_of_each(self.topics.tolist(), self.album.keys, size, f"{self.kind} images")
+            self.kept = first_of_each(self.topics.tolist(), self.part.keys, size, f"{self.kind} images")
 
     def of(self, topic: int) -> list[int]:
         """Positions of the kept images of a topic."""
         return [i for i in self.kept if self.topics[i] == topic]
 
 
-@dataclass(frozen=True)
-class _Lot:
-    """A task to be: its name, which captions it has, and the positions of its images in each part."""
-
-    name: str
-    column: int
-    positions: list[list[int]]
+def _images(part: CaptionedPart, preprocess: Preprocess, budget: Budget) -> ImageSet:
+    rows = torch.tensor(part.rows, dtype=torch.int64)
+    return ImageSet(part.source, rows, torch.zeros_like(rows), preprocess, budget)
 
 
-def _images(album: Album, preprocess: Preprocess, budget: Budget) -> ImageSet:
-    rows = torch.tensor(album.rows, dtype=torch.int64)
-    return ImageSet(album.source, rows, torch.zeros_like(rows), preprocess, budget)
-
-
-def _split(found: Gallery, measured: bool) -> tuple[Album, Album, str]:
-    if measured:
-        return found.train.take([]), found.test or found.train, "all of it is measured"
-    if found.test is not None:
-        return found.train, found.test, "given"
-    groups = found.train.topics or [0] * len(found.train)
-    held = held_out(groups, found.train.keys, SHARE, "test part")
-    kept = sorted(set(range(len(found.train))) - set(held))
-    which = "of each topic" if found.train.topics else "of the images"
-    return found.train.take(kept), found.train.take(held), f"{SHARE:.0%} {which} held out"
-
-
-def _find_topics(name: str, sides: list[_Side], options: CaptionOptions) -> tuple[str, ...]:
+def _find_topics(name: str, sides: list[_Side], options: CaptionOptions, measured: bool) -> tuple[str, ...]:
     """Give each image its topic; returns their names in natural order."""
     if options.column is not None:
-        return _from_column(name, sides, options)
+        return _from_column(name, sides, options, measured)
     count = options.tasks or _TASKS
     if options.by in (None, "clusters"):
         _cluster(sides, count, options)
         return tuple(f"cluster {c}" for c in range(count))
     for side in sides:
-        keys = side.album.keys
+        keys = side.part.keys
         row = shuffled(keys, "random topics") if options.by == "random" else list(range(len(keys)))
         for topic, part in enumerate(np.array_split(np.array(row, dtype=np.int64), count)):
             side.topics[part] = topic
     return tuple(f"{options.by} {c}" for c in range(count))
 
 
-def _from_column(name: str, sides: list[_Side], options: CaptionOptions) -> tuple[str, ...]:
-    values = [side.album.topics or [] for side in sides]
+def _from_column(name: str, sides: list[_Side], options: CaptionOptions, measured: bool) -> tuple[str, ...]:
+    values = [side.part.topics or [] for side in sides]
     known = sorted({v for each in values for v in each}, key=lambda v: (isinstance(v, str), v))
-    if len(known) < 2 and not options.measured:
+    if len(known) < 2 and not measured:
         raise ValueError(f"by={options.by!r}: all images of {name} have one value in it; a stream needs at least 2")
     if options.tasks not in (None, len(known)):
         raise ValueError(
@@ -259,44 +171,102 @@ def _cluster(sides: list[_Side], count: int, options: CaptionOptions) -> None:
         images = side.images
         if images.preprocess != backbone.preprocess:
             # Looked at once: nothing of it has to stay in memory.
-            images = _images(side.album, backbone.preprocess, Budget(0))
+            images = _images(side.part, backbone.preprocess, Budget(0))
         seen.append(images.readable() if options.skip_bad else images)
         side.skipped = seen[-1].skipped
     for side, images, nearest in zip(sides, seen, clusters(backbone, seen[0], seen[1], count), strict=True):
         number = dict(zip(images.rows.tolist(), nearest.tolist(), strict=True))
-        side.topics = np.array([number.get(row, -1) for row in side.album.rows], dtype=np.int64)
+        side.topics = np.array([number.get(row, -1) for row in side.part.rows], dtype=np.int64)
 
 
-def _captioned(
-    name: str, sides: list[_Side], lots: list[_Lot], options: CaptionOptions
-) -> list[tuple[Captioned, Captioned]]:
-    """The train and the test data of each task."""
-    lines = [
-        [side.album.captions[lot.column][i][: options.texts] for i in positions]
-        for lot in lots
-        for side, positions in zip(sides, lot.positions, strict=True)
-    ]
-    packed = pack([each for part in lines for each in part])
-    texts = iter(torch.split(packed, [len(part) for part in lines]))
+def _lots(sides: list[_Side], wanted: Sequence[tuple[str, int, int]], options: CaptionOptions) -> Iterator[Lot]:
+    """The tasks to be, from the name of each, the number of its caption column and that of its topic."""
+    positions = [side.of(topic) for _, _, topic in wanted for side in sides]
+    columns = [(side.part.captions, column) for _, column, _ in wanted for side in sides]
+    lines = [of[i][column][: options.texts] for (of, column), at in zip(columns, positions, strict=True) for i in at]
+    parts = iter(zip(positions, torch.split(pack(lines), list(map(len, positions))), strict=True))
     shared: dict[str, ImageSet] = {}
-    made = []
-    for t, lot in enumerate(lots):
+    languages = len({column for _, column, _ in wanted}) > 1
+    for t, (name, _, _) in enumerate(wanted):
         pair = []
-        for side, positions in zip(sides, lot.positions, strict=True):
-            unlearnt = options.measured and side.kind == "train"
-            if not positions and not unlearnt:
-                raise ValueError(
-                    f"{name}: task {lot.name!r} has no {side.kind} image; use fewer tasks, or by='random' for even ones"
-                )
-            at = torch.tensor(positions, dtype=torch.int64)
+        for side, (chosen, texts) in zip(sides, parts, strict=False):
+            at = torch.tensor(chosen, dtype=torch.int64)
             images = shared.get(side.kind) or side.images.subset(at)
-            if len(side.album.captions) > 1 and images.cached:
+            if languages and images.cached:
                 # All languages show these images; what the first decodes, the others find.
                 shared[side.kind] = images
-            data = Captioned.around(images.relabelled(torch.full((len(at),), t)), side.pairs[at], next(texts).clone())
+            data = Captioned.around(images.relabelled(torch.full((len(at),), t)), side.pairs[at], texts.clone())
             pair.append(data.readable() if options.skip_bad else data)
-        for side, data in zip(sides, pair, strict=True):
-            if not len(data) and not (options.measured and side.kind == "train"):
-                raise ValueError(f"{name}: task {lot.name!r} has no readable {side.kind} image; add some")
-        made.append((pair[0], pair[1]))
-    return made
+        yield Lot(name, (t,), (name,), *pair)
+
+
+def clusters(backbone: Backbone, train: ImageSet, test: ImageSet, count: int) -> tuple[Tensor, Tensor]:
+    """Cluster of every train and of every test image, int64 (n,) each: k-means on normalised features.
+
+    The centres are those of the train images alone, found from always the same starting points; a test image belongs
+    to the nearest centre. Clusters are numbered by their train images, the largest is 0.
+
+    Args:
+        backbone: of the features.
+        train: images preprocessed for `backbone`.
+        test: the same for the test part.
+        count: how many clusters.
+
+    Raises:
+        ValueError: when the train images are too few, or too alike, for `count` clusters.
+    """
+    points, others = _features(backbone, train), _features(backbone, test)
+    if (different := len({point.tobytes() for point in points})) < count:
+        raise ValueError(f"tasks={count}: the model tells only {different} train images apart; use fewer tasks")
+    centres = _centres(points, count)
+    nearest = _nearest(points, centres)
+    largest = np.argsort(-np.bincount(nearest, minlength=count), kind="stable")
+    number = np.argsort(largest)
+    return torch.from_numpy(number[nearest]), torch.from_numpy(number[_nearest(others, centres)])
+
+
+@torch.no_grad()
+def _features(backbone: Backbone, data: ImageSet) -> _Points:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    backbone = backbone.to(device)
+    pieces = [torch.zeros(0, backbone.dim, dtype=torch.float32)]
+    for first in range(0, len(data), _BATCH):
+        batch = data.__getitems__(range(first, min(first + _BATCH, len(data))))
+        key = (backbone.spec, sha256(batch["image"].numpy().data).hexdigest())
+        if key not in _known:
+            if len(_known) >= _REMEMBERED:
+                del _known[next(iter(_known))]
+            _known[key] = F.normalize(backbone({"image": batch["image"].to(device)}).float(), dim=1).cpu()
+        pieces.append(_known[key])
+    points: _Points = torch.cat(pieces).double().numpy()
+    return points
+
+
+def _centres(points: _Points, count: int) -> _Points:
+    from scipy.cluster.vq import ClusterError, kmeans2  # type: ignore[import-untyped]  # here: slow to import
+
+    best: _Points | None = None
+    least = np.inf
+    # Twice as often when clusters stay empty: starting points of other seeds do better.
+    for seed in range(2 * _RESTARTS):
+        if best is not None and seed >= _RESTARTS:
+            break
+        try:
+            centres, nearest = kmeans2(
+                points, count, iter=_LLOYD, minit="++", rng=np.random.default_rng(seed), missing="raise"
+            )
+        except ClusterError:
+            continue
+        spread = float(((points - centres[nearest]) ** 2).sum())
+        if spread < least:
+            best, least = centres, spread
+    if best is None:
+        raise ValueError(f"tasks={count}: the images do not fall into so many clusters; use fewer tasks")
+    return best
+
+
+def _nearest(points: _Points, centres: _Points) -> np.ndarray[Any, np.dtype[np.int64]]:
+    # |x - c|² less the |x|² that all centres share
+    distances = (centres**2).sum(1) - 2 * points @ centres.T
+    nearest: np.ndarray[Any, np.dtype[np.int64]] = distances.argmin(1)
+    return nearest

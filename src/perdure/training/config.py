@@ -1,21 +1,89 @@
 """What a run is asked to do: one frozen dataclass, which is the command line's help and run.json's content."""
 
 import dataclasses
+import math
 import shlex
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from perdure.formatting import meant
 from perdure.options.paths import anchored
-from perdure.options.ranges import Range, Seed
+from perdure.options.ranges import BatchSize, Epochs, Factor, Range, Rate, Seed, check_fields, without_effect
 from perdure.options.spec import Spec, build, parse, parse_one
-from perdure.training.settings import Attention, Precision, TrainConfig
 
 if TYPE_CHECKING:  # what only asks, as the command line's help does, waits for no torch
     from perdure.core.method import Method
     from perdure.core.objective import Objective
+
+
+Precision = Literal["auto", "fp32", "bf16"]
+Attention = Literal["auto", "eager", "sdpa"]
+_DECAY = 0.1
+_BRACKETS = str.maketrans("", "", "()[] ")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How each task is trained."""
+
+    epochs: Epochs = 5
+    """Passes over each task's training set."""
+    batch_size: BatchSize = 64
+    """New examples per step."""
+    lr: Rate = 1e-3
+    """Learning rate at the start of each task."""
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    """Made anew for every task; sgd has momentum 0.9."""
+    weight_decay: Annotated[float, Range(0, 1e4)] = 0.0
+    """Of the optimizer; above 0 it also shrinks what old tasks learnt and share."""
+    schedule: Literal["cosine", "cosine-epoch", "step", "constant"] = "cosine"
+    """Learning rate in a task: half a cosine, a step at a time; a quarter, an epoch at a time; a fall at milestones."""
+    milestones: str = ""
+    """With step: the epochs after which the rate is multiplied by decay, as 4,6,8."""
+    decay: Factor | None = None
+    """With step: by how much at each of the milestones; 0.1 unless given."""
+
+    def __post_init__(self) -> None:
+        # a list or tuple of numbers too, as Python's users write it
+        object.__setattr__(self, "milestones", str(self.milestones).translate(_BRACKETS).rstrip(","))
+        check_fields(self)
+        if self.schedule != "step":
+            why = f"with schedule={self.schedule!r}, but with 'step'"
+            without_effect(why, milestones=self.milestones or None, decay=self.decay)
+            if self.schedule == "cosine-epoch" and self.epochs == 1:
+                raise ValueError("schedule='cosine-epoch' has no effect in 1 epoch: give more, or 'cosine'")
+            return
+        if not self._milestones() or sorted({0, *self._milestones()}) != [0, *self._milestones()]:
+            raise ValueError(f"milestones={self.milestones!r}: expected numbers of epochs, rising, such as 4,6,8")
+        if self._milestones()[-1] >= self.epochs:
+            raise ValueError(
+                f"milestones={self.milestones!r}: the last has no effect within epochs={self.epochs}: leave it out, or "
+                "give more epochs"
+            )
+        if self.decay == 1:
+            raise ValueError(f"decay={self.decay}: expected a factor other than 1, such as 0.1")
+
+    def _milestones(self) -> list[int]:
+        words = self.milestones.split(",")
+        return [int(word) for word in words] if all(word.isascii() and word.isdecimal() for word in words) else []
+
+    def but(self, **changes: Any) -> Self:
+        """The same with changes; another schedule leaves the milestones of this one behind."""
+        if changes.get("schedule", self.schedule) != self.schedule:
+            changes = {"milestones": "", "decay": None} | changes
+        return dataclasses.replace(self, **changes)
+
+    def rate(self, step: int, steps: int) -> float:
+        """Learning rate of a task's step number `step` (from 0) of `steps`."""
+        epoch = step * self.epochs // steps
+        if self.schedule == "cosine":
+            return self.lr * (0.5 * (1 + math.cos(math.pi * (step / steps))))
+        if self.schedule == "cosine-epoch":
+            return self.lr * math.cos(99 * math.pi * epoch / (200 * (self.epochs - 1)))
+        fallen = sum(epoch >= milestone for milestone in self._milestones()) if self.schedule == "step" else 0
+        return self.lr * (_DECAY if self.decay is None else self.decay) ** fallen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,13 +128,35 @@ class RunConfig(TrainConfig):
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
 
 
+def flags(values: Mapping[str, Any], without: Container[str] = ()) -> list[str]:
+    """The flags of the command line that make a run's configuration: those whose values are not the defaults.
+
+    Args:
+        values: of `RunConfig`'s fields, by name; what is missing has its default.
+        without: fields to leave out.
+    """
+    words = []
+    for field in dataclasses.fields(RunConfig):
+        value = values.get(field.name, field.default)
+        several = isinstance(value, list | tuple)
+        if field.name not in without and (value if several else value != field.default):
+            words += [f"--{field.name.replace('_', '-')}", *map(str, value if several else [value])]
+    return words
+
+
 def register() -> None:
     """Import all methods, which makes them known by name."""
     import_module("perdure.methods")
 
 
-FORMER = {"cosine": ("objective", {"cosine": True})}
-"""Former methods that are options of something else now, which a part of that name still sets: for one release."""
+FORMER: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
+    "cosine": ("objective", {"cosine": True}, {}),
+    "layers": ("backbone", {"layers": 2}, {"last": "layers"}),
+}
+"""Former methods that are options of something else now, which a part of that name still sets: for one release.
+
+Of what, what it always sets, and how options of the method that have another name now are called.
+"""
 
 
 def make_method(text: str) -> "Method":
@@ -91,14 +181,15 @@ def make_objective(text: str, method: str = "") -> "Objective":
 
 def with_former(text: str, kind: str, method: str) -> str:
     """The spec `text` of an objective, or what else a `kind` is, with the options that former parts of `method` set."""
-    parts = [part for part in (parse(method) if method else ()) if FORMER.get(part.name, ("",))[0] == kind]
-    if not parts:
+    options: dict[str, Any] = {}
+    for part in parse(method) if method else ():
+        of, fixed, renamed = FORMER.get(part.name, ("", {}, {}))
+        if of == kind:
+            options |= fixed | {renamed.get(k, k): v for k, v in part.kwargs}
+    if not options:
         return text
-    options = {k: v for part in parts for k, v in (*FORMER[part.name][1].items(), *part.kwargs)}
     own = parse_one(text)
-    return str(
-        Spec(own.name, (*own.kwargs, *((k, v) for k, v in options.items() if k not in dict(own.kwargs))), own.parts)
-    )
+    return str(Spec(own.name, tuple((dict(own.kwargs) | options).items()), own.parts))
 
 
 def former_parts(config: RunConfig) -> str:
@@ -114,15 +205,15 @@ def former_parts(config: RunConfig) -> str:
     return f"{former[0]} is no method any more, but an option: write --method {shlex.quote(rest)}{more}"
 
 
-def make_backbone(text: str) -> Any:
-    """A backbone from its spec.
+def make_backbone(text: str, method: str = "") -> Any:
+    """A backbone from its spec, with what former parts of `method` set.
 
     Raises:
         ValueError: when there is none, or its weights are not finite.
     """
     from perdure.backbones import BACKBONES
 
-    backbone = one(text, BACKBONES, "backbone")
+    backbone = one(with_former(text, "backbone", method), BACKBONES, "backbone")
     backbone.check_finite()
     return backbone
 

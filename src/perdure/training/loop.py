@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from perdure.core.learner import Core, derived_seed
-from perdure.core.method import varies
+from perdure.core.method import treated
 from perdure.process import ALONE, as_found, plain
-from perdure.streams.augment import AUGMENTS
-from perdure.training.settings import TrainConfig as TrainConfig
+from perdure.training.config import TrainConfig as TrainConfig
 from perdure.types import Batch, Data, Row, Task
 
 
@@ -105,22 +104,19 @@ def fit_task(
     progress, method = progress or Quiet(), learner.method
     clock = [time.perf_counter()]
     learner.train()
-    learner.settle()
+    learner.prepare()
     if resumed is None:
         learner.step = 0
         _reseed(learner, task, "begin")
         method.begin_task(learner, task)
     data = method.data(learner, task)
-    if learner.augment is AUGMENTS["none"] and learner.trainable():
-        data = learner.encoded(data)
-        if config.epochs > 1:
-            data = learner.recorded(learner.prefixed(data))
+    data = learner.cache.of(data, config.epochs)
     clock.append(time.perf_counter())
     steps = config.epochs * math.ceil(len(data) / config.batch_size)
     done, images = 0, 0
     optimizer = _optimizer(learner, config)
     trainable = sum(p.numel() for p in learner.trainable().values())
-    moved = varies(method) or not all(name.startswith("objective.") for name in learner.trainable())
+    moved = bool(treated(method)) or not all(name.startswith("objective.") for name in learner.trainable())
     progress.task(task, task.total, config.epochs, steps if optimizer else 0)
     if optimizer:
         if resumed:
@@ -134,10 +130,10 @@ def fit_task(
             batch = method.batch(learner, batch)
             if "image" in batch:
                 batch = learner.augment(batch, learner.generator("augment", step))
-            batch = learner.noted(batch)
+            batch = learner.cache.complete(batch)
             optimizer.zero_grad()
             loss = learner.loss(batch)
-            loss.backward()  # type: ignore[no-untyped-call]
+            method.backward(learner, loss)
             if step == done:
                 _check_gradients(learner, task)
             method.after_backward(learner)
@@ -152,7 +148,7 @@ def fit_task(
     learner.step, learner.last_epoch = steps, False  # also where a resumed run had no step left to do
     _reseed(learner, task, "end")
     method.end_task(learner, task)
-    learner.settle()
+    learner.prepare()
     learner.learnt = task.index + 1
     clock.append(time.perf_counter())
     return Fitted(clock[1] - clock[0], clock[2] - clock[1], clock[3] - clock[2], images, trainable, moved)

@@ -16,7 +16,7 @@ from perdure.core import checkpoint
 from perdure.core.checkpoint import read_record
 from perdure.core.learner import Core
 from perdure.evaluation.zero_shot_retention import Retention
-from perdure.options.paths import Move, moved
+from perdure.options.paths import Relocation, moved
 from perdure.storage import schema
 from perdure.storage.schema import Damaged, Moves, Record
 from perdure.training.config import RunConfig
@@ -111,7 +111,7 @@ def elsewhere(out: Path, runtime: Runtime, progress: Progress) -> dict[str, Any]
     return {"device": runtime.device}
 
 
-def recorded_moves(out: Path) -> list[Move]:
+def recorded_moves(out: Path) -> list[Relocation]:
     """What `perdure move` wrote: `run.json`, which every manifest vouches for, stays as it is."""
     path = out / _MOVED
     if not path.is_file():
@@ -120,7 +120,7 @@ def recorded_moves(out: Path) -> list[Move]:
     return [(str(old), str(new)) for old, new in found]
 
 
-def write_moves(out: Path, moves: Sequence[Move]) -> None:
+def write_moves(out: Path, moves: Sequence[Relocation]) -> None:
     """Write what moved, the first move first."""
     checkpoint.write_sealed(out / _MOVED, {"moved": list(map(list, moves))})
 

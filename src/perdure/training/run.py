@@ -68,9 +68,9 @@ def run(
     with checkpoint.locked(out):
         if (out / "run.json").exists():
             raise ValueError(f"{out} already holds a run: go on with 'perdure resume {out}', or give another --out")
+        learner, stream, runtime = _build(config, runtime)
         if old := former_parts(config):
             progress.note(old)
-        learner, stream, runtime = _build(config, runtime)
         dry_run(config, learner.backbone, stream)
         held_out = Retention(config.retain, learner)
         write_record(out, record_of(config, learner, stream, runtime, held_out))
@@ -154,7 +154,7 @@ def build_learner(kind: type[C], config: RunConfig, runtime: Runtime | None = No
         runtime: how to compute; None resolves what `config` leaves open.
     """
     method, objective = make_method(config.method), make_objective(config.objective, config.method)
-    backbone = make_backbone(config.backbone)
+    backbone = make_backbone(config.backbone, config.method)
     if runtime is None:
         runtime = resolve(backbone, config.precision, config.attention, config.device)
     runtime.apply(backbone)
@@ -234,6 +234,8 @@ def learn_stream(
                     f"{error}: start anew in another folder with a lower --lr than {config.lr:g}; the tasks before "
                     f"can be used as they are in {out}"
                 ) from error
+            for remark in learner.objective.remarks():
+                progress.note(remark)
             start = time.perf_counter()
             calibration.fit(learner, held.get(task.index))
             new = before + evaluation.after(learner, task, fitted.moved)

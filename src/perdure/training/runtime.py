@@ -11,7 +11,7 @@ from accelerate import PartialState
 
 from perdure.backbones.base import Backbone
 from perdure.process import ALONE
-from perdure.training.settings import Attention, Precision
+from perdure.training.config import Attention, Precision
 
 if sys.platform != "win32":
     import resource

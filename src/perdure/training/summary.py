@@ -22,7 +22,7 @@ from perdure.training.loop import Fitted
 from perdure.training.runtime import peak_memory
 from perdure.types import Row, Task
 
-FILE = "summary.json"
+SUMMARY = "summary.json"
 TAUGHT, _HASHES = "taught.safetensors", "hashes"
 COSTS = ("seconds", "images", "trainable_parameters", "peak_rss_bytes")
 """What `facts_of` gives."""
@@ -51,7 +51,7 @@ def write_summary(out: Path, note: Callable[[str], None]) -> dict[str, Any]:
         note: is told when the file said something else of the same tasks.
     """
     done = checkpoint.whole(out)
-    path, found = out / FILE, summarise(out, done)
+    path, found = out / SUMMARY, summary_of(out, done)
     if path.exists():
         said = _read_leniently(path)
         earlier = said.get("manifest") in [each.seal for each in done[:-1]]
@@ -68,9 +68,9 @@ def contradicts(said: Mapping[str, Any], found: Mapping[str, Any]) -> bool:
 
 def drop_summary_beyond(out: Path, learnt: int) -> None:
     """Remove the summary of more tasks than there are any more: the last ones were removed to go back."""
-    matrix = _read_leniently(out / FILE).get("matrix")
+    matrix = _read_leniently(out / SUMMARY).get("matrix")
     if isinstance(matrix, list) and len(matrix) > learnt:
-        (out / FILE).unlink()
+        (out / SUMMARY).unlink()
 
 
 def _read_leniently(path: Path) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def _read_leniently(path: Path) -> dict[str, Any]:
     return {}
 
 
-def summarise(out: Path, done: Sequence[Checkpoint]) -> dict[str, Any]:
+def summary_of(out: Path, done: Sequence[Checkpoint]) -> dict[str, Any]:
     """The content of summary.json, from the folder's record and its whole checkpoints, of which there are some.
 
     Raises:
@@ -123,7 +123,7 @@ def scores_of(rows: Sequence[Row], tasks: int) -> dict[str, Any]:
         "acc_with_task_id": metrics.acc(given),
         "task_id_acc": metrics.acc(recognised),
         "forgetting_with_task_id": metrics.forgetting(given),
-        "feature_drift": drift.final(metrics.matrix_of(rows, drift.METRIC, tasks)),
+        "feature_drift": drift.final(metrics.matrix_of(rows, drift.FEATURE_DRIFT, tasks)),
         "score": score,
         "matrix": matrix,
     }
@@ -139,9 +139,9 @@ def read_summary(out: Path, must_be_sealed: bool | None = None) -> Summary:
     Raises:
         ValueError: when the run is not finished, or the file is not what was written.
     """
-    path = out / FILE
+    path = out / SUMMARY
     if not path.is_file():
-        raise ValueError(f"{out} is not finished: it has no {FILE}. Go on with 'perdure resume {out}'")
+        raise ValueError(f"{out} is not finished: it has no {SUMMARY}. Go on with 'perdure resume {out}'")
     if must_be_sealed is None:
         must_be_sealed = "format" in checkpoint.read_record(out)
     remedy = f"restore it, or remove it and 'perdure resume {out}' writes it anew"

@@ -1,0 +1,92 @@
+"""A language model learns files of questions one after another: a whole run, stopped and resumed."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from perdure.backbones.tiny_mllm import tiny_mllm
+from perdure.training.config import RunConfig
+from perdure.training.loop import Quiet
+from perdure.training.run import resume, run
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
+METHOD = "lora(rank=4, tower='language', at='qkvo,mlp')"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Two tasks of 24 questions each: names of colours, and whether something is red."""
+    folder, random = tmp_path_factory.mktemp("questions"), np.random.default_rng(0)
+    asked: dict[str, tuple[str, Callable[[str], str]]] = {
+        "colour": ("Which colour?", lambda name: name),
+        "red": ("Is it red?", lambda name: "yes" if name == "red" else "no"),
+    }
+    for task, (question, answer) in asked.items():
+        rows = []
+        for i in range(24):
+            name = list(COLOURS)[i % 3]
+            picture = np.clip(np.array(COLOURS[name]) + random.integers(-20, 20, (28, 28, 3)), 0, 255)
+            Image.fromarray(picture.astype(np.uint8)).save(folder / f"{task}{i}.png")
+            rows.append({"image": f"{task}{i}.png", "question": question, "answer": answer(name)})
+        (folder / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [str(folder / f"{task}.jsonl") for task in asked]
+
+
+def config_of(files: list[str], backbone: str = "tiny_mllm()", **more: Any) -> RunConfig:
+    settings = {"epochs": 8, "batch_size": 4, "lr": 2e-2, "precision": "fp32", "attention": "sdpa", "device": "cpu"}
+    stream = f"conversations(path={files!r})"
+    return RunConfig(method=METHOD, stream=stream, backbone=backbone, objective="generate", **settings | more)
+
+
+class Noted(Quiet):
+    """Remembers what the user is told."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def test_a_stopped_run_goes_on_as_if_it_never_had(files: list[str], tmp_path: Path, content_of: Any) -> None:
+    config = config_of(files, save_every=5)
+    summary = run(config, tmp_path / "whole")
+    assert summary["score"] == "strict"
+    assert summary["matrix"][0][0] > 0.5
+    assert summary["matrix"][1][1] > 0.5
+    measured = {json.loads(line)["metric"] for line in (tmp_path / "whole" / "results.jsonl").read_text().splitlines()}
+    assert {"strict", "lenient", "empty", "unparsable"} <= measured
+
+    class Stop(Exception):
+        pass
+
+    class Breaks(Quiet):
+        def step(self, step: int, *_: Any) -> None:
+            if step == 17:
+                raise Stop
+
+    with pytest.raises(Stop):
+        run(config, tmp_path / "broken", Breaks())
+    resume(tmp_path / "broken")
+    assert content_of(tmp_path / "broken") == content_of(tmp_path / "whole")
+
+
+def test_answers_that_are_cut_are_counted_and_a_question_that_is_too_long_is_refused_with_its_line(
+    files: list[str], tmp_path: Path
+) -> None:
+    asked = {"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Which colour?"}]}]}
+    prompt = tiny_mllm().dialogue(asked | {"images": [f"{Path(files[0]).parent}/colour0.png"]}).prompt
+    told = Noted()
+    run(config_of(files[:1], f"tiny_mllm(length={prompt + 5})", epochs=1), tmp_path / "cut", told)
+    (note,) = [each for each in told.notes if "were cut" in each]
+    assert re.search(
+        rf"^\d+ answers were cut, to fit into {prompt + 5} tokens .*, the first of .*colour\.jsonl, line", note
+    )
+    with pytest.raises(ValueError, match=r"colour\.jsonl, line \d+: a conversation takes \d+ tokens"):
+        run(config_of(files[:1], f"tiny_mllm(length={prompt})", epochs=1), tmp_path / "long")
