@@ -13,14 +13,12 @@ ones.
 
 from typing import Annotated, Literal
 
-import torch
-
 from perdure.core.learner import Core
 from perdure.mechanisms.replay import ExemplarBuffer, Rehearsal, Selection
 from perdure.mechanisms.selection_scores import Position
 from perdure.options.ranges import Bytes, Count, Range, Ratio, without_effect
 from perdure.streams.augment import AUGMENTS
-from perdure.types import Batch, Task
+from perdure.types import Batch, Task, join
 
 _EVERY = 10
 
@@ -76,4 +74,4 @@ class Replay(Rehearsal, name="replay"):
         n = max(1, round(self.ratio * len(batch["label"])))
         rows = self.memory.pick(n, learner.generator("replay", learner.step))
         old = self.memory.recall(learner, rows, batch, self.augment)
-        return old if self.every else {key: torch.cat([value, old[key]]) for key, value in batch.items()}
+        return old if self.every else join([batch, old])
