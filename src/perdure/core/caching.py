@@ -18,6 +18,8 @@ from perdure.streams.augment import AUGMENTS
 from perdure.types import AnyLearner, Batch, Data, Encoded, Union, join
 
 FEATURES, LOWER_BLOCKS = "features", "lower_blocks"
+READ = frozenset({"image", "label", "pair", "text", "conversation", "tokens"})
+"""What stands in a batch as it was read, by streams and by `Backbone.prepare`; all else was computed."""
 _MOST_KEPT = 2**30  # bytes of the lower blocks' output kept for one task
 
 
@@ -74,7 +76,7 @@ class Cache:
         is many rows.
         """
         learner = self.learner
-        if not sets or not learner.objective.outputs:
+        if not sets or not learner.objective.one_row:
             return list(sets)
 
         def kept(batch: Batch) -> Batch:

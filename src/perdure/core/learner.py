@@ -41,11 +41,11 @@ class Core(nn.Module):
         self, backbone: Backbone, objective: Objective, method: Method, scenario: Scenario = "class", seed: int = 0
     ) -> None:
         super().__init__()
-        if deaf := [p for p in parts_of(method) if p.needs and p.needs not in objective.asks]:
-            name, needs = deaf[0].name, deaf[0].needs
+        if deaf := [p for p in parts_of(method) if p.needs and objective.asks.isdisjoint(p.needs)]:
+            name, needs = deaf[0].name, " or ".join(deaf[0].needs)
             raise ValueError(
                 f"{name} needs {needs}, and {objective.name} learns {' and '.join(objective.asks)}: leave it out of "
-                f"{method.spec or name!r}, or use --objective {asking(needs)}"
+                f"{method.spec or name!r}, or use --objective {asking(*deaf[0].needs)}"
             )
         if backbone.layers and objective.open_vocabulary and not predicts(method):
             raise ValueError(

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
+from perdure.backbones.sites import Tower, named_towers
 from perdure.core.objective import Head
 from perdure.options.ranges import checked, without_effect
 from perdure.types import AnyLearner, Batch, Data, Task
@@ -43,8 +44,8 @@ class Method(nn.Module):
     protects: ClassVar[Literal["", "shared_parameters", "encoder"]] = ""
     """What a method that only guards other parts needs one of them to do: share parameters, or adapt at all."""
 
-    needs: ClassVar[str] = ""
-    """What it needs its objective to ask for, if anything: `classes`, or `captions`."""
+    needs: ClassVar[tuple[str, ...]] = ()
+    """Of what its objective must ask for one, if it needs any: `classes`, `captions`, `conversations`."""
     rehearses: ClassVar[Literal["", "some", "all"]] = ""
     """Which examples of old tasks it trains on, if any; one part that does is enough."""
     gradient_projection: ClassVar[bool] = False
@@ -299,13 +300,15 @@ def _carried(part: Method) -> str:
     return " or ".join(f"'{name} + {part.name}'" for name in sorted(METHODS, reverse=True) if METHODS[name].carrier)
 
 
-def check_texts(learner: AnyLearner, part: Method, tower: str) -> None:
-    """Raise `ValueError` when `part` is asked for a text tower that the objective never reads with."""
-    if tower != "vision" and "text" not in learner.objective.towers:
-        raise ValueError(
-            f"{part.name}(tower={tower!r}): this objective reads no texts: use --objective zeroshot or retrieve, or "
-            "tower='vision'"
-        )
+def check_tower(learner: AnyLearner, part: Method, tower: Tower) -> None:
+    """Raise `ValueError` when `part` is asked for a tower that the objective never reads with."""
+    read = learner.objective.towers
+    if deaf := [each for each in named_towers(tower) if each not in read]:
+        remedy = "use --objective zeroshot or retrieve, or tower='vision'"
+        if deaf[0] != "text":
+            remedy = f"write tower={min(read)!r}"
+        what = "no texts" if deaf[0] == "text" else f"nothing of the {deaf[0]} tower"
+        raise ValueError(f"{part.name}(tower={tower!r}): this objective reads {what}: {remedy}")
 
 
 def check_mask(learner: AnyLearner, mask: bool | None) -> None:

@@ -66,6 +66,8 @@ class Objective(nn.Module):
     """Of which outputs of single examples its distributions are made (see `output`); none where rows are too many."""
     open_vocabulary: ClassVar[bool] = False
     """Whether a task can be measured before it was learnt."""
+    one_row: ClassVar[bool] = True
+    """Whether each example is one row, so that its features can be kept in its place."""
     vectorised: ClassVar[bool] = True
     """Whether gradients of single examples may be computed by `vmap`: no row is picked by what a batch holds."""
     linear: bool = False
@@ -271,9 +273,9 @@ class Objective(nn.Module):
         return [score(*each) for each in zip(tasks, scores, allowed, strict=True)]
 
 
-def asking(what: str) -> str:
-    """Names of the objectives that learn `what`, as they would be written in a sentence."""
-    return " or ".join(name for name, objective in OBJECTIVES.items() if what in objective.asks)
+def asking(*what: str) -> str:
+    """Names of the objectives that learn one of `what`, as they would be written in a sentence."""
+    return " or ".join(name for name, objective in OBJECTIVES.items() if not objective.asks.isdisjoint(what))
 
 
 def accuracies(

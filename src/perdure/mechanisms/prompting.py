@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from perdure.adapters.prefix import Prefix
 from perdure.backbones.base import Backbone, OneTower, Tower, named_towers
 from perdure.core.learner import Core
-from perdure.core.method import Method, check_texts
+from perdure.core.method import Method, check_tower
 from perdure.types import Batch, Task
 
 _UNFIT = (RuntimeError, IndexError, TypeError, KeyError)
@@ -74,7 +74,7 @@ class PerTower(Method, Generic[P]):
 
     def check(self, learner: Core, task: Task) -> None:
         """Refuse a text tower that nobody reads with."""
-        check_texts(learner, self, self.tower)
+        check_tower(learner, self, self.tower)
 
     @staticmethod
     def asked_of(learner: Core, batch: Batch, tower: str) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perdure.adapters.state import BufferDict
+from perdure.core.caching import READ
 from perdure.core.learner import Core
 from perdure.core.method import Method, check_trained
 from perdure.formatting import count_bytes
@@ -245,11 +246,11 @@ class ExemplarBuffer(ReplayBuffer):
             like: a batch in training.
             view: how the images are changed, anew in every step.
         """
-        if view is None and like.keys() - {"image", "label", "pair", "text"}:
+        if view is None and like.keys() - READ:
             old = self._prepared(learner).__getitems__(rows.tolist())
         else:
             old = read(learner.tasks, self.refs[rows])
-        old = to(old, learner.device)
+        old = to(learner.backbone.prepare(old), learner.device)
         if view is not None:
             old = view(old, learner.generator("view of old images", learner.step))
         return learner.cache.complete(old, like)

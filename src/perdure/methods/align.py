@@ -48,7 +48,7 @@ class Align(Method, name="align"):
         shrink: how much shorter the oldest classes' means are made, in [0, 1).
     """
 
-    needs = "classes"
+    needs = ("classes",)
 
     def __init__(
         self,

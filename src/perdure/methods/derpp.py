@@ -18,7 +18,7 @@ from perdure.core.method import check_mask
 from perdure.mechanisms.replay import BufferView, ExemplarBuffer, Rehearsal, Selection
 from perdure.mechanisms.selection_scores import Position
 from perdure.options.ranges import Bytes, Count, Ratio, Strength, without_effect
-from perdure.types import Batch, Task
+from perdure.types import Batch, Task, take
 
 
 class DERPP(Rehearsal, name="derpp"):
@@ -36,7 +36,7 @@ class DERPP(Rehearsal, name="derpp"):
             ones (x'') always compete among all.
     """
 
-    needs = "classes"
+    needs = ("classes", "conversations")
     rehearses = "some"
 
     def __init__(
@@ -64,7 +64,8 @@ class DERPP(Rehearsal, name="derpp"):
                 mask=mask or None,
             )
         self.alpha, self.beta, self.ratio, self.mask = alpha, beta, ratio, mask
-        self.stored = BufferDict()  # logits: (images kept, classes seen), a row for each of the memory's references
+        # "logits": (rows, classes seen) of the memory's references, in their order; "rows": how many each has, or one
+        self.stored = BufferDict()
 
     def grow(self, learner: Core, task: Task) -> None:
         """All heads learn from old images, and without the mask from new ones."""
@@ -87,13 +88,14 @@ class DERPP(Rehearsal, name="derpp"):
             for draw, weight in (("logits", self.alpha), ("labels", self.beta))
         )
         old = self.memory.seen(learner, torch.cat([first, second]), batch)
-        again = learner.encode(old)
+        again, objective = learner.encode(old), learner.objective
+        of_logits = objective.owners(old) < len(first)
         total: Tensor | float = 0.0
         if self.alpha:
-            total = self.alpha * self._apart(learner, again[:n], first)
+            total = self.alpha * self._apart(learner, again[of_logits], first)
         if self.beta:
-            labelled = {"label": old["label"][len(first) :]}
-            total = total + self.beta * learner.objective.losses(again[len(first) :], labelled, only_task=False).mean()
+            labelled = take(old, torch.arange(len(first), len(old["label"])))
+            total = total + self.beta * objective.losses(again[~of_logits], labelled, only_task=False).mean()
         return total
 
     def end_task(self, learner: Core, task: Task) -> None:
@@ -104,25 +106,47 @@ class DERPP(Rehearsal, name="derpp"):
         super().end_task(learner, task)
         if not self.alpha:
             return
-        refs = self.memory.refs.cpu()
-        fresh = refs[:, 0] == task.index
-        logits = torch.zeros(len(refs), len(learner.objective.classes), dtype=torch.float32, device=learner.device)
+        refs, objective = self.memory.refs.cpu(), learner.objective
+        fresh, counts = refs[:, 0] == task.index, torch.ones(len(refs), dtype=torch.int64)
+        places = _places(before, refs[~fresh])
+        new = torch.zeros(0, len(objective.classes), dtype=torch.float32, device=learner.device)
         if fresh.any():
-            features, _ = learner.features(BufferView(learner.tasks, refs[fresh]))
+            images = BufferView(learner.tasks, refs[fresh])
+            features, _ = learner.features(images)
             with torch.no_grad():
-                logits[fresh] = learner.objective.scores(features)
+                new = objective.scores(features)
+            if not objective.one_row:
+                read = learner.batches(images, 256)
+                counts[fresh] = torch.cat([torch.bincount(objective.owners(each)).cpu() for each in read])
+        if not (fresh.all() or objective.one_row):
+            counts[~fresh] = self.stored["rows"].cpu()[places]
+        logits = new.new_zeros(int(counts.sum()), max(new.shape[1], len(objective.classes)))
+        of_fresh = fresh.repeat_interleave(counts)
+        logits[of_fresh] = new
         if not fresh.all():
             old = self.stored["logits"]
-            logits[~fresh, : old.shape[1]] = old[_places(before, refs[~fresh])]
+            logits[~of_fresh, : old.shape[1]] = old[self._rows(places)]
         self.stored["logits"] = logits
+        if not objective.one_row:
+            self.stored["rows"] = counts
 
-    def _apart(self, learner: Core, features: Tensor, rows: Tensor) -> Tensor:
+    def _rows(self, images: Tensor) -> Tensor:
+        """Where the logits of `images` (n,) stand, of which each may have several rows."""
+        if "rows" not in self.stored:
+            return images
+        counts = self.stored["rows"].cpu()
+        places = torch.split(torch.arange(int(counts.sum())), counts.tolist())
+        return torch.cat([places[i] for i in images.tolist()])
+
+    def _apart(self, learner: Core, features: Tensor, images: Tensor) -> Tensor:
         """Mean squared difference to the stored logits, of the classes that were seen when they were stored."""
-        wanted = self.stored["logits"][rows]
-        columns = torch.arange(wanted.shape[1], device=wanted.device)
-        seen = self._seen(learner)[self.memory.refs[rows, 0].cpu()].to(wanted.device)
-        compared = columns < seen.unsqueeze(1)
+        wanted = self.stored["logits"][self._rows(images)]
         found = learner.objective.scores(features)[:, : wanted.shape[1]]
+        if "classes" not in learner.objective.asks:
+            return (found - wanted).square().mean()
+        columns = torch.arange(wanted.shape[1], device=wanted.device)
+        seen = self._seen(learner)[self.memory.refs[images, 0].cpu()].to(wanted.device)
+        compared = columns < seen.unsqueeze(1)
         return ((found - wanted).square() * compared).sum() / compared.sum()
 
     @staticmethod

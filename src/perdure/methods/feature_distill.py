@@ -18,7 +18,7 @@ from perdure.adapters.injection import adapted
 from perdure.adapters.state import BufferDict
 from perdure.backbones.base import Tower
 from perdure.core.learner import Core
-from perdure.core.method import check_texts, treated
+from perdure.core.method import check_tower, treated
 from perdure.mechanisms.distillation import Distillation
 from perdure.objectives.zeroshot import class_texts
 from perdure.options.ranges import Strength, without_effect
@@ -51,7 +51,7 @@ class FeatureDistill(Distillation, name="feature_distill"):
 
     def grow(self, learner: Core, task: Task) -> None:
         """Nothing to make room for; refuse texts where there are none."""
-        check_texts(learner, self, self.tower)
+        check_tower(learner, self, self.tower)
         captioned = "captions" in learner.objective.asks
         held = {"vision": "features", "text": "captions"} if captioned else {"vision": "features"}
         self.ask_for([held[tower] for tower in self._towers("vision", "text") if tower in held])

@@ -33,7 +33,7 @@ class ICaRL(Method, name="icarl"):
         bytes: of images, as a number or a text such as "50MB", in place of `size`.
     """
 
-    needs = "classes"
+    needs = ("classes",)
     rehearses = "some"
 
     def __init__(

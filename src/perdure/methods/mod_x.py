@@ -29,7 +29,7 @@ class ModX(Distillation, name="mod_x"):
         temperature: T; with 1 a row of cosines is nearly even, a lower one counts large cosines more.
     """
 
-    needs = "captions"
+    needs = ("captions",)
 
     def __init__(self, strength: Strength = 20.0, temperature: Factor = 1.0) -> None:
         super().__init__(["features", "captions"])

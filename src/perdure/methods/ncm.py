@@ -17,7 +17,7 @@ class NCM(Method, name="ncm"):
     In a composition (`lora + ncm`) a class's mean is taken at the end of its task, with the encoder of that moment.
     """
 
-    needs = "classes"
+    needs = ("classes",)
 
     def __init__(self) -> None:
         super().__init__()

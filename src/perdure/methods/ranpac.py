@@ -42,7 +42,7 @@ class RanPAC(Method, name="ranpac"):
             its training images.
     """
 
-    needs = "classes"
+    needs = ("classes",)
 
     def __init__(
         self,
