@@ -13,6 +13,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # where a test takes two threads, one must not spin for the other
 
 import pytest
 import torch
@@ -150,6 +151,11 @@ class Laboratory:
 
     def run(self, method: str, out: Path, **more: Any) -> dict[str, Any]:
         return run(self.config(method, **more), out)
+
+    def stopped_run(self, method: str, out: Path, place: tuple[int, int | None], **more: Any) -> None:
+        """A run that crashes at `place`, (task, step)."""
+        with suppress(Crash):
+            run(self.config(method, **more), out, Breaks(*place))
 
     def broken_run(self, method: str, out: Path, *places: tuple[int, int | None], **more: Any) -> None:
         """A run that crashes at each of `places`, (task, step), and is resumed each time.

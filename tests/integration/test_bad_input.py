@@ -2,11 +2,9 @@
 
 import json
 import os
-import resource
 import shutil
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +29,8 @@ def one_line(answer: Any, *said: str) -> None:
     ("flags", "said"),
     [
         (["--method", "lorra"], "unknown method 'lorra'; did you mean 'lora'?"),
-        (["--method", "lora(rnak=3)"], "method 'lora' has no option 'rnak'; did you mean 'rank'?"),
-        (["--method", "lora + replay(size='many')"], "method 'replay', option size='many': expected int"),
-        (["--method", "lora + lora"], "lora stands twice"),
         (["--method", "ewc"], "ewc has nothing to protect"),
         (["--stream", "syntetic()"], "unknown stream 'syntetic'; did you mean 'synthetic'?"),
-        (["--stream", "synthetic() + synthetic()"], "only one is possible here"),
         (
             ["--stream", "images(path='nowhere', tasks=2)"],
             "path='nowhere' does not exist; give a folder of class folders",
@@ -44,11 +38,7 @@ def one_line(answer: Any, *said: str) -> None:
         (["--backbone", "tinny()"], "unknown backbone 'tinny'; did you mean 'tiny'?"),
         (["--objective", "classfy()"], "unknown objective 'classfy'; did you mean 'classify'?"),
         (["--objective", "zeroshot()"], "zeroshot needs a text tower, which tiny("),
-        (["--method", "lora(at='zz')"], "at='zz': cannot read 'zz'; write letters of qkvo"),
-        (["--method", "lora(blocks='5-9')"], "blocks='5-9': '5-9' is outside 0-1, the blocks of this model"),
-        (["--method", "inflora(rank=99)"], "rank=99: expected 1 to 32"),
         (["--method", "lora(rank=99)"], "rank=99: expected 1 to 32"),
-        (["--method", "lora(tower='text')"], "has no text tower; it has: vision"),
         (
             ["--method", "lora(tower='text')", "--backbone", "tiny(text=True)"],
             "trainable parameters get no gradient, the first is method.adapters.0.down",
@@ -168,7 +158,8 @@ def written(content: bytes) -> Callable[[Path], None]:
     return write
 
 
-RUINS = [halve, written(b""), written(b"[]"), written(b"3"), written(b"\xff\xfe"), written(b"[" * 99999)]
+# Of all that is no JSON, or none of a kind: two; the reader of all files is shown the others.
+RUINS = [halve, written(b"[]")]
 
 
 @pytest.fixture(scope="module")
@@ -411,18 +402,9 @@ def test_training_that_diverges_says_so_and_keeps_what_was_learnt(perdure: Any, 
     assert perdure("learn", "more", "--into", "y", "--epochs", 1).code == 0
 
 
-@contextmanager
-def no_file_above(size: int) -> Iterator[None]:
-    """The system refuses to write more than `size` bytes into a file, as a full disk would."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def test_a_full_disk_ends_in_one_line_and_the_run_goes_on(perdure: Any, small: Any, content_of: Any) -> None:
+def test_a_full_disk_ends_in_one_line_and_the_run_goes_on(
+    perdure: Any, small: Any, content_of: Any, no_file_above: Any
+) -> None:
     flags = (*small, "--method", "inflora(rank=2)", "--epochs", "3", "--save-every", "1000")
     assert perdure("run", *flags, "--out", "whole").code == 0
     sizes = [Path("whole", t, "learner.safetensors").stat().st_size for t in ("task-000", "task-001")]
@@ -436,7 +418,7 @@ def test_a_full_disk_ends_in_one_line_and_the_run_goes_on(perdure: Any, small: A
     assert content_of(Path("x")) == content_of(Path("whole"))
 
 
-def test_a_report_on_a_full_disk_does_not_advise_to_resume(perdure: Any, small: Any) -> None:
+def test_a_report_on_a_full_disk_does_not_advise_to_resume(perdure: Any, small: Any, no_file_above: Any) -> None:
     perdure("run", *small, "--out", "x")
     page = Path("x/report.html").read_bytes()
     with no_file_above(1000):

@@ -7,7 +7,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,6 @@ from perdure.options.space import parse_space
 from perdure.options.spec import build, parse_one
 from perdure.streams import STREAMS
 from perdure.training.config import RunConfig, make_method, make_objective, register
-from perdure.training.loop import Quiet
-from perdure.training.run import resume, run
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -123,21 +121,6 @@ def test_marked_python_runs(block: Block, tmp_path: Path, monkeypatch: pytest.Mo
     exec(compile(block.text.replace('"pocket()"', '"tiny()"').replace("rank=10", "rank=2"), block.page, "exec"), {})
 
 
-class Crash(Exception):
-    """A power cut."""
-
-
-class Breaks(Quiet):
-    """Crashes in the second task."""
-
-    def task(self, task: Any, tasks: int | None, epochs: int, steps: int) -> None:
-        self.index = task.index
-
-    def step(self, step: int, loss: Any, images: int) -> None:
-        if (self.index, step) == (1, 4):
-            raise Crash
-
-
 @pytest.fixture
 def newcomer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type]:
     """The method of `docs/write-a-method.md`, as a module of its own."""
@@ -149,45 +132,21 @@ def newcomer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type]:
     del METHODS["l2sp"], sys.modules["l2sp"]
 
 
-def _config(method: str) -> RunConfig:
-    return RunConfig(
-        stream="synthetic(tasks=2, per_class=8, test_per_class=4)",
-        backbone="tiny(dim=16)",
-        method=method,
-        epochs=2,
-        batch_size=8,
-        lr=1e-2,
-        precision="fp32",
-        attention="sdpa",
-        device="cpu",
-        save_every=2,
-    )
+def test_a_method_in_one_file_learns_and_resumes_in_the_middle_of_a_task(
+    newcomer: type, lab: Any, content_of: Any, tmp_path: Path
+) -> None:
+    lab.run("lora(rank=2) + l2sp(strength=0.5)", tmp_path / "unbroken")
+    lab.broken_run("lora(rank=2) + l2sp(strength=0.5)", tmp_path / "broken", (1, 3), save_every=2)
+    assert content_of(tmp_path / "broken") == content_of(tmp_path / "unbroken")
 
 
-def test_a_method_in_one_file_learns_and_resumes_in_the_middle_of_a_task(newcomer: type, tmp_path: Path) -> None:
-    config = _config("lora(rank=2) + l2sp(strength=0.5)")
-    run(config, tmp_path / "unbroken")
-    with pytest.raises(Crash):
-        run(config, tmp_path / "broken", Breaks())
-    assert list((tmp_path / "broken/task-001").glob("step-*")), "nothing was saved before the crash"
-    resume(tmp_path / "broken")
-    one, other = (tmp_path / name / "task-001/learner.safetensors" for name in ("unbroken", "broken"))
-    assert one.read_bytes() == other.read_bytes()
+def test_the_example_method_pulls_parameters_back(newcomer: type, lab: Any) -> None:
+    def drift(strength: float) -> float:
+        learner, tasks = lab.learner(f"lora(rank=2) + l2sp(strength={strength})"), lab.stream().tasks
+        first, second = ({k: v.clone() for k, v in lab.teach(learner, [task]).learnt_state().items()} for task in tasks[:2])
+        return sum(float((second[k] - value).square().sum()) for k, value in first.items() if ".up." in k)
 
-
-def test_the_example_method_pulls_parameters_back(newcomer: type, tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
-    def drift(name: str, method: str) -> float:
-        run(_config(method), tmp_path / name)
-        first, second = (load_file(tmp_path / name / f"task-00{i}/learner.safetensors") for i in (0, 1))
-        ups = [k for k in first if ".up." in k]
-        assert ups
-        return sum(float((second[k] - first[k]).square().sum()) for k in ups)
-
-    assert drift("held", "lora(rank=2) + l2sp(strength=100.0)") < 0.5 * drift(
-        "free", "lora(rank=2) + l2sp(strength=0.0)"
-    )
+    assert drift(100.0) < 0.5 * drift(0.0)
 
 
 def test_the_example_method_is_short(newcomer: type) -> None:
@@ -269,18 +228,13 @@ def test_a_readme_names_all_that_exists_and_both_commands(readme: str) -> None:
     assert ("README.zh-CN.md" if readme == "README.md" else "README.md") in text
 
 
-def test_the_reference_lists_every_command_and_every_key_of_the_summary(tmp_path: Path) -> None:
+def test_the_reference_lists_every_command_and_every_key_of_the_summary(lab: Any, tmp_path: Path) -> None:
     text = (ROOT / "docs/reference.md").read_text(encoding="utf-8")
     assert list(_table(text, "## Commands")) == list(COMMANDS)
-    words, sequence = "tiny(dim=16, text=True)", "sequence(synthetic(), synthetic(noise=0.5))"
-    kinds: dict[str, dict[str, Any]] = {
-        "classify": {},
-        "retrieve": {"backbone": words, "stream": "captions_synthetic(tasks=2)"},
-        "zeroshot": {"backbone": words, "stream": sequence, "retain": ("synthetic(tasks=2)",)},
-    }
-    keys = set()
-    for objective, more in kinds.items():
-        keys |= run(replace(_config("probe"), objective=objective, **more), tmp_path / objective).keys()
+    sequence = "sequence(synthetic(), synthetic(noise=0.5))"
+    kinds = {"zeroshot": {"stream": sequence, "retain": ("synthetic(tasks=2)",)}, "classify": {}, "retrieve": {}}
+    runs = [lab.but(objective=o, tasks=2).run("probe", tmp_path / o, **more) for o, more in kinds.items()]
+    keys = {key for summary in runs for key in summary}
     assert set(_table(text, "## `summary.json`")) == keys
 
 
@@ -288,3 +242,37 @@ def test_no_page_refers_to_a_folder_of_one_machine() -> None:
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         assert not re.search(r"(?<![\w.])/(?:work|home|root|tmp|Users)/", text), page
+
+
+def test_the_architecture_answers_each_question_with_one_file() -> None:
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    answers = {
+        "replay buffer": "class ReplayBuffer",
+        "classifier of an export": "def head_of",
+        "end of a task": "method.end_task(learner, task)",
+        "prompt pool": "class PromptPool",
+        "may be cached": "class Cache",
+    }
+    questions = re.findall(r"^- \[([^]]+\?)\]\((\S+)\)$", text, flags=re.M)
+    assert len(questions) == len(answers)
+    for (question, link), (subject, words) in zip(questions, answers.items(), strict=True):
+        assert subject in question
+        assert words in (ROOT / "docs" / link).read_text(encoding="utf-8")
+
+
+def test_the_architectures_tree_names_every_file_and_no_other() -> None:
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 250
+    tree = text.partition("## The tree")[2].partition("## Nouns")[0]
+    named: set[str] = set()
+    package = ""
+    for line in tree.partition("```text")[2].partition("```")[0].strip().splitlines():
+        if found := re.match(r"(\w+)/", line):
+            package = found[1]
+        named |= {f"{package}/{name}".lstrip("/") for name in re.findall(r"\b(\w+\.py)\b", line)}
+    source = ROOT / "src/perdure"
+    there = {str(file.relative_to(source)) for file in source.rglob("*.py")}
+    assert named <= there
+    whole = {"methods", "scoring"}  # one line for all of their files
+    left_out = {name for name in there - named if name.partition("/")[0] not in whole}
+    assert all(name.endswith(("__init__.py", "__main__.py")) or "/conversation_" in name for name in left_out), left_out

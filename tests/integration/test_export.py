@@ -5,11 +5,8 @@ import json
 import multiprocessing
 import os
 import re
-import resource
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -376,20 +373,9 @@ def test_command_line_exports_a_saved_learner(
 # Whole or not at all
 
 
-@contextmanager
-def no_file_above(size: int) -> Iterator[None]:
-    """The system refuses to write more than `size` bytes into a file, as a full disk would."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 @pytest.mark.parametrize(("to", "sizes"), [("merged", (0, 500, 5_000, 50_000)), ("peft", (500, 2_000))])
 def test_an_export_that_does_not_fit_on_the_disk_is_one_line_and_leaves_nothing(
-    to: str, sizes: tuple[int, ...], families: dict[str, str], tmp_path: Path
+    to: str, sizes: tuple[int, ...], families: dict[str, str], tmp_path: Path, no_file_above: Any
 ) -> None:
     learner = known(families["clip"], "lora(rank=3)", tasks=1)
     for size in sizes:

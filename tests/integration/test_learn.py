@@ -290,32 +290,10 @@ def test_saved_twice_loaded_and_taught_on(tmp_path: Path, perdure: Any, photos: 
         Learner.create("tiny()", "ncm", precision="fp32").learn(arrays, labels).save(tmp_path / "x")
 
 
-@pytest.mark.parametrize(
-    ("images", "labels", "options", "said"),
-    [
-        ([], [], {}, "labels are empty"),
-        ("arrays", None, {}, "labels are missing"),
-        ("arrays", ["cat"], {}, "expected one label an image|got 1"),
-        ("arrays", [0.5] * 12, {}, "labels, row 0: got 0.5, expected a name or an integer"),
-        ("arrays", ["cat"] * 12, {}, "one class only, 'cat'; a first task needs at least two"),
-        ("arrays", ["a", "b"] * 6, {"epoch": 3}, "Learner.learn has no option 'epoch'; did you mean 'epochs'?"),
-        ([1, 2], ["a", "b"], {}, "images, row 0: got a int, expected a Pillow image"),
-        ("nowhere", None, {}, "'nowhere' does not exist"),
-        ("nowhere", ["a"], {}, "nowhere is a folder, whose sub-folders are the labels"),
-    ],
-)
-def test_python_learner_refuses_in_one_line(images: Any, labels: Any, options: Any, said: str) -> None:
-    learner = Learner.create("tiny()", "ncm", precision="fp32", attention="sdpa")
-    with pytest.raises(ValueError, match=said) as refusal:
-        learner.learn(colours("cat dog")[0] if images == "arrays" else images, labels, **options)
-    assert "\n" not in str(refusal.value)
-    assert learner.learnt == 0
-    arrays, names = colours("cat dog")
-    assert learner.learn(arrays, names).learnt == 1
-
-
 def test_creating_with_an_unknown_option_names_the_near_one() -> None:
     with pytest.raises(ValueError, match=r"^Learner\.create has no option 'epoch'; did you mean 'epochs'\?"):
         Learner.create("tiny()", epoch=3)
+    with pytest.raises(ValueError, match=r"^Learner\.learn has no option 'epoch'; did you mean 'epochs'\?"):
+        Learner.create("tiny()").learn(*colours("cat dog"), epoch=3)
     with pytest.raises(ValueError, match="precision='fp16': expected 'auto', 'fp32' or 'bf16'; did you mean 'bf16'"):
         Learner.create("tiny()", precision="fp16")

@@ -371,6 +371,14 @@ def test_a_move_to_another_model_is_refused(vit: Path, perdure: Any, photos: Any
         (lambda f, n: ([np.zeros((0, 10, 3), np.uint8), *f[1:]], n), r"images, row 0: .* \(0, 10, 3\)"),
         (lambda f, n: ([*f[:7], Image.new("RGB", (0, 4))], n), "images, row 7: .* 0 × 4 pixels"),
         (lambda f, n: ([*f[:7], np.zeros((4, 4, 2), np.uint8)], n), r"images, row 7: .* \(4, 4, 2\)"),
+        (lambda f, n: ([], []), "labels are empty"),
+        (lambda f, n: (f, None), "labels are missing"),
+        (lambda f, n: (f, ["cat"]), "expected one label an image|got 1"),
+        (lambda f, n: (f, [0.5] * 8), "labels, row 0: got 0.5, expected a name or an integer"),
+        (lambda f, n: (f, ["cat"] * 8), "one class only, 'cat'; a first task needs at least two"),
+        (lambda f, n: ([1, 2], ["a", "b"]), "images, row 0: got a int, expected a Pillow image"),
+        (lambda f, n: ("nowhere", None), "'nowhere' does not exist"),
+        (lambda f, n: ("nowhere", ["a"]), "nowhere is a folder, whose sub-folders are the labels"),
     ],
 )  # fmt: skip
 def test_python_input_that_cannot_be_is_refused_with_its_row(
@@ -378,8 +386,12 @@ def test_python_input_that_cannot_be_is_refused_with_its_row(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     files = [str(f) for f in sorted(photos("d", "cat dog", 4).glob("*/*.png"))]
-    with pytest.raises(ValueError, match=said):
-        Learner.create("tiny()", "ncm").learn(*given(files, ["cat"] * 4 + ["dog"] * 4))
+    learner, names = Learner.create("tiny()", "ncm"), ["cat"] * 4 + ["dog"] * 4
+    with pytest.raises(ValueError, match=said) as refusal:
+        learner.learn(*given(files, names))
+    assert "\n" not in str(refusal.value)
+    assert learner.learnt == 0
+    assert learner.learn(files, names).learnt == 1
 
 
 def test_python_input_is_read_by_position_and_grey_pictures_are_pictures(

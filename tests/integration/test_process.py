@@ -25,19 +25,11 @@ from perdure.api.learner import Learner
 from perdure.cli.use import evaluate
 from perdure.experiments.grid import cells, compare
 from perdure.training.loop import Quiet
-from perdure.training.run import resume, run
+from perdure.training.run import resume
 from perdure.training.runtime import Runtime
 
 PLAIN = {"precision": "fp32", "attention": "sdpa", "device": "cpu", "epochs": 1, "batch_size": 4}
 SPEC = "lora(rank=2) + ewc(samples=4)"
-
-
-class Breaks(Quiet):
-    """A power cut within the second task."""
-
-    def step(self, step: int, loss: torch.Tensor, images: int) -> None:
-        if step == 2:
-            raise MemoryError
 
 
 def pictures(count: int = 8) -> torch.Tensor:
@@ -59,8 +51,7 @@ def folders(lab: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("folders")
     learnt().save(root / "learner")
     lab.run(SPEC, root / "run")
-    with pytest.raises(MemoryError):
-        run(lab.config(SPEC, save_every=1), root / "stopped", Breaks())
+    lab.stopped_run(SPEC, root / "stopped", (1, 2), save_every=1)
     for name in "ab":
         (root / "images" / name).mkdir(parents=True)
         for i, image in enumerate(pictures(4)):

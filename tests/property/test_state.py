@@ -19,12 +19,10 @@ from perdure.api.folders import teach_folder
 from perdure.cli.main import main
 from perdure.core.method import METHODS
 from perdure.storage.files import write_sealed
-from perdure.training.config import RunConfig, register
-from perdure.training.loop import Quiet
+from perdure.training.config import register
 from perdure.training.run import resume, run
 
 SAMPLE, ALL = 42, 2000
-STREAM = "synthetic(tasks=3, classes_per_task=2, per_class=4, test_per_class=2)"
 VALUES = [None, True, -1, 0, 2, 10**400, -(2**70), 1e308, float("nan"), "x", "", [], {}, [[]], {"a": 1}, "\ud800", ...]
 NONSENSE = [b"", b"[", b"[" * 100_000, b"\xff\xfe{}", b"3\n", b"null\n", b"{}\n", b'{"seal": 1e999}\n', b"\x00" * 64]
 KINDS = ("run", "stopped", "taught")
@@ -34,23 +32,6 @@ EVERY = [
     for name, method in sorted(METHODS.items())
     if name not in ("mod_x", "zscl")  # which need texts
 ]
-
-
-class Crash(Exception):
-    """A power cut."""
-
-
-class Breaks(Quiet):
-    """Crashes within the last task, once there is a snapshot."""
-
-    index = 0
-
-    def task(self, task: Any, *more: Any) -> None:
-        self.index = task.index
-
-    def step(self, step: int, *more: Any) -> None:
-        if (self.index, step) == (2, 2):
-            raise Crash
 
 
 @dataclass(frozen=True)
@@ -110,25 +91,24 @@ def place(tmp_path_factory: pytest.TempPathFactory, plain_figures: None) -> Iter
     os.chdir(before)
 
 
-def make(kind: str, method: str, folder: Path, seed: int) -> None:
+def make(lab: Any, kind: str, method: str, folder: Path, seed: int) -> None:
     """A finished run, one that was stopped within its last task, or a learner of two lessons."""
-    settings = {"backbone": "tiny(dim=16)", "method": method, "precision": "fp32", "attention": "sdpa"}
-    config = RunConfig(stream=STREAM, epochs=2, batch_size=4, seed=seed, save_every=1, **settings)
+    bench = lab.but(per_class=4, seed=seed)
+    config = bench.config(method, batch_size=4, save_every=1)
     if kind == "taught":
         for album in ("first", "more"):
             teach_folder(Path(album), folder, config, {"epochs": 2})
     elif kind == "stopped":
-        with contextlib.suppress(Crash):
-            run(config, folder, Breaks())
+        bench.stopped_run(method, folder, (2, 2), batch_size=4, save_every=1)
     else:
         run(config, folder)
 
 
-def based(kind: str, method: str) -> Base:
+def based(lab: Any, kind: str, method: str) -> Base:
     """What is damaged in a test, and what it answers when it is not."""
     folder, other = Path(f"{kind} {method}"), Path(f"{kind} {method} of another seed")
-    make(kind, method, folder, 0)
-    make(kind, method, other, 1)
+    make(lab, kind, method, folder, 0)
+    make(lab, kind, method, other, 1)
     made = Base(kind, folder, other, {})
     for name, words in made.commands.items():
         shutil.copytree(folder, "x")
@@ -266,8 +246,8 @@ def check(base: Base, number: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def bases(place: Path) -> list[Base]:
-    return [based(kind, "lora(rank=2)") for kind in KINDS]
+def bases(place: Path, lab: Any) -> list[Base]:
+    return [based(lab, kind, "lora(rank=2)") for kind in KINDS]
 
 
 def test_damage_is_refused_by_name_or_changes_no_answer(bases: list[Base]) -> None:
@@ -316,8 +296,8 @@ def write_resealed(path: Path, content: dict[str, Any]) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("method", EVERY)
-def test_folders_of_every_method_are_refused_by_name_or_answer_as_before(method: str, place: Path) -> None:
-    base = based("run", method)
+def test_folders_of_every_method_are_refused_by_name_or_answer_as_before(method: str, place: Path, lab: Any) -> None:
+    base = based(lab, "run", method)
     for number in range(10):
         check(base, number)
 

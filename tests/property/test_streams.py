@@ -10,6 +10,7 @@ from PIL import Image
 
 from perdure.backbones.preprocess import Preprocess
 from perdure.streams.options import Options
+from perdure.streams.sources import Source
 from perdure.streams.splits import first_of_each, held_out, shuffled
 from perdure.streams.task_split import LabelledData, LabelledPart, arrange
 from perdure.types import Stream
@@ -17,7 +18,7 @@ from perdure.types import Stream
 TWO = Preprocess(2, 2)
 
 
-class Nowhere:
+class Nowhere(Source):
     """Numbered images that nobody looks at."""
 
     def __init__(self, part: str, count: int) -> None:
@@ -26,23 +27,20 @@ class Nowhere:
     def __len__(self) -> int:
         return self.count
 
-    def read(self, row: int) -> Image.Image:
-        raise AssertionError("a stream is built without decoding an image")
-
     def where(self, row: int) -> str:
         return f"{self.part}, row {row}"
 
     def key(self, row: int) -> str:
         return f"{self.part}:{row}"
 
-    def names(self) -> list[None]:
-        return [None] * self.count
+    def encoded(self, row: int) -> bytes:
+        raise AssertionError("a stream is built without a look at an image")
 
 
 def part(name: str, sizes: list[int], domains: int = 1) -> LabelledPart:
     labels = np.repeat(np.arange(len(sizes)), sizes)
     count = len(labels)
-    return LabelledPart(Nowhere(name, count), np.arange(count), labels, np.arange(count) % domains)
+    return LabelledPart.of(Nowhere(name, count), labels, np.arange(count) % domains)  # type: ignore[arg-type]
 
 
 def found(sizes: list[int], split: bool = True, domains: int = 1) -> LabelledData:

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -251,23 +250,12 @@ def test_a_folder_of_another_run_is_refused_by_name(lab: Any, learnt: Path, copi
 
 def test_a_run_does_not_go_on_from_another_runs_snapshot(lab: Any, tmp_path: Path) -> None:
     for seed in (0, 1):
-        with suppress(Stopped):
-            run(lab.config("lora(rank=2)", seed=seed, save_every=1), tmp_path / str(seed), Stops())
+        lab.stopped_run("lora(rank=2)", tmp_path / str(seed), (0, 2), seed=seed, save_every=1)
     (snapshot,) = (tmp_path / "0" / "task-000").glob("step-*")
     shutil.rmtree(snapshot)
     shutil.copytree(tmp_path / "1" / "task-000" / snapshot.name, snapshot)
     with pytest.raises(DamagedCheckpoint, match=rf"{snapshot.name}/manifest\.json comes from another run"):
         resume(tmp_path / "0")
-
-
-class Stopped(Exception):
-    """A power cut."""
-
-
-class Stops(Quiet):
-    def step(self, step: int, *more: Any) -> None:
-        if step == 2:
-            raise Stopped
 
 
 def test_a_lost_last_manifest_of_a_finished_run_is_told(copied: Path) -> None:

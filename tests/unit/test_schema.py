@@ -11,7 +11,7 @@ from perdure.core.checkpoint import read_record
 from perdure.evaluation import search_examples as examples
 from perdure.reporting.runs import steps_of
 from perdure.storage import schema
-from perdure.streams.captions import read_listings
+from perdure.streams.captions import read_tables
 from perdure.streams.columns import classes_file
 from perdure.streams.karpathy import _json, _largest_objects
 
@@ -22,7 +22,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "classes.json": lambda file: classes_file(file.parent, "label"),
     "dataset_coco.json": _json,
     "instances_train.json": lambda file: _largest_objects(file.parent),
-    "train.jsonl": lambda file: read_listings(file.parent, "image"),
+    "train.jsonl": lambda file: read_tables(file.parent, "image"),
 }
 
 

@@ -1,20 +1,16 @@
 """Streams of images with captions from parquet or JSONL files: retrieval by topic, or language after language."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from perdure.formatting import meant
 from perdure.options.ranges import without_effect
-from perdure.storage.schema import plain
-from perdure.streams.columns import require_column
+from perdure.streams.columns import TablePart, require_column
 from perdure.streams.options import TOPICS, CaptionOptions, stream
-from perdure.streams.sources import Files, Parquet, Source, check_path, identities, is_text
-from perdure.streams.tables import check_image_column, csv_images, holds, read_csv, read_schema, table_files
+from perdure.streams.sources import Parquet, Source, identities
+from perdure.streams.tables import holds, read_parts
 from perdure.streams.topics import CaptionedData, CaptionedPart, arrange_captions
 
 
@@ -45,44 +41,32 @@ def captions(
         without_effect("with several caption columns, one task each", **own)
 
     def read(measured: bool) -> CaptionedData:
-        parts = read_listings(Path(path), image, measured)
+        parts = read_tables(Path(path), image, measured)
         return captioned_data(Path(path).name or path, parts, columns, options.column)
 
     return read
 
 
-@dataclass(frozen=True)
-class Listing:
-    """One part of a data set, row by row: its columns, and which image each row has.
+def captioned_data(name: str, parts: Sequence[TablePart], columns: tuple[str, ...], by: str | None) -> CaptionedData:
+    """The data set whose train and (perhaps) test part are tables; rows of the same image are one image.
 
-    `identities` tell images apart; None stands for an image of its own. `keys` name images wherever the data lies.
+    Raises:
+        ValueError: for a missing column or caption, and when an image is in both parts.
     """
-
-    columns: Sequence[str]
-    values: Callable[[str], list[Any]]
-    identities: Sequence[str | None]
-    keys: Sequence[str]
-    source: Source
-    rows: Sequence[int]
-    where: Callable[[int], str]
-
-    def take(self, rows: Sequence[int]) -> "Listing":
-        """Some of the rows."""
-        return replace(
-            self,
-            values=lambda column: [values[row] for values in (self.values(column),) for row in rows],
-            identities=[self.identities[row] for row in rows],
-            keys=[self.keys[row] for row in rows],
-            rows=[self.rows[row] for row in rows],
-            where=lambda row: self.where(rows[row]),
-        )
-
-
-def captioned_data(name: str, parts: Sequence[Listing], columns: tuple[str, ...], by: str | None) -> CaptionedData:
-    """The data set whose train and (perhaps) test part are listed."""
+    told = identities([part.source for part in parts])
+    keys = [_keys(part.source) for part in parts]
     if len(parts) > 1:
-        check_apart(name, *(part.identities for part in parts))
-    return with_each_caption_once(name, [_part(name, part, columns, by) for part in parts], columns)
+        learnt = {told[0][row] for row in parts[0].rows} - {None}
+        if both := [row for row in parts[1].rows if told[1][row] in learnt]:
+            raise ValueError(f"{name}: image {keys[1][both[0]]!r} is in train and in test; remove it from one of them")
+    made = [_part(name, *each, columns, by) for each in zip(parts, told, keys, strict=True)]
+    return with_each_caption_once(name, made, columns)
+
+
+def _keys(source: Source) -> Sequence[str]:
+    """What names each image wherever the data lies: its path, else file and row."""
+    names = source.names() if isinstance(source, Parquet) and source.of_paths else [None] * len(source)
+    return [source.key(row) if name is None else name for row, name in enumerate(names)]
 
 
 def with_each_caption_once(
@@ -90,24 +74,16 @@ def with_each_caption_once(
 ) -> CaptionedData:
     """The data set of these parts, with a remark where an image had a caption more than once in a column."""
     once = [
-        replace(part, captions=tuple([list(dict.fromkeys(each)) for each in column] for column in part.captions))
+        replace(part, captions=[[list(dict.fromkeys(texts)) for texts in each] for each in part.captions])
         for part in parts
     ]
-    before, after = (sum(len(e) for p in listed for column in p.captions for e in column) for listed in (parts, once))
+    before, after = (sum(len(t) for p in listed for each in p.captions for t in each) for listed in (parts, once))
     if gone := before - after:
         notes["remarks"] = [f"{gone} captions stand twice at the same image: each text of an image counts once"]
     return CaptionedData(name, once[0], once[1] if len(once) > 1 else None, columns, notes)
 
 
-def check_apart(name: str, train: Sequence[str | None], test: Sequence[str | None]) -> None:
-    """Raise a ValueError when an image, told by what identifies it, is in train and in test."""
-    learnt = {each for each in train if each is not None}
-    if both := [each for each in test if each in learnt]:
-        shown = str(both[0]).partition("\n")[0]
-        raise ValueError(f"{name}: image {shown!r} is in train and in test; remove it from one of them")
-
-
-def read_listings(path: Path, image: str, measured: bool = False) -> list[Listing]:
+def read_tables(path: Path, image: str, measured: bool = False) -> list[TablePart]:
     """The train and (when there is one) the test part of the parquet, JSONL or CSV files at `path`.
 
     Data that is only `measured` is one part: its test part, or all of it.
@@ -118,41 +94,39 @@ def read_listings(path: Path, image: str, measured: bool = False) -> list[Listin
         if not found:
             raise ValueError(f"path={str(path)!r} holds no .parquet, .jsonl or .csv file; expected train.* and test.*")
         ending = found[0]
-    parts = [files for files in table_files(path, ending, measured) if files]
-    if ending == ".jsonl":
-        return [_json_lines(files, image) for files in parts]
-    if ending == ".csv":
-        return [_csv(files, image) for files in parts]
-    return _parquet(parts, image)
+    elif ending not in (".jsonl", ".csv"):
+        ending = ".parquet"
+    return read_parts(path, ending, image, measured)
 
 
-def _part(name: str, part: Listing, columns: tuple[str, ...], by: str | None) -> CaptionedPart:
+def _part(
+    name: str,
+    part: TablePart,
+    told: Sequence[str | None],
+    keys: Sequence[str],
+    columns: tuple[str, ...],
+    by: str | None,
+) -> CaptionedPart:
+    known = part.files[0].columns
     for column in columns:
-        require_column(name, part.columns, column, "captions")
-    if by is not None and by not in part.columns:
-        known = ", ".join(part.columns)
+        require_column(name, known, column, "captions")
+    if by is not None and by not in known:
         raise ValueError(
-            f"by={by!r}: {name} has no such column{meant(by, (*TOPICS, *part.columns))}; expected 'clusters', "
-            f"'random', 'natural', or a column: {known}"
+            f"by={by!r}: {name} has no such column{meant(by, (*TOPICS, *known))}; expected 'clusters', 'random', "
+            f"'natural', or a column: {', '.join(known)}"
         )
-    place: dict[str, int] = {}
-    first: list[int] = []
-    image_of = []
-    for row, identity in enumerate(part.identities):
-        known_at = len(first) if identity is None else place.setdefault(identity, len(first))
-        if known_at == len(first):
-            first.append(row)
-        image_of.append(known_at)
-    texts = []
-    for column in columns:
-        of_image: list[list[str]] = [[] for _ in first]
-        for row, value in enumerate(part.values(column)):
-            of_image[image_of[row]] += _lines(value, column, part.where, row)
-        texts.append(of_image)
-    topics = None if by is None else _topics(part, by, image_of, first)
-    return CaptionedPart(
-        part.source, [part.rows[r] for r in first], [part.keys[r] for r in first], tuple(texts), topics
-    )
+    positions: dict[str | int, list[int]] = {}
+    for i, row in enumerate(part.rows):
+        positions.setdefault(told[row] or row, []).append(i)
+    images = list(positions.values())
+    image_of = {i: number for number, each in enumerate(images) for i in each}
+    texts: list[list[list[str]]] = [[[] for _ in columns] for _ in images]
+    for c, column in enumerate(columns):
+        for i, value in enumerate(part.values(column, "captions")):
+            texts[image_of[i]][c] += _lines(value, column, part.where, i)
+    topics = None if by is None else _topics(part, by, images)
+    rows = [part.rows[each[0]] for each in images]
+    return CaptionedPart(part.source, rows, [keys[row] for row in rows], texts, topics)
 
 
 def _lines(value: Any, column: str, where: Callable[[int], str], row: int) -> list[str]:
@@ -166,85 +140,15 @@ def _lines(value: Any, column: str, where: Callable[[int], str], row: int) -> li
     return kept
 
 
-def _topics(part: Listing, by: str, image_of: list[int], first: list[int]) -> list[str | int]:
-    topics: dict[int, str | int] = {}
-    for row, value in enumerate(part.values(by)):
+def _topics(part: TablePart, by: str, images: Sequence[Sequence[int]]) -> list[str | int]:
+    values = part.values(by, "by")
+    for i, value in enumerate(values):
         if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
-            raise ValueError(f"{part.where(row)}: column {by!r} (by=) is {value!r:.60}; expected a name or an integer")
-        if topics.setdefault(image_of[row], value) != value:
-            other = topics[image_of[row]]
+            raise ValueError(f"{part.where(i)}: column {by!r} (by=) is {value!r:.60}; expected a name or an integer")
+    for first, *others in images:
+        if other := next((i for i in others if values[i] != values[first]), 0):
             raise ValueError(
-                f"{part.where(row)}: column {by!r} (by=) is {value!r}, but {other!r} in row {first[image_of[row]]} of "
-                "the same image; give an image one topic"
+                f"{part.where(other)}: column {by!r} (by=) is {values[other]!r}, but {values[first]!r} at the same "
+                f"image in {part.where(first)}; give an image one topic"
             )
-    return [topics[i] for i in range(len(first))]
-
-
-def _json_lines(files: Sequence[Path], image: str) -> Listing:
-    rows: list[dict[str, Any]] = []
-    places: list[str] = []
-    for file in files:
-        try:
-            text = file.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from error
-        # Not splitlines(): a caption may hold a line separator of Unicode.
-        for number, line in enumerate(text.split("\n"), 1):
-            if not line.strip():
-                continue
-            row = plain(line.encode(), f"{file}, line {number}", "write one object a line")
-            if not isinstance(row, dict):
-                raise ValueError(f"{file}, line {number}: expected an object, got {line!r:.40}")
-            rows.append(row)
-            places.append(f"{file}, line {number}")
-    if not rows:
-        raise ValueError(f"{files[0]} has no rows; choose another data set")
-    columns = list(rows[0])
-    require_column(str(files[0]), columns, image, "image")
-
-    def values(column: str) -> list[Any]:
-        return [row.get(column) for row in rows]
-
-    for place, path in zip(places, values(image), strict=True):
-        if not isinstance(path, str) or not path:
-            raise ValueError(f"{place}: column {image!r} (image=) is {path!r:.60}; expected the path of an image")
-        check_path(path, f"{place}: column {image!r} (image=)")
-    paths = [str(Path(path).as_posix()) for path in values(image)]
-    return Listing(
-        columns, values, paths, paths, Files(files[0].parent, paths), range(len(paths)), lambda row: places[row]
-    )
-
-
-def _csv(files: Sequence[Path], image: str) -> Listing:
-    tables = [read_csv(file) for file in files]
-    source = csv_images(files, tables, image)
-    places = [f"{file}, row {row}" for file, table in zip(files, tables, strict=True) for row in range(len(table))]
-
-    def values(column: str) -> list[Any]:
-        for file, table in zip(files, tables, strict=True):
-            require_column(str(file), table.column_names, column, "captions")
-        cells = [value for table in tables for value in table[column].to_pylist()]
-        return [str(value) for value in cells] if any(isinstance(value, str) for value in cells) else cells
-
-    columns = list(tables[0].column_names)
-    return Listing(columns, values, source.paths, source.paths, source, range(len(places)), lambda row: places[row])
-
-
-def _parquet(parts: Sequence[Sequence[Path]], image: str) -> list[Listing]:
-    for file in (file for files in parts for file in files):
-        check_image_column(file, image)
-    schema = read_schema(parts[0][0])
-    sources = [Parquet(files, image) for files in parts]
-    listed = []
-    for files, source, names in zip(parts, sources, identities(sources), strict=True):
-        by_path = is_text(read_schema(files[0]).field(image).type)
-        keys = [name if by_path and name is not None else source.key(row) for row, name in enumerate(names)]
-        values = partial(_column, files)
-        listed.append(Listing(schema.names, values, names, keys, source, range(len(names)), source.where))
-    return listed
-
-
-def _column(files: Sequence[Path], column: str) -> list[Any]:
-    for file in files:
-        require_column(str(file), read_schema(file).names, column, "captions")
-    return [value for file in files for value in pq.read_table(file, columns=[column])[column].to_pylist()]
+    return [values[first] for first, *_ in images]

@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,8 @@ import pyarrow as pa
 from perdure.formatting import meant
 from perdure.storage.schema import plain
 from perdure.streams.naming import class_name, natural, numbers
-from perdure.streams.sources import Source
+from perdure.streams.sources import Source, is_text
 from perdure.streams.task_split import LabelledData, LabelledPart
-
-_EXPECTED = "expected integers or strings"
 
 
 @dataclass(frozen=True)
@@ -29,19 +27,49 @@ class Names:
 
 @dataclass(frozen=True)
 class TableFile:
-    """A file of a data set: its columns but the images, and what it knows of the integers in a column."""
+    """A file of a data set.
+
+    It has `count` rows. `read` gives the cells of one of the `columns`, as arrow has them or as a list; `where` says
+    file and row to people; `classes` is what the file knows of the integers in a column.
+    """
 
     name: str
-    cells: pa.Table
-    classes: Callable[[str], Names | None]
+    count: int
+    columns: Sequence[str]
+    read: Callable[[str], Any]
+    where: Callable[[int], str]
+    classes: Callable[[str], Names | None] = lambda _: None
 
 
 @dataclass(frozen=True)
 class TablePart:
-    """One part of a data set: its files in the order of their rows, and the images."""
+    """One part of a data set: some rows of its files, in the order of these, and the images of all."""
 
-    pieces: Sequence[TableFile]
+    files: Sequence[TableFile]
     source: Source
+    rows: Sequence[int]
+
+    def values(self, column: str, option: str) -> list[Any]:
+        """The cells of a column; raises a ValueError when a file does not have it."""
+        every: list[Any] = []
+        for file in self.files:
+            require_column(file.name, file.columns, column, option)
+            cells = file.read(column)
+            every += cells if isinstance(cells, list) else cells.to_pylist()
+        return [every[row] for row in self.rows]
+
+    def where(self, position: int) -> str:
+        """File and row, for people."""
+        row = self.rows[position]
+        for file in self.files:
+            if row < file.count:
+                return file.where(row)
+            row -= file.count
+        raise IndexError(position)
+
+    def take(self, positions: Sequence[int]) -> "TablePart":
+        """The rows at `positions`."""
+        return replace(self, rows=[self.rows[i] for i in positions])
 
 
 @dataclass(frozen=True)
@@ -86,9 +114,8 @@ def check_names(name: str, column: str, option: str, kind: pa.DataType) -> None:
     """Raise a ValueError unless a column of type `kind` can name classes or domains."""
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
-    text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-    if not text and not pa.types.is_integer(kind):
-        raise ValueError(f"{name}: {option} column {column!r} holds {kind!s:.80}; {_EXPECTED}")
+    if not is_text(kind) and not pa.types.is_integer(kind):
+        raise ValueError(f"{name}: {option} column {column!r} holds {kind!s:.80}; expected integers or strings")
 
 
 def class_label(schema: pa.Schema, column: str, where: str) -> Names | None:
@@ -142,7 +169,7 @@ def _numbered(
     name: str, parts: Sequence[TablePart], column: str, option: str, naming: str | None
 ) -> tuple[list[list[int]], tuple[str, ...], tuple[int, ...] | None]:
     """Ids of each part's rows, the names of these, and the integers that the data has for them, if it has."""
-    pieces = [piece for part in parts for piece in part.pieces]
+    files = [file for part in parts for file in part.files]
     values = [_values(part, column, option) for part in parts]
     flat = [each for part in values for each in part]
     kinds = {type(v) for each in flat for v in each}
@@ -151,18 +178,18 @@ def _numbered(
     if not kinds:
         raise ValueError(f"{name} has no rows; choose another data set")
     if kinds == {str} and naming is None:
-        named: list[Names | None] = [None] * len(pieces)
+        named: list[Names | None] = [None] * len(files)
     else:
-        named = [_names_in(*each, column, option, naming) for each in zip(pieces, flat, strict=True)]
-    names, called, place = _joined(name, column, pieces, flat, named)
+        named = [_names_in(*each, column, option, naming) for each in zip(files, flat, strict=True)]
+    names, called, place = _joined(name, column, files, flat, named)
     ids = iter([of[v] for v in each] for each, of in zip(flat, place, strict=True))
-    return [list(chain(*islice(ids, len(part.pieces)))) for part in parts], tuple(names), called
+    return [list(chain(*islice(ids, len(part.files)))) for part in parts], tuple(names), called
 
 
 def _joined(
     name: str,
     column: str,
-    pieces: Sequence[TableFile],
+    files: Sequence[TableFile],
     values: Sequence[list[Any]],
     named: Sequence[Names | None],
 ) -> tuple[list[str], tuple[int, ...] | None, list[dict[Any, int]]]:
@@ -179,14 +206,14 @@ def _joined(
             raise ValueError(f"{name}: {column} {unnamed[0]} has no name in any file; name it, or remove its rows")
         texts = _distinct([agreed.get(v, str(v)) for v in known], known)
         called = numbers(list(map(str, known)))
-        return texts, called, [{v: i for i, v in enumerate(known)}] * len(pieces)
+        return texts, called, [{v: i for i, v in enumerate(known)}] * len(files)
     first = next(each for each in named if each)
     ids: dict[str, int] = {}
     place: list[dict[Any, int]] = []
-    for piece, each, names in zip(pieces, values, named, strict=True):
+    for file, each, names in zip(files, values, named, strict=True):
         own = {v: names.of[v] for v in set(each)} if names else {}
         if not names or len(set(own.values())) < len(own):
-            other = f"{piece.name} does not name them all, or two of them alike"
+            other = f"{file.name} does not name them all, or two of them alike"
             raise ValueError(
                 f"{name}: {column}: the files number the classes differently, and {other}; name all in each"
             )
@@ -196,26 +223,26 @@ def _joined(
     return list(ids), None, place
 
 
-def _names_in(piece: TableFile, values: Sequence[Any], column: str, option: str, naming: str | None) -> Names | None:
+def _names_in(file: TableFile, values: Sequence[Any], column: str, option: str, naming: str | None) -> Names | None:
     """What the values in a file stand for: by the column asked for, what the file knows, or a column that says so."""
     if naming is not None:
-        require_column(piece.name, piece.cells.column_names, naming, "names")
-        found = _agreeing(piece, values, naming)
+        require_column(file.name, file.columns, naming, "names")
+        found = _agreeing(file, values, naming)
         if found is None:
             raise ValueError(
-                f"{piece.name}: column {naming!r} (names=) does not give each {option} one name; choose another"
+                f"{file.name}: column {naming!r} (names=) does not give each {option} one name; choose another"
             )
         return found
-    if (known := piece.classes(column)) is not None:
+    if (known := file.classes(column)) is not None:
         if unnamed := [v for v in values if v not in known.of]:
             count, least = len(known.of), min(known.of, default=0)
             raise ValueError(
-                f"{piece.name}: {option} {unnamed[0]} has no name in {known.where} ({count} names, from {least}); name "
+                f"{file.name}: {option} {unnamed[0]} has no name in {known.where} ({count} names, from {least}); name "
                 "it there, or remove its rows"
             )
         return Names({v: class_name(known.of[v], f"{known.where}: name") for v in set(values)}, known.where)
     for guess in (f"{column}_name", "class_name" if option == "label" else f"{option}_name"):
-        if guess in piece.cells.column_names and (found := _agreeing(piece, values, guess)):
+        if guess in file.columns and (found := _agreeing(file, values, guess)):
             return found
     return None
 
@@ -223,35 +250,30 @@ def _names_in(piece: TableFile, values: Sequence[Any], column: str, option: str,
 def _values(part: TablePart, column: str, option: str) -> list[list[Any]]:
     """The column in each of the part's files, as integers or as names."""
     found = []
-    row = 0
-    for piece in part.pieces:
-        require_column(piece.name, piece.cells.column_names, column, option)
-        cells = piece.cells[column]
-        check_names(piece.name, column, option, cells.type)
-        if pa.types.is_dictionary(cells.type):
-            cells = cells.cast(cells.type.value_type)
+    for file in part.files:
+        require_column(file.name, file.columns, column, option)
+        cells = file.read(column)
+        check_names(file.name, column, option, cells.type)
         values = cells.to_pylist()
-        for i, value in enumerate(values):
-            where = part.source.where
+        for row, value in enumerate(values):
             if value is None or value == "":
                 shown = f"{option} column {column!r} is empty"
-                raise ValueError(f"{where(row + i)}: {shown}; fill it or remove the row")
+                raise ValueError(f"{file.where(row)}: {shown}; fill it or remove the row")
             if isinstance(value, int) and value < 0:
-                raise ValueError(f"{where(row + i)}: {option} {value} stands for no {option}; remove the row")
+                raise ValueError(f"{file.where(row)}: {option} {value} stands for no {option}; remove the row")
         if values and isinstance(values[0], str):
-            names = {text: class_name(text, f"{piece.name}: {option}") for text in set(values)}
+            names = {text: class_name(text, f"{file.name}: {option}") for text in set(values)}
             values = [names[text] for text in values]
         found.append(values)
-        row += len(values)
     return found
 
 
-def _agreeing(piece: TableFile, values: Sequence[int], naming: str) -> Names | None:
+def _agreeing(file: TableFile, values: Sequence[int], naming: str) -> Names | None:
     names: dict[Any, str] = {}
-    for value, text in zip(values, piece.cells[naming].to_pylist(), strict=True):
+    for value, text in zip(values, file.read(naming).to_pylist(), strict=True):
         if text is None or not str(text).strip():
             return None
-        name = class_name(str(text), f"{piece.name}: {naming}")
+        name = class_name(str(text), f"{file.name}: {naming}")
         if names.setdefault(value, name) != name:
             return None
     return Names(names, f"column {naming!r}")

@@ -15,9 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from PIL import Image
 
-from perdure.backbones.preprocess import decode
 from perdure.streams.conversation_rows import Columns, records
 from perdure.streams.conversations import Pictures, Record
 from perdure.streams.sources import Files, Parquet, Source, check_path
@@ -276,7 +274,7 @@ class _Lists(Parquet):
         return pc.list_flatten(super()._open())
 
 
-class _Inside:
+class _Inside(Source):
     """Encoded images that stand in JSON."""
 
     def __init__(self) -> None:
@@ -290,10 +288,6 @@ class _Inside:
     def __len__(self) -> int:
         return len(self._encoded)
 
-    def read(self, row: int) -> Image.Image:
-        """The decoded image; raises `UnreadableImage`."""
-        return decode(self._encoded[row], self.where(row))
-
     def where(self, row: int) -> str:
         """The number of the image."""
         return f"within the file (number {row})"
@@ -305,7 +299,3 @@ class _Inside:
     def encoded(self, row: int) -> bytes:
         """The content."""
         return self._encoded[row]
-
-    def names(self) -> list[str | None]:
-        """None has one."""
-        return [None] * len(self)

@@ -5,13 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from PIL import Image
 
-from perdure.backbones.preprocess import decode
 from perdure.formatting import meant
-from perdure.streams.columns import LabelColumns, Names, TableFile, TablePart, check_names, read_table, require_column
+from perdure.streams.columns import LabelColumns, Names, TableFile, TablePart, read_table, require_column
 from perdure.streams.options import Options, stream
-from perdure.streams.sources import check_images, quietly, unpacked
+from perdure.streams.sources import Source, check_images, quietly, unpacked
 from perdure.streams.task_split import LabelledData, arrange
 
 
@@ -80,7 +78,17 @@ def hub_images(name: str, data: Any, column: str) -> "HubRows":
     return HubRows(images, column, name)
 
 
-class HubRows:
+def hub_table(name: str, data: Any, classes: Callable[[str], Names | None] = lambda _: None) -> TableFile:
+    """The columns of a part."""
+
+    def read(column: str) -> pa.ChunkedArray:
+        with quietly():
+            return data.select_columns([column]).with_format("arrow")[:][column]
+
+    return TableFile(name, len(data), data.column_names, read, lambda row: f"{name}, row {row}", classes)
+
+
+class HubRows(Source):
     """The image column of a data set of the `datasets` library.
 
     Args:
@@ -96,10 +104,6 @@ class HubRows:
 
     def __len__(self) -> int:
         return len(self.data)
-
-    def read(self, row: int) -> Image.Image:
-        """The decoded image; raises `UnreadableImage`."""
-        return decode(self.encoded(row), self.where(row))
 
     def encoded(self, row: int) -> bytes | Path:
         """The content of the cell, or the file that it names; raises `UnreadableImage` for an empty one."""
@@ -122,19 +126,13 @@ def _part(loaded: Any, name: str, part: str, image: str, choice: LabelColumns) -
     if part not in loaded:
         raise ValueError(f"{name} has no part {part!r}{meant(part, list(loaded))}; its parts: {', '.join(loaded)}")
     data, whole = loaded[part], f"{name} {part}"
-    features, types = data.features, data.features.arrow_schema
+    features = data.features
     source = hub_images(whole, data, image)
     first = next((cell for cell in (row[image] for row in source.data) if cell is not None), None)
-    check_images(whole, image, types.field(image).type, first)
-    for option, column in (("label", choice.label), ("domain", choice.domain)):
-        if column is not None and column in features:
-            check_names(whole, column, option, types.field(column).type)
-    with quietly() as datasets:
-        small = [k for k, f in features.items() if k != image and isinstance(f, datasets.Value | datasets.ClassLabel)]
-        cells: pa.Table = data.select_columns(small).with_format("arrow")[:]
+    check_images(whole, image, features.arrow_schema.field(image).type, first)
 
     def classes(column: str) -> Names | None:
         known = getattr(features[column], "names", None)  # of a ClassLabel
         return known and Names(dict(enumerate(known)), f"the features of {whole}")
 
-    return TablePart([TableFile(whole, cells, classes)], source)
+    return TablePart([hub_table(whole, data, classes)], source, range(len(source)))

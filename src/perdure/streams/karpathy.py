@@ -7,11 +7,12 @@ from typing import Any, NotRequired, TypedDict
 
 from perdure.formatting import meant
 from perdure.storage.schema import fitting, plain
-from perdure.streams.captions import Listing, captioned_data, check_apart, read_listings, with_each_caption_once
-from perdure.streams.hub import hub_images, load
+from perdure.streams.captions import captioned_data, read_tables
+from perdure.streams.columns import TableFile, TablePart
+from perdure.streams.hub import hub_images, hub_table, load
 from perdure.streams.options import TOPICS, CaptionOptions, stream
 from perdure.streams.sources import Files
-from perdure.streams.topics import CaptionedData, CaptionedPart, arrange_captions
+from perdure.streams.topics import CaptionedData, arrange_captions
 
 _LEARNT, _TESTED = ("train", "restval"), ("test",)
 _CAPTIONS = ("captions", "caption", "sentences")
@@ -57,21 +58,21 @@ def _read(path: Path, options: CaptionOptions) -> CaptionedData:
         raise ValueError(f"path={str(path)!r} holds {names}; give the path of one of them")
     if found:
         return _read_json(found[0], options.column)
-    parts = read_listings(path, "image")
-    return _of_listings(path.name, _divided(parts[0]) if len(parts) == 1 else parts, options)
+    parts = read_tables(path, "image")
+    return _of_tables(path.name, _divided(parts[0]) if len(parts) == 1 else parts, options)
 
 
-def _of_listings(name: str, parts: Sequence[Listing], options: CaptionOptions) -> CaptionedData:
-    column = next((c for c in _CAPTIONS if c in parts[0].columns), _CAPTIONS[0])
+def _of_tables(name: str, parts: Sequence[TablePart], options: CaptionOptions) -> CaptionedData:
+    column = next((c for c in _CAPTIONS if c in parts[0].files[0].columns), _CAPTIONS[0])
     return captioned_data(name, parts, (column,), options.column)
 
 
-def _divided(everything: Listing) -> list[Listing]:
+def _divided(everything: TablePart) -> list[TablePart]:
     """The train and the test part of what has a column `split`."""
-    if "split" not in everything.columns:
+    if "split" not in everything.files[0].columns:
         return [everything]
-    split = everything.values("split")
-    parts = [[row for row, word in enumerate(split) if word in words] for words in (_LEARNT, _TESTED)]
+    split = everything.values("split", "split")
+    parts = [[i for i, word in enumerate(split) if word in words] for words in (_LEARNT, _TESTED)]
     for words, rows in zip((_LEARNT, _TESTED), parts, strict=True):
         if not rows:
             raise ValueError(
@@ -90,12 +91,8 @@ def _read_hub(name: str, options: CaptionOptions, revision: str | None = None) -
     part = next(iter(loaded))
     data = loaded[part]
     source = hub_images(f"{name} {part}", data, "image")
-    keys = [source.key(row) for row in range(len(data))]
-    columns = list(data.column_names)
-    everything = Listing(
-        columns, lambda c: list(data[c]), [None] * len(keys), keys, source, range(len(keys)), source.where
-    )
-    return _of_listings(name, _divided(everything), options)
+    everything = TablePart([hub_table(name, data)], source, range(len(source)))
+    return _of_tables(name, _divided(everything), options)
 
 
 def _read_json(file: Path, by: str | None) -> CaptionedData:
@@ -103,38 +100,21 @@ def _read_json(file: Path, by: str | None) -> CaptionedData:
         raise ValueError(f"by={by!r}: {file.name} has no such topics{meant(by, (*TOPICS, _SUPER))}; leave it out")
     if not file.is_file():
         raise ValueError(f"path={str(file)!r} does not exist; give the folder that holds it and the images")
-    listed = _json(file).get("images")
-    if not isinstance(listed, list) or not all(_complete(image) for image in listed):
-        raise ValueError(
-            f"{file}: expected Karpathy's form, an object with `images`, each with filename, split and sentences"
-        )
-    topics: Mapping[int, str] = _largest_objects(file.parent) if by else {}
+    listed = fitting(_json(file), _Listed, str(file), "expected Karpathy's form; get the file again")["images"]
+    topics = _largest_objects(file.parent) if by else {}
     kept = [image for image in listed if not by or image.get("cocoid") in topics]
+    left_out = {"images_without_objects": len(listed) - len(kept)} if len(kept) < len(listed) else {}
     root, named = _folder(file.parent, listed)
-    parts = []
-    for words in (_LEARNT, _TESTED):
-        images = [image for image in kept if image["split"] in words]
-        if not images:
-            raise ValueError(f"{file}: no image of the split {words[0]!r}; expected train, val and test")
-        paths = [named(image) for image in images]
-        texts = [[each["raw"].strip() for each in image["sentences"] if each["raw"].strip()] for image in images]
-        if empty := [path for path, lines in zip(paths, texts, strict=True) if not lines]:
-            raise ValueError(f"{file}: image {empty[0]!r} has no caption; write one or remove it")
-        chosen = [topics[image["cocoid"]] for image in images] if by else None
-        parts.append(CaptionedPart(Files(root, paths), range(len(paths)), paths, (texts,), chosen))
-    check_apart(file.name, *(part.keys for part in parts))
-    notes = {"images_without_objects": len(listed) - len(kept)} if len(kept) < len(listed) else {}
-    return with_each_caption_once(file.stem, parts, ("sentences",), **notes)
-
-
-def _complete(image: Any) -> bool:
-    return (
-        isinstance(image, dict)
-        and isinstance(image.get("filename"), str)
-        and isinstance(image.get("split"), str)
-        and isinstance(image.get("sentences"), list)
-        and all(isinstance(each, dict) and isinstance(each.get("raw"), str) for each in image["sentences"])
-    )
+    paths = [named(image) for image in kept]
+    columns: dict[str, list[Any]] = {
+        "sentences": [[each["raw"] for each in image["sentences"]] for image in kept],
+        "split": [image["split"] for image in kept],
+        _SUPER: [topics.get(image.get("cocoid", -1)) for image in kept],
+    }
+    table = TableFile(file.name, len(kept), list(columns), columns.__getitem__, lambda row: f"{file}: {paths[row]}")
+    everything = TablePart([table], Files(root, paths), range(len(kept)))
+    found = captioned_data(file.stem, _divided(everything), ("sentences",), by)
+    return replace(found, notes=found.notes | left_out)
 
 
 def _folder(path: Path, listed: Sequence[Mapping[str, Any]]) -> tuple[Path, Any]:
@@ -171,6 +151,22 @@ def _largest_objects(path: Path) -> dict[int, str]:
         for image, found in _objects(facts["annotations"]):
             largest[image] = max(largest.get(image, found), found)
     return {image: kinds[category] for image, (_, category) in largest.items()}
+
+
+class _Sentence(TypedDict):
+    raw: str
+
+
+class _Image(TypedDict):
+    filename: str
+    split: str
+    sentences: list[_Sentence]
+    filepath: NotRequired[str]
+    cocoid: NotRequired[int]
+
+
+class _Listed(TypedDict):
+    images: list[_Image]
 
 
 class _Category(TypedDict):

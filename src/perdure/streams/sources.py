@@ -5,13 +5,14 @@ import itertools
 import os
 import re
 import threading
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from hashlib import sha256
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import psutil
@@ -34,33 +35,34 @@ Picture = Image.Image | np.ndarray[Any, Any] | str | Path | Tensor
 """An image in Python: Pillow, uint8 (H, W, 3) or grey array, uint8 (3, H, W) tensor, or the path of a file."""
 
 
-class Source(Protocol):
+class Source(ABC):
     """Numbered images, read one by one from any thread; pickled, it holds references only."""
 
+    @abstractmethod
     def __len__(self) -> int: ...
+
+    @abstractmethod
+    def where(self, row: int) -> str:
+        """File and row, for people."""
+
+    @abstractmethod
+    def key(self, row: int) -> str:
+        """What identifies the image wherever the data set lies."""
+
+    @abstractmethod
+    def encoded(self, row: int) -> bytes | Path:
+        """What is decoded, or its file; of an image that was never encoded, its values. Raises `UnreadableImage`."""
 
     def read(self, row: int) -> Image.Image:
         """The decoded image; raises `UnreadableImage`."""
-        ...
-
-    def where(self, row: int) -> str:
-        """File and row, for people."""
-        ...
-
-    def key(self, row: int) -> str:
-        """What identifies the image wherever the data set lies."""
-        ...
-
-    def encoded(self, row: int) -> bytes | Path:
-        """What is decoded, or its file; of an image that was never encoded, its values."""
-        ...
+        return decode(self.encoded(row), self.where(row))
 
     def names(self) -> Sequence[str | None]:
         """What each image is called where it is stored; None for one without a name."""
-        ...
+        return [None] * len(self)
 
 
-class Files:
+class Files(Source):
     """Image files below a folder.
 
     Args:
@@ -74,10 +76,6 @@ class Files:
 
     def __len__(self) -> int:
         return len(self.paths)
-
-    def read(self, row: int) -> Image.Image:
-        """The decoded image; raises `UnreadableImage`."""
-        return decode(self.root / self.paths[row], self.where(row))
 
     def where(self, row: int) -> str:
         """The path of the file; bytes of it that are not UTF-8 are shown as numbers."""
@@ -96,7 +94,7 @@ class Files:
         return [_inode(self.root / path) for path in self.paths]
 
 
-class Parquet:
+class Parquet(Source):
     """The image column of parquet files, read when the first image is asked for.
 
     Args:
@@ -124,10 +122,6 @@ class Parquet:
         self.__dict__.update(state)
         self._lock = threading.Lock()
 
-    def read(self, row: int) -> Image.Image:
-        """The decoded image; raises `UnreadableImage`."""
-        return decode(self.encoded(row), self.where(row))
-
     def encoded(self, row: int) -> bytes | Path:
         """The content of the cell, or the file that it names; raises `UnreadableImage` for an empty one."""
         with self._lock:
@@ -144,6 +138,11 @@ class Parquet:
         """The file's name and the row in it."""
         file, inside = self._place(row)
         return f"{file.name}:{inside}"
+
+    @property
+    def of_paths(self) -> bool:
+        """Whether the column holds paths only."""
+        return is_text(pq.read_schema(self.files[0]).field(self.column).type)
 
     def names(self) -> list[str | None]:
         """The path in each cell, without a look at the images."""
@@ -174,7 +173,7 @@ class Parquet:
         return pa.concat_tables(bare, promote_options="permissive")[self.column]
 
 
-class Given:
+class Given(Source):
     """Images handed over from Python.
 
     Args:
@@ -219,10 +218,6 @@ class Given:
     def key(self, row: int) -> str:
         """The row."""
         return str(row)
-
-    def names(self) -> list[str | None]:
-        """None for any."""
-        return [None] * len(self)
 
     def encoded(self, row: int) -> bytes | Path:
         """The file, or the pixels."""

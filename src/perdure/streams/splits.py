@@ -2,10 +2,12 @@
 
 import hashlib
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, Self, TypeVar
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self, TypeVar
 
-from perdure.streams.image_set import ImageSet
+import numpy as np
+
+from perdure.streams.sources import Source
 from perdure.types import Scenario, Stream, Task
 
 SHARE = 0.2
@@ -44,22 +46,32 @@ def held_out(groups: Sequence[Hashable], names: Sequence[str], share: float, pur
     return sorted(held)
 
 
-class Divisible(Protocol):
-    """Images of which some can be taken; `keys` name each, wherever the data set lies."""
+@dataclass(frozen=True)
+class ImagePart:
+    """A part of a data set: `rows` of `source`, with `keys` that name each image wherever the data lies.
 
-    def __len__(self) -> int: ...
+    Each further field has one value an image, or is None.
+    """
 
-    @property
-    def keys(self) -> Sequence[str]:
-        """What identifies each image."""
-        ...
+    source: Source
+    rows: Sequence[int]
+    keys: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
     def take(self, positions: Sequence[int]) -> Self:
         """The images at `positions`."""
-        ...
+
+        def some(values: Any) -> Any:
+            if isinstance(values, np.ndarray):
+                return values[np.asarray(positions, dtype=np.int64)]
+            return values and [values[i] for i in positions]
+
+        return replace(self, **{f.name: some(getattr(self, f.name)) for f in fields(self) if f.name != "source"})
 
 
-P = TypeVar("P", bound=Divisible)
+P = TypeVar("P", bound=ImagePart)
 
 
 def divide(
@@ -83,27 +95,16 @@ def divide(
     return train, test, {"kind": kind} | sums
 
 
-@dataclass(frozen=True)
-class Lot:
-    """A task to be, and its train and test images."""
-
-    name: str
-    classes: tuple[int, ...]
-    names: tuple[str, ...]
-    train: ImageSet
-    test: ImageSet
-
-
-def tasks_of(data: str, lots: Iterable[Lot], total: int, remedy: str, measured: bool = False) -> tuple[Task, ...]:
-    """The tasks in their order; raises a ValueError for one without images, unless it is only `measured`."""
-    tasks: list[Task] = []
-    for lot in lots:
-        for which, images in (("train", lot.train), ("test", lot.test)):
+def all_with_images(data: str, tasks: Iterable[Task], remedy: str, measured: bool = False) -> tuple[Task, ...]:
+    """The tasks; raises a ValueError for one without images, unless it is only `measured`."""
+    made: list[Task] = []
+    for task in tasks:
+        for which, images in (("train", task.train), ("test", task.test)):
             if not len(images) and not (measured and which == "train"):
-                readable = "readable " if images.skipped else ""
-                raise ValueError(f"{data}: task {lot.name!r} has no {readable}{which} image; {remedy}")
-        tasks.append(Task(len(tasks), lot.name, lot.classes, lot.names, total, lot.train, lot.test))
-    return tuple(tasks)
+                readable = "readable " if getattr(images, "skipped", ()) else ""
+                raise ValueError(f"{data}: task {task.name!r} has no {readable}{which} image; {remedy}")
+        made.append(task)
+    return tuple(made)
 
 
 def noted(name: str, scenario: Scenario, tasks: Sequence[Task], split: Any, **more: Any) -> Stream:

@@ -4,6 +4,7 @@ import csv as csv_format
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from perdure.formatting import meant
+from perdure.storage.schema import plain
 from perdure.streams.columns import (
     LabelColumns,
     Names,
     TableFile,
     TablePart,
-    check_names,
     class_label,
     classes_file,
     read_table,
@@ -24,7 +25,7 @@ from perdure.streams.columns import (
 )
 from perdure.streams.naming import Role, role_of
 from perdure.streams.options import Options, stream
-from perdure.streams.sources import Files, Parquet, check_images, check_path
+from perdure.streams.sources import Files, Parquet, check_images, check_path, is_text
 from perdure.streams.task_split import LabelledData, arrange
 
 _DELIMITERS = ",;\t|"
@@ -76,17 +77,18 @@ def csv(
     """
     choice = LabelColumns(label, names, options.domain_column())
 
-    def read(measured: bool) -> LabelledData:
-        parts = [_csv_part(files, image) for files in table_files(Path(path), ".csv", measured) if files]
-        return read_table(Path(path).name or path, parts, choice)
-
-    return read
+    return lambda measured: read_table(Path(path).name or path, read_parts(Path(path), ".csv", image, measured), choice)
 
 
 def read_parquet(path: str, image: str, choice: LabelColumns, measured: bool = False) -> LabelledData:
     """The data set in a folder of parquet files, or in one file; options as of `parquet`."""
-    parts = [_table(files, image, choice) for files in table_files(Path(path), measured=measured) if files]
-    return read_table(Path(path).name or path, parts, choice)
+    return read_table(Path(path).name or path, read_parts(Path(path), ".parquet", image, measured), choice)
+
+
+def read_parts(path: Path, ending: str, image: str, measured: bool) -> list[TablePart]:
+    """The train and (when there is one) the test part of the files of that ending at `path`; see `table_files`."""
+    read = {".parquet": _parquet, ".csv": _csv, ".jsonl": _json_lines}[ending]
+    return [read(files, image) for files in table_files(path, ending, measured) if files]
 
 
 def table_files(path: Path, ending: str = ".parquet", measured: bool = False) -> tuple[list[Path], list[Path]]:
@@ -102,26 +104,37 @@ def table_files(path: Path, ending: str = ".parquet", measured: bool = False) ->
     if not path.is_dir():
         here = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise ValueError(f"path={str(path)!r} does not exist{meant(path.name, here)}; give a folder or a {ending} file")
+    files, roles = _listed(path, ending)
+    if not files:
+        raise ValueError(f"path={str(path)!r} holds no {ending} file; expected train*{ending} and test*{ending}")
+    of = {role: [f for f, r in zip(files, roles, strict=True) if r == role] for role in ("train", "test", "val", None)}
+    train, test, others = of["train"], of["test"] or of["val"], of[None]
+    if measured and test:
+        return test, []
+    if test and not train and others:
+        raise ValueError(
+            f"path={str(path)!r} holds {test[0].name} and {others[0].name}, but no train*{ending}: rename "
+            "the files to learn from, or give path= of one"
+        )
+    return (train, test) if train and test else (train or test or files, [])
+
+
+def holds(path: Path, ending: str) -> bool:
+    """Whether `table_files` finds files of that ending in a folder."""
+    return bool(_listed(path, ending)[0])
+
+
+def _listed(path: Path, ending: str) -> tuple[list[Path], list[Role | None]]:
+    """The files in a folder, in its folder `data`, or in folders called train, test and so on; and what each is for."""
     for folder in (path, path / "data"):
         if files := sorted(folder.glob(f"*{ending}")):
-            roles = [role_of(file.name.removesuffix(ending), whole=False) for file in files]
-            return _divided(folder, files, roles, ending, measured)
+            return files, [role_of(file.name.removesuffix(ending), whole=False) for file in files]
     folders = sorted({file.parent for depth in ("*", "*/*") for file in path.glob(f"{depth}/*{ending}")})
-    configurations = sorted({folder.parent for folder in folders if role_of(folder.name)})
+    configurations = sorted({str(folder.parent) for folder in folders if role_of(folder.name)})
     if len(configurations) > 1:
-        shown = ", ".join(str(each) for each in configurations)
-        raise ValueError(f"path={str(path)!r} holds several data sets: give one of {shown}")
-    if configurations:
-        files = [file for folder in folders for file in sorted(folder.glob(f"*{ending}"))]
-        return _divided(path, files, [role_of(file.parent.name) for file in files], ending, measured)
-    raise ValueError(f"path={str(path)!r} holds no {ending} file; expected train*{ending} and test*{ending}")
-
-
-def holds(folder: Path, ending: str) -> bool:
-    """Whether `table_files` would find files of that ending in a folder."""
-    return any(any(folder.glob(f"{depth}*{ending}")) for depth in ("", "data/")) or any(
-        role_of(file.parent.name) for depth in ("*/", "*/*/") for file in folder.glob(f"{depth}*{ending}")
-    )
+        raise ValueError(f"path={str(path)!r} holds several data sets: give one of {', '.join(configurations)}")
+    files = [file for folder in folders if configurations for file in sorted(folder.glob(f"*{ending}"))]
+    return files, [role_of(file.parent.name) for file in files]
 
 
 def parquet_columns(path: Path) -> list[str]:
@@ -178,70 +191,87 @@ def read_csv(file: Path) -> pa.Table:
     return pa.table(dict(zip(names, columns, strict=True)))
 
 
-def csv_images(files: Sequence[Path], tables: Sequence[pa.Table], image: str) -> Files:
-    """The images that a column of CSV files names."""
+def _csv(files: Sequence[Path], image: str) -> TablePart:
+    tables = [read_csv(file) for file in files]
+    texts = {name for table in tables for name in table.column_names if is_text(table[name].type)}
     placed: list[str] = []
+    made = []
     for file, table in zip(files, tables, strict=True):
         require_column(str(file), table.column_names, image, "image")
-        for row, path in enumerate(map(str, table[image].to_pylist())):
+        # Numbers in one file are texts where another has a text in this column.
+        fields = [pa.field(f.name, pa.string() if f.name in texts else f.type) for f in table.schema]
+        cells = table.cast(pa.schema(fields))
+        made.append(_file(file, len(cells), cells.column_names, cells.column))
+        for row, path in enumerate(map(str, cells[image].to_pylist())):
+            where = f"{made[-1].where(row)}: column {image!r} (image=)"
             if not path:
-                raise ValueError(
-                    f"{file}, row {row}: column {image!r} (image=) is empty; expected the path of an image"
-                )
-            check_path(path, f"{file}, row {row}: column {image!r} (image=)")
+                raise ValueError(f"{where} is empty; expected the path of an image")
+            check_path(path, where)
             placed.append(Path(os.path.relpath(file.parent / path, files[0].parent)).as_posix())
-    return Files(files[0].parent, placed)
+    return TablePart(made, Files(files[0].parent, placed), range(len(placed)))
 
 
-def _csv_part(files: Sequence[Path], image: str) -> TablePart:
-    tables = [read_csv(file) for file in files]
-    source = csv_images(files, tables, image)
-    pieces = [_piece(file, table, None) for file, table in zip(files, tables, strict=True)]
-    return TablePart(pieces, source)
+def _json_lines(files: Sequence[Path], image: str) -> TablePart:
+    made: list[TableFile] = []
+    paths: list[str] = []
+    for file in files:
+        try:
+            text = file.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from error
+        # Not splitlines(): a caption may hold a line separator of Unicode.
+        lines = {f"{file}, line {n}": line for n, line in enumerate(text.split("\n"), 1) if line.strip()}
+        rows = [plain(line.encode(), place, "write one object a line") for place, line in lines.items()]
+        if strange := next((place for place, row in zip(lines, rows, strict=True) if not isinstance(row, dict)), None):
+            raise ValueError(f"{strange}: expected an object, got {lines[strange]!r:.40}")
+        if not rows:
+            continue
+        columns, places = list(rows[0]), list(lines)
+        require_column(str(file), columns, image, "image")
+        made.append(TableFile(str(file), len(rows), columns, partial(_json_column, rows), places.__getitem__))
+        for place, path in zip(places, _json_column(rows, image), strict=True):
+            where = f"{place}: column {image!r} (image=)"
+            if not isinstance(path, str) or not path:
+                raise ValueError(f"{where} is {path!r:.60}; expected the path of an image")
+            check_path(path, where)
+            paths.append(Path(path).as_posix())
+    if not made:
+        raise ValueError(f"{files[0]} has no rows; choose another data set")
+    return TablePart(made, Files(files[0].parent, paths), range(len(paths)))
 
 
-def _table(files: Sequence[Path], image: str, choice: LabelColumns) -> TablePart:
-    pieces = []
+def _json_column(rows: Sequence[dict[str, Any]], column: str) -> list[Any]:
+    return [row.get(column) for row in rows]
+
+
+def _parquet(files: Sequence[Path], image: str) -> TablePart:
+    made = []
     for file in files:
         check_image_column(file, image)
         schema = read_schema(file)
-        wanted = {"label": choice.label, "domain": choice.domain, "names": choice.names}
-        for option, column in ((option, column) for option, column in wanted.items() if column is not None):
-            require_column(str(file), schema.names, column, option)
-            if option != "names":
-                check_names(str(file), column, option, schema.field(column).type)
-        kept = [c for c in schema.names if c != image and _plain(schema.field(c).type)]
-        pieces.append(_piece(file, pq.read_table(file, columns=kept), schema))
-    return TablePart(pieces, Parquet(files, image))
+        count = pq.read_metadata(file).num_rows
+        made.append(_file(file, count, schema.names, partial(_parquet_column, file), schema))
+    source = Parquet(files, image)
+    return TablePart(made, source, range(len(source)))
 
 
-def _piece(file: Path, cells: pa.Table, schema: pa.Schema | None) -> TableFile:
+def _parquet_column(file: Path, column: str) -> pa.ChunkedArray:
+    cells = pq.read_table(file, columns=[column])[column]
+    return cells.cast(cells.type.value_type) if pa.types.is_dictionary(cells.type) else cells
+
+
+def _file(
+    file: Path,
+    count: int,
+    columns: Sequence[str],
+    read: Callable[[str], pa.ChunkedArray],
+    schema: pa.Schema | None = None,
+) -> TableFile:
     def classes(column: str) -> Names | None:
         known = class_label(schema, column, file.name) if schema is not None else None
         return known or classes_file(file.parent, column)
 
-    return TableFile(str(file), cells, classes)
-
-
-def _divided(
-    folder: Path, files: Sequence[Path], roles: Sequence[Role | None], ending: str, measured: bool
-) -> tuple[list[Path], list[Path]]:
-    """The files of the train and of the test part, by what each is for."""
-    of = {role: [f for f, r in zip(files, roles, strict=True) if r == role] for role in ("train", "test", "val")}
-    train, test = of["train"], of["test"] or of["val"]
-    others = [f for f, r in zip(files, roles, strict=True) if r is None]
-    if measured and test:
-        return test, []
-    if test and not train and others:
-        raise ValueError(
-            f"path={str(folder)!r} holds {test[0].name} and {others[0].name}, but no train*{ending}: rename the files "
-            "to learn from, or give path= of one"
-        )
-    return (train, test) if train and test else (train or test or list(files), [])
-
-
-def _plain(kind: pa.DataType) -> bool:
-    return not (pa.types.is_nested(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+    return TableFile(str(file), count, columns, read, lambda row: f"{file}, row {row}", classes)
 
 
 def _cells(file: Path, image: str) -> Iterator[Any]:

@@ -16,10 +16,9 @@ from perdure.backbones.texts import pack, present
 from perdure.options.spec import build, parse_one
 from perdure.streams.image_set import Budget, Captioned, ImageSet
 from perdure.streams.options import CaptionOptions
-from perdure.streams.sources import Source
-from perdure.streams.splits import Lot, digest, divide, first_of_each, noted, shuffled, tasks_of
+from perdure.streams.splits import ImagePart, all_with_images, digest, divide, first_of_each, noted, shuffled
 from perdure.streams.task_split import ordered
-from perdure.types import Scenario, Stream
+from perdure.types import Scenario, Stream, Task
 
 _TASKS = 5
 _EMBED = "pocket()"
@@ -35,34 +34,14 @@ _Points = np.ndarray[Any, np.dtype[np.float64]]
 
 
 @dataclass(frozen=True)
-class CaptionedPart:
-    """Images with captions, each image once: `rows` of `source`.
+class CaptionedPart(ImagePart):
+    """Images with captions, each image once.
 
-    `captions` holds, for each caption column, the captions of every image; `topics` is None without a column for them.
+    `captions` holds, for every image, the captions of each caption column; `topics` is None without a column for them.
     """
 
-    source: Source
-    rows: Sequence[int]
-    keys: Sequence[str]
-    captions: tuple[Sequence[Sequence[str]], ...]
+    captions: Sequence[Sequence[Sequence[str]]]
     topics: Sequence[str | int] | None = None
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def take(self, positions: Sequence[int]) -> "CaptionedPart":
-        """The images at `positions`."""
-
-        def some(values: Sequence[Any]) -> list[Any]:
-            return [values[i] for i in positions]
-
-        return replace(
-            self,
-            rows=some(self.rows),
-            keys=some(self.keys),
-            captions=tuple(some(column) for column in self.captions),
-            topics=None if self.topics is None else some(self.topics),
-        )
 
 
 @dataclass(frozen=True)
@@ -107,9 +86,9 @@ def arrange_captions(
         side.subsample(size)
     order = "natural" if languages and options.order is None else options.order
     chosen = ordered(names, order, "caption column" if languages else "topic", seed)
-    lots = _lots(sides, [(names[t], t if languages else 0, 0 if languages else t) for t in chosen], options)
+    made = _tasks(sides, [(names[t], t if languages else 0, 0 if languages else t) for t in chosen], options)
     remedy = "use fewer tasks, or by='random' for even ones, or add some"
-    tasks = tasks_of(found.name, lots, len(chosen), remedy, measured)
+    tasks = all_with_images(found.name, made, remedy, measured)
     scenario: Scenario = "domain" if languages else "class"
     sets = {"train": [task.train for task in tasks], "test": [task.test for task in tasks]}
     captions = {
@@ -200,25 +179,25 @@ def _cluster(sides: list[_Side], count: int, options: CaptionOptions) -> None:
         side.topics = np.array([number.get(row, -1) for row in side.part.rows], dtype=np.int64)
 
 
-def _lots(sides: list[_Side], wanted: Sequence[tuple[str, int, int]], options: CaptionOptions) -> Iterator[Lot]:
+def _tasks(sides: list[_Side], wanted: Sequence[tuple[str, int, int]], options: CaptionOptions) -> Iterator[Task]:
     """The tasks to be, from the name of each, the number of its caption column and that of its topic."""
     positions = [side.of(topic) for _, _, topic in wanted for side in sides]
-    columns = [side.part.captions[column] for _, column, _ in wanted for side in sides]
-    lines = [[column[i][: options.texts] for i in at] for column, at in zip(columns, positions, strict=True)]
-    packed = pack([each for part in lines for each in part])
-    parts = iter(zip(positions, torch.split(packed, [len(part) for part in lines]), strict=True))
+    columns = [(side.part.captions, column) for _, column, _ in wanted for side in sides]
+    lines = [of[i][column][: options.texts] for (of, column), at in zip(columns, positions, strict=True) for i in at]
+    parts = iter(zip(positions, torch.split(pack(lines), list(map(len, positions))), strict=True))
     shared: dict[str, ImageSet] = {}
+    languages = len({column for _, column, _ in wanted}) > 1
     for t, (name, _, _) in enumerate(wanted):
         pair = []
         for side, (chosen, texts) in zip(sides, parts, strict=False):
             at = torch.tensor(chosen, dtype=torch.int64)
             images = shared.get(side.kind) or side.images.subset(at)
-            if len(side.part.captions) > 1 and images.cached:
+            if languages and images.cached:
                 # All languages show these images; what the first decodes, the others find.
                 shared[side.kind] = images
-            data = Captioned.around(images.relabelled(torch.full((len(at),), t)), side.pairs[at], texts.clone())
+            data = Captioned(images.relabelled(torch.full((len(at),), t)), side.pairs[at], texts.clone())
             pair.append(data.readable() if options.skip_bad else data)
-        yield Lot(name, (t,), (name,), *pair)
+        yield Task(t, name, (t,), (name,), len(wanted), pair[0], pair[1])
 
 
 def clusters(backbone: Backbone, train: ImageSet, test: ImageSet, count: int) -> tuple[Tensor, Tensor]:

@@ -68,9 +68,9 @@ def run(
     with checkpoint.locked(out):
         if (out / "run.json").exists():
             raise ValueError(f"{out} already holds a run: go on with 'perdure resume {out}', or give another --out")
+        learner, stream, runtime = _build(config, runtime)
         if old := former_parts(config):
             progress.note(old)
-        learner, stream, runtime = _build(config, runtime)
         dry_run(config, learner.backbone, stream)
         held_out = Retention(config.retain, learner)
         write_record(out, record_of(config, learner, stream, runtime, held_out))
