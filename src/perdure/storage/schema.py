@@ -169,6 +169,9 @@ class Summary(TypedDict, total=False):
     average: float | None
     zero_shot: dict[str, dict[str, Any]]
     zero_shot_ratio: float | None
+    answers: dict[str, dict[str, dict[str, Any]]]
+    answers_kept_strict: float | None
+    answers_kept_lenient: float | None
     recall: dict[str, dict[str, list[float | None]]]
     trainable_parameters: Natural
     stored_bytes: Natural

@@ -13,6 +13,7 @@ from perdure import metrics
 from perdure.core import checkpoint
 from perdure.core.checkpoint import Checkpoint
 from perdure.evaluation import feature_drift as drift
+from perdure.evaluation.answer_retention import answered, mean_kept
 from perdure.evaluation.zero_shot_retention import kept
 from perdure.metrics import CUTS
 from perdure.storage import schema
@@ -111,6 +112,9 @@ def summary_of(out: Path, done: Sequence[Checkpoint]) -> dict[str, Any]:
         ratios = [facts["ratio"] for facts in zero_shot.values()]
         known = None not in ratios
         found |= {"zero_shot": zero_shot, "zero_shot_ratio": sum(ratios) / len(ratios) if known else None}
+    if answers := answered(rows):
+        kept_answers = {f"answers_kept_{number}": mean_kept(answers, number) for number in ("strict", "lenient")}
+        found |= {"answers": answers} | kept_answers
     return found
 
 
