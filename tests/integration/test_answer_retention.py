@@ -8,14 +8,20 @@ import pytest
 from PIL import Image
 
 from perdure.backbones.tiny_mllm import tiny_mllm
+from perdure.cli.console import Screen
 from perdure.cli.main import main
+from perdure.cli.tables import comparison
 from perdure.core.learner import Core
-from perdure.evaluation.answer_retention import answered
+from perdure.evaluation.answer_retention import answered, mean_kept
 from perdure.evaluation.held_out import held_out_of
+from perdure.reporting.report import write_report
+from perdure.reporting.runs import RunResults
+from perdure.reporting.tables import markdown, tabulate
 from perdure.streams import build_stream
 from perdure.training.config import RunConfig, make_method, make_objective
 from perdure.training.loop import Quiet
 from perdure.training.run import resume, run
+from perdure.training.summary import scores_of
 from perdure.types import Row
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
@@ -125,6 +131,10 @@ def test_what_is_kept_is_told_for_each_number() -> None:
         "a": {"official/x": {"before": 0.5, "after": [0.4], "drop": pytest.approx(0.1), "ratio": pytest.approx(0.8)}},
         "b": {"strict": {"before": None, "after": [0.2], "drop": None, "ratio": None}},
     }
+    rows = [Row(-1, None, f"answers/{name}/strict", before) for name, before in (("a", 0.5), ("b", 0.4))]
+    rows += [Row(0, None, f"answers/{name}/strict", after) for name, after in (("a", 0.4), ("b", 0.4))]
+    assert mean_kept(answered(rows), "strict") == pytest.approx((0.8 + 1.0) / 2)
+    assert mean_kept(answered([*rows, Row(-1, None, "answers/c/strict", 0.0)]), "strict") is None
 
 
 def test_eval_answers_held_out_questions(data: Path, taught: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -154,3 +164,56 @@ def test_what_cannot_be_answered_is_refused(retain: str, objective: str, message
     learner = Core(backbone, make_objective(objective, "probe"), make_method("probe"))
     with pytest.raises(ValueError, match=message):
         held_out_of((retain,), learner)
+
+
+def answer_rows() -> list[Row]:
+    """Strict 80, then 20 after the second task, of which 50 are an answer in another form; the second 60."""
+    found = {(-1, 0): (0.1, 0.4), (-1, 1): (0.0, 0.0), (0, 0): (0.8, 0.9), (1, 0): (0.2, 0.7), (1, 1): (0.6, 0.6)}
+    rows = []
+    for (after, on), (strict, loose) in found.items():
+        rows += [Row(after, on, "strict", strict), Row(after, on, "lenient", loose)]
+        rows += [Row(after, on, "empty", 0.1), Row(after, on, "unparsable", 0.2 if on else 0.0)]
+    return rows
+
+
+def test_a_forgotten_form_is_told_from_forgotten_knowledge() -> None:
+    found = scores_of(answer_rows(), 2, ["exact", "choice"])
+    assert found["matrix"] == [[0.8, None], [0.2, 0.6]]
+    assert found["lenient_matrix"] == [[0.9, None], [0.7, 0.6]]
+    assert found["empty_matrix"] == [[0.1, None], [0.1, 0.1]]
+    assert found["forgetting"] == pytest.approx(0.6)
+    assert found["lenient_forgetting"] == pytest.approx(0.2)
+    assert (found["acc"], found["lenient_acc"]) == (pytest.approx(0.4), pytest.approx(0.65))
+    assert (found["empty"], found["unparsable"]) == (pytest.approx(0.1), pytest.approx(0.1))
+    assert found["scores"] == ["exact", "choice"]
+    assert "unlike_scores" not in found
+
+
+def test_scores_of_different_scales_have_no_means_and_it_is_said() -> None:
+    found = scores_of(answer_rows(), 2, ["exact", "cider"])
+    assert {found[key] for key in ("acc", "aaa", "forgetting", "bwt", "lenient_acc", "lenient_forgetting")} == {None}
+    assert found["unlike_scores"].startswith("scores of different scales have no mean: exact (to 1), cider (to 10)")
+    assert found["matrix"][1] == [0.2, 0.6]
+    assert found["retention"] == pytest.approx(0.25)  # what is left of a score has no scale
+
+
+def test_strict_and_lenient_stand_side_by_side_on_the_console_in_tables_and_in_the_report(
+    taught: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary = json.loads((taught / "summary.json").read_text())
+    Screen().matrix(summary, ["colour", "red"], "lora")
+    said = capsys.readouterr().out
+    assert "% right on each task" in said
+    assert "where the truth is in what is said" in said
+    assert f"strict {summary['acc']:.1%}" in said
+    assert f"lenient {summary['lenient_acc']:.1%}" in said
+    assert "task id" not in said
+    table = tabulate([("lora", RunResults.read(taught))])
+    lines = markdown(table).splitlines()
+    for title in ("final strict", "final lenient", "lenient forgetting"):
+        assert title in lines[0]
+    assert "lenient" in comparison(table, 200)[0]
+    page = write_report([taught], tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Lenient score on each task, after each task" in page
+    assert ", lenient" in page
+    assert "Answers to questions that were never taught" in page

@@ -246,7 +246,7 @@ def _measured(folder: Path, stream: str | None, device: str | None) -> "tuple[li
     from perdure.backbones.preprocess import skippable
     from perdure.evaluation.calibration import errors
     from perdure.streams import build_stream
-    from perdure.training.summary import taught_hashes
+    from perdure.training.summary import scored_by, taught_hashes
     from perdure.types import Row
 
     learner = Learner.load(folder, device)
@@ -269,10 +269,13 @@ def _measured(folder: Path, stream: str | None, device: str | None) -> "tuple[li
         remarks.append(f"{images} images are measured{apart}")
     if "classes" in learner.objective.asks:
         tasks = [_named_alike(task, learner, f"{described}: class", folder) for task in tasks]
+    if "conversations" in learner.objective.asks:  # by which score, for who wants means
+        scores = scored_by(learner.config.describe(), [task.score for task in tasks])
+        tasks = [dataclasses.replace(task, score=score) for task, score in zip(tasks, scores, strict=True)]
     with skippable("skip_bad=True in the stream"):
-        scores = learner.objective.evaluate(learner, tasks)
+        found_on = learner.objective.evaluate(learner, tasks)
     rows = [
-        Row(learner.learnt - 1, t.index, k, v) for t, each in zip(tasks, scores, strict=True) for k, v in each.items()
+        Row(learner.learnt - 1, t.index, k, v) for t, each in zip(tasks, found_on, strict=True) for k, v in each.items()
     ]
     return tasks, rows + (errors(learner, tasks) if "classes" in learner.objective.asks else []), remarks
 

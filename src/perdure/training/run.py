@@ -38,7 +38,14 @@ from perdure.training.record import (
     write_record,
 )
 from perdure.training.runtime import Runtime, resolve
-from perdure.training.summary import drop_summary_beyond, facts_of, taught_files, write_summary
+from perdure.training.summary import (
+    drop_summary_beyond,
+    facts_of,
+    scored_by,
+    taught_files,
+    unlike_scores,
+    write_summary,
+)
 from perdure.types import Row, Stream, Task
 
 C = TypeVar("C", bound=Core)
@@ -73,6 +80,8 @@ def run(
             progress.note(old)
         dry_run(config, learner.backbone, stream)
         held_out = held_out_of(config.retain, learner)
+        if unlike := unlike_scores(scored_by(config.describe(), [task.score for task in stream])):
+            progress.note(f"no means over tasks are given: {unlike}")
         for name, held in held_out.sets.items():
             for remark in held.notes.get("remarks", ()):
                 progress.note(f"{name}: {remark}")
