@@ -196,4 +196,5 @@ def _reference(conversation: Mapping[str, Any]) -> Reference:
         "\n".join(texts),
         next(iter(conversation.get("names") or ()), ""),
         conversation.get("kind") or "",
+        tuple(conversation.get("categories") or ()),
     )
