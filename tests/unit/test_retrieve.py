@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from perdure.backbones.texts import pack, unpack
 from perdure.core.objective import Competitors
-from perdure.mechanisms.subspace import second_moments
+from perdure.mechanisms.moments import second_moments
 from perdure.objectives.retrieve import Retrieve, _Gallery, embedded
 from perdure.training.config import make_method
 from perdure.training.run import run
@@ -219,7 +219,9 @@ def test_moments_of_the_text_tower_leave_padding_out(bench: Any) -> None:
     short, long = "a dog", "a very long caption of a dog"
 
     def moments(texts: list[str]) -> torch.Tensor:
-        return second_moments(lambda _: backbone.encode_text(texts), layer, [{}], lambda: backbone.text_mask)["layer"]
+        return second_moments(lambda _: backbone.encode_text(texts), layer, [{}], lambda _: backbone.token_groups(""))[
+            "layer"
+        ]
 
     together = moments([short, long])
     counts = torch.tensor([len(short), len(long)], dtype=torch.float64)
