@@ -440,7 +440,7 @@ def test_prefixes_join_the_unpacked_attention(saved: dict[str, Path]) -> None:
         block.attn.bias_k, block.attn.bias_v = (nn.Parameter(each[None]) for each in values.chunk(2, 1))
     with torch.no_grad():
         expected = fused.encode_image(backbone.normalise(batch["image"]))
-    with prefix.giving(list(given)):
+    with prefix.using(list(given)):
         torch.testing.assert_close(backbone(batch), expected, atol=1e-5, rtol=0)
     assert (expected - before).abs().max() > 1e-2
     torch.testing.assert_close(backbone(batch), before)

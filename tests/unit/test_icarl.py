@@ -80,9 +80,9 @@ def test_the_teacher_is_asked_once_an_image_where_images_stay_as_they_are(
 
 def test_no_teacher_is_kept_without_strength_or_after_a_task(lab: Any) -> None:
     learner, batch = second_task(lab, ", strength=0")
-    assert not learner.method.parts[1].teacher.kept
+    assert not learner.method.parts[1].teacher.weights
     assert learner.method.penalty(learner, batch, learner.encode(batch)) == 0
-    assert not lab.taught("lora(rank=2) + icarl(size=6)").method.parts[1].teacher.kept
+    assert not lab.taught("lora(rank=2) + icarl(size=6)").method.parts[1].teacher.weights
 
 
 def test_a_class_without_exemplars_is_never_the_answer(lab: Any) -> None:

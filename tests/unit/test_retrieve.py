@@ -147,7 +147,7 @@ def test_importance_of_pairs_is_that_of_a_loop(method: str, bench: Any) -> None:
                 total[name] += p.grad.square() if method == "ewc" else p.grad.abs()
     every = sum(value.sum() for value in total.values()) / sum(value.numel() for value in total.values())
     for name, value in total.items():
-        torch.testing.assert_close(part.springs.weights[name], value / every, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(part.quadratic_penalty.weights[name], value / every, rtol=1e-3, atol=1e-5)
     assert any("text" in name and value.any() for name, value in total.items())
 
 

@@ -35,7 +35,7 @@ class ReplayBuffer(nn.Module):
         if size < 1:
             raise ValueError(f"size={size}: expected at least 1 example to remember")
         self.size, self.selection = size, selection
-        self.kept = BufferDict()  # refs (n, 3): task, position, class; offered (1,)
+        self.references = BufferDict()  # refs (n, 3): task, position, class; offered (1,)
 
     def __len__(self) -> int:
         return len(self.refs)
@@ -47,7 +47,7 @@ class ReplayBuffer(nn.Module):
         Class-balanced examples of one class stand in the order in which they were offered, so that a smaller share
         drops the last.
         """
-        return self.kept.get("refs", torch.empty(0, 3, dtype=torch.int64))
+        return self.references.get("refs", torch.empty(0, 3, dtype=torch.int64))
 
     def add(self, task: Task, generator: torch.Generator, order: Tensor | None = None) -> None:
         """Offer training examples of `task`: those of `order` (positions, best first), or all in random order."""
@@ -56,10 +56,10 @@ class ReplayBuffer(nn.Module):
         new = refer(task, order)
         old = self.refs.cpu()
         kept = self._reservoir(old, new, generator) if self.selection == "reservoir" else self._balanced(old, new)
-        self.kept["refs"] = kept
+        self.references["refs"] = kept
 
     def _reservoir(self, old: Tensor, new: Tensor, generator: torch.Generator) -> Tensor:
-        offered = int(self.kept["offered"]) if "offered" in self.kept else 0
+        offered = int(self.references["offered"]) if "offered" in self.references else 0
         room = self.size - len(old)
         kept = torch.cat([old, new[:room]])
         late = torch.arange(len(new))[max(room, 0) :]
@@ -67,7 +67,7 @@ class ReplayBuffer(nn.Module):
         for position, slot in zip(late.tolist(), slots.tolist(), strict=True):
             if slot < self.size:
                 kept[slot] = new[position]
-        self.kept["offered"] = torch.tensor([offered + len(new)])
+        self.references["offered"] = torch.tensor([offered + len(new)])
         return kept
 
     def _balanced(self, old: Tensor, new: Tensor) -> Tensor:

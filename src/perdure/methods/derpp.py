@@ -65,7 +65,7 @@ class DERPP(Rehearsal, name="derpp"):
             )
         self.alpha, self.beta, self.ratio, self.mask = alpha, beta, ratio, mask
         # "logits": (rows, classes seen) of the memory's references, in their order; "rows": how many each has, or one
-        self.stored = BufferDict()
+        self.stored_logits = BufferDict()
 
     def grow(self, learner: Core, task: Task) -> None:
         """All heads learn from old images, and without the mask from new ones."""
@@ -119,28 +119,28 @@ class DERPP(Rehearsal, name="derpp"):
                 read = learner.batches(images, 256)
                 counts[fresh] = torch.cat([torch.bincount(objective.owners(each)).cpu() for each in read])
         if not (fresh.all() or objective.one_row):
-            counts[~fresh] = self.stored["rows"].cpu()[places]
+            counts[~fresh] = self.stored_logits["rows"].cpu()[places]
         logits = new.new_zeros(int(counts.sum()), max(new.shape[1], len(objective.classes)))
         of_fresh = fresh.repeat_interleave(counts)
         logits[of_fresh] = new
         if not fresh.all():
-            old = self.stored["logits"]
+            old = self.stored_logits["logits"]
             logits[~of_fresh, : old.shape[1]] = old[self._rows(places)]
-        self.stored["logits"] = logits
+        self.stored_logits["logits"] = logits
         if not objective.one_row:
-            self.stored["rows"] = counts
+            self.stored_logits["rows"] = counts
 
     def _rows(self, images: Tensor) -> Tensor:
         """Where the logits of `images` (n,) stand, of which each may have several rows."""
-        if "rows" not in self.stored:
+        if "rows" not in self.stored_logits:
             return images
-        counts = self.stored["rows"].cpu()
+        counts = self.stored_logits["rows"].cpu()
         places = torch.split(torch.arange(int(counts.sum())), counts.tolist())
         return torch.cat([places[i] for i in images.tolist()])
 
     def _apart(self, learner: Core, features: Tensor, images: Tensor) -> Tensor:
         """Mean squared difference to the stored logits, of the classes that were seen when they were stored."""
-        wanted = self.stored["logits"][self._rows(images)]
+        wanted = self.stored_logits["logits"][self._rows(images)]
         found = learner.objective.scores(features)[:, : wanted.shape[1]]
         if "classes" not in learner.objective.asks:
             return (found - wanted).square().mean()

@@ -13,8 +13,9 @@ from typing import Annotated, Any, Literal, NotRequired, TypedDict, TypeVar, cas
 import msgspec
 from msgspec import Meta
 
-FORMAT = 2
-"""Of what is written now: seals in all files, manifests that name their run and their predecessor. 1 had neither."""
+FORMAT = 3
+"""Of what is written now. 3 renamed tensors (`core.renamed_keys`); 2 has seals in all files, and manifests that name
+their run and their predecessor; 1 had neither."""
 
 Natural = Annotated[int, Meta(ge=0, le=2**53)]
 TaskNumber = Annotated[int, Meta(ge=0, le=1_000_000)]
