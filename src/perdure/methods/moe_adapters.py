@@ -80,8 +80,8 @@ class MoEAdapters(PerTower[Mixture], name="moe_adapters"):
         scale: factor of what experts add.
         freeze: how many experts of each block, the most used ones, are frozen after a task.
         noise: deviation of what is added to a router's scores in training.
-        known: share of a task's own images, or texts, that it is to know; less is stricter. Where none of the tasks knows one,
-            it gets exactly the pre-trained features.
+        known: share of a task's own images, or texts, that it is to know; less is stricter. Where no task knows one, it gets
+            exactly the pre-trained features.
         directions: of the covariance with which an image is compared with a task's.
         expand: a task of whose images (texts) at least this share is known to no task before it brings `freeze` new
             experts; None leaves their number as it is.

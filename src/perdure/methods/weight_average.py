@@ -33,7 +33,6 @@ class WeightAverage(Method, name="weight_average"):
     """
 
     protects = "shared_parameters"
-    concludes = True
 
     def __init__(
         self, form: Literal["running", "wise"] = "running", every: Count | None = None, alpha: Share | None = None
@@ -74,7 +73,7 @@ class WeightAverage(Method, name="weight_average"):
             torch._foreach_lerp_([self.average[name] for name in names], values, 1 / taken)
         self.count["taken"] = torch.tensor(taken)
 
-    def end_task(self, learner: Core, task: Task) -> None:
+    def finalize(self, learner: Core, task: Task) -> None:
         """Put the averages in place.
 
         Raises:
