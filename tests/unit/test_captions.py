@@ -17,7 +17,7 @@ from perdure.backbones.preprocess import Preprocess
 from perdure.backbones.texts import unpack
 from perdure.backbones.tiny import tiny
 from perdure.options.spec import Spec
-from perdure.streams import Captioned, ImageSet, build_stream
+from perdure.streams import Captioned, ImageSet, build_stream, captioned_task
 from perdure.streams.karpathy import _read_hub
 from perdure.streams.options import CaptionOptions
 from perdure.streams.topics import clusters
@@ -119,10 +119,16 @@ def test_no_image_of_train_is_one_of_test_and_pairs_are_identities(tmp_path: Pat
     assert not set(learnt) & set(tested)
 
 
-def test_at_most_so_many_captions_are_kept_the_first_ones(tmp_path: Path) -> None:
-    stream = build("captions", path=tables(tmp_path), by="natural", tasks=1, texts=1)
-    assert texts(stream.tasks[0].train)[3] == ["number 3"]
-    assert stream.notes["captions"] == {"train": [20], "test": [10]}
+def test_the_first_captions_are_kept_each_text_once_with_a_count_of_the_others(tmp_path: Path) -> None:
+    given = [[" text 0 "], ["a", "b ", "a"], ["a", "a", "b", "c"], ["d"], ["e"], ["f", "f"]]
+    stream = build("captions", path=tables(tmp_path, 4, 2, captions=given), by="natural", tasks=1, texts=2)
+    (task,) = stream
+    assert texts(task.train) == [["text 0"], ["a", "b"], ["a", "b"], ["d"]]
+    assert stream.notes["captions"] == {"train": [6], "test": [2]}
+    assert stream.notes["remarks"] == ["3 captions stand twice at the same image: each text of an image counts once"]
+    said: list[str] = []
+    captioned_task(tmp_path, EIGHT, {}, 0, tell=said.append)
+    assert said == stream.notes["remarks"]
 
 
 def test_a_caption_may_be_one_text(tmp_path: Path) -> None:
@@ -458,9 +464,8 @@ def test_invented_captions_name_what_is_shown() -> None:
     assert stream.notes["captions"]["train"] == [36] * 3
     assert set(words.values()) == {2}, "the first test image shows the thing of the first train image"
     for task in stream:
-        near = whole(task.train)["image"].float()[:6] - whole(task.test)["image"].float()
-        far = whole(task.train)["image"].float()[6:] - whole(task.test)["image"].float()
-        assert near.square().mean() < far.square().mean() / 2
+        learnt, tested = (whole(data)["image"].float() for data in (task.train, task.test))
+        assert (learnt[:6] - tested).square().mean() < (learnt[6:] - tested).square().mean() / 2
         assert not set(task.train.pairs.tolist()) & set(task.test.pairs.tolist())
 
 

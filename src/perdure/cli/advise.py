@@ -11,7 +11,7 @@ import tyro
 
 from perdure.cli.console import Command, Screen
 from perdure.formatting import human_bytes, share
-from perdure.reporting.advise import Advice, Constraints, RankedMethod, advise, in_words, shipped
+from perdure.reporting.advise import Advice, Constraints, RankedMethod, advise, in_words, named, shipped
 
 _MOST = 12  # methods shown of one setting
 
@@ -72,8 +72,13 @@ def _answer(answer: Advice) -> list[str]:
     lines += [*answer.notes, f"measured {days} with perdure {', '.join(about['perdure'])}{commits}"]
     if not answer.choices:
         return lines
-    first = shlex.join([choice.method for choice in answer.choices[:3]])
-    return [*lines, "to measure the first three:", f"  {about['command']} --methods {first} --out runs/again"]
+    first = answer.choices[:3]
+    lines.append("to measure the first three:")
+    for number, backbone in enumerate(dict.fromkeys(choice.backbone for choice in first)):
+        methods = shlex.join(choice.method for choice in first if choice.backbone == backbone)
+        other = f" --backbone {shlex.quote(backbone)}" if backbone else ""
+        lines.append(f"  {about['command']}{other} --methods {methods} --out runs/again{number or ''}")
+    return lines
 
 
 def _cells(choice: RankedMethod) -> tuple[str, ...]:
@@ -81,4 +86,4 @@ def _cells(choice: RankedMethod) -> tuple[str, ...]:
     stored = "?" if choice.stored_bytes is None else f"{sign}{human_bytes(choice.stored_bytes)}"
     step = {"none": "none", "unknown": "?"}.get(choice.steps) or f"{choice.step:.2f}"
     shares = map(share, (choice.share, choice.new_task_acc, choice.forgetting))
-    return f"{choice.place}{'=' if choice.tied else ' '}", *shares, stored, step, choice.method
+    return f"{choice.place}{'=' if choice.tied else ' '}", *shares, stored, step, named(vars(choice))

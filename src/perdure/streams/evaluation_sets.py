@@ -19,7 +19,7 @@ from perdure.formatting import shortened
 from perdure.options.ranges import Range, checked
 from perdure.scoring import Grade, Reference, measure, score_of
 from perdure.scoring.normalise import has_han
-from perdure.streams.question_rows import Picture, Row, Stored, read_rows
+from perdure.streams.question_rows import EncodedImage, QuestionRow, Stored, read_rows
 
 _RELEASE = "MME_Benchmark_release_version"
 _LISTED, _LISTED_CN = "The choices are listed below: ", "选项如下所示:"
@@ -48,7 +48,7 @@ class Question:
     """
 
     prompt: str
-    images: tuple[Picture, ...]
+    images: tuple[EncodedImage, ...]
     reference: Reference
     where: str
 
@@ -208,7 +208,7 @@ def _mme_folder(folder: Path) -> Iterator[Question]:
             yield _yes_no(question, answer, image, image.name, folder.name, f"{file}, line {number}")
 
 
-def _mme_rows(rows: Sequence[Row]) -> list[Question]:
+def _mme_rows(rows: Sequence[QuestionRow]) -> list[Question]:
     images = [(row.text("category"), row.text("image_path", "question_id")) for row in rows]
     times = Counter(images)
     for row, (subtask, image) in zip(rows, images, strict=True):
@@ -220,12 +220,12 @@ def _mme_rows(rows: Sequence[Row]) -> list[Question]:
     ]
 
 
-def _yes_no(question: str, answer: str, image: Picture, name: str, subtask: str, where: str) -> Question:
+def _yes_no(question: str, answer: str, image: EncodedImage, name: str, subtask: str, where: str) -> Question:
     reference = Reference((answer.strip(),), question=question, image=name, categories=(subtask,))
     return Question(question, (image,), reference, where)
 
 
-def _real_world_row(row: Row, chinese: bool) -> Question:
+def _real_world_row(row: QuestionRow, chinese: bool) -> Question:
     question, options = row.text("Text", "question"), _options(row, 5)
     if "Subtask" in row.cells:
         task, subtask, category = row.text("Task"), row.text("Subtask"), row.text("Category")
@@ -246,7 +246,7 @@ def _real_world_row(row: Row, chinese: bool) -> Question:
     return Question(prompt, (row.image("Image", "bytes", "image"),), reference, row.where)
 
 
-def _video_row(row: Row, frames: tuple[Path, ...], spoken: str | None) -> Question:
+def _video_row(row: QuestionRow, frames: tuple[Path, ...], spoken: str | None) -> Question:
     question, options = row.text("question"), _options(row, 4)
     categories = tuple(map(row.text, ("duration", "domain", "sub_category", "task_type")))
     told = ("This video's subtitles are listed below:", spoken) if spoken else ()
@@ -255,7 +255,7 @@ def _video_row(row: Row, frames: tuple[Path, ...], spoken: str | None) -> Questi
     return Question(prompt, frames, reference, row.where)
 
 
-def _options(row: Row, count: int) -> tuple[str, ...]:
+def _options(row: QuestionRow, count: int) -> tuple[str, ...]:
     """The options with their letters: a list, the text of a list in Python, or a column each without letters."""
     known = ("Answer choices", "multi-choice options", "options")
     given = next((row.cells[name] for name in known if name in row.cells), None)
