@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from perdure.mechanisms.class_statistics import ClassStatistics, Covariance
-from perdure.mechanisms.subspace import pack, shrunk, unpack
+from perdure.mechanisms.subspace import pack_symmetric, shrunk, unpack_symmetric
 
 FORMS: tuple[Covariance, ...] = ("shared", "full", "diagonal", "lowrank")
 
@@ -115,8 +115,8 @@ def test_bytes_in_the_checkpoint_are_ordered_by_form(lab: Any) -> None:
 def test_packing_keeps_a_symmetric_matrix_and_takes_half_its_bytes() -> None:
     matrix = torch.randn(7, 7)
     matrix = matrix + matrix.T
-    assert pack(matrix).numel() == 28
-    assert torch.equal(unpack(pack(matrix)).float(), matrix)
+    assert pack_symmetric(matrix).numel() == 28
+    assert torch.equal(unpack_symmetric(pack_symmetric(matrix)).float(), matrix)
 
 
 def test_shrinkage_leaves_many_examples_alone_and_makes_few_regular() -> None:

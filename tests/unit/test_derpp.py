@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from perdure.mechanisms.replay import read
+from perdure.mechanisms.replay import read_references
 from perdure.streams.augment import AUGMENTS
 
 
@@ -42,12 +42,12 @@ def test_the_penalty_is_the_papers(lab: Any) -> None:
     rows = part.memory.pick(4, learner.generator("derpp logits", 5))
     other = part.memory.pick(4, learner.generator("derpp labels", 5))
     assert rows.tolist() != other.tolist()
-    z = learner.objective.scores(learner.encode(read(learner.tasks, refs[rows])))
+    z = learner.objective.scores(learner.encode(read_references(learner.tasks, refs[rows])))
     squares = []
     for row, scores in zip(rows.tolist(), z, strict=True):
         width = 2 * (int(refs[row, 0]) + 1)
         squares += (scores[:width] - stored[row, :width]).square().unbind()
-    labelled = read(learner.tasks, refs[other])
+    labelled = read_references(learner.tasks, refs[other])
     ce = F.cross_entropy(learner.objective.scores(learner.encode(labelled)), labelled["label"])
     expected = 0.7 * torch.stack(squares).mean() + 0.2 * ce
     torch.testing.assert_close(part.penalty(learner, new, torch.empty(0)), expected, rtol=1e-5, atol=1e-6)

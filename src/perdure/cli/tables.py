@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.cells import cell_len
 
-from perdure.formatting import RARE, human_bytes, number, printable, share, shortened, times
+from perdure.formatting import RARE, human_bytes, number, percent_with_spread, printable, shortened, times
 
 COLUMNS = {
     "acc": "accuracy",
@@ -33,7 +33,7 @@ def comparison(rows: Sequence[dict[str, Any]], width: int) -> list[str]:
     """Methods side by side, mean ± spread, and what the columns mean; `rows` as in compare.json."""
     names = {"acc": "accuracy", "aaa": "average", "new_task_acc": "new task", **COLUMNS}
     columns = {
-        title: [share(row.get(key)) for row in rows]
+        title: [percent_with_spread(row.get(key)) for row in rows]
         for key, title in names.items()
         if key not in RARE or any(row.get(key) for row in rows)
     }

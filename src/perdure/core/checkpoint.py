@@ -113,7 +113,7 @@ def beside(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
     return _read(checkpoint, name) if name in checkpoint.manifest["sha256"] else {}
 
 
-def holds(checkpoint: Checkpoint, learner: Core) -> bool:
+def matches(checkpoint: Checkpoint, learner: Core) -> bool:
     """Whether a checkpoint is what `learner` knows now."""
     if checkpoint.tasks != learner.tasks:
         return False

@@ -17,7 +17,8 @@ from perdure.types import AnyLearner, Batch, Data, Task
 METHODS: dict[str, type[Method]] = {}
 """Every method by name; a class registers itself by `class Mine(Method, name="mine")`."""
 
-_FORMER = {"encode": "applied", "embed": "applied", "record": "precompute", "concludes": "finalize"}
+FORMER_HOOKS = {"encode": "applied", "embed": "applied", "record": "precompute", "concludes": "finalize"}
+"""What a class may define no more -> the hook in its place."""
 _EXCLUSIVE = ("predict", "data", "backward")
 
 
@@ -55,8 +56,8 @@ class Method(nn.Module):
 
     def __init_subclass__(cls, name: str = "", **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if former := [hook for hook in _FORMER if hook in vars(cls)]:
-            raise TypeError(f"{cls.__name__}.{former[0]} is a hook no more: define {_FORMER[former[0]]!r} instead")
+        if former := [hook for hook in FORMER_HOOKS if hook in vars(cls)]:
+            raise TypeError(f"{cls.__name__}.{former[0]} is a hook no more: define {FORMER_HOOKS[former[0]]!r} instead")
         if name:
             if name in METHODS and METHODS[name].__qualname__ != cls.__qualname__:
                 raise ValueError(f"two methods are named {name!r}: {METHODS[name]} and {cls}; rename one")

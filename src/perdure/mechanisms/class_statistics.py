@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from perdure.adapters.state import BufferDict
-from perdure.mechanisms.subspace import exact, pack, unpack
+from perdure.mechanisms.subspace import exact, pack_symmetric, unpack_symmetric
 
 Covariance = Literal["shared", "full", "diagonal", "lowrank"]
 _ALL = "all"  # the key of what classes share
@@ -56,7 +56,7 @@ class ClassStatistics(nn.Module):
                     scatter += self.covariance_of(c) * (old - 1)
                 count += old
             if self.covariance == "shared" and self.covariances:
-                scatter += unpack(self.covariances[_ALL]) * self.freedom
+                scatter += unpack_symmetric(self.covariances[_ALL]) * self.freedom
             self.means[key] = mean.float().to(features.device)
             self.counts[key] = torch.tensor(count)
             freedom = self.freedom if self.covariance == "shared" else count - 1
@@ -69,7 +69,7 @@ class ClassStatistics(nn.Module):
     def covariance_of(self, c: int) -> Tensor:
         """Covariance of a class, (d, d) float64."""
         if self.covariance in ("shared", "full"):
-            return unpack(self.covariances[_ALL if self.covariance == "shared" else str(c)])
+            return unpack_symmetric(self.covariances[_ALL if self.covariance == "shared" else str(c)])
         if self.covariance == "diagonal":
             return torch.diag(exact(self.covariances[str(c)]))
         directions = exact(self.covariances[f"{c}/directions"])
@@ -78,7 +78,7 @@ class ClassStatistics(nn.Module):
     def pooled(self) -> Tensor:
         """Covariance within classes, (d, d) float64."""
         if self.covariance == "shared":
-            return unpack(self.covariances[_ALL])
+            return unpack_symmetric(self.covariances[_ALL])
         scatters = (self.covariance_of(c) * (int(self.counts[str(c)]) - 1) for c in self.classes)
         total = next(scatters)
         for scatter in scatters:
@@ -123,7 +123,7 @@ class ClassStatistics(nn.Module):
             self.covariances[f"{key}/directions"] = directions.float().contiguous().to(device)
             self.covariances[f"{key}/rest"] = rest.float().to(device)
         else:
-            self.covariances[_ALL if self.covariance == "shared" else key] = pack(covariance).to(device)
+            self.covariances[_ALL if self.covariance == "shared" else key] = pack_symmetric(covariance).to(device)
 
 
 _FOLDS = 5

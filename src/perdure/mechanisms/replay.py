@@ -81,7 +81,7 @@ class ReplayBuffer(nn.Module):
 
     def draw(self, tasks: list[Task], n: int, generator: torch.Generator) -> Batch:
         """`n` kept examples, drawn with replacement, read from the training sets of `tasks`."""
-        return read(tasks, self.refs[self.pick(n, generator)])
+        return read_references(tasks, self.refs[self.pick(n, generator)])
 
     def pick(self, n: int, generator: torch.Generator) -> Tensor:
         """Rows (n,) of `refs`, drawn with replacement."""
@@ -105,7 +105,7 @@ class BufferView:
 
     def __getitems__(self, positions: Sequence[int]) -> Batch:
         """Examples at `positions`, in their order."""
-        return read(self.tasks, self.refs[torch.as_tensor(positions)])
+        return read_references(self.tasks, self.refs[torch.as_tensor(positions)])
 
 
 def refer(task: Task, order: Tensor | None = None) -> Tensor:
@@ -114,7 +114,7 @@ def refer(task: Task, order: Tensor | None = None) -> Tensor:
     return torch.stack([torch.full_like(order, task.index), order, task.train.labels.cpu()[order]], dim=1)
 
 
-def read(tasks: list[Task], refs: Tensor) -> Batch:
+def read_references(tasks: list[Task], refs: Tensor) -> Batch:
     """The examples that `refs` (n, 3) point to, in their order, as one batch.
 
     Raises:
@@ -249,7 +249,7 @@ class ExemplarBuffer(ReplayBuffer):
         if view is None and like.keys() - READ:
             old = self._prepared(learner).__getitems__(rows.tolist())
         else:
-            old = read(learner.tasks, self.refs[rows])
+            old = read_references(learner.tasks, self.refs[rows])
         old = to(learner.backbone.prepare(old), learner.device)
         if view is not None:
             old = view(old, learner.generator("view of old images", learner.step))

@@ -126,14 +126,14 @@ def exact(tensor: Tensor) -> Tensor:
     return tensor.cpu().double() if tensor.device.type == "mps" else tensor.double()
 
 
-def pack(matrix: Tensor) -> Tensor:
+def pack_symmetric(matrix: Tensor) -> Tensor:
     """The upper triangle of a symmetric (d, d), row by row: float32 (d·(d+1)/2,)."""
     rows, columns = torch.triu_indices(*matrix.shape, device=matrix.device)
     return matrix[rows, columns].float()
 
 
-def unpack(packed: Tensor) -> Tensor:
-    """The symmetric matrix that `pack` stored, (d, d) float64."""
+def unpack_symmetric(packed: Tensor) -> Tensor:
+    """The symmetric matrix that `pack_symmetric` stored, (d, d) float64."""
     packed = exact(packed)
     d = round((2 * len(packed) + 0.25) ** 0.5 - 0.5)
     rows, columns = torch.triu_indices(d, d, device=packed.device)

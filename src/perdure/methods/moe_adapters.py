@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from perdure.adapters.experts import Experts, Routes, routing
 from perdure.adapters.injection import Adapters, attach, overhear
 from perdure.backbones.base import OneTower, Tower, named_towers
-from perdure.backbones.texts import present, unpack
+from perdure.backbones.texts import present, unpack_texts
 from perdure.core.learner import Core
 from perdure.core.method import parts_of
 from perdure.formatting import room_for
@@ -80,8 +80,8 @@ class MoEAdapters(PerTower[Mixture], name="moe_adapters"):
         scale: factor of what experts add.
         freeze: how many experts of each block, the most used ones, are frozen after a task.
         noise: deviation of what is added to a router's scores in training.
-        known: share of a task's own images, or texts, that it is to know; less is stricter. Where no task knows one, it gets
-            exactly the pre-trained features.
+        known: share of a task's own images, or texts, that it is to know; less is stricter. Where no task knows
+            one, it gets exactly the pre-trained features.
         directions: of the covariance with which an image is compared with a task's.
         expand: a task of whose images (texts) at least this share is known to no task before it brings `freeze` new
             experts; None leaves their number as it is.
@@ -255,5 +255,5 @@ class MoEAdapters(PerTower[Mixture], name="moe_adapters"):
             return dict(zip(lines, labels.tolist(), strict=True))
         for batch in learner.batches(data, _CHUNK, order):
             rows, places = present(batch["text"]).nonzero(as_tuple=True)
-            found |= zip(unpack(batch["text"][rows, places]), batch["label"][rows].tolist(), strict=True)
+            found |= zip(unpack_texts(batch["text"][rows, places]), batch["label"][rows].tolist(), strict=True)
         return found

@@ -21,7 +21,7 @@ from perdure.adapters.state import BufferDict
 from perdure.core.learner import Core
 from perdure.core.method import Method
 from perdure.formatting import room_for
-from perdure.mechanisms.subspace import exact, pack, unpack
+from perdure.mechanisms.subspace import exact, pack_symmetric, unpack_symmetric
 from perdure.options.ranges import Range
 from perdure.types import Batch, Task
 
@@ -67,7 +67,7 @@ class RanPAC(Method, name="ranpac"):
         """Add the task's features to the regression."""
         # The task's own images: those that `joint` adds were counted when they came.
         features, labels = learner.features(task.train)
-        gram = unpack(self.regression["gram"]) if "gram" in self.regression else None
+        gram = unpack_symmetric(self.regression["gram"]) if "gram" in self.regression else None
         for start in range(0, len(labels), _MOST):
             some = slice(start, start + _MOST)
             h = exact(self._expand(learner, features[some]))
@@ -76,7 +76,7 @@ class RanPAC(Method, name="ranpac"):
                 mine = h[(labels[some] == c).to(h.device)].sum(0).float().to(features.device)
                 self.sums[str(c)] = mine + self.sums.get(str(c), 0)
         assert gram is not None
-        self.regression["gram"] = pack(gram).to(features.device)
+        self.regression["gram"] = pack_symmetric(gram).to(features.device)
         least = max(_LEAST * float(gram.trace()), torch.finfo(torch.float32).tiny)
         ridge = self._choose(learner, features, labels, least) if self.ridge is None else max(self.ridge, least)
         self.regression["ridge"] = torch.tensor([ridge], dtype=torch.float32)
@@ -112,7 +112,7 @@ class RanPAC(Method, name="ranpac"):
         nothing = torch.zeros(width, dtype=torch.float32)
         if "gram" not in self.regression:
             return nothing.unsqueeze(1).repeat(1, len(classes))
-        gram = unpack(self.regression["gram"])
+        gram = unpack_symmetric(self.regression["gram"])
         sums = torch.stack([exact(self.sums.get(str(c), nothing)).to(gram.device) for c in classes], dim=1)
         gram.diagonal().add_(float(self.regression["ridge"]))
         weights: Tensor = torch.linalg.solve(gram, sums)
