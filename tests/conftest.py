@@ -141,6 +141,7 @@ class Laboratory:
     @staticmethod
     def close(learner: Core, task: Task) -> None:
         """End a task."""
+        learner.method.finalize(learner, task)
         learner.method.end_task(learner, task)
         learner.prepare()
         learner.learnt += 1

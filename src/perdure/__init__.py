@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from perdure.core.learner import Core
     from perdure.core.method import METHODS, Method
     from perdure.core.objective import Objective
-    from perdure.mechanisms.replay import ReplayBuffer
     from perdure.mechanisms.moments import second_moments
+    from perdure.mechanisms.replay import ReplayBuffer
     from perdure.mechanisms.subspace import Subspace
     from perdure.reporting.report import write_report
     from perdure.training.config import RunConfig

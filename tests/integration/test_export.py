@@ -200,7 +200,7 @@ def test_layers_of_different_rank_keep_their_scale(families: dict[str, str], tmp
 
 def test_updates_that_are_kept_dense_are_exported_in_full(families: dict[str, str], tmp_path: Path) -> None:
     learner = known(families["clip"], "inflora(rank=10)")
-    assert "adapters.model/vision_model/encoder/layers/0:qkv.settled.dense/0" in learner.method.state_dict()
+    assert "adapters.model/vision_model/encoder/layers/0:qkv.merged.dense/0" in learner.method.state_dict()
     folder = learner.export(tmp_path / "lora", "peft")
     same(answer(learner, PeftModel.from_pretrained(plain(learner), folder)), features(learner))
     assert rank_of(folder) == {32}

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from perdure.backbones.preprocess import Preprocess
-from perdure.backbones.texts import unpack
+from perdure.backbones.texts import unpack_texts
 from perdure.backbones.tiny import tiny
 from perdure.options.spec import Spec
 from perdure.streams import Captioned, ImageSet, build_stream, captioned_task
@@ -84,7 +84,7 @@ def values(data: Any) -> list[int]:
 
 
 def texts(data: Any) -> list[list[str]]:
-    return [[line for line in unpack(each) if line] for each in whole(data)["text"]]
+    return [[line for line in unpack_texts(each) if line] for each in whole(data)["text"]]
 
 
 def refused(which: str, /, **options: Any) -> str:

@@ -9,8 +9,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, TypeVar
 
 import torch
-from PIL import Image
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from PIL import Image
 from torch import Tensor, nn
 
 from perdure.adapters.injection import prompted

@@ -26,7 +26,7 @@ _ROOT = Path(__file__).parent.parent
 
 
 @dataclass(frozen=True)
-class Entry:
+class CatalogueEntry:
     """One name.
 
     Args:
@@ -45,10 +45,10 @@ class Entry:
         return " ".join(self.about.partition("\n\n")[0].split())
 
 
-def entries(kind: Listed) -> dict[str, Entry]:
+def entries(kind: Listed) -> dict[str, CatalogueEntry]:
     """All of a kind, by name."""
     if kind == "recipes":
-        return {name: Entry("", {}, each.about) for name, each in recipes().items()}
+        return {name: CatalogueEntry("", {}, each.about) for name, each in recipes().items()}
     if kind in _REGISTRIES:
         return dict(_factories(kind, _REGISTRIES[kind]))
     ours = dict(_methods())
@@ -59,7 +59,7 @@ def entries(kind: Listed) -> dict[str, Entry]:
     return ours
 
 
-def described(made: Callable[..., Any]) -> Entry:
+def described(made: Callable[..., Any]) -> CatalogueEntry:
     """What is known of a class or factory that is imported."""
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     options = {k: p.default for k, p in inspect.signature(made).parameters.items() if p.kind in named}
@@ -70,14 +70,14 @@ def described(made: Callable[..., Any]) -> Entry:
     return _entry({k: (v, hints.get(k, Any)) for k, v in options.items()}, about)
 
 
-def _entry(options: Mapping[str, tuple[Any, Any]], about: str) -> Entry:
+def _entry(options: Mapping[str, tuple[Any, Any]], about: str) -> CatalogueEntry:
     """From default and annotation of each option."""
     shown = (name if value is inspect.Parameter.empty else f"{name}={value!r}" for name, (value, _) in options.items())
     numeric = {name: ranges.expected(hint) for name, (_, hint) in options.items() if ranges.ranged(hint)}
-    return Entry(", ".join(shown), numeric, about)
+    return CatalogueEntry(", ".join(shown), numeric, about)
 
 
-def _methods() -> Iterator[tuple[str, Entry]]:
+def _methods() -> Iterator[tuple[str, CatalogueEntry]]:
     """Classes that name themselves: `class Mine(Method, name="mine")`."""
     for file in (_ROOT / "methods").glob("*.py"):
         module = _Module.of("methods", file.stem)
@@ -90,7 +90,7 @@ def _methods() -> Iterator[tuple[str, Entry]]:
                     yield str(word.value.value), _entry(options, text)
 
 
-def _factories(package: str, registry: str) -> Iterator[tuple[str, Entry]]:
+def _factories(package: str, registry: str) -> Iterator[tuple[str, CatalogueEntry]]:
     """Functions that a package's dictionary names."""
     module = _Module.of(package, "__init__")
     listed = module.values[registry]

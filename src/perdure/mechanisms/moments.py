@@ -175,7 +175,7 @@ def _product(x: Tensor) -> tuple[Tensor, int]:
     return product.cpu().double() if x.device.type == "mps" else product.double(), len(x)
 
 
-class Collected(BufferDict):
+class RunningMoments(BufferDict):
     """Second moments of what layers read in training steps: no pass of their own, but of weights that still move.
 
     Sums are part of the state, so that a run stopped in between goes on with them.
