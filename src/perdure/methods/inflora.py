@@ -26,7 +26,7 @@ from perdure.adapters.low_rank import LowRank
 from perdure.backbones.base import Tower
 from perdure.core.learner import Core
 from perdure.core.method import Method
-from perdure.mechanisms.moments import Moments, exact, second_moments
+from perdure.mechanisms.moments import Moments, RunningMoments, exact, second_moments
 from perdure.mechanisms.rank_selection import DRS
 from perdure.mechanisms.subspace import Subspace, SubspaceMemory, check_balance, keep_schedule
 from perdure.options.ranges import Count, Rank, Share, Strength, without_effect
