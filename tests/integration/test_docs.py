@@ -143,7 +143,9 @@ def test_a_method_in_one_file_learns_and_resumes_in_the_middle_of_a_task(
 def test_the_example_method_pulls_parameters_back(newcomer: type, lab: Any) -> None:
     def drift(strength: float) -> float:
         learner, tasks = lab.learner(f"lora(rank=2) + l2sp(strength={strength})"), lab.stream().tasks
-        first, second = ({k: v.clone() for k, v in lab.teach(learner, [task]).learnt_state().items()} for task in tasks[:2])
+        first, second = (
+            {k: v.clone() for k, v in lab.teach(learner, [task]).learnt_state().items()} for task in tasks[:2]
+        )
         return sum(float((second[k] - value).square().sum()) for k, value in first.items() if ".up." in k)
 
     assert drift(100.0) < 0.5 * drift(0.0)

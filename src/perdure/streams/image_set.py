@@ -12,7 +12,6 @@ from typing import Any, Self, SupportsIndex
 import psutil
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.data import get_worker_info
 
 from perdure.backbones.preprocess import Preprocess, UnreadableImage, begins_like_an_image
@@ -255,7 +254,7 @@ class Captioned(ImageSet):
         rows: which rows of `source`, int64 (n,).
         labels: topics, int64 (n,).
         pairs: identity of each image, int64 (n,): the same wherever the same image occurs in a stream.
-        texts: captions, uint8 (n, K, N) as `perdure.backbones.texts.pack` writes them; missing ones are zero.
+        texts: the captions of each image.
         preprocess: what the backbone wants.
         budget: shared among sets; one of its own when None.
     """
@@ -266,7 +265,7 @@ class Captioned(ImageSet):
         rows: Tensor,
         labels: Tensor,
         pairs: Tensor,
-        texts: Tensor,
+        texts: Sequence[Sequence[str]],
         preprocess: Preprocess,
         budget: Budget | None = None,
     ) -> None:
@@ -274,7 +273,7 @@ class Captioned(ImageSet):
         self._describe(pairs, texts)
 
     @classmethod
-    def around(cls, images: ImageSet, pairs: Tensor, texts: Tensor) -> "Captioned":
+    def around(cls, images: ImageSet, pairs: Tensor, texts: Sequence[Sequence[str]]) -> "Captioned":
         """The images of `images`, with what is decoded of them, as captioned ones."""
         made = cls.__new__(cls)
         made.__dict__.update(images.__dict__)
@@ -282,37 +281,33 @@ class Captioned(ImageSet):
         return made
 
     def __getitems__(self, positions: Sequence[int]) -> Batch:
-        """`image` uint8 (B, 3, S, S), `label` int64 (B,), `pair` int64 (B,) and `text` uint8 (B, K, N).
+        """`image` uint8 (B, 3, S, S), `label` int64 (B,), `pair` int64 (B,), and `text`, a list with a tuple an image.
 
         Raises:
             UnreadableImage: names file and row.
         """
         batch = super().__getitems__(positions)
         chosen = torch.as_tensor(positions, dtype=torch.int64).flatten()
-        return batch | {"pair": self.pairs[chosen], "text": self.texts[chosen]}
+        return batch | {"pair": self.pairs[chosen], "text": [self.texts[i] for i in chosen.tolist()]}
 
     def subset(self, positions: Tensor) -> Self:
         """The images at `positions` (n,), in that order, with what is decoded of them."""
         part = super().subset(positions)
-        part.pairs, part.texts = self.pairs[positions], self.texts[positions]
+        part.pairs, part.texts = self.pairs[positions], [self.texts[i] for i in positions.tolist()]
         return part
 
-    def moved(self, pairs: int, most: int, longest: int) -> Self:
-        """As a part of a longer stream: identities raised by `pairs`, texts of shape (n, `most`, `longest`)."""
-        _, captions, size = self.texts.shape
-        texts = F.pad(self.texts, (0, longest - size, 0, most - captions))
-        return self._but(pairs=self.pairs + pairs, texts=texts)
+    def moved(self, pairs: int) -> Self:
+        """As a part of a longer stream: identities raised by `pairs`."""
+        return self._but(pairs=self.pairs + pairs)
 
-    def _describe(self, pairs: Tensor, texts: Tensor) -> None:
+    def _describe(self, pairs: Tensor, texts: Sequence[Sequence[str]]) -> None:
         for name, values in (("pairs", pairs), ("texts", texts)):
             if len(values) != len(self.labels):
                 raise ValueError(f"{name}: got {len(values)} for {len(self.labels)} images, expected one an image")
-        if texts.dim() != 3 or texts.dtype != torch.uint8:
-            raise ValueError(f"texts: got {texts.dtype} of shape {tuple(texts.shape)}, expected torch.uint8 (n, K, N)")
         self.pairs = pairs
         """Identity of each image, int64 (n,)."""
-        self.texts = texts
-        """Captions, uint8 (n, K, N)."""
+        self.texts = [tuple(each) for each in texts]
+        """The captions of each image."""
 
 
 def _threaded(work: Callable[[int], None], count: int) -> None:
