@@ -244,3 +244,37 @@ def test_no_page_refers_to_a_folder_of_one_machine() -> None:
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         assert not re.search(r"(?<![\w.])/(?:work|home|root|tmp|Users)/", text), page
+
+
+def test_the_architecture_answers_each_question_with_one_file() -> None:
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    answers = {
+        "replay buffer": "class ReplayBuffer",
+        "classifier of an export": "def head_of",
+        "end of a task": "method.end_task(learner, task)",
+        "prompt pool": "class PromptPool",
+        "may be cached": "class Cache",
+    }
+    questions = re.findall(r"^- \[([^]]+\?)\]\((\S+)\)$", text, flags=re.M)
+    assert len(questions) == len(answers)
+    for (question, link), (subject, words) in zip(questions, answers.items(), strict=True):
+        assert subject in question
+        assert words in (ROOT / "docs" / link).read_text(encoding="utf-8")
+
+
+def test_the_architectures_tree_names_every_file_and_no_other() -> None:
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 250
+    tree = text.partition("## The tree")[2].partition("## Nouns")[0]
+    named: set[str] = set()
+    package = ""
+    for line in tree.partition("```text")[2].partition("```")[0].strip().splitlines():
+        if found := re.match(r"(\w+)/", line):
+            package = found[1]
+        named |= {f"{package}/{name}".lstrip("/") for name in re.findall(r"\b(\w+\.py)\b", line)}
+    source = ROOT / "src/perdure"
+    there = {str(file.relative_to(source)) for file in source.rglob("*.py")}
+    assert named <= there
+    whole = {"methods", "scoring"}  # one line for all of their files
+    left_out = {name for name in there - named if name.partition("/")[0] not in whole}
+    assert all(name.endswith(("__init__.py", "__main__.py")) or "/conversation_" in name for name in left_out), left_out

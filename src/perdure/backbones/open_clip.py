@@ -171,7 +171,7 @@ class OpenClip(Backbone):
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelSource:
     """Where a model comes from; without a folder, `name` is one of the library's."""
 
     name: str
@@ -185,7 +185,7 @@ class Source:
         return deepcopy(dict(self.facts.get("model_cfg", self.facts)))
 
 
-def locate(name: str, checkpoint: str | None = None) -> Source:
+def locate(name: str, checkpoint: str | None = None) -> ModelSource:
     """Where a model's config and weights are; arguments and errors as of `open_clip`."""
     library = _library()
     given = None
@@ -194,12 +194,12 @@ def locate(name: str, checkpoint: str | None = None) -> Source:
     path = Path(name).expanduser()
     if name.startswith(_HUB):
         folder = Path(pretrained.fetch(name.removeprefix(_HUB), config=CONFIG, weights=(WEIGHTS,)))
-        return Source(name, folder, _read(folder / CONFIG), given or folder / WEIGHTS)
+        return ModelSource(name, folder, _read(folder / CONFIG), given or folder / WEIGHTS)
     if path.exists() or path.suffix == ".json" or name.startswith((".", "/", "~")):
         file = path.absolute() / CONFIG if path.is_dir() else path.absolute()
         if not file.is_file():
             raise ValueError(f"name={name!r}: there is no {file.name}; give a folder of OpenCLIP, or a name it knows")
-        return Source(str(path.absolute()), file.parent, _read(file), given or _beside(name, file.parent))
+        return ModelSource(str(path.absolute()), file.parent, _read(file), given or _beside(name, file.parent))
     known = library.list_models()
     if name not in known:
         near = difflib.get_close_matches(name.replace("/", "-"), known, n=3)
@@ -207,7 +207,7 @@ def locate(name: str, checkpoint: str | None = None) -> Source:
         raise ValueError(f"name={name!r}: OpenCLIP has no such model; {hint}")
     if given is None:
         raise ValueError(f"name={name!r} has no weights of its own: add checkpoint=, or give name='hf-hub:...'")
-    return Source(name, None, library.get_model_config(name), given)
+    return ModelSource(name, None, library.get_model_config(name), given)
 
 
 def _library() -> Any:
@@ -241,7 +241,7 @@ def _beside(name: str, folder: Path) -> Path:
     raise ValueError(f"name={name!r} has no {WEIGHTS} beside it: add it, or give checkpoint=")
 
 
-def _create(source: Source) -> Any:
+def _create(source: ModelSource) -> Any:
     from open_clip import CLIP, CustomTextCLIP
     from open_clip.transformer import CustomResidualAttentionBlock
 
@@ -284,7 +284,7 @@ def _fill(model: Any, file: Path) -> None:
     pretrained.fill(model, weights, str(file), "give the weights of exactly this OpenCLIP model, under its names")
 
 
-def _tokenizer(source: Source) -> Any:
+def _tokenizer(source: ModelSource) -> Any:
     from open_clip import SimpleTokenizer, get_tokenizer
     from open_clip.tokenizer import HFTokenizer
 
@@ -305,7 +305,7 @@ def _tokenizer(source: Source) -> Any:
         ) from error
 
 
-def _preprocess(source: Source, model: Any, input_norm: str) -> Preprocess:
+def _preprocess(source: ModelSource, model: Any, input_norm: str) -> Preprocess:
     from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
     overlay = source.facts.get("preprocess_cfg") or {}

@@ -169,6 +169,18 @@ class Summary(TypedDict, total=False):
     average: float | None
     zero_shot: dict[str, dict[str, Any]]
     zero_shot_ratio: float | None
+    lenient_matrix: list[list[float | None]]
+    empty_matrix: list[list[float | None]]
+    unparsable_matrix: list[list[float | None]]
+    lenient_acc: float | None
+    lenient_forgetting: float | None
+    empty: float | None
+    unparsable: float | None
+    scores: list[str]
+    unlike_scores: str
+    answers: dict[str, dict[str, dict[str, Any]]]
+    answers_kept_strict: float | None
+    answers_kept_lenient: float | None
     recall: dict[str, dict[str, list[float | None]]]
     trainable_parameters: Natural
     stored_bytes: Natural

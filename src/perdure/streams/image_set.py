@@ -250,35 +250,18 @@ class Captioned(ImageSet):
     """Images, each with all of its captions; implements `perdure.types.Data`.
 
     Args:
-        source: where the images lie.
-        rows: which rows of `source`, int64 (n,).
-        labels: topics, int64 (n,).
+        images: labelled with their topics; what is decoded of them is kept.
         pairs: identity of each image, int64 (n,): the same wherever the same image occurs in a stream.
         texts: the captions of each image.
-        preprocess: what the backbone wants.
-        budget: shared among sets; one of its own when None.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        rows: Tensor,
-        labels: Tensor,
-        pairs: Tensor,
-        texts: Sequence[Sequence[str]],
-        preprocess: Preprocess,
-        budget: Budget | None = None,
-    ) -> None:
-        super().__init__(source, rows, labels, preprocess, budget)
-        self._describe(pairs, texts)
-
-    @classmethod
-    def around(cls, images: ImageSet, pairs: Tensor, texts: Sequence[Sequence[str]]) -> "Captioned":
-        """The images of `images`, with what is decoded of them, as captioned ones."""
-        made = cls.__new__(cls)
-        made.__dict__.update(images.__dict__)
-        made._describe(pairs, texts)
-        return made
+    def __init__(self, images: ImageSet, pairs: Tensor, texts: Sequence[Sequence[str]]) -> None:
+        self.__dict__.update(images.__dict__)
+        for name, values in (("pairs", pairs), ("texts", texts)):
+            if len(values) != len(images):
+                raise ValueError(f"{name}: got {len(values)} for {len(images)} images, expected one an image")
+        self.pairs = pairs
+        self.texts = [tuple(each) for each in texts]
 
     def __getitems__(self, positions: Sequence[int]) -> Batch:
         """`image` uint8 (B, 3, S, S), `label` int64 (B,), `pair` int64 (B,), and `text`, a list with a tuple an image.
@@ -299,15 +282,6 @@ class Captioned(ImageSet):
     def moved(self, pairs: int) -> Self:
         """As a part of a longer stream: identities raised by `pairs`."""
         return self._but(pairs=self.pairs + pairs)
-
-    def _describe(self, pairs: Tensor, texts: Sequence[Sequence[str]]) -> None:
-        for name, values in (("pairs", pairs), ("texts", texts)):
-            if len(values) != len(self.labels):
-                raise ValueError(f"{name}: got {len(values)} for {len(self.labels)} images, expected one an image")
-        self.pairs = pairs
-        """Identity of each image, int64 (n,)."""
-        self.texts = [tuple(each) for each in texts]
-        """The captions of each image."""
 
 
 def _threaded(work: Callable[[int], None], count: int) -> None:

@@ -48,12 +48,12 @@ class Stored:
         return _picture(self.column[self.row], self.column.file.parent, self.where)
 
 
-Picture = Path | bytes | Stored
+EncodedImage = Path | bytes | Stored
 """An encoded image: its file, its bytes, or where they are stored."""
 
 
 @dataclass(frozen=True)
-class Row:
+class QuestionRow:
     """One row of a file.
 
     Args:
@@ -78,7 +78,7 @@ class Row:
             raise ValueError(f"{self.where}: column {column!r} is {shortened(repr(value), 60)}; expected a text")
         return text
 
-    def image(self, *columns: str) -> Picture:
+    def image(self, *columns: str) -> EncodedImage:
         """The image in the first of these columns that is there.
 
         Raises:
@@ -119,7 +119,7 @@ def question_files(path: Path) -> list[Path]:
     raise ValueError(f"path={str(path)!r} holds no questions; expected a file that ends in {', '.join(ENDINGS)}")
 
 
-def read_rows(path: Path, images: Sequence[str], folder: Path | None = None) -> list[Row]:
+def read_rows(path: Path, images: Sequence[str], folder: Path | None = None) -> list[QuestionRow]:
     """The rows of the files that `path` means.
 
     Args:
@@ -136,7 +136,7 @@ def read_rows(path: Path, images: Sequence[str], folder: Path | None = None) -> 
     return rows if folder is None else [replace(row, folder=folder) for row in rows]
 
 
-def _rows(file: Path, images: Sequence[str]) -> Iterator[Row]:
+def _rows(file: Path, images: Sequence[str]) -> Iterator[QuestionRow]:
     if file.suffix == ".parquet":
         cells = _parquet(file, images)
     else:
@@ -144,7 +144,7 @@ def _rows(file: Path, images: Sequence[str]) -> Iterator[Row]:
         read = {".json": _json, ".jsonl": _json_lines}.get(file.suffix, _separated)
         cells = _with_repeated_images(read(file), images)
     for where, row in cells:
-        yield Row(f"{file}, {where}", row, file.parent)
+        yield QuestionRow(f"{file}, {where}", row, file.parent)
 
 
 def _json(file: Path) -> list[tuple[str, dict[str, Any]]]:

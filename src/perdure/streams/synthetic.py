@@ -117,7 +117,7 @@ def captions_synthetic(
         things = torch.stack([_picture(size, seed, f"thing {shown * per_task + i}") for i in range(count)])
         grain = _noise((count, 3, size, size), seed, f"{name} {shown}")
         images = ImageSet.of(_bytes(grain.mul_(noise).add_(things)), torch.full((count,), t), preprocess)
-        return Captioned.around(images, first + shown * count + torch.arange(count), lines[t * per_task :][:count])
+        return Captioned(images, first + shown * count + torch.arange(count), lines[t * per_task :][:count])
 
     def plan(preprocess: Preprocess, seed: int, measured: bool = False) -> Stream:
         made = []
