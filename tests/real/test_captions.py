@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from perdure.backbones.preprocess import Preprocess
-from perdure.backbones.texts import unpack_texts
 from perdure.streams import build_stream
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "flickr8k"
@@ -22,7 +21,7 @@ def test_flickr8k_has_five_english_captions_an_image_but_two_that_stand_twice() 
     assert stream.notes["remarks"] == ["2 captions stand twice at the same image: each text of an image counts once"]
     batch = stream.tasks[0].test.__getitems__(range(64))
     assert 60 < batch["image"].float().mean() < 190
-    assert all(len(line) > 3 and line.isascii() for line in unpack_texts(batch["text"].flatten(0, 1)))
+    assert all(len(line) > 3 and line.isascii() for line in [line for each in batch["text"] for line in each])
 
 
 @needs_data
@@ -32,7 +31,7 @@ def test_flickr8k_is_english_first_then_chinese() -> None:
     english, chinese = stream
     assert stream.notes["train_images"] == [2000, 2000]
     assert english.train.pairs.tolist() == chinese.train.pairs.tolist()
-    line = unpack_texts(chinese.train.texts[0])[0]
+    line = chinese.train.texts[0][0]
     assert any("\u4e00" <= letter <= "\u9fff" for letter in line)
 
 

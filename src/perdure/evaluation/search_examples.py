@@ -10,7 +10,6 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from perdure.backbones.texts import present, unpack_texts
 from perdure.core import checkpoint
 from perdure.core.learner import Core
 from perdure.storage import schema
@@ -85,8 +84,7 @@ def read_examples(out: Path) -> Searches:
 def _query(task: Task, number: int, of: int) -> dict[str, Any]:
     """A caption of the task's test images, the `number`-th of so many that are spread evenly over them."""
     batch = task.test.__getitems__([number * len(task.test) // of])
-    text = unpack_texts(batch["text"][0][present(batch["text"][0])][:1])[0]
-    return {"task": task.name, "text": text, "pair": int(batch["pair"][0])}
+    return {"task": task.name, "text": batch["text"][0][0], "pair": int(batch["pair"][0])}
 
 
 def _found(learner: Core, tasks: list[Task], texts: list[str]) -> list[list[int]]:

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from perdure.adapters.experts import Experts, Routes, routing
 from perdure.adapters.injection import Adapters, attach, overhear
 from perdure.backbones.base import OneTower, Tower, named_towers
-from perdure.backbones.texts import present, unpack_texts
 from perdure.core.learner import Core
 from perdure.core.method import parts_of
 from perdure.formatting import room_for
@@ -269,6 +268,6 @@ class MoEAdapters(PerTower[Mixture], name="moe_adapters"):
             lines, labels = learner.objective.texts(learner, {})
             return dict(zip(lines, labels.tolist(), strict=True))
         for batch in learner.batches(data, _CHUNK, order):
-            rows, places = present(batch["text"]).nonzero(as_tuple=True)
-            found |= zip(unpack_texts(batch["text"][rows, places]), batch["label"][rows].tolist(), strict=True)
+            for texts, label in zip(batch["text"], batch["label"].tolist(), strict=True):
+                found |= dict.fromkeys(texts, label)
         return found

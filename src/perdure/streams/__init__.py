@@ -17,7 +17,7 @@ from perdure.streams.image_set import Budget, Captioned, ImageSet
 from perdure.streams.karpathy import coco, flickr30k
 from perdure.streams.options import REGISTRY, Options, StreamPlan
 from perdure.streams.sequence import sequence
-from perdure.streams.single_task import alike, captioned_task, folder_task, given_captions, given_task
+from perdure.streams.single_task import captioned_task, folder_task, given_captions, given_task
 from perdure.streams.synthetic import captions_synthetic, synthetic
 from perdure.streams.tables import csv, parquet
 from perdure.types import Stream
@@ -29,7 +29,6 @@ __all__ = [
     "ImageSet",
     "Options",
     "StreamPlan",
-    "alike",
     "build_stream",
     "captioned_task",
     "folder_task",
