@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -16,9 +17,10 @@ from torch import Tensor
 from perdure.backbones.language import Language
 from perdure.backbones.mllm import mllm
 from perdure.core.learner import Core
+from perdure.core.method import METHODS as CATALOGUE
 from perdure.objectives.generate import Generate
 from perdure.streams import build_stream
-from perdure.training.config import make_method
+from perdure.training.config import make_method, register
 from perdure.training.loop import TrainConfig, fit_task
 from perdure.types import Batch, Task
 
@@ -217,3 +219,53 @@ def test_adapters_that_have_learnt_nothing_leave_logits_as_they_were(method: str
         before = learner.backbone(batch)
     learner.grow(setting.tasks[0])
     assert torch.equal(rows(learner, batch), before)
+
+
+PAGE = (Path(__file__).parents[2] / "docs" / "mllm.md").read_text(encoding="utf-8")
+REFUSED = re.findall(r"^\| `(.+)` \| (.+) \|$", PAGE.split("| refused | because |")[1].split("\n\n")[0], flags=re.M)
+
+
+@pytest.mark.parametrize(("method", "why"), REFUSED)
+def test_what_the_page_says_is_refused_is_refused_when_it_is_built(method: str, why: str, bench: Any) -> None:
+    setting = bench("llava")
+
+    def build() -> None:
+        learner = setting.learner(method)
+        learner.grow(setting.tasks[0])
+        learner.method.check(learner, setting.tasks[0])
+
+    with pytest.raises(ValueError, match=re.escape(why)):
+        build()
+
+
+def test_every_method_is_either_taught_here_or_refused_on_the_page() -> None:
+    named = {
+        name for spec in (*METHODS, *(method for method, _ in REFUSED)) for name in re.findall(r"[a-z_0-9]+", spec)
+    }
+    register()
+    ours = {name for name, method in CATALOGUE.items() if method.__module__.startswith("perdure.")}
+    assert ours - named == set()
+
+
+@pytest.mark.parametrize("guard", [each.split(" + ")[1] for each in METHODS if "+ " in each])
+def test_a_guard_changes_what_is_learnt(guard: str, bench: Any, plain: Tensor) -> None:
+    if guard.startswith(("gem", "agem")):
+        pytest.skip("changes a step only where it would do harm")
+    setting = bench("llava")
+    learner = taught(setting, f"{L} + {guard}")
+    assert not torch.equal(logits(learner, setting.tasks[0], 8), plain)
+
+
+def taught(setting: Bench, method: str) -> Core:
+    learner = setting.learner(method)
+    for task in setting.tasks:
+        learner.grow(task)
+        fit_task(learner, task, TRAIN)
+    return learner
+
+
+@pytest.fixture(scope="module")
+def plain(bench: Any) -> Tensor:
+    """What sequential LoRA makes of the first task in the end."""
+    setting = bench("llava")
+    return logits(taught(setting, L), setting.tasks[0], 8)

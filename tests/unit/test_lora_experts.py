@@ -82,6 +82,7 @@ def test_a_batch_of_all_tasks_and_of_strangers_is_answered_as_each_alone(experts
     assert [together[i] for i in (0, 2, 3, 4)] == ["no", "yes", "no", "yes"]
     assert together == [said(experts, [each])[0] for each in mixed]
     untouched = Core(tiny_mllm(), Generate(tokens=4), make_method("probe"), "domain")
+    untouched.grow(tasks()[0])
     assert said(untouched, [STRANGE]) == [together[1]]
 
 
@@ -117,8 +118,10 @@ def test_who_is_told_the_task_asks_its_expert_and_without_a_fallback_strangers_t
     ],
 )
 def test_what_would_have_no_effect_is_refused(method: str, why: str, lab: Any) -> None:
-    with pytest.raises(ValueError, match=why):
-        learner = lab.learner(method)
-        task = lab.stream().tasks[0]
+    def begin() -> None:
+        learner, task = lab.learner(method), lab.stream().tasks[0]
         learner.grow(task)
         learner.method.check(learner, task)
+
+    with pytest.raises(ValueError, match=why):
+        begin()

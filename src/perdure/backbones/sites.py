@@ -19,8 +19,8 @@ Tower = Literal[
     "projector+language",
     "vision+projector+language",
 ]
-"""One encoder, or `both` of a pair: `vision` and `text`. A multimodal language model has `language` and `projector`, and
-sums of these."""
+"""One encoder, or `both` of a pair: `vision` and `text`. A multimodal language model has `language`, `projector`
+and sums of these."""
 OneTower = Literal["vision", "text", "language", "projector"]
 
 # Word -> names, inside a block, of its linear layer in the model families we know: timm, HF vision and CLIP, OpenCLIP,

@@ -92,8 +92,8 @@ class PerTower(Method, Generic[P]):
         check_tower(learner, self, self.tower)
         if "conversations" in learner.objective.asks and self.treats != {"language"}:
             raise ValueError(
-                f"{self.name}(tower={self.tower!r}): in a language model each conversation is asked about, and of images "
-                "it may have many or none: write tower='language'"
+                f"{self.name}(tower={self.tower!r}): in a language model a conversation is asked about: its images are "
+                "many or none: write tower='language'"
             )
 
     @staticmethod
@@ -122,6 +122,8 @@ C = TypeVar("C", bound=PromptPool)
 
 class QueriedPrompts(PerTower[C]):
     """Base of methods whose prompts depend on the query; every image and text is asked about by itself."""
+
+    needs = ("classes", "captions")
 
     def precompute(self, learner: Core, batch: Batch) -> Batch:
         """The query of each image."""

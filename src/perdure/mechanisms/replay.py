@@ -251,8 +251,8 @@ class ExemplarBuffer(ReplayBuffer):
             )
         if self.chooses == "influence" and not learner.objective.one_row:
             raise ValueError(
-                "selection='influence' multiplies gradients of a head with those of a whole class, and a vocabulary's are "
-                "too large: write selection='el2n'"
+                "selection='influence' multiplies gradients of a head, which are too large where it "
+                "is a vocabulary: write selection='el2n'"
             )
 
     def remember(self, learner: Core, task: Task) -> None:
@@ -376,7 +376,7 @@ def last_layer(learner: Core, features: Tensor, labels: Tensor) -> tuple[Tensor,
 
 
 def _of_answers(learner: Core, data: Data) -> tuple[Tensor, Tensor]:
-    """Of each conversation the mean feature of its answer's tokens, (n, dim), and the mean length of their error, (n, 1)."""
+    """Of each conversation means over its answer's tokens: of features (n, dim), and of the error's length (n, 1)."""
     features, lengths = [], []
     with learner.inference():
         for batch in learner.batches(data, 64):

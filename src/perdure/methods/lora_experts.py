@@ -91,7 +91,7 @@ class LoRAExperts(Method, name="lora_experts"):
         """Refuse parts that bring examples of old tasks, whose experts are finished."""
         if others := [part.name for part in parts_of(learner.method) if part.rehearses]:
             raise ValueError(
-                f"{others[0]} has no effect beside lora_experts, whose experts learn from their own task alone: leave it out"
+                f"{others[0]} has no effect beside lora_experts, whose experts learn from their own task: leave it out"
             )
 
     def precompute(self, learner: Core, batch: Batch) -> Batch:

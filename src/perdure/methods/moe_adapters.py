@@ -154,7 +154,7 @@ class MoEAdapters(PerTower[Mixture], name="moe_adapters"):
                 own.open(self.freeze, learner.device)
 
     def precompute(self, learner: Core, batch: Batch) -> Batch:
-        """Features of the pre-trained model, for task identification, which is not asked in training, and of conversations too."""
+        """Features of the pre-trained model, to identify tasks; of conversations routers read them too, in training."""
         if "language" in self.treats:
             return {QUERY: conversation_query(learner, batch)}
         return {QUERY: query(learner, batch)} if "vision" in self.treats and not learner.training else {}
