@@ -33,7 +33,7 @@ def human_seconds(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 99.5 * 60 else f"{seconds / 3600:.1f} h"
 
 
-def share(value: Pair) -> str:
+def percent_with_spread(value: Pair) -> str:
     """(0.155, 0.021) -> '15.5 ±2.1'."""
     if value is None or value[0] is None:
         return "–"

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from perdure.cli.advise import text
+from perdure.cli.advise import advice_lines
 from perdure.options.spec import parse
 from perdure.reporting.advise import Advice, Constraints, advise, bytes_at, in_words, shipped
 from perdure.training.config import FORMER
@@ -188,7 +188,7 @@ def test_what_is_advised_is_written_as_it_is_run_today() -> None:
     assert not FORMER.keys() & {
         spec.name for each in shipped() for row in each["rows"] for spec in parse(row["method"])
     }
-    lines = text([], advise(shipped(), Constraints(scenario="class", old_data=False)), None)
+    lines = advice_lines([], advise(shipped(), Constraints(scenario="class", old_data=False)), None)
     assert any("align on pocket(layers=3)" in line for line in lines)
     commands = [line for line in lines if line.startswith("  perdure compare")]
     assert any(line.endswith("--backbone 'pocket(layers=3)' --methods align --out runs/again") for line in commands)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from perdure.backbones import pretrained
 from perdure.backbones.base import Backbone, Tower
-from perdure.backbones.open_clip_attention import Attention, unpack
+from perdure.backbones.open_clip_attention import Attention, split_attention
 from perdure.backbones.preprocess import Interpolation, Preprocess
 from perdure.options.ranges import Count, checked
 from perdure.options.spec import Spec
@@ -46,7 +46,7 @@ def open_clip(
         ValueError: when the library is missing, there is no such model or file, or the weights do not fit.
     """
     pretrained.check_norm(input_norm)
-    source = locate(name, checkpoint)
+    source = locate_model(name, checkpoint)
     options = {"name": source.name}
     if checkpoint is not None:
         options["checkpoint"] = str(source.weights)
@@ -72,7 +72,7 @@ class OpenClip(Backbone):
 
     def __init__(self, model: Any, tokenizer: Any, preprocess: Preprocess, spec: str) -> None:
         super().__init__()
-        unpack(model)
+        split_attention(model)
         self.model: Any = pretrained.frozen(model)
         self.tokenizer = tokenizer
         self.preprocess = preprocess
@@ -185,7 +185,7 @@ class ModelSource:
         return deepcopy(dict(self.facts.get("model_cfg", self.facts)))
 
 
-def locate(name: str, checkpoint: str | None = None) -> ModelSource:
+def locate_model(name: str, checkpoint: str | None = None) -> ModelSource:
     """Where a model's config and weights are; arguments and errors as of `open_clip`."""
     library = _library()
     given = None
@@ -219,7 +219,7 @@ def _library() -> Any:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    facts = schema.read(file, dict[str, Any], "get it again")
+    facts = schema.read_typed(file, dict[str, Any], "get it again")
     model = facts.get("model_cfg", facts)
     if not isinstance(model, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= set(model):
         raise ValueError(f"{str(file)!r} describes no model of OpenCLIP: it needs embed_dim, vision_cfg and text_cfg")

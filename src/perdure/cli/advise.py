@@ -10,7 +10,7 @@ from typing import Annotated
 import tyro
 
 from perdure.cli.console import Command, Screen
-from perdure.formatting import human_bytes, share
+from perdure.formatting import human_bytes, percent_with_spread
 from perdure.reporting.advise import Advice, Constraints, RankedMethod, advise, in_words, named, shipped
 
 _MOST = 12  # methods shown of one setting
@@ -34,10 +34,10 @@ class Advise(Constraints, Command):
         answers = advise(read([self.from_]), asked)
         said, folder = in_words(asked), None if self.from_ is None else str(self.from_)
         content = {"event": "advice", "asked": said, "from": folder, "answers": [asdict(a) for a in answers]}
-        screen.result(content, *text(said, answers, folder))
+        screen.result(content, *advice_lines(said, answers, folder))
 
 
-def text(asked: Sequence[str], answers: Sequence[Advice], folder: str | None) -> list[str]:
+def advice_lines(asked: Sequence[str], answers: Sequence[Advice], folder: str | None) -> list[str]:
     """The answer for people, line by line."""
     lines = [f"asked: {', '.join(asked)}"]
     if not answers:
@@ -85,5 +85,5 @@ def _cells(choice: RankedMethod) -> tuple[str, ...]:
     sign = {"extrapolated": "~", "at most": "≤"}.get(choice.stored, "")
     stored = "?" if choice.stored_bytes is None else f"{sign}{human_bytes(choice.stored_bytes)}"
     step = {"none": "none", "unknown": "?"}.get(choice.steps) or f"{choice.step:.2f}"
-    shares = map(share, (choice.share, choice.new_task_acc, choice.forgetting))
+    shares = map(percent_with_spread, (choice.share, choice.new_task_acc, choice.forgetting))
     return f"{choice.place}{'=' if choice.tied else ' '}", *shares, stored, step, named(vars(choice))

@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.cells import cell_len
 
-from perdure.formatting import RARE, human_bytes, number, printable, share, shortened, times
+from perdure.formatting import RARE, human_bytes, number, percent_with_spread, printable, shortened, times
 
 COLUMNS = {
     "acc": "accuracy",
@@ -42,7 +42,7 @@ def comparison(rows: Sequence[dict[str, Any]], width: int) -> list[str]:
     names = named(any(row.get("unparsable") for row in rows))
     names = {"acc": names.pop("acc"), "aaa": "average", "new_task_acc": "new task", **names}
     columns = {
-        title: [share(row.get(key)) for row in rows]
+        title: [percent_with_spread(row.get(key)) for row in rows]
         for key, title in names.items()
         if key not in RARE or any(row.get(key) for row in rows)
     }

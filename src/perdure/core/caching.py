@@ -125,7 +125,6 @@ class Cache:
         with torch.no_grad():
             if like is None:
                 return batch | self._facts(batch)
-            batch = learner.backbone.prepare(batch)
             if FEATURES in like:
                 batch = batch | {FEATURES: learner.encode(batch)}
             if LOWER_BLOCKS in like.keys() - batch.keys():

@@ -32,7 +32,7 @@ def before(learner: Core, stream: Stream, out: Path) -> None:
         out: the run's folder.
     """
     if isinstance(learner.objective, Generate):
-        _write(out, _noted(learner, stream, {"questions": [], "pictures": {}}, "before"))  # type: ignore[typeddict-item]
+        _write(out, _noted(learner, stream, {"questions": [], "pictures": {}}, "before"))
 
 
 def learnt(learner: Core, task: Task, out: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from perdure.backbones.texts import present, unpack
+from perdure.backbones.texts import present, unpack_texts
 from perdure.core.learner import Core
 from perdure.evaluation.zero_shot_retention import kept_of
 from perdure.options.spec import build, parse_one
@@ -111,7 +111,7 @@ class _Described:
             Conversation(
                 messages([("user", (None, _DESCRIBE))]),
                 (Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy()),),
-                unpack(texts[present(texts)]),
+                unpack_texts(texts[present(texts)]),
             )
             for image, texts in zip(batch["image"], batch["text"], strict=True)
         ]

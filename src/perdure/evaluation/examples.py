@@ -22,7 +22,7 @@ def read_examples(out: Path) -> Examples:
         Damaged: when it is not what was written.
     """
     dated = "format" in checkpoint.read_record(out)
-    found = schema.read(out / EXAMPLES, Examples, "restore it, or remove it: only the report shows it", dated)
+    found = schema.read_typed(out / EXAMPLES, Examples, "restore it, or remove it: only the report shows it", dated)
     shown = [name for question in found.get("questions", ()) for name in question["pictures"]]
     if found["pictures"]:  # those of searches come last
         for query in found.get("queries", ()):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from perdure.backbones.texts import present, unpack
+from perdure.backbones.texts import present, unpack_texts
 from perdure.core import checkpoint
 from perdure.core.learner import Core
 from perdure.evaluation.examples import EXAMPLES, encoded, read_examples
@@ -64,7 +64,7 @@ def after(learner: Core, stream: Stream, out: Path) -> None:
 def _query(task: Task, number: int, of: int) -> dict[str, Any]:
     """A caption of the task's test images, the `number`-th of so many that are spread evenly over them."""
     batch = task.test.__getitems__([number * len(task.test) // of])
-    text = unpack(batch["text"][0][present(batch["text"][0])][:1])[0]
+    text = unpack_texts(batch["text"][0][present(batch["text"][0])][:1])[0]
     return {"task": task.name, "text": text, "pair": int(batch["pair"][0])}
 
 

@@ -43,6 +43,7 @@ class Generate(Objective, name="generate"):
     towers = frozenset({"vision", "projector", "language"})
     outputs = ()  # a vocabulary's logits of every token are too many to keep
     open_vocabulary = True
+    one_row = False
     vectorised = False  # rows are picked by where answers stand
 
     @checked

@@ -17,7 +17,7 @@ from perdure.formatting import RARE
 from perdure.options.spec import parse
 from perdure.reporting.figures import Series
 from perdure.storage import schema
-from perdure.storage.schema import Damaged, Line, Record, Steps, Summary, TaskFacts
+from perdure.storage.schema import Damaged, Line, RunRecord, Steps, Summary, TaskFacts
 from perdure.training.summary import (
     SUMMARY,
     contradicts,
@@ -46,7 +46,7 @@ class RunResults:
     """What a run's folder says; what is missing so far is empty."""
 
     folder: Path
-    facts: Record
+    facts: RunRecord
     """run.json, with the tasks that a learner was taught"""
     summary: Summary
     """summary.json, or what it should say"""
@@ -248,7 +248,7 @@ def steps_of(folder: Path) -> Steps:
     path = folder / STEPS
     if not path.is_file():
         return {"options": {}, "methods": {}}
-    return schema.read(path, Steps, "remove it, the grid's command measures it anew")
+    return schema.read_typed(path, Steps, "remove it, the grid's command measures it anew")
 
 
 def _settings(run: RunResults) -> dict[str, Any]:
@@ -312,7 +312,7 @@ def _tell_other_results(folder: Path, rows: Sequence[Row], note: Callable[[str],
         )
 
 
-def _rows(path: Path, facts: Record) -> Iterable[Row]:
+def _rows(path: Path, facts: RunRecord) -> Iterable[Row]:
     if not path.exists():
         return
     lines = path.read_bytes().split(b"\n")
@@ -322,7 +322,7 @@ def _rows(path: Path, facts: Record) -> Iterable[Row]:
         if not line.strip():
             continue
         remedy = "remove the line, or resume the run from its last task"
-        found = schema.parse(line, Line, f"{path}, line {number},", remedy)
+        found = schema.parse_typed(line, Line, f"{path}, line {number},", remedy)
         if max(found["after"], found["on"] or 0) >= most:
             raise Damaged(f"{path}, line {number}, is damaged: no task has such a number; {remedy}")
         value = _number(found["value"])

@@ -61,7 +61,7 @@ class Conversation(Mapping[str, Any]):
 
     def __post_init__(self) -> None:
         turns = [(each["role"], tuple(part.get("text") for part in each["content"])) for each in self.messages]
-        check(turns, len(self.images))
+        check_turns(turns, len(self.images))
 
     def __getitem__(self, name: str) -> Any:
         if name not in self.__dataclass_fields__:
@@ -99,7 +99,7 @@ class Conversation(Mapping[str, Any]):
         return Reference(self.answers, options, self.question, image, self.kind, tuple(self.categories))
 
 
-def check(turns: Sequence[Turn], images: int) -> None:
+def check_turns(turns: Sequence[Turn], images: int) -> None:
     """Raise a ValueError unless what stands before an answer can be: the order of turns, and the number of images."""
     spoken = [role for role, _ in turns[1 if turns and turns[0][0] == "system" else 0 :]]
     for number, role in enumerate(spoken):

@@ -253,7 +253,7 @@ class Captioned(ImageSet):
     Args:
         images: labelled with their topics; what is decoded of them is kept.
         pairs: identity of each image, int64 (n,): the same wherever the same image occurs in a stream.
-        texts: captions, uint8 (n, K, N) as `perdure.backbones.texts.pack` writes them; missing ones are zero.
+        texts: captions, uint8 (n, K, N) as `perdure.backbones.texts.pack_texts` writes them; missing ones are zero.
     """
 
     def __init__(self, images: ImageSet, pairs: Tensor, texts: Tensor) -> None:

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from perdure.backbones.preprocess import begins_like_an_image
 from perdure.formatting import meant, room_for, shortened
-from perdure.storage.schema import plain
+from perdure.storage.schema import decode_json
 from perdure.streams.sources import check_path
 from perdure.streams.tables import read_schema
 
@@ -148,7 +148,7 @@ def _rows(file: Path, images: Sequence[str]) -> Iterator[QuestionRow]:
 
 
 def _json(file: Path) -> list[tuple[str, dict[str, Any]]]:
-    content = plain(file.read_bytes(), str(file), "expected a list of questions")
+    content = decode_json(file.read_bytes(), str(file), "expected a list of questions")
     if not isinstance(content, list):
         raise ValueError(f"{file}: expected a list of questions, got {shortened(repr(content), 60)}")
     return [(f"row {i}", _record(row, f"{file}, row {i}")) for i, row in enumerate(content)]
@@ -157,7 +157,7 @@ def _json(file: Path) -> list[tuple[str, dict[str, Any]]]:
 def _json_lines(file: Path) -> list[tuple[str, dict[str, Any]]]:
     lines = [(f"line {n}", line) for n, line in enumerate(file.read_bytes().split(b"\n"), 1) if line.strip()]
     remedy = "write one object a line"
-    return [(n, _record(plain(line, f"{file}, {n}", remedy), f"{file}, {n}")) for n, line in lines]
+    return [(n, _record(decode_json(line, f"{file}, {n}", remedy), f"{file}, {n}")) for n, line in lines]
 
 
 def _record(row: Any, where: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from perdure.backbones.preprocess import Preprocess
-from perdure.backbones.texts import pack
+from perdure.backbones.texts import pack_texts
 from perdure.streams.captions import captioned_data, read_tables
 from perdure.streams.folders import Asker, read_folders, told_left_out
 from perdure.streams.image_set import Captioned, ImageSet
@@ -207,7 +207,7 @@ def given_captions(
         str(Path(image).expanduser().resolve()) if isinstance(image, str | Path) else f"given {index} {row}"
         for row, image in enumerate(images)
     ]
-    train = Captioned(shown, _identities(names), pack(texts))
+    train = Captioned(shown, _identities(names), pack_texts(texts))
     return _placed(f"captions {index + 1}", [train], known, index)
 
 
@@ -258,7 +258,7 @@ def _captioned(part: CaptionedPart, preprocess: Preprocess) -> Captioned:
     rows = torch.tensor(part.rows, dtype=torch.int64)
     images = ImageSet(part.source, rows, torch.zeros_like(rows), preprocess)
     pairs = _identities([part.source.where(row) for row in part.rows])
-    return Captioned(images, pairs, pack([texts for texts, *_ in part.captions]))
+    return Captioned(images, pairs, pack_texts([texts for texts, *_ in part.captions]))
 
 
 def _placed(name: str, sets: Sequence[Captioned], known: Mapping[str, int], index: int) -> Task:

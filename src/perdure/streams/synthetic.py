@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from perdure.backbones.preprocess import Preprocess
-from perdure.backbones.texts import pack
+from perdure.backbones.texts import pack_texts
 from perdure.formatting import human_bytes
 from perdure.options.ranges import Count, Range, checked
 from perdure.streams.image_set import Captioned, ImageSet
@@ -112,7 +112,7 @@ def captions_synthetic(
         [phrase.format(_word(i), f"{kind} {i // per_task}") for phrase in _PHRASES[:captions]]
         for i in range(tasks * per_task)
     ]
-    texts = pack(lines)
+    texts = pack_texts(lines)
 
     def part(t: int, name: str, count: int, first: int, preprocess: Preprocess, seed: int) -> Captioned:
         shown = 0 if same else t

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from perdure.backbones import BACKBONES, Backbone
 from perdure.backbones.preprocess import Preprocess
-from perdure.backbones.texts import pack, present
+from perdure.backbones.texts import pack_texts, present
 from perdure.options.spec import build, parse_one
 from perdure.streams.image_set import Budget, Captioned, ImageSet
 from perdure.streams.options import CaptionOptions
@@ -184,7 +184,7 @@ def _tasks(sides: list[_Side], wanted: Sequence[tuple[str, int, int]], options: 
     positions = [side.of(topic) for _, _, topic in wanted for side in sides]
     columns = [(side.part.captions, column) for _, column, _ in wanted for side in sides]
     lines = [of[i][column][: options.texts] for (of, column), at in zip(columns, positions, strict=True) for i in at]
-    parts = iter(zip(positions, torch.split(pack(lines), list(map(len, positions))), strict=True))
+    parts = iter(zip(positions, torch.split(pack_texts(lines), list(map(len, positions))), strict=True))
     shared: dict[str, ImageSet] = {}
     languages = len({column for _, column, _ in wanted}) > 1
     for t, (name, _, _) in enumerate(wanted):

@@ -18,7 +18,7 @@ from perdure.core.learner import Core
 from perdure.evaluation.held_out import HeldOut
 from perdure.options.paths import Relocation, moved
 from perdure.storage import schema
-from perdure.storage.schema import Damaged, Moves, Record
+from perdure.storage.schema import Damaged, Moves, RunRecord
 from perdure.training.config import RunConfig
 from perdure.training.loop import Progress
 from perdure.training.runtime import Runtime, check_device
@@ -67,7 +67,7 @@ def write_record(out: Path, content: dict[str, Any]) -> None:
     checkpoint.write_sealed(out / "run.json", content)
 
 
-def recorded_config(out: Path, written: Record) -> RunConfig:
+def recorded_config(out: Path, written: RunRecord) -> RunConfig:
     """The configuration in the record of the run in `out`; fields of other versions are left out.
 
     Raises:
@@ -86,7 +86,7 @@ def recorded_config(out: Path, written: Record) -> RunConfig:
         raise Damaged(f"{out / 'run.json'} is damaged: {schema.said(error, 'config')}; restore it") from error
 
 
-def recorded_runtime(out: Path, written: Record, device: str | None = None) -> Runtime:
+def recorded_runtime(out: Path, written: RunRecord, device: str | None = None) -> Runtime:
     """How the run in `out` computes.
 
     Raises:
@@ -116,7 +116,7 @@ def recorded_moves(out: Path) -> list[Relocation]:
     path = out / _MOVED
     if not path.is_file():
         return []
-    found = schema.read(path, Moves, "restore it, or remove it and move again", must_be_sealed=True)["moved"]
+    found = schema.read_typed(path, Moves, "restore it, or remove it and move again", must_be_sealed=True)["moved"]
     return [(str(old), str(new)) for old, new in found]
 
 

@@ -201,7 +201,7 @@ def read_summary(out: Path, must_be_sealed: bool | None = None) -> Summary:
     if must_be_sealed is None:
         must_be_sealed = "format" in checkpoint.read_record(out)
     remedy = f"restore it, or remove it and 'perdure resume {out}' writes it anew"
-    found = schema.read(path, Summary, remedy, must_be_sealed)
+    found = schema.read_typed(path, Summary, remedy, must_be_sealed)
     matrix = found.get("matrix", [])
     if any(len(row) != len(matrix) for row in matrix):
         raise Damaged(f"{path} is damaged: 'matrix' is not square; {remedy}")
