@@ -122,6 +122,7 @@ def test_a_stopped_run_measures_the_same(data: Path, taught: Path, tmp_path: Pat
         run(config_of(data), tmp_path / "broken", Breaks())
     resume(tmp_path / "broken")
     assert content_of(tmp_path / "broken") == content_of(taught)
+    assert (tmp_path / "broken" / "examples.json").read_text() == (taught / "examples.json").read_text()
 
 
 def test_what_is_kept_is_told_for_each_number() -> None:
@@ -217,3 +218,31 @@ def test_strict_and_lenient_stand_side_by_side_on_the_console_in_tables_and_in_t
     assert "Lenient score on each task, after each task" in page
     assert ", lenient" in page
     assert "Answers to questions that were never taught" in page
+
+
+def test_ten_questions_a_task_are_answered_before_once_learnt_and_in_the_end(data: Path, taught: Path) -> None:
+    noted = json.loads((taught / "examples.json").read_text())
+    tests = [len(task.test) for task in build_stream(config_of(data).stream, tiny_mllm().preprocess, 0)]
+    for index, count in enumerate(tests):
+        mine = [each for each in noted["questions"] if each["task"] == index]
+        assert len(mine) == min(10, count)
+        for each in mine:
+            assert set(each["said"]) == {"before", "learnt", "end"}
+            assert all((when in each["right"]) == (each["said"][when] == each["truth"][0]) for when in each["said"])
+            assert noted["pictures"][each["pictures"][0]].startswith("/9j/")  # a JPEG
+    last = [each for each in noted["questions"] if each["task"] == 1]
+    assert all(each["said"]["learnt"] == each["said"]["end"] for each in last)
+    assert any(each["said"]["before"] != each["said"]["end"] for each in noted["questions"])
+
+
+def test_the_report_shows_what_was_said_as_text(data: Path, tmp_path: Path) -> None:
+    file = tmp_path / "x.jsonl"
+    rows = [{"image": str(data / f"colour{i}.png"), "question": "<b>&amp; which?", "answer": "<i>"} for i in range(6)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = config_of(data, stream=f"conversations(path={str(file)!r})", method="probe", retain=())
+    run(config, tmp_path / "run")
+    page = write_report([tmp_path / "run"], tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "&lt;b&gt;&amp;amp; which?" in page
+    assert "<b>&amp;" not in page
+    assert 'src="data:image/jpeg;base64,/9j/' in page
+    assert "What was answered before and after" in page

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from perdure.core.learner import Core
 from perdure.core.method import Method, predicts
-from perdure.evaluation import search_examples as examples
+from perdure.evaluation import answer_examples, search_examples
 from perdure.evaluation.feature_drift import Drift
 from perdure.evaluation.held_out import HeldOut
 from perdure.types import Data, Row, Stream, Task
@@ -59,12 +59,14 @@ class Evaluation:
         for later in tests[len(seen) :]:
             rows += self._beside(learner, task.index, seen, later)
         rows += self.retention.measure(learner, task.index)
+        answer_examples.learnt(learner, task, self.out)
         rows += [Row(task.index, None, k, float(v)) for k, v in learner.method.measures(learner).items()]
         return rows + self.drift.measure(learner, task, seen)
 
     def end(self, learner: Core) -> None:
         """Examples of what is found now, once all is learnt."""
-        examples.after(learner, self.stream, self.out)
+        for kind in (search_examples, answer_examples):
+            kind.after(learner, self.stream, self.out)
 
     @property
     def _square(self) -> bool:
@@ -86,7 +88,8 @@ class Evaluation:
                 untaught.grow(each)
                 if len(each.test):
                     rows += self._beside(untaught, -1, self._seen(each.index - 1), each)
-        examples.before(untaught, self.stream, self.out)
+        for kind in (search_examples, answer_examples):
+            kind.before(untaught, self.stream, self.out)
         return rows + self.retention.measure(untaught, -1)
 
     @classmethod

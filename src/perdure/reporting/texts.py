@@ -5,7 +5,7 @@ from typing import Any
 
 from perdure import metrics
 from perdure.evaluation.answer_retention import answered, share_or_points
-from perdure.evaluation.search_examples import EXAMPLES, read_examples
+from perdure.evaluation.examples import EXAMPLES, read_examples
 from perdure.evaluation.zero_shot_retention import kept
 from perdure.metrics import CUTS
 from perdure.reporting.charts import percent
@@ -22,6 +22,7 @@ def view(run: RunResults) -> dict[str, Any]:
         "zero_shot": _zero_shot(run),
         "answers": _answers(run),
         "searches": _searches(run),
+        "asked": _asked(run),
     }
 
 
@@ -135,6 +136,28 @@ def _searches(run: RunResults) -> list[dict[str, Any]]:
                 for when, found in (("before", query["before"]), ("after", query.get("after", [])))
             ],
         }
-        for query in noted["queries"]
+        for query in noted.get("queries", ())
         if pictures
     ]
+
+
+_WHEN = {"before": "before", "learnt": "once learnt", "end": "in the end"}
+
+
+def _asked(run: RunResults) -> list[tuple[str, list[dict[str, Any]]]]:
+    """For each task some of its questions, with what was answered when, and whether that was right."""
+    if not (run.folder / EXAMPLES).is_file():
+        return []
+    noted, names = read_examples(run.folder), run.names()
+    found: dict[str, list[dict[str, Any]]] = {}
+    for each in noted.get("questions", ()):
+        name = names[each["task"]] if each["task"] < len(names) else f"task {each['task'] + 1}"
+        found.setdefault(f"{each['task'] + 1} {name}", []).append(
+            {
+                "question": each["question"],
+                "truth": " | ".join(each["truth"]),
+                "pictures": [noted["pictures"][picture] for picture in each["pictures"]],
+                "said": [(_WHEN[w], each["said"][w], w in each["right"]) for w in _WHEN if w in each["said"]],
+            }
+        )
+    return list(found.items())

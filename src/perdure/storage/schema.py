@@ -203,10 +203,22 @@ class Query(TypedDict):
     after: NotRequired[list[int]]
 
 
-class Searches(TypedDict):
-    """examples.json: queries, and PNGs in base64 by identity."""
+class AskedQuestion(TypedDict):
+    """A test question of a task, and what was said `before` the stream, once `learnt`, and in the `end`."""
 
-    queries: list[Query]
+    task: TaskNumber
+    question: str
+    truth: list[str]
+    pictures: list[str]
+    said: dict[str, str]
+    right: list[str]
+
+
+class Examples(TypedDict):
+    """examples.json: what was searched for or asked, and pictures in base64 by name."""
+
+    queries: NotRequired[list[Query]]
+    questions: NotRequired[list[AskedQuestion]]
     searched: NotRequired[list[TaskNumber]]
     pictures: dict[str, str]
     learnt: NotRequired[TaskNumber]
