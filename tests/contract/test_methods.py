@@ -260,7 +260,7 @@ def test_growing_changes_no_feature_and_no_old_score_yet(spec: str, where: Any, 
 CONCLUDES = {
     "align": "after every task all heads are fitted again",
     "weight_average": "That is what is evaluated and saved",
-    "moe_adapters": "When an image comes, nobody tells its task: a gateway asks which task knows such images.",
+    "moe_adapters": "When an image comes, nobody tells its task: task identification asks which",
     "distil=": "a new direction that former ones explain up to this share of its squared norm is given up",
 }
 

@@ -314,21 +314,10 @@ def test_names_are_cut_by_the_columns_they_take(capsys: pytest.CaptureFixture[st
 
 
 def test_numbers_read_well() -> None:
-    assert [human_seconds(s) for s in (0.04, 2.34, 9.97, 99, 754, 9000)] == [
-        "0.0 s",
-        "2.3 s",
-        "10 s",
-        "99 s",
-        "13 min",
-        "2.5 h",
-    ]
-    assert [human_bytes(b) for b in (12, 1536, 2.5e6, 3e9, 4e12)] == [
-        "12 B",
-        "1.5 kB",
-        "2.5 MB",
-        "3.0 GB",
-        "4,000.0 GB",
-    ]
+    seconds = ", ".join(human_seconds(s) for s in (0.04, 2.34, 9.97, 99, 754, 9000))
+    assert seconds == "0.0 s, 2.3 s, 10 s, 99 s, 13 min, 2.5 h"
+    counts = "; ".join(human_bytes(b) for b in (12, 1536, 2.5e6, 3e9, 4e12))
+    assert counts == "12 B; 1.5 kB; 2.5 MB; 3.0 GB; 4,000.0 GB"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from perdure.backbones.texts import pack, unpack
+from perdure.backbones.texts import pack_texts, unpack_texts
 from perdure.core.objective import Competitors
-from perdure.mechanisms.subspace import second_moments
+from perdure.mechanisms.moments import second_moments
 from perdure.objectives.retrieve import Retrieve, _Gallery, embedded
 from perdure.training.config import make_method
 from perdure.training.run import run
@@ -56,7 +56,7 @@ def test_a_step_shows_one_caption_of_each_image_and_another_one_later(bench: Any
         learner.step = step
         rows, places = learner.objective.chosen(batch)
         assert rows.tolist() == list(range(8))
-        assert all(unpack(batch["text"][rows, places]))
+        assert all(unpack_texts(batch["text"][rows, places]))
         again = learner.objective.chosen(batch)
         assert torch.equal(places, again[1])
         shown.append(tuple(places.tolist()))
@@ -67,16 +67,16 @@ def test_a_step_shows_one_caption_of_each_image_and_another_one_later(bench: Any
 def test_missing_captions_are_never_shown_and_all_can_be(bench: Any) -> None:
     learner, stream = bench.learner("probe"), bench.stream()
     learner.grow(stream.tasks[0])
-    texts = pack([["one"], ["two", "three", "four"]])
+    texts = pack_texts([["one"], ["two", "three", "four"]])
     batch = {"text": texts}
     for step in range(8):
         learner.step = step
         rows, places = learner.objective.chosen(batch)
         assert rows.tolist() == [0, 1]
-        assert all(unpack(texts[rows, places]))
+        assert all(unpack_texts(texts[rows, places]))
     learner.objective.captions = None
     rows, places = learner.objective.chosen(batch)
-    assert unpack(texts[rows, places]) == ["one", "two", "three", "four"]
+    assert unpack_texts(texts[rows, places]) == ["one", "two", "three", "four"]
 
 
 def test_recorded_captions_equal_encoded_ones_and_are_recorded_only_where_the_text_tower_is_constant(
@@ -147,7 +147,7 @@ def test_importance_of_pairs_is_that_of_a_loop(method: str, bench: Any) -> None:
                 total[name] += p.grad.square() if method == "ewc" else p.grad.abs()
     every = sum(value.sum() for value in total.values()) / sum(value.numel() for value in total.values())
     for name, value in total.items():
-        torch.testing.assert_close(part.springs.weights[name], value / every, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(part.quadratic_penalty.weights[name], value / every, rtol=1e-3, atol=1e-5)
     assert any("text" in name and value.any() for name, value in total.items())
 
 
@@ -219,7 +219,9 @@ def test_moments_of_the_text_tower_leave_padding_out(bench: Any) -> None:
     short, long = "a dog", "a very long caption of a dog"
 
     def moments(texts: list[str]) -> torch.Tensor:
-        return second_moments(lambda _: backbone.encode_text(texts), layer, [{}], lambda: backbone.text_mask)["layer"]
+        return second_moments(lambda _: backbone.encode_text(texts), layer, [{}], lambda _: backbone.token_groups(""))[
+            "layer"
+        ]
 
     together = moments([short, long])
     counts = torch.tensor([len(short), len(long)], dtype=torch.float64)

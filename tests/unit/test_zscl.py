@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from perdure.backbones.texts import pack
+from perdure.backbones.texts import pack_texts
 from perdure.backbones.tiny import tiny
 from perdure.core.learner import Core
 from perdure.mechanisms.distillation import distillation
@@ -54,7 +54,7 @@ def test_the_penalty_is_the_divergence_from_the_pretrained_model_both_ways(lab: 
     scale = untaught.logit_scale
     with torch.no_grad():
         teacher = scale * cosines(untaught(batch), untaught.encode_text(lines))
-        student = scale * cosines(learner.encode(batch), learner.embed(pack([lines])[0]))
+        student = scale * cosines(learner.encode(batch), learner.embed(pack_texts([lines])[0]))
     expected = 3 * distillation(teacher, student, 4.0) + 5 * distillation(teacher.T, student.T, 4.0)
     assert expected > 1e-2
     torch.testing.assert_close(penalty(learner, part, batch), expected)

@@ -11,7 +11,7 @@ import torch
 from perdure.api.given import check_first
 from perdure.api.learner import OPEN, Learner
 from perdure.backbones.preprocess import skippable
-from perdure.backbones.texts import unpack
+from perdure.backbones.texts import unpack_texts
 from perdure.core import checkpoint
 from perdure.core.checkpoint import Checkpoint, read_record
 from perdure.options.paths import anchored, relocated
@@ -267,7 +267,7 @@ def _content(task: Task) -> str:
         return ""
     names = dict(zip(task.classes, task.names, strict=True))
     if isinstance(data, Captioned):
-        said = ["\n".join(unpack(each)) for each in data.texts]
+        said = ["\n".join(unpack_texts(each)) for each in data.texts]
     else:
         said = [names[label] for label in data.labels.tolist()]
     return digest(sorted(f"{image} {text}" for image, text in zip(data.hashes().tolist(), said, strict=True)))
@@ -281,7 +281,7 @@ def _digest(data: Data) -> str:
         return ""
     keys = [data.source.key(row) for row in data.rows.tolist()]
     return digest(
-        [*keys, *(line for each in data.texts for line in unpack(each))] if isinstance(data, Captioned) else keys
+        [*keys, *(line for each in data.texts for line in unpack_texts(each))] if isinstance(data, Captioned) else keys
     )
 
 
@@ -319,7 +319,7 @@ def _begun(into: Path, done: Sequence[Checkpoint]) -> LessonSource | None:
     if not path.is_file():
         return None
     remedy = f"restore it, or remove {path.parent} to give this task up"
-    return schema.read(path, LessonSource, remedy, "format" in read_record(into))
+    return schema.read_typed(path, LessonSource, remedy, "format" in read_record(into))
 
 
 def _refuse_other_task(into: Path, done: Sequence[Checkpoint], source: LessonSource) -> None:

@@ -338,7 +338,7 @@ class Learner(Core):
                 raise ValueError(f"{folder} holds another learner; save to a new folder")
             done = checkpoint.whole(folder)
             before = done[-1].learnt if done else 0
-            if not (done and checkpoint.holds(done[-1], now)):
+            if not (done and checkpoint.matches(done[-1], now)):
                 if before >= now.learnt or (done and done[-1].tasks != now.tasks[:before]):
                     raise ValueError(f"{folder} has learnt something else since; save to a new folder")
                 gap = {"alone": True} if before < now.learnt - 1 else {}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 
-def pack(texts: Sequence[Sequence[str]]) -> Tensor:
+def pack_texts(texts: Sequence[Sequence[str]]) -> Tensor:
     """Texts of each example as uint8 (n, most texts, most bytes); what is missing is zero.
 
     Raises:
@@ -26,8 +26,8 @@ def pack(texts: Sequence[Sequence[str]]) -> Tensor:
     return torch.from_numpy(packed)
 
 
-def unpack(packed: Tensor) -> list[str]:
-    """Texts of uint8 (n, most bytes), as `pack` wrote them; an empty one where nothing stands."""
+def unpack_texts(packed: Tensor) -> list[str]:
+    """Texts of uint8 (n, most bytes), as `pack_texts` wrote them; an empty one where nothing stands."""
     return [bytes(row).rstrip(b"\0").decode() for row in packed.cpu().numpy()]
 
 

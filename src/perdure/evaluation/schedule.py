@@ -9,7 +9,7 @@ from perdure.core.learner import Core
 from perdure.core.method import Method, predicts
 from perdure.evaluation import search_examples as examples
 from perdure.evaluation.feature_drift import Drift
-from perdure.evaluation.zero_shot_retention import Retention
+from perdure.evaluation.held_out import HeldOut
 from perdure.types import Data, Row, Stream, Task
 
 
@@ -25,7 +25,7 @@ class Evaluation:
     """
 
     def __init__(
-        self, stream: Stream, retention: Retention, drift: Drift, out: Path, note: Callable[[str], None]
+        self, stream: Stream, retention: HeldOut, drift: Drift, out: Path, note: Callable[[str], None]
     ) -> None:
         self.stream, self.retention, self.drift, self.out, self.note = stream, retention, drift, out, note
         self._kept: dict[int, Data] = {}  # features of test sets, by task, while nothing moves them

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from perdure.backbones.texts import present, unpack
+from perdure.backbones.texts import present, unpack_texts
 from perdure.core import checkpoint
 from perdure.core.learner import Core
 from perdure.storage import schema
@@ -72,7 +72,7 @@ def read_examples(out: Path) -> Searches:
         Damaged: when it is not what was written.
     """
     dated = "format" in checkpoint.read_record(out)
-    found = schema.read(out / EXAMPLES, Searches, "restore it, or remove it: only the report shows it", dated)
+    found = schema.read_typed(out / EXAMPLES, Searches, "restore it, or remove it: only the report shows it", dated)
     for query in found["queries"] if found["pictures"] else ():
         for pair in (query["pair"], *query["before"], *query.get("after", ())):
             if str(pair) not in found["pictures"]:
@@ -85,7 +85,7 @@ def read_examples(out: Path) -> Searches:
 def _query(task: Task, number: int, of: int) -> dict[str, Any]:
     """A caption of the task's test images, the `number`-th of so many that are spread evenly over them."""
     batch = task.test.__getitems__([number * len(task.test) // of])
-    text = unpack(batch["text"][0][present(batch["text"][0])][:1])[0]
+    text = unpack_texts(batch["text"][0][present(batch["text"][0])][:1])[0]
     return {"task": task.name, "text": text, "pair": int(batch["pair"][0])}
 
 

@@ -12,9 +12,11 @@ from perdure.core.learner import Core
 from perdure.core.method import Method
 from perdure.types import Batch, Task
 
+_LEAST = -60.0  # logarithm of a probability that counts as none
+
 
 class Teacher(nn.Module):
-    """What the learner answered when `remember` was called, although it has been trained since.
+    """What the learner answered when `snapshot` was called, although it has been trained since.
 
     Only parameters in training are kept, while the task lasts; everything else does not change in it.
 
@@ -26,21 +28,21 @@ class Teacher(nn.Module):
     def __init__(self, name: str, outputs: Sequence[str] = ()) -> None:
         super().__init__()
         self.name, self.outputs = name, tuple(outputs)
-        self.kept = BufferDict()  # name of a parameter of the learner -> its value
+        self.weights = BufferDict()  # name of a parameter of the learner -> its value
 
-    def remember(self, learner: Core) -> None:
+    def snapshot(self, learner: Core) -> None:
         """Take the learner as it is."""
-        self.forget()
+        self.clear()
         for name, parameter in learner.trainable().items():
-            self.kept[name] = parameter.contiguous()
+            self.weights[name] = parameter.contiguous()
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """Drop the snapshot."""
-        self.kept.clear()
+        self.weights.clear()
 
     def precompute(self, learner: Core, batch: Batch) -> Batch:
         """What it says of each example of a training set, (B, ...), for `Method.precompute`."""
-        said = self(learner, batch) if self.kept and learner.training else {}
+        said = self(learner, batch) if self.weights and learner.training else {}
         return {f"{self.name}/{output}": value for output, value in said.items()}
 
     def forward(self, learner: Core, batch: Batch) -> Batch:
@@ -66,7 +68,7 @@ class Teacher(nn.Module):
     def swapped_in(self, learner: Core) -> Iterator[None]:
         """Within, `learner` answers as it did: in evaluation mode, without gradients; then it is what it has become."""
         # by pointer, not by torch.func: some parts hold parameters of others, which a call with other values misses
-        swapped = [(learner.get_parameter(name), self.kept[name]) for name in sorted(self.kept)]
+        swapped = [(learner.get_parameter(name), self.weights[name]) for name in sorted(self.weights)]
         present, training = [parameter.data for parameter, _ in swapped], learner.training
         try:
             for parameter, value in swapped:
@@ -92,6 +94,36 @@ def distillation(teacher: Tensor, student: Tensor, temperature: float) -> Tensor
     """
     wanted, given = (F.log_softmax(scores / temperature, dim=1) for scores in (teacher, student))
     return temperature**2 * F.kl_div(given, wanted, reduction="batchmean", log_target=True)
+
+
+Likeliest = tuple[Tensor, Tensor]
+"""Tokens int64 (n, k) and the logarithms of their probabilities, float32 (n, k + 1), the last of all other tokens."""
+
+
+def likeliest(scores: Tensor, top: int, temperature: float) -> Likeliest:
+    """The `top` likeliest columns of each row of softmax(scores / T), kept on the CPU."""
+    tokens = scores.topk(min(top, scores.shape[1]), dim=1).indices
+    return tokens.cpu(), _grouped(tokens, scores, temperature).cpu()
+
+
+def held_to(tokens: Tensor, wanted: Tensor, student: Tensor, temperature: float) -> Tensor:
+    """`distillation` where of the teacher only the likeliest columns are known, and all others count as one.
+
+    Args:
+        tokens: (n, k).
+        wanted: see `Likeliest`.
+        student: scores (n, columns), which get the gradient.
+        temperature: of both.
+    """
+    given = _grouped(tokens, student, temperature)
+    return temperature**2 * F.kl_div(given, wanted, reduction="batchmean", log_target=True)
+
+
+def _grouped(tokens: Tensor, scores: Tensor, temperature: float) -> Tensor:
+    logs = F.log_softmax(scores.float() / temperature, dim=1)
+    rest = logs.scatter(1, tokens, -torch.inf).logsumexp(1, keepdim=True)
+    # a vocabulary that is kept as a whole leaves no rest, whose logarithm would have no gradient
+    return torch.cat([logs.gather(1, tokens), rest.clamp_min(_LEAST)], dim=1)
 
 
 class Distillation(Method):
@@ -121,7 +153,7 @@ class Distillation(Method):
         """Take the learner as teacher."""
         self.check(learner, task)
         if self.holds(task):
-            self.teacher.remember(learner)
+            self.teacher.snapshot(learner)
 
     def check(self, learner: Core, task: Task) -> None:
         """Refuse a task in which nothing moves; known when all parts have grown."""
@@ -134,7 +166,7 @@ class Distillation(Method):
 
     def end_task(self, learner: Core, task: Task) -> None:
         """Let the teacher go."""
-        self.teacher.forget()
+        self.teacher.clear()
 
 
 def check_moves(learner: Core, task: Task, part: Method) -> None:

@@ -41,7 +41,7 @@ class ModX(Distillation, name="mod_x"):
 
     def penalty(self, learner: Core, batch: Batch, features: Tensor) -> Tensor | float:
         """strength · T² · the mean of both directions' sum over the batch."""
-        if not self.teacher.kept:
+        if not self.teacher.weights:
             return 0.0
         said, objective = self.teacher(learner, batch), learner.objective
         chosen, (texts, image_of) = objective.chosen(batch), objective.shown(batch)

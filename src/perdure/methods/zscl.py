@@ -22,12 +22,12 @@ from torch.nn import functional as F
 from perdure.adapters.injection import detach
 from perdure.adapters.state import BufferDict
 from perdure.backbones.base import Backbone
-from perdure.backbones.texts import pack, present
+from perdure.backbones.texts import pack_texts, present
 from perdure.core.learner import Core, derived_seed
 from perdure.core.method import Method
 from perdure.core.shared_copy import Constant
 from perdure.mechanisms.distillation import check_moves, distillation
-from perdure.mechanisms.replay import read
+from perdure.mechanisms.replay import read_references
 from perdure.options.ranges import Count, Factor, Strength, without_effect
 from perdure.options.spec import parse_one
 from perdure.streams import build_stream
@@ -232,7 +232,7 @@ class _Reference:
         captions: list[Tensor] = []
         with torch.no_grad():
             for some in torch.split(self.places, 64):
-                batch = read(self.tasks, some)
+                batch = read_references(self.tasks, some)
                 images.append(teacher.encode({"image": batch["image"].to(learner.device)}))
                 if "text" in batch:
                     captions.append(batch["text"][present(batch["text"])])
@@ -243,7 +243,7 @@ class _Reference:
 
     def read(self, rows: Tensor) -> Tensor:
         """Images (n, 3, S, S) of `rows` (n,)."""
-        images: Tensor = read(self.tasks, self.places[rows])["image"]
+        images: Tensor = read_references(self.tasks, self.places[rows])["image"]
         return images
 
 
@@ -254,4 +254,4 @@ def _similarity(learner: Core, images: Tensor, texts: Tensor) -> Tensor:
 
 def _sentences(names: Sequence[str], learner: Core) -> Tensor:
     """Every template with every name, packed."""
-    return pack([[template.format(name)] for name in names for template in learner.objective.templates])[:, 0]
+    return pack_texts([[template.format(name)] for name in names for template in learner.objective.templates])[:, 0]

@@ -43,6 +43,7 @@ class Generate(Objective, name="generate"):
     towers = frozenset({"vision", "projector", "language"})
     outputs = ()  # a vocabulary's logits of every token are too many to keep
     open_vocabulary = True
+    one_row = False
     vectorised = False  # rows are picked by where answers stand
 
     @checked
@@ -195,4 +196,5 @@ def _reference(conversation: Mapping[str, Any]) -> Reference:
         "\n".join(texts),
         next(iter(conversation.get("names") or ()), ""),
         conversation.get("kind") or "",
+        tuple(conversation.get("categories") or ()),
     )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from perdure.backbones.texts import present, unpack
+from perdure.backbones.texts import present, unpack_texts
 from perdure.core.learner import Core
 from perdure.core.objective import Competitors, Head, Objective
 from perdure.metrics import recalls
@@ -189,7 +189,7 @@ class Retrieve(Objective, name="retrieve"):
     def texts(self, learner: Core, batch: Batch) -> tuple[list[str], Tensor]:
         """The captions of a step."""
         rows, places = self.chosen(batch)
-        return unpack(batch["text"][rows, places]), batch["label"][rows]
+        return unpack_texts(batch["text"][rows, places]), batch["label"][rows]
 
     def evaluate(self, learner: Core, tasks: Sequence[Task], size: int = 256) -> list[dict[str, float]]:
         """Recall at 1, 5 and 10 both ways: on the gallery of each task, and on that of all of `tasks` (harder).

@@ -11,6 +11,7 @@ from perdure.streams.captions import captions
 from perdure.streams.conversation_benchmarks import coin, daquar, easy_vqa_questions, mllm_acl, mllm_dcl, ucit
 from perdure.streams.conversation_stream import as_questions, conversations, in_turn
 from perdure.streams.conversations import ConversationSet
+from perdure.streams.evaluation_sets import EVALUATION_SETS
 from perdure.streams.folders import images
 from perdure.streams.hub import hub
 from perdure.streams.image_set import Budget, Captioned, ImageSet
@@ -93,6 +94,11 @@ def build_stream(what: str | Spec, preprocess: Preprocess, seed: int, measured: 
         ValueError: when the description or the data is not as expected; one line that says what to do.
     """
     spec = parse_one(what) if isinstance(what, str) else what
+    if spec.name in EVALUATION_SETS:
+        raise ValueError(
+            f"{spec.name} is an evaluation set, which is asked and never taught: give it to --retain, with "
+            "--objective generate"
+        )
     described = replace(spec, kwargs=tuple({**dict(spec.kwargs), **more}.items()))
     plan: StreamPlan = build(described, STREAMS, "stream")
     return plan(preprocess, seed, measured)

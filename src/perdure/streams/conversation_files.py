@@ -35,7 +35,7 @@ class MissingImage(ValueError):
 
 
 @dataclass(frozen=True)
-class Entry:
+class FileEntry:
     """One entry of a file: what it says, and where it stands, as `line 3`; `number` counts from 0."""
 
     value: Any
@@ -84,7 +84,7 @@ class Reader:
 
     def records_of(
         self,
-        entries: Iterable[Entry],
+        entries: Iterable[FileEntry],
         name: str,
         key: str,
         folder: Path,
@@ -115,17 +115,17 @@ class Reader:
                 raise ValueError(f"{place}: {error}") from error
         return found
 
-    def entries(self, file: Path) -> Iterator[Entry]:
+    def entries(self, file: Path) -> Iterator[FileEntry]:
         """What stands in a file, one after another."""
         if file.suffix == ".parquet":
             return self._parquet(file)
         if file.suffix == ".csv":
             cells = read_csv(file).to_pylist()
             blank = ({name: None if value == "" else value for name, value in row.items()} for row in cells)
-            return (Entry(row, f"row {i}", i) for i, row in enumerate(blank))
+            return (FileEntry(row, f"row {i}", i) for i, row in enumerate(blank))
         return read_json(file)
 
-    def _parquet(self, file: Path) -> Iterator[Entry]:
+    def _parquet(self, file: Path) -> Iterator[FileEntry]:
         names = read_schema(file).names
         image = next((name for name in self.columns.images if name in names), None)
         kind = None if image is None else read_schema(file).field(image).type
@@ -143,7 +143,7 @@ class Reader:
                         first = sum(counts[-1:]) if listed else number
                         row[image] = [_cell(cell, source, first + i) for i, cell in enumerate(cells)]
                         counts.append(first + len(cells))
-                    yield Entry(row, f"row {number}", number)
+                    yield FileEntry(row, f"row {number}", number)
                     number += 1
         except (pa.ArrowInvalid, OSError) as error:
             raise ValueError(f"{file} is damaged ({str(error).splitlines()[0]}); get it again") from error
@@ -196,7 +196,7 @@ def _is_file(path: str) -> bool:
         return False
 
 
-def read_json(file: Path) -> Iterator[Entry]:
+def read_json(file: Path) -> Iterator[FileEntry]:
     """The entries of a JSON list, or of a file with an entry a line.
 
     Raises:
@@ -212,12 +212,12 @@ def read_json(file: Path) -> Iterator[Entry]:
     return _by_line(file, text)
 
 
-def lines_of(name: str, text: str) -> Iterator[Entry]:
+def json_lines(name: str, text: str) -> Iterator[FileEntry]:
     """The entries of a text with one a line, which stands in what is called `name`; raises as `read_json`."""
     return _by_line(Path(name), text)
 
 
-def _by_line(file: Path, text: str) -> Iterator[Entry]:
+def _by_line(file: Path, text: str) -> Iterator[FileEntry]:
     number = 0
     # Not splitlines(): a text may hold a line separator of Unicode.
     for line, content in enumerate(text.split("\n"), 1):
@@ -225,17 +225,17 @@ def _by_line(file: Path, text: str) -> Iterator[Entry]:
             value, end = _value(file, content, _after_blanks(content, 0), line)
             if content[end:].strip():
                 raise _no_json(file, line, "something follows the entry")
-            yield Entry(value, f"line {line}", number)
+            yield FileEntry(value, f"line {line}", number)
             number += 1
 
 
-def _listed(file: Path, text: str, at: int) -> Iterator[Entry]:
+def _listed(file: Path, text: str, at: int) -> Iterator[FileEntry]:
     line, counted, number = 1, 0, 0
     at = _after_blanks(text, at)
     while text[at : at + 1] != "]":
         line, counted = line + text.count("\n", counted, at), at
         value, end = _value(file, text, at, line)
-        yield Entry(value, f"line {line} (entry {number + 1})", number)
+        yield FileEntry(value, f"line {line} (entry {number + 1})", number)
         number += 1
         at = _after_blanks(text, end)
         if text[at : at + 1] == ",":

@@ -11,7 +11,7 @@ from string import ascii_uppercase
 from typing import Any
 
 from perdure.formatting import meant
-from perdure.streams.conversations import Record, Role, Turn, check
+from perdure.streams.conversations import Record, Role, Turn, check_turns
 
 MARK = "<image>"
 LETTER = "Answer with the option's letter from the given choices directly."
@@ -90,7 +90,7 @@ def records(row: Any, place: str, key: str, show: Callable[[Any], Sequence[int]]
     options = _options(_first(row, _OPTIONS))
 
     def made(number: int, turns: list[Turn], images: Sequence[int], answers: tuple[str, ...]) -> Record:
-        check(turns, len(images))
+        check_turns(turns, len(images))
         return Record(tuple(turns), tuple(images), answers, place, f"{key}:{number}", options, _kind(kind), topic)
 
     spoken = None
@@ -114,7 +114,7 @@ def records(row: Any, place: str, key: str, show: Callable[[Any], Sequence[int]]
     told = _first(row, (columns.answer,) if columns.answer else ("answers",) if answered else _ANSWERS)
     if answered and None in turns[-1][1]:
         raise ValueError(f"an {MARK} mark in the answer: only the user shows images")
-    check(turns[:-1] if answered else turns, len(images))
+    check_turns(turns[:-1] if answered else turns, len(images))
     if not answered:
         turns.append(("assistant", (_answers(told)[0],)))
     return _of_turns(turns, images, () if told is None else _answers(told), columns.every_turn, made)
