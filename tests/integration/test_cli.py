@@ -30,6 +30,8 @@ FLAGS = {
     "learn": ["--json", "FOLDER", "--into", "--backbone", "--method", "--objective", "--epochs", "--lr"],
     "predict": ["--json", "LEARNER", "IMAGES", "--top", "--classes", "--calibrated", "--skip-bad"],
     "search": ["--json", "LEARNER", "FOLDER", "TEXT", "--top", "--skip-bad"],
+    "ask": ["--json", "LEARNER", "WORDS", "--stdin", "--tokens", "--task"],
+    "chat": ["--json", "LEARNER", "--tokens", "--task"],
     "compare": [
         "--json",
         *TRAINING,
@@ -58,7 +60,8 @@ FLAGS = {
 FLAGS["tune"] += ["--out"]
 FLAGS["compare"] += ["--jobs", "--on", "--cpus-per-cell", "--gpus-per-cell"]
 FLAGS["learn"] += ["--captions", "--batch-size", "--seed", "--precision", "--calibrate", "--skip-bad"]
-for _name in ("resume", "learn", "predict", "search", "eval", "export"):
+FLAGS["learn"] += ["--images", "--score"]
+for _name in ("resume", "learn", "predict", "search", "ask", "chat", "eval", "export"):
     FLAGS[_name] += ["--device"]
 """All commands and flags; whoever changes this list changes what scripts out there rely on."""
 

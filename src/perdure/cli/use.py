@@ -61,6 +61,7 @@ class Predict(LearnerCommand):
         from perdure.backbones.preprocess import skippable
 
         learner = Learner.load(self.learner, self.device)
+        learner.check_sees("predict")
         files, shown = _shown(self.images, learner, self.skip_bad, screen)
         with skippable("--skip-bad"):
             found = learner.predict(shown, self.top, classes=self.classes or None, calibrated=self.calibrated)
@@ -92,6 +93,7 @@ class Search(LearnerCommand):
         from perdure.backbones.preprocess import skippable
 
         learner = Learner.load(self.learner, self.device)
+        learner.check_sees("search")
         files, shown = _shown([self.folder], learner, self.skip_bad, screen)
         with skippable("--skip-bad"):
             found = learner.search(shown, self.text, self.top)
@@ -246,6 +248,7 @@ def _measured(folder: Path, stream: str | None, device: str | None) -> "tuple[li
     from perdure.backbones.preprocess import skippable
     from perdure.evaluation.calibration import errors
     from perdure.streams import build_stream
+    from perdure.training.run import check_gives
     from perdure.training.summary import scored_by, taught_hashes
     from perdure.types import Row
 
@@ -255,18 +258,20 @@ def _measured(folder: Path, stream: str | None, device: str | None) -> "tuple[li
         raise ValueError(f"{folder} was taught from folders: say what to measure on with --stream")
     preprocess, seed = learner.backbone.preprocess, learner.config.seed
     found = build_stream(described, preprocess, seed, measured=stream is not None)
+    check_gives(found, learner, described)
     tasks = list(found.tasks if stream is not None else found.tasks[: learner.learnt])
     remarks = told(found.notes)
     if stream is not None:
         known, unknown = taught_hashes(folder)
         tasks, count = _unseen(tasks, known, f"{described}: all", folder)
         images = sum(len(task.test) for task in tasks)
+        things = "questions" if "conversations" in learner.objective.asks else "images"
         if unknown:
             remarks.append(
                 f"which images {len(unknown)} of {learner.learnt} tasks were taught is not known: they count"
             )
         apart = f"; {count} more were taught to this learner and are left out" if count else ""
-        remarks.append(f"{images} images are measured{apart}")
+        remarks.append(f"{images} {things} are measured{apart}")
     if "classes" in learner.objective.asks:
         tasks = [_named_alike(task, learner, f"{described}: class", folder) for task in tasks]
     if "conversations" in learner.objective.asks:  # by which score, for who wants means
@@ -290,14 +295,12 @@ def told(notes: Mapping[str, Any]) -> list[str]:
 
 def _unseen(tasks: "Sequence[Task]", known: "Tensor", what: str, folder: Path) -> "tuple[list[Task], int]":
     """The tasks without the images whose hashes are known, and how many these were."""
-    import torch
-
-    from perdure.streams import ImageSet
+    from perdure.streams import ConversationSet, ImageSet
 
     kept, count = [], 0
     for task in tasks:
-        if isinstance(task.test, ImageSet) and len(known):
-            seen = torch.isin(task.test.hashes(), known)
+        if isinstance(task.test, ImageSet | ConversationSet) and len(known):
+            seen = task.test.shows(known)
             count += int(seen.sum())
             task = dataclasses.replace(task, test=task.test.subset((~seen).nonzero().flatten()))
         if len(task.test):

@@ -178,14 +178,16 @@ def build_learner(kind: type[C], config: RunConfig, runtime: Runtime | None = No
 def _build(config: RunConfig, runtime: Runtime | None) -> tuple[Core, Stream, Runtime]:
     learner, runtime = build_learner(Core, config, runtime)
     stream = build_stream(config.stream, learner.backbone.preprocess, config.seed)
-    if stream.gives not in (asks := learner.objective.asks):
-        asked = " or ".join(asks)
-        raise ValueError(
-            f"{config.objective} learns {asked}, which {config.stream} has not: give a stream of {asked}, or use "
-            f"--objective {asking(stream.gives)}"
-        )
+    check_gives(stream, learner, config.stream, f", or use --objective {asking(stream.gives)}")
     learner.scenario = stream.scenario
     return learner, stream, runtime
+
+
+def check_gives(stream: Stream, learner: Core, described: str, remedy: str = "") -> None:
+    """Refuse a stream, `described` so, that has not what the objective asks for; `remedy` is what else to do."""
+    if stream.gives not in (asks := learner.objective.asks):
+        asked, name = " or ".join(asks), learner.objective.name
+        raise ValueError(f"{name} learns {asked}, which {described} has not: give a stream of {asked}{remedy}")
 
 
 def learn_stream(
