@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="others are left out")
     parser.add_argument("--without", nargs="*", default=[], help="methods to leave out")
     parser.add_argument("--steps", type=Path, help="folder with a steps.json for rows that have none beside them")
-    parser.add_argument("--out", type=Path, default=ROOT / "src/perdure/measured.json")
+    parser.add_argument("--out", type=Path, default=ROOT / "src/perdure/reporting/measured.json")
     parser.add_argument("--page", type=Path, default=ROOT / "docs/choosing.md")
     options = parser.parse_args()
     settings = settings_of(options.folders, options.seeds, shorten=True)
@@ -72,16 +72,21 @@ def table(setting: dict[str, Any]) -> str:
             times(row["step"]),
             "yes" if row["referenced_bytes"] else "no",
         ]
-        lines.append(f"| `{row['method']}` | {len(row['seeds'])} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", "```bash", " \\\n  ".join([setting["command"], *asked(setting)]), "```", ""])
+        other = f" on `{row['backbone']}`" if row.get("backbone") else ""
+        lines.append(f"| `{row['method']}`{other} | {len(row['seeds'])} | {' | '.join(cells)} |")
+    backbones = dict.fromkeys(row.get("backbone", "") for row in sorted(setting["rows"], key=lambda r: "backbone" in r))
+    commands = [" \\\n  ".join([setting["command"], *asked(setting, backbone)]) for backbone in backbones]
+    return "\n".join([*lines, "", "```bash", *commands, "```", ""])
 
 
-def asked(setting: dict[str, Any]) -> list[str]:
-    """What the command lacks, in lines."""
-    seeds = sorted({seed for row in setting["rows"] for seed in row["seeds"]})
-    methods = shlex.join(row["method"] for row in setting["rows"])
+def asked(setting: dict[str, Any], backbone: str) -> list[str]:
+    """What the command for rows of `backbone`, or of the setting's, lacks, in lines."""
+    rows = [row for row in setting["rows"] if row.get("backbone", "") == backbone]
+    seeds = sorted({seed for row in rows for seed in row["seeds"]})
+    other = f"--backbone {shlex.quote(backbone)} " if backbone else ""
+    methods = shlex.join(row["method"] for row in rows)
     wrapped = textwrap.wrap(f"--methods {methods}", 116, break_long_words=False, break_on_hyphens=False)
-    return [f"--seeds {' '.join(map(str, seeds))} --out runs/measured", *wrapped]
+    return [f"{other}--seeds {' '.join(map(str, seeds))} --out runs/measured{'-layers' if backbone else ''}", *wrapped]
 
 
 def share(pair: Any) -> str:

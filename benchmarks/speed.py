@@ -27,7 +27,7 @@ CLASSES = 10
 
 
 def learner(backbone: str, method: str, runtime: Runtime, tasks: int = 1) -> Core:
-    """A learner in the middle of task number `tasks`; the branches before it are settled, with random content."""
+    """A learner in the middle of task number `tasks`; the branches before it are merged, with random content."""
     core = Core(make_backbone(backbone), make_objective("classify()"), make_method(method))
     runtime.apply(core.backbone)
     core.precision = runtime.dtype

@@ -10,8 +10,9 @@ from typing import Any
 Pair = Sequence[float | None] | None
 """Mean and standard deviation; None where nothing was measured."""
 
-RARE = ("transfer", "average", "zero_shot_ratio")
-"""What a summary has of sequences of data sets, and with held-out ones."""
+_SAID = ("lenient_acc", "lenient_forgetting", "empty", "unparsable", "answers_kept_strict", "answers_kept_lenient")
+RARE = ("transfer", "average", "zero_shot_ratio", *_SAID)
+"""What a summary has of sequences of data sets, with held-out ones, and of answers in words."""
 
 
 def human_bytes(count: float) -> str:
@@ -32,7 +33,7 @@ def human_seconds(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 99.5 * 60 else f"{seconds / 3600:.1f} h"
 
 
-def share(value: Pair) -> str:
+def percent_with_spread(value: Pair) -> str:
     """(0.155, 0.021) -> '15.5 ±2.1'."""
     if value is None or value[0] is None:
         return "–"

@@ -260,7 +260,7 @@ def test_growing_changes_no_feature_and_no_old_score_yet(spec: str, where: Any, 
 CONCLUDES = {
     "align": "after every task all heads are fitted again",
     "weight_average": "That is what is evaluated and saved",
-    "moe_adapters": "When an image comes, nobody tells its task: a gateway asks which task knows such images.",
+    "moe_adapters": "When an image comes, nobody tells its task: task identification asks which",
     "lora_experts": "When an example comes, nobody tells its task.",
     "distil=": "a new direction that former ones explain up to this share of its squared norm is given up",
 }
@@ -417,7 +417,7 @@ def answered(learner: Core, images: dict[str, Tensor]) -> Tensor:
     """Scores of classes; for captions, the image's features beside the embeddings of its texts."""
     if "classes" in learner.objective.asks:
         return learner(images)
-    return torch.cat([learner.encode(images), embedded(learner, images["text"]).flatten(1)], dim=1)
+    return torch.cat([learner.encode(images), torch.stack(embedded(learner, images["text"])).flatten(1)], dim=1)
 
 
 def counts(name: str) -> bool:

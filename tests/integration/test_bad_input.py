@@ -29,12 +29,8 @@ def one_line(answer: Any, *said: str) -> None:
     ("flags", "said"),
     [
         (["--method", "lorra"], "unknown method 'lorra'; did you mean 'lora'?"),
-        (["--method", "lora(rnak=3)"], "method 'lora' has no option 'rnak'; did you mean 'rank'?"),
-        (["--method", "lora + replay(size='many')"], "method 'replay', option size='many': expected int"),
-        (["--method", "lora + lora"], "lora stands twice"),
         (["--method", "ewc"], "ewc has nothing to protect"),
         (["--stream", "syntetic()"], "unknown stream 'syntetic'; did you mean 'synthetic'?"),
-        (["--stream", "synthetic() + synthetic()"], "only one is possible here"),
         (
             ["--stream", "images(path='nowhere', tasks=2)"],
             "path='nowhere' does not exist; give a folder of class folders",
@@ -42,11 +38,7 @@ def one_line(answer: Any, *said: str) -> None:
         (["--backbone", "tinny()"], "unknown backbone 'tinny'; did you mean 'tiny'?"),
         (["--objective", "classfy()"], "unknown objective 'classfy'; did you mean 'classify'?"),
         (["--objective", "zeroshot()"], "zeroshot needs a text tower, which tiny("),
-        (["--method", "lora(at='zz')"], "at='zz': cannot read 'zz'; write letters of qkvo"),
-        (["--method", "lora(blocks='5-9')"], "blocks='5-9': '5-9' is outside 0-1, the blocks of this model"),
-        (["--method", "inflora(rank=99)"], "rank=99: expected 1 to 32"),
         (["--method", "lora(rank=99)"], "rank=99: expected 1 to 32"),
-        (["--method", "lora(tower='text')"], "has no text tower; it has: vision"),
         (
             ["--method", "lora(tower='text')", "--backbone", "tiny(text=True)"],
             "trainable parameters get no gradient, the first is method.adapters.0.down",
@@ -166,7 +158,8 @@ def written(content: bytes) -> Callable[[Path], None]:
     return write
 
 
-RUINS = [halve, written(b""), written(b"[]"), written(b"3"), written(b"\xff\xfe"), written(b"[" * 99999)]
+# Of all that is no JSON, or none of a kind: two; the reader of all files is shown the others.
+RUINS = [halve, written(b"[]")]
 
 
 @pytest.fixture(scope="module")

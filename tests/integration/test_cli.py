@@ -30,6 +30,8 @@ FLAGS = {
     "learn": ["--json", "FOLDER", "--into", "--backbone", "--method", "--objective", "--epochs", "--lr"],
     "predict": ["--json", "LEARNER", "IMAGES", "--top", "--classes", "--calibrated", "--skip-bad"],
     "search": ["--json", "LEARNER", "FOLDER", "TEXT", "--top", "--skip-bad"],
+    "ask": ["--json", "LEARNER", "WORDS", "--stdin", "--tokens", "--task"],
+    "chat": ["--json", "LEARNER", "--tokens", "--task"],
     "compare": [
         "--json",
         *TRAINING,
@@ -58,7 +60,8 @@ FLAGS = {
 FLAGS["tune"] += ["--out"]
 FLAGS["compare"] += ["--jobs", "--on", "--cpus-per-cell", "--gpus-per-cell"]
 FLAGS["learn"] += ["--captions", "--batch-size", "--seed", "--precision", "--calibrate", "--skip-bad"]
-for _name in ("resume", "learn", "predict", "search", "eval", "export"):
+FLAGS["learn"] += ["--images", "--score"]
+for _name in ("resume", "learn", "predict", "search", "ask", "chat", "eval", "export"):
     FLAGS[_name] += ["--device"]
 """All commands and flags; whoever changes this list changes what scripts out there rely on."""
 
@@ -311,21 +314,10 @@ def test_names_are_cut_by_the_columns_they_take(capsys: pytest.CaptureFixture[st
 
 
 def test_numbers_read_well() -> None:
-    assert [human_seconds(s) for s in (0.04, 2.34, 9.97, 99, 754, 9000)] == [
-        "0.0 s",
-        "2.3 s",
-        "10 s",
-        "99 s",
-        "13 min",
-        "2.5 h",
-    ]
-    assert [human_bytes(b) for b in (12, 1536, 2.5e6, 3e9, 4e12)] == [
-        "12 B",
-        "1.5 kB",
-        "2.5 MB",
-        "3.0 GB",
-        "4,000.0 GB",
-    ]
+    seconds = ", ".join(human_seconds(s) for s in (0.04, 2.34, 9.97, 99, 754, 9000))
+    assert seconds == "0.0 s, 2.3 s, 10 s, 99 s, 13 min, 2.5 h"
+    counts = "; ".join(human_bytes(b) for b in (12, 1536, 2.5e6, 3e9, 4e12))
+    assert counts == "12 B; 1.5 kB; 2.5 MB; 3.0 GB; 4,000.0 GB"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")

@@ -1,7 +1,7 @@
 """The pages say what is true: commands parse, Python runs, links lead somewhere, tables equal the code."""
 
 import ast
-import importlib
+import importlib.util
 import inspect
 import re
 import shlex
@@ -19,7 +19,7 @@ from perdure.backbones import BACKBONES
 from perdure.cli.catalogue import described
 from perdure.cli.commands import COMMANDS
 from perdure.cli.tune import Tune
-from perdure.core.method import METHODS
+from perdure.core.method import FORMER_HOOKS, METHODS, Method
 from perdure.experiments.tune import check_ends
 from perdure.options.space import parse_space
 from perdure.options.spec import build, parse_one
@@ -143,7 +143,9 @@ def test_a_method_in_one_file_learns_and_resumes_in_the_middle_of_a_task(
 def test_the_example_method_pulls_parameters_back(newcomer: type, lab: Any) -> None:
     def drift(strength: float) -> float:
         learner, tasks = lab.learner(f"lora(rank=2) + l2sp(strength={strength})"), lab.stream().tasks
-        first, second = ({k: v.clone() for k, v in lab.teach(learner, [task]).memory().items()} for task in tasks[:2])
+        first, second = (
+            {k: v.clone() for k, v in lab.teach(learner, [task]).learnt_state().items()} for task in tasks[:2]
+        )
         return sum(float((second[k] - value).square().sum()) for k, value in first.items() if ".up." in k)
 
     assert drift(100.0) < 0.5 * drift(0.0)
@@ -171,6 +173,34 @@ def test_links_inside_the_pages_resolve(page: Path) -> None:
         if anchor:
             headings = re.findall(r"^#+ (.+)$", linked.read_text(encoding="utf-8"), flags=re.M)
             assert anchor in {_slug(heading.replace("`", "")) for heading in headings}, f"{target}: no such heading"
+
+
+NAMED = sorted(
+    {
+        (str(p.relative_to(ROOT)), path)
+        for p in PAGES
+        for path in re.findall(r"\bperdure(?:\.\w+)+", p.read_text("utf-8"))
+    }
+)
+
+
+@pytest.mark.parametrize(("page", "path"), NAMED, ids=lambda each: str(each))
+def test_what_a_page_names_by_its_path_is_there(page: str, path: str) -> None:
+    module, _, name = path.rpartition(".")
+    if importlib.util.find_spec(module) is None or not hasattr(importlib.import_module(module), name):
+        assert importlib.util.find_spec(path) is not None
+
+
+HOOKS = {name for name, value in vars(Method).items() if inspect.isfunction(value) and not name.startswith("_")}
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_a_card_explains_hooks_that_methods_have(name: str) -> None:
+    text = (ROOT / f"docs/methods/{name}.md").read_text("utf-8")
+    told = text.partition("**Hooks")[2].partition("**Options.**")[0]
+    named = re.findall(r"^\| `(\w+)`", told, re.M) + re.findall(r"`(\w+)`(?:, \w+)?: ", told)
+    assert set(named) <= HOOKS
+    assert not set(re.findall(r"`(\w+)`", told)) & set(FORMER_HOOKS)
 
 
 def test_every_page_is_in_the_navigation() -> None:
@@ -242,3 +272,37 @@ def test_no_page_refers_to_a_folder_of_one_machine() -> None:
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         assert not re.search(r"(?<![\w.])/(?:work|home|root|tmp|Users)/", text), page
+
+
+def test_the_architecture_answers_each_question_with_one_file() -> None:
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    answers = {
+        "replay buffer": "class ReplayBuffer",
+        "classifier of an export": "def head_of",
+        "end of a task": "method.end_task(learner, task)",
+        "prompt pool": "class PromptPool",
+        "may be cached": "class Cache",
+    }
+    questions = re.findall(r"^- \[([^]]+\?)\]\((\S+)\)$", text, flags=re.M)
+    assert len(questions) == len(answers)
+    for (question, link), (subject, words) in zip(questions, answers.items(), strict=True):
+        assert subject in question
+        assert words in (ROOT / "docs" / link).read_text(encoding="utf-8")
+
+
+def test_the_architectures_tree_names_every_file_and_no_other() -> None:
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 250
+    tree = text.partition("## The tree")[2].partition("## Nouns")[0]
+    named: set[str] = set()
+    package = ""
+    for line in tree.partition("```text")[2].partition("```")[0].strip().splitlines():
+        if found := re.match(r"(\w+)/", line):
+            package = found[1]
+        named |= {f"{package}/{name}".lstrip("/") for name in re.findall(r"\b(\w+\.py)\b", line)}
+    source = ROOT / "src/perdure"
+    there = {str(file.relative_to(source)) for file in source.rglob("*.py")}
+    assert named <= there
+    whole = {"methods", "scoring"}  # one line for all of their files
+    left_out = {name for name in there - named if name.partition("/")[0] not in whole}
+    assert all(name.endswith(("__init__.py", "__main__.py")) or "/conversation_" in name for name in left_out), left_out

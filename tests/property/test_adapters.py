@@ -75,7 +75,7 @@ def test_settled_branches_add_up_and_are_kept_in_the_smaller_form(
     for each in range(branches):
         total = [a + b for a, b in zip(total, opened(adapter, each), strict=True)]
         adapter.merge()
-        numbers = sum(t.numel() for t in adapter.settled.values())
+        numbers = sum(t.numel() for t in adapter.merged.values())
         assert numbers <= fan_in * sum(fan_outs)
         assert numbers == min((each + 1) * rank * (fan_in + sum(fan_outs)), fan_in * sum(fan_outs))
         for part, expected in enumerate(total):

@@ -4,8 +4,10 @@ from typing import Any
 
 import pytest
 
+from perdure.cli.advise import advice_lines
 from perdure.options.spec import parse
 from perdure.reporting.advise import Advice, Constraints, advise, bytes_at, in_words, shipped
+from perdure.training.config import FORMER
 
 MEGA = 1e6
 
@@ -180,3 +182,13 @@ def test_the_shipped_table_can_be_asked_and_names_no_machine() -> None:
         assert "/" not in each["stream"]
         assert all(parse(r["method"]) for r in each["rows"])
         assert all(len(values) == each["tasks"] for r in each["rows"] for values in r["after"].values())
+
+
+def test_what_is_advised_is_written_as_it_is_run_today() -> None:
+    assert not FORMER.keys() & {
+        spec.name for each in shipped() for row in each["rows"] for spec in parse(row["method"])
+    }
+    lines = advice_lines([], advise(shipped(), Constraints(scenario="class", old_data=False)), None)
+    assert any("align on pocket(layers=3)" in line for line in lines)
+    commands = [line for line in lines if line.startswith("  perdure compare")]
+    assert any(line.endswith("--backbone 'pocket(layers=3)' --methods align --out runs/again") for line in commands)

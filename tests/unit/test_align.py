@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from perdure.mechanisms.class_statistics import ClassStatistics, Covariance
-from perdure.mechanisms.subspace import pack, shrunk, unpack
+from perdure.mechanisms.subspace import pack_symmetric, shrunk, unpack_symmetric
 
 FORMS: tuple[Covariance, ...] = ("shared", "full", "diagonal", "lowrank")
 
@@ -49,7 +49,7 @@ def test_a_class_that_comes_again_is_merged_as_if_it_had_come_at_once(form: Cova
     twice.add(features[25:], labels[25:])
     for c in range(3):
         torch.testing.assert_close(twice.mean(c), features[labels == c].mean(0), rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(twice.spread(c), once.spread(c), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(twice.covariance_of(c), once.covariance_of(c), rtol=1e-4, atol=1e-4)
     assert twice.freedom == once.freedom == len(features) - 3
 
 
@@ -59,10 +59,10 @@ def test_the_full_covariance_is_the_unbiased_one_and_all_forms_agree_on_its_diag
     for gaussians in forms.values():
         gaussians.add(features, labels)
     expected = features[labels == 1].T.cov().double()
-    torch.testing.assert_close(forms["full"].spread(1), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(forms["full"].covariance_of(1), expected, rtol=1e-5, atol=1e-5)
     for form in ("diagonal", "lowrank"):
-        torch.testing.assert_close(forms[form].spread(1).diagonal(), expected.diagonal(), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(forms["shared"].spread(1), forms["full"].pooled(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(forms[form].covariance_of(1).diagonal(), expected.diagonal(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(forms["shared"].covariance_of(1), forms["full"].pooled(), rtol=1e-5, atol=1e-5)
 
 
 def test_low_rank_of_all_directions_is_the_full_covariance() -> None:
@@ -70,7 +70,7 @@ def test_low_rank_of_all_directions_is_the_full_covariance() -> None:
     low, full = ClassStatistics("lowrank", rank=6), ClassStatistics("full")
     for gaussians in (low, full):
         gaussians.add(features, labels)
-    torch.testing.assert_close(low.spread(0), full.spread(0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(low.covariance_of(0), full.covariance_of(0), rtol=1e-4, atol=1e-4)
 
 
 def test_diagonal_equals_full_when_features_are_independent() -> None:
@@ -78,7 +78,7 @@ def test_diagonal_equals_full_when_features_are_independent() -> None:
     diagonal, full = ClassStatistics("diagonal"), ClassStatistics("full")
     for gaussians in (diagonal, full):
         gaussians.add(signs, torch.zeros(8, dtype=torch.int64))
-    torch.testing.assert_close(diagonal.spread(0), full.spread(0))
+    torch.testing.assert_close(diagonal.covariance_of(0), full.covariance_of(0))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -89,7 +89,7 @@ def test_samples_have_the_covariance_that_is_stored(form: Covariance) -> None:
     drawn = gaussians.draw(20_000, torch.Generator().manual_seed(0))
     assert drawn.shape == (3, 20_000, 4)
     for c in range(3):
-        spread = gaussians.spread(c).float()
+        spread = gaussians.covariance_of(c).float()
         torch.testing.assert_close(drawn[c].T.cov(), spread, rtol=0, atol=0.05 * float(spread.diagonal().max()))
         assert drawn[c].mean(0).abs().max() < 0.03 * float(spread.diagonal().max().sqrt())
 
@@ -115,8 +115,8 @@ def test_bytes_in_the_checkpoint_are_ordered_by_form(lab: Any) -> None:
 def test_packing_keeps_a_symmetric_matrix_and_takes_half_its_bytes() -> None:
     matrix = torch.randn(7, 7)
     matrix = matrix + matrix.T
-    assert pack(matrix).numel() == 28
-    assert torch.equal(unpack(pack(matrix)).float(), matrix)
+    assert pack_symmetric(matrix).numel() == 28
+    assert torch.equal(unpack_symmetric(pack_symmetric(matrix)).float(), matrix)
 
 
 def test_shrinkage_leaves_many_examples_alone_and_makes_few_regular() -> None:
@@ -131,7 +131,7 @@ def test_shrinkage_leaves_many_examples_alone_and_makes_few_regular() -> None:
 
 def test_the_closed_form_scores_by_the_distance_under_the_shared_covariance(lab: Any) -> None:
     learner = lab.taught("align")
-    gaussians, classes = learner.method.gaussians, learner.objective.classes
+    gaussians, classes = learner.method.class_statistics, learner.objective.classes
     inverse = torch.linalg.inv(shrunk(gaussians.pooled(), gaussians.freedom)).float()
     features, _ = learner.features(lab.stream().tasks[1].test)
     away = features.unsqueeze(1) - torch.stack([gaussians.mean(c) for c in classes])
@@ -159,7 +159,7 @@ def test_shrinking_shortens_old_means_as_slca_does(lab: Any) -> None:
     align = learner.method
     means = align._means(learner, learner.tasks[2])
     for c, factor in enumerate([0.9 + 0.1 / 3] * 2 + [0.9 + 0.2 / 3] * 2 + [1.0] * 2):
-        torch.testing.assert_close(means[c], align.gaussians.mean(c) * factor)
+        torch.testing.assert_close(means[c], align.class_statistics.mean(c) * factor)
 
 
 def test_the_temperature_levels_the_logits_of_tasks(lab: Any) -> None:
@@ -171,7 +171,7 @@ def test_the_temperature_levels_the_logits_of_tasks(lab: Any) -> None:
 def test_directions_lie_in_memory_as_they_would_be_loaded() -> None:
     gaussians = ClassStatistics("lowrank", rank=2)
     gaussians.add(*mixed())
-    assert gaussians.spreads["0/directions"].is_contiguous()
+    assert gaussians.covariances["0/directions"].is_contiguous()
 
 
 def test_a_learning_rate_that_is_too_high_is_named(lab: Any) -> None:

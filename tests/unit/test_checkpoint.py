@@ -12,6 +12,7 @@ from perdure.api.learner import Learner
 from perdure.core import checkpoint
 from perdure.core.checkpoint import DamagedCheckpoint
 from perdure.reporting.runs import RunResults
+from perdure.storage.schema import FORMAT
 from perdure.training.loop import Quiet
 from perdure.training.run import resume, run
 from perdure.types import Row, Task
@@ -109,10 +110,11 @@ def test_another_stream_is_refused(lab: Any, learnt: Path) -> None:
         checkpoint.restore(lab.learner("lora(rank=2)"), checkpoint.whole(learnt)[-1], tasks)
 
 
-def test_a_format_of_the_future_is_refused(copied: Path) -> None:
-    path = copied / "task-001" / "manifest.json"
+@pytest.mark.parametrize("name", ["run.json", "task-001/manifest.json"])
+def test_a_format_of_the_future_is_refused(copied: Path, name: str) -> None:
+    path = copied / name
     checkpoint.write_sealed(path, json.loads(path.read_text()) | {"format": 99})
-    with pytest.raises(ValueError, match="has format 99; this version of perdure reads 1 to 2"):
+    with pytest.raises(ValueError, match=f"{name} has format 99; this version of perdure reads 1 to {FORMAT}: install"):
         checkpoint.whole(copied)
 
 

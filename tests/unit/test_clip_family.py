@@ -24,7 +24,7 @@ from perdure.adapters.injection import detach, fold
 from perdure.adapters.low_rank import LowRankSet
 from perdure.adapters.prefix import Prefix
 from perdure.backbones import BACKBONES, Backbone
-from perdure.backbones.open_clip import locate
+from perdure.backbones.open_clip import locate_model
 from perdure.backbones.open_clip_attention import Attention
 from perdure.core.learner import Core
 from perdure.export.model import export
@@ -440,7 +440,7 @@ def test_prefixes_join_the_unpacked_attention(saved: dict[str, Path]) -> None:
         block.attn.bias_k, block.attn.bias_v = (nn.Parameter(each[None]) for each in values.chunk(2, 1))
     with torch.no_grad():
         expected = fused.encode_image(backbone.normalise(batch["image"]))
-    with prefix.giving(list(given)):
+    with prefix.using(list(given)):
         torch.testing.assert_close(backbone(batch), expected, atol=1e-5, rtol=0)
     assert (expected - before).abs().max() > 1e-2
     torch.testing.assert_close(backbone(batch), before)
@@ -743,8 +743,8 @@ def test_export_brings_a_tokenizer_that_came_from_the_hub(
     learner = Core(load("open_timm_bert", saved), ZeroShot(), LoRA(rank=2))
     learner.grow(Task(0, "a", (0, 1), ("cat", "dog"), 1))
     learner.learnt = 1
-    facts = dataclasses.replace(locate(str(saved["open_timm_bert"])), folder=None)
-    monkeypatch.setattr("perdure.export.model.locate", lambda *_: facts)  # a model that the library knows by name
+    facts = dataclasses.replace(locate_model(str(saved["open_timm_bert"])), folder=None)
+    monkeypatch.setattr("perdure.export.model.locate_model", lambda *_: facts)  # a model that the library knows by name
     folder = export(learner, tmp_path / "it", "merged")
     tokens = library.get_tokenizer(f"local-dir:{folder}")(TEXTS)
     assert torch.equal(tokens, learner.backbone.tokenizer(TEXTS))

@@ -43,7 +43,7 @@ def test_prompts_are_the_papers_sum_over_all_components_in_every_block(lab: Any)
         for k, a, p in zip(keys, filters, prompts, strict=True):
             weights = F.cosine_similarity(asked[:, None] * a, k[None].expand(5, -1, -1), dim=2)
             blocks.append(torch.einsum("bm,mld->bld", weights, p))
-        with learner.method.of("vision").prefix.giving(blocks):
+        with learner.method.of("vision").prefix.using(blocks):
             expected = learner.backbone(images)
         torch.testing.assert_close(learner.encode(images), expected, rtol=1e-4, atol=1e-5)
 

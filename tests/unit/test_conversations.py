@@ -305,6 +305,7 @@ def test_any_stream_of_images_becomes_questions_and_streams_follow_each_other(fo
     file = folder / "talk.jsonl"
     write(file, [row(i) for i in range(10)])
     joined = in_turn(conversations(str(file)), as_questions(images, question="What?"))(SIZE, 0)
+    assert {each.gives for each in (asked, joined)} == {"conversations"}
     assert [(task.index, task.classes, task.total) for task in joined] == [(0, (0,), 3), (1, (1, 2), 3), (2, (3, 4), 3)]
     assert [sorted(set(task.train.labels.tolist())) for task in joined] == [[0], [1, 2], [3, 4]]
     last = in_turn(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from perdure.mechanisms.replay import read
+from perdure.mechanisms.replay import read_references
 from perdure.streams.augment import AUGMENTS
 
 
@@ -18,7 +18,7 @@ def test_logits_are_those_of_the_model_at_the_end_of_an_images_task(selection: s
         lab.teach(learner, [task])
         features, _ = learner.features(task.train)
         then.append(learner.objective.scores(features).detach())
-        memory, logits = learner.method.parts[1].memory, learner.method.parts[1].stored["logits"]
+        memory, logits = learner.method.parts[1].memory, learner.method.parts[1].stored_logits["logits"]
         assert logits.shape == (len(memory), len(learner.objective.classes))
         for (index, position, _), row in zip(memory.refs.tolist(), logits, strict=True):
             width = then[index].shape[1]
@@ -38,16 +38,16 @@ def third_task(lab: Any, options: str) -> tuple[Any, dict[str, torch.Tensor]]:
 def test_the_penalty_is_the_papers(lab: Any) -> None:
     learner, new = third_task(lab, "alpha=0.7, beta=0.2, ratio=0.5")
     part, learner.step = learner.method.parts[1], 5
-    refs, stored = part.memory.refs, part.stored["logits"]
+    refs, stored = part.memory.refs, part.stored_logits["logits"]
     rows = part.memory.pick(4, learner.generator("derpp logits", 5))
     other = part.memory.pick(4, learner.generator("derpp labels", 5))
     assert rows.tolist() != other.tolist()
-    z = learner.objective.scores(learner.encode(read(learner.tasks, refs[rows])))
+    z = learner.objective.scores(learner.encode(read_references(learner.tasks, refs[rows])))
     squares = []
     for row, scores in zip(rows.tolist(), z, strict=True):
         width = 2 * (int(refs[row, 0]) + 1)
         squares += (scores[:width] - stored[row, :width]).square().unbind()
-    labelled = read(learner.tasks, refs[other])
+    labelled = read_references(learner.tasks, refs[other])
     ce = F.cross_entropy(learner.objective.scores(learner.encode(labelled)), labelled["label"])
     expected = 0.7 * torch.stack(squares).mean() + 0.2 * ce
     torch.testing.assert_close(part.penalty(learner, new, torch.empty(0)), expected, rtol=1e-5, atol=1e-6)

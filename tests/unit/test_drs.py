@@ -157,13 +157,15 @@ def shapes(learner: Core) -> dict[str, tuple[int, ...]]:
 @pytest.mark.parametrize("spec", CHOOSING)
 def test_the_warm_up_leaves_no_trace_but_the_rank(spec: str, lab: Any) -> None:
     learner, task = begun(lab, spec)
-    before = {k: v.clone() for k, v in learner.state_dict().items() if "chosen" not in k}
+    before = {k: v.clone() for k, v in learner.state_dict().items() if "selected" not in k}
     kept = torch.get_rng_state()
     learner.method.begin_task(learner, task)
     assert torch.equal(torch.get_rng_state(), kept)
     rank = int(learner.method.measures(learner)["rank"])
     after = learner.state_dict()
-    assert {name for name in after if name not in before} == {f"method.drs.chosen.{n}" for n in ("complexity", "rank")}
+    assert {name for name in after if name not in before} == {
+        f"method.drs.selected.{n}" for n in ("complexity", "rank")
+    }
     for name, was in before.items():
         now = after[name]
         if now.shape != was.shape:  # cut to the first inner dimensions

@@ -77,8 +77,8 @@ def test_in_training_each_image_takes_the_prompt_of_its_own_task(lab: Any) -> No
     )
     learner.train()
     with (
-        method.of("vision").general.giving(method.of("vision").shared.unbind()),
-        method.of("vision").expert.giving(prompts.unbind(1)),
+        method.of("vision").general.using(method.of("vision").shared.unbind()),
+        method.of("vision").expert.using(prompts.unbind(1)),
     ):
         expected = learner.backbone(mixed)
     torch.testing.assert_close(learner.encode(mixed), expected)

@@ -116,7 +116,7 @@ def test_offline_pulls_as_one_spring_to_each_old_task_would(lab: Any) -> None:
         bench.teach(learner, [task])
         # what this task alone adds: the Fisher of a memory that is empty
         alone = copy.deepcopy(learner)
-        alone.method.parts[1].springs = type(ewc.springs)()
+        alone.method.parts[1].quadratic_penalty = type(ewc.quadratic_penalty)()
         alone.method.parts[1].end_task(alone, task)
         pairs.append((alone.method.parts[1].fisher, alone.method.parts[1].anchor))
     params = learner.trainable()
@@ -131,7 +131,9 @@ def test_offline_pulls_as_one_spring_to_each_old_task_would(lab: Any) -> None:
     for name, one, other in zip(params, found, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4, msg=name)
     bench.teach(online, stream.tasks)
-    stored = [sum(v.numel() for v in m.method.parts[1].springs.state_dict().values()) for m in (learner, online)]
+    stored = [
+        sum(v.numel() for v in m.method.parts[1].quadratic_penalty.state_dict().values()) for m in (learner, online)
+    ]
     assert stored[0] == stored[1] == 2 * sum(p.numel() for p in params.values())
 
 
@@ -142,8 +144,8 @@ def test_the_importance_of_updates_is_that_of_the_weights_they_stand_in(spec: st
     guard = learner.method.parts[1]
     sites = [site for site, _, _ in updates(learner.backbone)]
     head = {n: p for n, p in learner.named_parameters() if n.startswith("objective.")}
-    assert set(guard.springs.weights) == {f"update/{site.key}" for site in sites} | set(head)
-    total: dict[str, torch.Tensor] = dict.fromkeys(guard.springs.weights, torch.zeros(()))
+    assert set(guard.quadratic_penalty.weights) == {f"update/{site.key}" for site in sites} | set(head)
+    total: dict[str, torch.Tensor] = dict.fromkeys(guard.quadratic_penalty.weights, torch.zeros(()))
     data = task.train.__getitems__(range(len(task.train)))
     with learner.inference(), torch.inference_mode(False):  # all of the update in the weights, nothing beside them
         layers = {site.layer: learner.backbone.get_submodule(site.layer).weight for site in sites}
@@ -165,10 +167,10 @@ def test_the_importance_of_updates_is_that_of_the_weights_they_stand_in(spec: st
             for name in head:
                 total[name] = total[name] + (of[name] ** 2 if square else of[name].abs())
     mean = torch.cat([f.flatten() for f in total.values()]).mean()
-    for name, weight in guard.springs.weights.items():
+    for name, weight in guard.quadratic_penalty.weights.items():
         torch.testing.assert_close(weight, total[name] / mean, rtol=1e-3, atol=1e-4)
     for site, adapter, part in updates(learner.backbone):
-        anchor = guard.springs.anchors[f"update/{site.key}"]
+        anchor = guard.quadratic_penalty.anchors[f"update/{site.key}"]
         assert torch.equal(anchor, adapter.delta(part, branches=True))
         assert anchor.any()
 

@@ -82,7 +82,7 @@ def test_accumulated_cores_add_up_in_one_of_constant_size(lab: Any) -> None:
     lab.close(learner, stream.tasks[1])
     for adapter, was, step in zip(learner.method.bases, before, steps, strict=True):
         torch.testing.assert_close(adapter.core, was + step)
-        assert list(adapter.settled) == ["core"]
+        assert list(adapter.merged) == ["core"]
         assert torch.linalg.matrix_rank(step) <= 2
 
 

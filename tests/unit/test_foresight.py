@@ -61,17 +61,13 @@ def test_the_backbone_is_as_it_was(method: str, lab: Any) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    "method",
-    [
-        "lora(rank=2, tasks=1) + ncm",
-        "lora(rank=2, tasks=2, per_task=True)",
-        "adapter(rank=3, tasks=1)",
-        "fm_lora(rank=4) + lwf",
-        "lora(rank=2) + derpp(size=12)",
-        "dualprompt",
-    ],
+DESCRIBED = (
+    "lora(rank=2, tasks=1) + ncm | lora(rank=2, tasks=2, per_task=True) | adapter(rank=3, tasks=1) | "
+    "fm_lora(rank=4) + lwf | lora(rank=2) + derpp(size=12) | dualprompt"
 )
+
+
+@pytest.mark.parametrize("method", DESCRIBED.split(" | "))
 def test_descriptions_alone_say_what_each_task_trains(method: str, lab: Any) -> None:
     learner, ahead = lab.learner(method), lab.learner(method)
     for task in lab.stream():

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from perdure.methods.gem import Unsolved, check, dual
+from perdure.methods.gem import Unsolved, check_projection, solve_dual
 
 
 def products_of(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
@@ -38,7 +38,7 @@ def test_the_solution_keeps_every_constraint_and_is_the_best_one(seed: int, marg
     old = torch.randn(4, 7, dtype=torch.float64, generator=generator)
     old *= 10.0 ** torch.randint(-2, 3, (4, 1), generator=generator)
     new = torch.randn(7, dtype=torch.float64, generator=generator)
-    weights = dual(products_of(old, new), margin)
+    weights = solve_dual(products_of(old, new), margin)
     if bool((old @ new >= 0).all()):
         assert weights is None
         return
@@ -52,7 +52,7 @@ def test_the_solution_keeps_every_constraint_and_is_the_best_one(seed: int, marg
 
 def test_one_task_without_a_margin_is_the_projection_of_a_gem() -> None:
     old, new = torch.tensor([[3.0, 4.0]]).double(), torch.tensor([-1.0, 0.0]).double()
-    weights = dual(products_of(old, new), 0.0)
+    weights = solve_dual(products_of(old, new), 0.0)
     assert weights is not None
     torch.testing.assert_close(new + weights @ old, torch.tensor([-0.64, 0.48]).double())
 
@@ -61,7 +61,7 @@ def test_an_old_gradient_of_length_zero_weighs_nothing_and_two_equal_ones_are_no
     same = torch.tensor([1.0, 1.0, 0.0])
     old = torch.stack([torch.zeros(3), same, same]).double()
     new = torch.tensor([-1.0, -2.0, 5.0]).double()
-    weights = dual(products_of(old, new), 0.0)
+    weights = solve_dual(products_of(old, new), 0.0)
     assert weights is not None
     assert weights[0] == 0
     torch.testing.assert_close(new + weights @ old, torch.tensor([0.5, -0.5, 5.0]).double(), rtol=0, atol=1e-8)
@@ -71,8 +71,8 @@ def test_the_scale_of_the_loss_does_not_matter() -> None:
     generator = torch.Generator().manual_seed(3)
     old, new = (torch.randn(3, 5, dtype=torch.float64, generator=generator) for _ in range(2))
     new = -old.sum(0)
-    weights = dual(products_of(old, new), 0.5)
-    tiny = dual(products_of(1e-9 * old, 1e-9 * new), 0.5)
+    weights = solve_dual(products_of(old, new), 0.5)
+    tiny = solve_dual(products_of(1e-9 * old, 1e-9 * new), 0.5)
     assert weights is not None
     assert tiny is not None
     torch.testing.assert_close(weights, tiny)
@@ -81,10 +81,10 @@ def test_the_scale_of_the_loss_does_not_matter() -> None:
 def test_a_broken_constraint_is_an_error() -> None:
     old, new = torch.eye(2).double(), torch.tensor([-1.0, 1.0]).double()
     products, weights = products_of(old, new), torch.tensor([1.0, 0.0]).double()
-    check(torch.tensor([0.0, 1.0]).double(), products, weights)
+    check_projection(torch.tensor([0.0, 1.0]).double(), products, weights)
     for after in ([-1e-3, 1.0], [float("nan"), 1.0]):
         with pytest.raises(Unsolved, match="points against an old task's"):
-            check(torch.tensor(after).double(), products, weights)
+            check_projection(torch.tensor(after).double(), products, weights)
 
 
 def gradients(learner: Any) -> torch.Tensor:
@@ -129,7 +129,7 @@ def test_after_backward_turns_the_gradient_so_far_that_no_old_loss_rises(carrier
     turned = gradients(learner)
     for g in old:
         assert float(g @ turned) >= -1e-5 * float(g.norm() * new.norm())
-    weights = dual(products_of(torch.stack(old), new), 0.0)
+    weights = solve_dual(products_of(torch.stack(old), new), 0.0)
     assert weights is not None
     torch.testing.assert_close(turned, new + weights.float() @ torch.stack(old), rtol=1e-4, atol=1e-5)
 

@@ -63,7 +63,7 @@ def test_without_protection_the_same_training_moves_them() -> None:
     learner, stream = wide(f"gpm({WHOLE}, backbone_lr=1.0)")
     learn(learner, stream.tasks[0])
     before = outputs(learner, stream.tasks[0])
-    learner.method.spaces.clear()
+    learner.method.subspaces.clear()
     learn(learner, stream.tasks[1])
     after = outputs(learner, stream.tasks[0])
     assert all((after[name] - was).abs().max() > 0.1 * was.abs().max() for name, was in before.items())
@@ -74,7 +74,7 @@ def test_under_adam_the_step_stays_in_the_free_space_though_its_own_directions_d
     learn(learner, stream.tasks[0])
     start = {name: learner.backbone.get_parameter(f"{name}.weight").clone() for name in learner.method._layers}
     learner.grow(stream.tasks[1])
-    spaces = {name: learner.method.spaces.of(sites[0].input, 64) for name, sites in learner.method._layers.items()}
+    spaces = {name: learner.method.subspaces.of(sites[0].input, 64) for name, sites in learner.method._layers.items()}
     learner.method.begin_task(learner, stream.tasks[1])
     weights = {name: learner.backbone.get_parameter(f"{name}.weight") for name in start}
     optimizer = torch.optim.Adam(weights.values(), 1e-2)
@@ -135,7 +135,7 @@ def test_only_weights_of_the_chosen_layers_are_trained() -> None:
 def test_an_exhausted_space_ends_plasticity_but_not_the_run() -> None:
     learner, stream = wide(f"gpm({WHOLE})")
     learn(learner, stream.tasks[0])
-    space = learner.method.spaces
+    space = learner.method.subspaces
     for key, site in learner.method._inputs.items():
         space.keep(key, space.of(key, site.fan_in).take(torch.eye(site.fan_in).double(), 1.0))
     assert {v for k, v in learner.method.measures(learner).items() if k.startswith("occupied_share")} == {1.0}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from perdure.mechanisms.replay import read
+from perdure.mechanisms.replay import read_references
 from perdure.training.loop import fit_task
 
 
@@ -15,7 +15,7 @@ def test_an_image_is_answered_by_the_nearest_mean_of_exemplars(lab: Any) -> None
     refs = learner.method.parts[1].memory.refs
     test = stream.tasks[1].test.__getitems__(range(8))
     with learner.inference():
-        unit = F.normalize(learner.encode(read(list(stream.tasks), refs)), dim=1)
+        unit = F.normalize(learner.encode(read_references(list(stream.tasks), refs)), dim=1)
         means = F.normalize(torch.stack([unit[refs[:, 2] == c].mean(0) for c in range(6)]), dim=1)
         expected = F.normalize(learner.encode(test), dim=1) @ means.T
         torch.testing.assert_close(learner(test), expected, rtol=1e-5, atol=1e-5)
@@ -80,9 +80,9 @@ def test_the_teacher_is_asked_once_an_image_where_images_stay_as_they_are(
 
 def test_no_teacher_is_kept_without_strength_or_after_a_task(lab: Any) -> None:
     learner, batch = second_task(lab, ", strength=0")
-    assert not learner.method.parts[1].teacher.kept
+    assert not learner.method.parts[1].teacher.weights
     assert learner.method.penalty(learner, batch, learner.encode(batch)) == 0
-    assert not lab.taught("lora(rank=2) + icarl(size=6)").method.parts[1].teacher.kept
+    assert not lab.taught("lora(rank=2) + icarl(size=6)").method.parts[1].teacher.weights
 
 
 def test_a_class_without_exemplars_is_never_the_answer(lab: Any) -> None:

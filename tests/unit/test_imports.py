@@ -41,3 +41,16 @@ def test_what_an_objective_or_a_method_can_is_asked_and_not_its_class() -> None:
         if line.module.startswith("perdure.methods.") or classes & {each.name for each in line.names}
     }
     assert asked == set()
+
+
+# What every entry point is called.
+SHARED_NAMES = {"main"}
+
+
+def test_no_two_modules_give_one_name_to_different_things() -> None:
+    places: dict[str, list[str]] = {}
+    for module, file in MODULES.items():
+        for line in ast.parse(file.read_text("utf-8")).body:
+            if isinstance(line, ast.FunctionDef | ast.ClassDef) and not line.name.startswith("_"):
+                places.setdefault(line.name, []).append(module)
+    assert {name: found for name, found in places.items() if len(found) > 1 and name not in SHARED_NAMES} == {}

@@ -158,7 +158,7 @@ def test_moments_collected_in_the_last_epoch_span_what_a_pass_of_the_same_weight
         inflora = next(part for part in parts_of(learner.method) if part.name == "inflora")
         found[when] = {key: inflora._space(key) for key in inflora.adapters}
         passes[when] = sum(seen)
-        assert not inflora.collected, "sums that no later task needs are kept"
+        assert not inflora.running_moments, "sums that no later task needs are kept"
     for key, space in found["pass"].items():
         other = found["training"][key]
         assert (space.kind, space.free) == (other.kind, other.free)
@@ -170,7 +170,7 @@ def test_at_most_so_many_images_of_the_last_epoch_are_counted(lab: Any) -> None:
     learner, stream = wide("inflora(rank=4, moments=5, end_moments='training')")
     learner.grow(stream.tasks[0])
     counted: list[int] = []
-    learner.method.after_step = lambda *_: counted.append(learner.method.collected.images)  # type: ignore[method-assign]
+    learner.method.after_step = lambda *_: counted.append(learner.method.running_moments.images)  # type: ignore[method-assign]
     fit_task(learner, stream.tasks[0], TrainConfig(epochs=2, batch_size=3))
     assert counted == [0, 0, 0, 3, 5, 5]
 

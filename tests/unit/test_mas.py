@@ -42,10 +42,10 @@ def test_importance_is_the_mean_of_single_examples_and_adds_up_over_tasks(carrie
     for task in stream.tasks[:2]:
         lab.teach(learner, [task])
         expected = {name: value + expected.get(name, 0) for name, value in by_hand(learner, task.train).items()}
-        assert set(guard.springs.weights) == set(expected)
-        for name, weight in guard.springs.weights.items():
+        assert set(guard.quadratic_penalty.weights) == set(expected)
+        for name, weight in guard.quadratic_penalty.weights.items():
             torch.testing.assert_close(weight, expected[name], rtol=2e-3, atol=1e-4)
-            assert torch.equal(guard.springs.anchors[name], learner.get_parameter(name))
+            assert torch.equal(guard.quadratic_penalty.anchors[name], learner.get_parameter(name))
 
 
 def test_labels_do_not_matter(lab: Any) -> None:
@@ -54,7 +54,7 @@ def test_labels_do_not_matter(lab: Any) -> None:
     wrong = Mislabelled(task.train)
     assert not torch.equal(wrong.labels, task.train.labels)
     for part, same in ((learner.method.parts[1], True), (learner.method.parts[2], False)):
-        before = {name: weight.clone() for name, weight in part.springs.weights.items()}
-        part.springs = type(part.springs)()
+        before = {name: weight.clone() for name, weight in part.quadratic_penalty.weights.items()}
+        part.quadratic_penalty = type(part.quadratic_penalty)()
         part.end_task(learner, type(task)(**{**vars(task), "train": wrong}))
-        assert all(torch.equal(part.springs.weights[name], weight) for name, weight in before.items()) is same
+        assert all(torch.equal(part.quadratic_penalty.weights[name], weight) for name, weight in before.items()) is same

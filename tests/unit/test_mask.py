@@ -5,20 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-ALL = {
-    "gem": True,
-    "gem(mask=True)": False,
-    "gem(mask=False)": True,
-    "agem": False,
-    "agem(mask=False)": True,
-    "derpp": True,
-    "derpp(mask=True)": False,
-    "replay(schedule='periodic')": True,
-    "icarl": True,
-    "joint": True,
-    "lwf": False,
-    "ewc": False,
-}
+ALL = ("gem", "gem(mask=False)", "agem(mask=False)", "derpp", "replay(schedule='periodic')", "icarl", "joint")
+OWN = ("gem(mask=True)", "agem", "derpp(mask=True)", "lwf", "ewc")
 
 
 def pushed(lab: Any, spec: str) -> bool:
@@ -33,9 +21,9 @@ def pushed(lab: Any, spec: str) -> bool:
     return old is not None and bool(old.any())
 
 
-@pytest.mark.parametrize("spec", ALL)
+@pytest.mark.parametrize("spec", ALL + OWN)
 def test_new_images_compete_with_old_classes_where_the_methods_source_has_it(spec: str, lab: Any) -> None:
-    assert pushed(lab, spec) == ALL[spec]
+    assert pushed(lab, spec) == (spec in ALL)
 
 
 @pytest.mark.parametrize(("spec", "competes"), [("gem", False), ("gem(mask=False)", True), ("derpp", True)])

@@ -29,7 +29,7 @@ def strangers(lab: Any, count: int = 64) -> Any:
 
 
 def used(learner: Core, images: Batch) -> torch.Tensor:
-    return learner.method.of("vision").gateway.route(query(learner, images))
+    return learner.method.of("vision").task_identifier.route(query(learner, images))
 
 
 def test_the_route_of_an_image_does_not_depend_on_its_batch(lab: Any) -> None:
@@ -60,7 +60,7 @@ def test_experts_and_routers_read_what_enters_the_norm_before_the_mlp(lab: Any) 
     ]
     with learner.inference():
         learner.encode(images)
-        routes = Routes(learner.method.of("vision").gateway.tasks, used(learner, images))
+        routes = Routes(learner.method.of("vision").task_identifier.tasks, used(learner, images))
         plain = heard["stream"] + block.mlp(heard["normed"])
         gates = adapter._gates(heard["stream"].mean(1), routes)
         experts = [{part: adapter._all(part)[e] for part in ("down", "down_bias", "up", "up_bias")} for e in range(6)]
@@ -151,28 +151,28 @@ def test_the_limit_leaves_the_share_of_its_own_images_outside_that_it_is_told() 
         return centres[labels] + 0.3 * torch.randn(len(labels), 32, generator=generator)
 
     for share in (0.6, 0.9):
-        familiarity = TaskGaussians(8, share)
-        familiarity.add(0, drawn(), labels, generator)
-        assert (familiarity.route(drawn()) == 0).float().mean() == pytest.approx(share, abs=0.04)
-        assert (familiarity.route(3 * drawn()) == -1).all()
+        gaussians = TaskGaussians(8, share)
+        gaussians.add(0, drawn(), labels, generator)
+        assert (gaussians.route(drawn()) == 0).float().mean() == pytest.approx(share, abs=0.04)
+        assert (gaussians.route(3 * drawn()) == -1).all()
 
 
 def test_a_limit_comes_from_gaussians_that_have_not_seen_what_is_judged() -> None:
     generator = torch.Generator().manual_seed(0)
     labels = torch.zeros(60, dtype=torch.int64)
     known, fresh = torch.randn(60, 48, generator=generator), torch.randn(2000, 48, generator=generator)
-    familiarity = TaskGaussians(16, 0.9)
-    familiarity.add(0, known, labels, generator)
-    assert (familiarity.route(fresh) == 0).float().mean() > 0.75
+    gaussians = TaskGaussians(16, 0.9)
+    gaussians.add(0, known, labels, generator)
+    assert (gaussians.route(fresh) == 0).float().mean() > 0.75
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_few_images_are_enough_for_a_gateway(count: int) -> None:
-    familiarity = TaskGaussians(16, 0.99)
-    familiarity.add(3, torch.eye(8)[:count], torch.arange(count), torch.Generator().manual_seed(0))
-    assert familiarity.tasks == [3]
-    assert familiarity.route(torch.eye(8)).shape == (8,)
-    assert all(torch.isfinite(value).all() for value in familiarity.kept.values())
+def test_few_images_are_enough_to_identify_a_task(count: int) -> None:
+    gaussians = TaskGaussians(16, 0.99)
+    gaussians.add(3, torch.eye(8)[:count], torch.arange(count), torch.Generator().manual_seed(0))
+    assert gaussians.tasks == [3]
+    assert gaussians.route(torch.eye(8)).shape == (8,)
+    assert all(torch.isfinite(value).all() for value in gaussians.gaussians.values())
 
 
 def test_gates_are_the_softmax_over_the_best_scores_of_an_images_own_router(lab: Any) -> None:
@@ -290,7 +290,7 @@ def test_a_text_goes_through_the_router_that_knows_it_and_an_unknown_one_stays_a
     learner = read(lab)
     plain = lab.but(objective="zeroshot").backbone().encode_text(TEXTS)
     with learner.inference():
-        places = learner.method.of("text").gateway.route(text_query(learner, learner.backbone.tokenised(TEXTS)))
+        places = learner.method.of("text").task_identifier.route(text_query(learner, learner.backbone.tokenised(TEXTS)))
         assert places.tolist() == [0, 1, -1]
         together = learner.embed_texts(TEXTS)
         alone = torch.cat([learner.embed_texts([text]) for text in TEXTS])
@@ -354,7 +354,7 @@ def test_a_name_of_several_tasks_goes_to_the_latest_whatever_stands_beside_it() 
         texts = [f"a photo of a {name}." for name in ("cat", *company)]
         with learner.inference():
             asked = text_query(learner, learner.backbone.tokenised(texts))
-        assert learner.method.of("text").gateway.route(asked)[0] == 1
+        assert learner.method.of("text").task_identifier.route(asked)[0] == 1
 
 
 def test_old_names_that_a_distillation_reads_pass_their_own_routers(lab: Any) -> None:
@@ -379,7 +379,7 @@ def test_names_that_tasks_share_go_to_the_latest(lab: Any) -> None:
     texts = [f"a photo of a {name}." for name in learner.objective.names]
     with learner.inference():
         asked = text_query(learner, learner.backbone.tokenised(texts))
-    assert learner.method.of("text").gateway.route(asked).tolist() == [1] * len(texts)
+    assert learner.method.of("text").task_identifier.route(asked).tolist() == [1] * len(texts)
 
 
 def test_how_many_experts_there_are_follows_the_length_of_the_stream() -> None:

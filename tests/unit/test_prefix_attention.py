@@ -122,7 +122,7 @@ def test_attention_equals_the_formula_with_joined_keys_and_values(
     out.register_forward_pre_hook(lambda _layer, args: seen.update(out=args[0]))
     given = some(model, 2, *shape)
     plain = model(pixels(model))
-    with prefix.giving(given):
+    with prefix.using(given):
         joined = model(pixels(model))
     expected = by_hand(model, 1, seen, given[0])
     assert seen["out"].shape == expected.shape
@@ -137,14 +137,14 @@ def test_nothing_given_is_the_pretrained_model_bit_for_bit_and_so_is_detach() ->
     prefix = Prefix()
     attach_prefix(of(model), prefix, None)
     assert torch.equal(model(pixels(model)), plain)
-    with prefix.giving([torch.ones(2, 64)] * 2):
+    with prefix.using([torch.ones(2, 64)] * 2):
         assert not torch.allclose(model(pixels(model)), plain)
     assert torch.equal(model(pixels(model)), plain)
     assert adapted(model)
     assert prompted(model)
     detach(model)
     assert not adapted(model)
-    with prefix.giving([torch.ones(2, 64)] * 2):
+    with prefix.using([torch.ones(2, 64)] * 2):
         assert torch.equal(model(pixels(model)), plain)
 
 
@@ -157,9 +157,9 @@ def test_own_values_are_always_on_and_what_is_given_comes_before_them() -> None:
     assert prefix.values is not None
     assert prefix.values.grad is not None
     assert prefix.values.grad.any()
-    with prefix.giving(prefix.values.unbind()):
+    with prefix.using(prefix.values.unbind()):
         assert torch.equal(model(pixels(model)), own)
-    with prefix.giving([torch.ones(1, 64)] * 2):
+    with prefix.using([torch.ones(1, 64)] * 2):
         assert not torch.allclose(model(pixels(model)), own)
 
 
@@ -177,10 +177,10 @@ def test_a_prefix_for_each_image_equals_one_image_at_a_time() -> None:
     model, prefix = tiny().double(), Prefix()
     attach_prefix(of(model), prefix, None)
     batch, given = pixels(model), some(model, 2, 3, 2)
-    with prefix.giving(given):
+    with prefix.using(given):
         together = model(batch)
     for i in range(3):
-        with prefix.giving([values[i] for values in given]):
+        with prefix.using([values[i] for values in given]):
             torch.testing.assert_close(model({"image": batch["image"][i : i + 1]})[0], together[i])
 
 
@@ -220,7 +220,7 @@ def test_bfloat16_stays_near_float32() -> None:
     model, prefix = tiny(dim=64), Prefix()
     attach_prefix(of(model), prefix, None)
     given = [values.float() for values in some(model, 2, 3, 4)]
-    with prefix.giving(given):
+    with prefix.using(given):
         exact = model(pixels(model))
         rounded = model.to(torch.bfloat16)(pixels(model))
     assert rounded.dtype == torch.bfloat16

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from perdure.mechanisms.subspace import unpack
+from perdure.mechanisms.subspace import unpack_symmetric
 from perdure.methods.ranpac import random_signs
 from perdure.types import Task
 
@@ -80,12 +80,12 @@ def test_the_ridge_is_chosen_on_training_images_of_the_task_alone(lab: Any) -> N
     for task in stream.tasks[:2]:
         lab.teach(learner, [task])
         lab.teach(blind, [Task(task.index, task.name, task.classes, task.names, task.total, train=task.train)])
-        assert torch.equal(learner.method.held["ridge"], blind.method.held["ridge"])
+        assert torch.equal(learner.method.regression["ridge"], blind.method.regression["ridge"])
     alone = lab.learner("ranpac(dim=32)")
     for task in stream.tasks[:2]:
         alone.grow(task)
     alone.method.end_task(alone, stream.tasks[1])
-    assert torch.equal(alone.method.held["ridge"], learner.method.held["ridge"])
+    assert torch.equal(alone.method.regression["ridge"], learner.method.regression["ridge"])
 
 
 def test_labels_that_mean_nothing_get_a_stronger_ridge(lab: Any) -> None:
@@ -106,7 +106,7 @@ def test_a_given_ridge_is_used(lab: Any) -> None:
 def test_the_ridge_that_is_measured_is_the_one_that_is_solved_with(option: str, lab: Any) -> None:
     learner = lab.taught(f"ranpac(dim=300, {option})")
     method, classes = learner.method, learner.objective.classes
-    gram, ridge = unpack(method.held["gram"]), method.measures(learner)["ridge"]
+    gram, ridge = unpack_symmetric(method.regression["gram"]), method.measures(learner)["ridge"]
     assert ridge >= 0.99e-7 * float(gram.trace())
     sums = torch.stack([method.sums[str(c)].double() for c in classes], dim=1)
     expected = torch.linalg.solve(gram + ridge * torch.eye(300).double(), sums)
@@ -157,7 +157,7 @@ def test_the_state_is_one_triangle_and_a_sum_for_each_class(lab: Any) -> None:
     learner = lab.taught("ranpac(dim=40)")
     held = {k: v for k, v in learner.learnt_state().items() if k.startswith("method.")}
     assert sum(v.nbytes for v in held.values()) == 40 * 41 // 2 * 4 + 6 * 40 * 4 + 4
-    gram = unpack(learner.method.held["gram"])
+    gram = unpack_symmetric(learner.method.regression["gram"])
     assert torch.equal(gram, gram.T)
 
 
@@ -180,5 +180,5 @@ def test_in_a_composition_features_are_of_the_tasks_end(lab: Any) -> None:
     features, _ = learner.features(stream.tasks[0].train)
     wide = F.pad(features, (0, 1), value=1.0)
     torch.testing.assert_close(
-        unpack(learner.method.parts[1].held["gram"]).float(), wide.T @ wide, rtol=1e-4, atol=1e-4
+        unpack_symmetric(learner.method.parts[1].regression["gram"]).float(), wide.T @ wide, rtol=1e-4, atol=1e-4
     )

@@ -39,8 +39,8 @@ def test_the_path_is_that_of_the_task_s_own_loss_without_the_pull(lab: Any) -> N
     si, second = learner.method.parts[1], stream.tasks[1]
     learner.grow(second)
     path, _ = walk(learner, second, 4, 5e-3, momentum=0.9)
-    assert si.springs.gradient(learner.trainable()).keys() == path.keys()
-    pulls = torch.cat([force.flatten() for force in si.springs.gradient(learner.trainable()).values()])
+    assert si.quadratic_penalty.gradient(learner.trainable()).keys() == path.keys()
+    pulls = torch.cat([force.flatten() for force in si.quadratic_penalty.gradient(learner.trainable()).values()])
     assert 50 * pulls.norm() > 1  # there was something to take off
     assert si.path.keys() == path.keys()
     for name, expected in path.items():
@@ -76,14 +76,14 @@ def test_importance_is_the_path_over_the_damped_square_of_the_way(lab: Any) -> N
         totals = {key: totals.get(key, 0) + value / mean for key, value in raw.items()}
         learner.method.end_task(learner, task)
         learner.learnt += 1
-        assert si.springs.weights.keys() == totals.keys()
+        assert si.quadratic_penalty.weights.keys() == totals.keys()
         for key, value in totals.items():
-            torch.testing.assert_close(si.springs.weights[key], value, rtol=1e-3, atol=1e-4)
-            assert torch.equal(si.springs.anchors[key], learner.get_parameter(key))
+            torch.testing.assert_close(si.quadratic_penalty.weights[key], value, rtol=1e-3, atol=1e-4)
+            assert torch.equal(si.quadratic_penalty.anchors[key], learner.get_parameter(key))
         assert not si.path
         assert not si.start
-    assert (si.springs.weights[name] > 0).any()
-    assert (si.springs.weights[name] == 0).any()  # what made the loss rise is not important
+    assert (si.quadratic_penalty.weights[name] > 0).any()
+    assert (si.quadratic_penalty.weights[name] == 0).any()  # what made the loss rise is not important
 
 
 def test_a_task_in_which_nothing_moved_adds_nothing(lab: Any) -> None:
@@ -93,5 +93,5 @@ def test_a_task_in_which_nothing_moved_adds_nothing(lab: Any) -> None:
         learner.method.begin_task(learner, task)
         learner.method.end_task(learner, task)
         learner.learnt += 1
-    assert not any(weight.any() for weight in learner.method.parts[1].springs.weights.values())
+    assert not any(weight.any() for weight in learner.method.parts[1].quadratic_penalty.weights.values())
     assert learner.loss(task.train.__getitems__(range(4))).isfinite()

@@ -149,14 +149,8 @@ def test_one_spec_is_demanded_where_only_one_is_possible():
 
 
 def test_build_calls_what_the_registry_holds():
-    assert build(parse_one("lora(rank=4, at='qv', steps=[1, 2])"), REGISTRY, "method").options == (
-        4,
-        1.0,
-        "qv",
-        None,
-        [1, 2],
-        True,
-    )
+    made = build(parse_one("lora(rank=4, at='qv', steps=[1, 2])"), REGISTRY, "method")
+    assert made.options == (4, 1.0, "qv", None, [1, 2], True)
     assert build(parse_one("images(path='x')"), REGISTRY, "stream", size=48) == Images("x", 48)
     assert build(parse_one("fast(rank=2)"), REGISTRY, "method").options[-1] is False
 

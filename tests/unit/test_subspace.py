@@ -167,7 +167,7 @@ def test_power_two_of_a_method_takes_the_space_of_squared_moments(method: str, p
     for key, moments in found.items():
         expected = Subspace.empty(16).take(moments @ moments if power == 2 else moments, 0.9)
         for name in (key, key.replace(".", "/")):
-            if f"{name}/taken" in learner.method.spaces or f"{name}/free" in learner.method.spaces:
-                space = learner.method.spaces.of(name, 16)
+            if f"{name}/taken" in learner.method.subspaces or f"{name}/free" in learner.method.subspaces:
+                space = learner.method.subspaces.of(name, 16)
         assert space.free == expected.free
         np.testing.assert_allclose(outside(space.basis, space.kind), outside(expected.basis, expected.kind), atol=1e-4)

@@ -50,29 +50,12 @@ def test_a_saved_learner_loaded_answers_the_same(method: str, tmp_path: Path) ->
     assert checkpoint.whole(tmp_path / "it")[-1].rows == [Row(1, 0, "accuracy", 0.5)]
 
 
-def test_a_loaded_learner_goes_on_learning_as_if_never_saved(tmp_path: Path) -> None:
-    learner = taught("lora(rank=2) + ewc(samples=8)")
-    learner.save(tmp_path / "it")
-    loaded, images = Learner.load(tmp_path / "it"), pictures(90)
-    for each in (learner, loaded):
-        each.learn(images, ["shadow"] * 6)
-    assert loaded.predict(images) == learner.predict(images)
-    loaded.save(tmp_path / "it")
-    assert Learner.load(tmp_path / "it").predict(images) == learner.predict(images)
-
-
 def test_predictions_do_not_pile_up_in_memory() -> None:
     learner = taught("ncm")
     kept = len(learner.kept)
     for _ in range(3):
         learner.predict(pictures(31))
     assert len(learner.kept) == kept
-
-
-def test_a_name_that_is_known_keeps_its_class() -> None:
-    learner = taught()
-    learner.learn(torch.cat([pictures(40), pictures(100)]), ["dark"] * 6 + ["shadow"] * 6)
-    assert learner.known == {"dark": 0, "grey": 1, "light": 2, "white": 3, "shadow": 4}
 
 
 def test_a_folder_of_class_folders_is_learnt(tmp_path: Path) -> None:
@@ -83,26 +66,3 @@ def test_a_folder_of_class_folders_is_learnt(tmp_path: Path) -> None:
     learner = create().learn(tmp_path)
     assert learner.known == {"dark": 0, "white": 1}
     assert learner.predict([tmp_path / "white" / "0.png"], top=1)[0][0][0] == "white"
-
-
-@pytest.mark.parametrize(
-    ("ask", "message"),
-    [
-        (lambda: create().predict(pictures(30)), "has learnt nothing yet: call learn"),
-        (lambda: create().save("nowhere"), "has learnt nothing yet: there is nothing to save"),
-        (lambda: create().learn(pictures(30)), "labels are missing: give a name or number"),
-        (lambda: create().learn("some/folder", ["a"]), "is a folder, whose sub-folders are the labels"),
-        (lambda: create(epoch=3), "has no option 'epoch'"),
-        (lambda: create("loro"), "unknown method 'loro'; did you mean 'lora'"),
-    ],
-)
-def test_what_cannot_be_done_is_said_in_one_line(ask: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message) as error:
-        ask()
-    assert "\n" not in str(error.value)
-
-
-def test_a_folder_of_another_learner_is_not_written_to(tmp_path: Path) -> None:
-    taught().save(tmp_path / "it")
-    with pytest.raises(ValueError, match="holds another learner; save to a new folder"):
-        taught("ncm").save(tmp_path / "it")

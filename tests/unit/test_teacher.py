@@ -60,7 +60,7 @@ def begun(lab: Any, spec: str, where: Any) -> tuple[Core, Any, Teacher]:
     learner.prepare()
     learner.method.begin_task(learner, stream.tasks[1])
     teacher = Teacher("teacher", ["features", "scores"])
-    teacher.remember(learner)
+    teacher.snapshot(learner)
     return learner, stream.tasks[1], teacher
 
 
@@ -118,9 +118,9 @@ def test_a_question_between_forward_and_backward_changes_no_gradient(lab: Any) -
 
 def test_a_teacher_keeps_what_is_trained_and_nothing_else(lab: Any) -> None:
     learner, _, teacher = begun(lab, "lora(rank=2)", {})
-    assert set(teacher.kept) == set(learner.trainable())
-    assert set(teacher.state_dict()) == {f"kept.{name}" for name in learner.trainable()}
-    teacher.forget()
+    assert set(teacher.weights) == set(learner.trainable())
+    assert set(teacher.state_dict()) == {f"weights.{name}" for name in learner.trainable()}
+    teacher.clear()
     assert not teacher.state_dict()
 
 

@@ -45,7 +45,7 @@ def test_texts_take_the_pools_nearest_entries_and_pull_their_keys(lab: Any) -> N
         best = cosines.topk(2, dim=1)
         expected = []
         for text, entries in zip(TEXTS, best.indices, strict=True):
-            with pool.tokens.giving(torch.cat([pool.prompts[i] for i in entries])):
+            with pool.tokens.using(torch.cat([pool.prompts[i] for i in entries])):
                 expected.append(learner.backbone.encode_text([text]))
         torch.testing.assert_close(learner.embed_texts(TEXTS), torch.cat(expected), rtol=1e-4, atol=1e-5)
     texts, labels = learner.objective.texts(learner, {})
@@ -68,7 +68,7 @@ def test_in_training_a_text_takes_its_own_tasks_prompt_and_later_the_nearest_key
 
     @torch.no_grad()
     def with_those_of(tasks: list[int]) -> Tensor:
-        with own.general.giving(own.shared.unbind()), own.expert.giving(prompts[tasks].unbind(1)):
+        with own.general.using(own.shared.unbind()), own.expert.using(prompts[tasks].unbind(1)):
             return learner.backbone.encode_text(texts)
 
     learner.train()
@@ -136,6 +136,6 @@ def test_texts_are_mixed_prompts_by_the_papers_sum(lab: Any) -> None:
         weights = F.cosine_similarity(asked[:, None] * a, k[None].expand(len(TEXTS), -1, -1), dim=2)
         blocks.append(torch.einsum("bm,mld->bld", weights, p))
     with torch.no_grad():
-        with own.prefix.giving(blocks):
+        with own.prefix.using(blocks):
             expected = learner.backbone.encode_text(TEXTS)
         torch.testing.assert_close(learner.embed_texts(TEXTS), expected, rtol=1e-4, atol=1e-5)

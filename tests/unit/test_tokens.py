@@ -43,17 +43,17 @@ def test_nothing_is_added_until_it_is_given_nor_after(lab: Any) -> None:
     backbone, images = held(lab, tokens)
     assert prompted(backbone)
     assert torch.equal(backbone(images), plain(images))
-    with tokens.giving(drawn(5, 16)):
+    with tokens.using(drawn(5, 16)):
         assert (backbone(images) - plain(images)).abs().max() > 0.01
     assert torch.equal(backbone(images), plain(images))
-    with pytest.raises(KeyError, match="image"), tokens.giving(drawn(5, 16)):
+    with pytest.raises(KeyError, match="image"), tokens.using(drawn(5, 16)):
         backbone({})
     assert tokens.now() is None
 
 
 def test_given_tokens_are_no_part_of_any_state(lab: Any) -> None:
     tokens = RoutedPrompts()
-    with tokens.giving(drawn(5, 16)):
+    with tokens.using(drawn(5, 16)):
         assert not tokens.state_dict()
     assert list(PromptTokens(5, 16).state_dict()) == ["values"]
 
@@ -64,10 +64,10 @@ def test_tokens_of_its_own_serve_each_image_as_if_it_were_alone(reads: bool, lab
     tokens.reads = reads
     backbone, images = held(lab, tokens)
     values = drawn(3, 5, 16)
-    with tokens.giving(values):
+    with tokens.using(values):
         together = backbone(images)
     for i in range(3):
-        with tokens.giving(values[i]):
+        with tokens.using(values[i]):
             alone = backbone({"image": images["image"][i : i + 1]})
         torch.testing.assert_close(together[i], alone[0], rtol=1e-5, atol=1e-5)
 
@@ -80,7 +80,7 @@ def test_what_the_tokens_became_can_take_the_place_of_the_class_token(lab: Any) 
     last = backbone.vision.blocks[-1]
     last.mlp.register_forward_hook(lambda _m, _args, y: became.append(y))
     last.norm2.register_forward_hook(lambda _m, args, _y: became.append(args[0]))
-    with tokens.giving(drawn(5, 16)):
+    with tokens.using(drawn(5, 16)):
         features = backbone(images)
     entered, added = became
     mean = (entered + added)[:, 1:6].mean(1)
@@ -91,7 +91,7 @@ def test_tokens_take_the_precision_of_the_encoder(lab: Any) -> None:
     tokens = RoutedPrompts()
     backbone, images = held(lab, tokens)
     backbone.to(torch.bfloat16)
-    with tokens.giving(drawn(5, 16)):
+    with tokens.using(drawn(5, 16)):
         assert backbone(images).dtype == torch.bfloat16
 
 
@@ -110,7 +110,7 @@ def test_tokens_are_to_a_model_that_rotates_patches_what_its_own_registers_are()
     tokens, pixels = RoutedPrompts(), drawn(2, 3, 32, 32)
     tokens.attach(list(without.model.layer))
     plain = without(pixels).pooler_output
-    with tokens.giving(registers[0]):
+    with tokens.using(registers[0]):
         features = without(pixels).pooler_output
     torch.testing.assert_close(features, with_registers(pixels).pooler_output, rtol=1e-5, atol=1e-5)
     assert (features - plain).abs().max() > 0.01

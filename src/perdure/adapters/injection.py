@@ -39,12 +39,12 @@ class Adapter(nn.Module):
 
         Args:
             part: which of the adapted layers.
-            branches: with the branch in training, not only what is settled.
+            branches: with the branch in training, not only what is merged.
         """
         raise NotImplementedError
 
     def past(self, x: Tensor, part: int) -> Tensor | None:
-        """What is settled, applied to the layer's input, where weights do not hold it; None when there is none."""
+        """What is merged, applied to the layer's input, where weights do not hold it; None when there is none."""
         update = self.delta(part, branches=False)
         return None if update is None else F.linear(x, update.to(x.dtype))
 
@@ -197,7 +197,7 @@ def fold(model: nn.Module, branches: bool) -> None:
 
     Args:
         model: the module whose layers carry adapters.
-        branches: fold what is in training too (for prediction), or only what is settled (for training).
+        branches: fold what is in training too (for prediction), or only what is merged (for training).
     """
     for layer, seat in _seats(model):
         weight = layer.weight

@@ -1,4 +1,4 @@
-"""Low-rank updates of linear layers: one branch in training, what past tasks learnt settled beside it."""
+"""Low-rank updates of linear layers: one branch in training, what past tasks learnt merged beside it."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -32,7 +32,7 @@ class LowRank(Adapter):
         self.fan_outs = [site.fan_out for site in sites]
         self.down: nn.Parameter | None = None
         self.up = nn.ParameterList()
-        self.settled = BufferDict()
+        self.merged = BufferDict()
 
     def open(self, train_down: bool = True) -> None:
         """Start a branch that changes nothing yet: `down` as in LoRA (Kaiming uniform), `up` zero."""
@@ -51,16 +51,16 @@ class LowRank(Adapter):
         if self.down is None:
             return
         whole = [self.factors(part) for part in range(len(self.up))]
-        self.settled.clear()
+        self.merged.clear()
         for part, (up, down) in enumerate(filter(None, whole)):
             if len(down) * (self.fan_in + sum(self.fan_outs)) <= self.fan_in * sum(self.fan_outs):
-                self.settled["down"], self.settled[f"up/{part}"] = down, up
+                self.merged["down"], self.merged[f"up/{part}"] = down, up
             else:
-                self.settled[f"dense/{part}"] = up @ down
+                self.merged[f"dense/{part}"] = up @ down
         self.down, self.up = None, nn.ParameterList()
 
     def forward(self, x: Tensor, y: Tensor, part: int) -> Tensor:
-        """The layer's output with the branch in training; settled branches stand in the layer's weight."""
+        """The layer's output with the branch in training; merged branches stand in the layer's weight."""
         if self.down is None:
             return y
         # the master copies are float32, the encoder may compute in bfloat16
@@ -72,9 +72,9 @@ class LowRank(Adapter):
 
     def past(self, x: Tensor, part: int) -> Tensor | None:
         """See `Adapter.past`; through the factors while they are kept."""
-        if f"up/{part}" not in self.settled:
+        if f"up/{part}" not in self.merged:
             return super().past(x, part)
-        down, up = self.settled["down"], self.settled[f"up/{part}"]
+        down, up = self.merged["down"], self.merged[f"up/{part}"]
         return F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -88,13 +88,13 @@ class LowRank(Adapter):
     def factors(self, part: int) -> tuple[Tensor, Tensor] | None:
         """All of the update as (up (fan_out, k), down (k, fan_in)), exact; None when there is none."""
         ups, downs = [], []
-        if f"dense/{part}" in self.settled:
-            dense = self.settled[f"dense/{part}"]
+        if f"dense/{part}" in self.merged:
+            dense = self.merged[f"dense/{part}"]
             ups.append(dense)
             downs.append(torch.eye(self.fan_in, dtype=dense.dtype, device=dense.device))
-        elif f"up/{part}" in self.settled:
-            ups.append(self.settled[f"up/{part}"])
-            downs.append(self.settled["down"])
+        elif f"up/{part}" in self.merged:
+            ups.append(self.merged[f"up/{part}"])
+            downs.append(self.merged["down"])
         if self.down is not None:
             ups.append(self.scale * self.up[part].detach())
             downs.append(self.down.detach())
@@ -103,10 +103,10 @@ class LowRank(Adapter):
     def delta(self, part: int, branches: bool) -> Tensor | None:
         """See `Adapter.delta`."""
         past: Tensor | None = None
-        if f"dense/{part}" in self.settled:
-            past = self.settled[f"dense/{part}"]
-        elif f"up/{part}" in self.settled:
-            past = self.settled[f"up/{part}"] @ self.settled["down"]
+        if f"dense/{part}" in self.merged:
+            past = self.merged[f"dense/{part}"]
+        elif f"up/{part}" in self.merged:
+            past = self.merged[f"up/{part}"] @ self.merged["down"]
         if not branches or self.down is None:
             return past
         new: Tensor = self.scale * (self.up[part] @ self.down)
@@ -114,7 +114,7 @@ class LowRank(Adapter):
 
 
 class LowRankSet(Adapters[LowRank]):
-    """One `LowRank` for each layer, opened and settled together."""
+    """One `LowRank` for each layer, opened and merged together."""
 
     def open(self, backbone: nn.Module, sites: Iterable[Site], rank: int, scale: float = 1.0) -> None:
         """A fresh branch on each of `sites`, where the first call puts the adapters."""

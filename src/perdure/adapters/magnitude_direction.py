@@ -84,7 +84,7 @@ class MagnitudeDirection(Adapter):
         return up * scales, down
 
     def delta(self, part: int, branches: bool) -> Tensor | None:
-        """See `Adapter.delta`; nothing is settled, since all magnitudes go on changing."""
+        """See `Adapter.delta`; nothing is merged, since all magnitudes go on changing."""
         found = self.factors(part) if branches else None
         return None if found is None else found[0] @ found[1]
 

@@ -53,7 +53,7 @@ class Prefix(nn.Module):
         return layers
 
     @contextmanager
-    def giving(self, values: Sequence[Tensor]) -> Iterator[None]:
+    def using(self, values: Sequence[Tensor]) -> Iterator[None]:
         """Within, one (length, 2 · width) or (B, length, 2 · width) per block joins: keys beside values."""
         before, self._given = self._given, values
         try:

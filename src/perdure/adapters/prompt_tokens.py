@@ -54,7 +54,7 @@ class PromptTokens(PromptBase):
 
 
 class RoutedPrompts(PromptBase):
-    """Tokens that someone else owns and chooses: there are none but within `giving`."""
+    """Tokens that someone else owns and chooses: there are none but within `using`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class RoutedPrompts(PromptBase):
         return self._values
 
     @contextmanager
-    def giving(self, values: Tensor) -> Iterator[None]:
+    def using(self, values: Tensor) -> Iterator[None]:
         """Within, images are encoded with `values`, (m, width) or (B, m, width)."""
         self._values = values
         try:

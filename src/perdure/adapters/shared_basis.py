@@ -12,11 +12,11 @@ from perdure.types import Site
 
 
 class SharedBasis(Adapter):
-    """y + up · (core + branch) · down x, with `core` (rank, rank) settled and `branch` in training.
+    """y + up · (core + branch) · down x, with `core` (rank, rank) merged and `branch` in training.
 
     A branch is the product of the matrices of `open`: one (rank, rank), or two, M (rank, k) and Nᵀ
     (k, rank). While bases and branch are trained, gradients reach them through the branch only (Zhang et al., 3.2);
-    once they are `fixed`, what is settled stands in the layer's weight.
+    once they are `fixed`, what is merged stands in the layer's weight.
 
     Args:
         site: the layer.
@@ -33,7 +33,7 @@ class SharedBasis(Adapter):
         self.down = nn.Parameter(starting_rows(rank, site.fan_in))
         self.up = nn.Parameter(torch.zeros(site.fan_out, rank, dtype=torch.float32))
         self.branch = nn.ParameterList()
-        self.settled = BufferDict()  # "core"
+        self.merged = BufferDict()  # "core"
 
     @property
     def fixed(self) -> bool:
@@ -46,8 +46,8 @@ class SharedBasis(Adapter):
 
     @property
     def core(self) -> Tensor:
-        """What is settled (rank, rank)."""
-        return self.settled["core"] if "core" in self.settled else self.down.new_zeros(self.rank, self.rank)
+        """What is merged (rank, rank)."""
+        return self.merged["core"] if "core" in self.merged else self.down.new_zeros(self.rank, self.rank)
 
     def step(self) -> Tensor | None:
         """The branch as a matrix (rank, rank); None when none is open."""
@@ -62,14 +62,14 @@ class SharedBasis(Adapter):
         """Add the branch to the core."""
         step = self.step()
         if step is not None:
-            self.settled["core"] = self.core + step
+            self.merged["core"] = self.core + step
             self.branch = nn.ParameterList()
 
     @torch.no_grad()
     def fix(self) -> None:
         """Freeze the bases, made orthonormal; the core takes over what they lose, so the update stays as it is."""
         left, right = torch.linalg.qr(self.up), torch.linalg.qr(self.down.T)
-        self.settled["core"] = left.R @ self.core @ right.R.T
+        self.merged["core"] = left.R @ self.core @ right.R.T
         self.up.copy_(left.Q)
         self.down.copy_(right.Q.T)
         self.freeze()
@@ -87,12 +87,12 @@ class SharedBasis(Adapter):
             self.open(left[:, :rank].clone(), right[:rank].clone())
 
     def forward(self, x: Tensor, y: Tensor, part: int) -> Tensor:
-        """The layer's output with the branch, and with the settled core while it cannot be folded."""
+        """The layer's output with the branch, and with the merged core while it cannot be folded."""
         step = self.step()
         if self.fixed:
             return y if step is None else y + self._through(x, step, self.down, self.up)
         paths: list[tuple[Tensor, Tensor]] = [] if step is None else [(self.down, self.up @ step)]
-        if "core" in self.settled:
+        if "core" in self.merged:
             # between tasks nothing is trained, but importances (EWC) are asked of what the bases do through the core
             down, up = (self.down, self.up) if step is None else (self.down.detach(), self.up.detach())
             paths.append((down, up @ self.core))
@@ -103,9 +103,9 @@ class SharedBasis(Adapter):
         return y + F.linear(F.linear(x, torch.cat(downs).to(x.dtype)), torch.cat(ups, 1).to(x.dtype))
 
     def delta(self, part: int, branches: bool) -> Tensor | None:
-        """See `Adapter.delta`; while the bases are trained, nothing is settled for good."""
+        """See `Adapter.delta`; while the bases are trained, nothing is merged for good."""
         if not branches:
-            return self.up @ self.core @ self.down if self.fixed and "core" in self.settled else None
+            return self.up @ self.core @ self.down if self.fixed and "core" in self.merged else None
         step = self.step()
         return self.up @ (self.core if step is None else self.core + step) @ self.down
 

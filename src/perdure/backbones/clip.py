@@ -38,19 +38,19 @@ def clip(path: str, input_norm: str = "model", layers: Count | None = None, mean
     Raises:
         ValueError: when there is no such model, it is incomplete, or it has not both towers.
     """
-    return named("clip", path, input_norm).reading(layers, means)
+    return load_named("clip", path, input_norm).reading(layers, means)
 
 
-def named(name: str, path: str, input_norm: str, only: str | None = None) -> "Clip":
-    """The model that `path` leads to, for the factory `name`; the others of its arguments as for `read`."""
+def load_named(name: str, path: str, input_norm: str, only: str | None = None) -> "Clip":
+    """The model that `path` leads to, for the factory `name`; the others of its arguments as for `load_clip`."""
     # BERT's tokenizer, of the models that have a name of their own, can be a list of words alone.
     tokenizer = "tokenizer*" if only is None else "tokenizer*|vocab.txt"
     written, folder = pretrained.locate(path, "*processor_config.json", tokenizer)
     options = (("path", written),) if input_norm == "model" else (("path", written), ("input_norm", input_norm))
-    return read(folder, str(Spec(name, options)), input_norm, only)
+    return load_clip(folder, str(Spec(name, options)), input_norm, only)
 
 
-def read(folder: str, spec: str, input_norm: str = "model", only: str | None = None) -> "Clip":
+def load_clip(folder: str, spec: str, input_norm: str = "model", only: str | None = None) -> "Clip":
     """The model in `folder`, named `spec`.
 
     Args:
@@ -211,7 +211,7 @@ def chinese_clip(path: str, input_norm: str = "model", layers: Count | None = No
     Raises:
         ValueError: when there is no such model, it is incomplete, or of another kind.
     """
-    return named("chinese_clip", path, input_norm, only="chinese_clip").reading(layers, means)
+    return load_named("chinese_clip", path, input_norm, only="chinese_clip").reading(layers, means)
 
 
 _KIND = "vision-text-dual-encoder"
@@ -246,7 +246,7 @@ def dual(
     """
     pretrained.check_norm(input_norm)
     if path is not None and vision is None and text is None:
-        return named("dual", path, input_norm, only=_KIND).reading(layers, means)
+        return load_named("dual", path, input_norm, only=_KIND).reading(layers, means)
     if path is not None or vision is None or text is None:
         given = {"path": path, "vision": vision, "text": text}
         shown = ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)
@@ -325,4 +325,4 @@ def pocket(layers: Count | None = None, means: bool = True) -> Clip:
         layers: features are tokens of the last so many blocks in place of the model's own, see `Backbone.reading`.
         means: with `layers`, the mean of a block's other tokens beside its first.
     """
-    return read(str(FOLDER), "pocket").reading(layers, means)
+    return load_clip(str(FOLDER), "pocket").reading(layers, means)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from perdure.backbones import pretrained
 from perdure.backbones.base import Backbone, Tower
-from perdure.backbones.open_clip_attention import Attention, unpack
+from perdure.backbones.open_clip_attention import Attention, split_attention
 from perdure.backbones.preprocess import Interpolation, Preprocess
 from perdure.options.ranges import Count, checked
 from perdure.options.spec import Spec
@@ -46,7 +46,7 @@ def open_clip(
         ValueError: when the library is missing, there is no such model or file, or the weights do not fit.
     """
     pretrained.check_norm(input_norm)
-    source = locate(name, checkpoint)
+    source = locate_model(name, checkpoint)
     options = {"name": source.name}
     if checkpoint is not None:
         options["checkpoint"] = str(source.weights)
@@ -72,7 +72,7 @@ class OpenClip(Backbone):
 
     def __init__(self, model: Any, tokenizer: Any, preprocess: Preprocess, spec: str) -> None:
         super().__init__()
-        unpack(model)
+        split_attention(model)
         self.model: Any = pretrained.frozen(model)
         self.tokenizer = tokenizer
         self.preprocess = preprocess
@@ -171,7 +171,7 @@ class OpenClip(Backbone):
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelSource:
     """Where a model comes from; without a folder, `name` is one of the library's."""
 
     name: str
@@ -185,7 +185,7 @@ class Source:
         return deepcopy(dict(self.facts.get("model_cfg", self.facts)))
 
 
-def locate(name: str, checkpoint: str | None = None) -> Source:
+def locate_model(name: str, checkpoint: str | None = None) -> ModelSource:
     """Where a model's config and weights are; arguments and errors as of `open_clip`."""
     library = _library()
     given = None
@@ -194,12 +194,12 @@ def locate(name: str, checkpoint: str | None = None) -> Source:
     path = Path(name).expanduser()
     if name.startswith(_HUB):
         folder = Path(pretrained.fetch(name.removeprefix(_HUB), config=CONFIG, weights=(WEIGHTS,)))
-        return Source(name, folder, _read(folder / CONFIG), given or folder / WEIGHTS)
+        return ModelSource(name, folder, _read(folder / CONFIG), given or folder / WEIGHTS)
     if path.exists() or path.suffix == ".json" or name.startswith((".", "/", "~")):
         file = path.absolute() / CONFIG if path.is_dir() else path.absolute()
         if not file.is_file():
             raise ValueError(f"name={name!r}: there is no {file.name}; give a folder of OpenCLIP, or a name it knows")
-        return Source(str(path.absolute()), file.parent, _read(file), given or _beside(name, file.parent))
+        return ModelSource(str(path.absolute()), file.parent, _read(file), given or _beside(name, file.parent))
     known = library.list_models()
     if name not in known:
         near = difflib.get_close_matches(name.replace("/", "-"), known, n=3)
@@ -207,7 +207,7 @@ def locate(name: str, checkpoint: str | None = None) -> Source:
         raise ValueError(f"name={name!r}: OpenCLIP has no such model; {hint}")
     if given is None:
         raise ValueError(f"name={name!r} has no weights of its own: add checkpoint=, or give name='hf-hub:...'")
-    return Source(name, None, library.get_model_config(name), given)
+    return ModelSource(name, None, library.get_model_config(name), given)
 
 
 def _library() -> Any:
@@ -219,7 +219,7 @@ def _library() -> Any:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    facts = schema.read(file, dict[str, Any], "get it again")
+    facts = schema.read_typed(file, dict[str, Any], "get it again")
     model = facts.get("model_cfg", facts)
     if not isinstance(model, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= set(model):
         raise ValueError(f"{str(file)!r} describes no model of OpenCLIP: it needs embed_dim, vision_cfg and text_cfg")
@@ -241,7 +241,7 @@ def _beside(name: str, folder: Path) -> Path:
     raise ValueError(f"name={name!r} has no {WEIGHTS} beside it: add it, or give checkpoint=")
 
 
-def _create(source: Source) -> Any:
+def _create(source: ModelSource) -> Any:
     from open_clip import CLIP, CustomTextCLIP
     from open_clip.transformer import CustomResidualAttentionBlock
 
@@ -284,7 +284,7 @@ def _fill(model: Any, file: Path) -> None:
     pretrained.fill(model, weights, str(file), "give the weights of exactly this OpenCLIP model, under its names")
 
 
-def _tokenizer(source: Source) -> Any:
+def _tokenizer(source: ModelSource) -> Any:
     from open_clip import SimpleTokenizer, get_tokenizer
     from open_clip.tokenizer import HFTokenizer
 
@@ -305,7 +305,7 @@ def _tokenizer(source: Source) -> Any:
         ) from error
 
 
-def _preprocess(source: Source, model: Any, input_norm: str) -> Preprocess:
+def _preprocess(source: ModelSource, model: Any, input_norm: str) -> Preprocess:
     from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
     overlay = source.facts.get("preprocess_cfg") or {}

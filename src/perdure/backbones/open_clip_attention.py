@@ -37,7 +37,7 @@ class Attention(nn.Module):
         return projected, None
 
 
-def unpack(model: nn.Module) -> None:
+def split_attention(model: nn.Module) -> None:
     """Replace the fused attention of every block that reads one input by `Attention`, with the same weights."""
     from open_clip.transformer import ResidualAttentionBlock, Transformer
 
@@ -48,7 +48,7 @@ def unpack(model: nn.Module) -> None:
             module.attn = Attention(module.attn)
 
 
-def packed(model: nn.Module) -> dict[str, Tensor]:
+def fused_state(model: nn.Module) -> dict[str, Tensor]:
     """The weights of a model that was unpacked, under the library's own names."""
     weights = model.state_dict()
     for name, module in model.named_modules():

@@ -136,7 +136,7 @@ def begins_like_an_image(head: bytes) -> bool:
     return any(accept is None or accept(head[:_HEAD]) for accept in (Image.OPEN[name][1] for name in formats()))
 
 
-def head_of(file: str | Path) -> bytes:
+def first_bytes(file: str | Path) -> bytes:
     """The first bytes of a file, for `begins_like_an_image`; none when it cannot be read."""
     try:
         with Path(file).open("rb") as opened:

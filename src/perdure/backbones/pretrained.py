@@ -48,7 +48,7 @@ def locate(path: str, *needed: str, option: str = "path") -> tuple[str, str]:
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
-        check_complete(f"{option}={path!r}", folder)
+        check_model_folder(f"{option}={path!r}", folder)
         # What is recorded must still lead there when the program is started elsewhere.
         return str(folder.absolute()), str(folder.absolute())
     if folder.exists():
@@ -311,7 +311,7 @@ def frozen(model: Any) -> Any:
     return model.float().eval().requires_grad_(False)
 
 
-def check_complete(given: str, folder: Path) -> None:
+def check_model_folder(given: str, folder: Path) -> None:
     """Raise a ValueError unless a folder holds a configuration and weights that are read; `given` says which folder."""
     if not (folder / "config.json").is_file():
         if (folder / "open_clip_config.json").is_file():

@@ -97,7 +97,7 @@ def _local(name: str) -> Path | None:
         if name.startswith(_LOCAL):
             raise ValueError(f"name={name!r}: there is no such folder; give one with config.json and model.safetensors")
         return None
-    pretrained.check_complete(f"name={name!r}", folder)
+    pretrained.check_model_folder(f"name={name!r}", folder)
     return folder.absolute()
 
 

@@ -10,8 +10,8 @@ from typing import Annotated
 import tyro
 
 from perdure.cli.console import Command, Screen
-from perdure.formatting import human_bytes, share
-from perdure.reporting.advise import Advice, Constraints, RankedMethod, advise, in_words, shipped
+from perdure.formatting import human_bytes, percent_with_spread
+from perdure.reporting.advise import Advice, Constraints, RankedMethod, advise, in_words, named, shipped
 
 _MOST = 12  # methods shown of one setting
 
@@ -34,10 +34,10 @@ class Advise(Constraints, Command):
         answers = advise(read([self.from_]), asked)
         said, folder = in_words(asked), None if self.from_ is None else str(self.from_)
         content = {"event": "advice", "asked": said, "from": folder, "answers": [asdict(a) for a in answers]}
-        screen.result(content, *text(said, answers, folder))
+        screen.result(content, *advice_lines(said, answers, folder))
 
 
-def text(asked: Sequence[str], answers: Sequence[Advice], folder: str | None) -> list[str]:
+def advice_lines(asked: Sequence[str], answers: Sequence[Advice], folder: str | None) -> list[str]:
     """The answer for people, line by line."""
     lines = [f"asked: {', '.join(asked)}"]
     if not answers:
@@ -72,13 +72,18 @@ def _answer(answer: Advice) -> list[str]:
     lines += [*answer.notes, f"measured {days} with perdure {', '.join(about['perdure'])}{commits}"]
     if not answer.choices:
         return lines
-    first = shlex.join([choice.method for choice in answer.choices[:3]])
-    return [*lines, "to measure the first three:", f"  {about['command']} --methods {first} --out runs/again"]
+    first = answer.choices[:3]
+    lines.append("to measure the first three:")
+    for number, backbone in enumerate(dict.fromkeys(choice.backbone for choice in first)):
+        methods = shlex.join(choice.method for choice in first if choice.backbone == backbone)
+        other = f" --backbone {shlex.quote(backbone)}" if backbone else ""
+        lines.append(f"  {about['command']}{other} --methods {methods} --out runs/again{number or ''}")
+    return lines
 
 
 def _cells(choice: RankedMethod) -> tuple[str, ...]:
     sign = {"extrapolated": "~", "at most": "≤"}.get(choice.stored, "")
     stored = "?" if choice.stored_bytes is None else f"{sign}{human_bytes(choice.stored_bytes)}"
     step = {"none": "none", "unknown": "?"}.get(choice.steps) or f"{choice.step:.2f}"
-    shares = map(share, (choice.share, choice.new_task_acc, choice.forgetting))
-    return f"{choice.place}{'=' if choice.tied else ' '}", *shares, stored, step, choice.method
+    shares = map(percent_with_spread, (choice.share, choice.new_task_acc, choice.forgetting))
+    return f"{choice.place}{'=' if choice.tied else ' '}", *shares, stored, step, named(vars(choice))

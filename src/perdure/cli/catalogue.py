@@ -26,7 +26,7 @@ _ROOT = Path(__file__).parent.parent
 
 
 @dataclass(frozen=True)
-class Entry:
+class CatalogueEntry:
     """One name.
 
     Args:
@@ -45,10 +45,10 @@ class Entry:
         return " ".join(self.about.partition("\n\n")[0].split())
 
 
-def entries(kind: Listed) -> dict[str, Entry]:
+def entries(kind: Listed) -> dict[str, CatalogueEntry]:
     """All of a kind, by name."""
     if kind == "recipes":
-        return {name: Entry("", {}, each.about) for name, each in recipes().items()}
+        return {name: CatalogueEntry("", {}, each.about) for name, each in recipes().items()}
     if kind in _REGISTRIES:
         return dict(_factories(kind, _REGISTRIES[kind]))
     ours = dict(_methods())
@@ -59,7 +59,7 @@ def entries(kind: Listed) -> dict[str, Entry]:
     return ours
 
 
-def described(made: Callable[..., Any]) -> Entry:
+def described(made: Callable[..., Any]) -> CatalogueEntry:
     """What is known of a class or factory that is imported."""
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     options = {k: p.default for k, p in inspect.signature(made).parameters.items() if p.kind in named}
@@ -70,14 +70,14 @@ def described(made: Callable[..., Any]) -> Entry:
     return _entry({k: (v, hints.get(k, Any)) for k, v in options.items()}, about)
 
 
-def _entry(options: Mapping[str, tuple[Any, Any]], about: str) -> Entry:
+def _entry(options: Mapping[str, tuple[Any, Any]], about: str) -> CatalogueEntry:
     """From default and annotation of each option."""
     shown = (name if value is inspect.Parameter.empty else f"{name}={value!r}" for name, (value, _) in options.items())
     numeric = {name: ranges.expected(hint) for name, (_, hint) in options.items() if ranges.ranged(hint)}
-    return Entry(", ".join(shown), numeric, about)
+    return CatalogueEntry(", ".join(shown), numeric, about)
 
 
-def _methods() -> Iterator[tuple[str, Entry]]:
+def _methods() -> Iterator[tuple[str, CatalogueEntry]]:
     """Classes that name themselves: `class Mine(Method, name="mine")`."""
     for file in (_ROOT / "methods").glob("*.py"):
         module = _Module.of("methods", file.stem)
@@ -90,7 +90,7 @@ def _methods() -> Iterator[tuple[str, Entry]]:
                     yield str(word.value.value), _entry(options, text)
 
 
-def _factories(package: str, registry: str) -> Iterator[tuple[str, Entry]]:
+def _factories(package: str, registry: str) -> Iterator[tuple[str, CatalogueEntry]]:
     """Functions that a package's dictionary names."""
     module = _Module.of(package, "__init__")
     listed = module.values[registry]
@@ -160,15 +160,13 @@ class _Module:
         return {n.id: self._option(line.value, line.annotation) for n, line in named if isinstance(n, ast.Name)}
 
     def _option(self, default: ast.expr | None, annotation: ast.expr | None) -> tuple[Any, Any]:
-        if isinstance(default, ast.Name):
-            default = self.values[default.id]
-        value = inspect.Parameter.empty if default is None else ast.literal_eval(default)
+        value = inspect.Parameter.empty if default is None else self.meant(default)
         return value, Any if annotation is None else self.meant(annotation)
 
-    def meant(self, annotation: ast.expr) -> Any:
-        """The type of an annotation; what has no range is anything."""
+    def meant(self, written: ast.expr) -> Any:
+        """The value of a default, or the type of an annotation; what has no range is anything."""
         # Our own source, as importing it would; of its names only those that make ranges matter here.
-        return eval(ast.unparse(annotation), {}, _Names(self))
+        return eval(ast.unparse(written), {}, _Names(self))
 
 
 class _Names(dict[str, Any]):
@@ -179,4 +177,5 @@ class _Names(dict[str, Any]):
         self.module = module
 
     def __missing__(self, name: str) -> Any:
-        return self.module.meant(self.module.values[name]) if name in self.module.values else Any
+        home = _Module.of(*self.module.places[name]) if name in self.module.places else self.module
+        return home.meant(home.values[name]) if name in home.values else Any

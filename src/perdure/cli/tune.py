@@ -53,10 +53,10 @@ class Tune(RunConfig, Command):
                 report_seeds=self.report_seeds,
                 progress=screen,
             )
-        screen.result({"event": "tuned", **found}, *text(found))
+        screen.result({"event": "tuned", **found}, *search_lines(found))
 
 
-def text(found: Mapping[str, Any]) -> list[str]:
+def search_lines(found: Mapping[str, Any]) -> list[str]:
     """A finished search for people, line by line."""
     rows = found["trials"]
     lines = [f"{len(rows)} trials finished, {found['pruned']} given up early, {len(found['failed'])} could not be run"]

@@ -61,6 +61,7 @@ class Predict(LearnerCommand):
         from perdure.backbones.preprocess import skippable
 
         learner = Learner.load(self.learner, self.device)
+        learner.check_sees("predict")
         files, shown = _shown(self.images, learner, self.skip_bad, screen)
         with skippable("--skip-bad"):
             found = learner.predict(shown, self.top, classes=self.classes or None, calibrated=self.calibrated)
@@ -92,6 +93,7 @@ class Search(LearnerCommand):
         from perdure.backbones.preprocess import skippable
 
         learner = Learner.load(self.learner, self.device)
+        learner.check_sees("search")
         files, shown = _shown([self.folder], learner, self.skip_bad, screen)
         with skippable("--skip-bad"):
             found = learner.search(shown, self.text, self.top)
@@ -108,12 +110,14 @@ class Eval(LearnerCommand):
     stream: str | None = None
     """What to measure on; the run's own stream when left out."""
     retain: tuple[str, ...] = ()
-    """Held-out streams, on which its zero-shot accuracy is measured instead; needs a CLIP."""
+    """Held-out data to measure instead: evaluation sets and streams of questions, or a CLIP's zero-shot accuracy."""
 
     def __call__(self, screen: Screen) -> None:
         """Print the score per task, or per held-out data set."""
         from perdure.api.learner import Learner
-        from perdure.evaluation.zero_shot_retention import ZERO_SHOT, Retention
+        from perdure.evaluation.answer_retention import answered, share_or_points
+        from perdure.evaluation.held_out import held_out_of
+        from perdure.evaluation.zero_shot_retention import ZERO_SHOT
 
         screen.wait("evaluating")
         say = screen.warn if self.json else screen.note
@@ -128,12 +132,21 @@ class Eval(LearnerCommand):
         if self.stream is not None:
             raise ValueError("--stream has no effect beside --retain: measure one after the other")
         learner = Learner.load(self.learner, self.device)
-        held_out = Retention(self.retain, learner, measured=True)
+        held_out = held_out_of(self.retain, learner, measured=True)
         for name, stream in held_out.sets.items():
-            say(f"{name}: {sum(len(task.test) for task in stream)} images are measured")
-        for row in held_out.measure(learner, learner.learnt - 1):
-            name = row.metric.removeprefix(f"{ZERO_SHOT}/")
-            screen.result({"zero_shot": name, "accuracy": row.value}, f"zero-shot on {name}: {row.value:.1%}")
+            what = "images" if stream.gives == "classes" else "questions"
+            say(f"{name}: {sum(len(task.test) for task in stream)} {what} are measured")
+            for remark in told(stream.notes):
+                say(f"{name}: {remark}")
+        rows = held_out.measure(learner, learner.learnt - 1)
+        for row in rows:
+            kind, _, name = row.metric.partition("/")
+            if kind == ZERO_SHOT:
+                screen.result({"zero_shot": name, "accuracy": row.value}, f"zero-shot on {name}: {row.value:.1%}")
+        for name, numbers in answered(rows).items():
+            values = {number: facts["after"][-1] for number, facts in numbers.items()}
+            shown = [f"{number} {share_or_points(number, value)}" for number, value in values.items()]
+            screen.result({"answers": name, **values}, f"{name}: {', '.join(shown)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,7 +248,8 @@ def _measured(folder: Path, stream: str | None, device: str | None) -> "tuple[li
     from perdure.backbones.preprocess import skippable
     from perdure.evaluation.calibration import errors
     from perdure.streams import build_stream
-    from perdure.training.summary import taught_hashes
+    from perdure.training.run import check_gives
+    from perdure.training.summary import scored_by, taught_hashes
     from perdure.types import Row
 
     learner = Learner.load(folder, device)
@@ -244,24 +258,29 @@ def _measured(folder: Path, stream: str | None, device: str | None) -> "tuple[li
         raise ValueError(f"{folder} was taught from folders: say what to measure on with --stream")
     preprocess, seed = learner.backbone.preprocess, learner.config.seed
     found = build_stream(described, preprocess, seed, measured=stream is not None)
+    check_gives(found, learner, described)
     tasks = list(found.tasks if stream is not None else found.tasks[: learner.learnt])
     remarks = told(found.notes)
     if stream is not None:
         known, unknown = taught_hashes(folder)
         tasks, count = _unseen(tasks, known, f"{described}: all", folder)
         images = sum(len(task.test) for task in tasks)
+        things = "questions" if "conversations" in learner.objective.asks else "images"
         if unknown:
             remarks.append(
                 f"which images {len(unknown)} of {learner.learnt} tasks were taught is not known: they count"
             )
         apart = f"; {count} more were taught to this learner and are left out" if count else ""
-        remarks.append(f"{images} images are measured{apart}")
+        remarks.append(f"{images} {things} are measured{apart}")
     if "classes" in learner.objective.asks:
         tasks = [_named_alike(task, learner, f"{described}: class", folder) for task in tasks]
+    if "conversations" in learner.objective.asks:  # by which score, for who wants means
+        scores = scored_by(learner.config.describe(), [task.score for task in tasks])
+        tasks = [dataclasses.replace(task, score=score) for task, score in zip(tasks, scores, strict=True)]
     with skippable("skip_bad=True in the stream"):
-        scores = learner.objective.evaluate(learner, tasks)
+        found_on = learner.objective.evaluate(learner, tasks)
     rows = [
-        Row(learner.learnt - 1, t.index, k, v) for t, each in zip(tasks, scores, strict=True) for k, v in each.items()
+        Row(learner.learnt - 1, t.index, k, v) for t, each in zip(tasks, found_on, strict=True) for k, v in each.items()
     ]
     return tasks, rows + (errors(learner, tasks) if "classes" in learner.objective.asks else []), remarks
 
@@ -276,14 +295,12 @@ def told(notes: Mapping[str, Any]) -> list[str]:
 
 def _unseen(tasks: "Sequence[Task]", known: "Tensor", what: str, folder: Path) -> "tuple[list[Task], int]":
     """The tasks without the images whose hashes are known, and how many these were."""
-    import torch
-
-    from perdure.streams import ImageSet
+    from perdure.streams import ConversationSet, ImageSet
 
     kept, count = [], 0
     for task in tasks:
-        if isinstance(task.test, ImageSet) and len(known):
-            seen = torch.isin(task.test.hashes(), known)
+        if isinstance(task.test, ImageSet | ConversationSet) and len(known):
+            seen = task.test.shows(known)
             count += int(seen.sum())
             task = dataclasses.replace(task, test=task.test.subset((~seen).nonzero().flatten()))
         if len(task.test):

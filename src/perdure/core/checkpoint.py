@@ -26,6 +26,7 @@ from perdure.core.manifests import lines_of as lines_of
 from perdure.core.manifests import read_record as read_record
 from perdure.core.manifests import whole as whole
 from perdure.core.manifests import write_results as write_results
+from perdure.core.renamed_keys import SINCE, renamed
 from perdure.options.paths import pathless
 from perdure.storage import schema
 from perdure.storage.files import locked as locked
@@ -112,10 +113,14 @@ def beside(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
     return _read(checkpoint, name) if name in checkpoint.manifest["sha256"] else {}
 
 
-def holds(checkpoint: Checkpoint, learner: Core) -> bool:
+def matches(checkpoint: Checkpoint, learner: Core) -> bool:
     """Whether a checkpoint is what `learner` knows now."""
-    digest = hashlib.sha256(_packed(learner.learnt_state())).hexdigest()
-    return checkpoint.tasks == learner.tasks and checkpoint.manifest["sha256"].get(LEARNER) == digest
+    if checkpoint.tasks != learner.tasks:
+        return False
+    digest, stored = _digest(learner.learnt_state()), checkpoint.manifest["sha256"].get(LEARNER)
+    if checkpoint.manifest["format"] < SINCE:
+        stored = _digest(renamed(_read(checkpoint, LEARNER), learner.method))
+    return stored == digest
 
 
 def restore(learner: Core, checkpoint: Checkpoint, tasks: Sequence[Task] = ()) -> None:
@@ -149,6 +154,8 @@ def restore(learner: Core, checkpoint: Checkpoint, tasks: Sequence[Task] = ()) -
             )
         learner.grow(task)
         learner.prepare()  # as before each task of an unbroken run
+    if checkpoint.manifest["format"] < SINCE:
+        tensors = renamed(tensors, learner.method)
     try:
         missing, unexpected = learner.load_state_dict(tensors, strict=False)
     except RuntimeError as error:
@@ -199,6 +206,10 @@ def _write(target: Path, manifest: dict[str, Any], files: dict[str, dict[str, Te
 def _packed(tensors: dict[str, Tensor]) -> bytes:
     packed: bytes = save({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
     return packed
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    return hashlib.sha256(_packed(tensors)).hexdigest()
 
 
 def stored_bytes(checkpoint: Checkpoint) -> int:

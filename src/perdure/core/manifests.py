@@ -11,7 +11,7 @@ from pathlib import Path
 
 from perdure.storage import schema
 from perdure.storage.files import write_text
-from perdure.storage.schema import FORMAT, Damaged, Manifest, Record
+from perdure.storage.schema import FORMAT, Damaged, Manifest, RunRecord
 from perdure.types import Row, Task
 
 LEARNER, MANIFEST, RECORD = "learner.safetensors", "manifest.json", "run.json"
@@ -110,9 +110,8 @@ def latest_step(folder: Path, done: Sequence[Checkpoint]) -> Checkpoint | None:
 
 def read_manifest(path: Path, last: Checkpoint | None = None) -> Checkpoint:
     """A manifest, as the successor of `last`."""
-    found = schema.read(path, Manifest, remedy_of(path), must_be_sealed=True)
-    if found["format"] not in range(1, FORMAT + 1):
-        raise ValueError(f"{path} has format {found['format']}; this version of perdure reads 1 to {FORMAT}")
+    found = schema.read_typed(path, Manifest, remedy_of(path), must_be_sealed=True)
+    _check_format(path, found["format"])
     return Checkpoint(path.parent, found, tuple(last.tasks) if last else ())
 
 
@@ -148,7 +147,7 @@ def remedy_of(path: Path) -> str:
     return f"restore it, or remove {path.parent} to go back to the one before"
 
 
-def read_record(folder: Path) -> Record:
+def read_record(folder: Path) -> RunRecord:
     """run.json of a folder.
 
     Raises:
@@ -160,7 +159,17 @@ def read_record(folder: Path) -> Record:
             f"{folder} is not a run's or a learner's folder: it has no run.json; give one that 'perdure run' or "
             "'perdure learn' wrote"
         )
-    return schema.read(path, Record, f"restore it, or remove {folder} to start anew")
+    record = schema.read_typed(path, RunRecord, f"restore it, or remove {folder} to start anew")
+    _check_format(path, record.get("format", 1))
+    return record
+
+
+def _check_format(path: Path, number: int) -> None:
+    """Refuse what a newer version wrote: it may mean something else."""
+    if number not in range(1, FORMAT + 1):
+        raise ValueError(
+            f"{path} has format {number}; this version of perdure reads 1 to {FORMAT}: install a newer one"
+        )
 
 
 def _vouched(folder: Path) -> int:

@@ -17,7 +17,8 @@ from perdure.types import AnyLearner, Batch, Data, Task
 METHODS: dict[str, type[Method]] = {}
 """Every method by name; a class registers itself by `class Mine(Method, name="mine")`."""
 
-_FORMER = {"encode": "applied", "embed": "applied", "record": "precompute"}
+FORMER_HOOKS = {"encode": "applied", "embed": "applied", "record": "precompute", "concludes": "finalize"}
+"""What a class may define no more -> the hook in its place."""
 _EXCLUSIVE = ("predict", "data", "backward")
 
 
@@ -39,8 +40,6 @@ class Method(nn.Module):
     """Whether tasks train the same encoder parameters: those that regularisers can protect."""
     sole_adapter: ClassVar[bool] = False
     """Whether what it promises, or relies on, breaks when another part changes the encoder too."""
-    concludes: ClassVar[bool] = False
-    """Whether its `end_task` decides what the trained parameters will be, so that others must see it done."""
     protects: ClassVar[Literal["", "shared_parameters", "encoder"]] = ""
     """What a method that only guards other parts needs one of them to do: share parameters, or adapt at all."""
 
@@ -57,8 +56,8 @@ class Method(nn.Module):
 
     def __init_subclass__(cls, name: str = "", **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if former := [hook for hook in _FORMER if hook in vars(cls)]:
-            raise TypeError(f"{cls.__name__}.{former[0]} is a hook no more: define {_FORMER[former[0]]!r} instead")
+        if former := [hook for hook in FORMER_HOOKS if hook in vars(cls)]:
+            raise TypeError(f"{cls.__name__}.{former[0]} is a hook no more: define {FORMER_HOOKS[former[0]]!r} instead")
         if name:
             if name in METHODS and METHODS[name].__qualname__ != cls.__qualname__:
                 raise ValueError(f"two methods are named {name!r}: {METHODS[name]} and {cls}; rename one")
@@ -92,8 +91,11 @@ class Method(nn.Module):
     def begin_task(self, learner: AnyLearner, task: Task) -> None:
         """Prepare from the task's data, before the first step."""
 
+    def finalize(self, learner: AnyLearner, task: Task) -> None:
+        """Decide what the trained parameters will be, after the last step: all parts do before any `end_task`."""
+
     def end_task(self, learner: AnyLearner, task: Task) -> None:
-        """Remember what later tasks need, after the last step."""
+        """Remember what later tasks need, of the parameters as they will be."""
 
     def measures(self, learner: AnyLearner) -> dict[str, float]:
         """Facts about the method itself after a task, for results and report: `{"free_dimension/<layer>": 120}`."""
@@ -208,9 +210,14 @@ class Compose(Method):
         for part in sorted(self, key=lambda part: not part.changes_encoder):
             part.begin_task(learner, task)
 
+    def finalize(self, learner: AnyLearner, task: Task) -> None:
+        """See `Method.finalize`."""
+        for part in self:
+            part.finalize(learner, task)
+
     def end_task(self, learner: AnyLearner, task: Task) -> None:
         """See `Method.end_task`."""
-        for part in sorted(self, key=lambda part: (not part.concludes, not part.treats)):
+        for part in sorted(self, key=lambda part: not part.treats):
             part.end_task(learner, task)
 
     def measures(self, learner: AnyLearner) -> dict[str, float]:

@@ -165,7 +165,7 @@ class Objective(nn.Module):
         """Scores (R, classes of the current task), the columns `task_columns`: all that most steps need."""
         return self.scores(features)[:, list(self.task_columns)]
 
-    def output(self, learner: AnyLearner, batch: Batch, name: str) -> Tensor:
+    def output(self, learner: AnyLearner, batch: Batch, name: str) -> Tensor | list[Tensor]:
         """What the model makes of each example, (B, ...): `features`, `scores`, or embeddings of all its `captions`."""
         features = learner.encode(batch)
         return features if name == "features" else self.scores(features)
@@ -269,7 +269,7 @@ class Objective(nn.Module):
             scores = torch.split(learner.scores_of(tests, size).cpu(), [len(task.test) for task in tasks])
         stream, last = learner.stream, learner.learnt - 1
         allowed = [set(stream.candidates(task, last)) & set(self.classes) | set(task.classes) for task in tasks]
-        score = partial(accuracies, learner, classes=self.classes, first=stream.first_task())
+        score = partial(task_accuracies, learner, classes=self.classes, first=stream.first_task())
         return [score(*each) for each in zip(tasks, scores, allowed, strict=True)]
 
 
@@ -278,7 +278,7 @@ def asking(*what: str) -> str:
     return " or ".join(name for name, objective in OBJECTIVES.items() if not objective.asks.isdisjoint(what))
 
 
-def accuracies(
+def task_accuracies(
     learner: AnyLearner, task: Task, scores: Tensor, candidates: set[int], classes: Sequence[int], first: dict[int, int]
 ) -> dict[str, float]:
     """Shares of right answers on a task's test set.

@@ -117,7 +117,7 @@ def tuned_on(out: Path, seeds: Sequence[int]) -> str:
 def read_study(folder: Path) -> dict[str, Any]:
     """`study.json` of a folder."""
     path = folder / STUDY
-    found = schema.plain(path.read_bytes(), str(path), _RESTORE)
+    found = schema.decode_json(path.read_bytes(), str(path), _RESTORE)
     if not isinstance(found, dict) or not isinstance(found.get("order_seed"), int):
         raise schema.Damaged(f"{path} is damaged: it does not say on which class order was searched; {_RESTORE}")
     return found
@@ -151,7 +151,7 @@ def _check_journal(path: Path) -> None:
     if whole != content:
         path.write_bytes(whole)
     for number, line in enumerate(whole.splitlines(), 1):
-        if not isinstance(schema.plain(line, f"{path}, line {number}", _RESTORE), dict):
+        if not isinstance(schema.decode_json(line, f"{path}, line {number}", _RESTORE), dict):
             raise schema.Damaged(f"{path}, line {number}: expected a JSON object; {_RESTORE}")
 
 
@@ -185,6 +185,8 @@ def _one(
         _refuse_when_none_can_run(study, error)
         return
     trial.set_user_attr("folder", folder.name)
+    if summary.get("unlike_scores"):
+        raise ValueError(f"there is no one number to search by: {summary['unlike_scores']}")
     study.tell(trial, summary["acc"])
 
 

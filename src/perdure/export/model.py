@@ -23,8 +23,8 @@ from perdure.backbones import pretrained
 from perdure.backbones.base import Backbone
 from perdure.backbones.clip import FOLDER as POCKET
 from perdure.backbones.clip import Clip
-from perdure.backbones.open_clip import CONFIG, WEIGHTS, OpenClip, locate
-from perdure.backbones.open_clip_attention import packed
+from perdure.backbones.open_clip import CONFIG, WEIGHTS, OpenClip, locate_model
+from perdure.backbones.open_clip_attention import fused_state
 from perdure.backbones.timm import Timm
 from perdure.backbones.vision import Vision
 from perdure.core.learner import Core
@@ -282,7 +282,7 @@ def _write_timm(backbone: Timm, folder: Path) -> None:
 def _write_open_clip(backbone: OpenClip, folder: Path) -> None:
     """What `open_clip.create_model_and_transforms("local-dir:...")` loads."""
     options = options_of(backbone)
-    source = locate(options["name"], options.get("checkpoint"))
+    source = locate_model(options["name"], options.get("checkpoint"))
     preprocess = backbone.preprocess
     reading = {
         "size": preprocess.size,
@@ -292,7 +292,7 @@ def _write_open_clip(backbone: OpenClip, folder: Path) -> None:
         "resize_mode": "squash" if preprocess.squash else "shortest",
     }
     write_json(folder / CONFIG, {"model_cfg": source.model, "preprocess_cfg": reading})
-    weights = packed(backbone.model)
+    weights = fused_state(backbone.model)
     save_file({name: tensor.detach().cpu().clone() for name, tensor in weights.items()}, folder / WEIGHTS)
     copy(source.folder, (*TERMS, *TOKENIZER), folder)
     if source.folder is None and hasattr(backbone.tokenizer, "tokenizer"):  # one of transformers, from the hub

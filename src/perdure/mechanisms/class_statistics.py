@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from perdure.adapters.state import BufferDict
-from perdure.mechanisms.subspace import exact, pack, unpack
+from perdure.mechanisms.subspace import exact, pack_symmetric, unpack_symmetric
 
 Covariance = Literal["shared", "full", "diagonal", "lowrank"]
 _ALL = "all"  # the key of what classes share
@@ -28,7 +28,7 @@ class ClassStatistics(nn.Module):
         super().__init__()
         self.covariance, self.rank = covariance, rank
         self.means, self.counts = BufferDict(), BufferDict()  # class -> (d,), number of examples
-        self.spreads = BufferDict()  # class (or "all") -> packed, (d,), or "class/directions" and "class/rest"
+        self.covariances = BufferDict()  # class (or "all") -> packed, (d,), or "class/directions" and "class/rest"
 
     @property
     def classes(self) -> list[int]:
@@ -53,10 +53,10 @@ class ClassStatistics(nn.Module):
                 mean = mean - way * old / (old + count)
                 scatter += way.outer(way) * old * count / (old + count)
                 if self.covariance != "shared":
-                    scatter += self.spread(c) * (old - 1)
+                    scatter += self.covariance_of(c) * (old - 1)
                 count += old
-            if self.covariance == "shared" and self.spreads:
-                scatter += unpack(self.spreads[_ALL]) * self.freedom
+            if self.covariance == "shared" and self.covariances:
+                scatter += unpack_symmetric(self.covariances[_ALL]) * self.freedom
             self.means[key] = mean.float().to(features.device)
             self.counts[key] = torch.tensor(count)
             freedom = self.freedom if self.covariance == "shared" else count - 1
@@ -66,20 +66,20 @@ class ClassStatistics(nn.Module):
         """(d,)."""
         return self.means[str(c)]
 
-    def spread(self, c: int) -> Tensor:
+    def covariance_of(self, c: int) -> Tensor:
         """Covariance of a class, (d, d) float64."""
         if self.covariance in ("shared", "full"):
-            return unpack(self.spreads[_ALL if self.covariance == "shared" else str(c)])
+            return unpack_symmetric(self.covariances[_ALL if self.covariance == "shared" else str(c)])
         if self.covariance == "diagonal":
-            return torch.diag(exact(self.spreads[str(c)]))
-        directions = exact(self.spreads[f"{c}/directions"])
-        return directions @ directions.T + torch.diag(exact(self.spreads[f"{c}/rest"]))
+            return torch.diag(exact(self.covariances[str(c)]))
+        directions = exact(self.covariances[f"{c}/directions"])
+        return directions @ directions.T + torch.diag(exact(self.covariances[f"{c}/rest"]))
 
     def pooled(self) -> Tensor:
         """Covariance within classes, (d, d) float64."""
         if self.covariance == "shared":
-            return unpack(self.spreads[_ALL])
-        scatters = (self.spread(c) * (int(self.counts[str(c)]) - 1) for c in self.classes)
+            return unpack_symmetric(self.covariances[_ALL])
+        scatters = (self.covariance_of(c) * (int(self.counts[str(c)]) - 1) for c in self.classes)
         total = next(scatters)
         for scatter in scatters:
             total += scatter
@@ -87,7 +87,7 @@ class ClassStatistics(nn.Module):
 
     def draw(self, size: int, generator: torch.Generator) -> Tensor:
         """Random deviations from the mean, `size` of each class: (classes, size, d) float32."""
-        shared = self._root(self.spread(0)) if self.covariance == "shared" else None
+        shared = self._root(self.covariance_of(0)) if self.covariance == "shared" else None
         return torch.stack([self._deviations(c, size, generator, shared) for c in self.classes])
 
     def _deviations(self, c: int, size: int, generator: torch.Generator, root: Tensor | None) -> Tensor:
@@ -97,11 +97,11 @@ class ClassStatistics(nn.Module):
             return torch.randn(size, width, generator=generator, dtype=torch.float32).to(mean.device)
 
         if self.covariance == "diagonal":
-            return noise(len(mean)) * self.spreads[str(c)].sqrt()
+            return noise(len(mean)) * self.covariances[str(c)].sqrt()
         if self.covariance == "lowrank":
-            directions, rest = self.spreads[f"{c}/directions"], self.spreads[f"{c}/rest"]
+            directions, rest = self.covariances[f"{c}/directions"], self.covariances[f"{c}/rest"]
             return noise(directions.shape[1]) @ directions.T + noise(len(mean)) * rest.sqrt()
-        root = self._root(self.spread(c)) if root is None else root
+        root = self._root(self.covariance_of(c)) if root is None else root
         return noise(len(mean)) @ root.to(mean.device).T
 
     @staticmethod
@@ -114,16 +114,16 @@ class ClassStatistics(nn.Module):
 
     def _keep(self, key: str, covariance: Tensor, device: torch.device) -> None:
         if self.covariance == "diagonal":
-            self.spreads[key] = covariance.diagonal().float().to(device)
+            self.covariances[key] = covariance.diagonal().float().to(device)
         elif self.covariance == "lowrank":
             values, vectors = torch.linalg.eigh(covariance)
             directions = vectors[:, -self.rank :] * values[-self.rank :].clamp_min(0).sqrt()
             rest = (covariance.diagonal() - directions.square().sum(1)).clamp_min(0)
             # in the order of memory in which it would be loaded: another one rounds otherwise
-            self.spreads[f"{key}/directions"] = directions.float().contiguous().to(device)
-            self.spreads[f"{key}/rest"] = rest.float().to(device)
+            self.covariances[f"{key}/directions"] = directions.float().contiguous().to(device)
+            self.covariances[f"{key}/rest"] = rest.float().to(device)
         else:
-            self.spreads[_ALL if self.covariance == "shared" else key] = pack(covariance).to(device)
+            self.covariances[_ALL if self.covariance == "shared" else key] = pack_symmetric(covariance).to(device)
 
 
 _FOLDS = 5
@@ -145,14 +145,14 @@ class TaskGaussians(nn.Module):
     def __init__(self, rank: int, known: float) -> None:
         super().__init__()
         self.rank, self.known = rank, known
-        self.kept = (
+        self.gaussians = (
             BufferDict()
         )  # "task/means" (c, d), "task/directions" (k, d), "task/variances" (k + 1,), "task/limit"
 
     @property
     def tasks(self) -> list[int]:
         """Those that were added, in ascending order."""
-        return sorted({int(key.partition("/")[0]) for key in self.kept})
+        return sorted({int(key.partition("/")[0]) for key in self.gaussians})
 
     def add(self, task: int, features: Tensor, labels: Tensor, generator: torch.Generator) -> None:
         """Fit a task from features (n, d) and labels (n,)."""
@@ -167,7 +167,7 @@ class TaskGaussians(nn.Module):
         limit = torch.quantile(torch.cat(found), self.known) if found else features.new_zeros(())
         fitted = self._fit(features, labels)
         for name, value in zip(("means", "directions", "variances", "limit"), (*fitted, limit), strict=True):
-            self.kept[f"{task}/{name}"] = value.float().contiguous().to(features.device)
+            self.gaussians[f"{task}/{name}"] = value.float().contiguous().to(features.device)
 
     def route(self, features: Tensor, bounded: bool = True) -> Tensor:
         """For each of `features` (n, d) the task under which it is most likely, as its place in `tasks`: int64 (n,).
@@ -177,7 +177,7 @@ class TaskGaussians(nn.Module):
         likely = features.new_full((len(features), 1), -torch.inf)
         for task in self.tasks:
             means, directions, variances, limit = (
-                self.kept[f"{task}/{name}"] for name in ("means", "directions", "variances", "limit")
+                self.gaussians[f"{task}/{name}"] for name in ("means", "directions", "variances", "limit")
             )
             distance = _distances(features, means, directions, variances)
             even = means.shape[1] - len(directions)
@@ -214,22 +214,22 @@ class ClassTable(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.kept = BufferDict()  # task: unit features (n, d)
+        self.features = BufferDict()  # task: unit features (n, d)
 
     @property
     def tasks(self) -> list[int]:
         """Those that were added, in ascending order."""
-        return sorted(int(key) for key in self.kept)
+        return sorted(int(key) for key in self.features)
 
     def add(self, task: int, features: Tensor) -> None:
         """A task's examples, as unit features (n, d)."""
-        self.kept[str(task)] = features.float().contiguous()
+        self.features[str(task)] = features.float().contiguous()
 
     def route(self, features: Tensor) -> Tensor:
         """For each of unit `features` (n, d) its task's place in `tasks`, int64 (n,); -1 for a stranger."""
         place = torch.full((len(features),), -1, dtype=torch.int64, device=features.device)
         for number, task in enumerate(self.tasks):
-            ways = torch.cdist(features, self.kept[str(task)], compute_mode="donot_use_mm_for_euclid_dist")
+            ways = torch.cdist(features, self.features[str(task)], compute_mode="donot_use_mm_for_euclid_dist")
             place[ways.amin(1).square() <= _SAME] = number
         return place
 

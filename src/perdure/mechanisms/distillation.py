@@ -16,7 +16,7 @@ _LEAST = -60.0  # logarithm of a probability that counts as none
 
 
 class Teacher(nn.Module):
-    """What the learner answered when `remember` was called, although it has been trained since.
+    """What the learner answered when `snapshot` was called, although it has been trained since.
 
     Only parameters in training are kept, while the task lasts; everything else does not change in it.
 
@@ -28,21 +28,21 @@ class Teacher(nn.Module):
     def __init__(self, name: str, outputs: Sequence[str] = ()) -> None:
         super().__init__()
         self.name, self.outputs = name, tuple(outputs)
-        self.kept = BufferDict()  # name of a parameter of the learner -> its value
+        self.weights = BufferDict()  # name of a parameter of the learner -> its value
 
-    def remember(self, learner: Core) -> None:
+    def snapshot(self, learner: Core) -> None:
         """Take the learner as it is."""
-        self.forget()
+        self.clear()
         for name, parameter in learner.trainable().items():
-            self.kept[name] = parameter.contiguous()
+            self.weights[name] = parameter.contiguous()
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """Drop the snapshot."""
-        self.kept.clear()
+        self.weights.clear()
 
     def precompute(self, learner: Core, batch: Batch) -> Batch:
         """What it says of each example of a training set, (B, ...), for `Method.precompute`."""
-        said = self(learner, batch) if self.kept and learner.training else {}
+        said = self(learner, batch) if self.weights and learner.training else {}
         return {f"{self.name}/{output}": value for output, value in said.items()}
 
     def forward(self, learner: Core, batch: Batch) -> Batch:
@@ -68,7 +68,7 @@ class Teacher(nn.Module):
     def swapped_in(self, learner: Core) -> Iterator[None]:
         """Within, `learner` answers as it did: in evaluation mode, without gradients; then it is what it has become."""
         # by pointer, not by torch.func: some parts hold parameters of others, which a call with other values misses
-        swapped = [(learner.get_parameter(name), self.kept[name]) for name in sorted(self.kept)]
+        swapped = [(learner.get_parameter(name), self.weights[name]) for name in sorted(self.weights)]
         present, training = [parameter.data for parameter, _ in swapped], learner.training
         try:
             for parameter, value in swapped:
@@ -153,7 +153,7 @@ class Distillation(Method):
         """Take the learner as teacher."""
         self.check(learner, task)
         if self.holds(task):
-            self.teacher.remember(learner)
+            self.teacher.snapshot(learner)
 
     def check(self, learner: Core, task: Task) -> None:
         """Refuse a task in which nothing moves; known when all parts have grown."""
@@ -166,7 +166,7 @@ class Distillation(Method):
 
     def end_task(self, learner: Core, task: Task) -> None:
         """Let the teacher go."""
-        self.teacher.forget()
+        self.teacher.clear()
 
 
 def check_moves(learner: Core, task: Task, part: Method) -> None:

@@ -27,7 +27,7 @@ _UPDATE = "update/"
 
 
 def held(learner: Core, of: Of) -> dict[str, Tensor]:
-    """What springs may hold, by name, as a function of the parameters.
+    """What a penalty may hold, by name, as a function of the parameters.
 
     `parameters`: all that are trained and outlive the task. `updates`: the linear update (fan_out, fan_in) of each
     adapted layer in place of its factors, which are not unique: A B = (A G)(G⁻¹ B); and the other parameters.
@@ -163,7 +163,7 @@ class QuadraticPenalty(nn.Module):
         self.weights, self.anchors = BufferDict(), BufferDict()
 
     def move_anchor(self, weights: Mapping[str, Tensor], values: Mapping[str, Tensor], decay: float = 1.0) -> None:
-        """Ω ← decay · Ω + `weights`, θ* ← `values`: all springs are hung on the new values; other names are let go."""
+        """Ω ← decay · Ω + `weights`, θ* ← `values`: all pull to the new values; other names are let go."""
         self.restrict(weights)
         for name, weight in weights.items():
             if name in self.weights:
@@ -171,9 +171,9 @@ class QuadraticPenalty(nn.Module):
             self.weights[name], self.anchors[name] = weight.contiguous(), values[name].contiguous()
 
     def accumulate(self, weights: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-        """Add springs from `values`, and leave the old ones where they hang; other names are let go.
+        """Add a penalty around `values`, and leave the old ones where they are; other names are let go.
 
-        Two springs on one number are one, of strength Ω + Ω' at their weighted mean: only the energy's constant
+        Two quadratics of one number are one, of strength Ω + Ω' at their weighted mean: only the energy's constant
         changes, no force. So this stores no more after any number of tasks.
         """
         self.restrict(weights)

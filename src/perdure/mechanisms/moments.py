@@ -169,10 +169,8 @@ def _mean(kinds: Sequence[_Sum], shares: Sequence[float]) -> Moments:
         each.whole * (weight / each.tokens)  # type: ignore[operator]
         for (each, _), weight in zip(there, weights, strict=True)
     ]
-    whole: Moments = means[0]
-    for each in means[1:]:
-        whole = whole + each
-    return whole
+    mean: Moments = sum(means[1:], start=means[0])
+    return mean
 
 
 def _product(x: Tensor) -> tuple[Tensor, int]:
@@ -184,7 +182,7 @@ def _product(x: Tensor) -> tuple[Tensor, int]:
     return product.cpu().double() if x.device.type == "mps" else product.double(), len(x)
 
 
-class Collected(BufferDict):
+class RunningMoments(BufferDict):
     """Second moments of what layers read in training steps: no pass of their own, but of weights that still move.
 
     Sums are part of the state, so that a run stopped in between goes on with them.

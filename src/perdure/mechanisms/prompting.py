@@ -172,7 +172,7 @@ def attach_prefix(learner: Core, prefix: Prefix, blocks: str | None, tower: OneT
     # One small input: an attention that goes round its layers, or knows how many tokens there are, is found out here.
     like, before = next(backbone.parameters()), prefix.joined
     try:
-        with prefix.giving([like.new_zeros(1, 2 * site.fan_out) for site in keys]):
+        with prefix.using([like.new_zeros(1, 2 * site.fan_out) for site in keys]):
             output_of(learner, tower)
     except torch.OutOfMemoryError:
         raise

@@ -66,7 +66,7 @@ class DRS(nn.Module):
             )
         self.mode, self.epochs, self.lr = mode, epochs, lr
         self.cost = _COST if cost is None else cost
-        self.chosen = BufferDict()  # rank and complexity of the current task
+        self.selected = BufferDict()  # rank and complexity of the current task
 
     @property
     def largest(self) -> int:
@@ -75,7 +75,7 @@ class DRS(nn.Module):
 
     def measures(self) -> dict[str, float]:
         """The current task's `rank`, and the `complexity` H that it was chosen by; nothing when ranks are fixed."""
-        return {name: value.item() for name, value in sorted(self.chosen.items())}
+        return {name: value.item() for name, value in sorted(self.selected.items())}
 
     def logits(self, complexity: float | Tensor, weights: Tensor | None = None) -> Tensor:
         """Unnormalised log-probability (n,) of each candidate, for a task of this complexity.
@@ -103,7 +103,7 @@ class DRS(nn.Module):
         rank = self.pick(complexity, weights)
         for branch in branches:
             branch.cut(rank)
-        self.chosen["complexity"], self.chosen["rank"] = (
+        self.selected["complexity"], self.selected["rank"] = (
             torch.tensor(value, dtype=torch.float32) for value in (complexity, rank)
         )
 

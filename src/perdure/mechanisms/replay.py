@@ -35,7 +35,7 @@ class ReplayBuffer(nn.Module):
         if size < 1:
             raise ValueError(f"size={size}: expected at least 1 example to remember")
         self.size, self.selection = size, selection
-        self.kept = BufferDict()  # refs (n, 3): task, position, class; offered (1,)
+        self.references = BufferDict()  # refs (n, 3): task, position, class; offered (1,)
 
     def __len__(self) -> int:
         return len(self.refs)
@@ -47,7 +47,7 @@ class ReplayBuffer(nn.Module):
         Class-balanced examples of one class stand in the order in which they were offered, so that a smaller share
         drops the last.
         """
-        return self.kept.get("refs", torch.empty(0, 3, dtype=torch.int64))
+        return self.references.get("refs", torch.empty(0, 3, dtype=torch.int64))
 
     def add(self, task: Task, generator: torch.Generator, order: Tensor | None = None) -> None:
         """Offer training examples of `task`: those of `order` (positions, best first), or all in random order."""
@@ -56,11 +56,11 @@ class ReplayBuffer(nn.Module):
         new, old = refer(task, order), self.refs.cpu()
         shown: Tensor | None = getattr(task.train, "pairs", None)
         if shown is None:
-            self.kept["refs"] = self._chosen(old, new, generator)
+            self.references["refs"] = self._chosen(old, new, generator)
             return
         # several questions about one image cost one image: images are chosen, and all that is asked about them kept
         every = torch.cat([old, new])
-        pairs = torch.cat([self.kept.get("pairs", torch.arange(len(old))).cpu(), shown.cpu()[order.cpu()]])
+        pairs = torch.cat([self.references.get("pairs", torch.arange(len(old))).cpu(), shown.cpu()[order.cpu()]])
         images = torch.unique(torch.stack([every[:, 0], pairs], 1), dim=0, return_inverse=True)[1]
         rows = torch.cat([every, images.unsqueeze(1)], dim=1)
         first = torch.full((len(rows),), len(rows)).scatter_reduce(0, images, torch.arange(len(rows)), "amin")
@@ -69,19 +69,19 @@ class ReplayBuffer(nn.Module):
         kept = self._chosen(rows[heads & ~late], rows[heads & late], generator)[:, 3]
         place = torch.full((len(rows),), len(rows)).scatter(0, kept, torch.arange(len(kept)))[images]
         members = place.argsort(stable=True)[: int((place < len(rows)).sum())]
-        self.kept["refs"], self.kept["pairs"] = every[members], pairs[members]
+        self.references["refs"], self.references["pairs"] = every[members], pairs[members]
 
     @property
     def images(self) -> int:
         """Number of different images that are referred to, of which several examples may be kept."""
-        return len(torch.unique(self.kept["pairs"])) if "pairs" in self.kept else len(self)
+        return len(torch.unique(self.references["pairs"])) if "pairs" in self.references else len(self)
 
     def _chosen(self, old: Tensor, new: Tensor, generator: torch.Generator) -> Tensor:
         """Which rows are kept, of those that were and of those that are offered now."""
         return self._reservoir(old, new, generator) if self.selection == "reservoir" else self._balanced(old, new)
 
     def _reservoir(self, old: Tensor, new: Tensor, generator: torch.Generator) -> Tensor:
-        offered = int(self.kept["offered"]) if "offered" in self.kept else 0
+        offered = int(self.references["offered"]) if "offered" in self.references else 0
         room = self.size - len(old)
         kept = torch.cat([old, new[:room]])
         late = torch.arange(len(new))[max(room, 0) :]
@@ -89,7 +89,7 @@ class ReplayBuffer(nn.Module):
         for position, slot in zip(late.tolist(), slots.tolist(), strict=True):
             if slot < self.size:
                 kept[slot] = new[position]
-        self.kept["offered"] = torch.tensor([offered + len(new)])
+        self.references["offered"] = torch.tensor([offered + len(new)])
         return kept
 
     def _balanced(self, old: Tensor, new: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ class ReplayBuffer(nn.Module):
 
     def draw(self, tasks: list[Task], n: int, generator: torch.Generator) -> Batch:
         """`n` kept examples, drawn with replacement, read from the training sets of `tasks`."""
-        return read(tasks, self.refs[self.pick(n, generator)])
+        return read_references(tasks, self.refs[self.pick(n, generator)])
 
     def pick(self, n: int, generator: torch.Generator) -> Tensor:
         """Rows (n,) of `refs`, drawn with replacement."""
@@ -127,7 +127,7 @@ class BufferView:
 
     def __getitems__(self, positions: Sequence[int]) -> Batch:
         """Examples at `positions`, in their order."""
-        return read(self.tasks, self.refs[torch.as_tensor(positions)])
+        return read_references(self.tasks, self.refs[torch.as_tensor(positions)])
 
 
 def refer(task: Task, order: Tensor | None = None) -> Tensor:
@@ -136,7 +136,7 @@ def refer(task: Task, order: Tensor | None = None) -> Tensor:
     return torch.stack([torch.full_like(order, task.index), order, task.train.labels.cpu()[order]], dim=1)
 
 
-def read(tasks: list[Task], refs: Tensor) -> Batch:
+def read_references(tasks: list[Task], refs: Tensor) -> Batch:
     """The examples that `refs` (n, 3) point to, in their order, as one batch.
 
     Raises:
@@ -276,7 +276,7 @@ class ExemplarBuffer(ReplayBuffer):
         if view is None and like.keys() - READ:
             old = self._prepared(learner).__getitems__(rows.tolist())
         else:
-            old = read(learner.tasks, self.refs[rows])
+            old = read_references(learner.tasks, self.refs[rows])
         old = to(learner.backbone.prepare(old), learner.device)
         if view is not None:
             old = view(old, learner.generator("view of old images", learner.step))
@@ -377,7 +377,8 @@ def last_layer(learner: Core, features: Tensor, labels: Tensor) -> tuple[Tensor,
 
 def _of_answers(learner: Core, data: Data) -> tuple[Tensor, Tensor]:
     """Of each conversation means over its answer's tokens: of features (n, dim), and of the error's length (n, 1)."""
-    features, lengths = list[Tensor](), list[Tensor]()
+    features: list[Tensor] = []
+    lengths: list[Tensor] = []
     with learner.inference():
         for batch in learner.batches(data, 64):
             rows, owners = learner.encode(batch), learner.objective.owners(batch)

@@ -145,14 +145,14 @@ def keep_schedule(keep: float, task: int, total: int | None) -> float:
     return keep if total is None else keep + (1 - keep) * task / total
 
 
-def pack(matrix: Tensor) -> Tensor:
+def pack_symmetric(matrix: Tensor) -> Tensor:
     """The upper triangle of a symmetric (d, d), row by row: float32 (d·(d+1)/2,)."""
     rows, columns = torch.triu_indices(*matrix.shape, device=matrix.device)
     return matrix[rows, columns].float()
 
 
-def unpack(packed: Tensor) -> Tensor:
-    """The symmetric matrix that `pack` stored, (d, d) float64."""
+def unpack_symmetric(packed: Tensor) -> Tensor:
+    """The symmetric matrix that `pack_symmetric` stored, (d, d) float64."""
     packed = exact(packed)
     d = round((2 * len(packed) + 0.25) ** 0.5 - 0.5)
     rows, columns = torch.triu_indices(d, d, device=packed.device)

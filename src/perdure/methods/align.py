@@ -74,7 +74,7 @@ class Align(Method, name="align"):
         self.start, self.epochs = start, epochs
         self.lr, self.samples = _LR if lr is None else lr, _SAMPLES if samples is None else samples
         self.temperature, self.shrink = temperature, shrink
-        self.gaussians = ClassStatistics(covariance, rank or _RANK)
+        self.class_statistics = ClassStatistics(covariance, rank or _RANK)
 
     def grow(self, learner: Core, task: Task) -> None:
         """Nothing to make room for; refuse what would have no effect."""
@@ -86,10 +86,9 @@ class Align(Method, name="align"):
             raise ValueError(
                 f"align cannot be combined with {deaf[0]}, which answers without the heads: keep one of them"
             )
-        if self.gaussians.rank > learner.backbone.dim and self.gaussians.covariance == "lowrank":
-            raise ValueError(
-                f"align(rank={self.gaussians.rank}): expected 1 to {learner.backbone.dim}, the size of the features"
-            )
+        form, rank = self.class_statistics.covariance, self.class_statistics.rank
+        if form == "lowrank" and rank > learner.backbone.dim:
+            raise ValueError(f"align(rank={rank}): expected 1 to {learner.backbone.dim}, the size of the features")
         if not learner.objective.linear and (self.start == "lda" or self.epochs == 0):
             raise ValueError(
                 "align: start='lda' is the solution for linear heads, and cosine heads have no bias: write "
@@ -101,7 +100,7 @@ class Align(Method, name="align"):
     def end_task(self, learner: Core, task: Task) -> None:
         """Remember this task's Gaussians; re-train all heads."""
         # The task's own images: those that `joint` adds were counted when they came.
-        self.gaussians.add(*learner.features(task.train))
+        self.class_statistics.add(*learner.features(task.train))
         means = self._means(learner, task)
         closed = self._closed(learner)
         if closed:
@@ -120,28 +119,28 @@ class Align(Method, name="align"):
     def _means(self, learner: Core, task: Task) -> Tensor:
         """Means (classes, dim), older ones made shorter: μ · (1 - shrink · (1 - (t_c + 1) / (t + 1)))."""
         first = learner.stream.first_task()
-        age = [1 - (first[c] + 1) / (task.index + 1) for c in self.gaussians.classes]
-        means = torch.stack([self.gaussians.mean(c) for c in self.gaussians.classes])
+        age = [1 - (first[c] + 1) / (task.index + 1) for c in self.class_statistics.classes]
+        means = torch.stack([self.class_statistics.mean(c) for c in self.class_statistics.classes])
         return means * (1 - self.shrink * torch.tensor(age, dtype=means.dtype, device=means.device)).unsqueeze(1)
 
     def _solve(self, learner: Core, means: Tensor) -> None:
         """Heads of linear discriminant analysis: W = Σ⁻¹(μ - m), b = -(μ - m)ᵀ Σ⁻¹ (μ + m) / 2, m the mean of μ."""
         wide = exact(means)
         centre = wide.mean(0)
-        covariance = shrunk(self.gaussians.pooled(), self.gaussians.freedom)
+        covariance = shrunk(self.class_statistics.pooled(), self.class_statistics.freedom)
         weight = torch.linalg.solve(covariance, (wide - centre).T).T
         bias = -0.5 * (weight * (wide + centre)).sum(1)
-        columns = learner.objective.columns(torch.tensor(self.gaussians.classes, device=means.device))
+        columns = learner.objective.columns(torch.tensor(self.class_statistics.classes, device=means.device))
         learner.objective.assign(columns, weight, bias)
 
     def _train(self, learner: Core, means: Tensor, heads: list[nn.Parameter], epochs: int) -> None:
         objective, generator = learner.objective, learner.generator("align")
-        known = objective.columns(torch.tensor(self.gaussians.classes, device=means.device))
+        known = objective.columns(torch.tensor(self.class_statistics.classes, device=means.device))
         target = torch.arange(len(means), device=means.device).repeat_interleave(self.samples)
         optimizer = torch.optim.SGD(heads, self.lr, momentum=_MOMENTUM, weight_decay=_WEIGHT_DECAY)
         steps, step = epochs * math.ceil(len(target) / _BATCH), 0
         for _ in range(epochs):
-            drawn = (means.unsqueeze(1) + self.gaussians.draw(self.samples, generator)).flatten(0, 1)
+            drawn = (means.unsqueeze(1) + self.class_statistics.draw(self.samples, generator)).flatten(0, 1)
             order = torch.randperm(len(drawn), generator=generator).to(means.device)
             for start in range(0, len(order), _BATCH):
                 chosen = order[start : start + _BATCH]
@@ -161,7 +160,7 @@ class Align(Method, name="align"):
         if self.epochs is not None:
             return self.epochs
         # Samples of one shared covariance only add noise to the closed form, which is already their optimum.
-        return 0 if closed and self.gaussians.covariance == "shared" and self.temperature is None else _EPOCHS
+        return 0 if closed and self.class_statistics.covariance == "shared" and self.temperature is None else _EPOCHS
 
     def _levelled(self, learner: Core, scores: Tensor) -> Tensor:
         """Logits divided by the mean over tasks of their norm, and by the temperature."""

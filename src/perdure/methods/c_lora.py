@@ -56,8 +56,8 @@ class CLoRA(Method, name="c_lora"):
         if not learner.learnt or not self.strength:
             return 0.0
         if not self._past:
-            settled = [adapter.delta(0, branches=False) for adapter in self.adapters]
-            self._past = [past.abs() for past in settled if past is not None]
+            merged = [adapter.delta(0, branches=False) for adapter in self.adapters]
+            self._past = [past.abs() for past in merged if past is not None]
         terms = [
             (past * (adapter.up[0] @ adapter.down)).square().sum()
             for past, adapter in zip(self._past, self.adapters, strict=True)

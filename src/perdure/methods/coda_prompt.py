@@ -57,7 +57,7 @@ class Components(PromptPool):
         prompt = _mixed(asked, self.new["key"], self.new["filter"], self.new["prompt"])
         if self.past:  # apart: these need no gradient, and no copy
             prompt = prompt + _mixed(asked, self.past["key"], self.past["filter"], self.past["prompt"])
-        return self.prefix.giving(prompt.unbind())
+        return self.prefix.using(prompt.unbind())
 
     def overlap(self) -> Tensor:
         """Σ over blocks and K, A, P of the mean square of X Xᵀ - I, X being all, without what is constant."""

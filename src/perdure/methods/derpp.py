@@ -68,7 +68,7 @@ class DERPP(Rehearsal, name="derpp"):
         self.alpha, self.beta, self.ratio, self.mask = alpha, beta, ratio, mask
         # of the memory's references, in their order: "logits" (rows, classes seen); of answers in words those of the
         # likeliest "tokens" (rows, k), and "rows", how many rows each has
-        self.stored = BufferDict()
+        self.stored_logits = BufferDict()
 
     def grow(self, learner: Core, task: Task) -> None:
         """All heads learn from old images, and without the mask from new ones."""
@@ -123,18 +123,18 @@ class DERPP(Rehearsal, name="derpp"):
             else:
                 said, new, counts[fresh] = _likeliest(learner, images)
         if not (fresh.all() or objective.one_row):
-            counts[~fresh] = self.stored["rows"].cpu()[places]
+            counts[~fresh] = self.stored_logits["rows"].cpu()[places]
         old_rows = None if fresh.all() else self._rows(places)
         of_fresh = fresh.repeat_interleave(counts)
         if not objective.one_row:
-            self.stored["tokens"] = self._with_old("tokens", said, of_fresh, old_rows)
-        self.stored["logits"] = self._with_old("logits", new, of_fresh, old_rows)
+            self.stored_logits["tokens"] = self._with_old("tokens", said, of_fresh, old_rows)
+        self.stored_logits["logits"] = self._with_old("logits", new, of_fresh, old_rows)
         if not objective.one_row:
-            self.stored["rows"] = counts
+            self.stored_logits["rows"] = counts
 
     def _with_old(self, name: str, new: Tensor, of_new: Tensor, old_rows: Tensor | None) -> Tensor:
         """`new` (n, k) at the places `of_new` (m,), and what was stored in `old_rows` at the others."""
-        old = new[:0] if old_rows is None else self.stored[name][old_rows]
+        old = new[:0] if old_rows is None else self.stored_logits[name][old_rows]
         whole = new.new_zeros(len(of_new), max(new.shape[1], old.shape[1]))
         whole[of_new, : new.shape[1]] = new
         whole[~of_new, : old.shape[1]] = old
@@ -142,18 +142,18 @@ class DERPP(Rehearsal, name="derpp"):
 
     def _rows(self, images: Tensor) -> Tensor:
         """Where the logits of `images` (n,) stand, of which each may have several rows."""
-        if "rows" not in self.stored:
+        if "rows" not in self.stored_logits:
             return images
-        counts = self.stored["rows"].cpu()
+        counts = self.stored_logits["rows"].cpu()
         places = torch.split(torch.arange(int(counts.sum())), counts.tolist())
         return torch.cat([places[i] for i in images.tolist()])
 
     def _apart(self, learner: Core, features: Tensor, images: Tensor) -> Tensor:
         """Mean squared difference to the stored logits, of the classes that were seen when they were stored."""
         rows = self._rows(images)
-        wanted, found = self.stored["logits"][rows], learner.objective.scores(features)
-        if "tokens" in self.stored:
-            found = found.gather(1, self.stored["tokens"][rows])
+        wanted, found = self.stored_logits["logits"][rows], learner.objective.scores(features)
+        if "tokens" in self.stored_logits:
+            found = found.gather(1, self.stored_logits["tokens"][rows])
         found = found[:, : wanted.shape[1]]
         if "classes" not in learner.objective.asks:
             return (found - wanted).square().mean()

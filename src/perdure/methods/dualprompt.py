@@ -77,7 +77,7 @@ class Prompts(PromptPool):
         if "prompts" in self.past:
             prompts = torch.cat([self.past["prompts"], prompts])
         general = () if self.shared is None else self.shared.unbind()
-        with self.general.giving(general), self.expert.giving(prompts[chosen].unbind(1)):
+        with self.general.using(general), self.expert.using(prompts[chosen].unbind(1)):
             yield
 
     def nearness(self, asked: Tensor, labels: Tensor) -> Tensor:

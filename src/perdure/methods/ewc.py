@@ -54,17 +54,17 @@ class EWC(Method, name="ewc"):
             without_effect("with form='offline', which keeps all importance", decay=decay)
         self.strength, self.decay, self.samples = strength, 1.0 if decay is None else decay, samples
         self.form, self.of = form, of
-        self.springs = QuadraticPenalty()
+        self.quadratic_penalty = QuadraticPenalty()
 
     @property
     def fisher(self) -> BufferDict:
         """F by name; merged over tasks."""
-        return self.springs.weights
+        return self.quadratic_penalty.weights
 
     @property
     def anchor(self) -> BufferDict:
         """θ* by name; offline, the weighted mean of all."""
-        return self.springs.anchors
+        return self.quadratic_penalty.anchors
 
     def begin_task(self, learner: Core, task: Task) -> None:
         """Refuse updates where there are none."""
@@ -75,7 +75,7 @@ class EWC(Method, name="ewc"):
         """strength/2 · Σ F (θ - θ*)² over what is still trained."""
         if not self.fisher or not self.strength:
             return 0.0
-        return self.strength * self.springs.value(held(learner, self.of))
+        return self.strength * self.quadratic_penalty.value(held(learner, self.of))
 
     def end_task(self, learner: Core, task: Task) -> None:
         """Add this task's Fisher; anchor at what was learnt."""
@@ -84,6 +84,6 @@ class EWC(Method, name="ewc"):
         # what is held no more cannot drift: frozen heads, and branches that were closed for good
         values = held(learner, self.of)
         if self.form == "offline":
-            self.springs.accumulate(fisher, values)
+            self.quadratic_penalty.accumulate(fisher, values)
         else:
-            self.springs.move_anchor(fisher, values, self.decay)
+            self.quadratic_penalty.move_anchor(fisher, values, self.decay)

@@ -20,6 +20,7 @@ from perdure.backbones.base import Tower
 from perdure.core.learner import Core
 from perdure.core.method import check_tower, treated
 from perdure.mechanisms.distillation import Distillation
+from perdure.objectives.retrieve import at
 from perdure.objectives.zeroshot import class_texts
 from perdure.options.ranges import Strength, without_effect
 from perdure.types import Batch, Task
@@ -48,7 +49,7 @@ class FeatureDistill(Distillation, name="feature_distill"):
             held, apart = None if tower == "vision" else tower, None if form == "cosine" else form
             without_effect("with strength=0", tower=held, form=apart)
         self.strength, self.tower, self.form = strength, tower, form
-        self.names = BufferDict()  # "old": the teacher's embeddings of the former tasks' class names
+        self.name_embeddings = BufferDict()  # "old": the teacher's embeddings of the former tasks' class names
 
     def grow(self, learner: Core, task: Task) -> None:
         """Nothing to make room for; refuse texts where there are none."""
@@ -69,9 +70,9 @@ class FeatureDistill(Distillation, name="feature_distill"):
         super().begin_task(learner, task)
         if self.holds(task) and self._towers("text") and "classes" in learner.objective.asks:
             with self.teacher.swapped_in(learner):  # as it answers, without what methods do in training only
-                self.names["old"] = self._embed(learner)
+                self.name_embeddings["old"] = self._embed(learner)
         if not self.teacher.outputs and self.tower != "language":
-            self.teacher.forget()
+            self.teacher.clear()
 
     def check(self, learner: Core, task: Task) -> None:
         """Refuse a tower, or a task, in which nothing moves; known when all parts have grown."""
@@ -86,25 +87,25 @@ class FeatureDistill(Distillation, name="feature_distill"):
     def penalty(self, learner: Core, batch: Batch, features: Tensor) -> Tensor | float:
         """strength · distance of the student's output to the teacher's, for each tower."""
         total: Tensor | float = 0.0
-        if self.teacher.kept and self.tower == "language":
+        if self.teacher.weights and self.tower == "language":
             with self.teacher.swapped_in(learner):  # not kept beside examples, of which each has many rows
                 held = learner.encode(batch)
             return self.strength * self._distance(held, features)
-        if self.teacher.kept:
+        if self.teacher.weights:
             wanted, objective = self.teacher(learner, batch), learner.objective
             if "features" in wanted:
                 total = total + self.strength * self._distance(wanted["features"], features)
             if "captions" in wanted:
-                shown = wanted["captions"][objective.chosen(batch)]
+                shown = at(wanted["captions"], objective.chosen(batch))
                 total = total + self.strength * self._distance(shown, objective.shown(batch)[0])
-        if self.names:
-            total = total + self.strength * self._distance(self.names["old"], self._embed(learner))
+        if self.name_embeddings:
+            total = total + self.strength * self._distance(self.name_embeddings["old"], self._embed(learner))
         return total
 
     def end_task(self, learner: Core, task: Task) -> None:
         """Let the teacher, and the old names, go."""
         super().end_task(learner, task)
-        self.names.clear()
+        self.name_embeddings.clear()
 
     def _towers(self, *wanted: Tower) -> list[Tower]:
         return [tower for tower in wanted if self.tower in (tower, "both")]

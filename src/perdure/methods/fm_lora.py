@@ -83,7 +83,7 @@ class FMLoRA(Method, name="fm_lora"):
         self.bases: Adapters[SharedBasis] = Adapters()
         self.branches = LowRankSet()  # instead of the bases, when they are not shared
         self.tokens = nn.ModuleDict()  # of Tokens, for each tower
-        self.kept = BufferDict()  # "<tower>": P of the last task
+        self.previous_prompts = BufferDict()  # "<tower>": P of the last task
 
     def shared_parameters(self) -> Iterable[nn.Parameter]:
         """The prompts."""
@@ -118,8 +118,8 @@ class FMLoRA(Method, name="fm_lora"):
 
     def penalty(self, learner: Core, batch: Batch, features: Tensor) -> Tensor | float:
         """0.01 · ‖P - P_{t-1}‖² after the first task, added over towers."""
-        held = {tower: p for tower, p in self._prompts().items() if tower in self.kept}
-        return _PROMPT_PULL * sum((p - self.kept[tower]).square().sum() for tower, p in held.items())
+        held = {tower: p for tower, p in self._prompts().items() if tower in self.previous_prompts}
+        return _PROMPT_PULL * sum((p - self.previous_prompts[tower]).square().sum() for tower, p in held.items())
 
     def param_groups(self, learner: Core) -> dict[str, float]:
         """Gentler prompts after the first task."""
@@ -136,7 +136,7 @@ class FMLoRA(Method, name="fm_lora"):
             if task.index == 0:
                 adapter.fix()
         for tower, prompt in self._prompts().items():
-            self.kept[tower] = prompt
+            self.previous_prompts[tower] = prompt
 
     def measures(self, learner: Core) -> dict[str, float]:
         """The task's `rank`, and the `complexity` that it was chosen by; the first task has the bases' rank."""

@@ -90,17 +90,17 @@ class GEM(Rehearsal, name="gem"):
                 torch.stack([g.flatten() for g in (*each, p.grad)]) for p, *each in zip(parameters, *old, strict=True)
             ]
             products = _products(rows, rows)
-            weights = dual(products, self.margin)
+            weights = solve_dual(products, self.margin)
             if weights is None:
                 return
             share = torch.cat([weights, weights.new_ones(1)]).to(rows[0])
             projected = [share @ row for row in rows]
-            check(_products(rows, [row.unsqueeze(0) for row in projected])[:-1, 0], products, weights)
+            check_projection(_products(rows, [row.unsqueeze(0) for row in projected])[:-1, 0], products, weights)
             for p, row in zip(parameters, projected, strict=True):
                 p.grad = row.view_as(p)
 
 
-def dual(products: Tensor, margin: float) -> Tensor | None:
+def solve_dual(products: Tensor, margin: float) -> Tensor | None:
     """The weights v (tasks,) >= `margin` of old gradients in the projected one; None when it stays as it is.
 
     An old gradient of length 0 constrains nothing and weighs nothing.
@@ -129,13 +129,13 @@ def dual(products: Tensor, margin: float) -> Tensor | None:
     return weights
 
 
-def check(after: Tensor, products: Tensor, weights: Tensor) -> None:
+def check_projection(after: Tensor, products: Tensor, weights: Tensor) -> None:
     """Raise `Unsolved` when the projected gradient points against an old one.
 
     Args:
         after: inner products of the old gradients and the projected one, (tasks,).
-        products: see `dual`.
-        weights: what `dual` gave.
+        products: see `solve_dual`.
+        weights: what `solve_dual` gave.
     """
     length = products.diagonal().sqrt()
     scale = length[:-1] * (length[-1] + weights @ length[:-1])

@@ -65,7 +65,7 @@ class GPM(Method, name="gpm"):
         self.at, self.blocks, self.tower, self.backbone_lr = at, blocks, tower, backbone_lr
         self.keep, self.power, self.schedule, self.moments = keep, power, schedule, moments
         self.balance, self.sketch = balance, sketch
-        self.spaces = SubspaceMemory()  # of each input
+        self.subspaces = SubspaceMemory()  # of each input
         self.start = BufferDict()  # layer -> its weight before the task, where a step is not free
         self._inputs: dict[str, Site] = {}  # name of an input -> one of the sites that read it
         self._layers: dict[str, list[Site]] = {}  # layer -> the sites on it: rows of a fused one
@@ -84,7 +84,7 @@ class GPM(Method, name="gpm"):
         """Remember where weights start that may not move freely."""
         for layer, sites in self._layers.items():
             weight = _weight(learner, layer)
-            if self.spaces or sum(site.fan_out for site in sites) < len(weight):
+            if self.subspaces or sum(site.fan_out for site in sites) < len(weight):
                 self.start[layer] = weight
 
     @torch.no_grad()
@@ -120,14 +120,14 @@ class GPM(Method, name="gpm"):
 
         reading = second_moments(learner.forward_towers, layers, views, groups, self.balance, self.sketch)
         for key, moments in reading.items():
-            space = self.spaces.of(key, self._inputs[key].fan_in, moments.device)
-            self.spaces.keep(key, space.take(moments, keep, self.power))
+            space = self.subspaces.of(key, self._inputs[key].fan_in, moments.device)
+            self.subspaces.keep(key, space.take(moments, keep, self.power))
 
     def measures(self, learner: Core) -> dict[str, float]:
         """Per input: free directions, and the share taken."""
         facts = {}
         for key, site in self._inputs.items():
-            free = self.spaces.of(key, site.fan_in).free
+            free = self.subspaces.of(key, site.fan_in).free
             facts[f"free_dimension/{key}"] = float(free)
             facts[f"occupied_share/{key}"] = 1 - free / site.fan_in
         return facts
@@ -141,7 +141,7 @@ class GPM(Method, name="gpm"):
         free = torch.zeros_like(step)
         for site in self._layers[layer]:
             rows = slice(*site.rows)
-            free[rows] = self.spaces.outside(site.input, step[rows])
+            free[rows] = self.subspaces.outside(site.input, step[rows])
         return free
 
 

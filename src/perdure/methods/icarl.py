@@ -74,7 +74,7 @@ class ICaRL(Method, name="icarl"):
         """Remember the model as it is."""
         self.memory.begin(learner)
         if self._old(learner) and self.strength:
-            self.teacher.remember(learner)
+            self.teacher.snapshot(learner)
 
     def precompute(self, learner: Core, batch: Batch) -> Batch:
         """Logits (B, seen classes) of the model before the task."""
@@ -82,7 +82,7 @@ class ICaRL(Method, name="icarl"):
 
     def penalty(self, learner: Core, batch: Batch, features: Tensor) -> Tensor | float:
         """strength · T² · KL(teacher, model) over the old classes."""
-        if not self.teacher.kept:
+        if not self.teacher.weights:
             return 0.0
         scores = (self.teacher(learner, batch)["scores"], learner.objective.scores(features))
         wanted, given = (each[:, : self._old(learner)] for each in scores)
@@ -90,7 +90,7 @@ class ICaRL(Method, name="icarl"):
 
     def end_task(self, learner: Core, task: Task) -> None:
         """Choose the task's exemplars; take all classes' means with the encoder of this moment."""
-        self.teacher.forget()
+        self.teacher.clear()
         self.memory.remember(learner, task)
         features, labels = learner.features(BufferView(learner.tasks, self.memory.refs))
         columns = learner.objective.columns(labels)

@@ -3,7 +3,7 @@
 `begin_task` designs the frozen projection B_t (section 3.2, "designing dimensionality reduction matrix"): the leading
 directions of the new task's inputs inside the space that old tasks' inputs leave free. Only A_t is trained, so whatever
 it becomes, the layer's output on old inputs does not change. `end_task` takes the new inputs' space (DualGPM, section
-3.3) and settles the branch. In this package's letters B_t is `down` and A_t is `up`.
+3.3) and merges the branch. In this package's letters B_t is `down` and A_t is `up`.
 
 Both follow the official code, an SVD of F R with R the inputs' second moments and F the projector on the free space:
 the eigenvectors of F R² F, and its eigenvalues as energy. The paper's SVD of the inputs themselves is that of F R F.
@@ -26,7 +26,7 @@ from perdure.adapters.low_rank import LowRank
 from perdure.backbones.base import Tower
 from perdure.core.learner import Core
 from perdure.core.method import Method
-from perdure.mechanisms.moments import Collected, Moments, exact, second_moments
+from perdure.mechanisms.moments import Moments, RunningMoments, exact, second_moments
 from perdure.mechanisms.rank_selection import DRS
 from perdure.mechanisms.subspace import Subspace, SubspaceMemory, check_balance, keep_schedule
 from perdure.options.ranges import Count, Rank, Share, Strength, without_effect
@@ -103,13 +103,13 @@ class InfLoRA(Method, name="inflora"):
         self.keep, self.power, self.schedule = keep, power, schedule
         self.design, self.project, self.moments, self.end_moments = design, project, moments, end_moments
         self.adapters = nn.ModuleDict()
-        self.spaces = SubspaceMemory()  # of each input
-        self.collected = Collected()  # in the last epoch
+        self.subspaces = SubspaceMemory()  # of each input
+        self.running_moments = RunningMoments()  # in the last epoch
         self._inputs: dict[str, Site] = {}  # adapter key -> one of the sites that read this input
         self._reach: dict[str, float] = {}  # adapter key -> `old_space_share` of the task just learnt
 
     def grow(self, learner: Core, task: Task) -> None:
-        """A new branch in every chosen layer; what the last one learnt is settled."""
+        """A new branch in every chosen layer; what the last one learnt is merged."""
         check_balance(self.name, self.balance, self.tower)
         if self.end_moments == "training" and not learner.objective.one_row:
             raise ValueError("end_moments='training' counts images, and conversations have many or none: leave it out")
@@ -139,26 +139,26 @@ class InfLoRA(Method, name="inflora"):
 
     def batch(self, learner: Core, batch: Batch) -> Batch:
         """Unchanged; with `end_moments="training"` its inputs are counted in the last epoch."""
-        if self.end_moments == "training" and learner.last_epoch and self.collected.images < self.moments:
-            self.collected.listen(self._layers(learner))
+        if self.end_moments == "training" and learner.last_epoch and self.running_moments.images < self.moments:
+            self.running_moments.listen(self._layers(learner))
         return batch
 
     def penalty(self, learner: Core, batch: Batch, features: Tensor) -> Tensor | float:
         """None; what the layers have read of the task's own images is counted."""
-        if self.collected.listening:
+        if self.running_moments.listening:
             labels = learner.method.data(learner, learner.task).labels.to(batch["label"].device)
             own = torch.isin(batch["label"], labels).nonzero().flatten()
-            self.collected.add(own[: self.moments - self.collected.images])
+            self.running_moments.add(own[: self.moments - self.running_moments.images])
         return 0.0
 
     def end_task(self, learner: Core, task: Task) -> None:
-        """Take the space of this task's inputs (equation 10 and DualGPM), and settle the branch."""
+        """Take the space of this task's inputs (equation 10 and DualGPM), and merge the branch."""
         keep = self.keep if self.schedule == "fixed" else keep_schedule(self.keep, task.index, task.total)
         self._reach = {key: self._old_space_share(key) for key in self.adapters} if task.index else {}
-        found = self.collected.finish() or self._moments(learner, task, "take")
+        found = self.running_moments.finish() or self._moments(learner, task, "take")
         for key, moments in found.items():
             space = self._space(key, moments.device).take(moments, keep, self.power)
-            self.spaces.keep(key, space)
+            self.subspaces.keep(key, space)
             self._adapter(key).merge()
 
     def measures(self, learner: Core) -> dict[str, float]:
@@ -189,7 +189,7 @@ class InfLoRA(Method, name="inflora"):
 
     def _space(self, key: str, device: torch.device | str = "cpu") -> Subspace:
         """What is taken, or free, in float64 on the device of the moments."""
-        return self.spaces.of(key, self._adapter(key).fan_in, device)
+        return self.subspaces.of(key, self._adapter(key).fan_in, device)
 
     def _moments(self, learner: Core, task: Task, purpose: str) -> dict[str, Moments]:
         """E[x xᵀ] of each input."""

@@ -46,7 +46,7 @@ class Pool(PromptPool):
     def joining(self, asked: Tensor, labels: Tensor | None) -> AbstractContextManager[None]:
         """See `PromptPool.joining`."""
         _, chosen = self._choose(asked)
-        return self.tokens.giving(self.prompts[chosen].flatten(1, 2))
+        return self.tokens.using(self.prompts[chosen].flatten(1, 2))
 
     def nearness(self, asked: Tensor) -> Tensor:
         """Mean over inputs of Σ cos(q, k) over the keys they chose."""
@@ -125,7 +125,7 @@ class L2P(QueriedPrompts[Pool], name="l2p"):
         tokens.reads = tower == "vision" and self.from_prompts
         tokens.attach([backbone.get_submodule(name) for name in backbone.blocks(tower)], tower)
         width = backbone.sites("q", "0", tower)[0].fan_in
-        with tokens.giving(torch.zeros(1, width, dtype=torch.float32, device=learner.device)):
+        with tokens.using(torch.zeros(1, width, dtype=torch.float32, device=learner.device)):
             check_tokens(learner, tower)
         if tokens.reads and not _reads_first_token(learner):
             raise ValueError(

@@ -98,7 +98,7 @@ class LwF(Distillation, name="lwf"):
 
     def penalty(self, learner: Core, batch: Batch, features: Tensor) -> Tensor | float:
         """strength · T² · KL of the teacher's and the student's distribution over old classes."""
-        if not self.teacher.kept:
+        if not self.teacher.weights:
             return 0.0
         objective = learner.objective
         if "conversations" in objective.asks:

@@ -33,7 +33,7 @@ class MAS(Method, name="mas"):
     def __init__(self, strength: Strength = 100.0, samples: Count = 512, of: Of = "parameters") -> None:
         super().__init__()
         self.strength, self.samples, self.of = strength, samples, of
-        self.springs = QuadraticPenalty()
+        self.quadratic_penalty = QuadraticPenalty()
 
     def begin_task(self, learner: Core, task: Task) -> None:
         """Refuse updates where there are none."""
@@ -42,9 +42,9 @@ class MAS(Method, name="mas"):
 
     def penalty(self, learner: Core, batch: Batch, features: Tensor) -> Tensor | float:
         """strength/2 · Σ Ω (θ - θ*)² over what is still trained."""
-        if not self.springs.weights or not self.strength:
+        if not self.quadratic_penalty.weights or not self.strength:
             return 0.0
-        return self.strength * self.springs.value(held(learner, self.of))
+        return self.strength * self.quadratic_penalty.value(held(learner, self.of))
 
     def end_task(self, learner: Core, task: Task) -> None:
         """Add this task's importance; anchor at what was learnt."""
@@ -54,4 +54,4 @@ class MAS(Method, name="mas"):
 
         data = learner.method.data(learner, task)
         weights = importance(learner, data, self.of, self.samples, "importance", length, power=1)
-        self.springs.move_anchor(weights, held(learner, self.of))
+        self.quadratic_penalty.move_anchor(weights, held(learner, self.of))

@@ -3,12 +3,12 @@
 arXiv:2403.11549. In every block y + scale · Σ_e g_e · A_e(x), x what enters the norm before the MLP (as in the
 published code), A_e a bottleneck, g the softmax over the `top` largest scores of the task's router. After a task its
 router and the experts that it has used most are frozen; the others go on learning. At test time nobody tells the task:
-a gateway (the paper's DDAS) sends an image through the router of the task that knows it best, and an image that no task
-knows through the pre-trained model as it is.
+task identification (the paper's DDAS) sends an image through the router of the task that knows it best, and an image
+that no task knows through the pre-trained model as it is.
 
-Differs: every image is sent by itself, where the published code sends whole batches, and so leaks the task. The gateway
-is in closed form: Gaussians on the pre-trained model's own features, where the paper trains an auto-encoder on
-AlexNet's; its limit comes from training images alone. Texts go their own way: a class name through the router of the
+Differs: every image is sent by itself, where the published code sends whole batches, and so leaks the task. Tasks are
+identified in closed form: Gaussians on the pre-trained model's own features, where the paper trains an auto-encoder on
+AlexNet's; the limit comes from training images alone. Texts go their own way: a class name through the router of the
 task that taught it, a caption as an image does, where the published code sends them where the images go, and its router
 reads a token that is the same for all texts. By default experts stand in the vision tower only (published: in both).
 Routers read the mean of an input's tokens; their noise has a fixed deviation. No dropout. `expand` is ours.
@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from perdure.adapters.experts import Experts, Routes, routing
 from perdure.adapters.injection import Adapters, attach, overhear
 from perdure.backbones.base import OneTower, Tower, named_towers
-from perdure.backbones.texts import present, unpack
 from perdure.core.learner import Core
 from perdure.core.method import parts_of
 from perdure.formatting import room_for
@@ -39,16 +38,16 @@ _CHUNK = 256
 
 
 class Mixture(nn.Module):
-    """Experts in the blocks of one tower, and the gateway that knows whose inputs they have seen.
+    """Experts in the blocks of one tower, and what knows whose inputs they have seen.
 
     Args:
-        gateway: of this tower; a roster where its inputs are class names.
+        task_identifier: of this tower; a table where its inputs are class names.
     """
 
-    def __init__(self, gateway: TaskGaussians | ClassTable) -> None:
+    def __init__(self, task_identifier: TaskGaussians | ClassTable) -> None:
         super().__init__()
         self.adapters: Adapters[Experts] = Adapters()
-        self.gateway = gateway
+        self.task_identifier = task_identifier
 
     @property
     def learning(self) -> bool:
@@ -57,7 +56,7 @@ class Mixture(nn.Module):
 
     def by_itself(self, asked: Tensor, counted: Tensor | None = None, seen: Tensor | None = None) -> list[Routes]:
         """Every input by the router of the task that knows its query (n, dim) best."""
-        routes = Routes(self.gateway.tasks, self.gateway.route(asked), counted=counted, seen=seen)
+        routes = Routes(self.task_identifier.tasks, self.task_identifier.route(asked), counted=counted, seen=seen)
         return [routes] * len(self.adapters)
 
     def open(self, count: int, device: torch.device) -> None:
@@ -69,7 +68,7 @@ class Mixture(nn.Module):
 
 
 class MoEAdapters(PerTower[Mixture], name="moe_adapters"):
-    """Experts that tasks share, routers of their own, and a gateway that knows whose images it has seen.
+    """Experts that tasks share, routers of their own, and task identification by the images seen.
 
     Args:
         experts: number in each block; None is `freeze` for each task of the stream (8 where its end is open), or,
@@ -79,13 +78,13 @@ class MoEAdapters(PerTower[Mixture], name="moe_adapters"):
         scale: factor of what experts add.
         freeze: how many experts of each block, the most used ones, are frozen after a task.
         noise: deviation of what is added to a router's scores in training.
-        known: share of a task's own images, or texts, that the gateway is to know; less makes it stricter. Where none
-            of the tasks knows one, it gets exactly the pre-trained features.
-        directions: of the covariance with which the gateway compares an image with a task's.
+        known: share of a task's own images, or texts, that it is to know; less is stricter. Where no task knows
+            one, it gets exactly the pre-trained features.
+        directions: of the covariance with which an image is compared with a task's.
         expand: a task of whose images (texts) at least this share is known to no task before it brings `freeze` new
             experts; None leaves their number as it is.
         blocks: which blocks, all by default.
-        tower: which encoder; each has experts, routers and a gateway of its own.
+        tower: which encoder; each has experts, routers and task identification of its own.
     """
 
     trains_shared = True
@@ -150,12 +149,12 @@ class MoEAdapters(PerTower[Mixture], name="moe_adapters"):
         for tower in named_towers(self.tower):
             own, data = self.of(tower), learner.method.data(learner, task)
             order = torch.randperm(len(data), generator=learner.generator("moe_adapters"))[:_LOOK]
-            unknown = own.gateway.route(self._read(learner, data, order, tower)[0]) < 0
+            unknown = own.task_identifier.route(self._read(learner, data, order, tower)[0]) < 0
             if unknown.float().mean() >= self.expand:
                 own.open(self.freeze, learner.device)
 
     def precompute(self, learner: Core, batch: Batch) -> Batch:
-        """Features of the pre-trained model, for the gateway; of conversations routers read them too, in training."""
+        """Features of the pre-trained model, to identify tasks; of conversations routers read them too, in training."""
         if "language" in self.treats:
             return {QUERY: conversation_query(learner, batch)}
         return {QUERY: query(learner, batch)} if "vision" in self.treats and not learner.training else {}
@@ -172,15 +171,15 @@ class MoEAdapters(PerTower[Mixture], name="moe_adapters"):
             adapter.tally()
 
     def end_task(self, learner: Core, task: Task) -> None:
-        """Let the gateways know the task's images and texts; freeze its routers and the experts it has used most."""
+        """Learn to identify the task's images and texts; freeze its routers and the experts it has used most."""
         data = learner.method.data(learner, task)
         mine = torch.isin(data.labels.cpu(), torch.tensor(task.classes)).nonzero().flatten()
         for tower in named_towers(self.tower):
-            gateway, (features, labels) = self.of(tower).gateway, self._read(learner, data, mine, tower)
-            if isinstance(gateway, ClassTable):
-                gateway.add(task.index, features)
+            identifier, (features, labels) = self.of(tower).task_identifier, self._read(learner, data, mine, tower)
+            if isinstance(identifier, ClassTable):
+                identifier.add(task.index, features)
             else:
-                gateway.add(task.index, features, labels, learner.generator("moe_adapters end"))
+                identifier.add(task.index, features, labels, learner.generator("moe_adapters end"))
         for adapter in self._all():
             adapter.close_router(task.index)
             adapter.freeze(self.freeze)
@@ -230,7 +229,7 @@ class MoEAdapters(PerTower[Mixture], name="moe_adapters"):
         mixed = tower == "text" or any(part.rehearses for part in parts_of(learner.method))
         if labels is not None and len(learner.tasks) > 1 and mixed:
             owner = {c: task.index for task in learner.tasks for c in task.classes}
-            routers += self.of(tower).gateway.tasks
+            routers += self.of(tower).task_identifier.tasks
             table = torch.zeros(max(owner) + 1, dtype=torch.int64)
             for c, index in owner.items():
                 table[c] = routers.index(index) if index in routers else 0
@@ -269,6 +268,6 @@ class MoEAdapters(PerTower[Mixture], name="moe_adapters"):
             lines, labels = learner.objective.texts(learner, {})
             return dict(zip(lines, labels.tolist(), strict=True))
         for batch in learner.batches(data, _CHUNK, order):
-            rows, places = present(batch["text"]).nonzero(as_tuple=True)
-            found |= zip(unpack(batch["text"][rows, places]), batch["label"][rows].tolist(), strict=True)
+            for texts, label in zip(batch["text"], batch["label"].tolist(), strict=True):
+                found |= dict.fromkeys(texts, label)
         return found

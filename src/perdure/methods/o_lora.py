@@ -45,7 +45,7 @@ class OLoRA(Method, name="o_lora"):
         super().__init__()
         self.rank, self.at, self.blocks, self.tower, self.strength = rank, at, blocks, tower, strength
         self.adapters = LowRankSet()
-        self.rows = BufferDict()  # number of the adapter -> A of all former tasks (t · rank, fan_in)
+        self.past_rows = BufferDict()  # number of the adapter -> A of all former tasks (t · rank, fan_in)
 
     def grow(self, learner: Core, task: Task) -> None:
         """A new branch in every chosen layer."""
@@ -54,19 +54,19 @@ class OLoRA(Method, name="o_lora"):
 
     def penalty(self, learner: Core, batch: Batch, features: Tensor) -> Tensor | float:
         """strength · Σ |A_i A_tᵀ| over former tasks i and all layers."""
-        if not self.rows or not self.strength:
+        if not self.past_rows or not self.strength:
             return 0.0
         overlaps = [
-            (self.rows[str(i)] @ adapter.down.T).abs().sum()
+            (self.past_rows[str(i)] @ adapter.down.T).abs().sum()
             for i, adapter in enumerate(self.adapters)
             if adapter.down is not None
         ]
         return self.strength * torch.stack(overlaps).sum()
 
     def end_task(self, learner: Core, task: Task) -> None:
-        """Keep the new branch's rows, and settle it."""
+        """Keep the new branch's rows, and merge it."""
         for i, adapter in enumerate(self.adapters):
             assert adapter.down is not None
-            former = [self.rows[str(i)]] if str(i) in self.rows else []
-            self.rows[str(i)] = torch.cat([*former, adapter.down.detach()])
+            former = [self.past_rows[str(i)]] if str(i) in self.past_rows else []
+            self.past_rows[str(i)] = torch.cat([*former, adapter.down.detach()])
             adapter.merge()

@@ -21,7 +21,7 @@ from perdure.adapters.state import BufferDict
 from perdure.core.learner import Core
 from perdure.core.method import Method
 from perdure.formatting import room_for
-from perdure.mechanisms.subspace import exact, pack, unpack
+from perdure.mechanisms.subspace import exact, pack_symmetric, unpack_symmetric
 from perdure.options.ranges import Range
 from perdure.types import Batch, Task
 
@@ -51,7 +51,7 @@ class RanPAC(Method, name="ranpac"):
     ) -> None:
         super().__init__()
         self.dim, self.ridge = dim, ridge
-        self.held = BufferDict()  # gram: packed G; ridge: (1,)
+        self.regression = BufferDict()  # gram: packed G; ridge: (1,)
         self.sums = BufferDict()  # class -> sum of h
         self._projection: Tensor | None = None
         self._weights: Tensor | None = None  # made from the state when it is asked for
@@ -67,7 +67,7 @@ class RanPAC(Method, name="ranpac"):
         """Add the task's features to the regression."""
         # The task's own images: those that `joint` adds were counted when they came.
         features, labels = learner.features(task.train)
-        gram = unpack(self.held["gram"]) if "gram" in self.held else None
+        gram = unpack_symmetric(self.regression["gram"]) if "gram" in self.regression else None
         for start in range(0, len(labels), _MOST):
             some = slice(start, start + _MOST)
             h = exact(self._expand(learner, features[some]))
@@ -76,15 +76,15 @@ class RanPAC(Method, name="ranpac"):
                 mine = h[(labels[some] == c).to(h.device)].sum(0).float().to(features.device)
                 self.sums[str(c)] = mine + self.sums.get(str(c), 0)
         assert gram is not None
-        self.held["gram"] = pack(gram).to(features.device)
+        self.regression["gram"] = pack_symmetric(gram).to(features.device)
         least = max(_LEAST * float(gram.trace()), torch.finfo(torch.float32).tiny)
         ridge = self._choose(learner, features, labels, least) if self.ridge is None else max(self.ridge, least)
-        self.held["ridge"] = torch.tensor([ridge], dtype=torch.float32)
+        self.regression["ridge"] = torch.tensor([ridge], dtype=torch.float32)
         self._weights = None
 
     def measures(self, learner: Core) -> dict[str, float]:
         """The ridge in use."""
-        return {"ridge": float(self.held["ridge"])} if "ridge" in self.held else {}
+        return {"ridge": float(self.regression["ridge"])} if "ridge" in self.regression else {}
 
     def predict(self, learner: Core, batch: Batch) -> Tensor:
         """Regressed scores (B, seen classes); 0 for a class that was not learnt yet."""
@@ -110,11 +110,11 @@ class RanPAC(Method, name="ranpac"):
     def _solve(self, classes: tuple[int, ...], width: int) -> Tensor:
         """(G + ridge·I)⁻¹ Q, (width, classes)."""
         nothing = torch.zeros(width, dtype=torch.float32)
-        if "gram" not in self.held:
+        if "gram" not in self.regression:
             return nothing.unsqueeze(1).repeat(1, len(classes))
-        gram = unpack(self.held["gram"])
+        gram = unpack_symmetric(self.regression["gram"])
         sums = torch.stack([exact(self.sums.get(str(c), nothing)).to(gram.device) for c in classes], dim=1)
-        gram.diagonal().add_(float(self.held["ridge"]))
+        gram.diagonal().add_(float(self.regression["ridge"]))
         weights: Tensor = torch.linalg.solve(gram, sums)
         return weights.float()
 

@@ -39,7 +39,7 @@ class SI(Method, name="si"):
         if not strength:
             without_effect("with strength=0", damping=None if damping == _DAMPING else damping)
         self.strength, self.damping = strength, damping
-        self.springs = QuadraticPenalty()
+        self.quadratic_penalty = QuadraticPenalty()
         self.path, self.start = BufferDict(), BufferDict()  # ω, and values at the task's start
         # parameters, their gradients without the pull, their values before the step: between two hooks of one step
         self._before: tuple[dict[str, nn.Parameter], list[Tensor], list[Tensor]] | None = None
@@ -51,16 +51,16 @@ class SI(Method, name="si"):
 
     def penalty(self, learner: Core, batch: Batch, features: Tensor) -> Tensor | float:
         """strength/2 · Σ Ω (θ - θ*)² over parameters that are still trained."""
-        if not self.springs.weights or not self.strength:
+        if not self.quadratic_penalty.weights or not self.strength:
             return 0.0
-        return self.strength * self.springs.value(learner.trainable())
+        return self.strength * self.quadratic_penalty.value(learner.trainable())
 
     def after_backward(self, learner: Core) -> None:
         """Remember values, and gradients of the loss without the pull."""
         moving = {k: p for k, p in learner.trainable().items() if k in self.path and p.grad is not None}
         gradients = {k: p.grad.clone() for k, p in moving.items() if p.grad is not None}
         if self.strength:
-            for name, force in self.springs.gradient(moving).items():
+            for name, force in self.quadratic_penalty.gradient(moving).items():
                 gradients[name].sub_(force, alpha=self.strength)
         self._before = moving, list(gradients.values()), [p.detach().clone() for p in moving.values()]
 
@@ -79,6 +79,6 @@ class SI(Method, name="si"):
         """Add what the path says; anchor at what was learnt."""
         kept = {k: p for k, p in learner.shared().items() if k in self.path}
         weights = {k: self.path[k].relu() / ((p - self.start[k]).square() + self.damping) for k, p in kept.items()}
-        self.springs.move_anchor(mean_one(weights) if weights else {}, kept)
+        self.quadratic_penalty.move_anchor(mean_one(weights) if weights else {}, kept)
         self.path.clear()
         self.start.clear()

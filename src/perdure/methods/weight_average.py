@@ -33,7 +33,6 @@ class WeightAverage(Method, name="weight_average"):
     """
 
     protects = "shared_parameters"
-    concludes = True
 
     def __init__(
         self, form: Literal["running", "wise"] = "running", every: Count | None = None, alpha: Share | None = None
@@ -44,14 +43,16 @@ class WeightAverage(Method, name="weight_average"):
         else:
             without_effect("with form='wise', which looks at the ends only", every=every)
         self.form, self.every, self.alpha = form, every or 1, 0.5 if alpha is None else alpha
-        self.kept = BufferDict()  # name of a parameter of the learner -> its mean so far, or its value before the task
+        self.average = (
+            BufferDict()
+        )  # name of a parameter of the learner -> its mean so far, or its value before the task
         self.count = BufferDict()  # "taken": how many values a mean is of
 
     def begin_task(self, learner: Core, task: Task) -> None:
         """Note the values before the first step."""
         self.check(learner, task)
         for name in self._averaged(learner):
-            self.kept[name] = learner.get_parameter(name).contiguous()
+            self.average[name] = learner.get_parameter(name).contiguous()
         self.count["taken"] = torch.ones((), dtype=torch.int64)
 
     def check(self, learner: Core, task: Task) -> None:
@@ -66,13 +67,13 @@ class WeightAverage(Method, name="weight_average"):
         """mean ← mean + (θ - mean) / number of values, when it is time."""
         if self.form == "wise" or learner.step % self.every:
             return
-        names, taken = sorted(self.kept), learner.step // self.every + 2
+        names, taken = sorted(self.average), learner.step // self.every + 2
         with torch.no_grad():
             values = [learner.get_parameter(name).detach() for name in names]
-            torch._foreach_lerp_([self.kept[name] for name in names], values, 1 / taken)
+            torch._foreach_lerp_([self.average[name] for name in names], values, 1 / taken)
         self.count["taken"] = torch.tensor(taken)
 
-    def end_task(self, learner: Core, task: Task) -> None:
+    def finalize(self, learner: Core, task: Task) -> None:
         """Put the averages in place.
 
         Raises:
@@ -84,10 +85,12 @@ class WeightAverage(Method, name="weight_average"):
                 "is where it began: write a smaller number, such as every=1"
             )
         with torch.no_grad():
-            for name in sorted(self.kept):
+            for name in sorted(self.average):
                 value = learner.get_parameter(name)
-                value.copy_(self.kept[name] if self.form == "running" else self.kept[name].lerp(value, self.alpha))
-        self.kept.clear()
+                value.copy_(
+                    self.average[name] if self.form == "running" else self.average[name].lerp(value, self.alpha)
+                )
+        self.average.clear()
         self.count.clear()
 
     def _averaged(self, learner: Core) -> Sequence[str]:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from perdure.core.learner import Core
-from perdure.core.objective import COSINES, TEMPLATE, Head, Objective, accuracies
+from perdure.core.objective import COSINES, TEMPLATE, Head, Objective, task_accuracies
 from perdure.options.ranges import checked
 from perdure.types import Batch, Task
 
@@ -97,7 +97,7 @@ class ZeroShot(Objective, name="zeroshot"):
             features, _ = learner.features(learner.cache.test(task.test), size)
             scores = self.similarity(features, self.embed(names)).cpu()
         first = {**dict.fromkeys(task.classes, task.index), **learner.stream.first_task()}
-        return accuracies(learner, task, scores, set(classes), classes, first)
+        return task_accuracies(learner, task, scores, set(classes), classes, first)
 
     def _classes(self) -> Tensor:
         if self._known is not None and (self._learner[0].constant_texts or torch.is_inference_mode_enabled()):

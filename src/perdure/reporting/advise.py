@@ -6,7 +6,7 @@ Imports nothing that computes, so that the answer comes at once. Settings and ro
 import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from typing import Annotated, Any, Literal
@@ -66,6 +66,8 @@ class RankedMethod:
     """A method that keeps to the constraints, with what speaks for it."""
 
     method: str
+    backbone: str
+    """Where it is another than the setting's, as one that reads more layers; else empty."""
     place: int
     """1 for the best; methods within the spread of the first of a place share it."""
     tied: bool
@@ -153,6 +155,11 @@ def bytes_at(stored: Sequence[Sequence[float | None] | None], tasks: int) -> tup
     return last[0] + max(most, 0.0) * more, "at most"
 
 
+def named(row: Mapping[str, Any]) -> str:
+    """A row's method, with its backbone where that is not the setting's."""
+    return f"{row['method']} on {row['backbone']}" if row.get("backbone") else row["method"]
+
+
 def growth(stored: Sequence[Sequence[float | None] | None]) -> list[float]:
     """By how much stored bytes grew with each task of the second half; empty where that was not measured."""
     half = [None if pair is None else pair[0] for pair in stored[len(stored) // 2 - 1 :]] if len(stored) > 3 else []
@@ -176,9 +183,9 @@ def _answer(setting: dict[str, Any], asked: Constraints) -> Advice:
         if reason := _missed(row, choice, asked):
             answer.left_out.setdefault(reason[0], []).append(reason[1])
         elif choice is None:
-            answer.unknown.setdefault("accuracy", []).append(row["method"])
+            answer.unknown.setdefault("accuracy", []).append(named(row))
         elif asked.step_cost is not None and choice.steps == "unknown":
-            answer.unknown.setdefault("step cost", []).append(row["method"])
+            answer.unknown.setdefault("step cost", []).append(named(row))
         elif asked.bytes is not None and not _surely_small(choice, asked):
             answer.unknown.setdefault("stored bytes", []).append(_so_far(row, measured))
         else:
@@ -198,6 +205,7 @@ def _choice(row: dict[str, Any], asked: Constraints, at: int, tasks: int) -> Ran
     ratio = step.get("ratio")
     return RankedMethod(
         method=row["method"],
+        backbone=row.get("backbone", ""),
         place=0,
         tied=False,
         seeds=len(row["seeds"]),
@@ -213,8 +221,8 @@ def _choice(row: dict[str, Any], asked: Constraints, at: int, tasks: int) -> Ran
 
 def _missed(row: dict[str, Any], choice: RankedMethod | None, asked: Constraints) -> tuple[str, str] | None:
     """The first constraint that a method misses, and the method with its number."""
-    method, limit = row["method"], asked.limit
-    if any(("batchwise", True) in spec.kwargs for spec in parse(method)):
+    method, limit = named(row), asked.limit
+    if any(("batchwise", True) in spec.kwargs for spec in parse(row["method"])):
         return "answers depend on which images share a batch", method
     if not asked.old_data and row["referenced_bytes"] > 0:
         return "--no-old-data", method
@@ -232,7 +240,7 @@ def _missed(row: dict[str, Any], choice: RankedMethod | None, asked: Constraints
 
 def _so_far(row: dict[str, Any], tasks: int) -> str:
     last = row["after"]["stored_bytes"][-1]
-    return row["method"] if last is None else f"{row['method']} ({human_bytes(last[0])} after {tasks} tasks)"
+    return named(row) if last is None else f"{named(row)} ({human_bytes(last[0])} after {tasks} tasks)"
 
 
 def _surely_small(choice: RankedMethod, asked: Constraints) -> bool:

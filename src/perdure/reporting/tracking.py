@@ -79,7 +79,7 @@ def _wanted(names: str) -> list[str]:
 def _read(out: Path) -> Tracking:
     path = out / TRACKING
     if path.is_file():
-        return schema.read(path, Tracking, "remove it: curves then begin anew")
+        return schema.read_typed(path, Tracking, "remove it: curves then begin anew")
     return Tracking(run=uuid.uuid4().hex, trackers={}, offsets={})
 
 

@@ -13,8 +13,9 @@ from typing import Annotated, Any, Literal, NotRequired, TypedDict, TypeVar, cas
 import msgspec
 from msgspec import Meta
 
-FORMAT = 2
-"""Of what is written now: seals in all files, manifests that name their run and their predecessor. 1 had neither."""
+FORMAT = 3
+"""Of what is written now. 3 renamed tensors (`core.renamed_keys`); 2 has seals in all files, and manifests that name
+their run and their predecessor; 1 had neither."""
 
 Natural = Annotated[int, Meta(ge=0, le=2**53)]
 TaskNumber = Annotated[int, Meta(ge=0, le=1_000_000)]
@@ -71,6 +72,8 @@ class LessonSource(TypedDict):
     skipped: NotRequired[list[str]]
     options: NotRequired[dict[str, int | float | str]]
     captions: NotRequired[str | None]
+    images: NotRequired[str]
+    score: NotRequired[str]
     content: NotRequired[str]
     seal: NotRequired[str]
 
@@ -126,7 +129,7 @@ class StreamFacts(TypedDict):
     sequence: NotRequired[Any]
 
 
-class Record(TypedDict):
+class RunRecord(TypedDict):
     """run.json."""
 
     format: NotRequired[int]
@@ -169,6 +172,18 @@ class Summary(TypedDict, total=False):
     average: float | None
     zero_shot: dict[str, dict[str, Any]]
     zero_shot_ratio: float | None
+    lenient_matrix: list[list[float | None]]
+    empty_matrix: list[list[float | None]]
+    unparsable_matrix: list[list[float | None]]
+    lenient_acc: float | None
+    lenient_forgetting: float | None
+    empty: float | None
+    unparsable: float | None
+    scores: list[str]
+    unlike_scores: str
+    answers: dict[str, dict[str, dict[str, Any]]]
+    answers_kept_strict: float | None
+    answers_kept_lenient: float | None
     recall: dict[str, dict[str, list[float | None]]]
     trainable_parameters: Natural
     stored_bytes: Natural
@@ -190,10 +205,22 @@ class Query(TypedDict):
     after: NotRequired[list[int]]
 
 
-class Searches(TypedDict):
-    """examples.json: queries, and PNGs in base64 by identity."""
+class AskedQuestion(TypedDict):
+    """A test question of a task, and what was said `before` the stream, once `learnt`, and in the `end`."""
 
-    queries: list[Query]
+    task: TaskNumber
+    question: str
+    truth: list[str]
+    pictures: list[str]
+    said: dict[str, str]
+    right: list[str]
+
+
+class Examples(TypedDict):
+    """examples.json: what was searched for or asked, and pictures in base64 by name."""
+
+    queries: NotRequired[list[Query]]
+    questions: NotRequired[list[AskedQuestion]]
     searched: NotRequired[list[TaskNumber]]
     pictures: dict[str, str]
     learnt: NotRequired[TaskNumber]
@@ -226,7 +253,7 @@ def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
     return {**plain, "seal": seal(plain)}
 
 
-def read(path: Path, kind: type[T], remedy: str, must_be_sealed: bool = False) -> T:
+def read_typed(path: Path, kind: type[T], remedy: str, must_be_sealed: bool = False) -> T:
     """The content of a JSON file.
 
     Args:
@@ -238,19 +265,19 @@ def read(path: Path, kind: type[T], remedy: str, must_be_sealed: bool = False) -
     Raises:
         Damaged: names the file, and the field that is wrong.
     """
-    return parse(path.read_bytes(), kind, str(path), remedy, must_be_sealed)
+    return parse_typed(path.read_bytes(), kind, str(path), remedy, must_be_sealed)
 
 
-def parse(content: bytes, kind: type[T], where: str, remedy: str, must_be_sealed: bool = False) -> T:
+def parse_typed(content: bytes, kind: type[T], where: str, remedy: str, must_be_sealed: bool = False) -> T:
     """The same for bytes that came from `where`."""
-    found = plain(content, f"{where} is damaged", remedy)
+    found = decode_json(content, f"{where} is damaged", remedy)
     sealed_here = isinstance(found, dict) and ("seal" in found or must_be_sealed)
     if sealed_here and not (found.get("seal") == seal(found) and content.endswith(b"}\n")):
         raise Damaged(f"{where} is damaged: its content does not match its seal, it was changed; {remedy}")
-    return fitting(found, kind, f"{where} is damaged", remedy)
+    return validated(found, kind, f"{where} is damaged", remedy)
 
 
-def plain(content: bytes, what: str, remedy: str, hook: Callable[[dict[str, Any]], Any] | None = None) -> Any:
+def decode_json(content: bytes, what: str, remedy: str, hook: Callable[[dict[str, Any]], Any] | None = None) -> Any:
     """JSON as it stands there, of whatever form.
 
     Args:
@@ -273,7 +300,7 @@ def plain(content: bytes, what: str, remedy: str, hook: Callable[[dict[str, Any]
     raise Damaged(f"{what}: {why}; {remedy}")
 
 
-def fitting(found: Any, kind: type[T], what: str, remedy: str) -> T:
+def validated(found: Any, kind: type[T], what: str, remedy: str) -> T:
     """`found`, once it is known to be of `kind`; the message names the field that is wrong."""
     try:
         msgspec.convert(found, kind)

@@ -146,9 +146,9 @@ def _topics(part: TablePart, by: str, images: Sequence[Sequence[int]]) -> list[s
         if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
             raise ValueError(f"{part.where(i)}: column {by!r} (by=) is {value!r:.60}; expected a name or an integer")
     for first, *others in images:
-        if different := [i for i in others if values[i] != values[first]]:
+        if other := next((i for i in others if values[i] != values[first]), 0):
             raise ValueError(
-                f"{part.where(different[0])}: column {by!r} (by=) is {values[different[0]]!r}, but {values[first]!r} "
-                f"at the same image in {part.where(first)}; give an image one topic"
+                f"{part.where(other)}: column {by!r} (by=) is {values[other]!r}, but {values[first]!r} at the same "
+                f"image in {part.where(first)}; give an image one topic"
             )
     return [values[first] for first, *_ in images]

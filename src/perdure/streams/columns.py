@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from perdure.formatting import meant
-from perdure.storage.schema import plain
+from perdure.storage.schema import decode_json
 from perdure.streams.naming import class_name, natural, numbers
 from perdure.streams.sources import Source, is_text
 from perdure.streams.task_split import LabelledData, LabelledPart
@@ -136,7 +136,7 @@ def classes_file(folder: Path, column: str) -> Names | None:
     file = folder / "classes.json"
     if not file.is_file():
         return None
-    facts = plain(file.read_bytes(), str(file), "repair or remove it")
+    facts = decode_json(file.read_bytes(), str(file), "repair or remove it")
     if isinstance(facts, dict) and facts and all(isinstance(each, list | dict) for each in facts.values()):
         keys = [k for k in facts if k == column] or [k for k in facts if column.startswith(k)]
         if not keys:

@@ -16,7 +16,7 @@ from typing import Any
 from perdure.formatting import meant
 from perdure.scoring import BENCHMARK_SCORES
 from perdure.scoring.benchmarks import NOT_LOCAL
-from perdure.storage.schema import plain
+from perdure.storage.schema import decode_json
 from perdure.streams.conversation_files import Reader, read_json
 from perdure.streams.conversation_rows import Columns
 from perdure.streams.conversation_stream import find
@@ -367,7 +367,7 @@ def _images(file: Path, folders: Sequence[Path]) -> Path:
 
 
 def _object(file: Path) -> dict[str, Any]:
-    found = plain(file.read_bytes(), str(file), "get the file again")
+    found = decode_json(file.read_bytes(), str(file), "get the file again")
     if not isinstance(found, dict):
         raise ValueError(f"{file}: expected a JSON object; get the file again")
     return found

@@ -11,7 +11,7 @@ from string import ascii_uppercase
 from typing import Any
 
 from perdure.formatting import meant
-from perdure.streams.conversations import Record, Role, Turn, check
+from perdure.streams.conversations import Record, Role, Turn, check_turns
 
 MARK = "<image>"
 LETTER = "Answer with the option's letter from the given choices directly."
@@ -59,6 +59,15 @@ class Columns:
         return (self.image,) if self.image else _IMAGES
 
 
+def unanswered(row: Any) -> Any:
+    """An entry that is only asked as one that `records` takes: with an answer, whichever, where it has none."""
+    if not isinstance(row, Mapping) or _given(_first(row, _ANSWERS)):
+        return row
+    asked = _first(row, _QUESTIONS)
+    several = isinstance(asked, list | tuple) and not (_given(row.get("conversations")) or _given(row.get("messages")))
+    return {**row, "answer": ["A"] * len(asked) if several else "A"}
+
+
 def records(row: Any, place: str, key: str, show: Callable[[Any], Sequence[int]], columns: Columns) -> list[Record]:
     """The examples in one entry of a file.
 
@@ -81,7 +90,7 @@ def records(row: Any, place: str, key: str, show: Callable[[Any], Sequence[int]]
     options = _options(_first(row, _OPTIONS))
 
     def made(number: int, turns: list[Turn], images: Sequence[int], answers: tuple[str, ...]) -> Record:
-        check(turns, len(images))
+        check_turns(turns, len(images))
         return Record(tuple(turns), tuple(images), answers, place, f"{key}:{number}", options, _kind(kind), topic)
 
     spoken = None
@@ -105,7 +114,7 @@ def records(row: Any, place: str, key: str, show: Callable[[Any], Sequence[int]]
     told = _first(row, (columns.answer,) if columns.answer else ("answers",) if answered else _ANSWERS)
     if answered and None in turns[-1][1]:
         raise ValueError(f"an {MARK} mark in the answer: only the user shows images")
-    check(turns[:-1] if answered else turns, len(images))
+    check_turns(turns[:-1] if answered else turns, len(images))
     if not answered:
         turns.append(("assistant", (_answers(told)[0],)))
     return _of_turns(turns, images, () if told is None else _answers(told), columns.every_turn, made)

@@ -109,7 +109,8 @@ def as_questions(*stream: Spec | str | StreamPlan, question: str = "", score: st
             return _asked(data, question.strip(), names, pictures, score)
 
         tasks = [replace(t, train=asked(t.train), test=asked(t.test), score=score) for t in images]
-        return replace(images, tasks=tuple(tasks), notes={**images.notes, "question": question.strip()})
+        notes = {**images.notes, "question": question.strip(), "conversations": _counts(tasks)}
+        return replace(images, tasks=tuple(tasks), notes=notes)
 
     return plan
 
@@ -177,6 +178,7 @@ def _joined(parts: Sequence[Stream], order: Order | None, seed: int) -> Stream:
     notes = {
         "data": " + ".join(part.name for part in parts),
         "classes": [name for task in made for name in task.names],
+        "conversations": _counts(made),
         "split": {"kind": "; ".join(dict.fromkeys(part.notes["split"]["kind"] for part in parts))},
         "skipped": [where for part in parts for where in part.notes["skipped"]],
         "data_sets": [part.notes for part in parts],
@@ -188,6 +190,10 @@ def _joined(parts: Sequence[Stream], order: Order | None, seed: int) -> Stream:
     if remarks:
         notes["remarks"] = remarks
     return Stream("in_turn", "class", tuple(made), notes)
+
+
+def _counts(tasks: Sequence[Task]) -> dict[str, list[int]]:
+    return {"train": [len(task.train) for task in tasks], "test": [len(task.test) for task in tasks]}
 
 
 def _renumbered(name: str, data: Any, new: Mapping[int, int], budget: Budget) -> ConversationSet:
@@ -232,6 +238,17 @@ def read_conversations(
         parts = by_topic(parts[0])
     name = Path(paths[0]).resolve().stem if len(paths) == 1 else "conversations"
     return Dialogues(name, parts, reader.pictures, reader.left_out, written=len(paths) > 1)
+
+
+def holds_conversations(path: Path) -> bool:
+    """Whether `path` is a file whose first entry is a conversation, or a question."""
+    if not path.is_file() or path.suffix not in ENDINGS:
+        return False
+    try:
+        first = next(Reader(Columns()).entries(path)).value
+    except (ValueError, StopIteration):
+        return False
+    return isinstance(first, Mapping) and not {"conversations", "messages", "question"}.isdisjoint(first)
 
 
 @dataclass

@@ -17,7 +17,7 @@ from torch.utils.data import get_worker_info
 
 from perdure.backbones.preprocess import UnreadableImage
 from perdure.scoring import Reference, score_of
-from perdure.streams.image_set import Budget
+from perdure.streams.image_set import Budget, content_hashes
 from perdure.streams.sources import Source
 from perdure.types import Batch
 
@@ -43,6 +43,7 @@ class Conversation(Mapping[str, Any]):
         kind: the data's own sort of question, which some official scores look at.
         where: file and line, for messages to people.
         names: what the images are called in the data, which some official scores look at.
+        categories: of a question of an evaluation set, by which its answers are counted.
 
     Raises:
         ValueError: when turns do not alternate, or images and their parts differ in number.
@@ -56,10 +57,11 @@ class Conversation(Mapping[str, Any]):
     kind: str = ""
     where: str = ""
     names: Sequence[str] = ()
+    categories: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         turns = [(each["role"], tuple(part.get("text") for part in each["content"])) for each in self.messages]
-        check(turns, len(self.images))
+        check_turns(turns, len(self.images))
 
     def __getitem__(self, name: str) -> Any:
         if name not in self.__dataclass_fields__:
@@ -93,10 +95,11 @@ class Conversation(Mapping[str, Any]):
     def reference(self) -> Reference:
         """What an answer is compared with."""
         options = () if self.options is None else tuple(self.options)
-        return Reference(self.answers, options, self.question, next(iter(self.names), ""), self.kind)
+        image = next(iter(self.names), "")
+        return Reference(self.answers, options, self.question, image, self.kind, tuple(self.categories))
 
 
-def check(turns: Sequence[Turn], images: int) -> None:
+def check_turns(turns: Sequence[Turn], images: int) -> None:
     """Raise a ValueError unless what stands before an answer can be: the order of turns, and the number of images."""
     spoken = [role for role, _ in turns[1 if turns and turns[0][0] == "system" else 0 :]]
     for number, role in enumerate(spoken):
@@ -173,6 +176,10 @@ class Pictures:
     def read(self, numbers: Sequence[int]) -> dict[int, Image.Image]:
         """The images of these numbers, decoded; raises `UnreadableImage`."""
         return {number: self._read(number) for number in dict.fromkeys(numbers)}
+
+    def hashes(self, numbers: Sequence[int]) -> Tensor:
+        """What tells images apart by their content wherever they lie, int64 (n,); zero for one that is gone."""
+        return content_hashes([self._places[number] for number in numbers])
 
     def unreadable(self, numbers: Sequence[int]) -> list[int]:
         """Which of them cannot be decoded; tries all."""
@@ -271,7 +278,26 @@ class ConversationSet:
 
     def images(self) -> int:
         """How many different images the conversations show."""
-        return len({number for each in self.records for number in each.images})
+        return len(self._numbers())
+
+    def hashes(self) -> Tensor:
+        """Of the content of each image that is shown, in any order: int64 (images,); zero for one that is gone."""
+        return self.pictures.hashes(self._numbers())
+
+    def shows(self, hashes: Tensor) -> Tensor:
+        """Which conversations show an image of those hashes, bool (n,)."""
+        known = dict(zip(self._numbers(), torch.isin(self.hashes(), hashes).tolist(), strict=True))
+        return torch.tensor([any(known[i] for i in each.images) for each in self.records], dtype=torch.bool)
+
+    def described(self, content: bool = False) -> list[str]:
+        """All that is said in each conversation, as a text; images by their names, or by their content."""
+        numbers = self._numbers()
+        shown: list[Any] = self.hashes().tolist() if content else [self.pictures.keys[i] for i in numbers]
+        name = dict(zip(numbers, shown, strict=True))
+        return [repr((e.turns, [name[i] for i in e.images], e.answers, e.options, e.kind)) for e in self.records]
+
+    def _numbers(self) -> list[int]:
+        return sorted({number for each in self.records for number in each.images})
 
     def subset(self, positions: Tensor) -> Self:
         """The conversations at `positions` (n,), in that order."""
@@ -286,8 +312,7 @@ class ConversationSet:
 
     def readable(self) -> Self:
         """The conversations whose images can be decoded; decodes all, and lists the others as `skipped`."""
-        shown = sorted({number for each in self.records for number in each.images})
-        bad = set(self.pictures.unreadable(shown))
+        bad = set(self.pictures.unreadable(self._numbers()))
         kept = [i for i, each in enumerate(self.records) if bad.isdisjoint(each.images)]
         good = self.subset(torch.tensor(kept, dtype=torch.int64))
         left_out = [each for each in self.records if not bad.isdisjoint(each.images)]

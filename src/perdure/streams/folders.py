@@ -3,7 +3,6 @@
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
@@ -42,27 +41,33 @@ def images(options: Options, path: str) -> Callable[[bool], LabelledData]:
     return lambda measured: read_folders(Path(path), _level(options.domain), measured)
 
 
-def read_folders(path: Path, domain: int | None = None, measured: bool = False) -> LabelledData:
+def read_folders(
+    path: Path, domain: int | None = None, measured: bool = False, asking: Asker | None = "stream"
+) -> LabelledData:
     """The data set in a folder of class folders.
 
     Args:
         path: the folder.
         domain: the level of the domain folders (0 or 1).
         measured: whether it is only measured: then a test folder alone is enough.
+        asking: None reads whatever arrangement of folders there is.
     """
-    train, test, left_out = parts(path, measured)
+    train, test, left_out = _parts(path, measured)
     roots = [train] if test is None else [train, test]
-    read = [labelled(root, domain) for root in roots]
-    names = natural({name for each in read for name, _, _ in each.rows})
-    domains = natural({name for each in read for _, name, _ in each.rows}) if domain is not None else []
-    made = [_part(root, each.rows, names, domains) for root, each in zip(roots, read, strict=True)]
-    for each in read:
-        left_out.update(each.left_out)
+    read = [_labelled(root, domain, asking, left_out) for root in roots]
+    names = natural({name for rows in read for name, _, _ in rows})
+    domains = natural({name for rows in read for _, name, _ in rows}) if domain is not None else []
+    number, place = ({name: i for i, name in enumerate(each)} for each in (names, domains))
+    made = []
+    for root, rows in zip(roots, read, strict=True):
+        real = [(name, of, file) for name, of, file in rows if file]
+        source = Files(root, [file for _, _, file in real])
+        made.append(LabelledPart.of(source, [number[n] for n, _, _ in real], [place.get(d, 0) for _, d, _ in real]))
     notes: dict[str, Any] = {"left_out": dict(left_out)} if left_out else {}
     return LabelledData(path.resolve().name, made[0], made[1] if test else None, tuple(names), tuple(domains), notes)
 
 
-def parts(path: Path, measured: bool = False) -> tuple[Path, Path | None, Counter[str]]:
+def _parts(path: Path, measured: bool = False) -> tuple[Path, Path | None, Counter[str]]:
     """The folders of the train and the test images, and what is left out beside them.
 
     There is no test folder when there is none beside the train images; when the data is only `measured`, a test folder
@@ -102,49 +107,42 @@ def parts(path: Path, measured: bool = False) -> tuple[Path, Path | None, Counte
     return first, test if first is train else None, left_out
 
 
-@dataclass
-class LabelledFiles:
-    """What lies in a folder of class folders.
+def _labelled(
+    root: Path, domain: int | None, asking: Asker | None, left_out: Counter[str]
+) -> list[tuple[str, str, str]]:
+    """Class, domain ("" without) and path of every image in class folders, or (class, "", "") of one without any.
 
-    `rows` are class, domain ("" without) and path of every image, or (class, "", "") of a class without any;
     `left_out` counts, by kind, the files that are no images, and the images that are in no class.
     """
-
-    rows: list[tuple[str, str, str]] = field(default_factory=list)
-    left_out: Counter[str] = field(default_factory=Counter)
-
-
-def labelled(root: Path, domain: int | None = None, asking: Asker | None = "stream") -> LabelledFiles:
-    """The images of the class folders in `root`; `asking` None reads whatever arrangement there is."""
     if not (outer := _folders(root)):
         loose = next(root.iterdir(), None)
         what = f"holds {loose.name!r} but no folder" if loose else "is empty"
         raise ValueError(f"{str(root)!r} {what}; expected a folder for each class, with its images in it")
-    found = LabelledFiles()
-    _loose(root, found.left_out)
+    rows: list[tuple[str, str, str]] = []
+    _loose(root, left_out)
     if domain is None and asking is not None:
         _check_arrangement(root, outer, asking)
     for folder in outer:
         name = class_name(folder.name, f"{root}: folder")
         if domain is None:
-            files = pictures(folder, found.left_out)
-            found.rows += [(name, "", f"{folder.name}/{file}") for file in files] or [(name, "", "")]
+            files = pictures(folder, left_out)
+            rows += [(name, "", f"{folder.name}/{file}") for file in files] or [(name, "", "")]
             continue
-        _loose(folder, found.left_out)
+        _loose(folder, left_out)
         if not (inner := _folders(folder)):
             raise ValueError(f"domain={domain}: {str(folder)!r} holds no folder; expected <domain>/<class>/<images>")
         for each in inner:
             within = class_name(each.name, f"{folder}: folder")
             pair = (within, name) if domain == 0 else (name, within)
-            files = pictures(each, found.left_out)
-            found.rows += [(*pair, f"{folder.name}/{each.name}/{file}") for file in files]
-    if not any(file for _, _, file in found.rows):
-        others = f"; {told_left_out(found.left_out)}" if found.left_out else ""
+            files = pictures(each, left_out)
+            rows += [(*pair, f"{folder.name}/{each.name}/{file}") for file in files]
+    if not any(file for _, _, file in rows):
+        others = f"; {told_left_out(left_out)}" if left_out else ""
         known = "jpg, png, webp, ..."
         raise ValueError(
             f"{str(root)!r} has class folders ({outer[0].name}, ...) but no image in them ({known}){others}"
         )
-    return found
+    return rows
 
 
 def pictures(folder: Path, left_out: Counter[str]) -> list[str]:
@@ -244,17 +242,6 @@ def _has_image(folder: Path) -> bool:
 
 def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
-
-
-def _part(
-    root: Path, rows: Sequence[tuple[str, str, str]], names: Sequence[str], domains: Sequence[str]
-) -> LabelledPart:
-    real = [(name, domain, file) for name, domain, file in rows if file]
-    class_of, domain_of = {n: i for i, n in enumerate(names)}, {d: i for i, d in enumerate(domains)}
-    labels = [class_of[name] for name, _, _ in real]
-    return LabelledPart.of(
-        Files(root, [file for _, _, file in real]), labels, [domain_of.get(d, 0) for _, d, _ in real]
-    )
 
 
 def _folders(path: Path) -> list[Path]:

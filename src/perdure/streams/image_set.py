@@ -12,7 +12,6 @@ from typing import Any, Self, SupportsIndex
 import psutil
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.data import get_worker_info
 
 from perdure.backbones.preprocess import Preprocess, UnreadableImage, begins_like_an_image
@@ -186,19 +185,11 @@ class ImageSet:
 
         Zero for an image that is gone.
         """
-        found = torch.zeros(len(self), dtype=torch.int64)
+        return content_hashes([(self.source, row) for row in self.rows.tolist()])
 
-        def fill(position: int) -> None:
-            try:
-                encoded = self.source.encoded(int(self.rows[position]))
-                content = encoded.read_bytes() if isinstance(encoded, Path) else encoded
-            except (UnreadableImage, OSError):
-                return
-            digest = hashlib.blake2b(content, digest_size=8).digest()
-            found[position] = int.from_bytes(digest, "big", signed=True)
-
-        _threaded(fill, len(self))
-        return found
+    def shows(self, hashes: Tensor) -> Tensor:
+        """Which images are among those of `hashes`, bool (n,)."""
+        return torch.isin(self.hashes(), hashes)
 
     def _but(self, **changes: Any) -> Self:
         made = object.__new__(type(self))
@@ -251,68 +242,56 @@ class Captioned(ImageSet):
     """Images, each with all of its captions; implements `perdure.types.Data`.
 
     Args:
-        source: where the images lie.
-        rows: which rows of `source`, int64 (n,).
-        labels: topics, int64 (n,).
+        images: labelled with their topics; what is decoded of them is kept.
         pairs: identity of each image, int64 (n,): the same wherever the same image occurs in a stream.
-        texts: captions, uint8 (n, K, N) as `perdure.backbones.texts.pack` writes them; missing ones are zero.
-        preprocess: what the backbone wants.
-        budget: shared among sets; one of its own when None.
+        texts: the captions of each image.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        rows: Tensor,
-        labels: Tensor,
-        pairs: Tensor,
-        texts: Tensor,
-        preprocess: Preprocess,
-        budget: Budget | None = None,
-    ) -> None:
-        super().__init__(source, rows, labels, preprocess, budget)
-        self._describe(pairs, texts)
-
-    @classmethod
-    def around(cls, images: ImageSet, pairs: Tensor, texts: Tensor) -> "Captioned":
-        """The images of `images`, with what is decoded of them, as captioned ones."""
-        made = cls.__new__(cls)
-        made.__dict__.update(images.__dict__)
-        made._describe(pairs, texts)
-        return made
+    def __init__(self, images: ImageSet, pairs: Tensor, texts: Sequence[Sequence[str]]) -> None:
+        self.__dict__.update(images.__dict__)
+        for name, values in (("pairs", pairs), ("texts", texts)):
+            if len(values) != len(images):
+                raise ValueError(f"{name}: got {len(values)} for {len(images)} images, expected one an image")
+        self.pairs = pairs
+        self.texts = [tuple(each) for each in texts]
 
     def __getitems__(self, positions: Sequence[int]) -> Batch:
-        """`image` uint8 (B, 3, S, S), `label` int64 (B,), `pair` int64 (B,) and `text` uint8 (B, K, N).
+        """`image` uint8 (B, 3, S, S), `label` int64 (B,), `pair` int64 (B,), and `text`, a list with a tuple an image.
 
         Raises:
             UnreadableImage: names file and row.
         """
         batch = super().__getitems__(positions)
         chosen = torch.as_tensor(positions, dtype=torch.int64).flatten()
-        return batch | {"pair": self.pairs[chosen], "text": self.texts[chosen]}
+        return batch | {"pair": self.pairs[chosen], "text": [self.texts[i] for i in chosen.tolist()]}
 
     def subset(self, positions: Tensor) -> Self:
         """The images at `positions` (n,), in that order, with what is decoded of them."""
         part = super().subset(positions)
-        part.pairs, part.texts = self.pairs[positions], self.texts[positions]
+        part.pairs, part.texts = self.pairs[positions], [self.texts[i] for i in positions.tolist()]
         return part
 
-    def moved(self, pairs: int, most: int, longest: int) -> Self:
-        """As a part of a longer stream: identities raised by `pairs`, texts of shape (n, `most`, `longest`)."""
-        _, captions, size = self.texts.shape
-        texts = F.pad(self.texts, (0, longest - size, 0, most - captions))
-        return self._but(pairs=self.pairs + pairs, texts=texts)
+    def moved(self, pairs: int) -> Self:
+        """As a part of a longer stream: identities raised by `pairs`."""
+        return self._but(pairs=self.pairs + pairs)
 
-    def _describe(self, pairs: Tensor, texts: Tensor) -> None:
-        for name, values in (("pairs", pairs), ("texts", texts)):
-            if len(values) != len(self.labels):
-                raise ValueError(f"{name}: got {len(values)} for {len(self.labels)} images, expected one an image")
-        if texts.dim() != 3 or texts.dtype != torch.uint8:
-            raise ValueError(f"texts: got {texts.dtype} of shape {tuple(texts.shape)}, expected torch.uint8 (n, K, N)")
-        self.pairs = pairs
-        """Identity of each image, int64 (n,)."""
-        self.texts = texts
-        """Captions, uint8 (n, K, N)."""
+
+def content_hashes(places: Sequence[tuple[Source, int]]) -> Tensor:
+    """Of images in sources, see `ImageSet.hashes`: int64 (n,)."""
+    found = torch.zeros(len(places), dtype=torch.int64)
+
+    def fill(position: int) -> None:
+        source, row = places[position]
+        try:
+            encoded = source.encoded(row)
+            content = encoded.read_bytes() if isinstance(encoded, Path) else encoded
+        except (UnreadableImage, OSError):
+            return
+        digest = hashlib.blake2b(content, digest_size=8).digest()
+        found[position] = int.from_bytes(digest, "big", signed=True)
+
+    _threaded(fill, len(places))
+    return found
 
 
 def _threaded(work: Callable[[int], None], count: int) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 from perdure.formatting import meant
-from perdure.storage.schema import fitting, plain
+from perdure.storage.schema import decode_json, validated
 from perdure.streams.captions import captioned_data, read_tables
 from perdure.streams.columns import TableFile, TablePart
 from perdure.streams.hub import hub_images, hub_table, load
@@ -100,7 +100,7 @@ def _read_json(file: Path, by: str | None) -> CaptionedData:
         raise ValueError(f"by={by!r}: {file.name} has no such topics{meant(by, (*TOPICS, _SUPER))}; leave it out")
     if not file.is_file():
         raise ValueError(f"path={str(file)!r} does not exist; give the folder that holds it and the images")
-    listed = fitting(_json(file), _Listed, str(file), "expected Karpathy's form; get the file again")["images"]
+    listed = validated(_json(file), _Listed, str(file), "expected Karpathy's form; get the file again")["images"]
     topics = _largest_objects(file.parent) if by else {}
     kept = [image for image in listed if not by or image.get("cocoid") in topics]
     left_out = {"images_without_objects": len(listed) - len(kept)} if len(kept) < len(listed) else {}
@@ -144,7 +144,7 @@ def _largest_objects(path: Path) -> dict[int, str]:
     largest: dict[int, tuple[float, int]] = {}
     kinds: dict[int, str] = {}
     for file in files:
-        facts = fitting(_json(file), _Instances, str(file), "expected COCO's form; get the file again")
+        facts = validated(_json(file), _Instances, str(file), "expected COCO's form; get the file again")
         kinds |= {each["id"]: each["supercategory"] for each in facts["categories"]}
         if strange := {each["category_id"] for each in facts["annotations"]} - kinds.keys():
             raise ValueError(f"{file}: no category has the id {min(strange)}; get the file again")
@@ -198,7 +198,7 @@ def _json(file: Path) -> dict[str, Any]:
         entry.pop("segmentation", None)
         return entry
 
-    facts = plain(file.read_bytes(), str(file), "repair it or give another path", slim)
+    facts = decode_json(file.read_bytes(), str(file), "repair it or give another path", slim)
     if not isinstance(facts, dict):
         raise ValueError(f"{file}: expected a JSON object, as Karpathy's and COCO's files are")
     return facts

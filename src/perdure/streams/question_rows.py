@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from perdure.backbones.preprocess import begins_like_an_image
 from perdure.formatting import meant, room_for, shortened
-from perdure.storage.schema import plain
+from perdure.storage.schema import decode_json
 from perdure.streams.sources import check_path
 from perdure.streams.tables import read_schema
 
@@ -48,12 +48,12 @@ class Stored:
         return _picture(self.column[self.row], self.column.file.parent, self.where)
 
 
-Picture = Path | bytes | Stored
+EncodedImage = Path | bytes | Stored
 """An encoded image: its file, its bytes, or where they are stored."""
 
 
 @dataclass(frozen=True)
-class Row:
+class QuestionRow:
     """One row of a file.
 
     Args:
@@ -78,7 +78,7 @@ class Row:
             raise ValueError(f"{self.where}: column {column!r} is {shortened(repr(value), 60)}; expected a text")
         return text
 
-    def image(self, *columns: str) -> Picture:
+    def image(self, *columns: str) -> EncodedImage:
         """The image in the first of these columns that is there.
 
         Raises:
@@ -119,7 +119,7 @@ def question_files(path: Path) -> list[Path]:
     raise ValueError(f"path={str(path)!r} holds no questions; expected a file that ends in {', '.join(ENDINGS)}")
 
 
-def read_rows(path: Path, images: Sequence[str], folder: Path | None = None) -> list[Row]:
+def read_rows(path: Path, images: Sequence[str], folder: Path | None = None) -> list[QuestionRow]:
     """The rows of the files that `path` means.
 
     Args:
@@ -136,7 +136,7 @@ def read_rows(path: Path, images: Sequence[str], folder: Path | None = None) -> 
     return rows if folder is None else [replace(row, folder=folder) for row in rows]
 
 
-def _rows(file: Path, images: Sequence[str]) -> Iterator[Row]:
+def _rows(file: Path, images: Sequence[str]) -> Iterator[QuestionRow]:
     if file.suffix == ".parquet":
         cells = _parquet(file, images)
     else:
@@ -144,11 +144,11 @@ def _rows(file: Path, images: Sequence[str]) -> Iterator[Row]:
         read = {".json": _json, ".jsonl": _json_lines}.get(file.suffix, _separated)
         cells = _with_repeated_images(read(file), images)
     for where, row in cells:
-        yield Row(f"{file}, {where}", row, file.parent)
+        yield QuestionRow(f"{file}, {where}", row, file.parent)
 
 
 def _json(file: Path) -> list[tuple[str, dict[str, Any]]]:
-    content = plain(file.read_bytes(), str(file), "expected a list of questions")
+    content = decode_json(file.read_bytes(), str(file), "expected a list of questions")
     if not isinstance(content, list):
         raise ValueError(f"{file}: expected a list of questions, got {shortened(repr(content), 60)}")
     return [(f"row {i}", _record(row, f"{file}, row {i}")) for i, row in enumerate(content)]
@@ -157,7 +157,7 @@ def _json(file: Path) -> list[tuple[str, dict[str, Any]]]:
 def _json_lines(file: Path) -> list[tuple[str, dict[str, Any]]]:
     lines = [(f"line {n}", line) for n, line in enumerate(file.read_bytes().split(b"\n"), 1) if line.strip()]
     remedy = "write one object a line"
-    return [(n, _record(plain(line, f"{file}, {n}", remedy), f"{file}, {n}")) for n, line in lines]
+    return [(n, _record(decode_json(line, f"{file}, {n}", remedy), f"{file}, {n}")) for n, line in lines]
 
 
 def _record(row: Any, where: str) -> dict[str, Any]:

@@ -12,15 +12,21 @@ import torch
 from torch import Tensor
 
 from perdure.backbones.preprocess import Preprocess
-from perdure.backbones.texts import pack
+from perdure.scoring import score_of
 from perdure.streams.captions import captioned_data, read_tables
-from perdure.streams.folders import Asker, labelled, parts, told_left_out
-from perdure.streams.image_set import Budget, Captioned, ImageSet
+from perdure.streams.conversation_files import FileEntry, Reader, json_lines
+from perdure.streams.conversation_rows import Columns, unanswered
+from perdure.streams.conversation_stream import read_conversations
+from perdure.streams.conversation_tasks import ConversationOptions, arrange_lesson
+from perdure.streams.conversations import Conversation, ConversationSet
+from perdure.streams.folders import Asker, read_folders, told_left_out
+from perdure.streams.image_set import Captioned, ImageSet
 from perdure.streams.naming import class_name, in_case_only, natural, recorded
-from perdure.streams.sources import Files, Picture, listed, told_shared
+from perdure.streams.sources import Picture, listed, told_shared
 from perdure.streams.splits import divide, held_out
+from perdure.streams.task_split import LabelledPart, check_classes
 from perdure.streams.topics import CaptionedPart
-from perdure.types import Data, Nothing, Task
+from perdure.types import Nothing, Task
 
 COLUMN = "captions"
 _ENOUGH = 5
@@ -54,35 +60,32 @@ def folder_task(
         skip_bad: leave unreadable images out and list them as `skipped` of the task's data.
         seed: of what is held out.
         tell: is told what is left out, which classes have nearly the same name, and how many test images are learnt.
-        asking: see `perdure.streams.folders.labelled`.
+        asking: who is told what to write where folders are arranged otherwise; None reads whatever there is.
 
     Raises:
         ValueError: when the folder is not as expected, or a class has no train image.
     """
-    folder, test_folder, left_out = parts(Path(path))
-    read = labelled(folder, asking=asking)
-    left_out.update(read.left_out)
-    names = recorded(natural({name for name, _, _ in read.rows}), known)
-    title = class_name(Path(path).name or Path(path).resolve().name or "folder", "folder")
+    found = read_folders(Path(path), asking=asking)
+    check_classes(found)
+    names = recorded(found.names, known)
     ids = _numbered(names, known)
-    train = _labelled(folder, read.rows, ids, preprocess)
-    _all_present(str(path), names, ids, train)
-    test: ImageSet | Nothing = Nothing()
-    if test_folder is not None:
-        tested = labelled(test_folder, asking=asking)
-        left_out.update(tested.left_out)
-        if strange := sorted(set(recorded({name for name, _, file in tested.rows if file}, ids)) - set(names)):
-            raise ValueError(f"{path}: class {strange[0]!r} is in test but not in train; add train images or remove it")
-        test = _labelled(test_folder, tested.rows, ids, preprocess)
-    shared = told_shared(train.source, test.source) if isinstance(test, ImageSet) else []
+
+    def images(part: LabelledPart) -> ImageSet:
+        labels = torch.tensor([ids[names[label]] for label in part.labels.tolist()], dtype=torch.int64)
+        data = ImageSet(part.source, torch.tensor(part.rows, dtype=torch.int64), labels, preprocess)
+        return data.readable() if skip_bad else data
+
+    left_out = found.notes.get("left_out")
+    shared = told_shared(found.train.source, found.test.source) if found.test else []
     for line in (*([told_left_out(left_out)] if left_out else []), *in_case_only(names, known), *shared):
         tell(line)
-    if skip_bad:
-        train = train.readable()
-        _all_present(str(path), names, ids, train)
-        test = test.readable() if isinstance(test, ImageSet) else test
-    if test_folder is None:
-        train, test = _hold_out(train, seed)
+    train = images(found.train)
+    present = set(train.labels.tolist())
+    if gone := [name for name in names if ids[name] not in present]:
+        raise ValueError(f"{path}: class {gone[0]!r} has no readable train image; add some or remove the folder")
+    test: ImageSet | Nothing
+    train, test = _hold_out(train, seed) if found.test is None else (train, images(found.test))
+    title = class_name(Path(path).name or Path(path).resolve().name or "folder", "folder")
     return Task(index, title, tuple(ids[n] for n in names), tuple(names), None, train, test)
 
 
@@ -128,6 +131,73 @@ def captioned_task(
     if not len(sets[0]):
         raise ValueError(f"{path} has no readable train image: add some")
     return _placed(place.stem if place.is_file() else place.name, sets, known, index)
+
+
+def conversation_task(
+    path: str | Path,
+    known: Mapping[str, int],
+    index: int,
+    images: str | None = None,
+    score: str = "",
+    skip_bad: bool = False,
+) -> Task:
+    """The task in a file of conversations, or a folder with `train` and `test`; see the stream `conversations`.
+
+    Without a test part, 20 % of 10 or more images are held out with all that is asked about them, the same ones each
+    time; of fewer there are no test images.
+
+    Args:
+        path: a JSON, JSONL, parquet or CSV file, or a folder of such files that are one task.
+        known: name -> id of the tasks learnt so far.
+        index: of the task.
+        images: the folder that images' paths are relative to; None: that of each file.
+        score: how answers are scored; "" leaves it to the objective.
+        skip_bad: leave out what shows images that are missing or unreadable, as `skipped` of the task's data.
+
+    Raises:
+        ValueError: when the file is not as expected, with its line.
+    """
+    if score:
+        score_of(score)
+    place = Path(path).expanduser().resolve()
+    options = ConversationOptions(skip_bad=skip_bad)
+    found = read_conversations(str(place), Columns(), images, score, options)
+    train, test = arrange_lesson(found, options, _ENOUGH_CAPTIONED)
+    return replace(_placed(found.parts[0].name, [train, *([test] if test else [])], known, index), score=score)
+
+
+def given_conversations(conversations: Sequence[Any], known: Mapping[str, int], index: int) -> Task:
+    """The task of conversations given in Python; all of them are learnt, none held out.
+
+    Args:
+        conversations: entries as they stand in files, an image as a path or a Pillow image.
+        known: name -> id of the tasks learnt so far.
+        index: of the task.
+
+    Raises:
+        ValueError: when one is not as expected, with its position.
+    """
+    entries = [FileEntry(value, f"number {i}", i) for i, value in enumerate(listed(conversations, "conversations"))]
+    reader = Reader(Columns())
+    records = reader.records_of(entries, "conversations", f"given {index}", Path())
+    if not records:
+        raise ValueError("conversations are empty: a task needs at least one")
+    return _placed(f"conversations {index + 1}", [ConversationSet(records, reader.pictures)], known, index)
+
+
+def questions(text: str, name: str) -> list[Conversation]:
+    """What is asked in entries as files of conversations hold them, one a line; answers need not stand there.
+
+    Args:
+        text: the lines; images' paths are relative to the folder that we are in.
+        name: what they stand in, for messages.
+
+    Raises:
+        ValueError: when one is not as expected, with its line.
+    """
+    reader = Reader(Columns())
+    records = reader.records_of(json_lines(name, text), name, name, Path(), lambda entry, _: unanswered(entry))
+    return list(ConversationSet(records, reader.pictures).__getitems__(range(len(records)))["conversation"])
 
 
 def given_task(
@@ -209,40 +279,14 @@ def given_captions(
         str(Path(image).expanduser().resolve()) if isinstance(image, str | Path) else f"given {index} {row}"
         for row, image in enumerate(images)
     ]
-    train = Captioned.around(shown, _identities(names), pack(texts))
+    train = Captioned(shown, _identities(names), texts)
     return _placed(f"captions {index + 1}", [train], known, index)
-
-
-def alike(tasks: Sequence[Task]) -> list[Task]:
-    """The same tasks, their packed captions of one shape: batches of different tasks can be joined."""
-    sets = [data for task in tasks for data in (task.train, task.test) if isinstance(data, Captioned)]
-    most = max((data.texts.shape[1] for data in sets), default=0)
-    longest = max((data.texts.shape[2] for data in sets), default=0)
-
-    def wide(data: Data) -> Data:
-        return data.moved(0, most, longest) if isinstance(data, Captioned) else data
-
-    return [replace(task, train=wide(task.train), test=wide(task.test)) for task in tasks]
 
 
 def _numbered(names: Sequence[str], known: Mapping[str, int]) -> dict[str, int]:
     following = max(known.values(), default=-1) + 1
     new = [name for name in names if name not in known]
     return {**{n: known[n] for n in names if n in known}, **{n: following + i for i, n in enumerate(new)}}
-
-
-def _labelled(
-    root: Path, rows: Sequence[tuple[str, str, str]], ids: Mapping[str, int], preprocess: Preprocess
-) -> ImageSet:
-    real = [(name, file) for name, _, file in rows if file]
-    labels = torch.tensor([ids[name] for name in recorded([name for name, _ in real], ids)], dtype=torch.int64)
-    return ImageSet(Files(root, [file for _, file in real]), torch.arange(len(real)), labels, preprocess, Budget())
-
-
-def _all_present(path: str, names: Sequence[str], ids: Mapping[str, int], train: Data) -> None:
-    present = set(train.labels.tolist())
-    if empty := [name for name in names if ids[name] not in present]:
-        raise ValueError(f"{path}: class {empty[0]!r} has no readable train image; add some or remove the folder")
 
 
 def _hold_out(data: ImageSet, seed: int) -> tuple[ImageSet, ImageSet | Nothing]:
@@ -272,13 +316,14 @@ def _identities(names: Sequence[str]) -> Tensor:
 
 def _captioned(part: CaptionedPart, preprocess: Preprocess) -> Captioned:
     rows = torch.tensor(part.rows, dtype=torch.int64)
+    images = ImageSet(part.source, rows, torch.zeros_like(rows), preprocess)
     pairs = _identities([part.source.where(row) for row in part.rows])
-    return Captioned(
-        part.source, rows, torch.zeros_like(rows), pairs, pack([texts for texts, *_ in part.captions]), preprocess
-    )
+    return Captioned(images, pairs, [texts for texts, *_ in part.captions])
 
 
-def _placed(name: str, sets: Sequence[Captioned], known: Mapping[str, int], index: int) -> Task:
+def _placed(
+    name: str, sets: Sequence[Captioned] | Sequence[ConversationSet], known: Mapping[str, int], index: int
+) -> Task:
     """A task of one topic, new to the learner: what is learnt and, if there is any, what is tested."""
     topic = max(known.values(), default=-1) + 1
     title = next(t for n in range(1, len(known) + 2) if (t := name if n == 1 else f"{name} ({n})") not in known)

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from perdure.backbones.preprocess import UnreadableImage, decode, head_of
+from perdure.backbones.preprocess import UnreadableImage, decode, first_bytes
 from perdure.formatting import shortened
 
 _CHUNK = 256
@@ -337,7 +337,7 @@ def head(source: Source, row: int) -> bytes | None:
     except UnreadableImage:
         return b""
     if isinstance(encoded, Path):
-        return head_of(encoded)
+        return first_bytes(encoded)
     return None if isinstance(source, Given) else encoded
 
 

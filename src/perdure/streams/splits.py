@@ -7,7 +7,6 @@ from typing import Any, Self, TypeVar
 
 import numpy as np
 
-from perdure.streams.image_set import ImageSet
 from perdure.streams.sources import Source
 from perdure.types import Scenario, Stream, Task
 
@@ -96,27 +95,16 @@ def divide(
     return train, test, {"kind": kind} | sums
 
 
-@dataclass(frozen=True)
-class Lot:
-    """A task to be, and its train and test images."""
-
-    name: str
-    classes: tuple[int, ...]
-    names: tuple[str, ...]
-    train: ImageSet
-    test: ImageSet
-
-
-def tasks_of(data: str, lots: Iterable[Lot], total: int, remedy: str, measured: bool = False) -> tuple[Task, ...]:
-    """The tasks in their order; raises a ValueError for one without images, unless it is only `measured`."""
-    tasks: list[Task] = []
-    for lot in lots:
-        for which, images in (("train", lot.train), ("test", lot.test)):
+def all_with_images(data: str, tasks: Iterable[Task], remedy: str, measured: bool = False) -> tuple[Task, ...]:
+    """The tasks; raises a ValueError for one without images, unless it is only `measured`."""
+    made: list[Task] = []
+    for task in tasks:
+        for which, images in (("train", task.train), ("test", task.test)):
             if not len(images) and not (measured and which == "train"):
-                readable = "readable " if images.skipped else ""
-                raise ValueError(f"{data}: task {lot.name!r} has no {readable}{which} image; {remedy}")
-        tasks.append(Task(len(tasks), lot.name, lot.classes, lot.names, total, lot.train, lot.test))
-    return tuple(tasks)
+                readable = "readable " if getattr(images, "skipped", ()) else ""
+                raise ValueError(f"{data}: task {task.name!r} has no {readable}{which} image; {remedy}")
+        made.append(task)
+    return tuple(made)
 
 
 def noted(name: str, scenario: Scenario, tasks: Sequence[Task], split: Any, **more: Any) -> Stream:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from perdure.formatting import meant
-from perdure.storage.schema import plain
+from perdure.storage.schema import decode_json
 from perdure.streams.columns import (
     LabelColumns,
     Names,
@@ -221,7 +221,7 @@ def _json_lines(files: Sequence[Path], image: str) -> TablePart:
             raise ValueError(f"{file} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from error
         # Not splitlines(): a caption may hold a line separator of Unicode.
         lines = {f"{file}, line {n}": line for n, line in enumerate(text.split("\n"), 1) if line.strip()}
-        rows = [plain(line.encode(), place, "write one object a line") for place, line in lines.items()]
+        rows = [decode_json(line.encode(), place, "write one object a line") for place, line in lines.items()]
         if strange := next((place for place, row in zip(lines, rows, strict=True) if not isinstance(row, dict)), None):
             raise ValueError(f"{strange}: expected an object, got {lines[strange]!r:.40}")
         if not rows:

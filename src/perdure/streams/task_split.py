@@ -14,8 +14,8 @@ from perdure.streams.image_set import Budget, ImageSet
 from perdure.streams.naming import class_name, in_case_only, numbers, recorded
 from perdure.streams.options import Options, read_order
 from perdure.streams.sources import Source, told_shared
-from perdure.streams.splits import ImagePart, Lot, divide, first_of_each, noted, shuffled, tasks_of
-from perdure.types import Scenario, Stream
+from perdure.streams.splits import ImagePart, all_with_images, divide, first_of_each, noted, shuffled
+from perdure.types import Scenario, Stream, Task
 
 _SHOWN = 3
 
@@ -76,13 +76,13 @@ def arrange(found: LabelledData, options: Options, preprocess: Preprocess, seed:
         ValueError: when the data set and the options do not fit together.
     """
     scenario = found.scenario or options.scenario
-    if len(found.names) < 2 and not measured:
-        raise ValueError(f"{found.name}: only one class, {found.names[0]!r}; a stream needs at least 2")
     train, test, split = divide(found.train, found.test, found.train.groups(), "each class", measured)
     if measured:
         found, test = _with_classes_of(found, test)
+    elif len(found.names) < 2:
+        raise ValueError(f"{found.name}: only one class, {found.names[0]!r}; a stream needs at least 2")
     else:
-        _check_classes(found, train, test)
+        check_classes(found)
     shared = told_shared(train.source, test.source) if found.test is not None and not measured else []
     remarks = [*in_case_only(found.names), *shared]
     if options.per_class is not None:
@@ -95,10 +95,28 @@ def arrange(found: LabelledData, options: Options, preprocess: Preprocess, seed:
         places = _by_class(found, options, seed, measured)
     if measured:
         places = [place for place in places if place.domain is None or place.domain in test.domains]
-    lots = _lots(places, found, train, test, preprocess, options.skip_bad, measured)
-    tasks = tasks_of(found.name, lots, len(places), "add some or leave it out", measured)
+    made = _tasks(places, found, train, test, preprocess, options.skip_bad, measured)
+    tasks = all_with_images(found.name, made, "add some or leave it out", measured)
     notes = found.notes | ({"remarks": [*found.notes.get("remarks", ()), *remarks]} if remarks else {})
     return noted(found.name, scenario, tasks, split, **notes)
+
+
+def check_classes(found: LabelledData) -> None:
+    """Raise a ValueError for a class without train images, whether it has test images or not."""
+    learnt = set(found.train.labels.tolist())
+    tested = Counter([] if found.test is None else found.test.labels.tolist())
+    absent = [i for i in range(len(found.names)) if i not in learnt]
+    strange = [i for i in absent if tested[i]]
+    more = f" ({len(absent) - 1} more such classes)" if len(absent) > 1 else ""
+    if strange:
+        raise ValueError(
+            f"{found.name}: class {found.names[strange[0]]!r} is in test ({tested[strange[0]]} images) but not in train"
+            f"{more}; add train images or remove it from test"
+        )
+    if absent:
+        raise ValueError(
+            f"{found.name}: class {found.names[absent[0]]!r} has no train image{more}; add some or remove the class"
+        )
 
 
 @dataclass(frozen=True)
@@ -116,24 +134,6 @@ def _with_classes_of(found: LabelledData, test: LabelledPart) -> tuple[LabelledD
     called = None if found.numbers is None else tuple(found.numbers[label] for label in present)
     names = tuple(found.names[label] for label in present)
     return replace(found, names=names, numbers=called), replace(test, labels=labels)
-
-
-def _check_classes(found: LabelledData, train: LabelledPart, test: LabelledPart) -> None:
-    learnt = set(train.labels.tolist())
-    tested = Counter(test.labels.tolist())
-    if strange := sorted(set(tested) - learnt):
-        raise ValueError(
-            f"{found.name}: class {found.names[strange[0]]!r} is in test ({tested[strange[0]]} images) but not in train"
-            f"{_more(len(strange))}; add train images or remove it from test"
-        )
-    if empty := [name for i, name in enumerate(found.names) if i not in learnt]:
-        raise ValueError(
-            f"{found.name}: class {empty[0]!r} has no train image{_more(len(empty))}; add some or remove the class"
-        )
-
-
-def _more(count: int) -> str:
-    return f" (and {count - 1} more classes)" if count > 1 else ""
 
 
 def _by_class(found: LabelledData, options: Options, seed: int, measured: bool) -> list[_Place]:
@@ -217,7 +217,7 @@ def ordered(
     return chosen
 
 
-def _lots(
+def _tasks(
     places: Sequence[_Place],
     found: LabelledData,
     train: LabelledPart,
@@ -225,7 +225,7 @@ def _lots(
     preprocess: Preprocess,
     skip_bad: bool,
     measured: bool,
-) -> Iterator[Lot]:
+) -> Iterator[Task]:
     ids: dict[int, int] = {}
     budget = Budget()
 
@@ -238,7 +238,7 @@ def _lots(
         data = ImageSet(part.source, rows, torch.tensor(labels, dtype=torch.int64), preprocess, budget)
         return data.readable() if skip_bad else data
 
-    for place in places:
+    for t, place in enumerate(places):
         for c in place.classes:
             ids.setdefault(c, len(ids))
         learnt, tested = images(train, place), images(test, place)
@@ -247,4 +247,5 @@ def _lots(
         if gone and skip_bad and not measured:
             raise ValueError(f"{found.name}: class {gone[0]!r} has no readable train image; add some or remove it")
         classes = tuple(ids[c] for c in place.classes)
-        yield Lot(place.name, classes, tuple(found.names[c] for c in place.classes), learnt, tested)
+        names = tuple(found.names[c] for c in place.classes)
+        yield Task(t, place.name, classes, names, len(places), learnt, tested)

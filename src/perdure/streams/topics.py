@@ -12,13 +12,12 @@ from torch.nn import functional as F
 
 from perdure.backbones import BACKBONES, Backbone
 from perdure.backbones.preprocess import Preprocess
-from perdure.backbones.texts import pack, present
 from perdure.options.spec import build, parse_one
 from perdure.streams.image_set import Budget, Captioned, ImageSet
 from perdure.streams.options import CaptionOptions
-from perdure.streams.splits import ImagePart, Lot, digest, divide, first_of_each, noted, shuffled, tasks_of
+from perdure.streams.splits import ImagePart, all_with_images, digest, divide, first_of_each, noted, shuffled
 from perdure.streams.task_split import ordered
-from perdure.types import Scenario, Stream
+from perdure.types import Scenario, Stream, Task
 
 _TASKS = 5
 _EMBED = "pocket()"
@@ -86,13 +85,13 @@ def arrange_captions(
         side.subsample(size)
     order = "natural" if languages and options.order is None else options.order
     chosen = ordered(names, order, "caption column" if languages else "topic", seed)
-    lots = _lots(sides, [(names[t], t if languages else 0, 0 if languages else t) for t in chosen], options)
+    made = _tasks(sides, [(names[t], t if languages else 0, 0 if languages else t) for t in chosen], options)
     remedy = "use fewer tasks, or by='random' for even ones, or add some"
-    tasks = tasks_of(found.name, lots, len(chosen), remedy, measured)
+    tasks = all_with_images(found.name, made, remedy, measured)
     scenario: Scenario = "domain" if languages else "class"
     sets = {"train": [task.train for task in tasks], "test": [task.test for task in tasks]}
     captions = {
-        which: [int(present(data.texts).sum()) for data in each if isinstance(data, Captioned)]
+        which: [sum(map(len, data.texts)) for data in each if isinstance(data, Captioned)]
         for which, each in sets.items()
     }
     stream = noted(found.name, scenario, tasks, split, captions=captions, **found.notes)
@@ -179,12 +178,12 @@ def _cluster(sides: list[_Side], count: int, options: CaptionOptions) -> None:
         side.topics = np.array([number.get(row, -1) for row in side.part.rows], dtype=np.int64)
 
 
-def _lots(sides: list[_Side], wanted: Sequence[tuple[str, int, int]], options: CaptionOptions) -> Iterator[Lot]:
+def _tasks(sides: list[_Side], wanted: Sequence[tuple[str, int, int]], options: CaptionOptions) -> Iterator[Task]:
     """The tasks to be, from the name of each, the number of its caption column and that of its topic."""
     positions = [side.of(topic) for _, _, topic in wanted for side in sides]
     columns = [(side.part.captions, column) for _, column, _ in wanted for side in sides]
-    lines = [of[i][column][: options.texts] for (of, column), at in zip(columns, positions, strict=True) for i in at]
-    parts = iter(zip(positions, torch.split(pack(lines), list(map(len, positions))), strict=True))
+    lines = [[of[i][column][: options.texts] for i in at] for (of, column), at in zip(columns, positions, strict=True)]
+    parts = iter(zip(positions, lines, strict=True))
     shared: dict[str, ImageSet] = {}
     languages = len({column for _, column, _ in wanted}) > 1
     for t, (name, _, _) in enumerate(wanted):
@@ -195,9 +194,9 @@ def _lots(sides: list[_Side], wanted: Sequence[tuple[str, int, int]], options: C
             if languages and images.cached:
                 # All languages show these images; what the first decodes, the others find.
                 shared[side.kind] = images
-            data = Captioned.around(images.relabelled(torch.full((len(at),), t)), side.pairs[at], texts.clone())
+            data = Captioned(images.relabelled(torch.full((len(at),), t)), side.pairs[at], texts)
             pair.append(data.readable() if options.skip_bad else data)
-        yield Lot(name, (t,), (name,), *pair)
+        yield Task(t, name, (t,), (name,), len(wanted), pair[0], pair[1])
 
 
 def clusters(backbone: Backbone, train: ImageSet, test: ImageSet, count: int) -> tuple[Tensor, Tensor]:

@@ -147,6 +147,7 @@ def fit_task(
     clock.append(time.perf_counter())
     learner.step, learner.last_epoch = steps, False  # also where a resumed run had no step left to do
     _reseed(learner, task, "end")
+    method.finalize(learner, task)
     method.end_task(learner, task)
     learner.prepare()
     learner.learnt = task.index + 1

@@ -15,10 +15,10 @@ import msgspec
 from perdure.core import checkpoint
 from perdure.core.checkpoint import read_record
 from perdure.core.learner import Core
-from perdure.evaluation.zero_shot_retention import Retention
+from perdure.evaluation.held_out import HeldOut
 from perdure.options.paths import Relocation, moved
 from perdure.storage import schema
-from perdure.storage.schema import Damaged, Moves, Record
+from perdure.storage.schema import Damaged, Moves, RunRecord
 from perdure.training.config import RunConfig
 from perdure.training.loop import Progress
 from perdure.training.runtime import Runtime, check_device
@@ -29,7 +29,7 @@ _MOVED = "moved.json"
 
 
 def record_of(
-    config: RunConfig, learner: Core, stream: Stream, runtime: Runtime, held_out: Retention | None = None
+    config: RunConfig, learner: Core, stream: Stream, runtime: Runtime, held_out: HeldOut | None = None
 ) -> dict[str, Any]:
     """The content of run.json."""
     return {
@@ -57,7 +57,7 @@ def facts_of_stream(stream: Stream) -> dict[str, Any]:
     return {"name": stream.name, "scenario": stream.scenario, "tasks": tasks} | stream.notes
 
 
-def facts_of_held_out(held_out: Retention) -> dict[str, Any]:
+def facts_of_held_out(held_out: HeldOut) -> dict[str, Any]:
     """The same of each held-out stream, by name."""
     return {name: facts_of_stream(stream) for name, stream in held_out.sets.items()}
 
@@ -67,7 +67,7 @@ def write_record(out: Path, content: dict[str, Any]) -> None:
     checkpoint.write_sealed(out / "run.json", content)
 
 
-def recorded_config(out: Path, written: Record) -> RunConfig:
+def recorded_config(out: Path, written: RunRecord) -> RunConfig:
     """The configuration in the record of the run in `out`; fields of other versions are left out.
 
     Raises:
@@ -86,7 +86,7 @@ def recorded_config(out: Path, written: Record) -> RunConfig:
         raise Damaged(f"{out / 'run.json'} is damaged: {schema.said(error, 'config')}; restore it") from error
 
 
-def recorded_runtime(out: Path, written: Record, device: str | None = None) -> Runtime:
+def recorded_runtime(out: Path, written: RunRecord, device: str | None = None) -> Runtime:
     """How the run in `out` computes.
 
     Raises:
@@ -116,7 +116,7 @@ def recorded_moves(out: Path) -> list[Relocation]:
     path = out / _MOVED
     if not path.is_file():
         return []
-    found = schema.read(path, Moves, "restore it, or remove it and move again", must_be_sealed=True)["moved"]
+    found = schema.read_typed(path, Moves, "restore it, or remove it and move again", must_be_sealed=True)["moved"]
     return [(str(old), str(new)) for old, new in found]
 
 
