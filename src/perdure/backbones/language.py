@@ -153,8 +153,8 @@ class Language(Backbone):
             within: in which context each part of the batch is answered, see `Method.applied`.
         """
         asked = [each.with_answer(()) for each in self.tokens(batch)]
-        # tokens and keys that join in front would join again with every token that is said; and where all is read again,
-        # an image's token that was said would want an image
+        # what joins in front would join again with every token that is said; and where all is read again, an image's
+        # token that was said would want an image
         again = prompted(self.get_submodule(self.towers()["language"]))
         options: dict[str, Any] = {"use_cache": not again}
         if again and self._pictures:
