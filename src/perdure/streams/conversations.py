@@ -274,7 +274,11 @@ class ConversationSet:
 
     def images(self) -> int:
         """How many different images the conversations show."""
-        return len({number for each in self.records for number in each.images})
+        return len(self.identities())
+
+    def identities(self) -> set[str]:
+        """What tells the images that are shown apart: the whole path, or a hash of the content."""
+        return {self.pictures.identities[number] for each in self.records for number in each.images}
 
     def subset(self, positions: Tensor) -> Self:
         """The conversations at `positions` (n,), in that order."""
