@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from perdure.core.learner import Core
     from perdure.core.method import METHODS, Method
     from perdure.core.objective import Objective
+    from perdure.mechanisms.moments import second_moments
     from perdure.mechanisms.replay import ReplayBuffer
-    from perdure.mechanisms.subspace import Subspace, second_moments
+    from perdure.mechanisms.subspace import Subspace
     from perdure.reporting.report import write_report
     from perdure.training.config import RunConfig
     from perdure.training.loop import TrainConfig
@@ -70,7 +71,7 @@ _PLACES = {
     "TrainConfig": "perdure.training.loop",
     "attach": "perdure.adapters.injection",
     "detach": "perdure.adapters.injection",
-    "second_moments": "perdure.mechanisms.subspace",
+    "second_moments": "perdure.mechanisms.moments",
     "write_report": "perdure.reporting.report",
 }
 

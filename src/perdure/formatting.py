@@ -10,8 +10,9 @@ from typing import Any
 Pair = Sequence[float | None] | None
 """Mean and standard deviation; None where nothing was measured."""
 
-RARE = ("transfer", "average", "zero_shot_ratio")
-"""What a summary has of sequences of data sets, and with held-out ones."""
+_SAID = ("lenient_acc", "lenient_forgetting", "empty", "unparsable", "answers_kept_strict", "answers_kept_lenient")
+RARE = ("transfer", "average", "zero_shot_ratio", *_SAID)
+"""What a summary has of sequences of data sets, with held-out ones, and of answers in words."""
 
 
 def human_bytes(count: float) -> str:

@@ -37,6 +37,7 @@ METHODS = [
     "lora(rank=2, tower='language') + si",
     "lora(rank=2, tower='language') + lwf",
     "lora(rank=2, tower='language') + replay(size=4)",
+    "lora(rank=2, tower='language') + derpp(size=4)",
     "lora(rank=2, tower='language') + gem(size=4)",
     "lora(rank=2, tower='language') + agem(size=4)",
     "lora(rank=2, tower='language') + weight_average",

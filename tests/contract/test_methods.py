@@ -416,7 +416,7 @@ def answered(learner: Core, images: dict[str, Tensor]) -> Tensor:
     """Scores of classes; for captions, the image's features beside the embeddings of its texts."""
     if "classes" in learner.objective.asks:
         return learner(images)
-    return torch.cat([learner.encode(images), embedded(learner, images["text"]).flatten(1)], dim=1)
+    return torch.cat([learner.encode(images), torch.stack(embedded(learner, images["text"])).flatten(1)], dim=1)
 
 
 def counts(name: str) -> bool:

@@ -31,11 +31,6 @@ class Answer:
 Ask = Callable[..., Answer]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quickly(plain_figures: None) -> None:
-    """Reports are drawn at the end of each command."""
-
-
 @pytest.fixture
 def perdure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Ask:
     """`perdure("predict", folder, ...)` within an empty folder."""

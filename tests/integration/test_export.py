@@ -23,7 +23,6 @@ from torch.nn import functional as F
 from perdure.adapters.injection import Adapter, attach
 from perdure.api.learner import Learner
 from perdure.backbones import BACKBONES
-from perdure.cli.main import main
 from perdure.core.learner import Core
 from perdure.core.method import Method
 from perdure.export.model import export
@@ -358,16 +357,6 @@ def test_learning_goes_on_after_an_export_as_if_there_was_none(families: dict[st
         for learner in (exported, other):
             teach(learner, 2)
         assert all(torch.equal(v, other.state_dict()[k]) for k, v in exported.state_dict().items())
-
-
-def test_command_line_exports_a_saved_learner(
-    families: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    learner = taught(families["clip"], "lora(rank=3)", tasks=1)
-    learner.save(tmp_path / "saved")
-    main(["export", str(tmp_path / "saved"), "--out", str(tmp_path / "lora"), "--to", "peft"])
-    assert str(tmp_path / "lora") in capsys.readouterr().out.replace("\n", "")
-    same(answer(learner, PeftModel.from_pretrained(plain(learner), tmp_path / "lora")), features(learner))
 
 
 # Whole or not at all

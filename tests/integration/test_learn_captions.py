@@ -116,7 +116,7 @@ def test_all_captions_of_an_image_are_learnt(album: Any) -> None:
     rows = [json.loads(line) for line in album("first", "cat dog").read_text().splitlines()]
     many = [row | {"captions": [f"{i} {row['image']}" for i in range(7)]} for row in rows]
     Path("many.jsonl").write_text("\n".join(map(json.dumps, many)), encoding="utf-8")
-    assert captioned_task("many.jsonl", EIGHT, {}, 0).train.texts.shape[1] == 7
+    assert len(captioned_task("many.jsonl", EIGHT, {}, 0).train.texts[0]) == 7
 
 
 class Stops(Quiet):
@@ -184,7 +184,6 @@ def test_captions_are_taught_in_python(tmp_path: Path) -> None:
     assert learner.known == {"captions 1": 0, "captions 2": 1}
     pairs = torch.cat([task.train.pairs for task in learner.tasks])
     assert len(torch.unique(pairs)) == 14
-    assert len({task.train.texts.shape[1:] for task in learner.tasks}) == 1
     learner.save(tmp_path / "it")
     again = Learner.load(tmp_path / "it")
     assert again.search(pictures(8, 0), "thing 3") == learner.search(pictures(8, 0), "thing 3")

@@ -76,7 +76,7 @@ class Base:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, plain_figures: None) -> Iterator[Path]:
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder to work in, with pictures."""
     folder, before = tmp_path_factory.mktemp("state"), Path.cwd()
     os.chdir(folder)

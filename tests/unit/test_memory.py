@@ -8,7 +8,7 @@ from torch import nn
 
 from perdure.adapters.state import BufferDict
 from perdure.backbones.tiny import tiny
-from perdure.mechanisms.subspace import second_moments
+from perdure.mechanisms.moments import second_moments
 
 
 def pictures(count: int) -> Any:

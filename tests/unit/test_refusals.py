@@ -205,7 +205,7 @@ FORESEEN = {
         r"tower='both' has no effect beside the part that trains the": "lora(tower='both') + joint(tower='both')",
     },
     "retrieve": {
-        r"needs classes( or conversations)?, and retrieve learns captions: .* classify( or generate)? or zeroshot$": (
+        r"needs classes( or conversations)?, and retrieve learns captions: leave it out .* classify or .*zeroshot$": (
             "ncm | probe + align | ranpac | lora + derpp | finetune + icarl"
         ),
         r"^task 1: mod_x has no effect where no part trains the encoder any": "lora(rank=2, tasks=1) + mod_x",

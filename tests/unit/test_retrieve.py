@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from perdure.backbones.texts import pack_texts, unpack_texts
 from perdure.core.objective import Competitors
-from perdure.mechanisms.subspace import second_moments
+from perdure.mechanisms.moments import second_moments
 from perdure.objectives.retrieve import Retrieve, _Gallery, embedded
 from perdure.training.config import make_method
 from perdure.training.run import run
@@ -47,6 +46,10 @@ def test_several_captions_an_image_share_the_target() -> None:
     torch.testing.assert_close(losses, torch.tensor([torch.log(torch.tensor(2.0)) / 2, 0.0]))
 
 
+def said(batch: Any, chosen: tuple[torch.Tensor, torch.Tensor]) -> list[str]:
+    return [batch["text"][row][place] for row, place in zip(*map(torch.Tensor.tolist, chosen), strict=True)]
+
+
 def test_a_step_shows_one_caption_of_each_image_and_another_one_later(bench: Any) -> None:
     learner, stream = bench.learner("probe"), bench.stream()
     learner.grow(stream.tasks[0])
@@ -56,7 +59,7 @@ def test_a_step_shows_one_caption_of_each_image_and_another_one_later(bench: Any
         learner.step = step
         rows, places = learner.objective.chosen(batch)
         assert rows.tolist() == list(range(8))
-        assert all(unpack_texts(batch["text"][rows, places]))
+        assert all(said(batch, (rows, places)))
         again = learner.objective.chosen(batch)
         assert torch.equal(places, again[1])
         shown.append(tuple(places.tolist()))
@@ -67,16 +70,15 @@ def test_a_step_shows_one_caption_of_each_image_and_another_one_later(bench: Any
 def test_missing_captions_are_never_shown_and_all_can_be(bench: Any) -> None:
     learner, stream = bench.learner("probe"), bench.stream()
     learner.grow(stream.tasks[0])
-    texts = pack_texts([["one"], ["two", "three", "four"]])
-    batch = {"text": texts}
+    batch = {"text": [("one",), ("two", "three", "four")], "label": torch.zeros(2, dtype=torch.int64)}
     for step in range(8):
         learner.step = step
         rows, places = learner.objective.chosen(batch)
         assert rows.tolist() == [0, 1]
-        assert all(unpack_texts(texts[rows, places]))
+        assert all(said(batch, (rows, places)))
     learner.objective.captions = None
     rows, places = learner.objective.chosen(batch)
-    assert unpack_texts(texts[rows, places]) == ["one", "two", "three", "four"]
+    assert said(batch, (rows, places)) == ["one", "two", "three", "four"]
 
 
 def test_recorded_captions_equal_encoded_ones_and_are_recorded_only_where_the_text_tower_is_constant(
@@ -109,7 +111,7 @@ def test_a_pair_by_itself_competes_with_the_others_of_its_task_as_they_are(bench
         # the same caption of each, whatever the size of the batch
         rows, places = objective.chosen(one)
         together = others["texts"].detach().clone()
-        together[i] = learner.embed(one["text"][rows, places])[0]
+        together[i] = learner.embed_texts(said(one, (rows, places)))[0]
         scores = objective.similarity(learner.encode(batch), together)
         expected = Retrieve.contrast(scores, batch["pair"], torch.arange(6))[i]
         found = objective.example_loss(learner.encode(one), one, rivals)
@@ -117,7 +119,7 @@ def test_a_pair_by_itself_competes_with_the_others_of_its_task_as_they_are(bench
         answers = objective.example_scores(learner.encode(one), one, rivals)
         rest = [j for j in range(6) if j != i]
         forth = objective.similarity(learner.encode(one), others["texts"][rest])[0]
-        back = objective.similarity(learner.embed(one["text"][rows, places]), others["features"][rest])[0]
+        back = objective.similarity(learner.embed_texts(said(one, (rows, places))), others["features"][rest])[0]
         torch.testing.assert_close(answers, torch.cat([forth, back]))
 
 
@@ -130,7 +132,7 @@ def test_importance_of_pairs_is_that_of_a_loop(method: str, bench: Any) -> None:
     purpose = "fisher" if method == "ewc" else "importance"
     views = next(learner.training_views(task.train, 5, purpose))
     alone = [learner.objective.example(views, i) for i in range(5)]
-    assert len({tuple((one["text"][0, :, 0] > 0).tolist()) for one in alone}) > 1  # unlike captions of unlike images
+    assert len(set(learner.objective.chosen(views)[1].tolist())) > 1  # unlike captions of unlike images
     others = next(learner.training_views(task.train, 64, f"{purpose} company"))
     assert len(others["pair"]) > 5
     others = {name: value.detach() for name, value in learner.objective.competitors(learner, others).items()}
@@ -219,7 +221,9 @@ def test_moments_of_the_text_tower_leave_padding_out(bench: Any) -> None:
     short, long = "a dog", "a very long caption of a dog"
 
     def moments(texts: list[str]) -> torch.Tensor:
-        return second_moments(lambda _: backbone.encode_text(texts), layer, [{}], lambda: backbone.text_mask)["layer"]
+        return second_moments(lambda _: backbone.encode_text(texts), layer, [{}], lambda _: backbone.token_groups(""))[
+            "layer"
+        ]
 
     together = moments([short, long])
     counts = torch.tensor([len(short), len(long)], dtype=torch.float64)

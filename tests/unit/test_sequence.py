@@ -82,8 +82,7 @@ def test_made_up_data_sets_differ_from_each_other_and_equal_names_are_told_apart
 def test_captioned_data_sets_share_a_shape_and_no_image() -> None:
     stream = build("sequence(captions_synthetic(captions=1, per_task=40), captions_synthetic(captions=4))")
     sets = [data for task in stream for data in (task.train, task.test)]
-    assert len({tuple(data.texts.shape[1:]) for data in sets}) == 1
-    assert sets[0].texts.shape[1] == 4
+    assert max(len(each) for data in sets for each in data.texts) == 4
     pairs = [p for data in sets for p in data.pairs.tolist()]
     assert len(set(pairs)) == len(pairs) == 64
     assert [(task.classes, task.names) for task in stream] == [

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from perdure.mechanisms.subspace import Subspace, second_moments
+from perdure.mechanisms.moments import second_moments
+from perdure.mechanisms.subspace import Subspace
 
 
 def random_moments(d: int, directions: int, noise: float, seed: int) -> Tensor:

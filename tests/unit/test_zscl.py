@@ -6,12 +6,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from perdure.backbones.texts import pack_texts
 from perdure.backbones.tiny import tiny
 from perdure.core.learner import Core
 from perdure.mechanisms.distillation import distillation
 from perdure.methods.zscl import ZSCL
-from perdure.objectives.retrieve import Retrieve, embedded
+from perdure.objectives.retrieve import Retrieve, at, embedded
 from perdure.streams import build_stream
 from perdure.training.config import make_method
 from perdure.types import Batch, Stream, Task
@@ -54,7 +53,7 @@ def test_the_penalty_is_the_divergence_from_the_pretrained_model_both_ways(lab: 
     scale = untaught.logit_scale
     with torch.no_grad():
         teacher = scale * cosines(untaught(batch), untaught.encode_text(lines))
-        student = scale * cosines(learner.encode(batch), learner.embed(pack_texts([lines])[0]))
+        student = scale * cosines(learner.encode(batch), learner.embed_texts(lines))
     expected = 3 * distillation(teacher, student, 4.0) + 5 * distillation(teacher.T, student.T, 4.0)
     assert expected > 1e-2
     torch.testing.assert_close(penalty(learner, part, batch), expected)
@@ -67,7 +66,7 @@ def test_captions_of_the_step_are_the_texts_where_captions_are_learnt(shown: int
     untaught, batch = tiny(dim=16, text=True), whole(task)
     with torch.no_grad():
         rows, places = learner.objective.chosen(batch)
-        texts = embedded(Core(untaught, Retrieve(), make_method("probe")), batch["text"])[rows, places]
+        texts = at(embedded(Core(untaught, Retrieve(), make_method("probe")), batch["text"]), (rows, places))
         teacher = untaught.logit_scale * cosines(untaught(batch), texts)
         student = untaught.logit_scale * cosines(learner.encode(batch), learner.objective.shown(batch)[0])
     expected = distillation(teacher, student, 2.0) + distillation(teacher.T, student.T, 2.0)
@@ -113,7 +112,7 @@ def test_a_reference_is_a_sample_of_a_streams_training_images_and_its_captions(l
     images, now, lines, texts = drawn[0]
     with torch.no_grad():
         teacher = learner.backbone.logit_scale * cosines(images, texts)
-        student = learner.backbone.logit_scale * cosines(now, learner.embed(lines))
+        student = learner.backbone.logit_scale * cosines(now, learner.embed_texts(lines))
     torch.testing.assert_close(value, distillation(teacher, student, 2.0) + distillation(teacher.T, student.T, 2.0))
     untaught = bench.backbone()
     with torch.no_grad():

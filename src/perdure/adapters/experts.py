@@ -26,12 +26,15 @@ class Routes:
         place: for each image or text the place of its router in `routers`, or -1 for no expert at all, int64 (B,).
         noise: added to the routers' scores (B, most experts); None in evaluation.
         counted: which tokens of a text are more than padding, bool (B, L); None where all are.
+        seen: what routers read of each input in place of the mean of its tokens, (B, fan_in): of a conversation, whose
+            answer is said token by token, what came before it.
     """
 
     routers: Sequence[int | None]
     place: Tensor
     noise: Tensor | None = None
     counted: Tensor | None = None
+    seen: Tensor | None = None
 
 
 class Experts(Adapter):
@@ -137,7 +140,8 @@ class Experts(Adapter):
             return y
         assert self._read is not None
         x, self._read = self._read, None
-        gates = self._gates(_mean(x, self.routes.counted).float(), self.routes)
+        seen = _mean(x, self.routes.counted) if self.routes.seen is None else self.routes.seen
+        gates = self._gates(seen.float(), self.routes)
         if self.routes.noise is not None and None in self.routes.routers:
             learning = self.routes.place == self.routes.routers.index(None)
             chosen = ((gates > 0) & learning.unsqueeze(1)).sum(0)

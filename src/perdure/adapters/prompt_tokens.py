@@ -32,7 +32,7 @@ class PromptBase(nn.Module):
         """
         place = 1 if tower == "vision" else 0
         hold(blocks[0], [blocks[0].register_forward_pre_hook(partial(_enter, self, place), with_kwargs=True)])
-        if tower == "text":
+        if tower in ("text", "language"):
             for block in blocks[1:]:
                 hold(block, [block.register_forward_pre_hook(partial(_pass, self), with_kwargs=True)])
         hold(blocks[-1], [blocks[-1].register_forward_hook(partial(_leave, self, place))])
@@ -150,7 +150,11 @@ def with_masks(
             raise RuntimeError(f"an attention mask is {value.dtype} of shape {tuple(value.shape)}")
         return widened(value, m)
 
-    return (
-        tuple(wide(value) if isinstance(value, Tensor) and value.dim() == 4 else value for value in args),
-        {name: wide(value) if name.endswith("mask") else value for name, value in kwargs.items()},
-    )
+    options = {name: wide(value) if name.endswith("mask") else value for name, value in kwargs.items()}
+    turns = options.get("position_embeddings")
+    if turns is not None and turns[0].shape[-2] == length:
+        # cosines and sines, by which the queries and keys of each token are turned: those of more tokens are not
+        options["position_embeddings"] = tuple(
+            F.pad(each, (0, 0, m, 0), value=float(part == 0)) for part, each in enumerate(turns)
+        )
+    return tuple(wide(value) if isinstance(value, Tensor) and value.dim() == 4 else value for value in args), options

@@ -3,6 +3,7 @@
 import dataclasses
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,6 @@ import torch
 
 from perdure.api.learner import OPEN, Learner, check_first
 from perdure.backbones.preprocess import skippable
-from perdure.backbones.texts import unpack_texts
 from perdure.core import checkpoint
 from perdure.core.checkpoint import Checkpoint, read_record
 from perdure.options.paths import anchored, relocated
@@ -18,7 +18,7 @@ from perdure.options.spec import parse
 from perdure.process import as_found, plain
 from perdure.storage import schema
 from perdure.storage.schema import LessonSource
-from perdure.streams import Captioned, ImageSet, alike, build_stream, captioned_task, folder_task
+from perdure.streams import Captioned, ImageSet, build_stream, captioned_task, folder_task
 from perdure.streams.single_task import COLUMN
 from perdure.streams.splits import digest
 from perdure.training.config import RunConfig, former_parts
@@ -92,7 +92,6 @@ def teach_folder(
         if "classes" not in learner.objective.asks:
             source["captions"] = captions or COLUMN
             _tell_overlap(before, task, progress)
-            *before, task = alike([*before, task])
         _refuse_other_task(into, done, source)
         if _taught_last(done, source):
             progress.note(
@@ -230,7 +229,7 @@ def _content(task: Task) -> str:
         return ""
     names = dict(zip(task.classes, task.names, strict=True))
     if isinstance(data, Captioned):
-        said = ["\n".join(unpack_texts(each)) for each in data.texts]
+        said = ["\n".join(each) for each in _even(data.texts)]
     else:
         said = [names[label] for label in data.labels.tolist()]
     return digest(sorted(f"{image} {text}" for image, text in zip(data.hashes().tolist(), said, strict=True)))
@@ -241,9 +240,13 @@ def _digest(data: Data) -> str:
     if not isinstance(data, ImageSet):
         return ""
     keys = [data.source.key(row) for row in data.rows.tolist()]
-    return digest(
-        [*keys, *(line for each in data.texts for line in unpack_texts(each))] if isinstance(data, Captioned) else keys
-    )
+    return digest([*keys, *chain.from_iterable(_even(data.texts))] if isinstance(data, Captioned) else keys)
+
+
+def _even(texts: Sequence[Sequence[str]]) -> list[list[str]]:
+    """As many texts for each image, empty ones where there are no more: as hashes were taken ever since."""
+    most = max(map(len, texts), default=0)
+    return [[*each, *[""] * (most - len(each))] for each in texts]
 
 
 def _skipped(task: Task) -> list[str]:

@@ -23,7 +23,7 @@ from perdure.evaluation.calibration import fit, set_apart
 from perdure.export.model import export
 from perdure.objectives.zeroshot import class_texts
 from perdure.process import Turn, as_found, plain
-from perdure.streams import ImageSet, alike, captioned_task, folder_task, given_captions, given_task
+from perdure.streams import ImageSet, captioned_task, folder_task, given_captions, given_task
 from perdure.streams.sources import Picture, listed
 from perdure.training.config import RunConfig, check_options, former_parts
 from perdure.training.loop import Progress, Quiet, TrainConfig, fit_task
@@ -135,7 +135,6 @@ class Learner(Core):
             check_first(self, task, self.known, str(images) if isinstance(images, str | Path) else given)
             train = self.long_enough(train, task, "epochs" in options)
             twin = twin_of(self)
-            *twin.tasks, task = alike([*self.tasks, task])
             learnt, held = set_apart(self, task)
             twin.grow(learnt)
             part(twin, self)

@@ -2,7 +2,7 @@
 
 import hashlib
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Literal, Self, final
 
@@ -91,6 +91,18 @@ class Backbone(nn.Module):
             for handle in handles:
                 handle.remove()
         return torch.cat([F.layer_norm(token.float(), token.shape[1:]) for token in taken], dim=1)
+
+    def token_groups(self, layer: str) -> list[Tensor] | None:
+        """While something is encoded: which tokens that `layer` reads count, bool (n, L) for each kind of them.
+
+        None where all tokens count, which are of one kind.
+        """
+        return None if self.text_mask is None else [self.text_mask]
+
+    def sample(self) -> Batch:
+        """Something small to look at, by which attention that takes no more tokens is found out: a black image."""
+        side = self.preprocess.size
+        return {"image": next(self.parameters()).new_zeros(1, 3, side, side, dtype=torch.uint8)}
 
     def prepare(self, batch: Batch) -> Batch:
         """`batch` as it was read with what `forward` needs beside it, such as tokens; called on the reading thread."""
@@ -182,9 +194,8 @@ class Backbone(nn.Module):
             # two numbers, where isfinite would write as many as there are; a NaN is its own least and greatest
             if weight.numel() and not torch.stack(torch.aminmax(weight)).isfinite().all():
                 raise self._not_finite(f"the weight {name} is")
-        side = self.preprocess.size
         with torch.no_grad():
-            found = [self({"image": next(self.parameters()).new_zeros(1, 3, side, side, dtype=torch.uint8)})]
+            found = [self(self.sample())]
             if "text" in self.towers():
                 found.append(self.encode_text(["a"]))
         if not all(features.isfinite().all() for features in found):
@@ -220,19 +231,7 @@ class Backbone(nn.Module):
 
     def before(self, block: int, batch: Batch) -> Tensor:
         """What vision block number `block` reads, (B, tokens, width); nothing above it is computed."""
-        found: list[Tensor] = []
-
-        def hook(_block: nn.Module, args: tuple[Any, ...]) -> None:
-            found.append(args[0].detach())
-            raise _Reached
-
-        handle = self.get_submodule(self.blocks()[block]).register_forward_pre_hook(hook, prepend=True)
-        try:
-            with suppress(_Reached):
-                self(batch)
-        finally:
-            handle.remove()
-        return found[0]
+        return reached(self.get_submodule(self.blocks()[block]), lambda: self(batch))
 
     @contextmanager
     def entering(self, block: int, hidden: Tensor) -> Iterator[None]:
@@ -306,6 +305,23 @@ class Backbone(nn.Module):
 
 class _Reached(Exception):
     """The watched block has been reached."""
+
+
+def reached(block: nn.Module, compute: Callable[[], object]) -> Tensor:
+    """What `block` reads first while `compute` runs, which goes no further."""
+    found: list[Tensor] = []
+
+    def hook(_block: nn.Module, args: tuple[Any, ...]) -> None:
+        found.append(args[0].detach())
+        raise _Reached
+
+    handle = block.register_forward_pre_hook(hook, prepend=True)
+    try:
+        with suppress(_Reached):
+            compute()
+    finally:
+        handle.remove()
+    return found[0]
 
 
 def _pass_on(hidden: Tensor, *_args: object, **_kwargs: object) -> Tensor:

@@ -10,13 +10,15 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from PIL import Image
 from torch import Tensor, nn
 
+from perdure.adapters.injection import prompted
 from perdure.backbones import pretrained
-from perdure.backbones.base import Backbone
+from perdure.backbones.base import Backbone, reached
 from perdure.backbones.dialogue import Dialogue, Tokens, collate
 from perdure.backbones.preprocess import Preprocess
-from perdure.backbones.sites import Tower
+from perdure.backbones.sites import Tower, named_towers
 from perdure.types import Batch, Site, take
 
 T = TypeVar("T")
@@ -52,6 +54,9 @@ class Language(Backbone):
         self.dim = int(text.hidden_size)
         self.checkpointing = False
         self._projectors = _projectors(self)
+        self._unread = _unread(model.config)
+        self._pictures = _image_tokens(model.config)
+        self.image_mask: Tensor | None = None
         self.preprocess = _preprocess(model.config)
         stops = _ids(model.generation_config.eos_token_id) + _ids(processor.tokenizer.eos_token_id)
         most = getattr(text, "max_position_embeddings", None)
@@ -69,6 +74,8 @@ class Language(Backbone):
 
     def sites(self, at: str, blocks: str | None = None, tower: Tower = "vision") -> list[Site]:
         """See `Backbone.sites`; the "mlp" of a projector is all of its linear layers, in each family one to eight."""
+        if "+" in tower:
+            return [site for each in named_towers(tower) for site in self.sites(at, blocks, each)]
         if tower != "projector" or at != "mlp" or blocks is not None:
             return super().sites(at, blocks, tower)
         inside = [(n, m) for n, m in self.named_modules() if isinstance(m, nn.Linear) and self._projects(n)]
@@ -76,11 +83,20 @@ class Language(Backbone):
             super().sites(at, blocks, tower)
         )
 
+    def _blocks(self, tower: str) -> list[str]:
+        """Those that are read: of LLaVA's vision tower the last one is not."""
+        names = super()._blocks(tower)
+        return names[: len(names) - self._unread] if tower == "vision" else names
+
     def tower_parameters(self, tower: Tower) -> dict[str, nn.Parameter]:
         """Parameters of one tower; the projector's are not the vision tower's, though they may stand in it."""
+        if "+" in tower:
+            return {n: p for each in named_towers(tower) for n, p in self.tower_parameters(each).items()}
         if tower == "projector":
             return {name: p for name, p in self.named_parameters() if self._projects(name)}
-        return {name: p for name, p in super().tower_parameters(tower).items() if not self._projects(name)}
+        found = {name: p for name, p in super().tower_parameters(tower).items() if not self._projects(name)}
+        idle = super()._blocks(tower)[len(self._blocks(tower)) :]
+        return {name: p for name, p in found.items() if not name.startswith(tuple(f"{block}." for block in idle))}
 
     def _projects(self, name: str) -> bool:
         return any(name.startswith(f"{root}.") for root in self._projectors)
@@ -137,12 +153,14 @@ class Language(Backbone):
             within: in which context each part of the batch is answered, see `Method.applied`.
         """
         asked = [each.with_answer(()) for each in self.tokens(batch)]
+        # tokens and keys that join in front would join again with every token that is said
+        cached = not prompted(self.get_submodule(self.towers()["language"]))
 
         def say(some: Sequence[int]) -> list[str]:
             inputs = self._inputs([asked[i] for i in some], "left")
             self._forget_positions()
             with torch.no_grad(), within(take(batch, torch.tensor(some))), self._reading(inputs):
-                said = self.model.generate(**inputs, max_new_tokens=tokens, use_cache=True)
+                said = self.model.generate(**inputs, max_new_tokens=tokens, use_cache=cached)
             new = said[:, inputs["input_ids"].shape[1] :]
             texts: list[str] = self.dialogue.tokenizer.batch_decode(new, skip_special_tokens=True)
             return [text.strip() for text in texts]
@@ -185,6 +203,37 @@ class Language(Backbone):
 
         scores = torch.stack(_by_length(asked, score, size)) if asked else torch.empty(0)
         return list(torch.split(scores, [len(own) for own in options]))
+
+    @torch.no_grad()
+    def pooled(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """What the language tower is given of each conversation of `batch`, without its answer, before it computes.
+
+        Returns:
+            means over the tokens of its images, as vision tower and projector make them, and over the embeddings of its
+            words: float32 (B, dim) each, of unit length; zeros where there are none.
+        """
+        inputs = self._inputs([each.with_answer(()) for each in self.tokens(batch)], "right")
+        block = self.get_submodule(self.blocks("language")[0])
+        read = reached(block, lambda: self._hidden(inputs)).float()
+        self._forget_positions()
+        shown = torch.isin(inputs["input_ids"], inputs["input_ids"].new_tensor(self._pictures))
+        said = inputs["attention_mask"].bool() & ~shown
+        sums = [(read * tokens.unsqueeze(-1)).sum(1) for tokens in (shown, said)]
+        return nn.functional.normalize(sums[0], dim=1), nn.functional.normalize(sums[1], dim=1)
+
+    def token_groups(self, layer: str) -> list[Tensor] | None:
+        """See `Backbone.token_groups`: of images, and of words."""
+        if self.text_mask is None or not layer.startswith(f"{self.towers()['language']}."):
+            return None
+        assert self.image_mask is not None
+        return [self.text_mask & self.image_mask, self.text_mask & ~self.image_mask]
+
+    def sample(self) -> Batch:
+        """A short conversation about a black image."""
+        side = self.preprocess.size
+        parts = [{"type": "image"}, {"type": "text", "text": "a"}]
+        shown = {"messages": [{"role": "user", "content": parts}], "images": [Image.new("RGB", (side, side))]}
+        return {"conversation": [shown | {"answer": "a"}]}
 
     def set_attention(self, implementation: pretrained.Attention) -> None:
         """Choose how attention is computed; the result is the same up to rounding."""
@@ -259,12 +308,13 @@ class Language(Backbone):
 
     @contextmanager
     def _reading(self, inputs: dict[str, Tensor]) -> Iterator[None]:
-        """Within, `text_mask` says which tokens are more than padding."""
+        """Within, `text_mask` says which tokens are more than padding, and `image_mask` which are an image's."""
         self.text_mask = inputs["attention_mask"].bool()
+        self.image_mask = torch.isin(inputs["input_ids"], inputs["input_ids"].new_tensor(self._pictures))
         try:
             yield
         finally:
-            self.text_mask = None
+            self.text_mask = self.image_mask = None
 
     @contextmanager
     def _checkpointed(self) -> Iterator[None]:
@@ -330,6 +380,21 @@ def _by_length(examples: Sequence[Tokens], ask: Callable[[Sequence[int]], list[T
 
 def _ids(given: int | Sequence[int] | None) -> list[int]:
     return [] if given is None else [given] if isinstance(given, int) else list(given)
+
+
+def _unread(config: Any) -> int:
+    """How many blocks at the vision tower's end nobody reads: LLaVA takes what enters its last one."""
+    layer = getattr(config, "vision_feature_layer", -1)
+    last = max(layer) if isinstance(layer, Sequence) else layer
+    depth = getattr(config.vision_config, "num_hidden_layers", 0)
+    return -last - 1 if last < 0 else depth - last
+
+
+def _image_tokens(config: Any) -> list[int]:
+    """Ids of the tokens in whose places images and videos stand."""
+    names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+    found = (getattr(config, name, None) for name in names)
+    return sorted({each for each in found if isinstance(each, int)})
 
 
 def _preprocess(config: Any) -> Preprocess:

@@ -8,8 +8,19 @@ from torch import nn
 
 from perdure.types import Site
 
-Tower = Literal["vision", "text", "both", "language", "projector"]
-"""One encoder, or `both` of a pair: `vision` and `text`. A multimodal language model has `language` and `projector`."""
+Tower = Literal[
+    "vision",
+    "text",
+    "both",
+    "language",
+    "projector",
+    "vision+projector",
+    "vision+language",
+    "projector+language",
+    "vision+projector+language",
+]
+"""One encoder, or `both` of a pair: `vision` and `text`. A multimodal language model has `language`, `projector`
+and sums of these."""
 OneTower = Literal["vision", "text", "language", "projector"]
 
 # Word -> names, inside a block, of its linear layer in the model families we know: timm, HF vision and CLIP, OpenCLIP,
@@ -30,7 +41,7 @@ _FUSED = re.compile(r"(.*\.)?qkv")
 
 def named_towers(tower: Tower) -> tuple[OneTower, ...]:
     """The encoders that `tower` names, `vision` first."""
-    return ("vision", "text") if tower == "both" else (tower,)
+    return ("vision", "text") if tower == "both" else tuple(tower.split("+"))  # type: ignore[return-value]
 
 
 def stack_of_blocks(model: nn.Module, root: str) -> list[str]:

@@ -160,15 +160,13 @@ class _Module:
         return {n.id: self._option(line.value, line.annotation) for n, line in named if isinstance(n, ast.Name)}
 
     def _option(self, default: ast.expr | None, annotation: ast.expr | None) -> tuple[Any, Any]:
-        if isinstance(default, ast.Name):
-            default = self.values[default.id]
-        value = inspect.Parameter.empty if default is None else ast.literal_eval(default)
+        value = inspect.Parameter.empty if default is None else self.meant(default)
         return value, Any if annotation is None else self.meant(annotation)
 
-    def meant(self, annotation: ast.expr) -> Any:
-        """The type of an annotation; what has no range is anything."""
+    def meant(self, written: ast.expr) -> Any:
+        """The value of a default, or the type of an annotation; what has no range is anything."""
         # Our own source, as importing it would; of its names only those that make ranges matter here.
-        return eval(ast.unparse(annotation), {}, _Names(self))
+        return eval(ast.unparse(written), {}, _Names(self))
 
 
 class _Names(dict[str, Any]):
@@ -179,4 +177,5 @@ class _Names(dict[str, Any]):
         self.module = module
 
     def __missing__(self, name: str) -> Any:
-        return self.module.meant(self.module.values[name]) if name in self.module.values else Any
+        home = _Module.of(*self.module.places[name]) if name in self.module.places else self.module
+        return home.meant(home.values[name]) if name in home.values else Any

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from perdure.cli.eta import Pace
-from perdure.cli.tables import COLUMNS, comparison, ends, flowed
+from perdure.cli.tables import comparison, ends, flowed, named
 from perdure.formatting import (
     human_bytes,
     human_seconds,
@@ -33,6 +33,11 @@ if TYPE_CHECKING:  # so that what computes nothing does not wait for torch
 
 _REFRESH = 0.5  # seconds between readings of the loss, which waits for the device
 _LONGEST_LINE, _LONGEST_ERROR = 4_000, 1_000  # characters; what is longer is cut in its middle
+_BESIDE = {"recall": "own gallery"}  # what the score is called where the task is told
+_MATRICES = {
+    "matrix": "% right on each task (columns), after each task (rows)",
+    "lenient_matrix": "the same where the truth is in what is said, in whatever form",
+}
 _UNBROKEN = 10_000  # columns of what is no terminal: a file or a pipe breaks no line
 
 
@@ -142,9 +147,10 @@ class Screen:
         self._event("scores", task=task.index, rows=[asdict(row) for row in rows])
         seconds = time.perf_counter() - self._start
 
-        from perdure.metrics import RECALL, scored  # here: advice, which uses this file too, waits for no torch
+        from perdure.metrics import scored  # here: advice, which uses this file too, waits for no torch
 
         score, told, _ = scored(rows)
+        told, head = ("lenient", "lenient") if score == "strict" else (told, _BESIDE.get(score, "with task id"))
 
         def mean(metric: str) -> str:
             seen = [row for row in rows if row.on is not None and row.on <= task.index == row.after]
@@ -154,7 +160,6 @@ class Screen:
         new = [r.value for r in rows if r.metric == score and r.on == task.index == r.after]
         room = max(8, min(self.out.width, 100) - 53)
         if not self._headed:
-            head = "own gallery" if score == RECALL[0] else "with task id"
             self._say(f"  task  {'':<{room}}     new   so far  {head:>12}       time")
         self._headed = True
         name = printable(task.name)
@@ -190,10 +195,23 @@ class Screen:
         self.close()
         if self.json:
             return
-        tasks = len(summary["matrix"])
+        for key, what in _MATRICES.items():
+            if key in summary:
+                self._square(summary[key], f"{shortened(title)}: {what}" if key == "matrix" else what, summary)
+        if why := summary.get("unlike_scores"):
+            self._say(f"no means: {why}")
+        elif len(kinds := dict.fromkeys(summary.get("scores", ()))) > 1:
+            self._say(f"means are of different scores: {', '.join(kinds)}")
+        columns = named("lenient_matrix" in summary).items()
+        parts = [f"{name} {summary[key]:.1%}" for key, name in columns if summary.get(key) is not None]
+        self._say(*flowed([*parts, f"stored {human_bytes(summary['stored_bytes'])}"], self.out.width))
+
+    def _square(self, matrix: Sequence[Sequence[float | None]], title: str, summary: Mapping[str, Any]) -> None:
+        """A matrix of scores with a heading; means unless the scores of its tasks have none."""
+        tasks = len(matrix)
         fitting = (self.out.width - len("after") - len("mean") - 4) // 4
         shown = ends(tasks, max(2, fitting))
-        self._say("", f"{shortened(title)}: % right on each task (columns), after each task (rows)")
+        self._say("", title)
         table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
         table.add_column("after", justify="right")
         for j in shown:
@@ -203,15 +221,12 @@ class Screen:
             if i is None:
                 table.add_row("…")
                 continue
-            line = summary["matrix"][i]
-            seen = [v for v in line[: i + 1] if v is not None]
-            cells = ["" if j is None or line[j] is None else f"{100 * line[j]:.0f}" for j in shown]
+            seen = [v for v in matrix[i][: i + 1] if v is not None and "unlike_scores" not in summary]
+            cells = ["" if j is None or (v := matrix[i][j]) is None else f"{100 * v:.0f}" for j in shown]
             table.add_row(str(i + 1), *cells, f"{100 * sum(seen) / len(seen):.1f}" if seen else "–")
         self.out.print(table)
         if None in shown:
             self._say(f"all {tasks} tasks are in summary.json and report.html")
-        parts = [f"{name} {summary[key]:.1%}" for key, name in COLUMNS.items() if summary.get(key) is not None]
-        self._say(*flowed([*parts, f"stored {human_bytes(summary['stored_bytes'])}"], self.out.width))
 
     def table(self, rows: Sequence[dict[str, Any]]) -> None:
         """Methods side by side, mean ± spread."""
@@ -228,10 +243,12 @@ class Screen:
             for row in rows:
                 self.result(asdict(row))
             return
-        from perdure.metrics import RECALL, scored  # see `scores`
+        from perdure.metrics import scored  # see `scores`
+        from perdure.training.summary import unlike_scores
 
         score, told, task_id = scored(rows)
-        kinds = {score: score, told: "own gallery" if score == RECALL[0] else "with task id", task_id: "task id"}
+        kinds = {score: score, told: _BESIDE.get(score, "with task id"), task_id: "task id"}
+        kinds |= {kind: kind for kind in ("lenient", "official", "likeliest", "empty", "unparsable")}
         kinds = {metric: title for metric, title in kinds.items() if any(row.metric == metric for row in rows)}
         found = {(row.on, row.metric): row.value for row in rows}
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
@@ -246,7 +263,8 @@ class Screen:
             )
         self.out.print(table)
         every = [found[task.index, score] for task in tasks]
-        self._say(f"mean over tasks {sum(every) / len(every):.1%}")
+        unlike = unlike_scores([task.score for task in tasks if task.score])
+        self._say(f"no mean: {unlike}" if unlike else f"mean over tasks {sum(every) / len(every):.1%}")
 
     def listing(self, entries: Sequence[tuple[str, str, str]]) -> None:
         """Names, options and what they are."""

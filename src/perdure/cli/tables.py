@@ -16,7 +16,12 @@ COLUMNS = {
     "transfer": "transfer",
     "average": "over the matrix",
     "zero_shot_ratio": "zero-shot kept",
+    "lenient_acc": "lenient",
+    "lenient_forgetting": "lenient forgetting",
+    "answers_kept_strict": "kept",
+    "answers_kept_lenient": "kept, lenient",
 }
+_TOLD = ("acc_with_task_id", "task_id_acc")  # what answers in words have not
 _SPARE = ("images/s", "average")  # columns left out of a table that is too wide, the first one first
 _MEANINGS = {
     "average": "over the stream",
@@ -25,13 +30,17 @@ _MEANINGS = {
     "transfer": "on data sets not learnt yet",
     "over the matrix": "all scores after every task",
     "zero-shot kept": "on held-out data",
+    "strict": "in the form that was asked for",
+    "lenient": "the truth is in what is said",
+    "kept": "of held-out answers, strict",
     "step": "its cost, plain LoRA's is 1",
 }
 
 
 def comparison(rows: Sequence[dict[str, Any]], width: int) -> list[str]:
     """Methods side by side, mean ± spread, and what the columns mean; `rows` as in compare.json."""
-    names = {"acc": "accuracy", "aaa": "average", "new_task_acc": "new task", **COLUMNS}
+    names = named(any(row.get("unparsable") for row in rows))
+    names = {"acc": names.pop("acc"), "aaa": "average", "new_task_acc": "new task", **names}
     columns = {
         title: [percent_with_spread(row.get(key)) for row in rows]
         for key, title in names.items()
@@ -71,9 +80,15 @@ def comparison(rows: Sequence[dict[str, Any]], width: int) -> list[str]:
     spread = "mean ± standard deviation" if any("±" in cell for line in shown for cell in line) else "one run each"
     means = "; ".join(f"{title}: {meaning}" for title, meaning in _MEANINGS.items() if title in columns)
     lines.append(f"in %, {spread}; {means}")
+    lines += [f"no means: {why}" for why in dict.fromkeys(row["no_means"] for row in rows if row.get("no_means"))]
     if gone := [title for title in _SPARE if title not in columns]:
         lines.append(f"no room for {', '.join(gone)}: in report.html")
     return lines
+
+
+def named(said: bool) -> dict[str, str]:
+    """`COLUMNS`; those of answers in words where `said`."""
+    return {k: v for k, v in (COLUMNS | {"acc": "strict"}).items() if k not in _TOLD} if said else COLUMNS
 
 
 def flowed(parts: Sequence[str], width: int) -> list[str]:

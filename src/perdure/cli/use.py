@@ -108,12 +108,14 @@ class Eval(LearnerCommand):
     stream: str | None = None
     """What to measure on; the run's own stream when left out."""
     retain: tuple[str, ...] = ()
-    """Held-out streams, on which its zero-shot accuracy is measured instead; needs a CLIP."""
+    """Held-out data to measure instead: evaluation sets and streams of questions, or a CLIP's zero-shot accuracy."""
 
     def __call__(self, screen: Screen) -> None:
         """Print the score per task, or per held-out data set."""
         from perdure.api.learner import Learner
-        from perdure.evaluation.zero_shot_retention import ZERO_SHOT, Retention
+        from perdure.evaluation.answer_retention import answered, share_or_points
+        from perdure.evaluation.held_out import held_out_of
+        from perdure.evaluation.zero_shot_retention import ZERO_SHOT
 
         screen.wait("evaluating")
         say = screen.warn if self.json else screen.note
@@ -128,12 +130,21 @@ class Eval(LearnerCommand):
         if self.stream is not None:
             raise ValueError("--stream has no effect beside --retain: measure one after the other")
         learner = Learner.load(self.learner, self.device)
-        held_out = Retention(self.retain, learner, measured=True)
+        held_out = held_out_of(self.retain, learner, measured=True)
         for name, stream in held_out.sets.items():
-            say(f"{name}: {sum(len(task.test) for task in stream)} images are measured")
-        for row in held_out.measure(learner, learner.learnt - 1):
-            name = row.metric.removeprefix(f"{ZERO_SHOT}/")
-            screen.result({"zero_shot": name, "accuracy": row.value}, f"zero-shot on {name}: {row.value:.1%}")
+            what = "images" if stream.gives == "classes" else "questions"
+            say(f"{name}: {sum(len(task.test) for task in stream)} {what} are measured")
+            for remark in told(stream.notes):
+                say(f"{name}: {remark}")
+        rows = held_out.measure(learner, learner.learnt - 1)
+        for row in rows:
+            kind, _, name = row.metric.partition("/")
+            if kind == ZERO_SHOT:
+                screen.result({"zero_shot": name, "accuracy": row.value}, f"zero-shot on {name}: {row.value:.1%}")
+        for name, numbers in answered(rows).items():
+            values = {number: facts["after"][-1] for number, facts in numbers.items()}
+            shown = [f"{number} {share_or_points(number, value)}" for number, value in values.items()]
+            screen.result({"answers": name, **values}, f"{name}: {', '.join(shown)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,7 +246,7 @@ def _measured(folder: Path, stream: str | None, device: str | None) -> "tuple[li
     from perdure.backbones.preprocess import skippable
     from perdure.evaluation.calibration import errors
     from perdure.streams import build_stream
-    from perdure.training.summary import taught_hashes
+    from perdure.training.summary import scored_by, taught_hashes
     from perdure.types import Row
 
     learner = Learner.load(folder, device)
@@ -258,10 +269,13 @@ def _measured(folder: Path, stream: str | None, device: str | None) -> "tuple[li
         remarks.append(f"{images} images are measured{apart}")
     if "classes" in learner.objective.asks:
         tasks = [_named_alike(task, learner, f"{described}: class", folder) for task in tasks]
+    if "conversations" in learner.objective.asks:  # by which score, for who wants means
+        scores = scored_by(learner.config.describe(), [task.score for task in tasks])
+        tasks = [dataclasses.replace(task, score=score) for task, score in zip(tasks, scores, strict=True)]
     with skippable("skip_bad=True in the stream"):
-        scores = learner.objective.evaluate(learner, tasks)
+        found_on = learner.objective.evaluate(learner, tasks)
     rows = [
-        Row(learner.learnt - 1, t.index, k, v) for t, each in zip(tasks, scores, strict=True) for k, v in each.items()
+        Row(learner.learnt - 1, t.index, k, v) for t, each in zip(tasks, found_on, strict=True) for k, v in each.items()
     ]
     return tasks, rows + (errors(learner, tasks) if "classes" in learner.objective.asks else []), remarks
 

@@ -8,6 +8,7 @@ changes images in every step; of a test set what is kept for good is what never 
 
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,8 +86,8 @@ class Cache:
 
         with learner.inference():
             found = join(learner.each_batch(Union(sets), kept))
-        # cloned: tensors made under inference_mode may not take part in training
-        found = {name: value.clone() if isinstance(value, Tensor) else value for name, value in found.items()}
+        # tensors made under inference_mode may not take part in training
+        found = {name: _cloned(value) for name, value in found.items()}
         whole = Encoded(found, torch.cat([data.labels for data in sets]).to(learner.device))
         return [whole.part(end - len(data), end) for data, end in zip(sets, accumulate(map(len, sets)), strict=True)]
 
@@ -125,7 +126,6 @@ class Cache:
         with torch.no_grad():
             if like is None:
                 return batch | self._facts(batch)
-            batch = learner.backbone.prepare(batch)
             if FEATURES in like:
                 batch = batch | {FEATURES: learner.encode(batch)}
             if LOWER_BLOCKS in like.keys() - batch.keys():
@@ -145,3 +145,9 @@ class Cache:
         for part in parts_of(self.learner.method):
             found |= part.precompute(self.learner, batch)
         return found
+
+
+def _cloned(value: Any) -> Any:
+    if isinstance(value, list):
+        return list(map(_cloned, value))
+    return value.clone() if isinstance(value, Tensor) else value

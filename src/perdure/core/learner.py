@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from perdure.adapters.injection import adapted, fold
 from perdure.backbones.base import Backbone
-from perdure.backbones.texts import unpack_texts
 from perdure.core.caching import FEATURES, LOWER_BLOCKS, Cache
 from perdure.core.method import Method, parts_of, predicts, treated
 from perdure.core.objective import Objective, asking
@@ -117,10 +116,6 @@ class Core(nn.Module):
         ):
             features: Tensor = self.backbone(batch)
         return self._checked(features.float(), "features of images")
-
-    def embed(self, text: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Embeddings (n, dim) in float32 of packed texts (n, bytes), see `embed_texts`."""
-        return self.embed_texts(unpack_texts(text), labels)
 
     def embed_texts(self, texts: Sequence[str], labels: Tensor | None = None) -> Tensor:
         """Embeddings (n, dim) in float32 of `texts`, in the space of the features, not normalised.

@@ -165,7 +165,7 @@ class Objective(nn.Module):
         """Scores (R, classes of the current task), the columns `task_columns`: all that most steps need."""
         return self.scores(features)[:, list(self.task_columns)]
 
-    def output(self, learner: AnyLearner, batch: Batch, name: str) -> Tensor:
+    def output(self, learner: AnyLearner, batch: Batch, name: str) -> Tensor | list[Tensor]:
         """What the model makes of each example, (B, ...): `features`, `scores`, or embeddings of all its `captions`."""
         features = learner.encode(batch)
         return features if name == "features" else self.scores(features)

@@ -47,7 +47,7 @@ class Drift:
 
         A task without features of its time to compare with has no row, nor has one whose examples are several rows.
         """
-        if not learner.objective.outputs:
+        if not learner.objective.one_row:
             return []
         rows, constant = [], learner.constant_encoder
         for each in tests:

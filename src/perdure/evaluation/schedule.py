@@ -7,9 +7,9 @@ from pathlib import Path
 
 from perdure.core.learner import Core
 from perdure.core.method import Method, predicts
-from perdure.evaluation import search_examples as examples
+from perdure.evaluation import answer_examples, search_examples
 from perdure.evaluation.feature_drift import Drift
-from perdure.evaluation.zero_shot_retention import Retention
+from perdure.evaluation.held_out import HeldOut
 from perdure.types import Data, Row, Stream, Task
 
 
@@ -25,7 +25,7 @@ class Evaluation:
     """
 
     def __init__(
-        self, stream: Stream, retention: Retention, drift: Drift, out: Path, note: Callable[[str], None]
+        self, stream: Stream, retention: HeldOut, drift: Drift, out: Path, note: Callable[[str], None]
     ) -> None:
         self.stream, self.retention, self.drift, self.out, self.note = stream, retention, drift, out, note
         self._kept: dict[int, Data] = {}  # features of test sets, by task, while nothing moves them
@@ -59,12 +59,14 @@ class Evaluation:
         for later in tests[len(seen) :]:
             rows += self._beside(learner, task.index, seen, later)
         rows += self.retention.measure(learner, task.index)
+        answer_examples.learnt(learner, task, self.out)
         rows += [Row(task.index, None, k, float(v)) for k, v in learner.method.measures(learner).items()]
         return rows + self.drift.measure(learner, task, seen)
 
     def end(self, learner: Core) -> None:
         """Examples of what is found now, once all is learnt."""
-        examples.after(learner, self.stream, self.out)
+        for kind in (search_examples, answer_examples):
+            kind.after(learner, self.stream, self.out)
 
     @property
     def _square(self) -> bool:
@@ -86,7 +88,8 @@ class Evaluation:
                 untaught.grow(each)
                 if len(each.test):
                     rows += self._beside(untaught, -1, self._seen(each.index - 1), each)
-        examples.before(untaught, self.stream, self.out)
+        for kind in (search_examples, answer_examples):
+            kind.before(untaught, self.stream, self.out)
         return rows + self.retention.measure(untaught, -1)
 
     @classmethod

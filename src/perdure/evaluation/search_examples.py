@@ -1,23 +1,17 @@
 """What a retrieval learner finds before and after a stream: queries and pictures for whoever reads the report."""
 
-import base64
-import io
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from perdure.backbones.texts import present, unpack_texts
 from perdure.core import checkpoint
 from perdure.core.learner import Core
-from perdure.storage import schema
-from perdure.storage.schema import Searches
+from perdure.evaluation.examples import EXAMPLES, encoded, read_examples
 from perdure.types import Batch, Stream, Task
 
-EXAMPLES = "examples.json"
 _QUERIES = 10
 _SHOWN = 5
 
@@ -52,41 +46,24 @@ def after(learner: Core, stream: Stream, out: Path) -> None:
     if "captions" not in learner.objective.asks or not (out / EXAMPLES).exists():
         return
     noted = read_examples(out)
+    queries = noted.get("queries", [])
     if noted["pictures"] and noted.get("learnt") == learner.learnt:
         return
     searched = noted.get("searched", range(len(stream)))
     tasks = [task for task in stream if task.index in searched and len(task.test)]
     if "searched" in noted and len(tasks) < len(searched):
         return
-    found = _found(learner, tasks, [query["text"] for query in noted["queries"]])
-    for query, best in zip(noted["queries"], found, strict=True):
+    found = _found(learner, tasks, [query["text"] for query in queries])
+    for query, best in zip(queries, found, strict=True):
         query["after"] = best
-    wanted = {p for query in noted["queries"] for p in (*query["before"], *query["after"], query["pair"])}
+    wanted = {p for query in queries for p in (*query["before"], *query["after"], query["pair"])}
     checkpoint.write_sealed(out / EXAMPLES, {**noted, "learnt": learner.learnt, "pictures": _pictures(tasks, wanted)})
-
-
-def read_examples(out: Path) -> Searches:
-    """What was noted in the folder of a run.
-
-    Raises:
-        Damaged: when it is not what was written.
-    """
-    dated = "format" in checkpoint.read_record(out)
-    found = schema.read_typed(out / EXAMPLES, Searches, "restore it, or remove it: only the report shows it", dated)
-    for query in found["queries"] if found["pictures"] else ():
-        for pair in (query["pair"], *query["before"], *query.get("after", ())):
-            if str(pair) not in found["pictures"]:
-                raise schema.Damaged(
-                    f"{out / EXAMPLES} is damaged: it has no picture of {pair}; restore it, or remove it"
-                )
-    return found
 
 
 def _query(task: Task, number: int, of: int) -> dict[str, Any]:
     """A caption of the task's test images, the `number`-th of so many that are spread evenly over them."""
     batch = task.test.__getitems__([number * len(task.test) // of])
-    text = unpack_texts(batch["text"][0][present(batch["text"][0])][:1])[0]
-    return {"task": task.name, "text": text, "pair": int(batch["pair"][0])}
+    return {"task": task.name, "text": batch["text"][0][0], "pair": int(batch["pair"][0])}
 
 
 def _found(learner: Core, tasks: list[Task], texts: list[str]) -> list[list[int]]:
@@ -111,11 +88,5 @@ def _pictures(tasks: list[Task], wanted: set[int]) -> dict[str, str]:
             batch: Batch = task.test.__getitems__(range(start, min(start + 256, len(task.test))))
             for pair, image in zip(batch["pair"].tolist(), batch["image"], strict=True):
                 if pair in wanted and str(pair) not in found:
-                    found[str(pair)] = _png(image)
+                    found[str(pair)] = encoded(image)
     return found
-
-
-def _png(image: Tensor) -> str:
-    file = io.BytesIO()
-    Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy()).save(file, "PNG")
-    return base64.b64encode(file.getvalue()).decode()

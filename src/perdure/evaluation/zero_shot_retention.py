@@ -77,12 +77,17 @@ def kept(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
         kind, _, name = row.metric.partition("/")
         if kind == ZERO_SHOT and row.on is None:
             found.setdefault(name, {})[row.after] = row.value
-    return {name: _kept(values) for name, values in found.items()}
+    return {name: kept_of(values) for name, values in found.items()}
 
 
-def _kept(values: dict[int, float]) -> dict[str, Any]:
-    before = values.pop(-1, None)
-    after = [value for _, value in sorted(values.items())]
+def kept_of(values: dict[int, float]) -> dict[str, Any]:
+    """What became of a number: `before`, `after` each task, the `drop` in the end, and what is left as `ratio`.
+
+    Args:
+        values: by the task after which it was measured, -1 for the pre-trained model.
+    """
+    before = values.get(-1)
+    after = [value for task, value in sorted(values.items()) if task >= 0]
     facts: dict[str, Any] = {"before": before, "after": after, "drop": None, "ratio": None}
     if before is not None and after:
         facts |= {"drop": before - after[-1], "ratio": after[-1] / before if before else None}

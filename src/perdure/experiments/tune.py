@@ -185,6 +185,8 @@ def _one(
         _refuse_when_none_can_run(study, error)
         return
     trial.set_user_attr("folder", folder.name)
+    if summary.get("unlike_scores"):
+        raise ValueError(f"there is no one number to search by: {summary['unlike_scores']}")
     study.tell(trial, summary["acc"])
 
 

@@ -169,10 +169,10 @@ class TaskGaussians(nn.Module):
         for name, value in zip(("means", "directions", "variances", "limit"), (*fitted, limit), strict=True):
             self.gaussians[f"{task}/{name}"] = value.float().contiguous().to(features.device)
 
-    def route(self, features: Tensor) -> Tensor:
+    def route(self, features: Tensor, bounded: bool = True) -> Tensor:
         """For each of `features` (n, d) the task under which it is most likely, as its place in `tasks`: int64 (n,).
 
-        Only tasks within whose limit it is count; -1 where there is none.
+        Only tasks within whose limit it is count, where it is `bounded`; -1 where there is none.
         """
         likely = features.new_full((len(features), 1), -torch.inf)
         for task in self.tasks:
@@ -182,7 +182,9 @@ class TaskGaussians(nn.Module):
             distance = _distances(features, means, directions, variances)
             even = means.shape[1] - len(directions)
             volume = variances[:-1].log().sum() + even * variances[-1].log()
-            known = (-(distance + volume) / 2).masked_fill(distance > limit, -torch.inf)
+            known = -(distance + volume) / 2
+            if bounded:
+                known = known.masked_fill(distance > limit, -torch.inf)
             likely = torch.cat([likely, known.unsqueeze(1)], dim=1)
         best = likely.max(1)
         return torch.where(best.values > -torch.inf, best.indices - 1, -1)

@@ -12,6 +12,8 @@ from perdure.core.learner import Core
 from perdure.core.method import Method
 from perdure.types import Batch, Task
 
+_LEAST = -60.0  # logarithm of a probability that counts as none
+
 
 class Teacher(nn.Module):
     """What the learner answered when `snapshot` was called, although it has been trained since.
@@ -92,6 +94,36 @@ def distillation(teacher: Tensor, student: Tensor, temperature: float) -> Tensor
     """
     wanted, given = (F.log_softmax(scores / temperature, dim=1) for scores in (teacher, student))
     return temperature**2 * F.kl_div(given, wanted, reduction="batchmean", log_target=True)
+
+
+Likeliest = tuple[Tensor, Tensor]
+"""Tokens int64 (n, k) and the logarithms of their probabilities, float32 (n, k + 1), the last of all other tokens."""
+
+
+def likeliest(scores: Tensor, top: int, temperature: float) -> Likeliest:
+    """The `top` likeliest columns of each row of softmax(scores / T), kept on the CPU."""
+    tokens = scores.topk(min(top, scores.shape[1]), dim=1).indices
+    return tokens.cpu(), _grouped(tokens, scores, temperature).cpu()
+
+
+def held_to(tokens: Tensor, wanted: Tensor, student: Tensor, temperature: float) -> Tensor:
+    """`distillation` where of the teacher only the likeliest columns are known, and all others count as one.
+
+    Args:
+        tokens: (n, k).
+        wanted: see `Likeliest`.
+        student: scores (n, columns), which get the gradient.
+        temperature: of both.
+    """
+    given = _grouped(tokens, student, temperature)
+    return temperature**2 * F.kl_div(given, wanted, reduction="batchmean", log_target=True)
+
+
+def _grouped(tokens: Tensor, scores: Tensor, temperature: float) -> Tensor:
+    logs = F.log_softmax(scores.float() / temperature, dim=1)
+    rest = logs.scatter(1, tokens, -torch.inf).logsumexp(1, keepdim=True)
+    # a vocabulary that is kept as a whole leaves no rest, whose logarithm would have no gradient
+    return torch.cat([logs.gather(1, tokens), rest.clamp_min(_LEAST)], dim=1)
 
 
 class Distillation(Method):

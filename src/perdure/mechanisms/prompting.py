@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from perdure.adapters.prefix import Prefix
 from perdure.backbones.base import Backbone, OneTower, Tower, named_towers
+from perdure.backbones.language import Language
 from perdure.core.learner import Core
 from perdure.core.method import Method, check_tower
 from perdure.types import Batch, Task
@@ -31,6 +32,20 @@ def query(learner: Core, batch: Batch) -> Tensor:
     with torch.no_grad():
         features: Tensor = learner.backbone(batch)
     return F.normalize(features.float(), dim=1)
+
+
+def conversation_query(learner: Core, batch: Batch) -> Tensor:
+    """What the untouched model is given of each conversation: unit means of its images' tokens beside those of words.
+
+    (B, 2 · dim), see `Language.pooled`; adapters in vision tower and projector must be off, as in `query`.
+    """
+    if QUERY in batch:
+        known: Tensor = batch[QUERY]
+        return known
+    backbone = learner.backbone
+    assert isinstance(backbone, Language)
+    with learner.computing():
+        return torch.cat(backbone.pooled(batch), dim=1)
 
 
 def text_query(learner: Core, tokens: Batch) -> Tensor:
@@ -73,12 +88,19 @@ class PerTower(Method, Generic[P]):
         return (self.of(tower) for tower in named_towers(self.tower))
 
     def check(self, learner: Core, task: Task) -> None:
-        """Refuse a text tower that nobody reads with."""
+        """Refuse a tower that nobody reads with, or whose inputs are no examples."""
         check_tower(learner, self, self.tower)
+        if "conversations" in learner.objective.asks and self.treats != {"language"}:
+            raise ValueError(
+                f"{self.name}(tower={self.tower!r}): in a language model a conversation is asked about: its images are "
+                "many or none: write tower='language'"
+            )
 
     @staticmethod
     def asked_of(learner: Core, batch: Batch, tower: str) -> Tensor:
-        """Queries (n, dim) of images, or of texts, in the batch that `applied` is given."""
+        """Queries (n, dim) of images, texts or conversations, in the batch that `applied` is given."""
+        if tower == "language":
+            return conversation_query(learner, batch)
         return query(learner, batch) if tower == "vision" else text_query(learner, batch)
 
 
@@ -100,6 +122,8 @@ C = TypeVar("C", bound=PromptPool)
 
 class QueriedPrompts(PerTower[C]):
     """Base of methods whose prompts depend on the query; every image and text is asked about by itself."""
+
+    needs = ("classes", "captions")
 
     def precompute(self, learner: Core, batch: Batch) -> Batch:
         """The query of each image."""
@@ -184,17 +208,14 @@ def check_tokens(learner: Core, tower: OneTower = "vision") -> None:
         ) from error
 
 
-_INPUT = {"vision": "an image", "text": "a text"}
+_INPUT = {"vision": "an image", "text": "a text", "language": "a conversation", "projector": "an image"}
 
 
 @torch.no_grad()
 def output_of(learner: Core, tower: OneTower = "vision") -> Tensor:
-    """What `tower`, as it is now, gives of a black image, (1, dim), or of two texts of unlike length, (2, dim)."""
+    """What `tower`, as it is now, gives of something small, or of two texts of unlike length, (2, dim)."""
     learner.to(learner.device)  # what has just been made is not there yet
     if tower == "text":
         return learner.backbone.encode_text(["a", "a photo of a cat"])
-    side = learner.backbone.preprocess.size
-    features: Tensor = learner.backbone(
-        {"image": torch.zeros(1, 3, side, side, dtype=torch.uint8, device=learner.device)}
-    )
+    features: Tensor = learner.backbone(learner.backbone.sample())
     return features

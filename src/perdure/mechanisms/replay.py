@@ -22,10 +22,10 @@ from perdure.types import Batch, Data, Task, join, take, to
 
 
 class ReplayBuffer(nn.Module):
-    """At most `size` past examples.
+    """At most `size` past examples; of examples that show the same image in a task, as many as there are, as one.
 
     Args:
-        size: number of examples.
+        size: number of examples, or of images.
         selection: `reservoir`: a uniform sample of everything seen (Vitter's algorithm R, each example offered once);
             `class_balanced`: the same number of each class, the first in the order in which they are offered.
     """
@@ -53,10 +53,32 @@ class ReplayBuffer(nn.Module):
         """Offer training examples of `task`: those of `order` (positions, best first), or all in random order."""
         if order is None:
             order = torch.randperm(len(task.train), generator=generator)
-        new = refer(task, order)
-        old = self.refs.cpu()
-        kept = self._reservoir(old, new, generator) if self.selection == "reservoir" else self._balanced(old, new)
-        self.references["refs"] = kept
+        new, old = refer(task, order), self.refs.cpu()
+        shown: Tensor | None = getattr(task.train, "pairs", None)
+        if shown is None:
+            self.references["refs"] = self._chosen(old, new, generator)
+            return
+        # several questions about one image cost one image: images are chosen, and all that is asked about them kept
+        every = torch.cat([old, new])
+        pairs = torch.cat([self.references.get("pairs", torch.arange(len(old))).cpu(), shown.cpu()[order.cpu()]])
+        images = torch.unique(torch.stack([every[:, 0], pairs], 1), dim=0, return_inverse=True)[1]
+        rows = torch.cat([every, images.unsqueeze(1)], dim=1)
+        first = torch.full((len(rows),), len(rows)).scatter_reduce(0, images, torch.arange(len(rows)), "amin")
+        heads = first[images] == torch.arange(len(rows))
+        late = torch.arange(len(rows)) >= len(old)
+        kept = self._chosen(rows[heads & ~late], rows[heads & late], generator)[:, 3]
+        place = torch.full((len(rows),), len(rows)).scatter(0, kept, torch.arange(len(kept)))[images]
+        members = place.argsort(stable=True)[: int((place < len(rows)).sum())]
+        self.references["refs"], self.references["pairs"] = every[members], pairs[members]
+
+    @property
+    def images(self) -> int:
+        """Number of different images that are referred to, of which several examples may be kept."""
+        return len(torch.unique(self.references["pairs"])) if "pairs" in self.references else len(self)
+
+    def _chosen(self, old: Tensor, new: Tensor, generator: torch.Generator) -> Tensor:
+        """Which rows are kept, of those that were and of those that are offered now."""
+        return self._reservoir(old, new, generator) if self.selection == "reservoir" else self._balanced(old, new)
 
     def _reservoir(self, old: Tensor, new: Tensor, generator: torch.Generator) -> Tensor:
         offered = int(self.references["offered"]) if "offered" in self.references else 0
@@ -227,6 +249,11 @@ class ExemplarBuffer(ReplayBuffer):
                 "selection='grand' is 'el2n' here: class vectors are compared by direction, and features of unit "
                 "length give every gradient the error's length; write selection='el2n'"
             )
+        if self.chooses == "influence" and not learner.objective.one_row:
+            raise ValueError(
+                "selection='influence' multiplies gradients of a head, which are too large where it "
+                "is a vocabulary: write selection='el2n'"
+            )
 
     def remember(self, learner: Core, task: Task) -> None:
         """Offer the task's training examples, at its end."""
@@ -261,7 +288,7 @@ class ExemplarBuffer(ReplayBuffer):
 
     def measures(self, learner: Core) -> dict[str, float]:
         """Bytes of the images that are referred to, at the size the model sees."""
-        return {"referenced_bytes": float(len(self) * learner.image_bytes)}
+        return {"referenced_bytes": float(self.images * learner.image_bytes)}
 
     def _prepared(self, learner: Core) -> Data:
         if self._ready is None or self._ready[0] != learner.task.index:
@@ -271,8 +298,12 @@ class ExemplarBuffer(ReplayBuffer):
 
     def _order(self, learner: Core, task: Task, generator: torch.Generator) -> Tensor:
         """Positions of the task's examples, of each class as many as it may keep, best first."""
-        features, labels = learner.features(task.train)
-        residuals, inputs = last_layer(learner, features, labels)
+        if learner.objective.one_row:
+            features, labels = learner.features(task.train)
+            residuals, inputs = last_layer(learner, features, labels)
+        else:
+            features, residuals = _of_answers(learner, task.train)
+            labels, inputs = task.train.labels.to(features.device), features
         most = -(-self.size // len(torch.unique(torch.cat([self.refs[:, 2].to(labels.device), labels]))))
         found = []
         for c in torch.unique(labels).tolist():
@@ -342,6 +373,20 @@ def last_layer(learner: Core, features: Tensor, labels: Tensor) -> tuple[Tensor,
     if learner.objective.linear:
         return residuals.clone(), F.pad(features, (0, 1), value=1.0)
     return residuals.clone(), F.normalize(features, dim=1)
+
+
+def _of_answers(learner: Core, data: Data) -> tuple[Tensor, Tensor]:
+    """Of each conversation means over its answer's tokens: of features (n, dim), and of the error's length (n, 1)."""
+    features, lengths = [], []
+    with learner.inference():
+        for batch in learner.batches(data, 64):
+            rows, owners = learner.encode(batch), learner.objective.owners(batch)
+            errors = F.softmax(learner.objective.scores(rows), dim=1)
+            errors[torch.arange(len(rows)), learner.objective.targets(batch)] -= 1
+            count = torch.bincount(owners, minlength=len(batch["label"])).unsqueeze(1)
+            for found, each in ((features, rows), (lengths, errors.norm(dim=1, keepdim=True))):
+                found.append(each.new_zeros(len(count), each.shape[1]).index_add(0, owners, each) / count)
+    return torch.cat(features).clone(), torch.cat(lengths).clone()
 
 
 def _moved(data: Data) -> bool:

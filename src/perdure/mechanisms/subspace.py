@@ -4,17 +4,16 @@ Liang & Li, CVPR 2024, arXiv:2404.00228; GPM: Saha et al., ICLR 2021, arXiv:2103
 complement M⊥ are two ways to store one thing; the smaller is kept, so a layer never stores more than d·d/2 numbers.
 """
 
-from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
+from torch.nn import functional as F
 
 from perdure.adapters.state import BufferDict
-from perdure.types import Batch
+from perdure.mechanisms.moments import Moments, Sketch
+from perdure.mechanisms.moments import exact as exact
 
 Kind = Literal["taken", "free"]
 Power = Literal[1, 2]
@@ -58,34 +57,50 @@ class Subspace:
         part = rows @ self.basis @ self.basis.T
         return part if self.kind == "taken" else rows - part
 
-    def design(self, moments: Tensor, rank: int, power: Power = 1) -> Tensor:
+    def _without(self, rows: Tensor) -> Tensor:
+        """The part of each row (n, d) that lies in the free directions."""
+        part = rows @ self.basis @ self.basis.T
+        return rows - part if self.kind == "taken" else part
+
+    def _spectrum(self, moments: Moments, power: Power) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of F R^power F: eigenvalues, largest first, vectors as columns; of R^power, its trace and its length."""
+        if not isinstance(moments, Sketch):
+            whole = torch.linalg.matrix_power(moments, power)
+            return (*_eigh(self.project(whole)), whole.trace(), torch.linalg.matrix_norm(whole))
+        _, own, right = torch.linalg.svd(moments.rows, full_matrices=False)
+        rows = own.pow(power).unsqueeze(1) * right  # rowsᵀ rows = R^power
+        _, found, vectors = torch.linalg.svd(self._without(rows), full_matrices=False)
+        energy = own.pow(2 * power)
+        return found.square(), vectors.T, moments.trace if power == 1 else energy.sum(), energy.norm()
+
+    def design(self, moments: Moments, rank: int, power: Power = 1) -> Tensor:
         """The `rank` leading free directions of the inputs, as orthonormal rows (rank, d); eq. for B_t, section 3.2.
 
         Of R they are the paper's, which catch the most of the inputs' energy; with `power` 2, of R², those of the
         official code, an SVD of F R: its left singular vectors are the eigenvectors of F R² F.
         Rows beyond the free space are zero: an eigenvector of the null space would point anywhere, into the past too.
         """
-        moments = torch.linalg.matrix_power(moments, power)
-        values, vectors = _eigh(self.project(moments))
+        values, vectors, _, length = self._spectrum(moments, power)
         rows = vectors[:, :rank].T.clone()
-        rows[values[:rank] <= _TOLERANCE[power] * torch.linalg.matrix_norm(moments)] = 0
-        return rows
+        rows[values[:rank] <= _TOLERANCE[power] * length] = 0
+        return F.pad(rows, (0, 0, 0, rank - len(rows)))
 
-    def take(self, moments: Tensor, keep: float, power: Power = 1) -> "Subspace":
+    def take(self, moments: Moments, keep: float, power: Power = 1) -> "Subspace":
         """Take the fewest further directions with which `keep` of the inputs' energy lies in the taken space.
 
         Args:
-            moments: R = E[x xᵀ] of the new task's inputs, (d, d) float64.
+            moments: R = E[x xᵀ] of the new task's inputs, (d, d) float64, or its sketch: what that lost counts as free.
             keep: share of the energy in [0, 1].
             power: the energy is the trace of R, as in the papers, or with 2 that of R², with which the official code
                 takes far fewer directions at the same `keep`.
         """
-        moments, tolerance = torch.linalg.matrix_power(moments, power), _TOLERANCE[power]
-        values, vectors = _eigh(self.project(moments))
-        total = moments.trace()
+        tolerance = _TOLERANCE[power]
+        values, vectors, total, _ = self._spectrum(moments, power)
         energy = values.clamp_min(0)
         # outside[j] = energy that stays free after taking j directions
         outside = energy.sum() - torch.cat([energy.new_zeros(1), energy.cumsum(0)])
+        if isinstance(moments, Sketch) and power == 1:
+            outside += (total - moments.rows.square().sum()).clamp_min(0)
         needed = int((outside > (1 - keep + tolerance) * total).sum())
         needed = min(needed, int((values > tolerance * values.max().clamp_min(0)).sum()), self.free)
         if self.free == len(moments):  # the first task always takes something
@@ -113,17 +128,21 @@ def _complement(inside: Tensor, basis: Tensor) -> Tensor:
     return basis @ whole[:, inside.shape[1] :]
 
 
+def check_balance(name: str, balance: float | None, tower: str) -> None:
+    """Raise `ValueError` where a share of image tokens has no effect: beside the words of which there are none."""
+    if balance is not None and "language" not in tower:
+        raise ValueError(
+            f"{name}(balance={balance}): the {tower} tower has tokens of one kind only: write tower='language', or "
+            "leave balance out"
+        )
+
+
 def keep_schedule(keep: float, task: int, total: int | None) -> float:
     """Share of energy to protect after task `task` (from 0): rises linearly from `keep` to 1; constant without `total`.
 
     Liang & Li: ε_t = (1 - ε)·t / T + ε.
     """
     return keep if total is None else keep + (1 - keep) * task / total
-
-
-def exact(tensor: Tensor) -> Tensor:
-    """In float64; on the CPU where the device has none (MPS)."""
-    return tensor.cpu().double() if tensor.device.type == "mps" else tensor.double()
 
 
 def pack_symmetric(matrix: Tensor) -> Tensor:
@@ -161,120 +180,6 @@ def shrunk(covariance: Tensor, freedom: int) -> Tensor:
     share = ((1 - 2 / d) * square + trace**2) / excess.clamp_min(torch.finfo(excess.dtype).tiny)
     share = share.clamp_max(1)
     return (1 - share) * covariance + share * trace / d * identity
-
-
-class _Enough(Exception):
-    """All watched layers have been reached; what lies above them need not be computed."""
-
-
-@torch.no_grad()
-def second_moments(
-    encode: Callable[[Batch], object],
-    layers: Mapping[str, nn.Module],
-    batches: Iterable[Batch],
-    mask: Callable[[], Tensor | None] = lambda: None,
-) -> dict[str, Tensor]:
-    """E[x xᵀ] of the inputs of each layer, uncentred, over all tokens: float64 (fan_in, fan_in).
-
-    Products are formed in float32 outside autocast (in bfloat16 the subspaces are noise), as one flat xᵀx per batch,
-    and summed in float64. A batch is not computed beyond the last watched layer.
-
-    Args:
-        encode: runs the model on a batch.
-        layers: name -> layer to watch.
-        batches: the data.
-        mask: asked whenever a layer is reached: which tokens (n, L) of its input count; None counts all.
-    """
-    total: dict[str, Tensor] = {}
-    count = dict.fromkeys(layers, 0)
-    reached: set[str] = set()
-
-    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(_layer: nn.Module, args: tuple[Any, ...]) -> None:
-            x: Tensor = args[0]
-            if (counts := mask()) is not None:
-                x = x[counts.to(x.device)]
-            product, tokens = _product(x)
-            total[name] = total[name].add_(product) if name in total else product
-            count[name] += tokens
-            reached.add(name)
-            if len(reached) == len(layers):
-                raise _Enough
-
-        return hook
-
-    handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
-    try:
-        for batch in batches:
-            reached.clear()
-            try:
-                encode(batch)
-            except _Enough:
-                continue
-            raise ValueError(f"the inputs of {sorted(layers.keys() - reached)} are never computed: choose other sites")
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {name: total[name] / count[name] for name in layers}
-
-
-def _product(x: Tensor) -> tuple[Tensor, int]:
-    """The sum of x xᵀ over all tokens of (..., d), float64 (d, d), and how many these are."""
-    with torch.autocast(x.device.type, enabled=False):
-        x = x.detach().flatten(0, -2).float()
-        product = x.T @ x
-    # float64 holds sums of millions of tokens; MPS has none, so it is kept on the CPU there.
-    return product.cpu().double() if x.device.type == "mps" else product.double(), len(x)
-
-
-class RunningMoments(BufferDict):
-    """Second moments of what layers read in training steps: no pass of their own, but of weights that still move.
-
-    Sums are part of the state, so that a run stopped in between goes on with them.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._heard: dict[str, Tensor] = {}
-        self._handles: list[RemovableHandle] = []
-
-    @property
-    def images(self) -> int:
-        """How many were counted."""
-        return int(self["images"]) if "images" in self else 0
-
-    @property
-    def listening(self) -> bool:
-        """Whether something is held for `add`."""
-        return bool(self._handles)
-
-    def listen(self, layers: Mapping[str, nn.Module]) -> None:
-        """Hold what each of `layers` reads in the next forward pass that is trained on, until `add`."""
-
-        def hear(name: str, _layer: nn.Module, args: tuple[Any, ...]) -> None:
-            if torch.is_grad_enabled():  # a teacher's pass is none of them
-                self._heard.setdefault(name, args[0].detach())
-
-        self._handles = [layer.register_forward_pre_hook(partial(hear, name)) for name, layer in layers.items()]
-
-    @torch.no_grad()
-    def add(self, images: Tensor) -> None:
-        """Count `images` (rows of the batch) of what was heard, and listen no more."""
-        for handle in self._handles:
-            handle.remove()
-        for name, x in self._heard.items():
-            product, tokens = _product(x[images])
-            for key, value in ((f"sum/{name}", product), (f"tokens/{name}", torch.tensor(tokens))):
-                self[key] = self[key] + value if key in self else value
-        self["images"] = torch.tensor(self.images + len(images))
-        self._handles, self._heard = [], {}
-
-    def finish(self) -> dict[str, Tensor]:
-        """E[x xᵀ] of each layer, as `second_moments` gives it; the sums begin anew."""
-        names = [key.removeprefix("sum/") for key in self if key.startswith("sum/")]
-        found = {name: self[f"sum/{name}"] / self[f"tokens/{name}"] for name in names}
-        self.clear()
-        return found
 
 
 class SubspaceMemory(BufferDict):

@@ -18,7 +18,9 @@ from perdure.core.method import check_mask
 from perdure.mechanisms.replay import BufferView, ExemplarBuffer, Rehearsal, Selection
 from perdure.mechanisms.selection_scores import Position
 from perdure.options.ranges import Bytes, Count, Ratio, Strength, without_effect
-from perdure.types import Batch, Task, take
+from perdure.types import Batch, Data, Task, take
+
+_TOP = 64  # likeliest tokens of which logits are kept: those of a vocabulary are gigabytes
 
 
 class DERPP(Rehearsal, name="derpp"):
@@ -64,7 +66,8 @@ class DERPP(Rehearsal, name="derpp"):
                 mask=mask or None,
             )
         self.alpha, self.beta, self.ratio, self.mask = alpha, beta, ratio, mask
-        # "logits": (rows, classes seen) of the memory's references, in their order; "rows": how many each has, or one
+        # of the memory's references, in their order: "logits" (rows, classes seen); of answers in words those of the
+        # likeliest "tokens" (rows, k), and "rows", how many rows each has
         self.stored_logits = BufferDict()
 
     def grow(self, learner: Core, task: Task) -> None:
@@ -110,25 +113,32 @@ class DERPP(Rehearsal, name="derpp"):
         fresh, counts = refs[:, 0] == task.index, torch.ones(len(refs), dtype=torch.int64)
         places = _places(before, refs[~fresh])
         new = torch.zeros(0, len(objective.classes), dtype=torch.float32, device=learner.device)
+        said = new.long()
         if fresh.any():
             images = BufferView(learner.tasks, refs[fresh])
-            features, _ = learner.features(images)
-            with torch.no_grad():
-                new = objective.scores(features)
-            if not objective.one_row:
-                read = learner.batches(images, 256)
-                counts[fresh] = torch.cat([torch.bincount(objective.owners(each)).cpu() for each in read])
+            if objective.one_row:
+                features, _ = learner.features(images)
+                with torch.no_grad():
+                    new = objective.scores(features)
+            else:
+                said, new, counts[fresh] = _likeliest(learner, images)
         if not (fresh.all() or objective.one_row):
             counts[~fresh] = self.stored_logits["rows"].cpu()[places]
-        logits = new.new_zeros(int(counts.sum()), max(new.shape[1], len(objective.classes)))
+        old_rows = None if fresh.all() else self._rows(places)
         of_fresh = fresh.repeat_interleave(counts)
-        logits[of_fresh] = new
-        if not fresh.all():
-            old = self.stored_logits["logits"]
-            logits[~of_fresh, : old.shape[1]] = old[self._rows(places)]
-        self.stored_logits["logits"] = logits
+        if not objective.one_row:
+            self.stored_logits["tokens"] = self._with_old("tokens", said, of_fresh, old_rows)
+        self.stored_logits["logits"] = self._with_old("logits", new, of_fresh, old_rows)
         if not objective.one_row:
             self.stored_logits["rows"] = counts
+
+    def _with_old(self, name: str, new: Tensor, of_new: Tensor, old_rows: Tensor | None) -> Tensor:
+        """`new` (n, k) at the places `of_new` (m,), and what was stored in `old_rows` at the others."""
+        old = new[:0] if old_rows is None else self.stored_logits[name][old_rows]
+        whole = new.new_zeros(len(of_new), max(new.shape[1], old.shape[1]))
+        whole[of_new, : new.shape[1]] = new
+        whole[~of_new, : old.shape[1]] = old
+        return whole
 
     def _rows(self, images: Tensor) -> Tensor:
         """Where the logits of `images` (n,) stand, of which each may have several rows."""
@@ -140,8 +150,11 @@ class DERPP(Rehearsal, name="derpp"):
 
     def _apart(self, learner: Core, features: Tensor, images: Tensor) -> Tensor:
         """Mean squared difference to the stored logits, of the classes that were seen when they were stored."""
-        wanted = self.stored_logits["logits"][self._rows(images)]
-        found = learner.objective.scores(features)[:, : wanted.shape[1]]
+        rows = self._rows(images)
+        wanted, found = self.stored_logits["logits"][rows], learner.objective.scores(features)
+        if "tokens" in self.stored_logits:
+            found = found.gather(1, self.stored_logits["tokens"][rows])
+        found = found[:, : wanted.shape[1]]
         if "classes" not in learner.objective.asks:
             return (found - wanted).square().mean()
         columns = torch.arange(wanted.shape[1], device=wanted.device)
@@ -158,6 +171,19 @@ class DERPP(Rehearsal, name="derpp"):
             known.update(task.classes)
             counts.append(len(known))
         return torch.tensor(counts)
+
+
+def _likeliest(learner: Core, data: Data) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each answer's tokens the likeliest ones (rows, k) and their logits, and how many rows each example has."""
+    said, logits, counts = [], [], []
+    with learner.inference():
+        for batch in learner.batches(data, 64):
+            scores = learner.objective.scores(learner.encode(batch))
+            best = scores.topk(min(_TOP, scores.shape[1]), dim=1)
+            said.append(best.indices)
+            logits.append(best.values)
+            counts.append(torch.bincount(learner.objective.owners(batch), minlength=len(batch["label"])).cpu())
+    return torch.cat(said).clone(), torch.cat(logits).clone(), torch.cat(counts).clone()
 
 
 def _places(refs: Tensor, wanted: Tensor) -> Tensor:

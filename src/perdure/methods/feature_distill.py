@@ -20,6 +20,7 @@ from perdure.backbones.base import Tower
 from perdure.core.learner import Core
 from perdure.core.method import check_tower, treated
 from perdure.mechanisms.distillation import Distillation
+from perdure.objectives.retrieve import at
 from perdure.objectives.zeroshot import class_texts
 from perdure.options.ranges import Strength, without_effect
 from perdure.types import Batch, Task
@@ -34,7 +35,8 @@ class FeatureDistill(Distillation, name="feature_distill"):
     Args:
         strength: weight of the distance; 0 is plain training.
         tower: whose output is held: `vision`, `text` (class names or captions, with a part that trains the text
-            tower), or `both`, whose distances add up.
+            tower), or `both`, whose distances add up; in a language model `language`: what tokens of answers are read
+            from.
         form: `cosine` is 1 - cos; `mse` the squared distance in units of the teacher's squared length, which holds
             lengths too.
     """
@@ -52,6 +54,13 @@ class FeatureDistill(Distillation, name="feature_distill"):
     def grow(self, learner: Core, task: Task) -> None:
         """Nothing to make room for; refuse texts where there are none."""
         check_tower(learner, self, self.tower)
+        if "conversations" in learner.objective.asks:
+            if self.tower != "language":
+                raise ValueError(
+                    f"feature_distill(tower={self.tower!r}): what is said is read from the language tower, whichever "
+                    "is trained: write tower='language'"
+                )
+            return
         captioned = "captions" in learner.objective.asks
         held = {"vision": "features", "text": "captions"} if captioned else {"vision": "features"}
         self.ask_for([held[tower] for tower in self._towers("vision", "text") if tower in held])
@@ -62,7 +71,7 @@ class FeatureDistill(Distillation, name="feature_distill"):
         if self.holds(task) and self._towers("text") and "classes" in learner.objective.asks:
             with self.teacher.swapped_in(learner):  # as it answers, without what methods do in training only
                 self.name_embeddings["old"] = self._embed(learner)
-        if not self.teacher.outputs:
+        if not self.teacher.outputs and self.tower != "language":
             self.teacher.clear()
 
     def check(self, learner: Core, task: Task) -> None:
@@ -78,12 +87,16 @@ class FeatureDistill(Distillation, name="feature_distill"):
     def penalty(self, learner: Core, batch: Batch, features: Tensor) -> Tensor | float:
         """strength · distance of the student's output to the teacher's, for each tower."""
         total: Tensor | float = 0.0
+        if self.teacher.weights and self.tower == "language":
+            with self.teacher.swapped_in(learner):  # not kept beside examples, of which each has many rows
+                held = learner.encode(batch)
+            return self.strength * self._distance(held, features)
         if self.teacher.weights:
             wanted, objective = self.teacher(learner, batch), learner.objective
             if "features" in wanted:
                 total = total + self.strength * self._distance(wanted["features"], features)
             if "captions" in wanted:
-                shown = wanted["captions"][objective.chosen(batch)]
+                shown = at(wanted["captions"], objective.chosen(batch))
                 total = total + self.strength * self._distance(shown, objective.shown(batch)[0])
         if self.name_embeddings:
             total = total + self.strength * self._distance(self.name_embeddings["old"], self._embed(learner))

@@ -11,6 +11,7 @@ projected, so that the protection does not depend on the optimizer; second momen
 of an SVD of stacked inputs; `keep` rises linearly to 1 over a known number of tasks (the paper raises it by hand).
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -20,8 +21,9 @@ from perdure.adapters.state import BufferDict
 from perdure.backbones.base import Tower
 from perdure.core.learner import Core
 from perdure.core.method import Method
-from perdure.mechanisms.subspace import SubspaceMemory, keep_schedule, second_moments
-from perdure.options.ranges import Count, Factor, Share
+from perdure.mechanisms.moments import second_moments
+from perdure.mechanisms.subspace import SubspaceMemory, check_balance, keep_schedule
+from perdure.options.ranges import Count, Factor, Rank, Share
 from perdure.types import Batch, Site, Task
 
 
@@ -38,6 +40,8 @@ class GPM(Method, name="gpm"):
             code, where the same `keep` takes far fewer directions.
         schedule: `linear` raises `keep` to 1 over a known number of tasks; `fixed`, and an open end, hold it.
         moments: number of training images that second moments are taken from.
+        balance: share of a language model's image tokens in them, see `inflora`.
+        sketch: directions kept of those of layers wider than 4,096, see `inflora`.
     """
 
     changes_encoder = True
@@ -54,10 +58,13 @@ class GPM(Method, name="gpm"):
         power: Literal[1, 2] = 1,
         schedule: Literal["linear", "fixed"] = "linear",
         moments: Count = 512,
+        balance: Share | None = None,
+        sketch: Rank | None = None,
     ) -> None:
         super().__init__()
         self.at, self.blocks, self.tower, self.backbone_lr = at, blocks, tower, backbone_lr
         self.keep, self.power, self.schedule, self.moments = keep, power, schedule, moments
+        self.balance, self.sketch = balance, sketch
         self.subspaces = SubspaceMemory()  # of each input
         self.start = BufferDict()  # layer -> its weight before the task, where a step is not free
         self._inputs: dict[str, Site] = {}  # name of an input -> one of the sites that read it
@@ -65,6 +72,7 @@ class GPM(Method, name="gpm"):
 
     def grow(self, learner: Core, task: Task) -> None:
         """Thaw the chosen layers' weights."""
+        check_balance(self.name, self.balance, self.tower)
         if not self._layers:
             for site in learner.backbone.sites(self.at, self.blocks, self.tower):
                 self._inputs.setdefault(site.input, site)
@@ -106,7 +114,11 @@ class GPM(Method, name="gpm"):
         keep = self.keep if self.schedule == "fixed" else keep_schedule(self.keep, task.index, task.total)
         layers = {key: learner.backbone.get_submodule(site.layer) for key, site in self._inputs.items()}
         views = learner.training_views(learner.method.data(learner, task), self.moments, "take")
-        reading = second_moments(learner.forward_towers, layers, views, lambda: learner.backbone.text_mask)
+
+        def groups(key: str) -> Sequence[Tensor] | None:
+            return learner.backbone.token_groups(self._inputs[key].layer)
+
+        reading = second_moments(learner.forward_towers, layers, views, groups, self.balance, self.sketch)
         for key, moments in reading.items():
             space = self.subspaces.of(key, self._inputs[key].fan_in, moments.device)
             self.subspaces.keep(key, space.take(moments, keep, self.power))

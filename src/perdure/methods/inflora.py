@@ -26,8 +26,9 @@ from perdure.adapters.low_rank import LowRank
 from perdure.backbones.base import Tower
 from perdure.core.learner import Core
 from perdure.core.method import Method
+from perdure.mechanisms.moments import Moments, RunningMoments, exact, second_moments
 from perdure.mechanisms.rank_selection import DRS
-from perdure.mechanisms.subspace import RunningMoments, Subspace, SubspaceMemory, exact, keep_schedule, second_moments
+from perdure.mechanisms.subspace import Subspace, SubspaceMemory, check_balance, keep_schedule
 from perdure.options.ranges import Count, Rank, Share, Strength, without_effect
 from perdure.types import Batch, Site, Task
 
@@ -41,7 +42,8 @@ class InfLoRA(Method, name="inflora"):
 
     Args:
         rank: rows of each task's B_t; None is 10.
-        at: which layers, see `Backbone.sites`; layers that read the same input share B_t.
+        at: which layers, see `Backbone.sites`; layers that read the same input share B_t. None is "kv", as in the
+            paper, and in a language model "qkv".
         blocks: which blocks, all by default; "0-4" is the paper's InfLoRA-b5.
         tower: which encoder.
         keep: share of the old inputs' energy to protect (the paper's ε), in (0, 1].
@@ -53,6 +55,10 @@ class InfLoRA(Method, name="inflora"):
         moments: number of training images that second moments are taken from.
         end_moments: `pass` takes those at a task's end in a forward pass, `training` from the images of the last epoch
             as they are trained on, with weights that still move: it spares the pass.
+        balance: share of a language model's image tokens in second moments, between 0 and 1, however many they are;
+            None counts every token alike.
+        sketch: directions kept of second moments of layers wider than 4,096, in place of all (see `moments.Sketch`);
+            None keeps all.
         ranks: candidates among which each task's rank is chosen after a short warm-up, see
             `perdure.mechanisms.rank_selection`; None takes `rank`. B_t's rows come in order of the inputs' energy, so a
             smaller rank keeps the leading ones.
@@ -65,7 +71,7 @@ class InfLoRA(Method, name="inflora"):
     def __init__(
         self,
         rank: Rank | None = None,
-        at: str = "kv",
+        at: str | None = None,
         blocks: str | None = None,
         tower: Tower = "vision",
         keep: Share = 0.95,
@@ -75,6 +81,8 @@ class InfLoRA(Method, name="inflora"):
         project: bool = True,
         moments: Count = 512,
         end_moments: Literal["pass", "training"] = "pass",
+        balance: Share | None = None,
+        sketch: Rank | None = None,
         ranks: Sequence[Rank] | None = None,
         rank_cost: Strength | None = None,
     ) -> None:
@@ -91,7 +99,7 @@ class InfLoRA(Method, name="inflora"):
                     f"ranks={tuple(ranks)}: one candidate leaves nothing to choose; write rank={ranks[0]} instead"
                 )
             self.drs = DRS(ranks, "affine", rank_cost)
-        self.at, self.blocks, self.tower = at, blocks, tower
+        self.at, self.blocks, self.tower, self.balance, self.sketch = at, blocks, tower, balance, sketch
         self.keep, self.power, self.schedule = keep, power, schedule
         self.design, self.project, self.moments, self.end_moments = design, project, moments, end_moments
         self.adapters = nn.ModuleDict()
@@ -102,8 +110,12 @@ class InfLoRA(Method, name="inflora"):
 
     def grow(self, learner: Core, task: Task) -> None:
         """A new branch in every chosen layer; what the last one learnt is merged."""
+        check_balance(self.name, self.balance, self.tower)
+        if self.end_moments == "training" and not learner.objective.one_row:
+            raise ValueError("end_moments='training' counts images, and conversations have many or none: leave it out")
         if not self.adapters:
-            for key, sites in learner.backbone.sites_by_input(self.at, self.blocks, self.tower).items():
+            at = self.at or ("qkv" if self.tower == "language" else "kv")
+            for key, sites in learner.backbone.sites_by_input(at, self.blocks, self.tower).items():
                 self.adapters[_key(key)] = LowRank(sites, self.drs.largest)
                 self._inputs[_key(key)] = sites[0]
                 attach(learner.backbone, sites, self._adapter(_key(key)))
@@ -179,10 +191,15 @@ class InfLoRA(Method, name="inflora"):
         """What is taken, or free, in float64 on the device of the moments."""
         return self.subspaces.of(key, self._adapter(key).fan_in, device)
 
-    def _moments(self, learner: Core, task: Task, purpose: str) -> dict[str, Tensor]:
+    def _moments(self, learner: Core, task: Task, purpose: str) -> dict[str, Moments]:
         """E[x xᵀ] of each input."""
         views = learner.training_views(learner.method.data(learner, task), self.moments, purpose)
-        return second_moments(learner.forward_towers, self._layers(learner), views, lambda: learner.backbone.text_mask)
+
+        def groups(key: str) -> Sequence[Tensor] | None:
+            return learner.backbone.token_groups(self._inputs[key].layer)
+
+        layers = self._layers(learner)
+        return second_moments(learner.forward_towers, layers, views, groups, self.balance, self.sketch)
 
     def _layers(self, learner: Core) -> dict[str, nn.Module]:
         return {key: learner.backbone.get_submodule(site.layer) for key, site in self._inputs.items()}

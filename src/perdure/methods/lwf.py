@@ -15,9 +15,12 @@ import torch
 from torch import Tensor
 
 from perdure.core.learner import Core
-from perdure.mechanisms.distillation import Distillation, distillation
-from perdure.options.ranges import Factor, Strength
+from perdure.mechanisms.distillation import Distillation, Likeliest, distillation, held_to, likeliest
+from perdure.options.ranges import Count, Factor, Strength, without_effect
 from perdure.types import Batch, Task
+
+_SAID = "lwf/likeliest"
+_TOP = 64
 
 
 class LwF(Distillation, name="lwf"):
@@ -35,6 +38,8 @@ class LwF(Distillation, name="lwf"):
         text_temperature: with objectives that read class names, also keep the distribution of each old name over the
             batch's images, softened by this; None leaves that direction alone. Between images and captions both
             directions are always kept, and None is `temperature`.
+        top: of answers in words, how many of the likeliest tokens are held at each place, the rest counting as one:
+            what the teacher says is kept for a whole training set, and is not a vocabulary for each token. None is 64.
     """
 
     def __init__(
@@ -44,8 +49,10 @@ class LwF(Distillation, name="lwf"):
         heads: Literal["learn", "frozen"] = "learn",
         schedule: Literal["constant", "share"] = "constant",
         text_temperature: Factor | None = None,
+        top: Count | None = None,
     ) -> None:
         super().__init__()
+        self.top = top
         self.strength, self.temperature = strength, temperature
         self.heads, self.schedule, self.text_temperature = heads, schedule, text_temperature
 
@@ -59,6 +66,8 @@ class LwF(Distillation, name="lwf"):
             )
         if self.heads == "frozen" and "classes" not in objective.asks:
             raise ValueError("heads='frozen' has no effect where there are no heads: leave it out")
+        if "conversations" not in objective.asks:
+            without_effect("where answers are no tokens", top=self.top)
         self.ask_for(objective.outputs)
         if self.holds(task) and self.heads == "learn":
             objective.requires_grad_(True)
@@ -71,11 +80,31 @@ class LwF(Distillation, name="lwf"):
                 "heads='frozen' has no effect where no old head stands apart, or another part trains all: leave it out"
             )
 
+    def precompute(self, learner: Core, batch: Batch) -> Batch:
+        """What the teacher says of each example; of answers in words their likeliest tokens."""
+        if "conversations" not in learner.objective.asks:
+            return super().precompute(learner, batch)
+        return {_SAID: self._said(learner, batch)} if self.teacher.kept and learner.training else {}
+
+    def _said(self, learner: Core, batch: Batch) -> list[Likeliest]:
+        """The teacher's likeliest tokens at each place of each answer."""
+        if _SAID in batch:
+            known: list[Likeliest] = batch[_SAID]
+            return known
+        (scores,) = self.teacher.distributions(learner, batch)
+        counts = torch.bincount(learner.objective.owners(batch), minlength=len(batch["label"])).tolist()
+        rows = torch.split(scores, counts)
+        return [likeliest(each, self.top or _TOP, self.temperature) for each in rows]
+
     def penalty(self, learner: Core, batch: Batch, features: Tensor) -> Tensor | float:
         """strength · T² · KL of the teacher's and the student's distribution over old classes."""
         if not self.teacher.weights:
             return 0.0
         objective = learner.objective
+        if "conversations" in objective.asks:
+            said = self._said(learner, batch)
+            tokens, logs = (torch.cat(each).to(features.device) for each in zip(*said, strict=True))
+            return self.strength * held_to(tokens, logs, objective.distributions(features, batch)[0], self.temperature)
         old = self.teacher.distributions(learner, batch, old=True)
         new = objective.distributions(features, batch, old=True)
         temperatures: list[float | None] = [self.temperature] * len(new)

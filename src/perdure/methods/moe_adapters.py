@@ -24,12 +24,11 @@ from torch import Tensor, nn
 from perdure.adapters.experts import Experts, Routes, routing
 from perdure.adapters.injection import Adapters, attach, overhear
 from perdure.backbones.base import OneTower, Tower, named_towers
-from perdure.backbones.texts import present, unpack_texts
 from perdure.core.learner import Core
 from perdure.core.method import parts_of
 from perdure.formatting import room_for
 from perdure.mechanisms.class_statistics import ClassTable, TaskGaussians
-from perdure.mechanisms.prompting import QUERY, PerTower, query, text_query
+from perdure.mechanisms.prompting import QUERY, PerTower, conversation_query, query, text_query
 from perdure.options.ranges import Factor, Range, Rank, Share, Strength
 from perdure.types import Batch, Data, Task
 
@@ -55,11 +54,10 @@ class Mixture(nn.Module):
         """Whether there are routers in training, which a task has until it ends."""
         return next(iter(self.adapters)).routes_new
 
-    def by_itself(self, asked: Tensor, counted: Tensor | None = None) -> list[Routes]:
+    def by_itself(self, asked: Tensor, counted: Tensor | None = None, seen: Tensor | None = None) -> list[Routes]:
         """Every input by the router of the task that knows its query (n, dim) best."""
-        return [Routes(self.task_identifier.tasks, self.task_identifier.route(asked), counted=counted)] * len(
-            self.adapters
-        )
+        routes = Routes(self.task_identifier.tasks, self.task_identifier.route(asked), counted=counted, seen=seen)
+        return [routes] * len(self.adapters)
 
     def open(self, count: int, device: torch.device) -> None:
         """`count` new experts in each block, and a new router over them all."""
@@ -121,6 +119,10 @@ class MoEAdapters(PerTower[Mixture], name="moe_adapters"):
     def grow(self, learner: Core, task: Task) -> None:
         """Experts at the first task, and a router for each."""
         backbone = learner.backbone
+        if getattr(backbone, "checkpointing", False):
+            raise ValueError(
+                "moe_adapters cannot route again what is computed again: leave checkpointing out of mllm()"
+            )
         for tower in named_towers(self.tower):
             if tower in self.towers:
                 self.of(tower).open(0, learner.device)
@@ -152,7 +154,9 @@ class MoEAdapters(PerTower[Mixture], name="moe_adapters"):
                 own.open(self.freeze, learner.device)
 
     def precompute(self, learner: Core, batch: Batch) -> Batch:
-        """Features of the pre-trained model, for task identification, which is not asked in training."""
+        """Features of the pre-trained model, to identify tasks; of conversations routers read them too, in training."""
+        if "language" in self.treats:
+            return {QUERY: conversation_query(learner, batch)}
         return {QUERY: query(learner, batch)} if "vision" in self.treats and not learner.training else {}
 
     def batch(self, learner: Core, batch: Batch) -> Batch:
@@ -183,10 +187,12 @@ class MoEAdapters(PerTower[Mixture], name="moe_adapters"):
     def applied(self, learner: Core, batch: Batch, tower: str) -> AbstractContextManager[None]:
         """Within, inputs take experts: in training by the task's router, else by that of who knows each one best."""
         own, counted = self.of(tower), learner.backbone.counted(batch) if tower == "text" else None
+        asked = None if learner.training and tower != "language" else self.asked_of(learner, batch, tower)
+        seen = asked.chunk(2, dim=1)[1] if asked is not None and tower == "language" else None
         if learner.training and own.learning:
-            routes = self._told(learner, tower, len(next(iter(batch.values()))), batch.get("label"), counted)
+            routes = self._told(learner, tower, len(next(iter(batch.values()))), batch.get("label"), counted, seen)
         else:
-            routes = own.by_itself(self.asked_of(learner, batch, tower), counted)
+            routes = own.by_itself(self.asked_of(learner, batch, tower) if asked is None else asked, counted, seen)
         return routing(list(own.adapters), routes)
 
     def measures(self, learner: Core) -> dict[str, float]:
@@ -207,7 +213,13 @@ class MoEAdapters(PerTower[Mixture], name="moe_adapters"):
         return max(self.top, by_rule or (self.top if self.expand else _OPEN_END))
 
     def _told(
-        self, learner: Core, tower: str, count: int, labels: Tensor | None, counted: Tensor | None = None
+        self,
+        learner: Core,
+        tower: str,
+        count: int,
+        labels: Tensor | None,
+        counted: Tensor | None = None,
+        seen: Tensor | None = None,
     ) -> list[Routes]:
         """Everything by the router in training; what is of old tasks, as replay brings it, by those of its task."""
         adapters = self.of(tower).adapters
@@ -228,13 +240,15 @@ class MoEAdapters(PerTower[Mixture], name="moe_adapters"):
         draw = torch.randn(len(adapters), count, most, dtype=torch.float32, generator=generator)
         # routers of former tasks have nothing to try out any more
         noise = (self.noise * draw).to(learner.device) * (place == 0).unsqueeze(1)
-        return [Routes(routers, place, its[:, : a.count], counted) for its, a in zip(noise, adapters, strict=True)]
+        return [
+            Routes(routers, place, its[:, : a.count], counted, seen) for its, a in zip(noise, adapters, strict=True)
+        ]
 
     def _read(self, learner: Core, data: Data, order: Tensor, tower: OneTower) -> tuple[Tensor, Tensor]:
         """Unit features (n, dim) of images, or of what is said of them, by the pre-trained model, and labels (n,)."""
         with learner.inference():
-            if tower == "vision":
-                found = [query(learner, batch) for batch in learner.batches(data, _CHUNK, order)]
+            if tower != "text":
+                found = [self.asked_of(learner, batch, tower) for batch in learner.batches(data, _CHUNK, order)]
                 labels = data.labels.to(learner.device)[order.to(learner.device)]
             else:
                 texts = self._texts(learner, data, order)
@@ -254,6 +268,6 @@ class MoEAdapters(PerTower[Mixture], name="moe_adapters"):
             lines, labels = learner.objective.texts(learner, {})
             return dict(zip(lines, labels.tolist(), strict=True))
         for batch in learner.batches(data, _CHUNK, order):
-            rows, places = present(batch["text"]).nonzero(as_tuple=True)
-            found |= zip(unpack_texts(batch["text"][rows, places]), batch["label"][rows].tolist(), strict=True)
+            for texts, label in zip(batch["text"], batch["label"].tolist(), strict=True):
+                found |= dict.fromkeys(texts, label)
         return found

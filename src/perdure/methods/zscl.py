@@ -22,18 +22,18 @@ from torch.nn import functional as F
 from perdure.adapters.injection import detach
 from perdure.adapters.state import BufferDict
 from perdure.backbones.base import Backbone
-from perdure.backbones.texts import pack_texts, present
 from perdure.core.learner import Core, derived_seed
 from perdure.core.method import Method
 from perdure.core.shared_copy import Constant
 from perdure.mechanisms.distillation import check_moves, distillation
 from perdure.mechanisms.replay import read_references
+from perdure.objectives.retrieve import at
 from perdure.options.ranges import Count, Factor, Strength, without_effect
 from perdure.options.spec import parse_one
 from perdure.streams import build_stream
 from perdure.types import Batch, Task
 
-_TEACHER = "zscl"  # what is computed once: the teacher's image features, and after them its embeddings of captions
+_IMAGES, _CAPTIONS = "zscl/features", "zscl/captions"  # what the teacher says
 _SIZE = 2000
 
 
@@ -85,7 +85,7 @@ class ZSCL(Method, name="zscl"):
         self._pretrained: Constant[Backbone] = Constant()  # in a list: it is no part of any state
         self._teacher: Constant[Core] = Constant()
         self._material: Constant[_Reference] = Constant()
-        self._sentences: tuple[tuple[str, ...], Tensor, Tensor] | None = None  # class names, packed, embedded
+        self._sentences: tuple[tuple[str, ...], list[str], Tensor] | None = None  # class names, in sentences, embedded
 
     @property
     def distils(self) -> bool:
@@ -121,10 +121,10 @@ class ZSCL(Method, name="zscl"):
             )
 
     def precompute(self, learner: Core, batch: Batch) -> Batch:
-        """What the teacher makes of an image and its captions, (B, 1 + K, dim); K is 0 without captions."""
+        """What the teacher makes of images, (B, dim), and of captions, (captions, dim) an image."""
         if not self.distils or self.reference is not None or not learner.training:
             return {}
-        return {_TEACHER: self._asked(learner, batch)}
+        return self._asked(learner, batch)
 
     def penalty(self, learner: Core, batch: Batch, features: Tensor) -> Tensor | float:
         """Both distillations and the anchor."""
@@ -151,24 +151,23 @@ class ZSCL(Method, name="zscl"):
             images, features, lines, texts = self._drawn(learner, len(batch["label"]))
         else:
             said = self._asked(learner, batch)
-            images = said[:, 0]
+            images = said[_IMAGES]
             if "captions" in objective.asks:
-                rows, places = objective.chosen(batch)
-                lines, texts = batch["text"][rows, places], said[rows, 1 + places]
+                lines, texts = [], at(said[_CAPTIONS], objective.chosen(batch))
             else:
                 lines, texts = self._names(learner)
-                labels = torch.tensor(objective.classes, device=lines.device)
+                labels = torch.tensor(objective.classes, device=learner.device)
                 labels = labels.repeat_interleave(len(lines) // len(labels))  # every template, name after name
         own = texts
         if self.text_gradient and not learner.constant_texts:
             if self.reference is None and "captions" in objective.asks:
                 own = objective.shown(batch)[0]
             else:
-                own = learner.embed(lines, labels)
+                own = learner.embed_texts(lines, labels)
         return _similarity(learner, images, texts), _similarity(learner, features, own)
 
-    def _drawn(self, learner: Core, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """A step's reference: features by teacher and student, texts packed, and their embeddings by the teacher."""
+    def _drawn(self, learner: Core, count: int) -> tuple[Tensor, Tensor, list[str], Tensor]:
+        """A step's reference: features by teacher and student, texts, and their embeddings by the teacher."""
         if not self._material:
             assert self.reference is not None
             self._material.append(_Reference(self.reference, self.size, learner, self._taught_by(learner)))
@@ -178,29 +177,28 @@ class ZSCL(Method, name="zscl"):
         features = learner.encode({"image": material.read(rows).to(learner.device)})
         lines, texts = material.lines, material.texts
         if self.text_gradient:
-            chosen = torch.randperm(len(texts), generator=generator)[: self.texts or count].to(learner.device)
-            lines, texts = lines[chosen], texts[chosen]
+            chosen = torch.randperm(len(texts), generator=generator)[: self.texts or count]
+            lines, texts = [lines[i] for i in chosen.tolist()], texts[chosen.to(learner.device)]
         return material.features[rows.to(learner.device)], features, lines, texts
 
-    def _asked(self, learner: Core, batch: Batch) -> Tensor:
-        if _TEACHER in batch:
-            known: Tensor = batch[_TEACHER]
-            return known
+    def _asked(self, learner: Core, batch: Batch) -> Batch:
+        if _IMAGES in batch:
+            return {name: batch[name] for name in (_IMAGES, _CAPTIONS) if name in batch}
         teacher = self._taught_by(learner)
         shown: Batch = {name: batch[name] for name in ("image", "features") if name in batch}
         with torch.no_grad():
-            images = teacher.encode(shown).unsqueeze(1)
-            if "captions" not in learner.objective.asks:
-                return images
-            return torch.cat([images, learner.objective.output(teacher, batch, "captions")], dim=1)
+            said: Batch = {_IMAGES: teacher.encode(shown)}
+            if "captions" in learner.objective.asks:
+                said[_CAPTIONS] = learner.objective.output(teacher, batch, "captions")
+        return said
 
-    def _names(self, learner: Core) -> tuple[Tensor, Tensor]:
-        """Sentences with the names of all classes seen, packed, and what the teacher makes of them."""
+    def _names(self, learner: Core) -> tuple[list[str], Tensor]:
+        """Sentences with the names of all classes seen, and what the teacher makes of them."""
         names = learner.objective.names
         if self._sentences is None or self._sentences[0] != names:
-            lines = _sentences(names, learner).to(learner.device)
+            lines = _sentences(names, learner)
             with torch.no_grad():
-                self._sentences = names, lines, self._taught_by(learner).embed(lines)
+                self._sentences = names, lines, self._taught_by(learner).embed_texts(lines)
         return self._sentences[1:]
 
     def _taught_by(self, learner: Core) -> Core:
@@ -229,16 +227,17 @@ class _Reference:
         generator = torch.Generator().manual_seed(derived_seed(learner.seed, 0, "zscl reference"))
         self.places = places[torch.randperm(len(places), generator=generator)[:size].sort().values]
         images: list[Tensor] = []
-        captions: list[Tensor] = []
+        captions: list[str] = []
         with torch.no_grad():
             for some in torch.split(self.places, 64):
                 batch = read_references(self.tasks, some)
                 images.append(teacher.encode({"image": batch["image"].to(learner.device)}))
                 if "text" in batch:
-                    captions.append(batch["text"][present(batch["text"])])
+                    captions += [text for each in batch["text"] for text in each]
             names = list(dict.fromkeys(name for task in self.tasks for name in task.names))
-            self.lines = (torch.cat(captions) if captions else _sentences(names, learner)).to(learner.device)
-            self.texts = torch.cat([teacher.embed(some) for some in torch.split(self.lines, 256)])
+            self.lines = captions or _sentences(names, learner)
+            starts = range(0, len(self.lines), 256)
+            self.texts = torch.cat([teacher.embed_texts(self.lines[start : start + 256]) for start in starts])
             self.features = torch.cat(images)
 
     def read(self, rows: Tensor) -> Tensor:
@@ -252,6 +251,6 @@ def _similarity(learner: Core, images: Tensor, texts: Tensor) -> Tensor:
     return learner.backbone.logit_scale * F.normalize(images, dim=1) @ F.normalize(texts, dim=1).T
 
 
-def _sentences(names: Sequence[str], learner: Core) -> Tensor:
-    """Every template with every name, packed."""
-    return pack_texts([[template.format(name)] for name in names for template in learner.objective.templates])[:, 0]
+def _sentences(names: Sequence[str], learner: Core) -> list[str]:
+    """Every template with every name."""
+    return [template.format(name) for name in names for template in learner.objective.templates]

@@ -43,6 +43,7 @@ class Generate(Objective, name="generate"):
     towers = frozenset({"vision", "projector", "language"})
     outputs = ()  # a vocabulary's logits of every token are too many to keep
     open_vocabulary = True
+    one_row = False
     vectorised = False  # rows are picked by where answers stand
 
     @checked
@@ -158,7 +159,7 @@ class Generate(Objective, name="generate"):
         chosen: list[bool] = []
         for batch in learner.batches(task.test, size):
             said += self.say(learner, batch)
-            own = [_reference(each) for each in batch["conversation"]]
+            own = [reference_of(each) for each in batch["conversation"]]
             references += own
             if self.likelihood and any(each.options for each in own):
                 chosen += self._likeliest(learner, batch, own)
@@ -184,7 +185,7 @@ def _candidates(reference: Reference) -> list[str]:
     return [unlabelled(each) for each in reference.options]
 
 
-def _reference(conversation: Mapping[str, Any]) -> Reference:
+def reference_of(conversation: Mapping[str, Any]) -> Reference:
     """What is right in a conversation, as scores want it."""
     answer = conversation["answer"]
     asked = conversation["messages"][-1]["content"]
@@ -195,4 +196,5 @@ def _reference(conversation: Mapping[str, Any]) -> Reference:
         "\n".join(texts),
         next(iter(conversation.get("names") or ()), ""),
         conversation.get("kind") or "",
+        tuple(conversation.get("categories") or ()),
     )

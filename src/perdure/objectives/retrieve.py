@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from perdure.backbones.texts import present, unpack_texts
 from perdure.core.learner import Core
 from perdure.core.objective import Competitors, Head, Objective
 from perdure.metrics import recalls
@@ -77,14 +76,14 @@ class Retrieve(Objective, name="retrieve"):
         scale: Tensor = self._learner[0].backbone.logit_scale
         return scale * F.normalize(features, dim=1) @ F.normalize(texts, dim=1).T
 
-    def output(self, learner: Core, batch: Batch, name: str) -> Tensor:
-        """See `Objective.output`; zero for captions that are not there."""
+    def output(self, learner: Core, batch: Batch, name: str) -> Tensor | list[Tensor]:
+        """See `Objective.output`; of captions a list, (captions, dim) an image."""
         return embedded(learner, batch["text"]) if name == _CAPTIONS else super().output(learner, batch, name)
 
     def distributions(self, features: Tensor | None, batch: Batch, old: bool = False) -> list[Tensor]:
         """Scaled cosines of images to the captions that a step shows, (R, n), and of captions to images, (n, R)."""
         if features is None:
-            features, texts = batch["features"], batch[_CAPTIONS][self.chosen(batch)]
+            features, texts = batch["features"], at(batch[_CAPTIONS], self.chosen(batch))
         else:
             texts, _ = self.shown(batch)
         scores = self.similarity(features, texts)
@@ -94,10 +93,11 @@ class Retrieve(Objective, name="retrieve"):
         """See `Objective.shown`."""
         if "texts" in batch:
             return batch["texts"], batch["image_of"]
-        rows, places = self.chosen(batch)
+        chosen = self.chosen(batch)
+        image_of = chosen[0].to(batch["label"].device)
         if _CAPTIONS in batch:
-            return batch[_CAPTIONS][rows, places], rows
-        return self._learner[0].embed(batch["text"][rows, places], batch["label"][rows]), rows
+            return at(batch[_CAPTIONS], chosen), image_of
+        return self._learner[0].embed_texts(*self._said(batch, chosen)), image_of
 
     def embed_texts(self, learner: Core, batch: Batch) -> Batch:
         """With the shown captions' embeddings `texts` (n, dim), and the row of each one's image, `image_of` (n,)."""
@@ -108,13 +108,13 @@ class Retrieve(Objective, name="retrieve"):
         """See `Objective.chosen`; drawn anew in every step."""
         if "text" not in batch:
             raise ValueError("retrieve learns from captions, which this stream has not: use captions(path=...)")
-        there = present(batch["text"])
+        counts = torch.tensor(list(map(len, batch["text"])))
+        there = torch.arange(int(counts.max())) < counts[:, None]
         if self.captions is None:
             rows, places = there.nonzero(as_tuple=True)
             return rows, places
         learner = self._learner[0]
         draw = torch.rand(there.shape, dtype=torch.float32, generator=learner.generator("caption", learner.step))
-        draw = draw.to(there.device)
         order = (draw + 2 * ~there).argsort(1)[:, : self.captions]
         rows, column = there.gather(1, order).nonzero(as_tuple=True)
         return rows, order[rows, column]
@@ -139,10 +139,11 @@ class Retrieve(Objective, name="retrieve"):
     def example(self, batch: Batch, index: int) -> Batch:
         """See `Objective.example`."""
         rows, places = self.chosen(batch)
-        own = places[rows == index]
-        shown = torch.zeros_like(batch["text"][index])
-        shown[own] = batch["text"][index, own]
-        return super().example(batch, index) | {"text": shown.unsqueeze(0)}
+        own = places[rows == index].tolist()
+        shown = {"text": [[batch["text"][index][place] for place in own]]}
+        if _CAPTIONS in batch:
+            shown[_CAPTIONS] = [batch[_CAPTIONS][index][own]]
+        return super().example(batch, index) | shown
 
     def competitors(self, learner: Core, batch: Batch) -> Batch:
         """The pairs of `batch` as they are now, which others are compared with."""
@@ -175,7 +176,7 @@ class Retrieve(Objective, name="retrieve"):
         return images, images[rivals.others["image_of"]]
 
     def precompute(self, learner: Core, batch: Batch) -> Batch:
-        """Embeddings (B, K, dim) of all captions, where the text tower can never change."""
+        """Embeddings of all captions, (captions, dim) an image, where the text tower can never change."""
         if _CAPTIONS in batch or "text" not in batch or not learner.constant_texts:
             return {}
         return {_CAPTIONS: embedded(learner, batch["text"])}
@@ -188,8 +189,13 @@ class Retrieve(Objective, name="retrieve"):
 
     def texts(self, learner: Core, batch: Batch) -> tuple[list[str], Tensor]:
         """The captions of a step."""
-        rows, places = self.chosen(batch)
-        return unpack_texts(batch["text"][rows, places]), batch["label"][rows]
+        return self._said(batch, self.chosen(batch))
+
+    @staticmethod
+    def _said(batch: Batch, chosen: tuple[Tensor, Tensor]) -> tuple[list[str], Tensor]:
+        """The captions that are chosen, and the topic of each."""
+        pairs = zip(*(each.tolist() for each in chosen), strict=True)
+        return [batch["text"][row][place] for row, place in pairs], batch["label"][chosen[0]]
 
     def evaluate(self, learner: Core, tasks: Sequence[Task], size: int = 256) -> list[dict[str, float]]:
         """Recall at 1, 5 and 10 both ways: on the gallery of each task, and on that of all of `tasks` (harder).
@@ -219,13 +225,13 @@ class Retrieve(Objective, name="retrieve"):
         for batch in learner.batches(Union(tests), size):
             if "text" not in batch:
                 raise ValueError("retrieve is measured on captions, which this stream has not: use captions(path=...)")
-            there = present(batch["text"])
+            many = torch.tensor(list(map(len, batch["text"])))
             every = batch[_CAPTIONS] if _CAPTIONS in batch else embedded(learner, batch["text"])
             images.append(F.normalize(learner.encode(batch), dim=1).cpu())
-            texts.append(F.normalize(every[there], dim=1).cpu())
+            texts.append(F.normalize(torch.cat(every), dim=1).cpu())
             pairs.append(batch["pair"].cpu())
-            owners.append(batch["pair"][:, None].expand_as(there)[there].cpu())
-            counts.append(there.sum(1).cpu())
+            owners.append(batch["pair"].cpu().repeat_interleave(many))
+            counts.append(many)
         sizes = list(map(len, tests))
         lines = [int(count.sum()) for count in torch.split(torch.cat(counts), sizes)]
         of_images = [torch.split(torch.cat(each), sizes) for each in (images, pairs)]
@@ -253,8 +259,12 @@ def _joined(galleries: Sequence[_Gallery]) -> _Gallery:
     return _Gallery(images[first], pair[first], texts, owners)
 
 
-def embedded(learner: Core, text: Tensor) -> Tensor:
-    """Embeddings (B, K, dim) of packed captions (B, K, bytes); zero where there is none."""
-    there = present(text)
-    found = learner.embed(text[there])
-    return found.new_zeros(*there.shape, found.shape[1]).masked_scatter(there.unsqueeze(-1), found)
+def embedded(learner: Core, texts: Sequence[Sequence[str]]) -> list[Tensor]:
+    """Embeddings of the texts of each image, (texts, dim)."""
+    found = learner.embed_texts([text for each in texts for text in each])
+    return list(torch.split(found, list(map(len, texts))))
+
+
+def at(values: Sequence[Tensor], chosen: tuple[Tensor, Tensor]) -> Tensor:
+    """Of `values`, (texts, dim) an image, those at (rows, places), (n, dim)."""
+    return torch.stack([values[row][place] for row, place in zip(*(each.tolist() for each in chosen), strict=True)])

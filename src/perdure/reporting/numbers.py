@@ -51,34 +51,67 @@ _RARE = (
         "Zero-shot accuracy kept",
         "Accuracy in the end on held-out data sets relative to the pre-trained model's, mean over the sets.",
     ),
+    (
+        "lenient_acc",
+        "Final lenient score",
+        "The same where the truth is in what is said, in whatever form. Far above strict: a forgotten form.",
+    ),
+    (
+        "lenient_forgetting",
+        "Lenient forgetting",
+        "Forgetting of the lenient score: knowledge that is gone, not its form.",
+    ),
+    ("empty", "Empty answers", "Share in the end, mean over tasks. They are wrong."),
+    (
+        "unparsable",
+        "Unparsable answers",
+        "Share in the end of answers from which nothing could be read. They are wrong.",
+    ),
+    (
+        "answers_kept_strict",
+        "Held-out answers kept, strict",
+        "Score in the end on held-out questions relative to the pre-trained model's, mean over the sets.",
+    ),
+    ("answers_kept_lenient", "Held-out answers kept, lenient", "The same of the lenient score."),
 )
 
 
-def numbers_named(rankings: bool, rare: Container[str]) -> tuple[tuple[str, str, str], ...]:
+def numbers_named(score: str, rare: Container[str]) -> tuple[tuple[str, str, str], ...]:
     """Key in summary.json, name and meaning of each number.
 
     Args:
-        rankings: whether images and captions were ranked: recall in place of accuracy.
+        score: what tasks are scored by: "accuracy", "recall" where images and captions were ranked, "score" of answers.
         rare: keys of numbers that only some runs have, and these do.
     """
-    first, *others = _of_rankings() if rankings else _NUMBERS
+    first, *others = _NUMBERS if score == "accuracy" else _worded(score)
     return (first, *(each for each in _RARE if each[0] in rare), *others)
 
 
-def _of_rankings() -> tuple[tuple[str, str, str], ...]:
-    """`_NUMBERS` as they are of rankings."""
-    own = {
+_OWN = {
+    "recall": {
         "acc": "Mean of recall at 1, 5 and 10 in both directions, searched among all tasks learnt. Higher is better.",
         "acc_with_task_id": "Final recall when only the images and captions of the query's own task are searched.",
         "gap": "Recall on the own gallery minus that among all tasks: what the larger gallery costs.",
-    }
-    told = "Recall on the own gallery"
+    },
+    "score": {
+        "acc": "Mean strict score over all tasks after the last one: in the form that was asked for. Higher is better.",
+    },
+}
+_ABSENT = {
+    "recall": ("task_id_acc",),
+    "score": ("task_id_acc", "acc_with_task_id", "gap"),
+}
+
+
+def _worded(score: str) -> tuple[tuple[str, str, str], ...]:
+    """`_NUMBERS` as they are of rankings, or of answers."""
+    own, told = _OWN[score], "Recall on the own gallery"
     return tuple(
         (
             key,
-            told if key == "acc_with_task_id" else name.replace("accuracy", "recall"),
-            own.get(key, text.replace("accuracy", "recall")),
+            told if key == "acc_with_task_id" else name.replace("accuracy", score),
+            own.get(key, text.replace("accuracy", score)),
         )
         for key, name, text in _NUMBERS
-        if key != "task_id_acc"
+        if key not in _ABSENT[score]
     )

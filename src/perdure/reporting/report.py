@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from functools import cache
 from importlib import resources
@@ -20,7 +21,9 @@ from perdure.reporting.figures import Drawing, Point
 from perdure.reporting.numbers import STEP, numbers_named
 from perdure.reporting.runs import PHASES, Group, RunResults, grouped, ignore
 from perdure.storage.files import write_text
+from perdure.training.summary import unlike_scores
 
+_CALLED = {metrics.RECALL: "recall", metrics.SAID: "score"}
 _COMPARED = ("acc", "aaa", "new_task_acc", "forgetting", "acc_with_task_id", "task_id_acc", "gap", "feature_drift")
 # What tells why old tasks were kept or lost: heading, explanation, where it comes from, whether it ends at 1.
 _REASONS: tuple[tuple[str, str, Callable[[RunResults], list[float | None]], bool], ...] = (
@@ -137,12 +140,17 @@ class _Page:
 
     def __init__(self, runs: Sequence[RunResults]) -> None:
         self.runs, self.groups = runs, grouped(runs)
-        self.score = "recall" if all(run.scored == metrics.RECALL for run in runs) else "accuracy"
+        kinds = {run.scored for run in runs}
+        self.score = _CALLED.get(kinds.pop(), "accuracy") if len(kinds) == 1 else "accuracy"
         self.streams = list(dict.fromkeys(str(run.config.get("stream", "–")) for run in runs))
         self.backbones = list(dict.fromkeys(str(run.config.get("backbone", "–")) for run in runs))
         longest = max((run.names() for run in runs), key=len, default=[])
         self.curves = _figure(
-            f"Mean {self.score} over the tasks learnt so far", self.groups, RunResults.averages, longest
+            f"Mean {self.score} over the tasks learnt so far",
+            self.groups,
+            RunResults.averages,
+            longest,
+            beside=("lenient", lambda run: run.averages("lenient")),
         )
         self.reasons = [
             (title, meaning, figure)
@@ -175,7 +183,7 @@ class _Page:
         shared = [k for k in keys if all(each.get(k) == facts[0].get(k) for each in facts)]
         methods = list(dict.fromkeys(run.method for run in runs))
         rare = {key for key in RARE if any(run.numbers()[key] is not None for run in runs)}
-        named = numbers_named(score == "recall", rare)
+        named = numbers_named(score, rare)
         steps = any(group.spread("step_cost") for group in groups)
         page = _template().render(
             title=", ".join(methods) if len(methods) <= 3 else f"{len(methods)} methods compared",
@@ -221,28 +229,42 @@ def _figure(
     groups: Sequence[Group],
     values: Callable[[RunResults], list[float | None]],
     names: Sequence[str],
+    beside: tuple[str, Callable[[RunResults], list[float | None]]] | None = None,
     **axis: bool,
 ) -> Drawing | None:
-    """One line a group, in the same colour in every figure; None when there is nothing to draw."""
-    curves = [curve for i, group in enumerate(groups) if (curve := group.curve(values, i))]
+    """One line a group, in the same colour in every figure; None when there is nothing to draw.
+
+    Args:
+        title: what the figure shows.
+        groups: of runs.
+        values: of a run, after each task.
+        names: of the tasks.
+        beside: a second number of the same groups, which it names, in their colours with dashes.
+        axis: see `figures.curves`.
+    """
+    curves = []
+    for i, group in enumerate(groups):
+        if curve := group.curve(values, i):
+            curves.append(curve)
+        # a colour's number beyond the last begins again with dashes
+        if beside and (second := group.curve(beside[1], i + len(figures.COLOURS))):
+            curves.append(replace(second, name=f"{second.name}, {beside[0]}"))
     return figures.curves(title, curves, names, **axis) if curves else None
 
 
 def _view(run: RunResults) -> dict[str, Any]:
     names, done = run.names(), run.learnt()
-    matrix = run.matrix()
-    lost = metrics.forgetting_per_task([row[:done] for row in matrix[:done]])
+    lost = metrics.forgetting_per_task([row[:done] for row in run.matrix()[:done]])
     seconds = run.seconds()
     return {
         "run": run,
-        "score": run.scored[0],
+        "matrices": language.matrices(run),
+        "unlike": unlike_scores(run.scores()),
+        "scores": list(dict.fromkeys(run.scores())),
         "names": names,
         "tasks": run.tasks(),
         "done": done,
         "numbers": run.numbers(),
-        "before": metrics.baseline_of(run.rows, run.scored[0], len(names)),
-        "matrix": matrix[:done],
-        "averages": run.averages(),
         "forgotten": [(i, names[i], v) for i, v in enumerate(lost)],
         "facts": {k: [_plain(v) for v in values] for k, values in run.facts_of_tasks().items()},
         "extent": (min([0.0, *(v for v in lost if v is not None)]), max([0.0, *(v for v in lost if v is not None)])),

@@ -12,12 +12,21 @@ from perdure import metrics
 from perdure.core import checkpoint
 from perdure.core.checkpoint import Checkpoint, read_record
 from perdure.evaluation import feature_drift as drift
+from perdure.evaluation.answer_retention import answered, mean_kept
 from perdure.formatting import RARE
 from perdure.options.spec import parse
 from perdure.reporting.figures import Series
 from perdure.storage import schema
 from perdure.storage.schema import Damaged, Line, RunRecord, Steps, Summary, TaskFacts
-from perdure.training.summary import SUMMARY, contradicts, read_summary, scores_of, summary_of
+from perdure.training.summary import (
+    SUMMARY,
+    contradicts,
+    read_summary,
+    scored_by,
+    scores_of,
+    summary_of,
+    unlike_scores,
+)
 from perdure.types import Row
 
 PHASES = ("prepare", "train", "finish", "evaluate")
@@ -115,13 +124,22 @@ class RunResults:
         """
         return metrics.matrix_of(self.rows, metric or self.scored[0], len(self.tasks()))
 
-    def averages(self) -> list[float | None]:
-        """Mean accuracy over the tasks learnt so far, after each task."""
-        return metrics.running_averages(self.matrix())
+    def averages(self, metric: str | None = None) -> list[float | None]:
+        """Mean score over the tasks learnt so far, after each task; none where tasks' scores have other scales.
+
+        Args:
+            metric: its name; the run's score when None.
+        """
+        averages = metrics.running_averages(self.matrix(metric))
+        return [None] * len(averages) if unlike_scores(self.scores()) else averages
+
+    def scores(self) -> list[str]:
+        """How the answers of each task are scored, where they are."""
+        return scored_by(self.config, [str(task.get("score", "")) for task in self.tasks()])
 
     def learnt(self) -> int:
         """Number of tasks after which all tasks so far were evaluated."""
-        averages = self.averages()
+        averages = metrics.running_averages(self.matrix())
         return next((i for i, value in enumerate(averages) if value is None), len(averages))
 
     def numbers(self) -> dict[str, float | None]:
@@ -131,10 +149,15 @@ class RunResults:
         `step_cost` that was measured in the run's grid.
         """
         done = self.learnt()
-        so_far = {k: v for k, v in scores_of(self.rows, done).items() if k not in ("score", "matrix")}
+        so_far = {
+            k: v for k, v in scores_of(self.rows, done, self.scores()).items() if v is None or _number(v) is not None
+        }
+        if answers := answered(self.rows):
+            so_far |= {f"answers_kept_{number}": mean_kept(answers, number) for number in ("strict", "lenient")}
         known = dict.fromkeys((*_COSTS, *RARE)) | so_far
         found = {k: v if (stored := _number(self.summary.get(k))) is None else stored for k, v in known.items()}
-        found["new_task_acc"] = metrics.new_task_acc([row[:done] for row in self.matrix()[:done]])
+        new = metrics.new_task_acc([row[:done] for row in self.matrix()[:done]])
+        found["new_task_acc"] = None if unlike_scores(self.scores()) else new
         acc, told = found["acc"], found["acc_with_task_id"]
         found["gap"] = None if acc is None or told is None else told - acc
         if seconds := self.seconds():

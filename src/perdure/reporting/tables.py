@@ -22,6 +22,7 @@ from perdure.options.spec import parse
 from perdure.reporting.charts import show
 from perdure.reporting.runs import Group, RunResults, steps_of
 from perdure.training.config import RunConfig, flags
+from perdure.training.summary import unlike_scores
 
 Spread = tuple[float, float | None] | None
 _SPECS = ("stream", "backbone")
@@ -108,6 +109,8 @@ def tabulate(runs: Sequence[tuple[str, RunResults]]) -> list[dict[str, Any]]:
         for key in (*KEYS, "seconds", "new_task_acc"):
             found = group.spread(key)
             row[key] = None if found is None else list(found)
+        if why := next(filter(None, (unlike_scores(run.scores()) for run in mine)), ""):
+            row["no_means"] = why
         row["trainable_parameters"] = measured["trainable_parameters"]
         row["stored_bytes_after"] = [None if pair is None else pair[0] for pair in measured["after"]["stored_bytes"]]
         row["referenced_bytes"] = measured["referenced_bytes"]
@@ -119,12 +122,15 @@ def tabulate(runs: Sequence[tuple[str, RunResults]]) -> list[dict[str, Any]]:
 def markdown(table: Sequence[dict[str, Any]]) -> str:
     """The table in Markdown, in per cent: mean ± sample standard deviation over the runs."""
     shown = [(key, title) for key, title in _SHOWN if key not in RARE or any(row.get(key) for row in table)]
+    if any(row.get("unparsable") for row in table):  # answers in words, which nobody is told the task of
+        shown = [(key, title.replace("accuracy", "strict")) for key, title in shown if "task_id" not in key]
     titles = [title for _, title in shown]
     lines = [f"| method | runs | {' | '.join(titles)} |", "|---" * (len(titles) + 2) + "|"]
     for row in table:
         cells = [times(row["step"]) if key == "step" else _shown(key, row[key]) for key, _ in shown]
         lines.append(f"| {_code(row['method'])} | {row['runs']} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    reasons = dict.fromkeys(row["no_means"] for row in table if row.get("no_means"))
+    return "\n".join([*lines, *(f"\nNo means: {printable(why)}." for why in reasons)]) + "\n"
 
 
 def _code(text: str) -> str:
@@ -143,6 +149,11 @@ _SHOWN = (
     ("transfer", "transfer"),
     ("average", "average over the matrix"),
     ("zero_shot_ratio", "zero-shot kept"),
+    ("lenient_acc", "final lenient"),
+    ("lenient_forgetting", "lenient forgetting"),
+    ("unparsable", "unparsable"),
+    ("answers_kept_strict", "held-out kept, strict"),
+    ("answers_kept_lenient", "held-out kept, lenient"),
     ("stored_bytes", "stored"),
     ("step", "step / plain LoRA's"),
     ("seconds", "time"),
@@ -178,6 +189,8 @@ def _after(
     runs: Sequence[RunResults], tasks: int, which: int, number: Callable[[metrics.Matrix], float | None]
 ) -> list[Spread]:
     """A number of the score matrix (`which` of `RunResults.scored`) as it stood after each task."""
+    if any(unlike_scores(run.scores()) for run in runs):
+        return [None] * tasks
     matrices = [run.matrix(run.scored[which]) for run in runs]
     return [_pair(number([row[:n] for row in matrix[:n]]) for matrix in matrices) for n in range(1, tasks + 1)]
 

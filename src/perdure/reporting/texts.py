@@ -1,9 +1,11 @@
 """What a report says of texts: recall in the end, what is kept of zero-shot accuracy, and examples of searches."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from perdure import metrics
-from perdure.evaluation.search_examples import EXAMPLES, read_examples
+from perdure.evaluation.answer_retention import answered, share_or_points
+from perdure.evaluation.examples import EXAMPLES, read_examples
 from perdure.evaluation.zero_shot_retention import kept
 from perdure.metrics import CUTS
 from perdure.reporting.charts import percent
@@ -15,7 +17,48 @@ _GALLERIES = {"own": "among its own images and captions", "union": "among those 
 
 def view(run: RunResults) -> dict[str, Any]:
     """Parts of a run's page; empty where it has none."""
-    return {"recalls": _recalls(run), "zero_shot": _zero_shot(run), "searches": _searches(run)}
+    return {
+        "recalls": _recalls(run),
+        "zero_shot": _zero_shot(run),
+        "answers": _answers(run),
+        "searches": _searches(run),
+        "asked": _asked(run),
+    }
+
+
+@dataclass(frozen=True)
+class Square:
+    """A matrix of scores as the report shows it: `before` the first task, `rows` after each, `averages` of these."""
+
+    title: str
+    about: str
+    before: list[float | None]
+    rows: list[list[float | None]]
+    averages: list[float | None]
+
+
+_SQUARES = {
+    "strict": ("Strict score", "In the form that was asked for."),
+    "lenient": (
+        "Lenient score",
+        "Whether the truth is in what is said, in whatever form. What falls above and stays here is a forgotten form; "
+        "what falls in both is forgotten knowledge.",
+    ),
+    "empty": ("Share of empty answers", "They are wrong."),
+    "unparsable": ("Share of unparsable answers", "Nothing could be read from them, and they are wrong."),
+}
+
+
+def matrices(run: RunResults) -> list[Square]:
+    """What the report shows of each task after each task; shares that are 0 everywhere are left out."""
+    done, found = run.learnt(), []
+    for metric in _SQUARES if run.scored == metrics.SAID else (run.scored[0],):
+        rows = run.matrix(metric)[:done]
+        if done and (metric not in ("empty", "unparsable") or any(map(any, rows))):
+            title, about = _SQUARES.get(metric, (metric.capitalize(), ""))
+            before = metrics.baseline_of(run.rows, metric, len(run.names()))
+            found.append(Square(title, about, before, rows, run.averages(metric)))
+    return found
 
 
 def zero_shot_kept(run: RunResults) -> list[float | None]:
@@ -49,6 +92,34 @@ def _zero_shot(run: RunResults) -> list[tuple[str, str, list[str], str]]:
     ]
 
 
+def _answers(run: RunResults) -> list[tuple[str, list[tuple[str, bool, str, list[str], str]]]]:
+    """For each held-out set its numbers: name, whether it is one of the chief ones, before, after each task, kept."""
+    sets = []
+    for name, numbers in answered(run.rows).items():
+        lines = []
+        for number, facts in numbers.items():
+            before = "–" if facts["before"] is None else share_or_points(number, facts["before"])
+            after = [share_or_points(number, value) for value in facts["after"]]
+            kept_share = percent(facts["ratio"]) if number not in _SHARES else "–"
+            lines.append((_CHIEF.get(number, number), number in _CHIEF, before, after, kept_share))
+        sets.append((name, sorted(lines, key=lambda line: not line[1])))
+    return sets
+
+
+_SHARES = ("empty", "unparsable")
+_CHIEF = {
+    "official": "official, as the authors' tool scores it",
+    "strict": "strict",
+    "lenient": "lenient, guarded",
+    "official/total": "official/total",
+    "official/perception": "official/perception",
+    "official/cognition": "official/cognition",
+    "empty": "empty",
+    "unparsable": "unparsable",
+}
+"""Numbers that are shown first, and what they are called."""
+
+
 def _searches(run: RunResults) -> list[dict[str, Any]]:
     """Queries with the pictures found before and after; none while the run is not finished."""
     if not (run.folder / EXAMPLES).is_file():
@@ -65,6 +136,28 @@ def _searches(run: RunResults) -> list[dict[str, Any]]:
                 for when, found in (("before", query["before"]), ("after", query.get("after", [])))
             ],
         }
-        for query in noted["queries"]
+        for query in noted.get("queries", ())
         if pictures
     ]
+
+
+_WHEN = {"before": "before", "learnt": "once learnt", "end": "in the end"}
+
+
+def _asked(run: RunResults) -> list[tuple[str, list[dict[str, Any]]]]:
+    """For each task some of its questions, with what was answered when, and whether that was right."""
+    if not (run.folder / EXAMPLES).is_file():
+        return []
+    noted, names = read_examples(run.folder), run.names()
+    found: dict[str, list[dict[str, Any]]] = {}
+    for each in noted.get("questions", ()):
+        name = names[each["task"]] if each["task"] < len(names) else f"task {each['task'] + 1}"
+        found.setdefault(f"{each['task'] + 1} {name}", []).append(
+            {
+                "question": each["question"],
+                "truth": " | ".join(each["truth"]),
+                "pictures": [noted["pictures"][picture] for picture in each["pictures"]],
+                "said": [(_WHEN[w], each["said"][w], w in each["right"]) for w in _WHEN if w in each["said"]],
+            }
+        )
+    return list(found.items())

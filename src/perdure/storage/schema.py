@@ -170,6 +170,18 @@ class Summary(TypedDict, total=False):
     average: float | None
     zero_shot: dict[str, dict[str, Any]]
     zero_shot_ratio: float | None
+    lenient_matrix: list[list[float | None]]
+    empty_matrix: list[list[float | None]]
+    unparsable_matrix: list[list[float | None]]
+    lenient_acc: float | None
+    lenient_forgetting: float | None
+    empty: float | None
+    unparsable: float | None
+    scores: list[str]
+    unlike_scores: str
+    answers: dict[str, dict[str, dict[str, Any]]]
+    answers_kept_strict: float | None
+    answers_kept_lenient: float | None
     recall: dict[str, dict[str, list[float | None]]]
     trainable_parameters: Natural
     stored_bytes: Natural
@@ -191,10 +203,22 @@ class Query(TypedDict):
     after: NotRequired[list[int]]
 
 
-class Searches(TypedDict):
-    """examples.json: queries, and PNGs in base64 by identity."""
+class AskedQuestion(TypedDict):
+    """A test question of a task, and what was said `before` the stream, once `learnt`, and in the `end`."""
 
-    queries: list[Query]
+    task: TaskNumber
+    question: str
+    truth: list[str]
+    pictures: list[str]
+    said: dict[str, str]
+    right: list[str]
+
+
+class Examples(TypedDict):
+    """examples.json: what was searched for or asked, and pictures in base64 by name."""
+
+    queries: NotRequired[list[Query]]
+    questions: NotRequired[list[AskedQuestion]]
     searched: NotRequired[list[TaskNumber]]
     pictures: dict[str, str]
     learnt: NotRequired[TaskNumber]

@@ -10,13 +10,14 @@ from perdure.streams.benchmarks import cifar100, cub200, domainnet, easy_vqa, im
 from perdure.streams.captions import captions
 from perdure.streams.conversation_benchmarks import coin, daquar, easy_vqa_questions, mllm_acl, mllm_dcl, ucit
 from perdure.streams.conversation_stream import as_questions, conversations, in_turn
+from perdure.streams.evaluation_sets import EVALUATION_SETS
 from perdure.streams.folders import images
 from perdure.streams.hub import hub
 from perdure.streams.image_set import Budget, Captioned, ImageSet
 from perdure.streams.karpathy import coco, flickr30k
 from perdure.streams.options import REGISTRY, Options, StreamPlan
 from perdure.streams.sequence import sequence
-from perdure.streams.single_task import alike, captioned_task, folder_task, given_captions, given_task
+from perdure.streams.single_task import captioned_task, folder_task, given_captions, given_task
 from perdure.streams.synthetic import captions_synthetic, synthetic
 from perdure.streams.tables import csv, parquet
 from perdure.types import Stream
@@ -28,7 +29,6 @@ __all__ = [
     "ImageSet",
     "Options",
     "StreamPlan",
-    "alike",
     "build_stream",
     "captioned_task",
     "folder_task",
@@ -81,6 +81,11 @@ def build_stream(what: str | Spec, preprocess: Preprocess, seed: int, measured: 
         ValueError: when the description or the data is not as expected; one line that says what to do.
     """
     spec = parse_one(what) if isinstance(what, str) else what
+    if spec.name in EVALUATION_SETS:
+        raise ValueError(
+            f"{spec.name} is an evaluation set, which is asked and never taught: give it to --retain, with "
+            "--objective generate"
+        )
     described = replace(spec, kwargs=tuple({**dict(spec.kwargs), **more}.items()))
     plan: StreamPlan = build(described, STREAMS, "stream")
     return plan(preprocess, seed, measured)

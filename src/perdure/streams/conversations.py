@@ -43,6 +43,7 @@ class Conversation(Mapping[str, Any]):
         kind: the data's own sort of question, which some official scores look at.
         where: file and line, for messages to people.
         names: what the images are called in the data, which some official scores look at.
+        categories: of a question of an evaluation set, by which its answers are counted.
 
     Raises:
         ValueError: when turns do not alternate, or images and their parts differ in number.
@@ -56,6 +57,7 @@ class Conversation(Mapping[str, Any]):
     kind: str = ""
     where: str = ""
     names: Sequence[str] = ()
+    categories: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         turns = [(each["role"], tuple(part.get("text") for part in each["content"])) for each in self.messages]
@@ -93,7 +95,8 @@ class Conversation(Mapping[str, Any]):
     def reference(self) -> Reference:
         """What an answer is compared with."""
         options = () if self.options is None else tuple(self.options)
-        return Reference(self.answers, options, self.question, next(iter(self.names), ""), self.kind)
+        image = next(iter(self.names), "")
+        return Reference(self.answers, options, self.question, image, self.kind, tuple(self.categories))
 
 
 def check_turns(turns: Sequence[Turn], images: int) -> None:

@@ -10,16 +10,21 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Annotated, Literal
+
+import torch
 
 from perdure.backbones.preprocess import is_image
 from perdure.formatting import shortened
 from perdure.options.ranges import Range, checked
 from perdure.scoring import Grade, Reference, measure, score_of
 from perdure.scoring.normalise import has_han
+from perdure.streams.conversations import Conversation, messages
 from perdure.streams.question_rows import EncodedImage, QuestionRow, Stored, read_rows
+from perdure.types import Batch, Stream, Task
 
 _RELEASE = "MME_Benchmark_release_version"
 _LISTED, _LISTED_CN = "The choices are listed below: ", "选项如下所示:"
@@ -55,6 +60,19 @@ class Question:
     def pictures(self) -> list[Path | bytes]:
         """The encoded images, or their files; what is stored in a table is read now."""
         return [image.read() if isinstance(image, Stored) else image for image in self.images]
+
+    def conversation(self) -> Conversation:
+        """The question as a model is asked it: the images, then the prompt."""
+        truth = self.reference
+        return Conversation(
+            messages([("user", (*[None] * len(self.images), self.prompt))]),
+            self.pictures(),
+            truth.answers,
+            truth.options,
+            where=self.where,
+            names=(truth.image,),
+            categories=truth.categories,
+        )
 
 
 @dataclass(frozen=True)
@@ -96,6 +114,31 @@ class EvaluationSet:
     def measure(self, answers: Sequence[str]) -> dict[str, float]:
         """The same as numbers by name, such as `official/perception`."""
         return measure(answers, self.references, self.score)
+
+    def stream(self) -> Stream:
+        """One task with test questions only, whose images are read when they are asked about."""
+        digest = sha256()
+        for question in self.questions:
+            digest.update(repr((question.prompt, question.reference)).encode())
+        remarks = (*self.remarks, *self.grade([""] * len(self.questions)).remarks)
+        notes = {"conversations": len(self.questions), "digest": digest.hexdigest(), "remarks": list(remarks)}
+        task = Task(0, self.name, (0,), (self.name,), 1, test=_Asked(self.questions), score=self.score)
+        return Stream(self.name, "task", (task,), notes)
+
+
+class _Asked:
+    """Questions as `perdure.types.Data`."""
+
+    def __init__(self, questions: Sequence[Question]) -> None:
+        self.questions = questions
+        self.labels = torch.zeros(len(questions), dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    def __getitems__(self, positions: Sequence[int]) -> Batch:
+        asked = [self.questions[i].conversation() for i in positions]
+        return {"label": self.labels[list(positions)], "conversation": asked}
 
 
 def mme(path: str) -> EvaluationSet:

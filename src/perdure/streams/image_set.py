@@ -12,7 +12,6 @@ from typing import Any, Self, SupportsIndex
 import psutil
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.data import get_worker_info
 
 from perdure.backbones.preprocess import Preprocess, UnreadableImage, begins_like_an_image
@@ -253,40 +252,36 @@ class Captioned(ImageSet):
     Args:
         images: labelled with their topics; what is decoded of them is kept.
         pairs: identity of each image, int64 (n,): the same wherever the same image occurs in a stream.
-        texts: captions, uint8 (n, K, N) as `perdure.backbones.texts.pack_texts` writes them; missing ones are zero.
+        texts: the captions of each image.
     """
 
-    def __init__(self, images: ImageSet, pairs: Tensor, texts: Tensor) -> None:
+    def __init__(self, images: ImageSet, pairs: Tensor, texts: Sequence[Sequence[str]]) -> None:
         self.__dict__.update(images.__dict__)
         for name, values in (("pairs", pairs), ("texts", texts)):
             if len(values) != len(images):
                 raise ValueError(f"{name}: got {len(values)} for {len(images)} images, expected one an image")
-        if texts.dim() != 3 or texts.dtype != torch.uint8:
-            raise ValueError(f"texts: got {texts.dtype} of shape {tuple(texts.shape)}, expected torch.uint8 (n, K, N)")
         self.pairs = pairs
-        self.texts = texts
+        self.texts = [tuple(each) for each in texts]
 
     def __getitems__(self, positions: Sequence[int]) -> Batch:
-        """`image` uint8 (B, 3, S, S), `label` int64 (B,), `pair` int64 (B,) and `text` uint8 (B, K, N).
+        """`image` uint8 (B, 3, S, S), `label` int64 (B,), `pair` int64 (B,), and `text`, a list with a tuple an image.
 
         Raises:
             UnreadableImage: names file and row.
         """
         batch = super().__getitems__(positions)
         chosen = torch.as_tensor(positions, dtype=torch.int64).flatten()
-        return batch | {"pair": self.pairs[chosen], "text": self.texts[chosen]}
+        return batch | {"pair": self.pairs[chosen], "text": [self.texts[i] for i in chosen.tolist()]}
 
     def subset(self, positions: Tensor) -> Self:
         """The images at `positions` (n,), in that order, with what is decoded of them."""
         part = super().subset(positions)
-        part.pairs, part.texts = self.pairs[positions], self.texts[positions]
+        part.pairs, part.texts = self.pairs[positions], [self.texts[i] for i in positions.tolist()]
         return part
 
-    def moved(self, pairs: int, most: int, longest: int) -> Self:
-        """As a part of a longer stream: identities raised by `pairs`, texts of shape (n, `most`, `longest`)."""
-        _, captions, size = self.texts.shape
-        texts = F.pad(self.texts, (0, longest - size, 0, most - captions))
-        return self._but(pairs=self.pairs + pairs, texts=texts)
+    def moved(self, pairs: int) -> Self:
+        """As a part of a longer stream: identities raised by `pairs`."""
+        return self._but(pairs=self.pairs + pairs)
 
 
 def _threaded(work: Callable[[int], None], count: int) -> None:

@@ -116,13 +116,10 @@ def _set(data: Any) -> ImageSet:
 
 
 def _align(sets: list[list[ImageSet]]) -> None:
-    """Give captioned sets identities of their own, and texts of one shape."""
-    everything = [data for pair in sets for data in pair if isinstance(data, Captioned)]
-    most = max(data.texts.shape[1] for data in everything)
-    longest = max(data.texts.shape[2] for data in everything)
+    """Give captioned sets identities of their own."""
     following = 0
     for i, pair in enumerate(sets):
-        moved = [data.moved(following, most, longest) for data in pair if isinstance(data, Captioned)]
+        moved = [data.moved(following) for data in pair if isinstance(data, Captioned)]
         following = 1 + int(torch.cat([data.pairs for data in moved]).max())
         sets[i] = list(moved)
 

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -12,7 +11,6 @@ import torch
 from torch import Tensor
 
 from perdure.backbones.preprocess import Preprocess
-from perdure.backbones.texts import pack_texts
 from perdure.streams.captions import captioned_data, read_tables
 from perdure.streams.folders import Asker, read_folders, told_left_out
 from perdure.streams.image_set import Captioned, ImageSet
@@ -21,7 +19,7 @@ from perdure.streams.sources import Picture, listed, told_shared
 from perdure.streams.splits import divide, held_out
 from perdure.streams.task_split import LabelledPart, check_classes
 from perdure.streams.topics import CaptionedPart
-from perdure.types import Data, Nothing, Task
+from perdure.types import Nothing, Task
 
 COLUMN = "captions"
 _ENOUGH = 5
@@ -207,20 +205,8 @@ def given_captions(
         str(Path(image).expanduser().resolve()) if isinstance(image, str | Path) else f"given {index} {row}"
         for row, image in enumerate(images)
     ]
-    train = Captioned(shown, _identities(names), pack_texts(texts))
+    train = Captioned(shown, _identities(names), texts)
     return _placed(f"captions {index + 1}", [train], known, index)
-
-
-def alike(tasks: Sequence[Task]) -> list[Task]:
-    """The same tasks, their packed captions of one shape: batches of different tasks can be joined."""
-    sets = [data for task in tasks for data in (task.train, task.test) if isinstance(data, Captioned)]
-    most = max((data.texts.shape[1] for data in sets), default=0)
-    longest = max((data.texts.shape[2] for data in sets), default=0)
-
-    def wide(data: Data) -> Data:
-        return data.moved(0, most, longest) if isinstance(data, Captioned) else data
-
-    return [replace(task, train=wide(task.train), test=wide(task.test)) for task in tasks]
 
 
 def _numbered(names: Sequence[str], known: Mapping[str, int]) -> dict[str, int]:
@@ -258,7 +244,7 @@ def _captioned(part: CaptionedPart, preprocess: Preprocess) -> Captioned:
     rows = torch.tensor(part.rows, dtype=torch.int64)
     images = ImageSet(part.source, rows, torch.zeros_like(rows), preprocess)
     pairs = _identities([part.source.where(row) for row in part.rows])
-    return Captioned(images, pairs, pack_texts([texts for texts, *_ in part.captions]))
+    return Captioned(images, pairs, [texts for texts, *_ in part.captions])
 
 
 def _placed(name: str, sets: Sequence[Captioned], known: Mapping[str, int], index: int) -> Task:

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from perdure.backbones.preprocess import Preprocess
-from perdure.backbones.texts import pack_texts
 from perdure.formatting import human_bytes
 from perdure.options.ranges import Count, Range, checked
 from perdure.streams.image_set import Captioned, ImageSet
@@ -112,14 +111,13 @@ def captions_synthetic(
         [phrase.format(_word(i), f"{kind} {i // per_task}") for phrase in _PHRASES[:captions]]
         for i in range(tasks * per_task)
     ]
-    texts = pack_texts(lines)
 
     def part(t: int, name: str, count: int, first: int, preprocess: Preprocess, seed: int) -> Captioned:
         shown = 0 if same else t
         things = torch.stack([_picture(size, seed, f"thing {shown * per_task + i}") for i in range(count)])
         grain = _noise((count, 3, size, size), seed, f"{name} {shown}")
         images = ImageSet.of(_bytes(grain.mul_(noise).add_(things)), torch.full((count,), t), preprocess)
-        return Captioned(images, first + shown * count + torch.arange(count), texts[t * per_task :][:count])
+        return Captioned(images, first + shown * count + torch.arange(count), lines[t * per_task :][:count])
 
     def plan(preprocess: Preprocess, seed: int, measured: bool = False) -> Stream:
         made = []

@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from perdure.backbones import BACKBONES, Backbone
 from perdure.backbones.preprocess import Preprocess
-from perdure.backbones.texts import pack_texts, present
 from perdure.options.spec import build, parse_one
 from perdure.streams.image_set import Budget, Captioned, ImageSet
 from perdure.streams.options import CaptionOptions
@@ -92,7 +91,7 @@ def arrange_captions(
     scenario: Scenario = "domain" if languages else "class"
     sets = {"train": [task.train for task in tasks], "test": [task.test for task in tasks]}
     captions = {
-        which: [int(present(data.texts).sum()) for data in each if isinstance(data, Captioned)]
+        which: [sum(map(len, data.texts)) for data in each if isinstance(data, Captioned)]
         for which, each in sets.items()
     }
     stream = noted(found.name, scenario, tasks, split, captions=captions, **found.notes)
@@ -183,8 +182,8 @@ def _tasks(sides: list[_Side], wanted: Sequence[tuple[str, int, int]], options: 
     """The tasks to be, from the name of each, the number of its caption column and that of its topic."""
     positions = [side.of(topic) for _, _, topic in wanted for side in sides]
     columns = [(side.part.captions, column) for _, column, _ in wanted for side in sides]
-    lines = [of[i][column][: options.texts] for (of, column), at in zip(columns, positions, strict=True) for i in at]
-    parts = iter(zip(positions, torch.split(pack_texts(lines), list(map(len, positions))), strict=True))
+    lines = [[of[i][column][: options.texts] for i in at] for (of, column), at in zip(columns, positions, strict=True)]
+    parts = iter(zip(positions, lines, strict=True))
     shared: dict[str, ImageSet] = {}
     languages = len({column for _, column, _ in wanted}) > 1
     for t, (name, _, _) in enumerate(wanted):
@@ -195,7 +194,7 @@ def _tasks(sides: list[_Side], wanted: Sequence[tuple[str, int, int]], options: 
             if languages and images.cached:
                 # All languages show these images; what the first decodes, the others find.
                 shared[side.kind] = images
-            data = Captioned(images.relabelled(torch.full((len(at),), t)), side.pairs[at], texts.clone())
+            data = Captioned(images.relabelled(torch.full((len(at),), t)), side.pairs[at], texts)
             pair.append(data.readable() if options.skip_bad else data)
         yield Task(t, name, (t,), (name,), len(wanted), pair[0], pair[1])
 

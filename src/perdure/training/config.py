@@ -114,7 +114,8 @@ class RunConfig(TrainConfig):
     """Steps between snapshots within a task; 0 saves as often as costs at most 2 % of the time."""
 
     retain: tuple[str, ...] = ()
-    """Held-out streams on which a CLIP's zero-shot accuracy is measured after each task."""
+    """Held-out data measured before the stream and after each task: with generate() evaluation sets such as
+    'mme(path="MME")' and streams of questions; with a CLIP streams of images, by zero-shot accuracy."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

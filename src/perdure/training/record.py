@@ -15,7 +15,7 @@ import msgspec
 from perdure.core import checkpoint
 from perdure.core.checkpoint import read_record
 from perdure.core.learner import Core
-from perdure.evaluation.zero_shot_retention import Retention
+from perdure.evaluation.held_out import HeldOut
 from perdure.options.paths import Relocation, moved
 from perdure.storage import schema
 from perdure.storage.schema import Damaged, Moves, RunRecord
@@ -29,7 +29,7 @@ _MOVED = "moved.json"
 
 
 def record_of(
-    config: RunConfig, learner: Core, stream: Stream, runtime: Runtime, held_out: Retention | None = None
+    config: RunConfig, learner: Core, stream: Stream, runtime: Runtime, held_out: HeldOut | None = None
 ) -> dict[str, Any]:
     """The content of run.json."""
     return {
@@ -57,7 +57,7 @@ def facts_of_stream(stream: Stream) -> dict[str, Any]:
     return {"name": stream.name, "scenario": stream.scenario, "tasks": tasks} | stream.notes
 
 
-def facts_of_held_out(held_out: Retention) -> dict[str, Any]:
+def facts_of_held_out(held_out: HeldOut) -> dict[str, Any]:
     """The same of each held-out stream, by name."""
     return {name: facts_of_stream(stream) for name, stream in held_out.sets.items()}
 

@@ -20,8 +20,8 @@ from perdure.core.learner import Core
 from perdure.core.objective import asking
 from perdure.evaluation import calibration
 from perdure.evaluation.feature_drift import Drift
+from perdure.evaluation.held_out import HeldOut, held_out_of
 from perdure.evaluation.schedule import Evaluation
-from perdure.evaluation.zero_shot_retention import Retention
 from perdure.process import as_found, plain
 from perdure.streams import build_stream
 from perdure.streams.augment import AUGMENTS
@@ -38,7 +38,14 @@ from perdure.training.record import (
     write_record,
 )
 from perdure.training.runtime import Runtime, resolve
-from perdure.training.summary import drop_summary_beyond, facts_of, taught_files, write_summary
+from perdure.training.summary import (
+    drop_summary_beyond,
+    facts_of,
+    scored_by,
+    taught_files,
+    unlike_scores,
+    write_summary,
+)
 from perdure.types import Row, Stream, Task
 
 C = TypeVar("C", bound=Core)
@@ -72,7 +79,12 @@ def run(
         if old := former_parts(config):
             progress.note(old)
         dry_run(config, learner.backbone, stream)
-        held_out = Retention(config.retain, learner)
+        held_out = held_out_of(config.retain, learner)
+        if unlike := unlike_scores(scored_by(config.describe(), [task.score for task in stream])):
+            progress.note(f"no means over tasks are given: {unlike}")
+        for name, held in held_out.sets.items():
+            for remark in held.notes.get("remarks", ()):
+                progress.note(f"{name}: {remark}")
         write_record(out, record_of(config, learner, stream, runtime, held_out))
         with nothing_learnt_nothing_left(out), as_found(runtime.threads):
             return learn_stream(config, learner, stream, out, progress, config.save_every, held_out=held_out)
@@ -138,7 +150,7 @@ def resume(out: Path, progress: Progress | None = None, device: str | None = Non
         extra = elsewhere(out, runtime, progress)
         learner, stream, _ = _build(config, runtime)
         check_unchanged(out, "data", written["stream"], facts_of_stream(stream))
-        held_out = Retention(config.retain, learner)
+        held_out = held_out_of(config.retain, learner)
         if "held_out" in written:
             check_unchanged(out, "held-out data", written["held_out"], facts_of_held_out(held_out))
         with as_found(runtime.threads):
@@ -184,7 +196,7 @@ def learn_stream(
     progress: Progress,
     save_every: int = 0,
     extra: dict[str, Any] | None = None,
-    held_out: Retention | None = None,
+    held_out: HeldOut | None = None,
 ) -> dict[str, Any]:
     """Learn what `out` has not learnt yet of `stream`; returns the summary, which is also written.
 
@@ -196,7 +208,7 @@ def learn_stream(
         progress: who is told.
         save_every: see `RunConfig`.
         extra: facts for the manifests of the tasks learnt now.
-        held_out: data sets whose zero-shot accuracy is measured too.
+        held_out: what is measured too, and never taught.
     """
     stream, held = calibration.apart(learner, stream)
     done = checkpoint.whole(out)
@@ -211,7 +223,7 @@ def learn_stream(
     if latest := snapshot or (done[-1] if done else None):
         checkpoint.restore(learner, latest, stream.tasks)
     features = Drift(done)
-    evaluation = Evaluation(stream, held_out or Retention((), learner), features, out, progress.note)
+    evaluation = Evaluation(stream, held_out or held_out_of((), learner), features, out, progress.note)
     with _interruptible() as stopped:
         saver = _Saver(save_every, out, learner, stopped)
         for task in stream.tasks[learnt:]:

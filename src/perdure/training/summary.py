@@ -13,8 +13,11 @@ from perdure import metrics
 from perdure.core import checkpoint
 from perdure.core.checkpoint import Checkpoint
 from perdure.evaluation import feature_drift as drift
+from perdure.evaluation.answer_retention import answered, mean_kept
 from perdure.evaluation.zero_shot_retention import kept
 from perdure.metrics import CUTS
+from perdure.options.spec import parse_one
+from perdure.scoring import common_top
 from perdure.storage import schema
 from perdure.storage.schema import Damaged, Summary
 from perdure.streams import ImageSet
@@ -93,7 +96,8 @@ def summary_of(out: Path, done: Sequence[Checkpoint]) -> dict[str, Any]:
     referenced = [row.value for row in rows if row.metric == "referenced_bytes"]
     notes: dict[str, Any] = dict(checkpoint.read_record(out)["stream"])
     sources = [each.manifest["source"] for each in done if "source" in each.manifest]
-    found = scores_of(rows, tasks) | {
+    config = checkpoint.read_record(out)["config"]
+    found = scores_of(rows, tasks, scored_by(config, [task.score for task in done[-1].tasks[:tasks]])) | {
         "trainable_parameters": _cost(done[-1], "trainable_parameters"),
         "stored_bytes": checkpoint.stored_bytes(done[-1]) + int(referenced[-1] if referenced else 0),
         "seconds_per_task": seconds,
@@ -106,20 +110,42 @@ def summary_of(out: Path, done: Sequence[Checkpoint]) -> dict[str, Any]:
     if found["score"] == metrics.RECALL[0]:
         found["recall"] = _recall(rows, tasks)
     if notes.get("sequence"):
-        found |= {"transfer": metrics.transfer(matrix), "average": metrics.average(matrix)}
+        whole = {"transfer": metrics.transfer(matrix), "average": metrics.average(matrix)}
+        found |= dict.fromkeys(whole) if "unlike_scores" in found else whole
     if zero_shot := kept(rows):
         ratios = [facts["ratio"] for facts in zero_shot.values()]
         known = None not in ratios
         found |= {"zero_shot": zero_shot, "zero_shot_ratio": sum(ratios) / len(ratios) if known else None}
+    if answers := answered(rows):
+        kept_answers = {f"answers_kept_{number}": mean_kept(answers, number) for number in ("strict", "lenient")}
+        found |= {"answers": answers} | kept_answers
     return found
 
 
-def scores_of(rows: Sequence[Row], tasks: int) -> dict[str, Any]:
-    """The numbers that measurements add up to after `tasks` tasks; what was measured beyond them does not count."""
+def scored_by(config: Mapping[str, Any], scores: Sequence[str]) -> list[str]:
+    """How the answers of each task are scored, where they are.
+
+    Args:
+        config: of the run.
+        scores: of each task as its stream has it; "" leaves it to the objective.
+    """
+    objective = parse_one(str(config.get("objective", "classify")))
+    default = str(dict(objective.kwargs).get("score", "exact"))
+    return [score or default for score in scores] if objective.name == "generate" else []
+
+
+def scores_of(rows: Sequence[Row], tasks: int, scores: Sequence[str] = ()) -> dict[str, Any]:
+    """The numbers that measurements add up to after `tasks` tasks; what was measured beyond them does not count.
+
+    Args:
+        rows: all measurements.
+        tasks: how many tasks count.
+        scores: how the answers of each task are scored, see `scored_by`. Where their scales differ there are no means.
+    """
     rows = [row for row in rows if row.after < tasks and (row.on is None or row.on < tasks)]
     score, told, task_id = metrics.scored(rows)
     matrix, given, recognised = (metrics.matrix_of(rows, metric, tasks) for metric in (score, told, task_id))
-    return metrics.summarise(matrix, metrics.baseline_of(rows, score, tasks)) | {
+    found: dict[str, Any] = metrics.summarise(matrix, metrics.baseline_of(rows, score, tasks)) | {
         "acc_with_task_id": metrics.acc(given),
         "task_id_acc": metrics.acc(recognised),
         "forgetting_with_task_id": metrics.forgetting(given),
@@ -127,6 +153,36 @@ def scores_of(rows: Sequence[Row], tasks: int) -> dict[str, Any]:
         "score": score,
         "matrix": matrix,
     }
+    return found | _said(rows, tasks, scores[:tasks]) if score == metrics.SAID[0] else found
+
+
+def _said(rows: Sequence[Row], tasks: int, scores: Sequence[str]) -> dict[str, Any]:
+    """What is known of answers besides their strict score."""
+    others = {kind: metrics.matrix_of(rows, kind, tasks) for kind in ("lenient", "empty", "unparsable")}
+    lenient = others["lenient"]
+    found: dict[str, Any] = {f"{kind}_matrix": matrix for kind, matrix in others.items()} | {
+        "lenient_acc": metrics.acc(lenient),
+        "lenient_forgetting": metrics.forgetting(lenient),
+        "empty": metrics.acc(others["empty"]),
+        "unparsable": metrics.acc(others["unparsable"]),
+        "scores": list(scores),
+    }
+    if unlike := unlike_scores(scores):
+        found |= dict.fromkeys(_MEANS) | {"unlike_scores": unlike}
+    return found
+
+
+_MEANS = ("acc", "aaa", "forgetting", "bwt", "fwt", "lenient_acc", "lenient_forgetting")
+"""What would be means over tasks of scores; `retention`, the mean of ratios, has no scale."""
+
+
+def unlike_scores(scores: Sequence[str]) -> str:
+    """Why scores of tasks have no mean; "" where they have one."""
+    try:
+        common_top(scores)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def read_summary(out: Path, must_be_sealed: bool | None = None) -> Summary:

@@ -1,0 +1,88 @@
+"""Low-rank branches that stay apart, one a task: of each input one is used, or none."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from perdure.adapters.injection import Adapter, starting_rows
+from perdure.adapters.state import BufferDict, ParameterStore
+from perdure.types import Site
+
+_PARTS = ("down", "up")
+
+
+class Isolated(Adapter):
+    """y + scale · up_e (down_e x), e the branch that is chosen for the example; y where there is none.
+
+    In training it is the open branch for all, so that activations may be computed twice. Else `routes` says which, and
+    without routes it adds nothing. What an example gets does not depend on who is beside it.
+
+    Args:
+        site: the layer.
+        rank: inner dimension of a branch.
+        scale: factor of a branch (alpha / rank in PEFT).
+    """
+
+    folds = False
+
+    def __init__(self, site: Site, rank: int, scale: float = 1.0) -> None:
+        super().__init__()
+        if rank < 1 or rank > site.fan_in:
+            raise ValueError(f"rank={rank}: expected 1 to {site.fan_in}, the inputs of {site.layer}")
+        self.rank, self.scale, self.fan_in, self.fan_out = rank, scale, site.fan_in, site.fan_out
+        self.open, self.closed = ParameterStore(), BufferDict()  # "down", "up"; "3/down", "3/up" of task 3
+        self.routes: Tensor | None = None  # (B,), the task whose branch each example takes, or -1
+
+    def start(self, device: torch.device) -> None:
+        """Open a branch that changes nothing yet, in the place of one that may be open."""
+        self.open.put("down", starting_rows(self.rank, self.fan_in).to(device))
+        self.open.put("up", torch.zeros(self.fan_out, self.rank, dtype=torch.float32, device=device))
+
+    def close(self, task: int) -> None:
+        """Keep the open branch as that of `task`."""
+        for part in _PARTS:
+            value = self.open.take(part)
+            assert value is not None
+            self.closed[f"{task}/{part}"] = value
+
+    def forward(self, x: Tensor, y: Tensor, part: int) -> Tensor:
+        """Input (B, ..., fan_in) and output of the layer to its new output."""
+        if self.training and "down" in self.open:
+            return y + self._update(x, self.open["down"], self.open["up"])
+        if self.routes is None:
+            return y
+        taken = torch.unique(self.routes).tolist()
+        if len(taken) == 1 and taken[0] >= 0:
+            return y + self._closed(x, taken[0])
+        y = y.clone()
+        for task in taken:
+            if task >= 0:
+                rows = (self.routes == task).nonzero().flatten()
+                y[rows] += self._closed(x[rows], task)
+        return y
+
+    def delta(self, part: int, branches: bool) -> Tensor | None:
+        """None: which update a layer gets depends on the example."""
+        return None
+
+    def _closed(self, x: Tensor, task: int) -> Tensor:
+        return self._update(x, self.closed[f"{task}/down"], self.closed[f"{task}/up"])
+
+    def _update(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        update = F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype))
+        return update if self.scale == 1 else self.scale * update
+
+
+@contextmanager
+def routed(adapters: Sequence[Isolated], routes: Tensor) -> Iterator[None]:
+    """Within, each example takes the branch of the task that `routes` (B,) says; -1 for none."""
+    for each in adapters:
+        each.routes = routes
+    try:
+        yield
+    finally:
+        for each in adapters:
+            each.routes = None

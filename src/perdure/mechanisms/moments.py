@@ -1,0 +1,234 @@
+"""Second moments of what layers read: E[x xᵀ] over all tokens that count, or a sketch of it where layers are wide."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from perdure.adapters.state import BufferDict
+from perdure.types import Batch
+
+WIDE = 4096
+"""Layers with more inputs than this are sketched where a sketch is asked for."""
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """Second moments R of a wide input by `rows` of its directions: RowsᵀRows ≼ R (Frequent Directions).
+
+    Ghashami et al., SIAM J. Comput. 2016, arXiv:1501.01711. With ℓ rows, for any unit v and k < ℓ
+    0 ≤ vᵀR v - |Rows v|² ≤ (what the k leading directions leave of R's trace) / (ℓ - k).
+    A layer of 11,008 inputs takes 23 MB with 256 rows, its matrix 969 MB.
+
+    Args:
+        rows: float64 (ℓ, d).
+        trace: of R, which the rows do not hold in full.
+    """
+
+    rows: Tensor
+    trace: Tensor
+
+    @classmethod
+    def empty(cls, fan_in: int, size: int, device: torch.device | str = "cpu") -> "Sketch":
+        """Of nothing; `size` rows."""
+        zero = torch.zeros(size, fan_in, dtype=torch.float64, device="cpu" if _without_float64(device) else device)
+        return cls(zero, zero.new_zeros(()))
+
+    def taking(self, x: Tensor) -> "Sketch":
+        """With the tokens (n, d) added, a few hundred at once."""
+        rows, size = self.rows, len(self.rows)
+        x = exact(x.detach().float()).to(rows.device)
+        for piece in torch.split(x, max(size, 1)):
+            rows = _shrunk_to(size, torch.cat([rows, piece]))
+        return Sketch(rows, self.trace + x.square().sum())
+
+    def __add__(self, other: "Sketch") -> "Sketch":
+        return Sketch(_shrunk_to(len(self.rows), torch.cat([self.rows, other.rows])), self.trace + other.trace)
+
+    def __mul__(self, factor: float) -> "Sketch":
+        return Sketch(self.rows * math.sqrt(factor), self.trace * factor)
+
+    def __len__(self) -> int:
+        """The inputs' width."""
+        return self.rows.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows are."""
+        return self.rows.device
+
+
+Moments = Tensor | Sketch
+"""Second moments of a layer's inputs: the matrix (d, d), or a sketch of it."""
+
+
+def _shrunk_to(size: int, rows: Tensor) -> Tensor:
+    """`size` rows for more of them: all directions lose as much as the first one that is left out has."""
+    values, vectors = torch.linalg.eigh(rows @ rows.T)  # of (2ℓ, 2ℓ) in place of an SVD of (2ℓ, d)
+    values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
+    left = values[:size] - values[size]
+    # rows = U S Vᵀ: the new ones are √(S² - s²) Vᵀ = √(S² - s²) / S · Uᵀ rows
+    ratio = torch.where(values[:size] > 0, left / values[:size].clamp_min(torch.finfo(values.dtype).tiny), 0.0)
+    return ratio.clamp_min(0).sqrt().unsqueeze(1) * (vectors[:, :size].T @ rows)
+
+
+class _Enough(Exception):
+    """All watched layers have been reached; what lies above them need not be computed."""
+
+
+@torch.no_grad()
+def second_moments(
+    encode: Callable[[Batch], object],
+    layers: Mapping[str, nn.Module],
+    batches: Iterable[Batch],
+    groups: Callable[[str], Sequence[Tensor] | None] = lambda _: None,
+    balance: float | None = None,
+    sketch: int | None = None,
+) -> dict[str, Moments]:
+    """E[x xᵀ] of the inputs of each layer, uncentred, over all tokens: float64 (fan_in, fan_in), or a `Sketch`.
+
+    Products are formed in float32 outside autocast (in bfloat16 the subspaces are noise), as one flat xᵀx per batch,
+    and summed in float64. A batch is not computed beyond the last watched layer.
+
+    Args:
+        encode: runs the model on a batch.
+        layers: name -> layer to watch.
+        batches: the data.
+        groups: asked whenever a layer is reached: which tokens (n, L) of its input count, for each kind of them
+            (images, words); None counts all, as one kind.
+        balance: share of the first kind, whose tokens may be many more than the others; each kind's mean is taken by
+            itself. None counts every token alike.
+        sketch: rows of a `Sketch` in place of the matrix, of layers wider than `WIDE`; None takes no sketches.
+    """
+    sums: dict[str, dict[int, _Sum]] = {name: {} for name in layers}
+    reached: set[str] = set()
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(_layer: nn.Module, args: tuple[Any, ...]) -> None:
+            x: Tensor = args[0]
+            kinds = groups(name)
+            pieces = [x.flatten(0, -2)] if kinds is None else [x[each.to(x.device)] for each in kinds]
+            for kind, piece in enumerate([torch.cat(pieces)] if balance is None else pieces):
+                wide = sketch is not None and x.shape[-1] > WIDE
+                sums[name].setdefault(kind, _Sum(sketch if wide else None)).add(piece)
+            reached.add(name)
+            if len(reached) == len(layers):
+                raise _Enough
+
+        return hook
+
+    handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
+    try:
+        for batch in batches:
+            reached.clear()
+            try:
+                encode(batch)
+            except _Enough:
+                continue
+            raise ValueError(f"the inputs of {sorted(layers.keys() - reached)} are never computed: choose other sites")
+    finally:
+        for handle in handles:
+            handle.remove()
+    shares = [1.0] if balance is None else [balance, 1 - balance]
+    return {name: _mean([kinds[k] for k in sorted(kinds)], shares) for name, kinds in sums.items()}
+
+
+class _Sum:
+    """The sum of x xᵀ over tokens, as a matrix or a sketch of `rows` rows."""
+
+    def __init__(self, rows: int | None) -> None:
+        self.rows, self.tokens = rows, 0
+        self.whole: Moments | None = None
+
+    def add(self, x: Tensor) -> None:
+        """More tokens, (n, d)."""
+        if self.rows is None:
+            product, _ = _product(x)
+            self.whole = product if self.whole is None else self.whole.add_(product)  # type: ignore[union-attr]
+        else:
+            old = self.whole if isinstance(self.whole, Sketch) else Sketch.empty(x.shape[-1], self.rows, x.device)
+            self.whole = old.taking(x)
+        self.tokens += len(x)
+
+
+def _mean(kinds: Sequence[_Sum], shares: Sequence[float]) -> Moments:
+    """The mean over tokens of each kind, weighted by `shares`; kinds without any token count for nothing."""
+    there = [
+        (each, share) for each, share in zip(kinds, shares, strict=False) if each.tokens and each.whole is not None
+    ]
+    of = sum(share for _, share in there) or 1.0
+    means = [each.whole * (share / of / each.tokens) for each, share in there]  # type: ignore[operator]
+    return sum(means[1:], start=means[0])
+
+
+def _product(x: Tensor) -> tuple[Tensor, int]:
+    """The sum of x xᵀ over all tokens of (..., d), float64 (d, d), and how many these are."""
+    with torch.autocast(x.device.type, enabled=False):
+        x = x.detach().flatten(0, -2).float()
+        product = x.T @ x
+    # float64 holds sums of millions of tokens; MPS has none, so it is kept on the CPU there.
+    return product.cpu().double() if x.device.type == "mps" else product.double(), len(x)
+
+
+class RunningMoments(BufferDict):
+    """Second moments of what layers read in training steps: no pass of their own, but of weights that still move.
+
+    Sums are part of the state, so that a run stopped in between goes on with them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._heard: dict[str, Tensor] = {}
+        self._handles: list[RemovableHandle] = []
+
+    @property
+    def images(self) -> int:
+        """How many were counted."""
+        return int(self["images"]) if "images" in self else 0
+
+    @property
+    def listening(self) -> bool:
+        """Whether something is held for `add`."""
+        return bool(self._handles)
+
+    def listen(self, layers: Mapping[str, nn.Module]) -> None:
+        """Hold what each of `layers` reads in the next forward pass that is trained on, until `add`."""
+
+        def hear(name: str, _layer: nn.Module, args: tuple[Any, ...]) -> None:
+            if torch.is_grad_enabled():  # a teacher's pass is none of them
+                self._heard.setdefault(name, args[0].detach())
+
+        self._handles = [layer.register_forward_pre_hook(partial(hear, name)) for name, layer in layers.items()]
+
+    @torch.no_grad()
+    def add(self, images: Tensor) -> None:
+        """Count `images` (rows of the batch) of what was heard, and listen no more."""
+        for handle in self._handles:
+            handle.remove()
+        for name, x in self._heard.items():
+            product, tokens = _product(x[images])
+            for key, value in ((f"sum/{name}", product), (f"tokens/{name}", torch.tensor(tokens))):
+                self[key] = self[key] + value if key in self else value
+        self["images"] = torch.tensor(self.images + len(images))
+        self._handles, self._heard = [], {}
+
+    def finish(self) -> dict[str, Tensor]:
+        """E[x xᵀ] of each layer, as `second_moments` gives it; the sums begin anew."""
+        names = [key.removeprefix("sum/") for key in self if key.startswith("sum/")]
+        found = {name: self[f"sum/{name}"] / self[f"tokens/{name}"] for name in names}
+        self.clear()
+        return found
+
+
+def exact(tensor: Tensor) -> Tensor:
+    """In float64; on the CPU where the device has none (MPS)."""
+    return tensor.cpu().double() if _without_float64(tensor.device) else tensor.double()
+
+
+def _without_float64(device: torch.device | str) -> bool:
+    return torch.device(device).type == "mps"
