@@ -179,6 +179,7 @@ NAMED = sorted(
     {
         (str(p.relative_to(ROOT)), path)
         for p in PAGES
+        if p.name != "CHANGELOG.md"  # what is past has the names of its time
         for path in re.findall(r"\bperdure(?:\.\w+)+", p.read_text("utf-8"))
     }
 )

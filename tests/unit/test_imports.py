@@ -44,7 +44,7 @@ def test_what_an_objective_or_a_method_can_is_asked_and_not_its_class() -> None:
 
 
 # What every entry point is called.
-SHARED_NAMES = {"main"}
+SHARED_NAMES = {"main", "before", "after"}  # before and after: of the two kinds of examples, called by examples.py
 
 
 def test_no_two_modules_give_one_name_to_different_things() -> None:
