@@ -28,8 +28,10 @@ FLAGS = {
     "run": ["--json", *TRAINING, *RUNNING, "--recipe", "--out", "--track"],
     "resume": ["--json", "FOLDER"],
     "learn": ["--json", "FOLDER", "--into", "--backbone", "--method", "--objective", "--epochs", "--lr"],
-    "predict": ["--json", "LEARNER", "IMAGES", "--top", "--classes", "--calibrated", "--skip-bad"],
+    "predict": ["--json", "LEARNER", "IMAGES", "--top", "--classes", "--calibrated", "--skip-bad", "--task"],
     "search": ["--json", "LEARNER", "FOLDER", "TEXT", "--top", "--skip-bad"],
+    "ask": ["--json", "LEARNER", "WORDS", "--stdin", "--tokens", "--task"],
+    "chat": ["--json", "LEARNER", "--tokens", "--task"],
     "compare": [
         "--json",
         *TRAINING,
@@ -49,7 +51,7 @@ FLAGS = {
         "--report-seeds",
     ],
     "advise": ["--json", "--bytes", "--old-data", "--tasks", "--id-at-test", "--step-cost", "--scenario", "--from"],
-    "eval": ["--json", "LEARNER", "--stream", "--retain"],
+    "eval": ["--json", "LEARNER", "--stream", "--retain", "--task"],
     "report": ["--json", "FOLDERS", "--out", "--figures"],
     "export": ["--json", "LEARNER", "--out", "--to"],
     "move": ["--json", "FOLDER", "CHANGE"],
@@ -58,7 +60,8 @@ FLAGS = {
 FLAGS["tune"] += ["--out"]
 FLAGS["compare"] += ["--jobs", "--on", "--cpus-per-cell", "--gpus-per-cell"]
 FLAGS["learn"] += ["--captions", "--batch-size", "--seed", "--precision", "--calibrate", "--skip-bad"]
-for _name in ("resume", "learn", "predict", "search", "eval", "export"):
+FLAGS["learn"] += ["--images", "--score"]
+for _name in ("resume", "learn", "predict", "search", "ask", "chat", "eval", "export"):
     FLAGS[_name] += ["--device"]
 """All commands and flags; whoever changes this list changes what scripts out there rely on."""
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from perdure.api.learner import OPEN, Learner, check_first
+from perdure.api.given import check_first
+from perdure.api.learner import OPEN, Learner
 from perdure.backbones.preprocess import skippable
 from perdure.core import checkpoint
 from perdure.core.checkpoint import Checkpoint, read_record
@@ -18,10 +19,19 @@ from perdure.options.spec import parse
 from perdure.process import as_found, plain
 from perdure.storage import schema
 from perdure.storage.schema import LessonSource
-from perdure.streams import Captioned, ImageSet, build_stream, captioned_task, folder_task
+from perdure.streams import (
+    Captioned,
+    ConversationSet,
+    ImageSet,
+    build_stream,
+    captioned_task,
+    conversation_task,
+    folder_task,
+)
+from perdure.streams.conversation_stream import holds_conversations
 from perdure.streams.single_task import COLUMN
 from perdure.streams.splits import digest
-from perdure.training.config import RunConfig, former_parts
+from perdure.training.config import RunConfig, former_parts, usual
 from perdure.training.loop import Diverged, Progress, Quiet, TrainConfig
 from perdure.training.record import elsewhere, recorded_moves, write_record
 from perdure.training.run import Interrupted, learn_stream, nothing_learnt_nothing_left, resume
@@ -31,6 +41,8 @@ _SPECS = ("backbone", "method", "objective")
 _FIXED = (*_SPECS, "seed", "precision", "attention", "calibrate")
 _SOURCE = "source.json"
 _WORDS = {"folder": "folders", "train_sha256": "images", "content": "images", "captions": "captions' columns"}
+_READING = {"captions": "captions", "images": "conversations", "score": "conversations"}
+"""How a file is read, beside where it lies: name -> what a learner learns of whom it is asked."""
 
 
 @plain()
@@ -41,7 +53,7 @@ def teach_folder(
     given: Mapping[str, Any],
     progress: Progress | None = None,
     skip_bad: bool = False,
-    captions: str | None = None,
+    **reading: str | None,
 ) -> tuple[Task, dict[str, Any]]:
     """Teach the learner in folder `into` one more task; it is made when it is not there.
 
@@ -49,13 +61,15 @@ def teach_folder(
     folders that are still there are evaluated again, and their examples can be replayed.
 
     Args:
-        photos: folder of class folders; for a learner of captions a parquet or JSONL file, or a folder of them.
+        photos: folder of class folders; for a learner of captions a parquet or JSONL file, or a folder of them; for one
+            that answers in words a file of conversations.
         into: the learner's folder.
         config: for a new learner.
         given: what of `config` the user asked for; it must agree with a learner that is already there.
         progress: who is told.
         skip_bad: leave unreadable images out and report them.
-        captions: for a learner of captions, their column; "captions" when None.
+        reading: for a learner of captions, their column as `captions`; for one that answers in words, the folder of
+            images as `images`, and how answers are scored as `score`.
 
     What was taught last is not taught once more: of a command that was killed after the task was saved, what is left
     to do is done.
@@ -72,25 +86,35 @@ def teach_folder(
             learner = Learner.untaught(into, given.get("device"))
             _refuse_without_effect(into, learner.config, given)
         else:
+            if not usual(config.backbone) and holds_conversations(photos):
+                raise ValueError(
+                    f"{photos} holds conversations, and {config.backbone} cannot answer in words: give --backbone "
+                    "'mllm(path=...)'"
+                )
             learner = Learner.of(dataclasses.replace(config, stream=OPEN))
             if old := former_parts(config):
                 progress.note(old)
-        if captions is not None and "classes" in learner.objective.asks:
+        asks = min(learner.objective.asks)
+        reading = {name: value for name, value in reading.items() if value is not None}
+        if idle := [name for name in reading if _READING[name] != asks]:
             raise ValueError(
-                f"--captions {captions} has no effect with {learner.config.objective}, which learns "
-                "classes: leave it out"
+                f"--{idle[0]} {reading[idle[0]]} has no effect with {learner.config.objective}, which learns {asks}: "
+                "leave it out"
             )
+        if asks == "captions":
+            reading.setdefault("captions", COLUMN)
+        if "images" in reading:
+            reading["images"] = str(Path(str(reading["images"])).expanduser().resolve())
         trained = {k: v for k, v in given.items() if k in {f.name for f in dataclasses.fields(TrainConfig)}}
         train = learner.usual_training().but(**trained)
         before = _tasks_with_data(learner, into, done, progress)
         known = {name: c for task in before for name, c in zip(task.names, task.classes, strict=True)}
         with skippable("--skip-bad"):
-            task = _read(photos, learner, known, len(before), skip_bad, captions, progress.note)
+            task = _read(photos, learner, known, len(before), skip_bad, reading, progress.note)
         check_first(learner, task, known, str(photos))
         train = learner.long_enough(train, task, "epochs" in given)
-        source = _source(photos, task, skip_bad) | {"options": trained}
-        if "classes" not in learner.objective.asks:
-            source["captions"] = captions or COLUMN
+        source: LessonSource = {**_source(photos, task, skip_bad), "options": trained, **reading}  # type: ignore[typeddict-item]
+        if asks != "classes":
             _tell_overlap(before, task, progress)
         _refuse_other_task(into, done, source)
         if _taught_last(done, source):
@@ -129,8 +153,9 @@ def go_on(folder: Path, progress: Progress | None = None, device: str | None = N
     if begun is not None:
         given = {**begun.get("options", {}), **({"device": device} if device else {})}
         config = RunConfig(stream=OPEN)  # what counts is the folder's own
-        photos, captions = Path(begun["folder"]), begun.get("captions")
-        return teach_folder(photos, folder, config, given, progress, begun["skip_bad"], captions)[1]
+        return teach_folder(
+            Path(begun["folder"]), folder, config, given, progress, begun["skip_bad"], **_reading_of(begun)
+        )[1]
     if written["config"].get("stream"):
         return resume(folder, progress, device)
     if not done:
@@ -168,6 +193,8 @@ def _tasks_with_data(learner: Learner, folder: Path, done: Sequence[Checkpoint],
             known = {name: c for t in tasks for name, c in zip(t.names, t.classes, strict=True)}
             for move in moves:
                 source = {**source, "folder": relocated(source["folder"], move)}
+                if "images" in source:
+                    source["images"] = relocated(source["images"], move)
             task = _again(source, described, learner, known)
             if not len(task.train):
                 progress.note(
@@ -185,8 +212,8 @@ def _again(source: LessonSource, described: Task, learner: Learner, known: Mappi
         return described
     own = dict(zip(described.names, described.classes, strict=True)) if "classes" in learner.objective.asks else {}
     try:
-        captions = source.get("captions")
-        task = _read(folder, learner, {**known, **own}, described.index, source["skip_bad"], captions, again=True)
+        place = folder, learner, {**known, **own}, described.index, source["skip_bad"]
+        task = _read(*place, _reading_of(source), again=True)
     except ValueError:  # no folder of classes any more
         return described
     if own == dict(zip(task.names, task.classes, strict=True)):
@@ -202,14 +229,21 @@ def _read(
     known: Mapping[str, int],
     index: int,
     skip_bad: bool,
-    captions: str | None,
+    reading: Mapping[str, str | None],
     tell: Callable[[str], None] = lambda _: None,
     again: bool = False,
 ) -> Task:
     if "classes" in learner.objective.asks:
         place = photos, learner.backbone.preprocess, known, index, skip_bad, learner.seed
         return folder_task(*place, tell, None if again else "learn")
-    return captioned_task(photos, learner.backbone.preprocess, known, index, captions, skip_bad, tell)
+    if "conversations" in learner.objective.asks:
+        return conversation_task(photos, known, index, reading.get("images"), reading.get("score") or "", skip_bad)
+    return captioned_task(photos, learner.backbone.preprocess, known, index, reading["captions"], skip_bad, tell)
+
+
+def _reading_of(source: LessonSource) -> dict[str, str | None]:
+    """How the file of a lesson was read."""
+    return {name: value for name, value in source.items() if name in _READING}  # type: ignore[misc]
 
 
 def _source(photos: Path, task: Task, skip_bad: bool) -> LessonSource:
@@ -225,6 +259,8 @@ def _source(photos: Path, task: Task, skip_bad: bool) -> LessonSource:
 def _content(task: Task) -> str:
     """Of the bytes of the images to learn, with their classes or captions, in whatever order and under any name."""
     data = task.train
+    if isinstance(data, ConversationSet):
+        return digest(sorted(data.described(content=True)))
     if not isinstance(data, ImageSet):
         return ""
     names = dict(zip(task.classes, task.names, strict=True))
@@ -236,7 +272,9 @@ def _content(task: Task) -> str:
 
 
 def _digest(data: Data) -> str:
-    """Of which images there are, in their order, and of their captions."""
+    """Of which images there are, in their order, and of what is said of them."""
+    if isinstance(data, ConversationSet):
+        return digest(data.described())
     if not isinstance(data, ImageSet):
         return ""
     keys = [data.source.key(row) for row in data.rows.tolist()]
@@ -250,7 +288,7 @@ def _even(texts: Sequence[Sequence[str]]) -> list[list[str]]:
 
 
 def _skipped(task: Task) -> list[str]:
-    return [where for data in (task.train, task.test) if isinstance(data, ImageSet) for where in data.skipped]
+    return [where for data in (task.train, task.test) for where in getattr(data, "skipped", ())]
 
 
 def _refuse_without_effect(into: Path, config: RunConfig, given: Mapping[str, Any]) -> None:
@@ -265,12 +303,11 @@ def _refuse_without_effect(into: Path, config: RunConfig, given: Mapping[str, An
 
 def _tell_overlap(before: Sequence[Task], task: Task, progress: Progress) -> None:
     """Say when what is to be learnt was a test so far."""
-    tests = torch.cat([t.test.pairs for t in before if isinstance(t.test, Captioned)] or [torch.empty(0)])
-    learnt = task.train.pairs if isinstance(task.train, Captioned) else torch.empty(0)
+    tests = torch.cat([t.test.pairs for t in before if hasattr(t.test, "pairs")] or [torch.empty(0)])
+    learnt = getattr(task.train, "pairs", torch.empty(0))
     if count := int(torch.isin(learnt, tests).sum()):
-        progress.note(
-            f"{count} images to learn are test images of earlier tasks, whose recall is no fair test any more"
-        )
+        what = "images to learn are" if isinstance(task.train, Captioned) else "conversations to learn show"
+        progress.note(f"{count} {what} test images of earlier tasks, whose scores are no fair test any more")
 
 
 def _next(into: Path, done: Sequence[Checkpoint]) -> Path:

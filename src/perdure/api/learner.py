@@ -5,37 +5,38 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, overload
 
-import numpy as np
 import torch
-from PIL import Image
 from torch.nn import functional as F
 
+from perdure.api.given import Asked, asked, check_first, known_task, shown, task_of
 from perdure.core import checkpoint
 from perdure.core.checkpoint import read_record
 from perdure.core.learner import Core
-from perdure.core.method import parts_of
 from perdure.core.shared_copy import as_now, become, part, twin_of
 from perdure.evaluation.calibration import fit, set_apart
 from perdure.export.model import export
 from perdure.objectives.zeroshot import class_texts
 from perdure.process import Turn, as_found, plain
-from perdure.streams import ImageSet, captioned_task, folder_task, given_captions, given_task
-from perdure.streams.sources import Picture, listed
-from perdure.training.config import RunConfig, check_options, former_parts
+from perdure.streams import ImageSet
+from perdure.streams.conversations import Conversation
+from perdure.streams.sources import Picture
+from perdure.training.config import RunConfig, check_options, former_parts, usual
 from perdure.training.loop import Progress, Quiet, TrainConfig, fit_task
 from perdure.training.record import record_of, recorded_config, recorded_runtime, write_record
 from perdure.training.run import build_learner
 from perdure.training.runtime import Runtime
 from perdure.training.summary import COSTS, facts_of, taught_files, write_summary
-from perdure.types import Row, Stream, Task
+from perdure.types import Data, Row, Stream, Task, Told
 
 OPEN = ""
 """The stream of a learner that is taught one folder after another."""
 
+TOKENS = 256
+"""Most of an answer to `ask`, unless said otherwise; what was taught ends by itself."""
 _LEAST_STEPS = 60
 """Of a task that is taught by hand, when the number of epochs is left open."""
 
@@ -61,21 +62,23 @@ class Learner(Core):
 
     @classmethod
     def create(
-        cls, backbone: str = "pocket()", method: str = "inflora(rank=10)", objective: str = "classify()", **options: Any
+        cls, backbone: str = "pocket()", method: str | None = None, objective: str | None = None, **options: Any
     ) -> Self:
         """A learner that has learnt nothing yet.
 
         Args:
             backbone: the pre-trained model, in the mini-language.
-            method: how it learns.
-            objective: what is asked of it.
+            method: how it learns; None is inflora(rank=10), or LoRA for a language model.
+            objective: what is asked of it; None is classify(), or generate() for a language model.
             options: fields of `RunConfig`: epochs, lr, batch_size, seed, precision, ...
 
         Raises:
             ValueError: for names and options that do not exist.
         """
         check_options("create", options, RunConfig)
-        config = RunConfig(stream=OPEN, backbone=backbone, method=method, objective=objective, **options)
+        given = {"method": method, "objective": objective}
+        settings = usual(backbone) | {name: value for name, value in given.items() if value is not None} | options
+        config = RunConfig(stream=OPEN, backbone=backbone, **settings)
         if old := former_parts(config):
             warnings.warn(old, FutureWarning, stacklevel=2)
         return cls.of(config)
@@ -86,6 +89,7 @@ class Learner(Core):
         """A learner that has learnt nothing yet, from its configuration."""
         learner, found = build_learner(cls, config, runtime)
         learner.config, learner.runtime, learner._facts, learner.lessons = config, found, {}, Turn()
+        learner.objective.bind(learner)  # a language model answers before it has learnt anything
         return learner
 
     @classmethod
@@ -98,27 +102,30 @@ class Learner(Core):
 
     @property
     def known(self) -> dict[str, int]:
-        """Class name -> id of everything learnt so far."""
-        objective = self.objective  # once: a lesson in another thread may end here
-        return dict(zip(objective.names, objective.classes, strict=True))
+        """Name -> id of all classes learnt so far; of captions and conversations, of all tasks."""
+        tasks = self.tasks  # once: a lesson in another thread may end here
+        return {name: c for task in tasks for name, c in zip(task.names, task.classes, strict=True)}
 
     @plain()
     def learn(
         self,
-        images: Sequence[Picture] | torch.Tensor | str | Path,
+        images: Sequence[Picture] | torch.Tensor | str | Path | None = None,
         labels: Sequence[str | int] | torch.Tensor | None = None,
         progress: Progress | None = None,
         captions: Sequence[str | Sequence[str]] | str | None = None,
+        conversations: Sequence[Any] | None = None,
         **options: Any,
     ) -> Self:
         """One more task.
 
         Args:
             images: Pillow images, paths, uint8 arrays (H, W, 3) or a uint8 tensor (n, 3, H, W); or the path of a folder
-                of class folders, or with `retrieve` of a parquet or JSONL file of images and captions.
-            labels: a name or number for each image; None for a folder, and with `retrieve`.
+                of class folders, with `retrieve` of a parquet or JSONL file of images and captions, with `generate` of
+                a file of conversations.
+            labels: with classes, a name or number for each image; None for a folder.
             progress: who is told; to it, too, the learner answers by what it knew before.
             captions: with `retrieve`, a text or several for each image; of a file, the column that holds them.
+            conversations: with `generate`, entries as in a file, which hold their images as paths or Pillow images.
             options: fields of `TrainConfig`, for this task only.
 
         Raises:
@@ -129,10 +136,10 @@ class Learner(Core):
         with self.lessons, as_found(self.runtime.threads):
             if self.lessons.depth > 1:
                 raise ValueError("this learner is learning: learn cannot be called from its progress; call it after")
-            read = self._labelled if "classes" in self.objective.asks else self._captioned
-            task = read(images, labels, captions)
+            known = self.known
+            task = task_of(self, images, known, labels=labels, captions=captions, conversations=conversations)
             given = "captions" if labels is None else "labels"
-            check_first(self, task, self.known, str(images) if isinstance(images, str | Path) else given)
+            check_first(self, task, known, str(images) if isinstance(images, str | Path) else given)
             train = self.long_enough(train, task, "epochs" in options)
             twin = twin_of(self)
             learnt, held = set_apart(self, task)
@@ -143,35 +150,6 @@ class Learner(Core):
             become(self, twin)
         return self
 
-    def _labelled(self, images: Any, labels: Any, captions: Any) -> Task:
-        if captions is not None:
-            raise ValueError(f"captions have no effect with {self.config.objective}: give labels, or take retrieve()")
-        place = self.backbone.preprocess, self.known, self.learnt
-        if isinstance(images, str | Path):
-            if labels is not None:
-                raise ValueError(f"{images} is a folder, whose sub-folders are the labels; leave labels out")
-            return folder_task(images, *place, seed=self.seed)
-        if labels is None:
-            raise ValueError("labels are missing: give a name or number for each image")
-        return given_task(_several(images), labels, *place)
-
-    def _captioned(self, images: Any, labels: Any, captions: Any) -> Task:
-        if labels is not None:
-            raise ValueError("labels have no effect with retrieve, which learns captions: give captions=[...]")
-        place = self.backbone.preprocess, self.known, self.learnt
-        if isinstance(images, str | Path):
-            if not (Path(images).is_dir() or Path(images).suffix in (".jsonl", ".parquet")):
-                raise ValueError(
-                    f"{images} is no parquet or JSONL file of images and captions: give pictures as a list, "
-                    f"[{str(images)!r}]"
-                )
-            if not (captions is None or isinstance(captions, str)):
-                raise ValueError(f"{images} is a file, which has the captions; give the name of their column, or none")
-            return captioned_task(images, *place, captions)
-        if captions is None:
-            raise ValueError("captions are missing: give a text, or several, for each image")
-        return given_captions(_several(images), captions, *place)
-
     @plain()
     def predict(
         self,
@@ -180,6 +158,7 @@ class Learner(Core):
         batch_size: int = 256,
         classes: Sequence[str] | None = None,
         calibrated: bool = False,
+        task: str | None = None,
     ) -> list[list[tuple[str, float]]]:
         """Class names with scores, best first, for each image; scores of an image add up to 1.
 
@@ -192,11 +171,14 @@ class Learner(Core):
             batch_size: images at once; the answer does not depend on it.
             classes: names to choose among, whatever was learnt, by a text tower; None answers with what was learnt.
             calibrated: divide the answers by the temperature that images set apart from training have asked for.
+            task: name of the task that the images belong to, where it is known: only its classes are answered, and a
+                method that chooses by the image what a task has taught takes that of this one.
 
         Raises:
             ValueError: when nothing was learnt yet, an image cannot be read, or the backbone has no text tower for
                 `classes`.
         """
+        self.check_sees("predict")
         if classes is None:
             self._check_learnt()
             if "classes" not in self.objective.asks:
@@ -210,12 +192,18 @@ class Learner(Core):
             raise ValueError(f"top={top}: expected 1 or more, or None for all")
         if classes is not None and not len(classes):
             raise ValueError("classes is empty: give at least one name, or None for what was learnt")
-        data = self._shown(images)
+        if classes is not None and task is not None:
+            raise ValueError(f"task={task!r} has no effect on classes that were not learnt: leave one of the two out")
+        known = None if task is None else known_task(self, task)
+        found = shown(images, self)
+        data: Data = found if known is None else Told(found, known.index)
         if not len(data):
             return []
         with self.inference():
             if classes is None:
                 names, scores = self.objective.names, self.scores_of(data, batch_size)
+                if known is not None:
+                    names, scores = known.names, scores[:, [self.objective.classes.index(c) for c in known.classes]]
             else:
                 names, texts = tuple(classes), class_texts(self, classes, self.objective.templates)
                 scores = self.backbone.logit_scale * self._towards(data, texts, batch_size)
@@ -241,11 +229,12 @@ class Learner(Core):
         Raises:
             ValueError: when the text is empty, an image cannot be read, or the backbone has no text tower.
         """
+        self.check_sees("search")
         if not text.strip():
             raise ValueError("the text to search for is empty: say what to look for")
         if top < 1:
             raise ValueError(f"top={top}: expected 1 or more")
-        data = self._shown(images)
+        data = shown(images, self)
         if not len(data):
             return []
         with self.inference():
@@ -253,13 +242,60 @@ class Learner(Core):
         best = cosines.topk(min(top, len(cosines)))
         return list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
 
-    def _shown(self, images: Any) -> ImageSet:
-        if isinstance(images, ImageSet):
-            return images
-        images = listed(_several(images), "images")
-        return ImageSet.of(images, [0] * len(images), self.backbone.preprocess)
+    @overload
+    def ask(self, images: Any, question: str, tokens: int = ..., task: str | None = ...) -> str: ...
+    @overload
+    def ask(self, images: Any, question: Sequence[str], tokens: int = ..., task: str | None = ...) -> list[str]: ...
+    @plain()
+    def ask(
+        self, images: Any, question: str | Sequence[str], tokens: int = TOKENS, task: str | None = None
+    ) -> str | list[str]:
+        """What it answers to a question about images, or to several questions.
 
-    def _towards(self, data: ImageSet, texts: torch.Tensor, size: int) -> torch.Tensor:
+        Args:
+            images: None, one or several, as in `learn`; for a list of questions a list of such, or None.
+            question: in words; the images stand before it.
+            tokens: most tokens of an answer.
+            task: name of the task that the question belongs to, where it is known; see `predict`.
+
+        Raises:
+            ValueError: when this learner does not answer in words, a question is empty or an image cannot be read.
+        """
+        self.check_speaks()
+        said = self.reply(asked(images, question, self), tokens, task)
+        return said[0] if isinstance(question, str) else said
+
+    @plain()
+    def reply(self, conversations: Sequence[Conversation], tokens: int = TOKENS, task: str | None = None) -> list[str]:
+        """What it says next in each of `conversations`; see `ask`."""
+        self.check_speaks()
+        if tokens < 1:
+            raise ValueError(f"tokens={tokens}: expected 1 or more")
+        objective: Any = self.objective
+        data: Data = Asked(conversations)
+        said: list[str] = objective.answers(
+            self, data if task is None else Told(data, known_task(self, task).index), tokens
+        )
+        return said
+
+    def check_speaks(self) -> None:
+        """Raise a ValueError unless it answers in words."""
+        if "conversations" not in self.objective.asks:
+            asks = " and ".join(self.objective.asks)
+            raise ValueError(
+                f"this learner learns {asks} and does not answer in words: use predict or search, or make one with "
+                "mllm(path=...) and generate()"
+            )
+
+    def check_sees(self, call: str) -> None:
+        """Raise a ValueError where `call` is none of what it can be asked, for it answers in words."""
+        if "conversations" in self.objective.asks:
+            raise ValueError(
+                f"this learner answers in words, which {call} does not give: use ask, as "
+                "'perdure ask LEARNER cat.jpg \"What is this?\"'"
+            )
+
+    def _towards(self, data: Data, texts: torch.Tensor, size: int) -> torch.Tensor:
         """Cosines (n, m) of images to unit-length embeddings of texts (m, dim)."""
         features = torch.cat([self.encode(batch) for batch in self.batches(data, size)])
         if features.shape[1] != texts.shape[1]:
@@ -359,20 +395,3 @@ class Learner(Core):
             return train
         steps = math.ceil(len(task.train) / train.batch_size)
         return dataclasses.replace(train, epochs=max(train.epochs, math.ceil(_LEAST_STEPS / steps)))
-
-
-def check_first(learner: Learner, task: Task, known: Mapping[str, int], where: str) -> None:
-    """Refuse a first task that has nothing to tell apart."""
-    if not known and len(task.classes) < 2 and not learner.objective.open_vocabulary:
-        raise ValueError(f"{where}: one class only, {task.names[0]!r}; a first task needs at least two")
-    rehearsed = learner.learnt and any(part.rehearses for part in parts_of(learner.method))
-    if "classes" not in learner.objective.asks and len(task.train) < 2 and not rehearsed:
-        raise ValueError(f"{where}: one image only; images are told apart from each other, so give at least two")
-
-
-def _several(images: Any) -> Any:
-    """A sequence of images from what may be one of them."""
-    one = isinstance(images, str | Path | Image.Image)
-    # (H, W, 3) and (H, W, 1) are one picture; several grey ones are (n, H, W).
-    one = one or (isinstance(images, np.ndarray) and images.ndim == 3 and images.shape[2] in (1, 3, 4))
-    return [images] if one else images

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, cast
 
 from torch import nn
 
@@ -41,7 +41,7 @@ _FUSED = re.compile(r"(.*\.)?qkv")
 
 def named_towers(tower: Tower) -> tuple[OneTower, ...]:
     """The encoders that `tower` names, `vision` first."""
-    return ("vision", "text") if tower == "both" else tuple(tower.split("+"))  # type: ignore[return-value]
+    return ("vision", "text") if tower == "both" else cast(tuple[OneTower, ...], tuple(tower.split("+")))
 
 
 def stack_of_blocks(model: nn.Module, root: str) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Optional
 import tyro
 
 from perdure.cli.advise import Advise
+from perdure.cli.ask import Ask, Chat
 from perdure.cli.catalogue import Listed, entries
 from perdure.cli.console import Command, Screen
 from perdure.cli.tune import Tune
@@ -20,7 +21,7 @@ from perdure.experiments.cluster import Cluster
 from perdure.experiments.recipes import DEMO_METHODS, demo, recipe
 from perdure.formatting import meant, shortened
 from perdure.options.ranges import BatchSize, Epochs, Range, Rate, Seed
-from perdure.training.config import RunConfig, flags
+from perdure.training.config import RunConfig, flags, usual
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,25 +91,25 @@ class Resume(Command):
 
 @dataclass(frozen=True, kw_only=True)
 class Learn(Command):
-    """Teach a learner one more task, from a folder whose sub-folders are the classes, or from images with captions."""
+    """Teach a learner one more task, from a folder of class folders, from images with captions, or conversations."""
 
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
     """Folder of class folders, or with train/ and test/ in it; with --objective retrieve a parquet or JSONL file of
-    images and captions, or a folder of them."""
+    images and captions, or a folder of them; for a language model a JSON, JSONL, parquet or CSV file of questions."""
     into: Path
     """The learner's folder; a new one is made with the options below."""
     backbone: str | None = None
     """For a new learner; pocket() unless said otherwise."""
     method: str | None = None
-    """For a new learner; inflora(rank=10) unless said otherwise."""
+    """For a new learner; inflora(rank=10) unless said otherwise, LoRA of rank 16 for a language model."""
     objective: str | None = None
-    """For a new learner; classify() unless said otherwise."""
+    """For a new learner; classify() unless said otherwise, generate() for a language model."""
     epochs: Epochs | None = None
     """Passes over the images; 5 unless said otherwise, and more over few images, for at least 60 steps."""
     lr: Rate | None = None
-    """Learning rate; 1e-3 unless said otherwise."""
+    """Learning rate; 1e-3 unless said otherwise, 2e-4 for a language model."""
     batch_size: BatchSize | None = None
-    """Images per step; 64 unless said otherwise."""
+    """Examples per step; 64 unless said otherwise, 16 for a language model."""
     seed: Seed | None = None
     """For a new learner; 0 unless said otherwise."""
     precision: Literal["auto", "fp32", "bf16"] | None = None
@@ -121,6 +122,10 @@ class Learn(Command):
     """Leave unreadable images out, and list them."""
     captions: str | None = None
     """Column of the captions, for a learner of captions; captions unless said otherwise."""
+    images: str | None = None
+    """Folder that images in a file of questions are relative to; the file's own unless said otherwise."""
+    score: str | None = None
+    """How answers are scored: exact, vqa, choice, contains, anls, cider, ...; exact unless said otherwise."""
 
     def __call__(self, screen: Screen) -> None:
         """Learn, say what is known now."""
@@ -130,13 +135,15 @@ class Learn(Command):
         screen.wait("reading the data and the model")
         names = [f.name for f in fields(RunConfig) if hasattr(self, f.name)]
         given = {n: getattr(self, n) for n in names if getattr(self, n) is not None}
-        config = RunConfig(stream="", **given)
-        task, summary = teach_folder(self.folder, self.into, config, given, screen, self.skip_bad, self.captions)
+        config = RunConfig(stream="", **(usual(self.backbone) if self.backbone else {}) | given)
+        reading = {"captions": self.captions, "images": self.images, "score": self.score}
+        task, summary = teach_folder(self.folder, self.into, config, given, screen, self.skip_bad, **reading)
         skipped = [where for data in (task.train, task.test) for where in getattr(data, "skipped", ())]
         tell_skipped(skipped, screen.note)
         write_report([self.into], self.into / "report.html")
         into = shlex.quote(str(self.into))
-        ask = f"predict {into} IMAGE" if summary["score"] == "accuracy" else f"search {into} FOLDER 'words'"
+        asks = {"accuracy": f"predict {into} IMAGE", "recall": f"search {into} FOLDER 'words'"}
+        ask = asks.get(summary["score"], f"ask {into} IMAGE 'question'")
         screen.result(
             {"event": "learnt", "task": task.describe(), "summary": summary, "skipped": skipped},
             f"learnt {', '.join(map(shortened, task.names))}; ask it with: perdure {ask}",
@@ -231,6 +238,8 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "learn": Learn,
     "predict": Predict,
     "search": Search,
+    "ask": Ask,
+    "chat": Chat,
     "compare": Compare,
     "tune": Tune,
     "advise": Advise,

@@ -7,7 +7,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from perdure.cli.eta import Pace
-from perdure.cli.tables import comparison, ends, flowed, named
+from perdure.cli.tables import column_names, comparison, ends, flowed
 from perdure.formatting import (
     human_bytes,
     human_seconds,
@@ -69,6 +69,25 @@ class Screen:
         else:
             spinner = SpinnerColumn("line"), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
             self._show(*spinner).add_task(text, total=None)
+
+    @property
+    def asks(self) -> bool:
+        """Whether a person sits at a terminal and can type again what was wrong."""
+        return sys.stdin.isatty() and self.out.is_terminal and not self.json
+
+    def lines(self, help: str) -> Iterator[str]:
+        """What is typed line after line, or comes from standard input, without empty ones; `help` is told at first."""
+        self.close()
+        if not self.asks:
+            yield from filter(None, map(str.strip, sys.stdin))
+            return
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  # from now on lines can be edited
+        self._say(help)
+        with contextlib.suppress(EOFError):
+            while True:
+                if line := input("> ").strip():
+                    yield line
 
     def cell(self, number: int, total: int, method: str, seed: int, left: float | None) -> None:
         """Run number `number` (from 0) of a grid of `total` begins; about `left` seconds are left."""
@@ -202,7 +221,7 @@ class Screen:
             self._say(f"no means: {why}")
         elif len(kinds := dict.fromkeys(summary.get("scores", ()))) > 1:
             self._say(f"means are of different scores: {', '.join(kinds)}")
-        columns = named("lenient_matrix" in summary).items()
+        columns = column_names("lenient_matrix" in summary).items()
         parts = [f"{name} {summary[key]:.1%}" for key, name in columns if summary.get(key) is not None]
         self._say(*flowed([*parts, f"stored {human_bytes(summary['stored_bytes'])}"], self.out.width))
 

@@ -74,7 +74,8 @@ def _shrunk_to(size: int, rows: Tensor) -> Tensor:
     left = values[:size] - values[size]
     # rows = U S Vᵀ: the new ones are √(S² - s²) Vᵀ = √(S² - s²) / S · Uᵀ rows
     ratio = torch.where(values[:size] > 0, left / values[:size].clamp_min(torch.finfo(values.dtype).tiny), 0.0)
-    return ratio.clamp_min(0).sqrt().unsqueeze(1) * (vectors[:, :size].T @ rows)
+    shrunk: Tensor = ratio.clamp_min(0).sqrt().unsqueeze(1) * (vectors[:, :size].T @ rows)
+    return shrunk
 
 
 class _Enough(Exception):
@@ -162,8 +163,9 @@ def _mean(kinds: Sequence[_Sum], shares: Sequence[float]) -> Moments:
         (each, share) for each, share in zip(kinds, shares, strict=False) if each.tokens and each.whole is not None
     ]
     of = sum(share for _, share in there) or 1.0
-    means = [each.whole * (share / of / each.tokens) for each, share in there]  # type: ignore[operator]
-    return sum(means[1:], start=means[0])
+    means: list[Any] = [each.whole * (share / of / each.tokens) for each, share in there]  # type: ignore[operator]
+    mean: Moments = sum(means[1:], start=means[0])
+    return mean
 
 
 def _product(x: Tensor) -> tuple[Tensor, int]:

@@ -377,7 +377,8 @@ def last_layer(learner: Core, features: Tensor, labels: Tensor) -> tuple[Tensor,
 
 def _of_answers(learner: Core, data: Data) -> tuple[Tensor, Tensor]:
     """Of each conversation means over its answer's tokens: of features (n, dim), and of the error's length (n, 1)."""
-    features, lengths = [], []
+    features: list[Tensor] = []
+    lengths: list[Tensor] = []
     with learner.inference():
         for batch in learner.batches(data, 64):
             rows, owners = learner.encode(batch), learner.objective.owners(batch)

@@ -134,15 +134,15 @@ class Generate(Objective, name="generate"):
             "give a longer length= to mllm(), or shorten them"
         ]
 
-    def answers(self, learner: Core, data: Data) -> list[str]:
-        """What `learner` says in each conversation of `data`."""
+    def answers(self, learner: Core, data: Data, tokens: int | None = None) -> list[str]:
+        """What `learner` says in each conversation of `data`, in at most so many tokens; None: as it is measured."""
         with learner.inference():
-            return [text for batch in learner.batches(data, _TOGETHER) for text in self.say(learner, batch)]
+            return [text for batch in learner.batches(data, _TOGETHER) for text in self.say(learner, batch, tokens)]
 
-    def say(self, learner: Core, batch: Batch) -> list[str]:
-        """What `learner` says in each conversation of `batch`."""
+    def say(self, learner: Core, batch: Batch, tokens: int | None = None) -> list[str]:
+        """What `learner` says in each conversation of `batch`, see `answers`."""
         with learner.computing():
-            return self.backbone.generate(batch, self.tokens, within=learner.applied)
+            return self.backbone.generate(batch, tokens or self.tokens, within=learner.applied)
 
     def evaluate(self, learner: Core, tasks: Sequence[Task], size: int = _TOGETHER) -> list[dict[str, float]]:
         """Scores of the answers to the test set of each of `tasks`, see `perdure.scoring.measure`.

@@ -72,6 +72,8 @@ class LessonSource(TypedDict):
     skipped: NotRequired[list[str]]
     options: NotRequired[dict[str, int | float | str]]
     captions: NotRequired[str | None]
+    images: NotRequired[str]
+    score: NotRequired[str]
     content: NotRequired[str]
     seal: NotRequired[str]
 

@@ -10,6 +10,7 @@ from perdure.streams.benchmarks import cifar100, cub200, domainnet, easy_vqa, im
 from perdure.streams.captions import captions
 from perdure.streams.conversation_benchmarks import coin, daquar, easy_vqa_questions, mllm_acl, mllm_dcl, ucit
 from perdure.streams.conversation_stream import as_questions, conversations, in_turn
+from perdure.streams.conversations import ConversationSet
 from perdure.streams.evaluation_sets import EVALUATION_SETS
 from perdure.streams.folders import images
 from perdure.streams.hub import hub
@@ -17,7 +18,14 @@ from perdure.streams.image_set import Budget, Captioned, ImageSet
 from perdure.streams.karpathy import coco, flickr30k
 from perdure.streams.options import REGISTRY, Options, StreamPlan
 from perdure.streams.sequence import sequence
-from perdure.streams.single_task import captioned_task, folder_task, given_captions, given_task
+from perdure.streams.single_task import (
+    captioned_task,
+    conversation_task,
+    folder_task,
+    given_captions,
+    given_conversations,
+    given_task,
+)
 from perdure.streams.synthetic import captions_synthetic, synthetic
 from perdure.streams.tables import csv, parquet
 from perdure.types import Stream
@@ -26,13 +34,16 @@ __all__ = [
     "STREAMS",
     "Budget",
     "Captioned",
+    "ConversationSet",
     "ImageSet",
     "Options",
     "StreamPlan",
     "build_stream",
     "captioned_task",
+    "conversation_task",
     "folder_task",
     "given_captions",
+    "given_conversations",
     "given_task",
 ]
 

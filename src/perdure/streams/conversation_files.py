@@ -2,11 +2,12 @@
 
 import base64
 import binascii
+import io
 import json
 import os
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -15,7 +16,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from PIL import Image
 
+from perdure.backbones.preprocess import decode
 from perdure.streams.conversation_rows import Columns, records
 from perdure.streams.conversations import Pictures, Record
 from perdure.streams.sources import Files, Parquet, Source, check_path
@@ -74,24 +77,46 @@ class Reader:
             ValueError: for the first entry that is not as expected, with its file and line.
         """
         folder = images or self.images or file.parent
+        found = self.records_of(self.entries(file), str(file), file.name, folder, amend)
+        if not found:
+            raise ValueError(f"{file} holds no conversation that can be read; choose another file")
+        return found
+
+    def records_of(
+        self,
+        entries: Iterable[FileEntry],
+        name: str,
+        key: str,
+        folder: Path,
+        amend: Callable[[Any, int], Any] | None = None,
+    ) -> list[Record]:
+        """The records of entries.
+
+        Args:
+            entries: in their order.
+            name: what they stand in, for people.
+            key: what it is called wherever it lies.
+            folder: of their images.
+            amend: see `read`.
+        """
         found: list[Record] = []
-        for entry in self._entries(file):
-            place = f"{file}, {entry.place}"
+        for entry in entries:
+            place = f"{name}, {entry.place}"
             try:
                 value = amend(entry.value, entry.number) if amend else entry.value
-                key = f"{file.name}:{entry.number}"
-                found += records(value, place, key, lambda shown: self._shown(shown, folder), self.columns)
+                found += records(
+                    value, place, f"{key}:{entry.number}", lambda shown: self._shown(shown, folder), self.columns
+                )
             except MissingImage as error:
                 if not self.skip_bad:
                     raise ValueError(f"{place}: {error}, or leave it out with skip_bad=True") from error
                 self.left_out.append(place)
             except ValueError as error:
                 raise ValueError(f"{place}: {error}") from error
-        if not found:
-            raise ValueError(f"{file} holds no conversation that can be read; choose another file")
         return found
 
-    def _entries(self, file: Path) -> Iterator[FileEntry]:
+    def entries(self, file: Path) -> Iterator[FileEntry]:
+        """What stands in a file, one after another."""
         if file.suffix == ".parquet":
             return self._parquet(file)
         if file.suffix == ".csv":
@@ -131,13 +156,14 @@ class Reader:
             return [number for each in value for number in self._shown(each, folder)]
         if isinstance(value, _Cell):
             return [self.pictures.number(value.identity, lambda: (value.source, value.row), value.identity)]
+        if isinstance(value, Image.Image):
+            return [self._held(_png(value))]
         if isinstance(value, Mapping):
             value = next((value[name] for name in ("path", "url", "image") if value.get(name)), None)
         if not isinstance(value, str):
             raise ValueError(f"an image is {value!r:.60}; expected the path of an image")
         if (encoded := _decoded(value)) is not None:
-            identity = sha256(encoded).hexdigest()
-            return [self.pictures.number(identity, lambda: self._inside.add(encoded), identity)]
+            return [self._held(encoded)]
         if (folder, value) in self._known:
             return [self._known[folder, value]]
         check_path(value, "the image")
@@ -148,9 +174,19 @@ class Reader:
         self._known[folder, value] = self.pictures.number(whole, lambda: self._file(path), key)
         return [self._known[folder, value]]
 
+    def _held(self, encoded: bytes) -> int:
+        identity = sha256(encoded).hexdigest()
+        return self.pictures.number(identity, lambda: self._inside.add(encoded), identity)
+
     def _file(self, path: str) -> tuple[Source, int]:
         self._files.paths.append(path)
         return self._files, len(self._files) - 1
+
+
+def _png(image: Image.Image) -> bytes:
+    written = io.BytesIO()
+    decode(image, "of a conversation").save(written, "png")
+    return written.getvalue()
 
 
 def _is_file(path: str) -> bool:
@@ -174,6 +210,11 @@ def read_json(file: Path) -> Iterator[FileEntry]:
     if text[begin : begin + 1] == "[":
         return _listed(file, text, begin + 1)
     return _by_line(file, text)
+
+
+def json_lines(name: str, text: str) -> Iterator[FileEntry]:
+    """The entries of a text with one a line, which stands in what is called `name`; raises as `read_json`."""
+    return _by_line(Path(name), text)
 
 
 def _by_line(file: Path, text: str) -> Iterator[FileEntry]:

@@ -59,6 +59,15 @@ class Columns:
         return (self.image,) if self.image else _IMAGES
 
 
+def unanswered(row: Any) -> Any:
+    """An entry that is only asked as one that `records` takes: with an answer, whichever, where it has none."""
+    if not isinstance(row, Mapping) or _given(_first(row, _ANSWERS)):
+        return row
+    asked = _first(row, _QUESTIONS)
+    several = isinstance(asked, list | tuple) and not (_given(row.get("conversations")) or _given(row.get("messages")))
+    return {**row, "answer": ["A"] * len(asked) if several else "A"}
+
+
 def records(row: Any, place: str, key: str, show: Callable[[Any], Sequence[int]], columns: Columns) -> list[Record]:
     """The examples in one entry of a file.
 

@@ -240,6 +240,17 @@ def read_conversations(
     return Dialogues(name, parts, reader.pictures, reader.left_out, written=len(paths) > 1)
 
 
+def holds_conversations(path: Path) -> bool:
+    """Whether `path` is a file whose first entry is a conversation, or a question."""
+    if not path.is_file() or path.suffix not in ENDINGS:
+        return False
+    try:
+        first = next(Reader(Columns()).entries(path)).value
+    except (ValueError, StopIteration):
+        return False
+    return isinstance(first, Mapping) and not {"conversations", "messages", "question"}.isdisjoint(first)
+
+
 @dataclass
 class Place:
     """The files of one task."""

@@ -121,6 +121,31 @@ def arrange_conversations(
     return Stream(found.name, "class", tasks, notes)
 
 
+def arrange_lesson(
+    found: Dialogues, options: ConversationOptions, least: int
+) -> tuple[ConversationSet, ConversationSet | None]:
+    """What is learnt and what is tested of a data set of one task, for a learner whose stream has no end.
+
+    Args:
+        found: the data set.
+        options: of which `skip_bad` is looked at.
+        least: of fewer images nothing is held out, for each is needed to learn.
+
+    Raises:
+        ValueError: when it has several tasks, or nothing to learn.
+    """
+    if len(found.parts) > 1:
+        names = ", ".join(part.name for part in found.parts[:5])
+        raise ValueError(f"{found.name} holds {len(found.parts)} tasks ({names}): teach them one after another")
+    (part,) = found.parts
+    few = part.test is None and len(set(_groups(part.train, False))) < least
+    (divided,) = [_Divided(part.train, [])] if few else _split([part], False)[0]
+    _shared([part], [divided], False)
+    train = _set(found, part, 0, options, False, divided.learnt, None, "train")
+    train.skipped = (*found.left_out, *train.skipped)
+    return train, None if few else _set(found, part, 0, options, False, divided.tested, None, "test")
+
+
 def by_topic(part: Part) -> list[Part]:
     """A task for each topic that the records of a part name, in the order of their names."""
     topics = sorted({each.topic for each in (*part.train, *(part.test or ()))})

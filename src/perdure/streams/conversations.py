@@ -17,7 +17,7 @@ from torch.utils.data import get_worker_info
 
 from perdure.backbones.preprocess import UnreadableImage
 from perdure.scoring import Reference, score_of
-from perdure.streams.image_set import Budget
+from perdure.streams.image_set import Budget, content_hashes
 from perdure.streams.sources import Source
 from perdure.types import Batch
 
@@ -177,6 +177,10 @@ class Pictures:
         """The images of these numbers, decoded; raises `UnreadableImage`."""
         return {number: self._read(number) for number in dict.fromkeys(numbers)}
 
+    def hashes(self, numbers: Sequence[int]) -> Tensor:
+        """What tells images apart by their content wherever they lie, int64 (n,); zero for one that is gone."""
+        return content_hashes([self._places[number] for number in numbers])
+
     def unreadable(self, numbers: Sequence[int]) -> list[int]:
         """Which of them cannot be decoded; tries all."""
 
@@ -274,7 +278,30 @@ class ConversationSet:
 
     def images(self) -> int:
         """How many different images the conversations show."""
-        return len({number for each in self.records for number in each.images})
+        return len(self._numbers())
+
+    def hashes(self) -> Tensor:
+        """Of the content of each image that is shown, in any order: int64 (images,); zero for one that is gone."""
+        return self.pictures.hashes(self._numbers())
+
+    def shows(self, hashes: Tensor) -> Tensor:
+        """Which conversations show an image of those hashes, bool (n,)."""
+        known = dict(zip(self._numbers(), torch.isin(self.hashes(), hashes).tolist(), strict=True))
+        return torch.tensor([any(known[i] for i in each.images) for each in self.records], dtype=torch.bool)
+
+    def described(self, content: bool = False) -> list[str]:
+        """All that is said in each conversation, as a text; images by their names, or by their content."""
+        numbers = self._numbers()
+        shown: list[Any] = self.hashes().tolist() if content else [self.pictures.keys[i] for i in numbers]
+        name = dict(zip(numbers, shown, strict=True))
+        return [repr((e.turns, [name[i] for i in e.images], e.answers, e.options, e.kind)) for e in self.records]
+
+    def _numbers(self) -> list[int]:
+        return sorted({number for each in self.records for number in each.images})
+
+    def identities(self) -> set[str]:
+        """What tells the images that are shown apart: the whole path, or a hash of the content."""
+        return {self.pictures.identities[number] for number in self._numbers()}
 
     def subset(self, positions: Tensor) -> Self:
         """The conversations at `positions` (n,), in that order."""
@@ -289,8 +316,7 @@ class ConversationSet:
 
     def readable(self) -> Self:
         """The conversations whose images can be decoded; decodes all, and lists the others as `skipped`."""
-        shown = sorted({number for each in self.records for number in each.images})
-        bad = set(self.pictures.unreadable(shown))
+        bad = set(self.pictures.unreadable(self._numbers()))
         kept = [i for i, each in enumerate(self.records) if bad.isdisjoint(each.images)]
         good = self.subset(torch.tensor(kept, dtype=torch.int64))
         left_out = [each for each in self.records if not bad.isdisjoint(each.images)]

@@ -185,19 +185,11 @@ class ImageSet:
 
         Zero for an image that is gone.
         """
-        found = torch.zeros(len(self), dtype=torch.int64)
+        return content_hashes([(self.source, row) for row in self.rows.tolist()])
 
-        def fill(position: int) -> None:
-            try:
-                encoded = self.source.encoded(int(self.rows[position]))
-                content = encoded.read_bytes() if isinstance(encoded, Path) else encoded
-            except (UnreadableImage, OSError):
-                return
-            digest = hashlib.blake2b(content, digest_size=8).digest()
-            found[position] = int.from_bytes(digest, "big", signed=True)
-
-        _threaded(fill, len(self))
-        return found
+    def shows(self, hashes: Tensor) -> Tensor:
+        """Which images are among those of `hashes`, bool (n,)."""
+        return torch.isin(self.hashes(), hashes)
 
     def _but(self, **changes: Any) -> Self:
         made = object.__new__(type(self))
@@ -282,6 +274,24 @@ class Captioned(ImageSet):
     def moved(self, pairs: int) -> Self:
         """As a part of a longer stream: identities raised by `pairs`."""
         return self._but(pairs=self.pairs + pairs)
+
+
+def content_hashes(places: Sequence[tuple[Source, int]]) -> Tensor:
+    """Of images in sources, see `ImageSet.hashes`: int64 (n,)."""
+    found = torch.zeros(len(places), dtype=torch.int64)
+
+    def fill(position: int) -> None:
+        source, row = places[position]
+        try:
+            encoded = source.encoded(row)
+            content = encoded.read_bytes() if isinstance(encoded, Path) else encoded
+        except (UnreadableImage, OSError):
+            return
+        digest = hashlib.blake2b(content, digest_size=8).digest()
+        found[position] = int.from_bytes(digest, "big", signed=True)
+
+    _threaded(fill, len(places))
+    return found
 
 
 def _threaded(work: Callable[[int], None], count: int) -> None:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -11,7 +12,13 @@ import torch
 from torch import Tensor
 
 from perdure.backbones.preprocess import Preprocess
+from perdure.scoring import score_of
 from perdure.streams.captions import captioned_data, read_tables
+from perdure.streams.conversation_files import FileEntry, Reader, json_lines
+from perdure.streams.conversation_rows import Columns, unanswered
+from perdure.streams.conversation_stream import read_conversations
+from perdure.streams.conversation_tasks import ConversationOptions, arrange_lesson
+from perdure.streams.conversations import Conversation, ConversationSet
 from perdure.streams.folders import Asker, read_folders, told_left_out
 from perdure.streams.image_set import Captioned, ImageSet
 from perdure.streams.naming import class_name, in_case_only, natural, recorded
@@ -124,6 +131,73 @@ def captioned_task(
     if not len(sets[0]):
         raise ValueError(f"{path} has no readable train image: add some")
     return _placed(place.stem if place.is_file() else place.name, sets, known, index)
+
+
+def conversation_task(
+    path: str | Path,
+    known: Mapping[str, int],
+    index: int,
+    images: str | None = None,
+    score: str = "",
+    skip_bad: bool = False,
+) -> Task:
+    """The task in a file of conversations, or a folder with `train` and `test`; see the stream `conversations`.
+
+    Without a test part, 20 % of 10 or more images are held out with all that is asked about them, the same ones each
+    time; of fewer there are no test images.
+
+    Args:
+        path: a JSON, JSONL, parquet or CSV file, or a folder of such files that are one task.
+        known: name -> id of the tasks learnt so far.
+        index: of the task.
+        images: the folder that images' paths are relative to; None: that of each file.
+        score: how answers are scored; "" leaves it to the objective.
+        skip_bad: leave out what shows images that are missing or unreadable, as `skipped` of the task's data.
+
+    Raises:
+        ValueError: when the file is not as expected, with its line.
+    """
+    if score:
+        score_of(score)
+    place = Path(path).expanduser().resolve()
+    options = ConversationOptions(skip_bad=skip_bad)
+    found = read_conversations(str(place), Columns(), images, score, options)
+    train, test = arrange_lesson(found, options, _ENOUGH_CAPTIONED)
+    return replace(_placed(found.parts[0].name, [train, *([test] if test else [])], known, index), score=score)
+
+
+def given_conversations(conversations: Sequence[Any], known: Mapping[str, int], index: int) -> Task:
+    """The task of conversations given in Python; all of them are learnt, none held out.
+
+    Args:
+        conversations: entries as they stand in files, an image as a path or a Pillow image.
+        known: name -> id of the tasks learnt so far.
+        index: of the task.
+
+    Raises:
+        ValueError: when one is not as expected, with its position.
+    """
+    entries = [FileEntry(value, f"number {i}", i) for i, value in enumerate(listed(conversations, "conversations"))]
+    reader = Reader(Columns())
+    records = reader.records_of(entries, "conversations", f"given {index}", Path())
+    if not records:
+        raise ValueError("conversations are empty: a task needs at least one")
+    return _placed(f"conversations {index + 1}", [ConversationSet(records, reader.pictures)], known, index)
+
+
+def questions(text: str, name: str) -> list[Conversation]:
+    """What is asked in entries as files of conversations hold them, one a line; answers need not stand there.
+
+    Args:
+        text: the lines; images' paths are relative to the folder that we are in.
+        name: what they stand in, for messages.
+
+    Raises:
+        ValueError: when one is not as expected, with its line.
+    """
+    reader = Reader(Columns())
+    records = reader.records_of(json_lines(name, text), name, name, Path(), lambda entry, _: unanswered(entry))
+    return list(ConversationSet(records, reader.pictures).__getitems__(range(len(records)))["conversation"])
 
 
 def given_task(
@@ -247,7 +321,9 @@ def _captioned(part: CaptionedPart, preprocess: Preprocess) -> Captioned:
     return Captioned(images, pairs, [texts for texts, *_ in part.captions])
 
 
-def _placed(name: str, sets: Sequence[Captioned], known: Mapping[str, int], index: int) -> Task:
+def _placed(
+    name: str, sets: Sequence[Captioned] | Sequence[ConversationSet], known: Mapping[str, int], index: int
+) -> Task:
     """A task of one topic, new to the learner: what is learnt and, if there is any, what is tested."""
     topic = max(known.values(), default=-1) + 1
     title = next(t for n in range(1, len(known) + 2) if (t := name if n == 1 else f"{name} ({n})") not in known)

@@ -21,6 +21,13 @@ if TYPE_CHECKING:  # what only asks, as the command line's help does, waits for 
 Precision = Literal["auto", "fp32", "bf16"]
 Attention = Literal["auto", "eager", "sdpa"]
 _DECAY = 0.1
+_SPEAKING = {
+    "objective": "generate()",
+    "method": "lora(rank=16, at='qkvo,mlp', tower='language')",
+    "lr": 2e-4,
+    "batch_size": 16,
+}
+"""Of language models: the sites and the rate of LLaVA's LoRA."""
 _BRACKETS = str.maketrans("", "", "()[] ")
 
 
@@ -127,6 +134,18 @@ class RunConfig(TrainConfig):
     def describe(self) -> dict[str, Any]:
         """As JSON."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+
+def usual(backbone: str) -> dict[str, Any]:
+    """Fields of the configuration of a new learner on `backbone` whose defaults would be of no use there."""
+    from typing import get_type_hints
+
+    from perdure.backbones import BACKBONES
+    from perdure.backbones.language import Language
+
+    made = BACKBONES.get(parse_one(backbone).name)
+    of = get_type_hints(made).get("return") if made else None
+    return dict(_SPEAKING) if isinstance(of, type) and issubclass(of, Language) else {}
 
 
 def flags(values: Mapping[str, Any], without: Container[str] = ()) -> list[str]:

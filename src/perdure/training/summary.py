@@ -20,7 +20,7 @@ from perdure.options.spec import parse_one
 from perdure.scoring import common_top
 from perdure.storage import schema
 from perdure.storage.schema import Damaged, Summary
-from perdure.streams import ImageSet
+from perdure.streams import ConversationSet, ImageSet
 from perdure.training.loop import Fitted
 from perdure.training.runtime import peak_memory
 from perdure.types import Row, Task
@@ -229,7 +229,7 @@ def _recall(rows: list[Row], tasks: int) -> dict[str, dict[str, list[float | Non
 
 def taught_files(task: Task) -> dict[str, dict[str, Tensor]]:
     """What is kept of a task: 8 bytes of hash an image."""
-    if not isinstance(task.train, ImageSet):
+    if not isinstance(task.train, ImageSet | ConversationSet):
         return {}
     hashes = task.train.hashes()
     return {TAUGHT: {_HASHES: torch.unique(hashes[hashes != 0])}}

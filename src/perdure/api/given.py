@@ -1,0 +1,189 @@
+"""What people give a learner in Python: examples of a task, and questions."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import empty, int64
+
+from perdure.core.learner import Core
+from perdure.core.method import parts_of
+from perdure.formatting import meant
+from perdure.streams import (
+    ImageSet,
+    captioned_task,
+    conversation_task,
+    folder_task,
+    given_captions,
+    given_conversations,
+    given_task,
+)
+from perdure.streams.conversations import Conversation, messages
+from perdure.streams.sources import listed
+from perdure.types import Batch, Task, Told
+
+_BESIDE = {"classes": "labels", "captions": "captions", "conversations": "conversations"}
+"""What an objective asks for -> how it is called in `Learner.learn`."""
+
+
+def task_of(learner: Core, images: Any, known: Mapping[str, int], **beside: Any) -> Task:
+    """The task that is given to `Learner.learn`.
+
+    Args:
+        learner: who is to learn it.
+        images: see there; a path is that of a folder or file.
+        known: name -> id of what was learnt so far.
+        beside: `labels`, `captions` and `conversations`, None where they were left out.
+
+    Raises:
+        ValueError: when it cannot be used, or would have no effect.
+    """
+    asks = min(learner.objective.asks)
+    wanted, objective = _BESIDE[asks], learner.objective.name
+    if idle := [name for name, value in beside.items() if value is not None and name != wanted]:
+        raise ValueError(f"{idle[0]} have no effect with {objective}, which learns {asks}: give {wanted}=[...]")
+    given, preprocess, index = beside[wanted], learner.backbone.preprocess, learner.learnt
+    if isinstance(images, str | Path):
+        return _read(learner, images, given, asks, known)
+    if given is None:
+        each = {"labels": "a name or number", "captions": "a text, or several,"}.get(wanted)
+        raise ValueError(f"{wanted} are missing: give {f'{each} for each image' if each else 'a list, or a file'}")
+    if asks == "conversations":
+        if images is not None:
+            raise ValueError("images stand in the conversations: give learn(conversations=[...]) alone")
+        return given_conversations(given, known, index)
+    if images is None:
+        raise ValueError("images are missing: give pictures, or the path of a folder")
+    make: Any = given_task if asks == "classes" else given_captions
+    made: Task = make(several(images), given, preprocess, known, index)
+    return made
+
+
+def _read(learner: Core, path: str | Path, given: Any, asks: str, known: Mapping[str, int]) -> Task:
+    place = learner.backbone.preprocess, known, learner.learnt
+    if asks == "classes":
+        if given is not None:
+            raise ValueError(f"{path} is a folder, whose sub-folders are the labels; leave labels out")
+        return folder_task(path, *place, seed=learner.seed)
+    if asks == "conversations":
+        if given is not None:
+            raise ValueError(f"{path} has the conversations; leave conversations= out")
+        return conversation_task(path, known, learner.learnt)
+    if not (Path(path).is_dir() or Path(path).suffix in (".jsonl", ".parquet")):
+        raise ValueError(
+            f"{path} is no parquet or JSONL file of images and captions: give pictures as a list, [{str(path)!r}]"
+        )
+    if not (given is None or isinstance(given, str)):
+        raise ValueError(f"{path} is a file, which has the captions; give the name of their column, or none")
+    return captioned_task(path, *place, given)
+
+
+def known_task(learner: Core, name: str) -> Task:
+    """The task called `name`, of which an answer is wanted.
+
+    Raises:
+        ValueError: when none is called so, or the answer would be the same.
+    """
+    names = [task.name for task in learner.tasks[: learner.learnt]]
+    if name not in names:
+        near = meant(name, names) or f"; it has learnt: {', '.join(map(repr, names)) or 'nothing'}"
+        raise ValueError(f"this learner has no task {name!r}{near}")
+    found = learner.tasks[names.index(name)]
+    fewer = "classes" in learner.objective.asks and {*found.classes} != {*learner.objective.classes}
+    if not fewer and not any(part.follows_task for part in parts_of(learner.method)):
+        raise ValueError(
+            f"task={name!r} has no effect: {learner.method.spec!r} answers the same whatever the task; leave it out"
+        )
+    return found
+
+
+def within(known: Task, learner: Core, tasks: Sequence[Task]) -> list[Task]:
+    """`tasks` to be measured by a `learner` who is told that all of it belongs to the task `known`.
+
+    Raises:
+        ValueError: when one has a class that this task has not.
+    """
+    if "classes" in learner.objective.asks:
+        learner.scenario = "task"  # a learner of this evaluation alone: no other classes compete
+        names = dict(zip(learner.objective.classes, learner.objective.names, strict=True))
+        if strange := [names[c] for task in tasks for c in task.classes if c not in known.classes]:
+            raise ValueError(f"class {strange[0]!r} is none of task {known.name!r}: measure it without task")
+        tasks = [replace(task, classes=known.classes, names=known.names) for task in tasks]
+    return [replace(task, test=Told(task.test, known.index)) for task in tasks]
+
+
+def check_first(learner: Core, task: Task, known: Mapping[str, int], where: str) -> None:
+    """Refuse a first task that has nothing to tell apart."""
+    if not known and len(task.classes) < 2 and not learner.objective.open_vocabulary:
+        raise ValueError(f"{where}: one class only, {task.names[0]!r}; a first task needs at least two")
+    rehearsed = learner.learnt and any(part.rehearses for part in parts_of(learner.method))
+    if "captions" in learner.objective.asks and len(task.train) < 2 and not rehearsed:
+        raise ValueError(f"{where}: one image only; images are told apart from each other, so give at least two")
+
+
+def shown(images: Any, learner: Core) -> ImageSet:
+    """The images to look at, one or several."""
+    if isinstance(images, ImageSet):
+        return images
+    images = listed(several(images), "images")
+    return ImageSet.of(images, [0] * len(images), learner.backbone.preprocess)
+
+
+def several(images: Any) -> Any:
+    """A sequence of images from what may be one of them."""
+    one = isinstance(images, str | Path | Image.Image)
+    # (H, W, 3) and (H, W, 1) are one picture; several grey ones are (n, H, W).
+    one = one or (isinstance(images, np.ndarray) and images.ndim == 3 and images.shape[2] in (1, 3, 4))
+    return [images] if one else images
+
+
+class Asked:
+    """Conversations that wait for an answer; implements `perdure.types.Data`."""
+
+    def __init__(self, conversations: Sequence[Conversation]) -> None:
+        self.conversations = conversations
+        self.labels = empty(0, dtype=int64)
+
+    def __len__(self) -> int:
+        return len(self.conversations)
+
+    def __getitems__(self, positions: Sequence[int]) -> Batch:
+        """Under "conversation" those at `positions`."""
+        return {"conversation": [self.conversations[i] for i in positions]}
+
+
+def asked(images: Any, questions: str | Sequence[str], learner: Core) -> list[Conversation]:
+    """A conversation for each question.
+
+    Args:
+        images: of one question, which may be None, one or several; of a list of questions, a list of such, or None.
+        questions: one or several.
+        learner: who is asked.
+
+    Raises:
+        ValueError: for an empty question, an image that cannot be read, or another number of images than questions.
+    """
+    if isinstance(questions, str):
+        return [_conversation(images, questions, learner)]
+    shown = [None] * len(questions) if images is None else listed(images, "images")
+    if len(shown) != len(questions):
+        raise ValueError(
+            f"images: got {len(shown)} for {len(questions)} questions, expected an image, several, or None for each"
+        )
+    return [_conversation(each, question, learner) for each, question in zip(shown, questions, strict=True)]
+
+
+def _conversation(images: Any, question: str, learner: Core) -> Conversation:
+    if not isinstance(question, str) or not question.strip():
+        raise ValueError(f"the question is {question!r}: say what you want to know")
+    pictures = [] if images is None else decoded(images, learner)
+    return Conversation(messages([("user", (*[None] * len(pictures), question.strip()))]), pictures)
+
+
+def decoded(images: Any, learner: Core) -> list[Image.Image]:
+    """One or several images as they are, of any size."""
+    source = shown(images, learner).source
+    return [source.read(row) for row in range(len(source))]
