@@ -244,7 +244,7 @@ def test_every_trainable_parameter_gets_a_gradient(spec: str, where: Any, lab: A
 
 # By definition: the published forms of SD-LoRA set all magnitudes anew, and new components of CODA-Prompt start
 # orthogonal to the old ones, not at zero.
-JUMP = ("normalise='paper'", "coda_prompt", "moe_adapters")
+JUMP = ("normalise='paper'", "coda_prompt", "moe_adapters", "lora_experts")
 
 
 @every_place
@@ -261,6 +261,7 @@ CONCLUDES = {
     "align": "after every task all heads are fitted again",
     "weight_average": "That is what is evaluated and saved",
     "moe_adapters": "When an image comes, nobody tells its task: task identification asks which",
+    "lora_experts": "When an example comes, nobody tells its task.",
     "distil=": "a new direction that former ones explain up to this share of its squared norm is given up",
 }
 

@@ -164,8 +164,8 @@ class Export(LearnerCommand):
     """A learner's or a run's folder."""
     out: Path
     """Folder to write; it must not exist yet."""
-    to: Literal["peft", "merged"] = "merged"
-    """peft: a LoRA that Hugging Face PEFT loads; merged: weights that transformers or timm load."""
+    to: Literal["peft", "merged", "transformers"] = "merged"
+    """peft: a LoRA that Hugging Face PEFT loads; merged: weights that transformers or timm load; or transformers."""
 
     def __call__(self, screen: Screen) -> None:
         """Export and print the path."""

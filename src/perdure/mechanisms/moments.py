@@ -162,8 +162,13 @@ def _mean(kinds: Sequence[_Sum], shares: Sequence[float]) -> Moments:
     there = [
         (each, share) for each, share in zip(kinds, shares, strict=False) if each.tokens and each.whole is not None
     ]
-    of = sum(share for _, share in there) or 1.0
-    means: list[Any] = [each.whole * (share / of / each.tokens) for each, share in there]  # type: ignore[operator]
+    of = sum(share for _, share in there)
+    # those alone that are there count in full, whatever their share
+    weights = [share / of if of else 1 / len(there) for _, share in there]
+    means: list[Any] = [
+        each.whole * (weight / each.tokens)  # type: ignore[operator]
+        for (each, _), weight in zip(there, weights, strict=True)
+    ]
     mean: Moments = sum(means[1:], start=means[0])
     return mean
 

@@ -84,7 +84,7 @@ class LwF(Distillation, name="lwf"):
         """What the teacher says of each example; of answers in words their likeliest tokens."""
         if "conversations" not in learner.objective.asks:
             return super().precompute(learner, batch)
-        return {_SAID: self._said(learner, batch)} if self.teacher.kept and learner.training else {}
+        return {_SAID: self._said(learner, batch)} if self.teacher.weights and learner.training else {}
 
     def _said(self, learner: Core, batch: Batch) -> list[Likeliest]:
         """The teacher's likeliest tokens at each place of each answer."""
