@@ -162,7 +162,7 @@ def _linear(layer: nn.Module, name: str) -> nn.Linear:
     return layer
 
 
-def _seats(model: nn.Module) -> Iterator[tuple[nn.Linear, _AdaptedLayer]]:
+def _adapted_layers(model: nn.Module) -> Iterator[tuple[nn.Linear, _AdaptedLayer]]:
     for layer in model.modules():
         adapted_layer = getattr(layer, _ADAPTED_LAYER, None)
         if isinstance(layer, nn.Linear) and adapted_layer is not None:
@@ -173,14 +173,14 @@ def folded_into(model: nn.Module) -> Iterator[tuple[nn.Linear, Tensor]]:
     """The layers that carry adapters, whose weights `fold` writes; and their pre-trained weights, which stay."""
     return (
         (layer, adapted_layer.pretrained)
-        for layer, adapted_layer in _seats(model)
+        for layer, adapted_layer in _adapted_layers(model)
         if adapted_layer.pretrained is not None
     )
 
 
 def adapted(model: nn.Module) -> bool:
     """Whether any layer of `model` carries an adapter, or any block takes other tokens."""
-    return next(_seats(model), None) is not None or prompted(model)
+    return next(_adapted_layers(model), None) is not None or prompted(model)
 
 
 def prompted(model: nn.Module) -> bool:
@@ -203,7 +203,7 @@ def fold(model: nn.Module, branches: bool) -> None:
         model: the module whose layers carry adapters.
         branches: fold what is in training too (for prediction), or only what is merged (for training).
     """
-    for layer, adapted_layer in _seats(model):
+    for layer, adapted_layer in _adapted_layers(model):
         weight = layer.weight
         if adapted_layer.pretrained is None:
             continue
@@ -217,14 +217,14 @@ def fold(model: nn.Module, branches: bool) -> None:
             if update is not None:
                 folded[site.rows[0] : site.rows[1]] += update
         weight.copy_(folded)
-    for _, adapted_layer in _seats(model):
+    for _, adapted_layer in _adapted_layers(model):
         for adapter, _, _ in adapted_layer.adapters:
             adapter.folded = branches and adapter.folds and adapted_layer.pretrained is not None
 
 
 def detach(model: nn.Module) -> None:
     """Take all adapters off and restore the pre-trained weights bit for bit."""
-    for layer, adapted_layer in list(_seats(model)):
+    for layer, adapted_layer in list(_adapted_layers(model)):
         for handle in adapted_layer.handles:
             handle.remove()
         if adapted_layer.pretrained is not None:
@@ -237,6 +237,6 @@ def detach(model: nn.Module) -> None:
 
 def updates(model: nn.Module) -> Iterator[tuple[Site, Adapter, int]]:
     """All (site, adapter, part) of `model`, for export."""
-    for _, adapted_layer in _seats(model):
+    for _, adapted_layer in _adapted_layers(model):
         for adapter, part, site in adapted_layer.adapters:
             yield site, adapter, part
