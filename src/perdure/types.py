@@ -100,6 +100,20 @@ class Union:
         return take(join(parts), torch.cat(places).argsort())
 
 
+class Told:
+    """Data of a task that is known: a batch says its index under "task", int64 (B,)."""
+
+    def __init__(self, data: Data, index: int) -> None:
+        self.data, self.index, self.labels = data, index, data.labels
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitems__(self, positions: Sequence[int]) -> Batch:
+        """The examples at `positions`, and whose they are."""
+        return self.data.__getitems__(positions) | {"task": torch.full((len(positions),), self.index)}
+
+
 class Encoded:
     """Data with what was computed of each example once: see `perdure.core.caching`.
 

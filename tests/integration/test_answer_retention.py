@@ -13,7 +13,7 @@ from perdure.cli.main import main
 from perdure.cli.tables import comparison
 from perdure.core.learner import Core
 from perdure.evaluation.answer_retention import answered, mean_kept
-from perdure.evaluation.held_out import held_out_of
+from perdure.evaluation.held_out import held_out_of, remarks
 from perdure.reporting.report import write_report
 from perdure.reporting.runs import RunResults
 from perdure.reporting.tables import markdown, tabulate
@@ -246,3 +246,26 @@ def test_the_report_shows_what_was_said_as_text(data: Path, tmp_path: Path) -> N
     assert "<b>&amp;" not in page
     assert 'src="data:image/jpeg;base64,/9j/' in page
     assert "What was answered before and after" in page
+
+
+def test_held_out_images_that_the_stream_teaches_are_told(data: Path) -> None:
+    backbone = tiny_mllm()
+    learner = Core(backbone, make_objective("generate", "probe"), make_method("probe"))
+    both = (f"conversations(path={str(data / 'red.jsonl')!r})", *config_of(data).retain)
+    stream = build_stream(config_of(data).stream, backbone.preprocess, 0)
+    shared = stream.tasks[1].train.images()
+    assert [line for line in remarks(held_out_of(both, learner), stream) if "taught" in line] == [
+        f"red: {shared} of its 15 images are taught by the stream: they are not held out"
+    ]
+
+
+def test_captions_that_are_held_out_are_asked_for(data: Path) -> None:
+    learner = Core(tiny_mllm(), make_objective("generate(tokens=4)", "probe"), make_method("probe"))
+    learner.grow(build_stream(config_of(data).stream, learner.backbone.preprocess, 0).tasks[0])
+    held = held_out_of(("captions_synthetic(tasks=1, test_per_task=3)",), learner)
+    (task,) = next(iter(held.sets.values())).tasks
+    asked = task.test.__getitems__([0])["conversation"][0]
+    assert task.score == "cider"
+    assert asked.question == "Describe the image in one short sentence."
+    assert len(asked.answers) >= 1
+    assert {row.metric.rpartition("/")[2] for row in held.measure(learner, 0)} >= {"strict", "lenient"}

@@ -168,3 +168,59 @@ def test_another_stream_is_measured_without_the_images_that_were_taught(taught: 
     assert own.out.splitlines()[1].split() == ["task", "strict", "lenient", "empty", "unparsable"]
     wrong = perdure("eval", taught, "--stream", "synthetic()")
     assert "learns conversations, which synthetic() has not" in wrong.err
+
+
+def test_a_task_that_is_told_is_answered_by_what_it_taught(data: Path, backbone: str, perdure: Any) -> None:
+    """An expert a task, of questions that no router could tell apart."""
+    learner = Learner.create(backbone, "lora_experts(rank=4)", precision="fp32", device="cpu", epochs=6, lr=2e-2)
+    for answer in ("yes", "no"):
+        rows = [{"image": str(data / f"red{i}.png"), "question": "Is it?", "answer": answer} for i in range(6)]
+        learner.learn(conversations=rows, batch_size=3)
+    first, second = learner.known
+    picture = data / "red0.png"
+    assert [learner.ask(picture, "Is it?", 4, task=name) for name in (first, second)] == ["yes", "no"]
+    learner.save("experts")
+    assert perdure("ask", "experts", picture, "Is it?", "--task", first, "--tokens", 4).out == "yes\n"
+    stream = f"conversations(path={str(data / 'red.jsonl')!r})"
+    told = [perdure("eval", "experts", "--stream", stream, "--task", name, "--json") for name in (first, second)]
+    assert [each.code for each in told] == [0, 0]
+    for call in (("ask", "experts", "Why?"), ("predict", "experts", picture), ("eval", "experts", "--stream", stream)):
+        wrong = perdure(*call, "--task", "conversation 1")
+        assert wrong.code == 2
+        assert "did you mean 'conversations 1'?" in wrong.err or call[0] == "predict"
+
+
+def test_images_whose_task_is_told_are_answered_within_it(perdure: Any, photos: Any, tmp_path: Path) -> None:
+    made = ["--backbone", "tiny()", "--epochs", 1, "--precision", "fp32", "--device", "cpu"]
+    for name, method in (("l", "lora(rank=2)"), ("m", "moe_adapters(rank=2)")):
+        for folder, classes in (("pets", "cat dog"), ("birds", "emu kea")):
+            more = ["--method", method, *made] if folder == "pets" else []
+            assert perdure("learn", photos(folder, classes), "--into", name, *more).code == 0
+        learner, picture = Learner.load(name), Path("birds/emu/00.png")
+        (told,), (free,) = learner.predict([picture], task="pets"), learner.predict([picture])
+        assert {label for label, _ in told} == {"cat", "dog"}
+        assert {label for label, _ in free} == {"cat", "dog", "emu", "kea"}
+        assert sum(share for _, share in told) == pytest.approx(1)
+    (labels,) = perdure("predict", "l", picture, "--task", "pets", "--json").events
+    assert {label["name"] for label in labels["labels"]} == {"cat", "dog"}
+    measured = perdure("eval", "l", "--stream", 'images(path="pets")', "--task", "pets", "--json")
+    assert measured.code == 0
+    shares = {each["metric"]: each["value"] for each in measured.events}
+    assert shares["accuracy"] == shares["accuracy_with_task_id"]
+    assert "task_id_accuracy" not in shares
+    for call, line in (
+        (("predict", "l", picture, "--task", "pet"), "no task 'pet'; did you mean 'pets'?"),
+        (("predict", "l", picture, "--task", "pets", "--classes", "a", "b"), "has no effect on classes that were not"),
+        (
+            ("eval", "l", "--stream", 'images(path="birds")', "--task", "pets"),
+            "is none of task 'pets': measure it without",
+        ),
+        (("eval", "l", "--retain", "synthetic()", "--task", "pets"), "--task has no effect beside --retain"),
+    ):
+        wrong = perdure(*call)
+        assert (wrong.code, line in wrong.err) == (2, True), wrong.err
+
+
+def test_a_task_is_refused_where_it_would_change_nothing(taught: Path, perdure: Any) -> None:
+    wrong = perdure("ask", taught, "Why?", "--task", "colour")
+    assert "task='colour' has no effect: \"lora(rank=16" in wrong.err

@@ -43,8 +43,8 @@ def test_what_an_objective_or_a_method_can_is_asked_and_not_its_class() -> None:
     assert asked == set()
 
 
-# What every entry point is called.
-SHARED_NAMES = {"main"}
+# What every entry point is called; what is noted before a run and after it, of searches and of answers alike.
+SHARED_NAMES = {"main", "before", "after"}
 
 
 def test_no_two_modules_give_one_name_to_different_things() -> None:

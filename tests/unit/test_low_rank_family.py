@@ -136,13 +136,13 @@ def test_the_penalty_of_o_lora_is_the_sum_of_absolute_inner_products_with_all_fo
         past.append(new)
         close_task(learner, task)
     assert expected > 0
-    assert {rows.shape for rows in learner.method.rows.values()} == {(6, 16)}
+    assert {rows.shape for rows in learner.method.past_rows.values()} == {(6, 16)}
 
 
 def test_o_lora_turns_new_rows_away_from_old_ones(lab: Any) -> None:
     def overlap(strength: float) -> float:
         learner = lab.but(tasks=2).taught(f"o_lora(rank=2, strength={strength})", epochs=8)
-        return sum(float((rows[:2] @ rows[2:].T).abs().sum()) for rows in learner.method.rows.values())
+        return sum(float((rows[:2] @ rows[2:].T).abs().sum()) for rows in learner.method.past_rows.values())
 
     assert overlap(5.0) < 0.5 * overlap(0.0)
 

@@ -367,7 +367,7 @@ def test_old_names_that_a_distillation_reads_pass_their_own_routers(lab: Any) ->
     learner.train()
     learner.method.begin_task(learner, stream.tasks[1])
     moe, distil = learner.method
-    torch.testing.assert_close(distil.names["old"], answered)
+    torch.testing.assert_close(distil.name_embeddings["old"], answered)
     batch = learner.method.batch(learner, whole(stream.tasks[1].train))
     learner.loss(batch).backward()
     assert [int(a.chosen.sum()) for a in moe.of("text").adapters] == [2 * 2, 2 * 2]  # the new names only

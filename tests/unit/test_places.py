@@ -27,6 +27,8 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "timm(name='vit_base', checkpoint='{}w.safetensors')",
         "timm(name='{}vit')",
         """captions(path='{}photos', embed="vision(path='{}vit')")""",
+        "conversations(path=['{}photos', '{}vit'], images='{}photos')",
+        "video_mme(path='{}photos', frames='{}vit')",
         """lora + zscl(reference="captions(path='{}photos')")""",
     ],
 )

@@ -1,6 +1,7 @@
 """What people give a learner in Python: examples of a task, and questions."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import empty, int64
 
 from perdure.core.learner import Core
 from perdure.core.method import parts_of
+from perdure.formatting import meant
 from perdure.streams import (
     ImageSet,
     captioned_task,
@@ -21,7 +23,7 @@ from perdure.streams import (
 )
 from perdure.streams.conversations import Conversation, messages
 from perdure.streams.sources import listed
-from perdure.types import Batch, Task
+from perdure.types import Batch, Task, Told
 
 _BESIDE = {"classes": "labels", "captions": "captions", "conversations": "conversations"}
 """What an objective asks for -> how it is called in `Learner.learn`."""
@@ -77,6 +79,40 @@ def _read(learner: Core, path: str | Path, given: Any, asks: str, known: Mapping
     if not (given is None or isinstance(given, str)):
         raise ValueError(f"{path} is a file, which has the captions; give the name of their column, or none")
     return captioned_task(path, *place, given)
+
+
+def known_task(learner: Core, name: str) -> Task:
+    """The task called `name`, of which an answer is wanted.
+
+    Raises:
+        ValueError: when none is called so, or the answer would be the same.
+    """
+    names = [task.name for task in learner.tasks[: learner.learnt]]
+    if name not in names:
+        near = meant(name, names) or f"; it has learnt: {', '.join(map(repr, names)) or 'nothing'}"
+        raise ValueError(f"this learner has no task {name!r}{near}")
+    found = learner.tasks[names.index(name)]
+    fewer = "classes" in learner.objective.asks and {*found.classes} != {*learner.objective.classes}
+    if not fewer and not any(part.follows_task for part in parts_of(learner.method)):
+        raise ValueError(
+            f"task={name!r} has no effect: {learner.method.spec!r} answers the same whatever the task; leave it out"
+        )
+    return found
+
+
+def within(known: Task, learner: Core, tasks: Sequence[Task]) -> list[Task]:
+    """`tasks` to be measured by a `learner` who is told that all of it belongs to the task `known`.
+
+    Raises:
+        ValueError: when one has a class that this task has not.
+    """
+    if "classes" in learner.objective.asks:
+        learner.scenario = "task"  # a learner of this evaluation alone: no other classes compete
+        names = dict(zip(learner.objective.classes, learner.objective.names, strict=True))
+        if strange := [names[c] for task in tasks for c in task.classes if c not in known.classes]:
+            raise ValueError(f"class {strange[0]!r} is none of task {known.name!r}: measure it without task")
+        tasks = [replace(task, classes=known.classes, names=known.names) for task in tasks]
+    return [replace(task, test=Told(task.test, known.index)) for task in tasks]
 
 
 def check_first(learner: Core, task: Task, known: Mapping[str, int], where: str) -> None:

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any, Self, overload
 
 import torch
-from PIL import Image
 from torch.nn import functional as F
 
-from perdure.api.given import Asked, asked, check_first, decoded, shown, task_of
+from perdure.api.given import Asked, asked, check_first, known_task, shown, task_of
 from perdure.core import checkpoint
 from perdure.core.checkpoint import read_record
 from perdure.core.learner import Core
@@ -31,7 +30,7 @@ from perdure.training.record import record_of, recorded_config, recorded_runtime
 from perdure.training.run import build_learner
 from perdure.training.runtime import Runtime
 from perdure.training.summary import COSTS, facts_of, taught_files, write_summary
-from perdure.types import Row, Stream, Task
+from perdure.types import Data, Row, Stream, Task, Told
 
 OPEN = ""
 """The stream of a learner that is taught one folder after another."""
@@ -159,6 +158,7 @@ class Learner(Core):
         batch_size: int = 256,
         classes: Sequence[str] | None = None,
         calibrated: bool = False,
+        task: str | None = None,
     ) -> list[list[tuple[str, float]]]:
         """Class names with scores, best first, for each image; scores of an image add up to 1.
 
@@ -171,6 +171,8 @@ class Learner(Core):
             batch_size: images at once; the answer does not depend on it.
             classes: names to choose among, whatever was learnt, by a text tower; None answers with what was learnt.
             calibrated: divide the answers by the temperature that images set apart from training have asked for.
+            task: name of the task that the images belong to, where it is known: only its classes are answered, and a
+                method that chooses by the image what a task has taught takes that of this one.
 
         Raises:
             ValueError: when nothing was learnt yet, an image cannot be read, or the backbone has no text tower for
@@ -190,12 +192,18 @@ class Learner(Core):
             raise ValueError(f"top={top}: expected 1 or more, or None for all")
         if classes is not None and not len(classes):
             raise ValueError("classes is empty: give at least one name, or None for what was learnt")
-        data = shown(images, self)
+        if classes is not None and task is not None:
+            raise ValueError(f"task={task!r} has no effect on classes that were not learnt: leave one of the two out")
+        known = None if task is None else known_task(self, task)
+        found = shown(images, self)
+        data: Data = found if known is None else Told(found, known.index)
         if not len(data):
             return []
         with self.inference():
             if classes is None:
                 names, scores = self.objective.names, self.scores_of(data, batch_size)
+                if known is not None:
+                    names, scores = known.names, scores[:, [self.objective.classes.index(c) for c in known.classes]]
             else:
                 names, texts = tuple(classes), class_texts(self, classes, self.objective.templates)
                 scores = self.backbone.logit_scale * self._towards(data, texts, batch_size)
@@ -264,12 +272,11 @@ class Learner(Core):
         if tokens < 1:
             raise ValueError(f"tokens={tokens}: expected 1 or more")
         objective: Any = self.objective
-        said: list[str] = objective.answers(self, Asked(conversations), tokens)
+        data: Data = Asked(conversations)
+        said: list[str] = objective.answers(
+            self, data if task is None else Told(data, known_task(self, task).index), tokens
+        )
         return said
-
-    def pictures(self, images: Any) -> list[Image.Image]:
-        """One or several images, decoded, as they are shown in a conversation."""
-        return decoded(images, self)
 
     def check_speaks(self) -> None:
         """Raise a ValueError unless it answers in words."""
@@ -288,7 +295,7 @@ class Learner(Core):
                 "'perdure ask LEARNER cat.jpg \"What is this?\"'"
             )
 
-    def _towards(self, data: ImageSet, texts: torch.Tensor, size: int) -> torch.Tensor:
+    def _towards(self, data: Data, texts: torch.Tensor, size: int) -> torch.Tensor:
         """Cosines (n, m) of images to unit-length embeddings of texts (m, dim)."""
         features = torch.cat([self.encode(batch) for batch in self.batches(data, size)])
         if features.shape[1] != texts.shape[1]:

@@ -130,6 +130,7 @@ class _Talk:
         Raises:
             ValueError: for an unknown command, an image that cannot be read, or a talk that became too long.
         """
+        from perdure.api.given import decoded
         from perdure.streams.conversations import Conversation, messages
 
         command, _, rest = line.partition(" ")
@@ -138,7 +139,7 @@ class _Talk:
         elif command == "/image":
             path = rest.strip().strip("'\"")
             check_image(path, "/image cat.jpg")
-            self.images += self.learner.pictures(path)
+            self.images += decoded(path, self.learner)
             self.waiting += 1
         elif command.startswith("/"):
             raise ValueError(f"there is no {command}: {_HELP}")

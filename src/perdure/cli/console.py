@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from perdure.cli.eta import Pace
-from perdure.cli.tables import comparison, ends, flowed, named
+from perdure.cli.tables import column_names, comparison, ends, flowed
 from perdure.formatting import (
     human_bytes,
     human_seconds,
@@ -221,7 +221,7 @@ class Screen:
             self._say(f"no means: {why}")
         elif len(kinds := dict.fromkeys(summary.get("scores", ()))) > 1:
             self._say(f"means are of different scores: {', '.join(kinds)}")
-        columns = named("lenient_matrix" in summary).items()
+        columns = column_names("lenient_matrix" in summary).items()
         parts = [f"{name} {summary[key]:.1%}" for key, name in columns if summary.get(key) is not None]
         self._say(*flowed([*parts, f"stored {human_bytes(summary['stored_bytes'])}"], self.out.width))
 

@@ -39,7 +39,7 @@ _MEANINGS = {
 
 def comparison(rows: Sequence[dict[str, Any]], width: int) -> list[str]:
     """Methods side by side, mean ± spread, and what the columns mean; `rows` as in compare.json."""
-    names = named(any(row.get("unparsable") for row in rows))
+    names = column_names(any(row.get("unparsable") for row in rows))
     names = {"acc": names.pop("acc"), "aaa": "average", "new_task_acc": "new task", **names}
     columns = {
         title: [percent_with_spread(row.get(key)) for row in rows]
@@ -86,7 +86,7 @@ def comparison(rows: Sequence[dict[str, Any]], width: int) -> list[str]:
     return lines
 
 
-def named(said: bool) -> dict[str, str]:
+def column_names(said: bool) -> dict[str, str]:
     """`COLUMNS`; those of answers in words where `said`."""
     return {k: v for k, v in (COLUMNS | {"acc": "strict"}).items() if k not in _TOLD} if said else COLUMNS
 

@@ -49,6 +49,8 @@ class Predict(LearnerCommand):
     """Any words to choose among, instead of what was learnt: --classes "a cat" "a dog"; needs a CLIP."""
     calibrated: bool = False
     """Scores as how often such an answer is right; for a learner made with --calibrate. Others only rank."""
+    task: str | None = None
+    """Name of the task that the images belong to, where it is known: its classes alone are answered."""
     skip_bad: bool = False
     """Leave unreadable images out, and list them."""
 
@@ -64,7 +66,9 @@ class Predict(LearnerCommand):
         learner.check_sees("predict")
         files, shown = _shown(self.images, learner, self.skip_bad, screen)
         with skippable("--skip-bad"):
-            found = learner.predict(shown, self.top, classes=self.classes or None, calibrated=self.calibrated)
+            found = learner.predict(
+                shown, self.top, classes=self.classes or None, calibrated=self.calibrated, task=self.task
+            )
         for file, answer in zip(files, found, strict=True):
             line = "  ".join(f"{shortened(name)} {share:.1%}" for name, share in answer)
             screen.result(
@@ -111,6 +115,8 @@ class Eval(LearnerCommand):
     """What to measure on; the run's own stream when left out."""
     retain: tuple[str, ...] = ()
     """Held-out data to measure instead: evaluation sets and streams of questions, or a CLIP's zero-shot accuracy."""
+    task: str | None = None
+    """Name of the task that all of it belongs to, where it is known; without --stream, that task alone is measured."""
 
     def __call__(self, screen: Screen) -> None:
         """Print the score per task, or per held-out data set."""
@@ -122,15 +128,16 @@ class Eval(LearnerCommand):
         screen.wait("evaluating")
         say = screen.warn if self.json else screen.note
         if not self.retain:
-            tasks, rows, remarks = evaluate(self.learner, self.stream, self.device)
+            tasks, rows, remarks = evaluate(self.learner, self.stream, self.device, self.task)
             for line in remarks:
                 say(line)
             screen.measured(tasks, rows)
             if said := [f"{row.value:.1%} {_SURE[row.metric]}" for row in rows if row.metric in _SURE]:
                 say(f"expected calibration error (15 bins): {', '.join(said)}")
             return
-        if self.stream is not None:
-            raise ValueError("--stream has no effect beside --retain: measure one after the other")
+        for name, value in (("stream", self.stream), ("task", self.task)):
+            if value is not None:
+                raise ValueError(f"--{name} has no effect beside --retain: measure one after the other")
         learner = Learner.load(self.learner, self.device)
         held_out = held_out_of(self.retain, learner, measured=True)
         for name, stream in held_out.sets.items():
@@ -157,8 +164,8 @@ class Export(LearnerCommand):
     """A learner's or a run's folder."""
     out: Path
     """Folder to write; it must not exist yet."""
-    to: Literal["peft", "merged"] = "merged"
-    """peft: a LoRA that Hugging Face PEFT loads; merged: weights that transformers or timm load."""
+    to: Literal["peft", "merged", "transformers"] = "merged"
+    """peft: a LoRA that Hugging Face PEFT loads; merged: weights that transformers or timm load; or transformers."""
 
     def __call__(self, screen: Screen) -> None:
         """Export and print the path."""
@@ -208,7 +215,8 @@ def move(folder: Path, change: str) -> list[tuple[str, str]]:
     step = (str(Path(old).expanduser().absolute()), str(Path(new).expanduser().absolute()))
     config = recorded_config(folder, written)
     texts = (config.stream, config.backbone, config.method, *config.retain)
-    sources = [each.manifest["source"]["folder"] for each in checkpoint.whole(folder) if "source" in each.manifest]
+    lessons = [each.manifest["source"] for each in checkpoint.whole(folder) if "source" in each.manifest]
+    sources = [path for each in lessons for path in (each["folder"], each.get("images")) if path]
     moves = recorded_moves(folder)
     known = [path for text in texts for path in paths_in(text)]
     for path in sources:
@@ -228,11 +236,13 @@ def move(folder: Path, change: str) -> list[tuple[str, str]]:
     return list(changed.items())
 
 
-def evaluate(folder: Path, stream: str | None, device: str | None = None) -> "tuple[list[Task], list[Row], list[str]]":
+def evaluate(
+    folder: Path, stream: str | None, device: str | None = None, task: str | None = None
+) -> "tuple[list[Task], list[Row], list[str]]":
     """The tasks of a stream, a learner's accuracy on them, and what to know about it; classes are matched by name.
 
     All images of a stream that is given are measured: its test part where it has one, else all of it, without those
-    that the learner was taught.
+    that the learner was taught. With `task` answers are given within the learnt task of that name.
 
     Raises:
         ValueError: when a class of the stream is not among those that were learnt, or all images were taught.
@@ -240,10 +250,13 @@ def evaluate(folder: Path, stream: str | None, device: str | None = None) -> "tu
     from perdure.process import plain
 
     with plain():
-        return _measured(folder, stream, device)
+        return _measured(folder, stream, device, task)
 
 
-def _measured(folder: Path, stream: str | None, device: str | None) -> "tuple[list[Task], list[Row], list[str]]":
+def _measured(
+    folder: Path, stream: str | None, device: str | None, told_task: str | None
+) -> "tuple[list[Task], list[Row], list[str]]":
+    from perdure.api.given import known_task, within
     from perdure.api.learner import Learner
     from perdure.backbones.preprocess import skippable
     from perdure.evaluation.calibration import errors
@@ -260,6 +273,9 @@ def _measured(folder: Path, stream: str | None, device: str | None) -> "tuple[li
     found = build_stream(described, preprocess, seed, measured=stream is not None)
     check_gives(found, learner, described)
     tasks = list(found.tasks if stream is not None else found.tasks[: learner.learnt])
+    known_as = None if told_task is None else known_task(learner, told_task)
+    if known_as is not None and stream is None:
+        tasks = [tasks[known_as.index]]
     remarks = told(found.notes)
     if stream is not None:
         known, unknown = taught_hashes(folder)
@@ -277,6 +293,8 @@ def _measured(folder: Path, stream: str | None, device: str | None) -> "tuple[li
     if "conversations" in learner.objective.asks:  # by which score, for who wants means
         scores = scored_by(learner.config.describe(), [task.score for task in tasks])
         tasks = [dataclasses.replace(task, score=score) for task, score in zip(tasks, scores, strict=True)]
+    if known_as is not None:
+        tasks = within(known_as, learner, tasks)
     with skippable("skip_bad=True in the stream"):
         found_on = learner.objective.evaluate(learner, tasks)
     rows = [

@@ -19,7 +19,7 @@ from perdure.streams.augment import AUGMENTS
 from perdure.types import AnyLearner, Batch, Data, Encoded, Union, join
 
 FEATURES, LOWER_BLOCKS = "features", "lower_blocks"
-READ = frozenset({"image", "label", "pair", "text", "conversation", "tokens"})
+READ = frozenset({"image", "label", "pair", "text", "conversation", "tokens", "task"})
 """What stands in a batch as it was read, by streams and by `Backbone.prepare`; all else was computed."""
 _MOST_KEPT = 2**30  # bytes of the lower blocks' output kept for one task
 

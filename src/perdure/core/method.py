@@ -51,6 +51,8 @@ class Method(nn.Module):
     """Whether it only keeps steps from raising the loss on old examples, which training on all of them does too."""
     carrier: ClassVar[bool] = False
     """Whether messages name it where a part that trains the encoder is missing."""
+    follows_task: ClassVar[bool] = False
+    """Whether it answers by what a task has taught where a batch says which one, under `task`."""
     treats: frozenset[str] = frozenset()
     """Towers that compute in another way within `applied`."""
 

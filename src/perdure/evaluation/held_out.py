@@ -1,12 +1,20 @@
 """What a run retains of data that it is never taught: whatever its objective can measure on it."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from perdure.core.learner import Core
 from perdure.evaluation.answer_retention import AnswerRetention
 from perdure.evaluation.zero_shot_retention import Retention
 from perdure.types import Row, Stream
+
+
+@runtime_checkable
+class Shows(Protocol):
+    """Data that knows which images it shows."""
+
+    def identities(self) -> set[str]:
+        """What tells them apart."""
 
 
 class HeldOut(Protocol):
@@ -33,3 +41,20 @@ def held_out_of(texts: Sequence[str], learner: Core, measured: bool = False) -> 
     if "conversations" in learner.objective.asks:
         return AnswerRetention(texts, learner)
     return Retention(texts, learner, measured)
+
+
+def remarks(held_out: HeldOut, stream: Stream) -> list[str]:
+    """What a reader of the numbers must know of each set, above all how much of it `stream` teaches.
+
+    Images are told apart as their streams do, by path or content: one that was copied is not recognised.
+    """
+    taught = {each for task in stream if isinstance(task.train, Shows) for each in task.train.identities()}
+    said = []
+    for name, held in held_out.sets.items():
+        said += [f"{name}: {remark}" for remark in held.notes.get("remarks", ())]
+        shown = {each for task in held if isinstance(task.test, Shows) for each in task.test.identities()}
+        if both := shown & taught:
+            said.append(
+                f"{name}: {len(both)} of its {len(shown)} images are taught by the stream: they are not held out"
+            )
+    return said

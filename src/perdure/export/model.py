@@ -23,6 +23,7 @@ from perdure.backbones import pretrained
 from perdure.backbones.base import Backbone
 from perdure.backbones.clip import FOLDER as POCKET
 from perdure.backbones.clip import Clip
+from perdure.backbones.language import Language
 from perdure.backbones.open_clip import CONFIG, WEIGHTS, OpenClip, locate_model
 from perdure.backbones.open_clip_attention import fused_state
 from perdure.backbones.timm import Timm
@@ -30,6 +31,7 @@ from perdure.backbones.vision import Vision
 from perdure.core.learner import Core
 from perdure.core.method import parts_of
 from perdure.core.objective import Head
+from perdure.export import language
 from perdure.export.files import TERMS, TOKENIZER, Use, copy, options_of, readme, use_of
 from perdure.export.head import answering, head_of
 from perdure.formatting import meant
@@ -37,8 +39,9 @@ from perdure.storage.files import locked, write_json, write_text
 from perdure.training.config import make_backbone
 from perdure.version import __version__
 
-Target = Literal["peft", "merged"]
-"""`peft`: a LoRA for the pre-trained model; `merged`: the whole model with the updates in its weights."""
+Target = Literal["peft", "merged", "transformers"]
+"""`peft`: a LoRA for the pre-trained model; `merged`: the whole model with the updates in its weights; `transformers`:
+the same, for a model of that library alone."""
 
 _DRAFT = ".draft"
 # Beside config and weights: how images and texts are read, and what may be done with the model.
@@ -48,19 +51,21 @@ _PROCESSOR = ("*processor_config.json",)
 def export(learner: Core, folder: Path, to: Target | str) -> Path:
     """Write `learner` to `folder`, whole or not at all; returns `folder`.
 
-    Beside the model stand `head.safetensors` (`weight` (classes, dim), and `bias` or `logit_scale` where there is one;
+    Beside a language model stand its processor and `learnt.json`, see `export.language`; beside others
+    `head.safetensors` (`weight` (classes, dim), and `bias` or `logit_scale` where there is one;
     for captions `logit_scale` alone), `labels.json` (names of the classes in the order of the columns, and how to get
     from features to scores) and `README.md` with a working example.
 
     Args:
         learner: that has learnt at least one task.
         folder: new or empty.
-        to: `peft` or `merged`.
+        to: `peft`, `merged` or `transformers`.
 
     Raises:
         ValueError: when the other library could not do the same as this learner, or the folder holds something.
     """
     _check(learner, to)
+    to = "merged" if to == "transformers" else to
     target = folder.expanduser().resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{folder} is there already and not an empty folder: give a new one")
@@ -107,28 +112,36 @@ def _write(learner: Core, folder: Path, to: str) -> None:
             _write_lora(learner, folder)
         else:
             _write_merged(_merged(learner), folder)
-        head = head_of(learner)
-    save_file({k: v.detach().cpu().contiguous() for k, v in head.tensors.items()}, folder / "head.safetensors")
-    use = use_of(learner.backbone, to)
-    write_json(folder / "labels.json", _facts(learner, use, head))
-    write_text(folder / "README.md", readme(learner, to, use, head))
+        if isinstance(learner.backbone, Language):
+            language.describe(learner, folder, to)
+        else:
+            _write_head(learner, folder, to)
     for file in folder.iterdir():
         shutil.copymode(folder / "README.md", file)  # safetensors writes files that only their owner may read
     _force_to_disk([*folder.iterdir(), folder])
 
 
+def _write_head(learner: Core, folder: Path, to: str) -> None:
+    head, use = head_of(learner), use_of(learner.backbone, to)
+    save_file({k: v.detach().cpu().contiguous() for k, v in head.tensors.items()}, folder / "head.safetensors")
+    write_json(folder / "labels.json", _facts(learner, use, head))
+    write_text(folder / "README.md", readme(learner, to, use, head))
+
+
 def _check(learner: Core, to: str) -> None:
     backbone = learner.backbone
     if to not in get_args(Target):
-        near = meant(to, get_args(Target)) or "; write 'peft' or 'merged'"
+        near = meant(to, get_args(Target)) or "; write 'peft', 'merged' or 'transformers'"
         raise ValueError(f"unknown export {to!r}{near}")
     if not learner.learnt:
         raise ValueError("this learner has learnt nothing yet: there is nothing to export")
-    if not isinstance(backbone, Clip | Vision | Timm | OpenClip):
+    if not isinstance(backbone, Clip | Vision | Timm | OpenClip | Language):
         raise ValueError(
-            f"{backbone.spec} cannot be exported: learn on pocket(), clip(...), open_clip(...), vision(...) or "
-            "timm(...), or keep it with save"
+            f"{backbone.spec} cannot be exported: learn on pocket(), clip(...), open_clip(...), vision(...), timm(...) "
+            "or mllm(...), or keep it with save"
         )
+    if to == "transformers" and isinstance(backbone, Timm | OpenClip):
+        raise ValueError(f"{backbone.spec} is no model of transformers: export to 'merged'")
     if strange := [part.name for part in parts_of(learner.method) if part.treats]:
         raise ValueError(f"{strange[0]} changes features as no weights can express; keep this learner with save")
     if backbone.layers:
@@ -137,7 +150,8 @@ def _check(learner: Core, to: str) -> None:
         )
     if prompted(backbone):
         raise ValueError("prompts take part in the encoder, which no weights can hold; keep this learner with save")
-    answering(learner)
+    if not isinstance(backbone, Language):  # whose vocabulary answers
+        answering(learner)
     linear = False
     for site, adapter, part in updates(backbone):
         if adapter.delta(part, branches=True) is not None:
@@ -187,6 +201,8 @@ def _write_lora(learner: Core, folder: Path) -> None:
     if isinstance(learner.backbone, Timm):
         config["auto_mapping"] = None  # PEFT would look for `from_pretrained`, which timm's classes lack
         config["base_model_name_or_path"] = options.get("checkpoint", options["name"])
+    if isinstance(learner.backbone, Language):
+        config |= language.lora_facts(learner.backbone)
     write_json(folder / "adapter_config.json", config)
 
 
@@ -218,10 +234,10 @@ def _stacked(backbone: Backbone) -> dict[str, tuple[Tensor, Tensor]]:
 def _merged(learner: Core) -> Any:
     """The backbone with all updates in its weights, in float32."""
     backbone = learner.backbone
-    if all(p.dtype == torch.float32 for p in backbone.parameters()):
+    if learner.tunes_backbone or all(p.dtype == torch.float32 for p in backbone.parameters()):
         return backbone
     # In bfloat16 most of a small update is lost: it has to meet the weights as they were published.
-    whole = make_backbone(backbone.spec)
+    whole = make_backbone(language.whole_spec(backbone) if isinstance(backbone, Language) else backbone.spec)
     if whole.fingerprint() != learner.fingerprint:
         raise ValueError(f"{backbone.spec} has changed since this learner was made: give the weights it was learnt on")
     for site, adapter, part in updates(backbone):
@@ -250,6 +266,9 @@ def _write_transformers(backbone: Any, folder: Path) -> None:
     finally:
         if bars:
             hf.enable_progress_bar()
+    if isinstance(backbone, Language):
+        language.write_reading(backbone, folder)
+        return
     options = options_of(backbone)
     if "vision" in options:  # two models that have never met
         for tower in ("vision", "text"):

@@ -46,7 +46,7 @@ class LoRAExperts(Method, name="lora_experts"):
         threshold: with `fallback`, share of a task's own examples that its expert is to know; None is 0.99.
     """
 
-    changes_encoder, sole_adapter = True, True
+    changes_encoder, sole_adapter, follows_task = True, True, True
 
     def __init__(
         self,

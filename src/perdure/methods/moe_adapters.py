@@ -54,9 +54,20 @@ class Mixture(nn.Module):
         """Whether there are routers in training, which a task has until it ends."""
         return next(iter(self.adapters)).routes_new
 
-    def by_itself(self, asked: Tensor, counted: Tensor | None = None, seen: Tensor | None = None) -> list[Routes]:
-        """Every input by the router of the task that knows its query (n, dim) best."""
-        routes = Routes(self.task_identifier.tasks, self.task_identifier.route(asked), counted=counted, seen=seen)
+    def by_itself(
+        self,
+        asked: Tensor,
+        counted: Tensor | None = None,
+        seen: Tensor | None = None,
+        told: Tensor | None = None,
+    ) -> list[Routes]:
+        """Every input by the router of the task that knows its query (n, dim) best, or of that which it is `told`."""
+        tasks = self.task_identifier.tasks  # in the order in which they were learnt
+        if told is None:
+            place = self.task_identifier.route(asked)
+        else:
+            place = torch.searchsorted(torch.tensor(tasks, device=told.device), told)
+        routes = Routes(tasks, place, counted=counted, seen=seen)
         return [routes] * len(self.adapters)
 
     def open(self, count: int, device: torch.device) -> None:
@@ -87,7 +98,7 @@ class MoEAdapters(PerTower[Mixture], name="moe_adapters"):
         tower: which encoder; each has experts, routers and task identification of its own.
     """
 
-    trains_shared = True
+    trains_shared, follows_task = True, True
 
     def __init__(
         self,
@@ -192,7 +203,8 @@ class MoEAdapters(PerTower[Mixture], name="moe_adapters"):
         if learner.training and own.learning:
             routes = self._told(learner, tower, len(next(iter(batch.values()))), batch.get("label"), counted, seen)
         else:
-            routes = own.by_itself(self.asked_of(learner, batch, tower) if asked is None else asked, counted, seen)
+            asked = self.asked_of(learner, batch, tower) if asked is None else asked
+            routes = own.by_itself(asked, counted, seen, batch.get("task"))
         return routing(list(own.adapters), routes)
 
     def measures(self, learner: Core) -> dict[str, float]:

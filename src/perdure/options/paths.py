@@ -7,7 +7,7 @@ from typing import Any
 
 from perdure.options.spec import Spec, parse
 
-_PATHS = ("path", "checkpoint", "name", "vision", "text", "order")
+_PATHS = ("path", "checkpoint", "name", "vision", "text", "order", "images", "frames")
 """Options that may be a file or folder, of streams and backbones."""
 _NESTED = ("embed", "reference")
 """Options that are themselves described like this."""
@@ -67,6 +67,8 @@ def _changed(text: str, change: Callable[[str], str]) -> str:
 
 def _in_spec(spec: Spec, change: Callable[[str], str]) -> Spec:
     def option(name: str, value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return type(value)(option(name, each) for each in value)
         if isinstance(value, str) and name in _PATHS and (name, value) != ("order", "natural"):
             return change(value)
         return _changed(value, change) if isinstance(value, str) and name in _NESTED else value

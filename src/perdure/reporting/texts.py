@@ -101,23 +101,16 @@ def _answers(run: RunResults) -> list[tuple[str, list[tuple[str, bool, str, list
             before = "–" if facts["before"] is None else share_or_points(number, facts["before"])
             after = [share_or_points(number, value) for value in facts["after"]]
             kept_share = percent(facts["ratio"]) if number not in _SHARES else "–"
-            lines.append((_CHIEF.get(number, number), number in _CHIEF, before, after, kept_share))
-        sets.append((name, sorted(lines, key=lambda line: not line[1])))
+            called = "lenient, guarded" if number == "lenient" and "official" in numbers else number
+            lines.append((called, number in _CHIEF, before, after, kept_share))
+        sets.append((name, lines))
     return sets
 
 
 _SHARES = ("empty", "unparsable")
-_CHIEF = {
-    "official": "official, as the authors' tool scores it",
-    "strict": "strict",
-    "lenient": "lenient, guarded",
-    "official/total": "official/total",
-    "official/perception": "official/perception",
-    "official/cognition": "official/cognition",
-    "empty": "empty",
-    "unparsable": "unparsable",
-}
-"""Numbers that are shown first, and what they are called."""
+_OFFICIAL = ("official", "official/total", "official/perception", "official/cognition")
+_CHIEF = ("strict", "lenient", *_OFFICIAL, *_SHARES)
+"""Numbers that are shown first."""
 
 
 def _searches(run: RunResults) -> list[dict[str, Any]]:

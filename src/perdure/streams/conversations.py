@@ -299,6 +299,10 @@ class ConversationSet:
     def _numbers(self) -> list[int]:
         return sorted({number for each in self.records for number in each.images})
 
+    def identities(self) -> set[str]:
+        """What tells the images that are shown apart: the whole path, or a hash of the content."""
+        return {self.pictures.identities[number] for number in self._numbers()}
+
     def subset(self, positions: Tensor) -> Self:
         """The conversations at `positions` (n,), in that order."""
         at = torch.as_tensor(positions, dtype=torch.int64)

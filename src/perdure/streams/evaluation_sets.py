@@ -136,6 +136,10 @@ class _Asked:
     def __len__(self) -> int:
         return len(self.questions)
 
+    def identities(self) -> set[str]:
+        """The whole paths of the images; those within a table are told from none."""
+        return {str(image.absolute()) for each in self.questions for image in each.images if isinstance(image, Path)}
+
     def __getitems__(self, positions: Sequence[int]) -> Batch:
         asked = [self.questions[i].conversation() for i in positions]
         return {"label": self.labels[list(positions)], "conversation": asked}

@@ -20,7 +20,7 @@ from perdure.core.learner import Core
 from perdure.core.objective import asking
 from perdure.evaluation import calibration
 from perdure.evaluation.feature_drift import Drift
-from perdure.evaluation.held_out import HeldOut, held_out_of
+from perdure.evaluation.held_out import HeldOut, held_out_of, remarks
 from perdure.evaluation.schedule import Evaluation
 from perdure.process import as_found, plain
 from perdure.streams import build_stream
@@ -82,9 +82,8 @@ def run(
         held_out = held_out_of(config.retain, learner)
         if unlike := unlike_scores(scored_by(config.describe(), [task.score for task in stream])):
             progress.note(f"no means over tasks are given: {unlike}")
-        for name, held in held_out.sets.items():
-            for remark in held.notes.get("remarks", ()):
-                progress.note(f"{name}: {remark}")
+        for remark in remarks(held_out, stream):
+            progress.note(remark)
         write_record(out, record_of(config, learner, stream, runtime, held_out))
         with nothing_learnt_nothing_left(out), as_found(runtime.threads):
             return learn_stream(config, learner, stream, out, progress, config.save_every, held_out=held_out)

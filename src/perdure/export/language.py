@@ -1,0 +1,102 @@
+"""Export of language models: what stands beside a LoRA or merged weights, and what they need of PEFT.
+
+The folder of a LoRA is what PEFT itself writes: `adapter_config.json` with the names of the layers,
+`adapter_model.safetensors` with `base_model.model.<layer>.lora_A.weight` and `lora_B`. A classifier there is none: the
+vocabulary is the model's.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from perdure.backbones import pretrained
+from perdure.backbones.language import Language
+from perdure.core.learner import Core
+from perdure.export.files import TERMS, TOKENIZER, copy, options_of
+from perdure.options.spec import Spec, parse_one
+from perdure.storage.files import write_json, write_text
+from perdure.version import __version__
+
+READING = ("*processor_config.json", "chat_template*", "generation_config.json", *TOKENIZER)
+"""How a model's conversations are read and its answers end."""
+
+
+def whole_spec(backbone: Language) -> str:
+    """The text of the same model in float32, to which updates can be added."""
+    spec = parse_one(backbone.spec)
+    kept = {name: value for name, value in spec.kwargs if name not in ("quantize", "checkpointing", "dtype")}
+    return str(Spec(spec.name, tuple({**kept, "dtype": "float32"}.items())))
+
+
+def write_reading(backbone: Language, folder: Path) -> None:
+    """Processor, tokenizer and terms of use, as they came with the model."""
+    if path := options_of(backbone).get("path"):
+        copy(Path(pretrained.locate(path)[1]), (*READING, *TERMS), folder)
+    else:
+        backbone.dialogue.processor.save_pretrained(folder)
+
+
+def lora_facts(backbone: Language) -> dict[str, Any]:
+    """What `adapter_config.json` says of a language model, beside ranks and layers."""
+    return {
+        "task_type": "CAUSAL_LM",
+        "auto_mapping": None,
+        "base_model_name_or_path": options_of(backbone).get("path"),
+        "bias": "none",
+        "lora_dropout": 0.0,
+        "fan_in_fan_out": False,
+        "modules_to_save": None,
+        "use_dora": False,
+        "use_rslora": False,
+    }
+
+
+def describe(learner: Core, folder: Path, to: str) -> None:
+    """`learnt.json`, what it was taught and how; `README.md`, how it is asked."""
+    backbone, config = learner.backbone, getattr(learner, "config", None)
+    assert isinstance(backbone, Language)
+    facts = {
+        "tasks": [task.name for task in learner.tasks],
+        "objective": config.objective if config else learner.objective.name,
+        "method": config.method if config else learner.method.spec,
+        "backbone": backbone.spec,
+        "fingerprint": learner.fingerprint,
+        "perdure": __version__,
+    }
+    write_json(folder / "learnt.json", facts)
+    write_text(folder / "README.md", _readme(learner, backbone, to))
+
+
+def _readme(learner: Core, backbone: Language, to: str) -> str:
+    lora = to == "peft"
+    source = repr(options_of(backbone).get("path")) if lora else "folder"
+    what = f"a LoRA for {backbone.spec}; it needs transformers and peft"
+    if not lora:
+        what = f"{backbone.spec} with what was learnt added to its weights, in float32; it needs transformers"
+    code = [
+        "import torch",
+        *(["from peft import PeftModel"] if lora else []),
+        "from PIL import Image",
+        "from transformers import AutoModelForImageTextToText, AutoProcessor",
+        "",
+        'folder = "."  # where this file stands',
+        f"source = {source}",
+        'model = AutoModelForImageTextToText.from_pretrained(source, dtype="auto").eval()',
+        *(["model = PeftModel.from_pretrained(model, folder).eval()"] if lora else []),
+        "processor = AutoProcessor.from_pretrained(source)",
+        'image = Image.open("photo.jpg").convert("RGB")',
+        'content = [{"type": "image"}, {"type": "text", "text": "What is this?"}]',
+        'messages = [{"role": "user", "content": content}]',
+        "text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)",
+        'inputs = processor(text=[text], images=[image], return_tensors="pt")',
+        "with torch.inference_mode():",
+        "    said = model.generate(**inputs, max_new_tokens=256, do_sample=False)",
+        'new = said[0, inputs["input_ids"].shape[1] :]',
+        "print(processor.decode(new, skip_special_tokens=True).strip())",
+    ]
+    names = ", ".join(task.name for task in learner.tasks)
+    return (
+        f"# Questions, learnt in {learner.learnt} tasks\n\n"
+        f"Written by perdure {__version__}: {what}.\n"
+        f"It was taught, one after another: {names}. `learnt.json` says how.\n\n"
+        "```python\n" + "\n".join(code) + "\n```\n"
+    )
