@@ -265,6 +265,9 @@ def test_the_reference_lists_every_command_and_every_key_of_the_summary(lab: Any
     sequence = "sequence(synthetic(), synthetic(noise=0.5))"
     kinds = {"zeroshot": {"stream": sequence, "retain": ("synthetic(tasks=2)",)}, "classify": {}, "retrieve": {}}
     runs = [lab.but(objective=o, tasks=2).run("probe", tmp_path / o, **more) for o, more in kinds.items()]
+    asked = "as_questions(synthetic(tasks=2, per_class=2), question='What?')"
+    answers = {"objective": "generate(tokens=1)", "backbone": "tiny_mllm()", "stream": asked, "retain": (asked,)}
+    runs.append(lab.run("probe", tmp_path / "generate", **answers))
     keys = {key for summary in runs for key in summary}
     assert set(_table(text, "## `summary.json`")) == keys
 
