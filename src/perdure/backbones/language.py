@@ -256,7 +256,7 @@ class Language(Backbone):
         """
         raise ValueError(
             f"{self.spec} answers questions and has no features of images: use a stream of conversations with "
-            "--objective generate, or another backbone"
+            "the objective generate(), or another backbone"
         )
 
     def check_finite(self) -> None:

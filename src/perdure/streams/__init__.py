@@ -94,8 +94,8 @@ def build_stream(what: str | Spec, preprocess: Preprocess, seed: int, measured: 
     spec = parse_one(what) if isinstance(what, str) else what
     if spec.name in EVALUATION_SETS:
         raise ValueError(
-            f"{spec.name} is an evaluation set, which is asked and never taught: give it to --retain, with "
-            "--objective generate"
+            f"{spec.name} is an evaluation set, which is asked and never taught: name it under retain, with "
+            "the objective generate()"
         )
     described = replace(spec, kwargs=tuple({**dict(spec.kwargs), **more}.items()))
     plan: StreamPlan = build(described, STREAMS, "stream")
