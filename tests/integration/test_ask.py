@@ -3,6 +3,7 @@
 import io
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from perdure.api.folders import teach_folder
 from perdure.api.learner import Learner
+from perdure.core.checkpoint import whole
+from perdure.training.config import RunConfig, usual
+from perdure.training.loop import Quiet
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
 FAST = ["--epochs", 6, "--lr", 2e-2, "--batch-size", 4, "--precision", "fp32", "--device", "cpu"]
@@ -224,3 +229,25 @@ def test_images_whose_task_is_told_are_answered_within_it(perdure: Any, photos: 
 def test_a_task_is_refused_where_it_would_change_nothing(taught: Path, perdure: Any) -> None:
     wrong = perdure("ask", taught, "Why?", "--task", "colour")
     assert "task='colour' has no effect: \"lora(rank=16" in wrong.err
+
+
+class Stops(Quiet):
+    """A machine that fails in the third step."""
+
+    def step(self, step: int, *_: Any) -> None:
+        if step == 3:
+            raise OSError("the power is out")
+
+
+def test_a_stopped_lesson_of_questions_goes_on_as_its_file_was_read(data: Path, perdure: Any, content_of: Any) -> None:
+    Path("apart.jsonl").write_text((data / "colour.jsonl").read_text())
+    config = RunConfig(stream="", backbone="tiny_mllm()", **usual("tiny_mllm()") | {"batch_size": 4}, save_every=1)
+    for folder, progress in (("whole", None), ("x", Stops())):
+        reading = {"images": str(data), "score": "contains"}
+        with suppress(OSError):
+            teach_folder(Path("apart.jsonl"), Path(folder), config, {}, progress, **reading)
+    assert not whole(Path("x"))
+    said = perdure("learn", "apart.jsonl", "--into", "x", "--images", data)
+    assert (said.code, "the scores differ" in said.err) == (2, True)
+    assert perdure("resume", "x").code == 0
+    assert content_of(Path("x")) == content_of(Path("whole"))

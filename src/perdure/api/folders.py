@@ -41,6 +41,7 @@ _SPECS = ("backbone", "method", "objective")
 _FIXED = (*_SPECS, "seed", "precision", "attention", "calibrate")
 _SOURCE = "source.json"
 _WORDS = {"folder": "folders", "train_sha256": "images", "content": "images", "captions": "captions' columns"}
+_WORDS |= {"images": "folders of images", "score": "scores"}
 _READING = {"captions": "captions", "images": "conversations", "score": "conversations"}
 """How a file is read, beside where it lies: name -> what a learner learns of whom it is asked."""
 
