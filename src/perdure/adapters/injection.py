@@ -92,7 +92,7 @@ class _AdaptedLayer:
     handles: list[RemovableHandle] = field(default_factory=list)
 
 
-_SEAT = "perdure_seat"
+_ADAPTED_LAYER = "perdure_adapted_layer"
 _HOOKS = "perdure_hooks"
 
 
@@ -109,16 +109,16 @@ def attach(model: nn.Module, sites: Sequence[Site], adapter: Adapter, fold: bool
     fold = getattr(model, "folds", True) if fold is None else fold
     for part, site in enumerate(sites):
         layer = _linear(model.get_submodule(site.layer), site.layer)
-        seat = getattr(layer, _SEAT, None)
-        if seat is None:
+        adapted_layer = getattr(layer, _ADAPTED_LAYER, None)
+        if adapted_layer is None:
             # a copy, in the precision the model came in: what is folded is always computed from it
-            seat = _AdaptedLayer(layer.weight.detach().clone() if fold else None)
-            setattr(layer, _SEAT, seat)
+            adapted_layer = _AdaptedLayer(layer.weight.detach().clone() if fold else None)
+            setattr(layer, _ADAPTED_LAYER, adapted_layer)
         whole = site.rows == (0, layer.out_features)
         # partial, not a closure: a copied learner must call its own adapters.
-        hook = partial(_adapt, adapter, part, None if whole else site.rows, seat.pretrained is None)
-        seat.adapters.append((adapter, part, site))
-        seat.handles.append(layer.register_forward_hook(hook))
+        hook = partial(_adapt, adapter, part, None if whole else site.rows, adapted_layer.pretrained is None)
+        adapted_layer.adapters.append((adapter, part, site))
+        adapted_layer.handles.append(layer.register_forward_hook(hook))
 
 
 def overhear(model: nn.Module, site: Site, module: nn.Module, listener: Callable[[Tensor], None]) -> None:
@@ -126,8 +126,8 @@ def overhear(model: nn.Module, site: Site, module: nn.Module, listener: Callable
 
     A bound method and no closure: in a deep copy of a learner it belongs to the copied adapter.
     """
-    seat: _AdaptedLayer = getattr(model.get_submodule(site.layer), _SEAT)
-    seat.handles.append(module.register_forward_pre_hook(partial(_overheard, listener)))
+    adapted_layer: _AdaptedLayer = getattr(model.get_submodule(site.layer), _ADAPTED_LAYER)
+    adapted_layer.handles.append(module.register_forward_pre_hook(partial(_overheard, listener)))
 
 
 def _overheard(listener: Callable[[Tensor], None], _module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -162,21 +162,25 @@ def _linear(layer: nn.Module, name: str) -> nn.Linear:
     return layer
 
 
-def _seats(model: nn.Module) -> Iterator[tuple[nn.Linear, _AdaptedLayer]]:
+def _adapted_layers(model: nn.Module) -> Iterator[tuple[nn.Linear, _AdaptedLayer]]:
     for layer in model.modules():
-        seat = getattr(layer, _SEAT, None)
-        if isinstance(layer, nn.Linear) and seat is not None:
-            yield layer, seat
+        adapted_layer = getattr(layer, _ADAPTED_LAYER, None)
+        if isinstance(layer, nn.Linear) and adapted_layer is not None:
+            yield layer, adapted_layer
 
 
 def folded_into(model: nn.Module) -> Iterator[tuple[nn.Linear, Tensor]]:
     """The layers that carry adapters, whose weights `fold` writes; and their pre-trained weights, which stay."""
-    return ((layer, seat.pretrained) for layer, seat in _seats(model) if seat.pretrained is not None)
+    return (
+        (layer, adapted_layer.pretrained)
+        for layer, adapted_layer in _adapted_layers(model)
+        if adapted_layer.pretrained is not None
+    )
 
 
 def adapted(model: nn.Module) -> bool:
     """Whether any layer of `model` carries an adapter, or any block takes other tokens."""
-    return next(_seats(model), None) is not None or prompted(model)
+    return next(_adapted_layers(model), None) is not None or prompted(model)
 
 
 def prompted(model: nn.Module) -> bool:
@@ -199,33 +203,33 @@ def fold(model: nn.Module, branches: bool) -> None:
         model: the module whose layers carry adapters.
         branches: fold what is in training too (for prediction), or only what is merged (for training).
     """
-    for layer, seat in _seats(model):
+    for layer, adapted_layer in _adapted_layers(model):
         weight = layer.weight
-        if seat.pretrained is None:
+        if adapted_layer.pretrained is None:
             continue
         if weight.requires_grad:
             raise ValueError(
                 "a layer is both adapted and fine-tuned: the adapter's update would be lost. Use one of the two"
             )
-        folded = seat.pretrained.to(weight.device, torch.float32, copy=True)
-        for adapter, part, site in seat.adapters:
+        folded = adapted_layer.pretrained.to(weight.device, torch.float32, copy=True)
+        for adapter, part, site in adapted_layer.adapters:
             update = adapter.delta(part, branches)
             if update is not None:
                 folded[site.rows[0] : site.rows[1]] += update
         weight.copy_(folded)
-    for _, seat in _seats(model):
-        for adapter, _, _ in seat.adapters:
-            adapter.folded = branches and adapter.folds and seat.pretrained is not None
+    for _, adapted_layer in _adapted_layers(model):
+        for adapter, _, _ in adapted_layer.adapters:
+            adapter.folded = branches and adapter.folds and adapted_layer.pretrained is not None
 
 
 def detach(model: nn.Module) -> None:
     """Take all adapters off and restore the pre-trained weights bit for bit."""
-    for layer, seat in list(_seats(model)):
-        for handle in seat.handles:
+    for layer, adapted_layer in list(_adapted_layers(model)):
+        for handle in adapted_layer.handles:
             handle.remove()
-        if seat.pretrained is not None:
-            layer.weight.data.copy_(seat.pretrained)
-        delattr(layer, _SEAT)
+        if adapted_layer.pretrained is not None:
+            layer.weight.data.copy_(adapted_layer.pretrained)
+        delattr(layer, _ADAPTED_LAYER)
     for block in model.modules():
         for handle in vars(block).pop(_HOOKS, ()):
             handle.remove()
@@ -233,6 +237,6 @@ def detach(model: nn.Module) -> None:
 
 def updates(model: nn.Module) -> Iterator[tuple[Site, Adapter, int]]:
     """All (site, adapter, part) of `model`, for export."""
-    for _, seat in _seats(model):
-        for adapter, part, site in seat.adapters:
+    for _, adapted_layer in _adapted_layers(model):
+        for adapter, part, site in adapted_layer.adapters:
             yield site, adapter, part

@@ -153,14 +153,18 @@ class Language(Backbone):
             within: in which context each part of the batch is answered, see `Method.applied`.
         """
         asked = [each.with_answer(()) for each in self.tokens(batch)]
-        # tokens and keys that join in front would join again with every token that is said
-        cached = not prompted(self.get_submodule(self.towers()["language"]))
+        # what joins in front would join again with every token that is said; and where all is read again, an image's
+        # token that was said would want an image
+        again = prompted(self.get_submodule(self.towers()["language"]))
+        options: dict[str, Any] = {"use_cache": not again}
+        if again and self._pictures:
+            options["suppress_tokens"] = self._pictures
 
         def say(some: Sequence[int]) -> list[str]:
             inputs = self._inputs([asked[i] for i in some], "left")
             self._forget_positions()
             with torch.no_grad(), within(take(batch, torch.tensor(some))), self._reading(inputs):
-                said = self.model.generate(**inputs, max_new_tokens=tokens, use_cache=cached)
+                said = self.model.generate(**inputs, max_new_tokens=tokens, **options)
             new = said[:, inputs["input_ids"].shape[1] :]
             texts: list[str] = self.dialogue.tokenizer.batch_decode(new, skip_special_tokens=True)
             return [text.strip() for text in texts]

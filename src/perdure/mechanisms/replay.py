@@ -12,7 +12,7 @@ from perdure.core.caching import READ
 from perdure.core.learner import Core
 from perdure.core.method import Method, check_trained
 from perdure.formatting import count_bytes
-from perdure.mechanisms import selection_scores as orders
+from perdure.mechanisms import selection_scores
 from perdure.mechanisms.selection_scores import Position
 from perdure.options.ranges import without_effect
 from perdure.streams.augment import AUGMENTS, Augment
@@ -309,18 +309,18 @@ class ExemplarBuffer(ReplayBuffer):
         for c in torch.unique(labels).tolist():
             mine = (labels == c).nonzero().flatten()
             if self.chooses == "herding":
-                best = orders.herding(features[mine], most)
+                best = selection_scores.herding(features[mine], most)
             elif self.chooses == "kmeans":
-                best = orders.kmeans(features[mine], most, generator)
+                best = selection_scores.kmeans(features[mine], most, generator)
             else:
-                best = orders.by_score(self._scores(residuals[mine], inputs[mine]), self.position)
+                best = selection_scores.by_score(self._scores(residuals[mine], inputs[mine]), self.position)
             found.append(mine.cpu()[best[:most]])
         return torch.cat(found)
 
     def _scores(self, residuals: Tensor, inputs: Tensor) -> Tensor:
         if self.chooses == "el2n":
-            return orders.el2n(residuals)
-        return (orders.grand if self.chooses == "grand" else orders.influence)(residuals, inputs)
+            return selection_scores.el2n(residuals)
+        return (selection_scores.grand if self.chooses == "grand" else selection_scores.influence)(residuals, inputs)
 
 
 class Rehearsal(Method):

@@ -157,7 +157,7 @@ class Generate(Objective, name="generate"):
         said: list[str] = []
         references: list[Reference] = []
         chosen: list[bool] = []
-        for batch in learner.batches(task.test, size):
+        for batch in learner.batches(learner.cache.test(task.test), size):
             said += self.say(learner, batch)
             own = [reference_of(each) for each in batch["conversation"]]
             references += own

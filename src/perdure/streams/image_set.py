@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from perdure.backbones.preprocess import Preprocess, UnreadableImage, begins_like_an_image
-from perdure.streams.sources import Given, Picture, Source, head
+from perdure.streams.sources import InMemory, Picture, Source, head
 from perdure.types import Batch
 
 _CHUNK = 256
@@ -90,7 +90,7 @@ class ImageSet:
             ValueError: when an image has another form, labels are not integers, or their numbers differ.
         """
         ids = _integers(labels)
-        source = Given(images)
+        source = InMemory(images)
         made = cls(source, torch.arange(len(source)), ids, preprocess)
         side = preprocess.size
         if isinstance(images, Tensor) and images.shape[2:] == (side, side) and preprocess.resize == side:

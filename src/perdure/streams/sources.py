@@ -173,7 +173,7 @@ class Parquet(Source):
         return pa.concat_tables(bare, promote_options="permissive")[self.column]
 
 
-class Given(Source):
+class InMemory(Source):
     """Images handed over from Python.
 
     Args:
@@ -338,7 +338,7 @@ def head(source: Source, row: int) -> bytes | None:
         return b""
     if isinstance(encoded, Path):
         return first_bytes(encoded)
-    return None if isinstance(source, Given) else encoded
+    return None if isinstance(source, InMemory) else encoded
 
 
 def is_text(kind: pa.DataType) -> bool:
