@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import inspect
+import json
 import re
 import shlex
 import sys
@@ -25,6 +26,7 @@ from perdure.options.space import parse_space
 from perdure.options.spec import build, parse_one
 from perdure.streams import STREAMS
 from perdure.training.config import RunConfig, make_method, make_objective, register
+from perdure.training.run import run
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -265,9 +267,21 @@ def test_the_reference_lists_every_command_and_every_key_of_the_summary(lab: Any
     sequence = "sequence(synthetic(), synthetic(noise=0.5))"
     kinds = {"zeroshot": {"stream": sequence, "retain": ("synthetic(tasks=2)",)}, "classify": {}, "retrieve": {}}
     runs = [lab.but(objective=o, tasks=2).run("probe", tmp_path / o, **more) for o, more in kinds.items()]
-    asked = "as_questions(synthetic(tasks=2, per_class=2), question='What?')"
-    answers = {"objective": "generate(tokens=1)", "backbone": "tiny_mllm()", "stream": asked, "retain": (asked,)}
-    runs.append(lab.run("probe", tmp_path / "generate", **answers))
+    for name in ("a", "b", "c"):
+        spoken = [("user", "a?"), ("assistant", "b")]
+        line = json.dumps({"messages": [{"role": role, "content": said} for role, said in spoken]})
+        (tmp_path / f"{name}.jsonl").write_text(f"{line}\n" * 5)
+    taught, scored, held = (f"conversations(path={str(tmp_path / n)!r}" for n in ("a.jsonl", "b.jsonl", "c.jsonl"))
+    for stream in (f"{taught})", f"in_turn({taught}), {scored}, score='cider'))"):
+        config = RunConfig(
+            stream=stream,
+            backbone="tiny_mllm()",
+            objective="generate(tokens=2)",
+            method="probe",
+            retain=(f"{held})",),
+            precision="fp32",
+        )
+        runs.append(run(config, tmp_path / str(len(runs))))
     keys = {key for summary in runs for key in summary}
     assert {key for keys in _table(text, "## `summary.json`") for key in keys.split("`, `")} == keys
 
