@@ -17,6 +17,7 @@ from perdure.evaluation.held_out import held_out_of, remarks
 from perdure.reporting.report import write_report
 from perdure.reporting.runs import RunResults
 from perdure.reporting.tables import markdown, tabulate
+from perdure.reporting.texts import answers_kept
 from perdure.streams import build_stream
 from perdure.training.config import RunConfig, make_method, make_objective
 from perdure.training.loop import Quiet
@@ -135,6 +136,10 @@ def test_what_is_kept_is_told_for_each_number() -> None:
     rows = [Row(-1, None, f"answers/{name}/strict", before) for name, before in (("a", 0.5), ("b", 0.4))]
     rows += [Row(0, None, f"answers/{name}/strict", after) for name, after in (("a", 0.4), ("b", 0.4))]
     assert mean_kept(answered(rows), "strict") == pytest.approx((0.8 + 1.0) / 2)
+    run = RunResults(
+        Path(), {}, {}, tuple(Row(r.after, r.on, r.metric.replace("strict", "lenient"), r.value) for r in rows)
+    )
+    assert answers_kept(run) == [pytest.approx(0.9)]
     assert mean_kept(answered([*rows, Row(-1, None, "answers/c/strict", 0.0)]), "strict") is None
 
 

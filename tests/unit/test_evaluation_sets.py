@@ -14,8 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from perdure.backbones.tiny_mllm import tiny_mllm
+from perdure.core.learner import Core
+from perdure.evaluation.held_out import held_out_of
 from perdure.options.spec import build, parse_one
 from perdure.streams.evaluation_sets import EVALUATION_SETS, EvaluationSet, mme, mme_realworld, video_mme
+from perdure.training.config import make_method, make_objective
+from perdure.types import Task
 
 OPTIONS = ["(A) red", "(B) blue", "(C) two cars", "(D) none", "(E) The image does not feature the color"]
 CHINESE = ["（A）红色", "（B）蓝色", "（C）两辆车", "（D）无", "（E）图片中没有该颜色"]
@@ -370,6 +375,29 @@ def test_options_of_video_mme_are_read_from_a_description(tmp_path: Path, option
     assert found.name == "video_mme, 2 frames, without subtitles"
     with pytest.raises(ValueError, match=said):
         build(parse_one(f"video_mme(path={str(tmp_path)!r}, {options})"), EVALUATION_SETS, "evaluation set")
+
+
+@pytest.mark.parametrize("likelihood", [False, True])
+def test_every_set_is_held_out_whatever_it_shows(tmp_path: Path, likelihood: bool) -> None:
+    """Images by path, within a table, and several of a video; text answers and letters."""
+    texts = (
+        f"mme(path={str(write_mme(tmp_path / 'mme', True))!r})",
+        f"mme_realworld(path={str(write_json(tmp_path / 'real.json', real_cells(OPTIONS, 'image')))!r})",
+        f"video_mme(path={str(write_videos(tmp_path / 'video'))!r}, count=3, subtitles=True)",
+    )
+    backbone, objective = tiny_mllm(), make_objective(f"generate(tokens=2, likelihood={likelihood})", "probe")
+    learner = Core(backbone, objective, make_method("probe"))
+    learner.grow(Task(0, "any", (0,), ("any",)))
+    held = held_out_of(texts, learner)
+    rows = {row.metric: row.value for row in held.measure(learner, -1)}
+    for name, text in zip(held.sets, texts, strict=True):
+        found: EvaluationSet = build(parse_one(text), EVALUATION_SETS, "evaluation set")
+        with learner.inference():
+            asked = [{"conversation": [question.conversation()]} for question in found.questions]
+            said = [objective.say(learner, each)[0] for each in asked]
+        measured = {number: rows[f"answers/{name}/{number}"] for number in found.measure(said)}
+        assert measured == found.measure(said)
+        assert (f"answers/{name}/likeliest" in rows) == (likelihood and name != "mme")
 
 
 def refused(read: Callable[..., EvaluationSet], said: str, path: str) -> None:

@@ -56,6 +56,13 @@ _REASONS: tuple[tuple[str, str, Callable[[RunResults], list[float | None]], bool
         language.zero_shot_kept,
         False,
     ),
+    (
+        "How much of held-out answers is kept",
+        "Lenient score of questions that were never taught, relative to the pre-trained model's, mean over the sets in "
+        "which it had any. Below 100 the model loses what it knew before.",
+        language.answers_kept,
+        False,
+    ),
 )
 _TRADES: tuple[tuple[str, str, str, str, Callable[[float], str]], ...] = (
     (

@@ -1,5 +1,6 @@
 """What a report says of texts: recall in the end, what is kept of zero-shot accuracy, and examples of searches."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +64,16 @@ def matrices(run: RunResults) -> list[Square]:
 
 def zero_shot_kept(run: RunResults) -> list[float | None]:
     """After each task, zero-shot accuracy relative to the pre-trained model's, the mean over held-out data sets."""
-    ratios = [[after / each["before"] for after in each["after"]] for each in kept(run.rows).values() if each["before"]]
+    return _mean_ratios(list(kept(run.rows).values()))
+
+
+def answers_kept(run: RunResults) -> list[float | None]:
+    """The same of the lenient score of held-out questions."""
+    return _mean_ratios([numbers["lenient"] for numbers in answered(run.rows).values() if "lenient" in numbers])
+
+
+def _mean_ratios(sets: Sequence[Mapping[str, Any]]) -> list[float | None]:
+    ratios = [[after / each["before"] for after in each["after"]] for each in sets if each["before"]]
     return [sum(column) / len(column) for column in zip(*ratios, strict=False)]
 
 
