@@ -240,7 +240,7 @@ class Screen:
             if i is None:
                 table.add_row("…")
                 continue
-            seen = [v for v in matrix[i][: i + 1] if v is not None and "unlike_scores" not in summary]
+            seen = [v for v in matrix[i][: i + 1] if v is not None and not summary.get("unlike_scores")]
             cells = ["" if j is None or (v := matrix[i][j]) is None else f"{100 * v:.0f}" for j in shown]
             table.add_row(str(i + 1), *cells, f"{100 * sum(seen) / len(seen):.1f}" if seen else "–")
         self.out.print(table)

@@ -40,7 +40,7 @@ _MEANINGS = {
 def comparison(rows: Sequence[dict[str, Any]], width: int) -> list[str]:
     """Methods side by side, mean ± spread, and what the columns mean; `rows` as in compare.json."""
     names = column_names(any(row.get("unparsable") for row in rows))
-    names = {"acc": names.pop("acc"), "aaa": "average", "new_task_acc": "new task", **names}
+    names = {"acc": names["acc"], "aaa": "average", "new_task_acc": "new task"} | names
     columns = {
         title: [percent_with_spread(row.get(key)) for row in rows]
         for key, title in names.items()

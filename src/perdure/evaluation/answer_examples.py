@@ -12,7 +12,7 @@ from perdure.core import checkpoint
 from perdure.core.learner import Core
 from perdure.evaluation.examples import EXAMPLES, read_examples, thumbnail
 from perdure.formatting import shortened
-from perdure.objectives.generate import Generate, reference_of
+from perdure.objectives.generate import reference_of
 from perdure.scoring import score_of
 from perdure.storage.schema import AskedQuestion, Examples
 from perdure.types import Stream, Task
@@ -23,7 +23,7 @@ _PICTURES = 4  # of a question
 _LONGEST = 600  # characters of a text
 
 
-def before(learner: Core, stream: Stream, out: Path) -> None:
+def answered_before(learner: Core, stream: Stream, out: Path) -> None:
     """Choose questions, and note what the pre-trained model answers; nothing for other objectives.
 
     Args:
@@ -31,19 +31,19 @@ def before(learner: Core, stream: Stream, out: Path) -> None:
         stream: with its test sets.
         out: the run's folder.
     """
-    if isinstance(learner.objective, Generate):
+    if "conversations" in learner.objective.asks:
         _write(out, _noted(learner, stream, {"questions": [], "pictures": {}}, "before"))
 
 
-def learnt(learner: Core, task: Task, out: Path) -> None:
+def answered_once_learnt(learner: Core, task: Task, out: Path) -> None:
     """Note what is answered to the questions of `task`, which was learnt just now."""
-    if isinstance(learner.objective, Generate) and (out / EXAMPLES).exists():
+    if "conversations" in learner.objective.asks and (out / EXAMPLES).exists():
         _write(out, _noted(learner, [task], read_examples(out), "learnt"))
 
 
-def after(learner: Core, stream: Stream, out: Path) -> None:
+def answered_after(learner: Core, stream: Stream, out: Path) -> None:
     """Note what is answered in the end; answers of tasks whose questions are not at hand any more are dropped."""
-    if not isinstance(learner.objective, Generate) or not (out / EXAMPLES).exists():
+    if "conversations" not in learner.objective.asks or not (out / EXAMPLES).exists():
         return
     noted = read_examples(out)
     if noted.get("learnt") == learner.learnt:
@@ -58,8 +58,7 @@ def after(learner: Core, stream: Stream, out: Path) -> None:
 
 def _noted(learner: Core, tasks: Iterable[Task], noted: Examples, when: When) -> Examples:
     """`noted` with what `learner` says now to the questions of `tasks`, chosen where none were yet."""
-    objective = learner.objective
-    assert isinstance(objective, Generate)
+    objective: Any = learner.objective
     for task in tasks:
         if not len(task.test):
             continue

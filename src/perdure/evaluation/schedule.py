@@ -7,9 +7,10 @@ from pathlib import Path
 
 from perdure.core.learner import Core
 from perdure.core.method import Method, predicts
-from perdure.evaluation import answer_examples, search_examples
+from perdure.evaluation.answer_examples import answered_after, answered_before, answered_once_learnt
 from perdure.evaluation.feature_drift import Drift
 from perdure.evaluation.held_out import HeldOut
+from perdure.evaluation.search_examples import found_after, found_before
 from perdure.types import Data, Row, Stream, Task
 
 
@@ -59,14 +60,14 @@ class Evaluation:
         for later in tests[len(seen) :]:
             rows += self._beside(learner, task.index, seen, later)
         rows += self.retention.measure(learner, task.index)
-        answer_examples.learnt(learner, task, self.out)
+        answered_once_learnt(learner, task, self.out)
         rows += [Row(task.index, None, k, float(v)) for k, v in learner.method.measures(learner).items()]
         return rows + self.drift.measure(learner, task, seen)
 
     def end(self, learner: Core) -> None:
         """Examples of what is found now, once all is learnt."""
-        for kind in (search_examples, answer_examples):
-            kind.after(learner, self.stream, self.out)
+        for note in (found_after, answered_after):
+            note(learner, self.stream, self.out)
 
     @property
     def _square(self) -> bool:
@@ -88,8 +89,8 @@ class Evaluation:
                 untaught.grow(each)
                 if len(each.test):
                     rows += self._beside(untaught, -1, self._seen(each.index - 1), each)
-        for kind in (search_examples, answer_examples):
-            kind.before(untaught, self.stream, self.out)
+        for note in (found_before, answered_before):
+            note(untaught, self.stream, self.out)
         return rows + self.retention.measure(untaught, -1)
 
     @classmethod

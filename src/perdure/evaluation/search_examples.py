@@ -16,7 +16,7 @@ _QUERIES = 10
 _SHOWN = 5
 
 
-def before(learner: Core, stream: Stream, out: Path) -> None:
+def found_before(learner: Core, stream: Stream, out: Path) -> None:
     """Choose queries, and note what the pre-trained model finds; nothing for other objectives.
 
     Args:
@@ -38,7 +38,7 @@ def before(learner: Core, stream: Stream, out: Path) -> None:
     checkpoint.write_sealed(out / EXAMPLES, {"queries": queries, "searched": searched, "pictures": {}})
 
 
-def after(learner: Core, stream: Stream, out: Path) -> None:
+def found_after(learner: Core, stream: Stream, out: Path) -> None:
     """Note what the learner finds now among the same images, and the pictures of all that was found.
 
     Where some of them are not at hand any more, what was found when they were stays.

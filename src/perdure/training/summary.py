@@ -111,7 +111,7 @@ def summary_of(out: Path, done: Sequence[Checkpoint]) -> dict[str, Any]:
         found["recall"] = _recall(rows, tasks)
     if notes.get("sequence"):
         whole = {"transfer": metrics.transfer(matrix), "average": metrics.average(matrix)}
-        found |= dict.fromkeys(whole) if "unlike_scores" in found else whole
+        found |= dict.fromkeys(whole) if found.get("unlike_scores") else whole
     if zero_shot := kept(rows):
         ratios = [facts["ratio"] for facts in zero_shot.values()]
         known = None not in ratios
@@ -166,10 +166,9 @@ def _said(rows: Sequence[Row], tasks: int, scores: Sequence[str]) -> dict[str, A
         "empty": metrics.acc(others["empty"]),
         "unparsable": metrics.acc(others["unparsable"]),
         "scores": list(scores),
+        "unlike_scores": unlike_scores(scores),
     }
-    if unlike := unlike_scores(scores):
-        found |= dict.fromkeys(_MEANS) | {"unlike_scores": unlike}
-    return found
+    return found | dict.fromkeys(_MEANS) if found["unlike_scores"] else found
 
 
 _MEANS = ("acc", "aaa", "forgetting", "bwt", "fwt", "lenient_acc", "lenient_forgetting")
