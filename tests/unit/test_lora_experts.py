@@ -125,3 +125,20 @@ def test_what_would_have_no_effect_is_refused(method: str, why: str, lab: Any) -
 
     with pytest.raises(ValueError, match=why):
         begin()
+
+
+def test_activations_that_are_computed_twice_pass_the_same_expert() -> None:
+    found = []
+    for twice in (False, True):
+        learner, task = Core(tiny_mllm(), Generate(), make_method("lora_experts(rank=2)")), tasks()[0]
+        learner.backbone.checkpointing = twice
+        learner.backbone.model.activation_checkpointing_enable({"use_reentrant": False})
+        learner.grow(task)
+        learner.train()
+        learner.loss(task.train.__getitems__(range(8))).backward()
+        found.append({name: p.grad for name, p in learner.trainable().items()})
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    refused = Core(tiny_mllm(), Generate(), make_method("moe_adapters(rank=2, tower='language')"))
+    refused.backbone.checkpointing = True
+    with pytest.raises(ValueError, match="moe_adapters cannot route again"):
+        refused.grow(task)

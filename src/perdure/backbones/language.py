@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from perdure.adapters.injection import prompted
 from perdure.backbones import pretrained
+from perdure.backbones.anatomy import image_tokens, preprocess_of, projectors, unread
 from perdure.backbones.base import Backbone, reached
 from perdure.backbones.dialogue import Dialogue, Tokens, collate
-from perdure.backbones.preprocess import Preprocess
 from perdure.backbones.sites import Tower, named_towers
 from perdure.types import Batch, Site, take
 
@@ -53,11 +53,11 @@ class Language(Backbone):
         text = model.config.get_text_config()
         self.dim = int(text.hidden_size)
         self.checkpointing = False
-        self._projectors = _projectors(self)
-        self._unread = _unread(model.config)
-        self._pictures = _image_tokens(model.config)
+        self._projectors = projectors(self)
+        self._unread = unread(model.config)
+        self._pictures = image_tokens(model.config)
         self.image_mask: Tensor | None = None
-        self.preprocess = _preprocess(model.config)
+        self.preprocess = preprocess_of(model.config)
         stops = _ids(model.generation_config.eos_token_id) + _ids(processor.tokenizer.eos_token_id)
         most = getattr(text, "max_position_embeddings", None)
         self.dialogue = Dialogue(processor, stops, length or most or 2**20, spec)
@@ -356,16 +356,6 @@ def _owners(examples: Sequence[Tokens]) -> Tensor:
     return torch.repeat_interleave(torch.arange(len(counts)), counts)
 
 
-def _projectors(model: Language) -> tuple[str, ...]:
-    """Dotted names of what stands between the towers; in Qwen's models it is the last part of the vision tower."""
-    names = {id(module): name for name, module in model.named_modules()}
-    body = model.model.base_model
-    vision, language = body.get_encoder("image"), body.get_decoder()
-    beside = [each for each in body.children() if each not in (vision, language) and [*each.parameters()]]
-    within = sorted((name, each) for name, each in vision.named_children() if "merger" in name)
-    return tuple(names[id(each)] for each in (*beside, *(each for _, each in reversed(within))))
-
-
 def _by_length(examples: Sequence[Tokens], ask: Callable[[Sequence[int]], list[T]], size: int) -> list[T]:
     """What `ask` says of each example, in their order; the longest come first, and `size` is halved until they fit."""
     order = sorted(range(len(examples)), key=lambda i: -len(examples[i]))
@@ -384,26 +374,3 @@ def _by_length(examples: Sequence[Tokens], ask: Callable[[Sequence[int]], list[T
 
 def _ids(given: int | Sequence[int] | None) -> list[int]:
     return [] if given is None else [given] if isinstance(given, int) else list(given)
-
-
-def _unread(config: Any) -> int:
-    """How many blocks at the vision tower's end nobody reads: LLaVA takes what enters its last one."""
-    layer = getattr(config, "vision_feature_layer", -1)
-    last = max(layer) if isinstance(layer, Sequence) else layer
-    depth = getattr(config.vision_config, "num_hidden_layers", 0)
-    return -last - 1 if last < 0 else depth - last
-
-
-def _image_tokens(config: Any) -> list[int]:
-    """Ids of the tokens in whose places images and videos stand."""
-    names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
-    found = (getattr(config, name, None) for name in names)
-    return sorted({each for each in found if isinstance(each, int)})
-
-
-def _preprocess(config: Any) -> Preprocess:
-    """How images are shown that come without a conversation, as in a stream of classes: whole, at the model's size."""
-    vision = getattr(config, "vision_config", None)
-    size = getattr(vision, "image_size", None) or 224
-    side = int(size[0] if isinstance(size, Sequence) else size)
-    return Preprocess(size=side, resize=side)

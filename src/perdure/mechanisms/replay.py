@@ -395,17 +395,3 @@ def _moved(data: Data) -> bool:
     if not isinstance(data, ImageSet) or not isinstance(data.source, Files):
         return False
     return not data.cached and not data.source.root.is_dir()
-
-
-def with_gradients(learner: Core) -> list[nn.Parameter]:
-    """The parameters that the step is about to move: those with a gradient, always in the same order."""
-    return [p for p in learner.trainable().values() if p.grad is not None]
-
-
-def gradients_on(learner: Core, batch: Batch, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-    """Gradient of the objective's loss on old examples, without penalties; zero where the loss does not reach.
-
-    All seen classes compete, so what is learnt now may not outshout old classes either.
-    """
-    loss = learner.objective.losses(learner.encode(batch), batch, only_task=False).mean()
-    return list(torch.autograd.grad(loss, parameters, materialize_grads=True))

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from perdure.core.learner import Core
 from perdure.core.method import check_mask
-from perdure.mechanisms.replay import ExemplarBuffer, Rehearsal, gradients_on, with_gradients
+from perdure.mechanisms.gradients import gradients_on, with_gradients
+from perdure.mechanisms.replay import ExemplarBuffer, Rehearsal
 from perdure.options.ranges import BatchSize, Count
 from perdure.types import Batch, Task
 

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from perdure.core.learner import Core
 from perdure.core.method import check_mask
-from perdure.mechanisms.replay import ExemplarBuffer, Rehearsal, gradients_on, with_gradients
+from perdure.mechanisms.gradients import gradients_on, with_gradients
+from perdure.mechanisms.replay import ExemplarBuffer, Rehearsal
 from perdure.mechanisms.subspace import exact
 from perdure.options.ranges import BatchSize, Count, Strength
 from perdure.types import Batch, Task

@@ -1,5 +1,6 @@
 """Streams: where tasks come from, by name for the mini-language and as functions for Python."""
 
+import errno
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -99,4 +100,9 @@ def build_stream(what: str | Spec, preprocess: Preprocess, seed: int, measured: 
         )
     described = replace(spec, kwargs=tuple({**dict(spec.kwargs), **more}.items()))
     plan: StreamPlan = build(described, STREAMS, "stream")
-    return plan(preprocess, seed, measured)
+    try:
+        return plan(preprocess, seed, measured)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        raise ValueError(f"{str(described)[:80]}: no file has so long a name: give a path that is there") from error
