@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from perdure.formatting import count_bytes
 from perdure.mechanisms import selection_scores as orders
-from perdure.mechanisms.replay import ExemplarBuffer, last_layer
+from perdure.mechanisms.replay import ExemplarBuffer
+from perdure.mechanisms.selection_scores import last_layer
 from perdure.streams.image_set import Budget
 from perdure.streams.single_task import folder_task
 from perdure.types import Task

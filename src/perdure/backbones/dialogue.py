@@ -5,17 +5,19 @@ split again in most families (Qwen joins the patches of all images, InternVL the
 """
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
 from perdure.backbones.preprocess import decode
 
+T = TypeVar("T")
 Conversation = Any
 """A mapping, or an object, with
 
@@ -257,3 +259,19 @@ def _message(role: str, text: str) -> dict[str, Any]:
 
 def _of(given: Any, name: str) -> Any:
     return given.get(name) if isinstance(given, Mapping) else getattr(given, name, None)
+
+
+def by_length(examples: Sequence[Tokens], ask: Callable[[Sequence[int]], list[T]], size: int) -> list[T]:
+    """What `ask` says of each example, in their order; the longest come first, and `size` is halved until they fit."""
+    order = sorted(range(len(examples)), key=lambda i: -len(examples[i]))
+    found: dict[int, T] = {}
+    while len(found) < len(order):
+        some = order[len(found) : len(found) + size]
+        try:
+            found |= zip(some, ask(some), strict=True)
+        except RuntimeError as error:
+            if size == 1 or not should_reduce_batch_size(error):
+                raise
+            clear_device_cache(garbage_collection=True)
+            size //= 2
+    return [found[i] for i in range(len(examples))]

@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, TypeVar
 
 import torch
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from PIL import Image
 from torch import Tensor, nn
 
@@ -17,7 +16,7 @@ from perdure.adapters.injection import prompted
 from perdure.backbones import pretrained
 from perdure.backbones.anatomy import image_tokens, preprocess_of, projectors, unread
 from perdure.backbones.base import Backbone, reached
-from perdure.backbones.dialogue import Dialogue, Tokens, collate
+from perdure.backbones.dialogue import Dialogue, Tokens, by_length, collate
 from perdure.backbones.sites import Tower, named_towers
 from perdure.types import Batch, Site, take
 
@@ -169,7 +168,7 @@ class Language(Backbone):
             texts: list[str] = self.dialogue.tokenizer.batch_decode(new, skip_special_tokens=True)
             return [text.strip() for text in texts]
 
-        return _by_length(asked, say, size)
+        return by_length(asked, say, size)
 
     def likelihoods(
         self,
@@ -205,7 +204,7 @@ class Language(Backbone):
             pieces = torch.split(found.cpu(), [len(asked[i].answer) for i in some])
             return [piece.mean() if per == "token" else piece.sum() for piece in pieces]
 
-        scores = torch.stack(_by_length(asked, score, size)) if asked else torch.empty(0)
+        scores = torch.stack(by_length(asked, score, size)) if asked else torch.empty(0)
         return list(torch.split(scores, [len(own) for own in options]))
 
     @torch.no_grad()
@@ -354,22 +353,6 @@ class Language(Backbone):
 def _owners(examples: Sequence[Tokens]) -> Tensor:
     counts = torch.tensor([len(each.answer) for each in examples])
     return torch.repeat_interleave(torch.arange(len(counts)), counts)
-
-
-def _by_length(examples: Sequence[Tokens], ask: Callable[[Sequence[int]], list[T]], size: int) -> list[T]:
-    """What `ask` says of each example, in their order; the longest come first, and `size` is halved until they fit."""
-    order = sorted(range(len(examples)), key=lambda i: -len(examples[i]))
-    found: dict[int, T] = {}
-    while len(found) < len(order):
-        some = order[len(found) : len(found) + size]
-        try:
-            found |= zip(some, ask(some), strict=True)
-        except RuntimeError as error:
-            if size == 1 or not should_reduce_batch_size(error):
-                raise
-            clear_device_cache(garbage_collection=True)
-            size //= 2
-    return [found[i] for i in range(len(examples))]
 
 
 def _ids(given: int | Sequence[int] | None) -> list[int]:

@@ -5,7 +5,6 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from perdure.adapters.state import BufferDict
 from perdure.core.caching import READ
@@ -13,7 +12,7 @@ from perdure.core.learner import Core
 from perdure.core.method import Method, check_trained
 from perdure.formatting import count_bytes
 from perdure.mechanisms import selection_scores
-from perdure.mechanisms.selection_scores import Position
+from perdure.mechanisms.selection_scores import Position, last_layer, of_answers
 from perdure.options.ranges import without_effect
 from perdure.streams.augment import AUGMENTS, Augment
 from perdure.streams.image_set import ImageSet
@@ -302,7 +301,7 @@ class ExemplarBuffer(ReplayBuffer):
             features, labels = learner.features(task.train)
             residuals, inputs = last_layer(learner, features, labels)
         else:
-            features, residuals = _of_answers(learner, task.train)
+            features, residuals = of_answers(learner, task.train)
             labels, inputs = task.train.labels.to(features.device), features
         most = -(-self.size // len(torch.unique(torch.cat([self.refs[:, 2].to(labels.device), labels]))))
         found = []
@@ -358,36 +357,6 @@ class Rehearsal(Method):
     def measures(self, learner: Core) -> dict[str, float]:
         """Bytes of the images that the memory refers to, at the size the model sees."""
         return self.memory.measures(learner)
-
-
-def last_layer(learner: Core, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """softmax(f(x)) - onehot(y) over all seen classes, (n, classes), and what the last layer reads, (n, dim).
-
-    The gradient of an example's loss in the last layer's weights is the outer product of the two. A linear head also
-    reads a 1 for its bias; where classes are compared by direction (cosine heads, class names) it is the gradient in
-    their unit vectors, up to a factor.
-    """
-    with learner.inference():
-        residuals = F.softmax(learner.objective.scores(features), dim=1)
-        residuals[torch.arange(len(labels)), learner.objective.columns(labels)] -= 1
-    if learner.objective.linear:
-        return residuals.clone(), F.pad(features, (0, 1), value=1.0)
-    return residuals.clone(), F.normalize(features, dim=1)
-
-
-def _of_answers(learner: Core, data: Data) -> tuple[Tensor, Tensor]:
-    """Of each conversation means over its answer's tokens: of features (n, dim), and of the error's length (n, 1)."""
-    features: list[Tensor] = []
-    lengths: list[Tensor] = []
-    with learner.inference():
-        for batch in learner.batches(data, 64):
-            rows, owners = learner.encode(batch), learner.objective.owners(batch)
-            errors = F.softmax(learner.objective.scores(rows), dim=1)
-            errors[torch.arange(len(rows)), learner.objective.targets(batch)] -= 1
-            count = torch.bincount(owners, minlength=len(batch["label"])).unsqueeze(1)
-            for found, each in ((features, rows), (lengths, errors.norm(dim=1, keepdim=True))):
-                found.append(each.new_zeros(len(count), each.shape[1]).index_add(0, owners, each) / count)
-    return torch.cat(features).clone(), torch.cat(lengths).clone()
 
 
 def _moved(data: Data) -> bool:

@@ -1,4 +1,4 @@
-"""Which examples of a class are worth keeping: orders, best first, from features and scores alone.
+"""Which examples of a class are worth keeping: orders, best first, from features and errors of the last layer.
 
 A smaller memory keeps the beginning of an order, so every order here is made to be cut anywhere.
 """
@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from perdure.core.learner import Core
 from perdure.mechanisms.subspace import exact
+from perdure.types import Data
 
 Position = Literal["top", "mid", "bottom", "offset"]
 
@@ -151,3 +153,33 @@ def _covering(points: Tensor, candidates: Tensor) -> Tensor:
         order.append(int(gain.argmax()))
         gap = gap.minimum(distances[:, order[-1:]])
     return candidates[order]
+
+
+def last_layer(learner: Core, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """softmax(f(x)) - onehot(y) over all seen classes, (n, classes), and what the last layer reads, (n, dim).
+
+    The gradient of an example's loss in the last layer's weights is the outer product of the two. A linear head also
+    reads a 1 for its bias; where classes are compared by direction (cosine heads, class names) it is the gradient in
+    their unit vectors, up to a factor.
+    """
+    with learner.inference():
+        residuals = F.softmax(learner.objective.scores(features), dim=1)
+        residuals[torch.arange(len(labels)), learner.objective.columns(labels)] -= 1
+    if learner.objective.linear:
+        return residuals.clone(), F.pad(features, (0, 1), value=1.0)
+    return residuals.clone(), F.normalize(features, dim=1)
+
+
+def of_answers(learner: Core, data: Data) -> tuple[Tensor, Tensor]:
+    """Of each conversation means over its answer's tokens: of features (n, dim), and of the error's length (n, 1)."""
+    features: list[Tensor] = []
+    lengths: list[Tensor] = []
+    with learner.inference():
+        for batch in learner.batches(data, 64):
+            rows, owners = learner.encode(batch), learner.objective.owners(batch)
+            errors = F.softmax(learner.objective.scores(rows), dim=1)
+            errors[torch.arange(len(rows)), learner.objective.targets(batch)] -= 1
+            count = torch.bincount(owners, minlength=len(batch["label"])).unsqueeze(1)
+            for found, each in ((features, rows), (lengths, errors.norm(dim=1, keepdim=True))):
+                found.append(each.new_zeros(len(count), each.shape[1]).index_add(0, owners, each) / count)
+    return torch.cat(features).clone(), torch.cat(lengths).clone()
