@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from markupsafe import Markup
-from PIL import Image
 
 from perdure.reporting.charts import percent
 
@@ -98,7 +97,12 @@ class Drawing:
 
     def pixels(self) -> "np.ndarray[Any, Any]":
         """The picture, uint8 (height, width, 3)."""
-        return np.asarray(Image.open(io.BytesIO(self._written("png"))).convert("RGB"))
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+        with _styled():
+            canvas = FigureCanvasAgg(self.figure)
+            canvas.draw()
+        return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
     def _written(self, kind: str) -> bytes:
         out = io.BytesIO()
