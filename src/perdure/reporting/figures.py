@@ -100,7 +100,7 @@ class Drawing:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
 
         with _styled():
-            canvas = FigureCanvasAgg(self.figure)
+            canvas: Any = FigureCanvasAgg(self.figure)
             canvas.draw()
         return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
