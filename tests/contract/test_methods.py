@@ -345,7 +345,7 @@ def test_a_step_costs_the_same_after_two_and_after_six_tasks(spec: str, lab: Any
 
 
 def test_two_owners_of_an_exclusive_hook_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    for hook in ("encode", "embed", "predict", "data"):
+    for hook in ("predict", "data", "backward"):
         one, two = (type(n, (METHODS["probe"],), {hook: lambda *_: None, "name": n}) for n in ("one", "two"))
         monkeypatch.setitem(METHODS, "one", one)
         monkeypatch.setitem(METHODS, "two", two)
