@@ -11,7 +11,8 @@ import argparse
 
 import torch
 
-from perdure.mechanisms.subspace import Subspace, second_moments
+from perdure.mechanisms.moments import second_moments
+from perdure.mechanisms.subspace import Subspace
 from perdure.streams import build_stream
 from perdure.training.config import make_backbone
 

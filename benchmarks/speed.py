@@ -18,9 +18,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from perdure.core.caching import LOWER_BLOCKS
 from perdure.core.learner import Core
 from perdure.training.config import make_backbone, make_method, make_objective
-from perdure.training.runtime import Runtime, fastest_attention
+from perdure.training.runtime import Runtime, attention_for
 from perdure.types import Batch, Task
 
 CLASSES = 10
@@ -124,12 +125,11 @@ def batch_for(backbone: str, size: int) -> Batch:
 
 def measure(options: argparse.Namespace, precision: str) -> dict[str, object]:
     image = batch_for(options.backbone, options.batch_size)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-    attention = fastest_attention(make_backbone(options.backbone), dtype, options.batch_size)
+    attention = attention_for(make_backbone(options.backbone), "cpu", precision)
     runtime = Runtime("cpu", precision, attention, options.threads)
     first = learner(options.backbone, "inflora(rank=10)", runtime)
     top = learner(options.backbone, "lora(rank=10, blocks='4-7')", runtime)
-    kept = image | {"hidden": top.backbone.before(top.constant_blocks, image)}
+    kept = image | {LOWER_BLOCKS: top.backbone.before(top.constant_blocks, image)}
     steps = take_turns(
         {
             "inflora": step_of(first, image),

@@ -1,7 +1,11 @@
 """No two modules of the package need each other, and nobody asks what class an objective or a method is."""
 
 import ast
+import importlib.util
+import sys
 from pathlib import Path
+
+import pytest
 
 SOURCE = Path(__file__).parents[2] / "src"
 MODULES = {
@@ -54,3 +58,13 @@ def test_no_two_modules_give_one_name_to_different_things() -> None:
             if isinstance(line, ast.FunctionDef | ast.ClassDef) and not line.name.startswith("_"):
                 places.setdefault(line.name, []).append(module)
     assert {name: found for name, found in places.items() if len(found) > 1 and name not in SHARED_NAMES} == {}
+
+
+@pytest.mark.parametrize("script", sorted((SOURCE.parent / "benchmarks").glob("*.py")), ids=lambda file: file.stem)
+def test_benchmarks_import_what_there_is(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    specification = importlib.util.spec_from_file_location(f"benchmark_{script.stem}", script)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    monkeypatch.setitem(sys.modules, specification.name, module)
+    specification.loader.exec_module(module)
