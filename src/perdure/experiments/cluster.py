@@ -73,7 +73,7 @@ def run_beside(cluster: Cluster, calls: Sequence[tuple[Callable[..., None], dict
     with _connected(cluster) as ray:
         needs = {"num_cpus": cluster.cpus, "num_gpus": cluster.gpus}
         _check_room(ray, needs)
-        board = ray.remote(num_cpus=0)(_Board).remote()
+        board = _board(ray)
         task = ray.remote(**needs, max_retries=_RETRIES)(_call)
         waiting = {task.remote(call, given, number, board): number for number, (call, given) in enumerate(calls)}
         heard = 0
@@ -83,9 +83,10 @@ def run_beside(cluster: Cluster, calls: Sequence[tuple[Callable[..., None], dict
                 for each in done:
                     del waiting[each]
                     _result(ray, each)
-                for number, event, facts in ray.get(board.since.remote(heard)):
-                    heard += 1
-                    told(number, event, facts)
+                with contextlib.suppress(ray.exceptions.RayActorError):  # its machine died: cells go on untold
+                    for number, event, facts in ray.get(board.since.remote(heard)):
+                        heard += 1
+                        told(number, event, facts)
         except BaseException:
             for each in waiting:
                 ray.cancel(each, force=False)  # as Ctrl-C: they finish the step, save and end
@@ -104,6 +105,13 @@ class _Board:
 
     def since(self, heard: int) -> list[tuple[int, str, dict[str, Any]]]:
         return self.lines[heard:]
+
+
+def _board(ray: Any) -> Any:
+    """The board, on this machine where that is possible: it should live as long as the grid."""
+    placing = importlib.import_module("ray.util.scheduling_strategies").NodeAffinitySchedulingStrategy
+    here = placing(ray.get_runtime_context().get_node_id(), soft=True)
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(_Board).remote()
 
 
 def _call(call: Callable[..., None], given: dict[str, Any], number: int, board: Any) -> None:
