@@ -168,9 +168,10 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=("fp32", "bf16"))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    for precision in ("fp32", "bf16"):
+    for precision in options.precision:
         print(precision, json.dumps(measure(options, precision), indent=2), flush=True)
 
 

@@ -22,7 +22,7 @@ from perdure.cli.commands import COMMANDS
 from perdure.cli.tune import Tune
 from perdure.core.method import FORMER_HOOKS, METHODS, Method
 from perdure.experiments.tune import check_ends
-from perdure.options.space import parse_space
+from perdure.options.search_space import parse_space
 from perdure.options.spec import build, parse_one
 from perdure.streams import STREAMS
 from perdure.training.config import RunConfig, make_method, make_objective, register

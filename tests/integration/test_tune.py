@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from perdure.experiments import tune as tuning
-from perdure.options.space import parse_space
+from perdure.options.search_space import parse_space
 from perdure.training.config import RunConfig
 from perdure.training.loop import Quiet
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from perdure.adapters.injection import attach
-from perdure.adapters.isolated import Isolated, routed
+from perdure.adapters.task_branches import TaskBranches, routed
 from perdure.backbones.tiny_mllm import tiny_mllm
 from perdure.core.learner import Core
 from perdure.objectives.generate import Generate
@@ -18,7 +18,7 @@ from perdure.types import Batch, Site, Task
 
 def test_each_example_of_a_batch_takes_its_own_branch_or_none() -> None:
     model = nn.Sequential(nn.Linear(6, 4))
-    adapter = Isolated(Site("0", "0", "0", 6, (0, 4)), 2, 0.5).eval()
+    adapter = TaskBranches(Site("0", "0", "0", 6, (0, 4)), 2, 0.5).eval()
     attach(model, [Site("0", "0", "0", 6, (0, 4))], adapter, fold=False)
     for task in range(2):
         adapter.start(torch.device("cpu"))

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from perdure.adapters.injection import prompted
 from perdure.backbones import pretrained
-from perdure.backbones.anatomy import image_tokens, preprocess_of, projectors, unread
 from perdure.backbones.base import Backbone, reached
 from perdure.backbones.dialogue import Dialogue, Tokens, by_length, collate
+from perdure.backbones.model_parts import image_tokens, preprocess_of, projectors, unread
 from perdure.backbones.sites import Tower, named_towers
 from perdure.types import Batch, Site, take
 

@@ -29,7 +29,7 @@ def mllm(
         path: hub name, or a folder with config, safetensors, processor and chat template.
         dtype: of the weights; "auto" is bfloat16 where the files are, else float32.
         quantize: keep the frozen weights of the language model in 4 or 8 bits, by bitsandbytes; needs a GPU.
-        checkpointing: compute activations twice instead of keeping them: less memory, a third more time a step.
+        checkpointing: compute activations twice instead of keeping them: less memory, more time a step.
         length: most tokens of a conversation with its answer, image tokens included; as many as the model has
             positions for when None.
 

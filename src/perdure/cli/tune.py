@@ -10,7 +10,7 @@ import tyro
 from perdure.cli.console import Command, Screen
 from perdure.formatting import settings
 from perdure.options.ranges import Range, Seed
-from perdure.options.space import parse_space
+from perdure.options.search_space import parse_space
 from perdure.training.config import RunConfig
 
 _MOST = 10  # trials shown

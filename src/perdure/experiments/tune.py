@@ -20,7 +20,7 @@ from torch import Tensor
 
 from perdure import metrics
 from perdure.core import checkpoint
-from perdure.options.space import Interval, Space, check_space, filled
+from perdure.options.search_space import Interval, Space, check_space, filled
 from perdure.storage import schema
 from perdure.training.config import RunConfig, TrainConfig, flags, make_backbone, make_method, make_objective
 from perdure.training.loop import Progress, Quiet
@@ -59,7 +59,7 @@ def tune(
     Args:
         config: of each trial; its seed is the development class order. `method`, `backbone` and `objective` may have
             holes (`lora(rank=?)`), which the space fills.
-        space: from `perdure.options.space.parse_space`.
+        space: from `perdure.options.search_space.parse_space`.
         out: folder of the study; finished trials in it count.
         trials: number of trials, finished or given up.
         report_seeds: class orders on which results will be reported: the development order must not be among them.

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from perdure.adapters.injection import Adapters, attach
-from perdure.adapters.isolated import Isolated, routed
+from perdure.adapters.task_branches import TaskBranches, routed
 from perdure.core.learner import Core
 from perdure.core.method import Method, parts_of
 from perdure.mechanisms.class_statistics import TaskGaussians
@@ -65,7 +65,7 @@ class LoRAExperts(Method, name="lora_experts"):
         self.rank, self.at, self.blocks, self.tower, self.alpha = rank, at, blocks, tower, alpha
         self.keys, self.fallback = keys, fallback
         self.treats = frozenset({tower} if tower else {"language", "vision"})
-        self.experts: Adapters[Isolated] = Adapters()
+        self.experts: Adapters[TaskBranches] = Adapters()
         self.router = TaskGaussians(_DIRECTIONS, _THRESHOLD if threshold is None else threshold)
 
     def grow(self, learner: Core, task: Task) -> None:
@@ -81,7 +81,7 @@ class LoRAExperts(Method, name="lora_experts"):
         if not len(self.experts):
             scale = 1.0 if self.alpha is None else self.alpha / self.rank
             for site in learner.backbone.sites(self.at, self.blocks, tower):
-                expert = Isolated(site, self.rank, scale)
+                expert = TaskBranches(site, self.rank, scale)
                 self.experts.append(expert)
                 attach(learner.backbone, [site], expert, fold=False)
         for expert in self.experts:

@@ -14,7 +14,7 @@ from perdure.types import Site
 _PARTS = ("down", "up")
 
 
-class Isolated(Adapter):
+class TaskBranches(Adapter):
     """y + scale · up_e (down_e x), e the branch that is chosen for the example; y where there is none.
 
     In training it is the open branch for all, so that activations may be computed twice. Else `routes` says which, and
@@ -77,7 +77,7 @@ class Isolated(Adapter):
 
 
 @contextmanager
-def routed(adapters: Sequence[Isolated], routes: Tensor) -> Iterator[None]:
+def routed(adapters: Sequence[TaskBranches], routes: Tensor) -> Iterator[None]:
     """Within, each example takes the branch of the task that `routes` (B,) says; -1 for none."""
     for each in adapters:
         each.routes = routes

@@ -2,7 +2,7 @@
 
 import pytest
 
-from perdure.options.space import Interval, check_space, filled, holes, parse_space
+from perdure.options.search_space import Interval, check_space, filled, holes, parse_space
 
 
 def test_a_space_is_read_as_it_is_written() -> None:
