@@ -15,6 +15,7 @@ from perdure.cli.advise import Advise
 from perdure.cli.ask import Ask, Chat
 from perdure.cli.catalogue import Listed, entries
 from perdure.cli.console import Command, Screen
+from perdure.cli.show import Show
 from perdure.cli.tune import Tune
 from perdure.cli.use import Eval, Export, Move, Predict, Search, tell_skipped, told
 from perdure.experiments.cluster import Cluster
@@ -244,6 +245,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "tune": Tune,
     "advise": Advise,
     "eval": Eval,
+    "show": Show,
     "report": Report,
     "export": Export,
     "move": Move,
