@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from perdure.backbones import pretrained
 from perdure.backbones.base import Backbone, Tower, named_towers
 from perdure.backbones.preprocess import Preprocess
+from perdure.backbones.scripts import unread_scripts
 from perdure.options.ranges import Count, checked
 from perdure.options.spec import Spec
 
@@ -112,6 +113,11 @@ class Clip(Backbone):
             list(texts), padding=padding, truncation=True, max_length=self._length, return_tensors="pt"
         )
         return {name: ids for name, ids in found.items() if not (self._padded and name == _MASK)}
+
+    def unread(self, texts: Sequence[str]) -> list[str]:
+        """See `perdure.backbones.scripts`."""
+        tokens = lambda word: self.tokenizer(word, add_special_tokens=False)["input_ids"]  # noqa: E731
+        return list(unread_scripts(texts, tokens, self.tokenizer.unk_token_id, _READ.get(self.spec.partition("(")[0])))
 
     @property
     def tokens(self) -> str:
@@ -312,6 +318,7 @@ def _unfit(which: str, folder: str, reason: str) -> ValueError:
     return ValueError(f"{which}={folder!r} cannot be the {which} tower of a dual encoder: {reason}; take a {known}")
 
 
+_READ = {"pocket": "LATIN"}  # see its MODEL_CARD.md
 FOLDER = Path(__file__).parent / "pocket_clip"
 
 

@@ -60,6 +60,7 @@ class Predict(LearnerCommand):
 
         learner = Learner.load(self.learner, self.device)
         learner.check_sees("predict")
+        _warn_unread(learner, self.classes, screen)
         files, shown = _shown(self.images, learner, self.skip_bad, screen)
         with skippable("--skip-bad"):
             found = learner.predict(
@@ -94,6 +95,7 @@ class Search(LearnerCommand):
 
         learner = Learner.load(self.learner, self.device)
         learner.check_sees("search")
+        _warn_unread(learner, [self.text], screen)
         files, shown = _shown([self.folder], learner, self.skip_bad, screen)
         with skippable("--skip-bad"):
             found = learner.search(shown, self.text, self.top)
@@ -248,6 +250,12 @@ def _shown(paths: Sequence[Path], learner: "Learner", skip_bad: bool, screen: Sc
         shown = shown.readable()
         tell_skipped(shown.skipped, screen.warn)
     return [files[row] for row in shown.rows.tolist()], shown
+
+
+def _warn_unread(learner: "Learner", texts: Sequence[str], screen: Screen) -> None:
+    """Say of which words a text encoder knows nothing, unless the learner was taught words itself."""
+    for line in learner.backbone.unread(texts) if "captions" not in learner.objective.asks else ():
+        screen.warn(line)
 
 
 def tell_skipped(skipped: Sequence[str], tell: Callable[[str], None]) -> None:

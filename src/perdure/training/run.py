@@ -84,6 +84,9 @@ def run(
             progress.note(f"no means over tasks are given: {unlike}")
         for remark in remarks(held_out, stream):
             progress.note(remark)
+        if {"classes"} == set(learner.objective.asks) and "text" in learner.objective.towers:
+            for line in learner.backbone.unread([name for task in stream for name in task.names]):
+                progress.note(line)
         write_record(out, record_of(config, learner, stream, runtime, held_out))
         with nothing_learnt_nothing_left(out), as_found(runtime.threads):
             return learn_stream(config, learner, stream, out, progress, config.save_every, held_out=held_out)
