@@ -1,6 +1,7 @@
 """Pairs of image and text encoders of transformers: CLIP and its kin, pairs put together here, the embedded one."""
 
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -319,17 +320,32 @@ def _unfit(which: str, folder: str, reason: str) -> ValueError:
 
 
 _READ = {"pocket": "LATIN"}  # see its MODEL_CARD.md
-FOLDER = Path(__file__).parent / "pocket_clip"
 
 
 @checked
 def pocket(layers: Count | None = None, means: bool = True) -> Clip:
-    """A CLIP of 7 million parameters for images of 48 pixels; `pocket_clip/MODEL_CARD.md` says what it can do.
+    """A CLIP of 7 million parameters for images of 48 pixels; the model card in `perdure-pocket` says what it can do.
 
-    The weights come from images that allow research use only.
+    The weights come from images that allow research use only, and are a package of their own.
 
     Args:
         layers: features are tokens of the last so many blocks in place of the model's own, see `Backbone.reading`.
         means: with `layers`, the mean of a block's other tokens beside its first.
     """
-    return load_clip(str(FOLDER), "pocket").reading(layers, means)
+    return load_clip(str(pocket_weights("CLIP")), "pocket").reading(layers, means)
+
+
+def pocket_weights(which: str) -> Path:
+    """Folder of weights in the package `perdure-pocket`.
+
+    Raises:
+        ValueError: when it is not installed.
+    """
+    try:
+        found: Path = getattr(import_module("perdure_pocket"), which)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            "the weights of pocket() are a package of their own, and it is not installed: pip install 'perdure[demo]' "
+            "(in a checkout: pip install ./packages/perdure-pocket), or give --backbone 'clip(path=...)'"
+        ) from error
+    return found

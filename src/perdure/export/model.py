@@ -21,8 +21,7 @@ from torch import Tensor
 from perdure.adapters.injection import prompted, updates
 from perdure.backbones import pretrained
 from perdure.backbones.base import Backbone
-from perdure.backbones.clip import FOLDER as POCKET
-from perdure.backbones.clip import Clip
+from perdure.backbones.clip import Clip, pocket_weights
 from perdure.backbones.language import Language
 from perdure.backbones.open_clip import CONFIG, WEIGHTS, OpenClip, locate_model
 from perdure.backbones.open_clip_attention import fused_state
@@ -276,7 +275,7 @@ def _write_transformers(backbone: Any, folder: Path) -> None:
         copy(_folder(options["vision"]), _PROCESSOR, folder)
         backbone.tokenizer.save_pretrained(folder)  # says which class it is of, which a copied vocabulary need not
     else:
-        source = _folder(options["path"]) if "path" in options else POCKET
+        source = _folder(options["path"]) if "path" in options else pocket_weights("CLIP")
         copy(source, (*_PROCESSOR, *TERMS, *(TOKENIZER if isinstance(backbone, Clip) else ())), folder)
     if options.get("input_norm") == "none":
         for file in folder.glob("*processor_config.json"):
