@@ -52,8 +52,8 @@ class BufferDict(nn.Module, MutableMapping[str, Tensor]):
 class ParameterStore(nn.Module):
     """Parameters of which data decides how many there are; `BufferDict` holds what is trained no more.
 
-    They stand in alphabetical order, whenever they came: an optimizer knows its parameters by their order alone, so in a
-    loaded store it must be the one in which they were made.
+    They stand in alphabetical order, whenever they came: an optimizer knows its parameters by their order alone, which
+    must be the same in a store that was loaded.
     """
 
     def __getitem__(self, name: str) -> nn.Parameter:

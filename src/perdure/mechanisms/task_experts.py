@@ -195,6 +195,6 @@ class MixedExperts(TaskExperts):
     def shares(self, learner: Core, batch: Batch) -> Tensor:
         """What each example takes of each expert, (B, tasks); all of the one that is told under "task"."""
         if "task" in batch:
-            tasks = torch.tensor(self.router.tasks, device=batch["task"].device)
-            return (batch["task"].unsqueeze(1) == tasks).float()
+            told: Tensor = batch["task"]
+            return (told.unsqueeze(1) == torch.tensor(self.router.tasks, device=told.device)).float()
         return self.router.shares(self.keys_of(learner, batch))

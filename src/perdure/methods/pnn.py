@@ -7,8 +7,8 @@ answered for a task whose name is told never changes again. `end_task` closes th
 router sends each example to the column of the task under which its pre-trained features are likeliest, which is ours.
 
 Differs: the paper's columns are whole networks, and each runs on its own activations, T passes for T tasks. Here they
-are adapters of one frozen network, and former columns are asked about the hidden state of the new one, in one pass. GELU
-for ReLU, of which a few units may all be dead.
+are adapters of one frozen network, and former columns are asked about the hidden state of the new one, in one pass.
+GELU for ReLU, of which a few units may all be dead.
 """
 
 from typing import Literal

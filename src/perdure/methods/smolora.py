@@ -15,6 +15,8 @@ included, which is another one for every token that is said, and a second model'
 
 from contextlib import AbstractContextManager
 
+import torch
+
 from perdure.adapters.injection import Adapters, attach
 from perdure.adapters.low_rank_mixture import SeparateMixtures, keyed
 from perdure.core.learner import Core
@@ -70,4 +72,5 @@ class SMoLoRA(Method, name="smolora"):
 
     def applied(self, learner: Core, batch: Batch, tower: str) -> AbstractContextManager[None]:
         """Within, each conversation takes the experts that its images and its words choose."""
-        return keyed(list(self.adapters), conversation_query(learner, batch).unflatten(1, (2, -1)))
+        images_and_words = torch.stack(conversation_query(learner, batch).chunk(2, dim=1), dim=1)
+        return keyed(list(self.adapters), images_and_words)
