@@ -48,6 +48,12 @@ def conversation_query(learner: Core, batch: Batch) -> Tensor:
         return torch.cat(backbone.pooled(batch), dim=1)
 
 
+def check_routes_once(learner: Core, part: Method) -> None:
+    """Raise `ValueError` where blocks are computed again in backward, when what `part` chose is gone."""
+    if getattr(learner.backbone, "checkpointing", False):
+        raise ValueError(f"{part.name} cannot route again what is computed again: leave checkpointing out of mllm()")
+
+
 def text_query(learner: Core, tokens: Batch) -> Tensor:
     """Unit embeddings (n, dim) of texts by the pre-trained encoder, in float32; prompts must be off, as in `query`.
 
