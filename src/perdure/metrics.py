@@ -27,11 +27,17 @@ def scored(rows: Iterable[Row]) -> tuple[str, str, str]:
 
 
 def average_after(rows: Iterable[Row], task: int) -> float | None:
-    """Mean score on all tasks that were measured right after `task`; None where there was none."""
+    """Mean score on all tasks that were measured right after `task`; None where no old one was, or none at all."""
     rows = list(rows)
     score, _, _ = scored(rows)
-    values = [row.value for row in rows if row.metric == score and row.after == task and row.on is not None]
-    return statistics.fmean(values) if values else None
+    values = {row.on: row.value for row in rows if row.metric == score and row.after == task and row.on is not None}
+    return None if only_new(values, task) else statistics.fmean(values.values())
+
+
+def only_new(measured: Iterable[int], task: int) -> bool:
+    """Whether after `task` no old one was `measured` though there are some, or none at all: then there is no mean."""
+    on = [each for each in measured if each <= task]
+    return not on or bool(task and min(on) == task)
 
 
 def matrix_of(rows: Iterable[Row], metric: str, tasks: int) -> list[list[float | None]]:

@@ -26,6 +26,7 @@ _NUMBERS = (
     ("trainable_parameters", "Trainable parameters", "Numbers that training may change, in the largest task."),
     ("stored_bytes", "Stored", "All that was learnt, with images a memory refers to, without the pre-trained model."),
     ("seconds", "Time", "Preparing, training, finishing and evaluating all tasks."),
+    ("evaluation_seconds", "Evaluation", "The part of it in which tasks and held-out data were measured."),
     ("images_per_second", "Images per second", "Speed of training."),
     ("peak_rss_bytes", "Peak memory", "Most main memory that the run used at once."),
 )

@@ -80,7 +80,14 @@ _TRADES: tuple[tuple[str, str, str, str, Callable[[float], str]], ...] = (
         lambda value: duration(value).removesuffix(" 0 s").removesuffix(" 0 min"),
     ),
 )
-_COSTS = ("trainable_parameters", "stored_bytes", "seconds", "images_per_second", "peak_rss_bytes")
+_COSTS = (
+    "trainable_parameters",
+    "stored_bytes",
+    "seconds",
+    "evaluation_seconds",
+    "images_per_second",
+    "peak_rss_bytes",
+)
 
 
 def write_report(
@@ -266,6 +273,7 @@ def _view(run: RunResults) -> dict[str, Any]:
     return {
         "run": run,
         "matrices": language.matrices(run),
+        "thinned": run.config.get("evaluate", "every").removeprefix("every"),
         "unlike": unlike_scores(run.scores()),
         "scores": list(dict.fromkeys(run.scores())),
         "names": names,

@@ -189,6 +189,7 @@ class Summary(TypedDict, total=False):
     trainable_parameters: Natural
     stored_bytes: Natural
     seconds_per_task: list[dict[str, float]]
+    evaluation_seconds: float
     images_per_second: float | None
     peak_rss_bytes: Natural
     skipped_images: Natural

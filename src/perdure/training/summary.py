@@ -103,6 +103,7 @@ def summary_of(out: Path, done: Sequence[Checkpoint]) -> dict[str, Any]:
         "trainable_parameters": _cost(done[-1], "trainable_parameters"),
         "stored_bytes": checkpoint.stored_bytes(done[-1]) + int(referenced[-1] if referenced else 0),
         "seconds_per_task": seconds,
+        "evaluation_seconds": sum(s["evaluate"] for s in seconds),
         "images_per_second": sum(_cost(each, "images") for each in done) / train if train else None,
         "peak_rss_bytes": max(_cost(each, "peak_rss_bytes") for each in done),
         "skipped_images": sum(len(facts.get("skipped", ())) for facts in (notes, *sources)),
