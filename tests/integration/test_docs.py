@@ -207,8 +207,25 @@ def test_a_card_explains_hooks_that_methods_have(name: str) -> None:
 
 
 def test_every_page_is_in_the_navigation() -> None:
-    listed = set(re.findall(r": ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), flags=re.M))
+    listed = set(re.findall(r": ([\w./-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), flags=re.M))
     assert {page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")} == listed
+
+
+def test_the_chinese_guide_to_language_models_has_the_code_links_and_tables_of_the_english_one() -> None:
+    def parts(page: str) -> dict[str, Any]:
+        text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+        shown = [
+            "".join(block.split("#")[0] for block in found["text"].splitlines()) for found in _BLOCK.finditer(text)
+        ]
+        rest = _BLOCK.sub("", text)
+        links = [link.partition("#")[0] for link in re.findall(r"\]\((\S+?)\)", rest) if not link.startswith("mllm")]
+        written = {re.sub(r"\s+", " ", code) for code in re.findall(r"`([^`]+)`", rest)}
+        rows = [line.count("|") for line in rest.splitlines() if line.startswith("|")]
+        return {"blocks": shown, "links": links, "code": written, "tables": rows, "headings": rest.count("\n## ")}
+
+    chinese, english = parts("mllm.zh-CN.md"), parts("mllm.md")
+    for part, found in english.items():
+        assert chinese[part] == found, part
 
 
 def _table(text: str, heading: str) -> dict[str, list[str]]:
