@@ -6,7 +6,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -64,6 +64,10 @@ class Preprocess:
         for name, known in (("interpolation", get_args(Interpolation)), ("halve", get_args(Halving))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(known)}")
+
+    def at(self, size: int) -> "Preprocess":
+        """The same for a model that sees `size` pixels."""
+        return replace(self, size=size, resize=round(self.resize * size / self.size))
 
     def __call__(self, image: Image.Image) -> Tensor:
         """The image as uint8 (3, size, size): upright, RGB, resized with antialiasing, cropped in the middle.
