@@ -104,9 +104,8 @@ def _enlarge(backbone: Backbone, size: int) -> None:
         owner, name, table = found
         side, patch = old, _patch(tower)
         if size % patch:
-            raise ValueError(
-                f"size={size}: expected a multiple of {patch}, the side of a patch; write size={-(-size // patch) * patch}"
-            )
+            near = -(-size // patch) * patch
+            raise ValueError(f"size={size}: expected a multiple of {patch}, the side of a patch; write size={near}")
         _put(owner, name, _resampled(table, side // patch, size // patch))
         _say(tower, old, size, patch)
     for name in _SIDES:

@@ -69,6 +69,13 @@ class Preprocess:
         """The same for a model that sees `size` pixels."""
         return replace(self, size=size, resize=round(self.resize * size / self.size))
 
+    def sides(self) -> dict[str, Any]:
+        """Its sizes as an image processor of transformers writes them."""
+        square = {"height": self.size, "width": self.size}
+        size = {"height": self.resize, "width": self.resize} if self.squash else {"shortest_edge": self.resize}
+        cropped = {"crop_size": square} if not self.squash or self.resize != self.size else {}
+        return {"size": size, **cropped}
+
     def __call__(self, image: Image.Image) -> Tensor:
         """The image as uint8 (3, size, size): upright, RGB, resized with antialiasing, cropped in the middle.
 
