@@ -139,7 +139,7 @@ def test_an_export_reads_the_larger_images_by_itself(family: str, options: Any, 
     assert again.preprocess.describe() == large.preprocess.describe()
     with learner.inference():
         torch.testing.assert_close(again(images(side)), learner.backbone(images(side)), atol=1e-5, rtol=0)
-    with pytest.raises(ValueError, match="a LoRA does not bring size=|no LoRA of PEFT fits"):
+    with pytest.raises(ValueError, match=r"a LoRA does not bring size=|no LoRA of PEFT fits"):
         learner.export(tmp_path / "lora", "peft")
 
 
