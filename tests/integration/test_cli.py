@@ -56,6 +56,7 @@ FLAGS = {
     "report": ["--json", "FOLDERS", "--out", "--figures"],
     "export": ["--json", "LEARNER", "--out", "--to"],
     "move": ["--json", "FOLDER", "CHANGE"],
+    "resize": ["--json", "FOLDER", "--size", "--length", "--positions", "--rope", "--factor"],
     "list": ["--json", "WHAT", "NAME"],
 }
 FLAGS["tune"] += ["--out"]

@@ -17,7 +17,7 @@ from perdure.cli.catalogue import Listed, entries
 from perdure.cli.console import Command, Screen
 from perdure.cli.show import Show
 from perdure.cli.tune import Tune
-from perdure.cli.use import Eval, Export, Move, Predict, Search, tell_skipped
+from perdure.cli.use import Eval, Export, Move, Predict, Resize, Search, tell_skipped
 from perdure.experiments.cluster import Cluster
 from perdure.experiments.recipes import DEMO_METHODS, demo, recipe
 from perdure.formatting import meant, shortened
@@ -249,6 +249,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "report": Report,
     "export": Export,
     "move": Move,
+    "resize": Resize,
     "list": List,
 }
 

@@ -193,6 +193,33 @@ class Move(Command):
             screen.result({"event": "moved", "from": old, "to": new}, f"{old} -> {new}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Resize(Command):
+    """Let a learner read larger images, longer texts or longer conversations from now on; what it knows stays."""
+
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
+    """A learner's or a run's folder; copy it first to keep it as it is."""
+    size: Count | None = None
+    """Side of images in pixels, a multiple of the patch; with that of the model, as it was published."""
+    length: Count | None = None
+    """Of texts, or of conversations with a language model, in tokens."""
+    positions: Literal["interpolate", "stretch"] | None = None
+    """With --length: how positions of texts become more."""
+    rope: Literal["linear", "ntk", "yarn"] | None = None
+    """Of a language model: how rotary positions make room, with --factor."""
+    factor: float | None = None
+    """With --rope: for how many times as many tokens."""
+
+    def __call__(self, screen: Screen) -> None:
+        """Check that it loads, write it down, print the backbone."""
+        from perdure.api.resizing import resize
+
+        screen.wait("reading the model")
+        options = {name: getattr(self, name) for name in ("size", "length", "positions", "rope", "factor")}
+        backbone = resize(self.folder, **options)
+        screen.result({"event": "resized", "backbone": backbone}, f"{self.folder} now stands on {backbone}")
+
+
 def move(folder: Path, change: str) -> list[tuple[str, str]]:
     """Put paths right that a learner's record holds; returns those that changed, as they were and as they are.
 

@@ -154,6 +154,13 @@ class Moves(TypedDict):
     seal: str
 
 
+class Resized(TypedDict):
+    """resized.json: what a backbone reads now that it did not when the run began."""
+
+    backbone: dict[str, int | float | str]
+    seal: str
+
+
 class Summary(TypedDict, total=False):
     """summary.json: numbers, and the manifest that they end with."""
 
