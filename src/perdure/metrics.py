@@ -1,12 +1,15 @@
 """Numbers of the matrix of scores, as the literature defines them; recall at K of rankings."""
 
+from __future__ import annotations
+
 import statistics
 from collections.abc import Iterable, Sequence
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from perdure.types import Row
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Scores = Sequence[float | None]
 Matrix = Sequence[Scores]
@@ -208,6 +211,8 @@ def ranks(
         right: which of the gallery count as answers, bool (m,), all when None; others of a query's own owner are
             neither right nor wrong.
     """
+    import torch  # here: the numbers of a matrix need none
+
     found = []
     for some, mine in zip(torch.split(queries, _CHUNK), torch.split(owners, _CHUNK), strict=True):
         scores = some @ gallery.T

@@ -93,6 +93,7 @@ class Manifest(TypedDict):
     alone: NotRequired[bool]
     source: NotRequired[LessonSource]
     device: NotRequired[str]
+    finished: NotRequired[str]
     seconds: NotRequired[Seconds]
     images: NotRequired[Natural]
     trainable_parameters: NotRequired[Natural]

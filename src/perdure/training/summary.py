@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,14 @@ from perdure.types import Row, Task
 
 SUMMARY = "summary.json"
 TAUGHT, _HASHES = "taught.safetensors", "hashes"
-COSTS = ("seconds", "images", "trainable_parameters", "peak_rss_bytes")
+COSTS = ("finished", "seconds", "images", "trainable_parameters", "peak_rss_bytes")
 """What `facts_of` gives."""
 
 
 def facts_of(fitted: Fitted, evaluate: float) -> dict[str, Any]:
-    """What a task's manifest says of its cost; `evaluate` in seconds."""
+    """What a task's manifest says of its cost, and when it was done; `evaluate` in seconds."""
     return {
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": {
             "prepare": fitted.prepare,
             "train": fitted.train,
