@@ -56,10 +56,10 @@ COMBINATIONS = (
     "si + route_lora(rank=2) + replay(size=12) | prompt(deep=True) | prompt(deep=True, blocks='1') | prompt + ewc | "
     "prompt + align | l2p(reads='class', strength=0) | l2p + replay(size=12) | l2p + ncm | l2p + ewc | "
     "finetune + weight_average | lora(rank=2) + weight_average(form='wise') + ewc | moe_adapters(expand=0.3) | "
-    "moe_adapters + replay(size=12) | lora(rank=2) + reptile | lora(rank=2) + replay(size=12) + reptile(inner_steps=2) | "
-    "finetune + fomaml | lora(rank=2) + ewc + maml | inflora(rank=2) + maml(inner_steps=2) | "
-    "lora(rank=2) + lamaml(size=12) | finetune + lamaml(size=12, second_order=False) | lora(rank=2) + oml | "
-    "lora(rank=2) + replay(size=12) + oml | l2p + fomaml"
+    "moe_adapters + replay(size=12) | lora(rank=2) + reptile | "
+    "lora(rank=2) + replay(size=12) + reptile(inner_steps=2) | finetune + fomaml | lora(rank=2) + ewc + maml | "
+    "inflora(rank=2) + maml(inner_steps=2) | lora(rank=2) + lamaml(size=12) | lora(rank=2) + oml | "
+    "finetune + lamaml(size=12, second_order=False) | lora(rank=2) + replay(size=12) + oml | l2p + fomaml"
 )
 OTHER_SCENARIOS = (
     "lora | inflora | ncm | probe + replay(size=12) | finetune + ewc | lora(rank=2) + joint | fm_lora(rank=4) | "

@@ -1,7 +1,7 @@
-"""First-order MAML (Finn, Abbeel & Levine, ICML 2017, arXiv:1703.03400, section 5.2): gradients of gradients left out.
+"""First-order MAML (Finn, Abbeel & Levine, ICML 2017, arXiv:1703.03400, section 5.2): no gradients of gradients.
 
-`backward`: as in `maml`, but ∇L_S is taken for constant, so what is left to the optimizer is ∇L_Q at the adapted θ'. The
-official code has it as `stop_grad`; Nichol et al. (2018, arXiv:1803.02999) name it FOMAML.
+`backward`: as in `maml`, but ∇L_S is taken for constant, so what is left to the optimizer is ∇L_Q at the adapted θ'.
+The official code has it as `stop_grad`; Nichol et al. (2018, arXiv:1803.02999) name it FOMAML.
 
 Differs: as `maml` does.
 """

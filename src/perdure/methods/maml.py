@@ -1,10 +1,10 @@
 """Model-agnostic meta-learning (MAML; Finn, Abbeel & Levine, ICML 2017, arXiv:1703.03400), of adapters and heads.
 
-`backward`: θ' = θ - α ∇L_S(θ), `inner_steps` times, on a half S of the batch; the gradient that is left to the optimizer
-is ∇_θ L_Q(θ') on the other half Q (equations 1 and 4), through the inner steps' own gradients.
+`backward`: θ' = θ - α ∇L_S(θ), `inner_steps` times, on a half S of the batch; the gradient that is left to the
+optimizer is ∇_θ L_Q(θ') on the other half Q (equations 1 and 4), through the inner steps' own gradients.
 
-Differs: a stream gives one task at a time, so there is one pair (S, Q) a step, and no mean over tasks; S and Q share their
-classes as far as the batch has several examples of each. Penalties of other parts belong to L_Q alone.
+Differs: a stream gives one task at a time, so there is one pair (S, Q) a step, and no mean over tasks; S and Q share
+their classes as far as the batch has several examples of each. Penalties of other parts belong to L_Q alone.
 """
 
 from perdure.core.learner import Core

@@ -5,9 +5,9 @@ anew learns one half of the batch, one example after another; the loss of that h
 steps, is what the representation descends on (algorithm 2). The learner's own heads descend on their plain loss.
 
 Differs: trajectory and remembered examples are halves of the batch, drawn anew in each step, old examples among them
-where a part rehearses. The rate of the inner steps counts in units of 1 / mean ‖feature‖², so that it means the same for
-every encoder. The learner's own heads, which answer, are no part of the meta-loss: the published prediction part is kept
-from one trajectory to the next but for the rows of its classes.
+where a part rehearses. The rate of the inner steps counts in units of 1 / mean ‖feature‖², so that it means the same
+for every encoder. The learner's own heads, which answer, are no part of the meta-loss: the published prediction part is
+kept from one trajectory to the next but for the rows of its classes.
 """
 
 import math
