@@ -282,7 +282,12 @@ def test_the_reference_lists_every_command_and_every_key_of_the_summary(lab: Any
     text = (ROOT / "docs/reference.md").read_text(encoding="utf-8")
     assert list(_table(text, "## Commands")) == list(COMMANDS)
     sequence = "sequence(synthetic(), synthetic(noise=0.5))"
-    kinds = {"zeroshot": {"stream": sequence, "retain": ("synthetic(tasks=2)",)}, "classify": {}, "retrieve": {}}
+    few = "fewshot(synthetic(classes_per_task=5), ways=2)"
+    kinds = {
+        "zeroshot": {"stream": sequence, "retain": ("synthetic(tasks=2)",)},
+        "classify": {"stream": few},
+        "retrieve": {},
+    }
     runs = [lab.but(objective=o, tasks=2).run("probe", tmp_path / o, **more) for o, more in kinds.items()]
     for name in ("a", "b", "c"):
         spoken = [("user", "a?"), ("assistant", "b")]

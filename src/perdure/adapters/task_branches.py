@@ -83,10 +83,6 @@ class TaskBranches(Adapter):
         """None: which update a layer gets depends on the example."""
         return None
 
-    def tasks(self) -> list[int]:
-        """Those that have a closed branch, in ascending order."""
-        return sorted({int(name.partition("/")[0]) for name in self.closed})
-
     def factors_of(self, task: int) -> tuple[Tensor, Tensor]:
         """The closed branch of `task` as (up (fan_out, rank), down (rank, fan_in)), the scale within `up`."""
         return self.scale * self.closed[f"{task}/up"], self.closed[f"{task}/down"]

@@ -45,9 +45,7 @@ def experts(learner: Core) -> dict[int, str]:
 
     The number in front keeps names apart from each other, and from the beginnings of PEFT's own, such as "lora".
     """
-    found = {
-        task for _, each, _ in updates(learner.backbone) if isinstance(each, TaskBranches) for task in each.tasks()
-    }
+    found = {task for _, each, _ in updates(learner.backbone) if isinstance(each, TaskBranches) for task in each.tasks}
     names = {task.index: re.sub(r"[^\w-]+", "_", task.name).strip("_")[:40] for task in learner.tasks}
     return {task: f"{task}_{names[task]}".removesuffix("_") for task in sorted(found)}
 

@@ -151,6 +151,8 @@ _SHOWN = (
     ("forgetting_with_task_id", "forgetting with task id"),
     ("transfer", "transfer"),
     ("average", "average over the matrix"),
+    ("performance_drop", "performance drop"),
+    ("harmonic_mean", "harmonic mean"),
     ("zero_shot_ratio", "zero-shot kept"),
     ("lenient_acc", "final lenient"),
     ("lenient_forgetting", "lenient forgetting"),

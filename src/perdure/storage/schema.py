@@ -178,6 +178,9 @@ class Summary(TypedDict, total=False):
     feature_drift: float | None
     transfer: float | None
     average: float | None
+    few_shot: dict[str, list[float | None]]
+    performance_drop: float | None
+    harmonic_mean: float | None
     zero_shot: dict[str, dict[str, Any]]
     zero_shot_ratio: float | None
     lenient_matrix: list[list[float | None]]

@@ -115,6 +115,8 @@ def summary_of(out: Path, done: Sequence[Checkpoint]) -> dict[str, Any]:
     if notes.get("sequence"):
         whole = {"transfer": metrics.transfer(matrix), "average": metrics.average(matrix)}
         found |= dict.fromkeys(whole) if found.get("unlike_scores") else whole
+    if notes.get("few_shot"):
+        found |= _few_shot(matrix, notes["test_images"][:tasks])
     if zero_shot := kept(rows):
         ratios = [facts["ratio"] for facts in zero_shot.values()]
         known = None not in ratios
@@ -123,6 +125,14 @@ def summary_of(out: Path, done: Sequence[Checkpoint]) -> dict[str, Any]:
         kept_answers = {f"answers_kept_{number}": mean_kept(answers, number) for number in ("strict", "lenient")}
         found |= {"answers": answers} | kept_answers
     return found
+
+
+def _few_shot(matrix: metrics.Matrix, images: Sequence[int]) -> dict[str, Any]:
+    """What is told of few-shot class-incremental learning, over images and not over tasks: the base has most."""
+    after, means = metrics.accuracies(matrix, images), metrics.harmonic_means(matrix, images)
+    drop = None if after[0] is None or after[-1] is None else after[0] - after[-1]
+    both = {"accuracies": after, "harmonic_means": means}
+    return {"few_shot": both, "performance_drop": drop, "harmonic_mean": means[-1]}
 
 
 def scored_by(config: Mapping[str, Any], scores: Sequence[str]) -> list[str]:
