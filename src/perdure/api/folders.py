@@ -108,7 +108,7 @@ def teach_folder(
             reading["images"] = str(Path(str(reading["images"])).expanduser().resolve())
         trained = {k: v for k, v in given.items() if k in {f.name for f in dataclasses.fields(TrainConfig)}}
         train = learner.usual_training().but(**trained)
-        before = _tasks_with_data(learner, into, done, progress)
+        before = tasks_with_data(learner, into, done, progress)
         known = {name: c for task in before for name, c in zip(task.names, task.classes, strict=True)}
         with skippable("--skip-bad"):
             task = _read(photos, learner, known, len(before), skip_bad, reading, progress.note)
@@ -164,7 +164,7 @@ def go_on(folder: Path, progress: Progress | None = None, device: str | None = N
     progress = progress or Quiet()
     with checkpoint.locked(folder):
         learner = Learner.untaught(folder, device)
-        return _finish(learner, _tasks_with_data(learner, folder, done, progress), folder, progress)
+        return _finish(learner, tasks_with_data(learner, folder, done, progress), folder, progress)
 
 
 def _finish(learner: Learner, tasks: Sequence[Task], into: Path, progress: Progress) -> dict[str, Any]:
@@ -173,7 +173,7 @@ def _finish(learner: Learner, tasks: Sequence[Task], into: Path, progress: Progr
     return learn_stream(learner.usual_training(), learner, stream, into, progress)
 
 
-def _tasks_with_data(learner: Learner, folder: Path, done: Sequence[Checkpoint], progress: Progress) -> list[Task]:
+def tasks_with_data(learner: Learner, folder: Path, done: Sequence[Checkpoint], progress: Progress) -> list[Task]:
     """The tasks already learnt, with their data where it is still at hand."""
     if not done:
         return []
