@@ -53,11 +53,23 @@ FLAGS = {
     "advise": ["--json", "--bytes", "--old-data", "--tasks", "--id-at-test", "--step-cost", "--scenario", "--from"],
     "eval": ["--json", "LEARNER", "--stream", "--retain", "--task"],
     "combine": [
-        *("--json", "FOLDERS", "--into", "--route", "--gate", "--pool-bytes", "--per-class", "--merge", "--weights", "--seed")
+        *(
+            "--json",
+            "FOLDERS",
+            "--into",
+            "--route",
+            "--gate",
+            "--pool-bytes",
+            "--per-class",
+            "--merge",
+            "--weights",
+            "--seed",
+        )
     ],
     "report": ["--json", "FOLDERS", "--out", "--figures"],
     "export": ["--json", "LEARNER", "--out", "--to"],
     "move": ["--json", "FOLDER", "CHANGE"],
+    "show": ["--json", "LEARNER"],
     "list": ["--json", "WHAT", "NAME"],
 }
 FLAGS["tune"] += ["--out"]

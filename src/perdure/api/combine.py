@@ -78,7 +78,7 @@ def combine(
     classes: list[tuple[int, str]] = []
     for number, (name, learner) in enumerate(learners.items()):
         folder = _folder_of(folders, name)
-        tasks = tasks_with_data(learner, folder, checkpoint.whole(folder), progress)
+        tasks = tasks_with_data(learner, folder, checkpoint.whole(folder), progress.note)
         gone = [task.name for task in tasks if not len(task.train)]
         if gone and route in _LOOKING:
             raise ValueError(

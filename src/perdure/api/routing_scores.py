@@ -136,7 +136,7 @@ def _tests(team: Specialists, able: Sequence[str], progress: Progress) -> list[N
     found = []
     for name in able:
         learner, folder = team.members[name], place_of(team, name)
-        tasks = tasks_with_data(learner, folder, checkpoint.whole(folder), progress)[: learner.learnt]
+        tasks = tasks_with_data(learner, folder, checkpoint.whole(folder), progress.note)[: learner.learnt]
         found += [_named(task.test, task.classes, task.names, team) for task in tasks if len(task.test)]
     return found
 

@@ -19,7 +19,7 @@ from perdure.cli.console import Command, Screen
 from perdure.cli.looking import tell_skipped
 from perdure.cli.show import Show
 from perdure.cli.tune import Tune
-from perdure.cli.use import Eval, Export, Move, Predict, Search, told
+from perdure.cli.use import Eval, Export, Move, Predict, Search
 from perdure.experiments.cluster import Cluster
 from perdure.experiments.recipes import DEMO_METHODS, demo, recipe
 from perdure.formatting import meant, shortened
@@ -313,6 +313,8 @@ def _finished(out: Path, summary: dict[str, Any], screen: Screen) -> None:
 
 def _tell_notes(records: Sequence[Mapping[str, Any]], screen: Screen) -> None:
     """Say, once, what runs left out of their data."""
+    from perdure.api.measuring import told
+
     for line in dict.fromkeys(line for record in records for line in told(record["stream"])):
         screen.note(line)
     tell_skipped(records[0]["stream"].get("skipped", []), screen.note)

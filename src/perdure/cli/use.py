@@ -3,27 +3,17 @@
 What they compute with is imported when they are called: their help waits for no torch.
 """
 
-import dataclasses
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from perdure.cli.console import Command, Screen
 from perdure.cli.looking import opened_and_told, shown_images, tell_seen
 from perdure.cli.tables import routing_lines
-from perdure.formatting import meant
 from perdure.options.ranges import Count
 from perdure.storage.schema import SPECIALISTS
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from perdure.api.learner import Learner
-    from perdure.types import Batch, Data, Row, Task
-
 
 _SURE = {"calibration_error": "of scores as they are", "calibration_error_calibrated": "of calibrated ones"}
 
@@ -99,7 +89,7 @@ class Eval(LearnerCommand):
     learner: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="LEARNER")]
     """A learner's or a run's folder."""
     stream: str | None = None
-    """What to measure on; the run's own stream when left out."""
+    """What to measure on; when left out its own: the run's stream, or the test images of folders it was taught."""
     retain: tuple[str, ...] = ()
     """Held-out data to measure instead: evaluation sets and streams of questions, or a CLIP's zero-shot accuracy."""
     task: str | None = None
@@ -108,6 +98,7 @@ class Eval(LearnerCommand):
     def __call__(self, screen: Screen) -> None:
         """Print the score per task, or per held-out data set."""
         from perdure.api.learner import Learner
+        from perdure.api.measuring import evaluate, told
         from perdure.evaluation.answer_retention import answered, share_or_points
         from perdure.evaluation.held_out import held_out_of
         from perdure.evaluation.zero_shot_retention import ZERO_SHOT
@@ -234,123 +225,3 @@ def move(folder: Path, change: str) -> list[tuple[str, str]]:
         )
     write_moves(folder, [*moves, step])
     return list(changed.items())
-
-
-def evaluate(
-    folder: Path, stream: str | None, device: str | None = None, task: str | None = None
-) -> "tuple[list[Task], list[Row], list[str]]":
-    """The tasks of a stream, a learner's accuracy on them, and what to know about it; classes are matched by name.
-
-    All images of a stream that is given are measured: its test part where it has one, else all of it, without those
-    that the learner was taught. With `task` answers are given within the learnt task of that name.
-
-    Raises:
-        ValueError: when a class of the stream is not among those that were learnt, or all images were taught.
-    """
-    from perdure.process import plain
-
-    with plain():
-        return _measured(folder, stream, device, task)
-
-
-def _measured(
-    folder: Path, stream: str | None, device: str | None, told_task: str | None
-) -> "tuple[list[Task], list[Row], list[str]]":
-    from perdure.api.given import known_task, within
-    from perdure.api.learner import Learner
-    from perdure.backbones.preprocess import skippable
-    from perdure.evaluation.calibration import errors
-    from perdure.streams import build_stream
-    from perdure.training.run import check_gives
-    from perdure.training.summary import scored_by, taught_hashes
-    from perdure.types import Row
-
-    learner = Learner.load(folder, device)
-    described = stream if stream is not None else learner.config.stream
-    if not described:
-        raise ValueError(f"{folder} was taught from folders: say what to measure on with --stream")
-    preprocess, seed = learner.backbone.preprocess, learner.config.seed
-    found = build_stream(described, preprocess, seed, measured=stream is not None)
-    check_gives(found, learner, described)
-    tasks = list(found.tasks if stream is not None else found.tasks[: learner.learnt])
-    known_as = None if told_task is None else known_task(learner, told_task)
-    if known_as is not None and stream is None:
-        tasks = [tasks[known_as.index]]
-    remarks = told(found.notes)
-    if stream is not None:
-        known, unknown = taught_hashes(folder)
-        tasks, count = _unseen(tasks, known, f"{described}: all", folder)
-        images = sum(len(task.test) for task in tasks)
-        things = "questions" if "conversations" in learner.objective.asks else "images"
-        if unknown:
-            remarks.append(
-                f"which images {len(unknown)} of {learner.learnt} tasks were taught is not known: they count"
-            )
-        apart = f"; {count} more were taught to this learner and are left out" if count else ""
-        remarks.append(f"{images} {things} are measured{apart}")
-    if "classes" in learner.objective.asks:
-        tasks = [_named_alike(task, learner, f"{described}: class", folder) for task in tasks]
-    if "conversations" in learner.objective.asks:  # by which score, for who wants means
-        scores = scored_by(learner.config.describe(), [task.score for task in tasks])
-        tasks = [dataclasses.replace(task, score=score) for task, score in zip(tasks, scores, strict=True)]
-    if known_as is not None:
-        tasks = within(known_as, learner, tasks)
-    with skippable("skip_bad=True in the stream"):
-        found_on = learner.objective.evaluate(learner, tasks)
-    rows = [
-        Row(learner.learnt - 1, t.index, k, v) for t, each in zip(tasks, found_on, strict=True) for k, v in each.items()
-    ]
-    return tasks, rows + (errors(learner, tasks) if "classes" in learner.objective.asks else []), remarks
-
-
-def told(notes: Mapping[str, Any]) -> list[str]:
-    """What a stream's notes say to who uses it, line by line."""
-    from perdure.streams.folders import told_left_out
-
-    left_out = notes.get("left_out")
-    return [*([told_left_out(left_out)] if left_out else []), *notes.get("remarks", ())]
-
-
-def _unseen(tasks: "Sequence[Task]", known: "Tensor", what: str, folder: Path) -> "tuple[list[Task], int]":
-    """The tasks without the images whose hashes are known, and how many these were."""
-    from perdure.streams import ConversationSet, ImageSet
-
-    kept, count = [], 0
-    for task in tasks:
-        if isinstance(task.test, ImageSet | ConversationSet) and len(known):
-            seen = task.test.shows(known)
-            count += int(seen.sum())
-            task = dataclasses.replace(task, test=task.test.subset((~seen).nonzero().flatten()))
-        if len(task.test):
-            kept.append(task)
-    if not kept:
-        raise ValueError(f"{what} {count} images were taught to {folder}: measure on others")
-    return kept, count
-
-
-def _named_alike(task: "Task", learner: "Learner", what: str, folder: Path) -> "Task":
-    """The task with the learner's ids of its classes."""
-    from perdure.streams.naming import recorded
-
-    names = recorded(task.names, learner.known)
-    if unknown := [name for name in names if name not in learner.known]:
-        near = meant(unknown[0], learner.known)
-        raise ValueError(f"{what} {unknown[0]!r} of task {task.index} is not among what {folder} has learnt{near}")
-    ids = {c: learner.known[name] for c, name in zip(task.classes, names, strict=True)}
-    return dataclasses.replace(task, classes=tuple(ids.values()), test=_Renumbered(task.test, ids))
-
-
-class _Renumbered:
-    """Data whose class ids are those of a learner."""
-
-    def __init__(self, data: "Data", ids: Mapping[int, int]) -> None:
-        import torch
-
-        self.data = data
-        self.labels = torch.tensor([ids[c] for c in data.labels.tolist()], dtype=torch.int64)
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitems__(self, positions: Sequence[int]) -> "Batch":
-        return self.data.__getitems__(positions) | {"label": self.labels[list(positions)]}
