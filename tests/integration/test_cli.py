@@ -52,18 +52,32 @@ FLAGS = {
     ],
     "advise": ["--json", "--bytes", "--old-data", "--tasks", "--id-at-test", "--step-cost", "--scenario", "--from"],
     "eval": ["--json", "LEARNER", "--stream", "--retain", "--task"],
-    "show": ["--json", "LEARNER"],
+    "combine": [
+        *(
+            "--json",
+            "FOLDERS",
+            "--into",
+            "--route",
+            "--gate",
+            "--pool-bytes",
+            "--per-class",
+            "--merge",
+            "--weights",
+            "--seed",
+        )
+    ],
     "report": ["--json", "FOLDERS", "--out", "--figures"],
     "export": ["--json", "LEARNER", "--out", "--to"],
     "move": ["--json", "FOLDER", "CHANGE"],
     "resize": ["--json", "FOLDER", "--size", "--length", "--positions", "--rope", "--factor"],
+    "show": ["--json", "LEARNER"],
     "list": ["--json", "WHAT", "NAME"],
 }
 FLAGS["tune"] += ["--out"]
 FLAGS["compare"] += ["--jobs", "--on", "--cpus-per-cell", "--gpus-per-cell"]
 FLAGS["learn"] += ["--captions", "--batch-size", "--seed", "--precision", "--calibrate", "--skip-bad"]
 FLAGS["learn"] += ["--images", "--score"]
-for _name in ("resume", "learn", "predict", "search", "ask", "chat", "eval", "export"):
+for _name in ("resume", "learn", "predict", "search", "ask", "chat", "eval", "combine", "export"):
     FLAGS[_name] += ["--device"]
 """All commands and flags; whoever changes this list changes what scripts out there rely on."""
 
