@@ -88,6 +88,8 @@ class Search(LearnerCommand):
     """What is looked for, in quotes: "a red car"."""
     top: Count = 5
     """How many images."""
+    task: str | None = None
+    """Name of the task that images and text belong to, where it is known and the method follows it."""
     skip_bad: bool = False
     """Leave unreadable images out, and list them."""
 
@@ -100,7 +102,7 @@ class Search(LearnerCommand):
         learner.check_sees("search")
         files, shown = _shown([self.folder], learner, self.skip_bad, screen)
         with skippable("--skip-bad"):
-            found = learner.search(shown, self.text, self.top)
+            found = learner.search(shown, self.text, self.top, task=self.task)
         for place, cosine in found:
             screen.result({"image": str(files[place]), "cosine": cosine}, f"{cosine:+.3f}  {files[place]}")
 
@@ -260,6 +262,7 @@ def _measured(
     from perdure.api.learner import Learner
     from perdure.backbones.preprocess import skippable
     from perdure.evaluation.calibration import errors
+    from perdure.evaluation.with_task import measured
     from perdure.streams import build_stream
     from perdure.training.run import check_gives
     from perdure.training.summary import scored_by, taught_hashes
@@ -273,7 +276,7 @@ def _measured(
     found = build_stream(described, preprocess, seed, measured=stream is not None)
     check_gives(found, learner, described)
     tasks = list(found.tasks if stream is not None else found.tasks[: learner.learnt])
-    known_as = None if told_task is None else known_task(learner, told_task)
+    known_as = known_task(learner, told_task)
     if known_as is not None and stream is None:
         tasks = [tasks[known_as.index]]
     remarks = told(found.notes)
@@ -296,7 +299,8 @@ def _measured(
     if known_as is not None:
         tasks = within(known_as, learner, tasks)
     with skippable("skip_bad=True in the stream"):
-        found_on = learner.objective.evaluate(learner, tasks)
+        # of its own tasks the number says which they are
+        found_on = (measured if stream is None and known_as is None else learner.objective.evaluate)(learner, tasks)
     rows = [
         Row(learner.learnt - 1, t.index, k, v) for t, each in zip(tasks, found_on, strict=True) for k, v in each.items()
     ]
