@@ -67,6 +67,8 @@ class Search(LearnerCommand):
     """What is looked for, in quotes: "a red car"."""
     top: Count = 5
     """How many images."""
+    task: str | None = None
+    """Name of the task that images and text belong to, where it is known and the method follows it."""
     skip_bad: bool = False
     """Leave unreadable images out, and list them."""
 
@@ -79,7 +81,7 @@ class Search(LearnerCommand):
         tell_unread(learner, [self.text], screen)
         files, shown = shown_images([self.folder], learner, self.skip_bad, screen)
         with skippable("--skip-bad"):
-            found = learner.search(shown, self.text, self.top)
+            found = learner.search(shown, self.text, self.top, task=self.task)
         for place, cosine in found:
             screen.result({"image": str(files[place]), "cosine": cosine}, f"{cosine:+.3f}  {files[place]}")
 
