@@ -8,10 +8,15 @@ import torch
 from PIL import Image
 
 from perdure.backbones.preprocess import Preprocess
+from perdure.backbones.tiny import tiny
+from perdure.core.learner import Core
 from perdure.metrics import accuracies, harmonic_means
+from perdure.objectives.classify import Classify
 from perdure.streams import build_stream
 from perdure.streams.few_shot import fewshot
 from perdure.streams.synthetic import synthetic
+from perdure.training.config import make_method
+from perdure.training.loop import TrainConfig, fit_task
 
 SIZE = Preprocess(size=8, resize=8, interpolation="bilinear")
 NUMBERS = [f"{c:03d}" for c in range(10)]
@@ -134,3 +139,26 @@ def test_a_few_shot_run_and_its_controls_tell_its_numbers_and_resume(
     assert summary["few_shot"]["accuracies"] == after
     assert summary["performance_drop"] == pytest.approx(after[0] - after[1])
     assert summary["harmonic_mean"] == summary["few_shot"]["harmonic_means"][-1]
+
+
+@pytest.mark.parametrize(
+    ("more", "training"),
+    [(" + reptile", {"lr": 2e-2, "optimizer": "sgd"}), (" + lamaml(inner_steps=2)", {"lr": 1e-2})],
+)
+def test_meta_learning_beats_plain_lora_after_five_shot_adaptation(more: str, training: dict[str, Any]) -> None:
+    data = "fewshot(synthetic(classes_per_task=16, per_class=12, noise=0.8), shots=5, ways=4, base=8)"
+    config = TrainConfig(epochs=6, batch_size=20, **training)
+
+    def accuracy(method: str, seed: int) -> float:
+        backbone = tiny(dim=32)
+        stream = build_stream(data, backbone.preprocess, seed)
+        learner = Core(backbone, Classify(), make_method(method), seed=seed)
+        for task in stream:
+            learner.grow(task)
+            fit_task(learner, task, config)
+        found = learner.objective.evaluate(learner, stream.tasks)
+        return accuracies([[None] * 3, [None] * 3, [each["accuracy"] for each in found]], (8, 4, 4))[-1] or 0.0
+
+    plain, meta = ([accuracy(f"lora(rank=4){part}", seed) for seed in (0, 1)] for part in ("", more))
+    assert all(b > a for a, b in zip(plain, meta, strict=True))
+    assert sum(meta) / 2 > sum(plain) / 2 + 0.08

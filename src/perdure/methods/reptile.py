@@ -1,8 +1,8 @@
 """Reptile (Nichol, Achiam & Schulman, 2018, arXiv:1803.02999), within batches as in MER (Riemer et al., ICLR 2019).
 
 `backward`: θ'_0 = θ, θ'_{i+1} = θ'_i - α ∇L_i(θ'_i), each L_i on another part of the batch; the optimizer finds
-(θ - θ'_k) / (α k), the mean of these gradients, so `lr` means what it means without it: with SGD, Reptile's ε is
-lr / (α k). With one inner step it is plain training, bit for bit.
+(θ - θ'_k) / α, the sum of these gradients, as section 2 has it for adaptive optimizers: with SGD, Reptile's ε is lr / α.
+With one inner step it is plain training, bit for bit.
 
 Differs: inner steps are plain gradient descent, in the official code Adam with β₁ = 0; a batch is a task, as in MER
 (arXiv:1810.11910), of which this is the inner loop: `lora + replay + reptile` has its memory too. ε follows the run's
@@ -33,13 +33,12 @@ class Reptile(Method, name="reptile"):
         self.inner_steps, self.inner_lr = inner_steps, inner_lr
 
     def backward(self, learner: Core, loss: Tensor, batch: Batch) -> None:
-        """The mean gradient along the way."""
+        """The sum of the gradients along the way."""
         weights: Weights = dict(learner.trainable())
         total: dict[str, Tensor] = {}
-        parts = interleaved(len(batch["label"]), self.inner_steps)
-        for rows in parts:
+        for rows in interleaved(len(batch["label"]), self.inner_steps):
             weights, gradients = inner_step(learner, weights, take(batch, rows), self.inner_lr, whole_loss)
             weights = {name: value.detach().requires_grad_() for name, value in weights.items()}
             for name, gradient in gradients.items():
                 total[name] = total[name] + gradient if name in total else gradient
-        set_gradients(learner, {name: gradient / len(parts) for name, gradient in total.items()})
+        set_gradients(learner, total)
