@@ -136,7 +136,7 @@ def test_a_few_shot_run_and_its_controls_tell_its_numbers_and_resume(
     lab.broken_run(method, tmp_path / "broken", (0, None), (1, 1), save_every=1, **few)
     assert content_of(tmp_path / "broken") == content_of(tmp_path / "unbroken")
     after = session_accuracies(summary["matrix"], (16, 8))
-    assert summary["few_shot"]["session_accuracies"] == after
+    assert summary["few_shot"]["accuracies"] == after
     assert summary["performance_drop"] == pytest.approx(after[0] - after[1])
     assert summary["harmonic_mean"] == summary["few_shot"]["harmonic_means"][-1]
 
