@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Optional
 import tyro
 
 from perdure.cli.advise import Advise
+from perdure.cli.app import App
 from perdure.cli.ask import Ask, Chat
 from perdure.cli.catalogue import Listed, entries
 from perdure.cli.console import Command, Screen
@@ -241,6 +242,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "search": Search,
     "ask": Ask,
     "chat": Chat,
+    "app": App,
     "compare": Compare,
     "tune": Tune,
     "advise": Advise,
