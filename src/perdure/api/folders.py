@@ -109,7 +109,7 @@ def teach_folder(
             reading["images"] = str(Path(str(reading["images"])).expanduser().resolve())
         trained = {k: v for k, v in given.items() if k in {f.name for f in dataclasses.fields(TrainConfig)}}
         train = learner.usual_training().but(**trained)
-        before = _tasks_with_data(learner, into, done, progress.note)
+        before = tasks_with_data(learner, into, done, progress.note)
         known = {name: c for task in before for name, c in zip(task.names, task.classes, strict=True)}
         with skippable("--skip-bad"):
             task = _read(photos, learner, known, len(before), skip_bad, reading, progress.note)
@@ -165,7 +165,7 @@ def go_on(folder: Path, progress: Progress | None = None, device: str | None = N
     progress = progress or Quiet()
     with checkpoint.locked(folder):
         learner = Learner.untaught(folder, device)
-        return _finish(learner, _tasks_with_data(learner, folder, done, progress.note), folder, progress)
+        return _finish(learner, tasks_with_data(learner, folder, done, progress.note), folder, progress)
 
 
 def taught_tasks(learner: Learner, folder: Path, tell: Callable[[str], None]) -> list[Task]:
@@ -180,7 +180,7 @@ def taught_tasks(learner: Learner, folder: Path, tell: Callable[[str], None]) ->
         ValueError: when there is no test image at all.
     """
     told: list[str] = []
-    tasks = _tasks_with_data(learner, folder, checkpoint.whole(folder), told.append)
+    tasks = tasks_with_data(learner, folder, checkpoint.whole(folder), told.append)
     kept = [task for task in tasks if len(task.test)]
     if not kept:
         raise ValueError(f"no test image of {folder} is at hand any more: say what to measure on with --stream")
@@ -197,7 +197,7 @@ def _finish(learner: Learner, tasks: Sequence[Task], into: Path, progress: Progr
     return learn_stream(learner.usual_training(), learner, stream, into, progress)
 
 
-def _tasks_with_data(
+def tasks_with_data(
     learner: Learner, folder: Path, done: Sequence[Checkpoint], note: Callable[[str], None]
 ) -> list[Task]:
     """The tasks already learnt, with their data where it is still at hand."""

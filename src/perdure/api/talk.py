@@ -4,6 +4,7 @@ from typing import Any
 
 from perdure.api.given import decoded
 from perdure.api.learner import TOKENS, Learner
+from perdure.api.specialists import Specialists
 from perdure.streams.conversations import Conversation, Turn, messages
 
 
@@ -19,7 +20,7 @@ class Talk:
         ValueError: when the learner does not answer in words.
     """
 
-    def __init__(self, learner: Learner, tokens: int = TOKENS, task: str | None = None) -> None:
+    def __init__(self, learner: Learner | Specialists, tokens: int = TOKENS, task: str | None = None) -> None:
         learner.check_speaks()
         self.learner, self.tokens, self.task = learner, tokens, task
         self.forget()

@@ -23,6 +23,7 @@ from perdure.formatting import shortened
 from perdure.objectives.zeroshot import class_texts
 from perdure.reporting.runs import RunResults
 from perdure.reporting.tables import markdown, tabulate
+from perdure.storage.schema import SPECIALISTS
 from perdure.streams import ImageSet
 from perdure.streams.folders import pictures
 from perdure.training.config import RunConfig
@@ -76,6 +77,10 @@ class Service:
             self.lessons.put("?", self._go_on)
 
     def _load(self) -> Learner:
+        if (self.folder / SPECIALISTS).exists():
+            raise ValueError(
+                f"{self.folder} holds several learners: the app serves one, so give the folder of a member"
+            )
         if (self.folder / "run.json").exists():
             known = bool(checkpoint.whole(self.folder))
             return Learner.load(self.folder, self.device) if known else Learner.untaught(self.folder, self.device)

@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from perdure.cli.console import Screen
+from perdure.cli.looking import opened_and_told, tell_seen
 from perdure.cli.use import LearnerCommand
 from perdure.options.ranges import Count
+from perdure.storage.schema import SPECIALISTS
 
 if TYPE_CHECKING:
     from perdure.api.learner import Learner
+    from perdure.api.specialists import Specialists
     from perdure.api.talk import Talk
 
 _STDIN = "standard input"
@@ -42,12 +45,10 @@ class Ask(LearnerCommand):
 
     def __call__(self, screen: Screen) -> None:
         """Print the answers, in the order of the questions."""
-        from perdure.api.learner import Learner
-
         if self.stdin:
             if self.words:
                 raise ValueError(f"{self.words[-1]!r} has no effect beside --stdin, which brings the questions")
-            learner = Learner.load(self.learner, self.device)
+            learner = opened_and_told(self.learner, self.device, screen)
             lines, before = iter(sys.stdin.readline, ""), 0
             while some := list(islice(lines, _TOGETHER)):
                 self._answer_lines(learner, "\n" * before + "".join(some), screen)  # so errors name the right line
@@ -55,8 +56,14 @@ class Ask(LearnerCommand):
             if not before:
                 raise ValueError(f"{_STDIN} is empty: give a JSON object with a question on each line")
             return
+        together = (self.learner / SPECIALISTS).is_file()
+        if together and self.words and all(Path(word).is_file() for word in self.words):
+            # a gateway: images alone are for those who know classes
+            team = opened_and_told(self.learner, self.device, screen)
+            tell_seen(team, list(map(Path, self.words)), 3, False, screen, task=self.task)
+            return
         *images, question = self._question()
-        learner = Learner.load(self.learner, self.device)
+        learner = opened_and_told(self.learner, self.device, screen)
         screen.wait("answering")
         answer = learner.ask(images or None, question, self.tokens, self.task)
         screen.result({"images": images, "question": question, "answer": answer}, *(answer.splitlines() or [""]))
@@ -71,7 +78,7 @@ class Ask(LearnerCommand):
             raise ValueError(f"{self.words[-1]} is a file, and no question comes after it: write {example}")
         return self.words
 
-    def _answer_lines(self, learner: "Learner", lines: str, screen: Screen) -> None:
+    def _answer_lines(self, learner: "Learner | Specialists", lines: str, screen: Screen) -> None:
         from perdure.streams.single_task import questions
 
         found = questions(lines, _STDIN)
@@ -93,10 +100,9 @@ class Chat(LearnerCommand):
 
     def __call__(self, screen: Screen) -> None:
         """Answer line after line, until there are no more."""
-        from perdure.api.learner import Learner
         from perdure.api.talk import Talk
 
-        talk = Talk(Learner.load(self.learner, self.device), self.tokens, self.task)
+        talk = Talk(opened_and_told(self.learner, self.device, screen), self.tokens, self.task)
         for line in screen.lines(_HELP):
             if line == "/quit":
                 return
