@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Optional
 import tyro
 
 from perdure.cli.advise import Advise
+from perdure.cli.app import App
 from perdure.cli.ask import Ask, Chat
 from perdure.cli.catalogue import Listed, entries
 from perdure.cli.combine import Combine
@@ -257,6 +258,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "search": Search,
     "ask": Ask,
     "chat": Chat,
+    "app": App,
     "compare": Compare,
     "tune": Tune,
     "advise": Advise,
