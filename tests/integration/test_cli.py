@@ -29,7 +29,7 @@ FLAGS = {
     "resume": ["--json", "FOLDER"],
     "learn": ["--json", "FOLDER", "--into", "--backbone", "--method", "--objective", "--epochs", "--lr"],
     "predict": ["--json", "LEARNER", "IMAGES", "--top", "--classes", "--calibrated", "--skip-bad", "--task"],
-    "search": ["--json", "LEARNER", "FOLDER", "TEXT", "--top", "--skip-bad"],
+    "search": ["--json", "LEARNER", "FOLDER", "TEXT", "--top", "--skip-bad", "--task"],
     "ask": ["--json", "LEARNER", "WORDS", "--stdin", "--tokens", "--task"],
     "chat": ["--json", "LEARNER", "--tokens", "--task"],
     "compare": [
@@ -73,11 +73,13 @@ FLAGS = {
     "show": ["--json", "LEARNER"],
     "list": ["--json", "WHAT", "NAME"],
 }
+FLAGS["app"] = ["--json", "LEARNER", "--images", "--runs", "--host", "--port", "--token", "--uploads", "--max-upload"]
+FLAGS["app"] += ["--backbone", "--method", "--objective", "--seed"]
 FLAGS["tune"] += ["--out"]
 FLAGS["compare"] += ["--jobs", "--on", "--cpus-per-cell", "--gpus-per-cell"]
 FLAGS["learn"] += ["--captions", "--batch-size", "--seed", "--precision", "--calibrate", "--skip-bad"]
 FLAGS["learn"] += ["--images", "--score"]
-for _name in ("resume", "learn", "predict", "search", "ask", "chat", "eval", "combine", "export"):
+for _name in ("resume", "learn", "predict", "search", "ask", "chat", "app", "eval", "combine", "export"):
     FLAGS[_name] += ["--device"]
 """All commands and flags; whoever changes this list changes what scripts out there rely on."""
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Optional
 import tyro
 
 from perdure.cli.advise import Advise
+from perdure.cli.app import App
 from perdure.cli.ask import Ask, Chat
 from perdure.cli.catalogue import Listed, entries
 from perdure.cli.combine import Combine
@@ -257,6 +258,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "search": Search,
     "ask": Ask,
     "chat": Chat,
+    "app": App,
     "compare": Compare,
     "tune": Tune,
     "advise": Advise,
@@ -314,9 +316,9 @@ def _finished(out: Path, summary: dict[str, Any], screen: Screen) -> None:
 
 def _tell_notes(records: Sequence[Mapping[str, Any]], screen: Screen) -> None:
     """Say, once, what runs left out of their data."""
-    from perdure.api.measuring import told
+    from perdure.api.measuring import remarks_on
 
-    for line in dict.fromkeys(line for record in records for line in told(record["stream"])):
+    for line in dict.fromkeys(line for record in records for line in remarks_on(record["stream"])):
         screen.note(line)
     tell_skipped(records[0]["stream"].get("skipped", []), screen.note)
 

@@ -67,6 +67,8 @@ class Search(LearnerCommand):
     """What is looked for, in quotes: "a red car"."""
     top: Count = 5
     """How many images."""
+    task: str | None = None
+    """Name of the task that images and text belong to, where it is known and the method follows it."""
     skip_bad: bool = False
     """Leave unreadable images out, and list them."""
 
@@ -79,7 +81,7 @@ class Search(LearnerCommand):
         tell_unread(learner, [self.text], screen)
         files, shown = shown_images([self.folder], learner, self.skip_bad, screen)
         with skippable("--skip-bad"):
-            found = learner.search(shown, self.text, self.top)
+            found = learner.search(shown, self.text, self.top, task=self.task)
         for place, cosine in found:
             screen.result({"image": str(files[place]), "cosine": cosine}, f"{cosine:+.3f}  {files[place]}")
 
@@ -100,7 +102,7 @@ class Eval(LearnerCommand):
     def __call__(self, screen: Screen) -> None:
         """Print the score per task, or per held-out data set."""
         from perdure.api.learner import Learner
-        from perdure.api.measuring import evaluate, told
+        from perdure.api.measuring import evaluate, remarks_on
         from perdure.evaluation.answer_retention import answered, share_or_points
         from perdure.evaluation.held_out import held_out_of
         from perdure.evaluation.zero_shot_retention import ZERO_SHOT
@@ -126,7 +128,7 @@ class Eval(LearnerCommand):
         for name, stream in held_out.sets.items():
             what = "images" if stream.gives == "classes" else "questions"
             say(f"{name}: {sum(len(task.test) for task in stream)} {what} are measured")
-            for remark in told(stream.notes):
+            for remark in remarks_on(stream.notes):
                 say(f"{name}: {remark}")
         rows = held_out.measure(learner, learner.learnt - 1)
         for row in rows:

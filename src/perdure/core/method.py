@@ -341,6 +341,11 @@ def treated(method: Method) -> frozenset[str]:
     return frozenset(tower for part in parts_of(method) for tower in part.treats)
 
 
+def follows_task(method: Method) -> bool:
+    """Whether a part answers by what a task has taught, where it is told which one."""
+    return any(part.follows_task for part in parts_of(method))
+
+
 def predicts(method: Method) -> bool:
     """Whether a part replaces the objective's scores, which for classes not yet learnt it may not have."""
     return any(_defines(part, "predict") for part in parts_of(method))

@@ -59,9 +59,9 @@ def text_query(learner: Core, tokens: Batch) -> Tensor:
 
     Args:
         learner: whose encoder.
-        tokens: what the backbone's `tokenise` gave; a `label` beside it is not read.
+        tokens: what the backbone's `tokenise` gave; a `label` or `task` beside it is not read.
     """
-    read = {name: value for name, value in tokens.items() if name != "label"}
+    read = {name: value for name, value in tokens.items() if name not in ("label", "task")}
     with torch.no_grad(), learner.computing():
         return F.normalize(learner.backbone.encode_tokens(read).float(), dim=1)
 

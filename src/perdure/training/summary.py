@@ -133,7 +133,7 @@ def summary_of(out: Path, done: Sequence[Checkpoint]) -> dict[str, Any]:
 
 def _few_shot(matrix: metrics.Matrix, images: Sequence[int]) -> dict[str, Any]:
     """What is told of few-shot class-incremental learning, over images and not over tasks: the base has most."""
-    after, means = metrics.accuracies_by_image(matrix, images), metrics.harmonic_means(matrix, images)
+    after, means = metrics.session_accuracies(matrix, images), metrics.harmonic_means(matrix, images)
     drop = None if after[0] is None or after[-1] is None else after[0] - after[-1]
     both = {"accuracies": after, "harmonic_means": means}
     return {"few_shot": both, "performance_drop": drop, "harmonic_mean": means[-1]}
