@@ -57,13 +57,19 @@ COMBINATIONS = (
     "prompt + align | l2p(reads='class', strength=0) | l2p + replay(size=12) | l2p + ncm | l2p + ewc | "
     "finetune + weight_average | lora(rank=2) + weight_average(form='wise') + ewc | moe_adapters(grow='novel') | "
     "moe_adapters + replay(size=12) | moe_lora(rank=4, experts=2) + ewc | moe_lora + replay(size=12) | "
-    "reg_lora(rank=2) + replay(size=12) | pnn(lateral=False) | pnn + align | disco + ncm"
+    "reg_lora(rank=2) + replay(size=12) | pnn(lateral=False) | pnn + align | disco + ncm | "
+    "lora(rank=2) + reptile | "
+    "lora(rank=2) + replay(size=12) + reptile(inner_steps=2) | finetune + fomaml | lora(rank=2) + ewc + maml | "
+    "inflora(rank=2) + maml(inner_steps=2) | lora(rank=2) + lamaml(size=12) | lora(rank=2) + oml | "
+    "finetune + lamaml(size=12, second_order=False) | lora(rank=2) + replay(size=12) + oml | l2p + fomaml"
 )
 OTHER_SCENARIOS = (
     "lora | inflora | ncm | probe + replay(size=12) | finetune + ewc | lora(rank=2) + joint | fm_lora(rank=4) | "
     "sd_lora(rank=2) | probe + align | inflora(rank=2) + ranpac(dim=64) | "
     "lora(rank=2) + lwf | l2p | prompt | dualprompt | coda_prompt | finetune + si | probe + agem | "
-    "lora(rank=2) + icarl(size=12) | lora(rank=2) + derpp(size=12) | gpm(keep=0.5) | pnn"
+    "lora(rank=2) + icarl(size=12) | lora(rank=2) + derpp(size=12) | gpm(keep=0.5) | pnn | "
+    "lora(rank=2) + lamaml(size=12) | "
+    "lora(rank=2) + oml | lora(rank=2) + maml"
 )
 ELSEWHERE = {
     "task": OTHER_SCENARIOS,
@@ -81,7 +87,8 @@ ELSEWHERE = {
         "moe_adapters + weight_average + ewc | prompt + zscl | prompt(tower='both') | prefix(tower='text') | "
         "l2p(tower='both') | l2p(tower='text') + replay(size=12) | dualprompt(tower='both') | "
         "hide_lora | modal_prompt | pnn(rank=4) | moe_lora(tower='both') | reg_lora(rank=2, tower='both') | "
-        "dualprompt(tower='text', general_length=0) + replay(size=12) | coda_prompt(strength=0.1, tower='both')"
+        "dualprompt(tower='text', general_length=0) + replay(size=12) | coda_prompt(strength=0.1, tower='both') | "
+        "lora(rank=2, tower='both') + maml | lora(rank=2) + lamaml(size=12)"
     ),
     "retrieve": (
         "probe | finetune(tower='both') | finetune(tower='text') + si | finetune(tower='both') + ewc(samples=8) | "
@@ -99,7 +106,9 @@ ELSEWHERE = {
         "o_lora(rank=2, tower='both') | c_lora(rank=2, tower='both') | route_lora(rank=2, tower='both') | "
         "adapter(rank=3, tower='both') | prompt | l2p | dualprompt | coda_prompt | l2p(tower='both') | "
         "dualprompt(tower='both') | dualprompt(tower='text') + replay(size=6) + lwf | prefix | prefix(tower='both') | "
-        "prefix(length=2, tower='text') + lwf | prompt(tokens=2, deep=True, tower='both')"
+        "prefix(length=2, tower='text') + lwf | prompt(tokens=2, deep=True, tower='both') | "
+        "lora(rank=2, tower='both') + reptile | lora(rank=2, tower='both') + lwf + maml | "
+        "lora(rank=2, tower='both') + lamaml(size=6)"
     ),
     "retrieve domain": (
         "lora(rank=2, tower='both') + ewc(samples=8, of='updates') | "
@@ -148,7 +157,7 @@ IN_FLIGHT = {
         "lora(rank=2) + align + derpp(size=12, selection='grand') | coda_prompt(strength=0.1) + replay(size=12) | "
         "lora(rank=2) + agem + replay(size=12) | inflora(rank=2) + gem(size=12, margin=0.0) | lora(rank=2) + si | "
         "fm_lora(rank=4) + mas(of='updates') | finetune + ewc(form='offline') | "
-        "lora(rank=2) + weight_average(form='wise') + ewc"
+        "lora(rank=2) + weight_average(form='wise') + ewc | lora(rank=2) + lamaml(size=12) | lora(rank=2) + oml"
     ),
     "zeroshot": (
         "lora(rank=2, tower='both') + ewc(of='updates') | lora(rank=2, tower='both') + lwf(text_temperature=1.0) | "

@@ -83,6 +83,10 @@ class TaskBranches(Adapter):
         """None: which update a layer gets depends on the example."""
         return None
 
+    def factors_of(self, task: int) -> tuple[Tensor, Tensor]:
+        """The closed branch of `task` as (up (fan_out, rank), down (rank, fan_in)), the scale within `up`."""
+        return self.scale * self.closed[f"{task}/up"], self.closed[f"{task}/down"]
+
     def _closed(self, x: Tensor, task: int) -> Tensor:
         return self._update(x, self.closed[f"{task}/down"], self.closed[f"{task}/up"])
 

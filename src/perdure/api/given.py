@@ -3,12 +3,13 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
 from torch import empty, int64
 
+from perdure.backbones.base import Backbone
 from perdure.core.learner import Core
 from perdure.core.method import follows_task, parts_of
 from perdure.formatting import meant
@@ -24,6 +25,16 @@ from perdure.streams import (
 from perdure.streams.conversations import Conversation, messages
 from perdure.streams.sources import listed
 from perdure.types import Batch, Data, Task, Told
+
+
+class Sees(Protocol):
+    """A learner, or specialists: who has images looked at as its backbone wants them."""
+
+    @property
+    def backbone(self) -> Backbone:
+        """The model that looks."""
+        ...
+
 
 _BESIDE = {"classes": "labels", "captions": "captions", "conversations": "conversations"}
 """What an objective asks for -> how it is called in `Learner.learn`."""
@@ -136,7 +147,7 @@ def check_first(learner: Core, task: Task, known: Mapping[str, int], where: str)
         raise ValueError(f"{where}: one image only; images are told apart from each other, so give at least two")
 
 
-def shown(images: Any, learner: Core) -> ImageSet:
+def shown(images: Any, learner: Sees) -> ImageSet:
     """The images to look at, one or several."""
     if isinstance(images, ImageSet):
         return images
@@ -167,7 +178,7 @@ class Asked:
         return {"conversation": [self.conversations[i] for i in positions]}
 
 
-def asked(images: Any, questions: str | Sequence[str], learner: Core) -> list[Conversation]:
+def asked(images: Any, questions: str | Sequence[str], learner: Sees) -> list[Conversation]:
     """A conversation for each question.
 
     Args:
@@ -188,14 +199,14 @@ def asked(images: Any, questions: str | Sequence[str], learner: Core) -> list[Co
     return [_conversation(each, question, learner) for each, question in zip(shown, questions, strict=True)]
 
 
-def _conversation(images: Any, question: str, learner: Core) -> Conversation:
+def _conversation(images: Any, question: str, learner: Sees) -> Conversation:
     if not isinstance(question, str) or not question.strip():
         raise ValueError(f"the question is {question!r}: say what you want to know")
     pictures = [] if images is None else decoded(images, learner)
     return Conversation(messages([("user", (*[None] * len(pictures), question.strip()))]), pictures)
 
 
-def decoded(images: Any, learner: Core) -> list[Image.Image]:
+def decoded(images: Any, learner: Sees) -> list[Image.Image]:
     """One or several images as they are, of any size."""
     source = shown(images, learner).source
     return [source.read(row) for row in range(len(source))]

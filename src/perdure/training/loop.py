@@ -133,7 +133,7 @@ def fit_task(
             batch = learner.cache.complete(batch)
             optimizer.zero_grad()
             loss = learner.loss(batch)
-            method.backward(learner, loss)
+            method.backward(learner, loss, batch)
             if step == done:
                 _check_gradients(learner, task)
             method.after_backward(learner)

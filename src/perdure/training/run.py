@@ -21,11 +21,18 @@ from perdure.core.objective import asking
 from perdure.evaluation import calibration
 from perdure.evaluation.feature_drift import Drift
 from perdure.evaluation.held_out import HeldOut, held_out_of, remarks
-from perdure.evaluation.schedule import Evaluation
+from perdure.evaluation.schedule import Evaluation, check_effect
 from perdure.process import as_found, plain
 from perdure.streams import build_stream
 from perdure.streams.augment import AUGMENTS
-from perdure.training.config import RunConfig, former_parts, make_backbone, make_method, make_objective
+from perdure.training.config import (
+    RunConfig,
+    former_parts,
+    make_backbone,
+    make_method,
+    make_objective,
+    measured_between,
+)
 from perdure.training.loop import Diverged, Progress, Quiet, TrainConfig, check_finite, fit_task
 from perdure.training.record import (
     check_unchanged,
@@ -84,9 +91,21 @@ def run(
             progress.note(f"no means over tasks are given: {unlike}")
         for remark in remarks(held_out, stream):
             progress.note(remark)
+        if {"classes"} == set(learner.objective.asks) and "text" in learner.objective.towers:
+            for line in learner.backbone.unread([name for task in stream for name in task.names]):
+                progress.note(line)
         write_record(out, record_of(config, learner, stream, runtime, held_out))
         with nothing_learnt_nothing_left(out), as_found(runtime.threads):
-            return learn_stream(config, learner, stream, out, progress, config.save_every, held_out=held_out)
+            return learn_stream(
+                config,
+                learner,
+                stream,
+                out,
+                progress,
+                config.save_every,
+                held_out=held_out,
+                most=measured_between(config.evaluate),
+            )
 
 
 def dry_run(config: RunConfig, backbone: Backbone, stream: Stream) -> None:
@@ -101,6 +120,7 @@ def dry_run(config: RunConfig, backbone: Backbone, stream: Stream) -> None:
         ValueError: for what a task of `stream` would be refused with when its turn comes.
     """
     objective, method = make_objective(config.objective, config.method), make_method(config.method)
+    check_effect(measured_between(config.evaluate), stream, objective)
     learner = Core(backbone, objective, method, stream.scenario, config.seed)
     try:
         for task in stream:
@@ -153,7 +173,8 @@ def resume(out: Path, progress: Progress | None = None, device: str | None = Non
         if "held_out" in written:
             check_unchanged(out, "held-out data", written["held_out"], facts_of_held_out(held_out))
         with as_found(runtime.threads):
-            return learn_stream(config, learner, stream, out, progress, config.save_every, extra, held_out)
+            most = measured_between(config.evaluate)
+            return learn_stream(config, learner, stream, out, progress, config.save_every, extra, held_out, most)
 
 
 def build_learner(kind: type[C], config: RunConfig, runtime: Runtime | None = None) -> tuple[C, Runtime]:
@@ -198,6 +219,7 @@ def learn_stream(
     save_every: int = 0,
     extra: dict[str, Any] | None = None,
     held_out: HeldOut | None = None,
+    most: int | None = None,
 ) -> dict[str, Any]:
     """Learn what `out` has not learnt yet of `stream`; returns the summary, which is also written.
 
@@ -210,6 +232,7 @@ def learn_stream(
         save_every: see `RunConfig`.
         extra: facts for the manifests of the tasks learnt now.
         held_out: what is measured too, and never taught.
+        most: see `Evaluation`.
     """
     stream, held = calibration.apart(learner, stream)
     done = checkpoint.whole(out)
@@ -224,19 +247,20 @@ def learn_stream(
     if latest := snapshot or (done[-1] if done else None):
         checkpoint.restore(learner, latest, stream.tasks)
     features = Drift(done)
-    evaluation = Evaluation(stream, held_out or held_out_of((), learner), features, out, progress.note)
+    evaluation = Evaluation(stream, held_out or held_out_of((), learner), features, out, progress.note, most)
     with _interruptible() as stopped:
         saver = _Saver(save_every, out, learner, stopped)
         for task in stream.tasks[learnt:]:
             if stopped():
                 raise Interrupted(f"stopped before task {task.index}; go on with 'perdure resume {out}'")
-            resumed = None
+            resumed, start = None, time.perf_counter()
             if snapshot is not None:
                 before = snapshot.rows
                 resumed = snapshot.step or 0, partial(checkpoint.restore_optimizer, snapshot, learner)
                 snapshot = None
             else:
                 before = evaluation.before(learner, task)
+            measured = time.perf_counter() - start
             saver.begin(before)
             try:
                 fitted = fit_task(learner, task, config, progress, saver, resumed)
@@ -252,7 +276,7 @@ def learn_stream(
             start = time.perf_counter()
             calibration.fit(learner, held.get(task.index))
             new = before + evaluation.after(learner, task, fitted.moved)
-            facts = facts_of(fitted, time.perf_counter() - start)
+            facts = facts_of(fitted, measured + time.perf_counter() - start)
             check_there(out)
             beside = {**features.files(task), **taught_files(task)}
             checkpoint.save_task(out, learner, new, facts | (extra or {}), beside)
