@@ -10,7 +10,7 @@ import torch
 from perdure.core.learner import Core
 from perdure.reporting.report import write_report
 from perdure.streams import build_stream
-from perdure.training.config import RunConfig
+from perdure.training.config import RunConfig, flags
 from perdure.training.loop import fit_task
 from perdure.training.online import POINTS, along, as_one
 from perdure.types import Row
@@ -148,4 +148,5 @@ def test_a_long_pass_is_measured_so_many_times_and_shown_in_the_report(lab: Any,
 def test_a_configuration_of_a_pass_is_read_back_as_it_was_written() -> None:
     config = RunConfig(stream="synthetic()", online=True)
     assert config.epochs == 1
+    assert flags(config.describe()) == ["--stream", "synthetic()", "--epochs", "1", "--online"]
     assert RunConfig(**config.describe() | {"retain": ()}) == config

@@ -28,7 +28,7 @@ Spread = tuple[float, float | None] | None
 _SPECS = ("stream", "backbone")
 _TRAINING = (
     *("objective", "epochs", "batch_size", "lr", "optimizer", "weight_decay"),
-    *("schedule", "milestones", "decay", "augment", "calibrate"),
+    *("schedule", "milestones", "decay", "augment", "calibrate", "online"),
 )
 KEYS = (
     "acc",

@@ -185,8 +185,9 @@ def flags(values: Mapping[str, Any], without: Container[str] = ()) -> list[str]:
     for field in dataclasses.fields(RunConfig):
         value = values.get(field.name, field.default)
         several = isinstance(value, list | tuple)
+        shown = () if value is True else value if several else (value,)  # a switch has no value
         if field.name not in without and (value if several else value != field.default):
-            words += [f"--{field.name.replace('_', '-')}", *map(str, value if several else [value])]
+            words += [f"--{field.name.replace('_', '-')}", *map(str, shown)]
     return words
 
 
