@@ -148,5 +148,5 @@ def test_a_long_pass_is_measured_so_many_times_and_shown_in_the_report(lab: Any,
 def test_a_configuration_of_a_pass_is_read_back_as_it_was_written() -> None:
     config = RunConfig(stream="synthetic()", online=True)
     assert config.epochs == 1
-    assert flags(config.describe()) == ["--stream", "synthetic()", "--epochs", "1", "--online"]
+    assert flags(config.describe()) == ["--epochs", "1", "--stream", "synthetic()", "--online"]
     assert RunConfig(**config.describe() | {"retain": ()}) == config
