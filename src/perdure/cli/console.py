@@ -46,10 +46,11 @@ class Screen:
 
     Args:
         as_json: one JSON object per event on standard output, and nothing else there.
+        hushed: shows nothing, as one of several processes that show the same.
     """
 
-    def __init__(self, as_json: bool = False) -> None:
-        self.json = as_json
+    def __init__(self, as_json: bool = False, hushed: bool = False) -> None:
+        self.json, self.hushed = as_json, hushed
         terminal = sys.stdout.isatty()
         width = None if terminal else _UNBROKEN
         self.out = Console(highlight=False, markup=False, emoji=False, soft_wrap=not terminal, width=width)
@@ -62,7 +63,7 @@ class Screen:
     def wait(self, text: str) -> None:
         """On a terminal, say what is being done until something else is shown."""
         self.close()
-        if self.json or not self.live.is_terminal:
+        if self.json or self.hushed or not self.live.is_terminal:
             return
         if self._grid:
             self._rows(text, None)
@@ -308,17 +309,19 @@ class Screen:
     def error(self, text: str) -> None:
         """One line on standard error."""
         self.close()
+        if self.hushed:
+            return
         with contextlib.suppress(OSError):  # whoever read it is gone; the exit code says it too
             line = printable(shortened(" ".join(text.split()), _LONGEST_ERROR))
             print(f"perdure: {line}", file=sys.stderr, flush=True)
 
     def _say(self, *lines: str) -> None:
         """All that a person is told passes here (or through a table's cells): one line each, with nothing that acts."""
-        for line in lines if not self.json else ():
+        for line in lines if not (self.json or self.hushed) else ():
             self.out.print(printable(shortened(line, _LONGEST_LINE)), soft_wrap=True)
 
     def _event(self, kind: str, **content: Any) -> None:
-        if self.json:
+        if self.json and not self.hushed:
             print(_json({"event": kind, **content}), flush=True)
 
     def _rows(self, where: str, steps: int | None) -> None:

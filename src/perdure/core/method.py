@@ -53,6 +53,10 @@ class Method(nn.Module):
     """Whether messages name it where a part that trains the encoder is missing."""
     follows_task: ClassVar[bool] = False
     """Whether it answers by what a task has taught where a batch says which one, under `task`."""
+    batchwise: bool = False
+    """Whether what it makes of an example depends on the others: several processes, or parts, cannot share a batch."""
+    encodes_once: bool = False
+    """Whether it counts what is encoded in a step, which is not to be encoded anew for its gradients."""
     treats: frozenset[str] = frozenset()
     """Towers that compute in another way within `applied`."""
 

@@ -130,6 +130,7 @@ class DRS(nn.Module):
                 loss = loss + self.cost * (F.softmax(logits, 0) * share).sum()
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
+                learner.processes.average_gradients([*trained, raw])
                 optimizer.step()
                 step += 1
             with torch.no_grad():

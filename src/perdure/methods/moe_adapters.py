@@ -26,6 +26,7 @@ from perdure.adapters.injection import Adapters, attach, overhear
 from perdure.backbones.base import OneTower, Tower, named_towers
 from perdure.core.learner import Core
 from perdure.core.method import parts_of
+from perdure.core.processes import Portion
 from perdure.formatting import room_for
 from perdure.mechanisms.class_statistics import ClassTable, TaskGaussians
 from perdure.mechanisms.prompting import QUERY, PerTower, conversation_query, query, text_query
@@ -98,7 +99,7 @@ class MoEAdapters(PerTower[Mixture], name="moe_adapters"):
         tower: which encoder; each has experts, routers and task identification of its own.
     """
 
-    trains_shared, follows_task = True, True
+    trains_shared, follows_task, encodes_once = True, True, True
 
     def __init__(
         self,
@@ -179,7 +180,7 @@ class MoEAdapters(PerTower[Mixture], name="moe_adapters"):
     def after_step(self, learner: Core, batch: Batch) -> None:
         """Count which experts were taken."""
         for adapter in self._all():
-            adapter.tally()
+            adapter.tally(learner.processes.sum)
 
     def end_task(self, learner: Core, task: Task) -> None:
         """Learn to identify the task's images and texts; freeze its routers and the experts it has used most."""
@@ -249,11 +250,16 @@ class MoEAdapters(PerTower[Mixture], name="moe_adapters"):
         most = max(adapter.count for adapter in adapters)
         purpose = "moe_adapters" if tower == "vision" else "moe_adapters text"
         generator = learner.generator(purpose, learner.step)
-        draw = torch.randn(len(adapters), count, most, dtype=torch.float32, generator=generator)
+        # what a process draws for its part of a batch is what one would draw for it of the whole
+        part = learner.part or Portion(range(count), count)
+        draw = torch.randn(len(adapters), part.of, most, dtype=torch.float32, generator=generator)
+        draw = draw[:, part.rows.start : part.rows.stop]
+        tallied = learner.part is not None or learner.processes.first  # what all read counts once
         # routers of former tasks have nothing to try out any more
         noise = (self.noise * draw).to(learner.device) * (place == 0).unsqueeze(1)
         return [
-            Routes(routers, place, its[:, : a.count], counted, seen) for its, a in zip(noise, adapters, strict=True)
+            Routes(routers, place, its[:, : a.count], counted, seen, tallied)
+            for its, a in zip(noise, adapters, strict=True)
         ]
 
     def _read(self, learner: Core, data: Data, order: Tensor, tower: OneTower) -> tuple[Tensor, Tensor]:

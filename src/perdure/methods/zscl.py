@@ -205,7 +205,9 @@ class ZSCL(Method, name="zscl"):
         """The pre-trained model as a learner that was never taught."""
         if not self._teacher:
             objective = copy(learner.objective)
-            self._teacher.append(Core(self._pretrained[0].to(learner.device), objective, Method(), seed=learner.seed))
+            teacher = Core(self._pretrained[0].to(learner.device), objective, Method(), seed=learner.seed)
+            teacher.processes = learner.processes
+            self._teacher.append(teacher)
         return self._teacher[0]
 
 

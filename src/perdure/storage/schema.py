@@ -93,6 +93,7 @@ class Manifest(TypedDict):
     alone: NotRequired[bool]
     source: NotRequired[LessonSource]
     device: NotRequired[str]
+    processes: NotRequired[int]
     seconds: NotRequired[Seconds]
     images: NotRequired[Natural]
     trainable_parameters: NotRequired[Natural]
@@ -109,6 +110,7 @@ class Resolved(TypedDict):
     precision: Literal["fp32", "bf16"]
     attention: Literal["eager", "sdpa"]
     threads: Annotated[int, Meta(ge=1, le=65_536)]
+    processes: NotRequired[Annotated[int, Meta(ge=1, le=65_536)]]
 
 
 class BackboneFacts(TypedDict):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from perdure.formatting import meant
 from perdure.options.paths import anchored
-from perdure.options.ranges import BatchSize, Epochs, Factor, Range, Rate, Seed, check_fields, without_effect
+from perdure.options.ranges import BatchSize, Count, Epochs, Factor, Range, Rate, Seed, check_fields, without_effect
 from perdure.options.spec import Spec, build, parse, parse_one
 
 if TYPE_CHECKING:  # what only asks, as the command line's help does, waits for no torch
@@ -38,7 +38,9 @@ class TrainConfig:
     epochs: Epochs = 5
     """Passes over each task's training set."""
     batch_size: BatchSize = 64
-    """New examples per step."""
+    """New examples per step, of all processes together."""
+    accumulate: Count = 1
+    """Parts in which a step encodes its examples: with the same result, a part takes memory, and a third more time."""
     lr: Rate = 1e-3
     """Learning rate at the start of each task."""
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
@@ -56,6 +58,10 @@ class TrainConfig:
         # a list or tuple of numbers too, as Python's users write it
         object.__setattr__(self, "milestones", str(self.milestones).translate(_BRACKETS).rstrip(","))
         check_fields(self)
+        if self.accumulate > self.batch_size:
+            raise ValueError(
+                f"accumulate={self.accumulate}: expected at most batch_size={self.batch_size}, of which it is parts"
+            )
         if self.schedule != "step":
             why = f"with schedule={self.schedule!r}, but with 'step'"
             without_effect(why, milestones=self.milestones or None, decay=self.decay)

@@ -5,9 +5,10 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import torch
@@ -18,7 +19,9 @@ from perdure.core import checkpoint
 from perdure.core.checkpoint import read_record
 from perdure.core.learner import Core
 from perdure.core.objective import asking
+from perdure.core.processes import Processes
 from perdure.evaluation import calibration
+from perdure.evaluation.examples import EXAMPLES
 from perdure.evaluation.feature_drift import Drift
 from perdure.evaluation.held_out import HeldOut, held_out_of, remarks
 from perdure.evaluation.schedule import Evaluation
@@ -26,7 +29,7 @@ from perdure.process import as_found, plain
 from perdure.streams import build_stream
 from perdure.streams.augment import AUGMENTS
 from perdure.training.config import RunConfig, former_parts, make_backbone, make_method, make_objective
-from perdure.training.loop import Diverged, Progress, Quiet, TrainConfig, check_finite, fit_task
+from perdure.training.loop import Diverged, Progress, Quiet, TrainConfig, check_finite, check_shared_out, fit_task
 from perdure.training.record import (
     check_unchanged,
     elsewhere,
@@ -37,7 +40,7 @@ from perdure.training.record import (
     recorded_runtime,
     write_record,
 )
-from perdure.training.runtime import Runtime, resolve
+from perdure.training.runtime import Runtime, joined, resolve
 from perdure.training.summary import (
     drop_summary_beyond,
     facts_of,
@@ -71,11 +74,11 @@ def run(
         ValueError: for anything in `config` that cannot be done, before anything is learnt.
         Interrupted: after SIGINT or SIGTERM.
     """
-    progress = progress or Quiet()
-    with checkpoint.locked(out):
-        if (out / "run.json").exists():
+    with joined(config.device) as processes, _held(out, processes):
+        if processes.first and (out / "run.json").exists():
             raise ValueError(f"{out} already holds a run: go on with 'perdure resume {out}', or give another --out")
-        learner, stream, runtime = _build(config, runtime)
+        progress = (progress if processes.first else None) or Quiet()
+        learner, stream, runtime = _build(config, runtime, processes)
         if old := former_parts(config):
             progress.note(old)
         dry_run(config, learner.backbone, stream)
@@ -84,8 +87,11 @@ def run(
             progress.note(f"no means over tasks are given: {unlike}")
         for remark in remarks(held_out, stream):
             progress.note(remark)
-        write_record(out, record_of(config, learner, stream, runtime, held_out))
-        with nothing_learnt_nothing_left(out), as_found(runtime.threads):
+        if processes.first:
+            write_record(out, record_of(config, learner, stream, runtime, held_out))
+        processes.wait()
+        nothing_left = nothing_learnt_nothing_left(out) if processes.first else nullcontext()
+        with nothing_left, as_found(runtime.threads):
             return learn_stream(config, learner, stream, out, progress, config.save_every, held_out=held_out)
 
 
@@ -107,9 +113,21 @@ def dry_run(config: RunConfig, backbone: Backbone, stream: Stream) -> None:
             described = Task.described(task.describe())
             learner.grow(described)
             learner.method.check(learner, described)
+        if config.accumulate > 1 and learner.constant_encoder:
+            raise ValueError(
+                f"accumulate={config.accumulate} has no effect where no part trains the encoder: leave it out"
+            )
     finally:
         detach(backbone)
         backbone.requires_grad_(False)
+
+
+@contextmanager
+def _held(out: Path, processes: Processes) -> Iterator[None]:
+    """Within, `out` belongs to this process, or to the one that writes for this one."""
+    with checkpoint.locked(out) if processes.first else nullcontext():
+        processes.wait()
+        yield
 
 
 @contextmanager
@@ -139,15 +157,15 @@ def resume(out: Path, progress: Progress | None = None, device: str | None = Non
         ValueError: when `out` is no run's folder, or something in it is damaged.
         Interrupted: after SIGINT or SIGTERM.
     """
-    progress = progress or Quiet()
     written = read_record(out)
-    with checkpoint.locked(out):
+    with joined(device or written["resolved"]["device"]) as processes, _held(out, processes):
+        progress = (progress if processes.first else None) or Quiet()
         checkpoint.whole(out)  # before the model is read, which may take longer
-        config, runtime = recorded_config(out, written), recorded_runtime(out, written, device)
+        config, runtime = recorded_config(out, written), recorded_runtime(out, written, device, processes.world)
         if not config.stream:
             raise ValueError(f"{out} is taught from folders: go on with 'perdure learn FOLDER --into {out}'")
         extra = elsewhere(out, runtime, progress)
-        learner, stream, _ = _build(config, runtime)
+        learner, stream, _ = _build(config, runtime, processes)
         check_unchanged(out, "data", written["stream"], facts_of_stream(stream))
         held_out = held_out_of(config.retain, learner)
         if "held_out" in written:
@@ -156,26 +174,32 @@ def resume(out: Path, progress: Progress | None = None, device: str | None = Non
             return learn_stream(config, learner, stream, out, progress, config.save_every, extra, held_out)
 
 
-def build_learner(kind: type[C], config: RunConfig, runtime: Runtime | None = None) -> tuple[C, Runtime]:
+def build_learner(
+    kind: type[C], config: RunConfig, runtime: Runtime | None = None, processes: Processes | None = None
+) -> tuple[C, Runtime]:
     """What `config` names, put together and made ready to compute; its stream is not built.
 
     Args:
         kind: class of the learner.
         config: of the run.
         runtime: how to compute; None resolves what `config` leaves open.
+        processes: those that learn together; None is this one alone.
     """
+    processes = processes or Processes()
     method, objective = make_method(config.method), make_objective(config.objective, config.method)
     backbone = make_backbone(config.backbone, config.method)
     if runtime is None:
-        runtime = resolve(backbone, config.precision, config.attention, config.device)
+        runtime = resolve(backbone, config.precision, config.attention, config.device, processes.world)
     runtime.apply(backbone)
     learner = kind(backbone, objective, method, seed=config.seed)
     learner.precision, learner.augment, learner.calibrate = runtime.dtype, AUGMENTS[config.augment], config.calibrate
+    learner.processes = processes
+    check_shared_out(learner, config.accumulate)
     return learner, runtime
 
 
-def _build(config: RunConfig, runtime: Runtime | None) -> tuple[Core, Stream, Runtime]:
-    learner, runtime = build_learner(Core, config, runtime)
+def _build(config: RunConfig, runtime: Runtime | None, processes: Processes) -> tuple[Core, Stream, Runtime]:
+    learner, runtime = build_learner(Core, config, runtime, processes)
     stream = build_stream(config.stream, learner.backbone.preprocess, config.seed)
     check_gives(stream, learner, config.stream, f", or use --objective {asking(stream.gives)}")
     learner.scenario = stream.scenario
@@ -212,20 +236,23 @@ def learn_stream(
         held_out: what is measured too, and never taught.
     """
     stream, held = calibration.apart(learner, stream)
+    processes = learner.processes
     done = checkpoint.whole(out)
-    for each in done:
-        checkpoint.drop_steps(each.folder)
-    # The manifests vouch for what was measured; a line without its task is of a killed process.
-    if checkpoint.write_results(out, done) and done:
-        progress.note(f"{out / 'results.jsonl'} was not what the manifests say: it was written anew from them")
     learnt = done[-1].learnt if done else 0
-    drop_summary_beyond(out, learnt)
+    if processes.first:
+        for each in done:
+            checkpoint.drop_steps(each.folder)
+        # The manifests vouch for what was measured; a line without its task is of a killed process.
+        if checkpoint.write_results(out, done) and done:
+            progress.note(f"{out / 'results.jsonl'} was not what the manifests say: it was written anew from them")
+        drop_summary_beyond(out, learnt)
+    processes.wait()
     snapshot = checkpoint.latest_step(out, done) if learnt < len(stream) else None
     if latest := snapshot or (done[-1] if done else None):
         checkpoint.restore(learner, latest, stream.tasks)
     features = Drift(done)
-    evaluation = Evaluation(stream, held_out or held_out_of((), learner), features, out, progress.note)
-    with _interruptible() as stopped:
+    with _interruptible(processes) as stopped, _examples_of(out, processes) as shown:
+        evaluation = Evaluation(stream, held_out or held_out_of((), learner), features, shown, progress.note)
         saver = _Saver(save_every, out, learner, stopped)
         for task in stream.tasks[learnt:]:
             if stopped():
@@ -254,13 +281,33 @@ def learn_stream(
             new = before + evaluation.after(learner, task, fitted.moved)
             facts = facts_of(fitted, time.perf_counter() - start)
             check_there(out)
-            beside = {**features.files(task), **taught_files(task)}
-            checkpoint.save_task(out, learner, new, facts | (extra or {}), beside)
-            with (out / "results.jsonl").open("a", encoding="utf-8") as file:
-                file.writelines(checkpoint.lines_of(new))
+            if processes.first:
+                beside = {**features.files(task), **taught_files(task)}
+                checkpoint.save_task(out, learner, new, facts | (extra or {}), beside)
+                with (out / "results.jsonl").open("a", encoding="utf-8") as file:
+                    file.writelines(checkpoint.lines_of(new))
             progress.scores(task, new)
-    evaluation.end(learner)
-    return write_summary(out, progress.note)
+        evaluation.end(learner)
+    found = [write_summary(out, progress.note)] if processes.first else []
+    return found[0] if processes.world == 1 else dict(processes.gather_objects(found)[0])
+
+
+@contextmanager
+def _examples_of(out: Path, processes: Processes) -> Iterator[Path]:
+    """Where examples are noted: in `out` by the process that writes; the others, which compute them too, elsewhere.
+
+    What one reads there the first may have written anew in the meantime.
+    """
+    if processes.first:
+        processes.wait()
+        yield out
+        return
+    with TemporaryDirectory(prefix="perdure-") as aside:
+        for name in ("run.json", EXAMPLES):
+            if (out / name).exists():
+                shutil.copy(out / name, aside)
+        processes.wait()
+        yield Path(aside)
 
 
 def check_there(out: Path) -> None:
@@ -297,7 +344,8 @@ class _Saver:
         if not (due or stopped):
             return
         check_finite(self.learner, self.learner.task)
-        checkpoint.save_step(self.out, self.learner, step, optimizer, self.rows)
+        if self.learner.processes.first:
+            checkpoint.save_step(self.out, self.learner, step, optimizer, self.rows)
         self.saved = time.perf_counter()
         self.took = self.saved - now
         if stopped:
@@ -308,21 +356,25 @@ class _Saver:
 
 
 @contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
-    """SIGINT and SIGTERM finish the step instead of breaking it; a second SIGINT breaks."""
+def _interruptible(processes: Processes) -> Iterator[Callable[[], bool]]:
+    """SIGINT and SIGTERM finish the step instead of breaking it; a second SIGINT breaks.
+
+    Of several processes all stop at the same step, when any of them was asked; a launcher passes on what a terminal has
+    sent to each already, so that a second signal says nothing new.
+    """
     asked: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
+        yield lambda: processes.any(False)
         return
 
     def ask(number: int, _frame: object) -> None:
-        if asked and number == signal.SIGINT:
+        if asked and number == signal.SIGINT and processes.world == 1:
             raise KeyboardInterrupt
         asked.append(number)
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield lambda: bool(asked)
+        yield lambda: processes.any(bool(asked))
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
