@@ -58,6 +58,9 @@ EVERY += [asked(spec, words) for words, specs in ELSEWHERE.items() for spec in s
 IN_PARTS = ["lora(rank=2)", "inflora(rank=2) + replay(size=12)", "finetune + ewc(samples=8)", "lora(rank=2) + gem"]
 EVERY += [asked(spec, accumulate=3) for spec in IN_PARTS]
 EVERY += [asked("lora(rank=2, tower='both')", "retrieve", accumulate=2)]
+HELD_IN_PARTS = "lora(rank=2) | inflora(rank=2) + replay(size=12) | l2p | lora(rank=2) + ewc(samples=8) | prefix"
+EVERY += [asked(spec, shard=True) for spec in HELD_IN_PARTS.split(" | ")]
+EVERY += [asked("lora(rank=2, tower='both') + ewc(samples=8)", "retrieve", shard=True)]
 SAMPLE = EVERY[::3]  # what CI asks one pair of processes for
 SINGLE = EVERY[::7]
 

@@ -69,6 +69,7 @@ class Core(nn.Module):
         self.still: dict[int, tuple[Data, Data]] = {}  # and with features, while no task moves these
         self.turn = Turn()
         self.processes = Processes()
+        self.sharded = False  # whether each process holds a part of the encoder: all must then encode equally often
         self.accumulate = 1  # parts in which a batch is encoded while it is trained on
         self.part: Portion | None = None  # of a batch that is shared out: what this process computes at the moment
         self._answering = self._undivided = False
@@ -150,7 +151,7 @@ class Core(nn.Module):
 
     def said(self, batch: Batch, say: Callable[[Batch], list[T]]) -> list[T]:
         """`say` of `batch`, a Python value an example, of which each of several processes says its part."""
-        spans = None if self._undivided else self.processes.spans(count(batch))
+        spans = None if self._undivided or self.sharded else self.processes.spans(count(batch))
         if spans is None:
             return say(batch)
         with self.undivided():
@@ -172,7 +173,8 @@ class Core(nn.Module):
             return compute
 
         def computed(batch: Batch) -> Tensor:
-            parts = min(self.accumulate, count(batch))
+            # as many in all processes: those that hold an encoder together compute equally often
+            parts = min(self.accumulate, self.part.of // self.processes.world if self.part else count(batch))
             ends = [count(batch) * part // parts for part in range(parts + 1)]
             pieces = [take(batch, range(*each)) for each in pairwise(ends)]
             return torch.cat([checkpoint(compute, piece, use_reentrant=False) for piece in pieces])

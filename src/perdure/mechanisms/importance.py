@@ -95,14 +95,13 @@ def importance(
         for views in learner.training_views(data, samples, purpose, size):
             batch = learner.cache.complete(views)
             asked.rivals = Competitors(objective.only_task_classes(batch), others)
-            spans = learner.processes.spans(len(batch["label"]))
-            if spans is None and not learner.processes.first:
-                continue  # so few are left to the first process
+            spans = None if learner.sharded else learner.processes.spans(len(batch["label"]))
             own = spans[learner.processes.rank] if spans else range(len(batch["label"]))
+            counts = spans is not None or learner.processes.first  # what all compute counts once
             with learner.undivided():
                 for found in gradients(asked, at, batch, own):
                     for name, gradient in found.items():
-                        total[name] += gradient.abs().pow(power).sum(0)
+                        total[name] += counts * gradient.abs().pow(power).sum(0)
     return mean_one({name: learner.processes.sum(value) for name, value in total.items()})
 
 

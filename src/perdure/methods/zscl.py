@@ -99,6 +99,8 @@ class ZSCL(Method, name="zscl"):
                 f"zscl keeps scores of images and texts, and {learner.objective.name} reads no texts: use --objective "
                 "zeroshot or retrieve, or feature_distill"
             )
+        if self.distils and learner.sharded:
+            raise ValueError("zscl keeps a second copy of the encoder, which is not there with shard: leave one out")
         if self.distils and not self._pretrained:
             self._pretrained.append(deepcopy(learner.backbone))
             detach(self._pretrained[0])  # what other parts have put there

@@ -123,6 +123,8 @@ class RunConfig(TrainConfig):
     """auto takes sdpa; eager where a CPU computes in bf16 and an image has at most 64 tokens."""
     device: str = "auto"
     """cpu, cuda, mps, ..."""
+    shard: Literal["none", "blocks"] = "none"
+    """With blocks, each of several processes holds a part of every block of the frozen encoder (FSDP2)."""
     save_every: Annotated[int, Range(0, 10**9)] = 0
     """Steps between snapshots within a task; 0 saves as often as costs at most 2 % of the time."""
 

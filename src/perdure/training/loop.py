@@ -179,6 +179,8 @@ def check_shared_out(learner: Core, accumulate: int) -> None:
         ValueError: with the method's name.
     """
     world = learner.processes.world
+    if learner.sharded and learner.tunes_backbone:
+        raise ValueError("shard='blocks' is for frozen weights, and here they are trained: leave it out, or take lora")
     for part in learner.method:
         if part.batchwise and (world > 1 or accumulate > 1):
             how = f"in {world} processes" if world > 1 else f"with accumulate={accumulate}"

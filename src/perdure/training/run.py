@@ -40,7 +40,7 @@ from perdure.training.record import (
     recorded_runtime,
     write_record,
 )
-from perdure.training.runtime import Runtime, joined, resolve
+from perdure.training.runtime import Runtime, joined, resolve, shard
 from perdure.training.summary import (
     drop_summary_beyond,
     facts_of,
@@ -90,6 +90,8 @@ def run(
         if processes.first:
             write_record(out, record_of(config, learner, stream, runtime, held_out))
         processes.wait()
+        if config.shard != "none":
+            shard(learner)
         nothing_left = nothing_learnt_nothing_left(out) if processes.first else nullcontext()
         with nothing_left, as_found(runtime.threads):
             return learn_stream(config, learner, stream, out, progress, config.save_every, held_out=held_out)
@@ -108,11 +110,13 @@ def dry_run(config: RunConfig, backbone: Backbone, stream: Stream) -> None:
     """
     objective, method = make_objective(config.objective, config.method), make_method(config.method)
     learner = Core(backbone, objective, method, stream.scenario, config.seed)
+    learner.sharded = config.shard != "none"
     try:
         for task in stream:
             described = Task.described(task.describe())
             learner.grow(described)
             learner.method.check(learner, described)
+        check_shared_out(learner, config.accumulate)
         if config.accumulate > 1 and learner.constant_encoder:
             raise ValueError(
                 f"accumulate={config.accumulate} has no effect where no part trains the encoder: leave it out"
@@ -170,6 +174,8 @@ def resume(out: Path, progress: Progress | None = None, device: str | None = Non
         held_out = held_out_of(config.retain, learner)
         if "held_out" in written:
             check_unchanged(out, "held-out data", written["held_out"], facts_of_held_out(held_out))
+        if config.shard != "none":
+            shard(learner)
         with as_found(runtime.threads):
             return learn_stream(config, learner, stream, out, progress, config.save_every, extra, held_out)
 
@@ -194,6 +200,8 @@ def build_learner(
     learner = kind(backbone, objective, method, seed=config.seed)
     learner.precision, learner.augment, learner.calibrate = runtime.dtype, AUGMENTS[config.augment], config.calibrate
     learner.processes = processes
+    if config.shard != "none" and processes.world == 1:
+        raise ValueError(f"shard={config.shard!r} has no effect in one process: give --processes, or leave it out")
     check_shared_out(learner, config.accumulate)
     return learner, runtime
 

@@ -17,6 +17,7 @@ from accelerate import PartialState
 from torch import distributed
 
 from perdure.backbones.base import Backbone
+from perdure.core.learner import Core
 from perdure.core.processes import PATIENCE, Processes
 from perdure.process import ALONE
 from perdure.training.config import Attention, Precision
@@ -76,7 +77,7 @@ def resolve(
 
 
 def launched() -> int:
-    """How many processes a launcher (torchrun, accelerate, `perdure run --processes`) has started, this one included."""
+    """How many processes a launcher has started (torchrun, accelerate, `perdure run --processes`), this one too."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -103,6 +104,21 @@ def joined(device: str) -> Iterator[Processes]:
             PartialState._reset_state()
             with suppress(RuntimeError):  # of those that have ended already
                 distributed.destroy_process_group()
+
+
+def shard(learner: Core) -> None:
+    """Let each process hold a part of every block of the frozen encoder, which it gathers while it is computed with.
+
+    Blocks by themselves, so that some can be computed without the others. Updates then stay beside the weights.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(learner.device.type, (learner.processes.world,))
+    learner.sharded, learner.backbone.folds = True, False
+    for tower in learner.backbone.towers():
+        for block in learner.backbone.blocks(tower):
+            fully_shard(learner.backbone.get_submodule(block), mesh=mesh, reshard_after_forward=True)
 
 
 def _end_with(launcher: int) -> None:
