@@ -96,7 +96,7 @@ class Resume(Command):
     def __call__(self, screen: Screen) -> None:
         """Resume, report."""
         there = ["--device", self.device] if self.device else []
-        if _launches(self.processes, ["resume", *there], ["--"], self.folder, screen):
+        if _launches(self.processes, ["resume", *there], [], self.folder, screen):
             return
         from perdure.api.folders import go_on
         from perdure.backbones.preprocess import skippable

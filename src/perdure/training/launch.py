@@ -36,7 +36,9 @@ def launch(processes: int, arguments: Sequence[str], folder: object) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # the one line is ours
+    for name in list(logging.root.manager.loggerDict):  # each has a level of its own
+        if name.startswith("torch.distributed"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # the one line is ours
     threads = max(1, (os.cpu_count() or 1) // processes)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # each would take all of them
     config = LaunchConfig(
@@ -61,8 +63,13 @@ def launch(processes: int, arguments: Sequence[str], folder: object) -> None:
 
 def _ended(failures: Mapping[int, Any], processes: int, folder: object) -> Ended:
     """Of the processes that ended before their time, who was the first and whether it has said why."""
-    rank, failure = min(failures.items(), key=lambda each: (each[1].exitcode >= 0, each[1].timestamp))
-    code = int(failure.exitcode)
+
+    def order(rank: int) -> tuple[bool, bool, float]:
+        code = failures[rank].exitcode
+        return code == -signal.SIGTERM, code >= 0, failures[rank].timestamp  # that is how the launcher ends the others
+
+    rank = min(failures, key=order)
+    code = int(failures[rank].exitcode)
     if code in (2, 130):  # it has said why
         return Ended("", code)
     by = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"

@@ -91,7 +91,12 @@ def joined(device: str) -> Iterator[Processes]:
         yield Processes()
         return
     theirs = bool(PartialState._shared_state)  # a caller's, or an outer one of ours
-    state = PartialState(cpu=device == "cpu", timeout=PATIENCE)
+    # unless it is told, Accelerate joins no processes where there is nothing but the CPU
+    state = PartialState(cpu=device == "cpu" or not torch.accelerator.is_available(), timeout=PATIENCE)
+    if state.num_processes != launched():
+        raise ValueError(
+            f"WORLD_SIZE={launched()}, but {state.num_processes} processes are there: start them by torchrun"
+        )
     gloo = distributed.get_backend() == "gloo"
     control = None if gloo else distributed.new_group(backend="gloo", timeout=PATIENCE)
     if not theirs:
