@@ -7,11 +7,11 @@ export HF_HUB_OFFLINE ?= 1
 
 .PHONY: demo test test-all test-real check benchmark docs clean
 
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml packages/perdure-pocket/pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || (echo "perdure needs Python >= 3.11; try: make PYTHON=python3.12"; exit 1)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/pip install --quiet --editable ".[demo,peft]" --group dev
+	$(BIN)/pip install --quiet --editable packages/perdure-pocket --editable ".[demo,peft]" --group dev
 	touch $@
 
 demo: $(VENV)/.installed

@@ -19,6 +19,7 @@ register()
 ROOT = Path(__file__).parents[2]
 CLASSIFY = sorted(name for name, method in METHODS.items() if not method.protects)
 SUMS = (
+    "lora(rank=2) + oml | lora(rank=2) + reptile | lora(rank=2) + lamaml(size=12) | lora(rank=2) + maml | "
     "inflora(rank=2) + replay(size=12) | finetune + ewc(samples=8) | lora(rank=2) + lwf | inflora(rank=2) + lwf | "
     "lora(rank=2) + gem | finetune + agem | inflora(ranks=(1, 2, 4)) | lora(rank=2) + mas(samples=8) | "
     "inflora(rank=2, end_moments='training', moments=9) | lora(rank=2) + feature_distill | finetune + si | "

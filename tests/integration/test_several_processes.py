@@ -110,7 +110,7 @@ def test_ten_kills_of_any_process_lose_nothing(start: Any, content_of: Any, tmp_
             break
         family = [psutil.Process(running.process.pid), *running.workers()]
         draw.choice(family).kill()
-        gone, alive = psutil.wait_procs(family, PATIENCE)
+        _, alive = psutil.wait_procs(family, PATIENCE)
         assert alive == [], f"kill {number}: {running.text()}"
     assert start(out).end(300) == 0
     assert start(tmp_path / "unbroken").end(300) == 0

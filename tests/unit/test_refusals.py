@@ -137,6 +137,9 @@ FORESEEN = {
             "lora(rank=17) | o_lora(rank=17) | c_lora(rank=17) | "
             "sd_lora(rank=17) | route_lora(rank=17) | fm_lora(rank=17)"
         ),
+        r"^sketch=8 has no effect where no layer has more than 4,096 inputs: leave it out$": (
+            "inflora(rank=2, sketch=8) | gpm(sketch=8)"
+        ),
         r"'\d-4' is outside 0-1": "prompt(deep=True, blocks='1-4') | dualprompt(blocks='2-4')",
         r"^blocks='1-1' and general_blocks='0-1' share vision.blocks.1: ": "dualprompt(general_blocks='0-1')",
         r"^align\(rank=17\): expected 1 to 16, the size of the features$": "align(covariance='lowrank', rank=17)",

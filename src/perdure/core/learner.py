@@ -5,29 +5,28 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
-from itertools import chain, islice, pairwise
+from itertools import chain, islice
 from typing import Any, Self, TypeVar
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from perdure.adapters.injection import adapted, fold
 from perdure.backbones.base import Backbone
 from perdure.core.caching import FEATURES, LOWER_BLOCKS, Cache
 from perdure.core.method import Method, parts_of, predicts, treated
 from perdure.core.objective import Objective, asking
-from perdure.core.processes import Portion, Processes
+from perdure.core.sharing import SharedOut
 from perdure.core.temperature import Temperature
 from perdure.process import Turn, plain, seeded
 from perdure.streams.augment import AUGMENTS, Augment
-from perdure.types import Batch, Data, Scenario, Stream, Task, count, take, to
+from perdure.types import Batch, Data, Scenario, Stream, Task, to
 
 T = TypeVar("T")
 
 
-class Core(nn.Module):
+class Core(SharedOut):
     """A backbone, what is asked of it, and how it learns; knows the tasks that it has grown for.
 
     Args:
@@ -68,11 +67,7 @@ class Core(nn.Module):
         self.kept: dict[int, tuple[Data, Data]] = {}  # by identity: test sets with what never changes of them
         self.still: dict[int, tuple[Data, Data]] = {}  # and with features, while no task moves these
         self.turn = Turn()
-        self.processes = Processes()
-        self.sharded = False  # whether each process holds a part of the encoder: all must then encode equally often
-        self.accumulate = 1  # parts in which a batch is encoded while it is trained on
-        self.part: Portion | None = None  # of a batch that is shared out: what this process computes at the moment
-        self._answering = self._undivided = False
+        self._answering = False
 
     @property
     def stream(self) -> Stream:
@@ -114,7 +109,8 @@ class Core(nn.Module):
         if FEATURES in batch:
             known: Tensor = batch[FEATURES]
             return known
-        features = self.shared_out(batch, self._in_parts(self._encode), self.objective.one_row)
+        owners = None if self.objective.one_row else self.objective.owners
+        features = self.shared_out(batch, self.in_parts(self._encode), owners)
         return self._checked(features, "features of images")
 
     def _encode(self, batch: Batch) -> Tensor:
@@ -127,77 +123,26 @@ class Core(nn.Module):
             features: Tensor = self.backbone(batch)
         return features.float()
 
-    def shared_out(self, batch: Batch, compute: Callable[[Batch], Tensor], one_row: bool = True) -> Tensor:
-        """`compute` of `batch`, (R, ...), of which each of several processes computes the rows of its own examples.
-
-        Args:
-            batch: the same in all processes.
-            compute: gives rows, in the order of the examples.
-            one_row: whether one for each example; else as many as the objective says.
-        """
-        spans = None if self._undivided or self.part is not None else self.processes.spans(count(batch))
-        if spans is None:
-            return compute(batch)
-        self.part = Portion(spans[self.processes.rank], count(batch))
-        try:
-            own = compute(take(batch, self.part.rows))
-        finally:
-            self.part = None
-        sizes = list(map(len, spans))
-        if not one_row:
-            rows = torch.bincount(self.objective.owners(batch), minlength=count(batch)).tolist()
-            sizes = [sum(rows[span.start : span.stop]) for span in spans]
-        return self.processes.gather(own, sizes)
-
-    def said(self, batch: Batch, say: Callable[[Batch], list[T]]) -> list[T]:
-        """`say` of `batch`, a Python value an example, of which each of several processes says its part."""
-        spans = None if self._undivided or self.sharded else self.processes.spans(count(batch))
-        if spans is None:
-            return say(batch)
-        with self.undivided():
-            own = say(take(batch, spans[self.processes.rank]))
-        return self.processes.gather_objects(own)
-
-    @contextmanager
-    def undivided(self) -> Iterator[None]:
-        """Within, this process computes by itself all that it is asked for, and at once."""
-        before, self._undivided = self._undivided, True
-        try:
-            yield
-        finally:
-            self._undivided = before
-
-    def _in_parts(self, compute: Callable[[Batch], Tensor]) -> Callable[[Batch], Tensor]:
-        """`compute` as a step does it, with room for no more than a part of a batch: see `TrainConfig.accumulate`."""
-        if self.accumulate == 1 or self._undivided or not (self.training and torch.is_grad_enabled()):
-            return compute
-
-        def computed(batch: Batch) -> Tensor:
-            # as many in all processes: those that hold an encoder together compute equally often
-            parts = min(self.accumulate, self.part.of // self.processes.world if self.part else count(batch))
-            ends = [count(batch) * part // parts for part in range(parts + 1)]
-            pieces = [take(batch, range(*each)) for each in pairwise(ends)]
-            return torch.cat([checkpoint(compute, piece, use_reentrant=False) for piece in pieces])
-
-        return computed
-
-    def embed_texts(self, texts: Sequence[str], labels: Tensor | None = None) -> Tensor:
+    def embed_texts(self, texts: Sequence[str], labels: Tensor | None = None, task: Task | None = None) -> Tensor:
         """Embeddings (n, dim) in float32 of `texts`, in the space of the features, not normalised.
 
         Args:
             texts: any number of them.
             labels: class of each, int64 (n,), where it is known; used in training only.
+            task: which they belong to, where that is known.
         """
         if not texts:
             return torch.zeros(0, self.backbone.dim, dtype=torch.float32, device=self.device)
         tokens = self.backbone.tokenised(texts)
         known = tokens | {"label": labels} if self.training and labels is not None else tokens
+        if task is not None:
+            known = known | {"task": torch.full((len(texts),), task.index, device=self.device)}
 
         def embed(known: Batch) -> Tensor:
             with self.computing(), self.applied(known, "text"):
                 return self.backbone.encode_tokens({name: known[name] for name in tokens}).float()
 
-        return self._checked(self.shared_out(known, self._in_parts(embed)), "embeddings of texts")
+        return self._checked(self.shared_out(known, self.in_parts(embed)), "embeddings of texts")
 
     @contextmanager
     def applied(self, batch: Batch, *towers: str) -> Iterator[None]:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import pairwise
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, distributed
@@ -22,13 +22,6 @@ PATIENCE = timedelta(seconds=60)
 
 class Lost(RuntimeError):
     """Another process has ended, or has not answered within `PATIENCE`."""
-
-
-class Portion(NamedTuple):
-    """Which `rows` of a batch of so many examples (`of`) a process computes."""
-
-    rows: range
-    of: int
 
 
 @dataclass(frozen=True)

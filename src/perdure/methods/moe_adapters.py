@@ -26,10 +26,10 @@ from perdure.adapters.injection import Adapters, attach, overhear
 from perdure.backbones.base import OneTower, Tower, named_towers
 from perdure.core.learner import Core
 from perdure.core.method import parts_of
-from perdure.core.processes import Portion
+from perdure.core.sharing import Portion
 from perdure.formatting import room_for
 from perdure.mechanisms.class_statistics import ClassTable, TaskGaussians
-from perdure.mechanisms.prompting import QUERY, PerTower, conversation_query, query, text_query
+from perdure.mechanisms.prompting import QUERY, PerTower, check_routes_once, conversation_query, query, text_query
 from perdure.options.ranges import Factor, Range, Rank, Share, Strength
 from perdure.types import Batch, Data, Task
 
@@ -131,10 +131,7 @@ class MoEAdapters(PerTower[Mixture], name="moe_adapters"):
     def grow(self, learner: Core, task: Task) -> None:
         """Experts at the first task, and a router for each."""
         backbone = learner.backbone
-        if getattr(backbone, "checkpointing", False):
-            raise ValueError(
-                "moe_adapters cannot route again what is computed again: leave checkpointing out of mllm()"
-            )
+        check_routes_once(learner, self)
         for tower in named_towers(self.tower):
             if tower in self.towers:
                 self.of(tower).open(0, learner.device)

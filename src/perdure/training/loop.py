@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from perdure.core.learner import Core, derived_seed
-from perdure.core.method import treated
+from perdure.core.method import Method, treated
 from perdure.process import ALONE, as_found, plain
 from perdure.training.config import TrainConfig as TrainConfig
 from perdure.types import Batch, Data, Row, Task
@@ -136,7 +136,8 @@ def fit_task(
             batch = learner.cache.complete(batch)
             optimizer.zero_grad()
             loss = learner.loss(batch)
-            method.backward(learner, loss)
+            with learner.undivided():  # what is encoded once more, or in steps of a method's own, is all here
+                method.backward(learner, loss, batch)
             learner.processes.average_gradients([p for group in optimizer.param_groups for p in group["params"]])
             if step == done:
                 _check_gradients(learner, task)
@@ -187,6 +188,11 @@ def check_shared_out(learner: Core, accumulate: int) -> None:
             raise ValueError(
                 f"{part.name}(batchwise=True) cannot learn {how}: what it makes of an example depends on all of its "
                 "batch. Leave batchwise out, or learn in one process without accumulate"
+            )
+        if accumulate > 1 and type(part).backward is not Method.backward:
+            raise ValueError(
+                f"{part.name} cannot learn with accumulate={accumulate}: it takes steps of its own within a step, of "
+                "whole batches. Leave accumulate out (and give a smaller batch_size)"
             )
         if part.encodes_once and accumulate > 1:
             raise ValueError(

@@ -1,17 +1,13 @@
 """A run in a folder: build what the configuration names, learn task after task, evaluate, write everything down."""
 
 import shutil
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
-
-import torch
 
 from perdure.adapters.injection import detach
 from perdure.backbones.base import Backbone
@@ -24,12 +20,19 @@ from perdure.evaluation import calibration
 from perdure.evaluation.examples import EXAMPLES
 from perdure.evaluation.feature_drift import Drift
 from perdure.evaluation.held_out import HeldOut, held_out_of, remarks
-from perdure.evaluation.schedule import Evaluation
+from perdure.evaluation.schedule import Evaluation, check_effect
 from perdure.process import as_found, plain
 from perdure.streams import build_stream
 from perdure.streams.augment import AUGMENTS
-from perdure.training.config import RunConfig, former_parts, make_backbone, make_method, make_objective
-from perdure.training.loop import Diverged, Progress, Quiet, TrainConfig, check_finite, check_shared_out, fit_task
+from perdure.training.config import (
+    RunConfig,
+    former_parts,
+    make_backbone,
+    make_method,
+    make_objective,
+    measured_between,
+)
+from perdure.training.loop import Diverged, Progress, Quiet, TrainConfig, check_shared_out, fit_task
 from perdure.training.record import (
     check_unchanged,
     elsewhere,
@@ -41,6 +44,8 @@ from perdure.training.record import (
     write_record,
 )
 from perdure.training.runtime import Runtime, joined, resolve, shard
+from perdure.training.snapshots import Interrupted as Interrupted
+from perdure.training.snapshots import Saver, check_there, interruptible
 from perdure.training.summary import (
     drop_summary_beyond,
     facts_of,
@@ -49,13 +54,9 @@ from perdure.training.summary import (
     unlike_scores,
     write_summary,
 )
-from perdure.types import Row, Stream, Task
+from perdure.types import Stream, Task
 
 C = TypeVar("C", bound=Core)
-
-
-class Interrupted(Exception):
-    """The user asked to stop; everything done so far is saved."""
 
 
 @plain()
@@ -87,14 +88,18 @@ def run(
             progress.note(f"no means over tasks are given: {unlike}")
         for remark in remarks(held_out, stream):
             progress.note(remark)
+        if {"classes"} == set(learner.objective.asks) and "text" in learner.objective.towers:
+            for line in learner.backbone.unread([name for task in stream for name in task.names]):
+                progress.note(line)
         if processes.first:
             write_record(out, record_of(config, learner, stream, runtime, held_out))
         processes.wait()
         if config.shard != "none":
             shard(learner)
+        most = measured_between(config.evaluate)
         nothing_left = nothing_learnt_nothing_left(out) if processes.first else nullcontext()
         with nothing_left, as_found(runtime.threads):
-            return learn_stream(config, learner, stream, out, progress, config.save_every, held_out=held_out)
+            return learn_stream(config, learner, stream, out, progress, config.save_every, held_out=held_out, most=most)
 
 
 def dry_run(config: RunConfig, backbone: Backbone, stream: Stream) -> None:
@@ -109,6 +114,7 @@ def dry_run(config: RunConfig, backbone: Backbone, stream: Stream) -> None:
         ValueError: for what a task of `stream` would be refused with when its turn comes.
     """
     objective, method = make_objective(config.objective, config.method), make_method(config.method)
+    check_effect(measured_between(config.evaluate), stream, objective)
     learner = Core(backbone, objective, method, stream.scenario, config.seed)
     learner.sharded = config.shard != "none"
     try:
@@ -177,7 +183,8 @@ def resume(out: Path, progress: Progress | None = None, device: str | None = Non
         if config.shard != "none":
             shard(learner)
         with as_found(runtime.threads):
-            return learn_stream(config, learner, stream, out, progress, config.save_every, extra, held_out)
+            most = measured_between(config.evaluate)
+            return learn_stream(config, learner, stream, out, progress, config.save_every, extra, held_out, most)
 
 
 def build_learner(
@@ -230,6 +237,7 @@ def learn_stream(
     save_every: int = 0,
     extra: dict[str, Any] | None = None,
     held_out: HeldOut | None = None,
+    most: int | None = None,
 ) -> dict[str, Any]:
     """Learn what `out` has not learnt yet of `stream`; returns the summary, which is also written.
 
@@ -242,6 +250,7 @@ def learn_stream(
         save_every: see `RunConfig`.
         extra: facts for the manifests of the tasks learnt now.
         held_out: what is measured too, and never taught.
+        most: see `Evaluation`.
     """
     stream, held = calibration.apart(learner, stream)
     processes = learner.processes
@@ -259,19 +268,20 @@ def learn_stream(
     if latest := snapshot or (done[-1] if done else None):
         checkpoint.restore(learner, latest, stream.tasks)
     features = Drift(done)
-    with _interruptible(processes) as stopped, _examples_of(out, processes) as shown:
-        evaluation = Evaluation(stream, held_out or held_out_of((), learner), features, shown, progress.note)
-        saver = _Saver(save_every, out, learner, stopped)
+    with interruptible(processes) as stopped, _examples_of(out, processes) as shown:
+        evaluation = Evaluation(stream, held_out or held_out_of((), learner), features, shown, progress.note, most)
+        saver = Saver(save_every, out, learner, stopped)
         for task in stream.tasks[learnt:]:
             if stopped():
                 raise Interrupted(f"stopped before task {task.index}; go on with 'perdure resume {out}'")
-            resumed = None
+            resumed, start = None, time.perf_counter()
             if snapshot is not None:
                 before = snapshot.rows
                 resumed = snapshot.step or 0, partial(checkpoint.restore_optimizer, snapshot, learner)
                 snapshot = None
             else:
                 before = evaluation.before(learner, task)
+            measured = time.perf_counter() - start
             saver.begin(before)
             try:
                 fitted = fit_task(learner, task, config, progress, saver, resumed)
@@ -287,7 +297,7 @@ def learn_stream(
             start = time.perf_counter()
             calibration.fit(learner, held.get(task.index))
             new = before + evaluation.after(learner, task, fitted.moved)
-            facts = facts_of(fitted, time.perf_counter() - start)
+            facts = facts_of(fitted, measured + time.perf_counter() - start)
             check_there(out)
             if processes.first:
                 beside = {**features.files(task), **taught_files(task)}
@@ -316,73 +326,3 @@ def _examples_of(out: Path, processes: Processes) -> Iterator[Path]:
                 shutil.copy(out / name, aside)
         processes.wait()
         yield Path(aside)
-
-
-def check_there(out: Path) -> None:
-    """Refuse to go on with a run whose folder is gone.
-
-    Raises:
-        ValueError: when it is.
-    """
-    if not (out / "run.json").exists():
-        raise ValueError(
-            f"{out} is gone or has lost its run.json, and with it what was learnt: start anew, in a folder that stays"
-        )
-
-
-class _Saver:
-    """Snapshots within a task: every so many steps, or as often as costs at most a fiftieth of the time.
-
-    What a snapshot costs is known from the last one, also of the task before; the first is taken for a tenth of a
-    second. So tasks of a few steps, which are saved when they end, do without.
-    """
-
-    def __init__(self, every: int, out: Path, learner: Core, stopped: Callable[[], bool]) -> None:
-        self.every, self.out, self.learner, self.stopped = every, out, learner, stopped
-        self.took = 0.1
-
-    def begin(self, rows: list[Row]) -> None:
-        """A task begins, before which `rows` were measured."""
-        self.rows, self.saved = rows, time.perf_counter()
-
-    def __call__(self, step: int, optimizer: torch.optim.Optimizer | None) -> None:
-        check_there(self.out)  # rather than train to the end for nothing
-        stopped, now = self.stopped(), time.perf_counter()
-        due = step % self.every == 0 if self.every else now - self.saved > 50 * self.took
-        if not (due or stopped):
-            return
-        check_finite(self.learner, self.learner.task)
-        if self.learner.processes.first:
-            checkpoint.save_step(self.out, self.learner, step, optimizer, self.rows)
-        self.saved = time.perf_counter()
-        self.took = self.saved - now
-        if stopped:
-            raise Interrupted(
-                f"stopped after step {step} of task {self.learner.task.index}, all is saved; "
-                f"go on with 'perdure resume {self.out}'"
-            )
-
-
-@contextmanager
-def _interruptible(processes: Processes) -> Iterator[Callable[[], bool]]:
-    """SIGINT and SIGTERM finish the step instead of breaking it; a second SIGINT breaks.
-
-    Of several processes all stop at the same step, when any of them was asked; a launcher passes on what a terminal has
-    sent to each already, so that a second signal says nothing new.
-    """
-    asked: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: processes.any(False)
-        return
-
-    def ask(number: int, _frame: object) -> None:
-        if asked and number == signal.SIGINT and processes.world == 1:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: processes.any(bool(asked))
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
