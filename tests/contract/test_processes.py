@@ -17,7 +17,7 @@ from perdure.training.config import register
 
 register()
 ROOT = Path(__file__).parents[2]
-CLASSIFY = sorted(name for name, method in METHODS.items() if not method.protects)
+CLASSIFY = sorted(n for n, m in METHODS.items() if not m.protects and (not m.needs or "classes" in m.needs))
 SUMS = (
     "lora(rank=2) + oml | lora(rank=2) + reptile | lora(rank=2) + lamaml(size=12) | lora(rank=2) + maml | "
     "inflora(rank=2) + replay(size=12) | finetune + ewc(samples=8) | lora(rank=2) + lwf | inflora(rank=2) + lwf | "
@@ -60,8 +60,8 @@ IN_PARTS = ["lora(rank=2)", "inflora(rank=2) + replay(size=12)", "finetune + ewc
 EVERY += [asked(spec, accumulate=3) for spec in IN_PARTS]
 EVERY += [asked("lora(rank=2, tower='both')", "retrieve", accumulate=2)]
 HELD_IN_PARTS = "lora(rank=2) | inflora(rank=2) + replay(size=12) | l2p | lora(rank=2) + ewc(samples=8) | prefix"
-EVERY += [asked(spec, shard=True) for spec in HELD_IN_PARTS.split(" | ")]
-EVERY += [asked("lora(rank=2, tower='both') + ewc(samples=8)", "retrieve", shard=True)]
+EVERY += [asked(spec, shard="blocks") for spec in HELD_IN_PARTS.split(" | ")]
+EVERY += [asked("lora(rank=2, tower='both') + ewc(samples=8)", "retrieve", shard="blocks")]
 SAMPLE = EVERY[::3]  # what CI asks one pair of processes for
 SINGLE = EVERY[::7]
 
