@@ -33,6 +33,7 @@ from perdure.training.config import (
     measured_between,
 )
 from perdure.training.loop import Diverged, Progress, Quiet, TrainConfig, check_shared_out, fit_task
+from perdure.training.online import Along, as_one, check_borders
 from perdure.training.record import (
     check_unchanged,
     elsewhere,
@@ -117,6 +118,7 @@ def dry_run(config: RunConfig, backbone: Backbone, stream: Stream) -> None:
     check_effect(measured_between(config.evaluate), stream, objective)
     learner = Core(backbone, objective, method, stream.scenario, config.seed)
     learner.sharded = config.shard != "none"
+    learner.online = config.online
     try:
         for task in stream:
             described = Task.described(task.describe())
@@ -200,6 +202,8 @@ def build_learner(
     """
     processes = processes or Processes()
     method, objective = make_method(config.method), make_objective(config.objective, config.method)
+    if config.online:
+        check_borders(method)
     backbone = make_backbone(config.backbone, config.method)
     if runtime is None:
         runtime = resolve(backbone, config.precision, config.attention, config.device, processes.world)
@@ -209,6 +213,7 @@ def build_learner(
     learner.processes = processes
     if config.shard != "none" and processes.world == 1:
         raise ValueError(f"shard={config.shard!r} has no effect in one process: give --processes, or leave it out")
+    learner.online = config.online
     check_shared_out(learner, config.accumulate)
     return learner, runtime
 
@@ -218,7 +223,7 @@ def _build(config: RunConfig, runtime: Runtime | None, processes: Processes) -> 
     stream = build_stream(config.stream, learner.backbone.preprocess, config.seed)
     check_gives(stream, learner, config.stream, f", or use --objective {asking(stream.gives)}")
     learner.scenario = stream.scenario
-    return learner, stream, runtime
+    return learner, as_one(stream, config.seed) if config.online else stream, runtime
 
 
 def check_gives(stream: Stream, learner: Core, described: str, remedy: str = "") -> None:
@@ -282,7 +287,7 @@ def learn_stream(
             else:
                 before = evaluation.before(learner, task)
             measured = time.perf_counter() - start
-            saver.begin(before)
+            saver.begin(before, Along(learner, task, config.batch_size) if learner.online else None)
             try:
                 fitted = fit_task(learner, task, config, progress, saver, resumed)
             except Diverged as error:

@@ -13,6 +13,7 @@ from perdure.core import checkpoint
 from perdure.core.learner import Core
 from perdure.core.processes import Processes
 from perdure.training.loop import check_finite
+from perdure.training.online import Along
 from perdure.types import Row
 
 
@@ -43,13 +44,15 @@ class Saver:
         self.every, self.out, self.learner, self.stopped = every, out, learner, stopped
         self.took = 0.1
 
-    def begin(self, rows: list[Row]) -> None:
-        """A task begins, before which `rows` were measured."""
-        self.rows, self.saved = rows, time.perf_counter()
+    def begin(self, rows: list[Row], along: Along | None = None) -> None:
+        """A task begins, before which `rows` were measured; what is measured `along` it is added to them."""
+        self.rows, self.along, self.saved = rows, along, time.perf_counter()
 
     def __call__(self, step: int, optimizer: torch.optim.Optimizer | None) -> None:
         """A step is done; raises `Interrupted` once all is saved that a run which is to stop has learnt."""
         check_there(self.out)  # rather than train to the end for nothing
+        if self.along:
+            self.rows.extend(self.along(step))
         stopped, now = self.stopped(), time.perf_counter()
         due = step % self.every == 0 if self.every else now - self.saved > 50 * self.took
         if not (due or stopped):
