@@ -12,6 +12,8 @@ from typing import Any
 import psutil
 import pytest
 
+from perdure.training.config import flags
+
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 PATIENCE = 60  # seconds within which all must have ended
 METHOD = "inflora(rank=2) + replay(size=8)"
@@ -43,12 +45,11 @@ class Started:
 def start(lab: Any, tmp_path: Path) -> Iterator[Callable[..., Started]]:
     """Start a run in a folder, or go on with it; whatever is left at the end is ended."""
     options = lab.but(epochs=60, tasks=2).config(METHOD, save_every=1).describe()
-    flags = [f for k, v in options.items() if v not in ([], "", None) for f in (f"--{k.replace('_', '-')}", str(v))]
     all_of_them: list[Started] = []
 
     def started(out: Path) -> Started:
         begun = (out / "run.json").exists()
-        words = ["resume", str(out)] if begun else ["run", *flags, "--out", str(out)]
+        words = ["resume", str(out)] if begun else ["run", *flags(options), "--out", str(out)]
         all_of_them.append(Started(words, tmp_path / f"said {len(all_of_them)}"))
         return all_of_them[-1]
 

@@ -194,7 +194,8 @@ def flags(values: Mapping[str, Any], without: Container[str] = ()) -> list[str]:
         value = values.get(field.name, field.default)
         several = isinstance(value, list | tuple)
         if field.name not in without and (value if several else value != field.default):
-            words += [f"--{field.name.replace('_', '-')}", *map(str, value if several else [value])]
+            words.append(f"--{field.name.replace('_', '-')}")
+            words += [] if value is True else map(str, value if several else [value])
     return words
 
 
