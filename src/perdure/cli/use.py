@@ -166,10 +166,14 @@ class Export(LearnerCommand):
         """Export and print the path."""
         from perdure.api.learner import Learner
         from perdure.export.model import export
+        from perdure.reporting.contents import licence_of
 
         screen.wait("writing")
-        path = export(Learner.load(self.learner, self.device), self.out, self.to)
-        screen.result({"export": str(path), "to": self.to}, f"written: {path}")
+        learner = Learner.load(self.learner, self.device)
+        path = export(learner, self.out, self.to)
+        licence = licence_of(learner.config.backbone)
+        said = {"export": str(path), "to": self.to, "licence": licence}
+        screen.result(said, f"written: {path}", *([f"licence: {licence}"] if licence else []))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,7 @@ from perdure.storage import schema
 from perdure.storage.schema import Damaged, Summary
 from perdure.streams import ConversationSet, ImageSet
 from perdure.training.loop import Fitted
+from perdure.training.online import along
 from perdure.training.runtime import peak_memory
 from perdure.types import Row, Task
 
@@ -115,6 +116,9 @@ def summary_of(out: Path, done: Sequence[Checkpoint]) -> dict[str, Any]:
     if notes.get("sequence"):
         whole = {"transfer": metrics.transfer(matrix), "average": metrics.average(matrix)}
         found |= dict.fromkeys(whole) if found.get("unlike_scores") else whole
+    if notes.get("online"):
+        way = along(rows, notes["train_images"])
+        found |= {"online": way, "anytime_acc": sum(way["begun"]) / len(way["begun"])}
     if notes.get("few_shot"):
         found |= _few_shot(matrix, notes["test_images"][:tasks])
     if zero_shot := kept(rows):
