@@ -77,6 +77,10 @@ METHODS = [
             "agem(size=6)",
             "weight_average",
             "joint",
+            "reptile",
+            "maml",
+            "fomaml",
+            "lamaml(size=6)",
         )
     ),
 ]
