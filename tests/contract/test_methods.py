@@ -56,13 +56,16 @@ COMBINATIONS = (
     "si + route_lora(rank=2) + replay(size=12) | prompt(deep=True) | prompt(deep=True, blocks='1') | prompt + ewc | "
     "prompt + align | l2p(reads='class', strength=0) | l2p + replay(size=12) | l2p + ncm | l2p + ewc | "
     "finetune + weight_average | lora(rank=2) + weight_average(form='wise') + ewc | moe_adapters(expand=0.3) | "
-    "moe_adapters + replay(size=12)"
+    "moe_adapters + replay(size=12) | lora(rank=2) + expert_distillation(epochs=1) | "
+    "lora(rank=2) + replay(size=12) + expert_distillation(form='logits', epochs=1) | "
+    "lora(rank=2) + expert_distillation(reference='synthetic()', size=20, epochs=1)"
 )
 OTHER_SCENARIOS = (
     "lora | inflora | ncm | probe + replay(size=12) | finetune + ewc | lora(rank=2) + joint | fm_lora(rank=4) | "
     "sd_lora(rank=2) | probe + align | inflora(rank=2) + ranpac(dim=64) | "
     "lora(rank=2) + lwf | l2p | prompt | dualprompt | coda_prompt | finetune + si | probe + agem | "
-    "lora(rank=2) + icarl(size=12) | lora(rank=2) + derpp(size=12) | gpm(keep=0.5)"
+    "lora(rank=2) + icarl(size=12) | lora(rank=2) + derpp(size=12) | gpm(keep=0.5) | "
+    "lora(rank=2) + expert_distillation(epochs=1)"
 )
 ELSEWHERE = {
     "task": OTHER_SCENARIOS,
@@ -79,7 +82,8 @@ ELSEWHERE = {
         "moe_adapters(tower='text') + mas(samples=8) | moe_adapters(tower='text', expand=0.3) + replay(size=12) | "
         "moe_adapters + weight_average + ewc | prompt + zscl | prompt(tower='both') | prefix(tower='text') | "
         "l2p(tower='both') | l2p(tower='text') + replay(size=12) | dualprompt(tower='both') | "
-        "dualprompt(tower='text', general_length=0) + replay(size=12) | coda_prompt(strength=0.1, tower='both')"
+        "dualprompt(tower='text', general_length=0) + replay(size=12) | coda_prompt(strength=0.1, tower='both') | "
+        "lora(rank=2, tower='both') + expert_distillation(epochs=1)"
     ),
     "retrieve": (
         "probe | finetune(tower='both') | finetune(tower='text') + si | finetune(tower='both') + ewc(samples=8) | "
@@ -146,7 +150,8 @@ IN_FLIGHT = {
         "lora(rank=2) + align + derpp(size=12, selection='grand') | coda_prompt(strength=0.1) + replay(size=12) | "
         "lora(rank=2) + agem + replay(size=12) | inflora(rank=2) + gem(size=12, margin=0.0) | lora(rank=2) + si | "
         "fm_lora(rank=4) + mas(of='updates') | finetune + ewc(form='offline') | "
-        "lora(rank=2) + weight_average(form='wise') + ewc"
+        "lora(rank=2) + weight_average(form='wise') + ewc | lora(rank=2) + expert_distillation(epochs=1) | "
+        "lora(rank=2) + expert_distillation(reference='synthetic()', size=20, epochs=1)"
     ),
     "zeroshot": (
         "lora(rank=2, tower='both') + ewc(of='updates') | lora(rank=2, tower='both') + lwf(text_temperature=1.0) | "
