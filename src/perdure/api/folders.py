@@ -86,7 +86,7 @@ def teach_folder(
         done = checkpoint.whole(into)
         if there:
             learner = Learner.untaught(into, given.get("device"))
-            _refuse_without_effect(into, learner.config, given)
+            refuse_without_effect(into, learner.config, given)
         else:
             if not usual(config.backbone) and holds_conversations(photos):
                 raise ValueError(
@@ -318,7 +318,8 @@ def _skipped(task: Task) -> list[str]:
     return [where for data in (task.train, task.test) for where in getattr(data, "skipped", ())]
 
 
-def _refuse_without_effect(into: Path, config: RunConfig, given: Mapping[str, Any]) -> None:
+def refuse_without_effect(into: Path, config: RunConfig, given: Mapping[str, Any]) -> None:
+    """Raise a ValueError where `given` asks for another learner than the one of `config` in the folder `into`."""
     for name, value in given.items():
         made = getattr(config, name)
         if name in _FIXED and value != made and (name not in _SPECS or parse(anchored(value)) != parse(made)):
@@ -349,6 +350,18 @@ def _begun(into: Path, done: Sequence[Checkpoint]) -> LessonSource | None:
         return None
     remedy = f"restore it, or remove {path.parent} to give this task up"
     return schema.read_typed(path, LessonSource, remedy, "format" in read_record(into))
+
+
+def begun(into: Path) -> bool:
+    """Whether a folder holds a lesson that was begun and is not finished."""
+    return (into / "run.json").exists() and _begun(into, checkpoint.whole(into)) is not None
+
+
+def give_up(into: Path) -> None:
+    """Forget a lesson that was begun in a folder and is not finished; what was learnt before stays."""
+    with checkpoint.locked(into):
+        if (into / "run.json").exists():
+            shutil.rmtree(_next(into, checkpoint.whole(into)), ignore_errors=True)
 
 
 def _refuse_other_task(into: Path, done: Sequence[Checkpoint], source: LessonSource) -> None:

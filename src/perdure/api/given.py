@@ -11,7 +11,7 @@ from torch import empty, int64
 
 from perdure.backbones.base import Backbone
 from perdure.core.learner import Core
-from perdure.core.method import parts_of
+from perdure.core.method import follows_task, parts_of
 from perdure.formatting import meant
 from perdure.streams import (
     ImageSet,
@@ -24,7 +24,7 @@ from perdure.streams import (
 )
 from perdure.streams.conversations import Conversation, messages
 from perdure.streams.sources import listed
-from perdure.types import Batch, Task, Told
+from perdure.types import Batch, Data, Task, Told
 
 
 class Sees(Protocol):
@@ -92,23 +92,35 @@ def _read(learner: Core, path: str | Path, given: Any, asks: str, known: Mapping
     return captioned_task(path, *place, given)
 
 
-def known_task(learner: Core, name: str) -> Task:
-    """The task called `name`, of which an answer is wanted.
+def known_task(learner: Core, name: str | None, chosen: bool = True) -> Task | None:
+    """The task called `name`, of which an answer is wanted; None where it is not known.
+
+    Args:
+        learner: who answers.
+        name: of a task that it has learnt.
+        chosen: whether answers are chosen among the classes that were learnt.
 
     Raises:
         ValueError: when none is called so, or the answer would be the same.
     """
+    if name is None:
+        return None
     names = [task.name for task in learner.tasks[: learner.learnt]]
     if name not in names:
         near = meant(name, names) or f"; it has learnt: {', '.join(map(repr, names)) or 'nothing'}"
         raise ValueError(f"this learner has no task {name!r}{near}")
     found = learner.tasks[names.index(name)]
-    fewer = "classes" in learner.objective.asks and {*found.classes} != {*learner.objective.classes}
-    if not fewer and not any(part.follows_task for part in parts_of(learner.method)):
+    fewer = chosen and "classes" in learner.objective.asks and {*found.classes} != {*learner.objective.classes}
+    if not fewer and not follows_task(learner.method):
         raise ValueError(
             f"task={name!r} has no effect: {learner.method.spec!r} answers the same whatever the task; leave it out"
         )
     return found
+
+
+def told(data: Data, known: Task | None) -> Data:
+    """`data`, all of which belongs to the task that is `known`, if any."""
+    return data if known is None else Told(data, known.index)
 
 
 def within(known: Task, learner: Core, tasks: Sequence[Task]) -> list[Task]:

@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -20,7 +20,7 @@ from perdure.storage.schema import SPECIALISTS
 if TYPE_CHECKING:
     from perdure.api.learner import Learner
     from perdure.api.specialists import Specialists
-    from perdure.streams.conversations import Turn
+    from perdure.api.talk import Talk
 
 _STDIN = "standard input"
 _TOGETHER = 256
@@ -100,14 +100,14 @@ class Chat(LearnerCommand):
 
     def __call__(self, screen: Screen) -> None:
         """Answer line after line, until there are no more."""
-        learner = opened_and_told(self.learner, self.device, screen)
-        learner.check_speaks()
-        talk = _Talk(learner, self.tokens, self.task)
+        from perdure.api.talk import Talk
+
+        talk = Talk(opened_and_told(self.learner, self.device, screen), self.tokens, self.task)
         for line in screen.lines(_HELP):
             if line == "/quit":
                 return
             try:
-                answer = talk.say(line)
+                answer = _heard(line, talk)
             except ValueError as error:
                 if not screen.asks:  # a script is told by the exit code
                     raise
@@ -117,44 +117,24 @@ class Chat(LearnerCommand):
                 screen.result({"question": line, "answer": answer}, *(answer.splitlines() or [""]))
 
 
-class _Talk:
-    """What was said so far, and the images that wait for a question."""
+def _heard(line: str, talk: "Talk") -> str | None:
+    """The answer to a line; None where it is a command.
 
-    def __init__(self, learner: "Learner | Specialists", tokens: int, task: str | None) -> None:
-        self.learner, self.tokens, self.task = learner, tokens, task
-        self._forget()
-
-    def _forget(self) -> None:
-        self.turns: list[Turn] = []
-        self.images: list[Any] = []
-        self.waiting = 0
-
-    def say(self, line: str) -> str | None:
-        """The answer to a line; None where it is a command.
-
-        Raises:
-            ValueError: for an unknown command, an image that cannot be read, or a talk that became too long.
-        """
-        from perdure.api.given import decoded
-        from perdure.streams.conversations import Conversation, messages
-
-        command, _, rest = line.partition(" ")
-        if command == "/new" and not rest:
-            self._forget()
-        elif command == "/image":
-            path = rest.strip().strip("'\"")
-            check_image(path, "/image cat.jpg")
-            self.images += decoded(path, self.learner)
-            self.waiting += 1
-        elif command.startswith("/"):
-            raise ValueError(f"there is no {command}: {_HELP}")
-        else:
-            turns: list[Turn] = [*self.turns, ("user", (*[None] * self.waiting, line))]
-            (answer,) = self.learner.reply([Conversation(messages(turns), self.images)], self.tokens, self.task)
-            # an empty answer is none that a conversation can go on from
-            self.turns, self.waiting = [*turns, ("assistant", (answer or "...",))], 0
-            return answer
-        return None
+    Raises:
+        ValueError: for an unknown command, an image that cannot be read, or a talk that became too long.
+    """
+    command, _, rest = line.partition(" ")
+    if command == "/new" and not rest:
+        talk.forget()
+    elif command == "/image":
+        path = rest.strip().strip("'\"")
+        check_image(path, "/image cat.jpg")
+        talk.show(path)
+    elif command.startswith("/"):
+        raise ValueError(f"there is no {command}: {_HELP}")
+    else:
+        return talk.say(line)
+    return None
 
 
 def check_image(path: str, example: str) -> None:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Optional
 import tyro
 
 from perdure.cli.advise import Advise
+from perdure.cli.app import App
 from perdure.cli.ask import Ask, Chat
 from perdure.cli.catalogue import Listed, entries
 from perdure.cli.combine import Combine
@@ -19,7 +20,7 @@ from perdure.cli.console import Command, Screen
 from perdure.cli.looking import tell_skipped
 from perdure.cli.show import Show
 from perdure.cli.tune import Tune
-from perdure.cli.use import Eval, Export, Move, Predict, Search
+from perdure.cli.use import Eval, Export, Move, Predict, Resize, Search
 from perdure.experiments.cluster import Cluster
 from perdure.experiments.recipes import DEMO_METHODS, demo, recipe
 from perdure.formatting import meant, shortened
@@ -257,6 +258,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "search": Search,
     "ask": Ask,
     "chat": Chat,
+    "app": App,
     "compare": Compare,
     "tune": Tune,
     "advise": Advise,
@@ -266,6 +268,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "report": Report,
     "export": Export,
     "move": Move,
+    "resize": Resize,
     "list": List,
 }
 
@@ -313,9 +316,9 @@ def _finished(out: Path, summary: dict[str, Any], screen: Screen) -> None:
 
 def _tell_notes(records: Sequence[Mapping[str, Any]], screen: Screen) -> None:
     """Say, once, what runs left out of their data."""
-    from perdure.api.measuring import told
+    from perdure.api.measuring import remarks_on
 
-    for line in dict.fromkeys(line for record in records for line in told(record["stream"])):
+    for line in dict.fromkeys(line for record in records for line in remarks_on(record["stream"])):
         screen.note(line)
     tell_skipped(records[0]["stream"].get("skipped", []), screen.note)
 

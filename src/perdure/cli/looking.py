@@ -71,6 +71,15 @@ def shown_images(
     return [files[row] for row in shown.rows.tolist()], shown
 
 
+def tell_unread(learner: "Learner | Specialists", texts: Sequence[str], screen: Screen) -> None:
+    """Say of which words a text encoder knows nothing, unless the learner was taught words itself."""
+    from perdure.api.learner import Learner
+
+    if isinstance(learner, Learner) and "captions" not in learner.objective.asks:
+        for line in learner.backbone.unread(texts):
+            screen.warn(line)
+
+
 def tell_skipped(skipped: Sequence[str], tell: Callable[[str], None]) -> None:
     """Say which images could not be read."""
     if skipped:

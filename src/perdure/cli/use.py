@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from perdure.cli.console import Command, Screen
-from perdure.cli.looking import opened_and_told, shown_images, tell_seen
+from perdure.cli.looking import opened_and_told, shown_images, tell_seen, tell_unread
 from perdure.cli.tables import routing_lines
 from perdure.options.ranges import Count
 from perdure.storage.schema import SPECIALISTS
@@ -51,6 +51,7 @@ class Predict(LearnerCommand):
             raise ValueError(f"no image given: write 'perdure predict {self.learner} cat.jpg'")
         learner = opened_and_told(self.learner, self.device, screen)
         how = {"classes": self.classes or None, "calibrated": self.calibrated, "task": self.task}
+        tell_unread(learner, self.classes, screen)
         tell_seen(learner, self.images, self.top, self.skip_bad, screen, **how)
 
 
@@ -66,6 +67,8 @@ class Search(LearnerCommand):
     """What is looked for, in quotes: "a red car"."""
     top: Count = 5
     """How many images."""
+    task: str | None = None
+    """Name of the task that images and text belong to, where it is known and the method follows it."""
     skip_bad: bool = False
     """Leave unreadable images out, and list them."""
 
@@ -75,9 +78,10 @@ class Search(LearnerCommand):
 
         learner = opened_and_told(self.learner, self.device, screen)
         learner.check_sees("search")
+        tell_unread(learner, [self.text], screen)
         files, shown = shown_images([self.folder], learner, self.skip_bad, screen)
         with skippable("--skip-bad"):
-            found = learner.search(shown, self.text, self.top)
+            found = learner.search(shown, self.text, self.top, task=self.task)
         for place, cosine in found:
             screen.result({"image": str(files[place]), "cosine": cosine}, f"{cosine:+.3f}  {files[place]}")
 
@@ -98,7 +102,7 @@ class Eval(LearnerCommand):
     def __call__(self, screen: Screen) -> None:
         """Print the score per task, or per held-out data set."""
         from perdure.api.learner import Learner
-        from perdure.api.measuring import evaluate, told
+        from perdure.api.measuring import evaluate, remarks_on
         from perdure.evaluation.answer_retention import answered, share_or_points
         from perdure.evaluation.held_out import held_out_of
         from perdure.evaluation.zero_shot_retention import ZERO_SHOT
@@ -124,7 +128,7 @@ class Eval(LearnerCommand):
         for name, stream in held_out.sets.items():
             what = "images" if stream.gives == "classes" else "questions"
             say(f"{name}: {sum(len(task.test) for task in stream)} {what} are measured")
-            for remark in told(stream.notes):
+            for remark in remarks_on(stream.notes):
                 say(f"{name}: {remark}")
         rows = held_out.measure(learner, learner.learnt - 1)
         for row in rows:
@@ -162,10 +166,14 @@ class Export(LearnerCommand):
         """Export and print the path."""
         from perdure.api.learner import Learner
         from perdure.export.model import export
+        from perdure.reporting.contents import licence_of
 
         screen.wait("writing")
-        path = export(Learner.load(self.learner, self.device), self.out, self.to)
-        screen.result({"export": str(path), "to": self.to}, f"written: {path}")
+        learner = Learner.load(self.learner, self.device)
+        path = export(learner, self.out, self.to)
+        licence = licence_of(learner.config.backbone)
+        said = {"export": str(path), "to": self.to, "licence": licence}
+        screen.result(said, f"written: {path}", *([f"licence: {licence}"] if licence else []))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,6 +191,33 @@ class Move(Command):
         found = move(self.folder, self.change)
         for old, new in found:
             screen.result({"event": "moved", "from": old, "to": new}, f"{old} -> {new}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resize(Command):
+    """Let a learner read larger images, longer texts or longer conversations from now on; what it knows stays."""
+
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
+    """A learner's or a run's folder; copy it first to keep it as it is."""
+    size: Count | None = None
+    """Side of images in pixels, a multiple of the patch; with that of the model, as it was published."""
+    length: Count | None = None
+    """Of texts, or of conversations with a language model, in tokens."""
+    positions: Literal["interpolate", "stretch"] | None = None
+    """With --length: how positions of texts become more."""
+    rope: Literal["linear", "ntk", "yarn"] | None = None
+    """Of a language model: how rotary positions make room, with --factor."""
+    factor: float | None = None
+    """With --rope: for how many times as many tokens."""
+
+    def __call__(self, screen: Screen) -> None:
+        """Check that it loads, write it down, print the backbone."""
+        from perdure.api.resizing import resize
+
+        screen.wait("reading the model")
+        options = {name: getattr(self, name) for name in ("size", "length", "positions", "rope", "factor")}
+        backbone = resize(self.folder, **options)
+        screen.result({"event": "resized", "backbone": backbone}, f"{self.folder} now stands on {backbone}")
 
 
 def move(folder: Path, change: str) -> list[tuple[str, str]]:

@@ -157,6 +157,13 @@ class Moves(TypedDict):
     seal: str
 
 
+class Resized(TypedDict):
+    """resized.json: what a backbone reads now that it did not when the run began."""
+
+    backbone: dict[str, int | float | str]
+    seal: str
+
+
 class Summary(TypedDict, total=False):
     """summary.json: numbers, and the manifest that they end with."""
 
@@ -174,6 +181,11 @@ class Summary(TypedDict, total=False):
     feature_drift: float | None
     transfer: float | None
     average: float | None
+    online: dict[str, Any]
+    anytime_acc: float | None
+    few_shot: dict[str, list[float | None]]
+    performance_drop: float | None
+    harmonic_mean: float | None
     zero_shot: dict[str, dict[str, Any]]
     zero_shot_ratio: float | None
     lenient_matrix: list[list[float | None]]
@@ -192,6 +204,7 @@ class Summary(TypedDict, total=False):
     trainable_parameters: Natural
     stored_bytes: Natural
     seconds_per_task: list[dict[str, float]]
+    evaluation_seconds: float
     images_per_second: float | None
     peak_rss_bytes: Natural
     skipped_images: Natural
