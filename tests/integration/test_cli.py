@@ -66,6 +66,7 @@ FLAGS["tune"] += ["--out"]
 FLAGS["compare"] += ["--jobs", "--on", "--cpus-per-cell", "--gpus-per-cell"]
 FLAGS["learn"] += ["--captions", "--batch-size", "--seed", "--precision", "--calibrate", "--skip-bad"]
 FLAGS["learn"] += ["--images", "--score"]
+FLAGS["advise"] += ["--family"]
 FLAGS["combine"] += ["--weights", "--seed", "--distil", "--images", "--epochs", "--lr"]
 for _name in ("resume", "learn", "predict", "search", "ask", "chat", "app", "eval", "combine", "export"):
     FLAGS[_name] += ["--device"]
