@@ -149,6 +149,13 @@ class Specialists:
             f"no member of {self.folder} {what}, which {call} needs: {f'left out is {gone}' if gone else 'combine one'}"
         )
 
+    def _knowing(self, able: list[str], task: str | None) -> list[str]:
+        """Those of `able` who have learnt the task of that name, where one is named."""
+        owners = [name for name in able if task is None or task in _tasks(self.members[name])]
+        if not owners:
+            raise ValueError(f"no member of {self.folder} who can be asked this has a task {task!r}")
+        return owners
+
     @plain()
     def route(self, images: Any, among: Sequence[str] | None = None) -> tuple[list[str], list[bool]]:
         """For each of `images` the member that is to be asked, and whether it seems of a kind that one was taught.
@@ -186,7 +193,7 @@ class Specialists:
     ) -> list[Routed]:
         """As `predict`, with who answered."""
         able = self._some("classes", "predict") if classes is None else self._some("text", "predict with classes")
-        able = self._with_task(able, task)
+        able = self._knowing(able, task)
         data = shown(images, self)
         several = self.router is None and len(able) > 1
         who, known = (list(able), [True] * len(data)) if several else self.route(data, able)
@@ -225,7 +232,7 @@ class Specialists:
         Of several the one whose texts are most like `text`; those that learnt captions go before those that did not,
         and only those with `task` are asked.
         """
-        able = self._with_task(self._some("text", "search"), task)
+        able = self._knowing(self._some("text", "search"), task)
         able = [name for name in able if name in self.able("captions")] or able
         learner = self.members[self._by_text([text], able)[0]]
         told = task if follows_task(learner.method) else None  # else it says who is asked, which is an effect too
@@ -241,7 +248,7 @@ class Specialists:
     @plain()
     def reply(self, conversations: Sequence[Conversation], tokens: int = TOKENS, task: str | None = None) -> list[str]:
         """What is said next in each of `conversations`: by the member that its image is most like, or its words."""
-        able = self._with_task(self._some("conversations", "ask"), task)
+        able = self._knowing(self._some("conversations", "ask"), task)
         who = [self._speaker(each, able) for each in conversations]
         said = [""] * len(who)
         for name in dict.fromkeys(who):
@@ -251,13 +258,6 @@ class Specialists:
             ):
                 said[row] = answer
         return said
-
-    def _with_task(self, able: Sequence[str], task: str | None) -> list[str]:
-        """Those of `able` that have learnt `task`, where one is told."""
-        owners = [name for name in able if task is None or task in _tasks(self.members[name])]
-        if not owners:
-            raise ValueError(f"no member of {self.folder} who is there has a task {task!r}")
-        return owners
 
     def _speaker(self, conversation: Conversation, able: Sequence[str]) -> str:
         if len(able) == 1:
