@@ -44,6 +44,7 @@ METHODS = [
     f"gpm({WORDS}, keep=0.5)",
     f"moe_adapters(rank=2, {WORDS})",
     "lora_experts(rank=2)",
+    "head_gates",
     f"inflora(rank=2, {WORDS}, balance=0.5)",
     f"lora(rank=2, {WORDS}, at='qkvo,mlp', per_task=True)",
     "lora(rank=2, tower='vision')",
@@ -219,7 +220,7 @@ def test_every_family_learns_with_these_methods(family: str, method: str, bench:
     honours_the_contract(bench(family), method)
 
 
-JUMPS = ("prompt", "prefix", "fm_lora", "finetune", "gpm")
+JUMPS = ("prompt", "prefix", "fm_lora", "finetune", "gpm", "head_gates")  # gates are drawn in training
 """What begins with more than adapters at zero (fm_lora by its prompts), or has none."""
 
 

@@ -60,7 +60,7 @@ COMBINATIONS = (
 )
 OTHER_SCENARIOS = (
     "lora | inflora | ncm | probe + replay(size=12) | finetune + ewc | lora(rank=2) + joint | fm_lora(rank=4) | "
-    "sd_lora(rank=2) | probe + align | inflora(rank=2) + ranpac(dim=64) | "
+    "head_gates | sd_lora(rank=2) | probe + align | inflora(rank=2) + ranpac(dim=64) | "
     "lora(rank=2) + lwf | l2p | prompt | dualprompt | coda_prompt | finetune + si | probe + agem | "
     "lora(rank=2) + icarl(size=12) | lora(rank=2) + derpp(size=12) | gpm(keep=0.5)"
 )
@@ -244,7 +244,7 @@ def test_every_trainable_parameter_gets_a_gradient(spec: str, where: Any, lab: A
 
 # By definition: the published forms of SD-LoRA set all magnitudes anew, and new components of CODA-Prompt start
 # orthogonal to the old ones, not at zero.
-JUMP = ("normalise='paper'", "coda_prompt", "moe_adapters", "lora_experts")
+JUMP = ("normalise='paper'", "coda_prompt", "moe_adapters", "lora_experts", "head_gates")
 
 
 @every_place
@@ -262,6 +262,7 @@ CONCLUDES = {
     "weight_average": "That is what is evaluated and saved",
     "moe_adapters": "When an image comes, nobody tells its task: task identification asks which",
     "lora_experts": "When an example comes, nobody tells its task.",
+    "head_gates": "When an example comes, nobody tells its task",
     "distil=": "a new direction that former ones explain up to this share of its squared norm is given up",
 }
 
