@@ -80,12 +80,12 @@ def test_a_task_takes_fewer_heads_at_a_cost_of_at_most_one_point(lab: Any) -> No
 def test_gates_of_old_tasks_are_frozen(lab: Any) -> None:
     learner, tasks = lab.learner("head_gates"), lab.stream().tasks
     lab.teach(learner, tasks[:1])
-    before = learner.method.fixed["0"].clone()
+    before = learner.method.gates.closed["0"].clone()
     told = tasks[0].test.__getitems__(range(8)) | {"task": torch.zeros(8, dtype=torch.int64)}
     with learner.inference():
         features = learner.encode(told)
     lab.teach(learner, tasks[1:])
-    assert torch.equal(learner.method.fixed["0"], before)
+    assert torch.equal(learner.method.gates.closed["0"], before)
     with learner.inference():
         assert torch.equal(learner.encode(told), features)
 
@@ -98,7 +98,7 @@ def check(learner: Any, task: Any) -> None:
 @pytest.mark.parametrize(
     ("method", "said"),
     [
-        ("head_gates(tower='language')", "each example has gates in the vision tower alone"),
+        ("head_gates(tower='language')", "each example has an expert in the vision tower alone"),
         ("head_gates + replay(size=4)", "replay has no effect beside head_gates"),
         ("head_gates + lora", "cannot be combined with lora"),
     ],

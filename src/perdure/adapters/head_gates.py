@@ -9,37 +9,65 @@ import torch
 from torch import Tensor, nn
 
 from perdure.adapters.injection import hold
+from perdure.adapters.state import BufferDict, ParameterStore
 from perdure.types import Site
 
+_OPEN = "log_alpha"
+_START = 3.0  # a gate that is 1 at test time, and in two steps of three
 _COUNTS = ("num_heads", "num_attention_heads", "heads")
 
 
 class HeadGates(nn.Module):
     """Σ_h g_h · head_h W_h in some blocks of a tower, g whatever is given for a while; without it nothing changes.
 
-    A gate of one changes no bit.
+    A gate of one changes no bit. One set is in training, those of former tasks are tensors.
     """
 
     def __init__(self) -> None:
         super().__init__()
+        self.open, self.closed = ParameterStore(), BufferDict()  # "log_alpha"; by task the gates (blocks, heads)
+        self.shape = (0, 0)  # blocks, heads
         self._given: Tensor | None = None
 
-    def attach(self, model: nn.Module, outs: Sequence[Site]) -> int:
+    @property
+    def log_alpha(self) -> nn.Parameter | None:
+        """Of the gates in training (blocks, heads), see `HardConcrete`."""
+        if _OPEN not in self.open:
+            return None
+        return self.open[_OPEN]
+
+    def attach(self, model: nn.Module, outs: Sequence[Site]) -> None:
         """Stand before the output projections of some blocks.
 
-        Returns:
-            how many heads each block has.
-
         Raises:
-            ValueError: when a model does not say it, or its blocks have different numbers.
+            ValueError: when a model does not say how many heads there are, or blocks have different numbers.
         """
         counts = [head_count(model, site) for site in outs]
         if len(set(counts)) > 1:
             raise ValueError(f"blocks have {min(counts)} to {max(counts)} heads: choose those of one number by blocks=")
+        self.shape = len(outs), counts[0]
         for number, site in enumerate(outs):
             layer = model.get_submodule(site.layer)
             hold(layer, [layer.register_forward_pre_hook(partial(_gate, self, number))])
-        return counts[0]
+
+    def start(self, device: torch.device, _task: int = 0) -> None:
+        """New gates, all open."""
+        self.open.put(_OPEN, torch.full(self.shape, _START, dtype=torch.float32, device=device))
+
+    def close(self, task: int) -> None:
+        """Settle and keep the gates in training as those of `task`."""
+        value = self.open.take(_OPEN)
+        assert value is not None
+        self.closed[str(task)] = HardConcrete.settled(value)
+
+    def of_tasks(self, tasks: Tensor) -> Tensor:
+        """Gates (blocks, B, heads) of the task of each example, int64 (B,); all open where it is -1."""
+        known = sorted(int(task) for task in self.closed)
+        every = torch.stack(
+            [*(self.closed[str(task)] for task in known), self.closed[str(known[0])].new_ones(self.shape)]
+        )
+        places = torch.searchsorted(torch.tensor(known, device=tasks.device), tasks)
+        return every[torch.where(tasks < 0, len(known), places)].transpose(0, 1)
 
     @contextmanager
     def using(self, gates: Tensor) -> Iterator[None]:

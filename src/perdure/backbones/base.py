@@ -151,6 +151,10 @@ class Backbone(nn.Module):
         """`texts` as the text tower reads them: integers (n, L) on the CPU, L as the longest of them needs."""
         raise self._without_text()
 
+    def unread(self, texts: Sequence[str]) -> list[str]:
+        """Why some of `texts` mean nothing to the text tower, a line each; none where they can be read."""
+        return []
+
     def embed_tokens(self, tokens: Mapping[str, Tensor]) -> Tensor:
         """What `encode_tokens` gives, which is the one to call."""
         raise self._without_text()

@@ -1,6 +1,7 @@
 """Pairs of image and text encoders of transformers: CLIP and its kin, pairs put together here, the embedded one."""
 
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from perdure.backbones import pretrained
 from perdure.backbones.base import Backbone, Tower, named_towers
 from perdure.backbones.positions import Positions, Side, TextLength, elastic
 from perdure.backbones.preprocess import Preprocess
+from perdure.backbones.scripts import unread_scripts
 from perdure.options.ranges import Count, checked
 from perdure.options.spec import Spec
 
@@ -123,6 +125,11 @@ class Clip(Backbone):
             list(texts), padding=padding, truncation=True, max_length=self.length, return_tensors="pt"
         )
         return {name: ids for name, ids in found.items() if not (self._padded and name == _MASK)}
+
+    def unread(self, texts: Sequence[str]) -> list[str]:
+        """See `perdure.backbones.scripts`."""
+        tokens = lambda word: self.tokenizer(word, add_special_tokens=False)["input_ids"]  # noqa: E731
+        return list(unread_scripts(texts, tokens, self.tokenizer.unk_token_id, _READ.get(self.spec.partition("(")[0])))
 
     def lengthened(self, length: int) -> None:
         """Its tokenizer may say more."""
@@ -349,7 +356,7 @@ def _unfit(which: str, folder: str, reason: str) -> ValueError:
     return ValueError(f"{which}={folder!r} cannot be the {which} tower of a dual encoder: {reason}; take a {known}")
 
 
-FOLDER = Path(__file__).parent / "pocket_clip"
+_READ = {"pocket": "LATIN"}  # see its MODEL_CARD.md
 
 
 @checked
@@ -360,9 +367,9 @@ def pocket(
     length: TextLength | None = None,
     positions: Positions | None = None,
 ) -> Clip:
-    """A CLIP of 7 million parameters for images of 48 pixels; `pocket_clip/MODEL_CARD.md` says what it can do.
+    """A CLIP of 7 million parameters for images of 48 pixels; the model card in `perdure-pocket` says what it can do.
 
-    The weights come from images that allow research use only.
+    The weights come from images that allow research use only, and are a package of their own.
 
     Args:
         layers: features are tokens of the last so many blocks in place of the model's own, see `Backbone.reading`.
@@ -372,4 +379,20 @@ def pocket(
         positions: with `length`, how positions become more, see `perdure.backbones.positions`: "stretch" keeps the
             first 20 as they are (Long-CLIP), "interpolate" none; "stretch" when None.
     """
-    return elastic(load_clip(str(FOLDER), "pocket"), size, length, positions).reading(layers, means)
+    return elastic(load_clip(str(pocket_weights("CLIP")), "pocket"), size, length, positions).reading(layers, means)
+
+
+def pocket_weights(which: str) -> Path:
+    """Folder of weights in the package `perdure-pocket`.
+
+    Raises:
+        ValueError: when it is not installed.
+    """
+    try:
+        found: Path = getattr(import_module("perdure_pocket"), which)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            "the weights of pocket() are a package of their own, and it is not installed: pip install 'perdure[demo]' "
+            "(in a checkout: pip install ./packages/perdure-pocket), or give --backbone 'clip(path=...)'"
+        ) from error
+    return found

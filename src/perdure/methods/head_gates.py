@@ -19,21 +19,17 @@ import torch
 from torch import Tensor
 
 from perdure.adapters.head_gates import HardConcrete, HeadGates
-from perdure.adapters.state import BufferDict, ParameterStore
+from perdure.backbones.base import OneTower
 from perdure.core.learner import Core
-from perdure.core.method import Method, parts_of
 from perdure.mechanisms.class_statistics import TaskGaussians
-from perdure.mechanisms.prompting import QUERY, conversation_query, query
+from perdure.mechanisms.task_experts import TaskExperts
 from perdure.options.ranges import Factor, Strength
-from perdure.types import Batch, Task
+from perdure.types import Batch
 
-_OPEN = 3.0  # log α of a gate that is 1 at test time, and in two steps of three
-_GATES = "log_alpha"
-_LOOK = 4096  # examples of a task that its Gaussian is fitted to
 _DIRECTIONS, _KNOWN = 16, 0.99
 
 
-class SparseHeads(Method, name="head_gates"):
+class SparseHeads(TaskExperts, name="head_gates"):
     """Gates of attention heads, a set a task, sparse and frozen afterwards; each example takes those of its task.
 
     Args:
@@ -43,7 +39,7 @@ class SparseHeads(Method, name="head_gates"):
         gates_lr: learning rate of the gates, as a factor of the run's: log α has to go a long way.
     """
 
-    changes_encoder, sole_adapter, follows_task = True, True, True
+    fallback = True
 
     def __init__(
         self,
@@ -52,87 +48,47 @@ class SparseHeads(Method, name="head_gates"):
         tower: Literal["language", "vision"] | None = None,
         gates_lr: Factor = 50.0,
     ) -> None:
-        super().__init__()
-        self.strength, self.blocks, self.tower, self.gates_lr = strength, blocks, tower, gates_lr
-        self.treats = frozenset({tower} if tower else {"language", "vision"})
-        self.gates = HeadGates()
-        self.learnt, self.fixed = ParameterStore(), BufferDict()  # log α; by task the gates (blocks, heads)
-        self.router = TaskGaussians(_DIRECTIONS, _KNOWN)
-        self._shape: tuple[int, int] = (0, 0)  # blocks, heads
+        super().__init__(1, "o", blocks, tower, None, None, TaskGaussians(_DIRECTIONS, _KNOWN))
+        self.strength, self.gates_lr = strength, gates_lr
 
-    def grow(self, learner: Core, task: Task) -> None:
-        """New gates, all open."""
-        talks = "conversations" in learner.objective.asks
-        tower = self.tower or ("language" if talks else "vision")
-        if talks != (tower == "language"):
-            wanted = "language" if talks else "vision"
-            raise ValueError(f"head_gates(tower={tower!r}): each example has gates in the {wanted} tower alone")
-        self.treats = frozenset({tower})
-        if not self._shape[0]:
-            outs = learner.backbone.sites("o", self.blocks, tower)
-            self._shape = len(outs), self.gates.attach(learner.backbone, outs)
-        self.learnt.put(_GATES, torch.full(self._shape, _OPEN, dtype=torch.float32, device=learner.device))
+    def place(self, learner: Core, tower: OneTower) -> None:
+        """One set of gates for all chosen blocks."""
+        gates = HeadGates()
+        gates.attach(learner.backbone, learner.backbone.sites(self.at, self.blocks, tower))
+        self.experts.append(gates)
 
-    def check(self, learner: Core, task: Task) -> None:
-        """Refuse parts that bring examples of old tasks, whose gates are frozen."""
-        if others := [part.name for part in parts_of(learner.method) if part.rehearses]:
-            raise ValueError(
-                f"{others[0]} has no effect beside head_gates, whose gates learn from their own task: leave it out"
-            )
-
-    def precompute(self, learner: Core, batch: Batch) -> Batch:
-        """What tells the task; nobody asks it in training."""
-        return {} if learner.training else {QUERY: self._query(learner, batch)}
+    @property
+    def gates(self) -> HeadGates:
+        """Those of all tasks."""
+        found: HeadGates = self.experts[0]
+        return found
 
     def param_groups(self, learner: Core) -> dict[str, float]:
         """Faster gates."""
-        return {name: self.gates_lr for name in learner.trainable() if name.endswith(f"learnt.{_GATES}")}
+        mine = {id(p) for p in self.parameters()}
+        return {name: self.gates_lr for name, p in learner.trainable().items() if id(p) in mine}
 
     def penalty(self, learner: Core, batch: Batch, features: Tensor) -> Tensor | float:
         """strength · mean P(g ≠ 0)."""
-        if _GATES not in self.learnt:
-            return 0.0
-        return self.strength * HardConcrete.open(self.learnt[_GATES]).mean()
+        log_alpha = self.gates.log_alpha
+        return 0.0 if log_alpha is None else self.strength * HardConcrete.open(log_alpha).mean()
 
     def applied(self, learner: Core, batch: Batch, tower: str) -> AbstractContextManager[None]:
         """Within, heads have gates: those in training drawn anew for each step, else by each example's task."""
-        if learner.training and _GATES in self.learnt:
-            draw = torch.rand(self._shape, generator=learner.generator("head_gates", learner.step), dtype=torch.float32)
-            uniform = draw.clamp(1e-6, 1 - 1e-6).to(learner.device)
-            return self.gates.using(HardConcrete.draw(self.learnt[_GATES], uniform).unsqueeze(1))
-        return self.gates.using(self._table(learner.device)[:, self._places(learner, batch)])
+        log_alpha = self.gates.log_alpha
+        if not learner.training or log_alpha is None:
+            return super().applied(learner, batch, tower)
+        uniform = torch.rand(
+            log_alpha.shape, generator=learner.generator("head_gates", learner.step), dtype=torch.float32
+        ).clamp(1e-6, 1 - 1e-6)
+        return self.gates.using(HardConcrete.draw(log_alpha, uniform.to(learner.device)).unsqueeze(1))
 
-    def end_task(self, learner: Core, task: Task) -> None:
-        """Settle and freeze the gates, and learn to tell the task's examples."""
-        data = learner.method.data(learner, task)
-        order = torch.randperm(len(data), generator=learner.generator("head_gates"))[:_LOOK]
-        with learner.inference():
-            asked = torch.cat([self._query(learner, batch) for batch in learner.batches(data, 64, order)])
-        labels = data.labels[order.to(data.labels.device)].to(asked.device)
-        self.router.add(task.index, asked.clone(), labels, learner.generator("head_gates router"))
-        value = self.learnt.take(_GATES)
-        assert value is not None
-        self.fixed[str(task.index)] = HardConcrete.settled(value)
+    def answering(self, learner: Core, batch: Batch) -> AbstractContextManager[None]:
+        """Within, each example has the gates of its task."""
+        return self.gates.using(self.gates.of_tasks(self.routes(learner, batch)))
 
     def measures(self, learner: Core) -> dict[str, float]:
-        """Share of heads that a task leaves open, as a mean over tasks, and that any task does."""
-        every = torch.stack(list(self.fixed.values())) > 0
-        return {"heads_open": float(every.float().mean()), "heads_open_of_any": float(every.any(0).float().mean())}
-
-    def _table(self, device: torch.device) -> Tensor:
-        """Gates (blocks, tasks + 1, heads); the last row is of examples that no task knows."""
-        rows = [self.fixed[str(task)] for task in self.router.tasks]
-        return torch.stack([*rows, torch.ones(self._shape, dtype=torch.float32, device=device)], dim=1)
-
-    def _places(self, learner: Core, batch: Batch) -> Tensor:
-        """Row of each example in the table, int64 (B,); the task that is told under "task" goes first."""
-        tasks = self.router.tasks
-        if "task" in batch:
-            return torch.searchsorted(torch.tensor(tasks, device=learner.device), batch["task"])
-        route = self.router.route(self._query(learner, batch))
-        return torch.where(route < 0, len(tasks), route)
-
-    def _query(self, learner: Core, batch: Batch) -> Tensor:
-        """Unit features of the untouched model (B, dim), or what it is given of conversations."""
-        talks = "conversations" in learner.objective.asks
-        return conversation_query(learner, batch) if talks else query(learner, batch)
+        """Who finds its own gates; the share of heads that a task leaves open, as a mean, and that any task does."""
+        every = torch.stack(list(self.gates.closed.values())) > 0
+        opened = {"heads_open": float(every.float().mean()), "heads_open_of_any": float(every.any(0).float().mean())}
+        return {**super().measures(learner), **opened}

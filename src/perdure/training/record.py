@@ -19,7 +19,7 @@ from perdure.evaluation.held_out import HeldOut
 from perdure.options.paths import Relocation, moved
 from perdure.options.spec import changed
 from perdure.storage import schema
-from perdure.storage.schema import Damaged, Moves, Resized, RunRecord
+from perdure.storage.schema import SPECIALISTS, Damaged, Moves, Resized, RunRecord
 from perdure.training.config import RunConfig
 from perdure.training.loop import Progress
 from perdure.training.runtime import Runtime, check_device
@@ -64,7 +64,13 @@ def facts_of_held_out(held_out: HeldOut) -> dict[str, Any]:
 
 
 def write_record(out: Path, content: dict[str, Any]) -> None:
-    """Write run.json, with its seal."""
+    """Write run.json, with its seal.
+
+    Raises:
+        ValueError: when specialists lie in `out`.
+    """
+    if (out / SPECIALISTS).exists():
+        raise ValueError(f"{out} holds specialists, which learn each in a folder of their own: give another folder")
     checkpoint.write_sealed(out / "run.json", content)
 
 
