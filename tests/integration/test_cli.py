@@ -66,7 +66,7 @@ FLAGS = {
             "--seed",
         )
     ],
-    "report": ["--json", "FOLDERS", "--out", "--figures"],
+    "report": ["--json", "FOLDERS", "--out", "--figures", "--csv", "--latex"],
     "export": ["--json", "LEARNER", "--out", "--to"],
     "move": ["--json", "FOLDER", "CHANGE"],
     "resize": ["--json", "FOLDER", "--size", "--length", "--positions", "--rope", "--factor"],
