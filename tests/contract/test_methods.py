@@ -68,7 +68,7 @@ COMBINATIONS = (
 )
 OTHER_SCENARIOS = (
     "lora | inflora | ncm | probe + replay(size=12) | finetune + ewc | lora(rank=2) + joint | fm_lora(rank=4) | "
-    "sd_lora(rank=2) | probe + align | inflora(rank=2) + ranpac(dim=64) | "
+    "head_gates | sd_lora(rank=2) | probe + align | inflora(rank=2) + ranpac(dim=64) | "
     "lora(rank=2) + lwf | l2p | prompt | dualprompt | coda_prompt | finetune + si | probe + agem | "
     "lora(rank=2) + icarl(size=12) | lora(rank=2) + derpp(size=12) | gpm(keep=0.5) | pnn | "
     "lora(rank=2) + lamaml(size=12) | "
@@ -260,7 +260,7 @@ def test_every_trainable_parameter_gets_a_gradient(spec: str, where: Any, lab: A
         learner.learnt += 1
 
 
-ONE_A_TASK = ("hide_lora", "disco", "pnn", "modal_prompt")
+ONE_A_TASK = ("hide_lora", "disco", "pnn", "modal_prompt", "head_gates")
 # By definition: the published forms of SD-LoRA set all magnitudes anew, and new components of CODA-Prompt start
 # orthogonal to the old ones, not at zero.
 JUMP = ("normalise='paper'", "coda_prompt", "moe_adapters", "lora_experts", *ONE_A_TASK)
