@@ -272,7 +272,7 @@ class ExemplarBuffer(ReplayBuffer):
             like: a batch in training.
             view: how the images are changed, anew in every step.
         """
-        if view is None and like.keys() - READ:
+        if view is None and (like.keys() - READ or any(each.seen is not None for each in like.get("tokens", ()))):
             old = self._prepared(learner).__getitems__(rows.tolist())
         else:
             old = read_references(learner.tasks, self.refs[rows])

@@ -9,13 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self, SupportsIndex
 
-import psutil
 import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from perdure.backbones.preprocess import Preprocess, UnreadableImage, begins_like_an_image
-from perdure.streams.sources import InMemory, Picture, Source, head
+from perdure.streams.sources import InMemory, Picture, Source, head, spare_memory
 from perdure.types import Batch
 
 _CHUNK = 256
@@ -34,10 +33,7 @@ class Budget:
     """
 
     def __init__(self, size: int | None = None) -> None:
-        if size is None:
-            memory = psutil.virtual_memory()
-            size = min(memory.total // 4, memory.available // 2)
-        self.left = size
+        self.left = spare_memory() if size is None else size
         self._lock = threading.Lock()
 
     def take(self, size: int) -> bool:

@@ -6,11 +6,12 @@ import shlex
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from perdure.formatting import meant
 from perdure.options.paths import anchored
-from perdure.options.ranges import BatchSize, Epochs, Factor, Range, Rate, Seed, check_fields, without_effect
+from perdure.options.ranges import BatchSize, Bytes, Epochs, Factor, Range, Rate, Seed, check_fields, without_effect
 from perdure.options.spec import Spec, build, parse, parse_one
 
 if TYPE_CHECKING:  # what only asks, as the command line's help does, waits for no torch
@@ -119,6 +120,11 @@ class RunConfig(TrainConfig):
     """cpu, cuda, mps, ..."""
     save_every: Annotated[int, Range(0, 10**9)] = 0
     """Steps between snapshots within a task; 0 saves as often as costs at most 2 % of the time."""
+    cache: str = ""
+    """Folder in which what frozen parts of the model make of images is kept for other runs, whose results it does not
+    change; without it, in memory, as far as that goes."""
+    cache_bytes: Bytes = 20e9
+    """Of that folder; what was not read for longest goes first."""
 
     evaluate: str = "every"
     """After each task, old ones too: 'every', each on its whole test set; 'sample:500', on that many examples of each;
@@ -129,6 +135,10 @@ class RunConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.cache and self.cache_bytes != 20e9:
+            without_effect("without cache", cache_bytes=self.cache_bytes)
+        if self.cache:
+            object.__setattr__(self, "cache", str(Path(self.cache).absolute()))
         # What is written down must lead to the same files wherever it is read.
         for name in ("stream", "backbone", "method"):
             object.__setattr__(self, name, anchored(getattr(self, name)))
@@ -152,6 +162,10 @@ def measured_between(evaluate: str) -> int | None:
     if kind != "sample" or not (count.isascii() and count.isdecimal() and 0 < int(count) <= 10**9):
         raise ValueError(f"evaluate={evaluate!r}: expected every, last, or sample:500 with a number from 1 to 1e9")
     return int(count)
+
+
+BESIDE_RESULTS = ("save_every", "cache", "cache_bytes")
+"""Fields of `RunConfig` on which no result depends."""
 
 
 def usual(backbone: str) -> dict[str, Any]:

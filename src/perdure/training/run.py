@@ -1,5 +1,6 @@
 """A run in a folder: build what the configuration names, learn task after task, evaluate, write everything down."""
 
+import json
 import shutil
 import signal
 import threading
@@ -16,6 +17,7 @@ from perdure.adapters.injection import detach
 from perdure.backbones.base import Backbone
 from perdure.core import checkpoint
 from perdure.core.checkpoint import read_record
+from perdure.core.feature_store import FeatureStore
 from perdure.core.learner import Core
 from perdure.core.objective import asking
 from perdure.evaluation import calibration
@@ -189,6 +191,9 @@ def build_learner(kind: type[C], config: RunConfig, runtime: Runtime | None = No
     runtime.apply(backbone)
     learner = kind(backbone, objective, method, seed=config.seed)
     learner.precision, learner.augment, learner.calibrate = runtime.dtype, AUGMENTS[config.augment], config.calibrate
+    if config.cache:
+        facts = json.dumps(runtime.describe(), sort_keys=True) + torch.__version__
+        learner.store = FeatureStore(Path(config.cache), int(config.cache_bytes), facts)
     return learner, runtime
 
 
@@ -281,6 +286,11 @@ def learn_stream(
                 file.writelines(checkpoint.lines_of(new))
             progress.scores(task, new)
     evaluation.end(learner)
+    if learner.store is not None and not learner.store.used:
+        progress.note(
+            f"--cache {learner.store.folder} had no effect: the method changes what looks at images, or --augment the "
+            "images in every step"
+        )
     return write_summary(out, progress.note)
 
 
