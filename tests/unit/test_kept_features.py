@@ -222,7 +222,7 @@ def test_what_is_seen_once_gives_the_rows_and_answers_of_images(
     data = build_stream(questions, backbone.preprocess, 0).tasks[0].train
     batch = backbone.prepare(data.__getitems__(range(5)))
     blind = batch | {"tokens": [backbone.see(each) for each in batch["tokens"]]}
-    assert not any(sight.shown(each) for each in blind["tokens"])
+    assert not any(sight.has_images(each) for each in blind["tokens"])
     mixed = batch | {"tokens": [*blind["tokens"][:1], *batch["tokens"][1:]]}
     with torch.no_grad():
         rows = backbone(batch)

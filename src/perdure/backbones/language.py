@@ -229,7 +229,7 @@ class Language(Backbone):
 
     def see(self, example: Tokens) -> Tokens:
         """`example` with what vision tower and projector make of its images, by themselves, in place of these."""
-        if not sight.shown(example):
+        if not sight.has_images(example):
             return example
         asked = [example.with_answer(())]
         found = sight.seen_of(self.model.base_model, lambda: self._hidden(self._inputs(asked, "right")))
@@ -317,7 +317,7 @@ class Language(Backbone):
 
     def _inputs(self, examples: Sequence[Tokens], side: Literal["left", "right"]) -> dict[str, Tensor]:
         if any(each.seen is not None for each in examples):  # beside old ones, of which it is not known
-            examples = [self.see(each) if sight.shown(each) else each for each in examples]
+            examples = [self.see(each) if sight.has_images(each) else each for each in examples]
         found = collate(examples, side, self.dialogue.pad)
         if hasattr(self.model.base_model, "get_rope_index") and "mm_token_type_ids" not in found:
             raise ValueError(

@@ -77,7 +77,7 @@ def given(body: Any, seen: Tensor, form: Form) -> AbstractContextManager[None]:
     return replaced(body, lambda *_, **__: form.kind(pooler_output=shallow, **fields))
 
 
-def shown(example: Tokens) -> bool:
+def has_images(example: Tokens) -> bool:
     """Whether there is an image in `example` to look at."""
     return any(name in example.inputs for name in PIXELS)
 

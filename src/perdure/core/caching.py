@@ -150,7 +150,7 @@ class Cache:
                 if "tokens" not in batch:
                     return data
                 tokens: list[Tokens] = batch["tokens"]
-                own = [self._key("seen", *sight.pixels(each)) if sight.shown(each) else "" for each in tokens]
+                own = [self._key("seen", *sight.pixels(each)) if sight.has_images(each) else "" for each in tokens]
                 for key, each in zip(own, tokens, strict=True):
                     if key and key not in sizes:
                         value = self._kept(key, partial(self._sight, each))
