@@ -1,12 +1,15 @@
 """Numbers of the matrix of scores, as the literature defines them; recall at K of rankings."""
 
+from __future__ import annotations
+
 import statistics
 from collections.abc import Iterable, Sequence
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from perdure.types import Row
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Scores = Sequence[float | None]
 Matrix = Sequence[Scores]
@@ -143,6 +146,29 @@ def average(matrix: Matrix) -> float | None:
     return _mean([value for row in _square(matrix) for value in row])
 
 
+def session_accuracies(matrix: Matrix, images: Sequence[int]) -> list[float | None]:
+    """After each task: the share of right answers on all test images of the tasks learnt so far; length T.
+
+    Args:
+        matrix: of shares.
+        images: test images of each task, (T).
+    """
+    return [_weighted(row[: i + 1], images[: i + 1]) for i, row in enumerate(_square(matrix))]
+
+
+def harmonic_means(matrix: Matrix, images: Sequence[int]) -> list[float | None]:
+    """After each task: 2 a b / (a + b), a the accuracy on the first task, b that on all images of the others learnt.
+
+    None after the first. One that learns nothing new has 0 (Peng et al., ECCV 2022, arXiv:2208.00147).
+    """
+    found: list[float | None] = []
+    for i, row in enumerate(_square(matrix)):
+        base, new = row[0], _weighted(row[1 : i + 1], images[1 : i + 1])
+        both = None if base is None or new is None else base + new
+        found.append(None if both is None or base is None or new is None else 2 * base * new / both if both else 0.0)
+    return found
+
+
 def new_task_acc(matrix: Matrix) -> float | None:
     """Mean score on each task right after it was learnt: (1/T) Σ_j R_jj."""
     return _mean([row[j] for j, row in enumerate(_square(matrix))])
@@ -191,6 +217,11 @@ def _mean(values: Scores) -> float | None:
     return statistics.fmean(known) if known else None
 
 
+def _weighted(values: Scores, weights: Sequence[int]) -> float | None:
+    known = _known(values)
+    return sum(v * w for v, w in zip(known, weights, strict=True)) / sum(weights) if known else None
+
+
 def _minus(a: float | None, b: float | None) -> float | None:
     return None if a is None or b is None else a - b
 
@@ -214,6 +245,8 @@ def ranks(
         right: which of the gallery count as answers, bool (m,), all when None; others of a query's own owner are
             neither right nor wrong.
     """
+    import torch  # here: the numbers of a matrix need none
+
     found = []
     for some, mine in zip(torch.split(queries, _CHUNK), torch.split(owners, _CHUNK), strict=True):
         scores = some @ gallery.T

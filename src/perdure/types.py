@@ -1,11 +1,18 @@
-"""The nouns of continual learning. Plain data; imports nothing of this package."""
+"""The nouns of continual learning. Plain data; imports nothing of this package.
+
+What needs tensors imports torch when it is called: who only reads what a folder says of its tasks waits for none.
+"""
+
+from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 Batch = dict[str, Any]
 """One batch by name, with an entry for each example: `image` uint8 (B, 3, S, S), `label` int64 (B,), ...
@@ -17,10 +24,12 @@ only places that know it; who asks for a name knows which of the two it stands f
 
 def join(batches: Sequence[Batch]) -> Batch:
     """Batches of the same names as one, in their order."""
+    import torch
+
     first, *_ = batches
     return {
         name: torch.cat([batch[name] for batch in batches])
-        if isinstance(value, Tensor)
+        if isinstance(value, torch.Tensor)
         else [each for batch in batches for each in batch[name]]
         for name, value in first.items()
     }
@@ -28,16 +37,20 @@ def join(batches: Sequence[Batch]) -> Batch:
 
 def take(batch: Batch, rows: Tensor) -> Batch:
     """The examples at `rows`, int64 (n,), in that order."""
+    import torch
+
     return {
-        name: value[rows.to(value.device)] if isinstance(value, Tensor) else [value[i] for i in rows.tolist()]
+        name: value[rows.to(value.device)] if isinstance(value, torch.Tensor) else [value[i] for i in rows.tolist()]
         for name, value in batch.items()
     }
 
 
 def to(batch: Batch, device: torch.device) -> Batch:
     """The same with its tensors on `device`; a list stays what it is."""
+    import torch
+
     return {
-        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
         for name, value in batch.items()
     }
 
@@ -68,7 +81,12 @@ class Data(Protocol):
 class Nothing:
     """The data of a task that is known by its description only, as after loading a learner."""
 
-    labels = torch.empty(0, dtype=torch.int64)
+    @cached_property
+    def labels(self) -> Tensor:
+        """None, int64 (0,)."""
+        import torch
+
+        return torch.empty(0, dtype=torch.int64)
 
     def __len__(self) -> int:
         return 0
@@ -81,6 +99,8 @@ class Union:
     """Several data sets as one."""
 
     def __init__(self, sets: Sequence[Data]) -> None:
+        import torch
+
         self.sets = sets
         self.labels: Tensor = torch.cat([s.labels for s in sets])
         self._starts = torch.tensor([0] + [len(s) for s in sets]).cumsum(0)
@@ -90,6 +110,8 @@ class Union:
 
     def __getitems__(self, positions: Sequence[int]) -> Batch:
         """Examples at `positions`, in their order."""
+        import torch
+
         wanted = torch.as_tensor(positions)
         owner = torch.bucketize(wanted, self._starts[1:], right=True)
         parts: list[Batch] = []
@@ -130,6 +152,8 @@ class Told:
 
     def __getitems__(self, positions: Sequence[int]) -> Batch:
         """The examples at `positions`, and whose they are."""
+        import torch
+
         return self.data.__getitems__(positions) | {"task": torch.full((len(positions),), self.index)}
 
 
@@ -145,18 +169,20 @@ class Encoded:
     def __init__(self, kept: Batch, labels: Tensor, images: Data | None = None) -> None:
         self.kept, self.labels, self.images = kept, labels, images
 
-    def __deepcopy__(self, memo: dict[int, object]) -> "Encoded":
+    def __deepcopy__(self, memo: dict[int, object]) -> Encoded:
         return self  # it never changes
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def part(self, start: int, end: int) -> "Encoded":
+    def part(self, start: int, end: int) -> Encoded:
         """The examples from `start` to before `end`, of data without images."""
         return Encoded({name: values[start:end] for name, values in self.kept.items()}, self.labels[start:end])
 
     def __getitems__(self, positions: Sequence[int]) -> Batch:
         """What is kept, and labels; images where they are needed."""
+        import torch
+
         batch = take(self.kept | {"label": self.labels}, torch.as_tensor(positions))
         return batch if self.images is None else batch | self.images.__getitems__(positions)
 
@@ -184,7 +210,7 @@ class Task:
         return facts | ({"score": self.score} if self.score else {})
 
     @classmethod
-    def described(cls, facts: dict[str, Any]) -> "Task":
+    def described(cls, facts: dict[str, Any]) -> Task:
         """A task without data, from what `describe` wrote."""
         told = (facts["index"], facts["name"], tuple(facts["classes"]), tuple(facts["names"]), facts["total"])
         return cls(*told, score=facts.get("score", ""))

@@ -207,8 +207,25 @@ def test_a_card_explains_hooks_that_methods_have(name: str) -> None:
 
 
 def test_every_page_is_in_the_navigation() -> None:
-    listed = set(re.findall(r": ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), flags=re.M))
+    listed = set(re.findall(r": ([\w./-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), flags=re.M))
     assert {page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")} == listed
+
+
+def test_the_chinese_guide_to_language_models_has_the_code_links_and_tables_of_the_english_one() -> None:
+    def parts(page: str) -> dict[str, Any]:
+        text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+        shown = [
+            "".join(block.split("#")[0] for block in found["text"].splitlines()) for found in _BLOCK.finditer(text)
+        ]
+        rest = _BLOCK.sub("", text)
+        links = [link.partition("#")[0] for link in re.findall(r"\]\((\S+?)\)", rest) if not link.startswith("mllm")]
+        written = {re.sub(r"\s+", " ", code) for code in re.findall(r"`([^`]+)`", rest)}
+        rows = [line.count("|") for line in rest.splitlines() if line.startswith("|")]
+        return {"blocks": shown, "links": links, "code": written, "tables": rows, "headings": rest.count("\n## ")}
+
+    chinese, english = parts("mllm.zh-CN.md"), parts("mllm.md")
+    for part, found in english.items():
+        assert chinese[part] == found, part
 
 
 def _table(text: str, heading: str) -> dict[str, list[str]]:
@@ -251,21 +268,38 @@ def test_every_card_has_the_same_parts(name: str) -> None:
 
 
 @pytest.mark.parametrize("readme", ["README.md", "README.zh-CN.md"])
-def test_a_readme_names_all_that_exists_and_both_commands(readme: str) -> None:
+def test_a_readme_is_short_and_has_both_commands(readme: str) -> None:
     text = (ROOT / readme).read_text(encoding="utf-8")
     found = re.search(r"```bash\n(make .*?)```", text, flags=re.S)
     assert found
     assert re.findall(r"^make \w+", found[1], flags=re.M) == ["make demo", "make test"]
-    for name in (*OURS, *STREAMS, *BACKBONES):
-        assert f"`{name}`" in text, f"{name} is missing"
+    assert len(text.splitlines()) <= 90
+    assert [line for line in text.splitlines() if len(line) > 100] == []
     assert ("README.zh-CN.md" if readme == "README.md" else "README.md") in text
+
+
+def test_both_readmes_have_the_same_commands_and_links() -> None:
+    english, chinese = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh-CN.md"))
+
+    def said(text: str) -> tuple[list[str], list[str]]:
+        code = re.findall(r"^```\w+\n(.*?)^```", text, flags=re.S | re.M)
+        links = {link.replace(".zh-CN", "") for link in re.findall(r"\]\((.*?)\)", text)}
+        return [re.sub(r" *# .*", "", block) for block in code], sorted(links)
+
+    assert said(english) == said(chinese)
 
 
 def test_the_reference_lists_every_command_and_every_key_of_the_summary(lab: Any, tmp_path: Path) -> None:
     text = (ROOT / "docs/reference.md").read_text(encoding="utf-8")
     assert list(_table(text, "## Commands")) == list(COMMANDS)
     sequence = "sequence(synthetic(), synthetic(noise=0.5))"
-    kinds = {"zeroshot": {"stream": sequence, "retain": ("synthetic(tasks=2)",)}, "classify": {}, "retrieve": {}}
+    few = "fewshot(synthetic(classes_per_task=5), ways=2)"
+    kinds = {
+        "zeroshot": {"stream": sequence, "retain": ("synthetic(tasks=2)",)},
+        "classify": {"stream": few},
+        "retrieve": {},
+    }
+    kinds["classify(cosine=True)"] = {"online": True, "epochs": 1}
     runs = [lab.but(objective=o, tasks=2).run("probe", tmp_path / o, **more) for o, more in kinds.items()]
     for name in ("a", "b", "c"):
         spoken = [("user", "a?"), ("assistant", "b")]
@@ -310,7 +344,7 @@ def test_the_architecture_answers_each_question_with_one_file() -> None:
 
 def test_the_architectures_tree_names_every_file_and_no_other() -> None:
     text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 250
+    assert len(text.splitlines()) <= 300
     tree = text.partition("## The tree")[2].partition("## Nouns")[0]
     named: set[str] = set()
     package = ""

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from perdure.adapters.task_branches import routed
 from perdure.api.learner import Learner
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -106,6 +108,41 @@ def test_the_folder_of_a_lora_is_one_of_peft(path: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["llava"], indirect=True)
+def test_experts_are_adapters_that_peft_loads_by_name_and_each_answers_as_where_the_task_is_told(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for i in range(4):
+        picture(i).save(tmp_path / f"{i}.png")
+    learner = Learner.create(
+        f"mllm(path={path!r})", "lora_experts(rank=3, alpha=6, at='qv,mlp')", "generate()", epochs=8, lr=2e-2,
+        batch_size=4, precision="fp32", device="cpu",
+    )  # fmt: skip
+    for name, answer in (("lora", "a red dog"), ("up down?", "two cats")):
+        told = [{"image": f"{i}.png", "question": "What?", "answer": answer} for i in range(4)]
+        (tmp_path / f"{name}.json").write_text(json.dumps(told))
+        learner.learn(tmp_path / f"{name}.json")
+    folder = learner.export(tmp_path / "experts", "peft")
+    second = learner.tasks[1].name
+    names = ["0_lora", "1_up_down"]
+    assert json.loads((folder / "learnt.json").read_text())["adapters"] == names
+    assert sorted(each.name for each in folder.iterdir()) == [*names, "README.md", "learnt.json"]
+    picture(5).save(folder / "photo.jpg")
+    plain = AutoModelForImageTextToText.from_pretrained(path).eval()
+    untouched = logits(plain, path)
+    model = PeftModel.from_pretrained(plain, folder / names[0], adapter_name=names[0]).eval()
+    model.load_adapter(folder / names[1], adapter_name=names[1])
+    found = []
+    for task, name in enumerate(names):
+        model.set_adapter(name)
+        found.append(logits(model, path))
+        with routed(list(learner.method.experts), torch.tensor([task])):
+            torch.testing.assert_close(found[-1], of(learner, path), atol=1e-4, rtol=0)
+    assert min((a - b).abs().max() for a, b in combinations([untouched, *found], 2)) > 1e-2, "else it says nothing"
+    said = said_by_the_example(folder, monkeypatch, capsys)
+    assert said == learner.ask(folder / "photo.jpg", "What is this?", tokens=12, task=second)
+
+
+@pytest.mark.parametrize("path", ["llava"], indirect=True)
 def test_weights_in_bfloat16_are_merged_in_float32(path: str, tmp_path: Path) -> None:
     learner = taught(f"mllm(path={path!r}, dtype='bfloat16')")
     assert {p.dtype for p in learner.backbone.parameters()} == {torch.bfloat16}
@@ -121,7 +158,13 @@ def test_weights_in_bfloat16_are_merged_in_float32(path: str, tmp_path: Path) ->
     ("method", "to", "why"),
     [
         ("prompt(tower='language')", "peft", "prompts take part in the encoder, which no weights can hold"),
-        ("lora_experts(rank=2)", "transformers", "changes features as no weights can express"),
+        (
+            "lora_experts(rank=2)",
+            "transformers",
+            "an expert of its own.*export to 'peft', which writes a LoRA for each",
+        ),
+        ("lora_experts(rank=2)", "peft", "no folder has it for a LoRA; keep this learner with save"),
+        ("lora(tower='language')", "peft", "no folder has it for a LoRA; export to 'merged'"),
         ("finetune(tower='projector')", "peft", "which a LoRA cannot hold"),
         ("probe", "peft", "no layer of the encoder was adapted"),
     ],

@@ -203,14 +203,32 @@ def test_a_taught_learner_is_measured_on_a_stream_by_the_names_of_its_classes(pe
     photos("first", "cat dog"), photos("more", "emu fox"), photos("all", "fox emu dog cat")
     for folder in ("first", "more"):
         assert perdure("learn", folder, "--into", "x", *MADE, "--method", "ncm").code == 0
-    assert "say what to measure on with --stream" in refused(perdure("eval", "x"))
     rows = perdure("eval", "x", "--stream", "images(path='all', tasks=2, order='natural')", "--json").events
     # nearest class means tell colours apart, whatever the order of the classes
     assert {row["value"] for row in rows if row["metric"] == "accuracy_with_task_id"} == {1.0}
-    photos("all", "gnuu")
-    said = refused(perdure("eval", "x", "--stream", "images(path='all', tasks=5)"))
-    assert "class 'gnuu' of task" in said
-    assert "is not among what x has learnt" in said
+    photos("all", "dogs gnuu")
+    answer = perdure("eval", "x", "--stream", "images(path='all', tasks=3, order='natural')", "--json")
+    assert "16 images of 2 classes that were never learnt are left out: dogs; did you mean 'dog'?, gnuu" in answer.err
+    assert {row["value"] for row in answer.events if row["metric"] == "accuracy_with_task_id"} == {1.0}
+    photos("strange", "gnuu yak")
+    assert "no class is among what x has learnt, but gnuu, yak" in refused(
+        perdure("eval", "x", "--stream", "images(path='strange', tasks=1)")
+    )
+
+
+def test_eval_of_a_taught_learner_measures_the_test_images_of_all_its_folders(perdure: Any, photos: Any) -> None:
+    photos("first", "cat dog", 8), photos("more", "emu fox", 8)
+    for folder in ("first", "more"):
+        assert perdure("learn", folder, "--into", "x", *MADE, "--method", "ncm").code == 0
+    score = [row for row in perdure("eval", "x", "--json").events if row["metric"] == "accuracy"]
+    assert [row["value"] for row in score] == json.loads(Path("x/summary.json").read_text())["matrix"][-1]
+    shutil.rmtree("first")
+    answer = perdure("eval", "x", "--json")
+    assert "first is gone" in answer.err
+    assert "without test images, and not measured: first" in answer.err
+    assert [row["on"] for row in answer.events if row["metric"] == "accuracy"] == [1]
+    shutil.rmtree("more")
+    assert "say what to measure on with --stream" in refused(perdure("eval", "x"))
 
 
 def colours(names: str, count: int = 6) -> tuple[list[np.ndarray[Any, Any]], list[str]]:

@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers
 from perdure import write_report
 from perdure.api.folders import teach_folder
 from perdure.api.learner import Learner
-from perdure.cli.use import evaluate
+from perdure.api.measuring import evaluate
 from perdure.experiments.grid import cells, compare
 from perdure.training.loop import Quiet
 from perdure.training.run import resume

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from perdure.api.learner import Learner
-from perdure.cli.use import evaluate
+from perdure.api.measuring import evaluate
 from perdure.core.temperature import Temperature, calibration_error, fitted
 from perdure.evaluation.calibration import set_apart
 

@@ -97,6 +97,7 @@ BUILT = {
     r"per_task=True has no effect with tasks=1": "lora(tasks=1, per_task=True)",
     r"experts=2: expected at least top=3": "moe_adapters(experts=2, top=3)",
     r"expand=0\.5 has no effect with freeze=0": "moe_adapters(expand=0.5, freeze=0)",
+    r"grow='novel' has no effect with freeze=0": "moe_adapters(grow='novel', freeze=0)",
     r"^method 'prompt', option blocks='0-1' has no effect with deep=False, where tokens pass through all": (
         "prompt(blocks='0-1')"
     ),
@@ -136,6 +137,9 @@ FORESEEN = {
         r"^rank=17: expected 1 to 16, the (inputs|smaller side) of [^\n]+$": (
             "lora(rank=17) | o_lora(rank=17) | c_lora(rank=17) | "
             "sd_lora(rank=17) | route_lora(rank=17) | fm_lora(rank=17)"
+        ),
+        r"^sketch=8 has no effect where no layer has more than 4,096 inputs: leave it out$": (
+            "inflora(rank=2, sketch=8) | gpm(sketch=8)"
         ),
         r"'\d-4' is outside 0-1": "prompt(deep=True, blocks='1-4') | dualprompt(blocks='2-4')",
         r"^blocks='1-1' and general_blocks='0-1' share vision.blocks.1: ": "dualprompt(general_blocks='0-1')",

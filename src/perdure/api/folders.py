@@ -14,6 +14,7 @@ from perdure.api.learner import OPEN, Learner
 from perdure.backbones.preprocess import skippable
 from perdure.core import checkpoint
 from perdure.core.checkpoint import Checkpoint, read_record
+from perdure.formatting import shortened
 from perdure.options.paths import anchored, relocated
 from perdure.options.spec import parse
 from perdure.process import as_found, plain
@@ -85,7 +86,7 @@ def teach_folder(
         done = checkpoint.whole(into)
         if there:
             learner = Learner.untaught(into, given.get("device"))
-            _refuse_without_effect(into, learner.config, given)
+            refuse_without_effect(into, learner.config, given)
         else:
             if not usual(config.backbone) and holds_conversations(photos):
                 raise ValueError(
@@ -108,7 +109,7 @@ def teach_folder(
             reading["images"] = str(Path(str(reading["images"])).expanduser().resolve())
         trained = {k: v for k, v in given.items() if k in {f.name for f in dataclasses.fields(TrainConfig)}}
         train = learner.usual_training().but(**trained)
-        before = _tasks_with_data(learner, into, done, progress)
+        before = tasks_with_data(learner, into, done, progress.note)
         known = {name: c for task in before for name, c in zip(task.names, task.classes, strict=True)}
         with skippable("--skip-bad"):
             task = _read(photos, learner, known, len(before), skip_bad, reading, progress.note)
@@ -164,7 +165,30 @@ def go_on(folder: Path, progress: Progress | None = None, device: str | None = N
     progress = progress or Quiet()
     with checkpoint.locked(folder):
         learner = Learner.untaught(folder, device)
-        return _finish(learner, _tasks_with_data(learner, folder, done, progress), folder, progress)
+        return _finish(learner, tasks_with_data(learner, folder, done, progress.note), folder, progress)
+
+
+def taught_tasks(learner: Learner, folder: Path, tell: Callable[[str], None]) -> list[Task]:
+    """The tasks that a learner was taught from folders, with the test images that are still at hand.
+
+    Args:
+        learner: as loaded from `folder`.
+        folder: its own.
+        tell: is told of tasks that have no test images any more, or never had.
+
+    Raises:
+        ValueError: when there is no test image at all.
+    """
+    told: list[str] = []
+    tasks = tasks_with_data(learner, folder, checkpoint.whole(folder), told.append)
+    kept = [task for task in tasks if len(task.test)]
+    if not kept:
+        raise ValueError(f"no test image of {folder} is at hand any more: say what to measure on with --stream")
+    for line in told:
+        tell(line)
+    if without := [task.name for task in tasks if not len(task.test)]:
+        tell(f"without test images, and not measured: {', '.join(map(shortened, without))}")
+    return kept
 
 
 def _finish(learner: Learner, tasks: Sequence[Task], into: Path, progress: Progress) -> dict[str, Any]:
@@ -173,7 +197,9 @@ def _finish(learner: Learner, tasks: Sequence[Task], into: Path, progress: Progr
     return learn_stream(learner.usual_training(), learner, stream, into, progress)
 
 
-def _tasks_with_data(learner: Learner, folder: Path, done: Sequence[Checkpoint], progress: Progress) -> list[Task]:
+def tasks_with_data(
+    learner: Learner, folder: Path, done: Sequence[Checkpoint], note: Callable[[str], None]
+) -> list[Task]:
     """The tasks already learnt, with their data where it is still at hand."""
     if not done:
         return []
@@ -198,7 +224,7 @@ def _tasks_with_data(learner: Learner, folder: Path, done: Sequence[Checkpoint],
                     source["images"] = relocated(source["images"], move)
             task = _again(source, described, learner, known)
             if not len(task.train):
-                progress.note(
+                note(
                     f"{source['folder']} is gone or has changed since it was learnt (task {described.index + 1}): it "
                     "is not evaluated again, and its images cannot be replayed"
                 )
@@ -292,7 +318,8 @@ def _skipped(task: Task) -> list[str]:
     return [where for data in (task.train, task.test) for where in getattr(data, "skipped", ())]
 
 
-def _refuse_without_effect(into: Path, config: RunConfig, given: Mapping[str, Any]) -> None:
+def refuse_without_effect(into: Path, config: RunConfig, given: Mapping[str, Any]) -> None:
+    """Raise a ValueError where `given` asks for another learner than the one of `config` in the folder `into`."""
     for name, value in given.items():
         made = getattr(config, name)
         if name in _FIXED and value != made and (name not in _SPECS or parse(anchored(value)) != parse(made)):
@@ -323,6 +350,18 @@ def _begun(into: Path, done: Sequence[Checkpoint]) -> LessonSource | None:
         return None
     remedy = f"restore it, or remove {path.parent} to give this task up"
     return schema.read_typed(path, LessonSource, remedy, "format" in read_record(into))
+
+
+def begun(into: Path) -> bool:
+    """Whether a folder holds a lesson that was begun and is not finished."""
+    return (into / "run.json").exists() and _begun(into, checkpoint.whole(into)) is not None
+
+
+def give_up(into: Path) -> None:
+    """Forget a lesson that was begun in a folder and is not finished; what was learnt before stays."""
+    with checkpoint.locked(into):
+        if (into / "run.json").exists():
+            shutil.rmtree(_next(into, checkpoint.whole(into)), ignore_errors=True)
 
 
 def _refuse_other_task(into: Path, done: Sequence[Checkpoint], source: LessonSource) -> None:

@@ -14,6 +14,7 @@ from perdure.evaluation.answer_examples import answered_after, answered_before, 
 from perdure.evaluation.feature_drift import Drift
 from perdure.evaluation.held_out import HeldOut
 from perdure.evaluation.search_examples import found_after, found_before
+from perdure.evaluation.with_task import measured
 from perdure.types import Data, Row, Stream, Subset, Task
 
 
@@ -67,8 +68,8 @@ class Evaluation:
             seen, whole = self._measured(learner, last, task)
             sets = learner.cache.tests([task.test for task in seen], moved)
             tests = [dataclasses.replace(task, test=test) for task, test in zip(seen, sets, strict=True)]
-        seen = [each for each in tests if each.index <= task.index]
-        rows = [row for each in self._rows(learner, task.index, seen) for row in each]
+        seen, sources = ([each for each in some if each.index <= task.index] for some in (tests, seen))
+        rows = [row for each in self._rows(learner, task.index, seen, sources) for row in each]
         for later in tests[len(seen) :]:
             rows += self._beside(learner, task.index, seen, later)
         rows += self.retention.measure(learner, task.index)
@@ -127,9 +128,9 @@ class Evaluation:
         return cls._rows(learner, after, tasks)[-1]
 
     @staticmethod
-    def _rows(learner: Core, after: int, tasks: list[Task]) -> list[list[Row]]:
-        """What the objective measures on each of `tasks`, which are measured together."""
-        found = learner.objective.evaluate(learner, tasks) if tasks else []
+    def _rows(learner: Core, after: int, tasks: list[Task], sources: list[Task] | None = None) -> list[list[Row]]:
+        """What is measured on each of `tasks`, which are measured together; see `measured`."""
+        found = measured(learner, tasks, sources) if tasks else []
         return [[Row(after, t.index, k, v) for k, v in each.items()] for t, each in zip(tasks, found, strict=True)]
 
 

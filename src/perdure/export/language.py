@@ -2,12 +2,17 @@
 
 The folder of a LoRA is what PEFT itself writes: `adapter_config.json` with the names of the layers,
 `adapter_model.safetensors` with `base_model.model.<layer>.lora_A.weight` and `lora_B`. A classifier there is none: the
-vocabulary is the model's.
+vocabulary is the model's. Experts that stay apart are several such folders, each called like the adapter in it, as PEFT
+writes a model with several adapters.
 """
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from perdure.adapters.injection import updates
+from perdure.adapters.task_branches import TaskBranches
 from perdure.backbones import pretrained
 from perdure.backbones.language import Language
 from perdure.core.learner import Core
@@ -35,6 +40,16 @@ def write_reading(backbone: Language, folder: Path) -> None:
         backbone.dialogue.processor.save_pretrained(folder)
 
 
+def experts(learner: Core) -> dict[int, str]:
+    """Task -> name of the adapter that its expert becomes; empty where no experts stay apart.
+
+    The number in front keeps names apart from each other, and from the beginnings of PEFT's own, such as "lora".
+    """
+    found = {task for _, each, _ in updates(learner.backbone) if isinstance(each, TaskBranches) for task in each.tasks}
+    names = {task.index: re.sub(r"[^\w-]+", "_", task.name).strip("_")[:40] for task in learner.tasks}
+    return {task: f"{task}_{names[task]}".removesuffix("_") for task in sorted(found)}
+
+
 def lora_facts(backbone: Language) -> dict[str, Any]:
     """What `adapter_config.json` says of a language model, beside ranks and layers."""
     return {
@@ -54,8 +69,10 @@ def describe(learner: Core, folder: Path, to: str) -> None:
     """`learnt.json`, what it was taught and how; `README.md`, how it is asked."""
     backbone, config = learner.backbone, getattr(learner, "config", None)
     assert isinstance(backbone, Language)
+    apart = list(experts(learner).values())
     facts = {
         "tasks": [task.name for task in learner.tasks],
+        **({"adapters": apart} if apart else {}),
         "objective": config.objective if config else learner.objective.name,
         "method": config.method if config else learner.method.spec,
         "backbone": backbone.spec,
@@ -63,15 +80,30 @@ def describe(learner: Core, folder: Path, to: str) -> None:
         "perdure": __version__,
     }
     write_json(folder / "learnt.json", facts)
-    write_text(folder / "README.md", _readme(learner, backbone, to))
+    write_text(folder / "README.md", _readme(learner, backbone, to, apart))
 
 
-def _readme(learner: Core, backbone: Language, to: str) -> str:
+def _readme(learner: Core, backbone: Language, to: str, apart: Sequence[str]) -> str:
     lora = to == "peft"
     source = repr(options_of(backbone).get("path")) if lora else "folder"
     what = f"a LoRA for {backbone.spec}; it needs transformers and peft"
     if not lora:
         what = f"{backbone.spec} with what was learnt added to its weights, in float32; it needs transformers"
+    load = ["model = PeftModel.from_pretrained(model, folder).eval()"] if lora else []
+    choice = ""
+    if apart:
+        what = f"a LoRA a task for {backbone.spec}, each in a folder of its name; it needs transformers and peft"
+        choice = (
+            "The router is not here: plain PEFT takes the adapter that it is told, for all it is asked, and\n"
+            "`with model.disable_adapter():` the untouched model. The learner itself chooses by the question.\n\n"
+        )
+        load = [
+            f"names = {apart!r}",
+            "model = PeftModel.from_pretrained(model, f'{folder}/{names[0]}', adapter_name=names[0]).eval()",
+            "for name in names[1:]:",
+            "    model.load_adapter(f'{folder}/{name}', adapter_name=name)",
+            "model.set_adapter(names[-1])  # the task of the question",
+        ]
     code = [
         "import torch",
         *(["from peft import PeftModel"] if lora else []),
@@ -81,7 +113,7 @@ def _readme(learner: Core, backbone: Language, to: str) -> str:
         'folder = "."  # where this file stands',
         f"source = {source}",
         'model = AutoModelForImageTextToText.from_pretrained(source, dtype="auto").eval()',
-        *(["model = PeftModel.from_pretrained(model, folder).eval()"] if lora else []),
+        *load,
         "processor = AutoProcessor.from_pretrained(source)",
         'image = Image.open("photo.jpg").convert("RGB")',
         'content = [{"type": "image"}, {"type": "text", "text": "What is this?"}]',
@@ -98,5 +130,5 @@ def _readme(learner: Core, backbone: Language, to: str) -> str:
         f"# Questions, learnt in {learner.learnt} tasks\n\n"
         f"Written by perdure {__version__}: {what}.\n"
         f"It was taught, one after another: {names}. `learnt.json` says how.\n\n"
-        "```python\n" + "\n".join(code) + "\n```\n"
+        f"{choice}```python\n" + "\n".join(code) + "\n```\n"
     )

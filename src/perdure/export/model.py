@@ -1,7 +1,7 @@
 """Export: what was learnt as a folder that plain PEFT, transformers or timm load, with the classifier beside it.
 
 Exact, not an approximation: linear updates are either one LoRA per layer, whose inner dimension is the sum of all
-branches', or added to the weights.
+branches', or added to the weights. Experts of a language model that stay apart are one LoRA a task, each in a folder.
 """
 
 import json
@@ -19,10 +19,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from perdure.adapters.injection import prompted, updates
+from perdure.adapters.task_branches import TaskBranches
 from perdure.backbones import pretrained
 from perdure.backbones.base import Backbone
-from perdure.backbones.clip import FOLDER as POCKET
-from perdure.backbones.clip import Clip
+from perdure.backbones.clip import Clip, pocket_weights
 from perdure.backbones.language import Language
 from perdure.backbones.open_clip import CONFIG, WEIGHTS, OpenClip, locate_model
 from perdure.backbones.open_clip_attention import fused_state
@@ -116,9 +116,9 @@ def _write(learner: Core, folder: Path, to: str) -> None:
             language.describe(learner, folder, to)
         else:
             _write_head(learner, folder, to)
-    for file in folder.iterdir():
+    for file in (each for each in folder.rglob("*") if each.is_file()):
         shutil.copymode(folder / "README.md", file)  # safetensors writes files that only their owner may read
-    _force_to_disk([*folder.iterdir(), folder])
+    _force_to_disk([*folder.rglob("*"), folder])
 
 
 def _write_head(learner: Core, folder: Path, to: str) -> None:
@@ -142,7 +142,13 @@ def _check(learner: Core, to: str) -> None:
         )
     if to == "transformers" and isinstance(backbone, Timm | OpenClip):
         raise ValueError(f"{backbone.spec} is no model of transformers: export to 'merged'")
-    if strange := [part.name for part in parts_of(learner.method) if part.treats]:
+    experts = isinstance(backbone, Language) and any(isinstance(each, TaskBranches) for _, each, _ in updates(backbone))
+    if experts and to != "peft":
+        raise ValueError(
+            "each example takes an expert of its own, which no weights can hold: export to 'peft', which writes a LoRA "
+            "for each task, or keep this learner with save"
+        )
+    if not experts and (strange := [part.name for part in parts_of(learner.method) if part.treats]):
         raise ValueError(f"{strange[0]} changes features as no weights can express; keep this learner with save")
     if backbone.layers:
         raise ValueError(
@@ -154,7 +160,7 @@ def _check(learner: Core, to: str) -> None:
         answering(learner)
     linear = False
     for site, adapter, part in updates(backbone):
-        if adapter.delta(part, branches=True) is not None:
+        if experts or adapter.delta(part, branches=True) is not None:
             linear = True
         elif adapter.state_dict():
             raise ValueError(
@@ -166,17 +172,31 @@ def _check(learner: Core, to: str) -> None:
             raise ValueError("OpenCLIP's attention is one fused layer, which no LoRA of PEFT fits: export to 'merged'")
         if "vision" in options_of(backbone):
             raise ValueError(f"{backbone.spec} was put together here, no folder has it for a LoRA: export to 'merged'")
+        if backbone.changed:
+            raise ValueError(f"a LoRA does not bring {backbone.changed}, which its model has not: export to 'merged'")
         if learner.tunes_backbone:
             raise ValueError("the encoder's own weights were trained, which a LoRA cannot hold: export to 'merged'")
         if not linear:
             raise ValueError("no layer of the encoder was adapted, so there is no LoRA to write: export to 'merged'")
+        remedy = "keep this learner with save" if experts else "export to 'merged'"
+        if isinstance(backbone, Language) and "path" not in options_of(backbone):
+            raise ValueError(f"{backbone.spec} is made here, and no folder has it for a LoRA; {remedy}")
 
 
 # The model
 
 
 def _write_lora(learner: Core, folder: Path) -> None:
-    layers = {name.removeprefix("model."): pair for name, pair in _stacked(learner.backbone).items()}
+    names = language.experts(learner)
+    for task, name in names.items():
+        (folder / name).mkdir()
+        _write_one_lora(learner, folder / name, task)
+    if not names:
+        _write_one_lora(learner, folder, None)
+
+
+def _write_one_lora(learner: Core, folder: Path, task: int | None) -> None:
+    layers = {name.removeprefix("model."): pair for name, pair in _stacked(learner.backbone, task).items()}
     tensors = {}
     for name, (down, up) in layers.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = down.cpu().contiguous()
@@ -206,14 +226,17 @@ def _write_lora(learner: Core, folder: Path) -> None:
     write_json(folder / "adapter_config.json", config)
 
 
-def _stacked(backbone: Backbone) -> dict[str, tuple[Tensor, Tensor]]:
-    """Layer -> (down (r, fan_in), up (fan_out, r)) of all that stands on it, float32."""
+def _stacked(backbone: Backbone, task: int | None) -> dict[str, tuple[Tensor, Tensor]]:
+    """Layer -> (down (r, fan_in), up (fan_out, r)) of all that stands on it, float32; or of the expert of `task`."""
     pieces: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for site, adapter, part in updates(backbone):
-        factors = adapter.factors(part)
-        if factors is None:
+        if task is not None and isinstance(adapter, TaskBranches):
+            found: tuple[Tensor, Tensor] | None = adapter.factors_of(task)
+        else:
+            found = adapter.factors(part)
+        if found is None:
             continue
-        up, down = (factor.detach().float() for factor in factors)
+        up, down = (factor.detach().float() for factor in found)
         layer: Any = backbone.get_submodule(site.layer)
         whole = up.new_zeros(len(layer.weight), up.shape[1])
         whole[site.rows[0] : site.rows[1]] = up
@@ -276,13 +299,17 @@ def _write_transformers(backbone: Any, folder: Path) -> None:
         copy(_folder(options["vision"]), _PROCESSOR, folder)
         backbone.tokenizer.save_pretrained(folder)  # says which class it is of, which a copied vocabulary need not
     else:
-        source = _folder(options["path"]) if "path" in options else POCKET
+        source = _folder(options["path"]) if "path" in options else pocket_weights("CLIP")
         copy(source, (*_PROCESSOR, *TERMS, *(TOKENIZER if isinstance(backbone, Clip) else ())), folder)
-    if options.get("input_norm") == "none":
-        for file in folder.glob("*processor_config.json"):
-            facts = json.loads(file.read_text(encoding="utf-8"))
-            facts.get("image_processor", facts)["do_normalize"] = False
-            write_json(file, facts)
+        if "length" in options:  # the tokenizer cuts texts off as well
+            backbone.tokenizer.save_pretrained(folder)
+    changes: dict[str, Any] = {"do_normalize": False} if options.get("input_norm") == "none" else {}
+    if "size" in options:
+        changes |= backbone.preprocess.sides()
+    for file in folder.glob("*processor_config.json") if changes else ():
+        facts = json.loads(file.read_text(encoding="utf-8"))
+        facts.get("image_processor", facts).update(changes)
+        write_json(file, facts)
 
 
 def _folder(model: str) -> Path:
@@ -295,6 +322,7 @@ def _write_timm(backbone: Timm, folder: Path) -> None:
     save_for_hf(backbone.model, str(folder), safe_serialization=True)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["pretrained_cfg"] |= {k: backbone.preprocess.describe()[k] for k in ("mean", "std")}
+    config["pretrained_cfg"]["input_size"] = [3, backbone.preprocess.size, backbone.preprocess.size]
     write_json(folder / "config.json", config)
 
 
@@ -310,7 +338,9 @@ def _write_open_clip(backbone: OpenClip, folder: Path) -> None:
         "interpolation": preprocess.interpolation,
         "resize_mode": "squash" if preprocess.squash else "shortest",
     }
-    write_json(folder / CONFIG, {"model_cfg": source.model, "preprocess_cfg": reading})
+    described = source.model
+    described["vision_cfg"]["image_size"], described["text_cfg"]["context_length"] = preprocess.size, backbone.length
+    write_json(folder / CONFIG, {"model_cfg": described, "preprocess_cfg": reading})
     weights = fused_state(backbone.model)
     save_file({name: tensor.detach().cpu().clone() for name, tensor in weights.items()}, folder / WEIGHTS)
     copy(source.folder, (*TERMS, *TOKENIZER), folder)

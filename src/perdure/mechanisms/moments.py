@@ -11,10 +11,17 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from perdure.adapters.state import BufferDict
-from perdure.types import Batch
+from perdure.options.ranges import without_effect
+from perdure.types import Batch, Site
 
 WIDE = 4096
 """Layers with more inputs than this are sketched where a sketch is asked for."""
+
+
+def check_sketch(sketch: int | None, sites: Iterable[Site]) -> None:
+    """Raise `ValueError` where a sketch is asked for and no layer is wide enough to be sketched."""
+    if not any(site.fan_in > WIDE for site in sites):
+        without_effect(f"where no layer has more than {WIDE:,} inputs", sketch=sketch)
 
 
 @dataclass(frozen=True)

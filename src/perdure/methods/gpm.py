@@ -21,7 +21,7 @@ from perdure.adapters.state import BufferDict
 from perdure.backbones.base import Tower
 from perdure.core.learner import Core
 from perdure.core.method import Method
-from perdure.mechanisms.moments import second_moments
+from perdure.mechanisms.moments import check_sketch, second_moments
 from perdure.mechanisms.subspace import SubspaceMemory, check_balance, keep_schedule
 from perdure.options.ranges import Count, Factor, Rank, Share
 from perdure.types import Batch, Site, Task
@@ -77,6 +77,7 @@ class GPM(Method, name="gpm"):
             for site in learner.backbone.sites(self.at, self.blocks, self.tower):
                 self._inputs.setdefault(site.input, site)
                 self._layers.setdefault(site.layer, []).append(site)
+            check_sketch(self.sketch, self._inputs.values())
         for layer in self._layers:
             _weight(learner, layer).requires_grad_(True)
 

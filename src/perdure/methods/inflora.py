@@ -26,7 +26,7 @@ from perdure.adapters.low_rank import LowRank
 from perdure.backbones.base import Tower
 from perdure.core.learner import Core
 from perdure.core.method import Method
-from perdure.mechanisms.moments import Moments, RunningMoments, exact, second_moments
+from perdure.mechanisms.moments import Moments, RunningMoments, check_sketch, exact, second_moments
 from perdure.mechanisms.rank_selection import DRS
 from perdure.mechanisms.subspace import Subspace, SubspaceMemory, check_balance, keep_schedule
 from perdure.options.ranges import Count, Rank, Share, Strength, without_effect
@@ -119,6 +119,7 @@ class InfLoRA(Method, name="inflora"):
                 self.adapters[_key(key)] = LowRank(sites, self.drs.largest)
                 self._inputs[_key(key)] = sites[0]
                 attach(learner.backbone, sites, self._adapter(_key(key)))
+            check_sketch(self.sketch, self._inputs.values())
         for key in self.adapters:
             self._adapter(key).open(train_down=False)
 

@@ -126,6 +126,9 @@ class RunConfig(TrainConfig):
     cache_bytes: Bytes = 20e9
     """Of that folder; what was not read for longest goes first."""
 
+    online: bool = False
+    """One pass over the whole stream, without telling where a task begins or ends; accuracy on each of its tasks is
+    measured along the way. What needs borders is refused."""
     evaluate: str = "every"
     """After each task, old ones too: 'every', each on its whole test set; 'sample:500', on that many examples of each;
     'last', none. A task that was just learnt, and after the last task all, are measured whole."""
@@ -139,6 +142,11 @@ class RunConfig(TrainConfig):
             without_effect("without cache", cache_bytes=self.cache_bytes)
         if self.cache:
             object.__setattr__(self, "cache", str(Path(self.cache).absolute()))
+        if self.online:
+            if self.epochs not in (1, TrainConfig.epochs):
+                raise ValueError(f"epochs={self.epochs} has no effect with --online, which is one pass: leave it out")
+            object.__setattr__(self, "epochs", 1)
+            without_effect("with --online, where no task is set apart", calibrate=self.calibrate or None)
         # What is written down must lead to the same files wherever it is read.
         for name in ("stream", "backbone", "method"):
             object.__setattr__(self, name, anchored(getattr(self, name)))

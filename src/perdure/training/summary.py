@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +23,20 @@ from perdure.storage import schema
 from perdure.storage.schema import Damaged, Summary
 from perdure.streams import ConversationSet, ImageSet
 from perdure.training.loop import Fitted
+from perdure.training.online import along
 from perdure.training.runtime import peak_memory
 from perdure.types import Row, Task
 
 SUMMARY = "summary.json"
 TAUGHT, _HASHES = "taught.safetensors", "hashes"
-COSTS = ("seconds", "images", "trainable_parameters", "peak_rss_bytes")
+COSTS = ("finished", "seconds", "images", "trainable_parameters", "peak_rss_bytes")
 """What `facts_of` gives."""
 
 
 def facts_of(fitted: Fitted, evaluate: float) -> dict[str, Any]:
-    """What a task's manifest says of its cost; `evaluate` in seconds."""
+    """What a task's manifest says of its cost, and when it was done; `evaluate` in seconds."""
     return {
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": {
             "prepare": fitted.prepare,
             "train": fitted.train,
@@ -113,6 +116,11 @@ def summary_of(out: Path, done: Sequence[Checkpoint]) -> dict[str, Any]:
     if notes.get("sequence"):
         whole = {"transfer": metrics.transfer(matrix), "average": metrics.average(matrix)}
         found |= dict.fromkeys(whole) if found.get("unlike_scores") else whole
+    if notes.get("online"):
+        way = along(rows, notes["train_images"])
+        found |= {"online": way, "anytime_acc": sum(way["begun"]) / len(way["begun"])}
+    if notes.get("few_shot"):
+        found |= _few_shot(matrix, notes["test_images"][:tasks])
     if zero_shot := kept(rows):
         ratios = [facts["ratio"] for facts in zero_shot.values()]
         known = None not in ratios
@@ -121,6 +129,14 @@ def summary_of(out: Path, done: Sequence[Checkpoint]) -> dict[str, Any]:
         kept_answers = {f"answers_kept_{number}": mean_kept(answers, number) for number in ("strict", "lenient")}
         found |= {"answers": answers} | kept_answers
     return found
+
+
+def _few_shot(matrix: metrics.Matrix, images: Sequence[int]) -> dict[str, Any]:
+    """What is told of few-shot class-incremental learning, over images and not over tasks: the base has most."""
+    after, means = metrics.session_accuracies(matrix, images), metrics.harmonic_means(matrix, images)
+    drop = None if after[0] is None or after[-1] is None else after[0] - after[-1]
+    both = {"accuracies": after, "harmonic_means": means}
+    return {"few_shot": both, "performance_drop": drop, "harmonic_mean": means[-1]}
 
 
 def scored_by(config: Mapping[str, Any], scores: Sequence[str]) -> list[str]:

@@ -1,0 +1,31 @@
+"""The command that says what a folder holds."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from perdure.cli.console import Command, Screen
+from perdure.storage.schema import SPECIALISTS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Show(Command):
+    """What a learner was taught, when, how well it knows it, and what of the data its folder holds."""
+
+    learner: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="LEARNER")]
+    """A learner's or a run's folder, or that of specialists."""
+
+    def __call__(self, screen: Screen) -> None:
+        """Print it."""
+        if (self.learner / SPECIALISTS).is_file():
+            from perdure.reporting.team import team_contents, told_team
+
+            team = team_contents(self.learner)
+            screen.result(team, *told_team(self.learner, team))
+            return
+        from perdure.reporting.contents import contents, told_contents
+
+        found = contents(self.learner)
+        screen.result(found, *told_contents(self.learner, found))

@@ -1,0 +1,165 @@
+"""What a learner's folder says of itself: what was taught, when, with which scores; and what of the data it holds.
+
+Read from what is sealed, without tensors: it waits for no torch.
+"""
+
+import re
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from perdure import metrics
+from perdure.core.manifests import Checkpoint, read_record, whole
+from perdure.formatting import human_bytes, shortened
+from perdure.options.spec import parse
+from perdure.storage import schema
+from perdure.storage.schema import Damaged, Examples
+
+LICENCES = {"pocket": "the weights come from images that allow research use only (Tiny-ImageNet, Flickr8k)"}
+"""Of weights that perdure brings itself, by backbone; those of others have the licence of whoever gave them."""
+_NAMED = 12  # classes on one line
+_STATISTICS = re.compile(r"\.(means|sums|covariances|gram|prototypes)\.|\.gram$")
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """A learner's or a run's folder as JSON.
+
+    Returns:
+        `method`, `backbone`, `objective`, `created`, `perdure` (the version), `licence` of the weights below it where
+        it is known, `bytes` of the folder, `score` (the name of what is measured), `tasks` (see below), `declared`
+        (tasks of its stream) and `holds` (what of the data can be found in the folder, a line each). A task has
+        `number` (from 1), `name`, `classes` (their names), `folder` it was taught from, `finished`, `train` and `test`
+        (numbers of images), `when_learnt` and `now` (scores, None where there is none) and `skipped` files.
+
+    Raises:
+        ValueError: when it is no such folder, or something in it is damaged.
+    """
+    record, done = read_record(folder), whole(folder)
+    config, declared = record["config"], record["stream"]["tasks"]
+    rows = [row for each in done for row in each.rows]
+    score, _, _ = metrics.scored(rows)
+    matrix = metrics.matrix_of(rows, score, len(done[-1].tasks) if done else 0)
+    tasks = []
+    for each in done:
+        index, source = each.learnt - 1, each.manifest.get("source")
+        facts = declared[index] if index < len(declared) else None
+        task = each.tasks[index]
+        tasks.append(
+            {
+                "number": each.learnt,
+                "name": task.name,
+                "classes": list(task.names),
+                "folder": source["folder"] if source else None,
+                "finished": each.manifest.get("finished"),
+                "train": facts.get("train") if facts else _rows_in(each, "taught.safetensors"),
+                "test": facts.get("test") if facts else None,
+                "when_learnt": matrix[index][index],
+                "now": matrix[done[-1].learnt - 1][index],
+                "skipped": list(source.get("skipped", ())) if source else [],
+            }
+        )
+    return {
+        **{name: config.get(name, "") for name in ("method", "backbone", "objective", "stream")},
+        "created": record.get("created"),
+        "perdure": record.get("perdure"),
+        "licence": licence_of(str(config.get("backbone", ""))),
+        "bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
+        "score": score,
+        "declared": len(declared),
+        "tasks": tasks,
+        "holds": list(_held(folder, done)),
+    }
+
+
+def licence_of(backbone: str) -> str | None:
+    """What is known of the licence of a backbone's weights, by its spec."""
+    try:
+        found = parse(backbone) if backbone else ()
+    except ValueError:
+        return None
+    return next((LICENCES[each.name] for each in found if each.name in LICENCES), None)
+
+
+def told_contents(folder: Path, found: dict[str, Any]) -> list[str]:
+    """The same for a person, line by line."""
+    learnt, declared = len(found["tasks"]), found["declared"]
+    tasks = f"{learnt} of {declared} tasks" if declared > learnt else f"{learnt} task{'s' if learnt != 1 else ''}"
+    made = f", made {found['created'].partition('T')[0]}" if found["created"] else ""
+    lines = [
+        f"{folder}: {tasks} learnt, {human_bytes(found['bytes'])}{made} with perdure {found['perdure'] or '?'}",
+        f"method     {found['method']}",
+        f"backbone   {found['backbone']}",
+        *([f"licence    {found['licence']}"] if found["licence"] else []),
+        f"objective  {found['objective']}",
+        *([f"stream     {found['stream']}"] if found["stream"] else []),
+    ]
+    for task in found["tasks"]:
+        lines += ["", *_told_task(task, found["score"])]
+    if not found["tasks"]:
+        lines += ["", "nothing was learnt yet"]
+    return [*lines, "", "of the data the folder holds:", *(f"  {line}" for line in found["holds"] or ["nothing"])]
+
+
+def _told_task(task: dict[str, Any], score: str) -> Iterator[str]:
+    when = f", {task['finished'].partition('T')[0]}" if task["finished"] else ""
+    counts = [f"{task[part]} {what}" for part, what in (("train", "taught"), ("test", "tested")) if task[part]]
+    yield f"{task['number']}  {shortened(task['name'])}{when}{': ' if counts else ''}{', '.join(counts)}"
+    if names := task["classes"]:
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        yield f"   {', '.join(shortened(name, 60) for name in names[:_NAMED])}{more}"
+    if task["folder"]:
+        yield f"   from {task['folder']}"
+    if task["now"] is not None:
+        then = "" if task["when_learnt"] is None else f"; {task['when_learnt']:.1%} right after it was learnt"
+        yield f"   {score} {task['now']:.1%}{then}"
+    if task["skipped"]:
+        yield f"   {len(task['skipped'])} files could not be read and were left out"
+
+
+def _held(folder: Path, done: list[Checkpoint]) -> Iterator[str]:
+    """What of the data can be found in the folder, for who gives it away."""
+    if not done:
+        return
+    yield "names of tasks and classes, and the paths that the data was read from (run.json, manifests)"
+    if hashes := sum(_rows_in(each, "taught.safetensors") or 0 for each in done):
+        yield f"fingerprints of {hashes} taught images, by which an image can be recognised and not be drawn"
+    shapes = _shapes(done[-1].folder / "learner.safetensors")
+    if statistics := [name for name in shapes if _STATISTICS.search(name)]:
+        yield f"statistics of features ({len(statistics)} tensors): means or covariances of classes"
+    if held := sum(shape[0] for name, shape in shapes.items() if name.endswith("references.refs")):
+        yield f"positions of {held} images that may be replayed; the images stay where they lie"
+    if features := sum(
+        max([0, *(s[0] for s in _shapes(each.folder / "features.safetensors").values())]) for each in done
+    ):
+        yield f"features of {features} test images"
+    path = folder / "examples.json"
+    if path.is_file():
+        remedy = f"remove it, 'perdure resume {folder}' does not need it"
+        pictures = schema.read_typed(path, Examples, remedy)["pictures"]
+        yield f"{len(pictures)} small pictures of test images, with questions or captions (examples.json, report.html)"
+
+
+def _rows_in(checkpoint: Checkpoint, name: str) -> int | None:
+    """How many rows the one tensor in a file beside a learner has; None where there is no such file."""
+    return next((shape[0] for shape in _shapes(checkpoint.folder / name).values() if shape), None)
+
+
+def _shapes(path: Path) -> dict[str, list[int]]:
+    """Name -> shape of the tensors in a safetensors file, by its header alone; empty when there is no file.
+
+    Raises:
+        Damaged: when there is no such header.
+    """
+    if not path.is_file():
+        return {}
+    with path.open("rb") as file:
+        start = file.read(8)
+        size = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        header = file.read(size) if size <= path.stat().st_size else b""
+    remedy = f"restore it, or remove {path.parent} to go back to the task before"
+    found = schema.decode_json(header, f"{path} is damaged", remedy)
+    try:
+        return {name: list(each["shape"]) for name, each in found.items() if name != "__metadata__"}
+    except (AttributeError, KeyError, TypeError) as error:
+        raise Damaged(f"{path} is damaged: its header names no tensors; {remedy}") from error

@@ -1,0 +1,64 @@
+"""What a folder says of itself."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+TINY = ("--backbone", "tiny()", "--epochs", 1)
+
+
+def test_a_taught_learner_says_what_was_taught_from_where_and_how_well(perdure: Any, photos: Any) -> None:
+    photos("january", "cat dog", 6), photos("february", "cow", 6)
+    perdure("learn", "january", "--into", "mine", *TINY, "--method", "ncm")
+    perdure("learn", "february", "--into", "mine")
+    summary = json.loads(Path("mine/summary.json").read_text())
+    (found,) = perdure("show", "mine", "--json").events
+    assert [(t["number"], t["name"], t["classes"], Path(t["folder"]).name) for t in found["tasks"]] == [
+        (1, "january", ["cat", "dog"], "january"),
+        (2, "february", ["cow"], "february"),
+    ]
+    assert [t["now"] for t in found["tasks"]] == summary["matrix"][-1]
+    assert [t["when_learnt"] for t in found["tasks"]] == [summary["matrix"][i][i] for i in range(2)]
+    assert all(t["train"] and t["finished"] for t in found["tasks"])
+    said = perdure("show", "mine").out
+    assert all(words in said for words in ("2 tasks learnt", "cat, dog", "january")), said
+
+
+def test_what_the_folder_holds_of_the_data_is_told_by_kind(perdure: Any, photos: Any) -> None:
+    photos("january", "cat dog", 6)
+    held = {}
+    for method in ("lora(rank=2)", "lora(rank=2) + replay(size=4)", "ncm"):
+        perdure("learn", "january", "--into", method, *TINY, "--method", method)
+        held[method] = " ".join(perdure("show", method, "--json").events[0]["holds"])
+    assert "may be replayed" not in held["lora(rank=2)"]
+    assert "statistics" not in held["lora(rank=2)"]
+    assert "positions of 4 images that may be replayed" in held["lora(rank=2) + replay(size=4)"]
+    assert "statistics of features" in held["ncm"]
+
+
+def test_weights_that_allow_research_only_say_so(perdure: Any, photos: Any) -> None:
+    photos("january", "cat dog", 4)
+    perdure("learn", "january", "--into", "mine", "--method", "ncm")
+    assert "research use only" in perdure("show", "mine").out
+
+
+def test_a_damaged_or_foreign_folder_is_one_line(perdure: Any, photos: Any) -> None:
+    photos("january", "cat dog", 4)
+    perdure("learn", "january", "--into", "mine", *TINY, "--method", "ncm")
+    assert "not a run's or a learner's folder" in perdure("show", "january").err
+    path = Path("mine/task-000/learner.safetensors")
+    path.write_bytes(b"\0" * 12)
+    answer = perdure("show", "mine")
+    assert (answer.code, answer.err.count("\n")) == (2, 1), answer
+    assert str(path) in answer.err
+
+
+def test_show_waits_for_no_torch(perdure: Any, photos: Any) -> None:
+    photos("january", "cat dog", 4)
+    perdure("learn", "january", "--into", "mine", *TINY, "--method", "ncm")
+    code = "import sys; from perdure.cli.main import main; main(['show', 'mine']); print('torch' in sys.modules)"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "cat, dog" in said
+    assert said.splitlines()[-1] == "False"
