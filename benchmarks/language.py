@@ -4,22 +4,24 @@
     python benchmarks/language.py --backbone 'mllm(path="build/pocket-mllm")' --batch-size 4 --turns 3 --later 0
 
 Pictures and questions are made here. Both sides train LoRA of one rank on q and v of the language model, in float32, on
-the same batches, tokenised before; plain PEFT computes the vision tower in every step, and perdure is measured so too
-(`in every step`) and as it is by itself (`once`). One thread's own time, in turns, medians; so what else the machine
-does meets both alike. Memory is the peak of a process of its own for each.
+the same batches: as perdure is by itself, with images and texts read once (`once`; PEFT's are tokenised before, too,
+but it computes the vision tower in every step), and as beyond its budget of memory (`in every step`, on both sides).
+One thread's own time, in turns, medians; so what else the machine does meets both alike. Memory is what steps take at
+most in a process of their own, files left out; Linux only.
 """
 
 import argparse
 import copy
 import itertools
 import json
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,28 +60,33 @@ def written(folder: Path, tasks: int, count: int) -> str:
 
 
 class Plain:
-    """Transformers and PEFT: the whole model in every step, logits of all tokens."""
+    """Transformers and PEFT: the whole model in every step, logits of all tokens; `backbone` itself is adapted."""
 
     def __init__(self, backbone: Any, task: Task, size: int) -> None:
         language = backbone.towers()["language"].removeprefix("model.")
         sites = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=rf"{language}.*\.(q_proj|v_proj)")
-        self.model = get_peft_model(copy.deepcopy(backbone.model), sites)
+        self.model = get_peft_model(backbone.model, sites)
         self.optimizer = torch.optim.Adam([p for p in self.model.parameters() if p.requires_grad], 1e-3, fused=True)
-        self.batches = []
-        for start in range(0, len(task.train) - size + 1, size):
-            examples = backbone.tokens(task.train.__getitems__(range(start, start + size)))
-            inputs = collate(examples, "right", backbone.dialogue.pad)
-            labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
-            for row, each in enumerate(examples):
-                labels[row, : each.prompt] = -100
-            self.batches.append(inputs | {"labels": labels})
+        self.backbone, self.data, self.size = backbone, task.train, size
+        self.batches = [self.read(step) for step in range(len(task.train) // size)]
 
-    def turn(self) -> list[float]:
-        """Seconds of a few steps."""
+    def read(self, step: int) -> dict[str, Any]:
+        """A batch as the model takes it."""
+        start = step % (len(self.data) // self.size) * self.size
+        examples = self.backbone.tokens(self.data.__getitems__(range(start, start + self.size)))
+        inputs = collate(examples, "right", self.backbone.dialogue.pad)
+        labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+        for row, each in enumerate(examples):
+            labels[row, : each.prompt] = -100
+        return inputs | {"labels": labels}
+
+    def turn(self, anew: bool = False) -> list[float]:
+        """Seconds of a few steps; `anew`: each makes its batch of texts and images."""
         ticks = [time.process_time()]
         for step in range(TURN + 1):
             self.optimizer.zero_grad()
-            self.model(**self.batches[step % len(self.batches)]).loss.backward()
+            batch = self.read(step) if anew else self.batches[step % len(self.batches)]
+            self.model(**batch).loss.backward()
             self.optimizer.step()
             ticks.append(time.process_time())
         return [after - before for before, after in itertools.pairwise(ticks[1:])]
@@ -129,10 +136,32 @@ def evaluated(backbone: Any, task: Task) -> str:
     return f"{theirs / mine:.1f} x faster   {mine:.2f} s against {theirs:.2f} s, {equal} of {len(alone)} answers equal"
 
 
+def anonymous() -> int:
+    """Bytes of memory that stand for no file."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("RssAnon")))
+
+
+def most(turn: Callable[[], object]) -> int:
+    """The same at most while `turn` runs."""
+    seen, done = [anonymous()], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            seen.append(anonymous())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    turn()
+    done.set()
+    watcher.join()
+    return max(seen)
+
+
 def peak(options: argparse.Namespace, who: str) -> int:
-    """Bytes that a process of its own took at most."""
+    """What training takes at most, in a process of its own."""
     words = [sys.executable, __file__, "--backbone", options.backbone, "--batch-size", str(options.batch_size)]
-    found = subprocess.run([*words, "--only", who], capture_output=True, text=True, check=True)
+    found = subprocess.run([*words, "--later", "0", "--only", who], capture_output=True, text=True, check=True)
     return int(found.stdout.split()[-1])
 
 
@@ -142,7 +171,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--later", type=int, default=20, help="the task whose step is compared with the first; 0: none")
-    parser.add_argument("--only", choices=("perdure", "plain", "loaded"), help="print a process's peak memory")
+    parser.add_argument("--only", choices=("perdure", "plain"), help="print the most memory that steps take")
     options = parser.parse_args()
     torch.set_num_threads(1)
     size = options.batch_size
@@ -158,19 +187,22 @@ def main() -> None:
             precision="fp32",
             device="cpu",
         )
+        if options.only == "perdure":
+            turn = timed(config, 1)
+            print(most(turn))
+            return
         backbone = make_backbone(options.backbone)
         task = build_stream(stream, backbone.preprocess, 0).tasks[0]
-        if options.only:
-            if options.only == "plain":
-                Plain(backbone, task, size).turn()
-            elif options.only == "perdure":
-                timed(config, 1)
-            print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        if options.only == "plain":
+            plain = Plain(backbone, task, size)
+            plain.turn()
+            print(most(plain.turn))
             return
-        plain = Plain(backbone, task, size)
+        plain = Plain(copy.deepcopy(backbone), task, size)
         plain.turn()
         for name, once in (("once", True), ("in every step", False)):
-            print(f"step, vision tower {name} / PEFT  {ratio(timed(config, 1, once), plain.turn, options.turns)}")
+            theirs = partial(plain.turn, anew=not once)
+            print(f"step, images and texts read {name} / PEFT  {ratio(timed(config, 1, once), theirs, options.turns)}")
         if options.later:
             first, last = timed(config, 1), timed(config, options.later)
             print(f"step of task {options.later} / of task 1  {ratio(last, first, options.turns)}")

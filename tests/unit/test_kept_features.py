@@ -262,7 +262,11 @@ def test_a_tower_that_learns_looks_at_its_images_in_every_step(questions: str) -
         "finetune(tower='vision')",
     ):
         learner, data = learner_of(method, questions)
-        assert learner.cache.of(data, 2) is data
+        kept = learner.cache.of(data, 2)
+        assert isinstance(kept, Seen)
+        plain, batch = (next(learner.batches(each, 5)) for each in (data, kept))
+        assert all(each.seen is None for each in batch["tokens"])
+        assert torch.equal(learner.encode(batch), learner.encode(plain))
 
 
 def learner_of(method: str, questions: str) -> tuple[Core, Any]:

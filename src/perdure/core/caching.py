@@ -132,33 +132,36 @@ class Cache:
             return InPieces(LOWER_BLOCKS, pieces, data)
         return Encoded({LOWER_BLOCKS: torch.cat(pieces).to(learner.device)}, data.labels, data)
 
-    def seen(self, data: Data, room: int = _MOST_KEPT) -> Data:
-        """Conversations with what a constant vision tower and projector see of their images in place of these.
+    def seen(self, data: Data, room: int | None = None) -> Data:
+        """Conversations with their tokens, and with what a constant vision tower and projector see of their images.
 
-        `data` itself where these are not constant, or where it would take more than `room` bytes of memory; what is
-        seen takes none where there is a store.
+        `data` itself where it would take more than `room` bytes of memory, a gigabyte when None; what is seen takes
+        none where there is a store.
         """
         learner, backbone, store = self.learner, self.learner.backbone, self.learner.store
-        if not isinstance(backbone, Language) or not learner.constant_sight or not len(data):
+        if not isinstance(backbone, Language) or not len(data):
             return data
+        room = _MOST_KEPT if room is None else room
         found: list[Batch] = []
         keys: list[str] = []
         known: dict[str, Tensor] = {}  # in memory, by what is shown: several questions may be about the same images
         sizes: dict[str, int] = {}
         with torch.no_grad(), learner.computing():
-            if not backbone.sees_once():
-                return data
+            constant = learner.constant_sight and backbone.sees_once()
             for batch in learner.batches(data, _ASKED):
                 if "tokens" not in batch:
                     return data
                 tokens: list[Tokens] = batch["tokens"]
-                own = [self._key("seen", *sight.pixels(each)) if sight.has_images(each) else "" for each in tokens]
+                own = [
+                    self._key("seen", *sight.pixels(each)) if constant and sight.has_images(each) else ""
+                    for each in tokens
+                ]
                 for key, each in zip(own, tokens, strict=True):
                     if key and key not in sizes:
                         value = self._kept(key, partial(self._sight, each))
                         sizes[key] = value.nbytes
                         known |= {} if store else {key: value}
-                bare = [sight.instead(each, None) for each in tokens]
+                bare = [sight.instead(each, None) for each in tokens] if constant else tokens
                 kept = {"tokens": bare, "conversation": list(map(blind, batch["conversation"]))}
                 found.append({name: value for name, value in batch.items() if name != "label"} | kept)
                 keys += own

@@ -39,12 +39,12 @@ class InPieces:
 
 
 class Seen:
-    """Conversations with what is seen of their images in place of these; neither is decoded or tokenised again.
+    """Conversations with their tokens and what is seen of their images; neither is decoded or tokenised again.
 
     Args:
-        kept: a batch of all examples; its `tokens` hold neither images nor what is seen.
+        kept: a batch of all examples; its `tokens` hold no images of which it is known what is seen.
         labels: (n,).
-        keys: of what is seen in each of them; "" where there is no image.
+        keys: of what is seen in each of them; "" where that is not known, or there is no image.
         seen: by key, in memory; empty where it lies in `store`.
         store: where it lies otherwise.
         again: tokens of one example with its images, where the store has lost what is seen.
