@@ -14,7 +14,7 @@ from perdure.app import drawing
 from perdure.app.gate import Gate
 from perdure.app.service import Service
 from perdure.app.uploads import looked_at
-from perdure.app.words import CHINESE, ENGLISH, said
+from perdure.app.words import CHINESE, ENGLISH, worded
 
 WORDS = gr.I18n(**{"en": ENGLISH, **dict.fromkeys(("zh", "zh-CN", "zh-TW", "zh-HK", "zh-SG"), CHINESE)})
 _DROP = 140  # pixels of where files are dropped
@@ -60,8 +60,10 @@ class Page:
         names = [name for task in self.service.describe()["tasks"] for name in task["classes"]]
         languages = _languages(request)
         if self.gate.closed or not self.gate.opens(request.headers):
-            return drawing.plain(said("closed", languages, why=self.gate.remedy()))
-        return drawing.plain(said("known", languages, names=", ".join(names)) if names else said("nothing", languages))
+            return drawing.sentence(worded("closed", languages, why=self.gate.remedy()))
+        return drawing.sentence(
+            worded("known", languages, names=", ".join(names)) if names else worded("nothing", languages)
+        )
 
     def _predicting(self) -> None:
         with gr.Tab(WORDS("predict"), id="predict"):
@@ -185,11 +187,11 @@ class Page:
         self, basket: list[Any], files: list[str] | None, name: str, request: gr.Request
     ) -> tuple[list[Any], str, None, str]:
         if not (files and name.strip()):
-            raise ValueError(said("nothing_given", _languages(request)))
+            raise ValueError(worded("nothing_given", _languages(request)))
         looked_at(_named(files)[:1], self.service.limits)
         basket = [*basket, (name.strip(), files)]
         names = ", ".join(f"{name} ({len(some)})" for name, some in basket)
-        return basket, drawing.plain(said("collected", _languages(request), names=names)), None, ""
+        return basket, drawing.sentence(worded("collected", _languages(request), names=names)), None, ""
 
     def _teach(
         self,
@@ -205,7 +207,7 @@ class Page:
         self._check(request)
         pictures = [(each, _named(some)) for each, some in [*basket, *([(name, files)] if files else [])]]
         if not (pictures or archive):
-            raise ValueError(said("nothing_given", _languages(request)))
+            raise ValueError(worded("nothing_given", _languages(request)))
         packed = (Path(archive).name, Path(archive)) if archive else None
         lesson = self.service.give(pictures, packed, captions or "", questions or "", skip)  # None where hidden
         return lesson.id, gr.Timer(active=True), [], "", None, None, "", "", ""
@@ -235,7 +237,7 @@ class Page:
     def _grids(self, request: gr.Request) -> tuple[Any, str, str]:
         names = list(self.service.grids())
         if not names:
-            return gr.Dropdown(choices=[], value=None), said("no_grids", _languages(request)), ""
+            return gr.Dropdown(choices=[], value=None), worded("no_grids", _languages(request)), ""
         return gr.Dropdown(choices=names, value=names[0]), *self._compare(names[0])
 
     def _compare(self, grid: str) -> tuple[str, str]:
@@ -248,7 +250,7 @@ class Page:
 
     def _report(self, request: gr.Request) -> str:
         if not self.service.taught():
-            return drawing.plain(said("nothing", _languages(request)))
+            return drawing.sentence(worded("nothing", _languages(request)))
         return drawing.report(None)
 
     def _reads(self) -> bool:

@@ -53,6 +53,8 @@ class Run(RunConfig, Command):
     """Folder of the run; it must not hold one yet."""
     track: str = ""
     """Experiment trackers to tell, such as tensorboard, wandb or mlflow, with commas between."""
+    config: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """YAML file with values for the flags; those that are typed win."""
 
     def __post_init__(self) -> None:
         """Nothing: values are checked when the command is called, where a mistake becomes one line."""
@@ -131,6 +133,8 @@ class Learn(Command):
     """Folder that images in a file of questions are relative to; the file's own unless said otherwise."""
     score: str | None = None
     """How answers are scored: exact, vqa, choice, contains, anls, cider, ...; exact unless said otherwise."""
+    config: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """YAML file with values for the flags; those that are typed win."""
 
     def __call__(self, screen: Screen) -> None:
         """Learn, say what is known now."""
@@ -177,6 +181,8 @@ class Compare(RunConfig, Command):
     """With --jobs or --on: threads of each run."""
     gpus_per_cell: Annotated[float, Range(0, 1024)] = 0.0
     """With --jobs or --on: GPUs of each run; a half lets two share one."""
+    config: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """YAML file with values for the flags; those that are typed win."""
 
     def __post_init__(self) -> None:
         """Nothing: values are checked when the command is called, where a mistake becomes one line."""
