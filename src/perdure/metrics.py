@@ -146,7 +146,7 @@ def average(matrix: Matrix) -> float | None:
     return _mean([value for row in _square(matrix) for value in row])
 
 
-def accuracies(matrix: Matrix, images: Sequence[int]) -> list[float | None]:
+def session_accuracies(matrix: Matrix, images: Sequence[int]) -> list[float | None]:
     """After each task: the share of right answers on all test images of the tasks learnt so far; length T.
 
     Args:

@@ -55,7 +55,7 @@ COMBINATIONS = (
     "lora(rank=2) + ewc(of='updates') | fm_lora(rank=4) + mas(of='updates') | "
     "si + route_lora(rank=2) + replay(size=12) | prompt(deep=True) | prompt(deep=True, blocks='1') | prompt + ewc | "
     "prompt + align | l2p(reads='class', strength=0) | l2p + replay(size=12) | l2p + ncm | l2p + ewc | "
-    "finetune + weight_average | lora(rank=2) + weight_average(form='wise') + ewc | moe_adapters(expand=0.3) | "
+    "finetune + weight_average | lora(rank=2) + weight_average(form='wise') + ewc | moe_adapters(grow='novel') | "
     "moe_adapters + replay(size=12) | moe_lora(rank=4, experts=2) + ewc | moe_lora + replay(size=12) | "
     "reg_lora(rank=2) + replay(size=12) | pnn(lateral=False) | pnn + align | disco + ncm | "
     "lora(rank=2) + reptile | "

@@ -29,7 +29,7 @@ FLAGS = {
     "resume": ["--json", "FOLDER"],
     "learn": ["--json", "FOLDER", "--into", "--backbone", "--method", "--objective", "--epochs", "--lr"],
     "predict": ["--json", "LEARNER", "IMAGES", "--top", "--classes", "--calibrated", "--skip-bad", "--task"],
-    "search": ["--json", "LEARNER", "FOLDER", "TEXT", "--top", "--skip-bad"],
+    "search": ["--json", "LEARNER", "FOLDER", "TEXT", "--top", "--skip-bad", "--task"],
     "ask": ["--json", "LEARNER", "WORDS", "--stdin", "--tokens", "--task"],
     "chat": ["--json", "LEARNER", "--tokens", "--task"],
     "compare": [

@@ -299,6 +299,7 @@ def test_the_reference_lists_every_command_and_every_key_of_the_summary(lab: Any
         "classify": {"stream": few},
         "retrieve": {},
     }
+    kinds["classify(cosine=True)"] = {"online": True, "epochs": 1}
     runs = [lab.but(objective=o, tasks=2).run("probe", tmp_path / o, **more) for o, more in kinds.items()]
     for name in ("a", "b", "c"):
         spoken = [("user", "a?"), ("assistant", "b")]

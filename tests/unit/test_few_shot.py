@@ -10,7 +10,7 @@ from PIL import Image
 from perdure.backbones.preprocess import Preprocess
 from perdure.backbones.tiny import tiny
 from perdure.core.learner import Core
-from perdure.metrics import accuracies, harmonic_means
+from perdure.metrics import harmonic_means, session_accuracies
 from perdure.objectives.classify import Classify
 from perdure.streams import build_stream
 from perdure.streams.few_shot import fewshot
@@ -120,11 +120,11 @@ def test_a_stream_given_in_python_must_be_one_task() -> None:
 
 def test_accuracies_and_harmonic_means_by_hand() -> None:
     matrix = [[0.8, None, None], [0.6, 0.5, None], [0.5, 0.2, 0.4]]
-    assert accuracies(matrix, (60, 20, 20)) == pytest.approx([0.8, 0.575, 0.42])
+    assert session_accuracies(matrix, (60, 20, 20)) == pytest.approx([0.8, 0.575, 0.42])
     assert harmonic_means(matrix, (60, 20, 20))[0] is None
     assert harmonic_means(matrix, (60, 20, 20))[1:] == pytest.approx([2 * 0.6 * 0.5 / 1.1, 2 * 0.5 * 0.3 / 0.8])
     assert harmonic_means([[0.8, None], [0.0, 0.0]], (1, 1)) == [None, 0.0]
-    assert accuracies([[None, None], [0.5, None]], (1, 1)) == [None, None]
+    assert session_accuracies([[None, None], [0.5, None]], (1, 1)) == [None, None]
 
 
 @pytest.mark.parametrize("method", ["ncm", "ranpac(dim=64)", "probe + align", "lora(rank=2) + lamaml(size=20)"])
@@ -135,7 +135,7 @@ def test_a_few_shot_run_and_its_controls_tell_its_numbers_and_resume(
     summary = lab.run(method, tmp_path / "unbroken", **few)
     lab.broken_run(method, tmp_path / "broken", (0, None), (1, 1), save_every=1, **few)
     assert content_of(tmp_path / "broken") == content_of(tmp_path / "unbroken")
-    after = accuracies(summary["matrix"], (16, 8))
+    after = session_accuracies(summary["matrix"], (16, 8))
     assert summary["few_shot"]["accuracies"] == after
     assert summary["performance_drop"] == pytest.approx(after[0] - after[1])
     assert summary["harmonic_mean"] == summary["few_shot"]["harmonic_means"][-1]
@@ -157,7 +157,7 @@ def test_meta_learning_beats_plain_lora_after_five_shot_adaptation(more: str, tr
             learner.grow(task)
             fit_task(learner, task, config)
         found = learner.objective.evaluate(learner, stream.tasks)
-        return accuracies([[None] * 3, [None] * 3, [each["accuracy"] for each in found]], (8, 4, 4))[-1] or 0.0
+        return session_accuracies([[None] * 3, [None] * 3, [each["accuracy"] for each in found]], (8, 4, 4))[-1] or 0.0
 
     plain, meta = ([accuracy(f"lora(rank=4){part}", seed) for seed in (0, 1)] for part in ("", more))
     assert all(b > a for a, b in zip(plain, meta, strict=True))

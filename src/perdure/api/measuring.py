@@ -43,7 +43,7 @@ def evaluate(
         found = build_stream(described, learner.backbone.preprocess, learner.config.seed, measured=stream is not None)
         check_gives(found, learner, described)
         tasks = list(found.tasks if stream else found.tasks[: learner.learnt])
-        remarks += told(found.notes)
+        remarks += remarks_on(found.notes)
     if not stream and learner.learnt > len(tasks):
         tasks += [task for task in taught_tasks(learner, folder, remarks.append) if task.index >= len(tasks)]
     known_as = known_task(learner, told_task)
@@ -76,7 +76,7 @@ def evaluate(
     return tasks, rows + (errors(learner, tasks) if "classes" in learner.objective.asks else []), remarks
 
 
-def told(notes: Mapping[str, Any]) -> list[str]:
+def remarks_on(notes: Mapping[str, Any]) -> list[str]:
     """What a stream's notes say to who uses it, line by line."""
     left_out = notes.get("left_out")
     return [*([told_left_out(left_out)] if left_out else []), *notes.get("remarks", ())]

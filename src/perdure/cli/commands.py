@@ -322,9 +322,9 @@ def _finished(out: Path, summary: dict[str, Any], screen: Screen) -> None:
 
 def _tell_notes(records: Sequence[Mapping[str, Any]], screen: Screen) -> None:
     """Say, once, what runs left out of their data."""
-    from perdure.api.measuring import told
+    from perdure.api.measuring import remarks_on
 
-    for line in dict.fromkeys(line for record in records for line in told(record["stream"])):
+    for line in dict.fromkeys(line for record in records for line in remarks_on(record["stream"])):
         screen.note(line)
     tell_skipped(records[0]["stream"].get("skipped", []), screen.note)
 

@@ -102,7 +102,7 @@ class Eval(LearnerCommand):
     def __call__(self, screen: Screen) -> None:
         """Print the score per task, or per held-out data set."""
         from perdure.api.learner import Learner
-        from perdure.api.measuring import evaluate, told
+        from perdure.api.measuring import evaluate, remarks_on
         from perdure.evaluation.answer_retention import answered, share_or_points
         from perdure.evaluation.held_out import held_out_of
         from perdure.evaluation.zero_shot_retention import ZERO_SHOT
@@ -128,7 +128,7 @@ class Eval(LearnerCommand):
         for name, stream in held_out.sets.items():
             what = "images" if stream.gives == "classes" else "questions"
             say(f"{name}: {sum(len(task.test) for task in stream)} {what} are measured")
-            for remark in told(stream.notes):
+            for remark in remarks_on(stream.notes):
                 say(f"{name}: {remark}")
         rows = held_out.measure(learner, learner.learnt - 1)
         for row in rows:
@@ -166,10 +166,14 @@ class Export(LearnerCommand):
         """Export and print the path."""
         from perdure.api.learner import Learner
         from perdure.export.model import export
+        from perdure.reporting.contents import licence_of
 
         screen.wait("writing")
-        path = export(Learner.load(self.learner, self.device), self.out, self.to)
-        screen.result({"export": str(path), "to": self.to}, f"written: {path}")
+        learner = Learner.load(self.learner, self.device)
+        path = export(learner, self.out, self.to)
+        licence = licence_of(learner.config.backbone)
+        said = {"export": str(path), "to": self.to, "licence": licence}
+        screen.result(said, f"written: {path}", *([f"licence: {licence}"] if licence else []))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,6 +58,8 @@ class Core(nn.Module):
         self.tasks: list[Task] = []
         self.learnt = 0  # number of tasks behind us
         self.step = 0  # within the current task
+        self.online = False  # whether it learns in one pass, without being told where a task begins or ends
+        self.newest = range(0)  # then: where the new examples of the step stand in the task's training set
         self.last_epoch = False  # whether that step belongs to the task's last
         self.precision = torch.float32  # of the encoder
         self.augment: Augment = AUGMENTS["none"]

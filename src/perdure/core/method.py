@@ -55,6 +55,8 @@ class Method(nn.Module):
     """Whether messages name it where a part that trains the encoder is missing."""
     follows_task: ClassVar[bool] = False
     """Whether it answers by what a task has taught where a batch says which one, under `task`."""
+    borderless: bool = False
+    """Whether it can learn in one pass in which no task is announced: see `Core.online`."""
     treats: frozenset[str] = frozenset()
     """Towers that compute in another way within `applied`."""
 

@@ -126,6 +126,7 @@ class ModelAgnostic(Method):
     """
 
     second_order: bool
+    borderless = True
 
     def __init__(self, inner_steps: int, inner_lr: float) -> None:
         super().__init__()

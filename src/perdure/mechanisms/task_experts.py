@@ -18,7 +18,7 @@ from perdure.types import Batch, Task
 _LOOK = 4096  # examples of a task that the router is fitted to
 
 
-class Router(Protocol):
+class TaskRouter(Protocol):
     """What knows of each task what its examples look like; see `perdure.mechanisms.class_statistics`."""
 
     @property
@@ -60,7 +60,7 @@ class TaskExperts(Method):
         tower: Literal["language", "vision"] | None,
         alpha: float | None,
         keys: Literal["image,text", "image", "text"] | None,
-        router: Router,
+        router: TaskRouter,
     ) -> None:
         super().__init__()
         self.rank, self.at, self.blocks, self.tower, self.alpha, self.keys = rank, at, blocks, tower, alpha, keys

@@ -51,6 +51,7 @@ class LaMAML(Rehearsal, name="lamaml"):
     """
 
     rehearses = "some"
+    borderless = True
 
     def __init__(
         self,
@@ -130,9 +131,10 @@ class LaMAML(Rehearsal, name="lamaml"):
 
     @torch.no_grad()
     def after_step(self, learner: Core, batch: Batch) -> None:
-        """Each number goes as far as its rate has grown."""
+        """Each number goes as far as its rate has grown; without borders the new examples are offered to the memory."""
         for name, parameter in learner.trainable().items():
             if (before := self._before.get(name)) is not None:
                 share = self.rates[name].clamp_min(0) / self.inner_lr
                 parameter.copy_(before + share * (parameter - before))
         self._before = {}
+        super().after_step(learner, batch)

@@ -31,6 +31,7 @@ class OML(Method, name="oml"):
 
     protects = "encoder"
     needs = ("classes",)
+    borderless = True
 
     def __init__(self, inner_lr: Rate = 0.1) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
 """Reptile (Nichol, Achiam & Schulman, 2018, arXiv:1803.02999), within batches as in MER (Riemer et al., ICLR 2019).
 
 `backward`: θ'_0 = θ, θ'_{i+1} = θ'_i - α ∇L_i(θ'_i), each L_i on another part of the batch; the optimizer finds
-(θ - θ'_k) / α, the sum of these gradients, as section 2 has it for adaptive optimizers: with SGD, Reptile's ε is lr / α.
-With one inner step it is plain training, bit for bit.
+(θ - θ'_k) / α, the sum of these gradients, as section 2 has it for adaptive optimizers: with SGD, Reptile's ε is
+lr / α. With one inner step it is plain training, bit for bit.
 
 Differs: inner steps are plain gradient descent, in the official code Adam with β₁ = 0; a batch is a task, as in MER
 (arXiv:1810.11910), of which this is the inner loop: `lora + replay + reptile` has its memory too. ε follows the run's
@@ -27,6 +27,8 @@ class Reptile(Method, name="reptile"):
         inner_steps: number of steps a batch, each on a part of it; at most one an example.
         inner_lr: their rate, of plain gradient descent.
     """
+
+    borderless = True
 
     def __init__(self, inner_steps: Count = 4, inner_lr: Rate = 0.1) -> None:
         super().__init__()

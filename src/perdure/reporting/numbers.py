@@ -59,6 +59,12 @@ _RARE = (
         "Few-shot: of the final accuracies on base classes and on all later ones. 0 for who learns nothing new.",
     ),
     (
+        "anytime_acc",
+        "Anytime accuracy",
+        "Of a pass without borders: mean accuracy on the tasks that had begun, averaged over the way. Higher is "
+        "better.",
+    ),
+    (
         "zero_shot_ratio",
         "Zero-shot accuracy kept",
         "Accuracy in the end on held-out data sets relative to the pre-trained model's, mean over the sets.",

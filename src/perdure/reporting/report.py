@@ -185,6 +185,11 @@ class _Page:
             for title, meaning, values, share in _REASONS
             if (figure := _figure(title, self.groups, values, longest, zero=True, share=share))
         ]
+        if passes := [str(n) for n in max((run.online("images") for run in runs), key=len, default=[])]:
+            meaning = "Mean accuracy on the tasks of the stream that had begun, after so many images of one pass."
+            title = "Accuracy along the pass"
+            if figure := _figure(title, self.groups, lambda run: run.online("begun"), passes, zero=True):
+                self.reasons.append((title, meaning, figure))
         same = len(self.streams) == len(self.backbones) == 1
         self.trades = trade_offs([(g.label, g.spread) for g in self.groups]) if same else {}
 

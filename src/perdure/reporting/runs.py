@@ -183,6 +183,10 @@ class RunResults:
         """Of a few-shot stream, once it is learnt: `accuracies` or `harmonic_means` after each task."""
         return self.summary.get("few_shot", {}).get(number) or [None] * len(self.tasks())
 
+    def online(self, number: str) -> list[float | None]:
+        """Of a pass without borders, once it is over: `images` seen, or mean accuracy on what had `begun` by then."""
+        return list(self.summary.get("online", {}).get(number, ()))
+
     def drift(self) -> list[list[float | None]]:
         """Feature drift of each task (columns) after each task (rows)."""
         return self.matrix(drift.FEATURE_DRIFT)

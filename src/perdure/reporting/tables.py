@@ -153,6 +153,7 @@ _SHOWN = (
     ("average", "average over the matrix"),
     ("performance_drop", "performance drop"),
     ("harmonic_mean", "harmonic mean"),
+    ("anytime_acc", "anytime accuracy"),
     ("zero_shot_ratio", "zero-shot kept"),
     ("lenient_acc", "final lenient"),
     ("lenient_forgetting", "lenient forgetting"),

@@ -181,6 +181,8 @@ class Summary(TypedDict, total=False):
     feature_drift: float | None
     transfer: float | None
     average: float | None
+    online: dict[str, Any]
+    anytime_acc: float | None
     few_shot: dict[str, list[float | None]]
     performance_drop: float | None
     harmonic_mean: float | None

@@ -128,6 +128,9 @@ class RunConfig(TrainConfig):
     save_every: Annotated[int, Range(0, 10**9)] = 0
     """Steps between snapshots within a task; 0 saves as often as costs at most 2 % of the time."""
 
+    online: bool = False
+    """One pass over the whole stream, without telling where a task begins or ends; accuracy on each of its tasks is
+    measured along the way. What needs borders is refused."""
     evaluate: str = "every"
     """After each task, old ones too: 'every', each on its whole test set; 'sample:500', on that many examples of each;
     'last', none. A task that was just learnt, and after the last task all, are measured whole."""
@@ -137,6 +140,11 @@ class RunConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.online:
+            if self.epochs not in (1, TrainConfig.epochs):
+                raise ValueError(f"epochs={self.epochs} has no effect with --online, which is one pass: leave it out")
+            object.__setattr__(self, "epochs", 1)
+            without_effect("with --online, where no task is set apart", calibrate=self.calibrate or None)
         # What is written down must lead to the same files wherever it is read.
         for name in ("stream", "backbone", "method"):
             object.__setattr__(self, name, anchored(getattr(self, name)))

@@ -34,6 +34,7 @@ from perdure.training.config import (
     measured_between,
 )
 from perdure.training.loop import Diverged, Progress, Quiet, TrainConfig, check_finite, fit_task
+from perdure.training.online import Along, as_one, check_borders
 from perdure.training.record import (
     check_unchanged,
     elsewhere,
@@ -122,6 +123,7 @@ def dry_run(config: RunConfig, backbone: Backbone, stream: Stream) -> None:
     objective, method = make_objective(config.objective, config.method), make_method(config.method)
     check_effect(measured_between(config.evaluate), stream, objective)
     learner = Core(backbone, objective, method, stream.scenario, config.seed)
+    learner.online = config.online
     try:
         for task in stream:
             described = Task.described(task.describe())
@@ -186,12 +188,15 @@ def build_learner(kind: type[C], config: RunConfig, runtime: Runtime | None = No
         runtime: how to compute; None resolves what `config` leaves open.
     """
     method, objective = make_method(config.method), make_objective(config.objective, config.method)
+    if config.online:
+        check_borders(method)
     backbone = make_backbone(config.backbone, config.method)
     if runtime is None:
         runtime = resolve(backbone, config.precision, config.attention, config.device)
     runtime.apply(backbone)
     learner = kind(backbone, objective, method, seed=config.seed)
     learner.precision, learner.augment, learner.calibrate = runtime.dtype, AUGMENTS[config.augment], config.calibrate
+    learner.online = config.online
     return learner, runtime
 
 
@@ -200,7 +205,7 @@ def _build(config: RunConfig, runtime: Runtime | None) -> tuple[Core, Stream, Ru
     stream = build_stream(config.stream, learner.backbone.preprocess, config.seed)
     check_gives(stream, learner, config.stream, f", or use --objective {asking(stream.gives)}")
     learner.scenario = stream.scenario
-    return learner, stream, runtime
+    return learner, as_one(stream, config.seed) if config.online else stream, runtime
 
 
 def check_gives(stream: Stream, learner: Core, described: str, remedy: str = "") -> None:
@@ -261,7 +266,7 @@ def learn_stream(
             else:
                 before = evaluation.before(learner, task)
             measured = time.perf_counter() - start
-            saver.begin(before)
+            saver.begin(before, Along(learner, task, config.batch_size) if learner.online else None)
             try:
                 fitted = fit_task(learner, task, config, progress, saver, resumed)
             except Diverged as error:
@@ -310,12 +315,14 @@ class _Saver:
         self.every, self.out, self.learner, self.stopped = every, out, learner, stopped
         self.took = 0.1
 
-    def begin(self, rows: list[Row]) -> None:
-        """A task begins, before which `rows` were measured."""
-        self.rows, self.saved = rows, time.perf_counter()
+    def begin(self, rows: list[Row], along: Along | None = None) -> None:
+        """A task begins, before which `rows` were measured; what is measured `along` it is added to them."""
+        self.rows, self.along, self.saved = rows, along, time.perf_counter()
 
     def __call__(self, step: int, optimizer: torch.optim.Optimizer | None) -> None:
         check_there(self.out)  # rather than train to the end for nothing
+        if self.along:
+            self.rows.extend(self.along(step))
         stopped, now = self.stopped(), time.perf_counter()
         due = step % self.every == 0 if self.every else now - self.saved > 50 * self.took
         if not (due or stopped):

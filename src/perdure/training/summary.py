@@ -23,6 +23,7 @@ from perdure.storage import schema
 from perdure.storage.schema import Damaged, Summary
 from perdure.streams import ConversationSet, ImageSet
 from perdure.training.loop import Fitted
+from perdure.training.online import along
 from perdure.training.runtime import peak_memory
 from perdure.types import Row, Task
 
@@ -115,6 +116,9 @@ def summary_of(out: Path, done: Sequence[Checkpoint]) -> dict[str, Any]:
     if notes.get("sequence"):
         whole = {"transfer": metrics.transfer(matrix), "average": metrics.average(matrix)}
         found |= dict.fromkeys(whole) if found.get("unlike_scores") else whole
+    if notes.get("online"):
+        way = along(rows, notes["train_images"])
+        found |= {"online": way, "anytime_acc": sum(way["begun"]) / len(way["begun"])}
     if notes.get("few_shot"):
         found |= _few_shot(matrix, notes["test_images"][:tasks])
     if zero_shot := kept(rows):
@@ -129,7 +133,7 @@ def summary_of(out: Path, done: Sequence[Checkpoint]) -> dict[str, Any]:
 
 def _few_shot(matrix: metrics.Matrix, images: Sequence[int]) -> dict[str, Any]:
     """What is told of few-shot class-incremental learning, over images and not over tasks: the base has most."""
-    after, means = metrics.accuracies(matrix, images), metrics.harmonic_means(matrix, images)
+    after, means = metrics.session_accuracies(matrix, images), metrics.harmonic_means(matrix, images)
     drop = None if after[0] is None or after[-1] is None else after[0] - after[-1]
     both = {"accuracies": after, "harmonic_means": means}
     return {"few_shot": both, "performance_drop": drop, "harmonic_mean": means[-1]}
