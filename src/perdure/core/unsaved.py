@@ -28,8 +28,8 @@ def check_saved(learner: Core) -> None:
             if tensor.numel() and tensor.untyped_storage().data_ptr() not in known:
                 raise ValueError(
                     f"{part.name} holds the tensor {place}, which state_dict does not know: it would be lost when the "
-                    "learner is saved: keep it as a parameter, a buffer or in BufferDict, let go of it in end_task, or name "
-                    "it in `derived`"
+                    "learner is saved: keep it as a parameter, a buffer or in BufferDict, let go of it in end_task, or "
+                    "name it in `derived`"
                 )
 
 
