@@ -57,6 +57,7 @@ def test_a_grid_is_compared_in_a_table_and_its_report(speaking: Any, new_context
     page: Page = new_context(locale="en-GB").new_page()
     page.goto(speaking.address)
     page.get_by_role("tab", name="Compare", exact=True).click()
+    expect(page.locator("#grid input")).to_have_value("grid", timeout=20_000)  # as its folder is called
     for method in ("probe", "ncm"):
         expect(page.locator("#table").get_by_text(method, exact=True)).to_be_visible(timeout=20_000)
     expect(page.frame_locator("#plots iframe").get_by_text("probe").first).to_be_visible(timeout=20_000)
