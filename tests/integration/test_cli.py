@@ -70,6 +70,10 @@ FLAGS["advise"] += ["--family"]
 FLAGS["combine"] += ["--weights", "--seed", "--distil", "--images", "--epochs", "--lr"]
 for _name in ("resume", "learn", "predict", "search", "ask", "chat", "app", "eval", "combine", "export"):
     FLAGS[_name] += ["--device"]
+for _name in ("run", "compare", "learn", "tune", "show"):
+    FLAGS[_name] += ["--config"]
+for _name in FLAGS:
+    FLAGS[_name] += ["--quiet", "--verbose", "--import"]
 """All commands and flags; whoever changes this list changes what scripts out there rely on."""
 
 

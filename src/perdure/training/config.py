@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from perdure.formatting import meant
+from perdure.options.own_methods import import_own_methods
 from perdure.options.paths import anchored
 from perdure.options.ranges import (
     BatchSize,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:  # what only asks, as the command line's help does, waits for 
 Precision = Literal["auto", "fp32", "bf16"]
 Attention = Literal["auto", "eager", "sdpa"]
 _DECAY = 0.1
+_WARMUP = 0.1
 _SPEAKING = {
     "objective": "generate()",
     "method": "lora(rank=16, at='qkvo,mlp', tower='language')",
@@ -59,8 +61,9 @@ class TrainConfig:
     """Made anew for every task; sgd has momentum 0.9."""
     weight_decay: Annotated[float, Range(0, 1e4)] = 0.0
     """Of the optimizer; above 0 it also shrinks what old tasks learnt and share."""
-    schedule: Literal["cosine", "cosine-epoch", "step", "constant"] = "cosine"
-    """Learning rate in a task: half a cosine, a step at a time; a quarter, an epoch at a time; a fall at milestones."""
+    schedule: Literal["cosine", "warmup-cosine", "cosine-epoch", "step", "constant"] = "cosine"
+    """Learning rate in a task: half a cosine, a step at a time; the same after a warm-up over a tenth of the steps; a
+    quarter, an epoch at a time; a fall at milestones."""
     milestones: str = ""
     """With step: the epochs after which the rate is multiplied by decay, as 4,6,8."""
     decay: Factor | None = None
@@ -103,6 +106,11 @@ class TrainConfig:
     def rate(self, step: int, steps: int) -> float:
         """Learning rate of a task's step number `step` (from 0) of `steps`."""
         epoch = step * self.epochs // steps
+        if self.schedule == "warmup-cosine":
+            rising = math.ceil(_WARMUP * steps)
+            if step < rising:
+                return self.lr * (step + 1) / (rising + 1)
+            return self.lr * (0.5 * (1 + math.cos(math.pi * (step - rising) / max(steps - rising, 1))))
         if self.schedule == "cosine":
             return self.lr * (0.5 * (1 + math.cos(math.pi * (step / steps))))
         if self.schedule == "cosine-epoch":
@@ -227,6 +235,7 @@ def flags(values: Mapping[str, Any], without: Container[str] = ()) -> list[str]:
 def register() -> None:
     """Import all methods, which makes them known by name."""
     import_module("perdure.methods")
+    import_own_methods()
 
 
 FORMER: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
