@@ -4,7 +4,6 @@ import importlib
 import json
 import random
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,9 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture
-def shapes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def shapes(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(BENCHMARKS)
-    yield importlib.import_module("drawn_shapes")
+    return importlib.import_module("drawn_shapes")
 
 
 def test_a_picture_and_its_questions_are_the_same_each_time_and_what_is_said_is_on_it(shapes: Any) -> None:

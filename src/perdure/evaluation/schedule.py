@@ -13,7 +13,6 @@ from perdure.evaluation.held_out import HeldOut
 from perdure.evaluation.search_examples import found_after, found_before
 from perdure.types import Data, Row, Stream, Task
 
-
 _LONGEST = 4
 """Conversations to learn that are read before the stream, of each task and number of images."""
 
