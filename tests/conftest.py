@@ -17,9 +17,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # where a test takes two th
 
 import pytest
 import torch
+from perdure_pocket import CLIP
 from safetensors.torch import load_file, save_file
 
-from perdure.backbones.clip import FOLDER
 from perdure.backbones.tiny import Tiny, tiny
 from perdure.core.learner import Core
 from perdure.streams import build_stream
@@ -331,7 +331,7 @@ class Saved(dict[str, Path]):
             write_words(folder)
         else:
             for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
-                shutil.copy(FOLDER / name, folder)
+                shutil.copy(CLIP / name, folder)
         return folder
 
 

@@ -27,11 +27,17 @@ def scored(rows: Iterable[Row]) -> tuple[str, str, str]:
 
 
 def average_after(rows: Iterable[Row], task: int) -> float | None:
-    """Mean score on all tasks that were measured right after `task`; None where there was none."""
+    """Mean score on all tasks that were measured right after `task`; None where no old one was, or none at all."""
     rows = list(rows)
     score, _, _ = scored(rows)
-    values = [row.value for row in rows if row.metric == score and row.after == task and row.on is not None]
-    return statistics.fmean(values) if values else None
+    values = {row.on: row.value for row in rows if row.metric == score and row.after == task and row.on is not None}
+    return None if only_new(values, task) else statistics.fmean(values.values())
+
+
+def only_new(measured: Iterable[int], task: int) -> bool:
+    """Whether after `task` no old one was `measured` though there are some, or none at all: then there is no mean."""
+    on = [each for each in measured if each <= task]
+    return not on or bool(task and min(on) == task)
 
 
 def matrix_of(rows: Iterable[Row], metric: str, tasks: int) -> list[list[float | None]]:
@@ -140,6 +146,29 @@ def average(matrix: Matrix) -> float | None:
     return _mean([value for row in _square(matrix) for value in row])
 
 
+def session_accuracies(matrix: Matrix, images: Sequence[int]) -> list[float | None]:
+    """After each task: the share of right answers on all test images of the tasks learnt so far; length T.
+
+    Args:
+        matrix: of shares.
+        images: test images of each task, (T).
+    """
+    return [_weighted(row[: i + 1], images[: i + 1]) for i, row in enumerate(_square(matrix))]
+
+
+def harmonic_means(matrix: Matrix, images: Sequence[int]) -> list[float | None]:
+    """After each task: 2 a b / (a + b), a the accuracy on the first task, b that on all images of the others learnt.
+
+    None after the first. One that learns nothing new has 0 (Peng et al., ECCV 2022, arXiv:2208.00147).
+    """
+    found: list[float | None] = []
+    for i, row in enumerate(_square(matrix)):
+        base, new = row[0], _weighted(row[1 : i + 1], images[1 : i + 1])
+        both = None if base is None or new is None else base + new
+        found.append(None if both is None or base is None or new is None else 2 * base * new / both if both else 0.0)
+    return found
+
+
 def new_task_acc(matrix: Matrix) -> float | None:
     """Mean score on each task right after it was learnt: (1/T) Σ_j R_jj."""
     return _mean([row[j] for j, row in enumerate(_square(matrix))])
@@ -186,6 +215,11 @@ def _known(values: Scores) -> list[float] | None:
 def _mean(values: Scores) -> float | None:
     known = _known(values)
     return statistics.fmean(known) if known else None
+
+
+def _weighted(values: Scores, weights: Sequence[int]) -> float | None:
+    known = _known(values)
+    return sum(v * w for v, w in zip(known, weights, strict=True)) / sum(weights) if known else None
 
 
 def _minus(a: float | None, b: float | None) -> float | None:

@@ -122,6 +122,25 @@ class Union:
         return take(join(parts), torch.cat(places).argsort())
 
 
+class Subset:
+    """Some of a data set's examples.
+
+    Args:
+        data: the whole.
+        positions: of the examples in it, int64 (n,).
+    """
+
+    def __init__(self, data: Data, positions: Tensor) -> None:
+        self.data, self.positions, self.labels = data, positions, data.labels[positions]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitems__(self, positions: Sequence[int]) -> Batch:
+        """The part's examples at `positions`."""
+        return self.data.__getitems__(self.positions[torch.as_tensor(positions, dtype=torch.int64)].tolist())
+
+
 class Told:
     """Data of a task that is known: a batch says its index under "task", int64 (B,)."""
 

@@ -44,6 +44,13 @@ METHODS = [
     f"gpm({WORDS}, keep=0.5)",
     f"moe_adapters(rank=2, {WORDS})",
     "lora_experts(rank=2)",
+    "hide_lora(rank=2)",
+    "disco(rank=2)",
+    "pnn(rank=2)",
+    "modal_prompt(tokens=2)",
+    "smolora(rank=2, experts=4)",
+    f"moe_lora(rank=4, experts=2, {WORDS})",
+    f"reg_lora(rank=2, {WORDS})",
     f"inflora(rank=2, {WORDS}, balance=0.5)",
     f"lora(rank=2, {WORDS}, at='qkvo,mlp', per_task=True)",
     "lora(rank=2, tower='vision')",
@@ -198,7 +205,7 @@ def refuses(family: str, method: str) -> str:
     """What is said where a family's attention takes no more tokens; see the page's table of methods."""
     if family.startswith("qwen") and method.startswith(("prompt", "prefix")) and "vision" in method:
         return "nothing can join the keys" if method.startswith("prefix") else "no token can join those of an image"
-    if family == "qwen3_vl" and method.startswith("prompt"):
+    if family == "qwen3_vl" and method.startswith(("prompt", "modal_prompt")):
         return "no token can join those of a conversation"
     return ""
 
@@ -219,7 +226,7 @@ def test_every_family_learns_with_these_methods(family: str, method: str, bench:
     honours_the_contract(bench(family), method)
 
 
-JUMPS = ("prompt", "prefix", "fm_lora", "finetune", "gpm")
+JUMPS = ("prompt", "modal_prompt", "prefix", "fm_lora", "finetune", "gpm")
 """What begins with more than adapters at zero (fm_lora by its prompts), or has none."""
 
 

@@ -18,7 +18,7 @@ from perdure.training.loop import Quiet, fit_task
 from perdure.types import Task
 
 register()
-ALONE = sorted(name for name, method in METHODS.items() if not method.protects)
+ALONE = sorted(name for name, method in METHODS.items() if not method.protects and method.needs != ("conversations",))
 # Sums, parted by |, beside all methods that stand alone.
 COMBINATIONS = (
     "lora(rank=2) + ewc | lora(rank=2) + replay(size=12) | lora(rank=2) + ncm | lora(rank=2) + joint | "
@@ -55,14 +55,21 @@ COMBINATIONS = (
     "lora(rank=2) + ewc(of='updates') | fm_lora(rank=4) + mas(of='updates') | "
     "si + route_lora(rank=2) + replay(size=12) | prompt(deep=True) | prompt(deep=True, blocks='1') | prompt + ewc | "
     "prompt + align | l2p(reads='class', strength=0) | l2p + replay(size=12) | l2p + ncm | l2p + ewc | "
-    "finetune + weight_average | lora(rank=2) + weight_average(form='wise') + ewc | moe_adapters(expand=0.3) | "
-    "moe_adapters + replay(size=12)"
+    "finetune + weight_average | lora(rank=2) + weight_average(form='wise') + ewc | moe_adapters(grow='novel') | "
+    "moe_adapters + replay(size=12) | moe_lora(rank=4, experts=2) + ewc | moe_lora + replay(size=12) | "
+    "reg_lora(rank=2) + replay(size=12) | pnn(lateral=False) | pnn + align | disco + ncm | "
+    "lora(rank=2) + reptile | "
+    "lora(rank=2) + replay(size=12) + reptile(inner_steps=2) | finetune + fomaml | lora(rank=2) + ewc + maml | "
+    "inflora(rank=2) + maml(inner_steps=2) | lora(rank=2) + lamaml(size=12) | lora(rank=2) + oml | "
+    "finetune + lamaml(size=12, second_order=False) | lora(rank=2) + replay(size=12) + oml | l2p + fomaml"
 )
 OTHER_SCENARIOS = (
     "lora | inflora | ncm | probe + replay(size=12) | finetune + ewc | lora(rank=2) + joint | fm_lora(rank=4) | "
     "sd_lora(rank=2) | probe + align | inflora(rank=2) + ranpac(dim=64) | "
     "lora(rank=2) + lwf | l2p | prompt | dualprompt | coda_prompt | finetune + si | probe + agem | "
-    "lora(rank=2) + icarl(size=12) | lora(rank=2) + derpp(size=12) | gpm(keep=0.5)"
+    "lora(rank=2) + icarl(size=12) | lora(rank=2) + derpp(size=12) | gpm(keep=0.5) | pnn | "
+    "lora(rank=2) + lamaml(size=12) | "
+    "lora(rank=2) + oml | lora(rank=2) + maml"
 )
 ELSEWHERE = {
     "task": OTHER_SCENARIOS,
@@ -79,7 +86,9 @@ ELSEWHERE = {
         "moe_adapters(tower='text') + mas(samples=8) | moe_adapters(tower='text', expand=0.3) + replay(size=12) | "
         "moe_adapters + weight_average + ewc | prompt + zscl | prompt(tower='both') | prefix(tower='text') | "
         "l2p(tower='both') | l2p(tower='text') + replay(size=12) | dualprompt(tower='both') | "
-        "dualprompt(tower='text', general_length=0) + replay(size=12) | coda_prompt(strength=0.1, tower='both')"
+        "hide_lora | modal_prompt | pnn(rank=4) | moe_lora(tower='both') | reg_lora(rank=2, tower='both') | "
+        "dualprompt(tower='text', general_length=0) + replay(size=12) | coda_prompt(strength=0.1, tower='both') | "
+        "lora(rank=2, tower='both') + maml | lora(rank=2) + lamaml(size=12)"
     ),
     "retrieve": (
         "probe | finetune(tower='both') | finetune(tower='text') + si | finetune(tower='both') + ewc(samples=8) | "
@@ -97,7 +106,9 @@ ELSEWHERE = {
         "o_lora(rank=2, tower='both') | c_lora(rank=2, tower='both') | route_lora(rank=2, tower='both') | "
         "adapter(rank=3, tower='both') | prompt | l2p | dualprompt | coda_prompt | l2p(tower='both') | "
         "dualprompt(tower='both') | dualprompt(tower='text') + replay(size=6) + lwf | prefix | prefix(tower='both') | "
-        "prefix(length=2, tower='text') + lwf | prompt(tokens=2, deep=True, tower='both')"
+        "prefix(length=2, tower='text') + lwf | prompt(tokens=2, deep=True, tower='both') | "
+        "lora(rank=2, tower='both') + reptile | lora(rank=2, tower='both') + lwf + maml | "
+        "lora(rank=2, tower='both') + lamaml(size=6)"
     ),
     "retrieve domain": (
         "lora(rank=2, tower='both') + ewc(samples=8, of='updates') | "
@@ -146,7 +157,7 @@ IN_FLIGHT = {
         "lora(rank=2) + align + derpp(size=12, selection='grand') | coda_prompt(strength=0.1) + replay(size=12) | "
         "lora(rank=2) + agem + replay(size=12) | inflora(rank=2) + gem(size=12, margin=0.0) | lora(rank=2) + si | "
         "fm_lora(rank=4) + mas(of='updates') | finetune + ewc(form='offline') | "
-        "lora(rank=2) + weight_average(form='wise') + ewc"
+        "lora(rank=2) + weight_average(form='wise') + ewc | lora(rank=2) + lamaml(size=12) | lora(rank=2) + oml"
     ),
     "zeroshot": (
         "lora(rank=2, tower='both') + ewc(of='updates') | lora(rank=2, tower='both') + lwf(text_temperature=1.0) | "
@@ -242,9 +253,10 @@ def test_every_trainable_parameter_gets_a_gradient(spec: str, where: Any, lab: A
         learner.learnt += 1
 
 
+ONE_A_TASK = ("hide_lora", "disco", "pnn", "modal_prompt")
 # By definition: the published forms of SD-LoRA set all magnitudes anew, and new components of CODA-Prompt start
 # orthogonal to the old ones, not at zero.
-JUMP = ("normalise='paper'", "coda_prompt", "moe_adapters", "lora_experts")
+JUMP = ("normalise='paper'", "coda_prompt", "moe_adapters", "lora_experts", *ONE_A_TASK)
 
 
 @every_place
@@ -261,7 +273,7 @@ CONCLUDES = {
     "align": "after every task all heads are fitted again",
     "weight_average": "That is what is evaluated and saved",
     "moe_adapters": "When an image comes, nobody tells its task: task identification asks which",
-    "lora_experts": "When an example comes, nobody tells its task.",
+    **dict.fromkeys(("lora_experts", *ONE_A_TASK), "When an example comes, nobody tells its task."),
     "distil=": "a new direction that former ones explain up to this share of its squared norm is given up",
 }
 
@@ -327,6 +339,8 @@ def test_state_is_all_that_a_method_remembers(spec: str, where: Any, lab: Any) -
 
 @every_place
 def test_a_step_costs_the_same_after_two_and_after_three_tasks(spec: str, where: Any, watched: Any) -> None:
+    if spec == "pnn":
+        pytest.skip("by definition: a column reads all former ones")
     if "moe_adapters" in spec:
         pytest.skip("its frozen experts turn from parameters into tensors; their work stays the same")
     _, two, three = watched(spec, where).costs
@@ -334,7 +348,7 @@ def test_a_step_costs_the_same_after_two_and_after_three_tasks(spec: str, where:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spec", [spec for spec in SPECS if "moe_adapters" not in spec])
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if "moe_adapters" not in spec and spec != "pnn"])
 def test_a_step_costs_the_same_after_two_and_after_six_tasks(spec: str, lab: Any) -> None:
     bench = lab.but(tasks=6, per_class=4, epochs=1)
     learner, stream = bench.learner(spec), bench.stream()

@@ -215,7 +215,7 @@ def test_images_whose_task_is_told_are_answered_within_it(perdure: Any, photos: 
     assert "task_id_accuracy" not in shares
     for call, line in (
         (("predict", "l", picture, "--task", "pet"), "no task 'pet'; did you mean 'pets'?"),
-        (("predict", "l", picture, "--task", "pets", "--classes", "a", "b"), "has no effect on classes that were not"),
+        (("predict", "l", picture, "--task", "pets", "--classes", "a", "b"), "has no effect: 'lora(rank=2)'"),
         (
             ("eval", "l", "--stream", 'images(path="birds")', "--task", "pets"),
             "is none of task 'pets': measure it without",

@@ -22,14 +22,14 @@ from perdure.types import Row, Task
 TRAINING = ["--epochs", "--batch-size", "--lr", "--optimizer", "--weight-decay", "--schedule"]
 TRAINING += ["--milestones", "--decay"]
 RUNNING = ["--stream", "--backbone", "--method", "--objective", "--augment", "--seed", "--precision", "--attention"]
-RUNNING += ["--device", "--save-every", "--retain", "--calibrate"]
+RUNNING += ["--device", "--save-every", "--retain", "--calibrate", "--evaluate"]
 FLAGS = {
     "demo": ["--json", "--out"],
     "run": ["--json", *TRAINING, *RUNNING, "--recipe", "--out", "--track"],
     "resume": ["--json", "FOLDER"],
     "learn": ["--json", "FOLDER", "--into", "--backbone", "--method", "--objective", "--epochs", "--lr"],
     "predict": ["--json", "LEARNER", "IMAGES", "--top", "--classes", "--calibrated", "--skip-bad", "--task"],
-    "search": ["--json", "LEARNER", "FOLDER", "TEXT", "--top", "--skip-bad"],
+    "search": ["--json", "LEARNER", "FOLDER", "TEXT", "--top", "--skip-bad", "--task"],
     "ask": ["--json", "LEARNER", "WORDS", "--stdin", "--tokens", "--task"],
     "chat": ["--json", "LEARNER", "--tokens", "--task"],
     "compare": [
@@ -52,16 +52,34 @@ FLAGS = {
     ],
     "advise": ["--json", "--bytes", "--old-data", "--tasks", "--id-at-test", "--step-cost", "--scenario", "--from"],
     "eval": ["--json", "LEARNER", "--stream", "--retain", "--task"],
+    "combine": [
+        *(
+            "--json",
+            "FOLDERS",
+            "--into",
+            "--route",
+            "--gate",
+            "--pool-bytes",
+            "--per-class",
+            "--merge",
+            "--weights",
+            "--seed",
+        )
+    ],
     "report": ["--json", "FOLDERS", "--out", "--figures"],
     "export": ["--json", "LEARNER", "--out", "--to"],
     "move": ["--json", "FOLDER", "CHANGE"],
+    "resize": ["--json", "FOLDER", "--size", "--length", "--positions", "--rope", "--factor"],
+    "show": ["--json", "LEARNER"],
     "list": ["--json", "WHAT", "NAME"],
 }
+FLAGS["app"] = ["--json", "LEARNER", "--images", "--runs", "--host", "--port", "--token", "--uploads", "--max-upload"]
+FLAGS["app"] += ["--backbone", "--method", "--objective", "--seed"]
 FLAGS["tune"] += ["--out"]
 FLAGS["compare"] += ["--jobs", "--on", "--cpus-per-cell", "--gpus-per-cell"]
 FLAGS["learn"] += ["--captions", "--batch-size", "--seed", "--precision", "--calibrate", "--skip-bad"]
 FLAGS["learn"] += ["--images", "--score"]
-for _name in ("resume", "learn", "predict", "search", "ask", "chat", "eval", "export"):
+for _name in ("resume", "learn", "predict", "search", "ask", "chat", "app", "eval", "combine", "export"):
     FLAGS[_name] += ["--device"]
 """All commands and flags; whoever changes this list changes what scripts out there rely on."""
 

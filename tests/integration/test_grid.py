@@ -21,7 +21,7 @@ from perdure.types import Task
 
 METHODS = ["inflora(rank=2)", "lora(rank=2) + ewc(samples=8)", "probe + replay(size=6)", "ncm"]
 SEEDS = [0, 1]
-TIMED = ("seconds", "images_per_second", "step_cost", "step")
+TIMED = ("seconds", "evaluation_seconds", "images_per_second", "step_cost", "step")
 
 
 def ask(arguments: list[str], said: Path) -> None:

@@ -118,16 +118,17 @@ def test_loading_leaves_the_random_state_and_the_log_levels_alone(
 
 def test_registry_knows_the_options_of_each_family() -> None:
     options = {name: list(inspect.signature(factory).parameters) for name, factory in BACKBONES.items()}
+    elastic = ["size", "length", "positions"]
     assert options == {
-        "timm": ["name", "checkpoint", "input_norm", "layers", "means"],
-        "vision": ["path", "input_norm", "layers", "means"],
-        "clip": ["path", "input_norm", "layers", "means"],
-        "chinese_clip": ["path", "input_norm", "layers", "means"],
-        "open_clip": ["name", "checkpoint", "input_norm", "layers", "means"],
-        "dual": ["path", "vision", "text", "input_norm", "layers", "means"],
-        "pocket": ["layers", "means"],
+        "timm": ["name", "checkpoint", "input_norm", "layers", "means", "size"],
+        "vision": ["path", "input_norm", "layers", "means", "size"],
+        "clip": ["path", "input_norm", "layers", "means", *elastic],
+        "chinese_clip": ["path", "input_norm", "layers", "means", *elastic],
+        "open_clip": ["name", "checkpoint", "input_norm", "layers", "means", *elastic],
+        "dual": ["path", "vision", "text", "input_norm", "layers", "means", *elastic],
+        "pocket": ["layers", "means", *elastic],
         "tiny": ["dim", "depth", "size", "seed", "fused", "text", "layers", "means"],
-        "mllm": ["path", "dtype", "quantize", "checkpointing", "length"],
+        "mllm": ["path", "dtype", "quantize", "checkpointing", "length", "rope", "factor"],
         "tiny_mllm": ["dim", "depth", "size", "seed", "length"],
     }
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from perdure_pocket import CLIP
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from perdure.api.learner import Learner
-from perdure.backbones.clip import FOLDER
 from perdure.objectives.retrieve import Retrieve
 from perdure.streams import build_stream
 from perdure.training.config import make_backbone
@@ -47,7 +47,7 @@ def scale(name: str) -> Callable[[dict[str, Tensor]], None]:
 def test_a_damaged_backbone_is_refused_when_it_is_read(
     change: Callable[[dict[str, Tensor]], None], what: str, tmp_path: Path
 ) -> None:
-    folder = Path(shutil.copytree(FOLDER, tmp_path / "clip"))
+    folder = Path(shutil.copytree(CLIP, tmp_path / "clip"))
     weights = {name: value.float() for name, value in load_file(folder / "model.safetensors").items()}
     change(weights)
     save_file(weights, folder / "model.safetensors", {"format": "pt"})

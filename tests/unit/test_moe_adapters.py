@@ -251,9 +251,10 @@ def again(task: Task, index: int) -> Task:
     return Task(index, task.name, task.classes, task.names, None, task.train, task.test)
 
 
-def test_a_new_task_brings_experts_and_a_repeated_one_none(lab: Any) -> None:
+@pytest.mark.parametrize("growth", ["grow='novel'", "expand=0.5"])
+def test_a_new_task_brings_experts_and_a_repeated_one_none(growth: str, lab: Any) -> None:
     bench = lab.but(per_class=40, noise=0.4)
-    learner, stream = bench.learner("moe_adapters(expand=0.5)"), bench.stream()
+    learner, stream = bench.learner(f"moe_adapters({growth})"), bench.stream()
     counts = []
     for index, which in enumerate((0, 0, 1, 1, 0)):
         bench.teach(learner, [again(stream.tasks[which], index)], epochs=1)
@@ -268,7 +269,7 @@ def test_images_of_old_tasks_pass_their_own_router_in_training(lab: Any) -> None
     learner.train()
     moe = learner.method.parts[0]
     labels = torch.tensor([*stream.tasks[1].classes, *stream.tasks[0].classes])
-    routes = moe._told(learner, "vision", 4, labels)
+    routes = moe.of("vision").in_training(learner, 4, labels)
     assert [routes[0].routers[place] for place in routes[0].place.tolist()] == [None, None, 0, 0]
 
 
@@ -335,7 +336,7 @@ def test_names_of_old_tasks_pass_their_own_router_in_training_and_count_for_none
     bench.teach(learner, stream.tasks[:1])
     learner.grow(stream.tasks[1])
     learner.train()
-    routes = learner.method._told(learner, "text", 4, torch.tensor(learner.objective.classes))
+    routes = learner.method.of("text").in_training(learner, 4, torch.tensor(learner.objective.classes))
     assert [routes[0].routers[place] for place in routes[0].place.tolist()] == [0, 0, None, None]
     batch = learner.method.batch(learner, whole(stream.tasks[1].train))
     learner.loss(batch)
@@ -386,4 +387,4 @@ def test_how_many_experts_there_are_follows_the_length_of_the_stream() -> None:
     method = make_method("moe_adapters")
     assert method._first(Task(0, "", (0,), ("a",), 11)) == 22
     assert method._first(Task(0, "", (0,), ("a",), None)) == 8
-    assert make_method("moe_adapters(expand=0.5)")._first(Task(0, "", (0,), ("a",), 11)) == 2
+    assert make_method("moe_adapters(grow='novel')")._first(Task(0, "", (0,), ("a",), 11)) == 2

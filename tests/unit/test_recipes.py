@@ -11,11 +11,15 @@ import pytest
 import timm
 import tyro
 
+from perdure.adapters.injection import updates
+from perdure.backbones.tiny_mllm import tiny_mllm
 from perdure.cli.commands import COMMANDS, Run
+from perdure.core.learner import Core
 from perdure.experiments.recipes import expand, published, recipe, recipes
 from perdure.options.spec import build, parse, parse_one
 from perdure.streams import STREAMS
 from perdure.training.config import RunConfig, flags, make_method, make_objective
+from perdure.types import Task
 
 PAGE = (Path(__file__).parents[2] / "docs/published.md").read_text(encoding="utf-8")
 EVERY = published()
@@ -36,7 +40,7 @@ def test_a_recipe_can_be_built_and_its_text_says_what_it_is(name: str) -> None:
     make_objective(config.objective)
     build(parse_one(config.stream), STREAMS, "stream")
     options = dict(parse_one(config.backbone).kwargs)  # not built: that would read weights
-    if name == "demo":
+    if name == "demo" or name in EVERY["sites"]["rows"]:
         return
     family, data = next((f, d) for n, f in EVERY["families"].items() for d in f["rows"] if f"{n}_{d}" == name)
     table, score = EVERY["tables"][family["table"]], family["rows"][data].get("score", "")
@@ -63,6 +67,22 @@ def test_a_recipe_can_be_built_and_its_text_says_what_it_is(name: str) -> None:
     )
     cells = [cell.strip() for cell in listed.strip("|").split("|")]
     assert cells[:3] + cells[-1:] == [*row, "no"]
+
+
+@pytest.mark.parametrize(("name", "layers"), [("attention_only", "qkvo"), ("gate_up_only", ("gate", "fc1"))])
+def test_a_preset_of_sites_adapts_these_layers_of_a_language_model_alone(name: str, layers: Any) -> None:
+    config, text = recipe(name).config, recipe(name).about
+    for command in (r"^Command: `(perdure run --recipe .*?)`", r"^    (perdure run .*)$"):
+        (line,) = re.findall(command, text, re.M)
+        assert typed(line) == config
+    row = EVERY["sites"]["rows"][name]
+    assert f"Published: {row['score']}; the whole" in text
+    assert f"| `{name}` | `{config.method}` | {row['score']} |" in PAGE
+    learner = Core(tiny_mllm(), make_objective(config.objective), make_method(config.method), "domain")
+    learner.grow(Task(0, "a", (0,), ("a",)))
+    sites = [site.key.rpartition(":") for site, _, _ in updates(learner.backbone)]
+    assert {word for _, _, word in sites} == set(layers)
+    assert {block for block, _, _ in sites} == set(learner.backbone.blocks("language"))
 
 
 def test_the_page_has_no_other_presets() -> None:

@@ -97,6 +97,7 @@ BUILT = {
     r"per_task=True has no effect with tasks=1": "lora(tasks=1, per_task=True)",
     r"experts=2: expected at least top=3": "moe_adapters(experts=2, top=3)",
     r"expand=0\.5 has no effect with freeze=0": "moe_adapters(expand=0.5, freeze=0)",
+    r"grow='novel' has no effect with freeze=0": "moe_adapters(grow='novel', freeze=0)",
     r"^method 'prompt', option blocks='0-1' has no effect with deep=False, where tokens pass through all": (
         "prompt(blocks='0-1')"
     ),

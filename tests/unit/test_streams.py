@@ -715,7 +715,7 @@ def test_every_stream_lists_its_options_for_the_mini_language() -> None:
     for name, factory in STREAMS.items():
         parameters = inspect.signature(factory).parameters
         assert "options" not in parameters, name
-        assert {"tasks", "scenario", "only", "order", "question"} & set(parameters), name
+        assert {"tasks", "scenario", "only", "order", "question", "shots"} & set(parameters), name
         assert factory.__doc__, name
 
 

@@ -94,6 +94,7 @@ class _AdaptedLayer:
 
 _ADAPTED_LAYER = "perdure_adapted_layer"
 _HOOKS = "perdure_hooks"
+_BEHIND = "perdure_adapters_behind"
 
 
 def attach(model: nn.Module, sites: Sequence[Site], adapter: Adapter, fold: bool | None = None) -> None:
@@ -119,6 +120,17 @@ def attach(model: nn.Module, sites: Sequence[Site], adapter: Adapter, fold: bool
         hook = partial(_adapt, adapter, part, None if whole else site.rows, adapted_layer.pretrained is None)
         adapted_layer.adapters.append((adapter, part, site))
         adapted_layer.handles.append(layer.register_forward_hook(hook))
+
+
+def attach_behind(block: nn.Module, adapter: Adapter) -> None:
+    """Put `adapter`, which no weight can hold, behind a whole block, whose input and output it sees as part 0."""
+    handle = block.register_forward_hook(partial(_behind, adapter))
+    setattr(block, _BEHIND, [*getattr(block, _BEHIND, ()), handle])
+
+
+def _behind(adapter: Adapter, _block: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
+    changed: Tensor = adapter.forward(args[0], y, 0)
+    return changed
 
 
 def overhear(model: nn.Module, site: Site, module: nn.Module, listener: Callable[[Tensor], None]) -> None:
@@ -179,8 +191,9 @@ def folded_into(model: nn.Module) -> Iterator[tuple[nn.Linear, Tensor]]:
 
 
 def adapted(model: nn.Module) -> bool:
-    """Whether any layer of `model` carries an adapter, or any block takes other tokens."""
-    return next(_adapted_layers(model), None) is not None or prompted(model)
+    """Whether any layer or block of `model` carries an adapter, or any block takes other tokens."""
+    behind = any(hasattr(module, _BEHIND) for module in model.modules())
+    return behind or next(_adapted_layers(model), None) is not None or prompted(model)
 
 
 def prompted(model: nn.Module) -> bool:
@@ -231,8 +244,9 @@ def detach(model: nn.Module) -> None:
             layer.weight.data.copy_(adapted_layer.pretrained)
         delattr(layer, _ADAPTED_LAYER)
     for block in model.modules():
-        for handle in vars(block).pop(_HOOKS, ()):
-            handle.remove()
+        for name in (_HOOKS, _BEHIND):
+            for handle in vars(block).pop(name, ()):
+                handle.remove()
 
 
 def updates(model: nn.Module) -> Iterator[tuple[Site, Adapter, int]]:

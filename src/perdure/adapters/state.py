@@ -50,7 +50,11 @@ class BufferDict(nn.Module, MutableMapping[str, Tensor]):
 
 
 class ParameterStore(nn.Module):
-    """Parameters of which data decides how many there are; `BufferDict` holds what is trained no more."""
+    """Parameters of which data decides how many there are; `BufferDict` holds what is trained no more.
+
+    They stand in alphabetical order, whenever they came: an optimizer knows its parameters by their order alone, which
+    must be the same in a store that was loaded.
+    """
 
     def __getitem__(self, name: str) -> nn.Parameter:
         parameter = self._parameters[name]
@@ -69,6 +73,7 @@ class ParameterStore(nn.Module):
         """A new parameter; it replaces one of that name."""
         self.take(name)
         self.register_parameter(name, nn.Parameter(value))
+        self._parameters = dict(sorted(self._parameters.items()))
 
     def take(self, name: str) -> Tensor | None:
         """Remove a parameter, and return its value; None when there is none."""

@@ -1,4 +1,4 @@
-"""Low-rank branches that stay apart, one a task: of each input one is used, or none."""
+"""Low-rank branches that stay apart, one a task: of each input one is used, none, or shares of all."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -8,17 +8,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from perdure.adapters.injection import Adapter, starting_rows
+from perdure.adapters.low_rank_mixture import mixed
 from perdure.adapters.state import BufferDict, ParameterStore
 from perdure.types import Site
 
 _PARTS = ("down", "up")
+_STACKED = tuple(enumerate(_PARTS))  # along which dimension branches of several tasks stand side by side
 
 
 class TaskBranches(Adapter):
     """y + scale · up_e (down_e x), e the branch that is chosen for the example; y where there is none.
 
-    In training it is the open branch for all, so that activations may be computed twice. Else `routes` says which, and
-    without routes it adds nothing. What an example gets does not depend on who is beside it.
+    In training it is the open branch for all, so that activations may be computed twice. Else `routes` says which, or
+    `shares` how much of each is added; without either it adds nothing. What an example gets does not depend on who is
+    beside it.
 
     Args:
         site: the layer.
@@ -33,11 +36,18 @@ class TaskBranches(Adapter):
         if rank < 1 or rank > site.fan_in:
             raise ValueError(f"rank={rank}: expected 1 to {site.fan_in}, the inputs of {site.layer}")
         self.rank, self.scale, self.fan_in, self.fan_out = rank, scale, site.fan_in, site.fan_out
+        self.block = site.key.rpartition(":")[0]
         self.open, self.closed = ParameterStore(), BufferDict()  # "down", "up"; "3/down", "3/up" of task 3
         self.routes: Tensor | None = None  # (B,), the task whose branch each example takes, or -1
+        self.shares: Tensor | None = None  # (B, tasks), what each example takes of each branch
 
-    def start(self, device: torch.device) -> None:
-        """Open a branch that changes nothing yet, in the place of one that may be open."""
+    @property
+    def tasks(self) -> list[int]:
+        """Those that have a branch, in ascending order."""
+        return sorted({int(key.partition("/")[0]) for key in self.closed})
+
+    def start(self, device: torch.device, former: int = 0) -> None:
+        """Open a branch that changes nothing yet, in the place of one that may be open; it does not see others."""
         self.open.put("down", starting_rows(self.rank, self.fan_in).to(device))
         self.open.put("up", torch.zeros(self.fan_out, self.rank, dtype=torch.float32, device=device))
 
@@ -52,6 +62,11 @@ class TaskBranches(Adapter):
         """Input (B, ..., fan_in) and output of the layer to its new output."""
         if self.training and "down" in self.open:
             return y + self._update(x, self.open["down"], self.open["up"])
+        if self.shares is not None:
+            down, up = (
+                torch.cat([self.closed[f"{task}/{part}"] for task in self.tasks], dim) for dim, part in _STACKED
+            )
+            return torch.add(y, mixed(x, down, up, self.shares), alpha=self.scale)
         if self.routes is None:
             return y
         taken = torch.unique(self.routes).tolist()
@@ -67,10 +82,6 @@ class TaskBranches(Adapter):
     def delta(self, part: int, branches: bool) -> Tensor | None:
         """None: which update a layer gets depends on the example."""
         return None
-
-    def tasks(self) -> list[int]:
-        """Those that have a closed branch, in ascending order."""
-        return sorted({int(name.partition("/")[0]) for name in self.closed})
 
     def factors_of(self, task: int) -> tuple[Tensor, Tensor]:
         """The closed branch of `task` as (up (fan_out, rank), down (rank, fan_in)), the scale within `up`."""
@@ -94,3 +105,15 @@ def routed(adapters: Sequence[TaskBranches], routes: Tensor) -> Iterator[None]:
     finally:
         for each in adapters:
             each.routes = None
+
+
+@contextmanager
+def sharing(adapters: Sequence[TaskBranches], shares: Sequence[Tensor]) -> Iterator[None]:
+    """Within, examples take of each branch what `shares` (B, tasks) say, one for each of `adapters`."""
+    for each, its in zip(adapters, shares, strict=True):
+        each.shares = its
+    try:
+        yield
+    finally:
+        for each in adapters:
+            each.shares = None

@@ -86,7 +86,7 @@ def teach_folder(
         done = checkpoint.whole(into)
         if there:
             learner = Learner.untaught(into, given.get("device"))
-            _refuse_without_effect(into, learner.config, given)
+            refuse_without_effect(into, learner.config, given)
         else:
             if not usual(config.backbone) and holds_conversations(photos):
                 raise ValueError(
@@ -109,7 +109,7 @@ def teach_folder(
             reading["images"] = str(Path(str(reading["images"])).expanduser().resolve())
         trained = {k: v for k, v in given.items() if k in {f.name for f in dataclasses.fields(TrainConfig)}}
         train = learner.usual_training().but(**trained)
-        before = _tasks_with_data(learner, into, done, progress.note)
+        before = tasks_with_data(learner, into, done, progress.note)
         known = {name: c for task in before for name, c in zip(task.names, task.classes, strict=True)}
         with skippable("--skip-bad"):
             task = _read(photos, learner, known, len(before), skip_bad, reading, progress.note)
@@ -165,7 +165,7 @@ def go_on(folder: Path, progress: Progress | None = None, device: str | None = N
     progress = progress or Quiet()
     with checkpoint.locked(folder):
         learner = Learner.untaught(folder, device)
-        return _finish(learner, _tasks_with_data(learner, folder, done, progress.note), folder, progress)
+        return _finish(learner, tasks_with_data(learner, folder, done, progress.note), folder, progress)
 
 
 def taught_tasks(learner: Learner, folder: Path, tell: Callable[[str], None]) -> list[Task]:
@@ -180,7 +180,7 @@ def taught_tasks(learner: Learner, folder: Path, tell: Callable[[str], None]) ->
         ValueError: when there is no test image at all.
     """
     told: list[str] = []
-    tasks = _tasks_with_data(learner, folder, checkpoint.whole(folder), told.append)
+    tasks = tasks_with_data(learner, folder, checkpoint.whole(folder), told.append)
     kept = [task for task in tasks if len(task.test)]
     if not kept:
         raise ValueError(f"no test image of {folder} is at hand any more: say what to measure on with --stream")
@@ -197,7 +197,7 @@ def _finish(learner: Learner, tasks: Sequence[Task], into: Path, progress: Progr
     return learn_stream(learner.usual_training(), learner, stream, into, progress)
 
 
-def _tasks_with_data(
+def tasks_with_data(
     learner: Learner, folder: Path, done: Sequence[Checkpoint], note: Callable[[str], None]
 ) -> list[Task]:
     """The tasks already learnt, with their data where it is still at hand."""
@@ -318,7 +318,8 @@ def _skipped(task: Task) -> list[str]:
     return [where for data in (task.train, task.test) for where in getattr(data, "skipped", ())]
 
 
-def _refuse_without_effect(into: Path, config: RunConfig, given: Mapping[str, Any]) -> None:
+def refuse_without_effect(into: Path, config: RunConfig, given: Mapping[str, Any]) -> None:
+    """Raise a ValueError where `given` asks for another learner than the one of `config` in the folder `into`."""
     for name, value in given.items():
         made = getattr(config, name)
         if name in _FIXED and value != made and (name not in _SPECS or parse(anchored(value)) != parse(made)):
@@ -349,6 +350,18 @@ def _begun(into: Path, done: Sequence[Checkpoint]) -> LessonSource | None:
         return None
     remedy = f"restore it, or remove {path.parent} to give this task up"
     return schema.read_typed(path, LessonSource, remedy, "format" in read_record(into))
+
+
+def begun(into: Path) -> bool:
+    """Whether a folder holds a lesson that was begun and is not finished."""
+    return (into / "run.json").exists() and _begun(into, checkpoint.whole(into)) is not None
+
+
+def give_up(into: Path) -> None:
+    """Forget a lesson that was begun in a folder and is not finished; what was learnt before stays."""
+    with checkpoint.locked(into):
+        if (into / "run.json").exists():
+            shutil.rmtree(_next(into, checkpoint.whole(into)), ignore_errors=True)
 
 
 def _refuse_other_task(into: Path, done: Sequence[Checkpoint], source: LessonSource) -> None:

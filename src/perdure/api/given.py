@@ -3,14 +3,15 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
 from torch import empty, int64
 
+from perdure.backbones.base import Backbone
 from perdure.core.learner import Core
-from perdure.core.method import parts_of
+from perdure.core.method import follows_task, parts_of
 from perdure.formatting import meant
 from perdure.streams import (
     ImageSet,
@@ -23,7 +24,17 @@ from perdure.streams import (
 )
 from perdure.streams.conversations import Conversation, messages
 from perdure.streams.sources import listed
-from perdure.types import Batch, Task, Told
+from perdure.types import Batch, Data, Task, Told
+
+
+class Sees(Protocol):
+    """A learner, or specialists: who has images looked at as its backbone wants them."""
+
+    @property
+    def backbone(self) -> Backbone:
+        """The model that looks."""
+        ...
+
 
 _BESIDE = {"classes": "labels", "captions": "captions", "conversations": "conversations"}
 """What an objective asks for -> how it is called in `Learner.learn`."""
@@ -81,23 +92,35 @@ def _read(learner: Core, path: str | Path, given: Any, asks: str, known: Mapping
     return captioned_task(path, *place, given)
 
 
-def known_task(learner: Core, name: str) -> Task:
-    """The task called `name`, of which an answer is wanted.
+def known_task(learner: Core, name: str | None, chosen: bool = True) -> Task | None:
+    """The task called `name`, of which an answer is wanted; None where it is not known.
+
+    Args:
+        learner: who answers.
+        name: of a task that it has learnt.
+        chosen: whether answers are chosen among the classes that were learnt.
 
     Raises:
         ValueError: when none is called so, or the answer would be the same.
     """
+    if name is None:
+        return None
     names = [task.name for task in learner.tasks[: learner.learnt]]
     if name not in names:
         near = meant(name, names) or f"; it has learnt: {', '.join(map(repr, names)) or 'nothing'}"
         raise ValueError(f"this learner has no task {name!r}{near}")
     found = learner.tasks[names.index(name)]
-    fewer = "classes" in learner.objective.asks and {*found.classes} != {*learner.objective.classes}
-    if not fewer and not any(part.follows_task for part in parts_of(learner.method)):
+    fewer = chosen and "classes" in learner.objective.asks and {*found.classes} != {*learner.objective.classes}
+    if not fewer and not follows_task(learner.method):
         raise ValueError(
             f"task={name!r} has no effect: {learner.method.spec!r} answers the same whatever the task; leave it out"
         )
     return found
+
+
+def told(data: Data, known: Task | None) -> Data:
+    """`data`, all of which belongs to the task that is `known`, if any."""
+    return data if known is None else Told(data, known.index)
 
 
 def within(known: Task, learner: Core, tasks: Sequence[Task]) -> list[Task]:
@@ -124,7 +147,7 @@ def check_first(learner: Core, task: Task, known: Mapping[str, int], where: str)
         raise ValueError(f"{where}: one image only; images are told apart from each other, so give at least two")
 
 
-def shown(images: Any, learner: Core) -> ImageSet:
+def shown(images: Any, learner: Sees) -> ImageSet:
     """The images to look at, one or several."""
     if isinstance(images, ImageSet):
         return images
@@ -155,7 +178,7 @@ class Asked:
         return {"conversation": [self.conversations[i] for i in positions]}
 
 
-def asked(images: Any, questions: str | Sequence[str], learner: Core) -> list[Conversation]:
+def asked(images: Any, questions: str | Sequence[str], learner: Sees) -> list[Conversation]:
     """A conversation for each question.
 
     Args:
@@ -176,14 +199,14 @@ def asked(images: Any, questions: str | Sequence[str], learner: Core) -> list[Co
     return [_conversation(each, question, learner) for each, question in zip(shown, questions, strict=True)]
 
 
-def _conversation(images: Any, question: str, learner: Core) -> Conversation:
+def _conversation(images: Any, question: str, learner: Sees) -> Conversation:
     if not isinstance(question, str) or not question.strip():
         raise ValueError(f"the question is {question!r}: say what you want to know")
     pictures = [] if images is None else decoded(images, learner)
     return Conversation(messages([("user", (*[None] * len(pictures), question.strip()))]), pictures)
 
 
-def decoded(images: Any, learner: Core) -> list[Image.Image]:
+def decoded(images: Any, learner: Sees) -> list[Image.Image]:
     """One or several images as they are, of any size."""
     source = shown(images, learner).source
     return [source.read(row) for row in range(len(source))]

@@ -12,7 +12,7 @@ from typing import Any, Self, overload
 import torch
 from torch.nn import functional as F
 
-from perdure.api.given import Asked, asked, check_first, known_task, shown, task_of
+from perdure.api.given import Asked, asked, check_first, known_task, shown, task_of, told
 from perdure.core import checkpoint
 from perdure.core.checkpoint import read_record
 from perdure.core.learner import Core
@@ -30,7 +30,7 @@ from perdure.training.record import record_of, recorded_config, recorded_runtime
 from perdure.training.run import build_learner
 from perdure.training.runtime import Runtime
 from perdure.training.summary import COSTS, facts_of, taught_files, write_summary
-from perdure.types import Data, Row, Stream, Task, Told
+from perdure.types import Data, Row, Stream, Task
 
 OPEN = ""
 """The stream of a learner that is taught one folder after another."""
@@ -192,11 +192,8 @@ class Learner(Core):
             raise ValueError(f"top={top}: expected 1 or more, or None for all")
         if classes is not None and not len(classes):
             raise ValueError("classes is empty: give at least one name, or None for what was learnt")
-        if classes is not None and task is not None:
-            raise ValueError(f"task={task!r} has no effect on classes that were not learnt: leave one of the two out")
-        known = None if task is None else known_task(self, task)
-        found = shown(images, self)
-        data: Data = found if known is None else Told(found, known.index)
+        known = known_task(self, task, chosen=classes is None)
+        data = told(shown(images, self), known)
         if not len(data):
             return []
         with self.inference():
@@ -205,7 +202,7 @@ class Learner(Core):
                 if known is not None:
                     names, scores = known.names, scores[:, [self.objective.classes.index(c) for c in known.classes]]
             else:
-                names, texts = tuple(classes), class_texts(self, classes, self.objective.templates)
+                names, texts = tuple(classes), class_texts(self, classes, self.objective.templates, task=known)
                 scores = self.backbone.logit_scale * self._towards(data, texts, batch_size)
             shares = (scores.float() / (self.temperature.value if calibrated else 1)).softmax(1).cpu()
         best = shares.topk(min(top or shares.shape[1], shares.shape[1]), dim=1)
@@ -216,7 +213,12 @@ class Learner(Core):
 
     @plain()
     def search(
-        self, images: Sequence[Picture] | torch.Tensor | ImageSet, text: str, top: int = 5, batch_size: int = 256
+        self,
+        images: Sequence[Picture] | torch.Tensor | ImageSet,
+        text: str,
+        top: int = 5,
+        batch_size: int = 256,
+        task: str | None = None,
     ) -> list[tuple[int, float]]:
         """Which of `images` fit `text` best: their positions with the cosine of image and text, best first.
 
@@ -225,6 +227,7 @@ class Learner(Core):
             text: what is looked for, in any language that the text tower knows.
             top: how many.
             batch_size: images at once; the answer does not depend on it.
+            task: name of the task that images and text belong to, where it is known; see `predict`.
 
         Raises:
             ValueError: when the text is empty, an image cannot be read, or the backbone has no text tower.
@@ -234,11 +237,12 @@ class Learner(Core):
             raise ValueError("the text to search for is empty: say what to look for")
         if top < 1:
             raise ValueError(f"top={top}: expected 1 or more")
-        data = shown(images, self)
+        known = known_task(self, task, chosen=False)
+        data = told(shown(images, self), known)
         if not len(data):
             return []
         with self.inference():
-            cosines = self._towards(data, class_texts(self, [text], ("{}",)), batch_size)[:, 0].cpu()
+            cosines = self._towards(data, class_texts(self, [text], ("{}",), task=known), batch_size)[:, 0].cpu()
         best = cosines.topk(min(top, len(cosines)))
         return list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
 
@@ -272,10 +276,8 @@ class Learner(Core):
         if tokens < 1:
             raise ValueError(f"tokens={tokens}: expected 1 or more")
         objective: Any = self.objective
-        data: Data = Asked(conversations)
-        said: list[str] = objective.answers(
-            self, data if task is None else Told(data, known_task(self, task).index), tokens
-        )
+        data = told(Asked(conversations), known_task(self, task))
+        said: list[str] = objective.answers(self, data, tokens)
         return said
 
     def check_speaks(self) -> None:

@@ -13,6 +13,7 @@ from perdure.api.given import known_task, within
 from perdure.api.learner import Learner
 from perdure.backbones.preprocess import skippable
 from perdure.evaluation.calibration import errors
+from perdure.evaluation.with_task import measured
 from perdure.formatting import meant, shortened
 from perdure.process import plain
 from perdure.streams import ConversationSet, ImageSet, build_stream
@@ -42,10 +43,10 @@ def evaluate(
         found = build_stream(described, learner.backbone.preprocess, learner.config.seed, measured=stream is not None)
         check_gives(found, learner, described)
         tasks = list(found.tasks if stream else found.tasks[: learner.learnt])
-        remarks += told(found.notes)
+        remarks += remarks_on(found.notes)
     if not stream and learner.learnt > len(tasks):
         tasks += [task for task in taught_tasks(learner, folder, remarks.append) if task.index >= len(tasks)]
-    known_as = None if told_task is None else known_task(learner, told_task)
+    known_as = known_task(learner, told_task)
     if known_as is not None and stream is None:
         tasks = [task for task in tasks if task.index == known_as.index]
     if stream is not None:
@@ -67,14 +68,15 @@ def evaluate(
     if known_as is not None:
         tasks = within(known_as, learner, tasks)
     with skippable("skip_bad=True in the stream"):
-        found_on = learner.objective.evaluate(learner, tasks)
+        # of its own tasks the number says which they are
+        found_on = (measured if stream is None and known_as is None else learner.objective.evaluate)(learner, tasks)
     rows = [
         Row(learner.learnt - 1, t.index, k, v) for t, each in zip(tasks, found_on, strict=True) for k, v in each.items()
     ]
     return tasks, rows + (errors(learner, tasks) if "classes" in learner.objective.asks else []), remarks
 
 
-def told(notes: Mapping[str, Any]) -> list[str]:
+def remarks_on(notes: Mapping[str, Any]) -> list[str]:
     """What a stream's notes say to who uses it, line by line."""
     left_out = notes.get("left_out")
     return [*([told_left_out(left_out)] if left_out else []), *notes.get("remarks", ())]

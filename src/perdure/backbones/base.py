@@ -40,6 +40,9 @@ class Backbone(nn.Module):
     """How many blocks features are taken from, and what of each; see `reading`."""
     folds: bool = True
     """Whether finished updates are written into the weights, of which a copy is kept, see `adapters.injection`."""
+    published: str = ""
+    changed: str = ""
+    """Of one that reads larger images or longer texts: the fingerprint without, and what is different."""
     text_mask: Tensor | None = None
     """While texts are encoded: bool (n, L), which of their tokens count; None outside, and where all of them do."""
 
@@ -148,6 +151,10 @@ class Backbone(nn.Module):
         """`texts` as the text tower reads them: integers (n, L) on the CPU, L as the longest of them needs."""
         raise self._without_text()
 
+    def unread(self, texts: Sequence[str]) -> list[str]:
+        """Why some of `texts` mean nothing to the text tower, a line each; none where they can be read."""
+        return []
+
     def embed_tokens(self, tokens: Mapping[str, Tensor]) -> Tensor:
         """What `encode_tokens` gives, which is the one to call."""
         raise self._without_text()
@@ -177,7 +184,12 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def fingerprint(self) -> str:
-        """sha256 of the pre-trained weights: says whether a checkpoint belongs to this backbone."""
+        """sha256 of the pre-trained weights: says whether a checkpoint belongs to this backbone.
+
+        Of one that reads larger images or longer texts, that of the published weights, and behind it what changed.
+        """
+        if self.changed:
+            return f"{self.published} {self.changed}"
         digest = hashlib.sha256()
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())

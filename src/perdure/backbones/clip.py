@@ -1,6 +1,7 @@
 """Pairs of image and text encoders of transformers: CLIP and its kin, pairs put together here, the embedded one."""
 
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ from torch import Tensor, nn
 
 from perdure.backbones import pretrained
 from perdure.backbones.base import Backbone, Tower, named_towers
+from perdure.backbones.positions import Positions, Side, TextLength, elastic
 from perdure.backbones.preprocess import Preprocess
+from perdure.backbones.scripts import unread_scripts
 from perdure.options.ranges import Count, checked
 from perdure.options.spec import Spec
 
@@ -23,7 +26,15 @@ _OWN_NAMES = {"chinese_clip": "chinese_clip", "vision-text-dual-encoder": "dual"
 
 
 @checked
-def clip(path: str, input_norm: str = "model", layers: Count | None = None, means: bool = True) -> "Clip":
+def clip(
+    path: str,
+    input_norm: str = "model",
+    layers: Count | None = None,
+    means: bool = True,
+    size: Side | None = None,
+    length: TextLength | None = None,
+    positions: Positions | None = None,
+) -> "Clip":
     """A model with image and text tower: CLIP, SigLIP and SigLIP 2, ALIGN, and others that transformers knows.
 
     Features are the projected image embeddings, not normalised to unit length. A SigLIP 2 must be one of fixed
@@ -34,11 +45,15 @@ def clip(path: str, input_norm: str = "model", layers: Count | None = None, mean
         input_norm: "model" for the mean and deviation of the image processor, "none" for raw pixels in [0, 1].
         layers: features are tokens of the last so many blocks in place of the model's own, see `Backbone.reading`.
         means: with `layers`, the mean of a block's other tokens beside its first.
+        size: side of images in pixels, a multiple of the patch; positions are interpolated. Its own when None.
+        length: of texts in tokens, not below its own, which it is when None.
+        positions: with `length`, how positions become more, see `perdure.backbones.positions`: "stretch" keeps the
+            first 20 as they are (Long-CLIP), "interpolate" none; "stretch" when None.
 
     Raises:
         ValueError: when there is no such model, it is incomplete, or it has not both towers.
     """
-    return load_named("clip", path, input_norm).reading(layers, means)
+    return elastic(load_named("clip", path, input_norm), size, length, positions).reading(layers, means)
 
 
 def load_named(name: str, path: str, input_norm: str, only: str | None = None) -> "Clip":
@@ -95,10 +110,8 @@ class Clip(Backbone):
         divides = hasattr(self.model, "temperature")
         self.scale = float(1 / self.model.temperature if divides else self.model.logit_scale.exp())
         text = model.config.text_config
-        room = text.max_position_embeddings
-        if text.model_type in _POSITIONS_AFTER_PADDING:
-            room -= text.pad_token_id + 1
-        self._length = min(tokenizer.model_max_length, room)
+        self.first_position = text.pad_token_id + 1 if text.model_type in _POSITIONS_AFTER_PADDING else 0
+        self.length = min(tokenizer.model_max_length, text.max_position_embeddings - self.first_position)
         self._padded = model.config.model_type in _PADDED_TO_FULL_LENGTH
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
@@ -109,9 +122,18 @@ class Clip(Backbone):
         """What the model's own tokenizer gives, with a mask where the model was trained with one."""
         padding = "max_length" if self._padded else "longest"
         found = self.tokenizer(
-            list(texts), padding=padding, truncation=True, max_length=self._length, return_tensors="pt"
+            list(texts), padding=padding, truncation=True, max_length=self.length, return_tensors="pt"
         )
         return {name: ids for name, ids in found.items() if not (self._padded and name == _MASK)}
+
+    def unread(self, texts: Sequence[str]) -> list[str]:
+        """See `perdure.backbones.scripts`."""
+        tokens = lambda word: self.tokenizer(word, add_special_tokens=False)["input_ids"]  # noqa: E731
+        return list(unread_scripts(texts, tokens, self.tokenizer.unk_token_id, _READ.get(self.spec.partition("(")[0])))
+
+    def lengthened(self, length: int) -> None:
+        """Its tokenizer may say more."""
+        self.tokenizer.model_max_length = max(self.tokenizer.model_max_length, length)
 
     @property
     def tokens(self) -> str:
@@ -119,7 +141,7 @@ class Clip(Backbone):
         padding = "max_length" if self._padded else "longest"
         dropped = "; tokens.pop('attention_mask', None)" if self._padded else ""
         return (
-            f"tokenizer(labels, padding={padding!r}, truncation=True, max_length={self._length}, return_tensors='pt')"
+            f"tokenizer(labels, padding={padding!r}, truncation=True, max_length={self.length}, return_tensors='pt')"
             f"{dropped}"
         )
 
@@ -196,7 +218,15 @@ def read_tokenizer(folder: str) -> Any:
 
 
 @checked
-def chinese_clip(path: str, input_norm: str = "model", layers: Count | None = None, means: bool = True) -> Clip:
+def chinese_clip(
+    path: str,
+    input_norm: str = "model",
+    layers: Count | None = None,
+    means: bool = True,
+    size: Side | None = None,
+    length: TextLength | None = None,
+    positions: Positions | None = None,
+) -> Clip:
     """A Chinese-CLIP: the vision transformer of CLIP and a Chinese RoBERTa, trained on Chinese captions.
 
     Features are the projected image embeddings, not normalised to unit length.
@@ -207,11 +237,17 @@ def chinese_clip(path: str, input_norm: str = "model", layers: Count | None = No
         input_norm: "model" for the mean and deviation of the image processor, "none" for raw pixels in [0, 1].
         layers: features are tokens of the last so many blocks in place of the model's own, see `Backbone.reading`.
         means: with `layers`, the mean of a block's other tokens beside its first.
+        size: side of images in pixels, a multiple of the patch; positions are interpolated. Its own when None.
+        length: of texts in tokens, not below its own, which it is when None.
+        positions: with `length`, how positions become more, see `perdure.backbones.positions`: "stretch" keeps the
+            first 20 as they are (Long-CLIP), "interpolate" none; "stretch" when None.
 
     Raises:
         ValueError: when there is no such model, it is incomplete, or of another kind.
     """
-    return load_named("chinese_clip", path, input_norm, only="chinese_clip").reading(layers, means)
+    return elastic(load_named("chinese_clip", path, input_norm, only="chinese_clip"), size, length, positions).reading(
+        layers, means
+    )
 
 
 _KIND = "vision-text-dual-encoder"
@@ -225,6 +261,9 @@ def dual(
     input_norm: str = "model",
     layers: Count | None = None,
     means: bool = True,
+    size: Side | None = None,
+    length: TextLength | None = None,
+    positions: Positions | None = None,
 ) -> Clip:
     """A dual encoder: one that was saved whole, or two encoders that have never met.
 
@@ -240,13 +279,17 @@ def dual(
         input_norm: "model" for the mean and deviation of the image processor, "none" for raw pixels in [0, 1].
         layers: features are tokens of the last so many blocks in place of the model's own, see `Backbone.reading`.
         means: with `layers`, the mean of a block's other tokens beside its first.
+        size: side of images in pixels, a multiple of the patch; positions are interpolated. Its own when None.
+        length: of texts in tokens, not below its own, which it is when None.
+        positions: with `length`, how positions become more, see `perdure.backbones.positions`: "stretch" keeps the
+            first 20 as they are (Long-CLIP), "interpolate" none; "stretch" when None.
 
     Raises:
         ValueError: when a model is missing, incomplete, or of a kind that cannot be a tower.
     """
     pretrained.check_norm(input_norm)
     if path is not None and vision is None and text is None:
-        return load_named("dual", path, input_norm, only=_KIND).reading(layers, means)
+        return elastic(load_named("dual", path, input_norm, only=_KIND), size, length, positions).reading(layers, means)
     if path is not None or vision is None or text is None:
         given = {"path": path, "vision": vision, "text": text}
         shown = ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)
@@ -258,7 +301,8 @@ def dual(
     options = [("vision", seen), ("text", heard)]
     if input_norm != "model":
         options.append(("input_norm", input_norm))
-    return _pair(images, texts, str(Spec("dual", tuple(options))), input_norm).reading(layers, means)
+    pair = _pair(images, texts, str(Spec("dual", tuple(options))), input_norm)
+    return elastic(pair, size, length, positions).reading(layers, means)
 
 
 def _pair(images: str, texts: str, spec: str, input_norm: str) -> Clip:
@@ -312,17 +356,43 @@ def _unfit(which: str, folder: str, reason: str) -> ValueError:
     return ValueError(f"{which}={folder!r} cannot be the {which} tower of a dual encoder: {reason}; take a {known}")
 
 
-FOLDER = Path(__file__).parent / "pocket_clip"
+_READ = {"pocket": "LATIN"}  # see its MODEL_CARD.md
 
 
 @checked
-def pocket(layers: Count | None = None, means: bool = True) -> Clip:
-    """A CLIP of 7 million parameters for images of 48 pixels; `pocket_clip/MODEL_CARD.md` says what it can do.
+def pocket(
+    layers: Count | None = None,
+    means: bool = True,
+    size: Side | None = None,
+    length: TextLength | None = None,
+    positions: Positions | None = None,
+) -> Clip:
+    """A CLIP of 7 million parameters for images of 48 pixels; the model card in `perdure-pocket` says what it can do.
 
-    The weights come from images that allow research use only.
+    The weights come from images that allow research use only, and are a package of their own.
 
     Args:
         layers: features are tokens of the last so many blocks in place of the model's own, see `Backbone.reading`.
         means: with `layers`, the mean of a block's other tokens beside its first.
+        size: side of images in pixels, a multiple of the patch; positions are interpolated. Its own when None.
+        length: of texts in tokens, not below its own, which it is when None.
+        positions: with `length`, how positions become more, see `perdure.backbones.positions`: "stretch" keeps the
+            first 20 as they are (Long-CLIP), "interpolate" none; "stretch" when None.
     """
-    return load_clip(str(FOLDER), "pocket").reading(layers, means)
+    return elastic(load_clip(str(pocket_weights("CLIP")), "pocket"), size, length, positions).reading(layers, means)
+
+
+def pocket_weights(which: str) -> Path:
+    """Folder of weights in the package `perdure-pocket`.
+
+    Raises:
+        ValueError: when it is not installed.
+    """
+    try:
+        found: Path = getattr(import_module("perdure_pocket"), which)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            "the weights of pocket() are a package of their own, and it is not installed: pip install 'perdure[demo]' "
+            "(in a checkout: pip install ./packages/perdure-pocket), or give --backbone 'clip(path=...)'"
+        ) from error
+    return found

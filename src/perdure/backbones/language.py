@@ -245,7 +245,7 @@ class Language(Backbone):
 
     def fingerprint(self) -> str:
         """Of the files' hashes: weights that take gigabytes are not read once more."""
-        return self._hashed or super().fingerprint()
+        return f"{self._hashed} {self.changed}".rstrip() if self._hashed else super().fingerprint()
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """Refused: an image by itself is not asked about.

@@ -6,11 +6,12 @@ import torch
 
 from perdure.backbones import pretrained
 from perdure.backbones.language import Language
-from perdure.options.ranges import Range, checked
+from perdure.options.ranges import Range, checked, without_effect
 from perdure.options.spec import Spec
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantize = Literal["none", "4bit", "8bit"]
+Rope = Literal["linear", "ntk", "yarn"]
 
 _PROCESSOR = "processor_config.json|preprocessor_config.json"
 
@@ -22,6 +23,8 @@ def mllm(
     quantize: Quantize = "none",
     checkpointing: bool = False,
     length: Annotated[int, Range(16, 10**7)] | None = None,
+    rope: Rope | None = None,
+    factor: Annotated[float, Range(1, 1024)] | None = None,
 ) -> Language:
     """A multimodal language model, which answers questions about images in words.
 
@@ -32,6 +35,8 @@ def mllm(
         checkpointing: compute activations twice instead of keeping them: less memory, more time a step.
         length: most tokens of a conversation with its answer, image tokens included; as many as the model has
             positions for when None.
+        rope: how rotary positions make room for `factor` times as many tokens, see `longer`.
+        factor: with `rope`; 1 changes nothing.
 
     Raises:
         ValueError: when there is no such model, it is incomplete, needs foreign code, has no chat template, or cannot
@@ -39,10 +44,16 @@ def mllm(
     """
     if quantize != "none":
         _check_quantize(quantize)
+    if rope is None:
+        without_effect("without rope", factor=factor)
+    if rope is not None and factor is None:
+        raise ValueError(f"rope={rope!r} has no effect without factor: add factor=2 for twice as many tokens")
     written, folder = pretrained.locate(path, _PROCESSOR)
     options: dict[str, Any] = {"path": written, "dtype": dtype, "quantize": quantize}
     options |= {"checkpointing": checkpointing, "length": length}
     usual = {"dtype": "auto", "quantize": "none", "checkpointing": False, "length": None}
+    scaled = {"rope": rope, "factor": factor} if rope and factor and factor != 1 else {}
+    options |= scaled
     spec = Spec("mllm", tuple((k, v) for k, v in options.items() if k not in usual or v != usual[k]))
     with pretrained.reading(folder):
         from transformers import AutoModelForImageTextToText
@@ -50,15 +61,46 @@ def mllm(
         config = pretrained.read_config(folder)
         if type(config) not in AutoModelForImageTextToText._model_mapping:
             raise ValueError(f"{folder!r} is a {config.model_type} model, which answers no questions about images")
+        if scaled:
+            longer(config, scaled["rope"], scaled["factor"], folder)
         processor = _processor(folder)
         chosen = _dtype(config, dtype)
         more = _quantised(config, quantize, chosen)
-        model = pretrained.read_model(AutoModelForImageTextToText, folder, dtype=chosen, **more)
+        model = pretrained.read_model(AutoModelForImageTextToText, folder, config=config, dtype=chosen, **more)
         found = Language(model, processor, str(spec), length, pretrained.hash_of_files(folder))
+    found.changed = ", ".join(f"{name}={value}" for name, value in scaled.items())
     if checkpointing:
         model.activation_checkpointing_enable()
         found.checkpointing = True
     return found
+
+
+def longer(config: Any, rope: Rope, factor: float, folder: str) -> None:
+    """Let a configuration of transformers say that rotary positions make room for `factor` times as many tokens.
+
+    `linear` divides positions by the factor (Chen et al., 2023, arXiv:2306.15595). `ntk` raises the base b to
+    b · factor^(d / (d - 2)), d the width of a head, which leaves the fastest rotation as it is and divides the slowest
+    by the factor (NTK-aware scaling, bloc97, 2023). `yarn` divides slow rotations only and sharpens attention (Peng et
+    al., ICLR 2024, arXiv:2309.00071). transformers computes them all.
+
+    Raises:
+        ValueError: when the model has no rotary positions of one kind, or they are scaled already.
+    """
+    text = config.get_text_config()
+    given = getattr(text, "rope_parameters", None) or {}
+    if given.get("rope_type") != "default":
+        kind = given.get("rope_type", "none, or several kinds")
+        raise ValueError(f"rope={rope!r}: {folder!r} has rotary positions {kind!r}, expected 'default': leave it out")
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    width = int(width * given.get("partial_rotary_factor", 1.0))
+    own = text.max_position_embeddings
+    if rope == "ntk":
+        scaled = {"rope_theta": given["rope_theta"] * factor ** (width / (width - 2))}
+    else:
+        scaled = {"rope_type": rope, "factor": float(factor)}
+        scaled |= {"original_max_position_embeddings": own} if rope == "yarn" else {}
+    text.rope_parameters = given | scaled
+    text.max_position_embeddings = int(own * factor)
 
 
 def _processor(folder: str) -> Any:

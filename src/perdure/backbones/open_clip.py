@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from perdure.backbones import pretrained
 from perdure.backbones.base import Backbone, Tower
 from perdure.backbones.open_clip_attention import Attention, split_attention
+from perdure.backbones.positions import Positions, Side, TextLength, elastic
 from perdure.backbones.preprocess import Interpolation, Preprocess
 from perdure.options.ranges import Count, checked
 from perdure.options.spec import Spec
@@ -26,7 +27,14 @@ WEIGHTS = "open_clip_model.safetensors"
 
 @checked
 def open_clip(
-    name: str, checkpoint: str | None = None, input_norm: str = "model", layers: Count | None = None, means: bool = True
+    name: str,
+    checkpoint: str | None = None,
+    input_norm: str = "model",
+    layers: Count | None = None,
+    means: bool = True,
+    size: Side | None = None,
+    length: TextLength | None = None,
+    positions: Positions | None = None,
 ) -> "OpenClip":
     """A model of the OpenCLIP library; install it with `pip install "perdure[open_clip]"`.
 
@@ -41,6 +49,10 @@ def open_clip(
         input_norm: "model" for the mean and deviation the weights were trained with, "none" for raw pixels in [0, 1].
         layers: features are tokens of the last so many blocks in place of the model's own, see `Backbone.reading`.
         means: with `layers`, the mean of a block's other tokens beside its first.
+        size: side of images in pixels, a multiple of the patch; positions are interpolated. Its own when None.
+        length: of texts in tokens, not below its own, which it is when None.
+        positions: with `length`, how positions become more, see `perdure.backbones.positions`: "stretch" keeps the
+            first 20 as they are (Long-CLIP), "interpolate" none; "stretch" when None.
 
     Raises:
         ValueError: when the library is missing, there is no such model or file, or the weights do not fit.
@@ -57,7 +69,8 @@ def open_clip(
         _fill(model, source.weights)
         preprocess = _preprocess(source, model, input_norm)
         spec = str(Spec("open_clip", tuple(options.items())))
-        return OpenClip(model, _tokenizer(source), preprocess, spec).reading(layers, means)
+        made = OpenClip(model, _tokenizer(source), preprocess, spec)
+        return elastic(made, size, length, positions).reading(layers, means)
 
 
 class OpenClip(Backbone):
@@ -79,6 +92,7 @@ class OpenClip(Backbone):
         self.spec = spec
         self.eval()
         self.dim = pretrained.features_of(self)
+        self.length, self.first_position = int(self.model.context_length), 0
         self.scale = float(self.model.logit_scale.exp())  # SigLIP's additional bias is left out
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
@@ -121,6 +135,14 @@ class OpenClip(Backbone):
             return None
         counted: Tensor = ids != self._text.config.pad_token_id
         return counted
+
+    def lengthened(self, length: int) -> None:
+        """Masks of what a token sees, and the tokenizer."""
+        self.tokenizer.context_length = length
+        for holder in {id(each): each for each in (self.model, self._text)}.values():
+            holder.context_length = length
+            if (mask := getattr(holder, "attn_mask", None)) is not None:
+                holder.attn_mask = torch.full((length, length), -torch.inf, dtype=mask.dtype).triu_(1).to(mask.device)
 
     def towers(self) -> dict[str, str]:
         """Tower -> dotted name of its module."""

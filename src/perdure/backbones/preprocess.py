@@ -6,7 +6,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -64,6 +64,17 @@ class Preprocess:
         for name, known in (("interpolation", get_args(Interpolation)), ("halve", get_args(Halving))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(known)}")
+
+    def at(self, size: int) -> "Preprocess":
+        """The same for a model that sees `size` pixels."""
+        return replace(self, size=size, resize=round(self.resize * size / self.size))
+
+    def sides(self) -> dict[str, Any]:
+        """Its sizes as an image processor of transformers writes them."""
+        square = {"height": self.size, "width": self.size}
+        size = {"height": self.resize, "width": self.resize} if self.squash else {"shortest_edge": self.resize}
+        cropped = {"crop_size": square} if not self.squash or self.resize != self.size else {}
+        return {"size": size, **cropped}
 
     def __call__(self, image: Image.Image) -> Tensor:
         """The image as uint8 (3, size, size): upright, RGB, resized with antialiasing, cropped in the middle.

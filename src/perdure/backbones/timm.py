@@ -10,6 +10,7 @@ from torch import Tensor
 
 from perdure.backbones import pretrained
 from perdure.backbones.base import Backbone
+from perdure.backbones.positions import Side, elastic
 from perdure.backbones.preprocess import Preprocess
 from perdure.options.ranges import Count, checked
 from perdure.options.spec import Spec
@@ -20,7 +21,12 @@ _LOCAL = "local-dir:"
 
 @checked
 def timm(
-    name: str, checkpoint: str | None = None, input_norm: str = "model", layers: Count | None = None, means: bool = True
+    name: str,
+    checkpoint: str | None = None,
+    input_norm: str = "model",
+    layers: Count | None = None,
+    means: bool = True,
+    size: Side | None = None,
 ) -> "Timm":
     """A model of the timm library by its name; adapters need one with transformer blocks.
 
@@ -34,6 +40,7 @@ def timm(
             as the published results of InfLoRA used.
         layers: features are tokens of the last so many blocks in place of the model's own, see `Backbone.reading`.
         means: with `layers`, the mean of a block's other tokens beside its first.
+        size: side of images in pixels, a multiple of the patch; positions are interpolated. Its own when None.
 
     Raises:
         ValueError: when there is no such model or file, or the weights do not fit.
@@ -53,7 +60,7 @@ def timm(
         weights = pretrained.read_weights(file or _weights(name, folder, model))
         _fill(model, weights, str(file or name))
         made = Timm(model, _preprocess(name, model, input_norm), str(Spec("timm", tuple(options.items()))))
-        return made.reading(layers, means)
+        return elastic(made, size).reading(layers, means)
 
 
 class Timm(Backbone):

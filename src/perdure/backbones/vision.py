@@ -6,6 +6,7 @@ from torch import Tensor
 
 from perdure.backbones import pretrained
 from perdure.backbones.base import Backbone
+from perdure.backbones.positions import Side, elastic
 from perdure.backbones.preprocess import Preprocess
 from perdure.options.ranges import Count, checked
 from perdure.options.spec import Spec
@@ -31,7 +32,9 @@ _WITH_POOLER = ("vit", "deit")
 
 
 @checked
-def vision(path: str, input_norm: str = "model", layers: Count | None = None, means: bool = True) -> "Vision":
+def vision(
+    path: str, input_norm: str = "model", layers: Count | None = None, means: bool = True, size: Side | None = None
+) -> "Vision":
     """A vision transformer: ViT, DeiT, DINOv2 and 3, or the vision tower of a CLIP or SigLIP.
 
     Features are the class token after the last norm; for CLIP the same, and for SigLIP the output of its attention
@@ -42,6 +45,7 @@ def vision(path: str, input_norm: str = "model", layers: Count | None = None, me
         input_norm: "model" for the mean and deviation of the image processor, "none" for raw pixels in [0, 1].
         layers: features are tokens of the last so many blocks in place of the model's own, see `Backbone.reading`.
         means: with `layers`, the mean of a block's other tokens beside its first.
+        size: side of images in pixels, a multiple of the patch; positions are interpolated. Its own when None.
 
     Raises:
         ValueError: when there is no such model, it is incomplete, or of another kind.
@@ -55,7 +59,8 @@ def vision(path: str, input_norm: str = "model", layers: Count | None = None, me
         preprocess = pretrained.read_preprocess(folder, input_norm)
         extra = {"add_pooling_layer": False} if config.model_type in _WITH_POOLER else {}
         model = pretrained.read_model(kind, folder, **extra)
-        return Vision(model, pooled, preprocess, str(Spec("vision", options))).reading(layers, means)
+        made = Vision(model, pooled, preprocess, str(Spec("vision", options)))
+        return elastic(made, size).reading(layers, means)
 
 
 class Vision(Backbone):

@@ -7,17 +7,20 @@ import sys
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from perdure.cli.console import Screen
+from perdure.cli.looking import opened_and_told, tell_seen
 from perdure.cli.use import LearnerCommand
 from perdure.options.ranges import Count
+from perdure.storage.schema import SPECIALISTS
 
 if TYPE_CHECKING:
     from perdure.api.learner import Learner
-    from perdure.streams.conversations import Turn
+    from perdure.api.specialists import Specialists
+    from perdure.api.talk import Talk
 
 _STDIN = "standard input"
 _TOGETHER = 256
@@ -42,12 +45,10 @@ class Ask(LearnerCommand):
 
     def __call__(self, screen: Screen) -> None:
         """Print the answers, in the order of the questions."""
-        from perdure.api.learner import Learner
-
         if self.stdin:
             if self.words:
                 raise ValueError(f"{self.words[-1]!r} has no effect beside --stdin, which brings the questions")
-            learner = Learner.load(self.learner, self.device)
+            learner = opened_and_told(self.learner, self.device, screen)
             lines, before = iter(sys.stdin.readline, ""), 0
             while some := list(islice(lines, _TOGETHER)):
                 self._answer_lines(learner, "\n" * before + "".join(some), screen)  # so errors name the right line
@@ -55,8 +56,14 @@ class Ask(LearnerCommand):
             if not before:
                 raise ValueError(f"{_STDIN} is empty: give a JSON object with a question on each line")
             return
+        together = (self.learner / SPECIALISTS).is_file()
+        if together and self.words and all(Path(word).is_file() for word in self.words):
+            # a gateway: images alone are for those who know classes
+            team = opened_and_told(self.learner, self.device, screen)
+            tell_seen(team, list(map(Path, self.words)), 3, False, screen, task=self.task)
+            return
         *images, question = self._question()
-        learner = Learner.load(self.learner, self.device)
+        learner = opened_and_told(self.learner, self.device, screen)
         screen.wait("answering")
         answer = learner.ask(images or None, question, self.tokens, self.task)
         screen.result({"images": images, "question": question, "answer": answer}, *(answer.splitlines() or [""]))
@@ -71,7 +78,7 @@ class Ask(LearnerCommand):
             raise ValueError(f"{self.words[-1]} is a file, and no question comes after it: write {example}")
         return self.words
 
-    def _answer_lines(self, learner: "Learner", lines: str, screen: Screen) -> None:
+    def _answer_lines(self, learner: "Learner | Specialists", lines: str, screen: Screen) -> None:
         from perdure.streams.single_task import questions
 
         found = questions(lines, _STDIN)
@@ -93,16 +100,14 @@ class Chat(LearnerCommand):
 
     def __call__(self, screen: Screen) -> None:
         """Answer line after line, until there are no more."""
-        from perdure.api.learner import Learner
+        from perdure.api.talk import Talk
 
-        learner = Learner.load(self.learner, self.device)
-        learner.check_speaks()
-        talk = _Talk(learner, self.tokens, self.task)
+        talk = Talk(opened_and_told(self.learner, self.device, screen), self.tokens, self.task)
         for line in screen.lines(_HELP):
             if line == "/quit":
                 return
             try:
-                answer = talk.say(line)
+                answer = _heard(line, talk)
             except ValueError as error:
                 if not screen.asks:  # a script is told by the exit code
                     raise
@@ -112,44 +117,24 @@ class Chat(LearnerCommand):
                 screen.result({"question": line, "answer": answer}, *(answer.splitlines() or [""]))
 
 
-class _Talk:
-    """What was said so far, and the images that wait for a question."""
+def _heard(line: str, talk: "Talk") -> str | None:
+    """The answer to a line; None where it is a command.
 
-    def __init__(self, learner: "Learner", tokens: int, task: str | None) -> None:
-        self.learner, self.tokens, self.task = learner, tokens, task
-        self._forget()
-
-    def _forget(self) -> None:
-        self.turns: list[Turn] = []
-        self.images: list[Any] = []
-        self.waiting = 0
-
-    def say(self, line: str) -> str | None:
-        """The answer to a line; None where it is a command.
-
-        Raises:
-            ValueError: for an unknown command, an image that cannot be read, or a talk that became too long.
-        """
-        from perdure.api.given import decoded
-        from perdure.streams.conversations import Conversation, messages
-
-        command, _, rest = line.partition(" ")
-        if command == "/new" and not rest:
-            self._forget()
-        elif command == "/image":
-            path = rest.strip().strip("'\"")
-            check_image(path, "/image cat.jpg")
-            self.images += decoded(path, self.learner)
-            self.waiting += 1
-        elif command.startswith("/"):
-            raise ValueError(f"there is no {command}: {_HELP}")
-        else:
-            turns: list[Turn] = [*self.turns, ("user", (*[None] * self.waiting, line))]
-            (answer,) = self.learner.reply([Conversation(messages(turns), self.images)], self.tokens, self.task)
-            # an empty answer is none that a conversation can go on from
-            self.turns, self.waiting = [*turns, ("assistant", (answer or "...",))], 0
-            return answer
-        return None
+    Raises:
+        ValueError: for an unknown command, an image that cannot be read, or a talk that became too long.
+    """
+    command, _, rest = line.partition(" ")
+    if command == "/new" and not rest:
+        talk.forget()
+    elif command == "/image":
+        path = rest.strip().strip("'\"")
+        check_image(path, "/image cat.jpg")
+        talk.show(path)
+    elif command.startswith("/"):
+        raise ValueError(f"there is no {command}: {_HELP}")
+    else:
+        return talk.say(line)
+    return None
 
 
 def check_image(path: str, example: str) -> None:

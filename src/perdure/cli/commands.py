@@ -12,16 +12,20 @@ from typing import Annotated, Any, Literal, Optional
 import tyro
 
 from perdure.cli.advise import Advise
+from perdure.cli.app import App
 from perdure.cli.ask import Ask, Chat
 from perdure.cli.catalogue import Listed, entries
+from perdure.cli.combine import Combine
 from perdure.cli.console import Command, Screen
+from perdure.cli.looking import tell_skipped
 from perdure.cli.show import Show
 from perdure.cli.tune import Tune
-from perdure.cli.use import Eval, Export, Move, Predict, Search, tell_skipped
+from perdure.cli.use import Eval, Export, Move, Predict, Resize, Search
 from perdure.experiments.cluster import Cluster
 from perdure.experiments.recipes import DEMO_METHODS, demo, recipe
 from perdure.formatting import meant, shortened
 from perdure.options.ranges import BatchSize, Epochs, Range, Rate, Seed
+from perdure.storage.schema import SPECIALISTS
 from perdure.training.config import RunConfig, flags, usual
 
 
@@ -200,8 +204,21 @@ class Report(Command):
         """Write and print the path."""
         from perdure.reporting.report import write_report
 
+        if teams := [folder for folder in self.folders if (folder / SPECIALISTS).is_file()]:
+            self._team(teams[0], screen)
+            return
         inner = [run for folder in self.folders for run in _runs_in(folder)]
         path = write_report(inner, self.out or self.folders[0] / "report.html", self.figures, screen.note)
+        screen.result({"report": str(path)}, f"report: {path}")
+
+    def _team(self, folder: Path, screen: Screen) -> None:
+        from perdure.reporting.team import write_team_report
+
+        if len(self.folders) > 1 or self.figures:
+            raise ValueError(
+                f"{folder} holds specialists, of which a report shows a table: give it alone, no --figures"
+            )
+        path = write_team_report(folder, self.out or folder / "report.html")
         screen.result({"report": str(path)}, f"report: {path}")
 
 
@@ -241,14 +258,17 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "search": Search,
     "ask": Ask,
     "chat": Chat,
+    "app": App,
     "compare": Compare,
     "tune": Tune,
     "advise": Advise,
     "eval": Eval,
     "show": Show,
+    "combine": Combine,
     "report": Report,
     "export": Export,
     "move": Move,
+    "resize": Resize,
     "list": List,
 }
 
@@ -296,9 +316,9 @@ def _finished(out: Path, summary: dict[str, Any], screen: Screen) -> None:
 
 def _tell_notes(records: Sequence[Mapping[str, Any]], screen: Screen) -> None:
     """Say, once, what runs left out of their data."""
-    from perdure.api.measuring import told
+    from perdure.api.measuring import remarks_on
 
-    for line in dict.fromkeys(line for record in records for line in told(record["stream"])):
+    for line in dict.fromkeys(line for record in records for line in remarks_on(record["stream"])):
         screen.note(line)
     tell_skipped(records[0]["stream"].get("skipped", []), screen.note)
 

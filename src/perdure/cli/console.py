@@ -166,15 +166,15 @@ class Screen:
         self._event("scores", task=task.index, rows=[asdict(row) for row in rows])
         seconds = time.perf_counter() - self._start
 
-        from perdure.metrics import scored  # here: advice, which uses this file too, waits for no torch
+        from perdure.metrics import only_new, scored  # here: advice, which uses this file too, waits for no torch
 
         score, told, _ = scored(rows)
         told, head = ("lenient", "lenient") if score == "strict" else (told, _BESIDE.get(score, "with task id"))
 
         def mean(metric: str) -> str:
-            seen = [row for row in rows if row.on is not None and row.on <= task.index == row.after]
-            values = [row.value for row in seen if row.metric == metric]
-            return f"{sum(values) / len(values):.1%}" if values else "–"
+            known = [row for row in rows if row.metric == metric and row.after == task.index]
+            values = {row.on: row.value for row in known if row.on is not None and row.on <= task.index}
+            return "–" if only_new(values, task.index) else f"{sum(values.values()) / len(values):.1%}"
 
         new = [r.value for r in rows if r.metric == score and r.on == task.index == r.after]
         room = max(8, min(self.out.width, 100) - 53)

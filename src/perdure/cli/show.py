@@ -7,6 +7,7 @@ from typing import Annotated
 import tyro
 
 from perdure.cli.console import Command, Screen
+from perdure.storage.schema import SPECIALISTS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,10 +15,16 @@ class Show(Command):
     """What a learner was taught, when, how well it knows it, and what of the data its folder holds."""
 
     learner: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="LEARNER")]
-    """A learner's or a run's folder."""
+    """A learner's or a run's folder, or that of specialists."""
 
     def __call__(self, screen: Screen) -> None:
         """Print it."""
+        if (self.learner / SPECIALISTS).is_file():
+            from perdure.reporting.team import team_contents, told_team
+
+            team = team_contents(self.learner)
+            screen.result(team, *told_team(self.learner, team))
+            return
         from perdure.reporting.contents import contents, told_contents
 
         found = contents(self.learner)

@@ -1,6 +1,6 @@
 """Tables as lines of text, as wide as the screen."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.cells import cell_len
@@ -108,3 +108,24 @@ def ends(count: int, room: int) -> list[int | None]:
         return list(range(count))
     first = room // 2
     return [*range(first), None, *range(count - (room - first - 1), count)]
+
+
+def routing_lines(table: Mapping[str, Any]) -> list[str]:
+    """What was measured of specialists, a line each; `table` as in routing.json."""
+    titles = ("", "accuracy", "asked", "ms/image", "stored")
+    rows = [titles]
+    for row in table["rows"]:
+        took = "" if row["milliseconds"] is None else f"{row['milliseconds']:.1f}"
+        shown = f"{row['accuracy']:.1%}", f"{row['asked']:g}", took, human_bytes(row["bytes"])
+        rows.append((printable(shortened(row["who"])), *shown))
+    widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for name, *cells in rows:
+        numbers = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        lines.append("   ".join([name + " " * (widths[0] - cell_len(name)), *numbers]))
+    found = table["routing_accuracy"]
+    sent = "" if found is None else f"; {found:.1%} were routed to a member that was taught their class"
+    return [
+        *lines,
+        f"on {table['images']} images{sent}; asked: members an image; oracle: the best choice there could be",
+    ]

@@ -3,22 +3,17 @@
 What they compute with is imported when they are called: their help waits for no torch.
 """
 
-from collections import Counter
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from perdure.cli.console import Command, Screen
-from perdure.formatting import shortened
+from perdure.cli.looking import opened_and_told, shown_images, tell_seen, tell_unread
+from perdure.cli.tables import routing_lines
 from perdure.options.ranges import Count
-
-if TYPE_CHECKING:
-    from perdure.api.learner import Learner
-    from perdure.streams import ImageSet
-
+from perdure.storage.schema import SPECIALISTS
 
 _SURE = {"calibration_error": "of scores as they are", "calibration_error_calibrated": "of calibrated ones"}
 
@@ -52,24 +47,12 @@ class Predict(LearnerCommand):
 
     def __call__(self, screen: Screen) -> None:
         """Print labels with scores."""
-        from perdure.api.learner import Learner
-
         if not self.images:
             raise ValueError(f"no image given: write 'perdure predict {self.learner} cat.jpg'")
-        from perdure.backbones.preprocess import skippable
-
-        learner = Learner.load(self.learner, self.device)
-        learner.check_sees("predict")
-        files, shown = _shown(self.images, learner, self.skip_bad, screen)
-        with skippable("--skip-bad"):
-            found = learner.predict(
-                shown, self.top, classes=self.classes or None, calibrated=self.calibrated, task=self.task
-            )
-        for file, answer in zip(files, found, strict=True):
-            line = "  ".join(f"{shortened(name)} {share:.1%}" for name, share in answer)
-            screen.result(
-                {"image": str(file), "labels": [{"name": n, "score": s} for n, s in answer]}, f"{file}  {line}"
-            )
+        learner = opened_and_told(self.learner, self.device, screen)
+        how = {"classes": self.classes or None, "calibrated": self.calibrated, "task": self.task}
+        tell_unread(learner, self.classes, screen)
+        tell_seen(learner, self.images, self.top, self.skip_bad, screen, **how)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,19 +67,21 @@ class Search(LearnerCommand):
     """What is looked for, in quotes: "a red car"."""
     top: Count = 5
     """How many images."""
+    task: str | None = None
+    """Name of the task that images and text belong to, where it is known and the method follows it."""
     skip_bad: bool = False
     """Leave unreadable images out, and list them."""
 
     def __call__(self, screen: Screen) -> None:
         """Print files with cosines, best first."""
-        from perdure.api.learner import Learner
         from perdure.backbones.preprocess import skippable
 
-        learner = Learner.load(self.learner, self.device)
+        learner = opened_and_told(self.learner, self.device, screen)
         learner.check_sees("search")
-        files, shown = _shown([self.folder], learner, self.skip_bad, screen)
+        tell_unread(learner, [self.text], screen)
+        files, shown = shown_images([self.folder], learner, self.skip_bad, screen)
         with skippable("--skip-bad"):
-            found = learner.search(shown, self.text, self.top)
+            found = learner.search(shown, self.text, self.top, task=self.task)
         for place, cosine in found:
             screen.result({"image": str(files[place]), "cosine": cosine}, f"{cosine:+.3f}  {files[place]}")
 
@@ -117,13 +102,16 @@ class Eval(LearnerCommand):
     def __call__(self, screen: Screen) -> None:
         """Print the score per task, or per held-out data set."""
         from perdure.api.learner import Learner
-        from perdure.api.measuring import evaluate, told
+        from perdure.api.measuring import evaluate, remarks_on
         from perdure.evaluation.answer_retention import answered, share_or_points
         from perdure.evaluation.held_out import held_out_of
         from perdure.evaluation.zero_shot_retention import ZERO_SHOT
 
         screen.wait("evaluating")
         say = screen.warn if self.json else screen.note
+        if (self.learner / SPECIALISTS).is_file():
+            self._routing(screen)
+            return
         if not self.retain:
             tasks, rows, remarks = evaluate(self.learner, self.stream, self.device, self.task)
             for line in remarks:
@@ -140,7 +128,7 @@ class Eval(LearnerCommand):
         for name, stream in held_out.sets.items():
             what = "images" if stream.gives == "classes" else "questions"
             say(f"{name}: {sum(len(task.test) for task in stream)} {what} are measured")
-            for remark in told(stream.notes):
+            for remark in remarks_on(stream.notes):
                 say(f"{name}: {remark}")
         rows = held_out.measure(learner, learner.learnt - 1)
         for row in rows:
@@ -151,6 +139,16 @@ class Eval(LearnerCommand):
             values = {number: facts["after"][-1] for number, facts in numbers.items()}
             shown = [f"{number} {share_or_points(number, value)}" for number, value in values.items()]
             screen.result({"answers": name, **values}, f"{name}: {', '.join(shown)}")
+
+    def _routing(self, screen: Screen) -> None:
+        from perdure.api.routing_scores import measure_routing
+
+        for name, value in (("task", self.task), ("retain", self.retain or None)):
+            if value is not None:
+                raise ValueError(f"--{name} has no effect on specialists: measure one of them by itself")
+        team = opened_and_told(self.learner, self.device, screen)
+        table: Any = measure_routing(team, self.stream, screen)  # type: ignore[arg-type]
+        screen.result({"event": "routing", **table}, *routing_lines(table))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,10 +166,14 @@ class Export(LearnerCommand):
         """Export and print the path."""
         from perdure.api.learner import Learner
         from perdure.export.model import export
+        from perdure.reporting.contents import licence_of
 
         screen.wait("writing")
-        path = export(Learner.load(self.learner, self.device), self.out, self.to)
-        screen.result({"export": str(path), "to": self.to}, f"written: {path}")
+        learner = Learner.load(self.learner, self.device)
+        path = export(learner, self.out, self.to)
+        licence = licence_of(learner.config.backbone)
+        said = {"export": str(path), "to": self.to, "licence": licence}
+        screen.result(said, f"written: {path}", *([f"licence: {licence}"] if licence else []))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +191,33 @@ class Move(Command):
         found = move(self.folder, self.change)
         for old, new in found:
             screen.result({"event": "moved", "from": old, "to": new}, f"{old} -> {new}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resize(Command):
+    """Let a learner read larger images, longer texts or longer conversations from now on; what it knows stays."""
+
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
+    """A learner's or a run's folder; copy it first to keep it as it is."""
+    size: Count | None = None
+    """Side of images in pixels, a multiple of the patch; with that of the model, as it was published."""
+    length: Count | None = None
+    """Of texts, or of conversations with a language model, in tokens."""
+    positions: Literal["interpolate", "stretch"] | None = None
+    """With --length: how positions of texts become more."""
+    rope: Literal["linear", "ntk", "yarn"] | None = None
+    """Of a language model: how rotary positions make room, with --factor."""
+    factor: float | None = None
+    """With --rope: for how many times as many tokens."""
+
+    def __call__(self, screen: Screen) -> None:
+        """Check that it loads, write it down, print the backbone."""
+        from perdure.api.resizing import resize
+
+        screen.wait("reading the model")
+        options = {name: getattr(self, name) for name in ("size", "length", "positions", "rope", "factor")}
+        backbone = resize(self.folder, **options)
+        screen.result({"event": "resized", "backbone": backbone}, f"{self.folder} now stands on {backbone}")
 
 
 def move(folder: Path, change: str) -> list[tuple[str, str]]:
@@ -231,43 +260,3 @@ def move(folder: Path, change: str) -> list[tuple[str, str]]:
         )
     write_moves(folder, [*moves, step])
     return list(changed.items())
-
-
-def _shown(paths: Sequence[Path], learner: "Learner", skip_bad: bool, screen: Screen) -> "tuple[list[Path], ImageSet]":
-    """The image files in `paths`, and themselves; unreadable ones are told and left out when that is asked for."""
-    from perdure.streams import ImageSet
-    from perdure.streams.folders import told_left_out
-
-    left_out: Counter[str] = Counter()
-    files = [file for path in paths for file in images_in(path, left_out)]
-    if left_out:
-        screen.warn(told_left_out(left_out))
-    screen.wait("looking")
-    shown = ImageSet.of(files, [0] * len(files), learner.backbone.preprocess)
-    if skip_bad:
-        shown = shown.readable()
-        tell_skipped(shown.skipped, screen.warn)
-    return [files[row] for row in shown.rows.tolist()], shown
-
-
-def tell_skipped(skipped: Sequence[str], tell: Callable[[str], None]) -> None:
-    """Say which images could not be read."""
-    if skipped:
-        more = f" and {len(skipped) - 5} more" if len(skipped) > 5 else ""
-        images = "image was" if len(skipped) == 1 else "images were"
-        tell(f"{len(skipped)} unreadable {images} left out: {', '.join(skipped[:5])}{more}")
-
-
-def images_in(path: Path, left_out: Counter[str]) -> list[Path]:
-    """The image files in a folder and below, those that would be learnt, or the file itself; counts the others."""
-    from perdure.streams.folders import pictures, told_left_out
-
-    if path.is_dir():
-        found = [path / file for file in pictures(path, left_out)]
-        if not found:
-            others = f"; {told_left_out(left_out)}" if left_out else ""
-            raise ValueError(f"{path} has no image{others}; give image files, or a folder of some")
-        return found
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist: give an image file or a folder of images")
-    return [path]

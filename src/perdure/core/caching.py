@@ -16,7 +16,7 @@ from torch import Tensor
 from perdure.core.method import Method, parts_of
 from perdure.core.objective import Objective
 from perdure.streams.augment import AUGMENTS
-from perdure.types import AnyLearner, Batch, Data, Encoded, Union, join
+from perdure.types import AnyLearner, Batch, Data, Encoded, Told, Union, join
 
 FEATURES, LOWER_BLOCKS = "features", "lower_blocks"
 READ = frozenset({"image", "label", "pair", "text", "conversation", "tokens", "task"})
@@ -44,6 +44,8 @@ class Cache:
 
     def test(self, data: Data) -> Data:
         """A test set with what never changes, remembered (4 · dim bytes an image): it is asked for after each task."""
+        if isinstance(data, Told):
+            return Told(self.test(data.data), data.index)
         if not len(data) or (isinstance(data, Encoded) and data.images is None):
             return data
         kept = self.learner.kept

@@ -58,6 +58,8 @@ class Core(nn.Module):
         self.tasks: list[Task] = []
         self.learnt = 0  # number of tasks behind us
         self.step = 0  # within the current task
+        self.online = False  # whether it learns in one pass, without being told where a task begins or ends
+        self.newest = range(0)  # then: where the new examples of the step stand in the task's training set
         self.last_epoch = False  # whether that step belongs to the task's last
         self.precision = torch.float32  # of the encoder
         self.augment: Augment = AUGMENTS["none"]
@@ -117,18 +119,21 @@ class Core(nn.Module):
             features: Tensor = self.backbone(batch)
         return self._checked(features.float(), "features of images")
 
-    def embed_texts(self, texts: Sequence[str], labels: Tensor | None = None) -> Tensor:
+    def embed_texts(self, texts: Sequence[str], labels: Tensor | None = None, task: Task | None = None) -> Tensor:
         """Embeddings (n, dim) in float32 of `texts`, in the space of the features, not normalised.
 
         Args:
             texts: any number of them.
             labels: class of each, int64 (n,), where it is known; used in training only.
+            task: which they belong to, where that is known.
         """
         if not texts:
             return torch.zeros(0, self.backbone.dim, dtype=torch.float32, device=self.device)
         with self.computing():
             tokens = self.backbone.tokenised(texts)
             known = tokens | {"label": labels} if self.training and labels is not None else tokens
+            if task is not None:
+                known = known | {"task": torch.full((len(texts),), task.index, device=self.device)}
             with self.applied(known, "text"):
                 embeddings = self.backbone.encode_tokens(tokens).float()
             return self._checked(embeddings, "embeddings of texts")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from perdure.storage import schema
 from perdure.storage.files import write_text
-from perdure.storage.schema import FORMAT, Damaged, Manifest, RunRecord
+from perdure.storage.schema import FORMAT, SPECIALISTS, Damaged, Manifest, RunRecord, SpecialistsRecord
 from perdure.types import Row, Task
 
 LEARNER, MANIFEST, RECORD = "learner.safetensors", "manifest.json", "run.json"
@@ -154,6 +154,11 @@ def read_record(folder: Path) -> RunRecord:
         ValueError: when there is none, or it is not what was written.
     """
     path = folder / RECORD
+    if (folder / SPECIALISTS).is_file():
+        raise ValueError(
+            f"{folder} holds specialists, each of which lies in a folder of its own: give that of one of them, or use "
+            "predict, search, ask, show, eval or report"
+        )
     if not path.is_file():
         raise ValueError(
             f"{folder} is not a run's or a learner's folder: it has no run.json; give one that 'perdure run' or "
@@ -161,6 +166,20 @@ def read_record(folder: Path) -> RunRecord:
         )
     record = schema.read_typed(path, RunRecord, f"restore it, or remove {folder} to start anew")
     _check_format(path, record.get("format", 1))
+    return record
+
+
+def read_specialists(folder: Path) -> SpecialistsRecord:
+    """specialists.json of a folder.
+
+    Raises:
+        DamagedCheckpoint: when it is not what was written.
+    """
+    path, remedy = folder / SPECIALISTS, "restore it, or combine again"
+    record = schema.read_typed(path, SpecialistsRecord, remedy, must_be_sealed=True)
+    _check_format(path, record["format"])
+    if any(member >= len(record["members"]) for member, _ in record["classes"]):
+        raise DamagedCheckpoint(f"{path} is damaged: a class is of a member that is not; {remedy}")
     return record
 
 

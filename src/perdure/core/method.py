@@ -53,6 +53,8 @@ class Method(nn.Module):
     """Whether messages name it where a part that trains the encoder is missing."""
     follows_task: ClassVar[bool] = False
     """Whether it answers by what a task has taught where a batch says which one, under `task`."""
+    borderless: bool = False
+    """Whether it can learn in one pass in which no task is announced: see `Core.online`."""
     treats: frozenset[str] = frozenset()
     """Towers that compute in another way within `applied`."""
 
@@ -121,8 +123,8 @@ class Method(nn.Module):
         """What is added to the objective's loss."""
         return 0.0
 
-    def backward(self, learner: AnyLearner, loss: Tensor) -> None:
-        """Fill the gradients from the loss; at most one part of a composition may define it."""
+    def backward(self, learner: AnyLearner, loss: Tensor, batch: Batch) -> None:
+        """Fill the gradients from the loss of `batch`; at most one part of a composition may define it."""
         loss.backward()  # type: ignore[no-untyped-call]
 
     def after_backward(self, learner: AnyLearner) -> None:
@@ -256,10 +258,10 @@ class Compose(Method):
         """See `Method.param_groups`."""
         return {k: v for part in self for k, v in part.param_groups(learner).items()}
 
-    def backward(self, learner: AnyLearner, loss: Tensor) -> None:
+    def backward(self, learner: AnyLearner, loss: Tensor, batch: Batch) -> None:
         """See `Method.backward`."""
         owner = self._owner("backward")
-        return super().backward(learner, loss) if owner is None else owner.backward(learner, loss)
+        return super().backward(learner, loss, batch) if owner is None else owner.backward(learner, loss, batch)
 
     def predict(self, learner: AnyLearner, batch: Batch) -> Tensor:
         """See `Method.predict`."""
@@ -337,6 +339,11 @@ def _defines(part: Method, hook: str) -> bool:
 def treated(method: Method) -> frozenset[str]:
     """Towers of which a part replaces what the backbone plainly computes."""
     return frozenset(tower for part in parts_of(method) for tower in part.treats)
+
+
+def follows_task(method: Method) -> bool:
+    """Whether a part answers by what a task has taught, where it is told which one."""
+    return any(part.follows_task for part in parts_of(method))
 
 
 def predicts(method: Method) -> bool:

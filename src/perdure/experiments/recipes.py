@@ -53,12 +53,12 @@ def published() -> dict[str, Any]:
 
 @functools.cache
 def recipes() -> dict[str, Recipe]:
-    """All by name: the demo, and `FAMILY_DATA` for each published row."""
+    """All by name: the demo, `FAMILY_DATA` for each published row, and where to adapt a language model."""
     found = {"demo": Recipe(demo(), inspect.cleandoc(demo.__doc__ or ""))}
     for name, family in published()["families"].items():
         for data in family["rows"]:
             found[f"{name}_{data}"] = _recipe(f"{name}_{data}", family, data)
-    return found
+    return found | {name: _where(name, row) for name, row in published()["sites"]["rows"].items()}
 
 
 def recipe(name: str) -> Recipe:
@@ -135,4 +135,22 @@ Settings: {family["settings"]}.
 Run by us: no; it needs the weights of the ViT-B/16 and the full data set.
 Differs:
 {listed}"""
+    return Recipe(config, about)
+
+
+def _where(name: str, row: Mapping[str, str]) -> Recipe:
+    """Layers by which a language model learns and keeps what it knows; its text has the command and the source."""
+    of = published()["sites"]
+    config = RunConfig(stream=of["stream"], backbone=of["backbone"], method=row["method"], **of["training"])
+    differs = "\n".join(f"- {each}" for each in of["differs"])
+    about = f"""{row["title"]}: {row["score"]} published (learnt / held out, in points), not run by us.
+
+Command: `perdure run --recipe {name} --out DIR`, in full
+
+    perdure run {shlex.join(flags(asdict(config)))} --out DIR
+
+Published: {row["score"]}; the whole language model: {of["whole"]}; {of["paper"]} ({of["evidence"]}).
+Run by us: no; it needs a model of 7 billion weights.
+Differs:
+{differs}"""
     return Recipe(config, about)

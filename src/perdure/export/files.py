@@ -90,7 +90,7 @@ def _use_transformers(backbone: Any, peft: bool) -> Use:
     if peft:
         source, more = repr(options.get("path")), ", dtype=torch.float32"
         if "path" not in options:
-            source, imports = "FOLDER", (*imports, "from perdure.backbones.clip import FOLDER")
+            source, imports = "CLIP", (*imports, "from perdure_pocket import CLIP")
         if options.get("input_norm") == "none":  # merged: the exported files say so
             raw = ", do_normalize=False"
     if getattr(backbone.model, "pooler", 0) is None:

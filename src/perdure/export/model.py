@@ -22,8 +22,7 @@ from perdure.adapters.injection import prompted, updates
 from perdure.adapters.task_branches import TaskBranches
 from perdure.backbones import pretrained
 from perdure.backbones.base import Backbone
-from perdure.backbones.clip import FOLDER as POCKET
-from perdure.backbones.clip import Clip
+from perdure.backbones.clip import Clip, pocket_weights
 from perdure.backbones.language import Language
 from perdure.backbones.open_clip import CONFIG, WEIGHTS, OpenClip, locate_model
 from perdure.backbones.open_clip_attention import fused_state
@@ -143,7 +142,7 @@ def _check(learner: Core, to: str) -> None:
         )
     if to == "transformers" and isinstance(backbone, Timm | OpenClip):
         raise ValueError(f"{backbone.spec} is no model of transformers: export to 'merged'")
-    experts = isinstance(backbone, Language) and any(isinstance(each, TaskBranches) for _, each, _ in updates(backbone))
+    experts = isinstance(backbone, Language) and bool(language.experts(learner))
     if experts and to != "peft":
         raise ValueError(
             "each example takes an expert of its own, which no weights can hold: export to 'peft', which writes a LoRA "
@@ -173,6 +172,8 @@ def _check(learner: Core, to: str) -> None:
             raise ValueError("OpenCLIP's attention is one fused layer, which no LoRA of PEFT fits: export to 'merged'")
         if "vision" in options_of(backbone):
             raise ValueError(f"{backbone.spec} was put together here, no folder has it for a LoRA: export to 'merged'")
+        if backbone.changed:
+            raise ValueError(f"a LoRA does not bring {backbone.changed}, which its model has not: export to 'merged'")
         if learner.tunes_backbone:
             raise ValueError("the encoder's own weights were trained, which a LoRA cannot hold: export to 'merged'")
         if not linear:
@@ -298,13 +299,17 @@ def _write_transformers(backbone: Any, folder: Path) -> None:
         copy(_folder(options["vision"]), _PROCESSOR, folder)
         backbone.tokenizer.save_pretrained(folder)  # says which class it is of, which a copied vocabulary need not
     else:
-        source = _folder(options["path"]) if "path" in options else POCKET
+        source = _folder(options["path"]) if "path" in options else pocket_weights("CLIP")
         copy(source, (*_PROCESSOR, *TERMS, *(TOKENIZER if isinstance(backbone, Clip) else ())), folder)
-    if options.get("input_norm") == "none":
-        for file in folder.glob("*processor_config.json"):
-            facts = json.loads(file.read_text(encoding="utf-8"))
-            facts.get("image_processor", facts)["do_normalize"] = False
-            write_json(file, facts)
+        if "length" in options:  # the tokenizer cuts texts off as well
+            backbone.tokenizer.save_pretrained(folder)
+    changes: dict[str, Any] = {"do_normalize": False} if options.get("input_norm") == "none" else {}
+    if "size" in options:
+        changes |= backbone.preprocess.sides()
+    for file in folder.glob("*processor_config.json") if changes else ():
+        facts = json.loads(file.read_text(encoding="utf-8"))
+        facts.get("image_processor", facts).update(changes)
+        write_json(file, facts)
 
 
 def _folder(model: str) -> Path:
@@ -317,6 +322,7 @@ def _write_timm(backbone: Timm, folder: Path) -> None:
     save_for_hf(backbone.model, str(folder), safe_serialization=True)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["pretrained_cfg"] |= {k: backbone.preprocess.describe()[k] for k in ("mean", "std")}
+    config["pretrained_cfg"]["input_size"] = [3, backbone.preprocess.size, backbone.preprocess.size]
     write_json(folder / "config.json", config)
 
 
@@ -332,7 +338,9 @@ def _write_open_clip(backbone: OpenClip, folder: Path) -> None:
         "interpolation": preprocess.interpolation,
         "resize_mode": "squash" if preprocess.squash else "shortest",
     }
-    write_json(folder / CONFIG, {"model_cfg": source.model, "preprocess_cfg": reading})
+    described = source.model
+    described["vision_cfg"]["image_size"], described["text_cfg"]["context_length"] = preprocess.size, backbone.length
+    write_json(folder / CONFIG, {"model_cfg": described, "preprocess_cfg": reading})
     weights = fused_state(backbone.model)
     save_file({name: tensor.detach().cpu().clone() for name, tensor in weights.items()}, folder / WEIGHTS)
     copy(source.folder, (*TERMS, *TOKENIZER), folder)

@@ -4,6 +4,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from perdure.adapters.state import BufferDict
 from perdure.mechanisms.subspace import exact, pack_symmetric, unpack_symmetric
@@ -204,6 +205,45 @@ class TaskGaussians(nn.Module):
         variances = torch.cat([leading, even.reshape(1)]).clamp_min(_FLOOR)
         like = features.float()
         return means.to(like), vectors[:, width - rank :].T.to(like), variances.to(like)
+
+
+class TaskMeans(nn.Module):
+    """For each task the mean of its examples' features, by cosines to which an example is more or less like it.
+
+    Args:
+        temperature: of shares: near 0 all of an example belongs to one task.
+    """
+
+    def __init__(self, temperature: float) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.kinds = 1  # of features that stand side by side, each of unit length, or zero where there is none
+        self.means = BufferDict()  # task -> (d,)
+
+    @property
+    def tasks(self) -> list[int]:
+        """Those that were added, in ascending order."""
+        return sorted(map(int, self.means))
+
+    def add(self, task: int, features: Tensor, labels: Tensor, generator: torch.Generator) -> None:
+        """A task's features (n, d); neither classes nor chance have a part in their mean."""
+        self.means[str(task)] = features.float().mean(0)
+
+    def cosines(self, features: Tensor) -> Tensor:
+        """Of each of `features` (n, d) to each task, (n, tasks): the mean over kinds, 0 where one is missing."""
+        means = torch.stack([self.means[str(task)] for task in self.tasks])
+        pairs = zip(features.float().chunk(self.kinds, dim=1), means.chunk(self.kinds, dim=1), strict=True)
+        # sums, not products of matrices: their rounding would depend on who else is asked about
+        found = [(own.unsqueeze(1) * F.normalize(mean, dim=1)).sum(-1) for own, mean in pairs]
+        return torch.stack(found).mean(0)
+
+    def shares(self, features: Tensor) -> Tensor:
+        """How much of each of `features` (n, d) belongs to each task, (n, tasks): softmax of the cosines."""
+        return (self.cosines(features) / self.temperature).softmax(1)
+
+    def route(self, features: Tensor, bounded: bool = False) -> Tensor:
+        """For each of `features` (n, d) the place in `tasks` of the one that it is most like, int64 (n,)."""
+        return self.cosines(features).argmax(1)
 
 
 class ClassTable(nn.Module):

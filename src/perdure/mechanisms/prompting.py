@@ -48,14 +48,20 @@ def conversation_query(learner: Core, batch: Batch) -> Tensor:
         return torch.cat(backbone.pooled(batch), dim=1)
 
 
+def check_routes_once(learner: Core, part: Method) -> None:
+    """Raise `ValueError` where blocks are computed again in backward, when what `part` chose is gone."""
+    if getattr(learner.backbone, "checkpointing", False):
+        raise ValueError(f"{part.name} cannot route again what is computed again: leave checkpointing out of mllm()")
+
+
 def text_query(learner: Core, tokens: Batch) -> Tensor:
     """Unit embeddings (n, dim) of texts by the pre-trained encoder, in float32; prompts must be off, as in `query`.
 
     Args:
         learner: whose encoder.
-        tokens: what the backbone's `tokenise` gave; a `label` beside it is not read.
+        tokens: what the backbone's `tokenise` gave; a `label` or `task` beside it is not read.
     """
-    read = {name: value for name, value in tokens.items() if name != "label"}
+    read = {name: value for name, value in tokens.items() if name not in ("label", "task")}
     with torch.no_grad(), learner.computing():
         return F.normalize(learner.backbone.encode_tokens(read).float(), dim=1)
 

@@ -248,6 +248,11 @@ class ExemplarBuffer(ReplayBuffer):
                 "selection='grand' is 'el2n' here: class vectors are compared by direction, and features of unit "
                 "length give every gradient the error's length; write selection='el2n'"
             )
+        if learner.online and self.chooses not in ("reservoir", "class_balanced"):
+            raise ValueError(
+                f"selection={self.chooses!r} chooses among all images of a task, which --online never tells: write "
+                "selection='reservoir' or 'class_balanced'"
+            )
         if self.chooses == "influence" and not learner.objective.one_row:
             raise ValueError(
                 "selection='influence' multiplies gradients of a head, which are too large where it "
@@ -255,11 +260,14 @@ class ExemplarBuffer(ReplayBuffer):
             )
 
     def remember(self, learner: Core, task: Task) -> None:
-        """Offer the task's training examples, at its end."""
+        """Offer the task's training examples, at its end; without borders those of the step, after it."""
+        if learner.online:
+            return self.add(task, learner.generator("memory", learner.step), torch.tensor(learner.newest))
         generator = learner.generator("memory")
         order = None if self.chooses in ("reservoir", "class_balanced") else self._order(learner, task, generator)
         self.add(task, generator, order)
         self._ready = None
+        return None
 
     def recall(self, learner: Core, rows: Tensor, like: Batch, view: Augment | None = None) -> Batch:
         """The images at `rows` of `refs`, with all that the batch `like` holds.
@@ -272,7 +280,7 @@ class ExemplarBuffer(ReplayBuffer):
             like: a batch in training.
             view: how the images are changed, anew in every step.
         """
-        if view is None and like.keys() - READ:
+        if view is None and like.keys() - READ and not learner.online:  # else it would be another set in every step
             old = self._prepared(learner).__getitems__(rows.tolist())
         else:
             old = read_references(learner.tasks, self.refs[rows])
@@ -350,8 +358,18 @@ class Rehearsal(Method):
         self.check(learner, task)
         self.memory.begin(learner)
 
+    def after_step(self, learner: Core, batch: Batch) -> None:
+        """Without borders, offer the step's new examples to the memory."""
+        if learner.online:
+            self.remember(learner, learner.task)
+
     def end_task(self, learner: Core, task: Task) -> None:
         """Offer the task's examples to the memory."""
+        if not learner.online:
+            self.remember(learner, task)
+
+    def remember(self, learner: Core, task: Task) -> None:
+        """Offer what was learnt last, see `ExemplarBuffer.remember`."""
         self.memory.remember(learner, task)
 
     def measures(self, learner: Core) -> dict[str, float]:

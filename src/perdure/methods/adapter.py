@@ -49,6 +49,7 @@ class BottleneckAdapter(Method, name="adapter"):
         self.rank, self.at, self.blocks, self.tower, self.scale = rank, at or "fc2", blocks, tower, scale
         self.parallel, self.tasks = parallel, tasks
         self.trains_shared = tasks != 1
+        self.borderless = tasks is None
         self.adapters: Adapters[Bottleneck] = Adapters()
 
     def grow(self, learner: Core, task: Task) -> None:

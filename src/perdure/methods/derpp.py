@@ -40,6 +40,7 @@ class DERPP(Rehearsal, name="derpp"):
 
     needs = ("classes", "conversations")
     rehearses = "some"
+    borderless = True
 
     def __init__(
         self,
@@ -101,16 +102,16 @@ class DERPP(Rehearsal, name="derpp"):
             total = total + self.beta * objective.losses(again[~of_logits], labelled, only_task=False).mean()
         return total
 
-    def end_task(self, learner: Core, task: Task) -> None:
-        """Offer the task's images to the memory; store the logits of those that were taken."""
+    def remember(self, learner: Core, task: Task) -> None:
+        """Offer images to the memory; store the logits of those that were taken."""
         if not (self.alpha or self.beta):
             return
         before = self.memory.refs.cpu()
-        super().end_task(learner, task)
+        super().remember(learner, task)
         if not self.alpha:
             return
         refs, objective = self.memory.refs.cpu(), learner.objective
-        fresh, counts = refs[:, 0] == task.index, torch.ones(len(refs), dtype=torch.int64)
+        fresh, counts = ~torch.isin(_keys(refs), _keys(before)), torch.ones(len(refs), dtype=torch.int64)
         places = _places(before, refs[~fresh])
         new = torch.zeros(0, len(objective.classes), dtype=torch.float32, device=learner.device)
         said = new.long()
@@ -188,6 +189,10 @@ def _likeliest(learner: Core, data: Data) -> tuple[Tensor, Tensor, Tensor]:
 
 def _places(refs: Tensor, wanted: Tensor) -> Tensor:
     """Rows of `refs` (n, 3) in which `wanted` (k, 3), which are among them, stand."""
-    known, asked = (each[:, 0] * 2**32 + each[:, 1] for each in (refs, wanted))
-    known, order = known.sort()
-    return order[torch.searchsorted(known, asked)]
+    known, order = _keys(refs).sort()
+    return order[torch.searchsorted(known, _keys(wanted))]
+
+
+def _keys(refs: Tensor) -> Tensor:
+    """One number for each of `refs` (n, 3)."""
+    return refs[:, 0] * 2**32 + refs[:, 1]

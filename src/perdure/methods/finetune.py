@@ -20,6 +20,7 @@ class Finetune(Method, name="finetune"):
     changes_encoder = True
     carrier = True
     trains_shared = True
+    borderless = True
 
     def __init__(self, mask: bool = True, backbone_lr: Factor = 0.1, tower: Tower = "vision") -> None:
         super().__init__()

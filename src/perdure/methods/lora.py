@@ -41,6 +41,7 @@ class LoRA(Method, name="lora"):
         self.rank, self.at, self.blocks, self.tower, self.alpha = rank, at, blocks, tower, alpha
         self.per_task, self.tasks = per_task, tasks
         self.trains_shared = not per_task and tasks != 1
+        self.borderless = not per_task and tasks is None
         self.adapters = LowRankSet()
 
     def grow(self, learner: Core, task: Task) -> None:

@@ -8,7 +8,8 @@ from perdure.adapters.state import BufferDict
 from perdure.core.learner import Core
 from perdure.core.method import Method
 from perdure.core.objective import Head
-from perdure.types import Batch, Task
+from perdure.mechanisms.replay import BufferView, refer
+from perdure.types import Batch, Data, Task
 
 
 class NCM(Method, name="ncm"):
@@ -18,6 +19,7 @@ class NCM(Method, name="ncm"):
     """
 
     needs = ("classes",)
+    borderless = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,17 +31,29 @@ class NCM(Method, name="ncm"):
         if learner.method is self:
             learner.objective.requires_grad_(False)
 
+    def after_step(self, learner: Core, batch: Batch) -> None:
+        """Without borders, add the features of the step's new examples."""
+        if learner.online:
+            self._add(learner, BufferView(learner.tasks, refer(learner.task, torch.tensor(learner.newest))))
+
     def end_task(self, learner: Core, task: Task) -> None:
         """Add the task's features to its classes' means."""
-        features, labels = learner.features(learner.method.data(learner, task))
-        for c in task.classes:
+        if not learner.online:
+            self._add(learner, learner.method.data(learner, task))
+
+    def _add(self, learner: Core, data: Data) -> None:
+        features, labels = learner.features(data)
+        for c in torch.unique(labels).tolist():
             mine = features[labels == c]
             self.sums[str(c)] = mine.sum(0) + self.sums.get(str(c), 0)
             self.counts[str(c)] = torch.tensor(len(mine)) + self.counts.get(str(c), 0)
 
     def predict(self, learner: Core, batch: Batch) -> Tensor:
-        """Cosines (B, seen classes) to the class means."""
-        return F.normalize(learner.encode(batch), dim=1) @ self._means(learner).T
+        """Cosines (B, seen classes) to the class means; -1 for a class of which nothing came yet."""
+        cosines = F.normalize(learner.encode(batch), dim=1) @ self._means(learner).T
+        missing = [i for i, c in enumerate(learner.objective.classes) if str(c) not in self.sums]
+        cosines[:, missing] = -1.0
+        return cosines
 
     def head(self, learner: Core) -> Head:
         """The class means."""
@@ -48,6 +62,9 @@ class NCM(Method, name="ncm"):
         return Head(what, scores, {"weight": self._means(learner)})
 
     def _means(self, learner: Core) -> Tensor:
-        """Unit-length class means, (seen classes, dim)."""
-        means = torch.stack([self.sums[str(c)] / self.counts[str(c)] for c in learner.objective.classes])
+        """Unit-length class means, (seen classes, dim); zeros for a class of which nothing came yet."""
+        nothing = torch.zeros(learner.backbone.dim, dtype=torch.float32, device=learner.device)
+        means = torch.stack(
+            [self.sums[k] / self.counts[k] if k in self.sums else nothing for k in map(str, learner.objective.classes)]
+        )
         return F.normalize(means, dim=1)

@@ -5,3 +5,5 @@ from perdure.core.method import Method
 
 class Probe(Method, name="probe"):
     """Trains the objective's heads only; features are computed once per image."""
+
+    borderless = True

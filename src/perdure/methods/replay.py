@@ -41,6 +41,7 @@ class Replay(Rehearsal, name="replay"):
     """
 
     rehearses = "some"
+    borderless = True
 
     def __init__(
         self,

@@ -112,7 +112,11 @@ class ZeroShot(Objective, name="zeroshot"):
 
 
 def class_texts(
-    learner: Core, names: Sequence[str], templates: Sequence[str], classes: Sequence[int] | None = None
+    learner: Core,
+    names: Sequence[str],
+    templates: Sequence[str],
+    classes: Sequence[int] | None = None,
+    task: Task | None = None,
 ) -> Tensor:
     """Unit-length embeddings (n, dim): the normalised mean over templates of normalised embeddings.
 
@@ -121,10 +125,11 @@ def class_texts(
         names: of classes.
         templates: sentences with `{}` for a name.
         classes: which those names are of, where that is known.
+        task: which they belong to, where that is known.
     """
     labels = None if classes is None else torch.tensor(classes, device=learner.device)
     per_template = []
     for template in templates:
-        text = learner.embed_texts([template.format(name) for name in names], labels)
+        text = learner.embed_texts([template.format(name) for name in names], labels, task)
         per_template.append(F.normalize(text, dim=1))
     return F.normalize(torch.stack(per_template).mean(0), dim=1)

@@ -36,6 +36,12 @@ class Spec:
         return f"{self.name}({', '.join(inner)})" if inner else self.name
 
 
+def changed(text: str, **options: Any) -> str:
+    """The text of one spec with some of its options replaced."""
+    spec = parse_one(text)
+    return str(Spec(spec.name, tuple((dict(spec.kwargs) | options).items()), spec.parts))
+
+
 def parse(text: str) -> tuple[Spec, ...]:
     """Read one or several specs joined by `+`.
 

@@ -42,7 +42,7 @@ def show(key: str, value: float | None, std: float | None = None, *, unit: bool 
     elif key in ("stored_bytes", "peak_rss_bytes"):
         power = next((i for i in range(4) if value < 999.5 * 1000**i), 4)
         text, name = _digits(value / 1000**power), ("B", "kB", "MB", "GB", "TB")[power]
-    elif key == "seconds":
+    elif key in ("seconds", "evaluation_seconds"):
         text, name = duration(value), ""
     elif key == "step_cost":
         text, name = f"{value:.2f}", "× LoRA"

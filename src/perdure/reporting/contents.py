@@ -16,7 +16,7 @@ from perdure.options.spec import parse
 from perdure.storage import schema
 from perdure.storage.schema import Damaged, Examples
 
-LICENCES = {"pocket": "its weights come from images that allow research use only (Tiny-ImageNet, Flickr8k)"}
+LICENCES = {"pocket": "the weights come from images that allow research use only (Tiny-ImageNet, Flickr8k)"}
 """Of weights that perdure brings itself, by backbone; those of others have the licence of whoever gave them."""
 _NAMED = 12  # classes on one line
 _STATISTICS = re.compile(r"\.(means|sums|covariances|gram|prototypes)\.|\.gram$")
@@ -89,7 +89,8 @@ def told_contents(folder: Path, found: dict[str, Any]) -> list[str]:
     lines = [
         f"{folder}: {tasks} learnt, {human_bytes(found['bytes'])}{made} with perdure {found['perdure'] or '?'}",
         f"method     {found['method']}",
-        f"backbone   {found['backbone']}" + (f" ({found['licence']})" if found["licence"] else ""),
+        f"backbone   {found['backbone']}",
+        *([f"licence    {found['licence']}"] if found["licence"] else []),
         f"objective  {found['objective']}",
         *([f"stream     {found['stream']}"] if found["stream"] else []),
     ]

@@ -26,6 +26,7 @@ _NUMBERS = (
     ("trainable_parameters", "Trainable parameters", "Numbers that training may change, in the largest task."),
     ("stored_bytes", "Stored", "All that was learnt, with images a memory refers to, without the pre-trained model."),
     ("seconds", "Time", "Preparing, training, finishing and evaluating all tasks."),
+    ("evaluation_seconds", "Evaluation", "The part of it in which tasks and held-out data were measured."),
     ("images_per_second", "Images per second", "Speed of training."),
     ("peak_rss_bytes", "Peak memory", "Most main memory that the run used at once."),
 )
@@ -34,7 +35,7 @@ STEP = (
     "Step",
     "A training step of the second task, as a multiple of plain LoRA's; without what is done once a task.",
 )
-# Numbers that only some runs have: of sequences of data sets, and with held-out ones.
+# Numbers that only some runs have: of sequences of data sets, of few-shot streams, and with held-out data.
 _RARE = (
     (
         "transfer",
@@ -45,6 +46,23 @@ _RARE = (
         "average",
         "Average over the whole matrix",
         "Mean accuracy on all data sets after every task (MTIL's Avg); its Last is the final accuracy.",
+    ),
+    (
+        "performance_drop",
+        "Performance drop",
+        "Few-shot: accuracy on all test images of the classes seen, after the base task minus in the end. Lower is "
+        "better.",
+    ),
+    (
+        "harmonic_mean",
+        "Harmonic mean of old and new",
+        "Few-shot: of the final accuracies on base classes and on all later ones. 0 for who learns nothing new.",
+    ),
+    (
+        "anytime_acc",
+        "Anytime accuracy",
+        "Of a pass without borders: mean accuracy on the tasks that had begun, averaged over the way. Higher is "
+        "better.",
     ),
     (
         "zero_shot_ratio",

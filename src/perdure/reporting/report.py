@@ -50,6 +50,20 @@ _REASONS: tuple[tuple[str, str, Callable[[RunResults], list[float | None]], bool
         True,
     ),
     (
+        "Accuracy on all classes seen",
+        "Share of right answers on all test images of the base classes and of the few-shot classes so far: the base "
+        "has most of them.",
+        lambda run: run.few_shot("accuracies"),
+        True,
+    ),
+    (
+        "Harmonic mean of old and new",
+        "Of the accuracies on the base classes and on all few-shot classes so far. At 0 nothing new was learnt, or "
+        "nothing of the base is left.",
+        lambda run: run.few_shot("harmonic_means"),
+        True,
+    ),
+    (
         "How much zero-shot accuracy is kept",
         "Accuracy on data sets that were never taught, relative to the pre-trained model's, mean over data sets. Below "
         "100 the model loses what it could do before.",
@@ -80,7 +94,14 @@ _TRADES: tuple[tuple[str, str, str, str, Callable[[float], str]], ...] = (
         lambda value: duration(value).removesuffix(" 0 s").removesuffix(" 0 min"),
     ),
 )
-_COSTS = ("trainable_parameters", "stored_bytes", "seconds", "images_per_second", "peak_rss_bytes")
+_COSTS = (
+    "trainable_parameters",
+    "stored_bytes",
+    "seconds",
+    "evaluation_seconds",
+    "images_per_second",
+    "peak_rss_bytes",
+)
 
 
 def write_report(
@@ -164,6 +185,11 @@ class _Page:
             for title, meaning, values, share in _REASONS
             if (figure := _figure(title, self.groups, values, longest, zero=True, share=share))
         ]
+        if passes := [str(n) for n in max((run.online("images") for run in runs), key=len, default=[])]:
+            meaning = "Mean accuracy on the tasks of the stream that had begun, after so many images of one pass."
+            title = "Accuracy along the pass"
+            if figure := _figure(title, self.groups, lambda run: run.online("begun"), passes, zero=True):
+                self.reasons.append((title, meaning, figure))
         same = len(self.streams) == len(self.backbones) == 1
         self.trades = trade_offs([(g.label, g.spread) for g in self.groups]) if same else {}
 
@@ -266,6 +292,7 @@ def _view(run: RunResults) -> dict[str, Any]:
     return {
         "run": run,
         "matrices": language.matrices(run),
+        "thinned": run.config.get("evaluate", "every").removeprefix("every"),
         "unlike": unlike_scores(run.scores()),
         "scores": list(dict.fromkeys(run.scores())),
         "names": names,

@@ -4,7 +4,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +18,7 @@ from perdure.options.spec import parse
 from perdure.reporting.figures import Series
 from perdure.storage import schema
 from perdure.storage.schema import Damaged, Line, RunRecord, Steps, Summary, TaskFacts
+from perdure.training.config import RunConfig
 from perdure.training.summary import (
     SUMMARY,
     contradicts,
@@ -34,7 +35,14 @@ PHASES = ("prepare", "train", "finish", "evaluate")
 STEPS = "steps.json"
 """In a grid's folder: the step cost of each of its methods, written by `perdure.experiments.step_cost`."""
 _RESULTS = "results.jsonl"
-_COSTS = ("trainable_parameters", "stored_bytes", "seconds", "images_per_second", "peak_rss_bytes")
+_COSTS = (
+    "trainable_parameters",
+    "stored_bytes",
+    "seconds",
+    "evaluation_seconds",
+    "images_per_second",
+    "peak_rss_bytes",
+)
 
 
 def ignore(text: str) -> None:
@@ -138,9 +146,9 @@ class RunResults:
         return scored_by(self.config, [str(task.get("score", "")) for task in self.tasks()])
 
     def learnt(self) -> int:
-        """Number of tasks after which all tasks so far were evaluated."""
-        averages = metrics.running_averages(self.matrix())
-        return next((i for i, value in enumerate(averages) if value is None), len(averages))
+        """Number of tasks that were measured right after they were learnt."""
+        matrix = self.matrix()
+        return next((i for i, row in enumerate(matrix) if row[i] is None), len(matrix))
 
     def numbers(self) -> dict[str, float | None]:
         """Scores and costs by their key in summary.json, else from the results so far.
@@ -162,6 +170,7 @@ class RunResults:
         found["gap"] = None if acc is None or told is None else told - acc
         if seconds := self.seconds():
             found["seconds"] = sum(sum(task.values()) for task in seconds)
+            found["evaluation_seconds"] = sum(task["evaluate"] for task in seconds)
         step = steps_of(self.folder.parent)["methods"].get(self.method)
         return found | {"step_cost": step["ratio"] if step else None}
 
@@ -169,6 +178,14 @@ class RunResults:
         """Seconds of each phase, for each task."""
         listed = self.summary.get("seconds_per_task") or []
         return [{p: _number(task.get(p)) or 0.0 for p in PHASES} for task in listed]
+
+    def few_shot(self, number: str) -> list[float | None]:
+        """Of a few-shot stream, once it is learnt: `accuracies` or `harmonic_means` after each task."""
+        return self.summary.get("few_shot", {}).get(number) or [None] * len(self.tasks())
+
+    def online(self, number: str) -> list[float | None]:
+        """Of a pass without borders, once it is over: `images` seen, or mean accuracy on what had `begun` by then."""
+        return list(self.summary.get("online", {}).get(number, ()))
 
     def drift(self) -> list[list[float | None]]:
         """Feature drift of each task (columns) after each task (rows)."""
@@ -252,8 +269,12 @@ def steps_of(folder: Path) -> Steps:
 
 
 def _settings(run: RunResults) -> dict[str, Any]:
-    """Configuration without what repetitions vary: seeds, the order of classes, when and where to save."""
-    return {k: _unseeded(v) for k, v in run.config.items() if k not in ("seed", "out", "save_every")}
+    """Configuration without what repetitions vary: seeds, the order of classes, when and where to save.
+
+    What an older version did not know of has its default.
+    """
+    known = {f.name: f.default for f in fields(RunConfig) if f.default is not MISSING} | run.config
+    return {k: _unseeded(v) for k, v in known.items() if k not in ("seed", "out", "save_every")}
 
 
 def _unseeded(value: Any) -> Any:

@@ -106,7 +106,7 @@ def tabulate(runs: Sequence[tuple[str, RunResults]]) -> list[dict[str, Any]]:
         mine = [check_complete(run) for name, run in runs if name == method]
         group, measured = Group(method, tuple(mine)), row_of(mine)
         row: dict[str, Any] = {"method": method, "runs": len(mine)}
-        for key in (*KEYS, "seconds", "new_task_acc"):
+        for key in (*KEYS, "bwt", "seconds", "evaluation_seconds", "new_task_acc"):
             found = group.spread(key)
             row[key] = None if found is None else list(found)
         if why := next(filter(None, (unlike_scores(run.scores()) for run in mine)), ""):
@@ -122,6 +122,8 @@ def tabulate(runs: Sequence[tuple[str, RunResults]]) -> list[dict[str, Any]]:
 def markdown(table: Sequence[dict[str, Any]]) -> str:
     """The table in Markdown, in per cent: mean ± sample standard deviation over the runs."""
     shown = [(key, title) for key, title in _SHOWN if key not in RARE or any(row.get(key) for row in table)]
+    if all(row.get("forgetting") for row in table):  # which it stands in for, where old tasks were not always measured
+        shown = [(key, title) for key, title in shown if key != "bwt"]
     if any(row.get("unparsable") for row in table):  # answers in words, which nobody is told the task of
         shown = [(key, title.replace("accuracy", "strict")) for key, title in shown if "task_id" not in key]
     titles = [title for _, title in shown]
@@ -144,10 +146,14 @@ _SHOWN = (
     ("acc", "final accuracy"),
     ("new_task_acc", "new-task accuracy"),
     ("forgetting", "forgetting"),
+    ("bwt", "backward transfer"),
     ("acc_with_task_id", "with task id"),
     ("forgetting_with_task_id", "forgetting with task id"),
     ("transfer", "transfer"),
     ("average", "average over the matrix"),
+    ("performance_drop", "performance drop"),
+    ("harmonic_mean", "harmonic mean"),
+    ("anytime_acc", "anytime accuracy"),
     ("zero_shot_ratio", "zero-shot kept"),
     ("lenient_acc", "final lenient"),
     ("lenient_forgetting", "lenient forgetting"),
@@ -157,6 +163,7 @@ _SHOWN = (
     ("stored_bytes", "stored"),
     ("step", "step / plain LoRA's"),
     ("seconds", "time"),
+    ("evaluation_seconds", "of it evaluation"),
 )
 
 

@@ -72,3 +72,19 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def in_use(folder: Path) -> bool:
+    """Whether somebody is working in `folder` now, which makes no file there."""
+    path = folder / ".lock"
+    if not path.exists():
+        return False
+    lock = filelock.FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        return True
+    except OSError:  # not even the lock can be written, so nobody learns there
+        return False
+    lock.release()
+    return False

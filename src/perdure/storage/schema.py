@@ -17,6 +17,9 @@ FORMAT = 3
 """Of what is written now. 3 renamed tensors (`core.renamed_keys`); 2 has seals in all files, and manifests that name
 their run and their predecessor; 1 had neither."""
 
+SPECIALISTS = "specialists.json"
+"""Of a folder that holds no learner, but says which others stand together."""
+
 Natural = Annotated[int, Meta(ge=0, le=2**53)]
 TaskNumber = Annotated[int, Meta(ge=0, le=1_000_000)]
 T = TypeVar("T")
@@ -154,6 +157,13 @@ class Moves(TypedDict):
     seal: str
 
 
+class Resized(TypedDict):
+    """resized.json: what a backbone reads now that it did not when the run began."""
+
+    backbone: dict[str, int | float | str]
+    seal: str
+
+
 class Summary(TypedDict, total=False):
     """summary.json: numbers, and the manifest that they end with."""
 
@@ -171,6 +181,11 @@ class Summary(TypedDict, total=False):
     feature_drift: float | None
     transfer: float | None
     average: float | None
+    online: dict[str, Any]
+    anytime_acc: float | None
+    few_shot: dict[str, list[float | None]]
+    performance_drop: float | None
+    harmonic_mean: float | None
     zero_shot: dict[str, dict[str, Any]]
     zero_shot_ratio: float | None
     lenient_matrix: list[list[float | None]]
@@ -189,6 +204,7 @@ class Summary(TypedDict, total=False):
     trainable_parameters: Natural
     stored_bytes: Natural
     seconds_per_task: list[dict[str, float]]
+    evaluation_seconds: float
     images_per_second: float | None
     peak_rss_bytes: Natural
     skipped_images: Natural
@@ -240,6 +256,55 @@ class Steps(TypedDict):
 
     options: dict[str, Any]
     methods: dict[str, Cost]
+
+
+class MemberFacts(TypedDict):
+    """A finished learner among specialists; `run` is the seal of its run.json, `beside` its folder seen from theirs."""
+
+    name: str
+    folder: str
+    beside: str
+    run: str
+    learnt: TaskNumber
+    gives: Literal["classes", "captions", "conversations"]
+    method: str
+    backbone: str
+    text: bool
+
+
+class SpecialistsRecord(TypedDict):
+    """specialists.json: members, how they are chosen, and the pool's classes as (member, name)."""
+
+    format: int
+    perdure: str
+    created: str
+    route: Literal["gaussian", "nearest", "subspace", "text", "linucb", "uniform"]
+    gate: BackboneFacts
+    pool_bytes: Natural
+    members: list[MemberFacts]
+    classes: list[tuple[Natural, str]]
+    known: float | None
+    sha256: str
+    seal: str
+
+
+class RoutingRow(TypedDict):
+    """A row of routing.json: who answered, and what it took."""
+
+    who: str
+    accuracy: float
+    asked: float
+    milliseconds: float | None
+    bytes: Natural
+
+
+class RoutingTable(TypedDict):
+    """routing.json: what was measured of specialists, on how many images."""
+
+    images: Natural
+    routing_accuracy: float | None
+    rows: list[RoutingRow]
+    seal: str
 
 
 def seal(content: Mapping[str, Any]) -> str:

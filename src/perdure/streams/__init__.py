@@ -13,6 +13,7 @@ from perdure.streams.conversation_benchmarks import coin, daquar, easy_vqa_quest
 from perdure.streams.conversation_stream import as_questions, conversations, in_turn
 from perdure.streams.conversations import ConversationSet
 from perdure.streams.evaluation_sets import EVALUATION_SETS
+from perdure.streams.few_shot import fewshot
 from perdure.streams.folders import images
 from perdure.streams.hub import hub
 from perdure.streams.image_set import Budget, Captioned, ImageSet
@@ -62,6 +63,7 @@ STREAMS: dict[str, Callable[..., StreamPlan]] = {
     "flickr30k": flickr30k,
     "coco": coco,
     "sequence": sequence,
+    "fewshot": fewshot,
     "conversations": conversations,
     "as_questions": as_questions,
     "in_turn": in_turn,

@@ -16,6 +16,13 @@ _ROLE = {role: re.compile(rf"(?:{words}){_SORT}(?![a-z])", re.IGNORECASE) for ro
 
 Role = Literal["train", "test", "val"]
 """What a part of a data set is for."""
+_SHOWN = 3
+
+
+def task_name(number: int, classes: Sequence[str]) -> str:
+    """What a task of these classes is called: `2: otter, raven, ray, ... (10 classes)`."""
+    shown = ", ".join(classes[:_SHOWN]) + (", ..." if len(classes) > _SHOWN else "")
+    return f"{number}: {shown} ({len(classes)} {'class' if len(classes) == 1 else 'classes'})"
 
 
 def class_name(text: str, where: str) -> str:

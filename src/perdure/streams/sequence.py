@@ -15,7 +15,7 @@ from perdure.streams.splits import digest, noted
 from perdure.streams.task_split import ordered
 from perdure.types import Stream, Task
 
-_DECIDED = ("tasks", "increments", "scenario", "domain", "protocol", "order", "by", "embed")
+_DIVIDES = ("tasks", "increments", "scenario", "domain", "protocol", "embed")
 """Options of a stream that say how it is divided."""
 
 
@@ -60,21 +60,30 @@ def sequence(
 def _one_task(spec: Spec) -> StreamPlan:
     if spec.name == "sequence":
         raise ValueError(f"{str(spec)!r} within a sequence: write its parts in the outer one")
+    if spec.name == "captions" and not isinstance(columns := dict(spec.kwargs).get("captions", ""), str):
+        raise ValueError(f"captions={columns!r} makes a task of each column, a sequence one of each data set: keep one")
+    return undivided(spec, "in a sequence, where each data set is one task", order="natural", by="natural")
+
+
+def undivided(spec: Spec, why: str, **more: str) -> StreamPlan:
+    """The stream of `spec` as a single task.
+
+    Args:
+        spec: without options that divide it.
+        why: they would have no effect.
+        more: options that are decided too, where the stream has them.
+
+    Raises:
+        ValueError: when `spec` has an option that is decided.
+    """
+    decided = {"tasks": 1} | more
     for name, value in spec.kwargs:
-        if name in _DECIDED:
-            raise ValueError(
-                f"{name}={value!r} has no effect on {spec.name!r} in a sequence, where each data set is one task: "
-                "leave it out"
-            )
-        if spec.name == "captions" and name == "captions" and not isinstance(value, str):
-            raise ValueError(
-                f"captions={value!r} makes a task of each column, a sequence one of each data set: keep one"
-            )
-    given = {"tasks": 1, "order": "natural", "by": "natural"}
+        if name in (*_DIVIDES, *decided):
+            raise ValueError(f"{name}={value!r} has no effect on {spec.name!r} {why}: leave it out")
     factory = REGISTRY.get(spec.name)
     options = inspect.signature(factory).parameters if factory else {}
-    decided = tuple((name, value) for name, value in given.items() if name in options)
-    plan: StreamPlan = build(Spec(spec.name, (*spec.kwargs, *decided), spec.parts), REGISTRY, "stream")
+    given = tuple((name, value) for name, value in decided.items() if name in options)
+    plan: StreamPlan = build(Spec(spec.name, (*spec.kwargs, *given), spec.parts), REGISTRY, "stream")
     return plan
 
 

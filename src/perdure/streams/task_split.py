@@ -11,14 +11,11 @@ import torch
 from perdure.backbones.preprocess import Preprocess
 from perdure.formatting import meant
 from perdure.streams.image_set import Budget, ImageSet
-from perdure.streams.naming import class_name, in_case_only, numbers, recorded
+from perdure.streams.naming import class_name, in_case_only, numbers, recorded, task_name
 from perdure.streams.options import Options, read_order
 from perdure.streams.sources import Source, told_shared
 from perdure.streams.splits import ImagePart, all_with_images, divide, first_of_each, noted, shuffled
 from perdure.types import Scenario, Stream, Task
-
-_SHOWN = 3
-
 
 _Ids = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -143,8 +140,7 @@ def _by_class(found: LabelledData, options: Options, seed: int, measured: bool) 
     places = []
     for t, (size, end) in enumerate(zip(sizes, ends, strict=True)):
         classes = tuple(order[end - size : end])
-        shown = ", ".join(found.names[c] for c in classes[:_SHOWN]) + (", ..." if size > _SHOWN else "")
-        places.append(_Place(f"{t}: {shown} ({size} {'class' if size == 1 else 'classes'})", classes, None))
+        places.append(_Place(task_name(t, [found.names[c] for c in classes]), classes, None))
     return places
 
 

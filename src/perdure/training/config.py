@@ -120,20 +120,46 @@ class RunConfig(TrainConfig):
     save_every: Annotated[int, Range(0, 10**9)] = 0
     """Steps between snapshots within a task; 0 saves as often as costs at most 2 % of the time."""
 
+    online: bool = False
+    """One pass over the whole stream, without telling where a task begins or ends; accuracy on each of its tasks is
+    measured along the way. What needs borders is refused."""
+    evaluate: str = "every"
+    """After each task, old ones too: 'every', each on its whole test set; 'sample:500', on that many examples of each;
+    'last', none. A task that was just learnt, and after the last task all, are measured whole."""
     retain: tuple[str, ...] = ()
     """Held-out data measured before the stream and after each task: with generate() evaluation sets such as
     'mme(path="MME")' and streams of questions; with a CLIP streams of images, by zero-shot accuracy."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.online:
+            if self.epochs not in (1, TrainConfig.epochs):
+                raise ValueError(f"epochs={self.epochs} has no effect with --online, which is one pass: leave it out")
+            object.__setattr__(self, "epochs", 1)
+            without_effect("with --online, where no task is set apart", calibrate=self.calibrate or None)
         # What is written down must lead to the same files wherever it is read.
         for name in ("stream", "backbone", "method"):
             object.__setattr__(self, name, anchored(getattr(self, name)))
         object.__setattr__(self, "retain", tuple(map(anchored, self.retain)))
+        measured_between(self.evaluate)
 
     def describe(self) -> dict[str, Any]:
         """As JSON."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+
+def measured_between(evaluate: str) -> int | None:
+    """How many test examples of an old task are measured between the first and the last task; None for all of them.
+
+    Raises:
+        ValueError: when `evaluate` is none of every, last, and sample with a number.
+    """
+    if evaluate in ("every", "last"):
+        return None if evaluate == "every" else 0
+    kind, _, count = evaluate.partition(":")
+    if kind != "sample" or not (count.isascii() and count.isdecimal() and 0 < int(count) <= 10**9):
+        raise ValueError(f"evaluate={evaluate!r}: expected every, last, or sample:500 with a number from 1 to 1e9")
+    return int(count)
 
 
 def usual(backbone: str) -> dict[str, Any]:

@@ -117,27 +117,27 @@ def fit_task(
     optimizer = _optimizer(learner, config)
     trainable = sum(p.numel() for p in learner.trainable().values())
     moved = bool(treated(method)) or not all(name.startswith("objective.") for name in learner.trainable())
-    progress.task(task, task.total, config.epochs, steps if optimizer else 0)
-    if optimizer:
+    trains = optimizer is not None or learner.online  # a pass goes by, whether or not anything is trained
+    progress.task(task, task.total, config.epochs, steps if trains else 0)
+    if trains:
         if resumed:
             done, restore = resumed
-            restore(optimizer)
+            if optimizer:
+                restore(optimizer)
         for step, batch in _training_batches(learner, task, data, config, done):
             learner.step, learner.last_epoch = step, step >= steps - steps // config.epochs
             _reseed(learner, task, "step", step)
-            for group in optimizer.param_groups:
-                group["lr"] = config.rate(step, steps) * group["scale"]
+            if learner.online:
+                learner.newest = range(step * config.batch_size, min((step + 1) * config.batch_size, len(data)))
             batch = method.batch(learner, batch)
             if "image" in batch:
                 batch = learner.augment(batch, learner.generator("augment", step))
             batch = learner.cache.complete(batch)
-            optimizer.zero_grad()
-            loss = learner.loss(batch)
-            method.backward(learner, loss)
-            if step == done:
-                _check_gradients(learner, task)
-            method.after_backward(learner)
-            optimizer.step()
+            loss = torch.zeros(())
+            if optimizer:
+                for group in optimizer.param_groups:
+                    group["lr"] = config.rate(step, steps) * group["scale"]
+                loss = _descend(learner, task, batch, optimizer, first=step == done)
             method.after_step(learner, batch)
             images += len(batch["label"])
             progress.step(step + 1, loss.detach(), len(batch["label"]))
@@ -155,13 +155,30 @@ def fit_task(
     return Fitted(clock[1] - clock[0], clock[2] - clock[1], clock[3] - clock[2], images, trainable, moved)
 
 
+def _descend(learner: Core, task: Task, batch: Batch, optimizer: torch.optim.Optimizer, first: bool) -> Tensor:
+    """One step; returns the loss before it. In the `first` one all that is trained must have a gradient."""
+    optimizer.zero_grad()
+    loss = learner.loss(batch)
+    learner.method.backward(learner, loss, batch)
+    if first:
+        _check_gradients(learner, task)
+    learner.method.after_backward(learner)
+    optimizer.step()
+    return loss
+
+
 def _training_batches(
     learner: Core, task: Task, data: Data, config: TrainConfig, done: int
 ) -> Iterator[tuple[int, Batch]]:
-    """(step, batch) from step `done` on, in an order that depends on seed, task and epoch only."""
+    """(step, batch) from step `done` on, in an order that depends on seed, task and epoch only.
+
+    In a pass without borders examples come as they stand.
+    """
     per_epoch = math.ceil(len(data) / config.batch_size)
     for epoch in range(done // per_epoch, config.epochs):
-        order = torch.randperm(len(data), generator=learner.generator("shuffle", epoch))
+        order = torch.arange(len(data))
+        if not learner.online:
+            order = torch.randperm(len(data), generator=learner.generator("shuffle", epoch))
         skip = max(0, done - epoch * per_epoch)
         batches = learner.batches(data, config.batch_size, order[skip * config.batch_size :])
         yield from enumerate(batches, epoch * per_epoch + skip)

@@ -1,4 +1,4 @@
-"""What is recorded of a run when it begins, and how it is read back: run.json, and moved.json beside it."""
+"""What is recorded of a run when it begins, and how it is read back: run.json, with moved.json and resized.json."""
 
 import json
 import platform
@@ -17,15 +17,16 @@ from perdure.core.checkpoint import read_record
 from perdure.core.learner import Core
 from perdure.evaluation.held_out import HeldOut
 from perdure.options.paths import Relocation, moved
+from perdure.options.spec import changed
 from perdure.storage import schema
-from perdure.storage.schema import Damaged, Moves, RunRecord
+from perdure.storage.schema import SPECIALISTS, Damaged, Moves, Resized, RunRecord
 from perdure.training.config import RunConfig
 from perdure.training.loop import Progress
 from perdure.training.runtime import Runtime, check_device
 from perdure.types import Stream
 from perdure.version import __version__
 
-_MOVED = "moved.json"
+_MOVED, _RESIZED = "moved.json", "resized.json"
 
 
 def record_of(
@@ -63,7 +64,13 @@ def facts_of_held_out(held_out: HeldOut) -> dict[str, Any]:
 
 
 def write_record(out: Path, content: dict[str, Any]) -> None:
-    """Write run.json, with its seal."""
+    """Write run.json, with its seal.
+
+    Raises:
+        ValueError: when specialists lie in `out`.
+    """
+    if (out / SPECIALISTS).exists():
+        raise ValueError(f"{out} holds specialists, which learn each in a folder of their own: give another folder")
     checkpoint.write_sealed(out / "run.json", content)
 
 
@@ -81,9 +88,11 @@ def recorded_config(out: Path, written: RunRecord) -> RunConfig:
         return moved(value, moves) if moves and isinstance(value, str) else value
 
     try:
-        return msgspec.convert({k: there(v) for k, v in written["config"].items()}, RunConfig)
+        config = msgspec.convert({k: there(v) for k, v in written["config"].items()}, RunConfig)
     except ValueError as error:
         raise Damaged(f"{out / 'run.json'} is damaged: {schema.said(error, 'config')}; restore it") from error
+    resized = recorded_size(out)
+    return replace(config, backbone=changed(config.backbone, **resized)) if resized else config
 
 
 def recorded_runtime(out: Path, written: RunRecord, device: str | None = None) -> Runtime:
@@ -118,6 +127,21 @@ def recorded_moves(out: Path) -> list[Relocation]:
         return []
     found = schema.read_typed(path, Moves, "restore it, or remove it and move again", must_be_sealed=True)["moved"]
     return [(str(old), str(new)) for old, new in found]
+
+
+def recorded_size(out: Path) -> dict[str, Any]:
+    """Options of the backbone that `perdure resize` wrote, in place of those in `run.json`."""
+    path = out / _RESIZED
+    if not path.is_file():
+        return {}
+    return schema.read_typed(path, Resized, "restore it, or remove it and resize again", must_be_sealed=True)[
+        "backbone"
+    ]
+
+
+def write_size(out: Path, options: Mapping[str, Any]) -> None:
+    """Write what the backbone reads from now on."""
+    checkpoint.write_sealed(out / _RESIZED, {"backbone": dict(options)})
 
 
 def write_moves(out: Path, moves: Sequence[Relocation]) -> None:

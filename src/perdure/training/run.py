@@ -21,12 +21,20 @@ from perdure.core.objective import asking
 from perdure.evaluation import calibration
 from perdure.evaluation.feature_drift import Drift
 from perdure.evaluation.held_out import HeldOut, held_out_of, remarks
-from perdure.evaluation.schedule import Evaluation
+from perdure.evaluation.schedule import Evaluation, check_effect
 from perdure.process import as_found, plain
 from perdure.streams import build_stream
 from perdure.streams.augment import AUGMENTS
-from perdure.training.config import RunConfig, former_parts, make_backbone, make_method, make_objective
+from perdure.training.config import (
+    RunConfig,
+    former_parts,
+    make_backbone,
+    make_method,
+    make_objective,
+    measured_between,
+)
 from perdure.training.loop import Diverged, Progress, Quiet, TrainConfig, check_finite, fit_task
+from perdure.training.online import Along, as_one, check_borders
 from perdure.training.record import (
     check_unchanged,
     elsewhere,
@@ -84,9 +92,21 @@ def run(
             progress.note(f"no means over tasks are given: {unlike}")
         for remark in remarks(held_out, stream):
             progress.note(remark)
+        if {"classes"} == set(learner.objective.asks) and "text" in learner.objective.towers:
+            for line in learner.backbone.unread([name for task in stream for name in task.names]):
+                progress.note(line)
         write_record(out, record_of(config, learner, stream, runtime, held_out))
         with nothing_learnt_nothing_left(out), as_found(runtime.threads):
-            return learn_stream(config, learner, stream, out, progress, config.save_every, held_out=held_out)
+            return learn_stream(
+                config,
+                learner,
+                stream,
+                out,
+                progress,
+                config.save_every,
+                held_out=held_out,
+                most=measured_between(config.evaluate),
+            )
 
 
 def dry_run(config: RunConfig, backbone: Backbone, stream: Stream) -> None:
@@ -101,7 +121,9 @@ def dry_run(config: RunConfig, backbone: Backbone, stream: Stream) -> None:
         ValueError: for what a task of `stream` would be refused with when its turn comes.
     """
     objective, method = make_objective(config.objective, config.method), make_method(config.method)
+    check_effect(measured_between(config.evaluate), stream, objective)
     learner = Core(backbone, objective, method, stream.scenario, config.seed)
+    learner.online = config.online
     try:
         for task in stream:
             described = Task.described(task.describe())
@@ -153,7 +175,8 @@ def resume(out: Path, progress: Progress | None = None, device: str | None = Non
         if "held_out" in written:
             check_unchanged(out, "held-out data", written["held_out"], facts_of_held_out(held_out))
         with as_found(runtime.threads):
-            return learn_stream(config, learner, stream, out, progress, config.save_every, extra, held_out)
+            most = measured_between(config.evaluate)
+            return learn_stream(config, learner, stream, out, progress, config.save_every, extra, held_out, most)
 
 
 def build_learner(kind: type[C], config: RunConfig, runtime: Runtime | None = None) -> tuple[C, Runtime]:
@@ -165,12 +188,15 @@ def build_learner(kind: type[C], config: RunConfig, runtime: Runtime | None = No
         runtime: how to compute; None resolves what `config` leaves open.
     """
     method, objective = make_method(config.method), make_objective(config.objective, config.method)
+    if config.online:
+        check_borders(method)
     backbone = make_backbone(config.backbone, config.method)
     if runtime is None:
         runtime = resolve(backbone, config.precision, config.attention, config.device)
     runtime.apply(backbone)
     learner = kind(backbone, objective, method, seed=config.seed)
     learner.precision, learner.augment, learner.calibrate = runtime.dtype, AUGMENTS[config.augment], config.calibrate
+    learner.online = config.online
     return learner, runtime
 
 
@@ -179,7 +205,7 @@ def _build(config: RunConfig, runtime: Runtime | None) -> tuple[Core, Stream, Ru
     stream = build_stream(config.stream, learner.backbone.preprocess, config.seed)
     check_gives(stream, learner, config.stream, f", or use --objective {asking(stream.gives)}")
     learner.scenario = stream.scenario
-    return learner, stream, runtime
+    return learner, as_one(stream, config.seed) if config.online else stream, runtime
 
 
 def check_gives(stream: Stream, learner: Core, described: str, remedy: str = "") -> None:
@@ -198,6 +224,7 @@ def learn_stream(
     save_every: int = 0,
     extra: dict[str, Any] | None = None,
     held_out: HeldOut | None = None,
+    most: int | None = None,
 ) -> dict[str, Any]:
     """Learn what `out` has not learnt yet of `stream`; returns the summary, which is also written.
 
@@ -210,6 +237,7 @@ def learn_stream(
         save_every: see `RunConfig`.
         extra: facts for the manifests of the tasks learnt now.
         held_out: what is measured too, and never taught.
+        most: see `Evaluation`.
     """
     stream, held = calibration.apart(learner, stream)
     done = checkpoint.whole(out)
@@ -224,20 +252,21 @@ def learn_stream(
     if latest := snapshot or (done[-1] if done else None):
         checkpoint.restore(learner, latest, stream.tasks)
     features = Drift(done)
-    evaluation = Evaluation(stream, held_out or held_out_of((), learner), features, out, progress.note)
+    evaluation = Evaluation(stream, held_out or held_out_of((), learner), features, out, progress.note, most)
     with _interruptible() as stopped:
         saver = _Saver(save_every, out, learner, stopped)
         for task in stream.tasks[learnt:]:
             if stopped():
                 raise Interrupted(f"stopped before task {task.index}; go on with 'perdure resume {out}'")
-            resumed = None
+            resumed, start = None, time.perf_counter()
             if snapshot is not None:
                 before = snapshot.rows
                 resumed = snapshot.step or 0, partial(checkpoint.restore_optimizer, snapshot, learner)
                 snapshot = None
             else:
                 before = evaluation.before(learner, task)
-            saver.begin(before)
+            measured = time.perf_counter() - start
+            saver.begin(before, Along(learner, task, config.batch_size) if learner.online else None)
             try:
                 fitted = fit_task(learner, task, config, progress, saver, resumed)
             except Diverged as error:
@@ -252,7 +281,7 @@ def learn_stream(
             start = time.perf_counter()
             calibration.fit(learner, held.get(task.index))
             new = before + evaluation.after(learner, task, fitted.moved)
-            facts = facts_of(fitted, time.perf_counter() - start)
+            facts = facts_of(fitted, measured + time.perf_counter() - start)
             check_there(out)
             beside = {**features.files(task), **taught_files(task)}
             checkpoint.save_task(out, learner, new, facts | (extra or {}), beside)
@@ -286,12 +315,14 @@ class _Saver:
         self.every, self.out, self.learner, self.stopped = every, out, learner, stopped
         self.took = 0.1
 
-    def begin(self, rows: list[Row]) -> None:
-        """A task begins, before which `rows` were measured."""
-        self.rows, self.saved = rows, time.perf_counter()
+    def begin(self, rows: list[Row], along: Along | None = None) -> None:
+        """A task begins, before which `rows` were measured; what is measured `along` it is added to them."""
+        self.rows, self.along, self.saved = rows, along, time.perf_counter()
 
     def __call__(self, step: int, optimizer: torch.optim.Optimizer | None) -> None:
         check_there(self.out)  # rather than train to the end for nothing
+        if self.along:
+            self.rows.extend(self.along(step))
         stopped, now = self.stopped(), time.perf_counter()
         due = step % self.every == 0 if self.every else now - self.saved > 50 * self.took
         if not (due or stopped):

@@ -23,6 +23,7 @@ from perdure.storage import schema
 from perdure.storage.schema import Damaged, Summary
 from perdure.streams import ConversationSet, ImageSet
 from perdure.training.loop import Fitted
+from perdure.training.online import along
 from perdure.training.runtime import peak_memory
 from perdure.types import Row, Task
 
@@ -103,6 +104,7 @@ def summary_of(out: Path, done: Sequence[Checkpoint]) -> dict[str, Any]:
         "trainable_parameters": _cost(done[-1], "trainable_parameters"),
         "stored_bytes": checkpoint.stored_bytes(done[-1]) + int(referenced[-1] if referenced else 0),
         "seconds_per_task": seconds,
+        "evaluation_seconds": sum(s["evaluate"] for s in seconds),
         "images_per_second": sum(_cost(each, "images") for each in done) / train if train else None,
         "peak_rss_bytes": max(_cost(each, "peak_rss_bytes") for each in done),
         "skipped_images": sum(len(facts.get("skipped", ())) for facts in (notes, *sources)),
@@ -114,6 +116,11 @@ def summary_of(out: Path, done: Sequence[Checkpoint]) -> dict[str, Any]:
     if notes.get("sequence"):
         whole = {"transfer": metrics.transfer(matrix), "average": metrics.average(matrix)}
         found |= dict.fromkeys(whole) if found.get("unlike_scores") else whole
+    if notes.get("online"):
+        way = along(rows, notes["train_images"])
+        found |= {"online": way, "anytime_acc": sum(way["begun"]) / len(way["begun"])}
+    if notes.get("few_shot"):
+        found |= _few_shot(matrix, notes["test_images"][:tasks])
     if zero_shot := kept(rows):
         ratios = [facts["ratio"] for facts in zero_shot.values()]
         known = None not in ratios
@@ -122,6 +129,14 @@ def summary_of(out: Path, done: Sequence[Checkpoint]) -> dict[str, Any]:
         kept_answers = {f"answers_kept_{number}": mean_kept(answers, number) for number in ("strict", "lenient")}
         found |= {"answers": answers} | kept_answers
     return found
+
+
+def _few_shot(matrix: metrics.Matrix, images: Sequence[int]) -> dict[str, Any]:
+    """What is told of few-shot class-incremental learning, over images and not over tasks: the base has most."""
+    after, means = metrics.session_accuracies(matrix, images), metrics.harmonic_means(matrix, images)
+    drop = None if after[0] is None or after[-1] is None else after[0] - after[-1]
+    both = {"accuracies": after, "harmonic_means": means}
+    return {"few_shot": both, "performance_drop": drop, "harmonic_mean": means[-1]}
 
 
 def scored_by(config: Mapping[str, Any], scores: Sequence[str]) -> list[str]:

@@ -1,0 +1,172 @@
+"""The queue of lessons: one at a time is taught, in the order in which they came, while the learner answers."""
+
+import math
+import queue
+import secrets
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor
+
+from perdure.formatting import printable, shortened
+from perdure.types import Row, Task
+
+State = Literal["waiting", "learning", "learnt", "failed", "stopped"]
+_WAITING = 16
+"""Lessons that may wait; one more is refused."""
+_REMEMBERED = 100
+_POINTS = 120
+"""Of a lesson's curve, so that its length does not depend on the number of steps."""
+
+
+class Stopped(Exception):
+    """Whoever gave the lesson wants no more of it."""
+
+
+@dataclass
+class Lesson:
+    """One thing to learn, and how far it is; implements `perdure.training.loop.Progress`."""
+
+    title: str
+    teach: Callable[["Lesson"], "Outcome"]
+    id: str = field(default_factory=lambda: secrets.token_hex(8))
+    state: State = "waiting"
+    said: str = ""
+    """Why it failed."""
+    notes: list[str] = field(default_factory=list)
+    losses: list[tuple[int, float]] = field(default_factory=list)
+    """Step and loss."""
+    steps: int = 0
+    outcome: "Outcome | None" = None
+    started: float = 0.0
+    seconds: float = 0.0
+    wanted: threading.Event = field(default_factory=threading.Event)
+    """Set when it is to stop."""
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more will happen."""
+        return self.state in ("learnt", "failed", "stopped")
+
+    def task(self, task: Task, tasks: int | None, epochs: int, steps: int) -> None:
+        """It begins, with so many steps."""
+        self.steps = steps
+
+    def step(self, step: int, loss: Tensor, images: int) -> None:
+        """A step ended; raises `Stopped` where it is to be the last."""
+        if self.wanted.is_set():
+            raise Stopped
+        if step % math.ceil(max(self.steps, 1) / _POINTS) == 0 or step == self.steps:
+            self.losses.append((step, float(loss)))
+
+    def scores(self, task: Task, rows: list[Row]) -> None:
+        """Learnt and evaluated."""
+
+    def note(self, text: str) -> None:
+        """Something the user should know."""
+        self.notes.append(printable(shortened(text, 1000)))
+
+    def describe(self) -> dict[str, Any]:
+        """As JSON."""
+        facts = {"lesson": self.id, "title": self.title, "state": self.state, "steps": self.steps, "notes": self.notes}
+        facts |= {"step": self.losses[-1][0] if self.losses else 0, "losses": self.losses, "seconds": self.seconds}
+        if self.said:
+            facts["error"] = self.said
+        return facts | (self.outcome.describe() if self.outcome else {})
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What is known after a lesson.
+
+    Args:
+        names: of all tasks.
+        matrix: score on each task (columns) after each task (rows).
+    """
+
+    names: tuple[str, ...]
+    matrix: list[list[float | None]]
+
+    def changes(self) -> list[tuple[str, float, float]]:
+        """Of each earlier task that was measured before and after: its name, both scores."""
+        if len(self.matrix) < 2:
+            return []
+        before, after = self.matrix[-2], self.matrix[-1]
+        pairs = zip(self.names, before, after, strict=False)
+        return [(name, old, new) for name, old, new in pairs if old is not None and new is not None]
+
+    def describe(self) -> dict[str, Any]:
+        """As JSON."""
+        forgotten = [{"task": name, "before": before, "after": after} for name, before, after in self.changes()]
+        return {"tasks": list(self.names), "matrix": self.matrix, "old_tasks": forgotten}
+
+
+class Lessons:
+    """Teaches in a thread of its own.
+
+    Args:
+        give_up: called after a lesson that failed or was stopped.
+    """
+
+    def __init__(self, give_up: Callable[[], None]) -> None:
+        self.give_up = give_up
+        self._waiting: queue.Queue[Lesson] = queue.Queue(_WAITING)
+        self._known: OrderedDict[str, Lesson] = OrderedDict()
+        self._lock = threading.Lock()
+        threading.Thread(target=self._work, name="perdure-lessons", daemon=True).start()
+
+    def put(self, title: str, teach: Callable[[Lesson], Outcome]) -> Lesson:
+        """A lesson to be taught once those before it are.
+
+        Raises:
+            ValueError: when too many wait.
+        """
+        lesson = Lesson(title, teach)
+        with self._lock:
+            try:
+                self._waiting.put_nowait(lesson)
+            except queue.Full:
+                raise ValueError(f"{_WAITING} lessons wait already: come back when some of them are learnt") from None
+            self._known[lesson.id] = lesson
+            while len(self._known) > _REMEMBERED:
+                oldest = next((each for each in self._known.values() if each.over), None)
+                if oldest is None:
+                    break
+                del self._known[oldest.id]
+        return lesson
+
+    def __getitem__(self, id: str) -> Lesson:
+        with self._lock:
+            if id not in self._known:
+                raise ValueError(f"there is no lesson {shortened(id, 40)!r}: it may be long past")
+            return self._known[id]
+
+    def before(self, lesson: Lesson) -> int:
+        """How many lessons come first."""
+        with self._lock:
+            pending = [each for each in self._known.values() if not each.over]
+        return pending.index(lesson) if lesson in pending else 0
+
+    def _work(self) -> None:
+        while True:
+            lesson = self._waiting.get()
+            if lesson.wanted.is_set():
+                lesson.state = "stopped"
+                continue
+            lesson.state, lesson.started = "learning", time.monotonic()
+            state: State = "failed"
+            try:
+                lesson.outcome, state = lesson.teach(lesson), "learnt"
+            except Stopped:
+                state = "stopped"
+            except Exception as error:  # the page goes on, whatever a lesson comes to
+                known = isinstance(error, ValueError | OSError)
+                lesson.said = printable(shortened(" ".join(str(error).split()) if known else repr(error), 1000))
+            if state != "learnt":
+                self.give_up()
+            lesson.seconds = time.monotonic() - lesson.started
+            lesson.state = state

@@ -1,0 +1,237 @@
+"""What comes from a browser: limited in size, checked like all input, and written below one folder only."""
+
+import json
+import secrets
+import shutil
+import stat
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from PIL import Image
+
+from perdure.backbones.preprocess import decode, is_image
+from perdure.formatting import human_bytes, shortened
+from perdure.streams.naming import class_name
+
+_CHUNK = 1 << 20
+_TABLES = (".json", ".jsonl", ".csv", ".parquet")
+_DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
+_ENCODINGS = ("utf-8", "gb18030")
+"""Of names in archives that do not say theirs: as macOS writes them, and Windows in Chinese."""
+_LONGEST = 120  # characters of a name
+_FORBIDDEN = '<>:"/\\|?*'
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much may be uploaded."""
+
+    upload: int = 200_000_000
+    """Bytes of one request."""
+    unpacked: int = 2_000_000_000
+    """Bytes of all that an archive holds."""
+    files: int = 20_000
+    """Files in an archive."""
+    pictures: int = 64
+    """Pictures of one question."""
+
+
+def looked_at(files: Sequence[tuple[str, bytes | Path]], limits: Limits) -> list[Image.Image]:
+    """Uploaded pictures, decoded.
+
+    Args:
+        files: what each is called, and its bytes or where they lie.
+        limits: how many are allowed.
+
+    Raises:
+        ValueError: when there are none or too many, or one is no picture.
+    """
+    if not files:
+        raise ValueError("there is no picture: give one or several")
+    if len(files) > limits.pictures:
+        raise ValueError(f"{len(files)} pictures at once: give at most {limits.pictures}")
+    return [decode(content, _title(name)) for name, content in files]
+
+
+class Store:
+    """The folder in which uploads that are taught are kept, so that they can be measured and replayed later.
+
+    Args:
+        root: made when something is kept.
+        limits: of what is unpacked.
+    """
+
+    def __init__(self, root: Path, limits: Limits) -> None:
+        self.root, self.limits = root, limits
+
+    def classes(self, pictures: Sequence[tuple[str, Sequence[tuple[str, bytes | Path]]]]) -> Path:
+        """Pictures as a folder of class folders: what each class is called, and its files."""
+        if not pictures:
+            raise ValueError("there is nothing to learn: give pictures and what they show")
+        names = [class_name(name, "class name") for name, _ in pictures]
+        with self._new(", ".join(dict.fromkeys(names))) as folder:
+            for name, (_, files) in zip(names, pictures, strict=True):
+                within = folder / _safe(name, "class name")
+                within.mkdir(exist_ok=True)
+                _write(within, files)
+            return folder
+
+    def captioned(self, files: Sequence[tuple[str, bytes | Path]], lines: str) -> Path:
+        """Pictures with a caption each, a line a picture; returns the JSONL file."""
+        texts = _each(files, lines, "captions")
+        return self._table("captions", files, [{"captions": [text]} for text in texts])
+
+    def asked(self, files: Sequence[tuple[str, bytes | Path]], lines: str) -> Path:
+        """Pictures with a question and its answer each, a line a picture, as `What is it? | A cat`."""
+        rows: list[dict[str, object]] = []
+        for text in _each(files, lines, "questions"):
+            question, bar, answer = (part.strip() for part in text.partition("|"))
+            if not (bar and question and answer):
+                raise ValueError(f"{shortened(text)!r} is no question with its answer: write 'What is it? | A cat'")
+            rows.append({"question": question, "answer": answer})
+        return self._table("questions", files, rows)
+
+    def archive(self, name: str, content: Path) -> Path:
+        """What a zip archive holds: a folder of class folders, or the one table in it.
+
+        Raises:
+            ValueError: for what is no archive, is too large, or would be written elsewhere.
+        """
+        title = class_name(PurePosixPath(_title(name)).stem or "photos", "archive")
+        with self._new(title) as folder:
+            try:
+                with zipfile.ZipFile(content) as opened:
+                    self._unpack(opened, folder)
+            except _DAMAGE as error:
+                raise ValueError(
+                    f"{_title(name)} cannot be unpacked ({' '.join(str(error).split())}): give a zip archive without a "
+                    "password"
+                ) from error
+            return _inner(folder)
+
+    def _unpack(self, opened: zipfile.ZipFile, folder: Path) -> None:
+        entries, left = opened.infolist(), self.limits.unpacked
+        if len(entries) > self.limits.files:
+            raise ValueError(f"the archive holds {len(entries)} files: give at most {self.limits.files}")
+        if not (wanted := [(entry, path) for entry in entries if (path := _path_of(entry)) is not None]):
+            raise ValueError("the archive holds no picture and no table: give a folder for each class, with its images")
+        for entry, path in wanted:
+            target = folder / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with opened.open(entry) as packed, target.open("xb") as file:
+                # counted as it comes: what an archive says of its sizes need not be true
+                while chunk := packed.read(min(_CHUNK, left + 1)):
+                    left -= len(chunk)
+                    if left < 0:
+                        most = human_bytes(self.limits.unpacked)
+                        raise ValueError(f"the archive holds more than {most}: give a smaller one")
+                    file.write(chunk)
+
+    def _table(self, name: str, files: Sequence[tuple[str, bytes | Path]], rows: Sequence[dict[str, object]]) -> Path:
+        with self._new(name) as folder:
+            written = _write(folder, files)
+            table = folder / f"{name}.jsonl"
+            lines = [{"image": image.name} | row for image, row in zip(written, rows, strict=True)]
+            table.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), "utf-8")
+            return table
+
+    @contextmanager
+    def _new(self, title: str) -> Iterator[Path]:
+        """A folder of its own, which is gone again where what is written to it turns out to be of no use."""
+        outer = self.root / secrets.token_hex(6)
+        folder = outer / _safe(title, "name")
+        folder.mkdir(parents=True)
+        try:
+            yield folder
+        except BaseException:
+            shutil.rmtree(outer, ignore_errors=True)
+            raise
+
+
+def _path_of(entry: zipfile.ZipInfo) -> Path | None:
+    """Where an entry is written within the folder; None for what is left out.
+
+    Raises:
+        ValueError: for what would be written elsewhere, or is a link.
+    """
+    name = _named(entry)
+    path = PurePosixPath(name.replace("\\", "/"))
+    kind = stat.S_IFMT(entry.external_attr >> 16)
+    outside = path.is_absolute() or PureWindowsPath(name).drive or ".." in path.parts
+    if outside or kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+        raise ValueError(
+            f"the archive holds {shortened(name)!r}, which leads out of it: pack pictures and folders only"
+        )
+    if entry.is_dir() or any(part.startswith(".") or part == "__MACOSX" for part in path.parts):
+        return None
+    if not (is_image(path.name) or path.suffix.lower() in _TABLES):
+        return None
+    return Path(*(_safe(part, "the archive's") for part in path.parts))
+
+
+def _named(entry: zipfile.ZipInfo) -> str:
+    if entry.flag_bits & 0x800 or entry.filename.isascii():
+        return entry.filename
+    for encoding in _ENCODINGS:
+        try:
+            return entry.filename.encode("cp437").decode(encoding)
+        except UnicodeError:
+            continue
+    return entry.filename
+
+
+def _inner(folder: Path) -> Path:
+    """The one table in a folder, or the folder below folders that hold nothing but one of classes."""
+    tables = [path for path in folder.rglob("*") if path.suffix.lower() in _TABLES]
+    if len(tables) == 1:
+        return tables[0]
+    while (
+        len(found := list(folder.iterdir())) == 1 and found[0].is_dir() and any(p.is_dir() for p in found[0].iterdir())
+    ):
+        folder = found[0]
+    return folder
+
+
+def _write(folder: Path, files: Sequence[tuple[str, bytes | Path]]) -> list[Path]:
+    """The files under numbers, each of them a picture."""
+    if not files:
+        raise ValueError(f"there is no picture of {folder.name!r}: give one or several")
+    before, written = sum(1 for _ in folder.iterdir()), []
+    for number, (name, content) in enumerate(files, before):
+        decode(content, _title(name))
+        suffix = PurePosixPath(_title(name)).suffix.lower()
+        target = folder / f"{number:05d}{suffix if is_image(f'x{suffix}') else '.png'}"
+        target.write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+        written.append(target)
+    return written
+
+
+def _each(files: Sequence[object], lines: str, what: str) -> list[str]:
+    texts = [line.strip() for line in lines.splitlines() if line.strip()]
+    if len(texts) != len(files):
+        raise ValueError(
+            f"{what}: {len(texts)} lines for {len(files)} pictures: write one line for each, in their order"
+        )
+    return texts
+
+
+def _title(name: str) -> str:
+    """What a file was called where it came from, for messages: without its folders."""
+    return shortened(PurePosixPath(name.replace("\\", "/")).name or "the upload", _LONGEST)
+
+
+def _safe(name: str, what: str) -> str:
+    """`name` as that of a file or folder, which leads nowhere.
+
+    Raises:
+        ValueError: when it cannot be one.
+    """
+    if name.startswith(".") or not name.isprintable() or any(character in _FORBIDDEN for character in name):
+        raise ValueError(
+            f"{what} {name!r:.80} cannot be a folder's name: leave out {_FORBIDDEN} and a dot at its start"
+        )
+    return name[:_LONGEST].rstrip(". ") or "_"

@@ -1,0 +1,158 @@
+"""Meta-learning: inner steps of gradient descent on what is trained, which the gradient may be taken through."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from perdure.core.learner import Core
+from perdure.core.method import Method
+from perdure.types import AnyLearner, Batch, Task, take
+
+Weights = Mapping[str, Tensor]
+"""Values of trainable parameters, by their names."""
+Loss = Callable[[Core, Batch], Tensor]
+
+
+class _Asked(nn.Module):
+    """A loss as a module, for `functional_call`."""
+
+    def __init__(self, learner: Core, loss: Loss) -> None:
+        super().__init__()
+        self.learner, self.loss = learner, loss
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self.loss(self.learner, batch)
+
+
+def loss_at(learner: Core, weights: Weights, batch: Batch, loss: Loss) -> Tensor:
+    """`loss` of `batch` with `weights` in place of the parameters of their names; gradients flow into them."""
+    named = {f"learner.{name}": value for name, value in weights.items()}
+    found: Tensor = functional_call(_Asked(learner, loss), named, (batch,))
+    return found
+
+
+def whole_loss(learner: Core, batch: Batch) -> Tensor:
+    """What a step descends on: the objective's loss, and the penalties of all parts."""
+    return learner.loss(batch)
+
+
+def plain_loss(learner: Core, batch: Batch) -> Tensor:
+    """The objective's loss alone."""
+    features, batch = learner.encode(batch), learner.objective.embed_texts(learner, batch)
+    return learner.objective.loss(features, batch)
+
+
+def inner_step(
+    learner: Core,
+    weights: Weights,
+    batch: Batch,
+    rates: Weights | float,
+    loss: Loss = plain_loss,
+    second_order: bool = False,
+    clip: float | None = None,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """One step of gradient descent: the new weights, and the gradients that led to them.
+
+    Args:
+        learner: whose loss.
+        weights: where the step starts; each needs a gradient.
+        batch: what it descends on.
+        rates: of all weights, or of each number in each weight.
+        loss: see `Loss`.
+        second_order: whether gradients flow through the step's own gradients, or take these for constant.
+        clip: gradients are cut to at most this, number by number.
+    """
+    with twice_differentiable() if second_order else nullcontext():
+        value = loss_at(learner, weights, batch, loss)
+        found = torch.autograd.grad(value, list(weights.values()), create_graph=second_order, allow_unused=True)
+    gradients = {
+        name: g if clip is None else g.clamp(-clip, clip)
+        for name, g in zip(weights, found, strict=True)
+        if g is not None
+    }
+    rate_of = rates if isinstance(rates, Mapping) else dict.fromkeys(weights, rates)
+    return {n: w - rate_of[n] * gradients[n] if n in gradients else w for n, w in weights.items()}, gradients
+
+
+def twice_differentiable() -> AbstractContextManager[None]:
+    """Within, attention is computed in a way whose gradient has a gradient: that of the fused kernels has none."""
+    return sdpa_kernel(SDPBackend.MATH)
+
+
+def set_gradients(learner: Core, gradients: Mapping[str, Tensor | None]) -> None:
+    """What the optimizer will find; None where nothing depends on a parameter, which the loop notices."""
+    for name, parameter in learner.trainable().items():
+        found = gradients.get(name)
+        parameter.grad = None if found is None else found.detach()
+
+
+def interleaved(examples: int, parts: int) -> list[Tensor]:
+    """Positions of so many examples in `parts` that are not empty: each part has every so-manieth one.
+
+    Old examples that stand behind the new ones are so in every part.
+    """
+    return [torch.arange(start, examples, parts) for start in range(min(parts, examples))]
+
+
+def halves(labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Positions of two disjoint halves, support and query: of each class as many examples in the one as in the other.
+
+    A class that has a single example is in one of the two. Of an odd number the query has one more.
+    """
+    order = torch.randperm(len(labels), generator=generator)
+    order = order[labels.cpu()[order].argsort(stable=True)]
+    return order[1::2], order[0::2]
+
+
+def check_second_order(learner: AnyLearner, part: Method, remedy: str) -> None:
+    """Raise `ValueError` where gradients of gradients would be taken of the pre-trained weights themselves."""
+    if learner.tunes_backbone:
+        raise ValueError(
+            f"{part.name} takes gradients through gradients, of adapters and heads only: here pre-trained weights are "
+            f"trained. Write {remedy}, or put an adapter such as lora in place of what trains them"
+        )
+
+
+class ModelAgnostic(Method):
+    """Base of MAML and FOMAML: the gradient of the loss on a query after `inner_steps` steps on a support.
+
+    Both are halves of the batch, without a common example. The steps descend on the objective's loss; what is asked of
+    the adapted weights is that and the penalties of all parts, so a pull or a teacher beside it is a term of the outer
+    loss. A batch of one example, which has no halves, is learnt plainly.
+    """
+
+    second_order: bool
+    borderless = True
+
+    def __init__(self, inner_steps: int, inner_lr: float) -> None:
+        super().__init__()
+        self.inner_steps, self.inner_lr = inner_steps, inner_lr
+
+    def backward(self, learner: Core, loss: Tensor, batch: Batch) -> None:
+        """The gradient of the outer loss."""
+        if len(batch["label"]) < 2:
+            return super().backward(learner, loss, batch)
+        support, query = (
+            take(batch, rows) for rows in halves(batch["label"], learner.generator(self.name, learner.step))
+        )
+        set_gradients(learner, self.meta_gradients(learner, support, query))
+        return None
+
+    def meta_gradients(self, learner: Core, support: Batch, query: Batch) -> dict[str, Tensor | None]:
+        """Of the outer loss on `query`, by the weights before the inner steps on `support`."""
+        weights: Weights = dict(learner.trainable())
+        start = list(weights.values())
+        for _ in range(self.inner_steps):
+            weights, _ = inner_step(learner, weights, support, self.inner_lr, second_order=self.second_order)
+        with twice_differentiable() if self.second_order else nullcontext():
+            outer = loss_at(learner, weights, query, whole_loss)
+            found: Sequence[Tensor | None] = torch.autograd.grad(outer, start, allow_unused=True)
+        return dict(zip(weights, found, strict=True))
+
+    def begin_task(self, learner: Core, task: Task) -> None:
+        """Refuse what cannot be."""
+        self.check(learner, task)

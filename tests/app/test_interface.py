@@ -1,0 +1,108 @@
+"""What programs ask of a running app, several at once."""
+
+import io
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+
+def picture(colour: tuple[int, int, int], seed: int) -> bytes:
+    noisy = np.array(colour) + np.random.default_rng(seed).normal(0, 12, (24, 24, 3))
+    file = io.BytesIO()
+    Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+def files(*pictures: bytes) -> list[tuple[str, tuple[str, bytes]]]:
+    return [("images", (f"{i}.png", content)) for i, content in enumerate(pictures)]
+
+
+@pytest.fixture
+def client(app: Any) -> httpx.Client:
+    with httpx.Client(base_url=app.address, timeout=60, trust_env=False) as client:
+        yield client
+
+
+def ended(client: httpx.Client, lesson: str) -> dict[str, Any]:
+    for _ in range(600):
+        facts: dict[str, Any] = client.get(f"/api/lessons/{lesson}").json()
+        if facts["state"] not in ("waiting", "learning"):
+            return facts
+        time.sleep(0.1)
+    raise AssertionError(facts)
+
+
+def test_fifty_requests_of_eight_clients_are_answered_right_while_a_task_is_taught(client: Any, app: Any) -> None:
+    shown = [picture((20 * i, 240 - 20 * i, 12 * (i % 3)), i) for i in range(10)]
+
+    def ask(i: int) -> tuple[int, Any]:
+        with httpx.Client(base_url=app.address, timeout=60, trust_env=False) as one:
+            answer = one.post("/api/predict", files=files(shown[i % 10]))
+        assert answer.status_code == 200, answer.text
+        return i % 10, answer.json()
+
+    before = dict(map(ask, range(10)))
+    teaching = client.post(
+        "/api/teach", files=files(*(picture((200, 120, 10), i) for i in range(20))), data={"class": "orange"}
+    )
+    with ThreadPoolExecutor(8) as clients:
+        answers = list(clients.map(ask, range(50)))
+    facts = ended(client, teaching.json()["lesson"])
+    assert facts["state"] == "learnt", facts
+    after = dict(map(ask, range(10)))
+    assert len(answers) == 50
+    assert [i for i, answer in answers if answer not in (before[i], after[i])] == []
+    assert all("orange" in str(answer) for answer in after.values())
+
+
+def test_a_lesson_that_is_stopped_leaves_the_learner_as_it_was(client: Any) -> None:
+    known = client.get("/api/learner").json()
+    many = files(*(picture((10, 200, 200), i) for i in range(60)))
+    first = client.post("/api/teach", files=many, data={"class": "cyan"}).json()["lesson"]
+    second = client.post("/api/teach", files=many, data={"class": "teal"}).json()["lesson"]
+    for lesson in (second, first):
+        client.post(f"/api/lessons/{lesson}/stop")
+    assert [ended(client, lesson)["state"] for lesson in (first, second)] == ["stopped", "stopped"]
+    assert client.get("/api/learner").json() == known
+
+
+@pytest.mark.parametrize(
+    ("path", "given", "files", "said"),
+    [
+        ("predict", {}, [("images", ("a.png", b"no picture"))], "cannot read image a.png"),
+        ("predict", {"top": 0}, files(picture((9, 9, 9), 0)), "top=0: expected 1 or more"),
+        ("teach", {}, [], "there is nothing to learn"),
+        ("teach", {"class": "../up"}, files(picture((9, 9, 9), 0)), "cannot be a folder's name"),
+        ("teach", {"class": "cat", "captions": "a cat"}, files(picture((9, 9, 9), 0)), "have no effect"),
+        ("teach", {}, [("archive", ("a.zip", b"no archive"))], "a.zip cannot be unpacked"),
+        ("ask", {"question": "why?"}, [], "does not answer in words"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_in_one_line(client: Any, path: str, given: Any, files: Any, said: str) -> None:
+    answer = client.post(f"/api/{path}", data=given, files=files or None)
+    assert answer.status_code == 422
+    assert said in answer.json()["error"]
+
+
+@pytest.mark.parametrize(
+    ("address", "status"),
+    [
+        ("/gradio_api/file=/etc/passwd", 403),
+        ("/gradio_api/file=learner/run.json", 403),
+        ("/gradio_api/file=https://example.org/", 403),
+        ("/gradio_api/proxy=https://example.org/", 403),
+        ("/show/report?grid=../..", 422),
+        ("/api/nothing", 404),
+        ("/api/lessons/none", 422),
+    ],
+)
+def test_nothing_outside_is_reached(client: Any, app: Any, address: str, status: int) -> None:
+    assert client.get(address).status_code == status
+    inside = Path(app.folder).name
+    assert inside not in client.get(address).text

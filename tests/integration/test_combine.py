@@ -1,0 +1,233 @@
+"""`perdure combine`: finished learners behind one face, told when one is gone, and merged where they are alike."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from perdure.api.combine import combine
+from perdure.api.learner import Learner
+from perdure.api.merge import merge, task_vector, unlike
+from perdure.api.routing_scores import measure_routing
+from perdure.api.specialists import Specialists
+from perdure.storage.files import locked
+from perdure.streams.conversations import Conversation, messages
+
+FAST = ("--precision", "fp32", "--epochs", 12, "--lr", 0.01, "--batch-size", 16)
+CLASSES = {"animals": "cat dog cow", "colours": "red green blue"}
+BACKBONES = {"animals": "tiny(dim=16)", "colours": "tiny(dim=24)"}
+METHODS = {"animals": "lora(rank=2)", "colours": "probe"}
+
+
+@pytest.fixture
+def members(perdure: Any, photos: Any) -> list[str]:
+    """Two learners of different classes, backbones and methods."""
+    for name, classes in CLASSES.items():
+        photos(f"{name}/train", classes, 12), photos(f"{name}/test", classes, 6)
+        made = ("--backbone", BACKBONES[name], "--method", METHODS[name], *FAST)
+        assert perdure("learn", name, "--into", f"runs/{name}", *made).code == 0
+    return [f"runs/{name}" for name in CLASSES]
+
+
+def table_of(answer: Any) -> dict[str, Any]:
+    (table,) = [event for event in answer.events if event["event"] == "routing"]
+    return {row["who"]: row for row in table["rows"]} | {"routing_accuracy": table["routing_accuracy"]}
+
+
+@pytest.mark.parametrize("route", ["gaussian", "nearest", "subspace", "linucb"])
+def test_the_router_beats_a_random_one_and_each_member_alone(perdure: Any, members: list[str], route: str) -> None:
+    answer = perdure("combine", *members, "--into", "team", "--route", route, "--json")
+    assert answer.code == 0, answer.err
+    table = table_of(answer)
+    routed = table[f"routed ({route})"]["accuracy"]
+    assert table["routing_accuracy"] > 0.75
+    assert routed > max(table[who]["accuracy"] for who in ("a random member", "animals alone", "colours alone"))
+    assert routed <= table["oracle"]["accuracy"]
+    assert {who: table[who]["asked"] for who in ("animals alone", "all, averaged", "oracle")} == {
+        "animals alone": 1,
+        "all, averaged": 2,
+        "oracle": 1,
+    }
+    again = perdure("eval", "team", "--json")
+    assert {k: v["accuracy"] for k, v in table_of(again).items() if k != "routing_accuracy"} == {
+        k: v["accuracy"] for k, v in table.items() if k != "routing_accuracy"
+    }
+
+
+def test_predict_show_eval_and_report_open_specialists_like_a_learner(perdure: Any, members: list[str]) -> None:
+    said = perdure("combine", *members, "--into", "team")
+    assert "routed (gaussian)" in said.out
+    images = [f"animals/test/{name}/00.png" for name in ("cat", "dog")] + ["colours/test/red/01.png"]
+    found = perdure("predict", "team", *images, "--json").events
+    assert [each["member"] for each in found] == ["animals", "animals", "colours"]
+    single = perdure("predict", members[0], *images[:2], "--json").events
+    assert [e["labels"] for e in found[:2]] == [e["labels"] for e in single]
+    assert "[animals]" in perdure("predict", "team", images[0]).out
+    shown = perdure("show", "team", "--json").events[0]
+    assert [(e["name"], e["state"]) for e in shown["members"]] == [("animals", "there"), ("colours", "there")]
+    assert shown["exemplars"] == 72
+    assert "2 specialists, chosen by gaussian" in perdure("show", "team").out
+    assert perdure("report", "team").code == 0
+    page = Path("team/report.html").read_text()
+    assert "routed (gaussian)" in page
+    assert "lora(rank=2)" in page
+    told = perdure("predict", "team", images[0], "--task", "colours", "--json").events[0]
+    assert told["member"] == "colours"
+    for words, expected in (
+        (("export", "team", "--out", "x"), "holds specialists, each of which lies in a folder of its own"),
+        (("learn", "animals", "--into", "team", *FAST), "holds specialists, which learn each in a folder of their own"),
+        (("search", "team", "animals", "a cat"), "no member of team reads texts, which search needs: combine one"),
+        (("ask", "team", images[0], "What is this?"), "no member of team answers in words, which ask needs"),
+        (("combine", members[0], "--into", "x"), "one learner alone is no team"),
+        (("combine", members[0], members[0], "--into", "x"), "stands twice"),
+        (("combine", *members, "--into", "team"), "already holds a learner or specialists"),
+        (("combine", *members, "--into", "x", "--route", "text"), "needs a gate that reads texts"),
+        (("combine", *members, "--into", "x", "--pool-bytes", "1kB"), "give more with --pool-bytes"),
+        (("combine", *members, "--into", "x", "--weights", "1", "2"), "has no effect without --merge"),
+    ):
+        refused = perdure(*words)
+        assert (refused.code, expected in refused.err) == (2, True), refused
+
+
+def test_predictions_do_not_depend_on_the_batch(members: list[str]) -> None:
+    team = combine(members, "team")
+    paths = sorted(Path("animals/test").rglob("*.png"))[::4] + sorted(Path("colours/test").rglob("*.png"))[::4]
+    together = team.answers(paths)
+    for path, routed in zip(paths, together, strict=True):
+        (alone,) = team.answers([path], batch_size=1)
+        assert (alone.member, alone.known) == (routed.member, routed.known)
+        assert dict(alone.labels) == pytest.approx(dict(routed.labels), abs=1e-5)
+
+
+@pytest.mark.parametrize("harm", ["missing", "damaged", "locked"])
+def test_without_a_member_the_others_answer_and_it_is_told_in_a_line(
+    perdure: Any, members: list[str], harm: str
+) -> None:
+    perdure("combine", *members, "--into", "team")
+    image, lost = "colours/test/red/01.png", Path(members[0])
+    holds = locked(lost) if harm == "locked" else None
+    if harm == "missing":
+        lost.rename("elsewhere")
+    elif harm == "damaged":
+        file = lost / "task-000/learner.safetensors"
+        file.write_bytes(file.read_bytes()[:-1] + b"\x7f")
+    with holds or torch.no_grad():
+        found = perdure("predict", "team", image, "--json")
+    assert found.code == 0, found.err
+    assert found.events[0]["member"] == "colours"
+    line = {"missing": "is not there", "damaged": "is damaged", "locked": "is locked, another process is working"}[harm]
+    (said,) = found.err.splitlines()
+    assert said.startswith("perdure: animals is left out: ")
+    assert line in said
+    if harm != "locked":
+        shutil.rmtree(members[1])
+        refused = perdure("predict", "team", image)
+        assert (refused.code, "none of the members of team can be opened" in refused.err) == (2, True)
+
+
+def test_a_tree_that_was_moved_as_a_whole_still_answers(perdure: Any, members: list[str]) -> None:
+    perdure("combine", *members, "--into", "runs/team")
+    Path("runs").rename("archive")
+    found = perdure("predict", "archive/team", "colours/test/red/01.png", "--json")
+    assert (found.code, found.err) == (0, "")
+    assert found.events[0]["member"] == "colours"
+
+
+def test_a_pool_that_was_changed_is_refused(perdure: Any, members: list[str]) -> None:
+    perdure("combine", *members, "--into", "team")
+    (pool,) = Path("team").glob("pool-*.safetensors")
+    pool.write_bytes(pool.read_bytes()[:-1] + b"\x7f")
+    refused = perdure("predict", "team", "colours/test/red/01.png")
+    assert (refused.code, "is damaged: its sha256" in refused.err) == (2, True)
+    record = json.loads(Path("team/specialists.json").read_text())
+    Path("team/specialists.json").write_text(json.dumps(record | {"route": "nearest"}, indent=2) + "\n")
+    refused = perdure("predict", "team", "colours/test/red/01.png")
+    assert (refused.code, "does not match its seal" in refused.err) == (2, True)
+
+
+def test_rewards_change_whom_a_bandit_asks_and_are_kept(members: list[str]) -> None:
+    team = combine(members, "team", route="linucb")
+    image = [Path("colours/test/red/01.png")]
+    for _ in range(40):
+        (routed,) = team.answers(image)
+        team.feedback(image, [routed.member], [float(routed.member == "animals")])
+    team.save()
+    again = Specialists.load("team")
+    assert again.route(image)[0] == team.route(image)[0] == ["animals"]
+    assert len(list(Path("team").glob("pool-*"))) == 1
+    with pytest.raises(ValueError, match="chooses by gaussian, not by rewards"):
+        combine(members, "other").feedback(image, ["animals"], [1.0])
+
+
+def test_three_backbones_answer_images_and_words_from_one_command(perdure: Any, photos: Any, tmp_path: Path) -> None:
+    photos("animals", "cat dog", 8)
+    perdure("learn", "animals", "--into", "eyes", "--backbone", "tiny(dim=16)", "--method", "ncm", *FAST)
+    pairs = [
+        {"image": f"animals/{name}/0{i}.png", "captions": [f"a {name}"]} for name in ("cat", "dog") for i in range(4)
+    ]
+    Path("pairs.jsonl").write_text("".join(json.dumps(each) + "\n" for each in pairs))
+    made = ("--backbone", "tiny(dim=24, text=True)", "--method", "probe", "--objective", "retrieve")
+    assert perdure("learn", "pairs.jsonl", "--into", "index", *made, *FAST).code == 0
+    talk = [
+        {
+            "image": each["image"],
+            "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "ok"}],
+        }
+        for each in pairs
+    ]
+    Path("talk.json").write_text(json.dumps(talk))
+    made = ("--backbone", "tiny_mllm()", "--method", "lora(rank=2, tower='language')")
+    assert perdure("learn", "talk.json", "--into", "voice", *made, "--precision", "fp32", "--epochs", 1).code == 0
+    said = perdure("combine", "eyes", "index", "voice", "--into", "team", "--gate", "tiny(dim=24, text=True)")
+    assert said.code == 0, said.err
+    image = "animals/cat/07.png"
+    assert "cat" in perdure("ask", "team", image).out  # an image alone
+    answer = perdure("ask", "team", image, "What?", "--json")  # both
+    assert answer.events[0]["answer"] == perdure("ask", "voice", image, "What?", "--json").events[0]["answer"]
+    words = perdure("ask", "team", "What?", "--json")  # words alone
+    assert words.events[0]["answer"] == perdure("ask", "voice", "What?", "--json").events[0]["answer"]
+    found = perdure("search", "team", "animals", "a dog", "--json").events
+    assert found == perdure("search", "index", "animals", "a dog", "--json").events
+    # by its own words where no image is shown
+    team = Specialists.load("team")
+    assert team.reply([Conversation(messages([("user", ("What?",))]))]) == [words.events[0]["answer"]]
+
+
+def merging(perdure: Any, photos: Any, how: str) -> tuple[Any, list[str]]:
+    for name, classes in CLASSES.items():
+        photos(f"{name}/train", classes, 12), photos(f"{name}/test", classes, 6)
+        made = ("--backbone", "tiny(dim=16)", "--method", "lora(rank=2)", *FAST)
+        perdure("learn", name, "--into", f"runs/{name}", *made)
+    folders = [f"runs/{name}" for name in CLASSES]
+    return perdure("combine", *folders, "--into", "one", "--merge", how), folders
+
+
+def test_merged_learners_are_one_that_answers_all_and_stores_what_one_does(perdure: Any, photos: Any) -> None:
+    answer, folders = merging(perdure, photos, "average")
+    assert answer.code == 0, answer.err
+    one, parts = Learner.load("one"), [Learner.load(each) for each in folders]
+    assert list(one.known) == ["cat", "cow", "dog", "blue", "green", "red"]
+    vectors = [task_vector(each) for each in parts]
+    for layer, update in task_vector(one).items():
+        torch.testing.assert_close(update, (vectors[0][layer] + vectors[1][layer]) / 2, rtol=1e-4, atol=1e-6)
+    assert {name for name, _ in one.predict(["animals/test/cat/00.png"])[0]} == set(one.known)
+    table = table_of(perdure("combine", *folders, "--into", "team", "--json"))
+    assert {f"merged by {how}" for how in ("average", "arithmetic", "ties", "dare")} <= table.keys()
+    assert perdure("eval", "one", "--stream", "images(path='animals/test', tasks=1)").code == 0
+    alone = merge({"animals": parts[0]}, "average()")
+    shown = ["animals/test/cat/01.png"]
+    assert dict(alone.predict(shown)[0]) == pytest.approx(dict(parts[0].predict(shown)[0]), abs=1e-5)
+    refused = perdure("combine", *folders, "--into", "two", "--merge", "ties(density=2)")
+    assert (refused.code, "density" in refused.err) == (2, True)
+
+
+def test_what_cannot_be_merged_says_why(members: list[str]) -> None:
+    learners = {Path(each).name: Learner.load(each) for each in members}
+    assert unlike(learners) == "animals and colours have different backbones"
+    with pytest.raises(ValueError, match="combine them as specialists, without --merge"):
+        merge(learners)
+    team = combine(members, "team")
+    assert not any("merged" in row["who"] for row in measure_routing(team)["rows"])

@@ -1,0 +1,189 @@
+"""The gate of the app, and what it does with uploads; without a server."""
+
+import asyncio
+import io
+import stat
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from PIL import Image
+
+from perdure.app.gate import Gate
+from perdure.app.uploads import Limits, Store, looked_at
+from perdure.app.words import CHINESE, ENGLISH, said
+
+LIMITS = Limits(upload=10_000, unpacked=50_000, files=20, pictures=3)
+
+
+def png() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(file, "PNG")
+    return file.getvalue()
+
+
+def packed(folder: Path, entries: dict[str, bytes], change: Callable[[zipfile.ZipInfo], None] = lambda _: None) -> Path:
+    path = folder / "given.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in entries.items():
+            info = zipfile.ZipInfo(name)
+            info.compress_type = zipfile.ZIP_DEFLATED
+            change(info)
+            archive.writestr(info, content)
+    return path
+
+
+def link(info: zipfile.ZipInfo) -> None:
+    info.external_attr = (stat.S_IFLNK | 0o777) << 16
+
+
+@pytest.mark.parametrize(
+    ("entries", "change", "message"),
+    [
+        ({"../cat.png": png()}, None, "leads out of it"),
+        ({"/etc/cat.png": png()}, None, "leads out of it"),
+        ({"a\\..\\..\\cat.png": png()}, None, "leads out of it"),
+        ({"C:/cat.png": png()}, None, "leads out of it"),
+        ({"cats/cat.png": b"/etc/passwd"}, link, "leads out of it"),
+        ({"cats/bomb.png": bytes(10_000_000)}, None, "holds more than 50.0 kB"),
+        ({f"cats/{i}.png": b"" for i in range(21)}, None, "holds 21 files: give at most 20"),
+        ({"cats/run.sh": b"", ".hidden/cat.png": png()}, None, "holds no picture"),
+    ],
+)
+def test_an_archive_that_is_a_bomb_or_leads_elsewhere_leaves_nothing(
+    tmp_path: Path, entries: dict[str, bytes], change: Any, message: str
+) -> None:
+    archive = packed(tmp_path, entries, change or (lambda _: None))
+    with pytest.raises(ValueError, match=message):
+        Store(tmp_path / "store", LIMITS).archive("given.zip", archive)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [archive]
+
+
+def test_an_archive_becomes_the_folder_of_its_classes(tmp_path: Path) -> None:
+    names = ("photos/猫/1.png", "photos/dog/2.png", "__MACOSX/photos/x.png")
+    archive = packed(tmp_path, dict.fromkeys(names, png()))
+    found = Store(tmp_path / "store", LIMITS).archive("January photos.zip", archive)
+    assert sorted(path.name for path in found.iterdir()) == ["dog", "猫"]
+    assert tmp_path / "store" in found.parents
+
+
+def test_names_of_an_archive_made_by_chinese_windows_are_read(tmp_path: Path) -> None:
+    archive = packed(tmp_path, {"XXXX/1.png": png(), "dog/1.png": png()})
+    archive.write_bytes(archive.read_bytes().replace(b"XXXX", "小狗".encode("gb18030")))
+    found = Store(tmp_path / "store", LIMITS).archive("a.zip", archive)
+    assert {path.name for path in found.iterdir()} == {"小狗", "dog"}
+
+
+def test_a_class_of_uploads_is_written_under_numbers_and_only_pictures(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store", LIMITS)
+    found = store.classes([("a cat", [("../../x.png", png()), ("y.PNG", png())]), ("a cat", [("z.jpg", png())])])
+    assert sorted(path.name for path in (found / "a cat").iterdir()) == ["00000.png", "00001.png", "00002.jpg"]
+    with pytest.raises(ValueError, match=r"cannot read image y\.png"):
+        store.classes([("dog", [("y.png", b"?")])])
+    for name in ("..", ".ssh", "a/b", "con:", "a\x00b"):
+        with pytest.raises(ValueError, match="cannot be a folder's name"):
+            store.classes([(name, [("y.png", png())])])
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("What? | A cat", "1 lines for 2 pictures"),
+        ("What? | A cat\nWhere", "'Where' is no question with its answer"),
+    ],
+)
+def test_questions_without_a_picture_or_an_answer_are_refused(tmp_path: Path, lines: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Store(tmp_path, LIMITS).asked([("a.png", png()), ("b.png", png())], lines)
+
+
+def test_too_many_pictures_are_refused() -> None:
+    with pytest.raises(ValueError, match="4 pictures at once: give at most 3"):
+        looked_at([("a.png", png())] * 4, LIMITS)
+
+
+def test_both_languages_say_the_same_things_with_the_same_values() -> None:
+    assert ENGLISH.keys() == CHINESE.keys()
+    for key, text in ENGLISH.items():
+        assert text.count("{") == CHINESE[key].count("{"), key
+    assert said("look", "zh-CN,zh;q=0.9") == CHINESE["look"]
+    assert said("look", "en-GB,zh;q=0.9") == said("look", "") == ENGLISH["look"]
+
+
+async def _behind(scope: Any, receive: Any, send: Any) -> None:
+    more = True
+    while more:
+        more = (await receive()).get("more_body", False)
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": b"in"})
+
+
+def asked(gate: Gate, method: str, path: str, host: str = "127.0.0.1:7860", **more: Any) -> Any:
+    async def once() -> Any:
+        transport = httpx.ASGITransport(gate)
+        async with httpx.AsyncClient(transport=transport, base_url=f"http://{host}") as client:
+            return await client.request(method, path, **more)
+
+    return asyncio.run(once())
+
+
+@pytest.mark.parametrize(
+    ("host", "token", "bearer", "status"),
+    [
+        ("127.0.0.1", "", None, 200),
+        ("127.0.0.1", "secret", None, 401),
+        ("0.0.0.0", "", None, 401),
+        ("0.0.0.0", "", "", 401),
+        ("0.0.0.0", "secret", None, 401),
+        ("0.0.0.0", "secret", "guess", 401),
+        ("0.0.0.0", "secret", "secret", 200),
+    ],
+)
+@pytest.mark.parametrize("path", ["/api/teach", "/api/predict", "/gradio_api/upload"])
+def test_uploads_and_lessons_need_a_token_where_other_machines_are_let_in(
+    host: str, token: str, bearer: str | None, status: int, path: str
+) -> None:
+    gate = Gate(_behind, host, token, 1000)
+    headers = {} if bearer is None else {"authorization": f"Bearer {bearer}"}
+    assert asked(gate, "POST", path, headers=headers).status_code == status
+    assert asked(gate, "GET", "/api/learner").status_code == 200
+
+
+def test_a_browser_that_was_opened_with_the_token_may_upload() -> None:
+    gate = Gate(_behind, "0.0.0.0", "secret", 1000)
+    assert "set-cookie" not in asked(gate, "GET", "/?token=guess").headers
+    cookie = asked(gate, "GET", "/?token=secret").headers["set-cookie"]
+    assert "HttpOnly" in cookie
+    assert "secret" not in cookie
+    assert asked(gate, "POST", "/api/teach", headers={"cookie": cookie.split(";")[0]}).status_code == 200
+
+
+def test_other_sites_and_other_names_are_refused() -> None:
+    gate = Gate(_behind, "127.0.0.1", "", 1000)
+    assert asked(gate, "GET", "/", host="evil.example").status_code == 403
+    assert asked(gate, "POST", "/api/teach", headers={"origin": "http://evil.example"}).status_code == 403
+    assert asked(gate, "POST", "/api/teach", headers={"origin": "http://127.0.0.1:7860"}).status_code == 200
+
+
+def test_a_request_is_cut_off_where_it_is_too_large_whatever_it_says() -> None:
+    gate = Gate(_behind, "127.0.0.1", "", 1000)
+
+    async def endless() -> Any:
+        for _ in range(100):
+            yield bytes(100)
+
+    assert asked(gate, "POST", "/api/teach", content=bytes(1001)).status_code == 413
+    assert asked(gate, "POST", "/api/teach", content=endless()).status_code == 413
+
+
+def test_a_page_event_fetches_nothing_from_elsewhere_and_pages_load_nothing_from_there() -> None:
+    gate = Gate(_behind, "127.0.0.1", "", 1000)
+    event = {"data": [[{"path": "http://169.254.169.254/secret", "meta": {"_type": "gradio.FileData"}}]]}
+    assert asked(gate, "POST", "/gradio_api/queue/join", json=event).status_code == 403
+    mine = {"data": [{"path": "/tmp/x/cat.png", "url": "http://127.0.0.1:7860/gradio_api/file=/tmp/x/cat.png"}]}
+    answer = asked(gate, "POST", "/gradio_api/queue/join", json=mine)
+    assert answer.status_code == 200
+    assert "connect-src 'self'" in answer.headers["content-security-policy"]
