@@ -25,7 +25,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from torch import Tensor
 from torch.nn import functional as F
 
-from perdure.backbones.clip import FOLDER as SEEN
+from perdure.backbones.clip import pocket_weights
 from perdure.backbones.pretrained import read_weights
 
 PATCHES = 36
@@ -73,9 +73,10 @@ def compose(tokenizer_file: Path) -> tuple[Any, Any]:
     tokenizer = hf.PreTrainedTokenizerFast(
         tokenizer_file=str(tokenizer_file), pad_token="<pad>", eos_token="<|end|>", unk_token="<unk>"
     )
+    pocket = pocket_weights("CLIP")
     end, pad, image = (tokenizer.convert_tokens_to_ids(token) for token in ("<|end|>", "<pad>", "<image>"))
     config = hf.LlavaConfig(
-        vision_config=json.loads((SEEN / "config.json").read_text())["vision_config"],
+        vision_config=json.loads((pocket / "config.json").read_text())["vision_config"],
         text_config=hf.LlamaConfig(
             hidden_size=192,
             intermediate_size=512,
@@ -95,12 +96,12 @@ def compose(tokenizer_file: Path) -> tuple[Any, Any]:
         tie_word_embeddings=True,
     )
     model = hf.LlavaForConditionalGeneration(config).float()
-    weights = read_weights(SEEN / "model.safetensors")
+    weights = read_weights(pocket / "model.safetensors")
     tower = {name.partition(".")[2]: each for name, each in weights.items() if name.startswith("vision_model.")}
     model.model.vision_tower.load_state_dict(tower)
     model.generation_config = hf.GenerationConfig(eos_token_id=end, pad_token_id=pad)
     processor = hf.LlavaProcessor(
-        hf.CLIPImageProcessor.from_pretrained(SEEN),
+        hf.CLIPImageProcessor.from_pretrained(pocket),
         tokenizer,
         patch_size=config.vision_config.patch_size,
         vision_feature_select_strategy="default",
