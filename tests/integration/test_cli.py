@@ -66,7 +66,7 @@ FLAGS = {
             "--seed",
         )
     ],
-    "report": ["--json", "FOLDERS", "--out", "--figures"],
+    "report": ["--json", "FOLDERS", "--out", "--figures", "--csv", "--latex"],
     "export": ["--json", "LEARNER", "--out", "--to"],
     "move": ["--json", "FOLDER", "CHANGE"],
     "resize": ["--json", "FOLDER", "--size", "--length", "--positions", "--rope", "--factor"],
@@ -79,6 +79,8 @@ FLAGS["tune"] += ["--out"]
 FLAGS["compare"] += ["--jobs", "--on", "--cpus-per-cell", "--gpus-per-cell"]
 FLAGS["learn"] += ["--captions", "--batch-size", "--seed", "--precision", "--calibrate", "--skip-bad"]
 FLAGS["learn"] += ["--images", "--score"]
+FLAGS["advise"] += ["--family"]
+FLAGS["combine"] += ["--weights", "--seed", "--distil", "--images", "--epochs", "--lr"]
 for _name in ("resume", "learn", "predict", "search", "ask", "chat", "app", "eval", "combine", "export"):
     FLAGS[_name] += ["--device"]
 for _name in ("run", "compare", "learn", "tune", "show"):

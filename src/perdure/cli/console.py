@@ -50,10 +50,11 @@ class Screen:
         as_json: one JSON object per event on standard output, and nothing else there.
         quiet: results and mistakes only.
         verbose: a line an epoch, wherever the output goes.
+        hushed: shows nothing, as one of several processes that show the same.
     """
 
-    def __init__(self, as_json: bool = False, quiet: bool = False, verbose: bool = False) -> None:
-        self.json, self.quiet, self.verbose = as_json, quiet, verbose
+    def __init__(self, as_json: bool = False, quiet: bool = False, verbose: bool = False, hushed: bool = False) -> None:
+        self.json, self.quiet, self.verbose, self.hushed = as_json, quiet, verbose, hushed
         terminal = sys.stdout.isatty() or Console().is_jupyter
         width = None if terminal else _UNBROKEN
         self.out = Console(highlight=False, markup=False, emoji=False, soft_wrap=not terminal, width=width)
@@ -77,7 +78,7 @@ class Screen:
     @property
     def _lively(self) -> bool:
         """Whether something may move: on a terminal, or in a notebook."""
-        return not (self.json or self.quiet) and (self.live.is_terminal or self.live.is_jupyter)
+        return not (self.json or self.quiet or self.hushed) and (self.live.is_terminal or self.live.is_jupyter)
 
     @property
     def asks(self) -> bool:
@@ -320,13 +321,15 @@ class Screen:
     def error(self, text: str) -> None:
         """One line on standard error."""
         self.close()
+        if self.hushed:
+            return
         with contextlib.suppress(OSError):  # whoever read it is gone; the exit code says it too
             line = printable(shortened(" ".join(text.split()), _LONGEST_ERROR))
             print(f"perdure: {line}", file=sys.stderr, flush=True)
 
     def _say(self, *lines: str) -> None:
         """All that a person is told passes here (or through a table's cells): one line each, with nothing that acts."""
-        for line in lines if not self.json else ():
+        for line in lines if not (self.json or self.hushed) else ():
             self.out.print(printable(shortened(line, _LONGEST_LINE)), soft_wrap=True)
 
     def _tell(self, *lines: str) -> None:
@@ -335,7 +338,7 @@ class Screen:
             self._say(*lines)
 
     def _event(self, kind: str, **content: Any) -> None:
-        if self.json and (kind in _RESULTS or not self.quiet):
+        if self.json and not self.hushed and (kind in _RESULTS or not self.quiet):
             print(json_line({"event": kind, **content}), flush=True)
 
     def _rows(self, where: str, steps: int | None) -> None:

@@ -7,6 +7,7 @@ changes images in every step; of a test set what is kept for good is what never 
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -103,10 +104,11 @@ class Cache:
         if not entry or learner.constant_encoder or not len(data):
             return data
         with torch.no_grad(), learner.computing():
-            first = learner.backbone.before(entry, next(learner.batches(data, 1)))
+            below = partial(learner.backbone.before, entry)
+            first = below(next(learner.batches(data, 1)))
             if first.nbytes * len(data) > _MOST_KEPT:
                 return data
-            pieces = [learner.backbone.before(entry, batch) for batch in learner.batches(data, 256)]
+            pieces = [learner.shared_out(batch, below) for batch in learner.batches(data, 256)]
         return Encoded({LOWER_BLOCKS: torch.cat(pieces)}, data.labels, data)
 
     def precomputed(self, data: Data) -> Data:
@@ -131,7 +133,8 @@ class Cache:
             if FEATURES in like:
                 batch = batch | {FEATURES: learner.encode(batch)}
             if LOWER_BLOCKS in like.keys() - batch.keys():
-                batch = batch | {LOWER_BLOCKS: learner.backbone.before(learner.constant_blocks, batch)}
+                below = partial(learner.backbone.before, learner.constant_blocks)
+                batch = batch | {LOWER_BLOCKS: learner.shared_out(batch, below)}
             if not like.keys() <= batch.keys():
                 batch = batch | self._facts(batch)
             if not like.keys() <= batch.keys():

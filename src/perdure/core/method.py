@@ -57,6 +57,10 @@ class Method(nn.Module):
     """Whether it answers by what a task has taught where a batch says which one, under `task`."""
     borderless: bool = False
     """Whether it can learn in one pass in which no task is announced: see `Core.online`."""
+    batchwise: bool = False
+    """Whether what it makes of an example depends on the others: several processes, or parts, cannot share a batch."""
+    encodes_once: bool = False
+    """Whether it counts what is encoded in a step, which is not to be encoded anew for its gradients."""
     treats: frozenset[str] = frozenset()
     """Towers that compute in another way within `applied`."""
 

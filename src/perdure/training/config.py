@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from perdure.formatting import meant
 from perdure.options.own_methods import import_own_methods
 from perdure.options.paths import anchored
-from perdure.options.ranges import BatchSize, Epochs, Factor, Range, Rate, Seed, check_fields, without_effect
+from perdure.options.ranges import BatchSize, Count, Epochs, Factor, Range, Rate, Seed, check_fields, without_effect
 from perdure.options.spec import Spec, build, parse, parse_one
 
 if TYPE_CHECKING:  # what only asks, as the command line's help does, waits for no torch
@@ -40,7 +40,9 @@ class TrainConfig:
     epochs: Epochs = 5
     """Passes over each task's training set."""
     batch_size: BatchSize = 64
-    """New examples per step."""
+    """New examples per step, of all processes together."""
+    accumulate: Count = 1
+    """Parts in which a step encodes its examples: with the same result, a part takes memory, and a third more time."""
     lr: Rate = 1e-3
     """Learning rate at the start of each task."""
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
@@ -59,6 +61,10 @@ class TrainConfig:
         # a list or tuple of numbers too, as Python's users write it
         object.__setattr__(self, "milestones", str(self.milestones).translate(_BRACKETS).rstrip(","))
         check_fields(self)
+        if self.accumulate > self.batch_size:
+            raise ValueError(
+                f"accumulate={self.accumulate}: expected at most batch_size={self.batch_size}, of which it is parts"
+            )
         if self.schedule != "step":
             why = f"with schedule={self.schedule!r}, but with 'step'"
             without_effect(why, milestones=self.milestones or None, decay=self.decay)
@@ -125,6 +131,8 @@ class RunConfig(TrainConfig):
     """auto takes sdpa; eager where a CPU computes in bf16 and an image has at most 64 tokens."""
     device: str = "auto"
     """cpu, cuda, mps, ..."""
+    shard: Literal["none", "blocks"] = "none"
+    """With blocks, each of several processes holds a part of every block of the frozen encoder (FSDP2)."""
     save_every: Annotated[int, Range(0, 10**9)] = 0
     """Steps between snapshots within a task; 0 saves as often as costs at most 2 % of the time."""
 
@@ -194,7 +202,8 @@ def flags(values: Mapping[str, Any], without: Container[str] = ()) -> list[str]:
         value = values.get(field.name, field.default)
         several = isinstance(value, list | tuple)
         if field.name not in without and (value if several else value != field.default):
-            words += [f"--{field.name.replace('_', '-')}", *map(str, value if several else [value])]
+            words.append(f"--{field.name.replace('_', '-')}")
+            words += [] if value is True else map(str, value if several else [value])
     return words
 
 
