@@ -22,7 +22,7 @@ from perdure.types import Row, Task
 TRAINING = ["--epochs", "--batch-size", "--lr", "--optimizer", "--weight-decay", "--schedule"]
 TRAINING += ["--milestones", "--decay"]
 RUNNING = ["--stream", "--backbone", "--method", "--objective", "--augment", "--seed", "--precision", "--attention"]
-RUNNING += ["--device", "--save-every", "--retain", "--calibrate", "--evaluate"]
+RUNNING += ["--device", "--save-every", "--retain", "--calibrate", "--evaluate", "--cache", "--cache-bytes"]
 FLAGS = {
     "demo": ["--json", "--out"],
     "run": ["--json", *TRAINING, *RUNNING, "--recipe", "--out", "--track"],
@@ -52,20 +52,7 @@ FLAGS = {
     ],
     "advise": ["--json", "--bytes", "--old-data", "--tasks", "--id-at-test", "--step-cost", "--scenario", "--from"],
     "eval": ["--json", "LEARNER", "--stream", "--retain", "--task"],
-    "combine": [
-        *(
-            "--json",
-            "FOLDERS",
-            "--into",
-            "--route",
-            "--gate",
-            "--pool-bytes",
-            "--per-class",
-            "--merge",
-            "--weights",
-            "--seed",
-        )
-    ],
+    "combine": ["--json", "FOLDERS", "--into", "--route", "--gate", "--pool-bytes", "--per-class", "--merge"],
     "report": ["--json", "FOLDERS", "--out", "--figures", "--csv", "--latex"],
     "export": ["--json", "LEARNER", "--out", "--to"],
     "move": ["--json", "FOLDER", "CHANGE"],

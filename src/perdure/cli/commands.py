@@ -57,10 +57,10 @@ class Run(RunConfig, Command):
     """Folder of the run; it must not hold one yet."""
     track: str = ""
     """Experiment trackers to tell, such as tensorboard, wandb or mlflow, with commas between."""
-    config: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """YAML file with values for the flags; those that are typed win."""
     processes: Processes = 1
     """Processes on this machine that learn together, such as one for each GPU; the result does not depend on it."""
+    config: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """YAML file with values for the flags; those that are typed win."""
 
     def __post_init__(self) -> None:
         """Nothing: values are checked when the command is called, where a mistake becomes one line."""

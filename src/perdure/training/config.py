@@ -6,12 +6,24 @@ import shlex
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from perdure.formatting import meant
 from perdure.options.own_methods import import_own_methods
 from perdure.options.paths import anchored
-from perdure.options.ranges import BatchSize, Count, Epochs, Factor, Range, Rate, Seed, check_fields, without_effect
+from perdure.options.ranges import (
+    BatchSize,
+    Bytes,
+    Count,
+    Epochs,
+    Factor,
+    Range,
+    Rate,
+    Seed,
+    check_fields,
+    without_effect,
+)
 from perdure.options.spec import Spec, build, parse, parse_one
 
 if TYPE_CHECKING:  # what only asks, as the command line's help does, waits for no torch
@@ -135,6 +147,11 @@ class RunConfig(TrainConfig):
     """With blocks, each of several processes holds a part of every block of the frozen encoder (FSDP2)."""
     save_every: Annotated[int, Range(0, 10**9)] = 0
     """Steps between snapshots within a task; 0 saves as often as costs at most 2 % of the time."""
+    cache: str = ""
+    """Folder in which what frozen parts of the model make of images is kept for other runs, whose results it does not
+    change; without it, in memory, as far as that goes."""
+    cache_bytes: Bytes = 20e9
+    """Of that folder; what was not read for longest goes first."""
 
     online: bool = False
     """One pass over the whole stream, without telling where a task begins or ends; accuracy on each of its tasks is
@@ -148,6 +165,10 @@ class RunConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.cache and self.cache_bytes != 20e9:
+            without_effect("without cache", cache_bytes=self.cache_bytes)
+        if self.cache:
+            object.__setattr__(self, "cache", str(Path(self.cache).absolute()))
         if self.online:
             if self.epochs not in (1, TrainConfig.epochs):
                 raise ValueError(f"epochs={self.epochs} has no effect with --online, which is one pass: leave it out")
@@ -176,6 +197,10 @@ def measured_between(evaluate: str) -> int | None:
     if kind != "sample" or not (count.isascii() and count.isdecimal() and 0 < int(count) <= 10**9):
         raise ValueError(f"evaluate={evaluate!r}: expected every, last, or sample:500 with a number from 1 to 1e9")
     return int(count)
+
+
+BESIDE_RESULTS = ("save_every", "cache", "cache_bytes")
+"""Fields of `RunConfig` on which no result depends."""
 
 
 def usual(backbone: str) -> dict[str, Any]:
