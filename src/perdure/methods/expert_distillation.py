@@ -46,6 +46,8 @@ class ExpertDistillation(Distillation, name="expert_distillation"):
 
     needs = ("classes",)
 
+    derived = ("_material",)
+
     def __init__(
         self,
         strength: Strength = 1.0,
