@@ -22,11 +22,12 @@ from perdure.types import Row, Task
 TRAINING = ["--epochs", "--batch-size", "--lr", "--optimizer", "--weight-decay", "--schedule"]
 TRAINING += ["--milestones", "--decay"]
 RUNNING = ["--stream", "--backbone", "--method", "--objective", "--augment", "--seed", "--precision", "--attention"]
-RUNNING += ["--device", "--save-every", "--retain", "--calibrate", "--evaluate"]
+RUNNING += ["--device", "--save-every", "--retain", "--calibrate", "--evaluate", "--shard", "--online"]
+TRAINING += ["--accumulate"]
 FLAGS = {
     "demo": ["--json", "--out"],
-    "run": ["--json", *TRAINING, *RUNNING, "--recipe", "--out", "--track"],
-    "resume": ["--json", "FOLDER"],
+    "run": ["--json", *TRAINING, *RUNNING, "--recipe", "--out", "--track", "--processes"],
+    "resume": ["--json", "FOLDER", "--processes"],
     "learn": ["--json", "FOLDER", "--into", "--backbone", "--method", "--objective", "--epochs", "--lr"],
     "predict": ["--json", "LEARNER", "IMAGES", "--top", "--classes", "--calibrated", "--skip-bad", "--task"],
     "search": ["--json", "LEARNER", "FOLDER", "TEXT", "--top", "--skip-bad", "--task"],
