@@ -53,6 +53,10 @@ FLAGS = {
     ],
     "advise": ["--json", "--bytes", "--old-data", "--tasks", "--id-at-test", "--step-cost", "--scenario", "--from"],
     "eval": ["--json", "LEARNER", "--stream", "--retain", "--task"],
+<<<<<<< HEAD
+    "combine": ["--json", "FOLDERS", "--into", "--route", "--gate", "--pool-bytes", "--per-class", "--merge"],
+    "report": ["--json", "FOLDERS", "--out", "--figures"],
+=======
     "combine": [
         *(
             "--json",
@@ -67,7 +71,8 @@ FLAGS = {
             "--seed",
         )
     ],
-    "report": ["--json", "FOLDERS", "--out", "--figures"],
+    "report": ["--json", "FOLDERS", "--out", "--figures", "--csv", "--latex"],
+>>>>>>> elastic
     "export": ["--json", "LEARNER", "--out", "--to"],
     "move": ["--json", "FOLDER", "CHANGE"],
     "resize": ["--json", "FOLDER", "--size", "--length", "--positions", "--rope", "--factor"],
@@ -80,6 +85,8 @@ FLAGS["tune"] += ["--out"]
 FLAGS["compare"] += ["--jobs", "--on", "--cpus-per-cell", "--gpus-per-cell"]
 FLAGS["learn"] += ["--captions", "--batch-size", "--seed", "--precision", "--calibrate", "--skip-bad"]
 FLAGS["learn"] += ["--images", "--score"]
+FLAGS["advise"] += ["--family"]
+FLAGS["combine"] += ["--weights", "--seed", "--distil", "--images", "--epochs", "--lr"]
 for _name in ("resume", "learn", "predict", "search", "ask", "chat", "app", "eval", "combine", "export"):
     FLAGS[_name] += ["--device"]
 """All commands and flags; whoever changes this list changes what scripts out there rely on."""

@@ -224,6 +224,10 @@ class Report(Command):
     """The file; report.html in the first folder when left out."""
     figures: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """A folder for the figures as PDF and PNG, for papers."""
+    csv: bool = False
+    """Tables as CSV too: methods, runs, scores, classes, confusion and significance, into --figures or beside --out."""
+    latex: bool = False
+    """The table of methods for LaTeX too, into the same folder."""
 
     def __call__(self, screen: Screen) -> None:
         """Write and print the path."""
@@ -235,6 +239,12 @@ class Report(Command):
         inner = [run for folder in self.folders for run in _runs_in(folder)]
         path = write_report(inner, self.out or self.folders[0] / "report.html", self.figures, screen.note)
         screen.result({"report": str(path)}, f"report: {path}")
+        if self.csv or self.latex:
+            from perdure.reporting.papers import write_tables
+
+            place = self.figures or path.parent / "tables"
+            for file in write_tables(inner, place, as_csv=self.csv, as_latex=self.latex):
+                screen.result({"table": str(file)}, f"table: {file}")
 
     def _team(self, folder: Path, screen: Screen) -> None:
         from perdure.reporting.team import write_team_report

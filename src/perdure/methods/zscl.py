@@ -26,7 +26,7 @@ from perdure.core.learner import Core, derived_seed
 from perdure.core.method import Method
 from perdure.core.shared_copy import Constant
 from perdure.mechanisms.distillation import check_moves, distillation
-from perdure.mechanisms.replay import read_references
+from perdure.mechanisms.references import read_references
 from perdure.objectives.retrieve import at
 from perdure.options.ranges import Count, Factor, Strength, without_effect
 from perdure.options.spec import parse_one

@@ -203,6 +203,8 @@ class Summary(TypedDict, total=False):
     answers_kept_strict: float | None
     answers_kept_lenient: float | None
     recall: dict[str, dict[str, list[float | None]]]
+    class_accuracy: dict[str, float]
+    confusion: list[list[float | None]]
     trainable_parameters: Natural
     stored_bytes: Natural
     seconds_per_task: list[dict[str, float]]
