@@ -53,26 +53,8 @@ FLAGS = {
     ],
     "advise": ["--json", "--bytes", "--old-data", "--tasks", "--id-at-test", "--step-cost", "--scenario", "--from"],
     "eval": ["--json", "LEARNER", "--stream", "--retain", "--task"],
-<<<<<<< HEAD
     "combine": ["--json", "FOLDERS", "--into", "--route", "--gate", "--pool-bytes", "--per-class", "--merge"],
-    "report": ["--json", "FOLDERS", "--out", "--figures"],
-=======
-    "combine": [
-        *(
-            "--json",
-            "FOLDERS",
-            "--into",
-            "--route",
-            "--gate",
-            "--pool-bytes",
-            "--per-class",
-            "--merge",
-            "--weights",
-            "--seed",
-        )
-    ],
     "report": ["--json", "FOLDERS", "--out", "--figures", "--csv", "--latex"],
->>>>>>> elastic
     "export": ["--json", "LEARNER", "--out", "--to"],
     "move": ["--json", "FOLDER", "CHANGE"],
     "resize": ["--json", "FOLDER", "--size", "--length", "--positions", "--rope", "--factor"],
