@@ -146,6 +146,8 @@ class Subset:
 
     def __getitems__(self, positions: Sequence[int]) -> Batch:
         """The part's examples at `positions`."""
+        import torch
+
         return self.data.__getitems__(self.positions[torch.as_tensor(positions, dtype=torch.int64)].tolist())
 
 

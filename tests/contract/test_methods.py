@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from perdure.adapters.injection import detach, prompted
 from perdure.core.learner import Core
-from perdure.core.method import METHODS, treated
+from perdure.core.method import METHODS, Method, treated
 from perdure.objectives.retrieve import embedded
 from perdure.training.config import make_method, register
 from perdure.training.loop import Quiet, fit_task
@@ -124,7 +124,17 @@ ELSEWHERE = {
 }
 COSINE = "classify(cosine=True)"
 ELSEWHERE |= {COSINE: "inflora(rank=2) + align", f"{COSINE} task": "lora(rank=2)", f"{COSINE} domain": "lora(rank=2)"}
-SPECS = [*ALONE, *COMBINATIONS.split(" | ")]
+
+
+def unlisted_guards() -> list[str]:
+    """What only guards other parts, beside something to guard; those that the sums above name are tested there."""
+    listed = " | ".join([COMBINATIONS, *ELSEWHERE.values()])
+    named = {part.partition("(")[0].strip() for part in listed.replace("|", "+").split(" + ")}
+    guards = sorted(name for name, method in METHODS.items() if method.protects and name not in named)
+    return [f"lora(rank=2) + {name}" for name in guards if METHODS[name].needs in ((), ("classes",))]
+
+
+SPECS = [*ALONE, *COMBINATIONS.split(" | "), *unlisted_guards()]
 FROZEN = [s for s in SPECS if "finetune" not in s and "gpm" not in s and s != "joint"]
 
 
@@ -458,3 +468,20 @@ def structure(learner: Core) -> dict[str, int]:
         "parameters of the method": sum(p.numel() for n, p in learner.method.named_parameters() if counts(n)),
         "trained parameters": sum(p.numel() for n, p in learner.trainable().items() if counts(n)),
     }
+
+
+def test_a_new_guard_is_tested_beside_what_it_guards_and_refused_where_it_would_lose_what_it_holds(lab: Any) -> None:
+    class Forgetful(Method, name="forgetful"):
+        protects = "shared_parameters"
+
+        def end_task(self, learner: Core, task: Task) -> None:
+            self.before = [{"heads": torch.ones(3)}]
+
+    try:
+        assert unlisted_guards() == ["lora(rank=2) + forgetful"]
+        with pytest.raises(
+            ValueError, match=r"forgetful holds the tensor before\[0\]\['heads'\], which state_dict does"
+        ):
+            lab.taught("lora(rank=2) + forgetful")
+    finally:
+        del METHODS["forgetful"]

@@ -22,7 +22,8 @@ from perdure.types import Row, Task
 TRAINING = ["--epochs", "--batch-size", "--lr", "--optimizer", "--weight-decay", "--schedule"]
 TRAINING += ["--milestones", "--decay"]
 RUNNING = ["--stream", "--backbone", "--method", "--objective", "--augment", "--seed", "--precision", "--attention"]
-RUNNING += ["--device", "--save-every", "--retain", "--calibrate", "--evaluate", "--shard", "--online"]
+RUNNING += ["--device", "--save-every", "--retain", "--calibrate", "--evaluate", "--cache", "--cache-bytes"]
+RUNNING += ["--shard", "--online"]
 TRAINING += ["--accumulate"]
 FLAGS = {
     "demo": ["--json", "--out"],
@@ -71,6 +72,10 @@ FLAGS["advise"] += ["--family"]
 FLAGS["combine"] += ["--weights", "--seed", "--distil", "--images", "--epochs", "--lr"]
 for _name in ("resume", "learn", "predict", "search", "ask", "chat", "app", "eval", "combine", "export"):
     FLAGS[_name] += ["--device"]
+for _name in ("run", "compare", "learn", "tune", "show"):
+    FLAGS[_name] += ["--config"]
+for _name in FLAGS:
+    FLAGS[_name] += ["--quiet", "--verbose", "--import"]
 """All commands and flags; whoever changes this list changes what scripts out there rely on."""
 
 

@@ -59,6 +59,8 @@ class Run(RunConfig, Command):
     """Experiment trackers to tell, such as tensorboard, wandb or mlflow, with commas between."""
     processes: Processes = 1
     """Processes on this machine that learn together, such as one for each GPU; the result does not depend on it."""
+    config: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """YAML file with values for the flags; those that are typed win."""
 
     def __post_init__(self) -> None:
         """Nothing: values are checked when the command is called, where a mistake becomes one line."""
@@ -156,6 +158,8 @@ class Learn(Command):
     """Folder that images in a file of questions are relative to; the file's own unless said otherwise."""
     score: str | None = None
     """How answers are scored: exact, vqa, choice, contains, anls, cider, ...; exact unless said otherwise."""
+    config: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """YAML file with values for the flags; those that are typed win."""
 
     def __call__(self, screen: Screen) -> None:
         """Learn, say what is known now."""
@@ -202,6 +206,8 @@ class Compare(RunConfig, Command):
     """With --jobs or --on: threads of each run."""
     gpus_per_cell: Annotated[float, Range(0, 1024)] = 0.0
     """With --jobs or --on: GPUs of each run; a half lets two share one."""
+    config: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """YAML file with values for the flags; those that are typed win."""
 
     def __post_init__(self) -> None:
         """Nothing: values are checked when the command is called, where a mistake becomes one line."""

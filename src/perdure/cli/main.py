@@ -4,6 +4,7 @@ import errno
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import Any
 
 from perdure.cli.advise import Advise
 from perdure.cli.console import Command, Screen
-from perdure.cli.suggestions import command_of
+from perdure.cli.suggestions import command_of, completion
+from perdure.options.own_methods import OWN_METHODS
 from perdure.version import __version__
 
 _RANK = os.environ.get("RANK", "0")  # of several processes that learn together
@@ -26,14 +28,22 @@ def main(args: Sequence[str] | None = None) -> None:
     if arguments in (["--version"], ["-V"]):
         print(f"perdure {__version__}")
         return
-    screen = Screen("--json" in arguments, hushed=_RANK != "0")
+    screen = Screen("--json" in arguments, "--quiet" in arguments, "--verbose" in arguments, hushed=_RANK != "0")
     try:
         commands: dict[str, Callable[..., Any]] = {"advise": Advise}
         if arguments[:1] != ["advise"]:
             # Not before: the other commands, recipes and all, take longer to import than advice to be given.
             commands = import_module("perdure.cli.commands").COMMANDS
+            arguments = import_module("perdure.cli.config_file").expanded(arguments, commands)
             arguments = import_module("perdure.experiments.recipes").expand(arguments)
+        if arguments[:1] == ["--completion"]:
+            print(completion(arguments[1:], commands))
+            return
         command: Command = command_of(arguments, commands)
+        if screen.quiet and screen.verbose:
+            raise ValueError("--quiet and --verbose contradict each other: leave one out")
+        if command.import_ is not None:  # which processes that are started from here inherit
+            os.environ[OWN_METHODS] = str(command.import_.absolute())
         command(screen)
     except KeyboardInterrupt:
         screen.error("stopped at once; what was saved before is whole, and the same command can go on")
@@ -41,6 +51,8 @@ def main(args: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # who reads our output has had enough
         raise
     except ValueError as error:
+        if screen.verbose:
+            traceback.print_exc()
         _tell(screen, str(error))
         sys.exit(2)
     except OSError as error:

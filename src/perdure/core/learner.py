@@ -14,7 +14,10 @@ from torch import Tensor, nn
 
 from perdure.adapters.injection import adapted, fold
 from perdure.backbones.base import Backbone
+from perdure.backbones.language import Language
+from perdure.backbones.model_parts import beside_language
 from perdure.core.caching import FEATURES, LOWER_BLOCKS, Cache
+from perdure.core.feature_store import FeatureStore
 from perdure.core.method import Method, parts_of, predicts, treated
 from perdure.core.objective import Objective, asking
 from perdure.core.sharing import SharedOut
@@ -68,6 +71,7 @@ class Core(SharedOut):
         self.temperature = Temperature()
         self.kept: dict[int, tuple[Data, Data]] = {}  # by identity: test sets with what never changes of them
         self.still: dict[int, tuple[Data, Data]] = {}  # and with features, while no task moves these
+        self.store: FeatureStore | None = None  # of features on disk
         self.turn = Turn()
         self._answering = False
 
@@ -246,6 +250,14 @@ class Core(SharedOut):
         """Whether embeddings of texts can never change: nothing in the text tower is trained or adapted."""
         trained = any(p.requires_grad for p in self.backbone.tower_parameters("text").values())
         return not trained and self._constant("text")
+
+    @property
+    def constant_sight(self) -> bool:
+        """Whether what a language model is given of images can never change: all but its language tower is constant."""
+        if not isinstance(self.backbone, Language) or treated(self.method) & {"vision", "projector"}:
+            return False
+        parts = beside_language(self.backbone.model)
+        return not any(adapted(part) or any(p.requires_grad for p in part.parameters()) for part in parts)
 
     def _constant(self, tower: str) -> bool:
         module = self.backbone.get_submodule(self.backbone.towers()[tower])

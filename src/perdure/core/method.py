@@ -49,6 +49,8 @@ class Method(nn.Module):
     """Which examples of old tasks it trains on, if any; one part that does is enough."""
     gradient_projection: ClassVar[bool] = False
     """Whether it only keeps steps from raising the loss on old examples, which training on all of them does too."""
+    derived: ClassVar[tuple[str, ...]] = ()
+    """Attributes with tensors that are made anew wherever they are missing, and so need not be saved."""
     carrier: ClassVar[bool] = False
     """Whether messages name it where a part that trains the encoder is missing."""
     follows_task: ClassVar[bool] = False

@@ -18,6 +18,9 @@ from perdure.evaluation.search_examples import found_after, found_before
 from perdure.evaluation.with_task import measured
 from perdure.types import Data, Row, Stream, Subset, Task
 
+_LONGEST = 4
+"""Conversations to learn that are read before the stream, of each task and number of images."""
+
 
 class Evaluation:
     """The measurements of a run, as rows.
@@ -115,10 +118,13 @@ class Evaluation:
     def _untaught(self, learner: Core) -> list[Row]:
         # in float32: the weights are not to lose digits before it is known whether they are trained
         untaught, rows = Core(learner.backbone, copy.copy(learner.objective), Method(), self.stream.scenario), []
-        untaught.processes = learner.processes
+        untaught.processes, untaught.store = learner.processes, learner.store
         if learner.objective.open_vocabulary:
             for each in self.stream:
                 untaught.grow(each)
+                if longest := getattr(each.train, "longest", None):
+                    # what there is no room for is refused now, and not after the tasks before it
+                    learner.backbone.prepare(each.train.__getitems__(longest(_LONGEST)))
                 if len(each.test):
                     rows += self._beside(untaught, -1, self._seen(each.index - 1), each)
         for note in (found_before, answered_before):

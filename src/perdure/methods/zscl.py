@@ -56,6 +56,7 @@ class ZSCL(Method, name="zscl"):
     """
 
     protects = "encoder"
+    derived = ("_sentences",)
 
     def __init__(
         self,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from perdure.core.learner import Core, derived_seed
 from perdure.core.method import Method, treated
+from perdure.core.unsaved import check_saved
 from perdure.process import ALONE, as_found, plain
 from perdure.training.config import TrainConfig as TrainConfig
 from perdure.types import Batch, Data, Row, Task
@@ -152,6 +153,7 @@ def fit_task(
     _reseed(learner, task, "end")
     method.finalize(learner, task)
     method.end_task(learner, task)
+    check_saved(learner)
     learner.processes.agree(learner.learnt_state())
     learner.prepare()
     learner.learnt = task.index + 1

@@ -1,5 +1,6 @@
 """A run in a folder: build what the configuration names, learn task after task, evaluate, write everything down."""
 
+import json
 import shutil
 import time
 from collections.abc import Iterator
@@ -9,10 +10,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
+import torch
+
 from perdure.adapters.injection import detach
 from perdure.backbones.base import Backbone
 from perdure.core import checkpoint
 from perdure.core.checkpoint import read_record
+from perdure.core.feature_store import FeatureStore
 from perdure.core.learner import Core
 from perdure.core.objective import asking
 from perdure.core.processes import Processes
@@ -213,6 +217,11 @@ def build_learner(
     learner.processes = processes
     if config.shard != "none" and processes.world == 1:
         raise ValueError(f"shard={config.shard!r} has no effect in one process: give --processes, or leave it out")
+    if config.cache and processes.world > 1:
+        raise ValueError(f"--cache {config.cache} is for runs in one process: leave it out, or --processes")
+    if config.cache:
+        facts = json.dumps(runtime.describe(), sort_keys=True) + torch.__version__
+        learner.store = FeatureStore(Path(config.cache), int(config.cache_bytes), facts)
     learner.online = config.online
     check_shared_out(learner, config.accumulate)
     return learner, runtime
@@ -311,6 +320,11 @@ def learn_stream(
                     file.writelines(checkpoint.lines_of(new))
             progress.scores(task, new)
         evaluation.end(learner)
+        if learner.store is not None and not learner.store.used:
+            progress.note(
+                f"--cache {learner.store.folder} had no effect: the method changes what looks at images, or --augment "
+                "the images in every step"
+            )
     found = [write_summary(out, progress.note)] if processes.first else []
     return found[0] if processes.world == 1 else dict(processes.gather_objects(found)[0])
 
