@@ -23,10 +23,12 @@ TRAINING = ["--epochs", "--batch-size", "--lr", "--optimizer", "--weight-decay",
 TRAINING += ["--milestones", "--decay"]
 RUNNING = ["--stream", "--backbone", "--method", "--objective", "--augment", "--seed", "--precision", "--attention"]
 RUNNING += ["--device", "--save-every", "--retain", "--calibrate", "--evaluate", "--cache", "--cache-bytes"]
+RUNNING += ["--shard", "--online"]
+TRAINING += ["--accumulate"]
 FLAGS = {
     "demo": ["--json", "--out"],
-    "run": ["--json", *TRAINING, *RUNNING, "--recipe", "--out", "--track"],
-    "resume": ["--json", "FOLDER"],
+    "run": ["--json", *TRAINING, *RUNNING, "--recipe", "--out", "--track", "--processes"],
+    "resume": ["--json", "FOLDER", "--processes"],
     "learn": ["--json", "FOLDER", "--into", "--backbone", "--method", "--objective", "--epochs", "--lr"],
     "predict": ["--json", "LEARNER", "IMAGES", "--top", "--classes", "--calibrated", "--skip-bad", "--task"],
     "search": ["--json", "LEARNER", "FOLDER", "TEXT", "--top", "--skip-bad", "--task"],

@@ -46,7 +46,8 @@ class SharedOut(nn.Module):
             compute: gives rows, in the order of the examples.
             owners: of each row the example; None where each has one row.
         """
-        spans = None if self._undivided or self.part is not None else self.processes.spans(count(batch))
+        alone = self.processes.world == 1 or self._undivided or self.part is not None
+        spans = None if alone else self.processes.spans(count(batch))
         if spans is None:
             return compute(batch)
         self.part = Portion(spans[self.processes.rank], count(batch))
@@ -62,7 +63,8 @@ class SharedOut(nn.Module):
 
     def said(self, batch: Batch, say: Callable[[Batch], list[T]]) -> list[T]:
         """`say` of `batch`, a Python value an example, of which each of several processes says its part."""
-        spans = None if self._undivided or self.sharded else self.processes.spans(count(batch))
+        alone = self.processes.world == 1 or self._undivided or self.sharded
+        spans = None if alone else self.processes.spans(count(batch))
         if spans is None:
             return say(batch)
         with self.undivided():
