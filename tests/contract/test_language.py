@@ -78,6 +78,10 @@ METHODS = [
             "agem(size=6)",
             "weight_average",
             "joint",
+            "reptile",
+            "maml",
+            "fomaml",
+            "lamaml(size=6)",
         )
     ),
 ]

@@ -115,6 +115,7 @@ class Evaluation:
     def _untaught(self, learner: Core) -> list[Row]:
         # in float32: the weights are not to lose digits before it is known whether they are trained
         untaught, rows = Core(learner.backbone, copy.copy(learner.objective), Method(), self.stream.scenario), []
+        untaught.processes, untaught.store = learner.processes, learner.store
         if learner.objective.open_vocabulary:
             for each in self.stream:
                 untaught.grow(each)

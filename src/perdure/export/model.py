@@ -36,6 +36,7 @@ from perdure.export.files import TERMS, TOKENIZER, Use, copy, options_of, readme
 from perdure.export.graph import FILES, Graph, graph_readme, write_graph
 from perdure.export.head import answering, head_of
 from perdure.formatting import meant
+from perdure.mechanisms.task_experts import TaskExperts
 from perdure.storage.files import locked, write_json, write_text
 from perdure.training.config import make_backbone
 from perdure.version import __version__
@@ -171,6 +172,10 @@ def _check(learner: Core, to: str) -> None:
         raise ValueError(
             "each example takes an expert of its own, which no weights can hold: export to 'peft', which writes a LoRA "
             "for each task, or keep this learner with save"
+        )
+    if experts and any(isinstance(part, TaskExperts) and not part.apart for part in parts_of(learner.method)):
+        raise ValueError(
+            f"{learner.method.spec} adds up what it learnt of all tasks in part: keep this learner with save"
         )
     if not experts and (strange := [part.name for part in parts_of(learner.method) if part.treats]):
         raise ValueError(f"{strange[0]} changes features as no weights can express; keep this learner with save")

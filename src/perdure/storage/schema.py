@@ -96,6 +96,7 @@ class Manifest(TypedDict):
     alone: NotRequired[bool]
     source: NotRequired[LessonSource]
     device: NotRequired[str]
+    processes: NotRequired[int]
     finished: NotRequired[str]
     seconds: NotRequired[Seconds]
     images: NotRequired[Natural]
@@ -113,6 +114,7 @@ class Resolved(TypedDict):
     precision: Literal["fp32", "bf16"]
     attention: Literal["eager", "sdpa"]
     threads: Annotated[int, Meta(ge=1, le=65_536)]
+    processes: NotRequired[Annotated[int, Meta(ge=1, le=65_536)]]
 
 
 class BackboneFacts(TypedDict):

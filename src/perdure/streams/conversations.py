@@ -264,6 +264,11 @@ class ConversationSet:
             tuple(self.pictures.keys[number] for number in record.images),
         )
 
+    @property
+    def frames(self) -> Tensor:
+        """How many images each conversation shows, int64 (n,), and 1 for one without: what a memory counts of it."""
+        return torch.tensor([max(1, len(set(each.images))) for each in self.records], dtype=torch.int64)
+
     def check_score(self) -> None:
         """Raise a ValueError, with file and line, for the first conversation of which the score cannot be asked."""
         for record in self.records if self.score else ():
