@@ -58,6 +58,7 @@ FLAGS = {
     "report": ["--json", "FOLDERS", "--out", "--figures", "--csv", "--latex"],
     "export": ["--json", "LEARNER", "--out", "--to"],
     "move": ["--json", "FOLDER", "CHANGE"],
+    "push": ["--json", "LEARNER", "REPOSITORY", "--to", "--public", "--device"],
     "resize": ["--json", "FOLDER", "--size", "--length", "--positions", "--rope", "--factor"],
     "show": ["--json", "LEARNER"],
     "list": ["--json", "WHAT", "NAME"],

@@ -22,7 +22,7 @@ from perdure.cli.console import Command, Screen
 from perdure.cli.looking import tell_skipped
 from perdure.cli.show import Show
 from perdure.cli.tune import Tune
-from perdure.cli.use import Eval, Export, Move, Predict, Resize, Search
+from perdure.cli.use import Eval, Export, Move, Predict, Push, Resize, Search
 from perdure.experiments.cluster import Cluster
 from perdure.experiments.recipes import DEMO_METHODS, demo, recipe
 from perdure.formatting import meant, shortened
@@ -308,6 +308,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "combine": Combine,
     "report": Report,
     "export": Export,
+    "push": Push,
     "move": Move,
     "resize": Resize,
     "list": List,

@@ -178,6 +178,28 @@ class Export(LearnerCommand):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Push(LearnerCommand):
+    """Export a learner with a model card, to a repository of the hub or to a folder."""
+
+    learner: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="LEARNER")]
+    """A learner's or a run's folder."""
+    repository: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TO")]
+    """NAME/MODEL on the hub, or a new folder such as ./model."""
+    to: Literal["peft", "merged", "transformers", "onnx", "torch"] = "merged"
+    """What is written, as of export."""
+    public: bool = False
+    """Let all see a repository that is made now."""
+
+    def __call__(self, screen: Screen) -> None:
+        """Export, upload, print where it is."""
+        from perdure.api.pushing import push
+
+        screen.wait("writing")
+        where = push(self.learner, self.repository, self.to, self.public, self.device)
+        screen.result({"event": "pushed", "to": where}, f"pushed: {where}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Move(Command):
     """Say where something now lies that a learner or a run was made with: its backbone, its data."""
 

@@ -1,0 +1,124 @@
+"""An export with a model card, written from the run, in a repository of the hub or in a folder."""
+
+import re
+import shutil
+import tempfile
+from pathlib import Path, PurePath
+from typing import Any
+
+from perdure.api.learner import Learner
+from perdure.export.model import export
+from perdure.formatting import printable
+from perdure.options.spec import Spec, parse
+from perdure.reporting.contents import contents
+from perdure.storage.files import write_text
+
+_REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+def push(folder: str | Path, to: str, kind: str = "merged", public: bool = False, device: str | None = None) -> str:
+    """Export the learner in `folder` with a model card; returns where it now is.
+
+    Nothing of the data goes along but the names of tasks and classes: no images, no paths, no statistics.
+
+    Args:
+        folder: the learner's or a run's.
+        to: "name/model" on the hub, with the token that `hf auth login` keeps; or a new folder, which begins with
+            "./", "/" or "~" or lies in a folder that is there.
+        kind: of the export, see `perdure.export.model.Target`.
+        public: whether all can see a repository that is made now.
+        device: where to compute.
+
+    Raises:
+        ValueError: when it cannot be exported, `to` is neither, or the hub refuses.
+    """
+    folder = Path(folder)
+    place = _folder(to)
+    if place is None and not _REPOSITORY.fullmatch(to):
+        raise ValueError(f"{to!r}: expected 'name/model' of the hub, or a folder such as './model'")
+    if place is not None and place.exists() and (not place.is_dir() or any(place.iterdir())):
+        raise ValueError(f"{to} is there already and not an empty folder: give a new one")
+    with tempfile.TemporaryDirectory() as held:
+        made = export(Learner.load(folder, device), Path(held) / "model", kind)
+        readme = made / "README.md"
+        write_text(readme, card(contents(folder)) + "\n## Use\n\n" + readme.read_text(encoding="utf-8"))
+        if place is None:
+            return _upload(made, to, public)
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copytree(made, place, dirs_exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"{to} cannot be written ({error.strerror}): make room there, or give another") from error
+        return str(place)
+
+
+def card(found: dict[str, Any]) -> str:
+    """The model card, in Markdown with the hub's heading, of what `contents` says."""
+    base = _base(found["backbone"])
+    facts = ["library_name: perdure", "tags:", "- continual-learning", *([f"base_model: {base}"] if base else [])]
+    facts += ["license: other"] if found["licence"] else []
+    shown = {name: _plain(_pathless(found[name])) for name in ("backbone", "method", "objective")}
+    lines = ["---", *facts, "---", "", f"# {len(found['tasks'])} tasks, learnt one after another", ""]
+    lines += [f"- Backbone: `{shown['backbone']}`", f"- Method: `{shown['method']}`"]
+    lines += [f"- Objective: `{shown['objective']}`", f"- Made by perdure {found['perdure'] or '?'}"]
+    lines += [f"- Licence: {found['licence']}"] if found["licence"] else []
+    if not found["licence"]:
+        lines += ["- Licence: that of the backbone's weights holds for what was made of them"]
+    score = str(found["score"]).replace("_", " ")
+    lines += ["", "## What was taught", "", f"| | task | classes | images | {score} when learnt | {score} now |"]
+    lines += ["|---|---|---|---|---|---|"]
+    for task in found["tasks"]:
+        names = ", ".join(map(_plain, task["classes"]))
+        cells = [task["number"], _plain(task["name"]), names, task["train"] or "–"]
+        cells += ["–" if task[key] is None else f"{task[key]:.1%}" for key in ("when_learnt", "now")]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    lines += ["", f"The last column is {score} after the last task: what it lost since is what was forgotten."]
+    return "\n".join(lines) + "\n"
+
+
+def _folder(to: str) -> Path | None:
+    place = Path(to).expanduser()
+    within = bool(place.parent.name) and place.parent.is_dir()
+    local = to.startswith((".", "/", "~")) or place.is_absolute() or place.exists() or within
+    return place if local else None
+
+
+def _upload(made: Path, to: str, public: bool) -> str:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        api = HfApi()
+        where = str(api.create_repo(to, private=not public, exist_ok=True))
+        api.upload_folder(repo_id=to, folder_path=str(made), commit_message="Written by perdure push")
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise ValueError(
+            f"{to}: the hub refuses ({reason}); check name, network and 'hf auth login', or give a folder such as "
+            "'./model'"
+        ) from error
+    return where
+
+
+def _base(backbone: str) -> str | None:
+    """The hub's name of the backbone, where it has one."""
+    for each in parse(backbone):
+        for name, value in each.kwargs:
+            if name in ("path", "name") and isinstance(value, str) and _REPOSITORY.fullmatch(value):
+                return value
+    return None
+
+
+def _pathless(text: str) -> str:
+    """A spec whose absolute paths are cut to their last name."""
+
+    def cut(value: Any) -> Any:
+        absolute = isinstance(value, str) and (PurePath(value).is_absolute() or value.startswith("~"))
+        return PurePath(value).name if absolute else value
+
+    return " + ".join(str(Spec(each.name, tuple((k, cut(v)) for k, v in each.kwargs))) for each in parse(text))
+
+
+def _plain(text: str) -> str:
+    """In a table's cell: nothing that Markdown or HTML would act on."""
+    return re.sub(r"[|<>`\[\]]", lambda found: f"&#{ord(found[0])};", printable(text))

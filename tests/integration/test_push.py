@@ -1,0 +1,43 @@
+"""An export with a model card in a folder, offline; nothing of the data but names goes along."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from perdure.api.learner import Learner
+from perdure.api.pushing import push
+from perdure.backbones import BACKBONES
+
+
+def test_a_folder_gets_the_model_and_a_card_of_what_was_taught(saved: dict[str, Path], tmp_path: Path) -> None:
+    spec = f"clip(path={str(saved['clip'])!r})"
+    learner = Learner.create(spec, "lora(rank=2)", precision="fp32", device="cpu", epochs=1)
+    learner.learn(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), ["a|b", "<img src=x>"] * 2)
+    learner.save(tmp_path / "my")
+    where = Path(push(tmp_path / "my", str(tmp_path / "model")))
+    card = (where / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: perdure\n")
+    assert "- Method: `lora(rank=2)`" in card
+    assert "- Backbone: `clip(path='clip')`" in card
+    assert str(tmp_path) not in card
+    assert "<img" not in card
+    assert "a&#124;b" in card
+    assert BACKBONES["clip"](str(where)).dim == 16
+    with pytest.raises(ValueError, match="is there already and not an empty folder"):
+        push(tmp_path / "my", str(where))
+
+
+@pytest.mark.parametrize(("to", "said"), [("a/b/c/d", "expected 'name/model'"), ("x y", "expected 'name/model'")])
+def test_what_is_neither_a_repository_nor_a_folder_is_refused(to: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=said):
+        push(tmp_path, to)
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from perdure.api.pushing import _upload
+
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(ValueError, match="the hub refuses") as found:
+        _upload(tmp_path, "name/model", public=False)
+    assert "\n" not in str(found.value)
