@@ -45,6 +45,7 @@ class ExpertDistillation(Distillation, name="expert_distillation"):
     """
 
     needs = ("classes",)
+    derived = ("_material",)
 
     derived = ("_material",)
 
