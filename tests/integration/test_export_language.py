@@ -107,15 +107,14 @@ def test_the_folder_of_a_lora_is_one_of_peft(path: str, tmp_path: Path) -> None:
     torch.testing.assert_close(logits(PeftModel.from_pretrained(plain, lora).eval(), path), ours, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("method", ["lora_experts", "disco"])
 @pytest.mark.parametrize("path", ["llava"], indirect=True)
 def test_experts_are_adapters_that_peft_loads_by_name_and_each_answers_as_where_the_task_is_told(
-    path: str, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for i in range(4):
         picture(i).save(tmp_path / f"{i}.png")
     learner = Learner.create(
-        f"mllm(path={path!r})", f"{method}(rank=3, alpha=6, at='qv,mlp')", "generate()", epochs=8, lr=2e-2,
+        f"mllm(path={path!r})", "lora_experts(rank=3, alpha=6, at='qv,mlp')", "generate()", epochs=8, lr=2e-2,
         batch_size=4, precision="fp32", device="cpu",
     )  # fmt: skip
     for name, answer in (("lora", "a red dog"), ("up down?", "two cats")):
@@ -164,7 +163,9 @@ def test_weights_in_bfloat16_are_merged_in_float32(path: str, tmp_path: Path) ->
             "transformers",
             "an expert of its own.*export to 'peft', which writes a LoRA for each",
         ),
-        ("hide_lora(rank=2)", "peft", "hide_lora changes features as no weights can express"),
+        ("hide_lora(rank=2)", "peft", "adds up what it learnt of all tasks in part: keep this learner with save"),
+        ("smolora(rank=2)", "peft", "changes features as no weights can express"),
+        ("disco(rank=2)", "peft", "no folder has it for a LoRA; keep this learner with save"),
         ("lora_experts(rank=2)", "peft", "no folder has it for a LoRA; keep this learner with save"),
         ("lora(tower='language')", "peft", "no folder has it for a LoRA; export to 'merged'"),
         ("finetune(tower='projector')", "peft", "which a LoRA cannot hold"),

@@ -4,7 +4,7 @@ import ast
 import io
 import json
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -250,3 +250,16 @@ def test_one_function_opens_images() -> None:
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("Image.open", "PIL.Image.open")
     ]
     assert calls == ["preprocess.py"]
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "lanczos", "nearest"])
+def test_columns_that_are_cropped_away_are_left_out_with_the_same_pixels(interpolation: Any) -> None:
+    noise = np.random.default_rng(0)
+    for width, height in ((71, 40), (40, 71), (300, 41), (64, 64), (13, 9)):
+        image = Image.fromarray(noise.integers(0, 255, (height, width, 3), dtype=np.uint8))
+        for size, resize in ((28, 32), (28, 29), (28, 28), (32, 20)):
+            wanted = Preprocess(size, resize, interpolation=interpolation)
+            whole = image.resize(wanted._target(image), Image.Resampling[interpolation.upper()])
+            left, top = (wanted._margin(side) for side in whole.size)
+            expected = np.array(whole.crop((left, top, left + size, top + size)))
+            assert torch.equal(wanted(image), torch.from_numpy(expected).permute(2, 0, 1))

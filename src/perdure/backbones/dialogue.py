@@ -40,14 +40,21 @@ class Tokens:
             others of that shape beside it, and whatever the family makes of images.
         prompt: how many of the L tokens are the prompt; the answer's come after them.
         cut: whether the answer was longer than there was room for.
+        seen: what is made of its images, in place of them, see `perdure.backbones.sight`; None where they are here.
     """
 
     inputs: Mapping[str, Tensor]
     prompt: int
     cut: bool = False
+    seen: Tensor | None = None
 
     def __len__(self) -> int:
         return self.inputs[_PROMPTED].shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that it holds."""
+        return sum(value.nbytes for value in (*self.inputs.values(), self.seen) if value is not None)
 
     @property
     def answer(self) -> Tensor:
@@ -60,13 +67,13 @@ class Tokens:
         fill = {_PROMPTED: more, "attention_mask": torch.ones_like(more)}
         inputs = {
             name: torch.cat([value[:, : self.prompt], fill.get(name, torch.zeros_like(more)).to(value.dtype)], 1)
-            if self._spans(value)
+            if self.spans(value)
             else value
             for name, value in self.inputs.items()
         }
-        return Tokens(inputs, self.prompt, cut)
+        return Tokens(inputs, self.prompt, cut, self.seen)
 
-    def _spans(self, value: Tensor) -> bool:
+    def spans(self, value: Tensor) -> bool:
         """Whether `value` says something of every token."""
         return value.shape == self.inputs[_PROMPTED].shape and not value.is_floating_point()
 
@@ -84,7 +91,7 @@ def collate(examples: Sequence[Tokens], side: Literal["left", "right"], pad: int
     columns: dict[str, list[Tensor]] = {}
     for each in examples:
         for name, value in each.inputs.items():
-            if each._spans(value):
+            if each.spans(value):
                 room = longest - value.shape[1]
                 fill = pad if name == _PROMPTED else 0
                 value = F.pad(value, (room, 0) if side == "left" else (0, room), value=fill)

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from perdure.adapters.injection import prompted
-from perdure.backbones import pretrained
+from perdure.backbones import pretrained, sight
 from perdure.backbones.base import Backbone, reached
 from perdure.backbones.dialogue import Dialogue, Tokens, by_length, collate
 from perdure.backbones.model_parts import image_tokens, preprocess_of, projectors, unread
@@ -22,6 +22,7 @@ from perdure.types import Batch, Site, take
 
 T = TypeVar("T")
 Within = Callable[[Batch], AbstractContextManager[None]]
+_SEEN = "seen"
 _SIZE = 64
 """Conversations that are answered together, unless they do not fit."""
 
@@ -56,6 +57,8 @@ class Language(Backbone):
         self._unread = unread(model.config)
         self._pictures = image_tokens(model.config)
         self.image_mask: Tensor | None = None
+        self._sees_once = self._tried = False
+        self._form: sight.Form | None = None  # of what the model sees; None: not known yet
         self.preprocess = preprocess_of(model.config)
         stops = _ids(model.generation_config.eos_token_id) + _ids(processor.tokenizer.eos_token_id)
         most = getattr(text, "max_position_embeddings", None)
@@ -224,6 +227,29 @@ class Language(Backbone):
         sums = [(read * tokens.unsqueeze(-1)).sum(1) for tokens in (shown, said)]
         return nn.functional.normalize(sums[0], dim=1), nn.functional.normalize(sums[1], dim=1)
 
+    def see(self, example: Tokens) -> Tokens:
+        """`example` with what vision tower and projector make of its images, by themselves, in place of these."""
+        if not sight.has_images(example):
+            return example
+        asked = [example.with_answer(())]
+        found = sight.seen_of(self.model.base_model, lambda: self._hidden(self._inputs(asked, "right")))
+        assert found is not None
+        seen, self._form = found
+        return sight.instead(example, seen)
+
+    def sees_once(self) -> bool:
+        """Whether all that the model reads of images is what `see` finds: tried on a short conversation, once."""
+        if not self._tried:
+            self._tried = True
+            batch = self.sample()
+            try:
+                with torch.no_grad():
+                    alone = [self.see(each) for each in self.tokens(batch)]
+                    self._sees_once = torch.equal(self(batch), self({"tokens": alone}))
+            except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):  # a family of its own kind
+                self._sees_once = False
+        return self._sees_once
+
     def token_groups(self, layer: str) -> list[Tensor] | None:
         """See `Backbone.token_groups`: of images, and of words."""
         if self.text_mask is None or not layer.startswith(f"{self.towers()['language']}."):
@@ -290,6 +316,8 @@ class Language(Backbone):
         return device
 
     def _inputs(self, examples: Sequence[Tokens], side: Literal["left", "right"]) -> dict[str, Tensor]:
+        if any(each.seen is not None for each in examples):  # beside old ones, of which it is not known
+            examples = [self.see(each) if sight.has_images(each) else each for each in examples]
         found = collate(examples, side, self.dialogue.pad)
         if hasattr(self.model.base_model, "get_rope_index") and "mm_token_type_ids" not in found:
             raise ValueError(
@@ -297,10 +325,13 @@ class Language(Backbone):
                 "positions are counted: get the processor's files again"
             )
         dtype = self.model.get_input_embeddings().weight.dtype
-        return {
+        inputs = {
             name: value.to(self._device, dtype if value.is_floating_point() else None, non_blocking=True)
             for name, value in found.items()
         }
+        if (seen := sight.joined(examples, self._device)) is not None:
+            inputs |= {_SEEN: seen, sight.PIXELS[0]: seen.new_zeros(1)}  # which is there to be asked for, and not read
+        return inputs
 
     def _hidden(self, inputs: dict[str, Tensor]) -> Tensor:
         """Last hidden states (B, L, dim)."""
@@ -314,8 +345,10 @@ class Language(Backbone):
         """Within, `text_mask` says which tokens are more than padding, and `image_mask` which are an image's."""
         self.text_mask = inputs["attention_mask"].bool()
         self.image_mask = torch.isin(inputs["input_ids"], inputs["input_ids"].new_tensor(self._pictures))
+        seen, form = inputs.pop(_SEEN, None), self._form
         try:
-            yield
+            with nullcontext() if form is None or seen is None else sight.given(self.model.base_model, seen, form):
+                yield
         finally:
             self.text_mask = self.image_mask = None
 

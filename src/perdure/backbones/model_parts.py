@@ -16,6 +16,12 @@ def projectors(model: Any) -> tuple[str, ...]:
     return tuple(names[id(each)] for each in (*beside, *(each for _, each in reversed(within))))
 
 
+def beside_language(model: Any) -> list[Any]:
+    """All parts of a model of transformers but its language tower and its head: what looks at images."""
+    body = model.base_model
+    return [each for each in body.children() if body.get_decoder() not in each.modules()]
+
+
 def unread(config: Any) -> int:
     """How many blocks at the vision tower's end nobody reads: LLaVA takes what enters its last one."""
     layer = getattr(config, "vision_feature_layer", -1)

@@ -88,10 +88,15 @@ class Preprocess:
         image = rgb(_upright(image))
         if not self.squash:
             image = _centre(image)
-        image = image.resize(self._target(image), Image.Resampling[self.interpolation.upper()])
+        (width, height), how = self._target(image), Image.Resampling[self.interpolation.upper()]
+        left, top = self._margin(width), self._margin(height)
+        # Pillow fills with black what lies outside, as when `size` is more than `resize`.
+        if left > 0 and how is not Image.Resampling.NEAREST:
+            # Pillow resizes rows, then columns: of these only those that are kept, with the same result to the bit
+            image = image.resize((width, image.height), how).crop((left, 0, left + self.size, image.height))
+            left, width = 0, self.size
+        image = image.resize((width, height), how)
         if image.size != (self.size, self.size):
-            left, top = (self._margin(side) for side in image.size)
-            # Pillow fills with black what lies outside, as when `size` is more than `resize`.
             image = image.crop((left, top, left + self.size, top + self.size))
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 

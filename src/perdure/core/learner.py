@@ -14,9 +14,13 @@ from torch import Tensor, nn
 
 from perdure.adapters.injection import adapted, fold
 from perdure.backbones.base import Backbone
+from perdure.backbones.language import Language
+from perdure.backbones.model_parts import beside_language
 from perdure.core.caching import FEATURES, LOWER_BLOCKS, Cache
+from perdure.core.feature_store import FeatureStore
 from perdure.core.method import Method, parts_of, predicts, treated
 from perdure.core.objective import Objective, asking
+from perdure.core.sharing import SharedOut
 from perdure.core.temperature import Temperature
 from perdure.process import Turn, plain, seeded
 from perdure.streams.augment import AUGMENTS, Augment
@@ -25,7 +29,7 @@ from perdure.types import Batch, Data, Scenario, Stream, Task, to
 T = TypeVar("T")
 
 
-class Core(nn.Module):
+class Core(SharedOut):
     """A backbone, what is asked of it, and how it learns; knows the tasks that it has grown for.
 
     Args:
@@ -67,6 +71,7 @@ class Core(nn.Module):
         self.temperature = Temperature()
         self.kept: dict[int, tuple[Data, Data]] = {}  # by identity: test sets with what never changes of them
         self.still: dict[int, tuple[Data, Data]] = {}  # and with features, while no task moves these
+        self.store: FeatureStore | None = None  # of features on disk
         self.turn = Turn()
         self._answering = False
 
@@ -110,6 +115,11 @@ class Core(nn.Module):
         if FEATURES in batch:
             known: Tensor = batch[FEATURES]
             return known
+        owners = None if self.objective.one_row else self.objective.owners
+        features = self.shared_out(batch, self.in_parts(self._encode), owners)
+        return self._checked(features, "features of images")
+
+    def _encode(self, batch: Batch) -> Tensor:
         entered = batch.get(LOWER_BLOCKS)
         with (
             self.computing(),
@@ -117,7 +127,7 @@ class Core(nn.Module):
             self.applied(batch),
         ):
             features: Tensor = self.backbone(batch)
-        return self._checked(features.float(), "features of images")
+        return features.float()
 
     def embed_texts(self, texts: Sequence[str], labels: Tensor | None = None, task: Task | None = None) -> Tensor:
         """Embeddings (n, dim) in float32 of `texts`, in the space of the features, not normalised.
@@ -129,14 +139,16 @@ class Core(nn.Module):
         """
         if not texts:
             return torch.zeros(0, self.backbone.dim, dtype=torch.float32, device=self.device)
-        with self.computing():
-            tokens = self.backbone.tokenised(texts)
-            known = tokens | {"label": labels} if self.training and labels is not None else tokens
-            if task is not None:
-                known = known | {"task": torch.full((len(texts),), task.index, device=self.device)}
-            with self.applied(known, "text"):
-                embeddings = self.backbone.encode_tokens(tokens).float()
-            return self._checked(embeddings, "embeddings of texts")
+        tokens = self.backbone.tokenised(texts)
+        known = tokens | {"label": labels} if self.training and labels is not None else tokens
+        if task is not None:
+            known = known | {"task": torch.full((len(texts),), task.index, device=self.device)}
+
+        def embed(known: Batch) -> Tensor:
+            with self.computing(), self.applied(known, "text"):
+                return self.backbone.encode_tokens({name: known[name] for name in tokens}).float()
+
+        return self._checked(self.shared_out(known, self.in_parts(embed)), "embeddings of texts")
 
     @contextmanager
     def applied(self, batch: Batch, *towers: str) -> Iterator[None]:
@@ -238,6 +250,14 @@ class Core(nn.Module):
         """Whether embeddings of texts can never change: nothing in the text tower is trained or adapted."""
         trained = any(p.requires_grad for p in self.backbone.tower_parameters("text").values())
         return not trained and self._constant("text")
+
+    @property
+    def constant_sight(self) -> bool:
+        """Whether what a language model is given of images can never change: all but its language tower is constant."""
+        if not isinstance(self.backbone, Language) or treated(self.method) & {"vision", "projector"}:
+            return False
+        parts = beside_language(self.backbone.model)
+        return not any(adapted(part) or any(p.requires_grad for p in part.parameters()) for part in parts)
 
     def _constant(self, tower: str) -> bool:
         module = self.backbone.get_submodule(self.backbone.towers()[tower])

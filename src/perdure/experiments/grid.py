@@ -23,7 +23,7 @@ from perdure.reporting.runs import RunResults, ignore, steps_of
 from perdure.reporting.tables import check_complete, markdown, tabulate
 from perdure.reporting.tracking import tracked
 from perdure.streams import build_stream
-from perdure.training.config import RunConfig, make_backbone, make_method, with_former
+from perdure.training.config import BESIDE_RESULTS, RunConfig, make_backbone, make_method, with_former
 from perdure.training.loop import Progress, Quiet
 from perdure.training.record import recorded_config
 from perdure.training.run import Interrupted, dry_run, resume, run
@@ -243,7 +243,7 @@ def _made(config: RunConfig, cell: Cell, note: Callable[[str], None]) -> Runtime
     made = RunResults.read(cell.folder, note if cell.finished else ignore)
     written, runtime = recorded_config(cell.folder, made.facts).describe(), Runtime(**made.facts["resolved"])
     for name, value in cell.configured(config).describe().items():
-        if name != "save_every" and written[name] != value:
+        if name not in BESIDE_RESULTS and written[name] != value:
             raise ValueError(
                 f"{cell.folder} was made with {name}={written[name]!r}, not {value!r}: give the same options "
                 "to go on, or another --out to start anew"

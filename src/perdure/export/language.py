@@ -11,13 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from perdure.adapters.injection import updates
 from perdure.adapters.task_branches import TaskBranches
 from perdure.backbones import pretrained
 from perdure.backbones.language import Language
 from perdure.core.learner import Core
-from perdure.core.method import parts_of
 from perdure.export.files import TERMS, TOKENIZER, copy, options_of
-from perdure.mechanisms.task_experts import TaskExperts
 from perdure.options.spec import Spec, parse_one
 from perdure.storage.files import write_json, write_text
 from perdure.version import __version__
@@ -42,12 +41,11 @@ def write_reading(backbone: Language, folder: Path) -> None:
 
 
 def experts(learner: Core) -> dict[int, str]:
-    """Task -> name of the adapter that its expert becomes; empty where none answers by itself.
+    """Task -> name of the adapter that its expert becomes; empty where no experts stay apart.
 
     The number in front keeps names apart from each other, and from the beginnings of PEFT's own, such as "lora".
     """
-    apart = [part for part in parts_of(learner.method) if isinstance(part, TaskExperts) and part.alone]
-    found = {task for part in apart for each in part.experts if isinstance(each, TaskBranches) for task in each.tasks}
+    found = {task for _, each, _ in updates(learner.backbone) if isinstance(each, TaskBranches) for task in each.tasks}
     names = {task.index: re.sub(r"[^\w-]+", "_", task.name).strip("_")[:40] for task in learner.tasks}
     return {task: f"{task}_{names[task]}".removesuffix("_") for task in sorted(found)}
 

@@ -49,10 +49,10 @@ class TaskExperts(Method):
     """
 
     changes_encoder, sole_adapter, follows_task = True, True, True
+    apart = True
+    """Whether an example whose task is told is answered by that task's expert alone."""
     fallback = False
     """Whether an example that no task knows takes no expert."""
-    alone = True
-    """Whether a task that is told is answered by its own expert alone, which then can be had without the others."""
 
     def __init__(
         self,

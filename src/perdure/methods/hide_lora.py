@@ -34,7 +34,7 @@ class HiDeLoRA(MixedExperts, name="hide_lora"):
         temperature: of the mixture; near 0 takes one branch.
     """
 
-    alone = False  # blocks but the last add all branches, whatever the task
+    apart = False
 
     def __init__(
         self,

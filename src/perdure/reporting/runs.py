@@ -18,7 +18,7 @@ from perdure.options.spec import parse
 from perdure.reporting.figures import Series
 from perdure.storage import schema
 from perdure.storage.schema import Damaged, Line, RunRecord, Steps, Summary, TaskFacts
-from perdure.training.config import RunConfig
+from perdure.training.config import BESIDE_RESULTS, RunConfig
 from perdure.training.summary import (
     SUMMARY,
     contradicts,
@@ -274,7 +274,7 @@ def _settings(run: RunResults) -> dict[str, Any]:
     What an older version did not know of has its default.
     """
     known = {f.name: f.default for f in fields(RunConfig) if f.default is not MISSING} | run.config
-    return {k: _unseeded(v) for k, v in known.items() if k not in ("seed", "out", "save_every")}
+    return {k: _unseeded(v) for k, v in known.items() if k not in ("seed", "out", *BESIDE_RESULTS)}
 
 
 def _unseeded(value: Any) -> Any:

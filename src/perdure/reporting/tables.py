@@ -21,7 +21,7 @@ from perdure.formatting import RARE, printable, times
 from perdure.options.spec import parse
 from perdure.reporting.charts import show
 from perdure.reporting.runs import Group, RunResults, steps_of
-from perdure.training.config import RunConfig, flags
+from perdure.training.config import BESIDE_RESULTS, RunConfig, flags
 from perdure.training.summary import unlike_scores
 
 Spread = tuple[float, float | None] | None
@@ -43,7 +43,7 @@ KEYS = (
 )
 """What the table shows of each summary."""
 _SURE = ("matrix", "seconds_per_task", "trainable_parameters", "stored_bytes")  # what every summary has
-_OWN = ("method", "seed", "save_every", "device")
+_OWN = ("method", "seed", "device", *BESIDE_RESULTS)
 
 
 def settings_of(folders: Sequence[Path], seeds: Sequence[int] | None = None, *, shorten: bool = False) -> list[Any]:

@@ -264,6 +264,11 @@ class ConversationSet:
             tuple(self.pictures.keys[number] for number in record.images),
         )
 
+    @property
+    def frames(self) -> Tensor:
+        """How many images each conversation shows, int64 (n,), and 1 for one without: what a memory counts of it."""
+        return torch.tensor([max(1, len(set(each.images))) for each in self.records], dtype=torch.int64)
+
     def longest(self, count: int) -> list[int]:
         """Positions of the `count` conversations with the longest texts, of each number of images that there is."""
         sizes: dict[int, list[tuple[int, int]]] = {}

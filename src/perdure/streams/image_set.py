@@ -9,13 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self, SupportsIndex
 
-import psutil
 import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from perdure.backbones.preprocess import Preprocess, UnreadableImage, begins_like_an_image
-from perdure.streams.sources import InMemory, Picture, Source, head
+from perdure.streams.sources import InMemory, Picture, Source, head, spare_memory
 from perdure.types import Batch
 
 _CHUNK = 256
@@ -34,10 +33,7 @@ class Budget:
     """
 
     def __init__(self, size: int | None = None) -> None:
-        if size is None:
-            memory = psutil.virtual_memory()
-            size = min(memory.total // 4, memory.available // 2)
-        self.left = size
+        self.left = spare_memory() if size is None else size
         self._lock = threading.Lock()
 
     def take(self, size: int) -> bool:
@@ -79,6 +75,7 @@ class ImageSet:
         self._pixels: Tensor | None = None
         self._done = torch.zeros(0, dtype=torch.bool)
         self._asked = False
+        self._slow: bool | None = None  # whether an image is worth a thread; None: not known yet
 
     @classmethod
     def of(
@@ -234,7 +231,7 @@ class ImageSet:
         def fill(i: int) -> None:
             decoded[i] = self.preprocess(self.source.read(rows[i]))
 
-        _threaded(fill, len(rows))
+        self._slow = _threaded(fill, len(rows), self._slow)
         return decoded
 
 
@@ -294,23 +291,25 @@ def content_hashes(places: Sequence[tuple[Source, int]]) -> Tensor:
     return found
 
 
-def _threaded(work: Callable[[int], None], count: int) -> None:
+def _threaded(work: Callable[[int], None], count: int, slow: bool | None = None) -> bool | None:
+    """Do `work` for each number below `count`; whether one is `slow` enough for threads, where that is known."""
     # Pillow lets other threads run while it decodes, but of small images most of the time is Python's: there threads
     # were measured to lose a third. They live for one call only, for they would not survive a fork.
-    threads = min(8, torch.get_num_threads())
+    threads = 1 if get_worker_info() is not None else min(8, torch.get_num_threads())
     began, done = time.perf_counter(), 0
-    while done < count and (done < _PROBE or threads < 2 or get_worker_info() is not None):
+    while done < count and (threads < 2 or not slow) and (done < _PROBE or threads < 2 or slow is False):
         work(done)
         done += 1
-    if done == count:
-        return
-    if time.perf_counter() - began < _PROBE * _WORTH_A_THREAD:
+    if slow is None and done == _PROBE and threads > 1:
+        slow = time.perf_counter() - began >= _PROBE * _WORTH_A_THREAD
+    if not slow:
         for item in range(done, count):
             work(item)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in pool.map(work, range(done, count)):
-            pass
+    elif done < count:
+        with ThreadPoolExecutor(threads) as pool:
+            for _ in pool.map(work, range(done, count)):
+                pass
+    return slow
 
 
 def _integers(labels: Sequence[int] | Tensor) -> Tensor:

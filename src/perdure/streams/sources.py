@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pyarrow as pa
+import pyarrow.dataset
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
@@ -25,7 +26,7 @@ from torch import Tensor
 from perdure.backbones.preprocess import UnreadableImage, decode, first_bytes
 from perdure.formatting import shortened
 
-_CHUNK = 256
+_CHUNK, _PIECE = 256, 64
 _SHOWN = 80  # characters of a text that was taken for a path
 _ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://|data:")
 # By how PNG, JPEG, GIF and WebP begin, or by a length that no path has.
@@ -100,8 +101,9 @@ class Parquet(Source):
     Args:
         files: in the order in which their rows are numbered.
         column: structs {bytes, path}, bytes, or paths relative to the file's folder.
-        memory: bytes of files up to which the encoded images are held in memory; None: a quarter of the machine's. Of
-            larger ones `datasets` writes a memory-mapped copy to its own cache, once.
+        memory: bytes of files up to which the encoded images are held in memory; None: a quarter of the machine's, or
+            half of what is free when that is less. Of larger ones `datasets` writes a memory-mapped copy to its own
+            cache, once, a group of rows at a time.
     """
 
     def __init__(self, files: Sequence[str | Path], column: str, memory: int | None = None) -> None:
@@ -165,7 +167,7 @@ class Parquet(Source):
         return self.files[i], row - (self.ends[i - 1] if i else 0)
 
     def _open(self) -> pa.ChunkedArray:
-        budget = psutil.virtual_memory().total // 4 if self.memory is None else self.memory
+        budget = spare_memory() if self.memory is None else self.memory
         if sum(f.stat().st_size for f in self.files) > budget:
             return _memory_mapped(self.files, self.column)
         tables = [pq.read_table(f, columns=[self.column], memory_map=True) for f in self.files]
@@ -225,6 +227,12 @@ class InMemory(Source):
         if isinstance(image, str | Path):
             return Path(image)
         return np.asarray(image.cpu() if isinstance(image, Tensor) else image).tobytes()
+
+
+def spare_memory() -> int:
+    """Bytes that one kind of data may take: a quarter of the machine's memory, or half of what is free if less."""
+    memory = psutil.virtual_memory()
+    return int(min(memory.total // 4, memory.available // 2))
 
 
 def identities(parts: Sequence[Source]) -> list[Sequence[str | None]]:
@@ -365,8 +373,11 @@ def _inode(file: Path) -> str:
 
 
 def _memory_mapped(files: Sequence[Path], column: str) -> pa.ChunkedArray:
+    # Arrow would read a whole file ahead: memory would grow with it.
+    plainly = pa.dataset.ParquetFragmentScanOptions(pre_buffer=False, use_buffered_stream=True)
+    options = {"columns": [column], "batch_size": _PIECE, "fragment_scan_options": plainly, "split": "train"}
     with quietly() as datasets:
-        data = datasets.load_dataset("parquet", data_files=[str(f) for f in files], columns=[column], split="train")
+        data = datasets.load_dataset("parquet", data_files=[str(f) for f in files], **options)
     return data.data.column(column)
 
 
