@@ -22,7 +22,7 @@ from perdure.types import Row, Task
 TRAINING = ["--epochs", "--batch-size", "--lr", "--optimizer", "--weight-decay", "--schedule"]
 TRAINING += ["--milestones", "--decay"]
 RUNNING = ["--stream", "--backbone", "--method", "--objective", "--augment", "--seed", "--precision", "--attention"]
-RUNNING += ["--device", "--save-every", "--retain", "--calibrate", "--evaluate", "--cache", "--cache-bytes"]
+RUNNING += ["--device", "--save-every", "--retain", "--calibrate", "--evaluate", "--online", "--cache", "--cache-bytes"]
 FLAGS = {
     "demo": ["--json", "--out"],
     "run": ["--json", *TRAINING, *RUNNING, "--recipe", "--out", "--track"],
