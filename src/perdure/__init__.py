@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from perdure.adapters.state import BufferDict
     from perdure.api.learner import Learner
     from perdure.backbones.base import Backbone
+    from perdure.cli.console import Screen
     from perdure.core.learner import Core
     from perdure.core.method import METHODS, Method
     from perdure.core.objective import Objective
@@ -37,6 +38,7 @@ __all__ = [
     "ReplayBuffer",
     "Row",
     "RunConfig",
+    "Screen",
     "Site",
     "Stream",
     "Subspace",
@@ -63,6 +65,7 @@ _PLACES = {
     "Objective": "perdure.core.objective",
     "Row": "perdure.types",
     "RunConfig": "perdure.training.config",
+    "Screen": "perdure.cli.console",
     "Site": "perdure.types",
     "Stream": "perdure.types",
     "Subspace": "perdure.mechanisms.subspace",

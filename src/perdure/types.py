@@ -35,10 +35,18 @@ def join(batches: Sequence[Batch]) -> Batch:
     }
 
 
-def take(batch: Batch, rows: Tensor) -> Batch:
-    """The examples at `rows`, int64 (n,), in that order."""
+def count(batch: Batch) -> int:
+    """How many examples a batch has."""
+    return len(batch["label"] if "label" in batch else next(iter(batch.values())))
+
+
+def take(batch: Batch, rows: Tensor | range) -> Batch:
+    """The examples at `rows`, int64 (n,) or a range, in that order; of these what else a step has added is left out."""
     import torch
 
+    if isinstance(rows, range):
+        here = slice(rows.start, rows.stop)
+        return {name: value[here] for name, value in batch.items() if len(value) == count(batch)}
     return {
         name: value[rows.to(value.device)] if isinstance(value, torch.Tensor) else [value[i] for i in rows.tolist()]
         for name, value in batch.items()

@@ -44,6 +44,7 @@ METHODS = [
     f"gpm({WORDS}, keep=0.5)",
     f"moe_adapters(rank=2, {WORDS})",
     "lora_experts(rank=2)",
+    "head_gates",
     "hide_lora(rank=2)",
     "disco(rank=2)",
     "pnn(rank=2)",
@@ -77,6 +78,10 @@ METHODS = [
             "agem(size=6)",
             "weight_average",
             "joint",
+            "reptile",
+            "maml",
+            "fomaml",
+            "lamaml(size=6)",
         )
     ),
 ]
@@ -226,7 +231,7 @@ def test_every_family_learns_with_these_methods(family: str, method: str, bench:
     honours_the_contract(bench(family), method)
 
 
-JUMPS = ("prompt", "modal_prompt", "prefix", "fm_lora", "finetune", "gpm")
+JUMPS = ("prompt", "modal_prompt", "prefix", "fm_lora", "finetune", "gpm", "head_gates")  # which draws gates
 """What begins with more than adapters at zero (fm_lora by its prompts), or has none."""
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from perdure.adapters.injection import detach, prompted
 from perdure.core.learner import Core
-from perdure.core.method import METHODS, treated
+from perdure.core.method import METHODS, Method, treated
 from perdure.objectives.retrieve import embedded
 from perdure.training.config import make_method, register
 from perdure.training.loop import Quiet, fit_task
@@ -61,15 +61,19 @@ COMBINATIONS = (
     "lora(rank=2) + reptile | "
     "lora(rank=2) + replay(size=12) + reptile(inner_steps=2) | finetune + fomaml | lora(rank=2) + ewc + maml | "
     "inflora(rank=2) + maml(inner_steps=2) | lora(rank=2) + lamaml(size=12) | lora(rank=2) + oml | "
-    "finetune + lamaml(size=12, second_order=False) | lora(rank=2) + replay(size=12) + oml | l2p + fomaml"
+    "finetune + lamaml(size=12, second_order=False) | lora(rank=2) + replay(size=12) + oml | l2p + fomaml | "
+    "lora(rank=2) + expert_distillation(epochs=1) | "
+    "lora(rank=2) + replay(size=12) + expert_distillation(form='logits', epochs=1) | "
+    "lora(rank=2) + expert_distillation(reference='synthetic()', size=20, epochs=1)"
 )
 OTHER_SCENARIOS = (
     "lora | inflora | ncm | probe + replay(size=12) | finetune + ewc | lora(rank=2) + joint | fm_lora(rank=4) | "
-    "sd_lora(rank=2) | probe + align | inflora(rank=2) + ranpac(dim=64) | "
+    "head_gates | sd_lora(rank=2) | probe + align | inflora(rank=2) + ranpac(dim=64) | "
     "lora(rank=2) + lwf | l2p | prompt | dualprompt | coda_prompt | finetune + si | probe + agem | "
     "lora(rank=2) + icarl(size=12) | lora(rank=2) + derpp(size=12) | gpm(keep=0.5) | pnn | "
     "lora(rank=2) + lamaml(size=12) | "
-    "lora(rank=2) + oml | lora(rank=2) + maml"
+    "lora(rank=2) + oml | lora(rank=2) + maml | "
+    "lora(rank=2) + expert_distillation(epochs=1)"
 )
 ELSEWHERE = {
     "task": OTHER_SCENARIOS,
@@ -88,7 +92,8 @@ ELSEWHERE = {
         "l2p(tower='both') | l2p(tower='text') + replay(size=12) | dualprompt(tower='both') | "
         "hide_lora | modal_prompt | pnn(rank=4) | moe_lora(tower='both') | reg_lora(rank=2, tower='both') | "
         "dualprompt(tower='text', general_length=0) + replay(size=12) | coda_prompt(strength=0.1, tower='both') | "
-        "lora(rank=2, tower='both') + maml | lora(rank=2) + lamaml(size=12)"
+        "lora(rank=2, tower='both') + maml | lora(rank=2) + lamaml(size=12) | "
+        "lora(rank=2, tower='both') + expert_distillation(epochs=1)"
     ),
     "retrieve": (
         "probe | finetune(tower='both') | finetune(tower='text') + si | finetune(tower='both') + ewc(samples=8) | "
@@ -119,7 +124,17 @@ ELSEWHERE = {
 }
 COSINE = "classify(cosine=True)"
 ELSEWHERE |= {COSINE: "inflora(rank=2) + align", f"{COSINE} task": "lora(rank=2)", f"{COSINE} domain": "lora(rank=2)"}
-SPECS = [*ALONE, *COMBINATIONS.split(" | ")]
+
+
+def unlisted_guards() -> list[str]:
+    """What only guards other parts, beside something to guard; those that the sums above name are tested there."""
+    listed = " | ".join([COMBINATIONS, *ELSEWHERE.values()])
+    named = {part.partition("(")[0].strip() for part in listed.replace("|", "+").split(" + ")}
+    guards = sorted(name for name, method in METHODS.items() if method.protects and name not in named)
+    return [f"lora(rank=2) + {name}" for name in guards if METHODS[name].needs in ((), ("classes",))]
+
+
+SPECS = [*ALONE, *COMBINATIONS.split(" | "), *unlisted_guards()]
 FROZEN = [s for s in SPECS if "finetune" not in s and "gpm" not in s and s != "joint"]
 
 
@@ -157,7 +172,9 @@ IN_FLIGHT = {
         "lora(rank=2) + align + derpp(size=12, selection='grand') | coda_prompt(strength=0.1) + replay(size=12) | "
         "lora(rank=2) + agem + replay(size=12) | inflora(rank=2) + gem(size=12, margin=0.0) | lora(rank=2) + si | "
         "fm_lora(rank=4) + mas(of='updates') | finetune + ewc(form='offline') | "
-        "lora(rank=2) + weight_average(form='wise') + ewc | lora(rank=2) + lamaml(size=12) | lora(rank=2) + oml"
+        "lora(rank=2) + weight_average(form='wise') + ewc | lora(rank=2) + lamaml(size=12) | lora(rank=2) + oml | "
+        "lora(rank=2) + expert_distillation(epochs=1) | "
+        "lora(rank=2) + expert_distillation(reference='synthetic()', size=20, epochs=1)"
     ),
     "zeroshot": (
         "lora(rank=2, tower='both') + ewc(of='updates') | lora(rank=2, tower='both') + lwf(text_temperature=1.0) | "
@@ -253,7 +270,7 @@ def test_every_trainable_parameter_gets_a_gradient(spec: str, where: Any, lab: A
         learner.learnt += 1
 
 
-ONE_A_TASK = ("hide_lora", "disco", "pnn", "modal_prompt")
+ONE_A_TASK = ("hide_lora", "disco", "pnn", "modal_prompt", "head_gates")
 # By definition: the published forms of SD-LoRA set all magnitudes anew, and new components of CODA-Prompt start
 # orthogonal to the old ones, not at zero.
 JUMP = ("normalise='paper'", "coda_prompt", "moe_adapters", "lora_experts", *ONE_A_TASK)
@@ -451,3 +468,20 @@ def structure(learner: Core) -> dict[str, int]:
         "parameters of the method": sum(p.numel() for n, p in learner.method.named_parameters() if counts(n)),
         "trained parameters": sum(p.numel() for n, p in learner.trainable().items() if counts(n)),
     }
+
+
+def test_a_new_guard_is_tested_beside_what_it_guards_and_refused_where_it_would_lose_what_it_holds(lab: Any) -> None:
+    class Forgetful(Method, name="forgetful"):
+        protects = "shared_parameters"
+
+        def end_task(self, learner: Core, task: Task) -> None:
+            self.before = [{"heads": torch.ones(3)}]
+
+    try:
+        assert unlisted_guards() == ["lora(rank=2) + forgetful"]
+        with pytest.raises(
+            ValueError, match=r"forgetful holds the tensor before\[0\]\['heads'\], which state_dict does"
+        ):
+            lab.taught("lora(rank=2) + forgetful")
+    finally:
+        del METHODS["forgetful"]

@@ -122,7 +122,7 @@ def test_answers_are_the_same_in_python_on_the_command_line_in_a_batch_and_in_a_
         (("ask", "L", "--stdin"), "standard input is empty"),
         (("ask", "L", "--stdin", '{"question": "a"}\n{"question": '), "standard input, line 2: it is not JSON"),
         (("ask", "L", "--stdin", '{"image": "gone.png", "question": "a"}'), "line 1: there is no image 'gone.png'"),
-        (("ask", "L", "--stdin", '{"image": "D/red0.png"}'), "standard input, line 1: no question"),
+        (("ask", "L", "--stdin", '{"image": "D/red0.png"}'), "no conversations and no messages; it has: image\n"),
         (("chat", "L", "/image gone.png"), "there is no image 'gone.png': give /image cat.jpg"),
         (("chat", "L", "/imagine"), "there is no /imagine: /image PATH shows"),
         (("predict", "L", "D/red0.png"), "answers in words, which predict does not give: use ask"),

@@ -52,21 +52,8 @@ FLAGS = {
     ],
     "advise": ["--json", "--bytes", "--old-data", "--tasks", "--id-at-test", "--step-cost", "--scenario", "--from"],
     "eval": ["--json", "LEARNER", "--stream", "--retain", "--task"],
-    "combine": [
-        *(
-            "--json",
-            "FOLDERS",
-            "--into",
-            "--route",
-            "--gate",
-            "--pool-bytes",
-            "--per-class",
-            "--merge",
-            "--weights",
-            "--seed",
-        )
-    ],
-    "report": ["--json", "FOLDERS", "--out", "--figures"],
+    "combine": ["--json", "FOLDERS", "--into", "--route", "--gate", "--pool-bytes", "--per-class", "--merge"],
+    "report": ["--json", "FOLDERS", "--out", "--figures", "--csv", "--latex"],
     "export": ["--json", "LEARNER", "--out", "--to"],
     "move": ["--json", "FOLDER", "CHANGE"],
     "resize": ["--json", "FOLDER", "--size", "--length", "--positions", "--rope", "--factor"],
@@ -79,8 +66,14 @@ FLAGS["tune"] += ["--out"]
 FLAGS["compare"] += ["--jobs", "--on", "--cpus-per-cell", "--gpus-per-cell"]
 FLAGS["learn"] += ["--captions", "--batch-size", "--seed", "--precision", "--calibrate", "--skip-bad"]
 FLAGS["learn"] += ["--images", "--score"]
+FLAGS["advise"] += ["--family"]
+FLAGS["combine"] += ["--weights", "--seed", "--distil", "--images", "--epochs", "--lr"]
 for _name in ("resume", "learn", "predict", "search", "ask", "chat", "app", "eval", "combine", "export"):
     FLAGS[_name] += ["--device"]
+for _name in ("run", "compare", "learn", "tune", "show"):
+    FLAGS[_name] += ["--config"]
+for _name in FLAGS:
+    FLAGS[_name] += ["--quiet", "--verbose", "--import"]
 """All commands and flags; whoever changes this list changes what scripts out there rely on."""
 
 

@@ -231,3 +231,19 @@ def test_what_cannot_be_merged_says_why(members: list[str]) -> None:
         merge(learners)
     team = combine(members, "team")
     assert not any("merged" in row["who"] for row in measure_routing(team)["rows"])
+
+
+@pytest.mark.parametrize("unlabelled", [False, True])
+def test_specialists_of_different_backbones_are_distilled_into_one_that_learns_on(
+    perdure: Any, members: list[str], photos: Any, unlabelled: bool
+) -> None:
+    more = ("--images", "animals/train", "colours/train") if unlabelled else ()
+    answer = perdure("combine", *members, "--into", "one", "--distil", "lora(rank=2)", *more, "--lr", 0.01, "--json")
+    assert answer.code == 0, answer.err
+    table = table_of(answer)
+    assert table["distilled"]["accuracy"] > max(table["a random member"]["accuracy"], 0.5)
+    one = Learner.load("one")
+    assert set(one.known) == {name for classes in CLASSES.values() for name in classes.split()}
+    photos("shapes", "round square", 8)
+    assert perdure("learn", "shapes", "--into", "one").code == 0
+    assert len(Learner.load("one").known) == 8

@@ -16,6 +16,7 @@ import torch
 
 from perdure.cli import main as cli
 from perdure.core.checkpoint import locked, whole
+from perdure.training.config import flags
 from perdure.training.loop import Quiet
 from perdure.training.run import resume, run
 from perdure.types import Row, Task
@@ -126,8 +127,7 @@ def test_asked_to_stop_it_finishes_the_step_saves_and_says_how_to_go_on(
 ) -> None:
     bench, out, said = lab.but(epochs=15, tasks=2), tmp_path / "out", tmp_path / "said"
     options = bench.config("lora(rank=2)", save_every=1).describe()
-    flags = [f for k, v in options.items() if v not in ([], "", None) for f in (f"--{k.replace('_', '-')}", str(v))]
-    child = fork(command, ["run", *flags, "--out", str(out)], said)
+    child = fork(command, ["run", *flags(options), "--out", str(out)], said)
     begun = [out / "task-000" / f"step-{step:06d}" for step in range(3, 30)]
     while child.is_alive() and not any(path.exists() for path in begun):
         time.sleep(0.001)

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,3 +77,19 @@ def test_answers_that_are_cut_are_counted_and_a_question_that_is_too_long_is_ref
     )
     with pytest.raises(ValueError, match=r"colour\.jsonl, line \d+: a conversation takes \d+ tokens"):
         run(config_of(files[:1], f"tiny_mllm(length={prompt})", epochs=1), tmp_path / "long")
+
+
+def test_a_question_to_learn_that_is_too_long_is_refused_before_the_tasks_in_front_of_it(
+    files: list[str], tmp_path: Path
+) -> None:
+    folder = Path(files[0]).parent
+    rows = [{"image": f"red{i}.png", "question": "Why?", "answer": "so"} for i in range(8)]
+    rows[5]["question"] = "Why " * 100
+    for part, some in (("train", rows[:6]), ("test", rows[6:])):
+        (tmp_path / f"why.{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    stream = f"in_turn(conversations(path={files[0]!r}), conversations(path={str(tmp_path)!r}, images={str(folder)!r}))"
+    wrong = replace(config_of(files, "tiny_mllm(length=120)", epochs=1), stream=stream)
+    told = Noted()
+    with pytest.raises(ValueError, match=r"why\.train\.jsonl, line 6: a conversation takes \d+ tokens"):
+        run(wrong, tmp_path / "out", told)
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("task-*")), "nothing was learnt"

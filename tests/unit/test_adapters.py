@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from perdure.adapters.injection import adapted, attach, detach, fold, folded_into, updates
+from perdure.adapters.injection import adapted, attach, attach_behind, detach, fold, folded_into, updates
 from perdure.adapters.low_rank import LowRank
+from perdure.adapters.progressive_columns import ProgressiveColumns
+from perdure.adapters.state import ParameterStore
 from perdure.backbones.tiny import tiny
 from perdure.types import Site
 
@@ -105,3 +107,30 @@ def test_only_linear_layers_can_be_adapted() -> None:
     model = nn.Sequential(nn.Conv2d(3, 3, 1))
     with pytest.raises(ValueError, match=r"^0 is a Conv2d: only nn.Linear can be adapted; choose other sites$"):
         attach(model, [Site("k", "0", "x", 3, (0, 3))], LowRank([Site("k", "0", "x", 3, (0, 3))], 1))
+
+
+def test_a_loaded_store_has_its_parameters_in_the_order_in_which_an_optimizer_knew_them() -> None:
+    made, loaded = ParameterStore(), ParameterStore()
+    for number in range(12):
+        for part in ("up", "down"):
+            made.put(f"{number}/{part}", torch.full((1,), float(number)))
+    made.take("3/down")
+    made.put("3/down", torch.zeros(1))
+    loaded.load_state_dict(made.state_dict())
+    assert [name for name, _ in loaded.named_parameters()] == [name for name, _ in made.named_parameters()]
+    assert len(made.names) == 24
+
+
+def test_what_stands_behind_a_block_is_found_and_taken_off_again() -> None:
+    model = tiny(dim=16)
+    columns = ProgressiveColumns(16, 2)
+    columns.start(torch.device("cpu"))
+    nn.init.normal_(columns.open["up"])
+    image = model.sample()
+    plain = model(image)
+    attach_behind(model.get_submodule(model.blocks()[0]), columns)
+    assert adapted(model)
+    assert not torch.equal(model(image), plain)
+    detach(model)
+    assert not adapted(model)
+    assert torch.equal(model(image), plain)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from perdure.app.gate import Gate
 from perdure.app.uploads import Limits, Store, looked_at
-from perdure.app.words import CHINESE, ENGLISH, said
+from perdure.app.words import CHINESE, ENGLISH, worded
 
 LIMITS = Limits(upload=10_000, unpacked=50_000, files=20, pictures=3)
 
@@ -109,8 +109,8 @@ def test_both_languages_say_the_same_things_with_the_same_values() -> None:
     assert ENGLISH.keys() == CHINESE.keys()
     for key, text in ENGLISH.items():
         assert text.count("{") == CHINESE[key].count("{"), key
-    assert said("look", "zh-CN,zh;q=0.9") == CHINESE["look"]
-    assert said("look", "en-GB,zh;q=0.9") == said("look", "") == ENGLISH["look"]
+    assert worded("look", "zh-CN,zh;q=0.9") == CHINESE["look"]
+    assert worded("look", "en-GB,zh;q=0.9") == worded("look", "") == ENGLISH["look"]
 
 
 async def _behind(scope: Any, receive: Any, send: Any) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from perdure.mechanisms.replay import read_references
+from perdure.mechanisms.references import read_references
 from perdure.training.loop import fit_task
 
 

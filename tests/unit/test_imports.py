@@ -67,4 +67,5 @@ def test_benchmarks_import_what_there_is(script: Path, monkeypatch: pytest.Monke
     assert specification.loader is not None
     module = importlib.util.module_from_spec(specification)
     monkeypatch.setitem(sys.modules, specification.name, module)
+    monkeypatch.syspath_prepend(script.parent)  # as it is where a script is run
     specification.loader.exec_module(module)

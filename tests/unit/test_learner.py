@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from perdure.adapters.injection import updates
+from perdure.api.learner import Learner
 from perdure.core.learner import derived_seed
 from perdure.types import Task
 
@@ -148,3 +149,39 @@ def test_in_bfloat16_who_asks_before_the_first_task_changes_nothing_of_what_is_l
         learners[1].encode(lab.stream().tasks[0].test.__getitems__(range(8)))
     plain, asked = (lab.teach(learner, lab.stream(), epochs=1).learnt_state() for learner in learners)
     assert [name for name in plain if not torch.equal(plain[name], asked[name])] == []
+
+
+def test_it_shows_itself_in_one_line_and_completes_to_what_is_its_own() -> None:
+    images = torch.randint(0, 255, (8, 3, 16, 16), dtype=torch.uint8)
+    learner = Learner.create("tiny()", "lora(rank=2)", epochs=1).learn(images, ["cat", "dog"] * 4)
+    assert repr(learner) == "Learner(tiny(), lora(rank=2); 1 task, 2 classes)"
+    assert {"learn", "predict", "predict_proba", "evaluate", "save", "tasks"} <= set(dir(learner)) | {"tasks"}
+    assert len([name for name in dir(learner) if not name.startswith("_")]) < 80
+    assert "register_full_backward_pre_hook" not in dir(learner)
+
+
+def test_probabilities_are_the_scores_of_predict_column_by_column() -> None:
+    images = torch.randint(0, 255, (8, 3, 16, 16), dtype=torch.uint8)
+    learner = Learner.create("tiny()", "lora(rank=2)", epochs=1).learn(images, ["dog", "cat"] * 4)
+    learner.learn(images, ["ant", "bee"] * 4)
+    shares = learner.predict_proba(images)
+    assert shares.shape == (8, 4)
+    expected = [dict(answer) for answer in learner.predict(images)]
+    assert [dict(zip(learner.class_names, row, strict=True)) for row in shares.tolist()] == expected
+    assert learner.predict_proba([]).shape == (0, 4)
+    first = learner.predict_proba(images, task=learner.tasks[0].name)
+    assert [dict(zip(learner.tasks[0].names, row, strict=True)) for row in first.tolist()] == [
+        dict(answer) for answer in learner.predict(images, task=learner.tasks[0].name)
+    ]
+
+
+def test_it_is_measured_on_what_is_given_or_on_its_own_tests() -> None:
+    images = torch.cat([torch.zeros(4, 3, 16, 16), torch.full((4, 3, 16, 16), 255)]).to(torch.uint8)
+    labels = ["dark"] * 4 + ["bright"] * 4
+    learner = Learner.create("tiny()", "ncm").learn(images, labels)
+    assert learner.evaluate(images, labels)["accuracy"] == 1.0
+    assert learner.evaluate(images, labels[::-1])["accuracy"] == 0.0
+    with pytest.raises(ValueError, match="no test images at hand"):
+        learner.evaluate()
+    with pytest.raises(ValueError, match="class 'brigth' was not learnt; did you mean 'bright'"):
+        learner.evaluate(images, ["brigth"] * 8)

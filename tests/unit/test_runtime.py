@@ -10,7 +10,8 @@ import torch
 
 from perdure.backbones.tiny import tiny
 from perdure.core.checkpoint import read_record
-from perdure.training.record import recorded_runtime
+from perdure.training.loop import Quiet
+from perdure.training.record import elsewhere, recorded_runtime
 from perdure.training.run import run
 from perdure.training.runtime import Runtime, native_bf16, resolve
 
@@ -61,3 +62,21 @@ def test_applying_a_runtime_sets_attention_and_leaves_the_process_alone() -> Non
 def test_a_device_that_is_not_there_is_refused(device: str) -> None:
     with pytest.raises(ValueError, match=f"^device '{device}' cannot be used here .*; use auto$"):
         resolve(tiny(), "fp32", "sdpa", device)
+
+
+def test_another_number_of_processes_is_told_and_noted_in_the_manifests_that_follow(lab: Any, tmp_path: Path) -> None:
+    lab.run("probe", tmp_path / "run")
+    began = recorded_runtime(tmp_path / "run", read_record(tmp_path / "run"))
+    assert began.processes == 1
+    said: list[str] = []
+
+    class Hears(Quiet):
+        def note(self, text: str) -> None:
+            said.append(text)
+
+    assert elsewhere(tmp_path / "run", began, Hears()) == {}
+    assert elsewhere(tmp_path / "run", replace(began, processes=2), Hears()) == {"processes": 2}
+    assert said == [
+        "with processes=2 instead of 1 numbers are rounded differently: the result is not to the bit what it would "
+        "have been"
+    ]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.optim.lr_scheduler import MultiStepLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR
 
 from perdure.backbones.tiny import tiny
 from perdure.core.learner import Core
@@ -211,6 +211,14 @@ def test_the_rate_of_an_epoch_is_that_of_the_schedule(options: Any, expected: li
     assert len(rates.rates) == 12  # two steps an epoch
     for steps in (rates.rates[::2], rates.rates[1::2]):
         assert [rate for (rate,) in steps] == pytest.approx(expected, abs=5e-5)
+
+
+def test_a_warm_up_rises_for_a_tenth_of_the_steps_and_then_falls_as_a_cosine() -> None:
+    config = TrainConfig(schedule="warmup-cosine", lr=1.0)
+    rates = [config.rate(step, 100) for step in range(100)]
+    assert rates[:10] == pytest.approx([(i + 1) / 11 for i in range(10)])
+    assert rates[10:] == pytest.approx(by_torch(lambda o: CosineAnnealingLR(o, 90), 90), abs=1e-6)
+    assert TrainConfig(schedule="warmup-cosine").rate(0, 1) > 0
 
 
 @pytest.mark.parametrize("options", [{"schedule": "cosine-epoch"}, {"schedule": "step", "milestones": "1"}])

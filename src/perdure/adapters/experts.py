@@ -1,6 +1,6 @@
 """Experts beside an MLP: bottlenecks of which each image or text takes a few, chosen by the router of its task."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -28,6 +28,7 @@ class Routes:
         counted: which tokens of a text are more than padding, bool (B, L); None where all are.
         seen: what routers read of each input in place of the mean of its tokens, (B, fan_in): of a conversation, whose
             answer is said token by token, what came before it.
+        tallied: whether what is chosen counts.
     """
 
     routers: Sequence[int | None]
@@ -35,6 +36,7 @@ class Routes:
     noise: Tensor | None = None
     counted: Tensor | None = None
     seen: Tensor | None = None
+    tallied: bool = True
 
 
 class Experts(Adapter):
@@ -109,11 +111,11 @@ class Experts(Adapter):
         assert router is not None
         self.fixed[f"{_ROUTER}/{task}"] = router
 
-    def tally(self) -> None:
-        """Add this step's choices to those of the task."""
+    def tally(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Add this step's choices, of all processes by `total`, to those of the task."""
         if self.chosen is not None:
-            used = self.fixed.get("used")
-            self.fixed["used"] = self.chosen if used is None else used + self.chosen
+            used, chosen = self.fixed.get("used"), total(self.chosen)
+            self.fixed["used"] = chosen if used is None else used + chosen
             self.chosen = None
 
     def freeze(self, count: int) -> None:
@@ -144,7 +146,7 @@ class Experts(Adapter):
         gates = self._gates(seen.float(), self.routes)
         if self.routes.noise is not None and None in self.routes.routers:
             learning = self.routes.place == self.routes.routers.index(None)
-            chosen = ((gates > 0) & learning.unsqueeze(1)).sum(0)
+            chosen = ((gates > 0) & learning.unsqueeze(1)).sum(0) * self.routes.tallied
             self.chosen = chosen if self.chosen is None else self.chosen + chosen
         gates = gates.to(x.dtype)
         down, down_bias, up, up_bias = (self._all(name).to(x.dtype) for name in _PARTS)

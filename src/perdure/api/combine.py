@@ -66,11 +66,35 @@ def combine(
     Raises:
         ValueError: when a folder is no learner, the images that a route needs are gone, or `into` is not new.
     """
-    into, progress = Path(into), progress or Quiet()
-    learners = open_all(folders, device)
+    into = Path(into)
+    check_new(into)
+    team = gather(folders, into, route, gate, pool_bytes, per_class, seed, device, progress)
+    write_specialists(into, team.record, team.pool, team.router)
+    return Specialists.load(into, device)
+
+
+def check_new(into: Path) -> None:
+    """Raise a ValueError where something lies already."""
     for name in (RECORD, SPECIALISTS):
         if (into / name).exists():
             raise ValueError(f"{into} already holds a learner or specialists: give a new folder")
+
+
+@plain()
+def gather(
+    folders: Sequence[str | Path],
+    into: Path,
+    route: Route = "gaussian",
+    gate: str | None = None,
+    pool_bytes: float | str = "20MB",
+    per_class: int = 50,
+    seed: int = 0,
+    device: str | None = None,
+    progress: Progress | None = None,
+) -> Specialists:
+    """The same in memory, for what is to lie in `into`: nothing is written."""
+    progress = progress or Quiet()
+    learners = open_all(folders, device)
     spec = gate or next((e.config.backbone for e in learners.values() if _looks(e)), "pocket()")
     encoder = make_backbone(spec).requires_grad_(False).eval().to("cpu" if device in (None, "auto") else device)
     limit = count_bytes(pool_bytes, "--pool-bytes ")
@@ -117,8 +141,7 @@ def combine(
         images, _ = pool.sample(4096, torch.Generator().manual_seed(derived_seed(seed, 0, "limit")))
         if len(images):
             router.settle(unit_features(encoder, ImageSet.of(images, [0] * len(images), encoder.preprocess)))
-    write_specialists(into, record, pool, router)
-    return Specialists.load(into, device)
+    return team
 
 
 def open_all(folders: Sequence[str | Path], device: str | None = None) -> dict[str, Learner]:

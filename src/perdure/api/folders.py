@@ -151,7 +151,7 @@ def go_on(folder: Path, progress: Progress | None = None, device: str | None = N
         Interrupted: after SIGINT or SIGTERM.
     """
     written, done = read_record(folder), checkpoint.whole(folder)
-    begun = _begun(folder, done)
+    begun = unfinished(folder, done)
     if begun is not None:
         given = {**begun.get("options", {}), **({"device": device} if device else {})}
         config = RunConfig(stream=OPEN)  # what counts is the folder's own
@@ -343,18 +343,13 @@ def _next(into: Path, done: Sequence[Checkpoint]) -> Path:
     return into / f"task-{done[-1].learnt if done else 0:03d}"
 
 
-def _begun(into: Path, done: Sequence[Checkpoint]) -> LessonSource | None:
+def unfinished(into: Path, done: Sequence[Checkpoint]) -> LessonSource | None:
     """The source of a lesson that has been begun and is not whole."""
     path = _next(into, done) / _SOURCE
     if not path.is_file():
         return None
     remedy = f"restore it, or remove {path.parent} to give this task up"
     return schema.read_typed(path, LessonSource, remedy, "format" in read_record(into))
-
-
-def begun(into: Path) -> bool:
-    """Whether a folder holds a lesson that was begun and is not finished."""
-    return (into / "run.json").exists() and _begun(into, checkpoint.whole(into)) is not None
 
 
 def give_up(into: Path) -> None:
@@ -366,7 +361,7 @@ def give_up(into: Path) -> None:
 
 def _refuse_other_task(into: Path, done: Sequence[Checkpoint], source: LessonSource) -> None:
     """What was stopped within a task goes on with the same images and options only."""
-    begun = _begun(into, done)
+    begun = unfinished(into, done)
     if begun is None or checkpoint.latest_step(into, done) is None:
         return
     before, now = dict(begun), dict(source)

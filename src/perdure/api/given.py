@@ -24,7 +24,7 @@ from perdure.streams import (
 )
 from perdure.streams.conversations import Conversation, messages
 from perdure.streams.sources import listed
-from perdure.types import Batch, Data, Task, Told
+from perdure.types import Batch, Data, Nothing, Task, Told, Union
 
 
 class Sees(Protocol):
@@ -71,6 +71,27 @@ def task_of(learner: Core, images: Any, known: Mapping[str, int], **beside: Any)
     make: Any = given_task if asks == "classes" else given_captions
     made: Task = make(several(images), given, preprocess, known, index)
     return made
+
+
+def measurable(learner: Core, images: Any, labels: Any) -> Task:
+    """What is given to `Learner.evaluate`, as a task whose images are tests.
+
+    Raises:
+        ValueError: when it cannot be used, or a class was not learnt.
+    """
+    if "classes" not in learner.objective.asks:
+        raise ValueError(
+            f"evaluate(images, labels) measures classes, which {learner.objective.name} does not learn: measure a file "
+            "with 'perdure eval'"
+        )
+    known = {
+        name: c for task in learner.tasks[: learner.learnt] for name, c in zip(task.names, task.classes, strict=True)
+    }
+    found = task_of(learner, images, known, labels=labels)
+    if unknown := [name for name in found.names if name not in known]:
+        raise ValueError(f"class {unknown[0]!r} was not learnt{meant(unknown[0], known)}; leave its images out")
+    tests = Union([found.train, found.test]) if len(found.test) else found.train
+    return replace(found, train=Nothing(), test=tests)
 
 
 def _read(learner: Core, path: str | Path, given: Any, asks: str, known: Mapping[str, int]) -> Task:

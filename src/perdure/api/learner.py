@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any, Self, overload
 
 import torch
-from torch.nn import functional as F
 
-from perdure.api.given import Asked, asked, check_first, known_task, shown, task_of, told
+from perdure.api.abilities import Abilities
+from perdure.api.given import Asked, asked, check_first, known_task, measurable, shown, task_of, told
 from perdure.core import checkpoint
 from perdure.core.checkpoint import read_record
-from perdure.core.learner import Core
 from perdure.core.shared_copy import as_now, become, part, twin_of
 from perdure.evaluation.calibration import fit, set_apart
 from perdure.export.model import export
@@ -30,7 +29,7 @@ from perdure.training.record import record_of, recorded_config, recorded_runtime
 from perdure.training.run import build_learner
 from perdure.training.runtime import Runtime
 from perdure.training.summary import COSTS, facts_of, taught_files, write_summary
-from perdure.types import Data, Row, Stream, Task
+from perdure.types import Row, Stream, Task
 
 OPEN = ""
 """The stream of a learner that is taught one folder after another."""
@@ -41,7 +40,7 @@ _LEAST_STEPS = 60
 """Of a task that is taught by hand, when the number of epochs is left open."""
 
 
-class Learner(Core):
+class Learner(Abilities):
     """A pre-trained model that goes on learning.
 
     ```python
@@ -99,12 +98,6 @@ class Learner(Core):
         learner = cls.of(recorded_config(folder, written), recorded_runtime(folder, written, device))
         learner.scenario = written["stream"]["scenario"]
         return learner
-
-    @property
-    def known(self) -> dict[str, int]:
-        """Name -> id of all classes learnt so far; of captions and conversations, of all tasks."""
-        tasks = self.tasks  # once: a lesson in another thread may end here
-        return {name: c for task in tasks for name, c in zip(task.names, task.classes, strict=True)}
 
     @plain()
     def learn(
@@ -178,38 +171,83 @@ class Learner(Core):
             ValueError: when nothing was learnt yet, an image cannot be read, or the backbone has no text tower for
                 `classes`.
         """
+        if top is not None and top < 1:
+            raise ValueError(f"top={top}: expected 1 or more, or None for all")
+        names, shares = self._shares(images, batch_size, classes, calibrated, task)
+        best = shares.topk(min(top or shares.shape[1], shares.shape[1]), dim=1)
+        return [
+            [(names[i], float(share)) for i, share in zip(where, line, strict=True)]
+            for where, line in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        ]
+
+    @plain()
+    def predict_proba(
+        self,
+        images: Sequence[Picture] | torch.Tensor | ImageSet,
+        batch_size: int = 256,
+        classes: Sequence[str] | None = None,
+        calibrated: bool = False,
+        task: str | None = None,
+    ) -> torch.Tensor:
+        """The scores of `predict` as a tensor (n, classes) on the CPU, rows that add up to 1; arguments as there.
+
+        Columns are in the order of `class_names`, of `classes` where these are given, or of the names of `task`.
+        """
+        return self._shares(images, batch_size, classes, calibrated, task)[1]
+
+    def _shares(
+        self, images: Any, batch_size: int, classes: Sequence[str] | None, calibrated: bool, task: str | None
+    ) -> tuple[Sequence[str], torch.Tensor]:
         self.check_sees("predict")
         if classes is None:
-            self._check_learnt()
+            self.check_learnt()
             if "classes" not in self.objective.asks:
                 raise ValueError(
                     "this learner ranks images and captions and has learnt no classes: name some with "
                     "classes=['a cat', 'a dog'] (--classes), or use search"
                 )
         if calibrated:
-            self._check_calibrated(classes)
-        if top is not None and top < 1:
-            raise ValueError(f"top={top}: expected 1 or more, or None for all")
+            self.check_calibrated(classes)
         if classes is not None and not len(classes):
             raise ValueError("classes is empty: give at least one name, or None for what was learnt")
         known = known_task(self, task, chosen=classes is None)
         data = told(shown(images, self), known)
+        if classes is not None:
+            names: Sequence[str] = tuple(classes)
+        else:
+            names = self.objective.names if known is None else known.names
         if not len(data):
-            return []
+            return names, torch.zeros(0, len(names))
         with self.inference():
             if classes is None:
-                names, scores = self.objective.names, self.scores_of(data, batch_size)
+                scores = self.scores_of(data, batch_size)
                 if known is not None:
-                    names, scores = known.names, scores[:, [self.objective.classes.index(c) for c in known.classes]]
+                    scores = scores[:, [self.objective.classes.index(c) for c in known.classes]]
             else:
-                names, texts = tuple(classes), class_texts(self, classes, self.objective.templates, task=known)
-                scores = self.backbone.logit_scale * self._towards(data, texts, batch_size)
-            shares = (scores.float() / (self.temperature.value if calibrated else 1)).softmax(1).cpu()
-        best = shares.topk(min(top or shares.shape[1], shares.shape[1]), dim=1)
-        return [
-            [(names[i], float(share)) for i, share in zip(where, line, strict=True)]
-            for where, line in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        ]
+                texts = class_texts(self, classes, self.objective.templates, task=known)
+                scores = self.backbone.logit_scale * self.towards(data, texts, batch_size)
+            return names, (scores.float() / (self.temperature.value if calibrated else 1)).softmax(1).cpu().clone()
+
+    @plain()
+    def evaluate(self, images: Any = None, labels: Any = None) -> dict[str, float]:
+        """Scores by name, the mean over tasks: of the test images at hand, or of `images` with `labels`.
+
+        Args:
+            images: as in `learn`, of classes that were learnt; None measures the test images of the tasks that this
+                object has learnt, or that came with their folders.
+            labels: a name or number for each image; None for a folder.
+
+        Raises:
+            ValueError: when there is nothing to measure, or a class was not learnt.
+        """
+        self.check_learnt()
+        tasks = [task for task in self.tasks[: self.learnt] if len(task.test)]
+        if images is not None:
+            tasks = [measurable(self, images, labels)]
+        if not tasks:
+            raise ValueError("there are no test images at hand: give evaluate(images, labels), or use 'perdure eval'")
+        found = self.objective.evaluate(self, tasks)
+        return {name: sum(each[name] for each in found) / len(found) for name in found[0]}
 
     @plain()
     def search(
@@ -242,7 +280,7 @@ class Learner(Core):
         if not len(data):
             return []
         with self.inference():
-            cosines = self._towards(data, class_texts(self, [text], ("{}",), task=known), batch_size)[:, 0].cpu()
+            cosines = self.towards(data, class_texts(self, [text], ("{}",), task=known), batch_size)[:, 0].cpu()
         best = cosines.topk(min(top, len(cosines)))
         return list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
 
@@ -279,49 +317,6 @@ class Learner(Core):
         data = told(Asked(conversations), known_task(self, task))
         said: list[str] = objective.answers(self, data, tokens)
         return said
-
-    def check_speaks(self) -> None:
-        """Raise a ValueError unless it answers in words."""
-        if "conversations" not in self.objective.asks:
-            asks = " and ".join(self.objective.asks)
-            raise ValueError(
-                f"this learner learns {asks} and does not answer in words: use predict or search, or make one with "
-                "mllm(path=...) and generate()"
-            )
-
-    def check_sees(self, call: str) -> None:
-        """Raise a ValueError where `call` is none of what it can be asked, for it answers in words."""
-        if "conversations" in self.objective.asks:
-            raise ValueError(
-                f"this learner answers in words, which {call} does not give: use ask, as "
-                "'perdure ask LEARNER cat.jpg \"What is this?\"'"
-            )
-
-    def _towards(self, data: Data, texts: torch.Tensor, size: int) -> torch.Tensor:
-        """Cosines (n, m) of images to unit-length embeddings of texts (m, dim)."""
-        features = torch.cat([self.encode(batch) for batch in self.batches(data, size)])
-        if features.shape[1] != texts.shape[1]:
-            raise ValueError(
-                f"the {features.shape[1]} features of {self.method.spec!r} are not in the space of the "
-                f"{texts.shape[1]}-dimensional texts: this learner cannot be asked by text"
-            )
-        return F.normalize(features, dim=1) @ texts.T
-
-    def _check_calibrated(self, classes: Sequence[str] | None) -> None:
-        if classes is not None:
-            raise ValueError(
-                "calibrated scores are those of what was learnt, and say nothing of other names: leave out calibrated "
-                "(--calibrated), or classes (--classes)"
-            )
-        if not self.temperature:
-            raise ValueError(
-                "this learner has no temperature, for no images were set apart when it learnt: teach a new one with "
-                "calibrate=0.1 (--calibrate 0.1)"
-            )
-
-    def _check_learnt(self) -> None:
-        if not self.learnt:
-            raise ValueError("this learner has learnt nothing yet: call learn(images, labels) first")
 
     @plain()
     def save(self, folder: str | Path, rows: Sequence[Row] = ()) -> Path:

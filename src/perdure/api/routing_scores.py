@@ -5,7 +5,7 @@ taught the class is right); and where members can be merged, the merged learners
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,13 +37,19 @@ class Named:
 
 
 @plain()
-def measure_routing(team: Specialists, stream: str | None = None, progress: Progress | None = None) -> RoutingTable:
+def measure_routing(
+    team: Specialists,
+    stream: str | None = None,
+    progress: Progress | None = None,
+    made: Mapping[str, Learner] | None = None,
+) -> RoutingTable:
     """The table of a team, which is also written into its folder; of members that learnt classes.
 
     Args:
         team: as it was opened; members that are missing are not measured.
         stream: what to measure on, without images that a member was taught; None is all that members were tested on.
         progress: who is told.
+        made: learners that were made of the members, which are measured beside them.
 
     Raises:
         ValueError: when there is nothing to measure on, or a class is none that a member has learnt.
@@ -82,7 +88,10 @@ def measure_routing(team: Specialists, stream: str | None = None, progress: Prog
         held = every + team.pool.nbytes
         rows.append(_row(f"routed ({team.record['route']})", right.gather(0, place)[0], 1, spent, held))
     rows.append(_row("oracle", (right & owns).any(0), 1, None, every))
-    rows += _merged(team, able, sets, columns, target)
+    for who, learner in (dict(made or {}) | _merged(team, able)).items():
+        answers, spent = _shares(learner, sets, columns)
+        size = sum(value.nbytes for value in learner.learnt_state().values())
+        rows.append(_row(who, answers.argmax(1) == target, 1, spent, size))
     table: Any = {"images": len(truths), "routing_accuracy": found, "rows": rows}
     if (team.folder / SPECIALISTS).exists():
         write_sealed(team.folder / TABLE, table)
@@ -94,19 +103,11 @@ def _row(who: str, right: Tensor, asked: float, milliseconds: float | None, size
     return {"who": who, "accuracy": share, "asked": float(asked), "milliseconds": milliseconds, "bytes": size}
 
 
-def _merged(
-    team: Specialists, able: Sequence[str], sets: Sequence[Named], columns: dict[str, int], target: Tensor
-) -> list[dict[str, Any]]:
+def _merged(team: Specialists, able: Sequence[str]) -> dict[str, Learner]:
     learners = {name: team.members[name] for name in able}
     if len(able) < 2 or unlike(learners):
-        return []
-    rows = []
-    for how in MERGES:
-        made = merge(learners, f"{how}()")
-        shares, took = _shares(made, sets, columns)
-        size = sum(value.nbytes for value in made.learnt_state().values())
-        rows.append(_row(f"merged by {how}", shares.argmax(1) == target, 1, took, size))
-    return rows
+        return {}
+    return {f"merged by {how}": merge(learners, f"{how}()") for how in MERGES}
 
 
 def _shares(learner: Learner, sets: Sequence[Named], columns: dict[str, int]) -> tuple[Tensor, float]:

@@ -17,6 +17,7 @@ from perdure.api.given import asked, shown
 from perdure.api.learner import TOKENS, Learner
 from perdure.backbones.base import Backbone
 from perdure.core.manifests import RECORD, read_record, read_specialists
+from perdure.core.method import follows_task
 from perdure.mechanisms.experience_pool import ExperiencePool
 from perdure.mechanisms.routing import LinUCB, Router, router_of
 from perdure.process import plain
@@ -148,6 +149,13 @@ class Specialists:
             f"no member of {self.folder} {what}, which {call} needs: {f'left out is {gone}' if gone else 'combine one'}"
         )
 
+    def _knowing(self, able: list[str], task: str | None) -> list[str]:
+        """Those of `able` who have learnt the task of that name, where one is named."""
+        owners = [name for name in able if task is None or task in _tasks(self.members[name])]
+        if not owners:
+            raise ValueError(f"no member of {self.folder} who can be asked this has a task {task!r}")
+        return owners
+
     @plain()
     def route(self, images: Any, among: Sequence[str] | None = None) -> tuple[list[str], list[bool]]:
         """For each of `images` the member that is to be asked, and whether it seems of a kind that one was taught.
@@ -185,11 +193,7 @@ class Specialists:
     ) -> list[Routed]:
         """As `predict`, with who answered."""
         able = self._some("classes", "predict") if classes is None else self._some("text", "predict with classes")
-        if task is not None:
-            owners = [n for n in able if task in _tasks(self.members[n])]
-            if not owners:
-                raise ValueError(f"no member of {self.folder} who is there has a task {task!r}")
-            able = owners
+        able = self._knowing(able, task)
         data = shown(images, self)
         several = self.router is None and len(able) > 1
         who, known = (list(able), [True] * len(data)) if several else self.route(data, able)
@@ -220,15 +224,19 @@ class Specialists:
         return [each.labels for each in self.answers(images, top, batch_size, **how)]
 
     @plain()
-    def search(self, images: Any, text: str, top: int = 5, batch_size: int = _SIZE) -> list[tuple[int, float]]:
+    def search(
+        self, images: Any, text: str, top: int = 5, batch_size: int = _SIZE, task: str | None = None
+    ) -> list[tuple[int, float]]:
         """Which of `images` fit `text` best, by one member: see `Learner.search`.
 
-        Of several the one whose texts are most like `text`; those that learnt captions go before those that did not.
+        Of several the one whose texts are most like `text`; those that learnt captions go before those that did not,
+        and only those with `task` are asked.
         """
-        able = self._some("text", "search")
+        able = self._knowing(self._some("text", "search"), task)
         able = [name for name in able if name in self.able("captions")] or able
         learner = self.members[self._by_text([text], able)[0]]
-        return learner.search(seen_by(shown(images, self), learner.backbone), text, top, batch_size)
+        told = task if follows_task(learner.method) else None  # else it says who is asked, which is an effect too
+        return learner.search(seen_by(shown(images, self), learner.backbone), text, top, batch_size, told)
 
     @plain()
     def ask(self, images: Any, question: str | Sequence[str], tokens: int = TOKENS, task: str | None = None) -> Any:
@@ -240,9 +248,7 @@ class Specialists:
     @plain()
     def reply(self, conversations: Sequence[Conversation], tokens: int = TOKENS, task: str | None = None) -> list[str]:
         """What is said next in each of `conversations`: by the member that its image is most like, or its words."""
-        able = self._some("conversations", "ask")
-        if task is not None:
-            able = [n for n in able if task in _tasks(self.members[n])] or able  # the member says that it has none
+        able = self._knowing(self._some("conversations", "ask"), task)
         who = [self._speaker(each, able) for each in conversations]
         said = [""] * len(who)
         for name in dict.fromkeys(who):

@@ -9,7 +9,7 @@ from markupsafe import Markup, escape
 from PIL import Image
 
 from perdure.app.lessons import Lesson
-from perdure.app.words import said
+from perdure.app.words import worded
 from perdure.formatting import human_seconds, printable, shortened
 
 _SIDE = 320  # pixels of a picture that is shown
@@ -63,19 +63,19 @@ def lesson(shown: Lesson, before: int, languages: str) -> str:
     """How far it is: its curve, and once it is learnt the matrix and what was forgotten."""
     facts = {"count": before, "steps": shown.steps or "?", "step": shown.losses[-1][0] if shown.losses else 0}
     facts |= {"seconds": human_seconds(shown.seconds), "why": shown.said}
-    parts = [Markup("<h4>{}: {}</h4>").format(printable(shown.title), said(shown.state, languages, **facts))]
+    parts = [Markup("<h4>{}: {}</h4>").format(printable(shown.title), worded(shown.state, languages, **facts))]
     parts += [Markup("<p>{}</p>").format(note) for note in shown.notes]
     if len(shown.losses) > 1:
-        parts.append(Markup("<p>{}</p>{}").format(said("loss", languages), _curve(shown.losses, shown.steps)))
+        parts.append(Markup("<p>{}</p>{}").format(worded("loss", languages), _curve(shown.losses, shown.steps)))
     if shown.outcome:
-        parts.append(Markup("<p>{}</p>{}").format(said("matrix", languages), _matrix(shown.outcome.matrix)))
+        parts.append(Markup("<p>{}</p>{}").format(worded("matrix", languages), _matrix(shown.outcome.matrix)))
         if len(shown.outcome.names) > 1:
             worse = [(n, old, new) for n, old, new in shown.outcome.changes() if new < old]
             known = bool(shown.outcome.changes())
             lines = [f"{printable(shortened(n, 80))}: {old:.1%} → {new:.1%}" for n, old, new in worse]
-            lines = lines or [said("kept" if known else "untested", languages)]
+            lines = lines or [worded("kept" if known else "untested", languages)]
             items = Markup("").join(Markup("<li>{}</li>").format(line) for line in lines)
-            parts.append(Markup("<p><b>{}</b></p><ul>{}</ul>").format(said("forgotten", languages), items))
+            parts.append(Markup("<p><b>{}</b></p><ul>{}</ul>").format(worded("forgotten", languages), items))
     return _html("perdure-lesson", Markup("").join(parts))
 
 
@@ -108,7 +108,7 @@ def report(grid: str | None) -> str:
     return str(Markup(frame).format(address))
 
 
-def plain(text: str) -> str:
+def sentence(text: str) -> str:
     """A line of text."""
     return str(Markup("<p>{}</p>").format(escape(printable(text))))
 

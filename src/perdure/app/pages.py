@@ -14,9 +14,12 @@ from perdure.app import drawing
 from perdure.app.gate import Gate
 from perdure.app.service import Service
 from perdure.app.uploads import looked_at
-from perdure.app.words import CHINESE, ENGLISH, said
+from perdure.app.words import CHINESE, ENGLISH, worded
 
-WORDS = gr.I18n(**{"en": ENGLISH, **dict.fromkeys(("zh", "zh-CN", "zh-TW", "zh-HK", "zh-SG"), CHINESE)})
+_KEY = "perdure_{}"
+"""Apart from all that people may call a grid or a class: the page would translate these too."""
+_LANGUAGES = {"en": ENGLISH, **dict.fromkeys(("zh", "zh-CN", "zh-TW", "zh-HK", "zh-SG"), CHINESE)}
+WORDS = gr.I18n(**{name: {_KEY.format(k): v for k, v in texts.items()} for name, texts in _LANGUAGES.items()})
 _DROP = 140  # pixels of where files are dropped
 _MANY = 16
 """Events of one kind at a time; the learner has them take turns."""
@@ -60,18 +63,20 @@ class Page:
         names = [name for task in self.service.describe()["tasks"] for name in task["classes"]]
         languages = _languages(request)
         if self.gate.closed or not self.gate.opens(request.headers):
-            return drawing.plain(said("closed", languages, why=self.gate.remedy()))
-        return drawing.plain(said("known", languages, names=", ".join(names)) if names else said("nothing", languages))
+            return drawing.sentence(worded("closed", languages, why=self.gate.remedy()))
+        return drawing.sentence(
+            worded("known", languages, names=", ".join(names)) if names else worded("nothing", languages)
+        )
 
     def _predicting(self) -> None:
-        with gr.Tab(WORDS("predict"), id="predict"):
+        with gr.Tab(_text("predict"), id="predict"):
             files = gr.File(
-                file_count="multiple", file_types=["image"], label=WORDS("pictures"), elem_id="look-at", height=_DROP
+                file_count="multiple", file_types=["image"], label=_text("pictures"), elem_id="look-at", height=_DROP
             )
-            with gr.Accordion(WORDS("camera"), open=False):
-                camera = gr.Image(sources=["webcam"], type="filepath", label=WORDS("camera"), show_label=False)
-            choices = gr.Textbox(label=WORDS("choices"), lines=1, max_lines=8, visible=self._reads())
-            button = gr.Button(WORDS("look"), variant="primary", elem_id="look")
+            with gr.Accordion(_text("camera"), open=False):
+                camera = gr.Image(sources=["webcam"], type="filepath", label=_text("camera"), show_label=False)
+            choices = gr.Textbox(label=_text("choices"), lines=1, max_lines=8, visible=self._reads())
+            button = gr.Button(_text("look"), variant="primary", elem_id="look")
             answers = gr.HTML(elem_id="answers")
         self._on(button.click, self._predict, [files, camera, choices], answers)
 
@@ -82,10 +87,10 @@ class Page:
         return drawing.cards([(n, image, bars) for (n, _), image, bars in zip(given, shown, found, strict=True)])
 
     def _searching(self) -> None:
-        with gr.Tab(WORDS("search"), id="search"):
-            words = gr.Textbox(label=WORDS("words"), elem_id="words", visible=self._reads())
-            picture = gr.File(file_types=["image"], label=WORDS("picture"), elem_id="like", height=_DROP)
-            button = gr.Button(WORDS("find"), variant="primary", elem_id="find")
+        with gr.Tab(_text("search"), id="search"):
+            words = gr.Textbox(label=_text("words"), elem_id="words", visible=self._reads())
+            picture = gr.File(file_types=["image"], label=_text("picture"), elem_id="like", height=_DROP)
+            button = gr.Button(_text("find"), variant="primary", elem_id="find")
             found = gr.HTML(elem_id="found")
         self._on(button.click, self._search, [words, picture], found)
         self._on(words.submit, self._search, [words, picture], found)
@@ -101,13 +106,13 @@ class Page:
         return drawing.cards([(each.name, each.picture, [("cos", each.cosine)]) for each in found])
 
     def _asking(self) -> None:
-        with gr.Tab(WORDS("ask"), id="ask"):
+        with gr.Tab(_text("ask"), id="ask"):
             files = gr.File(
-                file_count="multiple", file_types=["image"], label=WORDS("pictures"), elem_id="ask-about", height=_DROP
+                file_count="multiple", file_types=["image"], label=_text("pictures"), elem_id="ask-about", height=_DROP
             )
-            question = gr.Textbox(label=WORDS("question"), elem_id="question")
-            button = gr.Button(WORDS("ask"), variant="primary", elem_id="ask")
-            answer = gr.Textbox(label=WORDS("answer"), interactive=False, elem_id="answer")
+            question = gr.Textbox(label=_text("question"), elem_id="question")
+            button = gr.Button(_text("ask"), variant="primary", elem_id="ask")
+            answer = gr.Textbox(label=_text("answer"), interactive=False, elem_id="answer")
         for event in (button.click, question.submit):
             self._on(event, self._ask, [files, question], answer)
 
@@ -116,17 +121,17 @@ class Page:
         return self.service.ask(shown, question)
 
     def _chatting(self) -> None:
-        with gr.Tab(WORDS("chat"), id="chat"):
+        with gr.Tab(_text("chat"), id="chat"):
             talk = gr.State(None)
             lines = gr.Chatbot(
-                label=WORDS("chat"), elem_id="lines", render_markdown=False, allow_file_downloads=False, buttons=[]
+                label=_text("chat"), elem_id="lines", render_markdown=False, allow_file_downloads=False, buttons=[]
             )
             files = gr.File(
-                file_count="multiple", file_types=["image"], label=WORDS("pictures"), elem_id="chat-about", height=_DROP
+                file_count="multiple", file_types=["image"], label=_text("pictures"), elem_id="chat-about", height=_DROP
             )
-            line = gr.Textbox(label=WORDS("question"), elem_id="line")
-            button = gr.Button(WORDS("send"), variant="primary", elem_id="send")
-            anew = gr.Button(WORDS("again"))
+            line = gr.Textbox(label=_text("question"), elem_id="line")
+            button = gr.Button(_text("send"), variant="primary", elem_id="send")
+            anew = gr.Button(_text("again"))
         for event in (button.click, line.submit):
             self._on(event, self._chat, [talk, lines, files, line], [talk, lines, files, line])
         self._on(anew.click, lambda: (None, []), None, [talk, lines])
@@ -150,22 +155,22 @@ class Page:
         return talk, [*(lines or []), *new], None, ""
 
     def _teaching(self, asks: str, known: gr.HTML) -> None:
-        with gr.Tab(WORDS("teach"), id="teach"):
+        with gr.Tab(_text("teach"), id="teach"):
             basket, lesson = gr.State([]), gr.State("")
-            gr.Markdown(WORDS("how"))
-            archive = gr.File(file_types=[".zip"], label=WORDS("archive"), elem_id="archive", height=_DROP)
+            gr.Markdown(_text("how"))
+            archive = gr.File(file_types=[".zip"], label=_text("archive"), elem_id="archive", height=_DROP)
             files = gr.File(
-                file_count="multiple", file_types=["image"], label=WORDS("pictures"), elem_id="to-learn", height=_DROP
+                file_count="multiple", file_types=["image"], label=_text("pictures"), elem_id="to-learn", height=_DROP
             )
-            name = gr.Textbox(label=WORDS("class"), visible=asks == "classes", elem_id="class")
-            collect = gr.Button(WORDS("collect"), visible=asks == "classes", elem_id="collect")
+            name = gr.Textbox(label=_text("class"), visible=asks == "classes", elem_id="class")
+            collect = gr.Button(_text("collect"), visible=asks == "classes", elem_id="collect")
             collected = gr.HTML(elem_id="collected")
-            captions = gr.Textbox(label=WORDS("captions"), lines=3, visible=asks == "captions", elem_id="captions")
-            questions = gr.Textbox(label=WORDS("questions"), lines=3, visible=asks == "conversations", elem_id="pairs")
-            skip = gr.Checkbox(label=WORDS("skip"))
+            captions = gr.Textbox(label=_text("captions"), lines=3, visible=asks == "captions", elem_id="captions")
+            questions = gr.Textbox(label=_text("questions"), lines=3, visible=asks == "conversations", elem_id="pairs")
+            skip = gr.Checkbox(label=_text("skip"))
             with gr.Row():
-                button = gr.Button(WORDS("learn"), variant="primary", elem_id="learn")
-                stop = gr.Button(WORDS("stop"), variant="stop", elem_id="stop")
+                button = gr.Button(_text("learn"), variant="primary", elem_id="learn")
+                stop = gr.Button(_text("stop"), variant="stop", elem_id="stop")
             progress = gr.HTML(elem_id="progress")
             timer = gr.Timer(1, active=False)
         self._on(
@@ -185,11 +190,11 @@ class Page:
         self, basket: list[Any], files: list[str] | None, name: str, request: gr.Request
     ) -> tuple[list[Any], str, None, str]:
         if not (files and name.strip()):
-            raise ValueError(said("nothing_given", _languages(request)))
+            raise ValueError(worded("nothing_given", _languages(request)))
         looked_at(_named(files)[:1], self.service.limits)
         basket = [*basket, (name.strip(), files)]
         names = ", ".join(f"{name} ({len(some)})" for name, some in basket)
-        return basket, drawing.plain(said("collected", _languages(request), names=names)), None, ""
+        return basket, drawing.sentence(worded("collected", _languages(request), names=names)), None, ""
 
     def _teach(
         self,
@@ -205,7 +210,7 @@ class Page:
         self._check(request)
         pictures = [(each, _named(some)) for each, some in [*basket, *([(name, files)] if files else [])]]
         if not (pictures or archive):
-            raise ValueError(said("nothing_given", _languages(request)))
+            raise ValueError(worded("nothing_given", _languages(request)))
         packed = (Path(archive).name, Path(archive)) if archive else None
         lesson = self.service.give(pictures, packed, captions or "", questions or "", skip)  # None where hidden
         return lesson.id, gr.Timer(active=True), [], "", None, None, "", "", ""
@@ -225,8 +230,8 @@ class Page:
             raise ValueError(self.gate.remedy())
 
     def _comparing(self) -> None:
-        with gr.Tab(WORDS("compare"), id="compare") as tab:
-            grid = gr.Dropdown(label=WORDS("grid"), elem_id="grid")
+        with gr.Tab(_text("compare"), id="compare") as tab:
+            grid = gr.Dropdown(label=_text("grid"), elem_id="grid")
             table = gr.Markdown(elem_id="table", elem_classes="perdure-wide", sanitize_html=True)
             plots = gr.HTML(elem_id="plots")
         self._on(tab.select, self._grids, None, [grid, table, plots])
@@ -235,20 +240,20 @@ class Page:
     def _grids(self, request: gr.Request) -> tuple[Any, str, str]:
         names = list(self.service.grids())
         if not names:
-            return gr.Dropdown(choices=[], value=None), said("no_grids", _languages(request)), ""
+            return gr.Dropdown(choices=[], value=None), worded("no_grids", _languages(request)), ""
         return gr.Dropdown(choices=names, value=names[0]), *self._compare(names[0])
 
     def _compare(self, grid: str) -> tuple[str, str]:
         return self.service.compared(grid), drawing.report(grid)
 
     def _reporting(self) -> None:
-        with gr.Tab(WORDS("report"), id="report") as tab:
+        with gr.Tab(_text("report"), id="report") as tab:
             shown = gr.HTML(elem_id="report-frame")
         self._on(tab.select, self._report, None, shown)
 
     def _report(self, request: gr.Request) -> str:
         if not self.service.taught():
-            return drawing.plain(said("nothing", _languages(request)))
+            return drawing.sentence(worded("nothing", _languages(request)))
         return drawing.report(None)
 
     def _reads(self) -> bool:
@@ -270,6 +275,11 @@ def _told(work: Callable[..., Any]) -> Callable[..., Any]:
 
     telling.__signature__ = inspect.signature(work)  # type: ignore[attr-defined]  # Gradio gives the request to who asks
     return telling
+
+
+def _text(key: str) -> Any:
+    """In the language of whoever looks."""
+    return WORDS(_KEY.format(key))
 
 
 def _named(files: Sequence[str] | None) -> list[tuple[str, bytes | Path]]:

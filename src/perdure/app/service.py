@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from perdure.api.folders import begun, give_up, go_on, refuse_without_effect, teach_folder
+from perdure.api.folders import give_up, go_on, refuse_without_effect, teach_folder, unfinished
 from perdure.api.given import shown
 from perdure.api.learner import TOKENS, Learner
 from perdure.api.talk import Talk
@@ -73,7 +73,8 @@ class Service:
         refuse_without_effect(folder, self.learner.config, given)
         self.gallery = _Gallery(images) if images else None
         self.lessons = Lessons(lambda: give_up(folder))
-        if begun(folder):  # of a process that was killed meanwhile
+        there = (folder / "run.json").exists()
+        if there and unfinished(folder, checkpoint.whole(folder)):  # of a process that was killed meanwhile
             self.lessons.put("?", self._go_on)
 
     def _load(self) -> Learner:

@@ -100,7 +100,7 @@ CHINESE = {
 _LANGUAGE = re.compile(r"\s*([a-zA-Z-]+)")
 
 
-def said(key: str, languages: str, **values: object) -> str:
+def worded(key: str, languages: str, **values: object) -> str:
     """The text `key` in the first of the `languages` of a browser (its header Accept-Language)."""
     first = _LANGUAGE.match(languages)
     chinese = first is not None and first[1].lower().startswith("zh")

@@ -193,7 +193,8 @@ class Backbone(nn.Module):
         digest = hashlib.sha256()
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+            whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # of a shard
+            digest.update(whole.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     def check_finite(self) -> None:

@@ -162,7 +162,7 @@ class _Attention(nn.Module):
 
     def __init__(self, dim: int, fused: bool) -> None:
         super().__init__()
-        self.implementation = "sdpa"
+        self.implementation, self.num_heads = "sdpa", _HEADS
         self.fused = fused
         if fused:
             self.qkv = nn.Linear(dim, 3 * dim)

@@ -12,6 +12,7 @@ import tyro
 from perdure.cli.console import Command, Screen
 from perdure.formatting import human_bytes, percent_with_spread
 from perdure.reporting.advise import Advice, Constraints, RankedMethod, advise, in_words, named, shipped
+from perdure.reporting.families import FAMILIES, TITLES, best_of_families, family_cells
 
 _MOST = 12  # methods shown of one setting
 
@@ -23,6 +24,9 @@ class Advise(Constraints, Command):
     from_: Annotated[Path | None, tyro.conf.arg(name="from")] = None
     """Folder that `perdure compare` wrote, to answer from your own measurements instead of those that were shipped."""
 
+    family: bool = False
+    """The seven families side by side, each by the best of its methods that keeps to your constraints."""
+
     def __post_init__(self) -> None:
         """Nothing: values are checked when the command is called, where a mistake becomes one line."""
 
@@ -33,8 +37,30 @@ class Advise(Constraints, Command):
         read = (lambda _: shipped()) if self.from_ is None else import_module("perdure.reporting.tables").settings_of
         answers = advise(read([self.from_]), asked)
         said, folder = in_words(asked), None if self.from_ is None else str(self.from_)
+        if self.family:
+            self._families(said, answers, screen)
+            return
         content = {"event": "advice", "asked": said, "from": folder, "answers": [asdict(a) for a in answers]}
         screen.result(content, *advice_lines(said, answers, folder))
+
+    def _families(self, said: Sequence[str], answers: Sequence[Advice], screen: Screen) -> None:
+        found, lines = [], [f"asked: {', '.join(said)}"]
+        for answer in answers:
+            about, best = answer.setting, best_of_families(answer)
+            rows = [family_cells(*each) for each in best]
+            named_cells = [dict(zip(TITLES, row, strict=True)) for row in rows]
+            choices = [{"family": f.name, "choice": c if isinstance(c, str) else asdict(c)} for f, c in best]
+            sizes = [{"lines": int(row["lines"] or 0) or None} for row in named_cells]
+            found.append({"setting": about, "families": [a | b for a, b in zip(choices, sizes, strict=True)]})
+            lines += ["", f"{about['data']}, {about['tasks']} tasks, {about['classes']} classes, {about['backbone']}"]
+            widths = [max(map(len, column)) for column in zip(TITLES, *rows, strict=True)]
+            for first, second, *rest in (TITLES, *rows):
+                numbers = [cell.rjust(width) for cell, width in zip(rest, widths[2:], strict=True)]
+                lines.append("  ".join([first.ljust(widths[0]), second.ljust(widths[1]), *numbers]).rstrip())
+        lines += ["", "choose", *(f"  {family.name}: {family.choose} ({family.source})" for family in FAMILIES)]
+        lines.append("lines: of the method's file and of the adapters and mechanisms that it is made of")
+        families = [{"family": f.name, "choose": f.choose, "source": f.source} for f in FAMILIES]
+        screen.result({"event": "families", "asked": said, "families": families, "answers": found}, *lines)
 
 
 def advice_lines(asked: Sequence[str], answers: Sequence[Advice], folder: str | None) -> list[str]:

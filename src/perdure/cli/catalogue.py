@@ -8,6 +8,7 @@ import ast
 import builtins
 import functools
 import inspect
+import os
 import sys
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +20,7 @@ from typing import Any, Literal
 
 from perdure.experiments.recipes import recipes
 from perdure.options import ranges
+from perdure.options.own_methods import OWN_METHODS, import_own_methods
 
 Listed = Literal["methods", "streams", "backbones", "recipes"]
 _REGISTRIES = {"streams": "STREAMS", "backbones": "BACKBONES"}
@@ -52,8 +54,9 @@ def entries(kind: Listed) -> dict[str, CatalogueEntry]:
     if kind in _REGISTRIES:
         return dict(_factories(kind, _REGISTRIES[kind]))
     ours = dict(_methods())
-    if entry_points(group="perdure.methods"):
+    if entry_points(group="perdure.methods") or os.environ.get(OWN_METHODS):
         import_module("perdure.methods")
+        import_own_methods()
         every = import_module("perdure.core.method").METHODS
         ours |= {name: described(made) for name, made in every.items() if name not in ours}
     return ours

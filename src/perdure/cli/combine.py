@@ -1,24 +1,31 @@
-"""`perdure combine`: finished learners behind one face, or merged into one.
+"""`perdure combine`: finished learners behind one face, or merged or distilled into one.
 
 What it computes with is imported when it is called: its help waits for no torch.
 """
 
 import shlex
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from perdure.cli.console import Screen
+from perdure.cli.looking import images_in
 from perdure.cli.tables import routing_lines
 from perdure.cli.use import LearnerCommand
-from perdure.options.ranges import Count, Range, Seed, without_effect
+from perdure.options.ranges import Count, Epochs, Range, Rate, Seed, without_effect
+
+if TYPE_CHECKING:
+    from perdure.api.learner import Learner
+    from perdure.api.specialists import Specialists
 
 
 @dataclass(frozen=True, kw_only=True)
 class Combine(LearnerCommand):
-    """Put finished learners behind one face, which sends each question to one of them; or merge them into one."""
+    """Put finished learners behind one face, which sends each question to one of them; or make one of them."""
 
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FOLDERS")]
     """Learners' or runs' folders, two or more, of any methods and backbones."""
@@ -36,39 +43,44 @@ class Combine(LearnerCommand):
     """One learner instead, of members with one backbone: ties, average, arithmetic or dare, with options in quotes."""
     weights: tuple[Annotated[float, Range(0, 1e6)], ...] = ()
     """With --merge: of each member; all count alike when left out."""
+    distil: str | None = None
+    """One learner instead, taught by the members: its method, such as 'lora(rank=16)'; on the pool's images."""
+    images: tuple[Path, ...] = ()
+    """With --distil: images without labels, or folders of them, to distil on instead."""
+    epochs: Epochs | None = None
+    """With --distil: passes over the images; 5 unless said otherwise, and more over few, for at least 60 steps."""
+    lr: Rate | None = None
+    """With --distil: the learning rate; 1e-3 unless said otherwise."""
     seed: Seed = 0
-    """Of the images that are looked at, and of what dare drops."""
+    """Of the images that are looked at, of what dare drops, and of a student."""
 
     def __call__(self, screen: Screen) -> None:
         """Combine, measure, print the table."""
+        looking = {"gate": self.gate, "pool_bytes": self.pool_bytes, "per_class": self.per_class, "route": self.route}
+        given = {name: value for name, value in looking.items() if value is not None}
+        if self.merge is None:
+            without_effect("without --merge", weights=self.weights or None)
+        if self.distil is None:
+            without_effect("without --distil", images=self.images or None, epochs=self.epochs, lr=self.lr)
         if self.merge is not None:
-            idle = {"route": self.route, "gate": self.gate, "pool_bytes": self.pool_bytes, "per_class": self.per_class}
-            without_effect("with --merge, which leaves one learner", **idle)
+            without_effect("with --merge, which leaves one learner", distil=self.distil, **looking)
             self._merge(screen)
-            return
-        without_effect("without --merge", weights=self.weights or None)
+        elif self.distil is not None:
+            self._distil(given, screen)
+        else:
+            self._combine(given, screen)
+
+    def _combine(self, given: dict[str, Any], screen: Screen) -> None:
         from perdure.api.combine import combine
-        from perdure.api.routing_scores import measure_routing
 
         screen.wait("looking at what members were taught")
-        how = {"pool_bytes": self.pool_bytes, "per_class": self.per_class, "route": self.route}
-        given: dict[str, Any] = {name: value for name, value in how.items() if value is not None}
-        team = combine(
-            self.folders, self.into, gate=self.gate, seed=self.seed, device=self.device, progress=screen, **given
-        )
+        team = combine(self.folders, self.into, seed=self.seed, device=self.device, progress=screen, **given)
         for name, why in team.missing.items():
             screen.warn(f"{name} is left out: {why}")
-        screen.wait("evaluating")
-        try:
-            table = measure_routing(team, None, screen)
-        except ValueError as error:  # members may have no tests, and still answer
-            screen.note(f"not measured: {error}")
-        else:
-            screen.result({"event": "routing", **table}, *routing_lines(table))
-        into = shlex.quote(str(self.into))
+        _measured(team, {}, screen)
         members = [facts["name"] for facts in team.record["members"]]
         content = {"event": "combined", "folder": str(self.into), "members": members, "route": team.record["route"]}
-        screen.result(content, f"combined {', '.join(members)}; ask them with: perdure predict {into} IMAGE")
+        screen.result(content, f"combined {', '.join(members)}; {self._ask('them')}")
 
     def _merge(self, screen: Screen) -> None:
         from perdure.api.combine import open_all
@@ -77,8 +89,38 @@ class Combine(LearnerCommand):
         assert self.merge is not None
         screen.wait("merging")
         learners = open_all(self.folders, self.device)
-        made = merge(learners, self.merge, self.weights or None, self.seed)
-        write_merged(made, self.into)
+        write_merged(merge(learners, self.merge, self.weights or None, self.seed), self.into)
         content = {"event": "merged", "folder": str(self.into), "members": list(learners), "merge": self.merge}
-        into = shlex.quote(str(self.into))
-        screen.result(content, f"merged {', '.join(learners)}; ask it with: perdure predict {into} IMAGE")
+        screen.result(content, f"merged {', '.join(learners)}; {self._ask('it')}")
+
+    def _distil(self, given: dict[str, Any], screen: Screen) -> None:
+        from perdure.api.combine import check_new, gather
+        from perdure.api.distil import distil
+
+        assert self.distil is not None
+        check_new(self.into)
+        files = [file for path in self.images for file in images_in(path, Counter())]
+        screen.wait("looking at what members were taught")
+        team = gather(self.folders, self.into, seed=self.seed, device=self.device, progress=screen, **given)
+        given = {"epochs": self.epochs, "lr": self.lr}
+        options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        student = distil(team, self.distil, files or None, progress=screen, seed=self.seed, **options)
+        student.save(self.into)
+        _measured(team, {"distilled": student}, screen)
+        content = {"event": "distilled", "folder": str(self.into), "members": team.names, "method": self.distil}
+        screen.result(content, f"distilled {', '.join(team.names)}; {self._ask('it')}")
+
+    def _ask(self, whom: str) -> str:
+        return f"ask {whom} with: perdure predict {shlex.quote(str(self.into))} IMAGE"
+
+
+def _measured(team: "Specialists", made: "Mapping[str, Learner]", screen: Screen) -> None:
+    from perdure.api.routing_scores import measure_routing
+
+    screen.wait("evaluating")
+    try:
+        table = measure_routing(team, None, screen, made)
+    except ValueError as error:  # members may have no tests, and still answer
+        screen.note(f"not measured: {error}")
+    else:
+        screen.result({"event": "routing", **table}, *routing_lines(table))

@@ -3,8 +3,10 @@
 What a command computes with is imported when it is called: help, lists and mistakes wait for no torch.
 """
 
+import os
 import shlex
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, Optional
@@ -27,6 +29,8 @@ from perdure.formatting import meant, shortened
 from perdure.options.ranges import BatchSize, Epochs, Range, Rate, Seed
 from perdure.storage.schema import SPECIALISTS
 from perdure.training.config import RunConfig, flags, usual
+
+Processes = Annotated[int, Range(1, 1024)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,24 +57,36 @@ class Run(RunConfig, Command):
     """Folder of the run; it must not hold one yet."""
     track: str = ""
     """Experiment trackers to tell, such as tensorboard, wandb or mlflow, with commas between."""
+    processes: Processes = 1
+    """Processes on this machine that learn together, such as one for each GPU; the result does not depend on it."""
+    config: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """YAML file with values for the flags; those that are typed win."""
 
     def __post_init__(self) -> None:
         """Nothing: values are checked when the command is called, where a mistake becomes one line."""
 
     def __call__(self, screen: Screen) -> None:
         """Run, report."""
-        from perdure.reporting.tracking import tracked
-        from perdure.training.run import run
-
         config = RunConfig(**{f.name: getattr(self, f.name) for f in fields(RunConfig)})
         if self.recipe:
             screen.note(f"recipe {self.recipe}: {shlex.join(flags(config.describe()))}")
+        tracked_by = ["--track", self.track] if self.track else []
+        if _launches(self.processes, ["run", *flags(config.describe()), *tracked_by], ["--out"], self.out, screen):
+            return
         screen.wait("reading the data and the model")
         from perdure.backbones.preprocess import skippable
+        from perdure.reporting.tracking import tracked
+        from perdure.training.run import run
+        from perdure.training.runtime import joined
 
-        with skippable("skip_bad=True in the stream"), tracked(screen, self.track, self.out) as progress:
+        with (
+            joined(config.device) as processes,
+            skippable("skip_bad=True in the stream"),
+            tracked(screen, self.track if processes.first else "", self.out) as progress,
+        ):
             summary = run(config, self.out, progress)
-        _finished(self.out, summary, screen)
+        if processes.first:
+            _finished(self.out, summary, screen)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,17 +97,28 @@ class Resume(Command):
     """The run's or the learner's folder."""
     device: str | None = None
     """Another one than the run began on, such as cpu; the result is then no longer the same to the bit."""
+    processes: Processes = 1
+    """Processes that learn together, see `perdure run`; of another number than before they give other last digits."""
 
     def __call__(self, screen: Screen) -> None:
         """Resume, report."""
+        there = ["--device", self.device] if self.device else []
+        if _launches(self.processes, ["resume", *there], [], self.folder, screen):
+            return
         from perdure.api.folders import go_on
         from perdure.backbones.preprocess import skippable
         from perdure.reporting.tracking import tracked
+        from perdure.training.runtime import joined
 
         screen.wait("reading the data and the model")
-        with skippable("skip_bad=True in the stream of a new run"), tracked(screen, "", self.folder) as progress:
+        with (
+            joined(self.device or "auto") as processes,
+            skippable("skip_bad=True in the stream of a new run"),
+            tracked(screen, "", self.folder) if processes.first else nullcontext(screen) as progress,
+        ):
             summary = go_on(self.folder, progress, self.device)
-        _finished(self.folder, summary, screen)
+        if processes.first:
+            _finished(self.folder, summary, screen)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +158,8 @@ class Learn(Command):
     """Folder that images in a file of questions are relative to; the file's own unless said otherwise."""
     score: str | None = None
     """How answers are scored: exact, vqa, choice, contains, anls, cider, ...; exact unless said otherwise."""
+    config: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """YAML file with values for the flags; those that are typed win."""
 
     def __call__(self, screen: Screen) -> None:
         """Learn, say what is known now."""
@@ -177,6 +206,8 @@ class Compare(RunConfig, Command):
     """With --jobs or --on: threads of each run."""
     gpus_per_cell: Annotated[float, Range(0, 1024)] = 0.0
     """With --jobs or --on: GPUs of each run; a half lets two share one."""
+    config: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """YAML file with values for the flags; those that are typed win."""
 
     def __post_init__(self) -> None:
         """Nothing: values are checked when the command is called, where a mistake becomes one line."""
@@ -199,6 +230,10 @@ class Report(Command):
     """The file; report.html in the first folder when left out."""
     figures: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """A folder for the figures as PDF and PNG, for papers."""
+    csv: bool = False
+    """Tables as CSV too: methods, runs, scores, classes, confusion and significance, into --figures or beside --out."""
+    latex: bool = False
+    """The table of methods for LaTeX too, into the same folder."""
 
     def __call__(self, screen: Screen) -> None:
         """Write and print the path."""
@@ -210,6 +245,12 @@ class Report(Command):
         inner = [run for folder in self.folders for run in _runs_in(folder)]
         path = write_report(inner, self.out or self.folders[0] / "report.html", self.figures, screen.note)
         screen.result({"report": str(path)}, f"report: {path}")
+        if self.csv or self.latex:
+            from perdure.reporting.papers import write_tables
+
+            place = self.figures or path.parent / "tables"
+            for file in write_tables(inner, place, as_csv=self.csv, as_latex=self.latex):
+                screen.result({"table": str(file)}, f"table: {file}")
 
     def _team(self, folder: Path, screen: Screen) -> None:
         from perdure.reporting.team import write_team_report
@@ -301,6 +342,30 @@ def _grid(
     _tell_notes([made.facts for made in runs], screen)
     path = write_report([cell.folder for cell in grid], out / "report.html")
     screen.result({"event": "report", "path": str(path)}, f"report: {path}")
+
+
+def _launches(processes: int, words: Sequence[str], before: Sequence[str], out: Path, screen: Screen) -> bool:
+    """Whether so many processes are to be started for a command, which then were, and have ended.
+
+    Args:
+        processes: how many were asked for; where a launcher has started this one, they are there.
+        words: of the command line, to which those `before` the folder and the folder itself are added.
+        before: see `words`.
+        out: the folder.
+        screen: of the command.
+
+    Raises:
+        ValueError: where a launcher has started another number of them.
+    """
+    there = int(os.environ.get("WORLD_SIZE", 1))
+    if there > 1 and processes not in (1, there):
+        raise ValueError(f"--processes {processes} within a launcher that has started {there}: leave it out")
+    if processes == 1 or there > 1:
+        return False
+    from perdure.training.launch import launch
+
+    launch(processes, [*words, *(["--json"] if screen.json else []), *before, str(out)], out)
+    return True
 
 
 def _finished(out: Path, summary: dict[str, Any], screen: Screen) -> None:

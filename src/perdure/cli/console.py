@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
+import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from perdure.cli.eta import Pace
+from perdure.cli.json_lines import json_line
 from perdure.cli.tables import column_names, comparison, ends, flowed
 from perdure.formatting import (
     human_bytes,
@@ -38,6 +39,7 @@ _MATRICES = {
     "matrix": "% right on each task (columns), after each task (rows)",
     "lenient_matrix": "the same where the truth is in what is said, in whatever form",
 }
+_RESULTS = ("compared",)  # events that are what was asked for
 _UNBROKEN = 10_000  # columns of what is no terminal: a file or a pipe breaks no line
 
 
@@ -46,11 +48,14 @@ class Screen:
 
     Args:
         as_json: one JSON object per event on standard output, and nothing else there.
+        quiet: results and mistakes only.
+        verbose: a line an epoch, wherever the output goes.
+        hushed: shows nothing, as one of several processes that show the same.
     """
 
-    def __init__(self, as_json: bool = False) -> None:
-        self.json = as_json
-        terminal = sys.stdout.isatty()
+    def __init__(self, as_json: bool = False, quiet: bool = False, verbose: bool = False, hushed: bool = False) -> None:
+        self.json, self.quiet, self.verbose, self.hushed = as_json, quiet, verbose, hushed
+        terminal = sys.stdout.isatty() or Console().is_jupyter
         width = None if terminal else _UNBROKEN
         self.out = Console(highlight=False, markup=False, emoji=False, soft_wrap=not terminal, width=width)
         self.live = Console(stderr=True, highlight=False, markup=False, emoji=False)
@@ -62,13 +67,18 @@ class Screen:
     def wait(self, text: str) -> None:
         """On a terminal, say what is being done until something else is shown."""
         self.close()
-        if self.json or not self.live.is_terminal:
+        if not self._lively:
             return
         if self._grid:
             self._rows(text, None)
         else:
             spinner = SpinnerColumn("line"), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
             self._show(*spinner).add_task(text, total=None)
+
+    @property
+    def _lively(self) -> bool:
+        """Whether something may move: on a terminal, or in a notebook."""
+        return not (self.json or self.quiet or self.hushed) and (self.live.is_terminal or self.live.is_jupyter)
 
     @property
     def asks(self) -> bool:
@@ -94,7 +104,7 @@ class Screen:
         self.close()
         self._event("cell", cell=number, cells=total, method=method, seed=seed, seconds_left=left)
         about = "" if left is None else f", about {human_seconds(left)} left"
-        self._say(f"[{number + 1}/{total}] {method}, seed {seed}{about}")
+        self._tell(f"[{number + 1}/{total}] {method}, seed {seed}{about}")
         self._grid, self._headed = Pace(number, total, printable(f"{shortened(method)}, seed {seed}"), left), False
         self.wait("preparing")
 
@@ -104,10 +114,10 @@ class Screen:
         self._event(event, cell=number, cells=total, method=method, seed=seed, **facts)
         where = f"[{number + 1}/{total}] {method}, seed {seed}"
         if event == "note":
-            self._say(f"{where}: {facts['text']}")
+            self._tell(f"{where}: {facts['text']}")
             return
         of = f" of {facts['tasks']}" if facts["tasks"] else ""
-        self._say(f"{where}: task {facts['task'] + 1}{of}, average accuracy {100 * facts['average']:.1f} %")
+        self._tell(f"{where}: task {facts['task'] + 1}{of}, average accuracy {100 * facts['average']:.1f} %")
         self.wait("cells run beside each other")
 
     def trial(self, number: int, total: int, options: Mapping[str, Any], best: float | None) -> None:
@@ -115,7 +125,7 @@ class Screen:
         self.close()
         self._event("trial", trial=number, trials=total, options=dict(options), best=best)
         so_far = "" if best is None else f"; best so far {100 * best:.1f} %"
-        self._say(f"[{number + 1}/{total}] {settings(options)}{so_far}")
+        self._tell(f"[{number + 1}/{total}] {settings(options)}{so_far}")
         self._headed = False
         self.wait("preparing")
 
@@ -124,7 +134,7 @@ class Screen:
         self.close()
         self._grid = None
         self._event("step_cost", method=method, number=number, total=total)
-        self._say(f"step cost {number + 1}/{total}: {method}")
+        self._tell(f"step cost {number + 1}/{total}: {method}")
         self.wait("timing its steps against plain LoRA's")
 
     def task(self, task: Task, tasks: int | None, epochs: int, steps: int) -> None:
@@ -138,18 +148,21 @@ class Screen:
             self._grid.begin(task.index, tasks)
         if not steps:
             self.wait(f"{where}  evaluating")
-        elif not self.json and self.live.is_terminal:
+        elif self._lively:
             self._rows(where, steps)
 
     def step(self, step: int, loss: Tensor, images: int) -> None:
         """A step ended."""
         self._images += images
         now = time.perf_counter()
-        if now - self._read < _REFRESH and step != self._steps:
+        ends = step * self._epochs % max(self._steps, 1) == 0  # an epoch
+        if now - self._read < _REFRESH and step != self._steps and not (self.verbose and ends):
             return
         self._read = now
         rate = self._images / (now - self._start)
         epoch = min(self._epochs, 1 + (step - 1) * self._epochs // max(self._steps, 1))
+        if self.verbose and ends:
+            self._tell(f"  epoch {epoch}/{self._epochs}  loss {float(loss):.4f}  {rate:,.0f} images/s")
         if self._bar is not None:
             line = f"epoch {epoch}/{self._epochs}  loss {float(loss):.3f}  {rate:,.0f} images/s"
             done = "evaluating" if step == self._steps else line
@@ -179,14 +192,14 @@ class Screen:
         new = [r.value for r in rows if r.metric == score and r.on == task.index == r.after]
         room = max(8, min(self.out.width, 100) - 53)
         if not self._headed:
-            self._say(f"  task  {'':<{room}}     new   so far  {head:>12}       time")
+            self._tell(f"  task  {'':<{room}}     new   so far  {head:>12}       time")
         self._headed = True
         name = printable(task.name)
         name = name if len(name) <= room else f"{name[: room - 1]}…"
         shares = f"{f'{new[0]:.1%}' if new else 'no test':>8} {mean(score):>8} {mean(told):>13}"
         # Padded by what a character takes on the screen: a Chinese one takes two columns.
         padding = " " * max(0, room - Text(name).cell_len)
-        self._say(f"  {task.index + 1:>4}  {name}{padding}{shares} {human_seconds(seconds):>10}")
+        self._tell(f"  {task.index + 1:>4}  {name}{padding}{shares} {human_seconds(seconds):>10}")
         if task.total is not None and task.index + 1 < task.total:
             self.wait(f"task {task.index + 2}/{task.total}  preparing")
 
@@ -194,7 +207,7 @@ class Screen:
         """Something the user should know."""
         self.close()
         self._event("note", text=text)
-        self._say(text)
+        self._tell(text)
 
     def warn(self, text: str) -> None:
         """Something the user should know, beside the answers: on standard error, where no program takes it for one."""
@@ -205,7 +218,7 @@ class Screen:
         """The outcome of a command: `content` as JSON, or `lines` for a person."""
         self.close()
         if self.json:
-            print(_json(content), flush=True)
+            print(json_line(content), flush=True)
         else:
             self._say(*lines)
 
@@ -308,18 +321,25 @@ class Screen:
     def error(self, text: str) -> None:
         """One line on standard error."""
         self.close()
+        if self.hushed:
+            return
         with contextlib.suppress(OSError):  # whoever read it is gone; the exit code says it too
             line = printable(shortened(" ".join(text.split()), _LONGEST_ERROR))
             print(f"perdure: {line}", file=sys.stderr, flush=True)
 
     def _say(self, *lines: str) -> None:
         """All that a person is told passes here (or through a table's cells): one line each, with nothing that acts."""
-        for line in lines if not self.json else ():
+        for line in lines if not (self.json or self.hushed) else ():
             self.out.print(printable(shortened(line, _LONGEST_LINE)), soft_wrap=True)
 
+    def _tell(self, *lines: str) -> None:
+        """What happens on the way to a result."""
+        if not self.quiet:
+            self._say(*lines)
+
     def _event(self, kind: str, **content: Any) -> None:
-        if self.json:
-            print(_json({"event": kind, **content}), flush=True)
+        if self.json and not self.hushed and (kind in _RESULTS or not self.quiet):
+            print(json_line({"event": kind, **content}), flush=True)
 
     def _rows(self, where: str, steps: int | None) -> None:
         """A bar for what is being done, of unknown length when `steps` is None; above it one for the whole grid."""
@@ -351,6 +371,12 @@ class Command:
 
     json: bool = False
     """One JSON object per event or result, for programs."""
+    quiet: bool = False
+    """Results, warnings and mistakes only."""
+    verbose: bool = False
+    """A line an epoch; of a mistake also where in the code it was found."""
+    import_: Annotated[Path | None, tyro.conf.arg(name="import", metavar="FILE")] = None
+    """A Python file with methods of your own; the variable PERDURE_IMPORT does the same."""
 
     def __call__(self, screen: Screen) -> None:
         """Do it."""
@@ -365,18 +391,3 @@ class _TimeLeft(ProgressColumn):
         given = task.fields.get("left")
         left = given() if given else None if task.finished else task.time_remaining
         return Text("" if left is None else f"{human_seconds(left)} left")
-
-
-def _json(content: Any) -> str:
-    text = json.dumps(_finite(content), ensure_ascii=False, allow_nan=False)
-    # What JSON lets through may steer a terminal too; within its strings, its own escapes mean the same.
-    return printable(text, lambda character: json.dumps(character)[1:-1])
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no word for what is not a finite number."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    return [_finite(v) for v in value] if isinstance(value, list | tuple) else value

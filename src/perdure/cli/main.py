@@ -3,6 +3,8 @@
 import errno
 import os
 import sys
+import time
+import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -10,9 +12,13 @@ from typing import Any
 
 from perdure.cli.advise import Advise
 from perdure.cli.console import Command, Screen
-from perdure.cli.suggestions import command_of
+from perdure.cli.suggestions import command_of, completion
+from perdure.options.own_methods import OWN_METHODS
 from perdure.version import __version__
 
+_RANK = os.environ.get("RANK", "0")  # of several processes that learn together
+_FIRST = 3  # seconds until one of the others speaks
+_LAUNCHED = "perdure"  # `perdure.training.launch.RUN_ID`, which waits for nothing here
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -22,14 +28,22 @@ def main(args: Sequence[str] | None = None) -> None:
     if arguments in (["--version"], ["-V"]):
         print(f"perdure {__version__}")
         return
-    screen = Screen("--json" in arguments)
+    screen = Screen("--json" in arguments, "--quiet" in arguments, "--verbose" in arguments, hushed=_RANK != "0")
     try:
         commands: dict[str, Callable[..., Any]] = {"advise": Advise}
         if arguments[:1] != ["advise"]:
             # Not before: the other commands, recipes and all, take longer to import than advice to be given.
             commands = import_module("perdure.cli.commands").COMMANDS
+            arguments = import_module("perdure.cli.config_file").expanded(arguments, commands)
             arguments = import_module("perdure.experiments.recipes").expand(arguments)
+        if arguments[:1] == ["--completion"]:
+            print(completion(arguments[1:], commands))
+            return
         command: Command = command_of(arguments, commands)
+        if screen.quiet and screen.verbose:
+            raise ValueError("--quiet and --verbose contradict each other: leave one out")
+        if command.import_ is not None:  # which processes that are started from here inherit
+            os.environ[OWN_METHODS] = str(command.import_.absolute())
         command(screen)
     except KeyboardInterrupt:
         screen.error("stopped at once; what was saved before is whole, and the same command can go on")
@@ -37,11 +51,22 @@ def main(args: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # who reads our output has had enough
         raise
     except ValueError as error:
-        screen.error(str(error))
+        if screen.verbose:
+            traceback.print_exc()
+        _tell(screen, str(error))
         sys.exit(2)
     except OSError as error:
-        screen.error(_said(error))
+        _tell(screen, _said(error))
         sys.exit(2)
+    except _raised("perdure.training.launch", "Ended") as ended:
+        text, code = ended.args
+        if text:
+            screen.error(text)
+        sys.exit(code)
+    except _raised("perdure.core.processes", "Lost") as lost:
+        if os.environ.get("TORCHELASTIC_RUN_ID") != _LAUNCHED:  # whoever started us says which one it was
+            screen.error(f"{lost}, and so does this one; what was saved before is whole: go on with 'perdure resume'")
+        sys.exit(1)
     except _raised("perdure.training.run", "Interrupted") as stop:
         screen.error(str(stop))
         sys.exit(130)
@@ -52,6 +77,14 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.exit(2)
     finally:
         screen.close()
+
+
+def _tell(screen: Screen, text: str) -> None:
+    """Say what was wrong; where several processes are wrong alike the first does, whose end is that of the others."""
+    if _RANK != "0":
+        time.sleep(_FIRST)
+        screen, text = Screen(screen.json), f"process {_RANK}: {text}"
+    screen.error(text)
 
 
 def _raised(module: str, name: str) -> tuple[type[BaseException], ...]:

@@ -17,8 +17,18 @@ class Show(Command):
     learner: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="LEARNER")]
     """A learner's or a run's folder, or that of specialists."""
 
+    config: bool = False
+    """Print how the run was configured instead, as a file for --config."""
+
     def __call__(self, screen: Screen) -> None:
         """Print it."""
+        if self.config:
+            from perdure.cli.config_file import written
+            from perdure.core.manifests import read_record
+
+            made = dict(read_record(self.learner)["config"])
+            screen.result(made, *written(made).splitlines())
+            return
         if (self.learner / SPECIALISTS).is_file():
             from perdure.reporting.team import team_contents, told_team
 

@@ -14,6 +14,7 @@ from perdure.formatting import meant, shortened
 from perdure.options.ranges import expected, problem, ranged
 
 _CONFIG = (tyro.conf.OmitArgPrefixes,)
+_SHELLS = ("bash", "zsh", "tcsh")
 
 
 def command_of(arguments: Sequence[str], commands: Mapping[str, Callable[..., Any]]) -> Any:
@@ -66,6 +67,21 @@ def command_of(arguments: Sequence[str], commands: Mapping[str, Callable[..., An
         if value != field.default and (wrong := problem(value, hint)):
             raise ValueError(f"{shown} {shortened(repr(value))}: {wrong}")
     return made
+
+
+def completion(shell: Sequence[str], commands: Mapping[str, Callable[..., Any]]) -> str:
+    """The script that completes commands and flags in a shell.
+
+    Raises:
+        ValueError: for another shell.
+    """
+    if len(shell) != 1 or shell[0] not in _SHELLS:
+        raise ValueError(f"--completion needs one of {', '.join(_SHELLS)}")
+    said = io.StringIO()
+    asked = ["--tyro-print-completion", shell[0]]
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(said):
+        tyro.extras.subcommand_cli_from_dict(dict(commands), prog="perdure", args=asked, config=_CONFIG)
+    return said.getvalue()
 
 
 def _flags(command: Callable[..., Any]) -> dict[str, tuple[Field[Any], Any]]:

@@ -32,6 +32,8 @@ class Tune(RunConfig, Command):
     seed: Annotated[Seed, tyro.conf.Suppress] = 0
     out: Path
     """Folder of the study; with the same options a search in it goes on."""
+    config: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """YAML file with values for the flags; those that are typed win."""
 
     def __post_init__(self) -> None:
         """Nothing: values are checked when the command is called, where a mistake becomes one line."""

@@ -159,8 +159,9 @@ class Export(LearnerCommand):
     """A learner's or a run's folder."""
     out: Path
     """Folder to write; it must not exist yet."""
-    to: Literal["peft", "merged", "transformers"] = "merged"
-    """peft: a LoRA that Hugging Face PEFT loads; merged: weights that transformers or timm load; or transformers."""
+    to: Literal["peft", "merged", "transformers", "onnx", "torch"] = "merged"
+    """peft: a LoRA that Hugging Face PEFT loads; merged: weights that transformers or timm load; or transformers; onnx,
+    or torch for torch.export: images to scores as one graph."""
 
     def __call__(self, screen: Screen) -> None:
         """Export and print the path."""

@@ -121,11 +121,12 @@ class Cache:
         if not entry or learner.constant_encoder or not len(data):
             return data
         with torch.no_grad(), learner.computing():
-            size = learner.backbone.before(entry, next(learner.batches(data, 1))).nbytes * len(data)
+            below = partial(learner.backbone.before, entry)
+            size = below(next(learner.batches(data, 1))).nbytes * len(data)
             if size > max(_MOST_KEPT, learner.store.most if learner.store else 0):
                 return data
             pieces = [
-                self._stored(f"{LOWER_BLOCKS} {entry}", batch, lambda batch: learner.backbone.before(entry, batch))
+                self._stored(f"{LOWER_BLOCKS} {entry}", batch, lambda batch: learner.shared_out(batch, below))
                 for batch in learner.batches(data, _TOGETHER)
             ]
         if size > _MOST_KEPT:
@@ -198,7 +199,8 @@ class Cache:
             if FEATURES in like:
                 batch = batch | {FEATURES: learner.encode(batch)}
             if LOWER_BLOCKS in like.keys() - batch.keys():
-                batch = batch | {LOWER_BLOCKS: learner.backbone.before(learner.constant_blocks, batch)}
+                below = partial(learner.backbone.before, learner.constant_blocks)
+                batch = batch | {LOWER_BLOCKS: learner.shared_out(batch, below)}
             if not like.keys() <= batch.keys():
                 batch = batch | self._facts(batch)
             if not like.keys() <= batch.keys():

@@ -20,6 +20,7 @@ from perdure.core.caching import FEATURES, LOWER_BLOCKS, Cache
 from perdure.core.feature_store import FeatureStore
 from perdure.core.method import Method, parts_of, predicts, treated
 from perdure.core.objective import Objective, asking
+from perdure.core.sharing import SharedOut
 from perdure.core.temperature import Temperature
 from perdure.process import Turn, plain, seeded
 from perdure.streams.augment import AUGMENTS, Augment
@@ -28,7 +29,7 @@ from perdure.types import Batch, Data, Scenario, Stream, Task, to
 T = TypeVar("T")
 
 
-class Core(nn.Module):
+class Core(SharedOut):
     """A backbone, what is asked of it, and how it learns; knows the tasks that it has grown for.
 
     Args:
@@ -114,6 +115,11 @@ class Core(nn.Module):
         if FEATURES in batch:
             known: Tensor = batch[FEATURES]
             return known
+        owners = None if self.objective.one_row else self.objective.owners
+        features = self.shared_out(batch, self.in_parts(self._encode), owners)
+        return self._checked(features, "features of images")
+
+    def _encode(self, batch: Batch) -> Tensor:
         entered = batch.get(LOWER_BLOCKS)
         with (
             self.computing(),
@@ -121,7 +127,7 @@ class Core(nn.Module):
             self.applied(batch),
         ):
             features: Tensor = self.backbone(batch)
-        return self._checked(features.float(), "features of images")
+        return features.float()
 
     def embed_texts(self, texts: Sequence[str], labels: Tensor | None = None, task: Task | None = None) -> Tensor:
         """Embeddings (n, dim) in float32 of `texts`, in the space of the features, not normalised.
@@ -133,14 +139,16 @@ class Core(nn.Module):
         """
         if not texts:
             return torch.zeros(0, self.backbone.dim, dtype=torch.float32, device=self.device)
-        with self.computing():
-            tokens = self.backbone.tokenised(texts)
-            known = tokens | {"label": labels} if self.training and labels is not None else tokens
-            if task is not None:
-                known = known | {"task": torch.full((len(texts),), task.index, device=self.device)}
-            with self.applied(known, "text"):
-                embeddings = self.backbone.encode_tokens(tokens).float()
-            return self._checked(embeddings, "embeddings of texts")
+        tokens = self.backbone.tokenised(texts)
+        known = tokens | {"label": labels} if self.training and labels is not None else tokens
+        if task is not None:
+            known = known | {"task": torch.full((len(texts),), task.index, device=self.device)}
+
+        def embed(known: Batch) -> Tensor:
+            with self.computing(), self.applied(known, "text"):
+                return self.backbone.encode_tokens({name: known[name] for name in tokens}).float()
+
+        return self._checked(self.shared_out(known, self.in_parts(embed)), "embeddings of texts")
 
     @contextmanager
     def applied(self, batch: Batch, *towers: str) -> Iterator[None]:

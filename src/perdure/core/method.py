@@ -49,12 +49,18 @@ class Method(nn.Module):
     """Which examples of old tasks it trains on, if any; one part that does is enough."""
     gradient_projection: ClassVar[bool] = False
     """Whether it only keeps steps from raising the loss on old examples, which training on all of them does too."""
+    derived: ClassVar[tuple[str, ...]] = ()
+    """Attributes with tensors that are made anew wherever they are missing, and so need not be saved."""
     carrier: ClassVar[bool] = False
     """Whether messages name it where a part that trains the encoder is missing."""
     follows_task: ClassVar[bool] = False
     """Whether it answers by what a task has taught where a batch says which one, under `task`."""
     borderless: bool = False
     """Whether it can learn in one pass in which no task is announced: see `Core.online`."""
+    batchwise: bool = False
+    """Whether what it makes of an example depends on the others: several processes, or parts, cannot share a batch."""
+    encodes_once: bool = False
+    """Whether it counts what is encoded in a step, which is not to be encoded anew for its gradients."""
     treats: frozenset[str] = frozenset()
     """Towers that compute in another way within `applied`."""
 

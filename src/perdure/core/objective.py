@@ -87,6 +87,7 @@ class Objective(nn.Module):
         self.names: tuple[str, ...] = ()
         self.task_columns: tuple[int, ...] = ()  # of the current task's classes
         self.former: tuple[tuple[int, ...], ...] = ()  # columns of former tasks' classes that answer together
+        self.answered: dict[int, tuple[Tensor, Tensor]] = {}  # by task, of the last evaluation: labels, answers
         self.masked_loss = True  # False: every seen class always competes
         self._learner: list[
             AnyLearner
@@ -270,12 +271,23 @@ class Objective(nn.Module):
         stream, last = learner.stream, learner.learnt - 1
         allowed = [set(stream.candidates(task, last)) & set(self.classes) | set(task.classes) for task in tasks]
         score = partial(task_accuracies, learner, classes=self.classes, first=stream.first_task())
+        self.answered = {
+            task.index: (task.test.labels.cpu(), best_class(each, self.classes, of))
+            for task, each, of in zip(tasks, scores, allowed, strict=True)
+        }
         return [score(*each) for each in zip(tasks, scores, allowed, strict=True)]
 
 
 def asking(*what: str) -> str:
     """Names of the objectives that learn one of `what`, as they would be written in a sentence."""
     return " or ".join(name for name, objective in OBJECTIVES.items() if not objective.asks.isdisjoint(what))
+
+
+def best_class(scores: Tensor, classes: Sequence[int], candidates: set[int]) -> Tensor:
+    """The class among `candidates` with the best of the scores (n, columns) of `classes`, int64 (n,)."""
+    ids = torch.tensor(classes)
+    allowed = torch.isin(ids, torch.tensor([*candidates])).nonzero().flatten()
+    return ids[allowed[scores[:, allowed].argmax(1)]]
 
 
 def task_accuracies(

@@ -11,11 +11,15 @@ from perdure.core.learner import Core, derived_seed
 from perdure.core.method import Method, predicts
 from perdure.core.objective import Objective
 from perdure.evaluation.answer_examples import answered_after, answered_before, answered_once_learnt
+from perdure.evaluation.answers_given import Answers
 from perdure.evaluation.feature_drift import Drift
 from perdure.evaluation.held_out import HeldOut
 from perdure.evaluation.search_examples import found_after, found_before
 from perdure.evaluation.with_task import measured
 from perdure.types import Data, Row, Stream, Subset, Task
+
+_LONGEST = 4
+"""Conversations to learn that are read before the stream, of each task and number of images."""
 
 
 class Evaluation:
@@ -43,6 +47,8 @@ class Evaluation:
         self.stream, self.retention, self.drift, self.out, self.note = stream, retention, drift, out, note
         self.most = most
         self._samples: dict[int, Data] = {}  # of test sets, by task: the same object is known to the learner's cache
+        self.answered: Answers = {}
+        """What was answered to each test image after the last task."""
 
     def before(self, learner: Core, task: Task) -> list[Row]:
         """Grow for `task`; where a task can be measured unlearnt, measure this one first (forward transfer)."""
@@ -70,6 +76,7 @@ class Evaluation:
             tests = [dataclasses.replace(task, test=test) for task, test in zip(seen, sets, strict=True)]
         seen, sources = ([each for each in some if each.index <= task.index] for some in (tests, seen))
         rows = [row for each in self._rows(learner, task.index, seen, sources) for row in each]
+        self.answered, learner.objective.answered = learner.objective.answered, {}
         for later in tests[len(seen) :]:
             rows += self._beside(learner, task.index, seen, later)
         rows += self.retention.measure(learner, task.index)
@@ -111,10 +118,13 @@ class Evaluation:
     def _untaught(self, learner: Core) -> list[Row]:
         # in float32: the weights are not to lose digits before it is known whether they are trained
         untaught, rows = Core(learner.backbone, copy.copy(learner.objective), Method(), self.stream.scenario), []
-        untaught.store = learner.store
+        untaught.processes, untaught.store = learner.processes, learner.store
         if learner.objective.open_vocabulary:
             for each in self.stream:
                 untaught.grow(each)
+                if longest := getattr(each.train, "longest", None):
+                    # what there is no room for is refused now, and not after the tasks before it
+                    learner.backbone.prepare(each.train.__getitems__(longest(_LONGEST)))
                 if len(each.test):
                     rows += self._beside(untaught, -1, self._seen(each.index - 1), each)
         for note in (found_before, answered_before):

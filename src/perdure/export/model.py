@@ -33,15 +33,17 @@ from perdure.core.method import parts_of
 from perdure.core.objective import Head
 from perdure.export import language
 from perdure.export.files import TERMS, TOKENIZER, Use, copy, options_of, readme, use_of
+from perdure.export.graph import FILES, Graph, graph_readme, write_graph
 from perdure.export.head import answering, head_of
 from perdure.formatting import meant
+from perdure.mechanisms.task_experts import TaskExperts
 from perdure.storage.files import locked, write_json, write_text
 from perdure.training.config import make_backbone
 from perdure.version import __version__
 
-Target = Literal["peft", "merged", "transformers"]
+Target = Literal["peft", "merged", "transformers", "onnx", "torch"]
 """`peft`: a LoRA for the pre-trained model; `merged`: the whole model with the updates in its weights; `transformers`:
-the same, for a model of that library alone."""
+the same, for a model of that library alone; `onnx` and `torch`: images to scores as one graph, see `export.graph`."""
 
 _DRAFT = ".draft"
 # Beside config and weights: how images and texts are read, and what may be done with the model.
@@ -107,6 +109,9 @@ def _drop_drafts(folder: Path) -> None:
 
 
 def _write(learner: Core, folder: Path, to: str) -> None:
+    if to == "onnx" or to == "torch":
+        _write_graph(learner, folder, to)
+        return
     with learner.inference():
         if to == "peft":
             _write_lora(learner, folder)
@@ -116,6 +121,24 @@ def _write(learner: Core, folder: Path, to: str) -> None:
             language.describe(learner, folder, to)
         else:
             _write_head(learner, folder, to)
+    _finish(folder)
+
+
+def _write_graph(learner: Core, folder: Path, to: Graph) -> None:
+    with torch.no_grad():
+        whole = _merged(learner)
+        write_graph(learner, folder, to, None if whole is learner.backbone else whole)
+        with learner.inference():
+            facts = _facts(learner, Use("", (), (), "", ""), head_of(learner))
+    write_json(folder / "labels.json", facts | {"features": f"scores come from {FILES[to]}"})
+    write_text(folder / "README.md", graph_readme(learner, to, __version__))
+    options = options_of(learner.backbone)
+    if isinstance(learner.backbone, Clip | Vision) and "vision" not in options:
+        copy(_folder(options["path"]) if "path" in options else pocket_weights("CLIP"), TERMS, folder)
+    _finish(folder)
+
+
+def _finish(folder: Path) -> None:
     for file in (each for each in folder.rglob("*") if each.is_file()):
         shutil.copymode(folder / "README.md", file)  # safetensors writes files that only their owner may read
     _force_to_disk([*folder.rglob("*"), folder])
@@ -140,6 +163,8 @@ def _check(learner: Core, to: str) -> None:
             f"{backbone.spec} cannot be exported: learn on pocket(), clip(...), open_clip(...), vision(...), timm(...) "
             "or mllm(...), or keep it with save"
         )
+    if to in FILES and isinstance(backbone, Language):
+        raise ValueError(f"{backbone.spec} answers in words, token by token, which is no single graph: write 'merged'")
     if to == "transformers" and isinstance(backbone, Timm | OpenClip):
         raise ValueError(f"{backbone.spec} is no model of transformers: export to 'merged'")
     experts = isinstance(backbone, Language) and any(isinstance(each, TaskBranches) for _, each, _ in updates(backbone))
@@ -147,6 +172,10 @@ def _check(learner: Core, to: str) -> None:
         raise ValueError(
             "each example takes an expert of its own, which no weights can hold: export to 'peft', which writes a LoRA "
             "for each task, or keep this learner with save"
+        )
+    if experts and any(isinstance(part, TaskExperts) and not part.apart for part in parts_of(learner.method)):
+        raise ValueError(
+            f"{learner.method.spec} adds up what it learnt of all tasks in part: keep this learner with save"
         )
     if not experts and (strange := [part.name for part in parts_of(learner.method) if part.treats]):
         raise ValueError(f"{strange[0]} changes features as no weights can express; keep this learner with save")

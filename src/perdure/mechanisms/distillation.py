@@ -12,6 +12,9 @@ from perdure.core.learner import Core
 from perdure.core.method import Method
 from perdure.types import Batch, Task
 
+EXPERTS, EXPERTS_OF = "experts", "experts_of"
+"""In a batch that brings it: what finished specialists say of each class, as logarithms of shares (B, classes); and the
+number of the one who says it, int64 (B, classes), the same in every row."""
 _LEAST = -60.0  # logarithm of a probability that counts as none
 
 
@@ -182,3 +185,40 @@ def trains_encoder(learner: Core) -> bool:
     """Whether the current task trains more than heads: if not, what a teacher says of features is what they are."""
     heads = {id(p) for p in learner.objective.parameters()}
     return any(id(p) not in heads for p in learner.trainable().values())
+
+
+@contextmanager
+def specialised(learner: Core, task: Task, epochs: int, lr: float, batch_size: int) -> Iterator[None]:
+    """Within, `learner` is what becomes of it when `task` alone is trained, by the objective's loss; then as before.
+
+    Args:
+        learner: in training, grown for `task`.
+        task: with its training data.
+        epochs: passes over it.
+        lr: learning rate of Adam.
+        batch_size: examples a step.
+
+    Raises:
+        ValueError: when a parameter is not finite in the end.
+    """
+    trained = list(learner.trainable().values())
+    before = [p.detach().clone() for p in trained]
+    optimizer, step = torch.optim.Adam(trained, lr), 0
+    try:
+        for epoch in range(epochs):
+            order = torch.randperm(len(task.train), generator=learner.generator("expert order", epoch))
+            for batch in learner.batches(task.train, batch_size, order):
+                batch = learner.augment(batch, learner.generator("expert augment", step))
+                features, batch = learner.encode(batch), learner.objective.embed_texts(learner, batch)
+                optimizer.zero_grad()
+                learner.objective.loss(features, batch).backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                step += 1
+        if not all(torch.isfinite(p).all() for p in trained):
+            raise ValueError(f"task {task.index}: its specialist diverged: give a lower lr than {lr:g}")
+        yield
+    finally:
+        with torch.no_grad():
+            for p, old in zip(trained, before, strict=True):
+                p.copy_(old)
+                p.grad = None

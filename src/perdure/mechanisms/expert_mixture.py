@@ -8,6 +8,7 @@ from perdure.adapters.injection import Adapters, attach, overhear
 from perdure.backbones.base import OneTower
 from perdure.core.learner import Core
 from perdure.core.method import parts_of
+from perdure.core.sharing import Portion
 from perdure.formatting import room_for
 from perdure.mechanisms.class_statistics import ClassTable, TaskGaussians
 from perdure.mechanisms.prompting import PerTower, text_query
@@ -96,11 +97,16 @@ class Mixture(nn.Module):
         most = max(adapter.count for adapter in adapters)
         purpose = "moe_adapters" if self.tower == "vision" else "moe_adapters text"
         generator = learner.generator(purpose, learner.step)
-        draw = torch.randn(len(adapters), count, most, dtype=torch.float32, generator=generator)
+        # what a process draws for its part of a batch is what one would draw for it of the whole
+        part = learner.part or Portion(range(count), count)
+        draw = torch.randn(len(adapters), part.of, most, dtype=torch.float32, generator=generator)
+        draw = draw[:, part.rows.start : part.rows.stop]
+        tallied = learner.part is not None or learner.processes.first  # what all read counts once
         # routers of former tasks have nothing to try out any more
         noise = (self.noise * draw).to(learner.device) * (place == 0).unsqueeze(1)
         return [
-            Routes(routers, place, its[:, : a.count], counted, seen) for its, a in zip(noise, adapters, strict=True)
+            Routes(routers, place, its[:, : a.count], counted, seen, tallied)
+            for its, a in zip(noise, adapters, strict=True)
         ]
 
 

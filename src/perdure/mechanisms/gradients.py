@@ -20,4 +20,6 @@ def gradients_on(learner: Core, batch: Batch, parameters: Sequence[nn.Parameter]
     All seen classes compete, so what is learnt now may not outshout old classes either.
     """
     loss = learner.objective.losses(learner.encode(batch), batch, only_task=False).mean()
-    return list(torch.autograd.grad(loss, parameters, materialize_grads=True))
+    with learner.undivided():  # what is encoded once more on the way back is all here
+        found = torch.autograd.grad(loss, parameters, materialize_grads=True)
+    return learner.processes.mean(found)

@@ -15,7 +15,7 @@ from perdure.adapters.injection import updates
 from perdure.adapters.state import BufferDict
 from perdure.core.learner import Core
 from perdure.core.objective import Competitors
-from perdure.types import Batch, Data, Site
+from perdure.types import Batch, Data, Site, take
 
 Of = Literal["parameters", "updates"]
 Output = Callable[[Tensor, Batch, Competitors], Tensor]
@@ -95,10 +95,14 @@ def importance(
         for views in learner.training_views(data, samples, purpose, size):
             batch = learner.cache.complete(views)
             asked.rivals = Competitors(objective.only_task_classes(batch), others)
-            for found in gradients(asked, at, batch):
-                for name, gradient in found.items():
-                    total[name] += gradient.abs().pow(power).sum(0)
-    return mean_one(total)
+            spans = None if learner.sharded else learner.processes.spans(len(batch["label"]))
+            own = spans[learner.processes.rank] if spans else range(len(batch["label"]))
+            counts = spans is not None or learner.processes.first  # what all compute counts once
+            with learner.undivided():
+                for found in gradients(asked, at, batch, own):
+                    for name, gradient in found.items():
+                        total[name] += counts * gradient.abs().pow(power).sum(0)
+    return mean_one({name: learner.processes.sum(value) for name, value in total.items()})
 
 
 class _Asked(nn.Module):
@@ -136,15 +140,15 @@ Gradients = Iterator[dict[str, Tensor]]
 """For some examples at a time and each name, (examples, ...)."""
 
 
-def _at_once(asked: _Asked, at: dict[str, Tensor], batch: Batch) -> Gradients:
+def _at_once(asked: _Asked, at: dict[str, Tensor], batch: Batch, own: range) -> Gradients:
     # vmap has no rule for the fused kernels and would run them one example at a time
     with sdpa_kernel(SDPBackend.MATH):
-        yield vmap(grad(asked.of_row), in_dims=(None, 0))(at, batch)
+        yield vmap(grad(asked.of_row), in_dims=(None, 0))(at, take(batch, own))
 
 
-def _in_turn(asked: _Asked, at: dict[str, Tensor], batch: Batch) -> Gradients:
+def _in_turn(asked: _Asked, at: dict[str, Tensor], batch: Batch, own: range) -> Gradients:
     leaves = {name: value.clone().requires_grad_() for name, value in at.items()}
-    for i in range(len(batch["label"])):
+    for i in own:
         with torch.enable_grad():
             out = asked.of(leaves, asked.learner.objective.example(batch, i))
             found = torch.autograd.grad(out, list(leaves.values()), allow_unused=True, materialize_grads=True)

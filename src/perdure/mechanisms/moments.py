@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from perdure.adapters.state import BufferDict
+from perdure.core.learner import Core
+from perdure.core.processes import Processes
 from perdure.options.ranges import without_effect
 from perdure.types import Batch, Site
 
@@ -97,6 +99,7 @@ def second_moments(
     groups: Callable[[str], Sequence[Tensor] | None] = lambda _: None,
     balance: float | None = None,
     sketch: int | None = None,
+    learner: Core | None = None,
 ) -> dict[str, Moments]:
     """E[x xᵀ] of the inputs of each layer, uncentred, over all tokens: float64 (fan_in, fan_in), or a `Sketch`.
 
@@ -112,6 +115,7 @@ def second_moments(
         balance: share of the first kind, whose tokens may be many more than the others; each kind's mean is taken by
             itself. None counts every token alike.
         sketch: rows of a `Sketch` in place of the matrix, of layers wider than `WIDE`; None takes no sketches.
+        learner: whose `encode` it is: where several processes share its batches, what each has read is summed.
     """
     sums: dict[str, dict[int, _Sum]] = {name: {} for name in layers}
     reached: set[str] = set()
@@ -121,6 +125,8 @@ def second_moments(
             x: Tensor = args[0]
             kinds = groups(name)
             pieces = [x.flatten(0, -2)] if kinds is None else [x[each.to(x.device)] for each in kinds]
+            if learner is not None and learner.part is None and not learner.processes.first:
+                pieces = [piece[:0] for piece in pieces]  # what all read counts once
             for kind, piece in enumerate([torch.cat(pieces)] if balance is None else pieces):
                 wide = sketch is not None and x.shape[-1] > WIDE
                 sums[name].setdefault(kind, _Sum(sketch if wide else None)).add(piece)
@@ -142,6 +148,10 @@ def second_moments(
     finally:
         for handle in handles:
             handle.remove()
+    if learner is not None:
+        for kinds in sums.values():
+            for kind in kinds.values():
+                kind.add_others(learner.processes)
     shares = [1.0] if balance is None else [balance, 1 - balance]
     return {name: _mean([kinds[k] for k in sorted(kinds)], shares) for name, kinds in sums.items()}
 
@@ -162,6 +172,20 @@ class _Sum:
             old = self.whole if isinstance(self.whole, Sketch) else Sketch.empty(x.shape[-1], self.rows, x.device)
             self.whole = old.taking(x)
         self.tokens += len(x)
+
+    def add_others(self, processes: Processes) -> None:
+        """The tokens that other processes have read."""
+        if processes.world == 1 or self.whole is None:
+            return
+        self.tokens = int(processes.sum(torch.tensor(self.tokens)))
+        if isinstance(self.whole, Sketch):
+            rows, trace = self.whole.rows.unsqueeze(0), self.whole.trace.reshape(1)
+            every = [
+                Sketch(*each) for each in zip(processes.gather_all(rows), processes.gather_all(trace), strict=True)
+            ]
+            self.whole = sum(every[1:], start=every[0])
+        else:
+            self.whole = processes.sum(self.whole)
 
 
 def _mean(kinds: Sequence[_Sum], shares: Sequence[float]) -> Moments:
@@ -220,13 +244,23 @@ class RunningMoments(BufferDict):
         self._handles = [layer.register_forward_pre_hook(partial(hear, name)) for name, layer in layers.items()]
 
     @torch.no_grad()
-    def add(self, images: Tensor) -> None:
-        """Count `images` (rows of the batch) of what was heard, and listen no more."""
+    def add(self, images: Tensor, processes: Processes, among: int) -> None:
+        """Count `images` (rows of a batch of `among`) of what was heard, and listen no more.
+
+        Where several `processes` share the batch, each has heard its own rows.
+        """
         for handle in self._handles:
             handle.remove()
+        spans, own = processes.spans(among), images
+        if spans is not None:
+            mine = spans[processes.rank]
+            own = images[(images >= mine.start) & (images < mine.stop)] - mine.start
         for name, x in self._heard.items():
-            product, tokens = _product(x[images])
-            for key, value in ((f"sum/{name}", product), (f"tokens/{name}", torch.tensor(tokens))):
+            product, tokens = _product(x[own])
+            counted = torch.tensor(tokens)
+            if spans is not None:
+                product, counted = processes.sum(product), processes.sum(counted)
+            for key, value in ((f"sum/{name}", product), (f"tokens/{name}", counted)):
                 self[key] = self[key] + value if key in self else value
         self["images"] = torch.tensor(self.images + len(images))
         self._handles, self._heard = [], {}

@@ -30,7 +30,7 @@ def query(learner: Core, batch: Batch) -> Tensor:
         known: Tensor = batch[QUERY]
         return known
     with torch.no_grad():
-        features: Tensor = learner.backbone(batch)
+        features = learner.shared_out(batch, learner.backbone)
     return F.normalize(features.float(), dim=1)
 
 
@@ -45,7 +45,7 @@ def conversation_query(learner: Core, batch: Batch) -> Tensor:
     backbone = learner.backbone
     assert isinstance(backbone, Language)
     with learner.computing():
-        return torch.cat(backbone.pooled(batch), dim=1)
+        return learner.shared_out(batch, lambda part: torch.cat(backbone.pooled(part), dim=1))
 
 
 def check_routes_once(learner: Core, part: Method) -> None:
@@ -63,7 +63,7 @@ def text_query(learner: Core, tokens: Batch) -> Tensor:
     """
     read = {name: value for name, value in tokens.items() if name not in ("label", "task")}
     with torch.no_grad(), learner.computing():
-        return F.normalize(learner.backbone.encode_tokens(read).float(), dim=1)
+        return F.normalize(learner.shared_out(read, learner.backbone.encode_tokens).float(), dim=1)
 
 
 P = TypeVar("P", bound=nn.Module)

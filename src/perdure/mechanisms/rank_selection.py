@@ -129,7 +129,9 @@ class DRS(nn.Module):
                 loss = learner.loss(learner.augment(batch, learner.generator("drs augment", step)))
                 loss = loss + self.cost * (F.softmax(logits, 0) * share).sum()
                 optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
+                with learner.undivided():  # what is encoded once more on the way back is all here
+                    loss.backward()  # type: ignore[no-untyped-call]
+                learner.processes.average_gradients([*trained, raw])
                 optimizer.step()
                 step += 1
             with torch.no_grad():

@@ -1,6 +1,5 @@
 """Replay: which old examples are remembered, how they are read again, and gradients on them."""
 
-from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -12,16 +11,18 @@ from perdure.core.learner import Core
 from perdure.core.method import Method, check_trained
 from perdure.formatting import count_bytes
 from perdure.mechanisms import selection_scores
+from perdure.mechanisms.frame_budget import by_turns, frames_of, in_random_order, within_room
+from perdure.mechanisms.references import BufferView, gone, lies_elsewhere, read_references, refer
 from perdure.mechanisms.selection_scores import Position, last_layer, of_answers
 from perdure.options.ranges import without_effect
 from perdure.streams.augment import AUGMENTS, Augment
-from perdure.streams.image_set import ImageSet
-from perdure.streams.sources import Files
-from perdure.types import Batch, Data, Task, join, take, to
+from perdure.types import Batch, Data, Task, to
 
 
 class ReplayBuffer(nn.Module):
     """At most `size` past examples; of examples that show the same image in a task, as many as there are, as one.
+
+    With `counts_frames`, a sequence of frames counts as so many.
 
     Args:
         size: number of examples, or of images.
@@ -34,7 +35,10 @@ class ReplayBuffer(nn.Module):
         if size < 1:
             raise ValueError(f"size={size}: expected at least 1 example to remember")
         self.size, self.selection = size, selection
-        self.references = BufferDict()  # refs (n, 3): task, position, class; offered (1,)
+        self.counts_frames = False
+        # refs (n, 3): task, position, class; offered (1,); pairs (n,) of what shows images; where sequences count as
+        # their frames, frames (n,), and salt (1,), of their random order
+        self.references = BufferDict()
 
     def __len__(self) -> int:
         return len(self.refs)
@@ -65,15 +69,41 @@ class ReplayBuffer(nn.Module):
         first = torch.full((len(rows),), len(rows)).scatter_reduce(0, images, torch.arange(len(rows)), "amin")
         heads = first[images] == torch.arange(len(rows))
         late = torch.arange(len(rows)) >= len(old)
-        kept = self._chosen(rows[heads & ~late], rows[heads & late], generator)[:, 3]
+        known = self.references.get("frames", torch.ones(len(old), dtype=torch.int64)).cpu()
+        frames = torch.cat([known, frames_of(task.train)[order.cpu()]])
+        if several := self.counts_frames and bool((frames > 1).any()):
+            kept = self._fitting(rows[heads], pairs[heads], frames[heads], generator)[:, 3]
+        else:
+            kept = self._chosen(rows[heads & ~late], rows[heads & late], generator)[:, 3]
         place = torch.full((len(rows),), len(rows)).scatter(0, kept, torch.arange(len(kept)))[images]
         members = place.argsort(stable=True)[: int((place < len(rows)).sum())]
         self.references["refs"], self.references["pairs"] = every[members], pairs[members]
+        if several:
+            self.references["frames"] = frames[members]
 
     @property
     def images(self) -> int:
-        """Number of different images that are referred to, of which several examples may be kept."""
-        return len(torch.unique(self.references["pairs"])) if "pairs" in self.references else len(self)
+        """Number of different images that are referred to, of which several examples may be kept.
+
+        Of sequences where these count as their frames: what two of them share is counted twice.
+        """
+        if "pairs" not in self.references:
+            return len(self)
+        pairs = self.references["pairs"].cpu()
+        shown, place = torch.unique(pairs, return_inverse=True)
+        if "frames" not in self.references:
+            return len(shown)
+        return int(torch.zeros(len(shown), dtype=torch.int64).scatter(0, place, self.references["frames"].cpu()).sum())
+
+    def _fitting(self, rows: Tensor, pairs: Tensor, frames: Tensor, generator: torch.Generator) -> Tensor:
+        """Which of `rows` are kept where each costs its `frames`; `pairs` are their identities."""
+        if "salt" not in self.references:
+            self.references["salt"] = torch.randint(2**31, (1,), generator=generator)
+        if self.selection == "reservoir":
+            order = in_random_order(pairs, int(self.references["salt"]))
+        else:
+            order = by_turns(rows[:, 2])
+        return rows[within_room(order, frames, self.size)]
 
     def _chosen(self, old: Tensor, new: Tensor, generator: torch.Generator) -> Tensor:
         """Which rows are kept, of those that were and of those that are offered now."""
@@ -97,7 +127,9 @@ class ReplayBuffer(nn.Module):
         share, extra = divmod(self.size, len(classes))
         picks = []
         for i, c in enumerate(classes):
-            picks.append(_by_turns(everything[everything[:, 2] == c])[: share + (i < extra)])
+            # those of its tasks in turn: else a class that comes again would never replace its first
+            mine = everything[everything[:, 2] == c]
+            picks.append(mine[by_turns(mine[:, 0])][: share + (i < extra)])
         return torch.cat(picks)
 
     def draw(self, tasks: list[Task], n: int, generator: torch.Generator) -> Batch:
@@ -107,69 +139,6 @@ class ReplayBuffer(nn.Module):
     def pick(self, n: int, generator: torch.Generator) -> Tensor:
         """Rows (n,) of `refs`, drawn with replacement."""
         return torch.randint(len(self), (n,), generator=generator)
-
-
-class BufferView:
-    """The examples that `refs` (n, 3) point to, as a data set.
-
-    Args:
-        tasks: with their training sets.
-        refs: task index, position in its training set, class.
-    """
-
-    def __init__(self, tasks: list[Task], refs: Tensor) -> None:
-        self.tasks, self.refs = tasks, refs.cpu()
-        self.labels = self.refs[:, 2]
-
-    def __len__(self) -> int:
-        return len(self.refs)
-
-    def __getitems__(self, positions: Sequence[int]) -> Batch:
-        """Examples at `positions`, in their order."""
-        return read_references(self.tasks, self.refs[torch.as_tensor(positions)])
-
-
-def refer(task: Task, order: Tensor | None = None) -> Tensor:
-    """References (n, 3) to the training examples of `task` at the positions `order`, or to all as they stand."""
-    order = torch.arange(len(task.train)) if order is None else order.cpu()
-    return torch.stack([torch.full_like(order, task.index), order, task.train.labels.cpu()[order]], dim=1)
-
-
-def read_references(tasks: list[Task], refs: Tensor) -> Batch:
-    """The examples that `refs` (n, 3) point to, in their order, as one batch.
-
-    Raises:
-        ValueError: when a task's data is not at hand any more.
-    """
-    refs, parts, places = refs.cpu(), [], []
-    for index in torch.unique(refs[:, 0]).tolist():
-        data = tasks[index].train
-        if not len(data):
-            raise gone(tasks[index])
-        places.append((refs[:, 0] == index).nonzero().flatten())
-        parts.append(data.__getitems__(refs[places[-1], 1].tolist()))
-    return take(join(parts), torch.cat(places).argsort())
-
-
-def gone(task: Task) -> ValueError:
-    """What to raise when examples of `task` are needed and its data is not at hand any more."""
-    return ValueError(
-        f"the memory refers to examples of task {task.index} ({task.name}), whose data is not at hand: restore the "
-        "folder it was learnt from, or teach a new learner"
-    )
-
-
-def _by_turns(refs: Tensor) -> Tensor:
-    """Examples of one class, those of its tasks in turn: else a class that comes again would never replace its first.
-
-    The order within a task is kept.
-    """
-    turn = torch.zeros(len(refs), dtype=torch.int64)
-    for index in torch.unique(refs[:, 0]).tolist():
-        mine = refs[:, 0] == index
-        turn[mine] = torch.arange(int(mine.sum()))
-    by_task = refs[:, 0].argsort(stable=True)
-    return refs[by_task[turn[by_task].argsort(stable=True)]]
 
 
 Selection = Literal["reservoir", "class_balanced", "herding", "kmeans", "el2n", "grand", "influence"]
@@ -186,7 +155,8 @@ class ExemplarBuffer(ReplayBuffer):
 
     Args:
         size: number of images; None is 2000, or what `bytes` allow.
-        bytes: of uint8 pixels at the size the model sees, as a number or a text such as "50MB", in place of `size`.
+        bytes: of uint8 pixels at the size the model sees, as a number or a text such as "50MB", in place of `size`; a
+            sequence of frames takes those of all its frames, and one that does not fit is left out.
         selection: `reservoir`: a uniform sample of everything seen; `class_balanced`: random within the class;
             `herding`: their mean follows the class's; `kmeans`: nearest to the centroids of as many clusters as there
             is room for; `el2n`, `grand`, `influence`: by the length of the error, by the length of the last layer's
@@ -208,6 +178,7 @@ class ExemplarBuffer(ReplayBuffer):
             without_effect(f"with selection={selection!r}, which has no scores", position=position)
         super().__init__(_SIZE if size is None else size, "reservoir" if selection == "reservoir" else "class_balanced")
         self.budget = None if bytes is None else count_bytes(bytes)
+        self.counts_frames = self.budget is not None
         self.chooses: Selection = selection
         self.position: Position = position or "mid"
         self._ready: tuple[int, Data] | None = None  # task and what was computed once of the images kept
@@ -230,11 +201,18 @@ class ExemplarBuffer(ReplayBuffer):
         """Refuse, at a task's start, what would otherwise fail when the first lost image is drawn.
 
         Raises:
-            ValueError: when a task's data is not at hand any more.
+            ValueError: when a task's data is not at hand any more, or no sequence of frames would fit.
         """
+        if self.budget is not None and len(learner.task.train):
+            shortest = int(frames_of(learner.task.train).min())
+            if shortest > self.size:
+                raise ValueError(
+                    f"bytes={self.budget}: expected at least {shortest * learner.image_bytes}, what the shortest "
+                    f"sequence of {shortest} frames takes at the size the model sees"
+                )
         for index in torch.unique(self.refs[:, 0]).tolist():
             task = learner.tasks[index]
-            if not len(task.train) or _moved(task.train):
+            if not len(task.train) or lies_elsewhere(task.train):
                 raise gone(task)
 
     def check(self, learner: Core) -> None:
@@ -376,10 +354,3 @@ class Rehearsal(Method):
     def measures(self, learner: Core) -> dict[str, float]:
         """Bytes of the images that the memory refers to, at the size the model sees."""
         return self.memory.measures(learner)
-
-
-def _moved(data: Data) -> bool:
-    """Whether the folder that images would be read from is not there any more."""
-    if not isinstance(data, ImageSet) or not isinstance(data.source, Files):
-        return False
-    return not data.cached and not data.source.root.is_dir()

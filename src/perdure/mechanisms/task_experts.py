@@ -49,6 +49,8 @@ class TaskExperts(Method):
     """
 
     changes_encoder, sole_adapter, follows_task = True, True, True
+    apart = True
+    """Whether an example whose task is told is answered by that task's expert alone."""
     fallback = False
     """Whether an example that no task knows takes no expert."""
 

@@ -31,6 +31,7 @@ class CLoRA(Method, name="c_lora"):
     """
 
     changes_encoder = True
+    derived = ("_past",)
 
     def __init__(
         self,

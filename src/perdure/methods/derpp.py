@@ -15,7 +15,8 @@ from torch import Tensor
 from perdure.adapters.state import BufferDict
 from perdure.core.learner import Core
 from perdure.core.method import check_mask
-from perdure.mechanisms.replay import BufferView, ExemplarBuffer, Rehearsal, Selection
+from perdure.mechanisms.references import BufferView
+from perdure.mechanisms.replay import ExemplarBuffer, Rehearsal, Selection
 from perdure.mechanisms.selection_scores import Position
 from perdure.options.ranges import Bytes, Count, Ratio, Strength, without_effect
 from perdure.types import Batch, Data, Task, take

@@ -119,7 +119,7 @@ class GPM(Method, name="gpm"):
         def groups(key: str) -> Sequence[Tensor] | None:
             return learner.backbone.token_groups(self._inputs[key].layer)
 
-        reading = second_moments(learner.forward_towers, layers, views, groups, self.balance, self.sketch)
+        reading = second_moments(learner.forward_towers, layers, views, groups, self.balance, self.sketch, learner)
         for key, moments in reading.items():
             space = self.subspaces.of(key, self._inputs[key].fan_in, moments.device)
             self.subspaces.keep(key, space.take(moments, keep, self.power))

@@ -34,6 +34,8 @@ class HiDeLoRA(MixedExperts, name="hide_lora"):
         temperature: of the mixture; near 0 takes one branch.
     """
 
+    apart = False
+
     def __init__(
         self,
         rank: Rank = 16,

@@ -16,7 +16,8 @@ from perdure.adapters.state import BufferDict
 from perdure.core.learner import Core
 from perdure.core.method import Method
 from perdure.mechanisms.distillation import Teacher, distillation
-from perdure.mechanisms.replay import BufferView, ExemplarBuffer, refer
+from perdure.mechanisms.references import BufferView, refer
+from perdure.mechanisms.replay import ExemplarBuffer
 from perdure.options.ranges import Bytes, Count, Factor, Strength, without_effect
 from perdure.types import Batch, Data, Task
 

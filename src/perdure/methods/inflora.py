@@ -105,6 +105,7 @@ class InfLoRA(Method, name="inflora"):
         self.adapters = nn.ModuleDict()
         self.subspaces = SubspaceMemory()  # of each input
         self.running_moments = RunningMoments()  # in the last epoch
+        self.encodes_once = end_moments == "training"
         self._inputs: dict[str, Site] = {}  # adapter key -> one of the sites that read this input
         self._reach: dict[str, float] = {}  # adapter key -> `old_space_share` of the task just learnt
 
@@ -149,7 +150,8 @@ class InfLoRA(Method, name="inflora"):
         if self.running_moments.listening:
             labels = learner.method.data(learner, learner.task).labels.to(batch["label"].device)
             own = torch.isin(batch["label"], labels).nonzero().flatten()
-            self.running_moments.add(own[: self.moments - self.running_moments.images])
+            own = own[: self.moments - self.running_moments.images]
+            self.running_moments.add(own, learner.processes, len(batch["label"]))
         return 0.0
 
     def end_task(self, learner: Core, task: Task) -> None:
@@ -200,7 +202,7 @@ class InfLoRA(Method, name="inflora"):
             return learner.backbone.token_groups(self._inputs[key].layer)
 
         layers = self._layers(learner)
-        return second_moments(learner.forward_towers, layers, views, groups, self.balance, self.sketch)
+        return second_moments(learner.forward_towers, layers, views, groups, self.balance, self.sketch, learner)
 
     def _layers(self, learner: Core) -> dict[str, nn.Module]:
         return {key: learner.backbone.get_submodule(site.layer) for key, site in self._inputs.items()}

@@ -90,8 +90,9 @@ class LaMAML(Rehearsal, name="lamaml"):
         self.rates.clear()
         for name, parameter in now.items():
             old = known.get(name)
-            fits = old is not None and old.shape == parameter.shape
-            self.rates[name] = old if fits else torch.full_like(parameter, self.inner_lr).detach()
+            if old is None or old.shape != parameter.shape:
+                old = torch.full_like(parameter, self.inner_lr).detach()
+            self.rates[name] = old
 
     def batch(self, learner: Core, batch: Batch) -> Batch:
         """Append old examples."""

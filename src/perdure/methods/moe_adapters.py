@@ -56,7 +56,7 @@ class MoEAdapters(PerTower[Mixture], name="moe_adapters"):
         tower: which encoder; each has experts, routers and task identification of its own.
     """
 
-    trains_shared, follows_task = True, True
+    trains_shared, follows_task, encodes_once = True, True, True
 
     def __init__(
         self,
@@ -127,7 +127,7 @@ class MoEAdapters(PerTower[Mixture], name="moe_adapters"):
     def after_step(self, learner: Core, batch: Batch) -> None:
         """Count which experts were taken."""
         for adapter in self._all():
-            adapter.tally()
+            adapter.tally(learner.processes.sum)
 
     def end_task(self, learner: Core, task: Task) -> None:
         """Learn to identify the task's images and texts; freeze its routers and the experts it has used most."""

@@ -8,7 +8,7 @@ from perdure.adapters.state import BufferDict
 from perdure.core.learner import Core
 from perdure.core.method import Method
 from perdure.core.objective import Head
-from perdure.mechanisms.replay import BufferView, refer
+from perdure.mechanisms.references import BufferView, refer
 from perdure.types import Batch, Data, Task
 
 

@@ -74,7 +74,7 @@ class OML(Method, name="oml"):
             for name, p in learner.trainable().items()
             if name.startswith("objective.")
         }
-        for row in trajectory.split(1):
+        for row in torch.split(trajectory, 1):
             one = _from(features[row.to(features.device)])
             head, _ = inner_step(learner, head, take(batch, row), rate, one, second_order=True)
         return loss_at(learner, head, batch, _from(features))

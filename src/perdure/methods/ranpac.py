@@ -43,6 +43,7 @@ class RanPAC(Method, name="ranpac"):
     """
 
     needs = ("classes",)
+    derived = ("_projection",)
 
     def __init__(
         self,

@@ -40,6 +40,7 @@ class RouteLoRA(Method, name="route_lora"):
 
     changes_encoder = True
     trains_shared = True
+    derived = ("_leading",)
 
     def __init__(
         self,

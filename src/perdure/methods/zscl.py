@@ -26,7 +26,7 @@ from perdure.core.learner import Core, derived_seed
 from perdure.core.method import Method
 from perdure.core.shared_copy import Constant
 from perdure.mechanisms.distillation import check_moves, distillation
-from perdure.mechanisms.replay import read_references
+from perdure.mechanisms.references import read_references
 from perdure.objectives.retrieve import at
 from perdure.options.ranges import Count, Factor, Strength, without_effect
 from perdure.options.spec import parse_one
@@ -56,6 +56,7 @@ class ZSCL(Method, name="zscl"):
     """
 
     protects = "encoder"
+    derived = ("_sentences",)
 
     def __init__(
         self,
@@ -99,6 +100,8 @@ class ZSCL(Method, name="zscl"):
                 f"zscl keeps scores of images and texts, and {learner.objective.name} reads no texts: use --objective "
                 "zeroshot or retrieve, or feature_distill"
             )
+        if self.distils and learner.sharded:
+            raise ValueError("zscl keeps a second copy of the encoder, which is not there with shard: leave one out")
         if self.distils and not self._pretrained:
             self._pretrained.append(deepcopy(learner.backbone))
             detach(self._pretrained[0])  # what other parts have put there
@@ -205,7 +208,9 @@ class ZSCL(Method, name="zscl"):
         """The pre-trained model as a learner that was never taught."""
         if not self._teacher:
             objective = copy(learner.objective)
-            self._teacher.append(Core(self._pretrained[0].to(learner.device), objective, Method(), seed=learner.seed))
+            teacher = Core(self._pretrained[0].to(learner.device), objective, Method(), seed=learner.seed)
+            teacher.processes = learner.processes
+            self._teacher.append(teacher)
         return self._teacher[0]
 
 

@@ -142,7 +142,9 @@ class Generate(Objective, name="generate"):
     def say(self, learner: Core, batch: Batch, tokens: int | None = None) -> list[str]:
         """What `learner` says in each conversation of `batch`, see `answers`."""
         with learner.computing():
-            return self.backbone.generate(batch, tokens or self.tokens, within=learner.applied)
+            return learner.said(
+                batch, lambda part: self.backbone.generate(part, tokens or self.tokens, within=learner.applied)
+            )
 
     def evaluate(self, learner: Core, tasks: Sequence[Task], size: int = _TOGETHER) -> list[dict[str, float]]:
         """Scores of the answers to the test set of each of `tasks`, see `perdure.scoring.measure`.
@@ -170,7 +172,9 @@ class Generate(Objective, name="generate"):
         """Of those that have options: whether the likeliest one is right; the first of several alike counts."""
         with learner.computing():
             candidates = [_candidates(each) for each in references]
-            scores = self.backbone.likelihoods(batch, candidates, within=learner.applied)
+            # in every process alike: how many answers there are is not known from the batch
+            with learner.undivided():
+                scores = self.backbone.likelihoods(batch, candidates, within=learner.applied)
         pairs = zip(references, scores, strict=True)
         return [int(own.argmax()) == index_of(each.answers[0], each.options) for each, own in pairs if each.options]
 

@@ -133,6 +133,8 @@ def _held(folder: Path, done: list[Checkpoint]) -> Iterator[str]:
         max([0, *(s[0] for s in _shapes(each.folder / "features.safetensors").values())]) for each in done
     ):
         yield f"features of {features} test images"
+    if any((each.folder / "answers.safetensors").is_file() for each in done):
+        yield "what was answered to each test image, by its number"
     path = folder / "examples.json"
     if path.is_file():
         remedy = f"remove it, 'perdure resume {folder}' does not need it"

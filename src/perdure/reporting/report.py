@@ -309,6 +309,8 @@ def _view(run: RunResults) -> dict[str, Any]:
         "phases": [(p, duration(sum(task[p] for task in seconds))) for p in PHASES],
         "longest": max((sum(task.values()) for task in seconds), default=0.0),
         "skipped": _skipped(run),
+        "confusion": run.summary.get("confusion", []) if len(names) > 1 else [],
+        "classes": sorted(run.summary.get("class_accuracy", {}).items(), key=lambda each: each[1]),
         **language.view(run),
     }
 

@@ -96,6 +96,7 @@ class Manifest(TypedDict):
     alone: NotRequired[bool]
     source: NotRequired[LessonSource]
     device: NotRequired[str]
+    processes: NotRequired[int]
     finished: NotRequired[str]
     seconds: NotRequired[Seconds]
     images: NotRequired[Natural]
@@ -113,6 +114,7 @@ class Resolved(TypedDict):
     precision: Literal["fp32", "bf16"]
     attention: Literal["eager", "sdpa"]
     threads: Annotated[int, Meta(ge=1, le=65_536)]
+    processes: NotRequired[Annotated[int, Meta(ge=1, le=65_536)]]
 
 
 class BackboneFacts(TypedDict):
@@ -201,6 +203,8 @@ class Summary(TypedDict, total=False):
     answers_kept_strict: float | None
     answers_kept_lenient: float | None
     recall: dict[str, dict[str, list[float | None]]]
+    class_accuracy: dict[str, float]
+    confusion: list[list[float | None]]
     trainable_parameters: Natural
     stored_bytes: Natural
     seconds_per_task: list[dict[str, float]]

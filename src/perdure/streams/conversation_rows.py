@@ -63,8 +63,10 @@ def unanswered(row: Any) -> Any:
     """An entry that is only asked as one that `records` takes: with an answer, whichever, where it has none."""
     if not isinstance(row, Mapping) or _given(_first(row, _ANSWERS)):
         return row
-    asked = _first(row, _QUESTIONS)
-    several = isinstance(asked, list | tuple) and not (_given(row.get("conversations")) or _given(row.get("messages")))
+    asked, talk = _first(row, _QUESTIONS), _given(row.get("conversations")) or _given(row.get("messages"))
+    if asked is None and not talk:  # refused, for what it has itself
+        return row
+    several = isinstance(asked, list | tuple) and not talk
     return {**row, "answer": ["A"] * len(asked) if several else "A"}
 
 

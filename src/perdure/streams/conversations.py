@@ -264,6 +264,19 @@ class ConversationSet:
             tuple(self.pictures.keys[number] for number in record.images),
         )
 
+    @property
+    def frames(self) -> Tensor:
+        """How many images each conversation shows, int64 (n,), and 1 for one without: what a memory counts of it."""
+        return torch.tensor([max(1, len(set(each.images))) for each in self.records], dtype=torch.int64)
+
+    def longest(self, count: int) -> list[int]:
+        """Positions of the `count` conversations with the longest texts, of each number of images that there is."""
+        sizes: dict[int, list[tuple[int, int]]] = {}
+        for position, record in enumerate(self.records):
+            text = sum(len(part.encode()) for _, parts in record.turns for part in parts if part is not None)
+            sizes.setdefault(len(record.images), []).append((text, position))
+        return [position for some in sizes.values() for _, position in sorted(some, reverse=True)[:count]]
+
     def check_score(self) -> None:
         """Raise a ValueError, with file and line, for the first conversation of which the score cannot be asked."""
         for record in self.records if self.score else ():

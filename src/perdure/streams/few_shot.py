@@ -4,7 +4,6 @@ FSCIL (Tao et al., CVPR 2020, arXiv:2004.10956): CIFAR-100 and miniImageNet as 6
 with 5 images each, CUB-200 as 100 classes and 10 sessions of 10.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -68,8 +67,8 @@ def fewshot(
 
 
 def _plan_of(stream: Spec | str | StreamPlan) -> StreamPlan:
-    if isinstance(stream, Callable):  # type: ignore[arg-type]
-        return stream  # type: ignore[return-value]
+    if not isinstance(stream, Spec | str):
+        return stream
     spec = parse_one(stream) if isinstance(stream, str) else stream
     return undivided(spec, "in fewshot, which says what the tasks are")
 
@@ -98,7 +97,7 @@ def _sessions(whole: Task, sizes: list[int], shots: int, draw: int) -> tuple[Tas
     chosen[list(few)] = True
     made, first = [], 0
     for index, size in enumerate(sizes):
-        classes, names = (each[first : first + size] for each in (whole.classes, whole.names))
+        classes, names = whole.classes[first : first + size], whole.names[first : first + size]
         first += size
         ids = torch.tensor(classes)
         mine = torch.isin(train.labels, ids)

@@ -10,8 +10,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from perdure.formatting import meant
+from perdure.options.own_methods import import_own_methods
 from perdure.options.paths import anchored
-from perdure.options.ranges import BatchSize, Bytes, Epochs, Factor, Range, Rate, Seed, check_fields, without_effect
+from perdure.options.ranges import (
+    BatchSize,
+    Bytes,
+    Count,
+    Epochs,
+    Factor,
+    Range,
+    Rate,
+    Seed,
+    check_fields,
+    without_effect,
+)
 from perdure.options.spec import Spec, build, parse, parse_one
 
 if TYPE_CHECKING:  # what only asks, as the command line's help does, waits for no torch
@@ -22,6 +34,7 @@ if TYPE_CHECKING:  # what only asks, as the command line's help does, waits for 
 Precision = Literal["auto", "fp32", "bf16"]
 Attention = Literal["auto", "eager", "sdpa"]
 _DECAY = 0.1
+_WARMUP = 0.1
 _SPEAKING = {
     "objective": "generate()",
     "method": "lora(rank=16, at='qkvo,mlp', tower='language')",
@@ -39,15 +52,18 @@ class TrainConfig:
     epochs: Epochs = 5
     """Passes over each task's training set."""
     batch_size: BatchSize = 64
-    """New examples per step."""
+    """New examples per step, of all processes together."""
+    accumulate: Count = 1
+    """Parts in which a step encodes its examples: with the same result, a part takes memory, and a third more time."""
     lr: Rate = 1e-3
     """Learning rate at the start of each task."""
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
     """Made anew for every task; sgd has momentum 0.9."""
     weight_decay: Annotated[float, Range(0, 1e4)] = 0.0
     """Of the optimizer; above 0 it also shrinks what old tasks learnt and share."""
-    schedule: Literal["cosine", "cosine-epoch", "step", "constant"] = "cosine"
-    """Learning rate in a task: half a cosine, a step at a time; a quarter, an epoch at a time; a fall at milestones."""
+    schedule: Literal["cosine", "warmup-cosine", "cosine-epoch", "step", "constant"] = "cosine"
+    """Learning rate in a task: half a cosine, a step at a time; the same after a warm-up over a tenth of the steps; a
+    quarter, an epoch at a time; a fall at milestones."""
     milestones: str = ""
     """With step: the epochs after which the rate is multiplied by decay, as 4,6,8."""
     decay: Factor | None = None
@@ -57,6 +73,10 @@ class TrainConfig:
         # a list or tuple of numbers too, as Python's users write it
         object.__setattr__(self, "milestones", str(self.milestones).translate(_BRACKETS).rstrip(","))
         check_fields(self)
+        if self.accumulate > self.batch_size:
+            raise ValueError(
+                f"accumulate={self.accumulate}: expected at most batch_size={self.batch_size}, of which it is parts"
+            )
         if self.schedule != "step":
             why = f"with schedule={self.schedule!r}, but with 'step'"
             without_effect(why, milestones=self.milestones or None, decay=self.decay)
@@ -86,6 +106,11 @@ class TrainConfig:
     def rate(self, step: int, steps: int) -> float:
         """Learning rate of a task's step number `step` (from 0) of `steps`."""
         epoch = step * self.epochs // steps
+        if self.schedule == "warmup-cosine":
+            rising = math.ceil(_WARMUP * steps)
+            if step < rising:
+                return self.lr * (step + 1) / (rising + 1)
+            return self.lr * (0.5 * (1 + math.cos(math.pi * (step - rising) / max(steps - rising, 1))))
         if self.schedule == "cosine":
             return self.lr * (0.5 * (1 + math.cos(math.pi * (step / steps))))
         if self.schedule == "cosine-epoch":
@@ -118,6 +143,8 @@ class RunConfig(TrainConfig):
     """auto takes sdpa; eager where a CPU computes in bf16 and an image has at most 64 tokens."""
     device: str = "auto"
     """cpu, cuda, mps, ..."""
+    shard: Literal["none", "blocks"] = "none"
+    """With blocks, each of several processes holds a part of every block of the frozen encoder (FSDP2)."""
     save_every: Annotated[int, Range(0, 10**9)] = 0
     """Steps between snapshots within a task; 0 saves as often as costs at most 2 % of the time."""
     cache: str = ""
@@ -200,13 +227,15 @@ def flags(values: Mapping[str, Any], without: Container[str] = ()) -> list[str]:
         value = values.get(field.name, field.default)
         several = isinstance(value, list | tuple)
         if field.name not in without and (value if several else value != field.default):
-            words += [f"--{field.name.replace('_', '-')}", *map(str, value if several else [value])]
+            words.append(f"--{field.name.replace('_', '-')}")
+            words += [] if value is True else map(str, value if several else [value])
     return words
 
 
 def register() -> None:
     """Import all methods, which makes them known by name."""
     import_module("perdure.methods")
+    import_own_methods()
 
 
 FORMER: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {

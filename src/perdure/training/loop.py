@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from perdure.core.learner import Core, derived_seed
-from perdure.core.method import treated
+from perdure.core.method import Method, treated
+from perdure.core.unsaved import check_saved
 from perdure.process import ALONE, as_found, plain
 from perdure.training.config import TrainConfig as TrainConfig
 from perdure.types import Batch, Data, Row, Task
@@ -101,14 +102,17 @@ def fit_task(
         save_step: called after every step with the number of steps done.
         resumed: number of steps already done, and what puts the optimizer's state back; the learner's is in place.
     """
+    check_shared_out(learner, config.accumulate)
     progress, method = progress or Quiet(), learner.method
     clock = [time.perf_counter()]
     learner.train()
+    learner.accumulate = config.accumulate
     learner.prepare()
     if resumed is None:
         learner.step = 0
         _reseed(learner, task, "begin")
         method.begin_task(learner, task)
+        learner.processes.agree(learner.learnt_state())
     data = method.data(learner, task)
     data = learner.cache.of(data, config.epochs)
     clock.append(time.perf_counter())
@@ -149,6 +153,8 @@ def fit_task(
     _reseed(learner, task, "end")
     method.finalize(learner, task)
     method.end_task(learner, task)
+    check_saved(learner)
+    learner.processes.agree(learner.learnt_state())
     learner.prepare()
     learner.learnt = task.index + 1
     clock.append(time.perf_counter())
@@ -159,7 +165,9 @@ def _descend(learner: Core, task: Task, batch: Batch, optimizer: torch.optim.Opt
     """One step; returns the loss before it. In the `first` one all that is trained must have a gradient."""
     optimizer.zero_grad()
     loss = learner.loss(batch)
-    learner.method.backward(learner, loss, batch)
+    with learner.undivided():  # what is encoded once more, or in steps of a method's own, is all here
+        learner.method.backward(learner, loss, batch)
+    learner.processes.average_gradients([p for group in optimizer.param_groups for p in group["params"]])
     if first:
         _check_gradients(learner, task)
     learner.method.after_backward(learner)
@@ -182,6 +190,34 @@ def _training_batches(
         skip = max(0, done - epoch * per_epoch)
         batches = learner.batches(data, config.batch_size, order[skip * config.batch_size :])
         yield from enumerate(batches, epoch * per_epoch + skip)
+
+
+def check_shared_out(learner: Core, accumulate: int) -> None:
+    """Refuse methods whose batches several processes cannot share, or that cannot be encoded in `accumulate` parts.
+
+    Raises:
+        ValueError: with the method's name.
+    """
+    world = learner.processes.world
+    if learner.sharded and learner.tunes_backbone:
+        raise ValueError("shard='blocks' is for frozen weights, and here they are trained: leave it out, or take lora")
+    for part in learner.method:
+        if part.batchwise and (world > 1 or accumulate > 1):
+            how = f"in {world} processes" if world > 1 else f"with accumulate={accumulate}"
+            raise ValueError(
+                f"{part.name}(batchwise=True) cannot learn {how}: what it makes of an example depends on all of its "
+                "batch. Leave batchwise out, or learn in one process without accumulate"
+            )
+        if accumulate > 1 and type(part).backward is not Method.backward:
+            raise ValueError(
+                f"{part.name} cannot learn with accumulate={accumulate}: it takes steps of its own within a step, of "
+                "whole batches. Leave accumulate out (and give a smaller batch_size)"
+            )
+        if part.encodes_once and accumulate > 1:
+            raise ValueError(
+                f"{part.name} cannot learn with accumulate={accumulate}, which encodes examples twice: it counts what "
+                "they are in a step. Leave accumulate out (and give a smaller batch_size)"
+            )
 
 
 def _optimizer(learner: Core, config: TrainConfig) -> torch.optim.Optimizer | None:

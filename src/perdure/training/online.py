@@ -93,14 +93,13 @@ def along(rows: Sequence[Row], images: Sequence[int]) -> dict[str, Any]:
     """
     found: dict[int, dict[int, float]] = {}
     for row in rows:
-        kind, _, place = row.metric.partition("/")
+        kind, _, of = row.metric.partition("/")
         if kind == _ALONG:
-            seen, _, task = place.partition("/")
-            found.setdefault(int(seen), {})[int(task)] = row.value
+            images_seen, _, task = of.partition("/")
+            found.setdefault(int(images_seen), {})[int(task)] = row.value
+    places = sorted(found)
+    tasks = [[found[place][i] for i in range(len(images))] for place in places]
     starts = [sum(images[:i]) for i in range(len(images))]
-    tasks = [[found[seen][i] for i in range(len(images))] for seen in sorted(found)]
-    begun = []
-    for seen, row in zip(sorted(found), tasks, strict=True):
-        known = [value for value, start in zip(row, starts, strict=True) if start < seen]
-        begun.append(sum(known) / len(known))
-    return {"images": sorted(found), "tasks": tasks, "begun": begun}
+    known = [[found[place][i] for i, start in enumerate(starts) if start < place] for place in places]
+    begun = [sum(values) / len(values) for values in known]
+    return {"images": places, "tasks": tasks, "begun": begun}

@@ -95,13 +95,13 @@ def recorded_config(out: Path, written: RunRecord) -> RunConfig:
     return replace(config, backbone=changed(config.backbone, **resized)) if resized else config
 
 
-def recorded_runtime(out: Path, written: RunRecord, device: str | None = None) -> Runtime:
-    """How the run in `out` computes.
+def recorded_runtime(out: Path, written: RunRecord, device: str | None = None, processes: int = 1) -> Runtime:
+    """How the run in `out` computes, now in so many `processes`.
 
     Raises:
         ValueError: when its device, or the `device` that is wanted instead, is not there.
     """
-    runtime = Runtime(**written["resolved"])
+    runtime = replace(Runtime(**written["resolved"]), processes=processes)
     if device not in (None, "auto"):
         check_device(device, f"--device {device}", "give another one, such as cpu")
         return replace(runtime, device=device)
@@ -110,14 +110,22 @@ def recorded_runtime(out: Path, written: RunRecord, device: str | None = None) -
 
 
 def elsewhere(out: Path, runtime: Runtime, progress: Progress) -> dict[str, Any]:
-    """What manifests say of a device on which the run in `out` did not begin; the user is told what it means."""
-    if runtime.device == (began := read_record(out)["resolved"]["device"]):
-        return {}
-    progress.note(
-        f"on {runtime.device} instead of {began} numbers are rounded differently: the result is not to the bit what it "
-        "would have been"
-    )
-    return {"device": runtime.device}
+    """What manifests say of a device, or a number of processes, with which the run in `out` did not begin.
+
+    The user is told what it means.
+    """
+    began, found = read_record(out)["resolved"], {}
+    for name, here, then in (
+        ("device", runtime.device, began["device"]),
+        ("processes", runtime.processes, began.get("processes", 1)),
+    ):
+        if here != then:
+            found[name] = here
+            said = f"on {here} instead of {then}" if name == "device" else f"with {name}={here} instead of {then}"
+            progress.note(
+                f"{said} numbers are rounded differently: the result is not to the bit what it would have been"
+            )
+    return found
 
 
 def recorded_moves(out: Path) -> list[Relocation]:

@@ -2,13 +2,12 @@
 
 import json
 import shutil
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import torch
@@ -20,7 +19,9 @@ from perdure.core.checkpoint import read_record
 from perdure.core.feature_store import FeatureStore
 from perdure.core.learner import Core
 from perdure.core.objective import asking
-from perdure.evaluation import calibration
+from perdure.core.processes import Processes
+from perdure.evaluation import answers_given, calibration
+from perdure.evaluation.examples import EXAMPLES
 from perdure.evaluation.feature_drift import Drift
 from perdure.evaluation.held_out import HeldOut, held_out_of, remarks
 from perdure.evaluation.schedule import Evaluation, check_effect
@@ -35,7 +36,7 @@ from perdure.training.config import (
     make_objective,
     measured_between,
 )
-from perdure.training.loop import Diverged, Progress, Quiet, TrainConfig, check_finite, fit_task
+from perdure.training.loop import Diverged, Progress, Quiet, TrainConfig, check_shared_out, fit_task
 from perdure.training.online import Along, as_one, check_borders
 from perdure.training.record import (
     check_unchanged,
@@ -47,7 +48,9 @@ from perdure.training.record import (
     recorded_runtime,
     write_record,
 )
-from perdure.training.runtime import Runtime, resolve
+from perdure.training.runtime import Runtime, joined, resolve, shard
+from perdure.training.snapshots import Interrupted as Interrupted
+from perdure.training.snapshots import Saver, check_there, interruptible
 from perdure.training.summary import (
     drop_summary_beyond,
     facts_of,
@@ -56,13 +59,9 @@ from perdure.training.summary import (
     unlike_scores,
     write_summary,
 )
-from perdure.types import Row, Stream, Task
+from perdure.types import Stream, Task
 
 C = TypeVar("C", bound=Core)
-
-
-class Interrupted(Exception):
-    """The user asked to stop; everything done so far is saved."""
 
 
 @plain()
@@ -81,11 +80,11 @@ def run(
         ValueError: for anything in `config` that cannot be done, before anything is learnt.
         Interrupted: after SIGINT or SIGTERM.
     """
-    progress = progress or Quiet()
-    with checkpoint.locked(out):
-        if (out / "run.json").exists():
+    with joined(config.device) as processes, _held(out, processes):
+        if processes.first and (out / "run.json").exists():
             raise ValueError(f"{out} already holds a run: go on with 'perdure resume {out}', or give another --out")
-        learner, stream, runtime = _build(config, runtime)
+        progress = (progress if processes.first else None) or Quiet()
+        learner, stream, runtime = _build(config, runtime, processes)
         if old := former_parts(config):
             progress.note(old)
         dry_run(config, learner.backbone, stream)
@@ -97,18 +96,15 @@ def run(
         if {"classes"} == set(learner.objective.asks) and "text" in learner.objective.towers:
             for line in learner.backbone.unread([name for task in stream for name in task.names]):
                 progress.note(line)
-        write_record(out, record_of(config, learner, stream, runtime, held_out))
-        with nothing_learnt_nothing_left(out), as_found(runtime.threads):
-            return learn_stream(
-                config,
-                learner,
-                stream,
-                out,
-                progress,
-                config.save_every,
-                held_out=held_out,
-                most=measured_between(config.evaluate),
-            )
+        if processes.first:
+            write_record(out, record_of(config, learner, stream, runtime, held_out))
+        processes.wait()
+        if config.shard != "none":
+            shard(learner)
+        most = measured_between(config.evaluate)
+        nothing_left = nothing_learnt_nothing_left(out) if processes.first else nullcontext()
+        with nothing_left, as_found(runtime.threads):
+            return learn_stream(config, learner, stream, out, progress, config.save_every, held_out=held_out, most=most)
 
 
 def dry_run(config: RunConfig, backbone: Backbone, stream: Stream) -> None:
@@ -125,15 +121,29 @@ def dry_run(config: RunConfig, backbone: Backbone, stream: Stream) -> None:
     objective, method = make_objective(config.objective, config.method), make_method(config.method)
     check_effect(measured_between(config.evaluate), stream, objective)
     learner = Core(backbone, objective, method, stream.scenario, config.seed)
+    learner.sharded = config.shard != "none"
     learner.online = config.online
     try:
         for task in stream:
             described = Task.described(task.describe())
             learner.grow(described)
             learner.method.check(learner, described)
+        check_shared_out(learner, config.accumulate)
+        if config.accumulate > 1 and learner.constant_encoder:
+            raise ValueError(
+                f"accumulate={config.accumulate} has no effect where no part trains the encoder: leave it out"
+            )
     finally:
         detach(backbone)
         backbone.requires_grad_(False)
+
+
+@contextmanager
+def _held(out: Path, processes: Processes) -> Iterator[None]:
+    """Within, `out` belongs to this process, or to the one that writes for this one."""
+    with checkpoint.locked(out) if processes.first else nullcontext():
+        processes.wait()
+        yield
 
 
 @contextmanager
@@ -163,50 +173,62 @@ def resume(out: Path, progress: Progress | None = None, device: str | None = Non
         ValueError: when `out` is no run's folder, or something in it is damaged.
         Interrupted: after SIGINT or SIGTERM.
     """
-    progress = progress or Quiet()
     written = read_record(out)
-    with checkpoint.locked(out):
+    with joined(device or written["resolved"]["device"]) as processes, _held(out, processes):
+        progress = (progress if processes.first else None) or Quiet()
         checkpoint.whole(out)  # before the model is read, which may take longer
-        config, runtime = recorded_config(out, written), recorded_runtime(out, written, device)
+        config, runtime = recorded_config(out, written), recorded_runtime(out, written, device, processes.world)
         if not config.stream:
             raise ValueError(f"{out} is taught from folders: go on with 'perdure learn FOLDER --into {out}'")
         extra = elsewhere(out, runtime, progress)
-        learner, stream, _ = _build(config, runtime)
+        learner, stream, _ = _build(config, runtime, processes)
         check_unchanged(out, "data", written["stream"], facts_of_stream(stream))
         held_out = held_out_of(config.retain, learner)
         if "held_out" in written:
             check_unchanged(out, "held-out data", written["held_out"], facts_of_held_out(held_out))
+        if config.shard != "none":
+            shard(learner)
         with as_found(runtime.threads):
             most = measured_between(config.evaluate)
             return learn_stream(config, learner, stream, out, progress, config.save_every, extra, held_out, most)
 
 
-def build_learner(kind: type[C], config: RunConfig, runtime: Runtime | None = None) -> tuple[C, Runtime]:
+def build_learner(
+    kind: type[C], config: RunConfig, runtime: Runtime | None = None, processes: Processes | None = None
+) -> tuple[C, Runtime]:
     """What `config` names, put together and made ready to compute; its stream is not built.
 
     Args:
         kind: class of the learner.
         config: of the run.
         runtime: how to compute; None resolves what `config` leaves open.
+        processes: those that learn together; None is this one alone.
     """
+    processes = processes or Processes()
     method, objective = make_method(config.method), make_objective(config.objective, config.method)
     if config.online:
         check_borders(method)
     backbone = make_backbone(config.backbone, config.method)
     if runtime is None:
-        runtime = resolve(backbone, config.precision, config.attention, config.device)
+        runtime = resolve(backbone, config.precision, config.attention, config.device, processes.world)
     runtime.apply(backbone)
     learner = kind(backbone, objective, method, seed=config.seed)
     learner.precision, learner.augment, learner.calibrate = runtime.dtype, AUGMENTS[config.augment], config.calibrate
+    learner.processes = processes
+    if config.shard != "none" and processes.world == 1:
+        raise ValueError(f"shard={config.shard!r} has no effect in one process: give --processes, or leave it out")
+    if config.cache and processes.world > 1:
+        raise ValueError(f"--cache {config.cache} is for runs in one process: leave it out, or --processes")
     if config.cache:
         facts = json.dumps(runtime.describe(), sort_keys=True) + torch.__version__
         learner.store = FeatureStore(Path(config.cache), int(config.cache_bytes), facts)
     learner.online = config.online
+    check_shared_out(learner, config.accumulate)
     return learner, runtime
 
 
-def _build(config: RunConfig, runtime: Runtime | None) -> tuple[Core, Stream, Runtime]:
-    learner, runtime = build_learner(Core, config, runtime)
+def _build(config: RunConfig, runtime: Runtime | None, processes: Processes) -> tuple[Core, Stream, Runtime]:
+    learner, runtime = build_learner(Core, config, runtime, processes)
     stream = build_stream(config.stream, learner.backbone.preprocess, config.seed)
     check_gives(stream, learner, config.stream, f", or use --objective {asking(stream.gives)}")
     learner.scenario = stream.scenario
@@ -245,21 +267,24 @@ def learn_stream(
         most: see `Evaluation`.
     """
     stream, held = calibration.apart(learner, stream)
+    processes = learner.processes
     done = checkpoint.whole(out)
-    for each in done:
-        checkpoint.drop_steps(each.folder)
-    # The manifests vouch for what was measured; a line without its task is of a killed process.
-    if checkpoint.write_results(out, done) and done:
-        progress.note(f"{out / 'results.jsonl'} was not what the manifests say: it was written anew from them")
     learnt = done[-1].learnt if done else 0
-    drop_summary_beyond(out, learnt)
+    if processes.first:
+        for each in done:
+            checkpoint.drop_steps(each.folder)
+        # The manifests vouch for what was measured; a line without its task is of a killed process.
+        if checkpoint.write_results(out, done) and done:
+            progress.note(f"{out / 'results.jsonl'} was not what the manifests say: it was written anew from them")
+        drop_summary_beyond(out, learnt)
+    processes.wait()
     snapshot = checkpoint.latest_step(out, done) if learnt < len(stream) else None
     if latest := snapshot or (done[-1] if done else None):
         checkpoint.restore(learner, latest, stream.tasks)
     features = Drift(done)
-    evaluation = Evaluation(stream, held_out or held_out_of((), learner), features, out, progress.note, most)
-    with _interruptible() as stopped:
-        saver = _Saver(save_every, out, learner, stopped)
+    with interruptible(processes) as stopped, _examples_of(out, processes) as shown:
+        evaluation = Evaluation(stream, held_out or held_out_of((), learner), features, shown, progress.note, most)
+        saver = Saver(save_every, out, learner, stopped)
         for task in stream.tasks[learnt:]:
             if stopped():
                 raise Interrupted(f"stopped before task {task.index}; go on with 'perdure resume {out}'")
@@ -288,82 +313,35 @@ def learn_stream(
             new = before + evaluation.after(learner, task, fitted.moved)
             facts = facts_of(fitted, measured + time.perf_counter() - start)
             check_there(out)
-            beside = {**features.files(task), **taught_files(task)}
-            checkpoint.save_task(out, learner, new, facts | (extra or {}), beside)
-            with (out / "results.jsonl").open("a", encoding="utf-8") as file:
-                file.writelines(checkpoint.lines_of(new))
+            if processes.first:
+                beside = {**features.files(task), **taught_files(task), **answers_given.files(evaluation.answered)}
+                checkpoint.save_task(out, learner, new, facts | (extra or {}), beside)
+                with (out / "results.jsonl").open("a", encoding="utf-8") as file:
+                    file.writelines(checkpoint.lines_of(new))
             progress.scores(task, new)
-    evaluation.end(learner)
-    if learner.store is not None and not learner.store.used:
-        progress.note(
-            f"--cache {learner.store.folder} had no effect: the method changes what looks at images, or --augment the "
-            "images in every step"
-        )
-    return write_summary(out, progress.note)
-
-
-def check_there(out: Path) -> None:
-    """Refuse to go on with a run whose folder is gone.
-
-    Raises:
-        ValueError: when it is.
-    """
-    if not (out / "run.json").exists():
-        raise ValueError(
-            f"{out} is gone or has lost its run.json, and with it what was learnt: start anew, in a folder that stays"
-        )
-
-
-class _Saver:
-    """Snapshots within a task: every so many steps, or as often as costs at most a fiftieth of the time.
-
-    What a snapshot costs is known from the last one, also of the task before; the first is taken for a tenth of a
-    second. So tasks of a few steps, which are saved when they end, do without.
-    """
-
-    def __init__(self, every: int, out: Path, learner: Core, stopped: Callable[[], bool]) -> None:
-        self.every, self.out, self.learner, self.stopped = every, out, learner, stopped
-        self.took = 0.1
-
-    def begin(self, rows: list[Row], along: Along | None = None) -> None:
-        """A task begins, before which `rows` were measured; what is measured `along` it is added to them."""
-        self.rows, self.along, self.saved = rows, along, time.perf_counter()
-
-    def __call__(self, step: int, optimizer: torch.optim.Optimizer | None) -> None:
-        check_there(self.out)  # rather than train to the end for nothing
-        if self.along:
-            self.rows.extend(self.along(step))
-        stopped, now = self.stopped(), time.perf_counter()
-        due = step % self.every == 0 if self.every else now - self.saved > 50 * self.took
-        if not (due or stopped):
-            return
-        check_finite(self.learner, self.learner.task)
-        checkpoint.save_step(self.out, self.learner, step, optimizer, self.rows)
-        self.saved = time.perf_counter()
-        self.took = self.saved - now
-        if stopped:
-            raise Interrupted(
-                f"stopped after step {step} of task {self.learner.task.index}, all is saved; "
-                f"go on with 'perdure resume {self.out}'"
+        evaluation.end(learner)
+        if learner.store is not None and not learner.store.used:
+            progress.note(
+                f"--cache {learner.store.folder} had no effect: the method changes what looks at images, or --augment "
+                "the images in every step"
             )
+    found = [write_summary(out, progress.note)] if processes.first else []
+    return found[0] if processes.world == 1 else dict(processes.gather_objects(found)[0])
 
 
 @contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
-    """SIGINT and SIGTERM finish the step instead of breaking it; a second SIGINT breaks."""
-    asked: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
+def _examples_of(out: Path, processes: Processes) -> Iterator[Path]:
+    """Where examples are noted: in `out` by the process that writes; the others, which compute them too, elsewhere.
+
+    What one reads there the first may have written anew in the meantime.
+    """
+    if processes.first:
+        processes.wait()
+        yield out
         return
-
-    def ask(number: int, _frame: object) -> None:
-        if asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with TemporaryDirectory(prefix="perdure-") as aside:
+        for name in ("run.json", EXAMPLES):
+            if (out / name).exists():
+                shutil.copy(out / name, aside)
+        processes.wait()
+        yield Path(aside)

@@ -1,6 +1,12 @@
 """Device, precision, attention, threads, memory: what the machine is good at, recorded with the run."""
 
+import os
+import signal
 import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -8,8 +14,11 @@ from typing import Any, Literal
 import psutil
 import torch
 from accelerate import PartialState
+from torch import distributed
 
 from perdure.backbones.base import Backbone
+from perdure.core.learner import Core
+from perdure.core.processes import PATIENCE, Processes
 from perdure.process import ALONE
 from perdure.training.config import Attention, Precision
 
@@ -29,6 +38,7 @@ class Runtime:
     precision: Literal["fp32", "bf16"]
     attention: Literal["eager", "sdpa"]
     threads: int
+    processes: int = 1
 
     @property
     def dtype(self) -> torch.dtype:
@@ -45,29 +55,88 @@ class Runtime:
         backbone.set_attention(self.attention)
 
 
-def resolve(backbone: Backbone, precision: Precision, attention: Attention, device: str = "auto") -> Runtime:
-    """Choose what `auto` leaves open.
+def resolve(
+    backbone: Backbone, precision: Precision, attention: Attention, device: str = "auto", processes: int = 1
+) -> Runtime:
+    """Choose what `auto` leaves open, for a run of so many `processes`.
 
     Raises:
-        ValueError: for several processes, or a device that is not there.
+        ValueError: for another number of processes, or a device that is not there.
     """
-    there, processes = _found(device == "cpu")
-    if processes > 1:
-        raise ValueError(f"{processes} processes were launched; perdure trains in one: start it without a launcher")
-    name = there if device == "auto" else device
+    if launched() != processes:
+        raise ValueError(
+            f"{launched()} processes were launched; only 'perdure run' and 'perdure resume' learn in several: start it "
+            "without a launcher"
+        )
+    name = (_found() if processes == 1 else PartialState().device.type) if device == "auto" else device
     check_device(name, f"device {device!r}", "use auto")
     chosen = precision if precision != "auto" else ("bf16" if native_bf16(name) else "fp32")
     backbone.to(name)
     best = attention if attention != "auto" else attention_for(backbone, name, chosen)
-    return Runtime(name, chosen, best, torch.get_num_threads())
+    return Runtime(name, chosen, best, torch.get_num_threads(), processes)
 
 
-def _found(cpu: bool) -> tuple[str, int]:
-    """The device that Accelerate finds (CUDA, MPS, XPU, NPU, CPU), and the number of the launcher's processes."""
+def launched() -> int:
+    """How many processes a launcher has started (torchrun, accelerate, `perdure run --processes`), this one too."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+@contextmanager
+def joined(device: str) -> Iterator[Processes]:
+    """Within, the processes that a launcher has started learn together, on `device`; without one, this one alone.
+
+    A process whose launcher has ended asks itself to stop: nobody would end it, and it holds the run's folder.
+    """
+    if launched() == 1:
+        yield Processes()
+        return
+    theirs = bool(PartialState._shared_state)  # a caller's, or an outer one of ours
+    # unless it is told, Accelerate joins no processes where there is nothing but the CPU
+    state = PartialState(cpu=device == "cpu" or not torch.accelerator.is_available(), timeout=PATIENCE)
+    if state.num_processes != launched():
+        raise ValueError(
+            f"WORLD_SIZE={launched()}, but {state.num_processes} processes are there: start them by torchrun"
+        )
+    gloo = distributed.get_backend() == "gloo"
+    control = None if gloo else distributed.new_group(backend="gloo", timeout=PATIENCE)
+    if not theirs:
+        watch = threading.Thread(target=_end_with, args=(os.getppid(),), name="perdure-launcher", daemon=True)
+        watch.start()
+    try:
+        yield Processes(state.process_index, state.num_processes, control)
+    finally:
+        if not theirs:
+            PartialState._reset_state()
+            with suppress(RuntimeError):  # of those that have ended already
+                distributed.destroy_process_group()
+
+
+def shard(learner: Core) -> None:
+    """Let each process hold a part of every block of the frozen encoder, which it gathers while it is computed with.
+
+    Blocks by themselves, so that some can be computed without the others. Updates then stay beside the weights.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(learner.device.type, (learner.processes.world,))
+    learner.sharded, learner.backbone.folds = True, False
+    for tower in learner.backbone.towers():
+        for block in learner.backbone.blocks(tower):
+            fully_shard(learner.backbone.get_submodule(block), mesh=mesh, reshard_after_forward=True)
+
+
+def _end_with(launcher: int) -> None:
+    while os.getppid() == launcher:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _found() -> str:
+    """The device that Accelerate finds (CUDA, MPS, XPU, NPU, CPU)."""
     with ALONE:
         theirs = bool(PartialState._shared_state)
-        state = PartialState(cpu=cpu)
-        found = state.device.type, state.num_processes
+        found: str = PartialState().device.type
         if not theirs:  # its state is one for the process: the caller's own use of Accelerate would get ours
             PartialState._reset_state()
         return found

@@ -1,0 +1,85 @@
+"""What was answered to each test image after a task: kept beside its checkpoint, and what it adds up to.
+
+From it come accuracies of single classes, what is confused with what, and how sure a difference of two methods is.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from perdure.core import checkpoint
+from perdure.core.checkpoint import Checkpoint
+
+ANSWERS = "answers.safetensors"
+Answers = dict[int, tuple[Tensor, Tensor]]
+"""By task the class of each of its test images, and the one that was answered: int32 (n,) each."""
+
+
+def files(given: Answers) -> dict[str, dict[str, Tensor]]:
+    """What to keep beside the checkpoint of the task just measured: 8 bytes an image; nothing without classes."""
+    kept = {
+        f"{task}/{name}": value.to(torch.int32)
+        for task, pair in given.items()
+        for name, value in zip(("label", "answer"), pair, strict=True)
+    }
+    return {ANSWERS: kept} if kept else {}
+
+
+def read(done: Checkpoint) -> Answers:
+    """What was answered after a task; nothing where an older version did not keep it."""
+    found = checkpoint.beside(done, ANSWERS)
+    tasks = sorted({int(key.partition("/")[0]) for key in found})
+    return {task: (found[f"{task}/label"], found[f"{task}/answer"]) for task in tasks}
+
+
+def of_classes(answers: Answers) -> dict[int, tuple[int, int]]:
+    """Class -> how many of its test images were answered rightly, and how many there are."""
+    found: dict[int, tuple[int, int]] = {}
+    for labels, given in answers.values():
+        for c in torch.unique(labels).tolist():
+            mine = labels == c
+            right, count = found.get(c, (0, 0))
+            found[c] = right + int((given[mine] == c).sum()), count + int(mine.sum())
+    return found
+
+
+def confusions(answers: Answers) -> Counter[tuple[int, int]]:
+    """(class, answer) -> how many test images; right answers stand there too."""
+    found: Counter[tuple[int, int]] = Counter()
+    for labels, given in answers.values():
+        found.update(zip(labels.tolist(), given.tolist(), strict=True))
+    return found
+
+
+def between_tasks(answers: Answers, owner: Mapping[int, int], tasks: int) -> list[list[float | None]]:
+    """Row i, column j: the share of task i's test images that are answered with a class of task j.
+
+    Args:
+        answers: as `read` gives them.
+        owner: class -> index of the task that taught it first.
+        tasks: how many there are.
+    """
+    square: list[list[float | None]] = [[None] * tasks for _ in range(tasks)]
+    for task, (_, given) in answers.items():
+        if task < tasks and len(given):
+            owners = Counter(owner.get(c, -1) for c in given.tolist())
+            square[task] = [owners[j] / len(given) for j in range(tasks)]
+    return square
+
+
+def class_facts(done: Sequence[Checkpoint]) -> dict[str, Any]:
+    """What summary.json says of the last task's answers: accuracy of each class by its name, and `confusion`."""
+    answers = read(done[-1])
+    if not answers:
+        return {}
+    tasks = done[-1].tasks[: done[-1].learnt]
+    names, owner = dict[int, str](), dict[int, int]()
+    for task in tasks:
+        for c, name in zip(task.classes, task.names, strict=True):
+            names.setdefault(c, name)
+            owner.setdefault(c, task.index)
+    shares = {names.get(c, str(c)): right / count for c, (right, count) in of_classes(answers).items()}
+    return {"class_accuracy": shares, "confusion": between_tasks(answers, owner, len(tasks))}

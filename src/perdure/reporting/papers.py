@@ -1,0 +1,249 @@
+"""What a paper takes from runs: tables as CSV and LaTeX, and whether a difference between methods is one."""
+
+import csv
+import io
+import itertools
+import math
+import re
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from perdure.core import checkpoint
+from perdure.evaluation import answers_given
+from perdure.evaluation.answers_given import Answers
+from perdure.formatting import printable
+from perdure.reporting.numbers import numbers_named
+from perdure.reporting.runs import Group, RunResults, grouped
+from perdure.storage.files import write_text
+
+ORDERS = 5
+"""Fewest repetitions from which a p-value says anything about the next one."""
+_RESAMPLES = 10_000
+_SHARES = ("acc", "aaa", "new_task_acc", "forgetting", "acc_with_task_id", "task_id_acc")
+_LATEX = ("acc", "aaa", "forgetting", "acc_with_task_id")
+_NUMBERS = (*_SHARES, "trainable_parameters", "stored_bytes", "seconds", "step_cost")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How much better one method ends than another, on the same test images in the same orders.
+
+    Args:
+        mean: of final average accuracy, over the orders that both have.
+        low, high: between which it lies in 95 % of resamples of the test images.
+        p: two-sided, with orders resampled too; None below five orders.
+        orders: how many both have.
+    """
+
+    mean: float
+    low: float
+    high: float
+    p: float | None
+    orders: int
+
+
+def write_tables(folders: Sequence[Path], out: Path, *, as_csv: bool, as_latex: bool) -> list[Path]:
+    """Write what `folders` of runs measured into the folder `out`; returns the files.
+
+    CSV: `methods` (mean and standard deviation over repetitions), `runs`, `scores` (each task after each), `classes`,
+    `confusion` (class by answer), `confusion_tasks` and `significance`. LaTeX: `methods.tex`, with booktabs.
+
+    Raises:
+        ValueError: when a folder is not a run's, or the disk is full.
+    """
+    runs = [RunResults.read(folder) for folder in dict.fromkeys(map(Path, folders))]
+    groups = grouped(runs)
+    texts: dict[str, str] = {}
+    if as_csv:
+        texts = {f"{name}.csv": _csv(rows) for name, rows in _tables(runs, groups).items() if rows}
+    if as_latex:
+        texts["methods.tex"] = latex(groups)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            write_text(out / name, text)
+    except OSError as error:
+        raise ValueError(
+            f"{out} cannot be written ({error.strerror}): make room there, or give another --out"
+        ) from error
+    return [out / name for name in texts]
+
+
+def varied(runs: Sequence[RunResults]) -> str:
+    """What differs between repetitions, as words: what a standard deviation over them is of."""
+    orders = {str([task.get("classes") for task in run.tasks()]) for run in runs}
+    images = {str([task.get(digest) for task in run.tasks() for digest in ("train_sha256", "sha256")]) for run in runs}
+    found = [
+        word
+        for word, differ in (
+            ("class order", len(orders) > 1),
+            ("images drawn", len(images) > 1 and len(orders) == 1),
+            ("start", len({run.seed for run in runs}) > 1),
+        )
+        if differ
+    ]
+    return ", ".join(found)
+
+
+def difference(one: Mapping[int, Answers], other: Mapping[int, Answers]) -> Difference | None:
+    """Of two methods' answers after their last tasks, by seed; None where no order's test images are the same.
+
+    Each image is right with one and wrong with the other, the other way round, or neither: resampling the images of a
+    task with replacement draws these three counts from a multinomial, so nothing needs to be sampled image by image.
+    """
+    generator = np.random.default_rng(0)
+    means, drawn = [], []
+    for seed in sorted(set(one) & set(other)):
+        tasks = sorted(one[seed])
+        if tasks != sorted(other[seed]) or any(not one[seed][t][0].equal(other[seed][t][0]) for t in tasks):
+            continue
+        mean, samples = [], []
+        for task in tasks:
+            labels, mine = one[seed][task]
+            right = (mine == labels).int() - (other[seed][task][1] == labels).int()
+            count = len(labels)
+            shares = [int((right == sign).sum()) / count for sign in (1, -1, 0)]
+            counts = generator.multinomial(count, shares, _RESAMPLES)
+            mean.append(shares[0] - shares[1])
+            samples.append((counts[:, 0] - counts[:, 1]) / count)
+        means.append(statistics.fmean(mean))
+        drawn.append(np.mean(samples, axis=0))
+    if not means:
+        return None
+    low, high = np.quantile(np.mean(drawn, axis=0), (0.025, 0.975))
+    p = None
+    if len(means) >= ORDERS:
+        picked = generator.integers(len(means), size=(len(means), _RESAMPLES))
+        both = np.stack(drawn)[picked, np.arange(_RESAMPLES)].mean(0)
+        # one more on each side: of so many resamples none can show that it is impossible
+        p = float(min(1.0, 2 * (1 + min((both <= 0).sum(), (both >= 0).sum())) / (_RESAMPLES + 1)))
+    return Difference(statistics.fmean(means), float(low), float(high), p, len(means))
+
+
+def latex(groups: Sequence[Group]) -> str:
+    """The methods as a table for LaTeX (booktabs), in per cent, mean ± sample standard deviation, the best in bold."""
+    titles = {key: name for key, name, _ in numbers_named("accuracy", set())}
+    keys = [key for key in _LATEX if any(group.spread(key) for group in groups)]
+    best = {key: _best([group.spread(key) for group in groups], smallest=key == "forgetting") for key in keys}
+    lines = [f"\\begin{{tabular}}{{l{'c' * len(keys)}}}", "\\toprule"]
+    lines.append(" & ".join(["method", *(_escaped(titles[key]) for key in keys)]) + " \\\\")
+    lines.append("\\midrule")
+    for i, group in enumerate(groups):
+        cells = []
+        for key in keys:
+            spread = group.spread(key)
+            text = "--" if spread is None else f"{100 * spread[0]:.1f}"
+            text = f"\\textbf{{{text}}}" if i in best[key] and len(groups) > 1 else text
+            cells.append(text if spread is None or spread[1] is None else f"{text} $\\pm$ {100 * spread[1]:.1f}")
+        lines.append(" & ".join([f"\\texttt{{{_escaped(group.label)}}}", *cells]) + " \\\\")
+    lines += ["\\bottomrule", "\\end{tabular}"]
+    for group in groups:
+        if len(group.runs) > 1:
+            what = varied(group.runs) or "nothing"
+            lines.append(f"% {printable(group.label)}: over {len(group.runs)} runs, which differ in {what}")
+    return "\n".join(lines) + "\n"
+
+
+Rows = list[dict[str, Any]]
+
+
+def _tables(runs: Sequence[RunResults], groups: Sequence[Group]) -> dict[str, Rows]:
+    answers = {run.folder: answers_of(run) for run in runs}
+    classes, confusion, tasks = Rows(), Rows(), Rows()
+    for run in runs:
+        who, named = _who(run), _names(run)
+        for c, (right, count) in sorted(answers_given.of_classes(answers[run.folder]).items()):
+            classes.append(
+                {**who, "class": named.get(c, c), "images": count, "right": right, "accuracy": right / count}
+            )
+        for (c, given), count in sorted(answers_given.confusions(answers[run.folder]).items()):
+            confusion.append({**who, "class": named.get(c, c), "answer": named.get(given, given), "images": count})
+        for i, row in enumerate(run.summary.get("confusion", [])):
+            pairs = [(j, share) for j, share in enumerate(row) if share is not None]
+            tasks += [{**who, "task": i + 1, "answered_as": j + 1, "share": share} for j, share in pairs]
+    return {
+        "methods": [_method(group) for group in groups],
+        "runs": [{**_who(run), **{key: run.numbers().get(key) for key in _NUMBERS}} for run in runs],
+        "scores": [
+            {**_who(run), "after": row.after + 1, "task": None if row.on is None else row.on + 1, "metric": row.metric}
+            | {"value": row.value}
+            for run in runs
+            for row in run.rows
+        ],
+        "classes": classes,
+        "confusion": confusion,
+        "confusion_tasks": tasks,
+        "significance": list(_significance(groups, answers)),
+    }
+
+
+def answers_of(run: RunResults) -> Answers:
+    """What a finished run answered after its last task; nothing where it did not keep it."""
+    done = checkpoint.whole(run.folder)
+    return answers_given.read(done[-1]) if done else {}
+
+
+def _significance(groups: Sequence[Group], answers: Mapping[Path, Answers]) -> Iterable[dict[str, Any]]:
+    kept = [{run.seed or 0: answers[run.folder] for run in group.runs if answers[run.folder]} for group in groups]
+    for (one, mine), (other, theirs) in itertools.combinations(zip(groups, kept, strict=True), 2):
+        if (found := difference(mine, theirs)) is not None:
+            yield {
+                **{"method": one.label, "other": other.label, "orders": found.orders, "difference": found.mean},
+                **{"low_95": found.low, "high_95": found.high, "p": found.p},
+            }
+
+
+def _method(group: Group) -> dict[str, Any]:
+    row: dict[str, Any] = {"method": group.label, "runs": len(group.runs), "varied": varied(group.runs)}
+    for key in _NUMBERS:
+        mean, std = group.spread(key) or (None, None)
+        row |= {key: mean, f"{key}_std": std}
+    return row
+
+
+def _who(run: RunResults) -> dict[str, Any]:
+    return {"run": run.folder.name, "method": run.method, "seed": run.seed}
+
+
+def _names(run: RunResults) -> dict[int, str]:
+    return {
+        c: str(name)
+        for task in run.tasks()
+        for c, name in zip(task.get("classes") or (), task.get("names") or (), strict=False)
+    }
+
+
+def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows with a heading; what a spreadsheet would take for a formula begins with an apostrophe."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({key: _plain(value) for key, value in row.items()} for row in rows)
+    return text.getvalue()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, str):
+        value = printable(value)
+        return f"'{value}" if value.startswith(("=", "+", "-", "@")) else value
+    if isinstance(value, float):
+        return "" if not math.isfinite(value) else f"{value:.6g}"
+    return value
+
+
+def _best(spreads: Sequence[tuple[float, float | None] | None], *, smallest: bool) -> set[int]:
+    """Places of what is best as it is shown, to a tenth of a point."""
+    shown = {i: round(100 * each[0], 1) * (-1 if smallest else 1) for i, each in enumerate(spreads) if each is not None}
+    return {i for i, value in shown.items() if value == max(shown.values())}
+
+
+_SPECIAL = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+
+
+def _escaped(text: str) -> str:
+    return re.sub(r"[\\&%$#_{}~^]", lambda found: _SPECIAL.get(found[0], f"\\{found[0]}"), printable(text))

@@ -1,0 +1,80 @@
+"""Several processes of one command on this machine, by torch's own launcher; torchrun and accelerate do the same."""
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+RUN_ID = "perdure"
+"""Under which torch's launcher tells its processes who has started them."""
+
+
+class Ended(Exception):
+    """The processes have ended: which one was the first, where it has not said so itself, and the exit code of all."""
+
+    def __init__(self, text: str, code: int) -> None:
+        super().__init__(text, code)
+
+
+def launch(processes: int, arguments: Sequence[str], folder: object) -> None:
+    """Run `perdure` with `arguments` in so many processes that learn together, and wait for them.
+
+    A signal to this process is passed on: they finish the step, save, and end. When one of them ends otherwise, so do
+    all.
+
+    Args:
+        processes: how many.
+        arguments: of the command line.
+        folder: of the run, for messages.
+
+    Raises:
+        Ended: with their exit code, where that is not 0.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    for name in list(logging.root.manager.loggerDict):  # each has a level of its own
+        if name.startswith("torch.distributed"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # the one line is ours
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # each would take all of them
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=RUN_ID,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        max_restarts=0,
+        monitor_interval=0.1,
+        metrics_cfg={},
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "perdure.cli", *arguments)
+    except SignalException as stop:
+        raise Ended("", 130) from stop
+    except ChildFailedError as error:
+        raise _ended(error.failures, processes, folder) from error
+
+
+def _ended(failures: Mapping[int, Any], processes: int, folder: object) -> Ended:
+    """Of the processes that ended before their time, who was the first and whether it has said why."""
+
+    def order(rank: int) -> tuple[bool, bool, float]:
+        code = failures[rank].exitcode
+        return code == -signal.SIGTERM, code >= 0, failures[rank].timestamp  # that is how the launcher ends the others
+
+    rank = min(failures, key=order)
+    code = int(failures[rank].exitcode)
+    if code in (2, 130):  # it has said why
+        return Ended("", code)
+    by = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    return Ended(
+        f"process {rank} of {processes} {by}, and so all have ended; what was saved before is whole: go on with "
+        f"'perdure resume {folder}'",
+        1,
+    )

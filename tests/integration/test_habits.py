@@ -1,0 +1,131 @@
+"""What people are used to from other programs: a file of options, quiet and loud, own methods, completion."""
+
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from perdure.cli.main import main
+from perdure.core.method import METHODS
+from perdure.options.own_methods import OWN_METHODS
+
+TINY = ["--stream", "synthetic(tasks=2, per_class=8)", "--backbone", "tiny()", "--epochs", "2", "--batch-size", "8"]
+GUARD = """
+from perdure.core.method import Method
+
+
+class Mine(Method, name="of_mine"):
+    \"\"\"Nothing.\"\"\"
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(OWN_METHODS, "")
+    yield tmp_path
+    METHODS.pop("of_mine", None)
+    sys.modules.pop("my_method", None)
+
+
+def test_a_runs_configuration_is_printed_and_gives_the_same_run_but_for_flags_that_are_typed(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["run", *TINY, "--method", "lora(rank=2)", "--lr", "0.01", "--out", "first", "--quiet"])
+    capsys.readouterr()
+    main(["show", "first", "--config"])
+    text = capsys.readouterr().out
+    assert yaml.safe_load(text)["method"] == "lora(rank=2)"
+    (here / "run.yaml").write_text(text)
+    main(["run", "--config", "run.yaml", "--out", "second", "--quiet"])
+    main(["run", "--seed", "1", "--config=run.yaml", "--out", "third", "--quiet"])
+    made = [json.loads((here / run / "run.json").read_text())["config"] for run in ("first", "second", "third")]
+    assert made[1] == made[0]
+    assert made[2] == made[0] | {"seed": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("metod: lora", "there is no option 'metod'; did you mean 'method'?"),
+        ("- lora", "expected lines such as 'method: inflora(rank=10)'"),
+        ("a: [", "is no YAML"),
+        ("method: {lora: 2}", "method is {'lora': 2}, expected a value"),
+        ("lr: fast", "lr"),
+        ("!!python/object/apply:os.system [ls]", "is no YAML"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_refused_in_one_line(
+    here: Path, capsys: pytest.CaptureFixture[str], text: str, message: str
+) -> None:
+    (here / "run.yaml").write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        main(["run", "--config", "run.yaml", *TINY, "--out", "run"])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert message in said
+    assert len(said.splitlines()) == 1
+
+
+def test_quiet_says_the_results_only_and_verbose_a_line_an_epoch(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = {}
+    for flag in ("--quiet", "--verbose"):
+        main(["run", *TINY, "--method", "lora(rank=2)", "--out", flag[2:], flag])
+        said[flag] = capsys.readouterr().out
+    epochs = re.compile(r"^  epoch [12]/2  loss \d", re.M)
+    assert len(epochs.findall(said["--verbose"])) == 4
+    assert not epochs.search(said["--quiet"])
+    assert "with task id" in said["--verbose"]
+    assert "with task id " not in said["--quiet"].partition("% right")[0]
+    assert "report: " in said["--quiet"]
+
+
+def test_a_mistake_shows_where_it_was_found_to_who_asks_for_more(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for flags, shown in (([], False), (["--verbose"], True)):
+        with pytest.raises(SystemExit):
+            main(["predict", "nowhere", "cat.jpg", *flags])
+        assert ("Traceback" in capsys.readouterr().err) == shown
+
+
+def test_a_method_in_a_file_is_known_everywhere_once_it_is_imported(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (here / "my_method.py").write_text(GUARD)
+    main(["run", "--import", "my_method.py", *TINY, "--method", "lora(rank=2) + of_mine", "--out", "run", "--quiet"])
+    main(["list", "methods", "of_mine", "--import", "my_method.py"])
+    assert "Nothing." in capsys.readouterr().out
+    assert os.environ[OWN_METHODS] == str(here / "my_method.py")  # so that processes of a grid know it
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [(None, "expected a Python file"), ("1 +", "cannot be imported: SyntaxError"), ("1 / 0", "ZeroDivisionError")],
+)
+def test_a_file_that_cannot_be_imported_is_refused_in_one_line(
+    here: Path, capsys: pytest.CaptureFixture[str], text: Any, message: str
+) -> None:
+    if text:
+        (here / "my_method.py").write_text(text)
+    with pytest.raises(SystemExit):
+        main(["run", "--import", "my_method.py", *TINY, "--method", "of_mine", "--out", "run"])
+    said = capsys.readouterr().err
+    assert message in said
+    assert len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_a_shell_completes_commands_and_flags(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--completion", shell])
+    script = capsys.readouterr().out
+    for word in ("perdure", "compare", "--batch-size", "predict"):
+        assert word in script

@@ -1,0 +1,118 @@
+"""A run in several processes that are stopped, killed or left alone goes on, and ends as if nothing had happened."""
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from perdure.training.config import flags
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+PATIENCE = 60  # seconds within which all must have ended
+METHOD = "inflora(rank=2) + replay(size=8)"
+
+
+class Started:
+    """A command in two processes, and what it says."""
+
+    def __init__(self, words: list[str], said: Path) -> None:
+        self.said = said
+        with said.open("w") as file:
+            command = [sys.executable, "-m", "perdure", *words, "--processes", "2"]
+            self.process = subprocess.Popen(command, stdout=file, stderr=file)
+
+    def workers(self) -> list[psutil.Process]:
+        """The processes that learn, the first one first."""
+        found = psutil.Process(self.process.pid).children()
+        return sorted((each for each in found if each.is_running()), key=lambda each: each.environ().get("RANK", ""))
+
+    def end(self, seconds: float = PATIENCE) -> int:
+        """Exit code, once the launcher and all that it has started have ended."""
+        return self.process.wait(seconds)
+
+    def text(self) -> str:
+        return " ".join(self.said.read_text().split())
+
+
+@pytest.fixture
+def start(lab: Any, tmp_path: Path) -> Iterator[Callable[..., Started]]:
+    """Start a run in a folder, or go on with it; whatever is left at the end is ended."""
+    options = lab.but(epochs=60, tasks=2).config(METHOD, save_every=1).describe()
+    all_of_them: list[Started] = []
+
+    def started(out: Path) -> Started:
+        begun = (out / "run.json").exists()
+        words = ["resume", str(out)] if begun else ["run", *flags(options), "--out", str(out)]
+        all_of_them.append(Started(words, tmp_path / f"said {len(all_of_them)}"))
+        return all_of_them[-1]
+
+    yield started
+    for each in all_of_them:
+        if each.process.poll() is None:
+            for worker in psutil.Process(each.process.pid).children():
+                worker.kill()
+            each.process.kill()
+            each.process.wait()
+
+
+def reach(out: Path, each: Started, step: int) -> None:
+    """Wait until a run has taken so many steps of its first task, or has ended."""
+    begun = [out / "task-000" / f"step-{number:06d}" for number in range(step, 200)]
+    while each.process.poll() is None and not any(path.exists() for path in begun):
+        time.sleep(0.01)
+
+
+def test_two_processes_that_are_stopped_and_killed_end_as_if_nothing_had_happened(
+    start: Any, content_of: Any, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    asked = start(out)
+    reach(out, asked, 3)
+    asked.process.send_signal(signal.SIGTERM)
+    assert asked.end() == 130, asked.text()
+    assert asked.text().count("perdure:") == 1
+    assert "all is saved" in asked.text()
+    stopped = next(out.glob("task-000/step-*"))
+
+    killed = start(out)
+    while not [p for p in out.glob("task-000/step-*") if p != stopped] and killed.process.poll() is None:
+        time.sleep(0.01)
+    killed.workers()[1].kill()
+    since = time.monotonic()
+    assert killed.end() == 1, killed.text()
+    assert time.monotonic() - since < PATIENCE
+    assert killed.text().count("perdure:") == 1, killed.text()
+    assert "process 1 of 2 was killed by SIGKILL" in killed.text()
+    assert "perdure resume" in killed.text()
+
+    assert start(out).end(200) == 0
+    assert start(tmp_path / "unbroken").end(200) == 0
+    assert content_of(out) == content_of(tmp_path / "unbroken")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_ten_kills_of_any_process_lose_nothing(start: Any, content_of: Any, tmp_path: Path) -> None:
+    out, draw = tmp_path / "out", random.Random(7)
+    for number in range(10):
+        running = start(out)
+        while not any(out.glob("task-*/*")) and running.process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, 12))
+        if running.process.poll() is not None:
+            assert running.process.returncode == 0, running.text()
+            break
+        family = [psutil.Process(running.process.pid), *running.workers()]
+        draw.choice(family).kill()
+        _, alive = psutil.wait_procs(family, PATIENCE)
+        assert alive == [], f"kill {number}: {running.text()}"
+    assert start(out).end(300) == 0
+    assert start(tmp_path / "unbroken").end(300) == 0
+    assert content_of(out) == content_of(tmp_path / "unbroken")

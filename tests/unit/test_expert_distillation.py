@@ -1,0 +1,102 @@
+"""Expert distillation: a specialist that leaves no trace, two teachers, and what they hold."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from perdure.core.learner import Core
+from perdure.mechanisms.distillation import EXPERTS, EXPERTS_OF, specialised
+from perdure.types import Task
+
+
+def begun(lab: Any, spec: str) -> tuple[Core, Task, Any]:
+    """A learner at the start of its second task, with its part that distils."""
+    learner, stream = lab.learner(spec), lab.stream()
+    lab.teach(learner, stream.tasks[:1])
+    learner.grow(stream.tasks[1])
+    learner.train()
+    learner.method.begin_task(learner, stream.tasks[1])
+    return learner, stream.tasks[1], list(learner.method)[-1]
+
+
+def loss_of(learner: Core, batch: Any) -> float:
+    with torch.no_grad():
+        return float(learner.loss(batch))
+
+
+def test_the_specialist_knows_its_task_and_leaves_no_trace(lab: Any) -> None:
+    learner, stream = lab.learner("lora(rank=2)"), lab.stream()
+    lab.teach(learner, stream.tasks[:1])
+    learner.grow(task := stream.tasks[1])
+    learner.train()
+    batch = task.train.__getitems__(range(len(task.train)))
+    before, loss = {k: v.clone() for k, v in learner.state_dict().items()}, loss_of(learner, batch)
+    with specialised(learner, task, 30, 1e-2, 8):
+        assert loss_of(learner, batch) < loss / 2
+    assert all(torch.equal(v, before[k]) for k, v in learner.state_dict().items())
+    assert all(p.grad is None for p in learner.trainable().values())
+
+
+@pytest.mark.parametrize("form", ["kl", "logits"])
+def test_each_teacher_speaks_of_its_own_classes(lab: Any, form: str) -> None:
+    learner, task, part = begun(lab, f"lora(rank=2) + expert_distillation(strength=3, form='{form}')")
+    batch = task.train.__getitems__(range(8))
+    new, old = part.expert(learner, batch)["scores"], part.teacher(learner, batch)["scores"]
+    with torch.no_grad():
+        features = learner.encode(batch)
+        given, found = learner.objective.scores(features), part.penalty(learner, batch, features)
+
+    def way(wanted: Any, mine: Any) -> Any:
+        if form == "logits":
+            return ((wanted - wanted.mean(1, True)) - (mine - mine.mean(1, True))).square().mean()
+        shares = F.softmax(wanted / 2, 1)
+        return 4 * (shares * (shares.log() - F.log_softmax(mine / 2, 1))).sum(1).mean()
+
+    torch.testing.assert_close(found, 3 * (way(new[:, 2:], given[:, 2:]) + way(old[:, :2], given[:, :2])))
+    torch.testing.assert_close(old, given)  # nothing has moved yet, and the specialist has
+    assert not torch.allclose(new, given)
+
+
+def test_old_tasks_are_kept_no_worse_than_by_plain_training_and_the_last_is_learnt_nearly_as_well(lab: Any) -> None:
+    bench = lab.but(per_class=12, noise=0.5, dim=32)
+
+    def accuracy(spec: str) -> list[float]:
+        learner, stream = bench.learner(spec), bench.stream()
+        bench.teach(learner, stream.tasks, epochs=6)
+        return [each["accuracy_with_task_id"] for each in learner.objective.evaluate(learner, stream.tasks)]
+
+    plain, held = accuracy("lora(rank=4)"), accuracy("lora(rank=4) + expert_distillation(strength=4, lr=0.01)")
+    assert sum(held[:2]) >= sum(plain[:2])
+    assert held[2] >= plain[2] - 0.15
+
+
+def test_finished_experts_that_the_data_brings_are_the_teachers_from_the_first_task_on(lab: Any) -> None:
+    learner, stream = lab.but(classes=4).learner("lora(rank=2) + expert_distillation"), lab.but(classes=4).stream()
+    learner.grow(task := stream.tasks[0])
+    learner.method.begin_task(learner, task)
+    batch = task.train.__getitems__(range(6))
+    owners = torch.tensor([0, 0, 1, 1])
+    said = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    features = learner.encode(batch)
+    part = list(learner.method)[-1]
+    found = part.penalty(learner, batch | {EXPERTS: said, EXPERTS_OF: owners.expand(6, -1)}, features)
+    given = learner.objective.scores(features)
+    by_hand = 0
+    for own in ([0, 1], [2, 3]):
+        shares = F.softmax(said[:, own] / 2, 1)
+        by_hand = by_hand + 4 * (shares * (shares.log() - F.log_softmax(given[:, own] / 2, 1))).sum(1).mean()
+    torch.testing.assert_close(found, by_hand)
+    assert part.penalty(learner, batch, features) == 0.0
+
+
+def test_a_reference_is_read_without_its_labels(lab: Any) -> None:
+    learner, task, part = begun(lab, "lora(rank=2) + expert_distillation(reference='synthetic(tasks=1)', size=10)")
+    assert {name: tuple(said.shape) for name, said in part.said.items()} == {"new": (10, 4), "old": (10, 4)}
+    features = learner.encode(task.train.__getitems__(range(4)))
+    batch = {"label": torch.zeros(4, dtype=torch.int64)}
+    assert part.penalty(learner, batch, features).item() > 0
+    part.end_task(learner, task)
+    assert not part.said
+    assert not part.expert.weights

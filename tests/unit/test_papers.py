@@ -1,0 +1,106 @@
+"""Tables for papers: classes and confusions from what was answered, and differences that are as sure as they are."""
+
+import csv
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from perdure.core import checkpoint
+from perdure.evaluation import answers_given
+from perdure.evaluation.answers_given import Answers
+from perdure.reporting.papers import difference, write_tables
+from perdure.reporting.report import write_report
+
+
+@pytest.fixture(scope="module")
+def grid(lab: Any, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two methods over two seeds."""
+    root = tmp_path_factory.mktemp("grid")
+    folders = []
+    for method in ("ncm", "lora(rank=2)"):
+        for seed in (0, 1):
+            folders.append(root / f"{method.partition('(')[0]}-{seed}")
+            lab.but(seed=seed, epochs=1).run(method, folders[-1])
+    return folders
+
+
+def read(file: Path) -> list[dict[str, str]]:
+    with file.open(newline="", encoding="utf-8") as opened:
+        return list(csv.DictReader(opened))
+
+
+def test_classes_and_confusions_add_up_to_the_accuracy_of_each_task(grid: list[Path]) -> None:
+    done = checkpoint.whole(grid[2])
+    answers = answers_given.read(done[-1])
+    last = {row.on: row.value for row in done[-1].rows if row.metric == "accuracy"}
+    for task, (labels, given) in answers.items():
+        assert float((labels == given).float().mean()) == pytest.approx(last[task])
+    facts = answers_given.class_facts(done)
+    assert math.fsum(facts["class_accuracy"].values()) / 6 == pytest.approx(math.fsum(last.values()) / 3)
+    assert all(math.fsum(row) == pytest.approx(1) for row in facts["confusion"])
+
+
+def test_every_table_is_written_and_says_what_varies(grid: list[Path], tmp_path: Path) -> None:
+    files = {file.name: file for file in write_tables(grid, tmp_path, as_csv=True, as_latex=True)}
+    assert set(files) == {
+        *("methods.csv", "runs.csv", "scores.csv", "classes.csv", "confusion.csv", "confusion_tasks.csv"),
+        *("significance.csv", "methods.tex"),
+    }
+    methods = {row["method"]: row for row in read(files["methods.csv"])}
+    assert set(methods) == {"ncm", "lora(rank=2)"}
+    assert "start" in methods["ncm"]["varied"]
+    counts = [int(row["images"]) for row in read(files["confusion.csv"]) if row["run"] == "ncm-0"]
+    assert sum(counts) == 24
+    (pair,) = read(files["significance.csv"])
+    assert (pair["orders"], pair["p"]) == ("2", "")
+    assert float(pair["low_95"]) <= float(pair["difference"]) <= float(pair["high_95"])
+    tex = files["methods.tex"].read_text()
+    assert r"\texttt{lora(rank=2)} & " in tex
+    assert tex.count(r"\textbf") >= 3
+
+
+def test_the_report_shows_confusions_and_classes(grid: list[Path], tmp_path: Path) -> None:
+    page = write_report([grid[2]], tmp_path / "report.html").read_text()
+    assert "What is confused with what" in page
+    assert "Accuracy of each class after the last task" in page
+
+
+def test_what_a_spreadsheet_would_compute_is_text() -> None:
+    from perdure.reporting.papers import _csv
+
+    assert _csv([{"class": "=cmd|' /C calc'!A0", "n": 1.0}]) == "class,n\n'=cmd|' /C calc'!A0,1\n"
+
+
+def answered(seed: int, right: float, count: int = 400) -> Answers:
+    labels = torch.zeros(count, dtype=torch.int32)
+    wrong = torch.rand(count, generator=torch.Generator().manual_seed(seed)) >= right
+    return {0: (labels, wrong.to(torch.int32))}
+
+
+def test_a_difference_needs_five_orders_for_a_p_value_and_sees_what_is_there() -> None:
+    def between(one: float, other: float, orders: int) -> Any:
+        return difference(
+            {s: answered(s, one) for s in range(orders)}, {s: answered(100 + s, other) for s in range(orders)}
+        )
+
+    assert between(0.8, 0.6, 4).p is None
+    clear, none = between(0.8, 0.6, 5), between(0.7, 0.7, 5)
+    assert clear.p < 0.01
+    assert clear.low > 0.1
+    assert none.p > 0.05
+    assert none.low < 0 < none.high
+    same = answered(3, 0.5)
+    assert difference({0: same}, {0: same}).high == 0
+    assert difference({0: same}, {0: answered(0, 0.5, 10)}) is None
+
+
+def test_the_interval_is_that_of_the_normal_approximation() -> None:
+    one, other = answered(1, 0.8, 4000), answered(2, 0.7, 4000)
+    found = difference({0: one}, {0: other})
+    assert found is not None
+    d = (one[0][1] == 0).double() - (other[0][1] == 0).double()
+    half = 1.96 * float(d.std()) / 4000**0.5
+    assert found.high - found.low == pytest.approx(2 * half, rel=0.05)
