@@ -23,6 +23,7 @@ from perdure.objectives.generate import Generate
 from perdure.streams import build_stream
 from perdure.training.config import make_method
 from perdure.training.run import run
+from perdure.types import Encoded, Subset
 
 METHODS = ["probe", "ranpac", "lora(rank=2, blocks='1')", "lora(rank=2, blocks='1') + replay(size=4)"]
 
@@ -244,8 +245,22 @@ def test_images_of_a_frozen_tower_are_looked_at_once_and_on_disk_alike(
     looked: list[int] = []
     inner = sight.seen_of
     monkeypatch.setattr("perdure.backbones.sight.seen_of", lambda *args: looked.append(1) or inner(*args))
-    options = {"stream": questions, "backbone": "tiny_mllm()", "objective": "generate(tokens=4)", "batch_size": 2}
-    lab.run(method, tmp_path / "without", **options)
+    options = {
+        "stream": questions,
+        "backbone": "tiny_mllm()",
+        "objective": "generate(tokens=4)",
+        "batch_size": 2,
+        "epochs": 6,
+        "lr": 2e-2,
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("perdure.core.caching._MOST_KEPT", 0)
+        unkept = lab.run(method, tmp_path / "unkept", **options)
+    looked.clear()
+    kept = lab.run(method, tmp_path / "without", **options)
+    assert {name: kept[name] for name in ("matrix", "lenient_matrix")} == {
+        name: unkept[name] for name in ("matrix", "lenient_matrix")
+    }
     without = len(looked)
     lab.run(method, tmp_path / "first", **options, cache=str(tmp_path / "cache"))
     looked.clear()
@@ -288,6 +303,16 @@ def test_an_entry_that_is_gone_is_looked_at_again(questions: str, tmp_path: Path
     for path in entries(tmp_path)[:2]:
         path.unlink()
     torch.testing.assert_close(learner.encode(next(learner.batches(kept, 5))), rows, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_known_already_stays_known_through_parts_and_facts_of_it(questions: str) -> None:
+    learner, data = learner_of(MLLM[0], questions)
+    seen = learner.cache.test(data)
+    for again in (seen, Subset(seen, torch.tensor([0, 2, 4])), Encoded({"fact": torch.ones(5)}, seen.labels, seen)):
+        known = next(learner.batches(learner.cache.test(again), 5))["tokens"]
+        plain = next(learner.batches(again, 5))["tokens"]
+        assert [each.seen is None for each in known] == [each.seen is None for each in plain]
+        assert any(each.seen is not None for each in known)
 
 
 def test_what_takes_more_than_its_room_is_not_kept(questions: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from perdure.streams.sources import Parquet
 
-GROUPS, ROWS, BYTES = 100, 20, 100_000  # 200 MB
+GROUPS, ROWS, BYTES = 200, 20, 100_000  # 400 MB
 
 READING = """
 import random, sys, threading, time

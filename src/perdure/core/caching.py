@@ -150,9 +150,9 @@ class Cache:
         with torch.no_grad(), learner.computing():
             constant = learner.constant_sight and backbone.sees_once()
             for batch in learner.batches(data, _ASKED):
-                if "tokens" not in batch:
+                tokens: list[Tokens] = batch.get("tokens", [])
+                if not tokens or any(each.seen is not None for each in tokens):  # known already
                     return data
-                tokens: list[Tokens] = batch["tokens"]
                 own = [
                     self._key("seen", *sight.pixels(each)) if constant and sight.has_images(each) else ""
                     for each in tokens
