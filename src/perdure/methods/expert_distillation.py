@@ -19,7 +19,7 @@ from perdure.adapters.state import BufferDict
 from perdure.core.learner import Core, derived_seed
 from perdure.core.shared_copy import Constant
 from perdure.mechanisms.distillation import EXPERTS, EXPERTS_OF, Distillation, Teacher, distillation, specialised
-from perdure.mechanisms.replay import read_references
+from perdure.mechanisms.references import read_references
 from perdure.options.ranges import BatchSize, Count, Epochs, Factor, Rate, Strength, without_effect
 from perdure.streams import build_stream
 from perdure.types import Batch, Task
