@@ -134,7 +134,7 @@ def code_lines(method: str) -> int:
     return sum(map(_lines, modules))
 
 
-def markdown(answers: Sequence[Advice]) -> str:
+def families_table(answers: Sequence[Advice]) -> str:
     """The tables of the page on choosing."""
     parts = []
     for answer in answers:
