@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from perdure.core import checkpoint
 from perdure.core.checkpoint import DamagedCheckpoint
 from perdure.evaluation import feature_drift as drift
+from perdure.evaluation.answers_given import ANSWERS
 from perdure.mechanisms.subspace import Subspace
 from perdure.training.config import make_method
 from perdure.training.run import resume, run
@@ -138,7 +139,12 @@ def test_the_features_are_no_part_of_the_learner(lab: Any, tmp_path: Path) -> No
     folder = tmp_path / "task-002"
     assert summary["stored_bytes"] == (folder / "learner.safetensors").stat().st_size
     assert not any("features" in name for name in load_file(folder / "learner.safetensors"))
-    assert set(checkpoint.whole(tmp_path)[2].manifest["sha256"]) == {"learner.safetensors", drift.FEATURES, TAUGHT}
+    assert set(checkpoint.whole(tmp_path)[2].manifest["sha256"]) == {
+        "learner.safetensors",
+        drift.FEATURES,
+        TAUGHT,
+        ANSWERS,
+    }
 
 
 @pytest.mark.parametrize("method", ["inflora(rank=2)", "finetune"])

@@ -70,7 +70,8 @@ def test_what_is_outside_of_a_range_is_refused_in_texts_and_in_python(kind: str,
                 needed = {k: "x" for k, p in inspect.signature(made).parameters.items() if p.default is p.empty}
                 with pytest.raises(ValueError, match=f"^{option}=.*: expected"):
                     made(
-                        **{k: v for k, v in needed.items() if k not in ("args", "kwargs", "streams")}, **{option: value}
+                        **{k: v for k, v in needed.items() if k not in ("args", "kwargs", "streams", "stream")},
+                        **{option: value},
                     )
 
 

@@ -15,6 +15,7 @@ class Watched(Method):
     """Notes what a task starts from, and its parameters after each step."""
 
     name = "watched"
+    derived = frozenset({"path"})  # what the test looks at
 
     def begin_task(self, learner: Core, task: Any) -> None:
         self.path = [values(learner)]

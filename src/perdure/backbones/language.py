@@ -329,7 +329,7 @@ class Language(Backbone):
             name: value.to(self._device, dtype if value.is_floating_point() else None, non_blocking=True)
             for name, value in found.items()
         }
-        if (seen := sight.joined(examples, self._device)) is not None:
+        if (seen := sight.all_seen(examples, self._device)) is not None:
             inputs |= {_SEEN: seen, sight.PIXELS[0]: seen.new_zeros(1)}  # which is there to be asked for, and not read
         return inputs
 

@@ -94,7 +94,7 @@ def instead(example: Tokens, seen: Tensor | None) -> Tokens:
     return Tokens(rest, example.prompt, example.cut, seen)
 
 
-def joined(examples: Sequence[Tokens], device: torch.device) -> Tensor | None:
+def all_seen(examples: Sequence[Tokens], device: torch.device) -> Tensor | None:
     """What is seen in all of `examples`, one after another; None where it is known of none."""
     known = [each.seen for each in examples if each.seen is not None]
     return torch.cat([each.to(device, non_blocking=True) for each in known]) if known else None

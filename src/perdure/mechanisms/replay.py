@@ -258,7 +258,7 @@ class ExemplarBuffer(ReplayBuffer):
             like: a batch in training.
             view: how the images are changed, anew in every step.
         """
-        kept = like.keys() - READ or any(each.seen is not None for each in like.get("tokens", ()))
+        kept = like.keys() - READ or any(getattr(each, "seen", None) is not None for each in like.get("tokens", ()))
         if view is None and kept and not learner.online:  # else it would be another set in every step
             old = self._prepared(learner).__getitems__(rows.tolist())
         else:
