@@ -1,7 +1,9 @@
 """What stands beside the weights of an export: tokenizer and processors, and a README that says how to use them."""
 
 import dataclasses
+import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -158,3 +160,22 @@ def _words(captioned: bool, use: Use) -> list[str]:
         'labels = ["a red car", "two dogs on a beach"]  # any sentences',
         f"tokens = {use.tokens}",
     ]
+
+
+def finish(folder: Path) -> None:
+    """Let all files be read by those who can read one, and lie on the disk."""
+    for file in (each for each in folder.rglob("*") if each.is_file()):
+        shutil.copymode(folder / "README.md", file)  # safetensors writes files that only their owner may read
+    force_to_disk([*folder.rglob("*"), folder])
+
+
+def force_to_disk(paths: Iterable[Path]) -> None:
+    """Wait until files and folders lie on the disk."""
+    for path in paths:
+        if path.is_dir() and os.name != "posix":  # Windows cannot open a folder
+            continue
+        handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

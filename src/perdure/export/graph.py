@@ -9,7 +9,7 @@ import io
 import logging
 import warnings
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,6 @@ from perdure.core.objective import COSINES
 from perdure.core.shared_copy import twin_of
 from perdure.export.head import head_of
 
-Graph = Literal["onnx", "torch"]
 FILES: dict[str, str] = {"onnx": "model.onnx", "torch": "model.pt2"}
 
 
@@ -68,7 +67,7 @@ class Scores(nn.Module):
         return scores
 
 
-def write_graph(learner: Core, folder: Path, to: Graph, whole: Backbone | None = None) -> None:
+def write_graph(learner: Core, folder: Path, to: str, whole: Backbone | None = None) -> None:
     """Write `model.onnx` or `model.pt2` to `folder`, for batches of any size; see `Scores`.
 
     Raises:
@@ -94,6 +93,7 @@ def write_graph(learner: Core, folder: Path, to: Graph, whole: Backbone | None =
                 made = torch.onnx.export(
                     program, (shown,), input_names=["images"], output_names=["scores"], dynamo=True, verbose=False
                 )
+                assert made is not None
                 made.save(folder / FILES[to], external_data=False)
             except (RuntimeError, torch.onnx.errors.OnnxExporterError, torch._dynamo.exc.UserError) as error:
                 reason = " ".join(str(error).split())[:160]
@@ -120,7 +120,7 @@ def _quiet() -> Any:
         logging.disable(before)
 
 
-def graph_readme(learner: Core, to: Graph, version: str) -> str:
+def graph_readme(learner: Core, to: str, version: str) -> str:
     """The text of README.md."""
     side, classes = learner.backbone.preprocess.size, len(learner.objective.names)
     run = {

@@ -5,10 +5,9 @@ branches', or added to the weights. Experts of a language model that stay apart 
 """
 
 import json
-import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -32,8 +31,8 @@ from perdure.core.learner import Core
 from perdure.core.method import parts_of
 from perdure.core.objective import Head
 from perdure.export import language
-from perdure.export.files import TERMS, TOKENIZER, Use, copy, options_of, readme, use_of
-from perdure.export.graph import FILES, Graph, graph_readme, write_graph
+from perdure.export.files import TERMS, TOKENIZER, Use, copy, finish, force_to_disk, options_of, readme, use_of
+from perdure.export.graph import FILES, graph_readme, write_graph
 from perdure.export.head import answering, head_of
 from perdure.formatting import meant
 from perdure.mechanisms.task_experts import TaskExperts
@@ -79,7 +78,7 @@ def export(learner: Core, folder: Path, to: Target | str) -> Path:
             if target.exists():
                 target.rmdir()
             draft.rename(target)
-        _force_to_disk([target.parent])
+        force_to_disk([target.parent])
     except (OSError, SafetensorError) as error:  # nothing that was learnt is concerned, so there is nothing to resume
         why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise ValueError(
@@ -109,7 +108,7 @@ def _drop_drafts(folder: Path) -> None:
 
 
 def _write(learner: Core, folder: Path, to: str) -> None:
-    if to == "onnx" or to == "torch":
+    if to in FILES:
         _write_graph(learner, folder, to)
         return
     with learner.inference():
@@ -121,10 +120,10 @@ def _write(learner: Core, folder: Path, to: str) -> None:
             language.describe(learner, folder, to)
         else:
             _write_head(learner, folder, to)
-    _finish(folder)
+    finish(folder)
 
 
-def _write_graph(learner: Core, folder: Path, to: Graph) -> None:
+def _write_graph(learner: Core, folder: Path, to: str) -> None:
     with torch.no_grad():
         whole = _merged(learner)
         write_graph(learner, folder, to, None if whole is learner.backbone else whole)
@@ -135,13 +134,7 @@ def _write_graph(learner: Core, folder: Path, to: Graph) -> None:
     options = options_of(learner.backbone)
     if isinstance(learner.backbone, Clip | Vision) and "vision" not in options:
         copy(_folder(options["path"]) if "path" in options else pocket_weights("CLIP"), TERMS, folder)
-    _finish(folder)
-
-
-def _finish(folder: Path) -> None:
-    for file in (each for each in folder.rglob("*") if each.is_file()):
-        shutil.copymode(folder / "README.md", file)  # safetensors writes files that only their owner may read
-    _force_to_disk([*folder.rglob("*"), folder])
+    finish(folder)
 
 
 def _write_head(learner: Core, folder: Path, to: str) -> None:
@@ -394,14 +387,3 @@ def _facts(learner: Core, use: Use, head: Head) -> dict[str, Any]:
     if {"classes", "text"} <= learner.objective.asks | learner.objective.towers:
         facts["templates"] = list(learner.objective.templates)
     return facts
-
-
-def _force_to_disk(paths: Iterable[Path]) -> None:
-    for path in paths:
-        if path.is_dir() and os.name != "posix":  # Windows cannot open a folder
-            continue
-        handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

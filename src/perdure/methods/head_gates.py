@@ -60,7 +60,8 @@ class SparseHeads(TaskExperts, name="head_gates"):
     @property
     def gates(self) -> HeadGates:
         """Those of all tasks."""
-        found: HeadGates = self.experts[0]
+        found = self.experts[0]
+        assert isinstance(found, HeadGates)
         return found
 
     def param_groups(self, learner: Core) -> dict[str, float]:
