@@ -52,8 +52,7 @@ def mllm(
     options: dict[str, Any] = {"path": written, "dtype": dtype, "quantize": quantize}
     options |= {"checkpointing": checkpointing, "length": length}
     usual = {"dtype": "auto", "quantize": "none", "checkpointing": False, "length": None}
-    scaled = {"rope": rope, "factor": factor} if rope and factor and factor != 1 else {}
-    options |= scaled
+    options |= {"rope": rope, "factor": factor} if rope and factor != 1 else {}
     spec = Spec("mllm", tuple((k, v) for k, v in options.items() if k not in usual or v != usual[k]))
     with pretrained.reading(folder):
         from transformers import AutoModelForImageTextToText
@@ -61,8 +60,8 @@ def mllm(
         config = pretrained.read_config(folder)
         if type(config) not in AutoModelForImageTextToText._model_mapping:
             raise ValueError(f"{folder!r} is a {config.model_type} model, which answers no questions about images")
-        if scaled:
-            longer(config, scaled["rope"], scaled["factor"], folder)
+        if rope and factor and factor != 1:
+            longer(config, rope, factor, folder)
         processor = _processor(folder)
         chosen = _dtype(config, dtype)
         more = _quantised(config, quantize, chosen)

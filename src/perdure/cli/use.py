@@ -12,7 +12,7 @@ import tyro
 from perdure.cli.console import Command, Screen
 from perdure.cli.looking import opened_and_told, shown_images, tell_seen, tell_unread
 from perdure.cli.tables import routing_lines
-from perdure.options.ranges import Count
+from perdure.options.ranges import Count, Range
 from perdure.storage.schema import SPECIALISTS
 
 _SURE = {"calibration_error": "of scores as they are", "calibration_error_calibrated": "of calibrated ones"}
@@ -183,7 +183,7 @@ class Push(LearnerCommand):
 
     learner: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="LEARNER")]
     """A learner's or a run's folder."""
-    repository: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TO")]
+    repository: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="REPOSITORY")]
     """NAME/MODEL on the hub, or a new folder such as ./model."""
     to: Literal["peft", "merged", "transformers", "onnx", "torch"] = "merged"
     """What is written, as of export."""
@@ -230,7 +230,7 @@ class Resize(Command):
     """With --length: how positions of texts become more."""
     rope: Literal["linear", "ntk", "yarn"] | None = None
     """Of a language model: how rotary positions make room, with --factor."""
-    factor: float | None = None
+    factor: Annotated[float, Range(1, 1024)] | None = None
     """With --rope: for how many times as many tokens."""
 
     def __call__(self, screen: Screen) -> None:
