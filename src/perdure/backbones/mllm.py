@@ -52,7 +52,8 @@ def mllm(
     options: dict[str, Any] = {"path": written, "dtype": dtype, "quantize": quantize}
     options |= {"checkpointing": checkpointing, "length": length}
     usual = {"dtype": "auto", "quantize": "none", "checkpointing": False, "length": None}
-    options |= {"rope": rope, "factor": factor} if rope and factor != 1 else {}
+    scaled: dict[str, Any] = {"rope": rope, "factor": factor} if rope and factor != 1 else {}
+    options |= scaled
     spec = Spec("mllm", tuple((k, v) for k, v in options.items() if k not in usual or v != usual[k]))
     with pretrained.reading(folder):
         from transformers import AutoModelForImageTextToText
@@ -60,8 +61,8 @@ def mllm(
         config = pretrained.read_config(folder)
         if type(config) not in AutoModelForImageTextToText._model_mapping:
             raise ValueError(f"{folder!r} is a {config.model_type} model, which answers no questions about images")
-        if rope and factor and factor != 1:
-            longer(config, rope, factor, folder)
+        if scaled:
+            longer(config, folder=folder, **scaled)
         processor = _processor(folder)
         chosen = _dtype(config, dtype)
         more = _quantised(config, quantize, chosen)
