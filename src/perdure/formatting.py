@@ -65,10 +65,39 @@ def shortened(text: str, most: int = 200) -> str:
     return text if len(text) <= most else f"{text[: most * 2 // 3]} … {text[-(most // 3) :]}"
 
 
+_USUAL = {
+    **dict.fromkeys(("learning_rate", "eta", "step_size"), "lr"),
+    **dict.fromkeys(("r", "lora_r", "dim"), "rank"),
+    **dict.fromkeys(("lora_alpha", "scaling"), "alpha"),
+    **dict.fromkeys(("bs", "batch", "per_device_train_batch_size"), "batch_size"),
+    **dict.fromkeys(("num_epochs", "epoch", "num_train_epochs"), "epochs"),
+    **dict.fromkeys(("target_modules", "modules"), "at"),
+    **dict.fromkeys(("lambda", "reg", "weight"), "strength"),
+    **dict.fromkeys(("buffer_size", "memory_size", "mem_size"), "size"),
+    **dict.fromkeys(("model", "network"), "backbone"),
+    **dict.fromkeys(("dataset", "data"), "stream"),
+    **dict.fromkeys(("output", "output_dir", "out_dir"), "out"),
+    **dict.fromkeys(("slca", "layup"), "align"),
+    **dict.fromkeys(("er", "experience_replay", "rehearsal"), "replay"),
+    **dict.fromkeys(("der", "der++"), "derpp"),
+    **dict.fromkeys(("sgd", "sequential", "finetuning"), "finetune"),
+    **dict.fromkeys(("linear_probe", "frozen"), "probe"),
+    "a_gem": "agem",
+    "threshold": "keep",
+}
+"""What others call it -> our name."""
+
+
 def meant(word: str, known: Iterable[str]) -> str:
     """What to add to an error message about a word: the nearest of those that are known, if one is near."""
-    near = difflib.get_close_matches(word, list(known), n=1) if len(word) < 100 else []
-    return f"; did you mean {near[0]!r}?" if near else ""
+    spelt = {each.lower(): each for each in known}
+    plain = word.lower()
+    usual = _USUAL.get(plain.lstrip("-").replace("-", "_"), "")
+    for meaning in (usual, f"--{usual}".replace("_", "-")):
+        if usual and meaning in spelt:
+            return f"; did you mean {spelt[meaning]!r}?"
+    near = difflib.get_close_matches(plain, list(spelt), n=1) if len(word) < 100 else []
+    return f"; did you mean {spelt[near[0]]!r}?" if near else ""
 
 
 def printable(text: str, escaped: Callable[[str], str] | None = None) -> str:

@@ -52,7 +52,7 @@ FLAGS = {
         "--order-seed",
         "--report-seeds",
     ],
-    "advise": ["--json", "--bytes", "--old-data", "--tasks", "--id-at-test", "--step-cost", "--scenario", "--from"],
+    "advise": ["--json", "--bytes", "--old-data", "--tasks", "--task-id-known", "--step-cost", "--scenario", "--from"],
     "eval": ["--json", "LEARNER", "--stream", "--retain", "--task"],
     "combine": ["--json", "FOLDERS", "--into", "--route", "--gate", "--pool-bytes", "--per-class", "--merge"],
     "report": ["--json", "FOLDERS", "--out", "--figures", "--csv", "--latex"],
@@ -95,6 +95,13 @@ def test_commands_and_flags_are_the_ones_we_promised() -> None:
     assert {name: sorted(flags) for name, flags in found.items()} == {n: sorted(flags) for n, flags in FLAGS.items()}
 
 
+def test_a_flag_that_has_another_name_now_is_still_understood(perdure: Any) -> None:
+    former, now = (
+        perdure("advise", flag, "--bytes", "1MB").out for flag in ("--id-at-test=yes", "--task-id-known=yes")
+    )
+    assert former == now != perdure("advise", "--bytes", "1MB").out
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_shows_every_flag(name: str, perdure: Any) -> None:
     answer = perdure(name, "--help")
@@ -108,7 +115,7 @@ def test_a_run_is_used_reported_measured_taught_and_resumed(perdure: Any, small:
     assert (ran.code, ran.err) == (0, "")
     assert "\x1b" not in ran.out
     lines = ran.out.splitlines()
-    assert re.fullmatch(r"  task +new   so far  with task id       time", lines[0])
+    assert re.fullmatch(r"  task +new  average  with task id       time", lines[0])
     assert re.fullmatch(r"     1  0: picture \d \.\.\. \(2 classes\) +[\d.]+%+ +[\d.]+% +[\d.]+% +[\d.]+ s", lines[1])
     assert lines[-1] == "report: runs/x/report.html"
     folder = Path("runs/x")

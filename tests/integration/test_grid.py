@@ -133,7 +133,7 @@ def test_advice_can_come_from_ones_own_grid(perdure: Any, small: Any) -> None:
 
 
 def test_advice_names_numbers_origin_and_what_is_left_out(perdure: Any) -> None:
-    answer = perdure("advise", "--bytes", "50MB", "--no-old-data", "--tasks", 20, "--id-at-test", "no")
+    answer = perdure("advise", "--bytes", "50MB", "--no-old-data", "--tasks", 20, "--task-id-known", "no")
     assert (answer.code, answer.err) == (0, "")
     lines = answer.out.splitlines()
     assert lines[0] == "asked: the task is not known at test, 20 tasks, at most 50MB stored, no old data kept"
@@ -143,7 +143,7 @@ def test_advice_names_numbers_origin_and_what_is_left_out(perdure: Any) -> None:
     assert "scores are for 10 tasks" in answer.out
     assert re.search(r"^measured \d{4}-\d\d-\d\d.* with perdure [\d.]+", answer.out, re.M)
     assert re.search(r"^  perdure compare --.* --methods .* --out runs/again$", answer.out, re.M)
-    (event,) = perdure("advise", "--json", "--id-at-test", "yes").events
+    (event,) = perdure("advise", "--json", "--task-id-known", "yes").events
     assert event["answers"][0]["choices"][0]["place"] == 1
     assert event["answers"][0]["setting"]["command"].startswith("perdure compare")
 

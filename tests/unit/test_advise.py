@@ -57,9 +57,9 @@ def test_within_the_spread_methods_share_a_place() -> None:
 def test_with_the_task_known_accuracy_with_task_id_decides() -> None:
     rows = row("a", 0.2, with_id=0.9), row("b", 0.4, with_id=0.7)
     assert methods(only(*rows)) == ["b", "a"]
-    assert methods(only(*rows, id_at_test="yes")) == ["a", "b"]
+    assert methods(only(*rows, task_id_known="yes")) == ["a", "b"]
     assert methods(only(*rows, scenario="task")) == ["a", "b"]
-    assert only(*rows, id_at_test="yes").choices[0].share[0] == pytest.approx(0.9)
+    assert only(*rows, task_id_known="yes").choices[0].share[0] == pytest.approx(0.9)
 
 
 def test_what_keeps_examples_is_left_out_by_what_was_measured_not_by_name() -> None:
@@ -150,7 +150,7 @@ def test_bytes_are_read_with_their_unit(text: str, count: float) -> None:
         ({"bytes": "fifty"}, "--bytes 'fifty': expected a positive number of bytes, such as 50e6, 50MB or 50MiB"),
         ({"bytes": "5 mibs"}, "--bytes '5 mibs'"),
         ({"bytes": "-1MB"}, "--bytes '-1MB'"),
-        ({"scenario": "task", "id_at_test": "no"}, "leave out --id-at-test no"),
+        ({"scenario": "task", "task_id_known": "no"}, "leave out --task-id-known no"),
     ],
 )
 def test_constraints_that_cannot_be_are_refused(asked: dict[str, Any], said: str) -> None:
@@ -161,7 +161,7 @@ def test_constraints_that_cannot_be_are_refused(asked: dict[str, Any], said: str
 
 
 def test_constraints_are_said_in_words() -> None:
-    asked = Constraints(bytes="50MB", old_data=False, tasks=20, id_at_test="no", step_cost=1.2)
+    asked = Constraints(bytes="50MB", old_data=False, tasks=20, task_id_known="no", step_cost=1.2)
     assert in_words(asked) == [
         "the task is not known at test",
         "20 tasks",

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import pytest
 
+from perdure.formatting import meant
 from perdure.options.spec import Spec, build, parse, parse_one
 
 
@@ -252,3 +253,18 @@ def test_parts_reach_a_factory_that_takes_them_and_no_other():
 @pytest.mark.parametrize("text", ["a(b)", "a(3)", "a(*b())", "a(b() + c())", "a(b(), c)", "a(b(d.e()))", "a(x=b())"])
 def test_parts_that_are_not_specs_with_parentheses_are_refused(text: str):
     assert "write" in unreadable(text)
+
+
+@pytest.mark.parametrize(
+    ("word", "known", "found"),
+    [
+        ("learning_rate", ["lr", "epochs"], "'lr'"),
+        ("--learning-rate", ["--lr", "--epochs"], "'--lr'"),
+        ("r", ["rank", "alpha"], "'rank'"),
+        ("InfLoRA", ["inflora", "lora"], "'inflora'"),
+        ("slca", ["align", "lora"], "'align'"),
+        ("threshold", ["keep", "rank"], "'keep'"),
+    ],
+)
+def test_words_of_others_lead_to_ours(word: str, known: list[str], found: str) -> None:
+    assert found in meant(word, known)

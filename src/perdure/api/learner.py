@@ -66,7 +66,7 @@ class Learner(Abilities):
         """A learner that has learnt nothing yet.
 
         Args:
-            backbone: the pre-trained model, in the mini-language.
+            backbone: the pre-trained model, in the option syntax.
             method: how it learns; None is inflora(rank=10), or LoRA for a language model.
             objective: what is asked of it; None is classify(), or generate() for a language model.
             options: fields of `RunConfig`: epochs, lr, batch_size, seed, precision, ...

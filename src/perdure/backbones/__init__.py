@@ -23,6 +23,6 @@ BACKBONES: dict[str, Callable[..., Backbone]] = {
     "mllm": mllm,
     "tiny_mllm": tiny_mllm,
 }
-"""Name in the mini-language -> factory; its signature is the list of options."""
+"""Name in the option syntax -> factory; its signature is the list of options."""
 
 __all__ = ["BACKBONES", "Backbone"]

@@ -21,7 +21,7 @@ _PADDED_TO_FULL_LENGTH = ("siglip",)
 # Their positions begin behind the number of the padding token.
 _POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "data2vec-text")
 _MASK = "attention_mask"
-# `model_type` of a config -> the name in the mini-language that asks for it.
+# `model_type` of a config -> the name in the option syntax that asks for it.
 _OWN_NAMES = {"chinese_clip": "chinese_clip", "vision-text-dual-encoder": "dual"}
 
 

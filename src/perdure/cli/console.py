@@ -192,7 +192,7 @@ class Screen:
         new = [r.value for r in rows if r.metric == score and r.on == task.index == r.after]
         room = max(8, min(self.out.width, 100) - 53)
         if not self._headed:
-            self._tell(f"  task  {'':<{room}}     new   so far  {head:>12}       time")
+            self._tell(f"  task  {'':<{room}}     new  average  {head:>12}       time")
         self._headed = True
         name = printable(task.name)
         name = name if len(name) <= room else f"{name[: room - 1]}…"

@@ -17,6 +17,10 @@ _CONFIG = (tyro.conf.OmitArgPrefixes,)
 _SHELLS = ("bash", "zsh", "tcsh")
 
 
+_FORMER = {"--id-at-test": "--task-id-known"}
+"""Flags that have another name now."""
+
+
 def command_of(arguments: Sequence[str], commands: Mapping[str, Callable[..., Any]]) -> Any:
     """The command that was typed, its values in the ranges of its fields.
 
@@ -31,6 +35,9 @@ def command_of(arguments: Sequence[str], commands: Mapping[str, Callable[..., An
     if not arguments:
         raise ValueError(f"say what to do: {', '.join(commands)}; 'perdure --help' explains them")
     name, *words = arguments
+    words = [
+        word.replace(old, new, 1) for word in words for old, new in [_FORMER.get(word.partition("=")[0], ("", ""))]
+    ]
     if "-h" in arguments or "--help" in arguments:
         about = "Teach pre-trained vision and vision-language models one task after another, without forgetting."
         listed = {name: commands[name]} if name in commands else dict(commands)  # each parser takes its time

@@ -1,4 +1,4 @@
-"""The mini-language of methods, streams and backbones: `lora(rank=8) + replay(size=200)`."""
+"""The option syntax of methods, streams and backbones: `lora(rank=8) + replay(size=200)`."""
 
 import ast
 import inspect

@@ -28,7 +28,7 @@ class Constraints:
     """Whether examples of old tasks may be kept."""
     tasks: Count | None = None
     """How many tasks there will be; as many as were measured when left out."""
-    id_at_test: Literal["yes", "no"] | None = None
+    task_id_known: Literal["yes", "no"] | None = None
     """Whether it is known at test time which task an image is of; no unless said otherwise."""
     step_cost: Annotated[float, Range(0, 1e6)] | None = None
     """Most that a training step may cost, as a multiple of plain LoRA's, such as 1.2."""
@@ -37,8 +37,8 @@ class Constraints:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.scenario == "task" and self.id_at_test == "no":
-            raise ValueError("--scenario task means that the task is known at test: leave out --id-at-test no")
+        if self.scenario == "task" and self.task_id_known == "no":
+            raise ValueError("--scenario task means that the task is known at test: leave out --task-id-known no")
         _ = self.limit
 
     @property
@@ -53,7 +53,7 @@ class Constraints:
     @property
     def task_known(self) -> bool:
         """Whether accuracy with the task id counts."""
-        return self.id_at_test == "yes" or self.scenario == "task"
+        return self.task_id_known == "yes" or self.scenario == "task"
 
     @property
     def classes_grow(self) -> bool:

@@ -1,4 +1,4 @@
-"""Streams: where tasks come from, by name for the mini-language and as functions for Python."""
+"""Streams: where tasks come from, by name for the option syntax and as functions for Python."""
 
 import errno
 from collections.abc import Callable
@@ -84,7 +84,7 @@ def build_stream(what: str | Spec, preprocess: Preprocess, seed: int, measured: 
     """The stream that `what` describes: `'cifar100(tasks=10)'`, or a name with the options in `more`.
 
     Args:
-        what: text of the mini-language, or its parsed form.
+        what: text of the option syntax, or its parsed form.
         preprocess: what the backbone wants.
         seed: the run's; orders the classes or domains where the description does not.
         measured: nothing is learnt from it: of data without a test part all images are tested, in one task unless it is
