@@ -21,6 +21,11 @@ _FORMER = {"--id-at-test": "--task-id-known"}
 """Flags that have another name now."""
 
 
+def _renamed(word: str) -> str:
+    flag, equals, value = word.partition("=")
+    return f"{_FORMER.get(flag, flag)}{equals}{value}"
+
+
 def command_of(arguments: Sequence[str], commands: Mapping[str, Callable[..., Any]]) -> Any:
     """The command that was typed, its values in the ranges of its fields.
 
