@@ -40,9 +40,7 @@ def command_of(arguments: Sequence[str], commands: Mapping[str, Callable[..., An
     if not arguments:
         raise ValueError(f"say what to do: {', '.join(commands)}; 'perdure --help' explains them")
     name, *words = arguments
-    words = [
-        word.replace(old, new, 1) for word in words for old, new in [_FORMER.get(word.partition("=")[0], ("", ""))]
-    ]
+    words = list(map(_renamed, words))
     if "-h" in arguments or "--help" in arguments:
         about = "Teach pre-trained vision and vision-language models one task after another, without forgetting."
         listed = {name: commands[name]} if name in commands else dict(commands)  # each parser takes its time
