@@ -489,7 +489,7 @@ def test_export_is_refused_with_the_near_name_when_the_target_is_unknown(
 ) -> None:
     learner = known(families["clip"], "lora(rank=3)", tasks=1)
     refused(learner, tmp_path / "it", "merge", "'merge'", "did you mean 'merged'?")
-    refused(learner, tmp_path / "it", "onnx", "'onnx'", "'peft', 'merged' or 'transformers'")
+    refused(learner, tmp_path / "it", "gguf", "'gguf'", "'merged'")
 
 
 def test_export_is_refused_when_nothing_was_learnt(tmp_path: Path) -> None:

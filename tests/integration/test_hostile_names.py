@@ -118,6 +118,7 @@ def test_a_method_stays_in_its_cell_of_the_markdown_table(text: str) -> None:
         "forgetting_with_task_id",
         "stored_bytes",
         "seconds",
+        "evaluation_seconds",
     )
     table = markdown([row | {key: [0.5, None] for key in keys}])
     assert harmless(table)

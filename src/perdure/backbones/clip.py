@@ -393,6 +393,6 @@ def pocket_weights(which: str) -> Path:
     except ModuleNotFoundError as error:
         raise ValueError(
             "the weights of pocket() are a package of their own, and it is not installed: pip install 'perdure[demo]' "
-            "(in a checkout: pip install ./packages/perdure-pocket), or give --backbone 'clip(path=...)'"
+            "(in a checkout: pip install ./packages/perdure-pocket), or take the backbone clip(path=...)"
         ) from error
     return found

@@ -21,6 +21,8 @@ def check_saved(learner: Core) -> None:
     Raises:
         ValueError: with the name of the first.
     """
+    if learner.sharded:  # whose encoder has no memory of its own to be recognised by; one process looks at the same
+        return
     # Whatever stands in the state, and the views of it: by the memory that it lies in.
     known = {value.untyped_storage().data_ptr() for value in learner.state_dict(keep_vars=True).values()}
     for part in parts_of(learner.method):

@@ -47,8 +47,6 @@ class ExpertDistillation(Distillation, name="expert_distillation"):
     needs = ("classes",)
     derived = ("_material",)
 
-    derived = ("_material",)
-
     def __init__(
         self,
         strength: Strength = 1.0,
