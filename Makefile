@@ -21,7 +21,7 @@ test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow" $(TESTS)
 
 test-all: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(TESTS) tests/app
 
 test-real: $(VENV)/.installed
 	$(BIN)/pytest tests/real
