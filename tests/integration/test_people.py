@@ -432,7 +432,9 @@ def test_no_message_names_an_option_that_its_command_lacks() -> None:
 
     flags = {name: {f"--{f.name.rstrip('_').replace('_', '-')}" for f in fields(c)} for name, c in COMMANDS.items()}
     flags = {name: {*own, *(f"--no-{each[2:]}" for each in own)} for name, own in flags.items()}  # of a switch
-    flag = re.compile(r"(?<!var\()(?<![\w-])--[a-z][a-z-]*+(?!:)")  # and no variable of a style sheet
+    flag = re.compile(
+        r"(?<!var\()(?<![\w-])--[a-z][a-z-]*+(?![:{])"
+    )  # no variable of a style sheet, and no beginning of one
     everywhere = set.intersection(*flags.values()) | {"--help", "--version"}
     for file, text in words_in(Path(perdure_package.__file__).parent):
         quoted = re.compile(rf"""perdure ({"|".join(COMMANDS)})\b([^'"]*)""")
