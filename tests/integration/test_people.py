@@ -435,7 +435,11 @@ def test_no_message_names_an_option_that_its_command_lacks() -> None:
     flag = re.compile(
         r"(?<!var\()(?<![\w-])--[a-z][a-z-]*+(?![:{])"
     )  # no variable of a style sheet, and no beginning of one
-    everywhere = set.intersection(*flags.values()) | {"--help", "--version"}
+    everywhere = set.intersection(*flags.values()) | {
+        "--help",
+        "--version",
+        "--no-",
+    }  # which begins a switch that is off
     for file, text in words_in(Path(perdure_package.__file__).parent):
         quoted = re.compile(rf"""perdure ({"|".join(COMMANDS)})\b([^'"]*)""")
         for command, words in quoted.findall(text):
