@@ -17,13 +17,13 @@ _CONFIG = (tyro.conf.OmitArgPrefixes,)
 _SHELLS = ("bash", "zsh", "tcsh")
 
 
-_FORMER = {"--id-at-test": "--task-id-known"}
+FORMER = {"--id-at-test": "--task-id-known"}
 """Flags that have another name now."""
 
 
 def _renamed(word: str) -> str:
     flag, equals, value = word.partition("=")
-    return f"{_FORMER.get(flag, flag)}{equals}{value}"
+    return f"{FORMER.get(flag, flag)}{equals}{value}"
 
 
 def command_of(arguments: Sequence[str], commands: Mapping[str, Callable[..., Any]]) -> Any:
