@@ -18,8 +18,9 @@ from perdure.types import Task
 register()
 THREADS, QUESTIONS = 8, 4
 TEXTS = ("zscl", "mod_x")  # these read some
+SPEAKS = ("smolora",)  # of conversations only
 NAMED = [name if not method.protects else f"lora(rank=2) + {name}" for name, method in sorted(METHODS.items())]
-PLACES = [(spec, "classify()") for spec in NAMED if not spec.endswith(TEXTS)] + [
+PLACES = [(spec, "classify()") for spec in NAMED if not spec.endswith((*TEXTS, *SPEAKS))] + [
     ("lora(rank=2, tower='both') + zscl + weight_average", "zeroshot()"),
     ("inflora(rank=2, tower='both')", "zeroshot()"),
     ("sd_lora(rank=2) + replay(size=4)", "classify()"),
