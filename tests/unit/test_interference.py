@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from perdure.core import checkpoint
 from perdure.core.checkpoint import DamagedCheckpoint
 from perdure.evaluation import feature_drift as drift
-from perdure.evaluation.answers_given import ANSWERS
+from perdure.evaluation.per_class import ANSWERS
 from perdure.mechanisms.subspace import Subspace
 from perdure.training.config import make_method
 from perdure.training.run import resume, run

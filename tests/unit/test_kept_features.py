@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from perdure.backbones import sight
+from perdure.backbones import image_features
 from perdure.backbones.mllm import mllm
+from perdure.core.cached_data import InPieces, Seen
 from perdure.core.caching import Cache
 from perdure.core.feature_store import FeatureStore, key_of
-from perdure.core.kept import InPieces, Seen
 from perdure.core.learner import Core
 from perdure.objectives.generate import Generate
 from perdure.streams import build_stream
@@ -223,7 +223,7 @@ def test_what_is_seen_once_gives_the_rows_and_answers_of_images(
     data = build_stream(questions, backbone.preprocess, 0).tasks[0].train
     batch = backbone.prepare(data.__getitems__(range(5)))
     blind = batch | {"tokens": [backbone.see(each) for each in batch["tokens"]]}
-    assert not any(sight.has_images(each) for each in blind["tokens"])
+    assert not any(image_features.has_images(each) for each in blind["tokens"])
     mixed = batch | {"tokens": [*blind["tokens"][:1], *batch["tokens"][1:]]}
     with torch.no_grad():
         rows = backbone(batch)
@@ -243,8 +243,8 @@ def test_images_of_a_frozen_tower_are_looked_at_once_and_on_disk_alike(
     method: str, lab: Any, content_of: Any, questions: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looked: list[int] = []
-    inner = sight.seen_of
-    monkeypatch.setattr("perdure.backbones.sight.seen_of", lambda *args: looked.append(1) or inner(*args))
+    inner = image_features.seen_of
+    monkeypatch.setattr("perdure.backbones.image_features.seen_of", lambda *args: looked.append(1) or inner(*args))
     options = {
         "stream": questions,
         "backbone": "tiny_mllm()",

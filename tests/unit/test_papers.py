@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from perdure.core import checkpoint
-from perdure.evaluation import answers_given
-from perdure.evaluation.answers_given import Answers
+from perdure.evaluation import per_class
+from perdure.evaluation.per_class import Answers
 from perdure.reporting.papers import difference, write_tables
 from perdure.reporting.report import write_report
 
@@ -34,11 +34,11 @@ def read(file: Path) -> list[dict[str, str]]:
 
 def test_classes_and_confusions_add_up_to_the_accuracy_of_each_task(grid: list[Path]) -> None:
     done = checkpoint.whole(grid[2])
-    answers = answers_given.read(done[-1])
+    answers = per_class.read(done[-1])
     last = {row.on: row.value for row in done[-1].rows if row.metric == "accuracy"}
     for task, (labels, given) in answers.items():
         assert float((labels == given).float().mean()) == pytest.approx(last[task])
-    facts = answers_given.class_facts(done)
+    facts = per_class.class_facts(done)
     assert math.fsum(facts["class_accuracy"].values()) / 6 == pytest.approx(math.fsum(last.values()) / 3)
     assert all(math.fsum(row) == pytest.approx(1) for row in facts["confusion"])
 

@@ -20,7 +20,7 @@ from perdure.api.specialists import Specialists, seen_by, unit_features
 from perdure.core import checkpoint
 from perdure.mechanisms.merging import MERGES
 from perdure.process import plain
-from perdure.reporting.team import TABLE
+from perdure.reporting.specialists import TABLE
 from perdure.storage.files import write_sealed
 from perdure.storage.schema import SPECIALISTS, RoutingTable
 from perdure.streams import ImageSet, build_stream

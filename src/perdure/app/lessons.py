@@ -157,16 +157,24 @@ class Lessons:
             if lesson.wanted.is_set():
                 lesson.state = "stopped"
                 continue
-            lesson.state, lesson.started = "learning", time.monotonic()
-            state: State = "failed"
-            try:
-                lesson.outcome, state = lesson.teach(lesson), "learnt"
-            except Stopped:
-                state = "stopped"
-            except Exception as error:  # the page goes on, whatever a lesson comes to
-                known = isinstance(error, ValueError | OSError)
-                lesson.said = printable(shortened(" ".join(str(error).split()) if known else repr(error), 1000))
+            # in a thread of its own: a fault of ours ends that one, with its traceback on the console, and not this
+            teacher = threading.Thread(target=self._teach, args=(lesson,), name="perdure-teacher", daemon=True)
+            teacher.start()
+            teacher.join()
+
+    def _teach(self, lesson: Lesson) -> None:
+        lesson.state, lesson.started = "learning", time.monotonic()
+        state: State = "failed"
+        try:
+            lesson.outcome, state = lesson.teach(lesson), "learnt"
+        except Stopped:
+            state = "stopped"
+        except (ValueError, OSError) as error:
+            lesson.said = printable(shortened(" ".join(str(error).split()), 1000))
+        finally:
             if state != "learnt":
                 self.give_up()
+            if state == "failed" and not lesson.said:
+                lesson.said = "it failed, and the console of the app says why"
             lesson.seconds = time.monotonic() - lesson.started
             lesson.state = state

@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from perdure.api.talk import Talk
+from perdure.api.chat import Talk
 from perdure.app import drawing
 from perdure.app.gate import Gate
 from perdure.app.service import Service

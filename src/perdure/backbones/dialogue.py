@@ -40,7 +40,7 @@ class Tokens:
             others of that shape beside it, and whatever the family makes of images.
         prompt: how many of the L tokens are the prompt; the answer's come after them.
         cut: whether the answer was longer than there was room for.
-        seen: what is made of its images, in place of them, see `perdure.backbones.sight`; None where they are here.
+        seen: what is made of its images, in place of them (`backbones.image_features`); None where they are here.
     """
 
     inputs: Mapping[str, Tensor]

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from perdure.adapters.injection import prompted
-from perdure.backbones import pretrained, sight
+from perdure.backbones import image_features, pretrained
 from perdure.backbones.base import Backbone, reached
 from perdure.backbones.dialogue import Dialogue, Tokens, by_length, collate
 from perdure.backbones.model_parts import image_tokens, preprocess_of, projectors, unread
@@ -58,7 +58,7 @@ class Language(Backbone):
         self._pictures = image_tokens(model.config)
         self.image_mask: Tensor | None = None
         self._sees_once = self._tried = False
-        self._form: sight.Form | None = None  # of what the model sees; None: not known yet
+        self._form: image_features.Form | None = None  # of what the model sees; None: not known yet
         self.preprocess = preprocess_of(model.config)
         stops = _ids(model.generation_config.eos_token_id) + _ids(processor.tokenizer.eos_token_id)
         most = getattr(text, "max_position_embeddings", None)
@@ -229,13 +229,13 @@ class Language(Backbone):
 
     def see(self, example: Tokens) -> Tokens:
         """`example` with what vision tower and projector make of its images, by themselves, in place of these."""
-        if not sight.has_images(example):
+        if not image_features.has_images(example):
             return example
         asked = [example.with_answer(())]
-        found = sight.seen_of(self.model.base_model, lambda: self._hidden(self._inputs(asked, "right")))
+        found = image_features.seen_of(self.model.base_model, lambda: self._hidden(self._inputs(asked, "right")))
         assert found is not None
         seen, self._form = found
-        return sight.instead(example, seen)
+        return image_features.instead(example, seen)
 
     def sees_once(self) -> bool:
         """Whether all that the model reads of images is what `see` finds: tried on a short conversation, once."""
@@ -317,7 +317,7 @@ class Language(Backbone):
 
     def _inputs(self, examples: Sequence[Tokens], side: Literal["left", "right"]) -> dict[str, Tensor]:
         if any(each.seen is not None for each in examples):  # beside old ones, of which it is not known
-            examples = [self.see(each) if sight.has_images(each) else each for each in examples]
+            examples = [self.see(each) if image_features.has_images(each) else each for each in examples]
         found = collate(examples, side, self.dialogue.pad)
         if hasattr(self.model.base_model, "get_rope_index") and "mm_token_type_ids" not in found:
             raise ValueError(
@@ -329,8 +329,11 @@ class Language(Backbone):
             name: value.to(self._device, dtype if value.is_floating_point() else None, non_blocking=True)
             for name, value in found.items()
         }
-        if (seen := sight.all_seen(examples, self._device)) is not None:
-            inputs |= {_SEEN: seen, sight.PIXELS[0]: seen.new_zeros(1)}  # which is there to be asked for, and not read
+        if (seen := image_features.all_seen(examples, self._device)) is not None:
+            inputs |= {
+                _SEEN: seen,
+                image_features.PIXELS[0]: seen.new_zeros(1),
+            }  # which is there to be asked for, and not read
         return inputs
 
     def _hidden(self, inputs: dict[str, Tensor]) -> Tensor:
@@ -347,7 +350,11 @@ class Language(Backbone):
         self.image_mask = torch.isin(inputs["input_ids"], inputs["input_ids"].new_tensor(self._pictures))
         seen, form = inputs.pop(_SEEN, None), self._form
         try:
-            with nullcontext() if form is None or seen is None else sight.given(self.model.base_model, seen, form):
+            with (
+                nullcontext()
+                if form is None or seen is None
+                else image_features.given(self.model.base_model, seen, form)
+            ):
                 yield
         finally:
             self.text_mask = self.image_mask = None

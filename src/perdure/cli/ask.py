@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from perdure.cli.console import Screen
-from perdure.cli.looking import opened_and_told, tell_seen
+from perdure.cli.inputs import opened_and_told, tell_seen
 from perdure.cli.use import LearnerCommand
 from perdure.options.ranges import Count
 from perdure.storage.schema import SPECIALISTS
 
 if TYPE_CHECKING:
+    from perdure.api.chat import Talk
     from perdure.api.learner import Learner
     from perdure.api.specialists import Specialists
-    from perdure.api.talk import Talk
 
 _STDIN = "standard input"
 _TOGETHER = 256
@@ -100,7 +100,7 @@ class Chat(LearnerCommand):
 
     def __call__(self, screen: Screen) -> None:
         """Answer line after line, until there are no more."""
-        from perdure.api.talk import Talk
+        from perdure.api.chat import Talk
 
         talk = Talk(opened_and_told(self.learner, self.device, screen), self.tokens, self.task)
         for line in screen.lines(_HELP):

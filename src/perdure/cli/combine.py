@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from perdure.cli.console import Screen
-from perdure.cli.looking import images_in
+from perdure.cli.inputs import images_in
 from perdure.cli.tables import routing_lines
 from perdure.cli.use import LearnerCommand
 from perdure.options.ranges import Count, Epochs, Range, Rate, Seed, without_effect

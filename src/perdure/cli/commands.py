@@ -19,7 +19,7 @@ from perdure.cli.ask import Ask, Chat
 from perdure.cli.catalogue import Listed, entries
 from perdure.cli.combine import Combine
 from perdure.cli.console import Command, Screen
-from perdure.cli.looking import tell_skipped
+from perdure.cli.inputs import tell_skipped
 from perdure.cli.show import Show
 from perdure.cli.tune import Tune
 from perdure.cli.use import Eval, Export, Move, Predict, Push, Resize, Search
@@ -253,7 +253,7 @@ class Report(Command):
                 screen.result({"table": str(file)}, f"table: {file}")
 
     def _team(self, folder: Path, screen: Screen) -> None:
-        from perdure.reporting.team import write_team_report
+        from perdure.reporting.specialists import write_team_report
 
         if len(self.folders) > 1 or self.figures:
             raise ValueError(

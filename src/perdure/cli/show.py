@@ -30,7 +30,7 @@ class Show(Command):
             screen.result(made, *written(made).splitlines())
             return
         if (self.learner / SPECIALISTS).is_file():
-            from perdure.reporting.team import team_contents, told_team
+            from perdure.reporting.specialists import team_contents, told_team
 
             team = team_contents(self.learner)
             screen.result(team, *told_team(self.learner, team))

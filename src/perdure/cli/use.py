@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from perdure.cli.console import Command, Screen
-from perdure.cli.looking import opened_and_told, shown_images, tell_seen, tell_unread
+from perdure.cli.inputs import opened_and_told, shown_images, tell_seen, tell_unread
 from perdure.cli.tables import routing_lines
 from perdure.options.ranges import Count, Range
 from perdure.storage.schema import SPECIALISTS

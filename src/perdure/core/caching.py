@@ -2,7 +2,7 @@
 
 Features replace images where nothing that makes them is trained or adapted; else the output of the vision blocks below
 the lowest adapted one is kept, up to a gigabyte; of a language model whose vision tower and projector are neither, what
-these make of each conversation's images (`perdure.backbones.sight`); and beside any of them what a method or the
+these make of each conversation's images (`backbones.image_features`); and beside any of them what a method or the
 objective wants to know of each example (`precompute`). For a task's training set that holds while the task lasts, and
 only while no augmentation changes images in every step; of a test set what is kept for good is what never changes.
 
@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from perdure.backbones import sight
+from perdure.backbones import image_features
 from perdure.backbones.dialogue import Tokens
 from perdure.backbones.language import Language
+from perdure.core.cached_data import InPieces, Seen, blind
 from perdure.core.feature_store import key_of
-from perdure.core.kept import InPieces, Seen, blind
 from perdure.core.method import Method, parts_of
 from perdure.core.objective import Objective
 from perdure.streams.augment import AUGMENTS
@@ -154,7 +154,9 @@ class Cache:
                 if not tokens or any(each.seen is not None for each in tokens):  # known already
                     return data
                 own = [
-                    self._key("seen", *sight.pixels(each)) if constant and sight.has_images(each) else ""
+                    self._key("seen", *image_features.pixels(each))
+                    if constant and image_features.has_images(each)
+                    else ""
                     for each in tokens
                 ]
                 for key, each in zip(own, tokens, strict=True):
@@ -162,7 +164,7 @@ class Cache:
                         value = self._kept(key, partial(self._sight, each))
                         sizes[key] = value.nbytes
                         known |= {} if store else {key: value}
-                bare = [sight.instead(each, None) for each in tokens] if constant else tokens
+                bare = [image_features.instead(each, None) for each in tokens] if constant else tokens
                 kept = {"tokens": bare, "conversation": list(map(blind, batch["conversation"]))}
                 found.append({name: value for name, value in batch.items() if name != "label"} | kept)
                 keys += own

@@ -17,10 +17,10 @@ from perdure.backbones.base import Backbone
 from perdure.backbones.language import Language
 from perdure.backbones.model_parts import beside_language
 from perdure.core.caching import FEATURES, LOWER_BLOCKS, Cache
+from perdure.core.data_parallel import SharedOut
 from perdure.core.feature_store import FeatureStore
 from perdure.core.method import Method, parts_of, predicts, treated
 from perdure.core.objective import Objective, asking
-from perdure.core.sharing import SharedOut
 from perdure.core.temperature import Temperature
 from perdure.process import Turn, plain, seeded
 from perdure.streams.augment import AUGMENTS, Augment

@@ -11,9 +11,9 @@ from perdure.core.learner import Core, derived_seed
 from perdure.core.method import Method, predicts
 from perdure.core.objective import Objective
 from perdure.evaluation.answer_examples import answered_after, answered_before, answered_once_learnt
-from perdure.evaluation.answers_given import Answers
 from perdure.evaluation.feature_drift import Drift
 from perdure.evaluation.held_out import HeldOut
+from perdure.evaluation.per_class import Answers
 from perdure.evaluation.search_examples import found_after, found_before
 from perdure.evaluation.with_task import measured
 from perdure.types import Data, Row, Stream, Subset, Task

@@ -6,9 +6,9 @@ from torch import Tensor, nn
 from perdure.adapters.experts import Experts, Routes
 from perdure.adapters.injection import Adapters, attach, overhear
 from perdure.backbones.base import OneTower
+from perdure.core.data_parallel import Portion
 from perdure.core.learner import Core
 from perdure.core.method import parts_of
-from perdure.core.sharing import Portion
 from perdure.formatting import room_for
 from perdure.mechanisms.class_statistics import ClassTable, TaskGaussians
 from perdure.mechanisms.prompting import PerTower, text_query

@@ -163,26 +163,9 @@ class TaskExperts(Method):
 
 
 class MixedExperts(TaskExperts):
-    """Base of methods that mix experts by how like an example is to each task, see `TaskMeans`.
-
-    Args:
-        rank, at, blocks, tower, alpha, keys: see `TaskExperts`.
-        temperature: of the mixture.
-    """
+    """Base of methods that mix experts by how like an example is to each task; their router is `TaskMeans`."""
 
     router: TaskMeans
-
-    def __init__(
-        self,
-        rank: int,
-        at: str,
-        blocks: str | None,
-        tower: Literal["language", "vision"] | None,
-        alpha: float | None,
-        keys: Literal["image,text", "image", "text"] | None,
-        temperature: float,
-    ) -> None:
-        super().__init__(rank, at, blocks, tower, alpha, keys, TaskMeans(temperature))
 
     def grow(self, learner: Core, task: Task) -> None:
         """A new expert; it is known now of how many kinds a key is."""

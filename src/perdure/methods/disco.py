@@ -12,6 +12,7 @@ CLIP, that is looked at, which is ours.
 from typing import Literal
 
 from perdure.core.learner import Core
+from perdure.mechanisms.class_statistics import TaskMeans
 from perdure.mechanisms.task_experts import MixedExperts
 from perdure.options.ranges import Factor, Rank
 from perdure.types import Task
@@ -40,7 +41,7 @@ class Disco(MixedExperts, name="disco"):
         keys: Literal["image,text", "image", "text"] | None = None,
         temperature: Factor = 0.05,
     ) -> None:
-        super().__init__(rank, at, blocks, tower, alpha, keys, temperature)
+        super().__init__(rank, at, blocks, tower, alpha, keys, TaskMeans(temperature))
 
     def grow(self, learner: Core, task: Task) -> None:
         """A new branch; it is known now whether there are words."""

@@ -17,6 +17,7 @@ import torch
 
 from perdure.adapters.task_branches import sharing
 from perdure.core.learner import Core
+from perdure.mechanisms.class_statistics import TaskMeans
 from perdure.mechanisms.task_experts import MixedExperts
 from perdure.options.ranges import Factor, Rank
 from perdure.types import Batch
@@ -45,7 +46,7 @@ class HiDeLoRA(MixedExperts, name="hide_lora"):
         alpha: Factor | None = None,
         temperature: Factor = 0.1,
     ) -> None:
-        super().__init__(rank, at, blocks, tower, alpha, None, temperature)
+        super().__init__(rank, at, blocks, tower, alpha, None, TaskMeans(temperature))
 
     def answering(self, learner: Core, batch: Batch) -> AbstractContextManager[None]:
         """Within, the last block mixes the branches for each example, and the others add them all."""

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import sys
+import traceback
 from pathlib import Path
 
 OWN_METHODS = "PERDURE_IMPORT"
@@ -30,6 +31,8 @@ def import_own_methods() -> None:
     sys.modules[path.stem] = module  # first: classes look for the module that they are of
     try:
         found.loader.exec_module(module)
-    except Exception as error:
+    except Exception as error:  # another's code, which may fail in any way: it is theirs to mend, where the line says
         del sys.modules[path.stem]
-        raise ValueError(f"--import {named} cannot be imported: {type(error).__name__}: {error}") from error
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        where = f", line {lines[-1]}" if lines else ""
+        raise ValueError(f"--import {named} cannot be imported: {type(error).__name__}: {error}{where}") from error

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from perdure.core import checkpoint
-from perdure.evaluation import answers_given
-from perdure.evaluation.answers_given import Answers
+from perdure.evaluation import per_class
+from perdure.evaluation.per_class import Answers
 from perdure.formatting import printable
 from perdure.reporting.numbers import numbers_named
 from perdure.reporting.runs import Group, RunResults, grouped
@@ -157,11 +157,11 @@ def _tables(runs: Sequence[RunResults], groups: Sequence[Group]) -> dict[str, Ro
     classes, confusion, tasks = Rows(), Rows(), Rows()
     for run in runs:
         who, named = _who(run), _names(run)
-        for c, (right, count) in sorted(answers_given.of_classes(answers[run.folder]).items()):
+        for c, (right, count) in sorted(per_class.of_classes(answers[run.folder]).items()):
             classes.append(
                 {**who, "class": named.get(c, c), "images": count, "right": right, "accuracy": right / count}
             )
-        for (c, given), count in sorted(answers_given.confusions(answers[run.folder]).items()):
+        for (c, given), count in sorted(per_class.confusions(answers[run.folder]).items()):
             confusion.append({**who, "class": named.get(c, c), "answer": named.get(given, given), "images": count})
         for i, row in enumerate(run.summary.get("confusion", [])):
             pairs = [(j, share) for j, share in enumerate(row) if share is not None]
@@ -185,7 +185,7 @@ def _tables(runs: Sequence[RunResults], groups: Sequence[Group]) -> dict[str, Ro
 def answers_of(run: RunResults) -> Answers:
     """What a finished run answered after its last task; nothing where it did not keep it."""
     done = checkpoint.whole(run.folder)
-    return answers_given.read(done[-1]) if done else {}
+    return per_class.read(done[-1]) if done else {}
 
 
 def _significance(groups: Sequence[Group], answers: Mapping[Path, Answers]) -> Iterable[dict[str, Any]]:

@@ -20,7 +20,7 @@ from perdure.core.feature_store import FeatureStore
 from perdure.core.learner import Core
 from perdure.core.objective import asking
 from perdure.core.processes import Processes
-from perdure.evaluation import answers_given, calibration
+from perdure.evaluation import calibration, per_class
 from perdure.evaluation.examples import EXAMPLES
 from perdure.evaluation.feature_drift import Drift
 from perdure.evaluation.held_out import HeldOut, held_out_of, remarks
@@ -314,7 +314,7 @@ def learn_stream(
             facts = facts_of(fitted, measured + time.perf_counter() - start)
             check_there(out)
             if processes.first:
-                beside = {**features.files(task), **taught_files(task), **answers_given.files(evaluation.answered)}
+                beside = {**features.files(task), **taught_files(task), **per_class.files(evaluation.answered)}
                 checkpoint.save_task(out, learner, new, facts | (extra or {}), beside)
                 with (out / "results.jsonl").open("a", encoding="utf-8") as file:
                     file.writelines(checkpoint.lines_of(new))

@@ -13,8 +13,8 @@ from torch import Tensor
 from perdure import metrics
 from perdure.core import checkpoint
 from perdure.core.checkpoint import Checkpoint
-from perdure.evaluation import answers_given
 from perdure.evaluation import feature_drift as drift
+from perdure.evaluation import per_class
 from perdure.evaluation.answer_retention import answered, mean_kept
 from perdure.evaluation.zero_shot_retention import kept
 from perdure.metrics import CUTS
@@ -112,7 +112,7 @@ def summary_of(out: Path, done: Sequence[Checkpoint]) -> dict[str, Any]:
         "manifest": done[-1].seal,
     }
     matrix = found["matrix"]
-    found |= answers_given.class_facts(done)
+    found |= per_class.class_facts(done)
     if found["score"] == metrics.RECALL[0]:
         found["recall"] = _recall(rows, tasks)
     if notes.get("sequence"):
