@@ -24,7 +24,6 @@ from perdure.streams import (
     Captioned,
     ConversationSet,
     ImageSet,
-    build_stream,
     captioned_task,
     conversation_task,
     folder_task,
@@ -32,7 +31,7 @@ from perdure.streams import (
 from perdure.streams.conversation_stream import holds_conversations
 from perdure.streams.single_task import COLUMN
 from perdure.streams.splits import digest
-from perdure.training.config import RunConfig, former_parts, usual
+from perdure.training.config import RunConfig, former_parts, make_stream, usual
 from perdure.training.loop import Diverged, Progress, Quiet, TrainConfig
 from perdure.training.record import elsewhere, recorded_moves, write_record
 from perdure.training.run import Interrupted, learn_stream, nothing_learnt_nothing_left, resume
@@ -205,7 +204,7 @@ def tasks_with_data(
         return []
     declared: tuple[Task, ...] = ()
     if learner.config.stream != OPEN:
-        declared = build_stream(learner.config.stream, learner.backbone.preprocess, learner.config.seed).tasks
+        declared = make_stream(learner.config, learner.backbone.preprocess).tasks
         if done[-1].learnt < len(declared):
             raise ValueError(
                 f"{folder} has learnt {done[-1].learnt} of its stream's {len(declared)} tasks: finish it with "
