@@ -24,6 +24,7 @@ from perdure.streams import ImageSet
 from perdure.streams.conversations import Conversation
 from perdure.streams.sources import Picture
 from perdure.training.config import RunConfig, check_options, former_parts, usual
+from perdure.training.early_stop import EarlyStop
 from perdure.training.loop import Progress, Quiet, TrainConfig, fit_task
 from perdure.training.record import record_of, recorded_config, recorded_runtime, write_record
 from perdure.training.run import build_learner
@@ -135,10 +136,12 @@ class Learner(Abilities):
             check_first(self, task, known, str(images) if isinstance(images, str | Path) else given)
             train = self.long_enough(train, task, "epochs" in options)
             twin = twin_of(self)
-            learnt, held = set_apart(self, task)
+            learnt, watched = set_apart(self, task, train.held_out, "early_stop_share")
+            learnt, held = set_apart(self, learnt)
             twin.grow(learnt)
             part(twin, self)
-            twin._facts = facts_of(fit_task(twin, learnt, train, progress), 0.0)
+            early = EarlyStop(twin, watched, train.early_stop) if watched is not None else None
+            twin._facts = facts_of(fit_task(twin, learnt, train, progress, early=early), 0.0)
             fit(twin, held)
             become(self, twin)
         return self

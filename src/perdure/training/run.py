@@ -36,6 +36,7 @@ from perdure.training.config import (
     make_stream,
     measured_between,
 )
+from perdure.training.early_stop import EarlyStop, check_trains
 from perdure.training.loop import Diverged, Progress, Quiet, TrainConfig, check_shared_out, fit_task
 from perdure.training.online import Along, as_one, check_borders
 from perdure.training.record import (
@@ -129,6 +130,7 @@ def dry_run(config: RunConfig, backbone: Backbone, stream: Stream) -> None:
             learner.grow(described)
             learner.method.check(learner, described)
         check_shared_out(learner, config.accumulate)
+        check_trains(learner, config)
         if config.accumulate > 1 and learner.constant_encoder:
             raise ValueError(
                 f"accumulate={config.accumulate} has no effect where no part trains the encoder: leave it out"
@@ -266,6 +268,7 @@ def learn_stream(
         held_out: what is measured too, and never taught.
         most: see `Evaluation`.
     """
+    stream, watched = calibration.apart(learner, stream, config.held_out, "early_stop_share")
     stream, held = calibration.apart(learner, stream)
     processes = learner.processes
     done = checkpoint.whole(out)
@@ -297,8 +300,10 @@ def learn_stream(
                 before = evaluation.before(learner, task)
             measured = time.perf_counter() - start
             saver.begin(before, Along(learner, task, config.batch_size) if learner.online else None)
+            images = watched.get(task.index)
+            early = EarlyStop(learner, images, config.early_stop, before) if images is not None else None
             try:
-                fitted = fit_task(learner, task, config, progress, saver, resumed)
+                fitted = fit_task(learner, task, config, progress, saver, resumed, early)
             except Diverged as error:
                 if not stream.name:
                     raise
