@@ -80,7 +80,7 @@ def _sampled(task: Task, most: int) -> Task:
 def _features(learner: Learner, tasks: Sequence[Task]) -> list[Tensor]:
     """Of each task's test images, (n, dim), of unit length."""
     found, _ = learner.features(Union([task.test for task in tasks]))
-    return list(F.normalize(found.cpu(), dim=1).split([len(task.test) for task in tasks]))
+    return list(torch.split(F.normalize(found.cpu(), dim=1), [len(task.test) for task in tasks]))
 
 
 def _draw(
