@@ -161,6 +161,12 @@ class Core(SharedOut):
             yield
 
     @property
+    def applies_alike(self) -> bool:
+        """Whether towers that make features compute alike, whichever example they read: no part chooses by it."""
+        parts = [part for part in parts_of(self.method) if type(part).applied is not Method.applied]
+        return not any(tower in part.treats for part in parts for tower in self.encoder)
+
+    @property
     def encoder(self) -> tuple[str, ...]:
         """The towers that make features: those that the objective reads, but one of texts, which embeds by itself."""
         return tuple(t for t in self.backbone.towers() if t in self.objective.towers and t != "text")
