@@ -1,4 +1,4 @@
-"""The table that `perdure advise` answers from, made of finished runs, and its copies in docs/choosing.md, in two languages.
+"""The table that `perdure advise` answers from, made of finished runs, and its copies in both pages on choosing.
 
     python benchmarks/measured.py runs/cifar runs/prompts --seeds 0 1 2
     python benchmarks/measured.py        # without runs: the English page's tables, in Chinese, into the Chinese page
@@ -28,8 +28,9 @@ TITLES = ("method", "orders", "accuracy", "new task", "forgetting", "with task i
 TITLES += ("keeps old data",)
 DIGITS = 5  # significant ones
 CHINESE = {
-    **dict(zip(TITLES, "方法 顺序数 准确率 新任务 遗忘 知道任务时 存储 每多一个任务 每步 保存旧数据".split(), strict=True)),
-    **{"yes": "是", "no": "否", "none": "无", "not measured": "未测"},
+    **{"method": "方法", "orders": "顺序数", "accuracy": "准确率", "new task": "新任务", "forgetting": "遗忘"},
+    **{"with task id": "知道任务时", "stored": "存储", "a task more": "每多一个任务", "step": "每步"},
+    **{"keeps old data": "保存旧数据", "yes": "是", "no": "否", "none": "无", "not measured": "未测"},
     **{"family": "家族", "best of it": "其中最好的", "lines": "代码行数", "growing structure": "增长结构"},
     **{"replay": "回放", "isolation and regularisation": "隔离与正则化", "distillation": "蒸馏"},
     **{"elastic representations": "弹性表示", "meta-learning": "元学习", "cooperating specialists": "协作的专家"},

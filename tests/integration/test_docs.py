@@ -207,8 +207,14 @@ def test_a_card_explains_hooks_that_methods_have(name: str) -> None:
 
 
 def test_every_page_is_in_the_navigation() -> None:
-    listed = set(re.findall(r": ([\w./-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), flags=re.M))
-    assert {page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")} == listed
+    site = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    listed = {file: title for title, file in re.findall(r"- (.+): ([\w./-]+\.md)$", site, flags=re.M)}
+    pages = {page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")}
+    assert {name for name in pages if ".zh-CN" not in name} == set(listed)
+    for page in TWINS:
+        assert page.parent == ROOT or f"            {listed[page.name]}: " in site.partition("nav_translations")[2], (
+            page
+        )
 
 
 TWINS = sorted(page for page in PAGES if page.with_suffix(".zh-CN.md").is_file())
