@@ -23,7 +23,7 @@ TRAINING = ["--epochs", "--batch-size", "--lr", "--optimizer", "--weight-decay",
 TRAINING += ["--milestones", "--decay"]
 RUNNING = ["--stream", "--backbone", "--method", "--objective", "--augment", "--seed", "--precision", "--attention"]
 RUNNING += ["--device", "--save-every", "--retain", "--calibrate", "--evaluate", "--cache", "--cache-bytes"]
-RUNNING += ["--shard", "--online"]
+RUNNING += ["--shard", "--compile", "--online"]
 TRAINING += ["--accumulate"]
 FLAGS = {
     "demo": ["--json", "--out"],

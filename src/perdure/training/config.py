@@ -145,6 +145,8 @@ class RunConfig(TrainConfig):
     """cpu, cuda, mps, ..."""
     shard: Literal["none", "blocks"] = "none"
     """With blocks, each of several processes holds a part of every block of the frozen encoder (FSDP2)."""
+    compile: bool = False
+    """Compute training steps with compiled vision blocks (torch.compile): the same results but for rounding."""
     save_every: Annotated[int, Range(0, 10**9)] = 0
     """Steps between snapshots within a task; 0 saves as often as costs at most 2 % of the time."""
     cache: str = ""

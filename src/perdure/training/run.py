@@ -14,6 +14,7 @@ import torch
 
 from perdure.adapters.injection import detach
 from perdure.backbones.base import Backbone
+from perdure.backbones.language import Language
 from perdure.core import checkpoint
 from perdure.core.checkpoint import read_record
 from perdure.core.feature_store import FeatureStore
@@ -122,17 +123,17 @@ def dry_run(config: RunConfig, backbone: Backbone, stream: Stream) -> None:
     check_effect(measured_between(config.evaluate), stream, objective)
     learner = Core(backbone, objective, method, stream.scenario, config.seed)
     learner.sharded = config.shard != "none"
-    learner.online = config.online
+    learner.online, learner.compile = config.online, config.compile
     try:
         for task in stream:
             described = Task.described(task.describe())
             learner.grow(described)
             learner.method.check(learner, described)
         check_shared_out(learner, config.accumulate)
-        if config.accumulate > 1 and learner.constant_encoder:
-            raise ValueError(
-                f"accumulate={config.accumulate} has no effect where no part trains the encoder: leave it out"
-            )
+        idle = {f"accumulate={config.accumulate}": config.accumulate > 1, "--compile": config.compile}
+        for option, given in idle.items():
+            if given and learner.constant_encoder:
+                raise ValueError(f"{option} has no effect where no part trains the encoder: leave it out")
     finally:
         detach(backbone)
         backbone.requires_grad_(False)
@@ -223,8 +224,24 @@ def build_learner(
         facts = json.dumps(runtime.describe(), sort_keys=True) + torch.__version__
         learner.store = FeatureStore(Path(config.cache), int(config.cache_bytes), facts)
     learner.online = config.online
+    if config.compile:
+        check_compile(config, learner)
+        learner.compile = True
     check_shared_out(learner, config.accumulate)
     return learner, runtime
+
+
+def check_compile(config: RunConfig, learner: Core) -> None:
+    """Refuse `--compile` where it cannot be.
+
+    Raises:
+        ValueError: with the reason and the remedy.
+    """
+    if isinstance(learner.backbone, Language):
+        raise ValueError("--compile is for vision encoders: texts are of another length in every step. Leave it out")
+    if config.shard != "none":
+        raise ValueError(f"--compile and shard={config.shard!r}: blocks held in parts are not compiled; leave one out")
+    learner.backbone.blocks()  # or it says what it has
 
 
 def _build(config: RunConfig, runtime: Runtime | None, processes: Processes) -> tuple[Core, Stream, Runtime]:
