@@ -20,6 +20,7 @@ from perdure.cli.catalogue import Listed, entries
 from perdure.cli.combine import Combine
 from perdure.cli.console import Command, Screen
 from perdure.cli.inputs import tell_skipped
+from perdure.cli.pretrain import Pretrain
 from perdure.cli.show import Show
 from perdure.cli.tune import Tune
 from perdure.cli.use import Eval, Export, Move, Predict, Push, Resize, Search
@@ -295,6 +296,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "run": Run,
     "resume": Resume,
     "learn": Learn,
+    "pretrain": Pretrain,
     "predict": Predict,
     "search": Search,
     "ask": Ask,
