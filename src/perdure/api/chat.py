@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from perdure.api.given import decoded
 from perdure.api.abilities import TOKENS
+from perdure.api.given import decoded
 from perdure.api.learner import Learner
 from perdure.api.specialists import Specialists
 from perdure.streams.conversations import Conversation, Turn, messages

@@ -38,7 +38,7 @@ def settled(given: Mapping[str, str | None], learner: Learner) -> dict[str, str 
         ValueError: for what would have no effect.
     """
     asks, objective = min(learner.objective.asks), learner.config.objective
-    reading = {name: value for name, value in given.items() if value is not None}
+    reading: dict[str, str | None] = {name: value for name, value in given.items() if value is not None}
     if "pretext" in reading:
         if asks == "conversations":
             raise ValueError(f"pretrain is for images, and {objective} learns answers: use 'perdure learn'")

@@ -1,7 +1,7 @@
 """perdure pretrain: a step of pre-training on images without labels, before or between lessons."""
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -62,30 +62,39 @@ class Pretrain(Command):
         """Pre-train; say how well what was taught before is still known."""
         from perdure.api.folders import teach_folder
         from perdure.reporting.report import write_report
+        from perdure.reporting.runs import RunResults
 
         screen.wait("reading the data and the model")
-        names = [f.name for f in fields(RunConfig) if hasattr(self, f.name)]
-        given = {n: getattr(self, n) for n in names if getattr(self, n) is not None}
+        given = {f.name: getattr(self, f.name) for f in fields(RunConfig) if getattr(self, f.name, None) is not None}
         config = RunConfig(stream="", **{"method": _METHOD} | given)
-        reading = {"pretext": self.pretext, "captions": self.captions, "replay": self.replay and str(self.replay)}
+        reading = {
+            "pretext": self.pretext,
+            "captions": self.captions,
+            "replay": str(self.replay) if self.replay else None,
+        }
         task, summary = teach_folder(self.data, self.into, config, given, screen, self.skip_bad, **reading)
         skipped = list(getattr(task.train, "skipped", ()))
         tell_skipped(skipped, screen.note)
         write_report([self.into], self.into / "report.html")
-        kept = retention(summary)
+        kept = retention(summary, RunResults.read(self.into).names())
         content = {"event": "pretrained", "task": task.describe(), "summary": summary, "retention": kept}
         screen.result(
             content | {"skipped": skipped},
-            *(f"task {each['task']}: {each['before']:.1%} before, {each['after']:.1%} now" for each in kept),
+            *(f"{shortened(each['task'])}: {each['before']:.1%} before, {each['after']:.1%} now" for each in kept),
             f"pre-trained on {len(task.train)} images, {shortened(task.pretext)}; teach it with: perdure learn FOLDER "
             f"--into {shlex.quote(str(self.into))}",
         )
 
 
-def retention(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Of each task that was taught before the last step and has tests: its score before and after that step."""
+def retention(summary: Mapping[str, Any], names: Sequence[str]) -> list[dict[str, Any]]:
+    """Of each task that was taught before the last step and has tests: its name, its score before and after that step.
+
+    Args:
+        summary: of the learner.
+        names: of all its tasks.
+    """
     matrix = summary["matrix"]
     if len(matrix) < 2:
         return []
-    pairs = enumerate(zip(matrix[-2], matrix[-1], strict=True))
-    return [{"task": i, "before": old, "after": new} for i, (old, new) in pairs if None not in (old, new)]
+    each = zip(names, matrix[-2], matrix[-1], strict=True)
+    return [{"task": name, "before": old, "after": new} for name, old, new in each if None not in (old, new)]

@@ -67,7 +67,7 @@ class InfLoRA(Method, name="inflora"):
 
     changes_encoder = True
     sole_adapter = True
-    unlabelled = "any"
+    unlabelled: Literal["", "untaught", "any"] = "any"
 
     def __init__(
         self,
