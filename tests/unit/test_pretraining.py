@@ -176,11 +176,11 @@ def test_statistics_are_of_features_after_pre_training_or_it_is_refused(part: st
     learner.learn(pictures, ["a", "b"] * 12)
     assert torch.equal(learner.features(learner_data(learner, pictures))[0], moved)
     again = made(part).learn(pictures, ["a", "b"] * 12)
-    with pytest.raises(ValueError, match="trains nothing that makes features|keeps statistics"):
+    with pytest.raises(ValueError, match=r"trains nothing that makes features|keeps statistics"):
         again.pretrain(pictures)
     stale = made(f"lora(rank=2) + {part}").learn(pictures, ["a", "b"] * 12)
     with pytest.raises(
-        ValueError, match=rf"{part[:3]}.* keeps statistics of the features .* make stale: pre-train bef"
+        ValueError, match=rf"{part[:3]}.* keeps statistics of the features .* make stale"
     ):
         stale.pretrain(pictures)
     assert stale.learnt == 1
