@@ -235,8 +235,9 @@ def flags(values: Mapping[str, Any], without: Container[str] = ()) -> list[str]:
 
 
 def register() -> None:
-    """Import all methods, which makes them known by name."""
+    """Import all methods and pretexts, which makes them known by name."""
     import_module("perdure.methods")
+    import_module("perdure.pretraining")
     import_own_methods()
 
 
