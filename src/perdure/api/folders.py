@@ -28,10 +28,10 @@ from perdure.options.paths import anchored, relocated
 from perdure.options.spec import parse
 from perdure.process import as_found, plain
 from perdure.storage.schema import LessonSource
-from perdure.streams import Captioned, build_stream, captioned_task, conversation_task, folder_task
+from perdure.streams import Captioned, captioned_task, conversation_task, folder_task
 from perdure.streams.conversation_stream import holds_conversations
 from perdure.streams.unlabelled import unlabelled_task
-from perdure.training.config import RunConfig, former_parts, usual
+from perdure.training.config import RunConfig, former_parts, make_stream, usual
 from perdure.training.loop import Diverged, Progress, Quiet, TrainConfig
 from perdure.training.record import elsewhere, recorded_moves, write_record
 from perdure.training.run import Interrupted, learn_stream, nothing_learnt_nothing_left, resume
@@ -193,7 +193,7 @@ def tasks_with_data(
         return []
     declared: tuple[Task, ...] = ()
     if learner.config.stream != OPEN:
-        declared = build_stream(learner.config.stream, learner.backbone.preprocess, learner.config.seed).tasks
+        declared = make_stream(learner.config, learner.backbone.preprocess).tasks
         if done[-1].learnt < len(declared):
             raise ValueError(
                 f"{folder} has learnt {done[-1].learnt} of its stream's {len(declared)} tasks: finish it with "

@@ -3,7 +3,7 @@
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
@@ -14,11 +14,11 @@ from perdure.core.checkpoint import Checkpoint, read_record
 from perdure.evaluation import feature_drift as drift
 from perdure.evaluation.answer_retention import answered, mean_kept
 from perdure.formatting import RARE
-from perdure.options.spec import parse
+from perdure.options.spec import Spec, parse
 from perdure.reporting.figures import Series
 from perdure.storage import schema
 from perdure.storage.schema import Damaged, Line, RunRecord, Steps, Summary, TaskFacts
-from perdure.training.config import BESIDE_RESULTS, RunConfig
+from perdure.training.config import BESIDE_RESULTS, VARIED, RunConfig
 from perdure.training.summary import (
     SUMMARY,
     contradicts,
@@ -243,6 +243,32 @@ class Group:
             return None
         both = [metrics.spread(column) if column else (None, None) for column in columns]
         return Series(self.label, [m for m, _ in both], [s for _, s in both] if len(self.runs) > 1 else (), colour)
+
+
+def varied(runs: Sequence[RunResults]) -> str:
+    """What differs between repetitions, as words: what a standard deviation over them is of; "" for nothing."""
+    seeds = {what: {_seed_of(run, what) for run in runs} for what in VARIED}
+    orders = {str([(task.get("name"), task.get("names")) for task in run.tasks()]) for run in runs}
+    splits = {str(run.facts["stream"].get("split")) for run in runs}
+    made_up = any(spec.name.endswith("synthetic") for run in runs for spec in _all_specs(run.config.get("stream")))
+    differ = {
+        "order": len(orders) > 1,
+        "images": len(seeds["images"] if not made_up else seeds["order"]) > 1 or len(splits) > 1,
+        "start": len(seeds["start"]) > 1,
+    }
+    return ", ".join(name for what, name in VARIED.items() if differ[what])
+
+
+def _seed_of(run: RunResults, what: str) -> int:
+    known = str(run.config.get("vary", RunConfig.vary)).split(",")
+    return (run.seed or 0) if what in known else 0
+
+
+def _all_specs(text: Any) -> Iterator[Spec]:
+    waiting = list(parse(text)) if isinstance(text, str) and text else []
+    while waiting:
+        yield (spec := waiting.pop())
+        waiting += spec.parts
 
 
 def grouped(runs: Sequence[RunResults]) -> list[Group]:

@@ -27,7 +27,6 @@ from perdure.evaluation.feature_drift import Drift
 from perdure.evaluation.held_out import HeldOut, held_out_of, remarks
 from perdure.evaluation.schedule import Evaluation, check_effect
 from perdure.process import as_found, plain
-from perdure.streams import build_stream
 from perdure.streams.augment import AUGMENTS
 from perdure.training.config import (
     RunConfig,
@@ -35,6 +34,7 @@ from perdure.training.config import (
     make_backbone,
     make_method,
     make_objective,
+    make_stream,
     measured_between,
 )
 from perdure.training.loop import Diverged, Progress, Quiet, TrainConfig, check_shared_out, fit_task
@@ -121,7 +121,7 @@ def dry_run(config: RunConfig, backbone: Backbone, stream: Stream) -> None:
     """
     objective, method = make_objective(config.objective, config.method), make_method(config.method)
     check_effect(measured_between(config.evaluate), stream, objective)
-    learner = Core(backbone, objective, method, stream.scenario, config.seed)
+    learner = Core(backbone, objective, method, stream.scenario, config.seed_of("start"))
     learner.sharded = config.shard != "none"
     learner.online, learner.compile = config.online, config.compile
     try:
@@ -213,7 +213,7 @@ def build_learner(
     if runtime is None:
         runtime = resolve(backbone, config.precision, config.attention, config.device, processes.world)
     runtime.apply(backbone)
-    learner = kind(backbone, objective, method, seed=config.seed)
+    learner = kind(backbone, objective, method, seed=config.seed_of("start"))
     learner.precision, learner.augment, learner.calibrate = runtime.dtype, AUGMENTS[config.augment], config.calibrate
     learner.processes = processes
     if config.shard != "none" and processes.world == 1:
@@ -246,10 +246,10 @@ def check_compile(config: RunConfig, learner: Core) -> None:
 
 def _build(config: RunConfig, runtime: Runtime | None, processes: Processes) -> tuple[Core, Stream, Runtime]:
     learner, runtime = build_learner(Core, config, runtime, processes)
-    stream = build_stream(config.stream, learner.backbone.preprocess, config.seed)
+    stream = make_stream(config, learner.backbone.preprocess)
     check_gives(stream, learner, config.stream, f", or use --objective {asking(stream.gives)}")
     learner.scenario = stream.scenario
-    return learner, as_one(stream, config.seed) if config.online else stream, runtime
+    return learner, as_one(stream, learner.seed) if config.online else stream, runtime
 
 
 def check_gives(stream: Stream, learner: Core, described: str, remedy: str = "") -> None:
