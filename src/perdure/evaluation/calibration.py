@@ -30,6 +30,8 @@ def set_apart(
     Raises:
         ValueError: when there are no classes, or none has an image to spare.
     """
+    if task.pretext:
+        return task, None
     share = learner.calibrate if share is None else share
     if share and "classes" not in learner.objective.asks:
         raise ValueError(f"{option}={share:g} has no effect where no classes are scored: leave it out")

@@ -146,9 +146,13 @@ class RunResults:
         return scored_by(self.config, [str(task.get("score", "")) for task in self.tasks()])
 
     def learnt(self) -> int:
-        """Number of tasks that were measured right after they were learnt."""
-        matrix = self.matrix()
-        return next((i for i, row in enumerate(matrix) if row[i] is None), len(matrix))
+        """Number of tasks that were measured right after they were learnt; steps of pre-training count as well."""
+        matrix, without = self.matrix(), self.unlabelled()
+        return next((i for i, row in enumerate(matrix) if row[i] is None and i not in without), len(matrix))
+
+    def unlabelled(self) -> set[int]:
+        """Which tasks were steps of pre-training, which nothing is measured on."""
+        return {i for i, task in enumerate(self.tasks()) if task.get("pretext")}
 
     def numbers(self) -> dict[str, float | None]:
         """Scores and costs by their key in summary.json, else from the results so far.
@@ -157,9 +161,8 @@ class RunResults:
         `step_cost` that was measured in the run's grid.
         """
         done = self.learnt()
-        so_far = {
-            k: v for k, v in scores_of(self.rows, done, self.scores()).items() if v is None or _number(v) is not None
-        }
+        found = scores_of(self.rows, done, self.scores(), self.unlabelled())
+        so_far = {k: v for k, v in found.items() if v is None or _number(v) is not None}
         if answers := answered(self.rows):
             so_far |= {f"answers_kept_{number}": mean_kept(answers, number) for number in ("strict", "lenient")}
         known = dict.fromkeys((*_COSTS, *RARE)) | so_far

@@ -173,6 +173,8 @@ class RunConfig(TrainConfig):
     """cpu, cuda, mps, ..."""
     shard: Literal["none", "blocks"] = "none"
     """With blocks, each of several processes holds a part of every block of the frozen encoder (FSDP2)."""
+    compile: bool = False
+    """Compute training steps with compiled vision blocks (torch.compile): the same results but for rounding."""
     save_every: Annotated[int, Range(0, 10**9)] = 0
     """Steps between snapshots within a task; 0 saves as often as costs at most 2 % of the time."""
     cache: str = ""
@@ -280,8 +282,9 @@ def flags(values: Mapping[str, Any], without: Container[str] = ()) -> list[str]:
 
 
 def register() -> None:
-    """Import all methods, which makes them known by name."""
+    """Import all methods and pretexts, which makes them known by name."""
     import_module("perdure.methods")
+    import_module("perdure.pretraining")
     import_own_methods()
 
 

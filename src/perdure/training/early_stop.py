@@ -74,6 +74,13 @@ class EarlyStop:
         return learner.processes.any(self.over())
 
 
+def watching(
+    learner: Core, held: ImageSet | None, config: TrainConfig, rows: list[Row] | None = None
+) -> EarlyStop | None:
+    """What watches a task of which `held` was set apart; None where nothing was."""
+    return None if held is None else EarlyStop(learner, held, config.early_stop, rows)
+
+
 def losses_of(rows: Sequence[Row], task: int) -> list[float]:
     """Held-out loss after each epoch of the task with this index, as far as it was measured."""
     found = {

@@ -14,6 +14,7 @@ import torch
 
 from perdure.adapters.injection import detach
 from perdure.backbones.base import Backbone
+from perdure.backbones.language import Language
 from perdure.core import checkpoint
 from perdure.core.checkpoint import read_record
 from perdure.core.feature_store import FeatureStore
@@ -36,7 +37,7 @@ from perdure.training.config import (
     make_stream,
     measured_between,
 )
-from perdure.training.early_stop import EarlyStop, check_trains
+from perdure.training.early_stop import check_trains, watching
 from perdure.training.loop import Diverged, Progress, Quiet, TrainConfig, check_shared_out, fit_task
 from perdure.training.online import Along, as_one, check_borders
 from perdure.training.record import (
@@ -123,7 +124,7 @@ def dry_run(config: RunConfig, backbone: Backbone, stream: Stream) -> None:
     check_effect(measured_between(config.evaluate), stream, objective)
     learner = Core(backbone, objective, method, stream.scenario, config.seed_of("start"))
     learner.sharded = config.shard != "none"
-    learner.online = config.online
+    learner.online, learner.compile = config.online, config.compile
     try:
         for task in stream:
             described = Task.described(task.describe())
@@ -131,10 +132,10 @@ def dry_run(config: RunConfig, backbone: Backbone, stream: Stream) -> None:
             learner.method.check(learner, described)
         check_shared_out(learner, config.accumulate)
         check_trains(learner, config)
-        if config.accumulate > 1 and learner.constant_encoder:
-            raise ValueError(
-                f"accumulate={config.accumulate} has no effect where no part trains the encoder: leave it out"
-            )
+        idle = {f"accumulate={config.accumulate}": config.accumulate > 1, "--compile": config.compile}
+        for option, given in idle.items():
+            if given and learner.constant_encoder:
+                raise ValueError(f"{option} has no effect where no part trains the encoder: leave it out")
     finally:
         detach(backbone)
         backbone.requires_grad_(False)
@@ -225,8 +226,24 @@ def build_learner(
         facts = json.dumps(runtime.describe(), sort_keys=True) + torch.__version__
         learner.store = FeatureStore(Path(config.cache), int(config.cache_bytes), facts)
     learner.online = config.online
+    if config.compile:
+        check_compile(config, learner)
+        learner.compile = True
     check_shared_out(learner, config.accumulate)
     return learner, runtime
+
+
+def check_compile(config: RunConfig, learner: Core) -> None:
+    """Refuse `--compile` where it cannot be.
+
+    Raises:
+        ValueError: with the reason and the remedy.
+    """
+    if isinstance(learner.backbone, Language):
+        raise ValueError("--compile is for vision encoders: texts are of another length in every step. Leave it out")
+    if config.shard != "none":
+        raise ValueError(f"--compile and shard={config.shard!r}: blocks held in parts are not compiled; leave one out")
+    learner.backbone.blocks()  # or it says what it has
 
 
 def _build(config: RunConfig, runtime: Runtime | None, processes: Processes) -> tuple[Core, Stream, Runtime]:
@@ -300,8 +317,7 @@ def learn_stream(
                 before = evaluation.before(learner, task)
             measured = time.perf_counter() - start
             saver.begin(before, Along(learner, task, config.batch_size) if learner.online else None)
-            images = watched.get(task.index)
-            early = EarlyStop(learner, images, config.early_stop, before) if images is not None else None
+            early = watching(learner, watched.get(task.index), config, before)
             try:
                 fitted = fit_task(learner, task, config, progress, saver, resumed, early)
             except Diverged as error:
