@@ -22,6 +22,7 @@ from perdure.cli.console import Command, Screen
 from perdure.cli.inputs import tell_skipped
 from perdure.cli.pretrain import Pretrain
 from perdure.cli.report import Report
+from perdure.cli.reward import Reward
 from perdure.cli.show import Show
 from perdure.cli.tune import Tune
 from perdure.cli.use import Eval, Export, Move, Predict, Push, Resize, Search
@@ -264,6 +265,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "eval": Eval,
     "show": Show,
     "combine": Combine,
+    "reward": Reward,
     "report": Report,
     "export": Export,
     "push": Push,
