@@ -1,5 +1,7 @@
 """What a learner can be asked for, and how it presents itself."""
 
+import dataclasses
+import math
 from collections.abc import Sequence
 
 import torch
@@ -7,8 +9,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perdure.core.learner import Core
+from perdure.formatting import meant
+from perdure.streams.naming import recorded
 from perdure.training.config import RunConfig
-from perdure.types import Data
+from perdure.training.loop import TrainConfig
+from perdure.types import Data, Task
+
+_LEAST_STEPS = 60
+"""Of a task that is taught by hand, when the number of epochs is left open."""
 
 
 class Abilities(Core):
@@ -69,10 +77,39 @@ class Abilities(Core):
                 "calibrate=0.1 (--calibrate 0.1)"
             )
 
+    def class_called(self, name: str) -> int:
+        """The id of the class `name`, which can be forgotten.
+
+        Raises:
+            ValueError: when it was not learnt, or is the only one.
+        """
+        if "classes" not in self.objective.asks:
+            asks = " and ".join(self.objective.asks)
+            raise ValueError(f"this learner learns {asks}, of which nothing can be forgotten: teach a new one without")
+        known = self.known
+        [spelt] = recorded([name], known)
+        if spelt not in known:
+            near = meant(spelt, known) or "; 'perdure show' names the classes"
+            raise ValueError(f"class {name!r} was not learnt{near}")
+        if len(known) == 1:
+            raise ValueError(f"{name!r} is the only class left, without which nothing is answered: remove the learner")
+        return known[spelt]
+
     def check_learnt(self) -> None:
         """Raise a ValueError before the first task."""
         if not self.learnt:
             raise ValueError("this learner has learnt nothing yet: call learn(images, labels) first")
+
+    def usual_training(self) -> TrainConfig:
+        """How tasks are trained unless said otherwise."""
+        return TrainConfig(**{f.name: getattr(self.config, f.name) for f in dataclasses.fields(TrainConfig)})
+
+    def long_enough(self, train: TrainConfig, task: Task, settled: bool) -> TrainConfig:
+        """More passes over a small task, unless the user settled their number: in a few steps nothing is learnt."""
+        if settled or self.config.epochs != RunConfig.epochs:
+            return train
+        steps = math.ceil(len(task.train) / train.batch_size)
+        return dataclasses.replace(train, epochs=max(train.epochs, math.ceil(_LEAST_STEPS / steps)))
 
     def towards(self, data: Data, texts: Tensor, size: int) -> Tensor:
         """Cosines (n, m) of images to unit-length embeddings of texts (m, dim)."""

@@ -14,6 +14,7 @@ from perdure.api.learner import OPEN, Learner
 from perdure.backbones.preprocess import skippable
 from perdure.core import checkpoint
 from perdure.core.checkpoint import Checkpoint, read_record
+from perdure.core.forgetting import of_classes
 from perdure.formatting import shortened
 from perdure.options.paths import anchored, relocated
 from perdure.options.spec import parse
@@ -119,7 +120,7 @@ def teach_folder(
         if asks != "classes":
             _tell_overlap(before, task, progress)
         _refuse_other_task(into, done, source)
-        if _taught_last(done, source):
+        if _taught_last(done, source, task.names):
             progress.note(
                 f"{photos} is what {into} was taught last, as task {done[-1].learnt}: nothing is learnt twice, results "
                 f"and summary are brought up to date; to teach it anew, remove {done[-1].folder} first"
@@ -244,9 +245,11 @@ def _again(source: LessonSource, described: Task, learner: Learner, known: Mappi
     except ValueError:  # no folder of classes any more
         return described
     if own == dict(zip(task.names, task.classes, strict=True)):
-        # The folder may be called otherwise now, and versions differ in how they sort classes.
+        # The folder may be called otherwise now, and versions differ in how they sort classes
         task = dataclasses.replace(described, train=task.train, test=task.test)
-    # A memory refers to images by their position.
+    elif own and own.items() <= dict(zip(task.names, task.classes, strict=True)).items():
+        # Some were forgotten; in the training set they stay: a memory refers to images by their position.
+        task = dataclasses.replace(described, train=task.train, test=of_classes(task.test, described.classes))
     return task if task == described and _digest(task.train) == source["train_sha256"] else described
 
 
@@ -372,14 +375,16 @@ def _refuse_other_task(into: Path, done: Sequence[Checkpoint], source: LessonSou
         )
 
 
-def _taught_last(done: Sequence[Checkpoint], source: LessonSource) -> bool:
-    """Whether the last task was learnt from these images.
+def _taught_last(done: Sequence[Checkpoint], source: LessonSource, names: Sequence[str]) -> bool:
+    """Whether the last task was learnt from these images, and all its classes `names` are still known.
 
     Raises:
         ValueError: when it was, with other options, which would have no effect now.
     """
     last = done[-1].manifest.get("source") if done else None
     if not last or not source["content"] or last.get("content") != source["content"]:
+        return False
+    if {*done[-1].tasks[-1].names} != {*names}:
         return False
     before, now = last.get("options", {}), source.get("options", {})
     if changed := [key for key in now if now[key] != before.get(key)]:

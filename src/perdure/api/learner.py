@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +13,7 @@ from perdure.api.abilities import Abilities
 from perdure.api.given import Asked, asked, check_first, known_task, measurable, shown, task_of, told
 from perdure.core import checkpoint
 from perdure.core.checkpoint import read_record
+from perdure.core.forgetting import forget_classes
 from perdure.core.shared_copy import as_now, become, part, twin_of
 from perdure.evaluation.calibration import fit, set_apart
 from perdure.export.model import export
@@ -29,15 +28,13 @@ from perdure.training.record import record_of, recorded_config, recorded_runtime
 from perdure.training.run import build_learner
 from perdure.training.runtime import Runtime
 from perdure.training.summary import COSTS, facts_of, taught_files, write_summary
-from perdure.types import Row, Stream, Task
+from perdure.types import Row, Stream
 
 OPEN = ""
 """The stream of a learner that is taught one folder after another."""
 
 TOKENS = 256
 """Most of an answer to `ask`, unless said otherwise; what was taught ends by itself."""
-_LEAST_STEPS = 60
-"""Of a task that is taught by hand, when the number of epochs is left open."""
 
 
 class Learner(Abilities):
@@ -140,6 +137,24 @@ class Learner(Abilities):
             part(twin, self)
             twin._facts = facts_of(fit_task(twin, learnt, train, progress), 0.0)
             fit(twin, held)
+            become(self, twin)
+        return self
+
+    @plain()
+    def forget(self, name: str) -> Self:
+        """Never answer the class `name` again, and let go of what is kept of it; other classes score as before.
+
+        What goes, and what may remain: `docs/quickstart.md`. It can be taught again, as a class that is new.
+
+        Raises:
+            ValueError: when it was not learnt, or is the only class.
+        """
+        with self.lessons, as_found(self.runtime.threads):
+            if self.lessons.depth > 1:
+                raise ValueError("this learner is learning: forget cannot be called from its progress; call it after")
+            c = self.class_called(name)
+            twin = twin_of(self)
+            forget_classes(twin, {c})
             become(self, twin)
         return self
 
@@ -381,14 +396,3 @@ class Learner(Abilities):
     def record(self) -> dict[str, Any]:
         """The content of run.json, for a learner that is taught without a declared stream."""
         return record_of(self.config, self, Stream(OPEN, self.scenario, ()), self.runtime)
-
-    def usual_training(self) -> TrainConfig:
-        """How tasks are trained unless said otherwise."""
-        return TrainConfig(**{f.name: getattr(self.config, f.name) for f in dataclasses.fields(TrainConfig)})
-
-    def long_enough(self, train: TrainConfig, task: Task, settled: bool) -> TrainConfig:
-        """More passes over a small task, unless the user settled their number: in a few steps nothing is learnt."""
-        if settled or self.config.epochs != RunConfig.epochs:
-            return train
-        steps = math.ceil(len(task.train) / train.batch_size)
-        return dataclasses.replace(train, epochs=max(train.epochs, math.ceil(_LEAST_STEPS / steps)))

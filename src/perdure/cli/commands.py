@@ -22,7 +22,7 @@ from perdure.cli.console import Command, Screen
 from perdure.cli.inputs import tell_skipped
 from perdure.cli.show import Show
 from perdure.cli.tune import Tune
-from perdure.cli.use import Eval, Export, Move, Predict, Push, Resize, Search
+from perdure.cli.use import Eval, Export, Forget, Move, Predict, Push, Resize, Search
 from perdure.experiments.cluster import Cluster
 from perdure.experiments.recipes import DEMO_METHODS, demo, recipe
 from perdure.formatting import meant, shortened
@@ -305,6 +305,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "advise": Advise,
     "eval": Eval,
     "show": Show,
+    "forget": Forget,
     "combine": Combine,
     "report": Report,
     "export": Export,

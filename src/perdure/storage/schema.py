@@ -94,6 +94,7 @@ class Manifest(TypedDict):
     rows: NotRequired[list[RowFacts]]
     step: NotRequired[Natural]
     alone: NotRequired[bool]
+    forgotten: NotRequired[list[str]]
     source: NotRequired[LessonSource]
     device: NotRequired[str]
     processes: NotRequired[int]
