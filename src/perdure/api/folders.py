@@ -33,7 +33,7 @@ from perdure.streams import (
 from perdure.streams.conversation_stream import holds_conversations
 from perdure.streams.single_task import COLUMN
 from perdure.streams.splits import digest
-from perdure.training.config import RunConfig, former_parts, usual
+from perdure.training.config import RunConfig, said_of, usual
 from perdure.training.loop import Diverged, Progress, Quiet, TrainConfig
 from perdure.training.record import elsewhere, recorded_moves, write_record
 from perdure.training.run import Interrupted, learn_stream, nothing_learnt_nothing_left, resume
@@ -95,8 +95,8 @@ def teach_folder(
                     "'mllm(path=...)'"
                 )
             learner = Learner.of(dataclasses.replace(config, stream=OPEN))
-            if old := former_parts(config):
-                progress.note(old)
+            for line in said_of(config):
+                progress.note(line)
         asks = min(learner.objective.asks)
         reading = {name: value for name, value in reading.items() if value is not None}
         if idle := [name for name in reading if _READING[name] != asks]:
@@ -141,7 +141,7 @@ def teach_folder(
             ) from stop
         except Diverged as error:
             shutil.rmtree(into / f"task-{len(before):03d}", ignore_errors=True)  # of no use to go on from
-            raise ValueError(f"{error}: teach it again with a lower --lr than {train.lr:g}") from error
+            raise ValueError(f"{error}: teach it again with a lower --lr than {train.peak:g}") from error
 
 
 def go_on(folder: Path, progress: Progress | None = None, device: str | None = None) -> dict[str, Any]:
@@ -194,8 +194,7 @@ def taught_tasks(learner: Learner, folder: Path, tell: Callable[[str], None]) ->
 
 def _finish(learner: Learner, tasks: Sequence[Task], into: Path, progress: Progress) -> dict[str, Any]:
     """What `learn_stream` does once all is learnt."""
-    stream = Stream(OPEN, learner.scenario, tuple(tasks))
-    return learn_stream(learner.usual_training(), learner, stream, into, progress)
+    return learn_stream(learner.usual_training(), learner, Stream(OPEN, learner.scenario, tuple(tasks)), into, progress)
 
 
 def tasks_with_data(
@@ -335,8 +334,7 @@ def refuse_without_effect(into: Path, config: RunConfig, given: Mapping[str, Any
 def _tell_overlap(before: Sequence[Task], task: Task, progress: Progress) -> None:
     """Say when what is to be learnt was a test so far."""
     tests = torch.cat([t.test.pairs for t in before if hasattr(t.test, "pairs")] or [torch.empty(0)])
-    learnt = getattr(task.train, "pairs", torch.empty(0))
-    if count := int(torch.isin(learnt, tests).sum()):
+    if count := int(torch.isin(getattr(task.train, "pairs", torch.empty(0)), tests).sum()):
         what = "images to learn are" if isinstance(task.train, Captioned) else "conversations to learn show"
         progress.note(f"{count} {what} test images of earlier tasks, whose scores are no fair test any more")
 

@@ -83,6 +83,7 @@ class Learner(Abilities):
     @plain()
     def of(cls, config: RunConfig, runtime: Runtime | None = None) -> Self:
         """A learner that has learnt nothing yet, from its configuration."""
+        config = config.settled()
         learner, found = build_learner(cls, config, runtime)
         learner.config, learner.runtime, learner._facts, learner.lessons = config, found, {}, Turn()
         learner.objective.bind(learner)  # a language model answers before it has learnt anything

@@ -139,7 +139,7 @@ class Learn(Command):
     epochs: Epochs | None = None
     """Passes over the images; 5 unless said otherwise, and more over few images, for at least 60 steps."""
     lr: Rate | None = None
-    """Learning rate; 1e-3 unless said otherwise, 2e-4 for a language model."""
+    """Learning rate; the method's own unless said otherwise, see `perdure list methods`, 2e-4 for a language model."""
     batch_size: BatchSize | None = None
     """Examples per step; 64 unless said otherwise, 16 for a language model."""
     seed: Seed | None = None
@@ -277,7 +277,7 @@ class List(Command):
         """Print names, options and what they are."""
         found = entries(self.what)
         if self.name is None:
-            screen.listing([(name, each.options, each.sentence) for name, each in sorted(found.items())])
+            screen.listing([(name, each.options, each.sentence, each.lr) for name, each in sorted(found.items())])
             return
         if self.what == "recipes":
             recipe(self.name)  # tells of those that are gone
@@ -286,7 +286,7 @@ class List(Command):
             raise ValueError(f"{self.name!r} is not among the {self.what}{near}")
         entry = found[self.name]
         lines = [f"{self.name}({entry.options})" if entry.options else self.name]
-        lines += [f"  {name}: {values}" for name, values in entry.ranges.items()]
+        lines += [f"  {name}: {values}" for name, values in entry.facts.items()]
         screen.result({"name": self.name, **asdict(entry)}, *lines, "", *entry.about.splitlines())
 
 

@@ -354,7 +354,11 @@ def _facts(run: RunResults) -> dict[str, str]:
         else preprocess,
         "What may be answered": answers.get(stream.get("scenario"), stream.get("scenario")),
         "Class order": ", ".join(dict.fromkeys(order)),
-        **{_words(k): v for k, v in run.config.items() if k not in ("backbone", "seed")},
+        **{
+            _words(k): v
+            for k, v in (run.config | {"lr": run.facts.get("lr", run.config.get("lr"))}).items()
+            if k not in ("backbone", "seed")
+        },
         **{f"{_words(k)} used": v for k, v in run.facts["resolved"].items()},
         **{f"Version of {k}": v for k, v in run.facts["versions"].items()},
         "Version of perdure": run.facts.get("perdure"),

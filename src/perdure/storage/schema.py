@@ -145,6 +145,7 @@ class RunRecord(TypedDict):
     git: NotRequired[str | None]
     seed: NotRequired[int]
     config: dict[str, bool | int | float | str | list[str] | None]
+    lr: NotRequired[float]
     resolved: Resolved
     backbone: BackboneFacts
     versions: NotRequired[dict[str, str]]
