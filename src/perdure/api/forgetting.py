@@ -6,8 +6,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from perdure.api.folders import unfinished
 from perdure.api.learner import OPEN, Learner
+from perdure.api.lesson_source import unfinished
 from perdure.core import checkpoint
 from perdure.core.checkpoint import Checkpoint, read_record
 from perdure.core.forgetting import forget_classes

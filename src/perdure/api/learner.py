@@ -9,18 +9,16 @@ from typing import Any, Self, overload
 
 import torch
 
-from perdure.api.abilities import Abilities
-from perdure.api.given import Asked, asked, check_first, known_task, measurable, shown, task_of, told
+from perdure.api.abilities import TOKENS, Abilities
+from perdure.api.given import asked, check_first, known_task, measurable, shown, task_of, told, unlabelled
 from perdure.core import checkpoint
 from perdure.core.checkpoint import read_record
-from perdure.core.forgetting import forget_classes
 from perdure.core.shared_copy import as_now, become, part, twin_of
 from perdure.evaluation.calibration import fit, set_apart
 from perdure.export.model import export
 from perdure.objectives.zeroshot import class_texts
 from perdure.process import Turn, as_found, plain
 from perdure.streams import ImageSet
-from perdure.streams.conversations import Conversation
 from perdure.streams.sources import Picture
 from perdure.training.config import RunConfig, check_options, former_parts, usual
 from perdure.training.loop import Progress, Quiet, TrainConfig, fit_task
@@ -28,13 +26,10 @@ from perdure.training.record import record_of, recorded_config, recorded_runtime
 from perdure.training.run import build_learner
 from perdure.training.runtime import Runtime
 from perdure.training.summary import COSTS, facts_of, taught_files, write_summary
-from perdure.types import Row, Stream
+from perdure.types import Row, Stream, Task
 
 OPEN = ""
 """The stream of a learner that is taught one folder after another."""
-
-TOKENS = 256
-"""Most of an answer to `ask`, unless said otherwise; what was taught ends by itself."""
 
 
 class Learner(Abilities):
@@ -132,32 +127,48 @@ class Learner(Abilities):
             given = "captions" if labels is None else "labels"
             check_first(self, task, known, str(images) if isinstance(images, str | Path) else given)
             train = self.long_enough(train, task, "epochs" in options)
-            twin = twin_of(self)
-            learnt, held = set_apart(self, task)
-            twin.grow(learnt)
-            part(twin, self)
-            twin._facts = facts_of(fit_task(twin, learnt, train, progress), 0.0)
-            fit(twin, held)
-            become(self, twin)
+            self._learn(task, train, progress)
         return self
 
     @plain()
-    def forget(self, name: str) -> Self:
-        """Never answer the class `name` again, and let go of what is kept of it; other classes score as before.
+    def pretrain(
+        self,
+        images: Sequence[Picture] | torch.Tensor | str | Path,
+        pretext: str = "masked()",
+        captions: Sequence[str | Sequence[str]] | str | None = None,
+        progress: Progress | None = None,
+        **options: Any,
+    ) -> Self:
+        """One step of pre-training: images without labels teach what makes features, and no head is touched.
 
-        What goes, and what may remain: `docs/quickstart.md`. It can be taught again, as a class that is new.
+        Args:
+            images: as in `learn`; of a folder all images in it and below, whatever its folders are called.
+            pretext: what is learnt, `masked()`, `distill()` or `contrast()`; see `perdure.pretraining`.
+            captions: with `contrast()`, a text or several for each image; of a file, the column that holds them.
+            progress: who is told.
+            options: fields of `TrainConfig`; the schedule is warmup-cosine unless said otherwise.
 
         Raises:
-            ValueError: when it was not learnt, or is the only class.
+            ValueError: for what cannot be used, and where a part of the method needs labels.
         """
+        check_options("pretrain", options, TrainConfig)
+        train = self.usual_training().but(**{"schedule": "warmup-cosine"} | options)
         with self.lessons, as_found(self.runtime.threads):
             if self.lessons.depth > 1:
-                raise ValueError("this learner is learning: forget cannot be called from its progress; call it after")
-            c = self.class_called(name)
-            twin = twin_of(self)
-            forget_classes(twin, {c})
-            become(self, twin)
+                raise ValueError("this learner is learning: pretrain cannot be called from its progress; call it after")
+            task = unlabelled(self, images, pretext, captions)
+            self._learn(task, self.long_enough(train, task, "epochs" in options), progress)
         return self
+
+    def _learn(self, task: Task, train: TrainConfig, progress: Progress | None) -> None:
+        """Teach a twin, and become it."""
+        twin = twin_of(self)
+        learnt, held = set_apart(self, task)
+        twin.grow(learnt)
+        part(twin, self)
+        twin._facts = facts_of(fit_task(twin, learnt, train, progress), 0.0)
+        fit(twin, held)
+        become(self, twin)
 
     @plain()
     def predict(
@@ -322,17 +333,6 @@ class Learner(Abilities):
         self.check_speaks()
         said = self.reply(asked(images, question, self), tokens, task)
         return said[0] if isinstance(question, str) else said
-
-    @plain()
-    def reply(self, conversations: Sequence[Conversation], tokens: int = TOKENS, task: str | None = None) -> list[str]:
-        """What it says next in each of `conversations`; see `ask`."""
-        self.check_speaks()
-        if tokens < 1:
-            raise ValueError(f"tokens={tokens}: expected 1 or more")
-        objective: Any = self.objective
-        data = told(Asked(conversations), known_task(self, task))
-        said: list[str] = objective.answers(self, data, tokens)
-        return said
 
     @plain()
     def save(self, folder: str | Path, rows: Sequence[Row] = ()) -> Path:

@@ -23,7 +23,7 @@ from perdure.options import ranges
 from perdure.options.own_methods import OWN_METHODS, import_own_methods
 from perdure.options.rates import RATES
 
-Listed = Literal["methods", "streams", "backbones", "recipes"]
+Listed = Literal["methods", "streams", "backbones", "pretexts", "recipes"]
 _REGISTRIES = {"streams": "STREAMS", "backbones": "BACKBONES"}
 _ROOT = Path(__file__).parent.parent
 
@@ -61,7 +61,9 @@ def entries(kind: Listed) -> dict[str, CatalogueEntry]:
         return {name: CatalogueEntry("", {}, each.about) for name, each in recipes().items()}
     if kind in _REGISTRIES:
         return dict(_factories(kind, _REGISTRIES[kind]))
-    ours = {name: replace(each, lr=_rate(name)) for name, each in _methods()}
+    if kind == "pretexts":
+        return dict(_classes("pretraining"))
+    ours = {name: replace(each, lr=_rate(name)) for name, each in _classes("methods")}
     if entry_points(group="perdure.methods") or os.environ.get(OWN_METHODS):
         import_module("perdure.methods")
         import_own_methods()
@@ -94,10 +96,10 @@ def _entry(options: Mapping[str, tuple[Any, Any]], about: str) -> CatalogueEntry
     return CatalogueEntry(", ".join(shown), numeric, about)
 
 
-def _methods() -> Iterator[tuple[str, CatalogueEntry]]:
-    """Classes that name themselves: `class Mine(Method, name="mine")`."""
-    for file in (_ROOT / "methods").glob("*.py"):
-        module = _Module.of("methods", file.stem)
+def _classes(package: str) -> Iterator[tuple[str, CatalogueEntry]]:
+    """Classes of a package that name themselves: `class Mine(Method, name="mine")`."""
+    for file in (_ROOT / package).glob("*.py"):
+        module = _Module.of(package, file.stem)
         for made in (each for each in module.made.values() if isinstance(each, ast.ClassDef)):
             for word in made.keywords:
                 if word.arg == "name" and isinstance(word.value, ast.Constant):

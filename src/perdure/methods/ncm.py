@@ -20,6 +20,7 @@ class NCM(Method, name="ncm"):
     """
 
     needs = ("classes",)
+    unlabelled = "untaught"
     borderless = True
 
     def __init__(self) -> None:
@@ -39,7 +40,7 @@ class NCM(Method, name="ncm"):
 
     def end_task(self, learner: Core, task: Task) -> None:
         """Add the task's features to its classes' means."""
-        if not learner.online:
+        if not (learner.online or task.pretext):
             self._add(learner, learner.method.data(learner, task))
 
     def _add(self, learner: Core, data: Data) -> None:

@@ -66,18 +66,15 @@ class Classify(Objective, name="classify"):
         super().grow(learner, task)
         if len(self.classes) > before:
             self.heads.append(nn.Linear(learner.backbone.dim, len(self.classes) - before, dtype=torch.float32))
-        sizes = [head.weight.shape[0] for head in self.linears()]  # none where all classes so far were forgotten
-        owners = torch.repeat_interleave(torch.tensor(sizes, dtype=torch.int64))
+        owners = torch.repeat_interleave(torch.tensor([h.out_features for h in self.linears()], dtype=torch.int64))
         current = set(owners[list(self.task_columns)].tolist())
         for index, head in enumerate(self.heads):
             head.requires_grad_(index in current)
 
     def grown(self, learner: Core) -> None:
         """Take a new cosine head's bias away and set its rows, after all that the method draws at random."""
-        heads = self.linears()
-        if not (self.cosine and heads) or heads[-1].bias is None:  # no class is new
+        if not self.cosine or not self.heads or (head := self.linears()[-1]).bias is None:  # no class is new
             return
-        head = heads[-1]
         if self.scale is None:
             self.scale = float(learner.backbone.logit_scale)
         head.register_parameter("bias", None)
