@@ -29,7 +29,7 @@ from perdure.experiments.recipes import DEMO_METHODS, demo, recipe
 from perdure.formatting import meant, shortened
 from perdure.options.ranges import BatchSize, Epochs, Range, Rate, Seed
 from perdure.storage.schema import SPECIALISTS
-from perdure.training.config import RunConfig, flags, usual
+from perdure.training.config import RunConfig, flags, for_lessons
 
 Processes = Annotated[int, Range(1, 1024)]
 
@@ -134,7 +134,7 @@ class Learn(Command):
     backbone: str | None = None
     """For a new learner; pocket() unless said otherwise."""
     method: str | None = None
-    """For a new learner; inflora(rank=10) unless said otherwise, LoRA of rank 16 for a language model."""
+    """For a new learner; inflora(rank=10) + align unless said otherwise, LoRA of rank 16 for a language model."""
     objective: str | None = None
     """For a new learner; classify() unless said otherwise, generate() for a language model."""
     epochs: Epochs | None = None
@@ -169,7 +169,7 @@ class Learn(Command):
 
         screen.wait("reading the data and the model")
         given = {f.name: getattr(self, f.name) for f in fields(RunConfig) if getattr(self, f.name, None) is not None}
-        config = RunConfig(stream="", **(usual(self.backbone) if self.backbone else {}) | given)
+        config = RunConfig(stream="", **for_lessons(self.backbone or RunConfig.backbone, self.objective) | given)
         reading = {n: getattr(self, n) for n in ("captions", "images", "score")}
         task, summary = teach_folder(self.folder, self.into, config, given, screen, self.skip_bad, **reading)
         skipped = [where for data in (task.train, task.test) for where in getattr(data, "skipped", ())]

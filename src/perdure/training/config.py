@@ -260,6 +260,16 @@ def usual(backbone: str) -> dict[str, Any]:
     return dict(_SPEAKING) if isinstance(of, type) and issubclass(of, Language) else {}
 
 
+LEARNT = "inflora(rank=10) + align"
+"""The method of learners that are taught classes by hand, where none is named: see `docs/choosing.md`."""
+
+
+def for_lessons(backbone: str, objective: str | None = None) -> dict[str, Any]:
+    """Fields of the configuration of a new learner that is taught by hand, where they are left open."""
+    classes = objective is None or parse_one(objective).name == "classify"
+    return usual(backbone) or ({"method": LEARNT} if classes else {})
+
+
 def flags(values: Mapping[str, Any], without: Container[str] = ()) -> list[str]:
     """The flags of the command line that make a run's configuration: those whose values are not the defaults.
 
