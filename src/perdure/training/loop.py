@@ -247,9 +247,9 @@ def _optimizer(learner: Core, config: TrainConfig) -> torch.optim.Optimizer | No
     # the rate itself is set before every step
     described = [{"params": params, "scale": scale} for scale, params in groups.items()]
     if config.optimizer == "sgd":
-        return torch.optim.SGD(described, config.lr, momentum=0.9, weight_decay=config.weight_decay, fused=True)
+        return torch.optim.SGD(described, config.peak, momentum=0.9, weight_decay=config.weight_decay, fused=True)
     kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
-    return kind(described, config.lr, weight_decay=config.weight_decay, fused=True)
+    return kind(described, config.peak, weight_decay=config.weight_decay, fused=True)
 
 
 def _reseed(learner: Core, task: Task, purpose: str, step: int | None = None) -> None:
