@@ -14,7 +14,8 @@ from PIL import Image
 from perdure.api.folders import teach_folder
 from perdure.api.learner import Learner
 from perdure.core.checkpoint import whole
-from perdure.training.config import RunConfig, usual
+from perdure.training.config import RunConfig
+from perdure.training.defaults import usual
 from perdure.training.loop import Quiet
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}

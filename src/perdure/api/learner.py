@@ -20,7 +20,8 @@ from perdure.objectives.zeroshot import class_texts
 from perdure.process import Turn, as_found, plain
 from perdure.streams import ImageSet
 from perdure.streams.sources import Picture
-from perdure.training.config import RunConfig, check_options, for_lessons, former_parts
+from perdure.training.config import RunConfig, check_options, former_parts
+from perdure.training.defaults import for_lessons
 from perdure.training.early_stop import watching
 from perdure.training.loop import Progress, Quiet, TrainConfig, fit_task
 from perdure.training.record import record_of, recorded_config, recorded_runtime, write_record
@@ -68,12 +69,8 @@ class Learner(Abilities):
             ValueError: for names and options that do not exist.
         """
         check_options("create", options, RunConfig)
-        given = {"method": method, "objective": objective}
-        settings = (
-            for_lessons(backbone, objective)
-            | {name: value for name, value in given.items() if value is not None}
-            | options
-        )
+        given = {name: value for name, value in (("method", method), ("objective", objective)) if value is not None}
+        settings = for_lessons(backbone, objective) | given | options
         config = RunConfig(stream=OPEN, backbone=backbone, **settings)
         if old := former_parts(config):
             warnings.warn(old, FutureWarning, stacklevel=2)

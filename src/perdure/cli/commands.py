@@ -30,7 +30,8 @@ from perdure.experiments.cluster import Cluster
 from perdure.experiments.recipes import DEMO_METHODS, demo, recipe
 from perdure.formatting import meant, shortened
 from perdure.options.ranges import BatchSize, Epochs, Range, Rate, Seed
-from perdure.training.config import RunConfig, flags, for_lessons
+from perdure.training.config import RunConfig, flags
+from perdure.training.defaults import for_lessons
 
 Processes = Annotated[int, Range(1, 1024)]
 

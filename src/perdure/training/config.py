@@ -26,6 +26,7 @@ from perdure.options.ranges import (
 )
 from perdure.options.rates import RETRIEVING, SPEAKING, USUAL, own_rate
 from perdure.options.spec import Spec, build, parse, parse_one
+from perdure.training.defaults import usual
 
 if TYPE_CHECKING:  # what only asks, as the command line's help does, waits for no torch
     from perdure.backbones.preprocess import Preprocess
@@ -40,13 +41,6 @@ _DECAY = 0.1
 _WARMUP = 0.1
 EARLY_SHARE = 0.1
 """Of each class's training images, what early stopping holds out unless told otherwise."""
-_SPEAKING = {
-    "objective": "generate()",
-    "method": "lora(rank=16, at='qkvo,mlp', tower='language')",
-    "lr": SPEAKING,
-    "batch_size": 16,
-}
-"""Of language models: the sites and the rate of LLaVA's LoRA."""
 _BRACKETS = str.maketrans("", "", "()[] ")
 
 
@@ -270,28 +264,6 @@ def measured_between(evaluate: str) -> int | None:
 
 BESIDE_RESULTS = ("save_every", "cache", "cache_bytes")
 """Fields of `RunConfig` on which no result depends."""
-
-
-def usual(backbone: str) -> dict[str, Any]:
-    """Fields of the configuration of a new learner on `backbone` whose defaults would be of no use there."""
-    from typing import get_type_hints
-
-    from perdure.backbones import BACKBONES
-    from perdure.backbones.language import Language
-
-    made = BACKBONES.get(parse_one(backbone).name)
-    of = get_type_hints(made).get("return") if made else None
-    return dict(_SPEAKING) if isinstance(of, type) and issubclass(of, Language) else {}
-
-
-LEARNT = "inflora(rank=10) + align"
-"""The method of learners that are taught classes by hand, where none is named: see `docs/choosing.md`."""
-
-
-def for_lessons(backbone: str, objective: str | None = None) -> dict[str, Any]:
-    """Fields of the configuration of a new learner that is taught by hand, where they are left open."""
-    classes = objective is None or parse_one(objective).name == "classify"
-    return usual(backbone) or ({"method": LEARNT} if classes else {})
 
 
 def flags(values: Mapping[str, Any], without: Container[str] = ()) -> list[str]:
