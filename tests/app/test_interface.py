@@ -12,6 +12,9 @@ import pytest
 from PIL import Image
 
 
+pytestmark = pytest.mark.xdist_group("app")  # one app, one browser
+
+
 def picture(colour: tuple[int, int, int], seed: int) -> bytes:
     noisy = np.array(colour) + np.random.default_rng(seed).normal(0, 12, (24, 24, 3))
     file = io.BytesIO()

@@ -11,6 +11,9 @@ from PIL import Image
 from playwright.sync_api import Page, expect
 
 
+pytestmark = pytest.mark.xdist_group("app")  # one app, one browser
+
+
 @pytest.fixture(scope="module")
 def speaking(start: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory, lab: Any) -> Any:
     folder = tmp_path_factory.mktemp("speaking")
