@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # What only GPUs can show, in under ten minutes on any number of them: speed-up and memory of several processes, of a
-# batch in parts and of a frozen encoder held in parts; and that a run on all of them learns what one learns.
+# batch in parts, of compiled blocks and of a frozen encoder held in parts; and that a run on all of them learns what
+# one learns.
 #
 #     benchmarks/gpu.sh                                   # a ViT of random weights: 38 M, 257 tokens
 #     benchmarks/gpu.sh 'clip(path="openai/clip-vit-base-patch16")'
@@ -14,6 +15,8 @@ echo "## $gpus GPUs, $backbone"
 scaling --batch-size 128 --images 2560 --epochs 1
 echo "## a batch in 4 parts"
 scaling --batch-size 128 --images 2560 --epochs 1 --accumulate 4 --methods 'lora(rank=10)'
+echo "## compiled blocks"
+timeout 120 python benchmarks/compiled.py --device cuda --backbone "$backbone" --batch-size 128 --precision bf16 --methods 'lora(rank=10)'
 if [ "$gpus" -gt 1 ]; then
   echo "## blocks held in parts"
   scaling --batch-size 128 --images 2560 --epochs 1 --shard blocks --methods 'lora(rank=10)'

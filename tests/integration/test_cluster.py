@@ -1,11 +1,16 @@
 """A grid whose cells run beside each other, on a cluster of which a machine dies."""
 
+import dataclasses
 import json
+import random
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from perdure.experiments.cluster import Cluster
@@ -71,6 +76,47 @@ def test_a_grid_ends_with_the_same_table_when_a_machine_dies(machines: Any, tmp_
         {k: v for k, v in row.items() if k not in timed} for row in here
     ]
     assert all(json.loads((cell.folder / "run.json").read_text())["resolved"]["threads"] == 1 for cell in grid)
+
+
+def _kill(folders: list[Path], kills: list[float], ended: threading.Event) -> None:
+    """Kill a worker at random, ten times, each after some cell has saved another step or task."""
+    draw = random.Random(3)
+
+    def saved() -> set[Path]:
+        return {path for folder in folders for path in folder.glob("task-*/**/manifest.json")}
+
+    while len(kills) < 10 and not ended.is_set():
+        before = saved()
+        while saved() <= before and not ended.wait(0.01):
+            pass
+        ended.wait(draw.uniform(0, 0.5))
+        here = psutil.Process().children(recursive=True)
+        if workers := [each for each in here if any("_call" in word for word in each.cmdline()[:1])]:
+            draw.choice(workers).kill()
+            kills.append(time.monotonic())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@pytest.mark.filterwarnings("ignore")  # of Ray's own
+def test_ten_kills_of_workers_lose_nothing(content_of: Any, tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="ray is not installed")
+    config = dataclasses.replace(CONFIG, save_every=2)
+    grids = {name: cells(METHODS, (0, 1), tmp_path / name) for name in ("here", "there")}
+    here = compare(config, grids["here"], tmp_path / "here", steps=False)
+    kills: list[float] = []
+    ended = threading.Event()
+    killer = threading.Thread(target=_kill, args=([cell.folder for cell in grids["there"]], kills, ended))
+    killer.start()
+    try:
+        there = compare(config, grids["there"], tmp_path / "there", steps=False, cluster=Cluster(jobs=2))
+    finally:
+        ended.set()
+        killer.join()
+    assert len(kills) == 10
+    for mine, theirs in zip(grids["there"], grids["here"], strict=True):
+        assert content_of(mine.folder) == content_of(theirs.folder)
+    assert [row["method"] for row in there] == [row["method"] for row in here]
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,9 @@ from safetensors.torch import load, save
 from torch import Tensor
 from torch.nn import functional as F
 
+from perdure.api.abilities import TOKENS
 from perdure.api.given import asked, shown
-from perdure.api.learner import TOKENS, Learner
+from perdure.api.learner import Learner
 from perdure.backbones.base import Backbone
 from perdure.core.manifests import RECORD, read_record, read_specialists
 from perdure.core.method import follows_task

@@ -22,7 +22,7 @@ from perdure.experiments.recipes import recipes
 from perdure.options import ranges
 from perdure.options.own_methods import OWN_METHODS, import_own_methods
 
-Listed = Literal["methods", "streams", "backbones", "recipes"]
+Listed = Literal["methods", "streams", "backbones", "pretexts", "recipes"]
 _REGISTRIES = {"streams": "STREAMS", "backbones": "BACKBONES"}
 _ROOT = Path(__file__).parent.parent
 
@@ -53,7 +53,9 @@ def entries(kind: Listed) -> dict[str, CatalogueEntry]:
         return {name: CatalogueEntry("", {}, each.about) for name, each in recipes().items()}
     if kind in _REGISTRIES:
         return dict(_factories(kind, _REGISTRIES[kind]))
-    ours = dict(_methods())
+    if kind == "pretexts":
+        return dict(_classes("pretraining"))
+    ours = dict(_classes("methods"))
     if entry_points(group="perdure.methods") or os.environ.get(OWN_METHODS):
         import_module("perdure.methods")
         import_own_methods()
@@ -80,10 +82,10 @@ def _entry(options: Mapping[str, tuple[Any, Any]], about: str) -> CatalogueEntry
     return CatalogueEntry(", ".join(shown), numeric, about)
 
 
-def _methods() -> Iterator[tuple[str, CatalogueEntry]]:
-    """Classes that name themselves: `class Mine(Method, name="mine")`."""
-    for file in (_ROOT / "methods").glob("*.py"):
-        module = _Module.of("methods", file.stem)
+def _classes(package: str) -> Iterator[tuple[str, CatalogueEntry]]:
+    """Classes of a package that name themselves: `class Mine(Method, name="mine")`."""
+    for file in (_ROOT / package).glob("*.py"):
+        module = _Module.of(package, file.stem)
         for made in (each for each in module.made.values() if isinstance(each, ast.ClassDef)):
             for word in made.keywords:
                 if word.arg == "name" and isinstance(word.value, ast.Constant):

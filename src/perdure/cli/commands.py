@@ -20,6 +20,7 @@ from perdure.cli.catalogue import Listed, entries
 from perdure.cli.combine import Combine
 from perdure.cli.console import Command, Screen
 from perdure.cli.inputs import tell_skipped
+from perdure.cli.pretrain import Pretrain
 from perdure.cli.show import Show
 from perdure.cli.tune import Tune
 from perdure.cli.use import Eval, Export, Move, Predict, Push, Resize, Search
@@ -167,10 +168,9 @@ class Learn(Command):
         from perdure.reporting.report import write_report
 
         screen.wait("reading the data and the model")
-        names = [f.name for f in fields(RunConfig) if hasattr(self, f.name)]
-        given = {n: getattr(self, n) for n in names if getattr(self, n) is not None}
+        given = {f.name: getattr(self, f.name) for f in fields(RunConfig) if getattr(self, f.name, None) is not None}
         config = RunConfig(stream="", **(usual(self.backbone) if self.backbone else {}) | given)
-        reading = {"captions": self.captions, "images": self.images, "score": self.score}
+        reading = {n: getattr(self, n) for n in ("captions", "images", "score")}
         task, summary = teach_folder(self.folder, self.into, config, given, screen, self.skip_bad, **reading)
         skipped = [where for data in (task.train, task.test) for where in getattr(data, "skipped", ())]
         tell_skipped(skipped, screen.note)
@@ -265,7 +265,7 @@ class Report(Command):
 
 @dataclass(frozen=True, kw_only=True)
 class List(Command):
-    """What there is: methods, streams, backbones, recipes."""
+    """What there is: methods, streams, backbones, pretexts, recipes."""
 
     what: tyro.conf.Positional[Listed]
     """Which."""
@@ -285,9 +285,9 @@ class List(Command):
             near = meant(self.name, found) or f"; 'perdure list {self.what}' names them"
             raise ValueError(f"{self.name!r} is not among the {self.what}{near}")
         entry = found[self.name]
-        lines = [f"{self.name}({entry.options})" if entry.options else self.name]
-        lines += [f"  {name}: {values}" for name, values in entry.ranges.items()]
-        screen.result({"name": self.name, **asdict(entry)}, *lines, "", *entry.about.splitlines())
+        head = f"{self.name}({entry.options})" if entry.options else self.name
+        lines = [head, *(f"  {name}: {values}" for name, values in entry.ranges.items()), ""]
+        screen.result({"name": self.name, **asdict(entry)}, *lines, *entry.about.splitlines())
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {
@@ -295,6 +295,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "run": Run,
     "resume": Resume,
     "learn": Learn,
+    "pretrain": Pretrain,
     "predict": Predict,
     "search": Search,
     "ask": Ask,

@@ -153,7 +153,7 @@ def restore(learner: Core, checkpoint: Checkpoint, tasks: Sequence[Task] = ()) -
                 f"{checkpoint.folder} learnt task {index} as {described.name!r}, the stream now has {task.name!r}: the "
                 "data has changed; restore it, or start anew in another folder"
             )
-        learner.grow(task)
+        learner.grow(task, over=index < checkpoint.learnt)
         learner.prepare()  # as before each task of an unbroken run
     if checkpoint.manifest["format"] < SINCE:
         tensors = renamed(tensors, learner.method)

@@ -115,7 +115,7 @@ class Objective(nn.Module):
         column = {c: i for i, c in enumerate(self.classes)}
         self.task_columns = tuple(sorted(column[c] for c in task.classes))
         # apart where the task is told at test time, else together
-        former = {tuple(sorted(column[c] for c in each.classes)) for each in learner.tasks[:-1]}
+        former = {tuple(sorted(column[c] for c in each.classes)) for each in learner.tasks[:-1] if each.classes}
         if learner.scenario != "task" and former:
             former = {tuple(sorted({i for each in former for i in each}))}
         self.former = tuple(sorted(former))

@@ -22,8 +22,7 @@ from perdure.reporting.report import trade_offs
 from perdure.reporting.runs import RunResults, ignore, steps_of
 from perdure.reporting.tables import check_complete, markdown, tabulate
 from perdure.reporting.tracking import tracked
-from perdure.streams import build_stream
-from perdure.training.config import BESIDE_RESULTS, RunConfig, make_backbone, make_method, with_former
+from perdure.training.config import BESIDE_RESULTS, RunConfig, make_backbone, make_method, make_stream, with_former
 from perdure.training.loop import Progress, Quiet
 from perdure.training.record import recorded_config
 from perdure.training.run import Interrupted, dry_run, resume, run
@@ -260,7 +259,7 @@ def _ready(config: RunConfig, unfinished: Sequence[Cell], runtime: Runtime | Non
         runtime = resolve(backbone, config.precision, config.attention, config.device)
     runtime.apply(backbone)
     seed = unfinished[0].seed
-    stream = build_stream(config.stream, backbone.preprocess, seed)
+    stream = make_stream(dataclasses.replace(config, seed=seed), backbone.preprocess)
     for method in dict.fromkeys(cell.method for cell in unfinished):
         try:
             # a former part may read another backbone

@@ -343,8 +343,8 @@ class Rehearsal(Method):
             self.remember(learner, learner.task)
 
     def end_task(self, learner: Core, task: Task) -> None:
-        """Offer the task's examples to the memory."""
-        if not learner.online:
+        """Offer the task's examples to the memory; those without labels are none of its classes."""
+        if not (learner.online or task.pretext):
             self.remember(learner, task)
 
     def remember(self, learner: Core, task: Task) -> None:

@@ -19,6 +19,7 @@ class NCM(Method, name="ncm"):
     """
 
     needs = ("classes",)
+    unlabelled = "untaught"
     borderless = True
 
     def __init__(self) -> None:
@@ -38,7 +39,7 @@ class NCM(Method, name="ncm"):
 
     def end_task(self, learner: Core, task: Task) -> None:
         """Add the task's features to its classes' means."""
-        if not learner.online:
+        if not (learner.online or task.pretext):
             self._add(learner, learner.method.data(learner, task))
 
     def _add(self, learner: Core, data: Data) -> None:

@@ -43,6 +43,7 @@ class RanPAC(Method, name="ranpac"):
     """
 
     needs = ("classes",)
+    unlabelled = "untaught"
     derived = ("_projection",)
 
     def __init__(
@@ -66,6 +67,8 @@ class RanPAC(Method, name="ranpac"):
 
     def end_task(self, learner: Core, task: Task) -> None:
         """Add the task's features to the regression."""
+        if task.pretext:
+            return
         # The task's own images: those that `joint` adds were counted when they came.
         features, labels = learner.features(task.train)
         gram = unpack_symmetric(self.regression["gram"]) if "gram" in self.regression else None

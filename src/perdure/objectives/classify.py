@@ -65,15 +65,14 @@ class Classify(Objective, name="classify"):
         super().grow(learner, task)
         if len(self.classes) > before:
             self.heads.append(nn.Linear(learner.backbone.dim, len(self.classes) - before, dtype=torch.float32))
-        owners = torch.repeat_interleave(torch.tensor([head.weight.shape[0] for head in self.linears()]))
+        owners = torch.repeat_interleave(torch.tensor([h.out_features for h in self.linears()], dtype=torch.int64))
         current = set(owners[list(self.task_columns)].tolist())
         for index, head in enumerate(self.heads):
             head.requires_grad_(index in current)
 
     def grown(self, learner: Core) -> None:
         """Take a new cosine head's bias away and set its rows, after all that the method draws at random."""
-        head = self.linears()[-1]
-        if not self.cosine or head.bias is None:  # no class is new
+        if not self.cosine or not self.heads or (head := self.linears()[-1]).bias is None:  # no class is new
             return
         if self.scale is None:
             self.scale = float(learner.backbone.logit_scale)

@@ -13,13 +13,13 @@ from typing import Any
 import jinja2
 
 from perdure import metrics
-from perdure.formatting import RARE, printable_lines
+from perdure.formatting import RARE, printable_lines, spread_of
 from perdure.reporting import charts, figures
 from perdure.reporting import texts as language
 from perdure.reporting.charts import duration, show
 from perdure.reporting.figures import Drawing, Point
 from perdure.reporting.numbers import STEP, numbers_named
-from perdure.reporting.runs import PHASES, Group, RunResults, grouped, ignore
+from perdure.reporting.runs import PHASES, Group, RunResults, grouped, ignore, varied
 from perdure.storage.files import write_text
 from perdure.training.summary import unlike_scores
 
@@ -231,6 +231,7 @@ class _Page:
             trades=[(drawing.title, drawing.inline()) for drawing in self.trades.values()],
             numbers=named,
             meanings=[*named, STEP] if steps else named,
+            spreads=spread_of([(group.label, len(group.runs), varied(group.runs)) for group in groups]),
             compared=[(k, name) for k, name, _ in named if k in {*_COMPARED, *rare}],
             costs=[(k, name) for k, name, _ in named if k in _COSTS] + ([STEP[:2]] if steps else []),
             winners={k: _winner(groups, k) for k in ("acc", "aaa", "new_task_acc", "acc_with_task_id", "task_id_acc")},

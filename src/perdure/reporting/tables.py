@@ -17,10 +17,10 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from perdure import metrics
-from perdure.formatting import RARE, printable, times
+from perdure.formatting import RARE, printable, spread_of, times
 from perdure.options.spec import parse
 from perdure.reporting.charts import show
-from perdure.reporting.runs import Group, RunResults, steps_of
+from perdure.reporting.runs import Group, RunResults, steps_of, varied
 from perdure.training.config import BESIDE_RESULTS, RunConfig, flags
 from perdure.training.summary import unlike_scores
 
@@ -105,7 +105,7 @@ def tabulate(runs: Sequence[tuple[str, RunResults]]) -> list[dict[str, Any]]:
     for method in dict.fromkeys(name for name, _ in runs):
         mine = [check_complete(run) for name, run in runs if name == method]
         group, measured = Group(method, tuple(mine)), row_of(mine)
-        row: dict[str, Any] = {"method": method, "runs": len(mine)}
+        row: dict[str, Any] = {"method": method, "runs": len(mine), "varied": varied(mine)}
         for key in (*KEYS, "bwt", "seconds", "evaluation_seconds", "new_task_acc"):
             found = group.spread(key)
             row[key] = None if found is None else list(found)
@@ -132,6 +132,7 @@ def markdown(table: Sequence[dict[str, Any]]) -> str:
         cells = [times(row["step"]) if key == "step" else _shown(key, row[key]) for key, _ in shown]
         lines.append(f"| {_code(row['method'])} | {row['runs']} | {' | '.join(cells)} |")
     reasons = dict.fromkeys(row["no_means"] for row in table if row.get("no_means"))
+    lines += [f"\n{line}." for line in spread_of([(row["method"], row["runs"], row.get("varied")) for row in table])]
     return "\n".join([*lines, *(f"\nNo means: {printable(why)}." for why in reasons)]) + "\n"
 
 
@@ -223,6 +224,7 @@ def _settings(run: RunResults) -> dict[str, Any]:
     known = {f.name: f.default for f in fields(RunConfig)} | run.config
     facts = run.facts["stream"]
     return {name: known[name] for name in (*_SPECS, *_TRAINING)} | {
+        "vary": known["vary"],
         "fingerprint": run.facts["backbone"].get("fingerprint"),
         "scenario": facts.get("scenario"),
         "tasks": len(run.names()),

@@ -38,6 +38,7 @@ class TaskFacts(TypedDict):
     names: list[str]
     total: NotRequired[TaskNumber | None]
     score: NotRequired[str]
+    pretext: NotRequired[str]
     train: NotRequired[Natural]
     test: NotRequired[Natural]
 
@@ -77,6 +78,8 @@ class LessonSource(TypedDict):
     captions: NotRequired[str | None]
     images: NotRequired[str]
     score: NotRequired[str]
+    pretext: NotRequired[str]
+    replay: NotRequired[str]
     content: NotRequired[str]
     seal: NotRequired[str]
 

@@ -27,8 +27,10 @@ from perdure.options.ranges import (
 from perdure.options.spec import Spec, build, parse, parse_one
 
 if TYPE_CHECKING:  # what only asks, as the command line's help does, waits for no torch
+    from perdure.backbones.preprocess import Preprocess
     from perdure.core.method import Method
     from perdure.core.objective import Objective
+    from perdure.types import Stream
 
 
 Precision = Literal["auto", "fp32", "bf16"]
@@ -136,7 +138,10 @@ class RunConfig(TrainConfig):
     calibrate: Annotated[float, Range(0, 0.5)] = 0.0
     """Share of each class's training images set apart, for `predict --calibrated`; with 0 all are trained on."""
     seed: Seed = 0
-    """All randomness, and the order of classes unless the stream fixes it."""
+    """All randomness, and the order of classes unless the stream fixes it; see vary."""
+    vary: str = "order,start"
+    """What the seed changes, with commas between: order (of classes or tasks), images (which train images per_class,
+    per_task or shots keep), start (first values, batches, all else that is random). The rest is as with seed 0."""
     precision: Precision = "auto"
     """Of the encoder: auto takes bf16 where the processor has it natively."""
     attention: Attention = "auto"
@@ -145,6 +150,8 @@ class RunConfig(TrainConfig):
     """cpu, cuda, mps, ..."""
     shard: Literal["none", "blocks"] = "none"
     """With blocks, each of several processes holds a part of every block of the frozen encoder (FSDP2)."""
+    compile: bool = False
+    """Compute training steps with compiled vision blocks (torch.compile): the same results but for rounding."""
     save_every: Annotated[int, Range(0, 10**9)] = 0
     """Steps between snapshots within a task; 0 saves as often as costs at most 2 % of the time."""
     cache: str = ""
@@ -179,10 +186,28 @@ class RunConfig(TrainConfig):
             object.__setattr__(self, name, anchored(getattr(self, name)))
         object.__setattr__(self, "retain", tuple(map(anchored, self.retain)))
         measured_between(self.evaluate)
+        object.__setattr__(self, "vary", ",".join(_varied(self.vary)))
+
+    def seed_of(self, what: str) -> int:
+        """The seed of one of `VARIED`, which is this run's where it is varied."""
+        return self.seed if what in self.vary.split(",") else 0
 
     def describe(self) -> dict[str, Any]:
         """As JSON."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+
+VARIED = {"order": "class order", "images": "images drawn", "start": "start"}
+"""What a seed can change, and what tables call it."""
+
+
+def _varied(text: str) -> list[str]:
+    words = [word.strip() for word in text.split(",")]
+    if wrong := [word for word in words if word not in VARIED]:
+        raise ValueError(
+            f"vary={text!r}: expected some of {','.join(VARIED)}, not {wrong[0]!r}{meant(wrong[0], VARIED)}"
+        )
+    return [word for word in VARIED if word in words]
 
 
 def measured_between(evaluate: str) -> int | None:
@@ -233,8 +258,9 @@ def flags(values: Mapping[str, Any], without: Container[str] = ()) -> list[str]:
 
 
 def register() -> None:
-    """Import all methods, which makes them known by name."""
+    """Import all methods and pretexts, which makes them known by name."""
     import_module("perdure.methods")
+    import_module("perdure.pretraining")
     import_own_methods()
 
 
@@ -305,6 +331,14 @@ def make_backbone(text: str, method: str = "") -> Any:
     backbone = one(with_former(text, "backbone", method), BACKBONES, "backbone")
     backbone.check_finite()
     return backbone
+
+
+def make_stream(config: RunConfig, preprocess: "Preprocess") -> "Stream":
+    """The stream of a run, in its order and with its images, as a backbone with `preprocess` reads them."""
+    from perdure.streams import build_stream
+
+    draw = config.seed_of("images") if "images" in config.vary.split(",") else None
+    return build_stream(config.stream, preprocess, config.seed_of("order"), draw=draw)
 
 
 def one(text: str, registry: Any, kind: str, **given: Any) -> Any:

@@ -4,12 +4,14 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from perdure.core.compiling import begin, compiled
 from perdure.core.learner import Core, derived_seed
 from perdure.core.method import Method, treated
 from perdure.core.unsaved import check_saved
@@ -111,10 +113,13 @@ def fit_task(
     if resumed is None:
         learner.step = 0
         _reseed(learner, task, "begin")
+        if learner.pretext is not None:
+            learner.pretext.begin_task(learner)
         method.begin_task(learner, task)
         learner.processes.agree(learner.learnt_state())
     data = method.data(learner, task)
-    data = learner.cache.of(data, config.epochs)
+    if learner.pretext is None:  # which looks at images, and at other parts of them in every step
+        data = learner.cache.of(data, config.epochs)
     clock.append(time.perf_counter())
     steps = config.epochs * math.ceil(len(data) / config.batch_size)
     done, images = 0, 0
@@ -123,6 +128,8 @@ def fit_task(
     moved = bool(treated(method)) or not all(name.startswith("objective.") for name in learner.trainable())
     trains = optimizer is not None or learner.online  # a pass goes by, whether or not anything is trained
     progress.task(task, task.total, config.epochs, steps if trains else 0)
+    if learner.compile:
+        begin(learner.backbone)
     if trains:
         if resumed:
             done, restore = resumed
@@ -153,6 +160,7 @@ def fit_task(
     _reseed(learner, task, "end")
     method.finalize(learner, task)
     method.end_task(learner, task)
+    learner.pretext = None
     check_saved(learner)
     learner.processes.agree(learner.learnt_state())
     learner.prepare()
@@ -164,9 +172,10 @@ def fit_task(
 def _descend(learner: Core, task: Task, batch: Batch, optimizer: torch.optim.Optimizer, first: bool) -> Tensor:
     """One step; returns the loss before it. In the `first` one all that is trained must have a gradient."""
     optimizer.zero_grad()
-    loss = learner.loss(batch)
-    with learner.undivided():  # what is encoded once more, or in steps of a method's own, is all here
-        learner.method.backward(learner, loss, batch)
+    with compiled(learner.backbone) if learner.compile else nullcontext():
+        loss = learner.loss(batch)
+        with learner.undivided():  # what is encoded once more, or in steps of a method's own, is all here
+            learner.method.backward(learner, loss, batch)
     learner.processes.average_gradients([p for group in optimizer.param_groups for p in group["params"]])
     if first:
         _check_gradients(learner, task)
@@ -199,9 +208,16 @@ def check_shared_out(learner: Core, accumulate: int) -> None:
         ValueError: with the method's name.
     """
     world = learner.processes.world
+    if learner.pretext is not None and (world > 1 or accumulate > 1):
+        raise ValueError(f"{learner.pretext.name} is learnt in one process and whole batches: leave accumulate out")
     if learner.sharded and learner.tunes_backbone:
         raise ValueError("shard='blocks' is for frozen weights, and here they are trained: leave it out, or take lora")
     for part in learner.method:
+        if learner.compile and type(part).backward is not Method.backward:
+            raise ValueError(
+                f"{part.name} cannot learn with --compile: it takes steps of its own within a step, whose gradients "
+                "are differentiated again. Leave --compile out"
+            )
         if part.batchwise and (world > 1 or accumulate > 1):
             how = f"in {world} processes" if world > 1 else f"with accumulate={accumulate}"
             raise ValueError(

@@ -14,6 +14,7 @@ import torch
 
 from perdure.adapters.injection import detach
 from perdure.backbones.base import Backbone
+from perdure.backbones.language import Language
 from perdure.core import checkpoint
 from perdure.core.checkpoint import read_record
 from perdure.core.feature_store import FeatureStore
@@ -26,7 +27,6 @@ from perdure.evaluation.feature_drift import Drift
 from perdure.evaluation.held_out import HeldOut, held_out_of, remarks
 from perdure.evaluation.schedule import Evaluation, check_effect
 from perdure.process import as_found, plain
-from perdure.streams import build_stream
 from perdure.streams.augment import AUGMENTS
 from perdure.training.config import (
     RunConfig,
@@ -34,6 +34,7 @@ from perdure.training.config import (
     make_backbone,
     make_method,
     make_objective,
+    make_stream,
     measured_between,
 )
 from perdure.training.loop import Diverged, Progress, Quiet, TrainConfig, check_shared_out, fit_task
@@ -120,19 +121,19 @@ def dry_run(config: RunConfig, backbone: Backbone, stream: Stream) -> None:
     """
     objective, method = make_objective(config.objective, config.method), make_method(config.method)
     check_effect(measured_between(config.evaluate), stream, objective)
-    learner = Core(backbone, objective, method, stream.scenario, config.seed)
+    learner = Core(backbone, objective, method, stream.scenario, config.seed_of("start"))
     learner.sharded = config.shard != "none"
-    learner.online = config.online
+    learner.online, learner.compile = config.online, config.compile
     try:
         for task in stream:
             described = Task.described(task.describe())
             learner.grow(described)
             learner.method.check(learner, described)
         check_shared_out(learner, config.accumulate)
-        if config.accumulate > 1 and learner.constant_encoder:
-            raise ValueError(
-                f"accumulate={config.accumulate} has no effect where no part trains the encoder: leave it out"
-            )
+        idle = {f"accumulate={config.accumulate}": config.accumulate > 1, "--compile": config.compile}
+        for option, given in idle.items():
+            if given and learner.constant_encoder:
+                raise ValueError(f"{option} has no effect where no part trains the encoder: leave it out")
     finally:
         detach(backbone)
         backbone.requires_grad_(False)
@@ -212,7 +213,7 @@ def build_learner(
     if runtime is None:
         runtime = resolve(backbone, config.precision, config.attention, config.device, processes.world)
     runtime.apply(backbone)
-    learner = kind(backbone, objective, method, seed=config.seed)
+    learner = kind(backbone, objective, method, seed=config.seed_of("start"))
     learner.precision, learner.augment, learner.calibrate = runtime.dtype, AUGMENTS[config.augment], config.calibrate
     learner.processes = processes
     if config.shard != "none" and processes.world == 1:
@@ -223,16 +224,32 @@ def build_learner(
         facts = json.dumps(runtime.describe(), sort_keys=True) + torch.__version__
         learner.store = FeatureStore(Path(config.cache), int(config.cache_bytes), facts)
     learner.online = config.online
+    if config.compile:
+        check_compile(config, learner)
+        learner.compile = True
     check_shared_out(learner, config.accumulate)
     return learner, runtime
 
 
+def check_compile(config: RunConfig, learner: Core) -> None:
+    """Refuse `--compile` where it cannot be.
+
+    Raises:
+        ValueError: with the reason and the remedy.
+    """
+    if isinstance(learner.backbone, Language):
+        raise ValueError("--compile is for vision encoders: texts are of another length in every step. Leave it out")
+    if config.shard != "none":
+        raise ValueError(f"--compile and shard={config.shard!r}: blocks held in parts are not compiled; leave one out")
+    learner.backbone.blocks()  # or it says what it has
+
+
 def _build(config: RunConfig, runtime: Runtime | None, processes: Processes) -> tuple[Core, Stream, Runtime]:
     learner, runtime = build_learner(Core, config, runtime, processes)
-    stream = build_stream(config.stream, learner.backbone.preprocess, config.seed)
+    stream = make_stream(config, learner.backbone.preprocess)
     check_gives(stream, learner, config.stream, f", or use --objective {asking(stream.gives)}")
     learner.scenario = stream.scenario
-    return learner, as_one(stream, config.seed) if config.online else stream, runtime
+    return learner, as_one(stream, learner.seed) if config.online else stream, runtime
 
 
 def check_gives(stream: Stream, learner: Core, described: str, remedy: str = "") -> None:
