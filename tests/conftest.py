@@ -35,7 +35,7 @@ os.fsync = lambda _: None
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """A file's tests share its fixtures, so one of several processes runs them all, unless they are grouped otherwise."""
+    """A file's tests share its fixtures, so one of several processes runs them all, unless grouped otherwise."""
     if item.get_closest_marker("xdist_group") is None:
         item.add_marker(pytest.mark.xdist_group(item.location[0]))
 

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-
-pytestmark = pytest.mark.xdist_group("app")  # one app, one browser
+pytestmark = pytest.mark.xdist_group("app")  # one app for all
 
 
 def picture(colour: tuple[int, int, int], seed: int) -> bytes:

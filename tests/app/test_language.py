@@ -10,8 +10,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Page, expect
 
-
-pytestmark = pytest.mark.xdist_group("app")  # one app, one browser
+pytestmark = pytest.mark.xdist_group("app")  # one app for all
 
 
 @pytest.fixture(scope="module")

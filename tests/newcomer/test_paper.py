@@ -38,9 +38,8 @@ METHODS_COMPARED = ("ncm", "lora(rank=4) + l2sp(strength=0.5)", "lora(rank=4)", 
 def write(typed: Shell, own: str, setting: str, methods: Sequence[str], seeds: Sequence[int], trials: int) -> None:
     """Compares methods over seeds, searches for two options of the own one, and makes the tables and figures."""
     listed = " ".join(f"'{method}'" for method in methods)
-    typed(
-        f"perdure compare {setting} --methods {listed} --seeds {' '.join(map(str, seeds))} --out runs/grid --import {own}"
-    )
+    orders = " ".join(map(str, seeds))
+    typed(f"perdure compare {setting} --methods {listed} --seeds {orders} --out runs/grid --import {own}")
     space = "'rank=2..4, strength=0.01..10 log'"
     typed(
         f"perdure tune {setting} --method 'lora(rank=?) + l2sp(strength=?)' --space {space} --trials {trials} "
