@@ -242,7 +242,9 @@ class Stops(Quiet):
 
 def test_a_stopped_lesson_of_questions_goes_on_as_its_file_was_read(data: Path, perdure: Any, content_of: Any) -> None:
     Path("apart.jsonl").write_text((data / "colour.jsonl").read_text())
-    config = RunConfig(stream="", backbone="tiny_mllm()", **usual("tiny_mllm()") | {"batch_size": 4}, save_every=1)
+    config = RunConfig(
+        stream="", backbone="tiny_mllm()", **usual("tiny_mllm()") | {"batch_size": 4, "epochs": 2}, save_every=1
+    )
     for folder, progress in (("whole", None), ("x", Stops())):
         reading = {"images": str(data), "score": "contains"}
         with suppress(OSError):
