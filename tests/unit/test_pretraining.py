@@ -179,9 +179,7 @@ def test_statistics_are_of_features_after_pre_training_or_it_is_refused(part: st
     with pytest.raises(ValueError, match=r"trains nothing that makes features|keeps statistics"):
         again.pretrain(pictures)
     stale = made(f"lora(rank=2) + {part}").learn(pictures, ["a", "b"] * 12)
-    with pytest.raises(
-        ValueError, match=rf"{part[:3]}.* keeps statistics of the features .* make stale"
-    ):
+    with pytest.raises(ValueError, match=rf"{part[:3]}.* keeps statistics of the features .* make stale"):
         stale.pretrain(pictures)
     assert stale.learnt == 1
 

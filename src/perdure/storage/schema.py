@@ -97,6 +97,7 @@ class Manifest(TypedDict):
     rows: NotRequired[list[RowFacts]]
     step: NotRequired[Natural]
     alone: NotRequired[bool]
+    forgotten: NotRequired[list[str]]
     source: NotRequired[LessonSource]
     device: NotRequired[str]
     processes: NotRequired[int]
@@ -147,6 +148,7 @@ class RunRecord(TypedDict):
     git: NotRequired[str | None]
     seed: NotRequired[int]
     config: dict[str, bool | int | float | str | list[str] | None]
+    lr: NotRequired[float]
     resolved: Resolved
     backbone: BackboneFacts
     versions: NotRequired[dict[str, str]]
