@@ -123,7 +123,7 @@ def dry_run(config: RunConfig, backbone: Backbone, stream: Stream) -> None:
     check_effect(measured_between(config.evaluate), stream, objective)
     learner = Core(backbone, objective, method, stream.scenario, config.seed)
     learner.sharded = config.shard != "none"
-    learner.online, learner.compile = config.online, config.compile
+    learner.online, learner.compiles = config.online, config.compile
     try:
         for task in stream:
             described = Task.described(task.describe())
@@ -226,7 +226,7 @@ def build_learner(
     learner.online = config.online
     if config.compile:
         check_compile(config, learner)
-        learner.compile = True
+        learner.compiles = True
     check_shared_out(learner, config.accumulate)
     return learner, runtime
 
