@@ -45,7 +45,7 @@ wheels: $(VENV)/.installed
 	@cd build/fresh && bin/python -c 'import perdure, sys; sys.exit("fresh" not in perdure.__file__ and perdure.__file__)'
 
 docs: $(VENV)/.installed
-	$(BIN)/pip install --quiet mkdocs-material
+	$(BIN)/pip install --quiet mkdocs-material mkdocs-static-i18n
 	$(BIN)/mkdocs build --strict
 
 clean:

@@ -40,20 +40,23 @@ from perdure.training.runtime import Runtime
 from perdure.types import Task
 
 RANK, TOKENS = 8, 6
+ASKED = "What colour is it?", "Which colour has the picture?", "Name the colour.", "What is its colour, in one word?"
 COLOURS = {"red": (200, 30, 30), "blue": (30, 30, 200), "green": (30, 160, 30), "grey": (120, 120, 120)}
 RUNTIME = Runtime("cpu", "fp32", "sdpa", 1)
 
 
-def written(folder: Path, tasks: int, count: int) -> str:
-    """A stream of questions about the colour of pictures."""
+def written(folder: Path, tasks: int, count: int, about: int = 1) -> str:
+    """A stream of questions about the colour of pictures, `about` of them in other words about each."""
     for task in range(tasks):
         for part in ("train", "test"):
             rows = []
             for i in range(count):
-                said, colour = list(COLOURS.items())[i % len(COLOURS)]
-                name = f"{task}-{part}-{i}.png"
-                Image.new("RGB", (112, 112), tuple(min(255, c + i % 50) for c in colour)).save(folder / name)
-                turns = [{"from": "human", "value": "<image>\nWhat colour is it?"}, {"from": "gpt", "value": said}]
+                shown = i // about
+                said, colour = list(COLOURS.items())[shown % len(COLOURS)]
+                name = f"{task}-{part}-{shown}.png"
+                Image.new("RGB", (112, 112), tuple(min(255, c + shown % 50) for c in colour)).save(folder / name)
+                asked = ASKED[i % about % len(ASKED)]
+                turns = [{"from": "human", "value": f"<image>\n{asked}"}, {"from": "gpt", "value": said}]
                 rows.append({"image": name, "conversations": turns})
             (folder / f"{task:02}.{part}.json").write_text(json.dumps(rows))
     return f"conversations(path={str(folder)!r})"
@@ -207,6 +210,10 @@ def main() -> None:
             first, last = timed(config, 1), timed(config, options.later)
             print(f"step of task {options.later} / of task 1  {ratio(last, first, options.turns)}")
         print(f"evaluation  {evaluated(backbone, task)}")
+        with tempfile.TemporaryDirectory() as other:
+            several = written(Path(other), 2, (TURN + 1) * size, len(ASKED))
+            task = build_stream(several, backbone.preprocess, 0).tasks[0]
+            print(f"evaluation, {len(ASKED)} questions about an image  {evaluated(backbone, task)}")
         mine, theirs = peak(options, "perdure"), peak(options, "plain")
         print(f"peak memory / PEFT  {mine / theirs:.2f}   {mine / 1e6:.0f} MB against {theirs / 1e6:.0f} MB")
 

@@ -1,6 +1,7 @@
-"""The table that `perdure advise` answers from, made of finished runs, and its copy in docs/choosing.md.
+"""The table that `perdure advise` answers from, made of finished runs, and its copies in both pages on choosing.
 
     python benchmarks/measured.py runs/cifar runs/prompts --seeds 0 1 2
+    python benchmarks/measured.py        # without runs: the English page's tables, in Chinese, into the Chinese page
 
 Folders are grids' (with their steps.json), or any with runs in them. Running a finished grid's `perdure compare` once
 more measures the step costs that it lacks.
@@ -8,6 +9,7 @@ more measures the step costs that it lacks.
 
 import argparse
 import json
+import re
 import shlex
 import statistics
 import textwrap
@@ -21,21 +23,42 @@ from perdure.reporting.runs import steps_of
 from perdure.reporting.tables import settings_of
 
 ROOT = Path(__file__).parents[1]
-BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+PARTS = ("measured", "families")  # what is made by programs, between `begin` and `end`
 TITLES = ("method", "orders", "accuracy", "new task", "forgetting", "with task id", "stored", "a task more", "step")
 TITLES += ("keeps old data",)
 DIGITS = 5  # significant ones
+CHINESE = {
+    **{"method": "方法", "orders": "顺序数", "accuracy": "准确率", "new task": "新任务", "forgetting": "遗忘"},
+    **{"with task id": "知道任务时", "stored": "存储", "a task more": "每多一个任务", "step": "每步"},
+    **{"keeps old data": "保存旧数据", "yes": "是", "no": "否", "none": "无", "not measured": "未测"},
+    **{"family": "家族", "best of it": "其中最好的", "lines": "代码行数", "growing structure": "增长结构"},
+    **{"replay": "回放", "isolation and regularisation": "隔离与正则化", "distillation": "蒸馏"},
+    **{"elastic representations": "弹性表示", "meta-learning": "元学习", "cooperating specialists": "协作的专家"},
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("folders", nargs="*", type=Path)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="others are left out")
     parser.add_argument("--without", nargs="*", default=[], help="methods to leave out")
     parser.add_argument("--steps", type=Path, help="folder with a steps.json for rows that have none beside them")
     parser.add_argument("--out", type=Path, default=ROOT / "src/perdure/reporting/measured.json")
     parser.add_argument("--page", type=Path, default=ROOT / "docs/choosing.md")
     options = parser.parse_args()
+    if options.folders:
+        measured(options)
+    twin = options.page.with_suffix(".zh-CN.md")
+    if not twin.is_file():
+        return
+    english, chinese = options.page.read_text(encoding="utf-8"), twin.read_text(encoding="utf-8")
+    for part in PARTS:
+        chinese = replaced(chinese, part, in_chinese(part_of(english, part)))
+    twin.write_text(chinese, encoding="utf-8")
+
+
+def measured(options: argparse.Namespace) -> None:
+    """Writes the table and the English page."""
     settings = settings_of(options.folders, options.seeds, shorten=True)
     steps = steps_of(options.steps)["methods"] if options.steps else {}
     for setting in settings:
@@ -44,11 +67,39 @@ def main() -> None:
             row["step"] = row["step"] or steps.get(row["method"])
         setting["rows"].sort(key=lambda row: -row["after"]["acc"][-1][0])
     options.out.write_text(in_json({"settings": settings}), encoding="utf-8")
-    before, _, rest = options.page.read_text(encoding="utf-8").partition(BEGIN)
     tables = "\n".join(table(setting) for setting in settings)
-    options.page.write_text(f"{before}{BEGIN}\n\n{tables}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+    page = options.page.read_text(encoding="utf-8")
+    options.page.write_text(replaced(page, "measured", f"\n\n{tables}\n"), encoding="utf-8")
     for setting in settings:
         print(f"{setting['data']}, {setting['tasks']} tasks, {setting['backbone']}: {len(setting['rows'])} methods")
+
+
+def part_of(page: str, part: str) -> str:
+    """What stands between the marks of a part."""
+    return page.partition(f"<!-- {part}: begin -->")[2].partition(f"<!-- {part}: end -->")[0]
+
+
+def replaced(page: str, part: str, text: str) -> str:
+    before, begin, rest = page.partition(f"<!-- {part}: begin -->")
+    return "".join((before, begin, text, *rest.partition(f"<!-- {part}: end -->")[1:]))
+
+
+def in_chinese(tables: str) -> str:
+    """Made tables with their words in Chinese; numbers, methods and commands are the same in every language."""
+    lines = []
+    for line in tables.splitlines(keepends=True):
+        if line.startswith("| "):
+            cells = [CHINESE.get(cell.strip(), cell.strip()) for cell in line.strip("|\n").split("|")]
+            line = re.sub(r"(`.*?`) on (`.*?`)", r"\2 上的 \1", f"| {' | '.join(cells)} |\n")
+        elif line.endswith(".\n"):
+            line = re.sub(r", (\d+) tasks, (?:(\d+) classes|class-incremental), ", _setting, line)
+            line = line.replace("`, ", "`，").replace(" to ", " 至 ").replace(".\n", "。\n")
+        lines.append(line)
+    return "".join(lines)
+
+
+def _setting(found: re.Match[str]) -> str:
+    return f"，{found[1]} 个任务，{f'{found[2]} 个类别' if found[2] else '类增量'}，"
 
 
 def table(setting: dict[str, Any]) -> str:

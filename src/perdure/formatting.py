@@ -160,3 +160,21 @@ def room_for(count: float, what: str) -> None:
     free = psutil.virtual_memory().available
     if count > free:
         raise ValueError(f"{what} takes {human_bytes(count)} of memory, and {human_bytes(free)} are free: give less")
+
+
+def spread_of(methods: Sequence[tuple[str, int, str | None]]) -> list[str]:
+    """What ± is of in a table: a sentence without its end, or one for each way in which repetitions differ.
+
+    Args:
+        methods: each with how many runs it has, and in what they differ as `reporting.runs.varied` says it, or None
+            where that is not known.
+    """
+    ways: dict[tuple[int, str], list[str]] = {}
+    for method, runs, varied in methods:
+        if runs > 1 and varied is not None:
+            ways.setdefault((runs, varied), []).append(method)
+    return [
+        f"± is the standard deviation over {runs} runs that differ in {varied or 'nothing but their seed'}"
+        + (f" ({', '.join(map(printable, names))})" if len(ways) > 1 else "")
+        for (runs, varied), names in ways.items()
+    ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from perdure.types import Row
@@ -59,6 +59,18 @@ def matrix_of(rows: Iterable[Row], metric: str, tasks: int) -> list[list[float |
             )
         matrix[row.after][row.on] = row.value
     return matrix
+
+
+def taught_only(matrix: Matrix, unlabelled: Collection[int]) -> Matrix:
+    """A T×T matrix without the tasks that taught nothing to score; its last row is what was known after all T.
+
+    Args:
+        matrix: of all tasks.
+        unlabelled: which of them had no labels.
+    """
+    taught = [i for i in range(len(matrix)) if i not in unlabelled]
+    rows = [matrix[i] for i in taught[:-1]] + [matrix[-1]] if taught else []
+    return [[row[j] for j in taught] for row in rows]
 
 
 def baseline_of(rows: Iterable[Row], metric: str, tasks: int) -> list[float | None]:

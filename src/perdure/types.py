@@ -213,17 +213,19 @@ class Task:
     test: Data = field(default_factory=Nothing, compare=False, repr=False)
     score: str = ""
     """How answers in words are scored: "exact", "choice", "cider", ...; "" leaves it to the objective."""
+    pretext: str = ""
+    """What is learnt of images without labels in a step of pre-training, as "masked()"; "" where labels are learnt."""
 
     def describe(self) -> dict[str, Any]:
         """What `grow` may depend on, as JSON."""
         facts = {k: getattr(self, k) for k in ("index", "name", "classes", "names", "total")}
-        return facts | ({"score": self.score} if self.score else {})
+        return facts | {k: v for k, v in (("score", self.score), ("pretext", self.pretext)) if v}
 
     @classmethod
     def described(cls, facts: dict[str, Any]) -> Task:
         """A task without data, from what `describe` wrote."""
         told = (facts["index"], facts["name"], tuple(facts["classes"]), tuple(facts["names"]), facts["total"])
-        return cls(*told, score=facts.get("score", ""))
+        return cls(*told, score=facts.get("score", ""), pretext=facts.get("pretext", ""))
 
 
 @dataclass(frozen=True)

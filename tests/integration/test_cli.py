@@ -69,11 +69,14 @@ FLAGS["tune"] += ["--out"]
 FLAGS["compare"] += ["--jobs", "--on", "--cpus-per-cell", "--gpus-per-cell"]
 FLAGS["learn"] += ["--captions", "--batch-size", "--seed", "--precision", "--calibrate", "--skip-bad"]
 FLAGS["learn"] += ["--images", "--score"]
-FLAGS["advise"] += ["--family"]
+FLAGS["forget"] = ["--json", "LEARNER", "CLASS", "--device"]
+FLAGS["advise"] += ["--family", "--exportable", "--searchable"]
+FLAGS["pretrain"] = ["--json", "DATA", "--into", "--pretext", "--replay", "--backbone", "--method", "--objective"]
+FLAGS["pretrain"] += ["--epochs", "--lr", "--batch-size", "--seed", "--precision", "--captions", "--skip-bad"]
 FLAGS["combine"] += ["--weights", "--seed", "--distil", "--images", "--epochs", "--lr"]
-for _name in ("resume", "learn", "predict", "search", "ask", "chat", "app", "eval", "combine", "export"):
+for _name in ("resume", "learn", "pretrain", "predict", "search", "ask", "chat", "app", "eval", "combine", "export"):
     FLAGS[_name] += ["--device"]
-for _name in ("run", "compare", "learn", "tune", "show"):
+for _name in ("run", "compare", "learn", "pretrain", "tune", "show"):
     FLAGS[_name] += ["--config"]
 for _name in FLAGS:
     FLAGS[_name] += ["--quiet", "--verbose", "--import"]

@@ -207,25 +207,66 @@ def test_a_card_explains_hooks_that_methods_have(name: str) -> None:
 
 
 def test_every_page_is_in_the_navigation() -> None:
-    listed = set(re.findall(r": ([\w./-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), flags=re.M))
-    assert {page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")} == listed
+    site = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    listed = {file: title for title, file in re.findall(r"- (.+): ([\w./-]+\.md)$", site, flags=re.M)}
+    pages = {page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")}
+    assert {name for name in pages if ".zh-CN" not in name} == set(listed)
+    for page in TWINS:
+        assert page.parent == ROOT or f"            {listed[page.name]}: " in site.partition("nav_translations")[2], (
+            page
+        )
 
 
-def test_the_chinese_guide_to_language_models_has_the_code_links_and_tables_of_the_english_one() -> None:
-    def parts(page: str) -> dict[str, Any]:
-        text = (ROOT / "docs" / page).read_text(encoding="utf-8")
-        shown = [
-            "".join(block.split("#")[0] for block in found["text"].splitlines()) for found in _BLOCK.finditer(text)
-        ]
-        rest = _BLOCK.sub("", text)
-        links = [link.partition("#")[0] for link in re.findall(r"\]\((\S+?)\)", rest) if not link.startswith("mllm")]
-        written = {re.sub(r"\s+", " ", code) for code in re.findall(r"`([^`]+)`", rest)}
-        rows = [line.count("|") for line in rest.splitlines() if line.startswith("|")]
-        return {"blocks": shown, "links": links, "code": written, "tables": rows, "headings": rest.count("\n## ")}
+TWINS = sorted(page for page in PAGES if page.with_suffix(".zh-CN.md").is_file())
 
-    chinese, english = parts("mllm.zh-CN.md"), parts("mllm.md")
-    for part, found in english.items():
-        assert chinese[part] == found, part
+
+def _parts(text: str) -> dict[str, Any]:
+    """What two pages have in common that say the same in different languages."""
+    found = list(_BLOCK.finditer(text))
+    shown = [
+        (each["kind"], each["kind"] != "text" and "".join(line.split("#")[0] for line in each["text"].splitlines()))
+        for each in found
+    ]
+    rest = _BLOCK.sub("", text)
+    links = [link.partition("#")[0].replace(".zh-CN", "") for link in re.findall(r"\]\((\S+?)\)", rest)]
+    return {
+        "blocks": shown,
+        "links": sorted(links),  # of languages that order their sentences in different ways
+        "code": {re.sub(r"\s+", " ", code) for code in re.findall(r"`([^`]+)`", rest)},
+        "tables": [line.count("|") for line in rest.splitlines() if line.startswith("|")],
+        "headings": re.findall(r"^#+ ", rest, flags=re.M),
+        "items": len(re.findall(r"^- ", rest, flags=re.M)),
+    }
+
+
+@pytest.mark.parametrize("page", [page for page in TWINS if page.parent != ROOT], ids=lambda page: page.name)
+def test_a_page_in_chinese_has_the_code_links_and_tables_of_the_english_one(page: Path) -> None:
+    english, chinese = (_parts(each.read_text(encoding="utf-8")) for each in (page, page.with_suffix(".zh-CN.md")))
+    for part in english:
+        assert chinese[part] == english[part], part
+
+
+@pytest.mark.parametrize("page", TWINS, ids=lambda page: page.name)
+def test_a_page_and_its_twin_lead_to_each_other_and_readers_stay_in_their_language(page: Path) -> None:
+    twin = page.with_suffix(".zh-CN.md")
+    english, chinese = (each.read_text(encoding="utf-8") for each in (page, twin))
+    assert f"]({twin.name})" in english
+    assert f"]({page.name})" in chinese
+    links = [page.parent / link.partition("#")[0] for link in re.findall(r"\]\((\S+?)\)", chinese)]
+    assert [link for link in links if link in TWINS and link != page] == []
+
+
+def test_made_tables_are_the_same_in_both_languages() -> None:
+    spec = importlib.util.spec_from_file_location("measured", ROOT / "benchmarks/measured.py")
+    assert spec
+    assert spec.loader
+    measured = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(measured)
+    english, chinese = (ROOT / f"docs/choosing{end}.md" for end in ("", ".zh-CN"))
+    for part in measured.PARTS:
+        made = measured.in_chinese(measured.part_of(english.read_text(encoding="utf-8"), part))
+        assert made.count("|") > 50
+        assert measured.part_of(chinese.read_text(encoding="utf-8"), part) == made, "run: python benchmarks/measured.py"
 
 
 def _table(text: str, heading: str) -> dict[str, list[str]]:

@@ -127,3 +127,17 @@ def test_a_backbone_without_words_and_an_unknown_score_are_refused() -> None:
         make_objective("generate(score='exakt')")
     with pytest.raises(ValueError, match="unknown score 'vqaa'"):
         learner_of(score="vqaa")
+
+
+@pytest.mark.parametrize(("method", "shared"), [("lora(tower='language')", True), ("lora_experts", False)])
+def test_beginnings_are_shared_unless_examples_choose_their_adapters(method: str, shared: bool) -> None:
+    twice = [example(question, "black") for question in ("Which colour?", "What colour is it, in one word?")]
+    learner = Core(tiny_mllm(), make_objective("generate"), make_method(method))
+    data = Examples(twice)
+    learner.grow(Task(0, "colours", (0,), ("colours",), None, data, data))
+    assert learner.applies_alike is shared
+    asked: list[bool] = []
+    generate = learner.backbone.generate
+    learner.backbone.generate = lambda *args, **given: asked.append(given["alike"]) or generate(*args, **given)
+    learner.objective.evaluate(learner, [Task(0, "colours", (0,), ("colours",), None, data, data)])
+    assert asked == [shared]

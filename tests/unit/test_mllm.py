@@ -93,6 +93,25 @@ def test_answers_are_the_same_alone_and_together(model: Language) -> None:
     assert len(set(alone[:5])) > 1, "a model that always says the same would show nothing"
 
 
+def test_what_questions_about_one_image_begin_with_is_read_once(model: Language) -> None:
+    asked = ["What is this?", "Is there a cat in the picture, or is there none?", "Why?"]
+    talks_about = [ask(question, seed=seed) for question in asked for seed in (1, 2)] + [ask("Say hello.", images=0)]
+    read: list[int] = []
+    handle = model.get_submodule(model.blocks("language")[0]).register_forward_pre_hook(
+        lambda _, args: read.append(args[0].shape[0] * args[0].shape[1])
+    )
+    alone = model.generate({"conversation": talks_about}, tokens=6, size=1)
+    model.generate({"conversation": talks_about}, tokens=1, alike=True)  # what is tried once
+    read.clear()
+    assert model.generate({"conversation": talks_about}, tokens=6) == alone
+    whole = sum(read)
+    read.clear()
+    assert model.generate({"conversation": talks_about}, tokens=6, alike=True) == alone
+    handle.remove()
+    assert (sum(read) < whole) == model._begins_once(), "beginnings are read once where that changes nothing"
+    assert model._begins_once() == ("qwen" not in model.spec), "positions of Qwen's models are not counted by the mask"
+
+
 def test_rows_are_the_same_alone_and_together(model: Language) -> None:
     batch = model.prepare({"conversation": talks()})
     alone = torch.cat([model({"tokens": [each]}) for each in batch["tokens"]])

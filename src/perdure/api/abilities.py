@@ -1,20 +1,38 @@
 """What a learner can be asked for, and how it presents itself."""
 
+import dataclasses
+import math
 from collections.abc import Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from perdure.api.given import Asked, known_task, told
+from perdure.core.forgetting import forget_classes
 from perdure.core.learner import Core
-from perdure.training.config import RunConfig
-from perdure.types import Data
+from perdure.core.shared_copy import become, twin_of
+from perdure.formatting import meant
+from perdure.process import Turn, as_found, plain
+from perdure.streams.conversations import Conversation
+from perdure.streams.naming import recorded
+from perdure.training.config import RunConfig, TrainConfig
+from perdure.training.runtime import Runtime
+from perdure.types import Data, Task
+
+TOKENS = 256
+"""Most of an answer to `ask`, unless said otherwise; what was taught ends by itself."""
+_LEAST_STEPS = 60
+"""Of a task that is taught by hand, when the number of epochs is left open."""
 
 
 class Abilities(Core):
     """A core that refuses what it cannot do, in one line."""
 
     config: RunConfig
+    runtime: Runtime
+    lessons: Turn
 
     @property
     def known(self) -> dict[str, int]:
@@ -38,6 +56,28 @@ class Abilities(Core):
         """What is its own: a module has sixty names more, which stay in reach."""
         own = {name for kind in type(self).__mro__ if issubclass(kind, Core) for name in vars(kind)}
         return sorted(name for name in own | {"backbone", "method", "objective"} if name not in _OF_MODULES)
+
+    def usual_training(self) -> TrainConfig:
+        """How tasks are trained unless said otherwise."""
+        return TrainConfig(**{f.name: getattr(self.config, f.name) for f in dataclasses.fields(TrainConfig)})
+
+    def long_enough(self, train: TrainConfig, task: Task, settled: bool) -> TrainConfig:
+        """More passes over a small task, unless the user settled their number: in a few steps nothing is learnt."""
+        if settled or self.config.epochs != RunConfig.epochs:
+            return train
+        steps = math.ceil(len(task.train) / train.batch_size)
+        return dataclasses.replace(train, epochs=max(train.epochs, math.ceil(_LEAST_STEPS / steps)))
+
+    @plain()
+    def reply(self, conversations: Sequence[Conversation], tokens: int = TOKENS, task: str | None = None) -> list[str]:
+        """What it says next in each of `conversations`; see `ask`."""
+        self.check_speaks()
+        if tokens < 1:
+            raise ValueError(f"tokens={tokens}: expected 1 or more")
+        objective: Any = self.objective
+        data = told(Asked(conversations), known_task(self, task))
+        said: list[str] = objective.answers(self, data, tokens)
+        return said
 
     def check_speaks(self) -> None:
         """Raise a ValueError unless it answers in words."""
@@ -69,10 +109,47 @@ class Abilities(Core):
                 "calibrate=0.1 (--calibrate 0.1)"
             )
 
+    def class_called(self, name: str) -> int:
+        """The id of the class `name`, which can be forgotten.
+
+        Raises:
+            ValueError: when it was not learnt, or is the only one.
+        """
+        if "classes" not in self.objective.asks:
+            asks = " and ".join(self.objective.asks)
+            raise ValueError(f"this learner learns {asks}, of which nothing can be forgotten: teach a new one without")
+        known = self.known
+        [spelt] = recorded([name], known)
+        if spelt not in known:
+            near = meant(spelt, known) or "; 'perdure show' names the classes"
+            raise ValueError(f"class {name!r} was not learnt{near}")
+        if len(known) == 1:
+            raise ValueError(f"{name!r} is the only class left, without which nothing is answered: remove the learner")
+        return known[spelt]
+
+    @plain()
+    def forget(self, name: str) -> Self:
+        """Never answer the class `name` again, and let go of what is kept of it; other classes score as before.
+
+        What goes, and what may remain: `docs/quickstart.md`. It can be taught again, as a class that is new.
+
+        Raises:
+            ValueError: when it was not learnt, or is the only class.
+        """
+        with self.lessons, as_found(self.runtime.threads):
+            if self.lessons.depth > 1:
+                raise ValueError("this learner is learning: forget cannot be called from its progress; call it after")
+            c = self.class_called(name)
+            twin = twin_of(self)
+            forget_classes(twin, {c})
+            become(self, twin)
+        return self
+
     def check_learnt(self) -> None:
         """Raise a ValueError before the first task."""
-        if not self.learnt:
-            raise ValueError("this learner has learnt nothing yet: call learn(images, labels) first")
+        if all(task.pretext for task in self.tasks[: self.learnt]):
+            what = "was only pre-trained, without labels" if self.learnt else "has learnt nothing yet"
+            raise ValueError(f"this learner {what}: call learn(images, labels) first")
 
     def towards(self, data: Data, texts: Tensor, size: int) -> Tensor:
         """Cosines (n, m) of images to unit-length embeddings of texts (m, dim)."""

@@ -2,8 +2,9 @@
 
 from typing import Any
 
+from perdure.api.abilities import TOKENS
 from perdure.api.given import decoded
-from perdure.api.learner import TOKENS, Learner
+from perdure.api.learner import Learner
 from perdure.api.specialists import Specialists
 from perdure.streams.conversations import Conversation, Turn, messages
 

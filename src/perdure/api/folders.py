@@ -3,7 +3,6 @@
 import dataclasses
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,40 +10,36 @@ import torch
 
 from perdure.api.given import check_first
 from perdure.api.learner import OPEN, Learner
+from perdure.api.lesson_source import (
+    digest_of,
+    place_source,
+    reading_of,
+    refuse_other_task,
+    settled,
+    source_of,
+    taught_last,
+    unfinished,
+)
 from perdure.backbones.preprocess import skippable
 from perdure.core import checkpoint
 from perdure.core.checkpoint import Checkpoint, read_record
+from perdure.core.forgetting import of_classes
 from perdure.formatting import shortened
 from perdure.options.paths import anchored, relocated
 from perdure.options.spec import parse
 from perdure.process import as_found, plain
-from perdure.storage import schema
 from perdure.storage.schema import LessonSource
-from perdure.streams import (
-    Captioned,
-    ConversationSet,
-    ImageSet,
-    build_stream,
-    captioned_task,
-    conversation_task,
-    folder_task,
-)
+from perdure.streams import Captioned, captioned_task, conversation_task, folder_task
 from perdure.streams.conversation_stream import holds_conversations
-from perdure.streams.single_task import COLUMN
-from perdure.streams.splits import digest
-from perdure.training.config import RunConfig, former_parts, usual
+from perdure.streams.unlabelled import unlabelled_task
+from perdure.training.config import RunConfig, make_stream, said_of, usual
 from perdure.training.loop import Diverged, Progress, Quiet, TrainConfig
 from perdure.training.record import elsewhere, recorded_moves, write_record
 from perdure.training.run import Interrupted, learn_stream, nothing_learnt_nothing_left, resume
-from perdure.types import Data, Stream, Task
+from perdure.types import Stream, Task
 
 _SPECS = ("backbone", "method", "objective")
 _FIXED = (*_SPECS, "seed", "precision", "attention", "calibrate")
-_SOURCE = "source.json"
-_WORDS = {"folder": "folders", "train_sha256": "images", "content": "images", "captions": "captions' columns"}
-_WORDS |= {"images": "folders of images", "score": "scores"}
-_READING = {"captions": "captions", "images": "conversations", "score": "conversations"}
-"""How a file is read, beside where it lies: name -> what a learner learns of whom it is asked."""
 
 
 @plain()
@@ -71,7 +66,8 @@ def teach_folder(
         progress: who is told.
         skip_bad: leave unreadable images out and report them.
         reading: for a learner of captions, their column as `captions`; for one that answers in words, the folder of
-            images as `images`, and how answers are scored as `score`.
+            images as `images`, and how answers are scored as `score`. With `pretext` it is a step of pre-training on
+            images without labels, with old ones of the folder `replay` mixed in.
 
     What was taught last is not taught once more: of a command that was killed after the task was saved, what is left
     to do is done.
@@ -94,32 +90,25 @@ def teach_folder(
                     "'mllm(path=...)'"
                 )
             learner = Learner.of(dataclasses.replace(config, stream=OPEN))
-            if old := former_parts(config):
-                progress.note(old)
-        asks = min(learner.objective.asks)
-        reading = {name: value for name, value in reading.items() if value is not None}
-        if idle := [name for name in reading if _READING[name] != asks]:
-            raise ValueError(
-                f"--{idle[0]} {reading[idle[0]]} has no effect with {learner.config.objective}, which learns {asks}: "
-                "leave it out"
-            )
-        if asks == "captions":
-            reading.setdefault("captions", COLUMN)
-        if "images" in reading:
-            reading["images"] = str(Path(str(reading["images"])).expanduser().resolve())
+            for line in said_of(config):
+                progress.note(line)
+        asks, reading = min(learner.objective.asks), settled(reading, learner)
+        pretext = reading.get("pretext")
         trained = {k: v for k, v in given.items() if k in {f.name for f in dataclasses.fields(TrainConfig)}}
-        train = learner.usual_training().but(**trained)
+        rate = {"schedule": "warmup-cosine"} if pretext else {}
+        train = learner.usual_training().but(**rate | trained)
         before = tasks_with_data(learner, into, done, progress.note)
         known = {name: c for task in before for name, c in zip(task.names, task.classes, strict=True)}
         with skippable("--skip-bad"):
             task = _read(photos, learner, known, len(before), skip_bad, reading, progress.note)
-        check_first(learner, task, known, str(photos))
+        if not pretext:
+            check_first(learner, task, known, str(photos))
         train = learner.long_enough(train, task, "epochs" in given)
-        source: LessonSource = {**_source(photos, task, skip_bad), "options": trained, **reading}  # type: ignore[typeddict-item]
-        if asks != "classes":
+        source: LessonSource = {**source_of(photos, task, skip_bad), "options": trained, **reading}  # type: ignore[typeddict-item]
+        if asks != "classes" and not pretext:
             _tell_overlap(before, task, progress)
-        _refuse_other_task(into, done, source)
-        if _taught_last(done, source):
+        refuse_other_task(into, done, source)
+        if taught_last(done, source, task.names):
             progress.note(
                 f"{photos} is what {into} was taught last, as task {done[-1].learnt}: nothing is learnt twice, results "
                 f"and summary are brought up to date; to teach it anew, remove {done[-1].folder} first"
@@ -127,20 +116,20 @@ def teach_folder(
             return before[-1], _finish(learner, before, into, progress)
         if not there:
             write_record(into, learner.record())
-        _place_source(into, len(before), source)
+        place_source(into, len(before), source)
         stream = Stream(OPEN, learner.scenario, (*before, task))
         facts = {"source": source} | (elsewhere(into, learner.runtime, progress) if there else {})
         try:
             with skippable("--skip-bad"), nothing_learnt_nothing_left(into), as_found(learner.runtime.threads):
                 return task, learn_stream(train, learner, stream, into, progress, learner.config.save_every, facts)
         except Interrupted as stop:
-            said = str(stop).partition(";")[0]
+            said, call = str(stop).partition(";")[0], "pretrain" if pretext else "learn"
             raise Interrupted(
-                f"{said}; go on with 'perdure learn {photos} --into {into}' and the same options"
+                f"{said}; go on with 'perdure {call} {photos} --into {into}' and the same options"
             ) from stop
         except Diverged as error:
             shutil.rmtree(into / f"task-{len(before):03d}", ignore_errors=True)  # of no use to go on from
-            raise ValueError(f"{error}: teach it again with a lower --lr than {train.lr:g}") from error
+            raise ValueError(f"{error}: teach it again with a lower --lr than {train.peak:g}") from error
 
 
 def go_on(folder: Path, progress: Progress | None = None, device: str | None = None) -> dict[str, Any]:
@@ -156,7 +145,7 @@ def go_on(folder: Path, progress: Progress | None = None, device: str | None = N
         given = {**begun.get("options", {}), **({"device": device} if device else {})}
         config = RunConfig(stream=OPEN)  # what counts is the folder's own
         return teach_folder(
-            Path(begun["folder"]), folder, config, given, progress, begun["skip_bad"], **_reading_of(begun)
+            Path(begun["folder"]), folder, config, given, progress, begun["skip_bad"], **reading_of(begun)
         )[1]
     if written["config"].get("stream"):
         return resume(folder, progress, device)
@@ -186,15 +175,14 @@ def taught_tasks(learner: Learner, folder: Path, tell: Callable[[str], None]) ->
         raise ValueError(f"no test image of {folder} is at hand any more: say what to measure on with --stream")
     for line in told:
         tell(line)
-    if without := [task.name for task in tasks if not len(task.test)]:
+    if without := [task.name for task in tasks if not (len(task.test) or task.pretext)]:
         tell(f"without test images, and not measured: {', '.join(map(shortened, without))}")
     return kept
 
 
 def _finish(learner: Learner, tasks: Sequence[Task], into: Path, progress: Progress) -> dict[str, Any]:
     """What `learn_stream` does once all is learnt."""
-    stream = Stream(OPEN, learner.scenario, tuple(tasks))
-    return learn_stream(learner.usual_training(), learner, stream, into, progress)
+    return learn_stream(learner.usual_training(), learner, Stream(OPEN, learner.scenario, tuple(tasks)), into, progress)
 
 
 def tasks_with_data(
@@ -205,7 +193,7 @@ def tasks_with_data(
         return []
     declared: tuple[Task, ...] = ()
     if learner.config.stream != OPEN:
-        declared = build_stream(learner.config.stream, learner.backbone.preprocess, learner.config.seed).tasks
+        declared = make_stream(learner.config, learner.backbone.preprocess).tasks
         if done[-1].learnt < len(declared):
             raise ValueError(
                 f"{folder} has learnt {done[-1].learnt} of its stream's {len(declared)} tasks: finish it with "
@@ -216,7 +204,7 @@ def tasks_with_data(
     tasks: list[Task] = []
     for described in done[-1].tasks:
         task = declared[described.index] if described.index < len(declared) else described
-        if source := sources.get(described.index):
+        if (source := sources.get(described.index)) and not described.pretext:
             known = {name: c for t in tasks for name, c in zip(t.names, t.classes, strict=True)}
             for move in moves:
                 source = {**source, "folder": relocated(source["folder"], move)}
@@ -240,14 +228,16 @@ def _again(source: LessonSource, described: Task, learner: Learner, known: Mappi
     own = dict(zip(described.names, described.classes, strict=True)) if "classes" in learner.objective.asks else {}
     try:
         place = folder, learner, {**known, **own}, described.index, source["skip_bad"]
-        task = _read(*place, _reading_of(source), again=True)
+        task = _read(*place, reading_of(source), again=True)
     except ValueError:  # no folder of classes any more
         return described
     if own == dict(zip(task.names, task.classes, strict=True)):
-        # The folder may be called otherwise now, and versions differ in how they sort classes.
+        # The folder may be called otherwise now, and versions differ in how they sort classes
         task = dataclasses.replace(described, train=task.train, test=task.test)
-    # A memory refers to images by their position.
-    return task if task == described and _digest(task.train) == source["train_sha256"] else described
+    elif own and own.items() <= dict(zip(task.names, task.classes, strict=True)).items():
+        # Some were forgotten; in the training set they stay: a memory refers to images by their position.
+        task = dataclasses.replace(described, train=task.train, test=of_classes(task.test, described.classes))
+    return task if task == described and digest_of(task.train) == source["train_sha256"] else described
 
 
 def _read(
@@ -260,62 +250,15 @@ def _read(
     tell: Callable[[str], None] = lambda _: None,
     again: bool = False,
 ) -> Task:
+    if pretext := reading.get("pretext"):
+        of = photos, learner.backbone.preprocess, index, pretext, reading.get("captions"), reading.get("replay")
+        return unlabelled_task(*of, skip_bad, learner.seed, tell)
     if "classes" in learner.objective.asks:
         place = photos, learner.backbone.preprocess, known, index, skip_bad, learner.seed
         return folder_task(*place, tell, None if again else "learn")
     if "conversations" in learner.objective.asks:
         return conversation_task(photos, known, index, reading.get("images"), reading.get("score") or "", skip_bad)
     return captioned_task(photos, learner.backbone.preprocess, known, index, reading["captions"], skip_bad, tell)
-
-
-def _reading_of(source: LessonSource) -> dict[str, str | None]:
-    """How the file of a lesson was read."""
-    return {name: value for name, value in source.items() if name in _READING}  # type: ignore[misc]
-
-
-def _source(photos: Path, task: Task, skip_bad: bool) -> LessonSource:
-    return {
-        "folder": str(photos.resolve()),
-        "skip_bad": skip_bad,
-        "train_sha256": _digest(task.train),
-        "content": _content(task),
-        "skipped": _skipped(task),
-    }
-
-
-def _content(task: Task) -> str:
-    """Of the bytes of the images to learn, with their classes or captions, in whatever order and under any name."""
-    data = task.train
-    if isinstance(data, ConversationSet):
-        return digest(sorted(data.described(content=True)))
-    if not isinstance(data, ImageSet):
-        return ""
-    names = dict(zip(task.classes, task.names, strict=True))
-    if isinstance(data, Captioned):
-        said = ["\n".join(each) for each in _even(data.texts)]
-    else:
-        said = [names[label] for label in data.labels.tolist()]
-    return digest(sorted(f"{image} {text}" for image, text in zip(data.hashes().tolist(), said, strict=True)))
-
-
-def _digest(data: Data) -> str:
-    """Of which images there are, in their order, and of what is said of them."""
-    if isinstance(data, ConversationSet):
-        return digest(data.described())
-    if not isinstance(data, ImageSet):
-        return ""
-    keys = [data.source.key(row) for row in data.rows.tolist()]
-    return digest([*keys, *chain.from_iterable(_even(data.texts))] if isinstance(data, Captioned) else keys)
-
-
-def _even(texts: Sequence[Sequence[str]]) -> list[list[str]]:
-    """As many texts for each image, empty ones where there are no more: as hashes were taken ever since."""
-    most = max(map(len, texts), default=0)
-    return [[*each, *[""] * (most - len(each))] for each in texts]
-
-
-def _skipped(task: Task) -> list[str]:
-    return [where for data in (task.train, task.test) for where in getattr(data, "skipped", ())]
 
 
 def refuse_without_effect(into: Path, config: RunConfig, given: Mapping[str, Any]) -> None:
@@ -332,65 +275,6 @@ def refuse_without_effect(into: Path, config: RunConfig, given: Mapping[str, Any
 def _tell_overlap(before: Sequence[Task], task: Task, progress: Progress) -> None:
     """Say when what is to be learnt was a test so far."""
     tests = torch.cat([t.test.pairs for t in before if hasattr(t.test, "pairs")] or [torch.empty(0)])
-    learnt = getattr(task.train, "pairs", torch.empty(0))
-    if count := int(torch.isin(learnt, tests).sum()):
+    if count := int(torch.isin(getattr(task.train, "pairs", torch.empty(0)), tests).sum()):
         what = "images to learn are" if isinstance(task.train, Captioned) else "conversations to learn show"
         progress.note(f"{count} {what} test images of earlier tasks, whose scores are no fair test any more")
-
-
-def _next(into: Path, done: Sequence[Checkpoint]) -> Path:
-    """Folder of the task that comes next."""
-    return into / f"task-{done[-1].learnt if done else 0:03d}"
-
-
-def unfinished(into: Path, done: Sequence[Checkpoint]) -> LessonSource | None:
-    """The source of a lesson that has been begun and is not whole."""
-    path = _next(into, done) / _SOURCE
-    if not path.is_file():
-        return None
-    remedy = f"restore it, or remove {path.parent} to give this task up"
-    return schema.read_typed(path, LessonSource, remedy, "format" in read_record(into))
-
-
-def give_up(into: Path) -> None:
-    """Forget a lesson that was begun in a folder and is not finished; what was learnt before stays."""
-    with checkpoint.locked(into):
-        if (into / "run.json").exists():
-            shutil.rmtree(_next(into, checkpoint.whole(into)), ignore_errors=True)
-
-
-def _refuse_other_task(into: Path, done: Sequence[Checkpoint], source: LessonSource) -> None:
-    """What was stopped within a task goes on with the same images and options only."""
-    begun = unfinished(into, done)
-    if begun is None or checkpoint.latest_step(into, done) is None:
-        return
-    before, now = dict(begun), dict(source)
-    if changed := [key for key in before if key != "seal" and before[key] != now.get(key)]:
-        raise ValueError(
-            f"{into} was stopped while it learnt {begun['folder']}, and now the {_WORDS.get(changed[0], changed[0])} "
-            f"differ: give the same to finish that, or remove {_next(into, done)} to give it up"
-        )
-
-
-def _taught_last(done: Sequence[Checkpoint], source: LessonSource) -> bool:
-    """Whether the last task was learnt from these images.
-
-    Raises:
-        ValueError: when it was, with other options, which would have no effect now.
-    """
-    last = done[-1].manifest.get("source") if done else None
-    if not last or not source["content"] or last.get("content") != source["content"]:
-        return False
-    before, now = last.get("options", {}), source.get("options", {})
-    if changed := [key for key in now if now[key] != before.get(key)]:
-        raise ValueError(
-            f"{source['folder']} is what was taught last, and --{changed[0].replace('_', '-')} {now[changed[0]]} would "
-            f"have no effect now: remove {done[-1].folder} to teach it anew"
-        )
-    return True
-
-
-def _place_source(into: Path, index: int, source: LessonSource) -> None:
-    begun = into / f"task-{index:03d}"
-    begun.mkdir(exist_ok=True)
-    checkpoint.write_sealed(begun / _SOURCE, source)

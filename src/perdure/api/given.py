@@ -12,7 +12,9 @@ from torch import empty, int64
 from perdure.backbones.base import Backbone
 from perdure.core.learner import Core
 from perdure.core.method import follows_task, parts_of
+from perdure.core.pretext import make_pretext
 from perdure.formatting import meant
+from perdure.options.paths import anchored
 from perdure.streams import (
     ImageSet,
     captioned_task,
@@ -23,7 +25,9 @@ from perdure.streams import (
     given_task,
 )
 from perdure.streams.conversations import Conversation, messages
+from perdure.streams.single_task import COLUMN
 from perdure.streams.sources import listed
+from perdure.streams.unlabelled import given_unlabelled, unlabelled_task
 from perdure.types import Batch, Data, Nothing, Task, Told, Union
 
 
@@ -71,6 +75,26 @@ def task_of(learner: Core, images: Any, known: Mapping[str, int], **beside: Any)
     make: Any = given_task if asks == "classes" else given_captions
     made: Task = make(several(images), given, preprocess, known, index)
     return made
+
+
+def unlabelled(learner: Core, images: Any, pretext: str, captions: Any) -> Task:
+    """The step of pre-training that is given to `Learner.pretrain`; arguments as there.
+
+    Raises:
+        ValueError: when it cannot be used, or would have no effect.
+    """
+    preprocess, index, pretext = learner.backbone.preprocess, learner.learnt, anchored(pretext)
+    reads = make_pretext(pretext).captions
+    if captions is not None and not reads:
+        raise ValueError(f"captions have no effect with {pretext}: write pretext='contrast()', or leave them out")
+    if isinstance(images, str | Path):
+        if not (captions is None or isinstance(captions, str)):
+            raise ValueError(f"{images} is a file, which has the captions; give the name of their column, or none")
+        column = (captions or COLUMN) if reads else None
+        return unlabelled_task(images, preprocess, index, pretext, column, seed=learner.seed)
+    if reads and captions is None:
+        raise ValueError("captions are missing: give a text, or several, for each image")
+    return given_unlabelled(several(images), captions, preprocess, index, pretext)
 
 
 def measurable(learner: Core, images: Any, labels: Any) -> Task:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +9,8 @@ from typing import Any, Self, overload
 
 import torch
 
-from perdure.api.abilities import Abilities
-from perdure.api.given import Asked, asked, check_first, known_task, measurable, shown, task_of, told
+from perdure.api.abilities import TOKENS, Abilities
+from perdure.api.given import asked, check_first, known_task, measurable, shown, task_of, told, unlabelled
 from perdure.core import checkpoint
 from perdure.core.checkpoint import read_record
 from perdure.core.shared_copy import as_now, become, part, twin_of
@@ -21,9 +19,8 @@ from perdure.export.model import export
 from perdure.objectives.zeroshot import class_texts
 from perdure.process import Turn, as_found, plain
 from perdure.streams import ImageSet
-from perdure.streams.conversations import Conversation
 from perdure.streams.sources import Picture
-from perdure.training.config import RunConfig, check_options, former_parts, usual
+from perdure.training.config import RunConfig, check_options, for_lessons, former_parts
 from perdure.training.loop import Progress, Quiet, TrainConfig, fit_task
 from perdure.training.record import record_of, recorded_config, recorded_runtime, write_record
 from perdure.training.run import build_learner
@@ -33,11 +30,6 @@ from perdure.types import Row, Stream, Task
 
 OPEN = ""
 """The stream of a learner that is taught one folder after another."""
-
-TOKENS = 256
-"""Most of an answer to `ask`, unless said otherwise; what was taught ends by itself."""
-_LEAST_STEPS = 60
-"""Of a task that is taught by hand, when the number of epochs is left open."""
 
 
 class Learner(Abilities):
@@ -67,7 +59,7 @@ class Learner(Abilities):
 
         Args:
             backbone: the pre-trained model, in the option syntax.
-            method: how it learns; None is inflora(rank=10), or LoRA for a language model.
+            method: how it learns; None is inflora(rank=10) + align, or LoRA for a language model.
             objective: what is asked of it; None is classify(), or generate() for a language model.
             options: fields of `RunConfig`: epochs, lr, batch_size, seed, precision, ...
 
@@ -76,7 +68,11 @@ class Learner(Abilities):
         """
         check_options("create", options, RunConfig)
         given = {"method": method, "objective": objective}
-        settings = usual(backbone) | {name: value for name, value in given.items() if value is not None} | options
+        settings = (
+            for_lessons(backbone, objective)
+            | {name: value for name, value in given.items() if value is not None}
+            | options
+        )
         config = RunConfig(stream=OPEN, backbone=backbone, **settings)
         if old := former_parts(config):
             warnings.warn(old, FutureWarning, stacklevel=2)
@@ -86,6 +82,7 @@ class Learner(Abilities):
     @plain()
     def of(cls, config: RunConfig, runtime: Runtime | None = None) -> Self:
         """A learner that has learnt nothing yet, from its configuration."""
+        config = config.settled()
         learner, found = build_learner(cls, config, runtime)
         learner.config, learner.runtime, learner._facts, learner.lessons = config, found, {}, Turn()
         learner.objective.bind(learner)  # a language model answers before it has learnt anything
@@ -134,14 +131,48 @@ class Learner(Abilities):
             given = "captions" if labels is None else "labels"
             check_first(self, task, known, str(images) if isinstance(images, str | Path) else given)
             train = self.long_enough(train, task, "epochs" in options)
-            twin = twin_of(self)
-            learnt, held = set_apart(self, task)
-            twin.grow(learnt)
-            part(twin, self)
-            twin._facts = facts_of(fit_task(twin, learnt, train, progress), 0.0)
-            fit(twin, held)
-            become(self, twin)
+            self._learn(task, train, progress)
         return self
+
+    @plain()
+    def pretrain(
+        self,
+        images: Sequence[Picture] | torch.Tensor | str | Path,
+        pretext: str = "masked()",
+        captions: Sequence[str | Sequence[str]] | str | None = None,
+        progress: Progress | None = None,
+        **options: Any,
+    ) -> Self:
+        """One step of pre-training: images without labels teach what makes features, and no head is touched.
+
+        Args:
+            images: as in `learn`; of a folder all images in it and below, whatever its folders are called.
+            pretext: what is learnt, `masked()`, `distill()` or `contrast()`; see `perdure.pretraining`.
+            captions: with `contrast()`, a text or several for each image; of a file, the column that holds them.
+            progress: who is told.
+            options: fields of `TrainConfig`; the schedule is warmup-cosine unless said otherwise.
+
+        Raises:
+            ValueError: for what cannot be used, and where a part of the method needs labels.
+        """
+        check_options("pretrain", options, TrainConfig)
+        train = self.usual_training().but(**{"schedule": "warmup-cosine"} | options)
+        with self.lessons, as_found(self.runtime.threads):
+            if self.lessons.depth > 1:
+                raise ValueError("this learner is learning: pretrain cannot be called from its progress; call it after")
+            task = unlabelled(self, images, pretext, captions)
+            self._learn(task, self.long_enough(train, task, "epochs" in options), progress)
+        return self
+
+    def _learn(self, task: Task, train: TrainConfig, progress: Progress | None) -> None:
+        """Teach a twin, and become it."""
+        twin = twin_of(self)
+        learnt, held = set_apart(self, task)
+        twin.grow(learnt)
+        part(twin, self)
+        twin._facts = facts_of(fit_task(twin, learnt, train, progress), 0.0)
+        fit(twin, held)
+        become(self, twin)
 
     @plain()
     def predict(
@@ -308,17 +339,6 @@ class Learner(Abilities):
         return said[0] if isinstance(question, str) else said
 
     @plain()
-    def reply(self, conversations: Sequence[Conversation], tokens: int = TOKENS, task: str | None = None) -> list[str]:
-        """What it says next in each of `conversations`; see `ask`."""
-        self.check_speaks()
-        if tokens < 1:
-            raise ValueError(f"tokens={tokens}: expected 1 or more")
-        objective: Any = self.objective
-        data = told(Asked(conversations), known_task(self, task))
-        said: list[str] = objective.answers(self, data, tokens)
-        return said
-
-    @plain()
     def save(self, folder: str | Path, rows: Sequence[Row] = ()) -> Path:
         """Write what was learnt to `folder`, new or of this learner; to save twice without learning changes nothing.
 
@@ -381,14 +401,3 @@ class Learner(Abilities):
     def record(self) -> dict[str, Any]:
         """The content of run.json, for a learner that is taught without a declared stream."""
         return record_of(self.config, self, Stream(OPEN, self.scenario, ()), self.runtime)
-
-    def usual_training(self) -> TrainConfig:
-        """How tasks are trained unless said otherwise."""
-        return TrainConfig(**{f.name: getattr(self.config, f.name) for f in dataclasses.fields(TrainConfig)})
-
-    def long_enough(self, train: TrainConfig, task: Task, settled: bool) -> TrainConfig:
-        """More passes over a small task, unless the user settled their number: in a few steps nothing is learnt."""
-        if settled or self.config.epochs != RunConfig.epochs:
-            return train
-        steps = math.ceil(len(task.train) / train.batch_size)
-        return dataclasses.replace(train, epochs=max(train.epochs, math.ceil(_LEAST_STEPS / steps)))

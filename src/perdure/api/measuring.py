@@ -19,6 +19,7 @@ from perdure.process import plain
 from perdure.streams import ConversationSet, ImageSet, build_stream
 from perdure.streams.folders import told_left_out
 from perdure.streams.naming import recorded
+from perdure.training.config import make_stream
 from perdure.training.run import check_gives
 from perdure.training.summary import scored_by, taught_hashes
 from perdure.types import Batch, Data, Row, Task
@@ -40,7 +41,9 @@ def evaluate(
     learner = Learner.load(folder, device)
     described, remarks, tasks = stream or learner.config.stream or str(folder), list[str](), list[Task]()
     if stream or learner.config.stream:
-        found = build_stream(described, learner.backbone.preprocess, learner.config.seed, measured=stream is not None)
+        prepared = learner.backbone.preprocess
+        own = make_stream(learner.config, prepared) if stream is None else None
+        found = own or build_stream(described, prepared, learner.config.seed, measured=True)
         check_gives(found, learner, described)
         tasks = list(found.tasks if stream else found.tasks[: learner.learnt])
         remarks += remarks_on(found.notes)

@@ -12,10 +12,12 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from perdure.api.abilities import TOKENS
 from perdure.api.chat import Talk
-from perdure.api.folders import give_up, go_on, refuse_without_effect, teach_folder, unfinished
+from perdure.api.folders import go_on, refuse_without_effect, teach_folder
 from perdure.api.given import shown
-from perdure.api.learner import TOKENS, Learner
+from perdure.api.learner import Learner
+from perdure.api.lesson_source import give_up, unfinished
 from perdure.app.lessons import Lesson, Lessons, Outcome
 from perdure.app.uploads import Limits, Store
 from perdure.core import checkpoint

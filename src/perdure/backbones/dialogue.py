@@ -268,9 +268,21 @@ def _of(given: Any, name: str) -> Any:
     return given.get(name) if isinstance(given, Mapping) else getattr(given, name, None)
 
 
-def by_length(examples: Sequence[Tokens], ask: Callable[[Sequence[int]], list[T]], size: int) -> list[T]:
-    """What `ask` says of each example, in their order; the longest come first, and `size` is halved until they fit."""
-    order = sorted(range(len(examples)), key=lambda i: -len(examples[i]))
+def by_length(
+    examples: Sequence[Tokens],
+    ask: Callable[[Sequence[int]], list[T]],
+    size: int,
+    order: Sequence[int] | None = None,
+) -> list[T]:
+    """What `ask` says of each example, in their order; `size` is halved until they fit.
+
+    Args:
+        examples: at least one.
+        ask: with the places of some of them.
+        size: how many are asked together.
+        order: in which they are asked; None: the longest come first.
+    """
+    order = sorted(range(len(examples)), key=lambda i: -len(examples[i])) if order is None else order
     found: dict[int, T] = {}
     while len(found) < len(order):
         some = order[len(found) : len(found) + size]

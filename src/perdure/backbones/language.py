@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from perdure.adapters.injection import prompted
 from perdure.backbones import image_features, pretrained
+from perdure.backbones.answering import Answering, alike_together
 from perdure.backbones.base import Backbone, reached
 from perdure.backbones.dialogue import Dialogue, Tokens, by_length, collate
-from perdure.backbones.model_parts import image_tokens, preprocess_of, projectors, unread
+from perdure.backbones.model_parts import checkpointed, image_tokens, preprocess_of, projectors, unread
 from perdure.backbones.sites import Tower, named_towers
 from perdure.types import Batch, Site, take
 
@@ -58,6 +59,7 @@ class Language(Backbone):
         self._pictures = image_tokens(model.config)
         self.image_mask: Tensor | None = None
         self._sees_once = self._tried = False
+        self._shares: bool | None = None  # None: not tried yet
         self._form: image_features.Form | None = None  # of what the model sees; None: not known yet
         self.preprocess = preprocess_of(model.config)
         stops = _ids(model.generation_config.eos_token_id) + _ids(processor.tokenizer.eos_token_id)
@@ -145,7 +147,9 @@ class Language(Backbone):
         """The conversation of each row, int64 (R,)."""
         return _owners(self.tokens(batch)).to(self._device)
 
-    def generate(self, batch: Batch, tokens: int = 32, size: int = _SIZE, within: Within = _plainly) -> list[str]:
+    def generate(
+        self, batch: Batch, tokens: int = 32, size: int = _SIZE, within: Within = _plainly, alike: bool = False
+    ) -> list[str]:
         """What the model says, greedily, in each conversation of `batch`.
 
         Args:
@@ -153,25 +157,25 @@ class Language(Backbone):
             tokens: most tokens of an answer.
             size: conversations that are answered together; fewer where they do not fit into memory.
             within: in which context each part of the batch is answered, see `Method.applied`.
+            alike: whether that context is the same for all examples, so that what some of them begin with is read once.
         """
         asked = [each.with_answer(()) for each in self.tokens(batch)]
         # what joins in front would join again with every token that is said; and where all is read again, an image's
         # token that was said would want an image
         again = prompted(self.get_submodule(self.towers()["language"]))
-        options: dict[str, Any] = {"use_cache": not again}
+        options: dict[str, Any] = {"use_cache": not again, "max_new_tokens": tokens}
         if again and self._pictures:
             options["suppress_tokens"] = self._pictures
+        answering = self._answering
+        begins = list(map(answering.beginning, asked)) if alike and not again and self._begins_once() else []
 
         def say(some: Sequence[int]) -> list[str]:
-            inputs = self._inputs([asked[i] for i in some], "left")
-            self._forget_positions()
-            with torch.no_grad(), within(take(batch, torch.tensor(some))), self._reading(inputs):
-                said = self.model.generate(**inputs, max_new_tokens=tokens, **options)
-            new = said[:, inputs["input_ids"].shape[1] :]
+            with torch.no_grad(), within(take(batch, torch.tensor(some))):
+                new = answering.said([asked[i] for i in some], [begins[i] for i in some if begins], **options)
             texts: list[str] = self.dialogue.tokenizer.batch_decode(new, skip_special_tokens=True)
             return [text.strip() for text in texts]
 
-        return by_length(asked, say, size)
+        return by_length(asked, say, size, alike_together(begins))
 
     def likelihoods(
         self,
@@ -250,6 +254,20 @@ class Language(Backbone):
                 self._sees_once = False
         return self._sees_once
 
+    def _begins_once(self) -> bool:
+        """Whether questions about one image may be answered together, see `Answering.holds`: tried once."""
+        if self._shares is None:
+            self._shares = self._answering.holds(self.tokens(self.sample("a", "a a a a", answer=None)))
+        return self._shares
+
+    @property
+    def _answering(self) -> Answering:
+        def read(examples: Sequence[Tokens]) -> dict[str, Tensor]:
+            self._forget_positions()
+            return self._inputs(examples, "left")
+
+        return Answering(self.model, read, self._reading, self._pictures, self.dialogue.pad)
+
     def token_groups(self, layer: str) -> list[Tensor] | None:
         """See `Backbone.token_groups`: of images, and of words."""
         if self.text_mask is None or not layer.startswith(f"{self.towers()['language']}."):
@@ -257,12 +275,11 @@ class Language(Backbone):
         assert self.image_mask is not None
         return [self.text_mask & self.image_mask, self.text_mask & ~self.image_mask]
 
-    def sample(self) -> Batch:
-        """A short conversation about a black image."""
-        side = self.preprocess.size
-        parts = [{"type": "image"}, {"type": "text", "text": "a"}]
-        shown = {"messages": [{"role": "user", "content": parts}], "images": [Image.new("RGB", (side, side))]}
-        return {"conversation": [shown | {"answer": "a"}]}
+    def sample(self, *words: str, answer: str | None = "a") -> Batch:
+        """Short conversations about a black image, one with each of `words`, or one with "a"."""
+        shown = {"images": [Image.new("RGB", (self.preprocess.size,) * 2)], "answer": answer}
+        parts = [[{"type": "image"}, {"type": "text", "text": each}] for each in words or ("a",)]
+        return {"conversation": [shown | {"messages": [{"role": "user", "content": each}]} for each in parts]}
 
     def set_attention(self, implementation: pretrained.Attention) -> None:
         """Choose how attention is computed; the result is the same up to rounding."""
@@ -330,16 +347,14 @@ class Language(Backbone):
             for name, value in found.items()
         }
         if (seen := image_features.all_seen(examples, self._device)) is not None:
-            inputs |= {
-                _SEEN: seen,
-                image_features.PIXELS[0]: seen.new_zeros(1),
-            }  # which is there to be asked for, and not read
+            # the pixels are there to be asked for, and not read
+            inputs |= {_SEEN: seen, image_features.PIXELS[0]: seen.new_zeros(1)}
         return inputs
 
     def _hidden(self, inputs: dict[str, Tensor]) -> Tensor:
         """Last hidden states (B, L, dim)."""
         self._forget_positions()
-        with self._reading(inputs), self._checkpointed():
+        with self._reading(inputs), checkpointed(self.model, self.checkpointing):
             hidden: Tensor = self.model.base_model(**inputs, use_cache=False).last_hidden_state
         return hidden
 
@@ -358,21 +373,6 @@ class Language(Backbone):
                 yield
         finally:
             self.text_mask = self.image_mask = None
-
-    @contextmanager
-    def _checkpointed(self) -> Iterator[None]:
-        """Within, blocks keep no activations where they are asked not to: transformers looks whether a block trains."""
-        asked = self.checkpointing and torch.is_grad_enabled()
-        layers = (
-            [each for each in self.model.modules() if getattr(each, "gradient_checkpointing", False)] if asked else []
-        )
-        try:
-            for each in layers:
-                each.training = True  # of the block alone: what is within it, dropout, stays as it is
-            yield
-        finally:
-            for each in layers:
-                each.training = False
 
     def _forget_positions(self) -> None:
         """Drop what Qwen's models keep of the last call's positions."""

@@ -1,7 +1,11 @@
 """What a multimodal model of transformers is made of: its projector, the blocks that are read, its image tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+
+import torch
+from torch import nn
 
 from perdure.backbones.preprocess import Preprocess
 
@@ -43,3 +47,17 @@ def preprocess_of(config: Any) -> Preprocess:
     size = getattr(vision, "image_size", None) or 224
     side = int(size[0] if isinstance(size, Sequence) else size)
     return Preprocess(size=side, resize=side)
+
+
+@contextmanager
+def checkpointed(model: nn.Module, asked: bool) -> Iterator[None]:
+    """Within, blocks keep no activations where that is `asked` for: transformers looks whether a block trains."""
+    asked = asked and torch.is_grad_enabled()
+    layers = [each for each in model.modules() if getattr(each, "gradient_checkpointing", False)] if asked else []
+    try:
+        for each in layers:
+            each.training = True  # of the block alone: what is within it, dropout, stays as it is
+        yield
+    finally:
+        for each in layers:
+            each.training = False

@@ -12,7 +12,7 @@ import os
 import sys
 import typing
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -21,8 +21,9 @@ from typing import Any, Literal
 from perdure.experiments.recipes import recipes
 from perdure.options import ranges
 from perdure.options.own_methods import OWN_METHODS, import_own_methods
+from perdure.options.rates import RATES
 
-Listed = Literal["methods", "streams", "backbones", "recipes"]
+Listed = Literal["methods", "streams", "backbones", "pretexts", "recipes"]
 _REGISTRIES = {"streams": "STREAMS", "backbones": "BACKBONES"}
 _ROOT = Path(__file__).parent.parent
 
@@ -40,6 +41,13 @@ class CatalogueEntry:
     options: str
     ranges: Mapping[str, str]
     about: str
+    lr: str = ""
+    """Of a method: its own learning rate, and where that is from."""
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """Ranges, and a method's learning rate."""
+        return {**self.ranges, **({"learning rate": self.lr} if self.lr else {})}
 
     @property
     def sentence(self) -> str:
@@ -53,13 +61,21 @@ def entries(kind: Listed) -> dict[str, CatalogueEntry]:
         return {name: CatalogueEntry("", {}, each.about) for name, each in recipes().items()}
     if kind in _REGISTRIES:
         return dict(_factories(kind, _REGISTRIES[kind]))
-    ours = dict(_methods())
+    if kind == "pretexts":
+        return dict(_classes("pretraining"))
+    ours = {name: replace(each, lr=_rate(name)) for name, each in _classes("methods")}
     if entry_points(group="perdure.methods") or os.environ.get(OWN_METHODS):
         import_module("perdure.methods")
         import_own_methods()
         every = import_module("perdure.core.method").METHODS
         ours |= {name: described(made) for name, made in every.items() if name not in ours}
     return ours
+
+
+def _rate(method: str) -> str:
+    """Its learning rate where none is given, for people."""
+    own = RATES.get(method)
+    return f"{own.rate:g} ({own.source})" if own else "its partner's, or 0.001"
 
 
 def described(made: Callable[..., Any]) -> CatalogueEntry:
@@ -80,10 +96,10 @@ def _entry(options: Mapping[str, tuple[Any, Any]], about: str) -> CatalogueEntry
     return CatalogueEntry(", ".join(shown), numeric, about)
 
 
-def _methods() -> Iterator[tuple[str, CatalogueEntry]]:
-    """Classes that name themselves: `class Mine(Method, name="mine")`."""
-    for file in (_ROOT / "methods").glob("*.py"):
-        module = _Module.of("methods", file.stem)
+def _classes(package: str) -> Iterator[tuple[str, CatalogueEntry]]:
+    """Classes of a package that name themselves: `class Mine(Method, name="mine")`."""
+    for file in (_ROOT / package).glob("*.py"):
+        module = _Module.of(package, file.stem)
         for made in (each for each in module.made.values() if isinstance(each, ast.ClassDef)):
             for word in made.keywords:
                 if word.arg == "name" and isinstance(word.value, ast.Constant):

@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.cells import cell_len
 
-from perdure.formatting import RARE, human_bytes, number, percent_with_spread, printable, shortened, times
+from perdure.formatting import RARE, human_bytes, number, percent_with_spread, printable, shortened, spread_of, times
 
 COLUMNS = {
     "acc": "accuracy",
@@ -34,6 +34,7 @@ _MEANINGS = {
     "lenient": "the truth is in what is said",
     "kept": "of held-out answers, strict",
     "step": "its cost, plain LoRA's is 1",
+    "lr": "learning rate, each method's own",
 }
 
 
@@ -46,6 +47,8 @@ def comparison(rows: Sequence[dict[str, Any]], width: int) -> list[str]:
         for key, title in names.items()
         if key not in RARE or any(row.get(key) for row in rows)
     }
+    if len({row.get("lr") for row in rows}) > 1:  # each method has its own
+        columns["lr"] = [f"{row['lr']:g}" for row in rows]
     columns["stored"] = [human_bytes(row["stored_bytes"][0]) for row in rows]
     columns["step"] = [times(row.get("step")) for row in rows]
     columns["images/s"] = [number(row["images_per_second"]) for row in rows]
@@ -77,7 +80,9 @@ def comparison(rows: Sequence[dict[str, Any]], width: int) -> list[str]:
             lines.append(apart.join(["", *cells]))
         else:
             lines += flowed([f"{title} {cell}" for title, cell in zip(titles, line, strict=True)], width)
-    spread = "mean ± standard deviation" if any("±" in cell for line in shown for cell in line) else "one run each"
+    found = spread_of([(row["method"], row["runs"], row.get("varied")) for row in rows])
+    several = any("±" in cell for line in shown for cell in line)
+    spread = "one run each" if not several else "; ".join(["mean", *found]) if found else "mean ± standard deviation"
     means = "; ".join(f"{title}: {meaning}" for title, meaning in _MEANINGS.items() if title in columns)
     lines.append(f"in %, {spread}; {means}")
     lines += [f"no means: {why}" for why in dict.fromkeys(row["no_means"] for row in rows if row.get("no_means"))]

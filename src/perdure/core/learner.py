@@ -19,8 +19,9 @@ from perdure.backbones.model_parts import beside_language
 from perdure.core.caching import FEATURES, LOWER_BLOCKS, Cache
 from perdure.core.data_parallel import SharedOut
 from perdure.core.feature_store import FeatureStore
-from perdure.core.method import Method, parts_of, predicts, treated
+from perdure.core.method import Method, parts_of, penalises, predicts, treated
 from perdure.core.objective import Objective, asking
+from perdure.core.pretext import Pretext, begin_pretext
 from perdure.core.temperature import Temperature
 from perdure.process import Turn, plain, seeded
 from perdure.streams.augment import AUGMENTS, Augment
@@ -58,6 +59,8 @@ class Core(SharedOut):
         self.backbone = backbone.requires_grad_(False).eval()
         self.fingerprint = backbone.fingerprint()  # now, before anything is learnt
         self.objective, self.method = objective, method
+        self.pretext: Pretext | None
+        self.register_module("pretext", None)  # what takes the objective's place in a step of pre-training
         self.scenario, self.seed = scenario, seed
         self.tasks: list[Task] = []
         self.learnt = 0  # number of tasks behind us
@@ -101,13 +104,14 @@ class Core(SharedOut):
         index = self.task.index if self.tasks else 0
         return torch.Generator().manual_seed(derived_seed(self.seed, index, purpose, step))
 
-    def grow(self, task: Task) -> None:
-        """Make room for `task`. Depends on descriptions only, so a resumed run can replay it."""
+    def grow(self, task: Task, over: bool = False) -> None:
+        """Make room for `task`, which may be `over`. Depends on descriptions only, so a resumed run can replay it."""
         self.tasks.append(task)
         with plain(), seeded(derived_seed(self.seed, task.index, "grow")):
             self.objective.grow(self, task)
             self.method.grow(self, task)
             self.objective.grown(self)
+            self.pretext = begin_pretext(self, task) if task.pretext and not over else None
         self.to(self.device)
 
     def encode(self, batch: Batch) -> Tensor:
@@ -161,6 +165,12 @@ class Core(SharedOut):
             yield
 
     @property
+    def applies_alike(self) -> bool:
+        """Whether towers that make features compute alike, whichever example they read: no part chooses by it."""
+        parts = [part for part in parts_of(self.method) if type(part).applied is not Method.applied]
+        return not any(tower in part.treats for part in parts for tower in self.encoder)
+
+    @property
     def encoder(self) -> tuple[str, ...]:
         """The towers that make features: those that the objective reads, but one of texts, which embeds by itself."""
         return tuple(t for t in self.backbone.towers() if t in self.objective.towers and t != "text")
@@ -211,7 +221,10 @@ class Core(SharedOut):
         fold(self.backbone, branches=False)
 
     def loss(self, batch: Batch) -> Tensor:
-        """Objective plus penalty."""
+        """Objective, or pretext, plus penalty."""
+        if self.pretext is not None:
+            loss = self.pretext.loss(self, batch)
+            return loss + self.method.penalty(self, batch, self.encode(batch)) if penalises(self.method) else loss
         features, batch = self.encode(batch), self.objective.embed_texts(self, batch)
         return self.objective.loss(features, batch) + self.method.penalty(self, batch, features)
 
@@ -228,6 +241,7 @@ class Core(SharedOut):
         parts = parts_of(self.method)
         own = {id(p) for part in parts for p in part.parameters()}
         own -= {id(p) for part in parts for p in part.shared_parameters()}
+        own |= {id(p) for p in self.pretext.parameters()} if self.pretext is not None else set()
         return {name: p for name, p in self.trainable().items() if id(p) not in own}
 
     def learnt_state(self) -> dict[str, Tensor]:

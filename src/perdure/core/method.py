@@ -53,6 +53,8 @@ class Method(nn.Module):
     """Attributes with tensors that are made anew wherever they are missing, and so need not be saved."""
     carrier: ClassVar[bool] = False
     """Whether messages name it where a part that trains the encoder is missing."""
+    unlabelled: Literal["", "untaught", "any"] = ""
+    """Whether it can stand in a step of pre-training, which has no labels: only before classes are taught, or any."""
     follows_task: ClassVar[bool] = False
     """Whether it answers by what a task has taught where a batch says which one, under `task`."""
     borderless: bool = False
@@ -340,6 +342,11 @@ def check_mask(learner: AnyLearner, mask: bool | None) -> None:
 
 def _defines(part: Method, hook: str) -> bool:
     return getattr(type(part), hook) is not getattr(Method, hook)
+
+
+def penalises(method: Method) -> bool:
+    """Whether a part adds to the objective's loss."""
+    return any(_defines(part, "penalty") for part in parts_of(method))
 
 
 def treated(method: Method) -> frozenset[str]:

@@ -22,6 +22,8 @@ def set_apart(learner: Core, task: Task) -> tuple[Task, ImageSet | None]:
     Raises:
         ValueError: when there are no classes, or none has an image to spare.
     """
+    if task.pretext:
+        return task, None
     share = learner.calibrate
     if share and "classes" not in learner.objective.asks:
         raise ValueError(f"calibrate={share:g} has no effect where no classes are scored: leave it out")

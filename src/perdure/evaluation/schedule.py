@@ -120,7 +120,7 @@ class Evaluation:
         untaught, rows = Core(learner.backbone, copy.copy(learner.objective), Method(), self.stream.scenario), []
         untaught.processes, untaught.store = learner.processes, learner.store
         if learner.objective.open_vocabulary:
-            for each in self.stream:
+            for each in (task for task in self.stream if not task.pretext):
                 untaught.grow(each)
                 if longest := getattr(each.train, "longest", None):
                     # what there is no room for is refused now, and not after the tasks before it

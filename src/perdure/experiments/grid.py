@@ -22,8 +22,7 @@ from perdure.reporting.report import trade_offs
 from perdure.reporting.runs import RunResults, ignore, steps_of
 from perdure.reporting.tables import check_complete, markdown, tabulate
 from perdure.reporting.tracking import tracked
-from perdure.streams import build_stream
-from perdure.training.config import BESIDE_RESULTS, RunConfig, make_backbone, make_method, with_former
+from perdure.training.config import BESIDE_RESULTS, RunConfig, make_backbone, make_method, make_stream, with_former
 from perdure.training.loop import Progress, Quiet
 from perdure.training.record import recorded_config
 from perdure.training.run import Interrupted, dry_run, resume, run
@@ -47,6 +46,10 @@ class Cell:
     def configured(self, config: RunConfig) -> RunConfig:
         """What all cells share, with this one's method and seed."""
         return dataclasses.replace(config, method=self.method, seed=self.seed)
+
+    def settled(self, config: RunConfig) -> RunConfig:
+        """The same with the learning rate of the method, where none is given."""
+        return self.configured(config).settled()
 
 
 class GridProgress(Progress, step_cost.StepProgress, Protocol):
@@ -111,6 +114,8 @@ def compare(
             done.
         Interrupted: after SIGINT or SIGTERM.
     """
+    if config.lr is None and progress:
+        progress.note("each method learns at its own rate, see 'perdure list methods'; --lr gives all the same")
     with checkpoint.locked(out):
         runtime = None
         steps_of(out)  # a damaged one is told of now, not after hours
@@ -242,7 +247,7 @@ def _made(config: RunConfig, cell: Cell, note: Callable[[str], None]) -> Runtime
         return None
     made = RunResults.read(cell.folder, note if cell.finished else ignore)
     written, runtime = recorded_config(cell.folder, made.facts).describe(), Runtime(**made.facts["resolved"])
-    for name, value in cell.configured(config).describe().items():
+    for name, value in cell.settled(config).describe().items():
         if name not in BESIDE_RESULTS and written[name] != value:
             raise ValueError(
                 f"{cell.folder} was made with {name}={written[name]!r}, not {value!r}: give the same options "
@@ -260,7 +265,7 @@ def _ready(config: RunConfig, unfinished: Sequence[Cell], runtime: Runtime | Non
         runtime = resolve(backbone, config.precision, config.attention, config.device)
     runtime.apply(backbone)
     seed = unfinished[0].seed
-    stream = build_stream(config.stream, backbone.preprocess, seed)
+    stream = make_stream(dataclasses.replace(config, seed=seed), backbone.preprocess)
     for method in dict.fromkeys(cell.method for cell in unfinished):
         try:
             # a former part may read another backbone

@@ -22,8 +22,7 @@ from perdure.core import checkpoint
 from perdure.core.learner import Core
 from perdure.reporting.runs import STEPS, steps_of
 from perdure.storage.schema import Cost
-from perdure.streams import build_stream
-from perdure.training.config import RunConfig
+from perdure.training.config import RunConfig, make_stream
 from perdure.training.loop import Quiet, fit_task
 from perdure.training.run import build_learner
 from perdure.training.runtime import Runtime
@@ -56,7 +55,7 @@ class TimedLearner:
 
     def __init__(self, config: RunConfig, runtime: Runtime, tasks: int = 2, stream: Stream | None = None) -> None:
         self.learner, _ = build_learner(Core, config, runtime)
-        self.stream = stream or build_stream(config.stream, self.learner.backbone.preprocess, config.seed)
+        self.stream = stream or make_stream(config, self.learner.backbone.preprocess)
         self.learner.scenario = self.stream.scenario
         self.config, self.begun = config, False
         # One thread's own time leaves out what other processes take; threads and devices only show in wall time.

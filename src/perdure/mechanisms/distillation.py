@@ -149,8 +149,8 @@ class Distillation(Method):
         self.teacher.outputs = tuple(outputs)
 
     def holds(self, task: Task) -> bool:
-        """Whether there is anything to keep in `task`."""
-        return bool(self.strength and task.index)
+        """Whether there is anything to keep in `task`: what the pre-trained model knows, where labels teach nothing."""
+        return bool(self.strength and (task.index or task.pretext))
 
     def begin_task(self, learner: Core, task: Task) -> None:
         """Take the learner as teacher."""

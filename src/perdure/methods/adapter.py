@@ -32,6 +32,7 @@ class BottleneckAdapter(Method, name="adapter"):
     """
 
     changes_encoder = True
+    unlabelled = "any"
 
     def __init__(
         self,

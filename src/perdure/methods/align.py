@@ -49,6 +49,7 @@ class Align(Method, name="align"):
     """
 
     needs = ("classes",)
+    unlabelled = "untaught"
 
     def __init__(
         self,
@@ -78,6 +79,8 @@ class Align(Method, name="align"):
 
     def grow(self, learner: Core, task: Task) -> None:
         """Nothing to make room for; refuse what would have no effect."""
+        if task.pretext:
+            return
         if not any(True for _ in learner.objective.parameters()):
             raise ValueError(
                 "align re-trains heads, and this objective has none: use --objective classify, or leave align out"
@@ -99,6 +102,8 @@ class Align(Method, name="align"):
 
     def end_task(self, learner: Core, task: Task) -> None:
         """Remember this task's Gaussians; re-train all heads."""
+        if task.pretext:
+            return
         # The task's own images: those that `joint` adds were counted when they came.
         self.class_statistics.add(*learner.features(task.train))
         means = self._means(learner, task)

@@ -41,6 +41,8 @@ class FeatureDistill(Distillation, name="feature_distill"):
             lengths too.
     """
 
+    unlabelled = "any"
+
     def __init__(
         self, strength: Strength = 1.0, tower: Tower = "vision", form: Literal["cosine", "mse"] = "cosine"
     ) -> None:
@@ -68,7 +70,8 @@ class FeatureDistill(Distillation, name="feature_distill"):
     def begin_task(self, learner: Core, task: Task) -> None:
         """Take the learner as teacher, and what it makes of old class names."""
         super().begin_task(learner, task)
-        if self.holds(task) and self._towers("text") and "classes" in learner.objective.asks:
+        named = self._towers("text") and any(each.classes for each in learner.tasks[:-1])
+        if self.holds(task) and named and "classes" in learner.objective.asks:
             with self.teacher.swapped_in(learner):  # as it answers, without what methods do in training only
                 self.name_embeddings["old"] = self._embed(learner)
         if not self.teacher.outputs and self.tower != "language":

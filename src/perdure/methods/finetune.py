@@ -21,6 +21,7 @@ class Finetune(Method, name="finetune"):
     carrier = True
     trains_shared = True
     borderless = True
+    unlabelled = "any"
 
     def __init__(self, mask: bool = True, backbone_lr: Factor = 0.1, tower: Tower = "vision") -> None:
         super().__init__()

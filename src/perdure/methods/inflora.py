@@ -67,6 +67,7 @@ class InfLoRA(Method, name="inflora"):
 
     changes_encoder = True
     sole_adapter = True
+    unlabelled: Literal["", "untaught", "any"] = "any"
 
     def __init__(
         self,
@@ -99,6 +100,7 @@ class InfLoRA(Method, name="inflora"):
                     f"ranks={tuple(ranks)}: one candidate leaves nothing to choose; write rank={ranks[0]} instead"
                 )
             self.drs = DRS(ranks, "affine", rank_cost)
+            self.unlabelled = ""  # a rank is chosen by how hard classes are to tell apart
         self.at, self.blocks, self.tower, self.balance, self.sketch = at, blocks, tower, balance, sketch
         self.keep, self.power, self.schedule = keep, power, schedule
         self.design, self.project, self.moments, self.end_moments = design, project, moments, end_moments

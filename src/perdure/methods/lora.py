@@ -24,6 +24,7 @@ class LoRA(Method, name="lora"):
 
     changes_encoder = True
     carrier = True
+    unlabelled = "any"
 
     def __init__(
         self,

@@ -42,6 +42,7 @@ class Replay(Rehearsal, name="replay"):
 
     rehearses = "some"
     borderless = True
+    unlabelled = "any"
 
     def __init__(
         self,

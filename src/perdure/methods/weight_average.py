@@ -33,6 +33,7 @@ class WeightAverage(Method, name="weight_average"):
     """
 
     protects = "shared_parameters"
+    unlabelled = "any"
 
     def __init__(
         self, form: Literal["running", "wise"] = "running", every: Count | None = None, alpha: Share | None = None

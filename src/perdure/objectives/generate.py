@@ -141,10 +141,14 @@ class Generate(Objective, name="generate"):
 
     def say(self, learner: Core, batch: Batch, tokens: int | None = None) -> list[str]:
         """What `learner` says in each conversation of `batch`, see `answers`."""
-        with learner.computing():
-            return learner.said(
-                batch, lambda part: self.backbone.generate(part, tokens or self.tokens, within=learner.applied)
+
+        def say(part: Batch) -> list[str]:
+            return self.backbone.generate(
+                part, tokens or self.tokens, within=learner.applied, alike=learner.applies_alike
             )
+
+        with learner.computing():
+            return learner.said(batch, say)
 
     def evaluate(self, learner: Core, tasks: Sequence[Task], size: int = _TOGETHER) -> list[dict[str, float]]:
         """Scores of the answers to the test set of each of `tasks`, see `perdure.scoring.measure`.

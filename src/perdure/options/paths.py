@@ -9,7 +9,7 @@ from perdure.options.spec import Spec, parse
 
 _PATHS = ("path", "checkpoint", "name", "vision", "text", "order", "images", "frames")
 """Options that may be a file or folder, of streams and backbones."""
-_NESTED = ("embed", "reference")
+_NESTED = ("embed", "reference", "teacher")
 """Options that are themselves described like this."""
 
 Relocation = tuple[str, str]

@@ -16,9 +16,9 @@ import numpy as np
 from perdure.core import checkpoint
 from perdure.evaluation import per_class
 from perdure.evaluation.per_class import Answers
-from perdure.formatting import printable
+from perdure.formatting import printable, spread_of
 from perdure.reporting.numbers import numbers_named
-from perdure.reporting.runs import Group, RunResults, grouped
+from perdure.reporting.runs import Group, RunResults, grouped, varied
 from perdure.storage.files import write_text
 
 ORDERS = 5
@@ -74,22 +74,6 @@ def write_tables(folders: Sequence[Path], out: Path, *, as_csv: bool, as_latex: 
     return [out / name for name in texts]
 
 
-def varied(runs: Sequence[RunResults]) -> str:
-    """What differs between repetitions, as words: what a standard deviation over them is of."""
-    orders = {str([task.get("classes") for task in run.tasks()]) for run in runs}
-    images = {str([task.get(digest) for task in run.tasks() for digest in ("train_sha256", "sha256")]) for run in runs}
-    found = [
-        word
-        for word, differ in (
-            ("class order", len(orders) > 1),
-            ("images drawn", len(images) > 1 and len(orders) == 1),
-            ("start", len({run.seed for run in runs}) > 1),
-        )
-        if differ
-    ]
-    return ", ".join(found)
-
-
 def difference(one: Mapping[int, Answers], other: Mapping[int, Answers]) -> Difference | None:
     """Of two methods' answers after their last tasks, by seed; None where no order's test images are the same.
 
@@ -142,10 +126,7 @@ def latex(groups: Sequence[Group]) -> str:
             cells.append(text if spread is None or spread[1] is None else f"{text} $\\pm$ {100 * spread[1]:.1f}")
         lines.append(" & ".join([f"\\texttt{{{_escaped(group.label)}}}", *cells]) + " \\\\")
     lines += ["\\bottomrule", "\\end{tabular}"]
-    for group in groups:
-        if len(group.runs) > 1:
-            what = varied(group.runs) or "nothing"
-            lines.append(f"% {printable(group.label)}: over {len(group.runs)} runs, which differ in {what}")
+    lines += [f"% {line}" for line in spread_of([(g.label, len(g.runs), varied(g.runs)) for g in groups])]
     return "\n".join(lines) + "\n"
 
 

@@ -13,13 +13,13 @@ from typing import Any
 import jinja2
 
 from perdure import metrics
-from perdure.formatting import RARE, printable_lines
+from perdure.formatting import RARE, printable_lines, spread_of
 from perdure.reporting import charts, figures
 from perdure.reporting import texts as language
 from perdure.reporting.charts import duration, show
 from perdure.reporting.figures import Drawing, Point
 from perdure.reporting.numbers import STEP, numbers_named
-from perdure.reporting.runs import PHASES, Group, RunResults, grouped, ignore
+from perdure.reporting.runs import PHASES, Group, RunResults, grouped, ignore, varied
 from perdure.storage.files import write_text
 from perdure.training.summary import unlike_scores
 
@@ -231,6 +231,7 @@ class _Page:
             trades=[(drawing.title, drawing.inline()) for drawing in self.trades.values()],
             numbers=named,
             meanings=[*named, STEP] if steps else named,
+            spreads=spread_of([(group.label, len(group.runs), varied(group.runs)) for group in groups]),
             compared=[(k, name) for k, name, _ in named if k in {*_COMPARED, *rare}],
             costs=[(k, name) for k, name, _ in named if k in _COSTS] + ([STEP[:2]] if steps else []),
             winners={k: _winner(groups, k) for k in ("acc", "aaa", "new_task_acc", "acc_with_task_id", "task_id_acc")},
@@ -344,7 +345,7 @@ def _facts(run: RunResults) -> dict[str, str]:
         "task": "task-incremental: only the classes of the image's own task may be answered",
         "domain": "domain-incremental: the same classes in every task",
     }
-    order = [str(name) for task in run.tasks() for name in task.get("names") or []]
+    config = run.config | {"lr": run.facts.get("lr", run.config.get("lr"))}
     found: dict[str, Any] = {
         "Seed": run.facts.get("seed", run.config.get("seed")),
         "Backbone": run.config.get("backbone"),
@@ -353,8 +354,8 @@ def _facts(run: RunResults) -> dict[str, str]:
         if isinstance(preprocess, dict)
         else preprocess,
         "What may be answered": answers.get(stream.get("scenario"), stream.get("scenario")),
-        "Class order": ", ".join(dict.fromkeys(order)),
-        **{_words(k): v for k, v in run.config.items() if k not in ("backbone", "seed")},
+        "Class order": ", ".join(dict.fromkeys(str(n) for task in run.tasks() for n in task.get("names") or [])),
+        **{_words(k): v for k, v in config.items() if k not in ("backbone", "seed")},
         **{f"{_words(k)} used": v for k, v in run.facts["resolved"].items()},
         **{f"Version of {k}": v for k, v in run.facts["versions"].items()},
         "Version of perdure": run.facts.get("perdure"),

@@ -3,7 +3,7 @@
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
@@ -14,11 +14,11 @@ from perdure.core.checkpoint import Checkpoint, read_record
 from perdure.evaluation import feature_drift as drift
 from perdure.evaluation.answer_retention import answered, mean_kept
 from perdure.formatting import RARE
-from perdure.options.spec import parse
+from perdure.options.spec import Spec, parse
 from perdure.reporting.figures import Series
 from perdure.storage import schema
 from perdure.storage.schema import Damaged, Line, RunRecord, Steps, Summary, TaskFacts
-from perdure.training.config import BESIDE_RESULTS, RunConfig
+from perdure.training.config import BESIDE_RESULTS, VARIED, RunConfig
 from perdure.training.summary import (
     SUMMARY,
     contradicts,
@@ -146,9 +146,13 @@ class RunResults:
         return scored_by(self.config, [str(task.get("score", "")) for task in self.tasks()])
 
     def learnt(self) -> int:
-        """Number of tasks that were measured right after they were learnt."""
-        matrix = self.matrix()
-        return next((i for i, row in enumerate(matrix) if row[i] is None), len(matrix))
+        """Number of tasks that were measured right after they were learnt; steps of pre-training count as well."""
+        matrix, without = self.matrix(), self.unlabelled()
+        return next((i for i, row in enumerate(matrix) if row[i] is None and i not in without), len(matrix))
+
+    def unlabelled(self) -> set[int]:
+        """Which tasks were steps of pre-training, which nothing is measured on."""
+        return {i for i, task in enumerate(self.tasks()) if task.get("pretext")}
 
     def numbers(self) -> dict[str, float | None]:
         """Scores and costs by their key in summary.json, else from the results so far.
@@ -157,9 +161,8 @@ class RunResults:
         `step_cost` that was measured in the run's grid.
         """
         done = self.learnt()
-        so_far = {
-            k: v for k, v in scores_of(self.rows, done, self.scores()).items() if v is None or _number(v) is not None
-        }
+        found = scores_of(self.rows, done, self.scores(), self.unlabelled())
+        so_far = {k: v for k, v in found.items() if v is None or _number(v) is not None}
         if answers := answered(self.rows):
             so_far |= {f"answers_kept_{number}": mean_kept(answers, number) for number in ("strict", "lenient")}
         known = dict.fromkeys((*_COSTS, *RARE)) | so_far
@@ -240,6 +243,32 @@ class Group:
             return None
         both = [metrics.spread(column) if column else (None, None) for column in columns]
         return Series(self.label, [m for m, _ in both], [s for _, s in both] if len(self.runs) > 1 else (), colour)
+
+
+def varied(runs: Sequence[RunResults]) -> str:
+    """What differs between repetitions, as words: what a standard deviation over them is of; "" for nothing."""
+    seeds = {what: {_seed_of(run, what) for run in runs} for what in VARIED}
+    orders = {str([(task.get("name"), task.get("names")) for task in run.tasks()]) for run in runs}
+    splits = {str(run.facts["stream"].get("split")) for run in runs}
+    made_up = any(spec.name.endswith("synthetic") for run in runs for spec in _all_specs(run.config.get("stream")))
+    differ = {
+        "order": len(orders) > 1,
+        "images": len(seeds["images"] if not made_up else seeds["order"]) > 1 or len(splits) > 1,
+        "start": len(seeds["start"]) > 1,
+    }
+    return ", ".join(name for what, name in VARIED.items() if differ[what])
+
+
+def _seed_of(run: RunResults, what: str) -> int:
+    known = str(run.config.get("vary", RunConfig.vary)).split(",")
+    return (run.seed or 0) if what in known else 0
+
+
+def _all_specs(text: Any) -> Iterator[Spec]:
+    waiting = list(parse(text)) if isinstance(text, str) and text else []
+    while waiting:
+        yield (spec := waiting.pop())
+        waiting += spec.parts
 
 
 def grouped(runs: Sequence[RunResults]) -> list[Group]:

@@ -38,6 +38,7 @@ class TaskFacts(TypedDict):
     names: list[str]
     total: NotRequired[TaskNumber | None]
     score: NotRequired[str]
+    pretext: NotRequired[str]
     train: NotRequired[Natural]
     test: NotRequired[Natural]
 
@@ -77,6 +78,8 @@ class LessonSource(TypedDict):
     captions: NotRequired[str | None]
     images: NotRequired[str]
     score: NotRequired[str]
+    pretext: NotRequired[str]
+    replay: NotRequired[str]
     content: NotRequired[str]
     seal: NotRequired[str]
 
@@ -94,6 +97,7 @@ class Manifest(TypedDict):
     rows: NotRequired[list[RowFacts]]
     step: NotRequired[Natural]
     alone: NotRequired[bool]
+    forgotten: NotRequired[list[str]]
     source: NotRequired[LessonSource]
     device: NotRequired[str]
     processes: NotRequired[int]
@@ -144,6 +148,7 @@ class RunRecord(TypedDict):
     git: NotRequired[str | None]
     seed: NotRequired[int]
     config: dict[str, bool | int | float | str | list[str] | None]
+    lr: NotRequired[float]
     resolved: Resolved
     backbone: BackboneFacts
     versions: NotRequired[dict[str, str]]

@@ -18,7 +18,7 @@ from perdure.streams.folders import images
 from perdure.streams.hub import hub
 from perdure.streams.image_set import Budget, Captioned, ImageSet
 from perdure.streams.karpathy import coco, flickr30k
-from perdure.streams.options import REGISTRY, Options, StreamPlan
+from perdure.streams.options import REGISTRY, Options, StreamPlan, redrawn
 from perdure.streams.sequence import sequence
 from perdure.streams.single_task import (
     captioned_task,
@@ -80,7 +80,9 @@ STREAMS: dict[str, Callable[..., StreamPlan]] = {
 REGISTRY.update(STREAMS)
 
 
-def build_stream(what: str | Spec, preprocess: Preprocess, seed: int, measured: bool = False, **more: Any) -> Stream:
+def build_stream(
+    what: str | Spec, preprocess: Preprocess, seed: int, measured: bool = False, draw: int | None = None, **more: Any
+) -> Stream:
     """The stream that `what` describes: `'cifar100(tasks=10)'`, or a name with the options in `more`.
 
     Args:
@@ -89,6 +91,7 @@ def build_stream(what: str | Spec, preprocess: Preprocess, seed: int, measured: 
         seed: the run's; orders the classes or domains where the description does not.
         measured: nothing is learnt from it: of data without a test part all images are tested, in one task unless it is
             divided, and a test part may stand alone.
+        draw: a seed of the train images that are drawn, wherever in the description that is; None leaves it there.
         more: further options; they win over those in `what`.
 
     Raises:
@@ -101,6 +104,8 @@ def build_stream(what: str | Spec, preprocess: Preprocess, seed: int, measured: 
             "the objective generate()"
         )
     described = replace(spec, kwargs=tuple({**dict(spec.kwargs), **more}.items()))
+    if draw is not None:
+        described = redrawn(described, draw)
     plan: StreamPlan = build(described, STREAMS, "stream")
     try:
         return plan(preprocess, seed, measured)

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 from perdure.backbones.preprocess import Preprocess
 from perdure.formatting import meant
-from perdure.options.ranges import Count, Seed, check_fields
+from perdure.options.ranges import Count, Seed, check_fields, without_effect
 from perdure.streams.conversations import ConversationSet, Pictures, Record
 from perdure.streams.options import check_order
-from perdure.streams.splits import SHARE, digest, first_of_each, held_out
+from perdure.streams.splits import SHARE, check_drawn, digest, first_of_each, held_out, redrawn
 from perdure.streams.task_split import ordered
 from perdure.types import Stream, Task
 
@@ -25,9 +25,10 @@ class ConversationOptions:
         only: names of the tasks to keep; all when None.
         order: of the tasks: None (by the run's seed; where they are written in an order, in that), "natural", an
             integer seed, all names as a list, or a file with a name a line.
-        per_task: at most so many train conversations a task. Which ones depends neither on a seed nor on the order;
-            fewer are a subset of more.
+        per_task: at most so many train conversations a task. Which ones depends neither on the run's seed nor on the
+            order; fewer are a subset of more.
         test_per_task: the same for test conversations.
+        draw: a seed of which train conversations `per_task` keeps; None is as 0.
         skip_bad: leave conversations out whose images are missing or unreadable, and list them; otherwise they are an
             error when they are met.
         share_images: allow that the same image is learnt and tested, in different conversations.
@@ -37,12 +38,15 @@ class ConversationOptions:
     order: Order | None = None
     per_task: Count | None = None
     test_per_task: Count | None = None
+    draw: Seed | None = None
     skip_bad: bool = False
     share_images: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)
         check_order(self.order)
+        if self.per_task is None:
+            without_effect("without per_task", draw=self.draw)
 
 
 @dataclass
@@ -102,6 +106,7 @@ def arrange_conversations(
         learnt, tested = divided[i]
         make = functools.partial(_set, found, parts[i], number, options, measured)
         sets.append((make(learnt, options.per_task, "train"), make(tested, options.test_per_task, "test")))
+    check_drawn(options.draw, sum(len(learnt) for learnt, _ in sets), sum(len(divided[i].learnt) for i in chosen))
     tasks = tuple(
         Task(number, names[i], (number,), (names[i],), len(parts), learnt, tested, parts[i].score)
         for number, (i, (learnt, tested)) in enumerate(zip(chosen, sets, strict=True))
@@ -186,7 +191,8 @@ def _set(
     which: str,
 ) -> ConversationSet:
     if size is not None:
-        kept = first_of_each([0] * len(records), [each.key for each in records], size, f"{which} conversations")
+        purpose = redrawn(f"{which} conversations", None if which == "test" else options.draw)
+        kept = first_of_each([0] * len(records), [each.key for each in records], size, purpose)
         records = [records[i] for i in kept]
     data = ConversationSet(records, found.pictures, label, part.score)
     if which == "test":

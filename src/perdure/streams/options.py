@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from perdure.backbones.preprocess import Preprocess
 from perdure.formatting import meant
 from perdure.options.ranges import Count, Range, Seed, check_fields, hints_of, refuse, without_effect
+from perdure.options.spec import Spec
 from perdure.types import Scenario, Stream
 
 StreamPlan = Callable[[Preprocess, int, bool], Stream]
@@ -42,9 +43,10 @@ class Options:
         order: of the classes, or of the domains in a domain-incremental stream: None (by the run's seed), "natural",
             an integer seed, all names as a list, or a file with a name a line. An integer in a list or file is the
             class of that number where classes are whole numbers, else a position in the natural order.
-        per_class: at most so many train images a class (and domain). Which ones depends neither on a seed nor on the
-            order; fewer are a subset of more.
+        per_class: at most so many train images a class (and domain). Which ones depends neither on the run's seed nor
+            on the order; fewer are a subset of more.
         test_per_class: the same for test images.
+        draw: a seed of which train images `per_class` keeps; None is as 0.
         skip_bad: leave unreadable images out and list them; otherwise they are an error when they are met.
     """
 
@@ -55,6 +57,7 @@ class Options:
     order: str | Seed | Sequence[str | Seed] | None = None
     per_class: Count | None = None
     test_per_class: Count | None = None
+    draw: Seed | None = None
     skip_bad: bool = False
 
     def __post_init__(self) -> None:
@@ -66,6 +69,8 @@ class Options:
                 f"tasks={self.tasks}, but increments={tuple(self.increments)} has {len(self.increments)}: drop tasks"
             )
         check_order(self.order)
+        if self.per_class is None:
+            without_effect("without per_class", draw=self.draw)
 
     def domain_column(self) -> str | None:
         """The column of the domain; raises a ValueError when it would have no effect."""
@@ -87,9 +92,10 @@ class CaptionOptions:
         embed: the backbone whose features are clustered; `pocket()` when None.
         order: of the topics: None (by the run's seed), "natural", an integer seed, or all names as a list. Captions
             in several languages come in the order written when None.
-        per_task: at most so many train images a task. Which ones depends neither on a seed nor on the order; fewer
-            are a subset of more.
+        per_task: at most so many train images a task. Which ones depends neither on the run's seed nor on the order;
+            fewer are a subset of more.
         test_per_task: the same for test images.
+        draw: a seed of which train images `per_task` keeps; None is as 0.
         texts: at most so many captions an image (and language), the first ones.
         skip_bad: leave unreadable images out and list them; otherwise they are an error when they are met.
     """
@@ -100,6 +106,7 @@ class CaptionOptions:
     order: str | Seed | Sequence[str | Seed] | None = None
     per_task: Count | None = None
     test_per_task: Count | None = None
+    draw: Seed | None = None
     texts: Count = 5
     skip_bad: bool = False
 
@@ -108,6 +115,8 @@ class CaptionOptions:
         check_order(self.order)
         if self.by not in (None, "clusters"):
             without_effect(f"with by={self.by!r}", embed=self.embed)
+        if self.per_task is None:
+            without_effect("without per_task", draw=self.draw)
 
     @property
     def column(self) -> str | None:
@@ -156,6 +165,32 @@ def stream(
         return made
 
     return decorate
+
+
+def redrawn(spec: Spec, draw: int) -> Spec:
+    """`spec`, and all that it is made of, with `draw` as the seed of the train images that are drawn.
+
+    Raises:
+        ValueError: when none are drawn, or `spec` says itself which ones.
+    """
+    found = _redrawn(spec, draw)
+    if found == spec:
+        raise ValueError(
+            f"vary names images, but {str(spec)!r} draws none: give per_class, per_task or fewshot's shots, or leave "
+            "images out"
+        )
+    return found
+
+
+def _redrawn(spec: Spec, draw: int) -> Spec:
+    options = dict(spec.kwargs)
+    factory = REGISTRY.get(spec.name)
+    can = factory is not None and "draw" in inspect.signature(factory).parameters
+    if can and (spec.name == "fewshot" or {"per_class", "per_task"} & options.keys()):
+        if "draw" in options:
+            raise ValueError(f"draw={options['draw']} in {spec.name!r} fixes the images that vary names: drop one")
+        options["draw"] = draw
+    return Spec(spec.name, tuple(options.items()), tuple(_redrawn(part, draw) for part in spec.parts))
 
 
 def check_order(order: str | int | Sequence[str | int] | None) -> None:

@@ -125,7 +125,7 @@ def captioned_task(
     pair = [found.train]
     if found.test is not None or count >= _ENOUGH_CAPTIONED:
         pair = list(divide(found.train, found.test, [0] * count, "the images")[:2])
-    sets = [_captioned(each, preprocess) for each in pair]
+    sets = [captioned_images(each, preprocess) for each in pair]
     if skip_bad:
         sets = [data.readable() for data in sets]
     if not len(sets[0]):
@@ -314,7 +314,8 @@ def _identities(names: Sequence[str]) -> Tensor:
     return torch.tensor([int.from_bytes(sha256(name.encode()).digest()[:8], "big") >> 1 for name in names])
 
 
-def _captioned(part: CaptionedPart, preprocess: Preprocess) -> Captioned:
+def captioned_images(part: CaptionedPart, preprocess: Preprocess) -> Captioned:
+    """The images of a part with their captions, not decoded yet."""
     rows = torch.tensor(part.rows, dtype=torch.int64)
     images = ImageSet(part.source, rows, torch.zeros_like(rows), preprocess)
     pairs = _identities([part.source.where(row) for row in part.rows])

@@ -32,6 +32,24 @@ def first_of_each(groups: Sequence[Hashable], names: Sequence[str], size: int, p
     return sorted(kept)
 
 
+def redrawn(purpose: str, draw: int | None) -> str:
+    """A purpose with a seed of its own; as it is where that is None or 0."""
+    return f"{purpose} {draw}" if draw else purpose
+
+
+def check_drawn(draw: int | None, kept: int, total: int) -> None:
+    """Refuse a `draw` of train examples that keeps all of them.
+
+    Raises:
+        ValueError: when `kept` are as many as there are in all.
+    """
+    if draw is not None and kept == total > 0:
+        raise ValueError(
+            f"draw={draw} has no effect: all {total} train examples are kept; ask for fewer (per_class, per_task), or "
+            "leave draw, and images in vary, out"
+        )
+
+
 def held_out(groups: Sequence[Hashable], names: Sequence[str], share: float, purpose: str) -> list[int]:
     """Positions of a random `share` of each group, at least one of every group with two members or more."""
     sizes: dict[Hashable, int] = {}

@@ -14,7 +14,17 @@ from perdure.streams.image_set import Budget, ImageSet
 from perdure.streams.naming import class_name, in_case_only, numbers, recorded, task_name
 from perdure.streams.options import Options, read_order
 from perdure.streams.sources import Source, told_shared
-from perdure.streams.splits import ImagePart, all_with_images, divide, first_of_each, noted, shuffled
+from perdure.streams.splits import (
+    ImagePart,
+    all_with_images,
+    check_drawn,
+    digest,
+    divide,
+    first_of_each,
+    noted,
+    redrawn,
+    shuffled,
+)
 from perdure.types import Scenario, Stream, Task
 
 _Ids = np.ndarray[Any, np.dtype[np.int64]]
@@ -83,7 +93,11 @@ def arrange(found: LabelledData, options: Options, preprocess: Preprocess, seed:
     shared = told_shared(train.source, test.source) if found.test is not None and not measured else []
     remarks = [*in_case_only(found.names), *shared]
     if options.per_class is not None:
-        train = train.take(first_of_each(train.groups(), train.keys, options.per_class, "train images"))
+        purpose, total = redrawn("train images", options.draw), len(train)
+        train = train.take(first_of_each(train.groups(), train.keys, options.per_class, purpose))
+        check_drawn(options.draw, len(train), total)
+        if options.draw is not None:
+            split["drawn_sha256"] = digest(sorted(train.keys))
     if options.test_per_class is not None:
         test = test.take(first_of_each(test.groups(), test.keys, options.test_per_class, "test images"))
     if scenario == "domain":

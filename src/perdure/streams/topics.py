@@ -15,7 +15,17 @@ from perdure.backbones.preprocess import Preprocess
 from perdure.options.spec import build, parse_one
 from perdure.streams.image_set import Budget, Captioned, ImageSet
 from perdure.streams.options import CaptionOptions
-from perdure.streams.splits import ImagePart, all_with_images, digest, divide, first_of_each, noted, shuffled
+from perdure.streams.splits import (
+    ImagePart,
+    all_with_images,
+    check_drawn,
+    digest,
+    divide,
+    first_of_each,
+    noted,
+    redrawn,
+    shuffled,
+)
 from perdure.streams.task_split import ordered
 from perdure.types import Scenario, Stream, Task
 
@@ -82,7 +92,11 @@ def arrange_captions(
     if not languages and options.by in (None, "clusters"):
         split["topics_sha256"] = digest(sorted(line for side in sides for line in side.assigned()))
     for side, size in zip(sides, (options.per_task, options.test_per_task), strict=True):
-        side.subsample(size)
+        side.subsample(size, None if side.kind == "test" else options.draw)
+    if options.draw is not None:
+        learnt = sides[0]
+        check_drawn(options.draw, len(learnt.kept), len(learnt.part))
+        split["drawn_sha256"] = digest(sorted(learnt.part.keys[i] for i in learnt.kept))
     order = "natural" if languages and options.order is None else options.order
     chosen = ordered(names, order, "caption column" if languages else "topic", seed)
     made = _tasks(sides, [(names[t], t if languages else 0, 0 if languages else t) for t in chosen], options)
@@ -117,10 +131,11 @@ class _Side:
         """Image and topic, as texts."""
         return [f"{key} {topic}" for key, topic in zip(self.part.keys, self.topics.tolist(), strict=True)]
 
-    def subsample(self, size: int | None) -> None:
-        """Keep at most `size` images a topic."""
+    def subsample(self, size: int | None, draw: int | None) -> None:
+        """Keep at most `size` images a topic; `draw` is a seed of which."""
         if size is not None:
-            self.kept = first_of_each(self.topics.tolist(), self.part.keys, size, f"{self.kind} images")
+            purpose = redrawn(f"{self.kind} images", draw)
+            self.kept = first_of_each(self.topics.tolist(), self.part.keys, size, purpose)
 
     def of(self, topic: int) -> list[int]:
         """Positions of the kept images of a topic."""

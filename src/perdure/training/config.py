@@ -24,11 +24,14 @@ from perdure.options.ranges import (
     check_fields,
     without_effect,
 )
+from perdure.options.rates import RETRIEVING, SPEAKING, USUAL, own_rate
 from perdure.options.spec import Spec, build, parse, parse_one
 
 if TYPE_CHECKING:  # what only asks, as the command line's help does, waits for no torch
+    from perdure.backbones.preprocess import Preprocess
     from perdure.core.method import Method
     from perdure.core.objective import Objective
+    from perdure.types import Stream
 
 
 Precision = Literal["auto", "fp32", "bf16"]
@@ -38,7 +41,7 @@ _WARMUP = 0.1
 _SPEAKING = {
     "objective": "generate()",
     "method": "lora(rank=16, at='qkvo,mlp', tower='language')",
-    "lr": 2e-4,
+    "lr": SPEAKING,
     "batch_size": 16,
 }
 """Of language models: the sites and the rate of LLaVA's LoRA."""
@@ -55,8 +58,8 @@ class TrainConfig:
     """New examples per step, of all processes together."""
     accumulate: Count = 1
     """Parts in which a step encodes its examples: with the same result, a part takes memory, and a third more time."""
-    lr: Rate = 1e-3
-    """Learning rate at the start of each task."""
+    lr: Rate | None = None
+    """Learning rate at the start of each task; the method's own when left out, see `perdure list methods`."""
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
     """Made anew for every task; sgd has momentum 0.9."""
     weight_decay: Annotated[float, Range(0, 1e4)] = 0.0
@@ -103,20 +106,25 @@ class TrainConfig:
             changes = {"milestones": "", "decay": None} | changes
         return dataclasses.replace(self, **changes)
 
+    @property
+    def peak(self) -> float:
+        """Learning rate at the start of each task."""
+        return USUAL if self.lr is None else self.lr
+
     def rate(self, step: int, steps: int) -> float:
         """Learning rate of a task's step number `step` (from 0) of `steps`."""
         epoch = step * self.epochs // steps
         if self.schedule == "warmup-cosine":
             rising = math.ceil(_WARMUP * steps)
             if step < rising:
-                return self.lr * (step + 1) / (rising + 1)
-            return self.lr * (0.5 * (1 + math.cos(math.pi * (step - rising) / max(steps - rising, 1))))
+                return self.peak * (step + 1) / (rising + 1)
+            return self.peak * (0.5 * (1 + math.cos(math.pi * (step - rising) / max(steps - rising, 1))))
         if self.schedule == "cosine":
-            return self.lr * (0.5 * (1 + math.cos(math.pi * (step / steps))))
+            return self.peak * (0.5 * (1 + math.cos(math.pi * (step / steps))))
         if self.schedule == "cosine-epoch":
-            return self.lr * math.cos(99 * math.pi * epoch / (200 * (self.epochs - 1)))
+            return self.peak * math.cos(99 * math.pi * epoch / (200 * (self.epochs - 1)))
         fallen = sum(epoch >= milestone for milestone in self._milestones()) if self.schedule == "step" else 0
-        return self.lr * (_DECAY if self.decay is None else self.decay) ** fallen
+        return self.peak * (_DECAY if self.decay is None else self.decay) ** fallen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +144,10 @@ class RunConfig(TrainConfig):
     calibrate: Annotated[float, Range(0, 0.5)] = 0.0
     """Share of each class's training images set apart, for `predict --calibrated`; with 0 all are trained on."""
     seed: Seed = 0
-    """All randomness, and the order of classes unless the stream fixes it."""
+    """All randomness, and the order of classes unless the stream fixes it; see vary."""
+    vary: str = "order,start"
+    """What the seed changes, with commas between: order (of classes or tasks), images (which train images per_class,
+    per_task or shots keep), start (first values, batches, all else that is random). The rest is as with seed 0."""
     precision: Precision = "auto"
     """Of the encoder: auto takes bf16 where the processor has it natively."""
     attention: Attention = "auto"
@@ -181,10 +192,42 @@ class RunConfig(TrainConfig):
             object.__setattr__(self, name, anchored(getattr(self, name)))
         object.__setattr__(self, "retain", tuple(map(anchored, self.retain)))
         measured_between(self.evaluate)
+        object.__setattr__(self, "vary", ",".join(_varied(self.vary)))
+
+    def seed_of(self, what: str) -> int:
+        """The seed of one of `VARIED`, which is this run's where it is varied."""
+        return self.seed if what in self.vary.split(",") else 0
+
+    def settled(self) -> Self:
+        """The same with the learning rate that is taken where none is given."""
+        return self if self.lr is not None else self.but(lr=self.recommended())
+
+    def recommended(self) -> float:
+        """The learning rate of its method: of classes by their names at most 1e-3, of texts that of its objective."""
+        objective = parse_one(self.objective).name
+        if usual(self.backbone):
+            return SPEAKING
+        if objective == "retrieve":
+            return RETRIEVING
+        own = own_rate(self.method)
+        return min(own, USUAL) if objective == "zeroshot" else own
 
     def describe(self) -> dict[str, Any]:
         """As JSON."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+
+VARIED = {"order": "class order", "images": "images drawn", "start": "start"}
+"""What a seed can change, and what tables call it."""
+
+
+def _varied(text: str) -> list[str]:
+    words = [word.strip() for word in text.split(",")]
+    if wrong := [word for word in words if word not in VARIED]:
+        raise ValueError(
+            f"vary={text!r}: expected some of {','.join(VARIED)}, not {wrong[0]!r}{meant(wrong[0], VARIED)}"
+        )
+    return [word for word in VARIED if word in words]
 
 
 def measured_between(evaluate: str) -> int | None:
@@ -217,6 +260,16 @@ def usual(backbone: str) -> dict[str, Any]:
     return dict(_SPEAKING) if isinstance(of, type) and issubclass(of, Language) else {}
 
 
+LEARNT = "inflora(rank=10) + align"
+"""The method of learners that are taught classes by hand, where none is named: see `docs/choosing.md`."""
+
+
+def for_lessons(backbone: str, objective: str | None = None) -> dict[str, Any]:
+    """Fields of the configuration of a new learner that is taught by hand, where they are left open."""
+    classes = objective is None or parse_one(objective).name == "classify"
+    return usual(backbone) or ({"method": LEARNT} if classes else {})
+
+
 def flags(values: Mapping[str, Any], without: Container[str] = ()) -> list[str]:
     """The flags of the command line that make a run's configuration: those whose values are not the defaults.
 
@@ -235,8 +288,9 @@ def flags(values: Mapping[str, Any], without: Container[str] = ()) -> list[str]:
 
 
 def register() -> None:
-    """Import all methods, which makes them known by name."""
+    """Import all methods and pretexts, which makes them known by name."""
     import_module("perdure.methods")
+    import_module("perdure.pretraining")
     import_own_methods()
 
 
@@ -296,6 +350,12 @@ def former_parts(config: RunConfig) -> str:
     return f"{former[0]} is no method any more, but an option: write --method {shlex.quote(rest)}{more}"
 
 
+def said_of(config: RunConfig) -> list[str]:
+    """What who begins with a configuration should know: what is written in an old way, and the rate that is taken."""
+    rate = f"learning rate {config.recommended():g}, that of {config.method}; --lr gives another"
+    return [*filter(None, [former_parts(config)]), *([rate] if config.lr is None else [])]
+
+
 def make_backbone(text: str, method: str = "") -> Any:
     """A backbone from its spec, with what former parts of `method` set.
 
@@ -307,6 +367,14 @@ def make_backbone(text: str, method: str = "") -> Any:
     backbone = one(with_former(text, "backbone", method), BACKBONES, "backbone")
     backbone.check_finite()
     return backbone
+
+
+def make_stream(config: RunConfig, preprocess: "Preprocess") -> "Stream":
+    """The stream of a run, in its order and with its images, as a backbone with `preprocess` reads them."""
+    from perdure.streams import build_stream
+
+    draw = config.seed_of("images") if "images" in config.vary.split(",") else None
+    return build_stream(config.stream, preprocess, config.seed_of("order"), draw=draw)
 
 
 def one(text: str, registry: Any, kind: str, **given: Any) -> Any:

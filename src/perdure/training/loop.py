@@ -113,10 +113,13 @@ def fit_task(
     if resumed is None:
         learner.step = 0
         _reseed(learner, task, "begin")
+        if learner.pretext is not None:
+            learner.pretext.begin_task(learner)
         method.begin_task(learner, task)
         learner.processes.agree(learner.learnt_state())
     data = method.data(learner, task)
-    data = learner.cache.of(data, config.epochs)
+    if learner.pretext is None:  # which looks at images, and at other parts of them in every step
+        data = learner.cache.of(data, config.epochs)
     clock.append(time.perf_counter())
     steps = config.epochs * math.ceil(len(data) / config.batch_size)
     done, images = 0, 0
@@ -157,6 +160,7 @@ def fit_task(
     _reseed(learner, task, "end")
     method.finalize(learner, task)
     method.end_task(learner, task)
+    learner.pretext = None
     check_saved(learner)
     learner.processes.agree(learner.learnt_state())
     learner.prepare()
@@ -204,6 +208,8 @@ def check_shared_out(learner: Core, accumulate: int) -> None:
         ValueError: with the method's name.
     """
     world = learner.processes.world
+    if learner.pretext is not None and (world > 1 or accumulate > 1):
+        raise ValueError(f"{learner.pretext.name} is learnt in one process and whole batches: leave accumulate out")
     if learner.sharded and learner.tunes_backbone:
         raise ValueError("shard='blocks' is for frozen weights, and here they are trained: leave it out, or take lora")
     for part in learner.method:
@@ -241,9 +247,9 @@ def _optimizer(learner: Core, config: TrainConfig) -> torch.optim.Optimizer | No
     # the rate itself is set before every step
     described = [{"params": params, "scale": scale} for scale, params in groups.items()]
     if config.optimizer == "sgd":
-        return torch.optim.SGD(described, config.lr, momentum=0.9, weight_decay=config.weight_decay, fused=True)
+        return torch.optim.SGD(described, config.peak, momentum=0.9, weight_decay=config.weight_decay, fused=True)
     kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
-    return kind(described, config.lr, weight_decay=config.weight_decay, fused=True)
+    return kind(described, config.peak, weight_decay=config.weight_decay, fused=True)
 
 
 def _reseed(learner: Core, task: Task, purpose: str, step: int | None = None) -> None:

@@ -27,15 +27,15 @@ from perdure.evaluation.feature_drift import Drift
 from perdure.evaluation.held_out import HeldOut, held_out_of, remarks
 from perdure.evaluation.schedule import Evaluation, check_effect
 from perdure.process import as_found, plain
-from perdure.streams import build_stream
 from perdure.streams.augment import AUGMENTS
 from perdure.training.config import (
     RunConfig,
-    former_parts,
     make_backbone,
     make_method,
     make_objective,
+    make_stream,
     measured_between,
+    said_of,
 )
 from perdure.training.loop import Diverged, Progress, Quiet, TrainConfig, check_shared_out, fit_task
 from perdure.training.online import Along, as_one, check_borders
@@ -86,8 +86,9 @@ def run(
             raise ValueError(f"{out} already holds a run: go on with 'perdure resume {out}', or give another --out")
         progress = (progress if processes.first else None) or Quiet()
         learner, stream, runtime = _build(config, runtime, processes)
-        if old := former_parts(config):
-            progress.note(old)
+        asked, config = config, config.settled()
+        for line in said_of(asked):
+            progress.note(line)
         dry_run(config, learner.backbone, stream)
         held_out = held_out_of(config.retain, learner)
         if unlike := unlike_scores(scored_by(config.describe(), [task.score for task in stream])):
@@ -98,7 +99,7 @@ def run(
             for line in learner.backbone.unread([name for task in stream for name in task.names]):
                 progress.note(line)
         if processes.first:
-            write_record(out, record_of(config, learner, stream, runtime, held_out))
+            write_record(out, record_of(asked, learner, stream, runtime, held_out))
         processes.wait()
         if config.shard != "none":
             shard(learner)
@@ -121,7 +122,7 @@ def dry_run(config: RunConfig, backbone: Backbone, stream: Stream) -> None:
     """
     objective, method = make_objective(config.objective, config.method), make_method(config.method)
     check_effect(measured_between(config.evaluate), stream, objective)
-    learner = Core(backbone, objective, method, stream.scenario, config.seed)
+    learner = Core(backbone, objective, method, stream.scenario, config.seed_of("start"))
     learner.sharded = config.shard != "none"
     learner.online, learner.compiles = config.online, config.compile
     try:
@@ -213,7 +214,7 @@ def build_learner(
     if runtime is None:
         runtime = resolve(backbone, config.precision, config.attention, config.device, processes.world)
     runtime.apply(backbone)
-    learner = kind(backbone, objective, method, seed=config.seed)
+    learner = kind(backbone, objective, method, seed=config.seed_of("start"))
     learner.precision, learner.augment, learner.calibrate = runtime.dtype, AUGMENTS[config.augment], config.calibrate
     learner.processes = processes
     if config.shard != "none" and processes.world == 1:
@@ -246,10 +247,10 @@ def check_compile(config: RunConfig, learner: Core) -> None:
 
 def _build(config: RunConfig, runtime: Runtime | None, processes: Processes) -> tuple[Core, Stream, Runtime]:
     learner, runtime = build_learner(Core, config, runtime, processes)
-    stream = build_stream(config.stream, learner.backbone.preprocess, config.seed)
+    stream = make_stream(config, learner.backbone.preprocess)
     check_gives(stream, learner, config.stream, f", or use --objective {asking(stream.gives)}")
     learner.scenario = stream.scenario
-    return learner, as_one(stream, config.seed) if config.online else stream, runtime
+    return learner, as_one(stream, learner.seed) if config.online else stream, runtime
 
 
 def check_gives(stream: Stream, learner: Core, described: str, remedy: str = "") -> None:
@@ -320,7 +321,7 @@ def learn_stream(
                 if not stream.name:
                     raise
                 raise Diverged(
-                    f"{error}: start anew in another folder with a lower --lr than {config.lr:g}; the tasks before "
+                    f"{error}: start anew in another folder with a lower --lr than {config.peak:g}; the tasks before "
                     f"can be used as they are in {out}"
                 ) from error
             for remark in learner.objective.remarks():

@@ -1,7 +1,7 @@
 """What a run's checkpoints add up to: summary.json; and which images they were taught."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -101,7 +101,8 @@ def summary_of(out: Path, done: Sequence[Checkpoint]) -> dict[str, Any]:
     notes: dict[str, Any] = dict(checkpoint.read_record(out)["stream"])
     sources = [each.manifest["source"] for each in done if "source" in each.manifest]
     config = checkpoint.read_record(out)["config"]
-    found = scores_of(rows, tasks, scored_by(config, [task.score for task in done[-1].tasks[:tasks]])) | {
+    unlabelled = {task.index for task in done[-1].tasks if task.pretext}
+    found = scores_of(rows, tasks, scored_by(config, [task.score for task in done[-1].tasks[:tasks]]), unlabelled) | {
         "trainable_parameters": _cost(done[-1], "trainable_parameters"),
         "stored_bytes": checkpoint.stored_bytes(done[-1]) + int(referenced[-1] if referenced else 0),
         "seconds_per_task": seconds,
@@ -153,22 +154,31 @@ def scored_by(config: Mapping[str, Any], scores: Sequence[str]) -> list[str]:
     return [score or default for score in scores] if objective.name == "generate" else []
 
 
-def scores_of(rows: Sequence[Row], tasks: int, scores: Sequence[str] = ()) -> dict[str, Any]:
+def scores_of(
+    rows: Sequence[Row], tasks: int, scores: Sequence[str] = (), unlabelled: Collection[int] = ()
+) -> dict[str, Any]:
     """The numbers that measurements add up to after `tasks` tasks; what was measured beyond them does not count.
 
     Args:
         rows: all measurements.
         tasks: how many tasks count.
         scores: how the answers of each task are scored, see `scored_by`. Where their scales differ there are no means.
+        unlabelled: steps of pre-training, of which there are no scores; means are over the other tasks.
     """
     rows = [row for row in rows if row.after < tasks and (row.on is None or row.on < tasks)]
     score, told, task_id = metrics.scored(rows)
-    matrix, given, recognised = (metrics.matrix_of(rows, metric, tasks) for metric in (score, told, task_id))
-    found: dict[str, Any] = metrics.summarise(matrix, metrics.baseline_of(rows, score, tasks)) | {
+    matrix = metrics.matrix_of(rows, score, tasks)
+
+    def known(metric: str) -> metrics.Matrix:
+        return metrics.taught_only(metrics.matrix_of(rows, metric, tasks), unlabelled)
+
+    given, recognised = known(told), known(task_id)
+    baseline = [v for i, v in enumerate(metrics.baseline_of(rows, score, tasks)) if i not in unlabelled]
+    found: dict[str, Any] = metrics.summarise(known(score), baseline) | {
         "acc_with_task_id": metrics.acc(given),
         "task_id_acc": metrics.acc(recognised),
         "forgetting_with_task_id": metrics.forgetting(given),
-        "feature_drift": drift.final(metrics.matrix_of(rows, drift.FEATURE_DRIFT, tasks)),
+        "feature_drift": drift.final(known(drift.FEATURE_DRIFT)),
         "score": score,
         "matrix": matrix,
     }
