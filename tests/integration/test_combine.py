@@ -22,13 +22,25 @@ BACKBONES = {"animals": "tiny(dim=16)", "colours": "tiny(dim=24)"}
 METHODS = {"animals": "lora(rank=2)", "colours": "probe"}
 
 
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the members of all tests are taught, once."""
+    return tmp_path_factory.mktemp("kept")
+
+
 @pytest.fixture
-def members(perdure: Any, photos: Any) -> list[str]:
+def members(perdure: Any, photos: Any, kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Two learners of different classes, backbones and methods."""
     for name, classes in CLASSES.items():
         photos(f"{name}/train", classes, 12), photos(f"{name}/test", classes, 6)
-        made = ("--backbone", BACKBONES[name], "--method", METHODS[name], *FAST)
-        assert perdure("learn", name, "--into", f"runs/{name}", *made).code == 0
+    if not (kept / "runs").exists():
+        shutil.copytree(tmp_path, kept, dirs_exist_ok=True)
+        monkeypatch.chdir(kept)
+        for name in CLASSES:
+            made = ("--backbone", BACKBONES[name], "--method", METHODS[name], *FAST)
+            assert perdure("learn", name, "--into", f"runs/{name}", *made).code == 0
+        monkeypatch.chdir(tmp_path)
+    shutil.copytree(kept / "runs", "runs")
     return [f"runs/{name}" for name in CLASSES]
 
 

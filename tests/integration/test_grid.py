@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import re
+import shlex
 import signal
 import sys
 import time
@@ -146,6 +147,17 @@ def test_advice_names_numbers_origin_and_what_is_left_out(perdure: Any) -> None:
     (event,) = perdure("advise", "--json", "--task-id-known", "yes").events
     assert event["answers"][0]["choices"][0]["place"] == 1
     assert event["answers"][0]["setting"]["command"].startswith("perdure compare")
+
+
+def test_the_command_that_is_advised_works(perdure: Any, photos: Any, small: Any) -> None:
+    photos("photos/january", "cat dog", 6)
+    perdure("compare", "--methods", "probe + align", *small, "--seeds", 0, "--out", "grid")
+    lines = perdure("advise", "--from", "grid", "--no-old-data").out.splitlines()
+    words = shlex.split(lines[lines.index("to use the first:") + 1])
+    assert words[:3] == ["perdure", "learn", "photos/january"]
+    assert {"--method", "probe + align", "--backbone", "tiny()"} <= set(words)
+    assert perdure(*words[1:], "--precision", "fp32").code == 0
+    assert perdure("predict", "my.learner", "photos/january/cat").code == 0
 
 
 def test_advice_says_when_it_does_not_know(perdure: Any) -> None:

@@ -100,7 +100,7 @@ def test_tables_show_names_as_they_are_written(capsys: pytest.CaptureFixture[str
     task = Task(0, f"[/b]:smile:{HARMLESS}{CLEAR}", (0,), ("a",))
     screen.measured([task], rows)
     screen.scores(task, rows)
-    screen.listing([("a", "b=[/c]", "[bold]:smile:")])
+    screen.listing([("a", "b=[/c]", "[bold]:smile:", "")])
     shown = capsys.readouterr().out
     assert shown.count(f"[/b]:smile:{HARMLESS}\\x1b[2J") == 2
     assert "[bold]:smile:" in shown

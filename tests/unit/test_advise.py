@@ -4,10 +4,17 @@ from typing import Any
 
 import pytest
 
-from perdure.cli.advise import advice_lines
+from perdure.cli.advise import advice_lines, use_command
+from perdure.core.learner import Core
+from perdure.export.model import _check
 from perdure.options.spec import parse
+from perdure.reporting.abilities import NOT_EXPORTABLE, exportable
 from perdure.reporting.advise import Advice, Constraints, advise, bytes_at, in_words, shipped
-from perdure.training.config import FORMER
+from perdure.training.config import FORMER, make_backbone, make_method, make_objective
+from perdure.types import Task
+
+ONLY_IN_WORDS = {"disco", "modal_prompt", "smolora"}
+"""Methods of language models alone."""
 
 MEGA = 1e6
 
@@ -192,3 +199,40 @@ def test_what_is_advised_is_written_as_it_is_run_today() -> None:
     assert any("align on pocket(layers=3)" in line for line in lines)
     commands = [line for line in lines if line.startswith("  perdure compare")]
     assert any(line.endswith("--backbone 'pocket(layers=3)' --methods align --out runs/again") for line in commands)
+
+
+def test_what_cannot_be_exported_or_searched_is_left_out_where_that_is_asked_for() -> None:
+    rows = row("align", 0.5, backbone="pocket(layers=3)"), row("ranpac", 0.4), row("probe + align", 0.3)
+    [plain] = advise([setting(*rows) | {"backbone": "pocket()"}], Constraints())
+    assert methods(plain) == ["align", "ranpac", "probe + align"]
+    [written] = advise([setting(*rows) | {"backbone": "pocket()"}], Constraints(exportable=True))
+    assert methods(written) == ["probe + align"]
+    assert written.left_out == {"--exportable": ["align on pocket(layers=3)", "ranpac"]}
+    [found] = advise([setting(*rows) | {"backbone": "pocket()"}], Constraints(searchable=True))
+    assert methods(found) == ["ranpac", "probe + align"]
+    [blind] = advise([setting(*rows) | {"backbone": 'vision(path="a")'}], Constraints(searchable=True))
+    assert methods(blind) == []
+    assert in_words(Constraints(exportable=True, searchable=True))[1:] == ["exportable only", "searchable only"]
+
+
+@pytest.mark.parametrize(
+    "method", [*sorted(NOT_EXPORTABLE - ONLY_IN_WORDS), "inflora(rank=2) + align", "ncm", "gpm", "joint"]
+)
+def test_exportable_is_what_export_says(method: str) -> None:
+    learner = Core(make_backbone("pocket()"), make_objective("classify()"), make_method(method))
+    learner.grow(Task(0, "0", (0, 1), ("a", "b")))
+    learner.learnt = 1
+    if exportable(method, "pocket()"):
+        _check(learner, "merged")
+    else:
+        with pytest.raises(ValueError, match="keep"):
+            _check(learner, "merged")
+
+
+def test_what_is_printed_is_a_page_and_says_how_to_use_the_first() -> None:
+    for asked in (Constraints(), Constraints(exportable=True, searchable=True, old_data=False, bytes="5MB")):
+        answers = advise(shipped(), asked)
+        lines = advice_lines(in_words(asked), answers, None)
+        assert len(lines) <= 50
+        place = lines.index("to use the first:")
+        assert lines[place + 1] == f"  {use_command(answers[0])}"

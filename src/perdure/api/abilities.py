@@ -3,17 +3,22 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perdure.api.given import Asked, known_task, told
+from perdure.core.forgetting import forget_classes
 from perdure.core.learner import Core
-from perdure.process import plain
+from perdure.core.shared_copy import become, twin_of
+from perdure.formatting import meant
+from perdure.process import Turn, as_found, plain
 from perdure.streams.conversations import Conversation
+from perdure.streams.naming import recorded
 from perdure.training.config import RunConfig, TrainConfig
+from perdure.training.runtime import Runtime
 from perdure.types import Data, Task
 
 TOKENS = 256
@@ -26,6 +31,8 @@ class Abilities(Core):
     """A core that refuses what it cannot do, in one line."""
 
     config: RunConfig
+    runtime: Runtime
+    lessons: Turn
 
     @property
     def known(self) -> dict[str, int]:
@@ -101,6 +108,42 @@ class Abilities(Core):
                 "this learner has no temperature, for no images were set apart when it learnt: teach a new one with "
                 "calibrate=0.1 (--calibrate 0.1)"
             )
+
+    def class_called(self, name: str) -> int:
+        """The id of the class `name`, which can be forgotten.
+
+        Raises:
+            ValueError: when it was not learnt, or is the only one.
+        """
+        if "classes" not in self.objective.asks:
+            asks = " and ".join(self.objective.asks)
+            raise ValueError(f"this learner learns {asks}, of which nothing can be forgotten: teach a new one without")
+        known = self.known
+        [spelt] = recorded([name], known)
+        if spelt not in known:
+            near = meant(spelt, known) or "; 'perdure show' names the classes"
+            raise ValueError(f"class {name!r} was not learnt{near}")
+        if len(known) == 1:
+            raise ValueError(f"{name!r} is the only class left, without which nothing is answered: remove the learner")
+        return known[spelt]
+
+    @plain()
+    def forget(self, name: str) -> Self:
+        """Never answer the class `name` again, and let go of what is kept of it; other classes score as before.
+
+        What goes, and what may remain: `docs/quickstart.md`. It can be taught again, as a class that is new.
+
+        Raises:
+            ValueError: when it was not learnt, or is the only class.
+        """
+        with self.lessons, as_found(self.runtime.threads):
+            if self.lessons.depth > 1:
+                raise ValueError("this learner is learning: forget cannot be called from its progress; call it after")
+            c = self.class_called(name)
+            twin = twin_of(self)
+            forget_classes(twin, {c})
+            become(self, twin)
+        return self
 
     def check_learnt(self) -> None:
         """Raise a ValueError before the first task."""

@@ -23,6 +23,7 @@ from perdure.api.lesson_source import (
 from perdure.backbones.preprocess import skippable
 from perdure.core import checkpoint
 from perdure.core.checkpoint import Checkpoint, read_record
+from perdure.core.forgetting import of_classes
 from perdure.formatting import shortened
 from perdure.options.paths import anchored, relocated
 from perdure.options.spec import parse
@@ -31,7 +32,8 @@ from perdure.storage.schema import LessonSource
 from perdure.streams import Captioned, captioned_task, conversation_task, folder_task
 from perdure.streams.conversation_stream import holds_conversations
 from perdure.streams.unlabelled import unlabelled_task
-from perdure.training.config import RunConfig, former_parts, make_stream, usual
+from perdure.training.config import RunConfig, make_stream, said_of
+from perdure.training.defaults import usual
 from perdure.training.loop import Diverged, Progress, Quiet, TrainConfig
 from perdure.training.record import elsewhere, recorded_moves, write_record
 from perdure.training.run import Interrupted, learn_stream, nothing_learnt_nothing_left, resume
@@ -89,8 +91,8 @@ def teach_folder(
                     "'mllm(path=...)'"
                 )
             learner = Learner.of(dataclasses.replace(config, stream=OPEN))
-            if old := former_parts(config):
-                progress.note(old)
+            for line in said_of(config):
+                progress.note(line)
         asks, reading = min(learner.objective.asks), settled(reading, learner)
         pretext = reading.get("pretext")
         trained = {k: v for k, v in given.items() if k in {f.name for f in dataclasses.fields(TrainConfig)}}
@@ -107,7 +109,7 @@ def teach_folder(
         if asks != "classes" and not pretext:
             _tell_overlap(before, task, progress)
         refuse_other_task(into, done, source)
-        if taught_last(done, source):
+        if taught_last(done, source, task.names):
             progress.note(
                 f"{photos} is what {into} was taught last, as task {done[-1].learnt}: nothing is learnt twice, results "
                 f"and summary are brought up to date; to teach it anew, remove {done[-1].folder} first"
@@ -128,7 +130,7 @@ def teach_folder(
             ) from stop
         except Diverged as error:
             shutil.rmtree(into / f"task-{len(before):03d}", ignore_errors=True)  # of no use to go on from
-            raise ValueError(f"{error}: teach it again with a lower --lr than {train.lr:g}") from error
+            raise ValueError(f"{error}: teach it again with a lower --lr than {train.peak:g}") from error
 
 
 def go_on(folder: Path, progress: Progress | None = None, device: str | None = None) -> dict[str, Any]:
@@ -181,8 +183,7 @@ def taught_tasks(learner: Learner, folder: Path, tell: Callable[[str], None]) ->
 
 def _finish(learner: Learner, tasks: Sequence[Task], into: Path, progress: Progress) -> dict[str, Any]:
     """What `learn_stream` does once all is learnt."""
-    stream = Stream(OPEN, learner.scenario, tuple(tasks))
-    return learn_stream(learner.usual_training(), learner, stream, into, progress)
+    return learn_stream(learner.usual_training(), learner, Stream(OPEN, learner.scenario, tuple(tasks)), into, progress)
 
 
 def tasks_with_data(
@@ -232,9 +233,11 @@ def _again(source: LessonSource, described: Task, learner: Learner, known: Mappi
     except ValueError:  # no folder of classes any more
         return described
     if own == dict(zip(task.names, task.classes, strict=True)):
-        # The folder may be called otherwise now, and versions differ in how they sort classes.
+        # The folder may be called otherwise now, and versions differ in how they sort classes
         task = dataclasses.replace(described, train=task.train, test=task.test)
-    # A memory refers to images by their position.
+    elif own and own.items() <= dict(zip(task.names, task.classes, strict=True)).items():
+        # Some were forgotten; in the training set they stay: a memory refers to images by their position.
+        task = dataclasses.replace(described, train=task.train, test=of_classes(task.test, described.classes))
     return task if task == described and digest_of(task.train) == source["train_sha256"] else described
 
 
@@ -273,7 +276,6 @@ def refuse_without_effect(into: Path, config: RunConfig, given: Mapping[str, Any
 def _tell_overlap(before: Sequence[Task], task: Task, progress: Progress) -> None:
     """Say when what is to be learnt was a test so far."""
     tests = torch.cat([t.test.pairs for t in before if hasattr(t.test, "pairs")] or [torch.empty(0)])
-    learnt = getattr(task.train, "pairs", torch.empty(0))
-    if count := int(torch.isin(learnt, tests).sum()):
+    if count := int(torch.isin(getattr(task.train, "pairs", torch.empty(0)), tests).sum()):
         what = "images to learn are" if isinstance(task.train, Captioned) else "conversations to learn show"
         progress.note(f"{count} {what} test images of earlier tasks, whose scores are no fair test any more")

@@ -20,7 +20,8 @@ from perdure.objectives.zeroshot import class_texts
 from perdure.process import Turn, as_found, plain
 from perdure.streams import ImageSet
 from perdure.streams.sources import Picture
-from perdure.training.config import RunConfig, check_options, former_parts, usual
+from perdure.training.config import RunConfig, check_options, former_parts
+from perdure.training.defaults import for_lessons
 from perdure.training.early_stop import watching
 from perdure.training.loop import Progress, Quiet, TrainConfig, fit_task
 from perdure.training.record import record_of, recorded_config, recorded_runtime, write_record
@@ -60,7 +61,7 @@ class Learner(Abilities):
 
         Args:
             backbone: the pre-trained model, in the option syntax.
-            method: how it learns; None is inflora(rank=10), or LoRA for a language model.
+            method: how it learns; None is inflora(rank=10) + align, or LoRA for a language model.
             objective: what is asked of it; None is classify(), or generate() for a language model.
             options: fields of `RunConfig`: epochs, lr, batch_size, seed, precision, ...
 
@@ -68,8 +69,8 @@ class Learner(Abilities):
             ValueError: for names and options that do not exist.
         """
         check_options("create", options, RunConfig)
-        given = {"method": method, "objective": objective}
-        settings = usual(backbone) | {name: value for name, value in given.items() if value is not None} | options
+        given = {name: value for name, value in (("method", method), ("objective", objective)) if value is not None}
+        settings = for_lessons(backbone, objective) | given | options
         config = RunConfig(stream=OPEN, backbone=backbone, **settings)
         if old := former_parts(config):
             warnings.warn(old, FutureWarning, stacklevel=2)
@@ -79,6 +80,7 @@ class Learner(Abilities):
     @plain()
     def of(cls, config: RunConfig, runtime: Runtime | None = None) -> Self:
         """A learner that has learnt nothing yet, from its configuration."""
+        config = config.settled()
         learner, found = build_learner(cls, config, runtime)
         learner.config, learner.runtime, learner._facts, learner.lessons = config, found, {}, Turn()
         learner.objective.bind(learner)  # a language model answers before it has learnt anything

@@ -145,14 +145,16 @@ def refuse_other_task(into: Path, done: Sequence[Checkpoint], source: LessonSour
         )
 
 
-def taught_last(done: Sequence[Checkpoint], source: LessonSource) -> bool:
-    """Whether the last task was learnt from these images.
+def taught_last(done: Sequence[Checkpoint], source: LessonSource, names: Sequence[str]) -> bool:
+    """Whether the last task was learnt from these images, and all its classes `names` are still known.
 
     Raises:
         ValueError: when it was, with other options, which would have no effect now.
     """
     last = done[-1].manifest.get("source") if done else None
     if not last or not source["content"] or last.get("content") != source["content"]:
+        return False
+    if {*done[-1].tasks[-1].names} != {*names}:
         return False
     if any(last.get(name) != source.get(name) for name in ("pretext", "replay")):
         return False

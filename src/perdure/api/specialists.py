@@ -104,6 +104,13 @@ class Specialists:
             raise ValueError(
                 f"none of the members of {folder} can be opened; the first: {next(iter(missing.values()))}"
             )
+        for number, name in record["classes"]:
+            member = members.get(record["members"][number]["name"])
+            if member is not None and "classes" in member.objective.asks and name not in member.known:
+                raise ValueError(
+                    f"{record['members'][number]['name']} has forgotten {name!r} since {folder} was made, whose pool "
+                    "still holds it: combine again"
+                )
         tensors = _read_pool(folder, record)
         pool = ExperiencePool(record["pool_bytes"])
         pool.load_state_dict({k.removeprefix("pool."): v for k, v in tensors.items() if k.startswith("pool.")})

@@ -14,7 +14,8 @@ from perdure.formatting import human_bytes, percent_with_spread
 from perdure.reporting.advise import Advice, Constraints, RankedMethod, advise, in_words, named, shipped
 from perdure.reporting.families import FAMILIES, TITLES, best_of_families, family_cells
 
-_MOST = 12  # methods shown of one setting
+_MOST, _FEWER = 8, 3  # methods shown of the setting that fits best, and of each other one
+_NAMED = 3  # methods of those left out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,39 +73,63 @@ def advice_lines(asked: Sequence[str], answers: Sequence[Advice], folder: str | 
             f"not known: {folder or 'the shipped table'} has no such measurement. Measure methods on your own stream "
             "with 'perdure compare', then ask with --from and its folder",
         ]
-    for answer in answers:
-        lines += ["", *_answer(answer)]
+    for number, answer in enumerate(answers):
+        lines += ["", *_answer(answer, first=not number)]
+    if len(answers) > 1 or any(len(answer.choices) > _MOST for answer in answers):
+        lines += ["", "--json has all methods, notes and commands of each data set."]
     if folder is None:
         lines += ["", "On other data the order may differ: measure with 'perdure compare', then ask with --from."]
     return lines
 
 
-def _answer(answer: Advice) -> list[str]:
+def _answer(answer: Advice, first: bool) -> list[str]:
+    """What one setting says; in full for the first, which fits best."""
+    most = _MOST if first else _FEWER
     about = answer.setting
     lines = [f"{about['data']}, {about['tasks']} tasks, {about['classes']} classes, {about['backbone']}"]
     if not answer.choices:
         lines.append("not known: no method that was measured here is known to keep to all of this")
     else:
         titles = ("", "accuracy", "new task", "forgetting", "stored", "step", "method")
-        rows = [titles, *map(_cells, answer.choices[:_MOST])]
+        rows = [titles, *map(_cells, answer.choices[:most])]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines += ["  ".join([*map(str.rjust, row[:-1], widths), row[-1]]) for row in rows]
-        if len(answer.choices) > _MOST:
-            lines.append(f"and {len(answer.choices) - _MOST} more, see --json")
-    lines += [f"left out, {why}: {', '.join(methods)}" for why, methods in answer.left_out.items()]
-    lines += [f"not known, {what}: {', '.join(methods)}" for what, methods in answer.unknown.items()]
+        if len(answer.choices) > most and first:
+            lines.append(f"and {len(answer.choices) - most} more")
+    if not first and answer.choices:
+        return lines
+    lines += [f"left out, {why}: {_some(methods)}" for why, methods in answer.left_out.items()]
+    lines += [f"not known, {what}: {_some(methods)}" for what, methods in answer.unknown.items()]
     days = " to ".join(dict.fromkeys((about["created"][0], about["created"][-1])))
     commits = f" at {', '.join(about['git'])}" if about["git"] else ""
     lines += [*answer.notes, f"measured {days} with perdure {', '.join(about['perdure'])}{commits}"]
     if not answer.choices:
         return lines
-    first = answer.choices[:3]
+    lines += ["to use the first:", f"  {use_command(answer)}"]
+    three = answer.choices[:3]
     lines.append("to measure the first three:")
-    for number, backbone in enumerate(dict.fromkeys(choice.backbone for choice in first)):
-        methods = shlex.join(choice.method for choice in first if choice.backbone == backbone)
+    for number, backbone in enumerate(dict.fromkeys(choice.backbone for choice in three)):
+        methods = shlex.join(choice.method for choice in three if choice.backbone == backbone)
         other = f" --backbone {shlex.quote(backbone)}" if backbone else ""
         lines.append(f"  {about['command']}{other} --methods {methods} --out runs/again{number or ''}")
     return lines
+
+
+def use_command(answer: Advice) -> str:
+    """The command that teaches a learner with the first choice, trained as it was measured but for the passes."""
+    about, choice = answer.setting, answer.choices[0]
+    words = ["perdure", "learn", "photos/january", "--into", "my.learner"]
+    training = {k: v for k, v in about.get("training", {}).items() if k in ("objective", "lr", "batch_size")}
+    chosen = {"backbone": choice.backbone or about.get("backbone"), "method": choice.method} | training
+    for name, value in chosen.items():
+        if value is not None and (name, value) != ("objective", "classify()"):
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    return shlex.join(words)
+
+
+def _some(methods: Sequence[str]) -> str:
+    more = f" and {len(methods) - _NAMED} more" if len(methods) > _NAMED else ""
+    return f"{', '.join(methods[:_NAMED])}{more}"
 
 
 def _cells(choice: RankedMethod) -> tuple[str, ...]:

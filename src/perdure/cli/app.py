@@ -15,7 +15,8 @@ from perdure.cli.console import Screen
 from perdure.cli.use import LearnerCommand
 from perdure.formatting import count_bytes
 from perdure.options.ranges import Range, Seed
-from perdure.training.config import RunConfig, usual
+from perdure.training.config import RunConfig
+from perdure.training.defaults import for_lessons
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +61,7 @@ class App(LearnerCommand):
 
         names = [f.name for f in fields(RunConfig) if hasattr(self, f.name)]
         given = {n: v for n in names if (v := getattr(self, n)) is not None and n != "device"}
-        config = RunConfig(stream="", **(usual(self.backbone) if self.backbone else {}) | given)
+        config = RunConfig(stream="", **for_lessons(self.backbone or RunConfig.backbone, self.objective) | given)
         if self.device:
             given["device"] = self.device
         service = Service(

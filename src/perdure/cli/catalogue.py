@@ -12,7 +12,7 @@ import os
 import sys
 import typing
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Any, Literal
 from perdure.experiments.recipes import recipes
 from perdure.options import ranges
 from perdure.options.own_methods import OWN_METHODS, import_own_methods
+from perdure.options.rates import RATES
 
 Listed = Literal["methods", "streams", "backbones", "pretexts", "recipes"]
 _REGISTRIES = {"streams": "STREAMS", "backbones": "BACKBONES"}
@@ -40,6 +41,13 @@ class CatalogueEntry:
     options: str
     ranges: Mapping[str, str]
     about: str
+    lr: str = ""
+    """Of a method: its own learning rate, and where that is from."""
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """Ranges, and a method's learning rate."""
+        return {**self.ranges, **({"learning rate": self.lr} if self.lr else {})}
 
     @property
     def sentence(self) -> str:
@@ -55,13 +63,19 @@ def entries(kind: Listed) -> dict[str, CatalogueEntry]:
         return dict(_factories(kind, _REGISTRIES[kind]))
     if kind == "pretexts":
         return dict(_classes("pretraining"))
-    ours = dict(_classes("methods"))
+    ours = {name: replace(each, lr=_rate(name)) for name, each in _classes("methods")}
     if entry_points(group="perdure.methods") or os.environ.get(OWN_METHODS):
         import_module("perdure.methods")
         import_own_methods()
         every = import_module("perdure.core.method").METHODS
         ours |= {name: described(made) for name, made in every.items() if name not in ours}
     return ours
+
+
+def _rate(method: str) -> str:
+    """Its learning rate where none is given, for people."""
+    own = RATES.get(method)
+    return f"{own.rate:g} ({own.source})" if own else "its partner's, or 0.001"
 
 
 def described(made: Callable[..., Any]) -> CatalogueEntry:

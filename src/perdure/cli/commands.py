@@ -25,12 +25,13 @@ from perdure.cli.report import Report
 from perdure.cli.reward import Reward
 from perdure.cli.show import Show
 from perdure.cli.tune import Tune
-from perdure.cli.use import Eval, Export, Move, Predict, Push, Resize, Search
+from perdure.cli.use import Eval, Export, Forget, Move, Predict, Push, Resize, Search
 from perdure.experiments.cluster import Cluster
 from perdure.experiments.recipes import DEMO_METHODS, demo, recipe
 from perdure.formatting import meant, shortened
 from perdure.options.ranges import BatchSize, Epochs, Range, Rate, Seed
-from perdure.training.config import RunConfig, flags, usual
+from perdure.training.config import RunConfig, flags
+from perdure.training.defaults import for_lessons
 
 Processes = Annotated[int, Range(1, 1024)]
 
@@ -135,13 +136,13 @@ class Learn(Command):
     backbone: str | None = None
     """For a new learner; pocket() unless said otherwise."""
     method: str | None = None
-    """For a new learner; inflora(rank=10) unless said otherwise, LoRA of rank 16 for a language model."""
+    """For a new learner; inflora(rank=10) + align unless said otherwise, LoRA of rank 16 for a language model."""
     objective: str | None = None
     """For a new learner; classify() unless said otherwise, generate() for a language model."""
     epochs: Epochs | None = None
     """Passes over the images; 5 unless said otherwise, and more over few images, for at least 60 steps."""
     lr: Rate | None = None
-    """Learning rate; 1e-3 unless said otherwise, 2e-4 for a language model."""
+    """Learning rate; the method's own unless said otherwise, see `perdure list methods`, 2e-4 for a language model."""
     batch_size: BatchSize | None = None
     """Examples per step; 64 unless said otherwise, 16 for a language model."""
     seed: Seed | None = None
@@ -170,7 +171,7 @@ class Learn(Command):
 
         screen.wait("reading the data and the model")
         given = {f.name: getattr(self, f.name) for f in fields(RunConfig) if getattr(self, f.name, None) is not None}
-        config = RunConfig(stream="", **(usual(self.backbone) if self.backbone else {}) | given)
+        config = RunConfig(stream="", **for_lessons(self.backbone or RunConfig.backbone, self.objective) | given)
         reading = {n: getattr(self, n) for n in ("captions", "images", "score")}
         task, summary = teach_folder(self.folder, self.into, config, given, screen, self.skip_bad, **reading)
         skipped = [where for data in (task.train, task.test) for where in getattr(data, "skipped", ())]
@@ -235,7 +236,7 @@ class List(Command):
         """Print names, options and what they are."""
         found = entries(self.what)
         if self.name is None:
-            screen.listing([(name, each.options, each.sentence) for name, each in sorted(found.items())])
+            screen.listing([(name, each.options, each.sentence, each.lr) for name, each in sorted(found.items())])
             return
         if self.what == "recipes":
             recipe(self.name)  # tells of those that are gone
@@ -244,7 +245,7 @@ class List(Command):
             raise ValueError(f"{self.name!r} is not among the {self.what}{near}")
         entry = found[self.name]
         head = f"{self.name}({entry.options})" if entry.options else self.name
-        lines = [head, *(f"  {name}: {values}" for name, values in entry.ranges.items()), ""]
+        lines = [head, *(f"  {name}: {values}" for name, values in entry.facts.items()), ""]
         screen.result({"name": self.name, **asdict(entry)}, *lines, *entry.about.splitlines())
 
 
@@ -264,6 +265,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "advise": Advise,
     "eval": Eval,
     "show": Show,
+    "forget": Forget,
     "combine": Combine,
     "reward": Reward,
     "report": Report,

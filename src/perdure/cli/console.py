@@ -298,14 +298,15 @@ class Screen:
         unlike = unlike_scores([task.score for task in tasks if task.score])
         self._say(f"no mean: {unlike}" if unlike else f"mean over tasks {sum(every) / len(every):.1%}")
 
-    def listing(self, entries: Sequence[tuple[str, str, str]]) -> None:
-        """Names, options and what they are."""
+    def listing(self, entries: Sequence[tuple[str, str, str, str]]) -> None:
+        """Names, options and what they are; of methods their learning rates."""
         if self.json:
-            for name, options, text in entries:
-                self.result({"name": name, "options": options, "about": text})
+            for name, options, text, lr in entries:
+                self.result({"name": name, "options": options, "about": text} | ({"lr": lr} if lr else {}))
             return
-        wide = max(len(name) for name, _, _ in entries) + 2
-        for name, options, text in entries:
+        wide = max(len(name) for name, *_ in entries) + 2
+        for name, options, text, lr in entries:
+            options = "; ".join(filter(None, [options, f"learning rate {lr}" if lr else ""]))
             if not self.out.is_terminal:
                 self._say(f"{name:<{wide}}{text}", *([f"{'':<{wide}}({options})"] if options else []))
                 continue

@@ -34,6 +34,7 @@ _MEANINGS = {
     "lenient": "the truth is in what is said",
     "kept": "of held-out answers, strict",
     "step": "its cost, plain LoRA's is 1",
+    "lr": "learning rate, each method's own",
 }
 
 
@@ -46,6 +47,8 @@ def comparison(rows: Sequence[dict[str, Any]], width: int) -> list[str]:
         for key, title in names.items()
         if key not in RARE or any(row.get(key) for row in rows)
     }
+    if len({row.get("lr") for row in rows}) > 1:  # each method has its own
+        columns["lr"] = [f"{row['lr']:g}" for row in rows]
     columns["stored"] = [human_bytes(row["stored_bytes"][0]) for row in rows]
     columns["step"] = [times(row.get("step")) for row in rows]
     columns["images/s"] = [number(row["images_per_second"]) for row in rows]

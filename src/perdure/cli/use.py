@@ -1,4 +1,4 @@
-"""The commands that use what was learnt: predict, search, eval, export, and move.
+"""The commands that use what was learnt: predict, search, eval, export; and that change it: forget, move, resize.
 
 What they compute with is imported when they are called: their help waits for no torch.
 """
@@ -12,6 +12,7 @@ import tyro
 from perdure.cli.console import Command, Screen
 from perdure.cli.inputs import opened_and_told, shown_images, tell_seen, tell_unread
 from perdure.cli.tables import routing_lines
+from perdure.formatting import shortened
 from perdure.options.ranges import Count, Range
 from perdure.storage.schema import SPECIALISTS
 
@@ -197,6 +198,30 @@ class Push(LearnerCommand):
         screen.wait("writing")
         where = push(self.learner, self.repository, self.to, self.public, self.device)
         screen.result({"event": "pushed", "to": where}, f"pushed: {where}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forget(LearnerCommand):
+    """Never answer a class again, and remove what the folder holds of it: its head's row, statistics, references."""
+
+    learner: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="LEARNER")]
+    """The learner's folder; copy it first to keep it as it is."""
+    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CLASS")]
+    """Name of the class, as 'perdure show' has it."""
+
+    def __call__(self, screen: Screen) -> None:
+        """Forget it, write the report anew, say what is left."""
+        from perdure.api.forgetting import forget_in
+        from perdure.reporting.report import write_report
+
+        screen.wait("reading the model")
+        left = list(forget_in(self.learner, self.name, self.device).class_names)
+        write_report([self.learner], self.learner / "report.html")
+        screen.result(
+            {"event": "forgotten", "class": self.name, "classes": left},
+            f"forgot {shortened(self.name)}; {len(left)} class{'es are' if len(left) > 1 else ' is'} left. What its "
+            "images did to weights that classes share remains",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

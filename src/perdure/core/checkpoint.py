@@ -18,11 +18,12 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from perdure.core.learner import Core
-from perdure.core.manifests import LEARNER, MANIFEST, RECORD, manifest_paths, read_manifest, remedy_of
+from perdure.core.manifests import LEARNER, MANIFEST, RECORD, manifest_paths, remedy_of
 from perdure.core.manifests import Checkpoint as Checkpoint
 from perdure.core.manifests import DamagedCheckpoint as DamagedCheckpoint
 from perdure.core.manifests import latest_step as latest_step
 from perdure.core.manifests import lines_of as lines_of
+from perdure.core.manifests import read_manifest as read_manifest
 from perdure.core.manifests import read_record as read_record
 from perdure.core.manifests import whole as whole
 from perdure.core.manifests import write_results as write_results
@@ -202,11 +203,16 @@ def _write(target: Path, manifest: dict[str, Any], files: dict[str, dict[str, Te
     target.mkdir(parents=True, exist_ok=True)
     digests, sizes = {}, {}
     for name, tensors in files.items():
-        content = _packed(tensors)
-        digests[name], sizes[name] = hashlib.sha256(content).hexdigest(), len(content)
-        place(target / name, content)
+        digests[name], sizes[name] = place_tensors(target / name, tensors)
     write_sealed(target / MANIFEST, manifest | {"sha256": digests, "bytes": sizes})
     sync_folder(target.parent)
+
+
+def place_tensors(path: Path, tensors: dict[str, Tensor]) -> tuple[str, int]:
+    """Write a file of tensors; returns its sha256 and its bytes, which its manifest has to say."""
+    content = _packed(tensors)
+    place(path, content)
+    return hashlib.sha256(content).hexdigest(), len(content)
 
 
 def _packed(tensors: dict[str, Tensor]) -> bytes:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from perdure.storage import schema
 from perdure.storage.files import write_text
+from perdure.storage.replacement import settle
 from perdure.storage.schema import FORMAT, SPECIALISTS, Damaged, Manifest, RunRecord, SpecialistsRecord
 from perdure.types import Row, Task
 
@@ -68,6 +69,7 @@ def whole(folder: Path) -> list[Checkpoint]:
         DamagedCheckpoint: when a manifest cannot be read, is another run's, or a task is missing in between or at the
             end.
     """
+    settle(folder)
     found: list[Checkpoint] = []
     for path in manifest_paths(folder, "task"):
         each = read_manifest(path, found[-1] if found else None)
@@ -153,6 +155,7 @@ def read_record(folder: Path) -> RunRecord:
     Raises:
         ValueError: when there is none, or it is not what was written.
     """
+    settle(folder)
     path = folder / RECORD
     if (folder / SPECIALISTS).is_file():
         raise ValueError(

@@ -112,6 +112,10 @@ class Objective(nn.Module):
         fresh = [(c, n) for c, n in zip(task.classes, task.names, strict=True) if c not in self.classes]
         self.classes += tuple(c for c, _ in fresh)
         self.names += tuple(n for _, n in fresh)
+        self.arrange(learner, task)
+
+    def arrange(self, learner: AnyLearner, task: Task) -> None:
+        """Note which columns are those of `task`, the learner's last, and which are of tasks before it."""
         column = {c: i for i, c in enumerate(self.classes)}
         self.task_columns = tuple(sorted(column[c] for c in task.classes))
         # apart where the task is told at test time, else together
@@ -122,6 +126,17 @@ class Objective(nn.Module):
 
     def grown(self, learner: AnyLearner) -> None:
         """Called when the method has made room too."""
+
+    def forget(self, left: Any) -> dict[str, tuple[str, Tensor]]:
+        """Let go of classes: see `perdure.core.forgetting.Forgotten`, which imports this.
+
+        Returns:
+            Name, in the learner, of each parameter with a row for each class -> its name now, and the rows kept (n,).
+        """
+        kept = left.columns.tolist()
+        self.classes, self.names = tuple(self.classes[i] for i in kept), tuple(self.names[i] for i in kept)
+        self.answered = {}
+        return {}
 
     def unmask(self) -> None:
         """Let all seen classes compete for every example, and all heads learn."""

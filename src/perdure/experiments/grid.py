@@ -47,6 +47,10 @@ class Cell:
         """What all cells share, with this one's method and seed."""
         return dataclasses.replace(config, method=self.method, seed=self.seed)
 
+    def settled(self, config: RunConfig) -> RunConfig:
+        """The same with the learning rate of the method, where none is given."""
+        return self.configured(config).settled()
+
 
 class GridProgress(Progress, step_cost.StepProgress, Protocol):
     """Progress that is also told of the grid."""
@@ -110,6 +114,8 @@ def compare(
             done.
         Interrupted: after SIGINT or SIGTERM.
     """
+    if config.lr is None and progress:
+        progress.note("each method learns at its own rate, see 'perdure list methods'; --lr gives all the same")
     with checkpoint.locked(out):
         runtime = None
         steps_of(out)  # a damaged one is told of now, not after hours
@@ -241,7 +247,7 @@ def _made(config: RunConfig, cell: Cell, note: Callable[[str], None]) -> Runtime
         return None
     made = RunResults.read(cell.folder, note if cell.finished else ignore)
     written, runtime = recorded_config(cell.folder, made.facts).describe(), Runtime(**made.facts["resolved"])
-    for name, value in cell.configured(config).describe().items():
+    for name, value in cell.settled(config).describe().items():
         if name not in BESIDE_RESULTS and written[name] != value:
             raise ValueError(
                 f"{cell.folder} was made with {name}={written[name]!r}, not {value!r}: give the same options "

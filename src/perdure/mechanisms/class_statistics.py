@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perdure.adapters.state import BufferDict
+from perdure.core.forgetting import Forgotten
 from perdure.mechanisms.subspace import exact, pack_symmetric, unpack_symmetric
 
 Covariance = Literal["shared", "full", "diagonal", "lowrank"]
@@ -62,6 +63,13 @@ class ClassStatistics(nn.Module):
             self.counts[key] = torch.tensor(count)
             freedom = self.freedom if self.covariance == "shared" else count - 1
             self._keep(key, scatter / max(freedom, 1), features.device)
+
+    def forget(self, left: Forgotten) -> None:
+        """Let go of classes; a covariance that all share stays the mean that it is, over fewer examples from now on."""
+        for c in left.classes:
+            for held in (self.means, self.counts, self.covariances):
+                for key in (str(c), f"{c}/directions", f"{c}/rest"):
+                    held.pop(key, None)
 
     def mean(self, c: int) -> Tensor:
         """(d,)."""
@@ -170,6 +178,19 @@ class TaskGaussians(nn.Module):
         for name, value in zip(("means", "directions", "variances", "limit"), (*fitted, limit), strict=True):
             self.gaussians[f"{task}/{name}"] = value.float().contiguous().to(features.device)
 
+    def forget(self, left: Forgotten) -> None:
+        """Let go of classes' means; directions and variances are those of a whole task, and go with its last class."""
+        for task in left.tasks:
+            means, classes = self.gaussians.get(f"{task.index}/means"), torch.tensor(sorted(task.classes))
+            stays = left.stays(classes)
+            if means is None or bool(stays.all()):
+                continue
+            if not bool(stays.any()):
+                for name in ("means", "directions", "variances", "limit"):
+                    del self.gaussians[f"{task.index}/{name}"]
+            elif len(means) == len(classes):  # else there is one mean of them all
+                self.gaussians[f"{task.index}/means"] = means[stays.to(means.device)]
+
     def route(self, features: Tensor, bounded: bool = True) -> Tensor:
         """For each of `features` (n, d) the task under which it is most likely, as its place in `tasks`: int64 (n,).
 
@@ -260,6 +281,17 @@ class ClassTable(nn.Module):
     def tasks(self) -> list[int]:
         """Those that were added, in ascending order."""
         return sorted(int(key) for key in self.features)
+
+    def forget(self, left: Forgotten) -> None:
+        """Let go of classes' names, of which each sentence has all, one after the other."""
+        for task in left.tasks:
+            known, stays = self.features.get(str(task.index)), left.stays(torch.tensor(task.classes))
+            if known is None or bool(stays.all()) or len(known) % len(stays):
+                continue
+            if bool(stays.any()):
+                self.features[str(task.index)] = known[stays.repeat(len(known) // len(stays)).to(known.device)]
+            else:
+                del self.features[str(task.index)]
 
     def add(self, task: int, features: Tensor) -> None:
         """A task's examples, as unit features (n, d)."""

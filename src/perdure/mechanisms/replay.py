@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from perdure.adapters.state import BufferDict
 from perdure.core.caching import READ
+from perdure.core.forgetting import Forgotten
 from perdure.core.learner import Core
 from perdure.core.method import Method, check_trained
 from perdure.formatting import count_bytes
@@ -80,6 +81,13 @@ class ReplayBuffer(nn.Module):
         self.references["refs"], self.references["pairs"] = every[members], pairs[members]
         if several:
             self.references["frames"] = frames[members]
+
+    def forget(self, left: Forgotten) -> None:
+        """Let go of the examples of classes."""
+        stays = left.stays(self.refs[:, 2])
+        for name in ("refs", "pairs", "frames"):
+            if name in self.references:
+                self.references[name] = self.references[name][stays.to(self.references[name].device)]
 
     @property
     def images(self) -> int:

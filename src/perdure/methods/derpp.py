@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from perdure.adapters.state import BufferDict
+from perdure.core.forgetting import Forgotten
 from perdure.core.learner import Core
 from perdure.core.method import check_mask
 from perdure.mechanisms.references import BufferView
@@ -133,6 +134,14 @@ class DERPP(Rehearsal, name="derpp"):
         self.stored_logits["logits"] = self._with_old("logits", new, of_fresh, old_rows)
         if not objective.one_row:
             self.stored_logits["rows"] = counts
+
+    def forget(self, left: Forgotten) -> None:
+        """Let go of what was stored with the images of classes, and of what was said of these classes of others."""
+        if "logits" not in self.stored_logits:
+            return
+        stays, logits = left.stays(self.memory.refs[:, 2]), self.stored_logits["logits"]
+        columns = left.columns[left.columns < logits.shape[1]].to(logits.device)
+        self.stored_logits["logits"] = logits[stays.to(logits.device)][:, columns].contiguous()
 
     def _with_old(self, name: str, new: Tensor, of_new: Tensor, old_rows: Tensor | None) -> Tensor:
         """`new` (n, k) at the places `of_new` (m,), and what was stored in `old_rows` at the others."""

@@ -62,7 +62,7 @@ class Prompts(PromptPool):
 
     def know(self, owner: Mapping[int, int], tasks: int, names: bool) -> None:
         """Which of so many tasks each class belongs to, and whether the inputs are but the names of these classes."""
-        self.owner = torch.tensor([owner.get(c, 0) for c in range(max(owner) + 1)])
+        self.owner = torch.tensor([owner.get(c, 0) for c in range(max(owner, default=-1) + 1)], dtype=torch.int64)
         self.idle = torch.tensor([names and task not in owner.values() for task in range(tasks)])
 
     @contextmanager

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from perdure.adapters.state import BufferDict
+from perdure.core.forgetting import Forgotten
 from perdure.core.learner import Core
 from perdure.core.method import Method
 from perdure.mechanisms.distillation import Teacher, distillation
@@ -100,6 +101,11 @@ class ICaRL(Method, name="icarl"):
         for column in range(len(sums)):
             sums[column] = F.normalize(features[columns == column], dim=1).sum(0)
         self.means["exemplars"] = F.normalize(sums, dim=1)
+
+    def forget(self, left: Forgotten) -> None:
+        """Let go of classes' means; the memory does of their exemplars."""
+        if (means := self.means.get("exemplars")) is not None:
+            self.means["exemplars"] = means[left.columns[left.columns < len(means)].to(means.device)]
 
     def measures(self, learner: Core) -> dict[str, float]:
         """Bytes of the images that the memory refers to, at the size the model sees."""

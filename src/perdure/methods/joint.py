@@ -1,6 +1,7 @@
 """Joint training on all data so far, which continual methods are measured against."""
 
 from perdure.backbones.base import Tower
+from perdure.core.forgetting import of_classes
 from perdure.core.learner import Core
 from perdure.core.method import Method
 from perdure.options.ranges import Factor, without_effect
@@ -38,7 +39,7 @@ class Joint(Method, name="joint"):
 
     def data(self, learner: Core, task: Task) -> Data:
         """All training sets up to this task."""
-        return Union([t.train for t in learner.tasks])
+        return Union(self._sets(learner))
 
     def param_groups(self, learner: Core) -> dict[str, float]:
         """As in `finetune`, when alone."""
@@ -46,4 +47,8 @@ class Joint(Method, name="joint"):
 
     def measures(self, learner: Core) -> dict[str, float]:
         """Bytes of all training images so far, at the size the model sees: they have to be kept."""
-        return {"referenced_bytes": float(sum(len(t.train) for t in learner.tasks) * learner.image_bytes)}
+        return {"referenced_bytes": float(sum(map(len, self._sets(learner))) * learner.image_bytes)}
+
+    def _sets(self, learner: Core) -> list[Data]:
+        """All training sets, without classes that were forgotten since."""
+        return [of_classes(task.train, task.classes) for task in learner.tasks]

@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from perdure.adapters.state import BufferDict
+from perdure.core.forgetting import Forgotten
 from perdure.core.learner import Core
 from perdure.core.method import Method
 from perdure.core.objective import Head
@@ -48,6 +49,12 @@ class NCM(Method, name="ncm"):
             mine = features[labels == c]
             self.sums[str(c)] = mine.sum(0) + self.sums.get(str(c), 0)
             self.counts[str(c)] = torch.tensor(len(mine)) + self.counts.get(str(c), 0)
+
+    def forget(self, left: Forgotten) -> None:
+        """Let go of classes' means."""
+        for c in left.classes:
+            self.sums.pop(str(c), None)
+            self.counts.pop(str(c), None)
 
     def predict(self, learner: Core, batch: Batch) -> Tensor:
         """Cosines (B, seen classes) to the class means; -1 for a class of which nothing came yet."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from perdure.adapters.state import BufferDict
+from perdure.core.forgetting import Forgotten
 from perdure.core.learner import Core
 from perdure.core.method import Method
 from perdure.formatting import room_for
@@ -97,6 +98,12 @@ class RanPAC(Method, name="ranpac"):
             with torch.inference_mode(False), torch.no_grad():
                 self._weights = self._solve(learner.objective.classes, h.shape[1]).to(h.device)
         return h @ self._weights
+
+    def forget(self, left: Forgotten) -> None:
+        """Let go of classes' sums; G stays what all images have made it, of which no class's share is known."""
+        self._weights = None
+        for c in left.classes:
+            self.sums.pop(str(c), None)
 
     def _load_from_state_dict(self, *args: Any) -> None:
         self._weights = None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from perdure.core.forgetting import Forgotten
 from perdure.core.learner import Core
 from perdure.core.objective import COSINES, TEMPLATE, Head, Objective
 from perdure.options.ranges import Factor, checked, without_effect
@@ -84,6 +85,25 @@ class Classify(Objective, name="classify"):
                 with learner.computing():
                     rows = learner.backbone.encode_text(texts).float()
             head.weight.copy_(F.normalize(rows, dim=1))
+
+    @torch.no_grad()
+    def forget(self, left: Forgotten) -> dict[str, tuple[str, Tensor]]:
+        """See `Objective.forget`; a head without a class is no head any more."""
+        super().forget(left)
+        renamed: dict[str, tuple[str, Tensor]] = {}
+        heads, start = nn.ModuleList(), 0
+        for number, head in enumerate(self.linears()):
+            own = left.columns[(left.columns >= start) & (left.columns < start + head.out_features)] - start
+            start += head.out_features
+            for name, parameter in list(head.named_parameters()):
+                renamed[f"objective.heads.{number}.{name}"] = f"objective.heads.{len(heads)}.{name}", own
+                rows = parameter[own.to(parameter.device)].clone()
+                setattr(head, name, nn.Parameter(rows, requires_grad=parameter.requires_grad))
+            head.out_features = len(own)
+            if len(own):
+                heads.append(head)
+        self.heads = heads
+        return renamed
 
     def linears(self) -> list[nn.Linear]:
         """The heads, in the order of the columns."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from perdure.core.forgetting import Forgotten
 from perdure.core.learner import Core
 from perdure.core.objective import COSINES, TEMPLATE, Head, Objective, task_accuracies
 from perdure.options.ranges import checked
@@ -38,6 +39,11 @@ class ZeroShot(Objective, name="zeroshot"):
         """Remember the class names."""
         super().grow(learner, task)
         self._known = None
+
+    def forget(self, left: Forgotten) -> dict[str, tuple[str, Tensor]]:
+        """See `Objective.forget`."""
+        self._known = None
+        return super().forget(left)
 
     def refresh(self) -> None:
         """Forget the class embeddings when the text tower may have changed."""

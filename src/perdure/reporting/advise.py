@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from perdure.formatting import count_bytes, human_bytes
 from perdure.options.ranges import Count, Range, check_fields
 from perdure.options.spec import parse
+from perdure.reporting.abilities import exportable, searchable
 
 _STEADY = 0.1  # growth of stored bytes per task may vary by so much and still be carried on as its mean
 
@@ -34,6 +35,11 @@ class Constraints:
     """Most that a training step may cost, as a multiple of plain LoRA's, such as 1.2."""
     scenario: Literal["class", "domain", "task"] | None = None
     """class: tasks bring new classes; domain: the same classes look different; task: class, with the task known."""
+
+    exportable: bool = False
+    """Only what `perdure export` can write for other libraries."""
+    searchable: bool = False
+    """Only what `perdure search` can find images with, by words."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -131,6 +137,7 @@ def in_words(asked: Constraints) -> list[str]:
         said.append(f"at most {asked.bytes} stored")
     if not asked.old_data:
         said.append("no old data kept")
+    said += [f"{what} only" for what in ("exportable", "searchable") if getattr(asked, what)]
     if asked.step_cost is not None:
         said.append(f"a step costs at most {asked.step_cost:g} × plain LoRA's")
     return said
@@ -180,7 +187,7 @@ def _answer(setting: dict[str, Any], asked: Constraints) -> Advice:
     found: list[RankedMethod] = []
     for row in setting["rows"]:
         choice = _choice(row, asked, at, tasks)
-        if reason := _missed(row, choice, asked):
+        if reason := _missed(row, choice, asked, row.get("backbone") or setting.get("backbone", "")):
             answer.left_out.setdefault(reason[0], []).append(reason[1])
         elif choice is None:
             answer.unknown.setdefault("accuracy", []).append(named(row))
@@ -219,13 +226,19 @@ def _choice(row: dict[str, Any], asked: Constraints, at: int, tasks: int) -> Ran
     )
 
 
-def _missed(row: dict[str, Any], choice: RankedMethod | None, asked: Constraints) -> tuple[str, str] | None:
+def _missed(
+    row: dict[str, Any], choice: RankedMethod | None, asked: Constraints, backbone: str
+) -> tuple[str, str] | None:
     """The first constraint that a method misses, and the method with its number."""
     method, limit = named(row), asked.limit
     if any(("batchwise", True) in spec.kwargs for spec in parse(row["method"])):
         return "answers depend on which images share a batch", method
     if not asked.old_data and row["referenced_bytes"] > 0:
         return "--no-old-data", method
+    if asked.exportable and not exportable(row["method"], backbone):
+        return "--exportable", method
+    if asked.searchable and not searchable(backbone):
+        return "--searchable", method
     if choice is None:
         return None
     if limit is not None and choice.stored_bytes is not None:

@@ -28,7 +28,8 @@ def contents(folder: Path) -> dict[str, Any]:
     Returns:
         `method`, `backbone`, `objective`, `created`, `perdure` (the version), `licence` of the weights below it where
         it is known, `bytes` of the folder, `score` (the name of what is measured), `tasks` (see below), `declared`
-        (tasks of its stream) and `holds` (what of the data can be found in the folder, a line each). A task has
+        (tasks of its stream), `forgotten` (when classes were, one by one) and `holds` (what of the data can be found in
+        the folder, a line each). A task has
         `number` (from 1), `name`, `classes` (their names), `folder` it was taught from, `finished`, `train` and `test`
         (numbers of images), `when_learnt` and `now` (scores, None where there is none) and `skipped` files.
 
@@ -44,7 +45,7 @@ def contents(folder: Path) -> dict[str, Any]:
     for each in done:
         index, source = each.learnt - 1, each.manifest.get("source")
         facts = declared[index] if index < len(declared) else None
-        task = each.tasks[index]
+        task = done[-1].tasks[index]
         tasks.append(
             {
                 "number": each.learnt,
@@ -67,6 +68,7 @@ def contents(folder: Path) -> dict[str, Any]:
         "bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
         "score": score,
         "declared": len(declared),
+        "forgotten": [day for each in done for day in each.manifest.get("forgotten", ())],
         "tasks": tasks,
         "holds": list(_held(folder, done)),
     }
@@ -96,6 +98,8 @@ def told_contents(folder: Path, found: dict[str, Any]) -> list[str]:
     ]
     for task in found["tasks"]:
         lines += ["", *_told_task(task, found["score"])]
+    if days := [day.partition("T")[0] for day in found["forgotten"]]:
+        lines += ["", f"forgotten  {len(days)} class{'es' if len(days) > 1 else ''}, {', '.join(dict.fromkeys(days))}"]
     if not found["tasks"]:
         lines += ["", "nothing was learnt yet"]
     return [*lines, "", "of the data the folder holds:", *(f"  {line}" for line in found["holds"] or ["nothing"])]

@@ -345,7 +345,7 @@ def _facts(run: RunResults) -> dict[str, str]:
         "task": "task-incremental: only the classes of the image's own task may be answered",
         "domain": "domain-incremental: the same classes in every task",
     }
-    order = [str(name) for task in run.tasks() for name in task.get("names") or []]
+    config = run.config | {"lr": run.facts.get("lr", run.config.get("lr"))}
     found: dict[str, Any] = {
         "Seed": run.facts.get("seed", run.config.get("seed")),
         "Backbone": run.config.get("backbone"),
@@ -354,8 +354,8 @@ def _facts(run: RunResults) -> dict[str, str]:
         if isinstance(preprocess, dict)
         else preprocess,
         "What may be answered": answers.get(stream.get("scenario"), stream.get("scenario")),
-        "Class order": ", ".join(dict.fromkeys(order)),
-        **{_words(k): v for k, v in run.config.items() if k not in ("backbone", "seed")},
+        "Class order": ", ".join(dict.fromkeys(str(n) for task in run.tasks() for n in task.get("names") or [])),
+        **{_words(k): v for k, v in config.items() if k not in ("backbone", "seed")},
         **{f"{_words(k)} used": v for k, v in run.facts["resolved"].items()},
         **{f"Version of {k}": v for k, v in run.facts["versions"].items()},
         "Version of perdure": run.facts.get("perdure"),

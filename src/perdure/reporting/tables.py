@@ -81,6 +81,7 @@ def row_of(runs: Sequence[RunResults]) -> dict[str, Any]:
     bytes_after = [_bytes_after(run) for run in runs]
     return {
         "method": runs[0].method,
+        "lr": runs[0].facts.get("lr", runs[0].config.get("lr")),
         "seeds": sorted(run.seed or 0 for run in runs),
         "after": {name: _after(runs, tasks, *number) for name, number in _NUMBERS.items()}
         | {"stored_bytes": [_pair(each[i] for each in bytes_after) for i in range(tasks)]},
@@ -111,6 +112,7 @@ def tabulate(runs: Sequence[tuple[str, RunResults]]) -> list[dict[str, Any]]:
             row[key] = None if found is None else list(found)
         if why := next(filter(None, (unlike_scores(run.scores()) for run in mine)), ""):
             row["no_means"] = why
+        row["lr"] = measured["lr"]
         row["trainable_parameters"] = measured["trainable_parameters"]
         row["stored_bytes_after"] = [None if pair is None else pair[0] for pair in measured["after"]["stored_bytes"]]
         row["referenced_bytes"] = measured["referenced_bytes"]
@@ -126,10 +128,12 @@ def markdown(table: Sequence[dict[str, Any]]) -> str:
         shown = [(key, title) for key, title in shown if key != "bwt"]
     if any(row.get("unparsable") for row in table):  # answers in words, which nobody is told the task of
         shown = [(key, title.replace("accuracy", "strict")) for key, title in shown if "task_id" not in key]
-    titles = [title for _, title in shown]
+    own = len({row.get("lr") for row in table}) > 1  # each method has its own
+    titles = [*(["learning rate"] if own else []), *(title for _, title in shown)]
     lines = [f"| method | runs | {' | '.join(titles)} |", "|---" * (len(titles) + 2) + "|"]
     for row in table:
-        cells = [times(row["step"]) if key == "step" else _shown(key, row[key]) for key, _ in shown]
+        cells = [f"{row['lr']:g}"] if own else []
+        cells += [times(row["step"]) if key == "step" else _shown(key, row[key]) for key, _ in shown]
         lines.append(f"| {_code(row['method'])} | {row['runs']} | {' | '.join(cells)} |")
     reasons = dict.fromkeys(row["no_means"] for row in table if row.get("no_means"))
     lines += [f"\n{line}." for line in spread_of([(row["method"], row["runs"], row.get("varied")) for row in table])]

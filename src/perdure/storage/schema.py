@@ -98,6 +98,7 @@ class Manifest(TypedDict):
     step: NotRequired[Natural]
     scaler: NotRequired[dict[str, int | float]]
     alone: NotRequired[bool]
+    forgotten: NotRequired[list[str]]
     source: NotRequired[LessonSource]
     device: NotRequired[str]
     processes: NotRequired[int]
@@ -148,6 +149,7 @@ class RunRecord(TypedDict):
     git: NotRequired[str | None]
     seed: NotRequired[int]
     config: dict[str, bool | int | float | str | list[str] | None]
+    lr: NotRequired[float]
     resolved: Resolved
     backbone: BackboneFacts
     versions: NotRequired[dict[str, str]]

@@ -24,7 +24,9 @@ from perdure.options.ranges import (
     check_fields,
     without_effect,
 )
+from perdure.options.rates import RETRIEVING, SPEAKING, USUAL, own_rate
 from perdure.options.spec import Spec, build, parse, parse_one
+from perdure.training.defaults import usual
 
 if TYPE_CHECKING:  # what only asks, as the command line's help does, waits for no torch
     from perdure.backbones.preprocess import Preprocess
@@ -39,13 +41,6 @@ _DECAY = 0.1
 _WARMUP = 0.1
 EARLY_SHARE = 0.1
 """Of each class's training images, what early stopping holds out unless told otherwise."""
-_SPEAKING = {
-    "objective": "generate()",
-    "method": "lora(rank=16, at='qkvo,mlp', tower='language')",
-    "lr": 2e-4,
-    "batch_size": 16,
-}
-"""Of language models: the sites and the rate of LLaVA's LoRA."""
 _BRACKETS = str.maketrans("", "", "()[] ")
 
 
@@ -59,8 +54,8 @@ class TrainConfig:
     """New examples per step, of all processes together."""
     accumulate: Count = 1
     """Parts in which a step encodes its examples: with the same result, a part takes memory, and a third more time."""
-    lr: Rate = 1e-3
-    """Learning rate at the start of each task."""
+    lr: Rate | None = None
+    """Learning rate at the start of each task; the method's own when left out, see `perdure list methods`."""
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
     """Made anew for every task; sgd has momentum 0.9."""
     weight_decay: Annotated[float, Range(0, 1e4)] = 0.0
@@ -127,20 +122,25 @@ class TrainConfig:
             changes = {"milestones": "", "decay": None} | changes
         return dataclasses.replace(self, **changes)
 
+    @property
+    def peak(self) -> float:
+        """Learning rate at the start of each task."""
+        return USUAL if self.lr is None else self.lr
+
     def rate(self, step: int, steps: int) -> float:
         """Learning rate of a task's step number `step` (from 0) of `steps`."""
         epoch = step * self.epochs // steps
         if self.schedule == "warmup-cosine":
             rising = math.ceil(_WARMUP * steps)
             if step < rising:
-                return self.lr * (step + 1) / (rising + 1)
-            return self.lr * (0.5 * (1 + math.cos(math.pi * (step - rising) / max(steps - rising, 1))))
+                return self.peak * (step + 1) / (rising + 1)
+            return self.peak * (0.5 * (1 + math.cos(math.pi * (step - rising) / max(steps - rising, 1))))
         if self.schedule == "cosine":
-            return self.lr * (0.5 * (1 + math.cos(math.pi * (step / steps))))
+            return self.peak * (0.5 * (1 + math.cos(math.pi * (step / steps))))
         if self.schedule == "cosine-epoch":
-            return self.lr * math.cos(99 * math.pi * epoch / (200 * (self.epochs - 1)))
+            return self.peak * math.cos(99 * math.pi * epoch / (200 * (self.epochs - 1)))
         fallen = sum(epoch >= milestone for milestone in self._milestones()) if self.schedule == "step" else 0
-        return self.lr * (_DECAY if self.decay is None else self.decay) ** fallen
+        return self.peak * (_DECAY if self.decay is None else self.decay) ** fallen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,6 +216,20 @@ class RunConfig(TrainConfig):
         """The seed of one of `VARIED`, which is this run's where it is varied."""
         return self.seed if what in self.vary.split(",") else 0
 
+    def settled(self) -> Self:
+        """The same with the learning rate that is taken where none is given."""
+        return self if self.lr is not None else self.but(lr=self.recommended())
+
+    def recommended(self) -> float:
+        """The learning rate of its method: of classes by their names at most 1e-3, of texts that of its objective."""
+        objective = parse_one(self.objective).name
+        if usual(self.backbone):
+            return SPEAKING
+        if objective == "retrieve":
+            return RETRIEVING
+        own = own_rate(self.method)
+        return min(own, USUAL) if objective == "zeroshot" else own
+
     def describe(self) -> dict[str, Any]:
         """As JSON."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
@@ -250,18 +264,6 @@ def measured_between(evaluate: str) -> int | None:
 
 BESIDE_RESULTS = ("save_every", "cache", "cache_bytes")
 """Fields of `RunConfig` on which no result depends."""
-
-
-def usual(backbone: str) -> dict[str, Any]:
-    """Fields of the configuration of a new learner on `backbone` whose defaults would be of no use there."""
-    from typing import get_type_hints
-
-    from perdure.backbones import BACKBONES
-    from perdure.backbones.language import Language
-
-    made = BACKBONES.get(parse_one(backbone).name)
-    of = get_type_hints(made).get("return") if made else None
-    return dict(_SPEAKING) if isinstance(of, type) and issubclass(of, Language) else {}
 
 
 def flags(values: Mapping[str, Any], without: Container[str] = ()) -> list[str]:
@@ -342,6 +344,12 @@ def former_parts(config: RunConfig) -> str:
         f" --{kind} {shlex.quote(with_former(getattr(config, kind), kind, config.method))}" for kind in kinds
     )
     return f"{former[0]} is no method any more, but an option: write --method {shlex.quote(rest)}{more}"
+
+
+def said_of(config: RunConfig) -> list[str]:
+    """What who begins with a configuration should know: what is written in an old way, and the rate that is taken."""
+    rate = f"learning rate {config.recommended():g}, that of {config.method}; --lr gives another"
+    return [*filter(None, [former_parts(config)]), *([rate] if config.lr is None else [])]
 
 
 def make_backbone(text: str, method: str = "") -> Any:

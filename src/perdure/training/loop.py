@@ -134,7 +134,7 @@ def fit_task(
     moved = bool(treated(method)) or not all(name.startswith("objective.") for name in learner.trainable())
     trains = optimizer is not None or learner.online  # a pass goes by, whether or not anything is trained
     progress.task(task, task.total, config.epochs, steps if trains else 0)
-    if learner.compile:
+    if learner.compiles:
         begin(learner.backbone)
     if trains:
         if resumed:
@@ -183,7 +183,7 @@ def _descend(learner: Core, task: Task, batch: Batch, optimizer: torch.optim.Opt
     """One step; returns the loss before it. In the `first` one all that is trained must have a gradient."""
     optimizer.zero_grad()
     trained, scaler = [p for group in optimizer.param_groups for p in group["params"]], learner.scaler
-    with compiled(learner.backbone) if learner.compile else nullcontext():
+    with compiled(learner.backbone) if learner.compiles else nullcontext():
         loss = learner.loss(batch)
         with learner.undivided():  # what is encoded once more, or in steps of a method's own, is all here
             learner.method.backward(learner, scaler.scale(loss), batch)
@@ -228,7 +228,7 @@ def check_shared_out(learner: Core, accumulate: int) -> None:
     if learner.sharded and learner.tunes_backbone:
         raise ValueError("shard='blocks' is for frozen weights, and here they are trained: leave it out, or take lora")
     for part in learner.method:
-        if learner.compile and type(part).backward is not Method.backward:
+        if learner.compiles and type(part).backward is not Method.backward:
             raise ValueError(
                 f"{part.name} cannot learn with --compile: it takes steps of its own within a step, whose gradients "
                 "are differentiated again. Leave --compile out"
@@ -267,9 +267,9 @@ def _optimizer(learner: Core, config: TrainConfig) -> torch.optim.Optimizer | No
     # the rate itself is set before every step
     described = [{"params": params, "scale": scale} for scale, params in groups.items()]
     if config.optimizer == "sgd":
-        return torch.optim.SGD(described, config.lr, momentum=0.9, weight_decay=config.weight_decay, fused=True)
+        return torch.optim.SGD(described, config.peak, momentum=0.9, weight_decay=config.weight_decay, fused=True)
     kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
-    return kind(described, config.lr, weight_decay=config.weight_decay, fused=True)
+    return kind(described, config.peak, weight_decay=config.weight_decay, fused=True)
 
 
 def _reseed(learner: Core, task: Task, purpose: str, step: int | None = None) -> None:

@@ -40,6 +40,7 @@ def record_of(
         "git": _git_commit(),
         "seed": config.seed,
         "config": config.describe(),
+        **({"lr": config.recommended()} if config.lr is None else {}),
         "resolved": runtime.describe(),
         "backbone": {
             "spec": learner.backbone.spec,
@@ -91,6 +92,8 @@ def recorded_config(out: Path, written: RunRecord) -> RunConfig:
         config = msgspec.convert({k: there(v) for k, v in written["config"].items()}, RunConfig)
     except ValueError as error:
         raise Damaged(f"{out / 'run.json'} is damaged: {schema.said(error, 'config')}; restore it") from error
+    if config.lr is None:
+        config = replace(config, lr=written.get("lr"))
     resized = recorded_size(out)
     return replace(config, backbone=changed(config.backbone, **resized)) if resized else config
 

@@ -30,12 +30,12 @@ from perdure.process import as_found, plain
 from perdure.streams.augment import AUGMENTS
 from perdure.training.config import (
     RunConfig,
-    former_parts,
     make_backbone,
     make_method,
     make_objective,
     make_stream,
     measured_between,
+    said_of,
 )
 from perdure.training.early_stop import check_trains, watching
 from perdure.training.loop import Diverged, Progress, Quiet, TrainConfig, check_shared_out, fit_task
@@ -87,8 +87,9 @@ def run(
             raise ValueError(f"{out} already holds a run: go on with 'perdure resume {out}', or give another --out")
         progress = (progress if processes.first else None) or Quiet()
         learner, stream, runtime = _build(config, runtime, processes)
-        if old := former_parts(config):
-            progress.note(old)
+        asked, config = config, config.settled()
+        for line in said_of(asked):
+            progress.note(line)
         dry_run(config, learner.backbone, stream)
         held_out = held_out_of(config.retain, learner)
         if unlike := unlike_scores(scored_by(config.describe(), [task.score for task in stream])):
@@ -99,7 +100,7 @@ def run(
             for line in learner.backbone.unread([name for task in stream for name in task.names]):
                 progress.note(line)
         if processes.first:
-            write_record(out, record_of(config, learner, stream, runtime, held_out))
+            write_record(out, record_of(asked, learner, stream, runtime, held_out))
         processes.wait()
         if config.shard != "none":
             shard(learner)
@@ -124,7 +125,7 @@ def dry_run(config: RunConfig, backbone: Backbone, stream: Stream) -> None:
     check_effect(measured_between(config.evaluate), stream, objective)
     learner = Core(backbone, objective, method, stream.scenario, config.seed_of("start"))
     learner.sharded = config.shard != "none"
-    learner.online, learner.compile = config.online, config.compile
+    learner.online, learner.compiles = config.online, config.compile
     try:
         for task in stream:
             described = Task.described(task.describe())
@@ -228,7 +229,7 @@ def build_learner(
     learner.online = config.online
     if config.compile:
         check_compile(config, learner)
-        learner.compile = True
+        learner.compiles = True
     check_shared_out(learner, config.accumulate)
     return learner, runtime
 
@@ -324,7 +325,7 @@ def learn_stream(
                 if not stream.name:
                     raise
                 raise Diverged(
-                    f"{error}: start anew in another folder with a lower --lr than {config.lr:g}; the tasks before "
+                    f"{error}: start anew in another folder with a lower --lr than {config.peak:g}; the tasks before "
                     f"can be used as they are in {out}"
                 ) from error
             for remark in learner.objective.remarks():

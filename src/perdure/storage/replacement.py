@@ -1,0 +1,55 @@
+"""A folder's files replaced by others all at once: whoever is killed leaves the old ones or the new ones.
+
+New files are written to a draft within the folder. Once all of it is on disk a list of them is placed there, which says
+that they count; whoever opens the folder next, and finds the list, finishes what is left to do.
+"""
+
+import json
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+from perdure.storage.files import sync_folder, write_json
+
+DRAFT, _LIST = ".new", "files.json"
+
+
+def begin(folder: Path) -> Path:
+    """An empty draft in `folder`, which is locked; what a killed process has left of one is removed."""
+    settle(folder)
+    draft = folder / DRAFT
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir()
+    return draft
+
+
+def replace(folder: Path) -> None:
+    """Let the draft's files count; those of `folder` in sub-folders of the same names that it has not are removed."""
+    draft = folder / DRAFT
+    for place in (*draft.rglob("*"), draft):
+        if place.is_dir():
+            sync_folder(place)
+    files = [str(path.relative_to(draft)) for path in draft.rglob("*") if path.is_file()]
+    write_json(draft / _LIST, sorted(files))
+    settle(folder)
+
+
+def settle(folder: Path) -> None:
+    """Finish a replacement that was begun, whoever began it; nothing where there is none."""
+    draft = folder / DRAFT
+    try:
+        files = json.loads((draft / _LIST).read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    for name in files:
+        # another process may be doing the same
+        with suppress(FileNotFoundError):
+            (draft / name).replace(folder / name)
+    for inner in {(folder / name).parent for name in files} - {folder}:
+        for path in inner.iterdir():
+            if path.is_file() and str(path.relative_to(folder)) not in files:
+                path.unlink(missing_ok=True)
+        sync_folder(inner)
+    sync_folder(folder)
+    (draft / _LIST).unlink(missing_ok=True)
+    shutil.rmtree(draft, ignore_errors=True)

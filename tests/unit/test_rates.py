@@ -1,0 +1,73 @@
+"""Each method has a learning rate of its own, which runs take where none is given, and write down."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from perdure.core.checkpoint import read_record
+from perdure.core.method import METHODS
+from perdure.experiments.grid import cells, compare
+from perdure.options.rates import RATES, RETRIEVING, SPEAKING, USUAL, own_rate
+from perdure.training.config import RunConfig, TrainConfig, register, said_of
+from perdure.training.record import recorded_config
+from perdure.training.run import run
+
+SMALL: dict[str, Any] = {
+    "stream": "synthetic(tasks=2, classes_per_task=2, per_class=6, test_per_class=4)",
+    "backbone": "tiny()",
+    "epochs": 1,
+    "precision": "fp32",
+}
+
+
+def test_every_method_that_trains_the_encoder_has_its_own() -> None:
+    register()
+    ours = {name: made for name, made in METHODS.items() if made.__module__.startswith("perdure.methods.")}
+    assert RATES.keys() <= ours.keys()
+    assert {name for name, made in ours.items() if made.changes_encoder} <= RATES.keys()
+    assert all(each.source for each in RATES.values())
+
+
+@pytest.mark.parametrize(
+    ("method", "rate"),
+    [("l2p", 3e-2), ("lora(rank=2) + ewc", 3e-3), ("ncm", USUAL), ("finetune + lora", 1e-3), ("probe + align", 3e-3)],
+)
+def test_a_sum_takes_the_lowest_of_its_parts(method: str, rate: float) -> None:
+    assert own_rate(method) == rate
+    config = RunConfig(**SMALL, method=method)
+    assert (config.lr, config.peak, config.settled().peak) == (None, USUAL, rate)
+    assert said_of(config) == [f"learning rate {rate:g}, that of {method}; --lr gives another"]
+    given = RunConfig(**SMALL, method=method, lr=0.5)
+    assert (given.settled(), said_of(given)) == (given, [])
+
+
+def test_texts_have_lower_ones() -> None:
+    assert RunConfig(**SMALL, method="l2p", objective="zeroshot()").recommended() == USUAL
+    assert RunConfig(**SMALL, method="l2p", objective="retrieve()").recommended() == RETRIEVING
+    assert RunConfig(**SMALL | {"backbone": "tiny_mllm()"}, method="l2p").recommended() == SPEAKING
+    assert TrainConfig().rate(0, 10) == USUAL
+
+
+def test_a_run_keeps_the_rate_it_began_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(RunConfig(**SMALL, method="lora(rank=2)"), tmp_path / "own")
+    run(RunConfig(**SMALL, method="lora(rank=2)", lr=3e-3), tmp_path / "given")
+    written = read_record(tmp_path / "own")
+    assert (written["config"]["lr"], written["lr"]) == (None, 3e-3)
+    monkeypatch.setitem(RATES, "lora", RATES["l2p"])
+    assert recorded_config(tmp_path / "own", written).lr == 3e-3
+    assert "lr" not in read_record(tmp_path / "given")
+    learnt = [(tmp_path / name / "task-001" / "learner.safetensors").read_bytes() for name in ("own", "given")]
+    assert learnt[0] == learnt[1]
+
+
+def test_a_grid_gives_each_its_own_unless_one_is_given(tmp_path: Path) -> None:
+    grid = cells(["l2p", "probe"], [0], tmp_path / "own")
+    rows = compare(RunConfig(**SMALL), grid, tmp_path / "own", steps=False)
+    assert [row["lr"] for row in rows] == [3e-2, 3e-3]
+    assert "| learning rate |" in (tmp_path / "own" / "compare.md").read_text()
+    assert len(compare(RunConfig(**SMALL), grid, tmp_path / "own", steps=False)) == 2  # finished ones are recognised
+    grid = cells(["l2p", "probe"], [0], tmp_path / "one")
+    rows = compare(RunConfig(**SMALL, lr=1e-2), grid, tmp_path / "one", steps=False)
+    assert [row["lr"] for row in rows] == [1e-2, 1e-2]
+    assert "learning rate" not in (tmp_path / "one" / "compare.md").read_text()
