@@ -48,7 +48,6 @@ def served(tmp_path: Path) -> Callable[[str], Any]:
         with (tmp_path / "app.err").open("w") as errors:
             process = subprocess.Popen(
                 command,
-                cwd=tmp_path,
                 env=os.environ | {"OMP_NUM_THREADS": "1", "no_proxy": "*"},
                 stdout=subprocess.PIPE,
                 stderr=errors,
