@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
@@ -33,6 +34,14 @@ class Abilities(Core):
     config: RunConfig
     runtime: Runtime
     lessons: Turn
+
+    @contextmanager
+    def lesson(self, call: str) -> Iterator[None]:
+        """Within, `call` changes what was learnt: one at a time, with the learner's own threads."""
+        with self.lessons, as_found(self.runtime.threads):
+            if self.lessons.depth > 1:
+                raise ValueError(f"this learner is learning: {call} cannot be called from its progress; call it after")
+            yield
 
     @property
     def known(self) -> dict[str, int]:
@@ -136,9 +145,7 @@ class Abilities(Core):
         Raises:
             ValueError: when it was not learnt, or is the only class.
         """
-        with self.lessons, as_found(self.runtime.threads):
-            if self.lessons.depth > 1:
-                raise ValueError("this learner is learning: forget cannot be called from its progress; call it after")
+        with self.lesson("forget"):
             c = self.class_called(name)
             twin = twin_of(self)
             forget_classes(twin, {c})

@@ -49,8 +49,6 @@ class Learner(Abilities):
     """
 
     config: RunConfig
-    runtime: Runtime
-    lessons: Turn
     _facts: dict[str, Any]
 
     @classmethod
@@ -121,9 +119,7 @@ class Learner(Abilities):
         """
         check_options("learn", options, TrainConfig)
         train = self.usual_training().but(**options)
-        with self.lessons, as_found(self.runtime.threads):
-            if self.lessons.depth > 1:
-                raise ValueError("this learner is learning: learn cannot be called from its progress; call it after")
+        with self.lesson("learn"):
             known = self.known
             task = task_of(self, images, known, labels=labels, captions=captions, conversations=conversations)
             given = "captions" if labels is None else "labels"
@@ -155,9 +151,7 @@ class Learner(Abilities):
         """
         check_options("pretrain", options, TrainConfig)
         train = self.usual_training().but(**{"schedule": "warmup-cosine"} | options)
-        with self.lessons, as_found(self.runtime.threads):
-            if self.lessons.depth > 1:
-                raise ValueError("this learner is learning: pretrain cannot be called from its progress; call it after")
+        with self.lesson("pretrain"):
             task = unlabelled(self, images, pretext, captions)
             self._learn(task, self.long_enough(train, task, "epochs" in options), progress)
         return self

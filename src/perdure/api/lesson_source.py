@@ -72,7 +72,7 @@ def source_of(photos: Path, task: Task, skip_bad: bool) -> LessonSource:
         "skip_bad": skip_bad,
         "train_sha256": digest_of(task.train),
         "content": _content(task),
-        "skipped": _skipped(task),
+        "skipped": skipped_of(task),
     }
 
 
@@ -107,7 +107,8 @@ def _even(texts: Sequence[Sequence[str]]) -> list[list[str]]:
     return [[*each, *[""] * (most - len(each))] for each in texts]
 
 
-def _skipped(task: Task) -> list[str]:
+def skipped_of(task: Task) -> list[str]:
+    """Which images of a task could not be read, and were left out."""
     return [where for data in (task.train, task.test) for where in getattr(data, "skipped", ())]
 
 

@@ -167,6 +167,7 @@ class Learn(Command):
     def __call__(self, screen: Screen) -> None:
         """Learn, say what is known now."""
         from perdure.api.folders import teach_folder
+        from perdure.api.lesson_source import skipped_of
         from perdure.reporting.report import write_report
 
         screen.wait("reading the data and the model")
@@ -174,8 +175,7 @@ class Learn(Command):
         config = RunConfig(stream="", **for_lessons(self.backbone or RunConfig.backbone, self.objective) | given)
         reading = {n: getattr(self, n) for n in ("captions", "images", "score")}
         task, summary = teach_folder(self.folder, self.into, config, given, screen, self.skip_bad, **reading)
-        skipped = [where for data in (task.train, task.test) for where in getattr(data, "skipped", ())]
-        tell_skipped(skipped, screen.note)
+        tell_skipped(skipped := skipped_of(task), screen.note)
         write_report([self.into], self.into / "report.html")
         into = shlex.quote(str(self.into))
         asks = {"accuracy": f"predict {into} IMAGE", "recall": f"search {into} FOLDER 'words'"}
