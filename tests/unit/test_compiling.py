@@ -37,7 +37,7 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def learnt(lab: Any, spec: str, compile: bool, **how: Any) -> dict[str, torch.Tensor]:
     learner = lab.learner(spec)
-    learner.compile = compile
+    learner.compiles = compile
     for task in lab.stream().tasks[:2]:
         learner.grow(task)
         fit_task(learner, task, lab.train_config(optimizer="sgd", **how))

@@ -29,7 +29,7 @@ class SharedOut(nn.Module):
         super().__init__()
         self.processes = Processes()
         self.sharded = False  # whether each process holds a part of the encoder: all must then encode equally often
-        self.compile = False  # whether vision blocks are compiled for the steps of a task
+        self.compiles = False  # whether vision blocks are compiled for the steps of a task
         self.accumulate = 1  # parts in which a batch is encoded while it is trained on
         self.part: Portion | None = None  # of a batch that is shared out: what this process computes at the moment
         self._undivided = False
