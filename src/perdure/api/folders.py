@@ -23,7 +23,7 @@ from perdure.api.lesson_source import (
 from perdure.backbones.preprocess import skippable
 from perdure.core import checkpoint
 from perdure.core.checkpoint import Checkpoint, read_record
-from perdure.core.forgetting import of_classes
+from perdure.core.forgetting import only_classes
 from perdure.formatting import shortened
 from perdure.options.paths import anchored, relocated
 from perdure.options.spec import parse
@@ -237,7 +237,7 @@ def _again(source: LessonSource, described: Task, learner: Learner, known: Mappi
         task = dataclasses.replace(described, train=task.train, test=task.test)
     elif own and own.items() <= dict(zip(task.names, task.classes, strict=True)).items():
         # Some were forgotten; in the training set they stay: a memory refers to images by their position.
-        task = dataclasses.replace(described, train=task.train, test=of_classes(task.test, described.classes))
+        task = dataclasses.replace(described, train=task.train, test=only_classes(task.test, described.classes))
     return task if task == described and digest_of(task.train) == source["train_sha256"] else described
 
 

@@ -44,7 +44,7 @@ def forget_in(folder: Path, name: str, device: str | None = None) -> Learner:
             raise ValueError(f"{folder} was stopped within a lesson: finish it first with 'perdure resume {folder}'")
         learner = Learner.load(folder, device)
         c = learner.class_called(name)
-        draft = replacement.begin(folder)
+        draft = replacement.begin_draft(folder)
         for path in folder.iterdir():
             if path.is_file() and path.name not in _MADE_ANEW:
                 shutil.copy2(path, draft)

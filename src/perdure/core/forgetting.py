@@ -53,13 +53,13 @@ def forget_classes(learner: Core, classes: Collection[int]) -> None:
             _rename(module, renamed)
         if callable(forget := getattr(module, "forget", None)):
             forget(left)
-    learner.tasks = without(learner.tasks, left.classes)
+    learner.tasks = without_classes(learner.tasks, left.classes)
     learner.objective.arrange(learner, learner.task)
     learner.kept.clear()
     learner.still.clear()
 
 
-def without(tasks: Sequence[Task], classes: Collection[int]) -> list[Task]:
+def without_classes(tasks: Sequence[Task], classes: Collection[int]) -> list[Task]:
     """The tasks without some classes; a training set stays whole, for memories refer to its images by position."""
     return [_without(task, classes) for task in tasks]
 
@@ -69,10 +69,10 @@ def _without(task: Task, classes: Collection[int]) -> Task:
     if len(kept) == len(task.classes):
         return task
     ids, names = tuple(c for c, _ in kept), tuple(name for _, name in kept)
-    return dataclasses.replace(task, classes=ids, names=names, test=of_classes(task.test, ids))
+    return dataclasses.replace(task, classes=ids, names=names, test=only_classes(task.test, ids))
 
 
-def of_classes(data: Data, classes: Sequence[int]) -> Data:
+def only_classes(data: Data, classes: Sequence[int]) -> Data:
     """The examples of `data` whose class is one of `classes`; `data` itself where all are."""
     mine = torch.isin(data.labels.cpu(), torch.tensor(classes, dtype=torch.int64))
     if bool(mine.all()):

@@ -1,7 +1,7 @@
 """Joint training on all data so far, which continual methods are measured against."""
 
 from perdure.backbones.base import Tower
-from perdure.core.forgetting import of_classes
+from perdure.core.forgetting import only_classes
 from perdure.core.learner import Core
 from perdure.core.method import Method
 from perdure.options.ranges import Factor, without_effect
@@ -51,4 +51,4 @@ class Joint(Method, name="joint"):
 
     def _sets(self, learner: Core) -> list[Data]:
         """All training sets, without classes that were forgotten since."""
-        return [of_classes(task.train, task.classes) for task in learner.tasks]
+        return [only_classes(task.train, task.classes) for task in learner.tasks]

@@ -14,7 +14,7 @@ from perdure.storage.files import sync_folder, write_json
 DRAFT, _LIST = ".new", "files.json"
 
 
-def begin(folder: Path) -> Path:
+def begin_draft(folder: Path) -> Path:
     """An empty draft in `folder`, which is locked; what a killed process has left of one is removed."""
     settle(folder)
     draft = folder / DRAFT
