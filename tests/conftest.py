@@ -34,6 +34,12 @@ torch.set_num_threads(1)
 os.fsync = lambda _: None
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """A file's tests share its fixtures, so one of several processes runs them all, unless grouped otherwise."""
+    if item.get_closest_marker("xdist_group") is None:
+        item.add_marker(pytest.mark.xdist_group(item.location[0]))
+
+
 class Crash(Exception):
     """A power cut: nothing in the package knows this exception."""
 

@@ -83,7 +83,7 @@ def app(start: Callable[..., Served], tmp_path_factory: pytest.TempPathFactory) 
     return start(folder, "--images", "gallery")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # not the session's: Playwright keeps an event loop running, which others cannot have
 def chromium() -> Iterator[Any]:
     """Chromium as the system has it."""
     if CHROMIUM is None:

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+pytestmark = pytest.mark.xdist_group("app")  # one app for all
+
 
 def picture(colour: tuple[int, int, int], seed: int) -> bytes:
     noisy = np.array(colour) + np.random.default_rng(seed).normal(0, 12, (24, 24, 3))

@@ -10,6 +10,8 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Page, expect
 
+pytestmark = pytest.mark.xdist_group("app")  # one app for all
+
 
 @pytest.fixture(scope="module")
 def speaking(start: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory, lab: Any) -> Any:

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Page, expect
 
+pytestmark = pytest.mark.xdist_group("app")  # one app for all
 COLOURS = {"red": (220, 30, 30), "blue": (30, 40, 220), "white": (240, 240, 240)}
 SHOTS = os.environ.get("PERDURE_SHOTS")
 """A folder for screenshots, to be looked at."""

@@ -146,7 +146,17 @@ def settings(words: str) -> dict[str, str]:
 PLACES = [(spec, {}) for spec in SPECS]
 PLACES += [(spec, settings(words)) for words, specs in ELSEWHERE.items() for spec in specs.split(" | ")]
 NAMES = [" ".join([spec, *where.values()]) for spec, where in PLACES]
-every_place = pytest.mark.parametrize(("spec", "where"), PLACES, ids=NAMES)
+PARAMETERS = ("spec", "where")
+
+
+def of(name: str) -> Any:
+    """What is taught once for many tests is taught by one of the processes that share them out."""
+    return pytest.mark.xdist_group(name)
+
+
+every_place = pytest.mark.parametrize(
+    PARAMETERS, [pytest.param(*place, id=name, marks=of(name)) for name, place in zip(NAMES, PLACES, strict=True)]
+)
 
 
 def differs(spec: str, where: dict[str, str]) -> bool:
@@ -194,9 +204,9 @@ IN_FLIGHT = {
 def where(stopped: bool) -> Any:
     """The places where a stopped run says more, or those where it does not; the others by `make test-all`."""
     return pytest.mark.parametrize(
-        ("spec", "where"),
+        PARAMETERS,
         [
-            pytest.param(*place, id=name, marks=() if differs(*place) == stopped else pytest.mark.slow)
+            pytest.param(*place, id=name, marks=[of(name)] + [pytest.mark.slow] * (differs(*place) != stopped))
             for name, place in zip(NAMES, PLACES, strict=True)
         ],
     )
@@ -238,7 +248,7 @@ def test_a_run_stopped_after_a_task_and_within_the_next_equals_an_unbroken_run(
     assert content_of(tmp_path / "broken") == content_of(tmp_path / "unbroken")
 
 
-@pytest.mark.parametrize("spec", FROZEN)
+@pytest.mark.parametrize("spec", [pytest.param(spec, marks=of(spec)) for spec in FROZEN])
 def test_detach_gives_the_pretrained_model_back_bit_for_bit(spec: str, lab: Any, taught: Any) -> None:
     learner, before = copy.deepcopy(taught(spec)), lab.backbone().state_dict()
     assert learner.backbone.state_dict().keys() == before.keys()

@@ -14,7 +14,8 @@ from PIL import Image
 from perdure.api.folders import teach_folder
 from perdure.api.learner import Learner
 from perdure.core.checkpoint import whole
-from perdure.training.config import RunConfig, usual
+from perdure.training.config import RunConfig
+from perdure.training.defaults import usual
 from perdure.training.loop import Quiet
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
@@ -241,7 +242,9 @@ class Stops(Quiet):
 
 def test_a_stopped_lesson_of_questions_goes_on_as_its_file_was_read(data: Path, perdure: Any, content_of: Any) -> None:
     Path("apart.jsonl").write_text((data / "colour.jsonl").read_text())
-    config = RunConfig(stream="", backbone="tiny_mllm()", **usual("tiny_mllm()") | {"batch_size": 4}, save_every=1)
+    config = RunConfig(
+        stream="", backbone="tiny_mllm()", **usual("tiny_mllm()") | {"batch_size": 4, "epochs": 2}, save_every=1
+    )
     for folder, progress in (("whole", None), ("x", Stops())):
         reading = {"images": str(data), "score": "contains"}
         with suppress(OSError):

@@ -22,13 +22,25 @@ BACKBONES = {"animals": "tiny(dim=16)", "colours": "tiny(dim=24)"}
 METHODS = {"animals": "lora(rank=2)", "colours": "probe"}
 
 
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the members of all tests are taught, once."""
+    return tmp_path_factory.mktemp("kept")
+
+
 @pytest.fixture
-def members(perdure: Any, photos: Any) -> list[str]:
+def members(perdure: Any, photos: Any, kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Two learners of different classes, backbones and methods."""
     for name, classes in CLASSES.items():
         photos(f"{name}/train", classes, 12), photos(f"{name}/test", classes, 6)
-        made = ("--backbone", BACKBONES[name], "--method", METHODS[name], *FAST)
-        assert perdure("learn", name, "--into", f"runs/{name}", *made).code == 0
+    if not (kept / "runs").exists():
+        shutil.copytree(tmp_path, kept, dirs_exist_ok=True)
+        monkeypatch.chdir(kept)
+        for name in CLASSES:
+            made = ("--backbone", BACKBONES[name], "--method", METHODS[name], *FAST)
+            assert perdure("learn", name, "--into", f"runs/{name}", *made).code == 0
+        monkeypatch.chdir(tmp_path)
+    shutil.copytree(kept / "runs", "runs")
     return [f"runs/{name}" for name in CLASSES]
 
 
@@ -160,6 +172,33 @@ def test_rewards_change_whom_a_bandit_asks_and_are_kept(members: list[str]) -> N
     assert len(list(Path("team").glob("pool-*"))) == 1
     with pytest.raises(ValueError, match="chooses by gaussian, not by rewards"):
         combine(members, "other").feedback(image, ["animals"], [1.0])
+
+
+def test_rewards_on_the_command_line_change_whom_a_bandit_asks(perdure: Any, members: list[str]) -> None:
+    assert perdure("combine", *members, "--into", "team", "--route", "linucb").code == 0
+    image = "colours/test/red/01.png"
+    lines = [{"image": image, "member": m, "reward": int(m == "animals")} for m in ("animals", "colours")] * 40
+    Path("rewards.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
+    told = perdure("reward", "team", "rewards.jsonl", "--json")
+    assert [json.loads(line) for line in told.out.splitlines()] == [
+        {"member": "animals", "rewards": 40, "mean": 1.0},
+        {"member": "colours", "rewards": 40, "mean": 0.0},
+    ]
+    assert json.loads(perdure("predict", "team", image, "--json").out)["member"] == "animals"
+    before = Specialists.load("team").router.state_dict()
+    for wrong, said in (
+        ({"member": "plants"}, "line 2: 'plants' is no member of team: give one of animals, colours"),
+        ({"reward": 2}, "line 2: Expected `float` <= 1.0"),
+        ({"reward": None}, "line 2: Expected `float`, got `null`"),
+    ):
+        Path("bad.jsonl").write_text("".join(json.dumps(each) + "\n" for each in (lines[0], lines[1] | wrong)))
+        refused = perdure("reward", "team", "bad.jsonl")
+        assert refused.code == 2
+        assert said in refused.err
+    after = Specialists.load("team").router.state_dict()
+    assert all(value.equal(after[name]) for name, value in before.items())
+    perdure("combine", *members, "--into", "other")
+    assert "chooses by gaussian, not by rewards" in perdure("reward", "other", "rewards.jsonl").err
 
 
 def test_three_backbones_answer_images_and_words_from_one_command(perdure: Any, photos: Any, tmp_path: Path) -> None:

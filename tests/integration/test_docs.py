@@ -337,7 +337,7 @@ def test_the_reference_lists_every_command_and_every_key_of_the_summary(lab: Any
     few = "fewshot(synthetic(classes_per_task=5), ways=2)"
     kinds = {
         "zeroshot": {"stream": sequence, "retain": ("synthetic(tasks=2)",)},
-        "classify": {"stream": few},
+        "classify": {"stream": few, "early_stop": 1},
         "retrieve": {},
     }
     kinds["classify(cosine=True)"] = {"online": True, "epochs": 1}

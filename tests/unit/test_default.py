@@ -4,7 +4,8 @@ from perdure.api.learner import Learner
 from perdure.cli.advise import advise
 from perdure.reporting.abilities import exportable, searchable
 from perdure.reporting.advise import Constraints, shipped
-from perdure.training.config import LEARNT, RunConfig, for_lessons
+from perdure.training.config import RunConfig
+from perdure.training.defaults import LEARNT, for_lessons
 
 
 def test_it_can_be_exported_and_searched_and_keeps_no_old_images() -> None:

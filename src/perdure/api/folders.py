@@ -32,7 +32,8 @@ from perdure.storage.schema import LessonSource
 from perdure.streams import Captioned, captioned_task, conversation_task, folder_task
 from perdure.streams.conversation_stream import holds_conversations
 from perdure.streams.unlabelled import unlabelled_task
-from perdure.training.config import RunConfig, make_stream, said_of, usual
+from perdure.training.config import RunConfig, make_stream, said_of
+from perdure.training.defaults import usual
 from perdure.training.loop import Diverged, Progress, Quiet, TrainConfig
 from perdure.training.record import elsewhere, recorded_moves, write_record
 from perdure.training.run import Interrupted, learn_stream, nothing_learnt_nothing_left, resume

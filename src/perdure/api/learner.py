@@ -20,7 +20,9 @@ from perdure.objectives.zeroshot import class_texts
 from perdure.process import Turn, as_found, plain
 from perdure.streams import ImageSet
 from perdure.streams.sources import Picture
-from perdure.training.config import RunConfig, check_options, for_lessons, former_parts
+from perdure.training.config import RunConfig, check_options, former_parts
+from perdure.training.defaults import for_lessons
+from perdure.training.early_stop import watching
 from perdure.training.loop import Progress, Quiet, TrainConfig, fit_task
 from perdure.training.record import record_of, recorded_config, recorded_runtime, write_record
 from perdure.training.run import build_learner
@@ -65,12 +67,8 @@ class Learner(Abilities):
             ValueError: for names and options that do not exist.
         """
         check_options("create", options, RunConfig)
-        given = {"method": method, "objective": objective}
-        settings = (
-            for_lessons(backbone, objective)
-            | {name: value for name, value in given.items() if value is not None}
-            | options
-        )
+        given = {name: value for name, value in (("method", method), ("objective", objective)) if value is not None}
+        settings = for_lessons(backbone, objective) | given | options
         config = RunConfig(stream=OPEN, backbone=backbone, **settings)
         if old := former_parts(config):
             warnings.warn(old, FutureWarning, stacklevel=2)
@@ -161,10 +159,11 @@ class Learner(Abilities):
     def _learn(self, task: Task, train: TrainConfig, progress: Progress | None) -> None:
         """Teach a twin, and become it."""
         twin = twin_of(self)
+        task, watched = set_apart(self, task, train.held_out, "early_stop_share")
         learnt, held = set_apart(self, task)
         twin.grow(learnt)
         part(twin, self)
-        twin._facts = facts_of(fit_task(twin, learnt, train, progress), 0.0)
+        twin._facts = facts_of(fit_task(twin, learnt, train, progress, early=watching(twin, watched, train)), 0.0)
         fit(twin, held)
         become(self, twin)
 
@@ -237,10 +236,7 @@ class Learner(Abilities):
             raise ValueError("classes is empty: give at least one name, or None for what was learnt")
         known = known_task(self, task, chosen=classes is None)
         data = told(shown(images, self), known)
-        if classes is not None:
-            names: Sequence[str] = tuple(classes)
-        else:
-            names = self.objective.names if known is None else known.names
+        names: Sequence[str] = tuple(classes) if classes is not None else (known or self.objective).names
         if not len(data):
             return names, torch.zeros(0, len(names))
         with self.inference():

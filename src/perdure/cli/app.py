@@ -15,7 +15,8 @@ from perdure.cli.console import Screen
 from perdure.cli.use import LearnerCommand
 from perdure.formatting import count_bytes
 from perdure.options.ranges import Range, Seed
-from perdure.training.config import RunConfig, for_lessons
+from perdure.training.config import RunConfig
+from perdure.training.defaults import for_lessons
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,8 @@ from perdure.cli.combine import Combine
 from perdure.cli.console import Command, Screen
 from perdure.cli.inputs import tell_skipped
 from perdure.cli.pretrain import Pretrain
+from perdure.cli.report import Report
+from perdure.cli.reward import Reward
 from perdure.cli.show import Show
 from perdure.cli.tune import Tune
 from perdure.cli.use import Eval, Export, Forget, Move, Predict, Push, Resize, Search
@@ -28,8 +30,8 @@ from perdure.experiments.cluster import Cluster
 from perdure.experiments.recipes import DEMO_METHODS, demo, recipe
 from perdure.formatting import meant, shortened
 from perdure.options.ranges import BatchSize, Epochs, Range, Rate, Seed
-from perdure.storage.schema import SPECIALISTS
-from perdure.training.config import RunConfig, flags, for_lessons
+from perdure.training.config import RunConfig, flags
+from perdure.training.defaults import for_lessons
 
 Processes = Annotated[int, Range(1, 1024)]
 
@@ -145,7 +147,7 @@ class Learn(Command):
     """Examples per step; 64 unless said otherwise, 16 for a language model."""
     seed: Seed | None = None
     """For a new learner; 0 unless said otherwise."""
-    precision: Literal["auto", "fp32", "bf16"] | None = None
+    precision: Literal["auto", "fp32", "bf16", "fp16"] | None = None
     """For a new learner; auto unless said otherwise."""
     calibrate: Annotated[float, Range(0, 0.5)] | None = None
     """For a new learner: share of each class's images set apart, for predict --calibrated; 0 unless said otherwise."""
@@ -221,49 +223,6 @@ class Compare(RunConfig, Command):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report(Command):
-    """Write report.html for one or several runs."""
-
-    folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FOLDERS")]
-    """Runs' folders, or a grid's."""
-    out: Path | None = None
-    """The file; report.html in the first folder when left out."""
-    figures: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """A folder for the figures as PDF and PNG, for papers."""
-    csv: bool = False
-    """Tables as CSV too: methods, runs, scores, classes, confusion and significance, into --figures or beside --out."""
-    latex: bool = False
-    """The table of methods for LaTeX too, into the same folder."""
-
-    def __call__(self, screen: Screen) -> None:
-        """Write and print the path."""
-        from perdure.reporting.report import write_report
-
-        if teams := [folder for folder in self.folders if (folder / SPECIALISTS).is_file()]:
-            self._team(teams[0], screen)
-            return
-        inner = [run for folder in self.folders for run in _runs_in(folder)]
-        path = write_report(inner, self.out or self.folders[0] / "report.html", self.figures, screen.note)
-        screen.result({"report": str(path)}, f"report: {path}")
-        if self.csv or self.latex:
-            from perdure.reporting.papers import write_tables
-
-            place = self.figures or path.parent / "tables"
-            for file in write_tables(inner, place, as_csv=self.csv, as_latex=self.latex):
-                screen.result({"table": str(file)}, f"table: {file}")
-
-    def _team(self, folder: Path, screen: Screen) -> None:
-        from perdure.reporting.specialists import write_team_report
-
-        if len(self.folders) > 1 or self.figures:
-            raise ValueError(
-                f"{folder} holds specialists, of which a report shows a table: give it alone, no --figures"
-            )
-        path = write_team_report(folder, self.out or folder / "report.html")
-        screen.result({"report": str(path)}, f"report: {path}")
-
-
-@dataclass(frozen=True, kw_only=True)
 class List(Command):
     """What there is: methods, streams, backbones, pretexts, recipes."""
 
@@ -308,6 +267,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "show": Show,
     "forget": Forget,
     "combine": Combine,
+    "reward": Reward,
     "report": Report,
     "export": Export,
     "push": Push,
@@ -389,10 +349,3 @@ def _tell_notes(records: Sequence[Mapping[str, Any]], screen: Screen) -> None:
     for line in dict.fromkeys(line for record in records for line in remarks_on(record["stream"])):
         screen.note(line)
     tell_skipped(records[0]["stream"].get("skipped", []), screen.note)
-
-
-def _runs_in(folder: Path) -> list[Path]:
-    inner = [folder] if (folder / "run.json").exists() else sorted(p.parent for p in folder.glob("*/run.json"))
-    if not inner:
-        raise ValueError(f"{folder} is neither a run's nor a grid's folder: it has no run.json")
-    return inner

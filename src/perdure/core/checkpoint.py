@@ -82,7 +82,10 @@ def save_step(folder: Path, learner: Core, step: int, optimizer: torch.optim.Opt
             for key, value in state.items()
             if isinstance(value, Tensor)
         }
-    _write(target, _describe(folder, learner) | {"step": step, "rows": [asdict(row) for row in rows]}, tensors)
+    facts: dict[str, Any] = {"step": step, "rows": [asdict(row) for row in rows]}
+    if learner.scaler.is_enabled():
+        facts["scaler"] = learner.scaler.state_dict()
+    _write(target, _describe(folder, learner) | facts, tensors)
     for old in task.glob("step-*"):
         if old != target:
             shutil.rmtree(old, ignore_errors=True)
@@ -96,7 +99,9 @@ def drop_steps(task: Path) -> None:
 
 
 def restore_optimizer(checkpoint: Checkpoint, learner: Core, optimizer: torch.optim.Optimizer) -> None:
-    """Put the state of a snapshot's optimizer back."""
+    """Put the state of a snapshot's optimizer back, and the scale of the loss."""
+    if scaler := checkpoint.manifest.get("scaler"):
+        learner.scaler.load_state_dict(dict(scaler))
     tensors = _read(checkpoint, _OPTIMIZER)
     params = learner.trainable()
     for key, value in tensors.items():

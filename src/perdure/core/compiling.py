@@ -65,7 +65,8 @@ def compiled(backbone: Backbone) -> Iterator[None]:
 
     blocks = _blocks(backbone)
     for block in blocks:
-        block.forward = MethodType(_compiled(type(block)), block)  # type: ignore[arg-type]
+        kind: Any = type(block)  # hashable, which mypy doubts
+        block.forward = MethodType(_compiled(kind), block)
     # adapters are hooks: unless these are looked at, a block would compute with those of the one compiled first
     watched = {"skip_nnmodule_hook_guards": False, "recompile_limit": _GRAPHS, "fail_on_recompile_limit_hit": True}
     try:
@@ -86,6 +87,7 @@ def _blocks(backbone: Backbone) -> list[nn.Module]:
 
 
 @cache
-def _compiled(kind: type) -> Callable[..., Any]:
+def _compiled(kind: type[nn.Module]) -> Callable[..., Any]:
     # a graph for each size, so that a run that goes on computes by the same ones, whichever it meets first
-    return torch.compile(kind.forward, dynamic=False)  # type: ignore[attr-defined]
+    faster: Callable[..., Any] = torch.compile(kind.forward, dynamic=False)
+    return faster

@@ -11,6 +11,7 @@ from typing import Any, Self, TypeVar
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
+from torch.amp import GradScaler
 
 from perdure.adapters.injection import adapted, fold
 from perdure.backbones.base import Backbone
@@ -69,6 +70,7 @@ class Core(SharedOut):
         self.newest = range(0)  # then: where the new examples of the step stand in the task's training set
         self.last_epoch = False  # whether that step belongs to the task's last
         self.precision = torch.float32  # of the encoder
+        self.scaler = GradScaler("cpu", enabled=False)  # of the loss, made anew for every task; for float16 only
         self.augment: Augment = AUGMENTS["none"]
         self.calibrate = 0.0  # share of each task's images that are set apart to fit the temperature to
         self.temperature = Temperature()

@@ -13,23 +13,31 @@ from perdure.types import Row, Stream, Task
 ERROR, AFTER = "calibration_error", "calibration_error_calibrated"
 
 
-def set_apart(learner: Core, task: Task) -> tuple[Task, ImageSet | None]:
+def set_apart(
+    learner: Core, task: Task, share: float | None = None, option: str = "calibrate"
+) -> tuple[Task, ImageSet | None]:
     """`task` as `learner` trains on it, and the images that are set apart: a share of each class, and never all of it.
 
     Which images it is depends on the seed and the number of the task only, so a run that goes on takes the same. None
     where none are asked for, or the task is known by its description only.
+
+    Args:
+        learner: who learns `task`.
+        task: with its data.
+        share: of the images of each class; None is what the learner sets apart to be calibrated.
+        option: what asks for it.
 
     Raises:
         ValueError: when there are no classes, or none has an image to spare.
     """
     if task.pretext:
         return task, None
-    share = learner.calibrate
+    share = learner.calibrate if share is None else share
     if share and "classes" not in learner.objective.asks:
-        raise ValueError(f"calibrate={share:g} has no effect where no classes are scored: leave it out")
+        raise ValueError(f"{option}={share:g} has no effect where no classes are scored: leave it out")
     if not share or not isinstance(task.train, ImageSet):
         return task, None
-    generator = torch.Generator().manual_seed(derived_seed(learner.seed, task.index, "calibrate"))
+    generator = torch.Generator().manual_seed(derived_seed(learner.seed, task.index, option))
     labels = task.train.labels
     taken = torch.zeros(len(labels), dtype=torch.bool)
     for label in torch.unique(labels).tolist():
@@ -38,16 +46,18 @@ def set_apart(learner: Core, task: Task) -> tuple[Task, ImageSet | None]:
         taken[mine[torch.randperm(len(mine), generator=generator)[:count]]] = True
     if not taken.any():
         raise ValueError(
-            f"task {task.index}: calibrate={share:g} needs a class of 2 images or more, one of them to train on: leave "
+            f"task {task.index}: {option}={share:g} needs a class of 2 images or more, one of them to train on: leave "
             "it out, or give more images"
         )
     rest, apart = (~taken).nonzero().flatten(), taken.nonzero().flatten()
     return dataclasses.replace(task, train=task.train.subset(rest)), task.train.subset(apart)
 
 
-def apart(learner: Core, stream: Stream) -> tuple[Stream, dict[int, ImageSet]]:
-    """`stream` as `learner` trains on it, and what is set apart of each task."""
-    split = [set_apart(learner, task) for task in stream]
+def apart(
+    learner: Core, stream: Stream, share: float | None = None, option: str = "calibrate"
+) -> tuple[Stream, dict[int, ImageSet]]:
+    """`stream` as `learner` trains on it, and what is set apart of each task; see `set_apart`."""
+    split = [set_apart(learner, task, share, option) for task in stream]
     held = {task.index: images for task, images in split if images is not None}
     return (dataclasses.replace(stream, tasks=tuple(task for task, _ in split)) if held else stream), held
 

@@ -6,10 +6,12 @@ matplotlib is imported when the first figure is drawn, so that reading runs does
 import io
 import math
 import re
+import unicodedata
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +52,11 @@ _STYLE: Any = {
     "ytick.color": _QUIET,
 }
 _LONGEST = 60  # letters of a name
+_EARLIER, _LISTED, _NAME, _MARKS = "earlier tasks", 31, 34, "o^sDvPX*"
+_CJK = (
+    *("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Source Han Sans SC", "PingFang SC", "Hiragino Sans GB"),
+    *("Microsoft YaHei", "SimHei", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "Arial Unicode MS"),
+)
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,14 @@ class Point:
     cost: float
     share: float
     spread: float | None = None
+
+
+@dataclass(frozen=True)
+class Cloud:
+    """Points that belong together: what they are called, and which of the places they are."""
+
+    name: str
+    points: "np.ndarray[Any, Any]"
 
 
 @dataclass(frozen=True)
@@ -221,6 +236,69 @@ def matrix(title: str, rows: Sequence[Sequence[float | None]], names: Sequence[s
     return Drawing(title, "; ".join(f"{n}: {percent(v)} %" for n, v in zip(names, last, strict=False)), figure)
 
 
+def clouds(title: str, maps: Mapping[str, "np.ndarray[Any, Any]"], groups: Sequence[Cloud]) -> Drawing:
+    """Points side by side on each of the `maps`, a colour and a mark for each of the groups.
+
+    Args:
+        title: what the figure shows.
+        maps: places (n, 2) by what stands above them, of the same points.
+        groups: of points; one that is called "earlier tasks" is drawn in grey, below the others.
+    """
+    from matplotlib.figure import Figure
+
+    listed = [group for group in groups if group.name != _EARLIER]
+    widest = max((min(_width(g.name), _NAME) for g in groups), default=0)
+    columns = min(4, 88 // (widest + 8))
+    lines = math.ceil((min(len(listed), _LISTED) + 1) / columns)
+    with _styled():
+        figure = Figure((7.0, 3.7 + 0.19 * lines), layout="constrained")
+        handles: dict[str, Any] = {}
+        for axes, (heading, places) in zip(figure.subplots(1, len(maps), squeeze=False)[0], maps.items(), strict=True):
+            axes.set_title(heading, fontsize=9, color=_QUIET)
+            axes.grid(visible=False)
+            axes.set_xticks([])
+            axes.set_yticks([])
+            axes.set_aspect("equal", adjustable="datalim")
+            for group in groups:
+                x, y = places[group.points].T
+                if group.name == _EARLIER:
+                    look: dict[str, Any] = {"color": _GRID, "marker": "o", "s": 9, "edgecolors": "#b9bfc6"}
+                else:
+                    place = listed.index(group)
+                    mark = _MARKS[place // len(COLOURS) % len(_MARKS)]
+                    look = {"color": COLOURS[place % len(COLOURS)], "marker": mark, "s": 16, "edgecolors": _PAPER}
+                handles.setdefault(group.name, axes.scatter(x, y, linewidths=0.4, **look))
+        names = [group.name for group in groups if group.name == _EARLIER]
+        names += [group.name for group in listed[:_LISTED]]
+        shown = [handles[name] for name in names]
+        words = [_cut(name, _NAME) for name in names]
+        if len(listed) > _LISTED:
+            shown.append(figure.axes[0].plot([], [], linestyle="none")[0])
+            words.append(f"and {len(listed) - _LISTED} more")
+        figure.legend(
+            *(shown, words), loc="outside lower left", ncols=columns, frameon=False, labelcolor=_INK, handlelength=1
+        )
+    return Drawing(title, f"{', '.join(maps)}; {', '.join(words)}", figure)
+
+
+@cache
+def _fonts() -> list[str]:
+    """The usual font, and those here that have what it lacks: Chinese, Japanese and Korean letters."""
+    from matplotlib.font_manager import fontManager
+
+    there = {font.name for font in fontManager.ttflist}
+    return ["sans-serif", *(name for name in _CJK if name in there)]
+
+
+def without_glyphs(texts: Iterable[str]) -> str:
+    """The letters of `texts` that no font here can draw, at most five."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    fonts = [get_font(findfont(FontProperties(family=[name]))) for name in _fonts()]
+    letters = dict.fromkeys(letter for text in texts for letter in text if letter.isprintable())
+    return "".join([each for each in letters if not any(font.get_char_index(ord(each)) for font in fonts)][:5])
+
+
 def front(points: Sequence[Point]) -> list[Point]:
     """The Pareto front by rising cost: those for which no other costs less or as much and scores more or as much.
 
@@ -238,7 +316,7 @@ def _styled() -> Iterator[None]:
     """Our style for the time of a drawing; a name in a script that the font lacks is no reason to warn."""
     import matplotlib as mpl
 
-    with mpl.rc_context(_STYLE), warnings.catch_warnings():
+    with mpl.rc_context(_STYLE | {"font.family": _fonts()}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from", UserWarning)
         yield
 
@@ -257,6 +335,11 @@ def _measured(point: Point) -> str:
 
 def _last(values: Sequence[float | None]) -> float | None:
     return next((v for v in reversed(values) if v is not None), None)
+
+
+def _width(name: str) -> int:
+    """In columns of Latin letters: Chinese ones take two."""
+    return sum(1 + (unicodedata.east_asian_width(letter) in "WF") for letter in name)
 
 
 def _cut(name: str, longest: int = _LONGEST) -> str:

@@ -390,8 +390,7 @@ def _skipped(run: RunResults) -> list[str]:
 
 def _dates(runs: Sequence[RunResults]) -> str:
     days = []
-    for run in runs:
-        created = str(run.facts.get("created") or "")
+    for created in (str(run.facts.get("created") or "") for run in runs):
         try:
             days.append(datetime.fromisoformat(created).date().isoformat())
         except ValueError:

@@ -228,7 +228,7 @@ def _settings(run: RunResults) -> dict[str, Any]:
     known = {f.name: f.default for f in fields(RunConfig)} | run.config
     facts = run.facts["stream"]
     return {name: known[name] for name in (*_SPECS, *_TRAINING)} | {
-        "vary": known["vary"],
+        **{name: known[name] for name in ("vary", "early_stop", "early_stop_share")},
         "fingerprint": run.facts["backbone"].get("fingerprint"),
         "scenario": facts.get("scenario"),
         "tasks": len(run.names()),

@@ -96,6 +96,7 @@ class Manifest(TypedDict):
     tasks: list[TaskFacts]
     rows: NotRequired[list[RowFacts]]
     step: NotRequired[Natural]
+    scaler: NotRequired[dict[str, int | float]]
     alone: NotRequired[bool]
     forgotten: NotRequired[list[str]]
     source: NotRequired[LessonSource]
@@ -115,7 +116,7 @@ class Resolved(TypedDict):
     """How a run computes: see `perdure.training.runtime.Runtime`."""
 
     device: str
-    precision: Literal["fp32", "bf16"]
+    precision: Literal["fp32", "bf16", "fp16"]
     attention: Literal["eager", "sdpa"]
     threads: Annotated[int, Meta(ge=1, le=65_536)]
     processes: NotRequired[Annotated[int, Meta(ge=1, le=65_536)]]
@@ -191,6 +192,7 @@ class Summary(TypedDict, total=False):
     online: dict[str, Any]
     anytime_acc: float | None
     few_shot: dict[str, list[float | None]]
+    early_stop: dict[str, Any]
     performance_drop: float | None
     harmonic_mean: float | None
     zero_shot: dict[str, dict[str, Any]]

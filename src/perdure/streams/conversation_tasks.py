@@ -106,7 +106,7 @@ def arrange_conversations(
         learnt, tested = divided[i]
         make = functools.partial(_set, found, parts[i], number, options, measured)
         sets.append((make(learnt, options.per_task, "train"), make(tested, options.test_per_task, "test")))
-    check_drawn(options.draw, sum(len(learnt) for learnt, _ in sets), sum(len(divided[i].learnt) for i in chosen))
+    check_drawn(options.draw, sum(len(learnt) for learnt, _ in sets), sum(len(each.learnt) for each in divided))
     tasks = tuple(
         Task(number, names[i], (number,), (names[i],), len(parts), learnt, tested, parts[i].score)
         for number, (i, (learnt, tested)) in enumerate(zip(chosen, sets, strict=True))

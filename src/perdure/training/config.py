@@ -26,6 +26,7 @@ from perdure.options.ranges import (
 )
 from perdure.options.rates import RETRIEVING, SPEAKING, USUAL, own_rate
 from perdure.options.spec import Spec, build, parse, parse_one
+from perdure.training.defaults import usual
 
 if TYPE_CHECKING:  # what only asks, as the command line's help does, waits for no torch
     from perdure.backbones.preprocess import Preprocess
@@ -34,17 +35,12 @@ if TYPE_CHECKING:  # what only asks, as the command line's help does, waits for 
     from perdure.types import Stream
 
 
-Precision = Literal["auto", "fp32", "bf16"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Attention = Literal["auto", "eager", "sdpa"]
 _DECAY = 0.1
 _WARMUP = 0.1
-_SPEAKING = {
-    "objective": "generate()",
-    "method": "lora(rank=16, at='qkvo,mlp', tower='language')",
-    "lr": SPEAKING,
-    "batch_size": 16,
-}
-"""Of language models: the sites and the rate of LLaVA's LoRA."""
+EARLY_SHARE = 0.1
+"""Of each class's training images, what early stopping holds out unless told otherwise."""
 _BRACKETS = str.maketrans("", "", "()[] ")
 
 
@@ -72,6 +68,12 @@ class TrainConfig:
     decay: Factor | None = None
     """With step: by how much at each of the milestones; 0.1 unless given."""
 
+    early_stop: Annotated[int, Range(0, 10**6)] = 0
+    """Epochs without a lower loss on held-out training images after which a task ends; 0 trains all epochs on all
+    images."""
+    early_stop_share: Annotated[float, Range(0.01, 0.5)] | None = None
+    """With early_stop: the share of each class's training images that is held out; 0.1 unless given."""
+
     def __post_init__(self) -> None:
         # a list or tuple of numbers too, as Python's users write it
         object.__setattr__(self, "milestones", str(self.milestones).translate(_BRACKETS).rstrip(","))
@@ -79,6 +81,12 @@ class TrainConfig:
         if self.accumulate > self.batch_size:
             raise ValueError(
                 f"accumulate={self.accumulate}: expected at most batch_size={self.batch_size}, of which it is parts"
+            )
+        if not self.early_stop:
+            without_effect("without early_stop", early_stop_share=self.early_stop_share)
+        elif self.early_stop >= self.epochs:
+            raise ValueError(
+                f"early_stop={self.early_stop} has no effect within epochs={self.epochs}: give fewer, or more epochs"
             )
         if self.schedule != "step":
             why = f"with schedule={self.schedule!r}, but with 'step'"
@@ -96,12 +104,20 @@ class TrainConfig:
         if self.decay == 1:
             raise ValueError(f"decay={self.decay}: expected a factor other than 1, such as 0.1")
 
+    @property
+    def held_out(self) -> float:
+        """Share of each class's training images that early stopping holds out; 0 without it."""
+        share = EARLY_SHARE if self.early_stop_share is None else self.early_stop_share
+        return share if self.early_stop else 0.0
+
     def _milestones(self) -> list[int]:
         words = self.milestones.split(",")
         return [int(word) for word in words] if all(word.isascii() and word.isdecimal() for word in words) else []
 
     def but(self, **changes: Any) -> Self:
-        """The same with changes; another schedule leaves the milestones of this one behind."""
+        """The same with changes; another schedule leaves its milestones behind, too few epochs the early stop."""
+        if changes.get("epochs", self.epochs) <= self.early_stop:
+            changes = {"early_stop": 0, "early_stop_share": None} | changes
         if changes.get("schedule", self.schedule) != self.schedule:
             changes = {"milestones": "", "decay": None} | changes
         return dataclasses.replace(self, **changes)
@@ -149,7 +165,8 @@ class RunConfig(TrainConfig):
     """What the seed changes, with commas between: order (of classes or tasks), images (which train images per_class,
     per_task or shots keep), start (first values, batches, all else that is random). The rest is as with seed 0."""
     precision: Precision = "auto"
-    """Of the encoder: auto takes bf16 where the processor has it natively."""
+    """Of the encoder: auto takes bf16 where the processor has it natively. fp16 is for GPUs without it: the loss is
+    scaled (GradScaler), and a step whose gradients overflow is left out."""
     attention: Attention = "auto"
     """auto takes sdpa; eager where a CPU computes in bf16 and an image has at most 64 tokens."""
     device: str = "auto"
@@ -186,7 +203,8 @@ class RunConfig(TrainConfig):
             if self.epochs not in (1, TrainConfig.epochs):
                 raise ValueError(f"epochs={self.epochs} has no effect with --online, which is one pass: leave it out")
             object.__setattr__(self, "epochs", 1)
-            without_effect("with --online, where no task is set apart", calibrate=self.calibrate or None)
+            why = "with --online, where no task is set apart"
+            without_effect(why, calibrate=self.calibrate or None, early_stop=self.early_stop or None)
         # What is written down must lead to the same files wherever it is read.
         for name in ("stream", "backbone", "method"):
             object.__setattr__(self, name, anchored(getattr(self, name)))
@@ -246,28 +264,6 @@ def measured_between(evaluate: str) -> int | None:
 
 BESIDE_RESULTS = ("save_every", "cache", "cache_bytes")
 """Fields of `RunConfig` on which no result depends."""
-
-
-def usual(backbone: str) -> dict[str, Any]:
-    """Fields of the configuration of a new learner on `backbone` whose defaults would be of no use there."""
-    from typing import get_type_hints
-
-    from perdure.backbones import BACKBONES
-    from perdure.backbones.language import Language
-
-    made = BACKBONES.get(parse_one(backbone).name)
-    of = get_type_hints(made).get("return") if made else None
-    return dict(_SPEAKING) if isinstance(of, type) and issubclass(of, Language) else {}
-
-
-LEARNT = "inflora(rank=10) + align"
-"""The method of learners that are taught classes by hand, where none is named: see `docs/choosing.md`."""
-
-
-def for_lessons(backbone: str, objective: str | None = None) -> dict[str, Any]:
-    """Fields of the configuration of a new learner that is taught by hand, where they are left open."""
-    classes = objective is None or parse_one(objective).name == "classify"
-    return usual(backbone) or ({"method": LEARNT} if classes else {})
 
 
 def flags(values: Mapping[str, Any], without: Container[str] = ()) -> list[str]:

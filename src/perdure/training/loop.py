@@ -10,6 +10,7 @@ from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 
 from perdure.core.compiling import begin, compiled
 from perdure.core.learner import Core, derived_seed
@@ -17,6 +18,7 @@ from perdure.core.method import Method, treated
 from perdure.core.unsaved import check_saved
 from perdure.process import ALONE, as_found, plain
 from perdure.training.config import TrainConfig as TrainConfig
+from perdure.training.early_stop import EarlyStop, check_trains
 from perdure.types import Batch, Data, Row, Task
 
 
@@ -93,6 +95,7 @@ def fit_task(
     progress: Progress | None = None,
     save_step: SaveStep | None = None,
     resumed: tuple[int, Callable[[torch.optim.Optimizer], None]] | None = None,
+    early: EarlyStop | None = None,
 ) -> Fitted:
     """Learn one task.
 
@@ -103,12 +106,15 @@ def fit_task(
         progress: who is told.
         save_step: called after every step with the number of steps done.
         resumed: number of steps already done, and what puts the optimizer's state back; the learner's is in place.
+        early: what may end it before its last epoch.
     """
     check_shared_out(learner, config.accumulate)
+    check_trains(learner, config)
     progress, method = progress or Quiet(), learner.method
     clock = [time.perf_counter()]
     learner.train()
     learner.accumulate = config.accumulate
+    learner.scaler = GradScaler(learner.device.type, enabled=learner.precision == torch.float16)
     learner.prepare()
     if resumed is None:
         learner.step = 0
@@ -135,7 +141,8 @@ def fit_task(
             done, restore = resumed
             if optimizer:
                 restore(optimizer)
-        for step, batch in _training_batches(learner, task, data, config, done):
+        ended = early is not None and early.over()
+        for step, batch in () if ended else _training_batches(learner, task, data, config, done):
             learner.step, learner.last_epoch = step, step >= steps - steps // config.epochs
             _reseed(learner, task, "step", step)
             if learner.online:
@@ -152,8 +159,11 @@ def fit_task(
             method.after_step(learner, batch)
             images += len(batch["label"])
             progress.step(step + 1, loss.detach(), len(batch["label"]))
+            ended = early is not None and (step + 1) % (steps // config.epochs) == 0 and early.epoch()
             if save_step:
                 save_step(step + 1, optimizer)
+            if ended:
+                break
         check_finite(learner, task)
     clock.append(time.perf_counter())
     learner.step, learner.last_epoch = steps, False  # also where a resumed run had no step left to do
@@ -172,15 +182,20 @@ def fit_task(
 def _descend(learner: Core, task: Task, batch: Batch, optimizer: torch.optim.Optimizer, first: bool) -> Tensor:
     """One step; returns the loss before it. In the `first` one all that is trained must have a gradient."""
     optimizer.zero_grad()
+    trained, scaler = [p for group in optimizer.param_groups for p in group["params"]], learner.scaler
     with compiled(learner.backbone) if learner.compiles else nullcontext():
         loss = learner.loss(batch)
         with learner.undivided():  # what is encoded once more, or in steps of a method's own, is all here
-            learner.method.backward(learner, loss, batch)
-    learner.processes.average_gradients([p for group in optimizer.param_groups for p in group["params"]])
+            learner.method.backward(learner, scaler.scale(loss), batch)
+    learner.processes.average_gradients(trained)
+    scaler.unscale_(optimizer)
     if first:
         _check_gradients(learner, task)
+    if scaler.is_enabled() and not all(torch.isfinite(p.grad).all() for p in trained if p.grad is not None):
+        optimizer.zero_grad(set_to_none=False)  # no parameter will move, and nobody is to add up what overflowed
     learner.method.after_backward(learner)
-    optimizer.step()
+    scaler.step(optimizer)
+    scaler.update()
     return loss
 
 
@@ -228,6 +243,11 @@ def check_shared_out(learner: Core, accumulate: int) -> None:
             raise ValueError(
                 f"{part.name} cannot learn with accumulate={accumulate}: it takes steps of its own within a step, of "
                 "whole batches. Leave accumulate out (and give a smaller batch_size)"
+            )
+        if learner.precision == torch.float16 and type(part).backward is not Method.backward:
+            raise ValueError(
+                f"{part.name} cannot learn with precision='fp16': it takes steps of its own within a step, whose loss "
+                "nobody scales. Give precision='bf16' or 'fp32'"
             )
         if part.encodes_once and accumulate > 1:
             raise ValueError(

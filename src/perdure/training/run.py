@@ -37,6 +37,7 @@ from perdure.training.config import (
     measured_between,
     said_of,
 )
+from perdure.training.early_stop import check_trains, watching
 from perdure.training.loop import Diverged, Progress, Quiet, TrainConfig, check_shared_out, fit_task
 from perdure.training.online import Along, as_one, check_borders
 from perdure.training.record import (
@@ -131,6 +132,7 @@ def dry_run(config: RunConfig, backbone: Backbone, stream: Stream) -> None:
             learner.grow(described)
             learner.method.check(learner, described)
         check_shared_out(learner, config.accumulate)
+        check_trains(learner, config)
         idle = {f"accumulate={config.accumulate}": config.accumulate > 1, "--compile": config.compile}
         for option, given in idle.items():
             if given and learner.constant_encoder:
@@ -284,6 +286,7 @@ def learn_stream(
         held_out: what is measured too, and never taught.
         most: see `Evaluation`.
     """
+    stream, watched = calibration.apart(learner, stream, config.held_out, "early_stop_share")
     stream, held = calibration.apart(learner, stream)
     processes = learner.processes
     done = checkpoint.whole(out)
@@ -315,8 +318,9 @@ def learn_stream(
                 before = evaluation.before(learner, task)
             measured = time.perf_counter() - start
             saver.begin(before, Along(learner, task, config.batch_size) if learner.online else None)
+            early = watching(learner, watched.get(task.index), config, before)
             try:
-                fitted = fit_task(learner, task, config, progress, saver, resumed)
+                fitted = fit_task(learner, task, config, progress, saver, resumed, early)
             except Diverged as error:
                 if not stream.name:
                     raise

@@ -27,7 +27,7 @@ if sys.platform != "win32":
 
 FEW_TOKENS = 64
 """Up to so many, eager attention in bfloat16 is taken on a CPU."""
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Runtime:
     """How a run computes. Written to run.json, and taken from there by `resume`: other kernels round differently."""
 
     device: str
-    precision: Literal["fp32", "bf16"]
+    precision: Literal["fp32", "bf16", "fp16"]
     attention: Literal["eager", "sdpa"]
     threads: int
     processes: int = 1
@@ -70,7 +70,9 @@ def resolve(
         )
     name = (_found() if processes == 1 else PartialState().device.type) if device == "auto" else device
     check_device(name, f"device {device!r}", "use auto")
-    chosen = precision if precision != "auto" else ("bf16" if native_bf16(name) else "fp32")
+    chosen: Literal["fp32", "bf16", "fp16"] = "bf16" if native_bf16(name) else "fp32"
+    if precision != "auto":
+        chosen = precision
     backbone.to(name)
     best = attention if attention != "auto" else attention_for(backbone, name, chosen)
     return Runtime(name, chosen, best, torch.get_num_threads(), processes)

@@ -23,6 +23,7 @@ from perdure.scoring import common_top
 from perdure.storage import schema
 from perdure.storage.schema import Damaged, Summary
 from perdure.streams import ConversationSet, ImageSet
+from perdure.training.early_stop import facts_of_stops
 from perdure.training.loop import Fitted
 from perdure.training.online import along
 from perdure.training.runtime import peak_memory
@@ -122,6 +123,7 @@ def summary_of(out: Path, done: Sequence[Checkpoint]) -> dict[str, Any]:
     if notes.get("online"):
         way = along(rows, notes["train_images"])
         found |= {"online": way, "anytime_acc": sum(way["begun"]) / len(way["begun"])}
+    found |= facts_of_stops(config, rows, tasks)
     if notes.get("few_shot"):
         found |= _few_shot(matrix, notes["test_images"][:tasks])
     if zero_shot := kept(rows):
