@@ -77,7 +77,7 @@ def task_of(learner: Core, images: Any, known: Mapping[str, int], **beside: Any)
     return made
 
 
-def unlabelled(learner: Core, images: Any, pretext: str, captions: Any) -> Task:
+def pretraining_task(learner: Core, images: Any, pretext: str, captions: Any) -> Task:
     """The step of pre-training that is given to `Learner.pretrain`; arguments as there.
 
     Raises:

@@ -10,7 +10,7 @@ from typing import Any, Self, overload
 import torch
 
 from perdure.api.abilities import TOKENS, Abilities
-from perdure.api.given import asked, check_first, known_task, measurable, shown, task_of, told, unlabelled
+from perdure.api.given import asked, check_first, known_task, measurable, pretraining_task, shown, task_of, told
 from perdure.core import checkpoint
 from perdure.core.checkpoint import read_record
 from perdure.core.shared_copy import as_now, become, part, twin_of
@@ -152,7 +152,7 @@ class Learner(Abilities):
         check_options("pretrain", options, TrainConfig)
         train = self.usual_training().but(**{"schedule": "warmup-cosine"} | options)
         with self.lesson("pretrain"):
-            task = unlabelled(self, images, pretext, captions)
+            task = pretraining_task(self, images, pretext, captions)
             self._learn(task, self.long_enough(train, task, "epochs" in options), progress)
         return self
 

@@ -76,7 +76,7 @@ class Pretrain(Command):
         skipped = list(getattr(task.train, "skipped", ()))
         tell_skipped(skipped, screen.note)
         write_report([self.into], self.into / "report.html")
-        kept = retention(summary, RunResults.read(self.into).names())
+        kept = retained(summary, RunResults.read(self.into).names())
         content = {"event": "pretrained", "task": task.describe(), "summary": summary, "retention": kept}
         screen.result(
             content | {"skipped": skipped},
@@ -86,7 +86,7 @@ class Pretrain(Command):
         )
 
 
-def retention(summary: Mapping[str, Any], names: Sequence[str]) -> list[dict[str, Any]]:
+def retained(summary: Mapping[str, Any], names: Sequence[str]) -> list[dict[str, Any]]:
     """Of each task that was taught before the last step and has tests: its name, its score before and after that step.
 
     Args:

@@ -3,8 +3,8 @@
 from torch import Tensor
 
 from perdure.core.learner import Core
+from perdure.core.objective import OBJECTIVES
 from perdure.core.pretext import Pretext
-from perdure.objectives.retrieve import Retrieve
 from perdure.types import Batch, Task
 
 
@@ -16,7 +16,7 @@ class Contrast(Pretext, name="contrast"):
 
     def __init__(self) -> None:
         super().__init__()
-        self.pairs = Retrieve()
+        self.pairs = OBJECTIVES["retrieve"]()
 
     def grow(self, learner: Core, task: Task) -> None:
         """Nothing is made; refuse a backbone that reads no texts, and a learner that learns captions anyway."""

@@ -10,7 +10,7 @@ from perdure.formatting import meant
 from perdure.options.ranges import Count, Seed, check_fields, without_effect
 from perdure.streams.conversations import ConversationSet, Pictures, Record
 from perdure.streams.options import check_order
-from perdure.streams.splits import SHARE, check_drawn, digest, first_of_each, held_out, redrawn
+from perdure.streams.splits import SHARE, check_drawn, digest, drawn_anew, first_of_each, held_out
 from perdure.streams.task_split import ordered
 from perdure.types import Stream, Task
 
@@ -191,7 +191,7 @@ def _set(
     which: str,
 ) -> ConversationSet:
     if size is not None:
-        purpose = redrawn(f"{which} conversations", None if which == "test" else options.draw)
+        purpose = drawn_anew(f"{which} conversations", None if which == "test" else options.draw)
         kept = first_of_each([0] * len(records), [each.key for each in records], size, purpose)
         records = [records[i] for i in kept]
     data = ConversationSet(records, found.pictures, label, part.score)

@@ -32,7 +32,7 @@ def first_of_each(groups: Sequence[Hashable], names: Sequence[str], size: int, p
     return sorted(kept)
 
 
-def redrawn(purpose: str, draw: int | None) -> str:
+def drawn_anew(purpose: str, draw: int | None) -> str:
     """A purpose with a seed of its own; as it is where that is None or 0."""
     return f"{purpose} {draw}" if draw else purpose
 

@@ -20,9 +20,9 @@ from perdure.streams.splits import (
     check_drawn,
     digest,
     divide,
+    drawn_anew,
     first_of_each,
     noted,
-    redrawn,
     shuffled,
 )
 from perdure.types import Scenario, Stream, Task
@@ -93,7 +93,7 @@ def arrange(found: LabelledData, options: Options, preprocess: Preprocess, seed:
     shared = told_shared(train.source, test.source) if found.test is not None and not measured else []
     remarks = [*in_case_only(found.names), *shared]
     if options.per_class is not None:
-        purpose, total = redrawn("train images", options.draw), len(train)
+        purpose, total = drawn_anew("train images", options.draw), len(train)
         train = train.take(first_of_each(train.groups(), train.keys, options.per_class, purpose))
         check_drawn(options.draw, len(train), total)
         if options.draw is not None:

@@ -21,9 +21,9 @@ from perdure.streams.splits import (
     check_drawn,
     digest,
     divide,
+    drawn_anew,
     first_of_each,
     noted,
-    redrawn,
     shuffled,
 )
 from perdure.streams.task_split import ordered
@@ -134,7 +134,7 @@ class _Side:
     def subsample(self, size: int | None, draw: int | None) -> None:
         """Keep at most `size` images a topic; `draw` is a seed of which."""
         if size is not None:
-            purpose = redrawn(f"{self.kind} images", draw)
+            purpose = drawn_anew(f"{self.kind} images", draw)
             self.kept = first_of_each(self.topics.tolist(), self.part.keys, size, purpose)
 
     def of(self, topic: int) -> list[int]:
