@@ -23,7 +23,7 @@ TRAINING = ["--epochs", "--batch-size", "--lr", "--optimizer", "--weight-decay",
 TRAINING += ["--milestones", "--decay"]
 RUNNING = ["--stream", "--backbone", "--method", "--objective", "--augment", "--seed", "--precision", "--attention"]
 RUNNING += ["--device", "--save-every", "--retain", "--calibrate", "--evaluate", "--cache", "--cache-bytes"]
-RUNNING += ["--shard", "--compile", "--online"]
+RUNNING += ["--shard", "--compile", "--online", "--vary", "--early-stop", "--early-stop-share"]
 TRAINING += ["--accumulate"]
 FLAGS = {
     "demo": ["--json", "--out"],
@@ -69,7 +69,9 @@ FLAGS["tune"] += ["--out"]
 FLAGS["compare"] += ["--jobs", "--on", "--cpus-per-cell", "--gpus-per-cell"]
 FLAGS["learn"] += ["--captions", "--batch-size", "--seed", "--precision", "--calibrate", "--skip-bad"]
 FLAGS["learn"] += ["--images", "--score"]
-FLAGS["forget"] = ["--json", "LEARNER", "CLASS", "--device"]
+FLAGS["forget"] = ["--json", "LEARNER", "NAME", "--device"]
+FLAGS["reward"] = ["--json", "TEAM", "REWARDS", "--device"]
+FLAGS["report"] += ["--features"]
 FLAGS["advise"] += ["--family", "--exportable", "--searchable"]
 FLAGS["pretrain"] = ["--json", "DATA", "--into", "--pretext", "--replay", "--backbone", "--method", "--objective"]
 FLAGS["pretrain"] += ["--epochs", "--lr", "--batch-size", "--seed", "--precision", "--captions", "--skip-bad"]
@@ -109,14 +111,15 @@ def test_help_shows_every_flag(name: str, perdure: Any) -> None:
     answer = perdure(name, "--help")
     assert answer.code == 0
     for flag in FLAGS[name]:
-        assert flag in answer.out or flag == "WHAT"
+        assert flag in answer.out or flag in ("WHAT", "NAME", "REWARDS")
 
 
 def test_a_run_is_used_reported_measured_taught_and_resumed(perdure: Any, small: Any, tiny: Any, photos: Any) -> None:
     ran = perdure("run", *small, "--out", "runs/x")
     assert (ran.code, ran.err) == (0, "")
     assert "\x1b" not in ran.out
-    lines = ran.out.splitlines()
+    said, *lines = ran.out.splitlines()
+    assert said == "learning rate 0.003, that of inflora(rank=10); --lr gives another"
     assert re.fullmatch(r"  task +new  average  with task id       time", lines[0])
     assert re.fullmatch(r"     1  0: picture \d \.\.\. \(2 classes\) +[\d.]+%+ +[\d.]+% +[\d.]+% +[\d.]+ s", lines[1])
     assert lines[-1] == "report: runs/x/report.html"
@@ -154,7 +157,7 @@ def test_a_run_is_used_reported_measured_taught_and_resumed(perdure: Any, small:
 def test_json_is_one_object_a_line_and_nothing_else(perdure: Any, small: Any, photos: Any) -> None:
     ran = perdure("run", *small, "--out", "x", "--json")
     assert ran.err == ""
-    assert [e["event"] for e in ran.events] == ["task", "step", "scores"] * 2 + ["done"]
+    assert [e["event"] for e in ran.events] == ["note", *["task", "step", "scores"] * 2, "done"]
     assert ran.events[-1]["summary"] | {"seal": ANY} == json.loads(Path("x/summary.json").read_text())
     compared = perdure("compare", "--methods", "probe", *small, "--seeds", 0, 1, "--out", "c", "--json")
     assert {"event", "table"} == set(next(e for e in compared.events if e["event"] == "compared"))
@@ -175,7 +178,9 @@ def test_list_says_what_there_is(perdure: Any) -> None:
     assert re.search(r"^probe +Linear probing: heads on frozen features, the cheapest baseline\.$", methods, re.M)
     assert re.search(r"^ncm +Nearest class mean", methods, re.M)
     assert re.search(
-        r"^ +\(rank=10, at='kv', blocks=None, tower='vision', alpha=None, per_task=False, tasks=None\)$", methods, re.M
+        r"^ +\(rank=10, at='kv', blocks=None, tower='vision', alpha=None, per_task=False, tasks=None; learning rate .*",
+        methods,
+        re.M,
     )
     assert "args" not in methods
     assert re.search(r"^pocket ", perdure("list", "backbones").out, re.M)
@@ -275,6 +280,7 @@ def row_of(method: str) -> dict[str, Any]:
     scores = {key: [0.8134, 0.0123] for key in keys}
     return {
         "method": method,
+        "runs": 3,
         **scores,
         "images_per_second": [1234.5, 20],
         "stored_bytes": [2.5e6, 0],

@@ -105,8 +105,9 @@ def test_the_table_is_also_written_in_markdown_and_drawn(perdure: Any, small: An
     own = [sum(matrix[i][i] for i in range(2)) / 2 for matrix in matrices]
     assert probe["new_task_acc"][0] == pytest.approx(sum(own) / 2)
     head, _, *lines = Path("grid/compare.md").read_text().splitlines()
-    assert head.startswith("| method | runs | final accuracy | new-task accuracy | forgetting |")
-    assert [line.split(" | ")[0] for line in lines] == ["| `probe`", "| `ncm`"]
+    assert head.startswith("| method | runs | learning rate | final accuracy | new-task accuracy | forgetting |")
+    assert [line.split(" | ")[0] for line in lines[:2]] == ["| `probe`", "| `ncm`"]
+    assert lines[-1].startswith("±")
     assert "| none |" in lines[1]
     for name in ("accuracy-bytes.svg", "accuracy-time.svg"):
         assert Path("grid", name).read_text().startswith("<?xml")
@@ -140,8 +141,8 @@ def test_advice_names_numbers_origin_and_what_is_left_out(perdure: Any) -> None:
     assert lines[0] == "asked: the task is not known at test, 20 tasks, at most 50MB stored, no old data kept"
     assert re.match(r" +accuracy +new task +forgetting +stored +step +method", lines[3])
     assert re.match(r"1=? +\d\d\.\d", lines[4])
-    assert re.search(r"^left out, --no-old-data: .*replay", answer.out, re.M)
-    assert "scores are for 10 tasks" in answer.out
+    assert re.search(r"^left out, --no-old-data: .*replay", perdure("advise", "--no-old-data").out, re.M)
+    assert "scores are for 10 tasks" in perdure("advise", "--tasks", 20, "--task-id-known", "no", "--json").out
     assert re.search(r"^measured \d{4}-\d\d-\d\d.* with perdure [\d.]+", answer.out, re.M)
     assert re.search(r"^  perdure compare --.* --methods .* --out runs/again$", answer.out, re.M)
     (event,) = perdure("advise", "--json", "--task-id-known", "yes").events
@@ -200,7 +201,7 @@ def test_finished_runs_that_are_not_in_the_table_are_named(perdure: Any, small: 
     assert [row["method"] for row in json.loads(Path("grid/compare.json").read_text())] == ["probe"]
     Path("grid/ncm-seed1/run.json").write_text("[]")
     other = perdure(*asked, "--methods", "probe", "--seeds", 0, 1, "--json")
-    (note,) = [event["text"] for event in other.events if event["event"] == "note"]
+    (note,) = [event["text"] for event in other.events if "more finished" in event.get("text", "")]
     assert (
         note
         == "grid holds 2 more finished runs, not in this table: ncm-seed0, ncm-seed1; to include, add ncm to --methods"

@@ -88,8 +88,8 @@ def test_run_killed_at_random_moments_equals_unbroken_run(
 ) -> None:
     moments, broken = random.Random(5), tmp_path / "broken"
     assert end_of(go_on, lab, method, tmp_path / "unbroken", math.inf) == 0
-    for _ in range(KILLS):  # a whole run has some 250 moments
-        assert end_of(go_on, lab, method, broken, moments.randint(1, 45)) == -signal.SIGKILL
+    for _ in range(KILLS):  # a whole run has some 340 moments
+        assert end_of(go_on, lab, method, broken, moments.randint(1, 75)) == -signal.SIGKILL
     assert whole(broken) != []
     assert end_of(go_on, lab, method, broken, math.inf) == 0
     assert content_of(broken) == content_of(tmp_path / "unbroken")

@@ -314,5 +314,7 @@ def test_creating_with_an_unknown_option_names_the_near_one() -> None:
         Learner.create("tiny()", epoch=3)
     with pytest.raises(ValueError, match=r"^Learner\.learn has no option 'epoch'; did you mean 'epochs'\?"):
         Learner.create("tiny()").learn(*colours("cat dog"), epoch=3)
-    with pytest.raises(ValueError, match="precision='fp16': expected 'auto', 'fp32' or 'bf16'; did you mean 'bf16'"):
-        Learner.create("tiny()", precision="fp16")
+    with pytest.raises(
+        ValueError, match="precision='fp61': expected 'auto', 'fp32', 'bf16' or 'fp16'; did you mean 'fp16'"
+    ):
+        Learner.create("tiny()", precision="fp61")

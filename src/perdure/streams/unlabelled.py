@@ -92,7 +92,7 @@ def _images_in(place: Path, tell: Callable[[str], None]) -> list[str]:
     if not place.is_dir():
         here = [each.name for each in place.parent.iterdir()] if place.parent.is_dir() else []
         what = "is a file" if place.is_file() else f"does not exist{meant(place.name, here)}"
-        raise ValueError(f"{place} {what}: give a folder of images; with --pretext contrast() a file with captions")
+        raise ValueError(f"{place} {what}: give a folder of images; for the pretext contrast() a file with captions")
     left_out: Counter[str] = Counter()
     found = pictures(place, left_out)
     parts = {file.split("/")[0] for file in found if "/" in file}
