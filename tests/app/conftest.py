@@ -37,9 +37,9 @@ class Served:
         self.address, self.process, self.folder = address, process, folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Served]]:
-    """Starts an app in a folder with what is given to it; all are ended with the session."""
+    """Starts an app in a folder with what is given to it; all are ended with its file of tests."""
     running: list[subprocess.Popen[str]] = []
 
     def starting(folder: Path, *flags: str) -> Served:
@@ -62,7 +62,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Se
         process.communicate(timeout=20)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def app(start: Callable[..., Served], tmp_path_factory: pytest.TempPathFactory) -> Served:
     """A learner of red and green, with a folder to search in."""
     from perdure.api.folders import teach_folder

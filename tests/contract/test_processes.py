@@ -122,6 +122,8 @@ def test_so_it_is_for_all(each: Asked, pair: Any) -> None:
     assert said["scores"] == 0, said
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("each", SINGLE, ids=place)
 def test_in_single_precision_gradients_of_a_step_and_scores_are_the_same_but_for_rounding(
     each: Asked, pair: Any

@@ -55,7 +55,7 @@ def check_same(lab: Any, spec: str, **how: Any) -> None:
 SPECS = (
     "lora(rank=2, blocks='0') + replay(size=6) | lora(rank=2, blocks='1') | inflora(rank=2) | "
     "inflora(ranks=(1, 2, 4)) | finetune + ewc(samples=8) | l2p(pool=4, top=2) | dualprompt | prefix | "
-    "sd_lora(rank=2) | moe_adapters | adapter | fm_lora(rank=4) | lora(rank=2) + gem(size=8) | pnn | mask"
+    "sd_lora(rank=2) | moe_adapters | adapter | fm_lora(rank=4) | lora(rank=2) + gem(size=8) | pnn | head_gates"
 )
 
 
