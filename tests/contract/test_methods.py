@@ -154,8 +154,20 @@ def of(name: str) -> Any:
     return pytest.mark.xdist_group(name)
 
 
+SUMS = [name for name, (spec, _) in zip(NAMES, PLACES, strict=True) if " + " in spec]
+SAMPLE = {*NAMES} - {*SUMS} | {*SUMS[::3]}  # what CI runs: each method by itself everywhere, and a third of the sums
+
+
+def unless(sampled: bool) -> list[Any]:
+    return [] if sampled else [pytest.mark.slow]
+
+
 every_place = pytest.mark.parametrize(
-    PARAMETERS, [pytest.param(*place, id=name, marks=of(name)) for name, place in zip(NAMES, PLACES, strict=True)]
+    PARAMETERS,
+    [
+        pytest.param(*place, id=name, marks=[of(name), *unless(name in SAMPLE)])
+        for name, place in zip(NAMES, PLACES, strict=True)
+    ],
 )
 
 
@@ -206,7 +218,11 @@ def where(stopped: bool) -> Any:
     return pytest.mark.parametrize(
         PARAMETERS,
         [
-            pytest.param(*place, id=name, marks=[of(name)] + [pytest.mark.slow] * (differs(*place) != stopped))
+            pytest.param(
+                *place,
+                id=name,
+                marks=[of(name), *unless(differs(*place) == stopped and (stopped or name in SAMPLE))],
+            )
             for name, place in zip(NAMES, PLACES, strict=True)
         ],
     )

@@ -31,7 +31,10 @@ PLACES = [(spec, "classify()") for spec in NAMED if not spec.endswith((*TEXTS, *
     ("prefix(tower='both')", "retrieve()"),
     ("lora(rank=2, tower='both') + mod_x", "retrieve()"),
 ]
-every_place = pytest.mark.parametrize(("spec", "objective"), PLACES)
+every_place = pytest.mark.parametrize(
+    ("spec", "objective"),
+    [pytest.param(*place, marks=[pytest.mark.slow] * (i % 2)) for i, place in enumerate(PLACES)],  # CI runs a half
+)
 
 
 @pytest.fixture(autouse=True)

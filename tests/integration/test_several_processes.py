@@ -71,6 +71,24 @@ def reach(out: Path, each: Started, step: int) -> None:
         time.sleep(0.01)
 
 
+def kill_a_worker(of: Started) -> None:
+    """All end soon and say in one line which it was, and what goes on."""
+    of.workers()[1].kill()
+    since = time.monotonic()
+    assert of.end() == 1, of.text()
+    assert time.monotonic() - since < PATIENCE
+    assert of.text().count("perdure:") == 1, of.text()
+    assert "process 1 of 2 was killed by SIGKILL" in of.text()
+    assert "perdure resume" in of.text()
+
+
+def test_a_worker_that_is_killed_ends_the_run_with_one_line(start: Any, tmp_path: Path) -> None:
+    begun = start(tmp_path / "out")
+    reach(tmp_path / "out", begun, 3)
+    kill_a_worker(begun)
+
+
+@pytest.mark.slow
 def test_two_processes_that_are_stopped_and_killed_end_as_if_nothing_had_happened(
     start: Any, content_of: Any, tmp_path: Path
 ) -> None:
@@ -86,13 +104,7 @@ def test_two_processes_that_are_stopped_and_killed_end_as_if_nothing_had_happene
     killed = start(out)
     while not [p for p in out.glob("task-000/step-*") if p != stopped] and killed.process.poll() is None:
         time.sleep(0.01)
-    killed.workers()[1].kill()
-    since = time.monotonic()
-    assert killed.end() == 1, killed.text()
-    assert time.monotonic() - since < PATIENCE
-    assert killed.text().count("perdure:") == 1, killed.text()
-    assert "process 1 of 2 was killed by SIGKILL" in killed.text()
-    assert "perdure resume" in killed.text()
+    kill_a_worker(killed)
 
     assert start(out).end(200) == 0
     assert start(tmp_path / "unbroken").end(200) == 0

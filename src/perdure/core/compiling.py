@@ -28,7 +28,7 @@ def check_compiler(device: torch.device) -> None:
     """
     try:
         torch.compile(_small)(torch.ones(8, device=device))
-    except Exception as error:  # whatever compilers raise
+    except (RuntimeError, OSError) as error:  # what torch raises is of the first; its cache's folder, the second
         why = str(error).strip().splitlines()[0]
         raise ValueError(
             f"--compile: torch.compile does not work on {device.type} here ({why}): install a C++ compiler such as "

@@ -10,28 +10,18 @@ import torch
 
 from perdure.backbones.preprocess import Preprocess
 from perdure.formatting import meant
+from perdure.streams import splits
 from perdure.streams.image_set import Budget, ImageSet
 from perdure.streams.naming import class_name, in_case_only, numbers, recorded, task_name
 from perdure.streams.options import Options, read_order
 from perdure.streams.sources import Source, told_shared
-from perdure.streams.splits import (
-    ImagePart,
-    all_with_images,
-    check_drawn,
-    digest,
-    divide,
-    drawn_anew,
-    first_of_each,
-    noted,
-    shuffled,
-)
 from perdure.types import Scenario, Stream, Task
 
 _Ids = np.ndarray[Any, np.dtype[np.int64]]
 
 
 @dataclass(frozen=True)
-class LabelledPart(ImagePart):
+class LabelledPart(splits.ImagePart):
     """Labelled images, with `labels` and `domains` as positions in the names of `LabelledData`."""
 
     labels: _Ids
@@ -83,7 +73,7 @@ def arrange(found: LabelledData, options: Options, preprocess: Preprocess, seed:
         ValueError: when the data set and the options do not fit together.
     """
     scenario = found.scenario or options.scenario
-    train, test, split = divide(found.train, found.test, found.train.groups(), "each class", measured)
+    train, test, split = splits.divide(found.train, found.test, found.train.groups(), "each class", measured)
     if measured:
         found, test = _with_classes_of(found, test)
     elif len(found.names) < 2:
@@ -93,13 +83,13 @@ def arrange(found: LabelledData, options: Options, preprocess: Preprocess, seed:
     shared = told_shared(train.source, test.source) if found.test is not None and not measured else []
     remarks = [*in_case_only(found.names), *shared]
     if options.per_class is not None:
-        purpose, total = drawn_anew("train images", options.draw), len(train)
-        train = train.take(first_of_each(train.groups(), train.keys, options.per_class, purpose))
-        check_drawn(options.draw, len(train), total)
+        purpose, total = splits.drawn_anew("train images", options.draw), len(train)
+        train = train.take(splits.first_of_each(train.groups(), train.keys, options.per_class, purpose))
+        splits.check_drawn(options.draw, len(train), total)
         if options.draw is not None:
-            split["drawn_sha256"] = digest(sorted(train.keys))
+            split["drawn_sha256"] = splits.digest(sorted(train.keys))
     if options.test_per_class is not None:
-        test = test.take(first_of_each(test.groups(), test.keys, options.test_per_class, "test images"))
+        test = test.take(splits.first_of_each(test.groups(), test.keys, options.test_per_class, "test images"))
     if scenario == "domain":
         places = _by_domain(found, options, seed, measured)
     else:
@@ -107,9 +97,9 @@ def arrange(found: LabelledData, options: Options, preprocess: Preprocess, seed:
     if measured:
         places = [place for place in places if place.domain is None or place.domain in test.domains]
     made = _tasks(places, found, train, test, preprocess, options.skip_bad, measured)
-    tasks = all_with_images(found.name, made, "add some or leave it out", measured)
+    tasks = splits.all_with_images(found.name, made, "add some or leave it out", measured)
     notes = found.notes | ({"remarks": [*found.notes.get("remarks", ()), *remarks]} if remarks else {})
-    return noted(found.name, scenario, tasks, split, **notes)
+    return splits.noted(found.name, scenario, tasks, split, **notes)
 
 
 def check_classes(found: LabelledData) -> None:
@@ -204,7 +194,7 @@ def ordered(
         called: the numbers by which the data itself calls them; what their names say when None.
     """
     if order is None or isinstance(order, int):
-        return shuffled(names, f"{kind} order {seed if order is None else order}")
+        return splits.shuffled(names, f"{kind} order {seed if order is None else order}")
     if order == "natural":
         return list(range(len(names)))
     number = {n: i for i, n in enumerate(called or numbers(names) or range(len(names)))}

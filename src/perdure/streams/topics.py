@@ -13,19 +13,9 @@ from torch.nn import functional as F
 from perdure.backbones import BACKBONES, Backbone
 from perdure.backbones.preprocess import Preprocess
 from perdure.options.spec import build, parse_one
+from perdure.streams import splits
 from perdure.streams.image_set import Budget, Captioned, ImageSet
 from perdure.streams.options import CaptionOptions
-from perdure.streams.splits import (
-    ImagePart,
-    all_with_images,
-    check_drawn,
-    digest,
-    divide,
-    drawn_anew,
-    first_of_each,
-    noted,
-    shuffled,
-)
 from perdure.streams.task_split import ordered
 from perdure.types import Scenario, Stream, Task
 
@@ -43,7 +33,7 @@ _Points = np.ndarray[Any, np.dtype[np.float64]]
 
 
 @dataclass(frozen=True)
-class CaptionedPart(ImagePart):
+class CaptionedPart(splits.ImagePart):
     """Images with captions, each image once.
 
     `captions` holds, for every image, the captions of each caption column; `topics` is None without a column for them.
@@ -84,31 +74,31 @@ def arrange_captions(
         options = replace(options, by="natural", embed=None, tasks=options.tasks or 1)
     topics = found.train.topics
     each = "the images" if topics is None else "each topic"
-    train, test, split = divide(found.train, found.test, topics or [0] * len(found.train), each, measured)
+    train, test, split = splits.divide(found.train, found.test, topics or [0] * len(found.train), each, measured)
     budget = Budget()
     sides = [_Side("train", train, 0, preprocess, budget), _Side("test", test, len(train), preprocess, budget)]
     languages = len(found.columns) > 1
     names = found.columns if languages else _find_topics(found.name, sides, options, measured)
     if not languages and options.by in (None, "clusters"):
-        split["topics_sha256"] = digest(sorted(line for side in sides for line in side.assigned()))
+        split["topics_sha256"] = splits.digest(sorted(line for side in sides for line in side.assigned()))
     for side, size in zip(sides, (options.per_task, options.test_per_task), strict=True):
         side.subsample(size, None if side.kind == "test" else options.draw)
     if options.draw is not None:
         learnt = sides[0]
-        check_drawn(options.draw, len(learnt.kept), len(learnt.part))
-        split["drawn_sha256"] = digest(sorted(learnt.part.keys[i] for i in learnt.kept))
+        splits.check_drawn(options.draw, len(learnt.kept), len(learnt.part))
+        split["drawn_sha256"] = splits.digest(sorted(learnt.part.keys[i] for i in learnt.kept))
     order = "natural" if languages and options.order is None else options.order
     chosen = ordered(names, order, "caption column" if languages else "topic", seed)
     made = _tasks(sides, [(names[t], t if languages else 0, 0 if languages else t) for t in chosen], options)
     remedy = "use fewer tasks, or by='random' for even ones, or add some"
-    tasks = all_with_images(found.name, made, remedy, measured)
+    tasks = splits.all_with_images(found.name, made, remedy, measured)
     scenario: Scenario = "domain" if languages else "class"
     sets = {"train": [task.train for task in tasks], "test": [task.test for task in tasks]}
     captions = {
         which: [sum(map(len, data.texts)) for data in each if isinstance(data, Captioned)]
         for which, each in sets.items()
     }
-    stream = noted(found.name, scenario, tasks, split, captions=captions, **found.notes)
+    stream = splits.noted(found.name, scenario, tasks, split, captions=captions, **found.notes)
     skipped = [where for side in sides for where in side.skipped]
     stream.notes["skipped"] = list(dict.fromkeys(skipped + stream.notes["skipped"]))
     return stream
@@ -134,8 +124,8 @@ class _Side:
     def subsample(self, size: int | None, draw: int | None) -> None:
         """Keep at most `size` images a topic; `draw` is a seed of which."""
         if size is not None:
-            purpose = drawn_anew(f"{self.kind} images", draw)
-            self.kept = first_of_each(self.topics.tolist(), self.part.keys, size, purpose)
+            purpose = splits.drawn_anew(f"{self.kind} images", draw)
+            self.kept = splits.first_of_each(self.topics.tolist(), self.part.keys, size, purpose)
 
     def of(self, topic: int) -> list[int]:
         """Positions of the kept images of a topic."""
@@ -157,7 +147,7 @@ def _find_topics(name: str, sides: list[_Side], options: CaptionOptions, measure
         return tuple(f"cluster {c}" for c in range(count))
     for side in sides:
         keys = side.part.keys
-        row = shuffled(keys, "random topics") if options.by == "random" else list(range(len(keys)))
+        row = splits.shuffled(keys, "random topics") if options.by == "random" else list(range(len(keys)))
         for topic, part in enumerate(np.array_split(np.array(row, dtype=np.int64), count)):
             side.topics[part] = topic
     return tuple(f"{options.by} {c}" for c in range(count))
