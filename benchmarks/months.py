@@ -65,7 +65,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", nargs="+", required=True, help="PATH:LABEL of parquet folders")
     parser.add_argument("--backbone", default="pocket()")
-    parser.add_argument("--methods", nargs="+", default=["inflora(rank=10)", "inflora(rank=10) + align", "ncm"])
+    parser.add_argument(
+        "--methods", nargs="+", default=["ncm", "probe + align", "inflora(rank=10) + align", "inflora(rank=10)"]
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[100, 101, 102])
     parser.add_argument("--per-class", type=int, default=20)
     for name, kind in (("lr", float), ("epochs", int), ("batch-size", int)):

@@ -114,6 +114,16 @@ def test_what_cannot_be_is_refused_in_one_line(words: str, message: str, perdure
     assert not Path("x/run.json").exists()
 
 
+def test_a_refused_step_leaves_the_learner_as_it_was(perdure: Any, photos: Any, content_of: Any) -> None:
+    photos("new", "x y", 3)
+    assert perdure("learn", "new", "--into", "taught", *MADE, "--method", "probe + align").code == 0
+    before = content_of(Path("taught"))
+    assert "probe cannot be pre-trained" in refused(perdure("pretrain", "new", "--into", "taught"))
+    assert content_of(Path("taught")) == before
+    assert not Path("taught/task-001").exists()
+    assert perdure("forget", "taught", "x").code == 0
+
+
 @pytest.mark.parametrize("pretext", ["masked()", "distill()", "distill(teacher='tiny(seed=3)')"])
 def test_a_killed_step_goes_on_bit_for_bit(pretext: str, perdure: Any, photos: Any) -> None:
     photos("new", "x", 8), photos("first", "cat dog")

@@ -14,7 +14,7 @@ def test_it_can_be_exported_and_searched_and_keeps_no_old_images() -> None:
     asked = Constraints(exportable=True, searchable=True, old_data=False)
     for answer in advise(shipped(), asked):
         places = [choice.method for choice in answer.choices]
-        assert places.index("inflora(keep=0.999) + align") < places.index("ncm")
+        assert places.index(LEARNT) < places.index("ncm")
 
 
 def test_it_is_for_classes_alone() -> None:

@@ -59,7 +59,7 @@ class Learner(Abilities):
 
         Args:
             backbone: the pre-trained model, in the option syntax.
-            method: how it learns; None is inflora(rank=10) + align, or LoRA for a language model.
+            method: how it learns; None is probe + align, or LoRA for a language model.
             objective: what is asked of it; None is classify(), or generate() for a language model.
             options: fields of `RunConfig`: epochs, lr, batch_size, seed, precision, ...
 

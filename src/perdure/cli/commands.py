@@ -136,7 +136,7 @@ class Learn(Command):
     backbone: str | None = None
     """For a new learner; pocket() unless said otherwise."""
     method: str | None = None
-    """For a new learner; inflora(rank=10) + align unless said otherwise, LoRA of rank 16 for a language model."""
+    """For a new learner; probe + align unless said otherwise, LoRA of rank 16 for a language model."""
     objective: str | None = None
     """For a new learner; classify() unless said otherwise, generate() for a language model."""
     epochs: Epochs | None = None

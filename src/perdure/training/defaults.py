@@ -26,7 +26,7 @@ def usual(backbone: str) -> dict[str, Any]:
     return dict(_SPEAKING) if isinstance(of, type) and issubclass(of, Language) else {}
 
 
-LEARNT = "inflora(rank=10) + align"
+LEARNT = "probe + align"
 """The method of learners that are taught classes by hand, where none is named: see `docs/choosing.md`."""
 
 
