@@ -60,6 +60,8 @@ def test_axes_start_at_zero_when_asked_and_end_at_all_only_for_shares() -> None:
     far = [Series("s", [0.1, 3.4])]
     assert axes(curves("x", far, ["a", "b"])).get_ylim()[1] <= 102
     assert axes(curves("x", far, ["a", "b"], share=False)).get_ylim()[1] > 340
+    still = [Series("s", [None, 0.0])]
+    assert axes(curves("x", still, ["a", "b"], zero=True)).get_ylim() == (0, 1)
 
 
 def test_the_page_colours_its_figures_itself_and_their_bytes_are_always_the_same() -> None:

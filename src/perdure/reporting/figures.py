@@ -157,6 +157,8 @@ def curves(
         axes.set_ylim(bottom=0 if zero else max(axes.get_ylim()[0], 0))
         if share:
             axes.set_ylim(top=min(axes.get_ylim()[1], 102))
+        if not any(value for each in series for value in each.values):
+            axes.set_ylim(0, 1)  # nothing moved: a line at zero, and no scale of thousandths
         axes.set_xlabel("tasks learnt")
         axes.set_ylabel("%")
         ends = [f"{percent(_last(s.values))} %" for s in series]
