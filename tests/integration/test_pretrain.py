@@ -124,6 +124,22 @@ def test_a_refused_step_leaves_the_learner_as_it_was(perdure: Any, photos: Any, 
     assert perdure("forget", "taught", "x").code == 0
 
 
+def test_a_task_that_is_saved_stays_whatever_is_refused_after_it(
+    perdure: Any, photos: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos("new", "x y", 3), photos("first", "cat dog", 3)
+    assert perdure("learn", "first", "--into", "taught", *MADE, "--method", "ncm").code == 0
+
+    def full(*_: Any) -> None:
+        raise ValueError("no room for the summary")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("perdure.training.run.write_summary", full)
+        assert "no room" in refused(perdure("learn", "new", "--into", "taught"))
+    assert len(whole(Path("taught"))) == 2
+    assert Learner.load("taught").class_names == ("cat", "dog", "x", "y")
+
+
 @pytest.mark.parametrize("pretext", ["masked()", "distill()", "distill(teacher='tiny(seed=3)')"])
 def test_a_killed_step_goes_on_bit_for_bit(pretext: str, perdure: Any, photos: Any) -> None:
     photos("new", "x", 8), photos("first", "cat dog")

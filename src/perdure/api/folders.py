@@ -128,12 +128,12 @@ def teach_folder(
             raise Interrupted(
                 f"{said}; go on with 'perdure {call} {photos} --into {into}' and the same options"
             ) from stop
-        except ValueError as error:
-            diverged = isinstance(error, Diverged)
-            if diverged or checkpoint.latest_step(into, done) is None:  # nothing to go on from: diverged, or refused
-                shutil.rmtree(into / f"task-{len(before):03d}", ignore_errors=True)
-            if diverged:
-                raise ValueError(f"{error}: teach it again with a lower --lr than {train.peak:g}") from error
+        except Diverged as error:
+            shutil.rmtree(into / f"task-{len(before):03d}", ignore_errors=True)  # of no use to go on from
+            raise ValueError(f"{error}: teach it again with a lower --lr than {train.peak:g}") from error
+        except ValueError:
+            if len(checkpoint.whole(into)) == len(done) and checkpoint.latest_step(into, done) is None:
+                shutil.rmtree(into / f"task-{len(before):03d}", ignore_errors=True)  # refused: nothing was begun
             raise
 
 
