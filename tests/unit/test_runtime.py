@@ -10,10 +10,11 @@ import torch
 
 from perdure.backbones.tiny import tiny
 from perdure.core.checkpoint import read_record
+from perdure.training.config import make_backbone
 from perdure.training.loop import Quiet
 from perdure.training.record import elsewhere, recorded_runtime
 from perdure.training.run import run
-from perdure.training.runtime import Runtime, native_bf16, resolve
+from perdure.training.runtime import Runtime, resolve
 
 
 def test_what_is_asked_for_is_what_is_taken() -> None:
@@ -24,19 +25,37 @@ def test_what_is_asked_for_is_what_is_taken() -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "precision", "chosen"),
-    [(16, "fp32", "sdpa"), (16, "bf16", "eager"), (64, "bf16", "sdpa"), (64, "fp32", "sdpa")],
+    ("backbone", "precision", "chosen"),
+    [
+        ("tiny(size=16)", "fp32", "sdpa"),
+        ("tiny(size=16)", "bf16", "eager"),
+        ("tiny(size=64)", "bf16", "sdpa"),
+        ("tiny(size=64)", "fp32", "sdpa"),
+        ("tiny_mllm()", "fp32", "sdpa"),
+        ("tiny_mllm()", "bf16", "sdpa"),
+    ],
 )
 def test_two_starts_choose_alike_however_busy_the_machine_is(
-    size: int, precision: Literal["fp32", "bf16"], chosen: str, monkeypatch: pytest.MonkeyPatch
+    backbone: str, precision: Literal["fp32", "bf16"], chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    model = make_backbone(backbone)
+
     def read() -> float:
         raise AssertionError("a clock is read")
 
     for clock in ("time", "perf_counter", "process_time", "monotonic"):
         monkeypatch.setattr(time, clock, read)
-    assert [resolve(tiny(size=size), precision, "auto", "cpu").attention for _ in range(2)] == [chosen] * 2
-    assert resolve(tiny(), "auto", "auto", "cpu").precision == ("bf16" if native_bf16("cpu") else "fp32")
+    assert [resolve(model, precision, "auto", "cpu").attention for _ in range(2)] == [chosen] * 2
+
+
+@pytest.mark.parametrize(("amx", "chosen"), [(True, "bf16"), (False, "fp32")])
+def test_a_cpu_computes_in_bfloat16_where_that_is_faster(
+    amx: bool, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: True)
+    for backbone in ("tiny()", "tiny_mllm()"):
+        assert resolve(make_backbone(backbone), "auto", "auto", "cpu").precision == chosen
 
 
 def test_a_resumed_run_computes_as_it_recorded_whatever_auto_would_choose_now(lab: Any, tmp_path: Path) -> None:

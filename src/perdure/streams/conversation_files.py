@@ -15,12 +15,12 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from PIL import Image
 
 from perdure.backbones.preprocess import decode
 from perdure.streams.conversation_rows import Columns, records
 from perdure.streams.conversations import Pictures, Record
+from perdure.streams.parquet import batches
 from perdure.streams.sources import Files, Parquet, Source, check_path
 from perdure.streams.tables import check_image_column, read_csv, read_schema
 
@@ -136,7 +136,7 @@ class Reader:
         source = None if image is None else (_Lists(file, image, counts) if listed else Parquet([file], image))
         number = 0
         try:
-            for piece in pq.ParquetFile(file).iter_batches(batch_size=_PIECE):
+            for piece in batches(file, _PIECE):
                 for row in piece.to_pylist():
                     if image is not None and source is not None:
                         cells = (row[image] or []) if listed else [row[image]]

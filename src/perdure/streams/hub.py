@@ -9,7 +9,8 @@ import pyarrow as pa
 from perdure.formatting import meant
 from perdure.streams.columns import LabelColumns, Names, TableFile, TablePart, read_table, require_column
 from perdure.streams.options import Options, stream
-from perdure.streams.sources import Source, check_images, quietly, unpacked
+from perdure.streams.parquet import quietly
+from perdure.streams.sources import Source, check_images, unpacked
 from perdure.streams.task_split import LabelledData, arrange
 
 

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from perdure.backbones.preprocess import begins_like_an_image
 from perdure.formatting import meant, room_for, shortened
 from perdure.storage.schema import decode_json
+from perdure.streams.parquet import batches
 from perdure.streams.sources import check_path
 from perdure.streams.tables import read_schema
 
@@ -186,7 +187,7 @@ def _parquet(file: Path, images: Sequence[str]) -> list[tuple[str, dict[str, Any
     names = read_schema(file).names
     with _damage_told(file):
         opened = pq.ParquetFile(file)
-        lazy = [name for name in names if name in images and _holds_images(opened, name)]
+        lazy = [name for name in names if name in images and _holds_images(file, name)]
         cells = opened.read(columns=[name for name in names if name not in lazy]).to_pylist()
     columns = {name: _Column(file, name) for name in lazy}
     for i, row in enumerate(cells):
@@ -194,9 +195,9 @@ def _parquet(file: Path, images: Sequence[str]) -> list[tuple[str, dict[str, Any
     return [(f"row {i}", row) for i, row in enumerate(cells)]
 
 
-def _holds_images(opened: pq.ParquetFile, column: str) -> bool:
+def _holds_images(file: Path, column: str) -> bool:
     """Whether the cells hold images and not only paths: these are read at once, for their files must be there."""
-    first = next(opened.iter_batches(batch_size=1, columns=[column]), None)
+    first = next(batches(file, 1, [column]), None)
     cell = first[0][0].as_py() if first is not None and len(first) else None
     return not isinstance(cell, str) or _ENCODED.fullmatch(cell) is not None
 

@@ -7,17 +7,14 @@ import re
 import threading
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence, Set
 from hashlib import sha256
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 import pyarrow as pa
-import pyarrow.dataset
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
@@ -25,8 +22,9 @@ from torch import Tensor
 
 from perdure.backbones.preprocess import UnreadableImage, decode, first_bytes
 from perdure.formatting import shortened
+from perdure.streams.parquet import batches, memory_mapped
 
-_CHUNK, _PIECE = 256, 64
+_CHUNK = 256
 _SHOWN = 80  # characters of a text that was taken for a path
 _ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://|data:")
 # By how PNG, JPEG, GIF and WebP begin, or by a length that no path has.
@@ -155,7 +153,7 @@ class Parquet(Source):
         names: list[str | None] = []
         # Read in pieces, for images are large.
         for file in self.files:
-            for piece in pq.ParquetFile(file).iter_batches(batch_size=_CHUNK, columns=[self.column]):
+            for piece in batches(file, _CHUNK, [self.column]):
                 for cell in piece.column(0).to_pylist():
                     path, encoded = (cell.get("path"), cell.get("bytes")) if isinstance(cell, dict) else (cell, None)
                     digest = f"\n{sha256(encoded).hexdigest()}" if path in often and encoded is not None else ""
@@ -169,7 +167,7 @@ class Parquet(Source):
     def _open(self) -> pa.ChunkedArray:
         budget = spare_memory() if self.memory is None else self.memory
         if sum(f.stat().st_size for f in self.files) > budget:
-            return _memory_mapped(self.files, self.column)
+            return memory_mapped(self.files, self.column)
         tables = [pq.read_table(f, columns=[self.column], memory_map=True) for f in self.files]
         bare = [table.replace_schema_metadata() for table in tables]
         return pa.concat_tables(bare, promote_options="permissive")[self.column]
@@ -370,25 +368,3 @@ def _inode(file: Path) -> str:
     except OSError:  # told when it is read
         return str(file)
     return f"{status.st_dev}:{status.st_ino}"
-
-
-def _memory_mapped(files: Sequence[Path], column: str) -> pa.ChunkedArray:
-    # Arrow would read a whole file ahead: memory would grow with it.
-    plainly = pa.dataset.ParquetFragmentScanOptions(pre_buffer=False, use_buffered_stream=True)
-    options = {"columns": [column], "batch_size": _PIECE, "fragment_scan_options": plainly, "split": "train"}
-    with quietly() as datasets:
-        data = datasets.load_dataset("parquet", data_files=[str(f) for f in files], **options)
-    return data.data.column(column)
-
-
-@contextmanager
-def quietly() -> Iterator[Any]:
-    """The `datasets` library without progress bars; imported here, for it takes a second and is seldom needed."""
-    datasets = import_module("datasets")
-    shown = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        yield datasets
-    finally:
-        if shown:
-            datasets.enable_progress_bars()

@@ -25,6 +25,7 @@ from perdure.streams.columns import (
 )
 from perdure.streams.naming import Role, role_of
 from perdure.streams.options import Options, stream
+from perdure.streams.parquet import batches
 from perdure.streams.sources import Files, Parquet, check_images, check_path, is_text
 from perdure.streams.task_split import LabelledData, arrange
 
@@ -276,5 +277,5 @@ def _file(
 
 def _cells(file: Path, image: str) -> Iterator[Any]:
     """What is in the column of the images, without the empty cells, from the beginning."""
-    for piece in pq.ParquetFile(file).iter_batches(batch_size=1, columns=[image]):
+    for piece in batches(file, 1, [image]):
         yield from (cell for cell in piece.column(0).to_pylist() if cell is not None)

@@ -17,6 +17,7 @@ from accelerate import PartialState
 from torch import distributed
 
 from perdure.backbones.base import Backbone
+from perdure.backbones.language import Language
 from perdure.core.learner import Core
 from perdure.core.processes import PATIENCE, Processes
 from perdure.process import ALONE
@@ -162,11 +163,15 @@ def check_device(name: str, given: str, remedy: str) -> None:
 
 
 def native_bf16(device: str) -> bool:
-    """Whether the processor multiplies bfloat16 natively; emulation would be slower than float32."""
+    """Whether the processor multiplies bfloat16 natively, and faster than float32.
+
+    Of CPUs those with AMX do: 1.6 to 2.2 times as fast. With the instructions of avx512_bf16 alone a Xeon takes 1.4
+    to 1.6 times as long as in float32 (`benchmarks/attention.py`); without either, bfloat16 is emulated.
+    """
     if device == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device == "cpu":
-        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+        return bool(torch.cpu._is_amx_tile_supported())
     return device in ("xpu", "npu")
 
 
@@ -176,8 +181,10 @@ def attention_for(backbone: Backbone, device: str, precision: str) -> Literal["e
     It is fused attention, which writes no matrix of all pairs of tokens. In float32 neither is faster on a CPU: eager
     takes 0.96 to 1.04 of sdpa's time, at 17 to 577 tokens (`benchmarks/attention.py`). In bfloat16 on a CPU eager's
     plain matrix products are, where tokens are few: every measured run of `pocket()`, which has 37, had chosen them.
+    Language models, whose answers are long and whose prompts are longer, were not measured.
     """
-    few = device == "cpu" and precision == "bf16" and backbone.has_blocks() and _tokens(backbone) <= FEW_TOKENS
+    images = not isinstance(backbone, Language) and backbone.has_blocks()
+    few = device == "cpu" and precision == "bf16" and images and _tokens(backbone) <= FEW_TOKENS
     return "eager" if few else "sdpa"
 
 
