@@ -118,6 +118,7 @@ def test_answers_are_the_same_in_python_on_the_command_line_in_a_batch_and_in_a_
         (("ask", "L", "D/red0.png"), "is a file, and no question comes after it"),
         (("ask", "L"), "there is no question: write perdure ask"),
         (("ask", "L", " "), "there is no question: write perdure ask"),
+        (("ask", "L", ""), "an empty word, number 2 after 'perdure ask', says nothing"),
         (("ask", "L", "D/red.jsonl", "What?"), "not an image"),
         (("ask", "L", "What?", "--stdin"), "'What?' has no effect beside --stdin"),
         (("ask", "L", "--stdin"), "standard input is empty"),
@@ -254,3 +255,11 @@ def test_a_stopped_lesson_of_questions_goes_on_as_its_file_was_read(data: Path, 
     assert (said.code, "the scores differ" in said.err) == (2, True)
     assert perdure("resume", "x").code == 0
     assert content_of(Path("x")) == content_of(Path("whole"))
+
+
+def test_what_is_taught_twice_in_a_row_is_learnt_once(perdure: Any, data: Path, backbone: str) -> None:
+    for _ in range(2):
+        answer = perdure("learn", data / "few.jsonl", "--into", "x", "--backbone", backbone, "--epochs", 1)
+        assert answer.code == 0
+        assert len(whole(Path("x"))) == 1
+    assert "nothing is learnt twice" in answer.out

@@ -93,6 +93,7 @@ def test_predict_show_eval_and_report_open_specialists_like_a_learner(perdure: A
         (("learn", "animals", "--into", "team", *FAST), "holds specialists, which learn each in a folder of their own"),
         (("search", "team", "animals", "a cat"), "no member of team reads texts, which search needs: combine one"),
         (("ask", "team", images[0], "What is this?"), "no member of team answers in words, which ask needs"),
+        (("report", "team", "--csv", "--latex"), "give it alone, without --csv and --latex"),
         (("combine", members[0], "--into", "x"), "one learner alone is no team"),
         (("combine", members[0], members[0], "--into", "x"), "stands twice"),
         (("combine", *members, "--into", "team"), "already holds a learner or specialists"),

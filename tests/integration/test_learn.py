@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -318,3 +319,65 @@ def test_creating_with_an_unknown_option_names_the_near_one() -> None:
         ValueError, match="precision='fp61': expected 'auto', 'fp32', 'bf16' or 'fp16'; did you mean 'fp16'"
     ):
         Learner.create("tiny()", precision="fp61")
+
+
+def test_folders_of_one_name_are_tasks_of_two(perdure: Any, photos: Any) -> None:
+    for year, classes in (("2024", "cat dog"), ("2025", "emu fox")):
+        photos(f"{year}/january", classes)
+        assert perdure("learn", f"{year}/january", "--into", "x", *MADE, "--method", "ncm").code == 0
+    learner = Learner.load("x")
+    assert [task.name for task in learner.tasks] == ["january", "january (2)"]
+    assert {name for name, _ in learner.predict(["2025/january/emu/00.png"], task="january (2)")[0]} == {
+        "emu",
+        "fox",
+    }
+    learner.learn("2024/january", epochs=1)
+    assert learner.tasks[-1].name == "january (3)"
+
+
+def test_a_name_that_tasks_of_older_learners_share_is_refused(perdure: Any, photos: Any) -> None:
+    photos("first", "cat dog"), photos("more", "emu fox")
+    for folder in ("first", "more"):
+        assert perdure("learn", folder, "--into", "x", *MADE, "--method", "ncm").code == 0
+    learner = Learner.load("x")
+    learner.tasks[1] = replace(learner.tasks[1], name="first")
+    with pytest.raises(ValueError, match="tasks 1 and 2 of this learner are both called 'first'"):
+        learner.predict(["first/cat/00.png"], task="first")
+
+
+def test_a_stopped_lesson_goes_on_where_its_data_was_moved_to(perdure: Any, photos: Any, content_of: Any) -> None:
+    photos("first", "cat dog"), photos("more", "emu fox")
+    assert perdure("learn", "first", "--into", "whole", *MADE).code == 0
+    shutil.copytree("whole", "resumed")
+    shutil.copytree("whole", "taught")
+    given = {"epochs": 3}
+    for stopped in ("resumed", "taught"):
+        with pytest.raises(OSError, match="power"):
+            teach_folder(Path("more"), Path(stopped), RunConfig(stream="", **given), given, PowerCut())
+    shutil.move("more", "moved")
+    assert perdure("learn", "moved", "--into", "whole", "--epochs", 3).code == 0
+    for stopped, words in (("resumed", ("resume", "resumed")), ("taught", ("learn", "moved", "--into", "taught"))):
+        assert perdure("move", stopped, "more=moved").code == 0
+        assert perdure(*words, *(["--epochs", 3] if words[0] == "learn" else [])).code == 0
+        assert content_of(Path(stopped)) == content_of(Path("whole"))
+
+
+def test_an_empty_word_is_no_folder_and_what_is_refused_makes_none(perdure: Any, photos: Any) -> None:
+    photos("first", "cat dog")
+    for words in (("learn", "", "--into", "x"), ("predict", ""), ("learn", "first", "", "--into", "x")):
+        assert "an empty word, number " in refused(perdure(*words))
+    Path("empty").mkdir()
+    refused(perdure("learn", "empty", "--into", "x", *MADE))
+    assert not Path("x").exists()
+
+
+def test_a_lesson_begun_and_given_up_is_told(perdure: Any, photos: Any) -> None:
+    class AtOnce(Quiet):
+        def task(self, *_: Any) -> None:
+            raise OSError("the power is out")
+
+    photos("first", "cat dog"), photos("more", "emu fox")
+    with pytest.raises(OSError, match="power"):
+        teach_folder(Path("first"), Path("x"), RunConfig(stream="", backbone="tiny()"), {}, AtOnce())
+    said = perdure("learn", "more", "--into", "x")
+    assert "first, begun before, is given up: nothing was learnt of it yet" in said.out + said.err

@@ -156,7 +156,7 @@ def test_missing_and_damaged_images_are_left_out_and_listed_when_asked(folder: P
     file.write_text(
         "".join(json.dumps({"image": each, "question": "What?", "answer": "dot"}) + "\n" for each in images)
     )
-    with pytest.raises(ValueError, match=r"line 3: there is no image 'gone.png'.*skip_bad=True"):
+    with pytest.raises(ValueError, match=r"line 3: there is no image 'gone.png' in .*; add it$"):
         read(file)
     (folder / "gone.png").write_bytes((folder / "0.png").read_bytes())
     (task,) = read(file)

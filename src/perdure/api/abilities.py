@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perdure.api.given import Asked, known_task, told
+from perdure.api.given import Asked, known_task, shown, told
 from perdure.core.forgetting import forget_classes
 from perdure.core.learner import Core
 from perdure.core.shared_copy import become, twin_of
 from perdure.formatting import meant
+from perdure.objectives.zeroshot import class_texts
+from perdure.options.ranges import BatchSize, Count, checking
 from perdure.process import Turn, as_found, plain
 from perdure.streams.conversations import Conversation
 from perdure.streams.naming import recorded
@@ -78,11 +80,12 @@ class Abilities(Core):
         return dataclasses.replace(train, epochs=max(train.epochs, math.ceil(_LEAST_STEPS / steps)))
 
     @plain()
-    def reply(self, conversations: Sequence[Conversation], tokens: int = TOKENS, task: str | None = None) -> list[str]:
+    @checking("tokens", "task")
+    def reply(
+        self, conversations: Sequence[Conversation], tokens: Count = TOKENS, task: str | None = None
+    ) -> list[str]:
         """What it says next in each of `conversations`; see `ask`."""
         self.check_speaks()
-        if tokens < 1:
-            raise ValueError(f"tokens={tokens}: expected 1 or more")
         objective: Any = self.objective
         data = told(Asked(conversations), known_task(self, task))
         said: list[str] = objective.answers(self, data, tokens)
@@ -137,6 +140,7 @@ class Abilities(Core):
         return known[spelt]
 
     @plain()
+    @checking("name")
     def forget(self, name: str) -> Self:
         """Never answer the class `name` again, and let go of what is kept of it; other classes score as before.
 
@@ -151,6 +155,37 @@ class Abilities(Core):
             forget_classes(twin, {c})
             become(self, twin)
         return self
+
+    @checking("batch_size", "calibrated", "task")
+    def _shares(
+        self, images: Any, batch_size: BatchSize, classes: Sequence[str] | None, calibrated: bool, task: str | None
+    ) -> tuple[Sequence[str], torch.Tensor]:
+        self.check_sees("predict")
+        if classes is None:
+            self.check_learnt()
+            if "classes" not in self.objective.asks:
+                raise ValueError(
+                    "this learner ranks images and captions and has learnt no classes: name some with "
+                    "classes=['a cat', 'a dog'] (--classes), or use search"
+                )
+        if calibrated:
+            self.check_calibrated(classes)
+        if classes is not None and not len(classes):
+            raise ValueError("classes is empty: give at least one name, or None for what was learnt")
+        known = known_task(self, task, chosen=classes is None)
+        data = told(shown(images, self), known)
+        names: Sequence[str] = tuple(classes) if classes is not None else (known or self.objective).names
+        if not len(data):
+            return names, torch.zeros(0, len(names))
+        with self.inference():
+            if classes is None:
+                scores = self.scores_of(data, batch_size)
+                if known is not None:
+                    scores = scores[:, [self.objective.classes.index(c) for c in known.classes]]
+            else:
+                texts = class_texts(self, classes, self.objective.templates, task=known)
+                scores = self.backbone.logit_scale * self.towards(data, texts, batch_size)
+            return names, (scores.float() / (self.temperature.value if calibrated else 1)).softmax(1).cpu().clone()
 
     def check_learnt(self) -> None:
         """Raise a ValueError before the first task."""

@@ -12,6 +12,7 @@ from perdure.api.given import check_first
 from perdure.api.learner import OPEN, Learner
 from perdure.api.lesson_source import (
     digest_of,
+    found_now,
     place_source,
     reading_of,
     refuse_other_task,
@@ -25,17 +26,18 @@ from perdure.core import checkpoint
 from perdure.core.checkpoint import Checkpoint, read_record
 from perdure.core.forgetting import only_classes
 from perdure.formatting import shortened
-from perdure.options.paths import anchored, relocated
+from perdure.options.paths import anchored
 from perdure.options.spec import parse
 from perdure.process import as_found, plain
 from perdure.storage.schema import LessonSource
 from perdure.streams import Captioned, captioned_task, conversation_task, folder_task
 from perdure.streams.conversation_stream import holds_conversations
+from perdure.streams.single_task import apart
 from perdure.streams.unlabelled import unlabelled_task
 from perdure.training.config import RunConfig, make_stream, said_of
 from perdure.training.defaults import usual
 from perdure.training.loop import Diverged, Progress, Quiet, TrainConfig
-from perdure.training.record import elsewhere, recorded_moves, write_record
+from perdure.training.record import elsewhere, write_record
 from perdure.training.run import Interrupted, learn_stream, nothing_learnt_nothing_left, resume
 from perdure.types import Stream, Task
 
@@ -102,6 +104,7 @@ def teach_folder(
         known = {name: c for task in before for name, c in zip(task.names, task.classes, strict=True)}
         with skippable("--skip-bad"):
             task = _read(photos, learner, known, len(before), skip_bad, reading, progress.note)
+        task = dataclasses.replace(task, name=apart(task.name, [each.name for each in before]))
         if not pretext:
             check_first(learner, task, known, str(photos))
         train = learner.long_enough(train, task, "epochs" in given)
@@ -109,12 +112,14 @@ def teach_folder(
         if asks != "classes" and not pretext:
             _tell_overlap(before, task, progress)
         refuse_other_task(into, done, source)
-        if taught_last(done, source, task.names):
+        if taught_last(done, source, task):
             progress.note(
                 f"{photos} is what {into} was taught last, as task {done[-1].learnt}: nothing is learnt twice, results "
                 f"and summary are brought up to date; to teach it anew, remove {done[-1].folder} first"
             )
             return before[-1], _finish(learner, before, into, progress)
+        if (begun := unfinished(into, done)) and begun.get("content") != source["content"]:
+            progress.note(f"{begun['folder']}, begun before, is given up: nothing was learnt of it yet")
         if not there:
             write_record(into, learner.record())
         place_source(into, len(before), source)
@@ -204,17 +209,13 @@ def tasks_with_data(
                 f"{folder} has learnt {done[-1].learnt} of its stream's {len(declared)} tasks: finish it with "
                 f"'perdure resume {folder}' before it learns more"
             )
-    moves = recorded_moves(folder)
     sources = {each.learnt - 1: each.manifest.get("source") for each in done}
     tasks: list[Task] = []
     for described in done[-1].tasks:
         task = declared[described.index] if described.index < len(declared) else described
         if (source := sources.get(described.index)) and not described.pretext:
             known = {name: c for t in tasks for name, c in zip(t.names, t.classes, strict=True)}
-            for move in moves:
-                source = {**source, "folder": relocated(source["folder"], move)}
-                if "images" in source:
-                    source["images"] = relocated(source["images"], move)
+            source = found_now(source, folder)
             task = _again(source, described, learner, known)
             if not len(task.train):
                 note(

@@ -154,6 +154,11 @@ def known_task(learner: Core, name: str | None, chosen: bool = True) -> Task | N
     if name not in names:
         near = meant(name, names) or f"; it has learnt: {', '.join(map(repr, names)) or 'nothing'}"
         raise ValueError(f"this learner has no task {name!r}{near}")
+    if names.count(name) > 1:  # of versions that let folders of one name be tasks of one name
+        numbers = " and ".join(str(i + 1) for i, each in enumerate(names) if each == name)
+        raise ValueError(
+            f"tasks {numbers} of this learner are both called {name!r}, which does not say one: leave it out"
+        )
     found = learner.tasks[names.index(name)]
     fewer = chosen and "classes" in learner.objective.asks and {*found.classes} != {*learner.objective.classes}
     if not fewer and not follows_task(learner.method):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self, overload
 
@@ -17,8 +18,10 @@ from perdure.core.shared_copy import as_now, become, part, twin_of
 from perdure.evaluation.calibration import fit, set_apart
 from perdure.export.model import export
 from perdure.objectives.zeroshot import class_texts
+from perdure.options.ranges import BatchSize, Count, checking
 from perdure.process import Turn, as_found, plain
 from perdure.streams import ImageSet
+from perdure.streams.single_task import apart
 from perdure.streams.sources import Picture
 from perdure.training.config import RunConfig, check_options, former_parts
 from perdure.training.defaults import for_lessons
@@ -158,6 +161,7 @@ class Learner(Abilities):
 
     def _learn(self, task: Task, train: TrainConfig, progress: Progress | None) -> None:
         """Teach a twin, and become it."""
+        task = replace(task, name=apart(task.name, [each.name for each in self.tasks[: self.learnt]]))
         twin = twin_of(self)
         task, watched = set_apart(self, task, train.held_out, "early_stop_share")
         learnt, held = set_apart(self, task)
@@ -168,11 +172,12 @@ class Learner(Abilities):
         become(self, twin)
 
     @plain()
+    @checking("top")
     def predict(
         self,
         images: Sequence[Picture] | torch.Tensor | ImageSet,
-        top: int | None = None,
-        batch_size: int = 256,
+        top: Count | None = None,
+        batch_size: BatchSize = 256,
         classes: Sequence[str] | None = None,
         calibrated: bool = False,
         task: str | None = None,
@@ -195,8 +200,6 @@ class Learner(Abilities):
             ValueError: when nothing was learnt yet, an image cannot be read, or the backbone has no text tower for
                 `classes`.
         """
-        if top is not None and top < 1:
-            raise ValueError(f"top={top}: expected 1 or more, or None for all")
         names, shares = self._shares(images, batch_size, classes, calibrated, task)
         best = shares.topk(min(top or shares.shape[1], shares.shape[1]), dim=1)
         return [
@@ -208,7 +211,7 @@ class Learner(Abilities):
     def predict_proba(
         self,
         images: Sequence[Picture] | torch.Tensor | ImageSet,
-        batch_size: int = 256,
+        batch_size: BatchSize = 256,
         classes: Sequence[str] | None = None,
         calibrated: bool = False,
         task: str | None = None,
@@ -218,36 +221,6 @@ class Learner(Abilities):
         Columns are in the order of `class_names`, of `classes` where these are given, or of the names of `task`.
         """
         return self._shares(images, batch_size, classes, calibrated, task)[1]
-
-    def _shares(
-        self, images: Any, batch_size: int, classes: Sequence[str] | None, calibrated: bool, task: str | None
-    ) -> tuple[Sequence[str], torch.Tensor]:
-        self.check_sees("predict")
-        if classes is None:
-            self.check_learnt()
-            if "classes" not in self.objective.asks:
-                raise ValueError(
-                    "this learner ranks images and captions and has learnt no classes: name some with "
-                    "classes=['a cat', 'a dog'] (--classes), or use search"
-                )
-        if calibrated:
-            self.check_calibrated(classes)
-        if classes is not None and not len(classes):
-            raise ValueError("classes is empty: give at least one name, or None for what was learnt")
-        known = known_task(self, task, chosen=classes is None)
-        data = told(shown(images, self), known)
-        names: Sequence[str] = tuple(classes) if classes is not None else (known or self.objective).names
-        if not len(data):
-            return names, torch.zeros(0, len(names))
-        with self.inference():
-            if classes is None:
-                scores = self.scores_of(data, batch_size)
-                if known is not None:
-                    scores = scores[:, [self.objective.classes.index(c) for c in known.classes]]
-            else:
-                texts = class_texts(self, classes, self.objective.templates, task=known)
-                scores = self.backbone.logit_scale * self.towards(data, texts, batch_size)
-            return names, (scores.float() / (self.temperature.value if calibrated else 1)).softmax(1).cpu().clone()
 
     @plain()
     def evaluate(self, images: Any = None, labels: Any = None) -> dict[str, float]:
@@ -271,12 +244,13 @@ class Learner(Abilities):
         return {name: sum(each[name] for each in found) / len(found) for name in found[0]}
 
     @plain()
+    @checking("text", "top", "batch_size", "task")
     def search(
         self,
         images: Sequence[Picture] | torch.Tensor | ImageSet,
         text: str,
-        top: int = 5,
-        batch_size: int = 256,
+        top: Count = 5,
+        batch_size: BatchSize = 256,
         task: str | None = None,
     ) -> list[tuple[int, float]]:
         """Which of `images` fit `text` best: their positions with the cosine of image and text, best first.
@@ -294,8 +268,6 @@ class Learner(Abilities):
         self.check_sees("search")
         if not text.strip():
             raise ValueError("the text to search for is empty: say what to look for")
-        if top < 1:
-            raise ValueError(f"top={top}: expected 1 or more")
         known = known_task(self, task, chosen=False)
         data = told(shown(images, self), known)
         if not len(data):
@@ -310,8 +282,9 @@ class Learner(Abilities):
     @overload
     def ask(self, images: Any, question: Sequence[str], tokens: int = ..., task: str | None = ...) -> list[str]: ...
     @plain()
+    @checking("tokens", "task")
     def ask(
-        self, images: Any, question: str | Sequence[str], tokens: int = TOKENS, task: str | None = None
+        self, images: Any, question: str | Sequence[str], tokens: Count = TOKENS, task: str | None = None
     ) -> str | list[str]:
         """What it answers to a question about images, or to several questions.
 
@@ -329,6 +302,7 @@ class Learner(Abilities):
         return said[0] if isinstance(question, str) else said
 
     @plain()
+    @checking("folder")
     def save(self, folder: str | Path, rows: Sequence[Row] = ()) -> Path:
         """Write what was learnt to `folder`, new or of this learner; to save twice without learning changes nothing.
 
@@ -363,6 +337,7 @@ class Learner(Abilities):
 
     @classmethod
     @plain()
+    @checking("folder", "device")
     def load(cls, folder: str | Path, device: str | None = None) -> Self:
         """The learner of a folder, as it was after its last whole task; a run's folder or a saved learner's.
 
@@ -384,6 +359,7 @@ class Learner(Abilities):
         return learner
 
     @plain()
+    @checking("folder", "to")
     def export(self, folder: str | Path, to: str) -> Path:
         """Write the model for other libraries: `peft` or `merged`; see `perdure.export.model`."""
         return export(as_now(self), Path(folder), to)

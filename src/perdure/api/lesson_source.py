@@ -4,17 +4,19 @@ import shutil
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from perdure.api.learner import Learner
 from perdure.core import checkpoint
 from perdure.core.checkpoint import Checkpoint, read_record
 from perdure.core.pretext import make_pretext
-from perdure.options.paths import anchored
+from perdure.options.paths import anchored, relocated
 from perdure.storage import schema
 from perdure.storage.schema import LessonSource
 from perdure.streams import Captioned, ConversationSet, ImageSet
 from perdure.streams.single_task import COLUMN
 from perdure.streams.splits import digest
+from perdure.training.record import recorded_moves
 from perdure.types import Data, Task
 
 _SOURCE = "source.json"
@@ -22,6 +24,7 @@ _WORDS = {"folder": "folders", "train_sha256": "images", "content": "images", "c
 _WORDS |= {"images": "folders of images", "score": "scores", "pretext": "pretexts", "replay": "folders of old images"}
 _READING = {"captions": "captions", "images": "conversations", "score": "conversations"}
 """How a file is read, beside where it lies: name -> what a learner learns of whom it is asked."""
+_PATHS = ("folder", "images", "replay")
 _PRETRAINING = ("pretext", "replay", "captions")
 """How it is read in a step of pre-training."""
 
@@ -123,7 +126,20 @@ def unfinished(into: Path, done: Sequence[Checkpoint]) -> LessonSource | None:
     if not path.is_file():
         return None
     remedy = f"restore it, or remove {path.parent} to give this task up"
-    return schema.read_typed(path, LessonSource, remedy, "format" in read_record(into))
+    return found_now(schema.read_typed(path, LessonSource, remedy, "format" in read_record(into)), into)
+
+
+def found_now(source: LessonSource, into: Path) -> LessonSource:
+    """`source` with its paths as they are after what `perdure move` has written down of the folder `into`."""
+    now: dict[str, Any] = dict(source)
+    for move in recorded_moves(into):
+        now |= {name: relocated(now[name], move) for name in _PATHS if now.get(name)}
+    return now  # type: ignore[return-value]
+
+
+def paths_of(source: LessonSource) -> list[str]:
+    """The files and folders that a lesson came from."""
+    return [str(path) for name in _PATHS if (path := source.get(name))]
 
 
 def give_up(into: Path) -> None:
@@ -146,8 +162,8 @@ def refuse_other_task(into: Path, done: Sequence[Checkpoint], source: LessonSour
         )
 
 
-def taught_last(done: Sequence[Checkpoint], source: LessonSource, names: Sequence[str]) -> bool:
-    """Whether the last task was learnt from these images, and all its classes `names` are still known.
+def taught_last(done: Sequence[Checkpoint], source: LessonSource, task: Task) -> bool:
+    """Whether the last task was learnt from what `task` has, and nothing of it was forgotten.
 
     Raises:
         ValueError: when it was, with other options, which would have no effect now.
@@ -155,8 +171,9 @@ def taught_last(done: Sequence[Checkpoint], source: LessonSource, names: Sequenc
     last = done[-1].manifest.get("source") if done else None
     if not last or not source["content"] or last.get("content") != source["content"]:
         return False
-    if {*done[-1].tasks[-1].names} != {*names}:
-        return False
+    kept = {*done[-1].tasks[-1].names}
+    if not kept if isinstance(task.train, Captioned | ConversationSet) else kept != {*task.names}:
+        return False  # the name of a topic is made anew for each task
     if any(last.get(name) != source.get(name) for name in ("pretext", "replay")):
         return False
     before, now = last.get("options", {}), source.get("options", {})

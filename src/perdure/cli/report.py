@@ -55,9 +55,11 @@ class Report(Command):
     def _team(self, folder: Path, screen: Screen) -> None:
         from perdure.reporting.specialists import write_team_report
 
-        if len(self.folders) > 1 or self.figures:
+        idle = [f"--{name}" for name in ("figures", "csv", "latex") if getattr(self, name)]
+        if len(self.folders) > 1 or idle:
             raise ValueError(
-                f"{folder} holds specialists, of which a report shows a table: give it alone, no --figures"
+                f"{folder} holds specialists, of which a report shows a table: give it alone"
+                + (f", without {' and '.join(idle)}" if idle else "")
             )
         path = write_team_report(folder, self.out or folder / "report.html")
         screen.result({"report": str(path)}, f"report: {path}")

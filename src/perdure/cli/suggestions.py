@@ -66,6 +66,8 @@ def command_of(arguments: Sequence[str], commands: Mapping[str, Callable[..., An
             raise ValueError(f"{flag} needs a value, not an empty one")
         if hint is not bool and not equals and following.startswith("--"):
             raise ValueError(f"{flag} needs a value")
+    if "" in words:  # which a path would take for the folder that we are in
+        raise ValueError(f"an empty word, number {words.index('') + 1} after 'perdure {name}', says nothing; {more}")
     made, unknown = _parsed(commands[name], name, words, flags)
     if unknown:
         what = f"{unknown[0]!r}: is an option's name or a quote missing?"

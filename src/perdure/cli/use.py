@@ -274,6 +274,7 @@ def move(folder: Path, change: str) -> list[tuple[str, str]]:
     Raises:
         ValueError: when nothing recorded was there, nothing is there now, or the backbone there is another one.
     """
+    from perdure.api.lesson_source import found_now, paths_of, unfinished
     from perdure.core import checkpoint
     from perdure.core.checkpoint import read_record
     from perdure.options.paths import moved, paths_in, relocated
@@ -289,14 +290,12 @@ def move(folder: Path, change: str) -> list[tuple[str, str]]:
     step = (str(Path(old).expanduser().absolute()), str(Path(new).expanduser().absolute()))
     config = recorded_config(folder, written)
     texts = (config.stream, config.backbone, config.method, *config.retain)
-    lessons = [each.manifest["source"] for each in checkpoint.whole(folder) if "source" in each.manifest]
-    sources = [path for each in lessons for path in (each["folder"], each.get("images")) if path]
-    moves = recorded_moves(folder)
+    done = checkpoint.whole(folder)
+    lessons = [found_now(each.manifest["source"], folder) for each in done if "source" in each.manifest]
+    if begun := unfinished(folder, done):
+        lessons.append(begun)
     known = [path for text in texts for path in paths_in(text)]
-    for path in sources:
-        for earlier in moves:
-            path = relocated(path, earlier)
-        known.append(path)
+    known += [path for each in lessons for path in paths_of(each)]
     changed = {path: relocated(path, step) for path in known if relocated(path, step) != path}
     if not changed:
         there = ", ".join(dict.fromkeys(path for path in known if Path(path).is_absolute())) or "no path"
@@ -306,5 +305,5 @@ def move(folder: Path, change: str) -> list[tuple[str, str]]:
         raise ValueError(
             f"{backbone} is another model than {folder} was made with: give the one whose weights it needs"
         )
-    write_moves(folder, [*moves, step])
+    write_moves(folder, [*recorded_moves(folder), step])
     return list(changed.items())

@@ -147,7 +147,7 @@ def _write_head(learner: Core, folder: Path, to: str) -> None:
 def _check(learner: Core, to: str) -> None:
     backbone = learner.backbone
     if to not in get_args(Target):
-        near = meant(to, get_args(Target)) or "; write 'peft', 'merged' or 'transformers'"
+        near = meant(to, get_args(Target)) or f"; write one of {', '.join(map(repr, get_args(Target)))}"
         raise ValueError(f"unknown export {to!r}{near}")
     if not learner.learnt:
         raise ValueError("this learner has learnt nothing yet: there is nothing to export")

@@ -14,6 +14,7 @@ import types
 import typing
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from perdure.formatting import meant, shortened
@@ -76,8 +77,13 @@ Seed = Annotated[int, Range(-(10**12), 10**12)]
 """Of randomness."""
 
 
-def checked(made: F) -> F:
-    """The function or constructor, refusing arguments that its annotations do not allow with a `ValueError`."""
+def checked(made: F, only: Collection[str] = ()) -> F:
+    """The function or constructor, refusing arguments that its annotations do not allow with a `ValueError`.
+
+    Args:
+        made: what is called.
+        only: the arguments that are looked at; all when there are none.
+    """
     signature = inspect.signature(made)
 
     @functools.wraps(made)
@@ -87,10 +93,15 @@ def checked(made: F) -> F:
         except TypeError:
             given = {}  # the call below says it better
         hints = hints_of(made)
-        refuse({name: value for name, value in given.items() if name in hints}, hints)
+        refuse({name: value for name, value in given.items() if name in (only or hints) and name in hints}, hints)
         return made(*args, **kwargs)
 
     return refusing  # type: ignore[return-value]
+
+
+def checking(*names: str) -> Callable[[F], F]:
+    """`checked`, of these arguments alone; beside them stand such as images, of which there are too many kinds."""
+    return lambda made: checked(made, names)
 
 
 def check_fields(made: Any) -> None:
@@ -148,6 +159,8 @@ def fits(value: Any, hint: Any) -> bool:
         return isinstance(value, _NUMBERS[hint]) and not isinstance(value, bool)
     if hint is str:
         return isinstance(value, str | os.PathLike) and value != ""
+    if hint is Path:
+        return isinstance(value, os.PathLike)
     if hint is bool:
         return isinstance(value, bool)
     return value is None if hint is type(None) else True

@@ -14,12 +14,16 @@ from perdure.storage.schema import sealed
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process.
+    """Hold `folder` for this process; it is made, and goes again when nothing was written to it.
 
     Raises:
-        ValueError: when another process holds it.
+        ValueError: when another process holds it, or it is a file.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    made = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(f"{folder} is a file, or lies in one: give a folder") from error
     lock = filelock.FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)
@@ -28,6 +32,10 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        with suppress(OSError):  # it is gone; or Windows, which removes no open file
+            if made and [each.name for each in folder.iterdir()] == [".lock"]:
+                (folder / ".lock").unlink()
+                folder.rmdir()
         lock.release()
 
 

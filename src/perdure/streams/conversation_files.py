@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
-from perdure.backbones.preprocess import decode
+from perdure.backbones.preprocess import UnreadableImage, decode
 from perdure.streams.conversation_rows import Columns, records
 from perdure.streams.conversations import Pictures, Record
 from perdure.streams.parquet import batches
@@ -30,7 +30,7 @@ _URI = re.compile(r"data:image/[\w.+-]+;base64,", re.ASCII)
 _PIECE = 256
 
 
-class MissingImage(ValueError):
+class MissingImage(UnreadableImage):
     """An entry names an image that is not there."""
 
 
@@ -109,7 +109,7 @@ class Reader:
                 )
             except MissingImage as error:
                 if not self.skip_bad:
-                    raise ValueError(f"{place}: {error}, or leave it out with skip_bad=True") from error
+                    raise MissingImage(f"{place}: {error}") from error
                 self.left_out.append(place)
             except ValueError as error:
                 raise ValueError(f"{place}: {error}") from error
@@ -169,7 +169,7 @@ class Reader:
         check_path(value, "the image")
         path = os.path.normpath(folder / value)
         if not _is_file(path):
-            raise MissingImage(f"there is no image {value!r:.120} in {folder}; add it, write images= for its folder")
+            raise MissingImage(f"there is no image {value!r:.120} in {folder}, the folder of the images; add it")
         whole, key = str(Path(path).absolute()), value.replace("\\", "/")
         self._known[folder, value] = self.pictures.number(whole, lambda: self._file(path), key)
         return [self._known[folder, value]]

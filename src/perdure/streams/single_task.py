@@ -1,7 +1,7 @@
 """One more task for a learner whose stream has no end: from a folder or a file, or from what is given in Python."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -283,6 +283,11 @@ def given_captions(
     return _placed(f"captions {index + 1}", [train], known, index)
 
 
+def apart(name: str, taken: Collection[str]) -> str:
+    """`name`, with a number where it is taken: "jan (2)"."""
+    return next(t for n in range(1, len(taken) + 2) if (t := name if n == 1 else f"{name} ({n})") not in taken)
+
+
 def _numbered(names: Sequence[str], known: Mapping[str, int]) -> dict[str, int]:
     following = max(known.values(), default=-1) + 1
     new = [name for name in names if name not in known]
@@ -327,6 +332,6 @@ def _placed(
 ) -> Task:
     """A task of one topic, new to the learner: what is learnt and, if there is any, what is tested."""
     topic = max(known.values(), default=-1) + 1
-    title = next(t for n in range(1, len(known) + 2) if (t := name if n == 1 else f"{name} ({n})") not in known)
+    title = apart(name, known)
     train, *tested = (data.relabelled(torch.full_like(data.labels, topic)) for data in sets)
     return Task(index, title, (topic,), (title,), None, train, tested[0] if tested else Nothing())

@@ -22,6 +22,8 @@ from perdure.options.ranges import (
     Rate,
     Seed,
     check_fields,
+    hints_of,
+    refuse,
     without_effect,
 )
 from perdure.options.rates import RETRIEVING, SPEAKING, USUAL, own_rate
@@ -116,6 +118,7 @@ class TrainConfig:
 
     def but(self, **changes: Any) -> Self:
         """The same with changes; another schedule leaves its milestones behind, too few epochs the early stop."""
+        refuse({name: value for name, value in changes.items() if name == "epochs"}, hints_of(type(self)))
         if changes.get("epochs", self.epochs) <= self.early_stop:
             changes = {"early_stop": 0, "early_stop_share": None} | changes
         if changes.get("schedule", self.schedule) != self.schedule:
