@@ -175,6 +175,19 @@ def test_rewards_change_whom_a_bandit_asks_and_are_kept(members: list[str]) -> N
         combine(members, "other").feedback(image, ["animals"], [1.0])
 
 
+def test_rewards_that_cannot_be_used_change_nothing(members: list[str]) -> None:
+    team = combine(members, "team", route="linucb")
+    images, before = sorted(Path("animals/test").rglob("*.png"))[:2], team.router.state_dict()
+    for named, rewards, message in (
+        (["animals", "animals"], [1.0], "got 2 images, 2 members, 1 rewards: give as many"),
+        (["animals", "nobody"], [1.0, 1.0], "member 'nobody' is none of animals, colours"),
+        (["animals", "animals"], [1.0, "good"], "could not convert string to float"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            team.feedback(images, named, rewards)
+    assert all(value.equal(before[name]) for name, value in team.router.state_dict().items())
+
+
 def test_rewards_on_the_command_line_change_whom_a_bandit_asks(perdure: Any, members: list[str]) -> None:
     assert perdure("combine", *members, "--into", "team", "--route", "linucb").code == 0
     image = "colours/test/red/01.png"

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,13 @@ from PIL import Image
 from perdure.api.folders import teach_folder
 from perdure.api.learner import Learner
 from perdure.core.checkpoint import whole
+from perdure.mechanisms import replay
+from perdure.mechanisms.replay import ReplayBuffer
 from perdure.storage.files import write_sealed
 from perdure.training.config import RunConfig
 from perdure.training.loop import Quiet
 from perdure.training.summary import read_summary
+from perdure.types import Task
 
 MADE = ("--backbone", "tiny()", "--precision", "fp32", "--epochs", 2)
 
@@ -381,3 +385,38 @@ def test_a_lesson_begun_and_given_up_is_told(perdure: Any, photos: Any) -> None:
         teach_folder(Path("first"), Path("x"), RunConfig(stream="", backbone="tiny()"), {}, AtOnce())
     said = perdure("learn", "more", "--into", "x")
     assert "first, begun before, is given up: nothing was learnt of it yet" in said.out + said.err
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [({}, {"early_stop": 1}), ({"early_stop": 1}, {}), ({"early_stop": 1}, {"early_stop": 2, "early_stop_share": 0.5})],
+)
+def test_a_memory_reads_what_it_remembered_whatever_a_later_lesson_holds_out(
+    first: dict[str, Any], second: dict[str, Any], perdure: Any, photos: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos("first", "cat dog"), photos("more", "emu fox")
+
+    def shown(tasks: Sequence[Task], references: Any) -> list[str]:
+        data = [(tasks[index].train, position) for index, position in references[:, :2].tolist()]
+        return [each.source.key(int(each.rows[position])) for each, position in data]  # type: ignore[attr-defined]
+
+    def remembered(buffer: ReplayBuffer, task: Task, *more: Any) -> None:
+        add(buffer, task, *more)
+        own = buffer.refs[buffer.refs[:, 0] == task.index]
+        kept.update(zip(map(tuple, own.tolist()), shown([task] * 2, own), strict=True))
+
+    def read(tasks: Sequence[Task], references: Any) -> Any:
+        seen.update(zip(map(tuple, references.tolist()), shown(tasks, references), strict=True))
+        return reading(tasks, references)
+
+    kept: dict[Any, str] = {}
+    seen: dict[Any, str] = {}
+    add, reading = ReplayBuffer.add, replay.read_references
+    monkeypatch.setattr(ReplayBuffer, "add", remembered)
+    monkeypatch.setattr(replay, "read_references", read)
+    for folder, options in (("first", first), ("more", second)):
+        given = {"backbone": "tiny()", "method": "lora(rank=2) + replay(size=6)", "precision": "fp32", "epochs": 4}
+        given |= options
+        teach_folder(Path(folder), Path("x"), RunConfig(stream="", **given), given)
+    assert seen
+    assert seen.items() <= kept.items()

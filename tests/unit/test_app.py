@@ -3,6 +3,7 @@
 import asyncio
 import io
 import stat
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from PIL import Image
 
 from perdure.app.gate import Gate
+from perdure.app.lessons import Lesson, Lessons, Outcome, Stopped
 from perdure.app.uploads import Limits, Store, looked_at
 from perdure.app.words import CHINESE, ENGLISH, worded
 
@@ -51,6 +53,7 @@ def link(info: zipfile.ZipInfo) -> None:
         ({"cats/bomb.png": bytes(10_000_000)}, None, "holds more than 50.0 kB"),
         ({f"cats/{i}.png": b"" for i in range(21)}, None, "holds 21 files: give at most 20"),
         ({"cats/run.sh": b"", ".hidden/cat.png": png()}, None, "holds no picture"),
+        ({f"cats/{'long' * 60}{i}.png": png() for i in range(2)}, None, "twice, or names that are too long"),
     ],
 )
 def test_an_archive_that_is_a_bomb_or_leads_elsewhere_leaves_nothing(
@@ -68,6 +71,23 @@ def test_an_archive_becomes_the_folder_of_its_classes(tmp_path: Path) -> None:
     found = Store(tmp_path / "store", LIMITS).archive("January photos.zip", archive)
     assert sorted(path.name for path in found.iterdir()) == ["dog", "猫"]
     assert tmp_path / "store" in found.parents
+
+
+@pytest.mark.parametrize("letter", ["x", "猫"])
+def test_a_name_that_is_too_long_keeps_its_ending(tmp_path: Path, letter: str) -> None:
+    found = Store(tmp_path / "store", LIMITS).archive("a.zip", packed(tmp_path, {f"dog/{letter * 90}.png": png()}))
+    [path] = found.rglob("*.png")
+    assert len(path.name.encode()) <= 200
+    assert set(path.stem) == {letter}
+
+
+def test_a_full_disk_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(ValueError, match="the upload cannot be written here: No space left on device"):
+        Store(tmp_path / "store", LIMITS).classes([("dog", [("y.png", png())])])
 
 
 def test_names_of_an_archive_made_by_chinese_windows_are_read(tmp_path: Path) -> None:
@@ -161,6 +181,13 @@ def test_a_browser_that_was_opened_with_the_token_may_upload() -> None:
     assert asked(gate, "POST", "/api/teach", headers={"cookie": cookie.split(";")[0]}).status_code == 200
 
 
+def test_a_token_of_other_letters_opens_nothing() -> None:
+    gate = Gate(_behind, "0.0.0.0", "a token", 1000)
+    for given in ({"cookie": "perdure_token=é"}, {"authorization": "Bearer é"}):
+        assert not gate.opens(given)
+    assert gate.opens({"authorization": "Bearer a token"})
+
+
 def test_other_sites_and_other_names_are_refused() -> None:
     gate = Gate(_behind, "127.0.0.1", "", 1000)
     assert asked(gate, "GET", "/", host="evil.example").status_code == 403
@@ -187,3 +214,38 @@ def test_a_page_event_fetches_nothing_from_elsewhere_and_pages_load_nothing_from
     answer = asked(gate, "POST", "/gradio_api/queue/join", json=mine)
     assert answer.status_code == 200
     assert "connect-src 'self'" in answer.headers["content-security-policy"]
+
+
+@pytest.mark.parametrize(
+    ("error", "begun", "state", "given_up"),
+    [
+        (ValueError("the folder is gone"), False, "failed", True),
+        (ValueError("the folder is gone"), True, "failed", False),  # what another process began can go on elsewhere
+        (Stopped(), True, "stopped", True),
+        (None, False, "learnt", False),
+    ],
+)
+@pytest.mark.parametrize("locked", [False, True])
+def test_a_lesson_that_ended_is_over_and_only_its_own_is_given_up(
+    error: Exception | None, begun: bool, state: str, given_up: bool, locked: bool
+) -> None:
+    calls: list[str] = []
+
+    def give_up() -> None:
+        calls.append("given up")
+        if locked:
+            raise ValueError("another process is working in it")
+
+    def teach(lesson: Lesson) -> Outcome:
+        if error is not None:
+            raise error
+        return Outcome((), [])
+
+    lesson = Lessons(give_up, lambda: begun).put("a lesson", teach)
+    until = time.monotonic() + 10
+    while not lesson.over and time.monotonic() < until:
+        time.sleep(0.01)
+    assert lesson.state == state
+    assert calls == ["given up"] * given_up
+    refused = "another process is working in it" if locked and given_up else ""
+    assert lesson.said == (str(error) if state == "failed" else refused)

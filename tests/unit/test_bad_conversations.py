@@ -66,6 +66,10 @@ WRONG: list[tuple[Any, str]] = [
     ({"image": "0.png", "question": ["What?", "Who?"], "answer": ["dot"]}, "2 questions need as many answers"),
     ({"image": "0.png", "question": "What?", "answer": "green", "options": ["red", "blue"]}, "none of the options"),
     ({"image": "0.png", "question": "What?", "answer": "red", "options": ["red"]}, "expected a list of 2 to 26"),
+    (
+        {"image": "0.png", "question": "How many?", "answer": 2, "options": ["2", "3", "4"]},
+        "the answer 2 is the text of option A, and the number from 0 of option C: write the letter",
+    ),
     ({"image": "0.png", "question": "What?", "answer": "an <image>"}, "<image> mark in the answer"),
     (said(ASKED), "no answer"),
     (said(("human", "<image><image> What?"), TOLD), "2 <image> mark(s) for 1 image(s)"),

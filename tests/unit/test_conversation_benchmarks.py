@@ -83,6 +83,11 @@ def test_coin_reads_the_published_layout_with_answers_from_their_own_files(tmp_p
     }
     (two,) = coin(str(place), images=str(images), only=["GQA"], per_task=1)(SIZE, 0)
     assert (two.name, len(two.train)) == ("GQA", 1)
+    for wrong in (2, -1, 30):
+        write(images / "ScienceQA" / "problems.json", {"q0": {"choices": ["red", "blue"], "answer": wrong}})
+        with pytest.raises(ValueError, match=rf"problems.json: of question 'q0' the answer {wrong} is no number"):
+            coin(str(place), images=str(images), only=["ScienceQA"])(SIZE, 0)
+    write(images / "ScienceQA" / "problems.json", problems)
     (images / "TextVQA" / "TextVQA_0.5.1_val.json").unlink()
     with pytest.raises(ValueError, match=r"add TextVQA_0.5.1_val.json"):
         coin(str(place))(SIZE, 0)

@@ -100,3 +100,36 @@ def test_who_trains_nothing_cannot_stop_early(lab: Any, tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "run.json").exists()
     with pytest.raises(ValueError, match=r"early_stop_share=0.1 has no effect where no classes are scored"):
         lab.but(objective="retrieve").run("lora(rank=2)", tmp_path / "captions", epochs=4, early_stop=2)
+
+
+ASIDE = ["lora_experts(rank=2)", "hide_lora(rank=2)", "disco(rank=2)", "modal_prompt", "pnn(rank=2)", "head_gates"]
+
+
+@pytest.mark.parametrize("spec", [*ASIDE, "lora(rank=2)", "coda_prompt(components=4)", "finetune"])
+def test_the_loss_is_that_of_what_learns(spec: str, lab: Any) -> None:
+    learner = lab.learner(spec)
+    for task in lab.stream().tasks[:2]:
+        learner.grow(task)
+        lab.descend(learner, task)
+        before = held_out_loss(learner, task)
+        assert held_out_loss(learner, task) == before, "measuring changes nothing"
+        with torch.no_grad():
+            for name, parameter in learner.trainable().items():
+                if not name.startswith("objective."):
+                    parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+        assert held_out_loss(learner, task) != before
+        assert all(module.training for module in learner.method.modules())
+        learner.method.end_task(learner, task)
+        learner.learnt += 1
+
+
+def held_out_loss(learner: Any, task: Any) -> float:
+    watch = EarlyStop(learner, task.test, 1)
+    watch.epoch()
+    return watch.losses[-1]
+
+
+@pytest.mark.parametrize("spec", ["moe_adapters", "inflora(rank=2, end_moments='training')"])
+def test_who_counts_what_it_trains_on_cannot_stop_early(spec: str, lab: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"early_stop=2: .* counts what is encoded in the steps"):
+        lab.run(spec, tmp_path / "run", **EARLY)

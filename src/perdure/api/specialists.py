@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -123,9 +124,9 @@ class Specialists:
         return cls(folder, record, gate, pool, router, members, missing)
 
     @plain()
-    def save(self) -> Path:
-        """Write what `feedback` has changed."""
-        with locked(self.folder):
+    def save(self, held: bool = False) -> Path:
+        """Write what `feedback` has changed; `held` says that the caller holds the folder already."""
+        with nullcontext() if held else locked(self.folder):
             write_specialists(self.folder, self.record, self.pool, self.router)
         return self.folder
 
@@ -303,9 +304,13 @@ class Specialists:
         """
         if not isinstance(self.router, LinUCB):
             raise ValueError(f"{self.folder} chooses by {self.record['route']}, not by rewards: use --route linucb")
-        features = self.encode(shown(images, self))
-        for feature, name, reward in zip(features, members, rewards, strict=True):
-            self.router.learn(feature, self.names.index(name), float(reward))
+        if wrong := [name for name in members if name not in self.names]:
+            raise ValueError(f"member {wrong[0]!r} is none of {', '.join(self.names)}")
+        data, worth = shown(images, self), [float(reward) for reward in rewards]
+        if len({len(data), len(members), len(worth)}) > 1:
+            raise ValueError(f"got {len(data)} images, {len(members)} members, {len(worth)} rewards: give as many")
+        for feature, name, reward in zip(self.encode(data), members, worth, strict=True):
+            self.router.learn(feature, self.names.index(name), reward)
 
 
 def opened(folder: str | Path, device: str | None = None) -> Learner | Specialists:

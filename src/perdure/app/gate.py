@@ -55,8 +55,8 @@ class Gate:
         bearer = headers.get("authorization", "").removeprefix("Bearer ")
         cookies = SimpleCookie(headers.get("cookie", ""))
         cookie = cookies[COOKIE].value if COOKIE in cookies else ""
-        expected = self.token.encode()
-        return hmac.compare_digest(bearer.encode(), expected) or hmac.compare_digest(cookie, _pass(self.token))
+        pairs = (bearer, self.token), (cookie, _pass(self.token))
+        return any(hmac.compare_digest(given.encode(), wanted.encode()) for given, wanted in pairs)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI has it."""

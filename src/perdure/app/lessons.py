@@ -109,11 +109,12 @@ class Lessons:
     """Teaches in a thread of its own.
 
     Args:
-        give_up: called after a lesson that failed or was stopped.
+        give_up: called after a lesson that was stopped, and after one that failed unless it was `begun` before.
+        begun: whether a lesson is unfinished already, which another process has left.
     """
 
-    def __init__(self, give_up: Callable[[], None]) -> None:
-        self.give_up = give_up
+    def __init__(self, give_up: Callable[[], None], begun: Callable[[], bool] = lambda: False) -> None:
+        self.give_up, self.begun = give_up, begun
         self._waiting: queue.Queue[Lesson] = queue.Queue(_WAITING)
         self._known: OrderedDict[str, Lesson] = OrderedDict()
         self._lock = threading.Lock()
@@ -165,16 +166,26 @@ class Lessons:
     def _teach(self, lesson: Lesson) -> None:
         lesson.state, lesson.started = "learning", time.monotonic()
         state: State = "failed"
+        others = True  # until it is known
         try:
+            others = self.begun()
             lesson.outcome, state = lesson.teach(lesson), "learnt"
         except Stopped:
             state = "stopped"
         except (ValueError, OSError) as error:
-            lesson.said = printable(shortened(" ".join(str(error).split()), 1000))
+            lesson.said = said(error)
         finally:
-            if state != "learnt":
-                self.give_up()
+            if state == "stopped" or (state == "failed" and not others):
+                try:
+                    self.give_up()
+                except (ValueError, OSError) as error:
+                    lesson.said = lesson.said or said(error)
             if state == "failed" and not lesson.said:
                 lesson.said = "it failed, and the console of the app says why"
             lesson.seconds = time.monotonic() - lesson.started
             lesson.state = state
+
+
+def said(error: Exception) -> str:
+    """An error as one line for people."""
+    return printable(shortened(" ".join(str(error).split()), 1000))

@@ -74,9 +74,8 @@ class Service:
         self.learner = self._load()
         refuse_without_effect(folder, self.learner.config, given)
         self.gallery = _Gallery(images) if images else None
-        self.lessons = Lessons(lambda: give_up(folder))
-        there = (folder / "run.json").exists()
-        if there and unfinished(folder, checkpoint.whole(folder)):  # of a process that was killed meanwhile
+        self.lessons = Lessons(lambda: give_up(folder), self._begun)
+        if self._begun():  # by a process that was killed meanwhile
             self.lessons.put("?", self._go_on)
 
     def _load(self) -> Learner:
@@ -88,6 +87,10 @@ class Service:
             known = bool(checkpoint.whole(self.folder))
             return Learner.load(self.folder, self.device) if known else Learner.untaught(self.folder, self.device)
         return Learner.of(self.config)
+
+    def _begun(self) -> bool:
+        there = (self.folder / "run.json").exists()
+        return there and unfinished(self.folder, checkpoint.whole(self.folder)) is not None
 
     @property
     def asks(self) -> str:

@@ -22,7 +22,8 @@ _TABLES = (".json", ".jsonl", ".csv", ".parquet")
 _DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
 _ENCODINGS = ("utf-8", "gb18030")
 """Of names in archives that do not say theirs: as macOS writes them, and Windows in Chinese."""
-_LONGEST = 120  # characters of a name
+_LONGEST = 120  # characters of a name that is shown
+_BYTES, _ENDING = 200, 16  # of a name that is written
 _FORBIDDEN = '<>:"/\\|?*'
 
 
@@ -122,6 +123,8 @@ class Store:
         for entry, path in wanted:
             target = folder / path
             target.parent.mkdir(parents=True, exist_ok=True)
+            if target.exists():
+                raise ValueError(f"the archive holds {str(path)!r:.80} twice, or names that are too long: rename them")
             with opened.open(entry) as packed, target.open("xb") as file:
                 # counted as it comes: what an archive says of its sizes need not be true
                 while chunk := packed.read(min(_CHUNK, left + 1)):
@@ -147,8 +150,10 @@ class Store:
         folder.mkdir(parents=True)
         try:
             yield folder
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(outer, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise ValueError(f"the upload cannot be written here: {error.strerror or error}") from error
             raise
 
 
@@ -234,4 +239,7 @@ def _safe(name: str, what: str) -> str:
         raise ValueError(
             f"{what} {name!r:.80} cannot be a folder's name: leave out {_FORBIDDEN} and a dot at its start"
         )
-    return name[:_LONGEST].rstrip(". ") or "_"
+    ending = PurePosixPath(name).suffix
+    ending = ending if len(ending.encode()) <= _ENDING else ""
+    stem = name.removesuffix(ending).encode()[: _BYTES - len(ending.encode())].decode(errors="ignore")
+    return (stem + ending).rstrip(". ") or "_"

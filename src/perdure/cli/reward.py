@@ -3,12 +3,15 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, TypedDict
+from typing import TYPE_CHECKING, Annotated, TypedDict
 
 import msgspec
 import tyro
 
 from perdure.cli.console import Command, Screen
+
+if TYPE_CHECKING:
+    from perdure.api.specialists import Specialists
 
 
 class Worth(TypedDict):
@@ -33,9 +36,22 @@ class Reward(Command):
 
     def __call__(self, screen: Screen) -> None:
         """Learn from all lines, or from none where one cannot be used."""
-        from perdure.api.specialists import Specialists
+        from perdure.storage.files import locked
 
         lines = self._lines()
+        with locked(self.team):  # another process may not read in between what is to be changed here
+            team, told = self._learn(lines)
+        sums = {name: [each["reward"] for each in told if each["member"] == name] for name in team.names}
+        for name, values in sums.items():
+            if values:
+                mean = sum(values) / len(values)
+                screen.result(
+                    {"member": name, "rewards": len(values), "mean": mean}, f"{name}: {len(values)}, {mean:.2f}"
+                )
+
+    def _learn(self, lines: "dict[int, Worth]") -> "tuple[Specialists, list[Worth]]":
+        from perdure.api.specialists import Specialists
+
         team = Specialists.load(self.team, self.device)
         for number, line in lines.items():
             if line["member"] not in team.names:
@@ -47,14 +63,8 @@ class Reward(Command):
         team.feedback(
             [each["image"] for each in told], [each["member"] for each in told], [each["reward"] for each in told]
         )
-        team.save()
-        sums = {name: [each["reward"] for each in told if each["member"] == name] for name in team.names}
-        for name, values in sums.items():
-            if values:
-                mean = sum(values) / len(values)
-                screen.result(
-                    {"member": name, "rewards": len(values), "mean": mean}, f"{name}: {len(values)}, {mean:.2f}"
-                )
+        team.save(held=True)
+        return team, told
 
     def _lines(self) -> dict[int, Worth]:
         """By their numbers from 1."""

@@ -54,10 +54,10 @@ def set_apart(
 
 
 def apart(
-    learner: Core, stream: Stream, share: float | None = None, option: str = "calibrate"
+    learner: Core, stream: Stream, shares: Sequence[float] | None = None, option: str = "calibrate"
 ) -> tuple[Stream, dict[int, ImageSet]]:
-    """`stream` as `learner` trains on it, and what is set apart of each task; see `set_apart`."""
-    split = [set_apart(learner, task, share, option) for task in stream]
+    """`stream` as `learner` trains on it, and what is set apart of each task, by a share each; see `set_apart`."""
+    split = [set_apart(learner, task, shares[task.index] if shares else None, option) for task in stream]
     held = {task.index: images for task, images in split if images is not None}
     return (dataclasses.replace(stream, tasks=tuple(task for task, _ in split)) if held else stream), held
 

@@ -48,7 +48,7 @@ class TaskExperts(Method):
         router: which has learnt nothing yet.
     """
 
-    changes_encoder, sole_adapter, follows_task = True, True, True
+    changes_encoder, sole_adapter, follows_task, learns_aside = True, True, True, True
     apart = True
     """Whether an example whose task is told is answered by that task's expert alone."""
     fallback = False

@@ -102,6 +102,7 @@ class Manifest(TypedDict):
     source: NotRequired[LessonSource]
     device: NotRequired[str]
     processes: NotRequired[int]
+    held_out_share: NotRequired[Annotated[float, Meta(ge=0, lt=1)]]
     finished: NotRequired[str]
     seconds: NotRequired[Seconds]
     images: NotRequired[Natural]

@@ -212,8 +212,13 @@ def _problems(places: _Places) -> Amend | None:
         found = problems.get(str(row.get("question_id"))) if isinstance(row, Mapping) else None
         if not isinstance(found, Mapping):
             return row
-        letter = ascii_uppercase[found["answer"]] if isinstance(found.get("answer"), int) else None
-        return {"answer": letter, **row, "options": found.get("choices")}
+        right, choices = found.get("answer"), found.get("choices")
+        if isinstance(right, int) and not (isinstance(choices, list) and 0 <= right < min(len(choices), 26)):
+            raise ValueError(
+                f"{file}: of question {row['question_id']!r} the answer {right} is no number of its choices"
+            )
+        letter = ascii_uppercase[right] if isinstance(right, int) else None
+        return {"answer": letter, **row, "options": choices}
 
     return amend
 
@@ -242,7 +247,9 @@ def _captions(places: _Places) -> Amend | None:
         return None
     captions: dict[int, list[Any]] = {}
     for each in _object(file).get("annotations") or ():
-        captions.setdefault(each.get("image_id"), []).append(each.get("caption"))
+        if not isinstance(each, Mapping):
+            raise ValueError(f"{file}: an annotation is {each!r:.60}, and no object; get the file again")
+        captions.setdefault(each.get("image_id", -1), []).append(each.get("caption"))
 
     def amend(row: Any, number: int) -> Any:
         if number + 1 not in captions:

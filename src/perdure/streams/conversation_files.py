@@ -145,7 +145,7 @@ class Reader:
                         counts.append(first + len(cells))
                     yield FileEntry(row, f"row {number}", number)
                     number += 1
-        except (pa.ArrowInvalid, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{file} is damaged ({str(error).splitlines()[0]}); get it again") from error
 
     def _shown(self, value: Any, folder: Path) -> list[int]:

@@ -271,13 +271,17 @@ def _options(given: Any) -> tuple[str, ...] | None:
 def _letter(given: Any, texts: Sequence[str], options: Sequence[str]) -> str:
     """The letter of the right option, which is given by its text, its number from 0, or its letter."""
     same = [i for i, option in enumerate(options) if option.casefold() == texts[0].casefold()]
-    if len(same) == 1:
-        return ascii_uppercase[same[0]]
-    if isinstance(given, int) and 0 <= given < len(options):
-        return ascii_uppercase[given]
-    found = re.fullmatch(r"\W*([A-Z])\W*", texts[0].upper())
-    if len(texts) == 1 and found and found[1] in ascii_uppercase[: len(options)]:
-        return found[1]
+    numbered = [given] if isinstance(given, int) and 0 <= given < len(options) else []
+    if len(same) == 1 and numbered and same != numbered:
+        raise ValueError(
+            f"the answer {given} is the text of option {ascii_uppercase[same[0]]}, and the number from 0 of option "
+            f"{ascii_uppercase[given]}: write the letter of the one that is meant"
+        )
+    if found := same if len(same) == 1 else numbered:
+        return ascii_uppercase[found[0]]
+    letter = re.fullmatch(r"\W*([A-Z])\W*", texts[0].upper())
+    if len(texts) == 1 and letter and letter[1] in ascii_uppercase[: len(options)]:
+        return letter[1]
     raise ValueError(f"the answer {texts[0]!r:.60} is none of the options {', '.join(options)[:80]}; correct it")
 
 

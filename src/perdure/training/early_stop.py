@@ -10,7 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
+from perdure.core.checkpoint import Checkpoint
 from perdure.core.learner import Core
+from perdure.core.method import parts_of
 from perdure.streams import ImageSet
 from perdure.training.config import EARLY_SHARE, TrainConfig
 from perdure.types import Batch, Row
@@ -20,7 +22,7 @@ _LOSS = "held_out_loss"
 
 
 def check_trains(learner: Core, config: TrainConfig) -> None:
-    """Refuse to stop early what does not train.
+    """Refuse to stop early what does not train, or counts what it trains on.
 
     Raises:
         ValueError: with the method's name.
@@ -30,6 +32,13 @@ def check_trains(learner: Core, config: TrainConfig) -> None:
             f"early_stop={config.early_stop} has no effect on {learner.method.spec or learner.method.name}, which "
             "trains nothing: leave it out"
         )
+    for part in parts_of(learner.method):
+        if config.early_stop and part.encodes_once:
+            raise ValueError(
+                f"early_stop={config.early_stop}: {part.spec or part.name} counts what is encoded in the steps of a "
+                "task, and in which epoch; held-out images are none of it, and no epoch is known to be the last. Leave "
+                "early_stop out"
+            )
 
 
 class EarlyStop:
@@ -66,6 +75,9 @@ class EarlyStop:
             return learner.objective.loss(features, batch) * len(batch["label"])
 
         with learner.inference():
+            if any(part.learns_aside for part in parts_of(learner.method)):
+                learner.training = True  # of itself and of the method alone; `inference` puts it back
+                learner.method.train()
             total = sum(float(each) for each in learner.each_batch(self.held, loss))
         value = total / len(self.held)
         self.losses.append(value if math.isfinite(value) else math.inf)
@@ -79,6 +91,19 @@ def watching(
 ) -> EarlyStop | None:
     """What watches a task of which `held` was set apart; None where nothing was."""
     return None if held is None else EarlyStop(learner, held, config.early_stop, rows)
+
+
+def shares_of(done: Sequence[Checkpoint], share: float, tasks: int) -> list[float]:
+    """Of each of so many tasks the share of training images that is held out.
+
+    Of a task in `done` what was held out then, whatever is asked for now: memories refer to its other images by their
+    position. Of the others, and where a version did not write it down, `share`.
+    """
+    found = [share] * tasks
+    for each in done:
+        held = any(row["metric"] == IMAGES for row in each.manifest.get("rows", ()))
+        found[each.learnt - 1] = each.manifest.get("held_out_share", share) if held else 0.0
+    return found
 
 
 def losses_of(rows: Sequence[Row], task: int) -> list[float]:

@@ -37,7 +37,7 @@ from perdure.training.config import (
     measured_between,
     said_of,
 )
-from perdure.training.early_stop import check_trains, watching
+from perdure.training.early_stop import check_trains, shares_of, watching
 from perdure.training.loop import Diverged, Progress, Quiet, TrainConfig, check_shared_out, fit_task
 from perdure.training.online import Along, as_one, check_borders
 from perdure.training.record import (
@@ -286,10 +286,11 @@ def learn_stream(
         held_out: what is measured too, and never taught.
         most: see `Evaluation`.
     """
-    stream, watched = calibration.apart(learner, stream, config.held_out, "early_stop_share")
+    done = checkpoint.whole(out)
+    shares = shares_of(done, config.held_out, len(stream))
+    stream, watched = calibration.apart(learner, stream, shares, "early_stop_share")
     stream, held = calibration.apart(learner, stream)
     processes = learner.processes
-    done = checkpoint.whole(out)
     learnt = done[-1].learnt if done else 0
     if processes.first:
         for each in done:
@@ -337,6 +338,7 @@ def learn_stream(
             check_there(out)
             if processes.first:
                 beside = {**features.files(task), **taught_files(task), **per_class.files(evaluation.answered)}
+                facts |= {"held_out_share": config.held_out} if config.held_out else {}
                 checkpoint.save_task(out, learner, new, facts | (extra or {}), beside)
                 with (out / "results.jsonl").open("a", encoding="utf-8") as file:
                     file.writelines(checkpoint.lines_of(new))
