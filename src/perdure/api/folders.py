@@ -32,7 +32,7 @@ from perdure.process import as_found, plain
 from perdure.storage.schema import LessonSource
 from perdure.streams import Captioned, captioned_task, conversation_task, folder_task
 from perdure.streams.conversation_stream import holds_conversations
-from perdure.streams.single_task import apart
+from perdure.streams.single_task import free_name
 from perdure.streams.unlabelled import unlabelled_task
 from perdure.training.config import RunConfig, make_stream, said_of
 from perdure.training.defaults import usual
@@ -104,7 +104,7 @@ def teach_folder(
         known = {name: c for task in before for name, c in zip(task.names, task.classes, strict=True)}
         with skippable("--skip-bad"):
             task = _read(photos, learner, known, len(before), skip_bad, reading, progress.note)
-        task = dataclasses.replace(task, name=apart(task.name, [each.name for each in before]))
+        task = dataclasses.replace(task, name=free_name(task.name, [each.name for each in before]))
         if not pretext:
             check_first(learner, task, known, str(photos))
         train = learner.long_enough(train, task, "epochs" in given)

@@ -21,7 +21,7 @@ from perdure.objectives.zeroshot import class_texts
 from perdure.options.ranges import BatchSize, Count, checking
 from perdure.process import Turn, as_found, plain
 from perdure.streams import ImageSet
-from perdure.streams.single_task import apart
+from perdure.streams.single_task import free_name
 from perdure.streams.sources import Picture
 from perdure.training.config import RunConfig, check_options, former_parts
 from perdure.training.defaults import for_lessons
@@ -161,7 +161,7 @@ class Learner(Abilities):
 
     def _learn(self, task: Task, train: TrainConfig, progress: Progress | None) -> None:
         """Teach a twin, and become it."""
-        task = replace(task, name=apart(task.name, [each.name for each in self.tasks[: self.learnt]]))
+        task = replace(task, name=free_name(task.name, [each.name for each in self.tasks[: self.learnt]]))
         twin = twin_of(self)
         task, watched = set_apart(self, task, train.held_out, "early_stop_share")
         learnt, held = set_apart(self, task)

@@ -173,19 +173,19 @@ class Lessons:
         except Stopped:
             state = "stopped"
         except (ValueError, OSError) as error:
-            lesson.said = said(error)
+            lesson.said = _line(error)
         finally:
             if state == "stopped" or (state == "failed" and not others):
                 try:
                     self.give_up()
                 except (ValueError, OSError) as error:
-                    lesson.said = lesson.said or said(error)
+                    lesson.said = lesson.said or _line(error)
             if state == "failed" and not lesson.said:
                 lesson.said = "it failed, and the console of the app says why"
             lesson.seconds = time.monotonic() - lesson.started
             lesson.state = state
 
 
-def said(error: Exception) -> str:
+def _line(error: Exception) -> str:
     """An error as one line for people."""
     return printable(shortened(" ".join(str(error).split()), 1000))

@@ -283,7 +283,7 @@ def given_captions(
     return _placed(f"captions {index + 1}", [train], known, index)
 
 
-def apart(name: str, taken: Collection[str]) -> str:
+def free_name(name: str, taken: Collection[str]) -> str:
     """`name`, with a number where it is taken: "jan (2)"."""
     return next(t for n in range(1, len(taken) + 2) if (t := name if n == 1 else f"{name} ({n})") not in taken)
 
@@ -332,6 +332,6 @@ def _placed(
 ) -> Task:
     """A task of one topic, new to the learner: what is learnt and, if there is any, what is tested."""
     topic = max(known.values(), default=-1) + 1
-    title = apart(name, known)
+    title = free_name(name, known)
     train, *tested = (data.relabelled(torch.full_like(data.labels, topic)) for data in sets)
     return Task(index, title, (topic,), (title,), None, train, tested[0] if tested else Nothing())
