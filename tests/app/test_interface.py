@@ -78,12 +78,15 @@ def test_a_lesson_that_is_stopped_leaves_the_learner_as_it_was(client: Any) -> N
     ("path", "given", "files", "said"),
     [
         ("predict", {}, [("images", ("a.png", b"no picture"))], "cannot read image a.png"),
-        ("predict", {"top": 0}, files(picture((9, 9, 9), 0)), "top=0: expected 1 or more"),
+        ("predict", {"top": 0}, files(picture((9, 9, 9), 0)), "top=0: expected int from 1"),
         ("teach", {}, [], "there is nothing to learn"),
         ("teach", {"class": "../up"}, files(picture((9, 9, 9), 0)), "cannot be a folder's name"),
         ("teach", {"class": "cat", "captions": "a cat"}, files(picture((9, 9, 9), 0)), "have no effect"),
         ("teach", {}, [("archive", ("a.zip", b"no archive"))], "a.zip cannot be unpacked"),
         ("ask", {"question": "why?"}, [], "does not answer in words"),
+        ("predict", {"top": "abc"}, files(picture((9, 9, 9), 0)), "top: Input should be a valid integer"),
+        ("predict", {"top": 3}, [], "images: Field required; see docs/app.md"),
+        ("teach", {"skip_bad": "maybe"}, [], "skip_bad: Input should be a valid boolean"),
     ],
 )
 def test_what_cannot_be_done_is_refused_in_one_line(client: Any, path: str, given: Any, files: Any, said: str) -> None:
@@ -106,5 +109,6 @@ def test_what_cannot_be_done_is_refused_in_one_line(client: Any, path: str, give
 )
 def test_nothing_outside_is_reached(client: Any, app: Any, address: str, status: int) -> None:
     assert client.get(address).status_code == status
+    assert not address.startswith("/api") or set(client.get(address).json()) == {"error"}
     inside = Path(app.folder).name
     assert inside not in client.get(address).text

@@ -11,6 +11,7 @@ import torch
 from perdure.api.combine import combine
 from perdure.api.learner import Learner
 from perdure.api.merge import merge, task_vector, unlike
+from perdure.api.resizing import resize
 from perdure.api.routing_scores import measure_routing
 from perdure.api.specialists import Specialists
 from perdure.storage.files import locked
@@ -173,6 +174,14 @@ def test_rewards_change_whom_a_bandit_asks_and_are_kept(members: list[str]) -> N
     assert len(list(Path("team").glob("pool-*"))) == 1
     with pytest.raises(ValueError, match="chooses by gaussian, not by rewards"):
         combine(members, "other").feedback(image, ["animals"], [1.0])
+
+
+def test_members_are_a_list(members: list[str]) -> None:
+    for given, kind in ((members[0], "str"), ((each for each in members), "generator")):
+        with pytest.raises(ValueError, match=f"folders: got {kind}, expected a list of two or more"):
+            combine(given, "team")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"has other weights than .* stands on: it keeps its size"):
+        resize(members[0], size=32)
 
 
 def test_rewards_that_cannot_be_used_change_nothing(members: list[str]) -> None:

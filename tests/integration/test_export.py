@@ -15,7 +15,7 @@ import timm as timm_library
 import torch
 import transformers
 from peft import AutoPeftModel, PeftModel
-from PIL import Image
+from PIL import ExifTags, Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -314,7 +314,10 @@ def test_example_of_the_readme_gives_the_scores_of_the_learner(
     folder = learner.export(tmp_path / "it", to)
     # Of the size that needs no resizing, in which libraries round differently.
     photo = Image.fromarray(pictures(learner.backbone.preprocess.resize, n=1)[0].permute(1, 2, 0).numpy())
-    photo.save(folder / "photo.jpg", "PNG")
+    lying = Image.Exif()
+    lying[ExifTags.Base.Orientation] = 6
+    photo.save(folder / "photo.jpg", "PNG", exif=lying)
+    photo = photo.transpose(Image.Transpose.ROTATE_270)
     found = example(folder, monkeypatch)
     same(found["scores"], scores(learner, learner.backbone.preprocess(photo)[None]))
     assert found["labels"] == [f"class {i}" for i in range(6)]

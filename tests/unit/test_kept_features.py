@@ -111,13 +111,18 @@ def emptied(path: Path) -> None:
     path.write_bytes(b"")
 
 
+def changed(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
 def renamed(path: Path) -> None:
     other = path.with_name(path.name)
     FeatureStore(path.parent.parent, 10**6).put(key_of("b"), torch.zeros(3))
     next(p for p in entries(path.parent.parent) if p != path).replace(other)
 
 
-@pytest.mark.parametrize("damage", [cut, emptied, renamed, lambda path: path.write_bytes(b"\x00" * 100)])
+@pytest.mark.parametrize("damage", [cut, emptied, changed, renamed, lambda path: path.write_bytes(b"\x00" * 100)])
 def test_a_damaged_entry_is_removed_and_computed_again(damage: Callable[[Path], None], tmp_path: Path) -> None:
     store, key = FeatureStore(tmp_path, 10**6), key_of("a")
     store.put(key, torch.ones(3))

@@ -150,6 +150,8 @@ def open_all(folders: Sequence[str | Path], device: str | None = None) -> dict[s
     Raises:
         ValueError: when there are fewer than two, or one stands twice.
     """
+    if isinstance(folders, str | Path) or not isinstance(folders, Sequence):
+        raise ValueError(f"folders: got {type(folders).__name__}, expected a list of two or more")
     places = [Path(each).resolve() for each in folders]
     if len(places) < 2:
         raise ValueError("one learner alone is no team: give the folders of two or more")

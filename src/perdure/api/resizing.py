@@ -44,6 +44,8 @@ def resize(folder: str | Path, **options: Any) -> str:
         config = replace(config, backbone=changed(config.backbone, **given))
         learner = Learner.of(config, recorded_runtime(folder, written))
         learner.scenario = written["stream"]["scenario"]
+        if learner.fingerprint.partition(" ")[0] != done[-1].manifest["backbone"].partition(" ")[0]:
+            raise ValueError(f"{learner.backbone.spec} has other weights than {folder} stands on: it keeps its size")
         checkpoint.restore(learner, done[-1])
         write_size(folder, recorded_size(folder) | given)
         return learner.backbone.spec

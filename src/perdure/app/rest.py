@@ -4,11 +4,13 @@ import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import FastAPI, File, Form, HTTPException, Request, UploadFile
+from fastapi import FastAPI, File, Form, Request, UploadFile
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 
 from perdure.app.service import Service
 from perdure.app.uploads import looked_at
+from perdure.formatting import printable
 from perdure.reporting.report import write_report
 
 _MANY = Annotated[list[UploadFile], File()]
@@ -21,6 +23,12 @@ def interface(service: Service) -> FastAPI:
     @app.exception_handler(ValueError)
     async def refused(_: Request, error: ValueError) -> JSONResponse:
         return JSONResponse({"error": " ".join(str(error).split())}, 422)
+
+    @app.exception_handler(RequestValidationError)
+    async def misread(_: Request, error: RequestValidationError) -> JSONResponse:
+        wrong = error.errors()[0]
+        field = str(wrong["loc"][-1]) if wrong["loc"] else "the request"
+        return JSONResponse({"error": printable(f"{field}: {wrong['msg']}; see docs/app.md")}, 422)
 
     @app.get("/api/learner")
     def learner() -> dict[str, Any]:
@@ -90,9 +98,9 @@ def interface(service: Service) -> FastAPI:
         with tempfile.TemporaryDirectory(prefix="perdure-") as folder:
             return write_report(service.reported(grid), Path(folder) / "report.html").read_text("utf-8")
 
-    @app.get("/api/{rest:path}")
-    def unknown(rest: str) -> None:
-        raise HTTPException(404, "there is no such request: see docs/app.md")
+    @app.api_route("/api/{rest:path}", methods=["GET", "POST"], include_in_schema=False)
+    def unknown(rest: str) -> JSONResponse:
+        return JSONResponse({"error": "there is no such request: see docs/app.md"}, 404)
 
     return app
 

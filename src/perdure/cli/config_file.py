@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from perdure.formatting import meant
+from perdure.options.ranges import hints_of
 
 _FLAG = "--config"
 
@@ -32,10 +33,10 @@ def expanded(arguments: Sequence[str], commands: Mapping[str, Callable[..., Any]
         raise ValueError(f"{_FLAG} needs a file, such as run.yaml; 'perdure show RUN --config' prints one")
     rest = [*words[1:place], *words[place + own :]]
     typed = {word.partition("=")[0].replace("_", "-") for word in rest if word.startswith("--")}
-    return [words[0], *_flags(named, known, typed), *rest]
+    return [words[0], *_flags(named, hints_of(commands[words[0]]), typed), *rest]
 
 
-def _flags(named: str, known: Sequence[str], typed: set[str]) -> list[str]:
+def _flags(named: str, kinds: Mapping[str, Any], typed: set[str]) -> list[str]:
     import yaml
 
     try:
@@ -45,15 +46,27 @@ def _flags(named: str, known: Sequence[str], typed: set[str]) -> list[str]:
     if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
         raise ValueError(f"{named}: expected lines such as 'method: inflora(rank=10)'")
     flags: list[str] = []
+    known = [name for name in kinds if name not in ("config", "json", "import_")]
+    seen: dict[str, str] = {}
     for key, value in found.items():
         name = key.replace("-", "_")
-        if name not in known or name in ("config", "json", "import_"):
+        if name in ("import", "import_"):
+            raise ValueError(f"{named}: {key} stands on the command line alone: write --import {value}")
+        if name not in known:
             raise ValueError(f"{named}: there is no option {key!r}{meant(name, known)}")
+        if name in seen:
+            raise ValueError(f"{named}: {seen[name]} and {key} are the same option: keep one")
+        seen[name] = key
+        if isinstance(value, bool) != (kinds[name] is bool) and value is not None:
+            expected = "true or false" if kinds[name] is bool else "a value"
+            raise ValueError(f"{named}: {key} is {value!r:.60}, expected {expected}")
         flag = f"--{name.replace('_', '-')}"
         if flag in typed or f"--no-{flag[2:]}" in typed or value is None:
             continue
         if isinstance(value, bool):
             flags.append(flag if value else f"--no-{flag[2:]}")
+        elif isinstance(value, list) and kinds[name] is str:
+            flags.append(f"{flag}={','.join(map(str, value))}")  # a text with commas, as milestones
         elif isinstance(value, list):
             flags += [flag, *map(str, value)] if value else []
         elif isinstance(value, dict):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from perdure.storage.files import sync_folder
 
-_NAME, _KEY, _ENDING, _DRAFT = "features", "key", ".safetensors", ".draft"
+_NAME, _KEY, _CONTENT, _ENDING, _DRAFT = "features", "key", "sha256", ".safetensors", ".draft"
 _ABANDONED = 3600.0  # seconds after which a draft is of a process that was killed
 _SPARED = 0.9  # of the budget is left full when entries must go, so that it is not done for each new one
 
@@ -51,17 +51,24 @@ class FeatureStore:
         self.used = False
         """Whether anything was found or kept."""
         self._taken: int | None = None
+        self._sound: set[str] = set()  # keys of which the values were held against their digest, once a process
 
     def get(self, key: str, rows: int | None = None) -> Tensor | None:
         """The tensor of that key, mapped from its file; None where there is none.
 
-        An entry that is not what was written (cut, of another key, not of `rows` rows) is removed.
+        An entry that is not what was written (cut, changed, of another key, not of `rows` rows) is removed.
         """
         path = self._path(key)
         try:
             with safe_open(path, "pt") as file:
-                known = (file.metadata() or {}).get(_KEY) == key and list(file.keys()) == [_NAME]
+                facts = file.metadata() or {}
+                known = facts.get(_KEY) == key and list(file.keys()) == [_NAME]
                 found: Tensor | None = file.get_tensor(_NAME) if known else None
+            if found is not None and key not in self._sound:
+                if key_of(found) == facts.get(_CONTENT):
+                    self._sound.add(key)
+                else:
+                    found = None
         except FileNotFoundError:
             return None
         except (SafetensorError, OSError):
@@ -82,7 +89,8 @@ class FeatureStore:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Called by nobody else: two cells of a grid may come to the same images at the same time.
         draft = path.with_name(f"{key}-{uuid.uuid4().hex}{_DRAFT}")
-        content = save({_NAME: value.detach().cpu().contiguous()}, {_KEY: key})
+        kept = value.detach().cpu().contiguous()
+        content = save({_NAME: kept}, {_KEY: key, _CONTENT: key_of(kept)})
         try:
             with draft.open("wb") as file:
                 file.write(content)

@@ -72,9 +72,10 @@ def tune(
     import optuna
 
     if config.seed in report_seeds:
+        free = next(seed for seed in range(100, 101 + len(report_seeds)) if seed not in report_seeds)
         raise ValueError(
             f"--order-seed {config.seed} is among --report-seeds {' '.join(map(str, report_seeds))}: options chosen on "
-            "an order look better on it than they are. Give an order that is not reported, such as 100"
+            f"an order look better on it than they are. Give an order that is not reported, such as {free}"
         )
     settings = [field.name for field in fields(TrainConfig)]
     check_space(space, {name: getattr(config, name) for name in TEXTS}, settings)

@@ -107,7 +107,7 @@ def _readme(learner: Core, backbone: Language, to: str, apart: Sequence[str]) ->
     code = [
         "import torch",
         *(["from peft import PeftModel"] if lora else []),
-        "from PIL import Image",
+        "from PIL import Image, ImageOps",
         "from transformers import AutoModelForImageTextToText, AutoProcessor",
         "",
         'folder = "."  # where this file stands',
@@ -115,7 +115,7 @@ def _readme(learner: Core, backbone: Language, to: str, apart: Sequence[str]) ->
         'model = AutoModelForImageTextToText.from_pretrained(source, dtype="auto").eval()',
         *load,
         "processor = AutoProcessor.from_pretrained(source)",
-        'image = Image.open("photo.jpg").convert("RGB")',
+        'image = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")',
         'content = [{"type": "image"}, {"type": "text", "text": "What is this?"}]',
         'messages = [{"role": "user", "content": content}]',
         "text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)",
