@@ -88,8 +88,13 @@ def acc(matrix: Matrix) -> float | None:
 
 
 def running_averages(matrix: Matrix) -> list[float | None]:
-    """For each i: mean score over the tasks learnt so far, A_i = (1/i) Σ_{j≤i} R_ij; length T."""
-    return [_mean(row[: i + 1]) for i, row in enumerate(_square(matrix))]
+    """For each i: mean score over the tasks learnt so far, A_i = (1/i) Σ_{j≤i} R_ij; length T.
+
+    None where no old task was measured, see `only_new`: the score on the new one alone is no mean.
+    """
+    square = _square(matrix)
+    seen = [[j for j, value in enumerate(row[: i + 1]) if value is not None] for i, row in enumerate(square)]
+    return [None if only_new(seen[i], i) else _mean(row[: i + 1]) for i, row in enumerate(square)]
 
 
 def aaa(matrix: Matrix) -> float | None:

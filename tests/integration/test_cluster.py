@@ -64,6 +64,14 @@ def machines() -> Iterator[Any]:
     found.shutdown()
 
 
+@pytest.mark.parametrize(
+    ("options", "named"), [({"cpus": 4}, "--cpus-per-cell 4"), ({"gpus": 0.5}, "--gpus-per-cell 0.5")]
+)
+def test_what_a_cell_takes_has_no_effect_where_cells_run_in_turn(options: Any, named: str) -> None:
+    with pytest.raises(ValueError, match=f"{named} has no effect without --jobs or --on"):
+        Cluster(**options)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of Ray's own
 def test_a_grid_ends_with_the_same_table_when_a_machine_dies(machines: Any, tmp_path: Path) -> None:

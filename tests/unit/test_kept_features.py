@@ -324,3 +324,11 @@ def test_what_takes_more_than_its_room_is_not_kept(questions: str, monkeypatch: 
     learner, data = learner_of(MLLM[0], questions)
     assert isinstance(learner.cache.seen(data), Seen)
     assert learner.cache.seen(data, 1000) is data
+
+
+@pytest.mark.parametrize("place", ["a file", "a file/inside", "/proc/nowhere"])
+def test_a_cache_that_cannot_be_is_refused_before_a_run_is_begun(place: str, lab: Any, tmp_path: Path) -> None:
+    (tmp_path / "a file").write_text("")
+    with pytest.raises(ValueError, match=f"--cache {tmp_path / place}: .*: give a folder, or leave it out"):
+        lab.run("ncm", tmp_path / "run", cache=str(tmp_path / place))
+    assert not (tmp_path / "run" / "run.json").exists()

@@ -100,3 +100,10 @@ def test_spread_is_mean_and_sample_deviation():
     assert metrics.spread([0.5]) == (0.5, None)
     with pytest.raises(ValueError, match="no values"):
         metrics.spread([])
+
+
+def test_the_score_on_the_new_task_alone_is_no_mean() -> None:
+    last = [[0.9, None, None], [None, 0.5, None], [0.3, 0.4, 0.8]]
+    assert metrics.running_averages(last) == [0.9, None, pytest.approx(0.5)]
+    untested = [[None, None], [None, 0.5]]
+    assert metrics.running_averages(untested) == [None, None]

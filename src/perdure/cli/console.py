@@ -239,7 +239,9 @@ class Screen:
         self._say(*flowed([*parts, f"stored {human_bytes(summary['stored_bytes'])}"], self.out.width))
 
     def _square(self, matrix: Sequence[Sequence[float | None]], title: str, summary: Mapping[str, Any]) -> None:
-        """A matrix of scores with a heading; means unless the scores of its tasks have none."""
+        """A matrix of scores with a heading; means unless the scores of its tasks, or no old one, have any."""
+        from perdure.metrics import only_new
+
         tasks = len(matrix)
         fitting = (self.out.width - len("after") - len("mean") - 4) // 4
         shown = ends(tasks, max(2, fitting))
@@ -253,9 +255,10 @@ class Screen:
             if i is None:
                 table.add_row("…")
                 continue
-            seen = [v for v in matrix[i][: i + 1] if v is not None and not summary.get("unlike_scores")]
+            seen = {j: v for j, v in enumerate(matrix[i][: i + 1]) if v is not None}
+            known = not summary.get("unlike_scores") and not only_new(seen, i)
             cells = ["" if j is None or (v := matrix[i][j]) is None else f"{100 * v:.0f}" for j in shown]
-            table.add_row(str(i + 1), *cells, f"{100 * sum(seen) / len(seen):.1f}" if seen else "–")
+            table.add_row(str(i + 1), *cells, f"{100 * sum(seen.values()) / len(seen):.1f}" if known else "–")
         self.out.print(table)
         if None in shown:
             self._say(f"all {tasks} tasks are in summary.json and report.html")

@@ -41,12 +41,21 @@ class FeatureStore:
     """A folder of tensors by key, which any number of processes read and write at the same time.
 
     Args:
-        folder: is made when the first entry is written.
+        folder: is made where it is not there.
         most: bytes that its entries may take; the ones not read for longest go first.
         facts: on which numbers depend besides weights and images: device, precision, attention, threads.
+
+    Raises:
+        ValueError: when it is no folder, or nothing can be written to it.
     """
 
     def __init__(self, folder: Path, most: int, facts: str = "") -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--cache {folder}: {error.strerror or error}: give a folder, or leave it out") from error
+        if not os.access(folder, os.W_OK):
+            raise ValueError(f"--cache {folder} cannot be written to: give another folder, or leave it out")
         self.folder, self.most, self.facts = folder, most, facts
         self.used = False
         """Whether anything was found or kept."""

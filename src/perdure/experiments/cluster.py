@@ -42,6 +42,9 @@ class Cluster:
                 f"--jobs {self.jobs} has no effect with --on {self.address!r}, where as many cells run as there is "
                 "room for: leave it out"
             )
+        if not self.beside and (self.cpus > 1 or self.gpus):
+            named = f"--cpus-per-cell {self.cpus}" if self.cpus > 1 else f"--gpus-per-cell {self.gpus:g}"
+            raise ValueError(f"{named} has no effect without --jobs or --on, where cells run in turn: leave it out")
         if self.address and self.address != "ray" and ":" not in self.address:
             raise ValueError(
                 f"--on {self.address!r}{meant(self.address, ['ray'])}: expected 'ray' for the cluster that this "
