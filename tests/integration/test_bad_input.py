@@ -376,7 +376,7 @@ def test_a_second_process_waits_outside(perdure: Any, small: Any, photos: Any) -
 
 def test_a_folder_that_cannot_be_written_is_named(perdure: Any, small: Any) -> None:
     Path("file").write_text("no folder")
-    one_line(perdure("run", *small, "--out", "file/x"), "Not a directory: file/x: check the path and its permissions")
+    one_line(perdure("run", *small, "--out", "file/x"), "file/x is a file, or lies in one: give a folder")
     one_line(perdure("run", *small, "--out", "file"), "file")
     perdure("run", *small, "--out", "x")
     one_line(perdure("report", "x", "--out", "file/r.html"), "file/r.html cannot be written")
