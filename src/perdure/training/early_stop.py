@@ -100,7 +100,7 @@ def shares_of(done: Sequence[Checkpoint], share: float, tasks: int) -> list[floa
     position. Of the others, and where a version did not write it down, `share`.
     """
     found = [share] * tasks
-    for each in done:
+    for each in done[:tasks]:  # a run's learner may have been taught more than its stream has
         held = any(row["metric"] == IMAGES for row in each.manifest.get("rows", ()))
         found[each.learnt - 1] = each.manifest.get("held_out_share", share) if held else 0.0
     return found
