@@ -420,3 +420,20 @@ def test_a_memory_reads_what_it_remembered_whatever_a_later_lesson_holds_out(
         teach_folder(Path(folder), Path("x"), RunConfig(stream="", **given), given)
     assert seen
     assert seen.items() <= kept.items()
+
+
+def test_a_lesson_that_a_version_without_numbers_has_begun_goes_on(
+    perdure: Any, photos: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for year, classes in (("2024", "cat dog"), ("2025", "emu fox")):
+        photos(f"{year}/january", classes)
+    made = {"backbone": "tiny()", "precision": "fp32", "method": "lora(rank=2)", "save_every": 1, "epochs": 3}
+    config = RunConfig(stream="", **made)
+    teach_folder(Path("2024/january"), Path("x"), config, {"epochs": 3})
+    with monkeypatch.context() as former:
+        former.setattr("perdure.api.folders.free_name", lambda name, _: name)
+        with pytest.raises(OSError, match="power"):
+            teach_folder(Path("2025/january"), Path("x"), config, {"epochs": 3}, PowerCut())
+    assert len([*Path("x/task-001").glob("step-*")])
+    assert perdure("resume", "x").code == 0
+    assert [task.name for task in whole(Path("x"))[-1].tasks] == ["january", "january"]

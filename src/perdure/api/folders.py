@@ -104,7 +104,10 @@ def teach_folder(
         known = {name: c for task in before for name, c in zip(task.names, task.classes, strict=True)}
         with skippable("--skip-bad"):
             task = _read(photos, learner, known, len(before), skip_bad, reading, progress.note)
-        task = dataclasses.replace(task, name=free_name(task.name, [each.name for each in before]))
+        # what was begun keeps the name it had, which versions without numbers gave
+        begun_as = checkpoint.latest_step(into, done)
+        name = begun_as.tasks[-1].name if begun_as else free_name(task.name, [each.name for each in before])
+        task = dataclasses.replace(task, name=name)
         if not pretext:
             check_first(learner, task, known, str(photos))
         train = learner.long_enough(train, task, "epochs" in given)
