@@ -153,10 +153,11 @@ def curves(
                 low, high = ([v + sign * h for v, h in zip(values, half, strict=True)] for sign in (-1, 1))
                 axes.fill_between(range(1, len(values) + 1), low, high, alpha=0.14, linewidth=0, **ink)
         axes.set_xlim(0.5, len(labels) + 0.5)
-        axes.locator_params(axis="x", integer=True)
+        axes.locator_params(axis="x", integer=True, min_n_ticks=1)
         axes.set_ylim(bottom=0 if zero else max(axes.get_ylim()[0], 0))
         if share:
             axes.set_ylim(top=min(axes.get_ylim()[1], 102))
+            axes.set_yticks([tick for tick in axes.get_yticks() if axes.get_ylim()[0] <= tick <= 100])
         if not any(value for each in series for value in each.values):
             axes.set_ylim(0, 1)  # nothing moved: a line at zero, and no scale of thousandths
         axes.set_xlabel("tasks learnt")
