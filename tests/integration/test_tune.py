@@ -1,6 +1,7 @@
 """A search for options: from the command line to a study that goes on after a kill."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,12 @@ def test_a_killed_search_goes_on_with_the_trial_that_was_in_work(tmp_path: Path)
     assert len(started) == 3
     with (out / tuning.JOURNAL).open("ab") as file:
         file.write(b'{"op_code":')  # the kill came within a line
+    def second_kill(*_: Any, **__: Any) -> None:
+        raise SystemExit
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr("optuna.Study.tell", second_kill)  # proposed again, and not yet told that the former one is over
+        tuning.tune(_config(), space, out, trials=4)
     told = _Told()
     found = tuning.tune(_config(), space, out, trials=4, progress=told)
     assert told.options[0] == killed.options[2]
@@ -88,6 +95,30 @@ def test_a_killed_search_goes_on_with_the_trial_that_was_in_work(tmp_path: Path)
     (out / tuning.JOURNAL).write_bytes(b"no json\n")
     with pytest.raises(ValueError, match="line 1: it cannot be read as JSON"):
         tuning.tune(_config(), space, out, trials=4)
+
+
+def test_data_that_goes_away_ends_the_search_and_counts_no_trial_as_failed(tmp_path: Path) -> None:
+    from PIL import Image
+
+    def photos() -> None:
+        for name, colour in (("a", "red"), ("b", "blue")):
+            (tmp_path / "photos" / name).mkdir(parents=True, exist_ok=True)
+            for index in range(6):
+                Image.new("RGB", (16, 16), colour).save(tmp_path / "photos" / name / f"{index}.png")
+
+    class Removes(_Told):
+        def trial(self, number: int, total: int, options: Any, best: float | None) -> None:
+            super().trial(number, total, options, best)
+            if len(self.options) == 2:
+                shutil.rmtree(tmp_path / "photos")
+
+    photos()
+    config, out = _config(stream=f'images(path="{tmp_path}/photos", tasks=2)'), tmp_path / "study"
+    with pytest.raises(ValueError, match="photos"):
+        tuning.tune(config, parse_space(SPACE), out, trials=3, progress=Removes())
+    photos()
+    found = tuning.tune(config, parse_space(SPACE), out, trials=3, progress=_Told())
+    assert (len(found["trials"]) + found["pruned"], found["failed"]) == (3, [])
 
 
 @pytest.mark.parametrize(

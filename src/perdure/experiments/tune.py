@@ -19,10 +19,19 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import Tensor
 
 from perdure import metrics
+from perdure.backbones.preprocess import UnreadableImage
 from perdure.core import checkpoint
 from perdure.options.search_space import Interval, Space, check_space, filled
 from perdure.storage import schema
-from perdure.training.config import RunConfig, TrainConfig, flags, make_backbone, make_method, make_objective
+from perdure.training.config import (
+    RunConfig,
+    TrainConfig,
+    flags,
+    make_backbone,
+    make_method,
+    make_objective,
+    make_stream,
+)
 from perdure.training.loop import Progress, Quiet
 from perdure.training.run import resume, run
 from perdure.types import Row, Task
@@ -90,10 +99,7 @@ def tune(
         _check_same(out, asked)
         checkpoint.write_json(out / STUDY, asked)
         study = _study(optuna, out, config.seed)
-        for old in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
-            # of a killed search: the same options are proposed again, and their run goes on
-            study.enqueue_trial(old.params)
-            study.tell(old.number, state=optuna.trial.TrialState.FAIL)
+        _propose_again(optuna, study)
         while (done := _done(study)) < trials:
             _one(optuna, study, config, space, out, progress, (done, trials))
         found = asked | _result(study, config, space, report_seeds, out)
@@ -143,6 +149,16 @@ def _study(optuna: Any, out: Path, seed: int) -> "Study":
     return study
 
 
+def _propose_again(optuna: Any, study: "Study") -> None:
+    """Of a killed search: the options that were in work are proposed once more, and their run goes on."""
+    states = optuna.trial.TrialState
+    waiting = [each.system_attrs.get("fixed_params") for each in study.get_trials(states=(states.WAITING,))]
+    for old in study.get_trials(states=(states.RUNNING,)):
+        if old.params not in waiting:  # else the kill came between these two lines
+            study.enqueue_trial(old.params)
+        study.tell(old.number, state=states.FAIL)
+
+
 def _check_journal(path: Path) -> None:
     """A line that a kill cut short is dropped; any other that is no JSON object is damage."""
     if not path.is_file():
@@ -181,6 +197,7 @@ def _one(
         study.tell(trial, state=optuna.trial.TrialState.PRUNED)
         return
     except ValueError as error:  # options that do not go together, or training that diverged
+        _check_data(mine, error)
         trial.set_user_attr("error", str(error))
         study.tell(trial, state=optuna.trial.TrialState.FAIL)
         _refuse_when_none_can_run(study, error)
@@ -284,6 +301,17 @@ def _complete(study: "Study") -> "list[FrozenTrial]":
 
 def _best(study: "Study") -> float | None:
     return max((trial.value for trial in _complete(study) if trial.value is not None), default=None)
+
+
+def _check_data(config: RunConfig, error: ValueError) -> None:
+    """Raise `error` when it is not the options' fault but that of what is read: every other trial would have it too."""
+    if isinstance(error, schema.Damaged | UnreadableImage):
+        raise error
+    backbone = make_backbone(config.backbone, config.method)
+    try:
+        make_stream(config, backbone.preprocess)
+    except ValueError:
+        raise error from None
 
 
 def _refuse_when_none_can_run(study: "Study", error: ValueError) -> None:
