@@ -62,6 +62,7 @@ def test_a_runs_configuration_is_printed_and_gives_the_same_run_but_for_flags_th
         ("online: 'yes'", "run.yaml: online is 'yes', expected true or false"),
         ("early_stop: true", "run.yaml: early_stop is True, expected a value"),
         ("batch-size: 8\nbatch_size: 4", "run.yaml: batch-size and batch_size are the same option: keep one"),
+        ("lr: 0.1\nseed: 1\nlr: 0.2", "run.yaml: lr is given 2 times: keep one"),
         ("milestones: [6, 4]\nschedule: step", "milestones='6,4'"),
         ("!!python/object/apply:os.system [ls]", "is no YAML"),
     ],

@@ -40,11 +40,15 @@ def _flags(named: str, kinds: Mapping[str, Any], typed: set[str]) -> list[str]:
     import yaml
 
     try:
-        found = yaml.safe_load(Path(named).read_text("utf-8"))
+        text = Path(named).read_text("utf-8")
+        found, tree = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{named} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
         raise ValueError(f"{named}: expected lines such as 'method: inflora(rank=10)'")
+    written = [key.value for key, _ in tree.value]
+    if twice := [key for key in found if written.count(key) > 1]:
+        raise ValueError(f"{named}: {twice[0]} is given {written.count(twice[0])} times: keep one")
     flags: list[str] = []
     known = [name for name in kinds if name not in ("config", "json", "import_")]
     seen: dict[str, str] = {}
