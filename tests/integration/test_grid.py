@@ -171,12 +171,13 @@ def test_advice_says_when_it_does_not_know(perdure: Any) -> None:
 
 def test_a_terminal_shows_the_grid_above_the_task(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = Screen()
-    screen.live.width = 80
-    monkeypatch.setattr(type(screen.live), "is_terminal", True)
+    terminal = screen.live.console
+    terminal.width = 80
+    monkeypatch.setattr(type(terminal), "is_terminal", True)
     screen.cell(2, 18, "inflora(rank=10)", 1, 600.0)
     screen.task(Task(0, "a", (0,), ("a",), 10), 10, 1, 4)
-    with screen.live.capture() as shown:
-        screen.live.print(screen._bar)
+    with terminal.capture() as shown:
+        terminal.print(screen.live.shown)
     screen.close()
     grid, task = shown.get().rstrip("\n").split("\n")
     assert re.match(r"run 3/18 .* inflora\(rank=10\), seed 1 .*10 min left", grid)

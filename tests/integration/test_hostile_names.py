@@ -86,12 +86,12 @@ def test_no_command_prints_what_a_terminal_would_act_on(
 
 def test_a_live_bar_takes_no_name_for_markup() -> None:
     screen = Screen()
-    screen.live = Console(file=io.StringIO(), force_terminal=True, width=200)
+    screen.live.console = Console(file=io.StringIO(), force_terminal=True, width=200)
     screen.cell(0, 2, "probe[/b]:smile:", 0, None)
     screen.task(Task(0, "[/b]", (0,), ("a",)), 2, 1, 4)
     screen.wait("[/b]")
     screen.close()
-    assert "probe[/b]:smile:" in screen.live.file.getvalue()  # type: ignore[attr-defined]
+    assert "probe[/b]:smile:" in screen.live.console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_tables_show_names_as_they_are_written(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,6 +19,7 @@ from perdure.core.checkpoint import locked, whole
 from perdure.training.config import flags
 from perdure.training.loop import Quiet
 from perdure.training.run import resume, run
+from perdure.training.snapshots import Interrupted
 from perdure.types import Row, Task
 
 pytestmark = [
@@ -143,6 +144,38 @@ def test_asked_to_stop_it_finishes_the_step_saves_and_says_how_to_go_on(
     resume(out)
     bench.run("lora(rank=2)", tmp_path / "unbroken")
     assert content_of(out) == content_of(tmp_path / "unbroken")
+
+
+class Presses(Quiet):
+    """Presses Ctrl-C while the second task is encoded."""
+
+    def __init__(self) -> None:
+        self.learnt, self.pressed, self.steps = 0, False, 0
+
+    def encoded(self, examples: int) -> None:
+        if self.learnt and not self.pressed:
+            self.pressed = True
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def step(self, step: int, loss: torch.Tensor, images: int) -> None:
+        assert not self.pressed, "it went on with a step"
+
+    def scores(self, task: Task, rows: list[Row]) -> None:
+        self.learnt += 1
+
+
+@pytest.mark.parametrize("method", ["probe + align", "ncm", "inflora(rank=2)", "ranpac(dim=64)"])
+def test_asked_to_stop_while_examples_are_encoded_it_stops_there(
+    method: str, lab: Any, content_of: Any, tmp_path: Path
+) -> None:
+    presses, bench = Presses(), lab.but(per_class=40)
+    with pytest.raises(Interrupted, match="stopped while task 1 was encoded, before a step of it; go on with 'perdure"):
+        run(bench.config(method), tmp_path / "out", presses)
+    assert presses.learnt == 1
+    assert len(whole(tmp_path / "out")) == 1
+    resume(tmp_path / "out")
+    bench.run(method, tmp_path / "unbroken")
+    assert content_of(tmp_path / "out") == content_of(tmp_path / "unbroken")
 
 
 def test_a_second_process_on_the_same_folder_is_refused(lab: Any, tmp_path: Path) -> None:

@@ -249,3 +249,21 @@ def test_a_lesson_that_ended_is_over_and_only_its_own_is_given_up(
     assert calls == ["given up"] * given_up
     refused = "another process is working in it" if locked and given_up else ""
     assert lesson.said == (str(error) if state == "failed" else refused)
+
+
+def test_a_lesson_that_is_to_stop_stops_while_examples_are_encoded_too() -> None:
+    def teach(lesson: Lesson) -> Outcome:
+        until = time.monotonic() + 10
+        while time.monotonic() < until:
+            lesson.encoded(256)  # the steps are not reached
+            time.sleep(0.01)
+        return Outcome((), [])
+
+    lesson = Lessons(lambda: None).put("a lesson", teach)
+    while lesson.state == "waiting":
+        time.sleep(0.01)
+    lesson.wanted.set()
+    until = time.monotonic() + 10
+    while not lesson.over and time.monotonic() < until:
+        time.sleep(0.01)
+    assert lesson.state == "stopped"

@@ -63,6 +63,11 @@ class Lesson:
         if step % math.ceil(max(self.steps, 1) / _POINTS) == 0 or step == self.steps:
             self.losses.append((step, float(loss)))
 
+    def encoded(self, examples: int) -> None:
+        """So many more were encoded; raises `Stopped` where they are to be the last."""
+        if self.wanted.is_set():
+            raise Stopped
+
     def scores(self, task: Task, rows: list[Row]) -> None:
         """Learnt and evaluated."""
 

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from perdure.cli.eta import Pace
 from perdure.cli.json_lines import json_line
+from perdure.cli.live import Live
 from perdure.cli.tables import column_names, comparison, ends, flowed
 from perdure.formatting import (
     human_bytes,
@@ -58,27 +58,14 @@ class Screen:
         terminal = sys.stdout.isatty() or Console().is_jupyter
         width = None if terminal else _UNBROKEN
         self.out = Console(highlight=False, markup=False, emoji=False, soft_wrap=not terminal, width=width)
-        self.live = Console(stderr=True, highlight=False, markup=False, emoji=False)
-        self._bar: Progress | None = None
+        live = Console(stderr=True, highlight=False, markup=False, emoji=False)
+        self.live = Live(live, idle=as_json or quiet or hushed)
         self._images, self._start, self._read, self._epochs, self._steps = 0, 0.0, 0.0, 1, 0
-        self._headed = False
-        self._grid: Pace | None = None
+        self._encoded, self._headed = 0, False
 
     def wait(self, text: str) -> None:
         """On a terminal, say what is being done until something else is shown."""
-        self.close()
-        if not self._lively:
-            return
-        if self._grid:
-            self._rows(text, None)
-        else:
-            spinner = SpinnerColumn("line"), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
-            self._show(*spinner).add_task(text, total=None)
-
-    @property
-    def _lively(self) -> bool:
-        """Whether something may move: on a terminal, or in a notebook."""
-        return not (self.json or self.quiet or self.hushed) and (self.live.is_terminal or self.live.is_jupyter)
+        self.live.wait(text)
 
     @property
     def asks(self) -> bool:
@@ -105,7 +92,8 @@ class Screen:
         self._event("cell", cell=number, cells=total, method=method, seed=seed, seconds_left=left)
         about = "" if left is None else f", about {human_seconds(left)} left"
         self._tell(f"[{number + 1}/{total}] {method}, seed {seed}{about}")
-        self._grid, self._headed = Pace(number, total, printable(f"{shortened(method)}, seed {seed}"), left), False
+        self.live.grid = Pace(number, total, printable(f"{shortened(method)}, seed {seed}"), left)
+        self._headed = False
         self.wait("preparing")
 
     def beside(self, number: int, total: int, method: str, seed: int, event: str, facts: dict[str, Any]) -> None:
@@ -132,7 +120,7 @@ class Screen:
     def step_cost(self, number: int, total: int, method: str) -> None:
         """Method number `number` (from 0) of `total` is timed against plain LoRA."""
         self.close()
-        self._grid = None
+        self.live.grid = None
         self._event("step_cost", method=method, number=number, total=total)
         self._tell(f"step cost {number + 1}/{total}: {method}")
         self.wait("timing its steps against plain LoRA's")
@@ -140,16 +128,21 @@ class Screen:
     def task(self, task: Task, tasks: int | None, epochs: int, steps: int) -> None:
         """A task begins."""
         self.close()
-        self._images, self._start, self._read = 0, time.perf_counter(), 0.0
+        self._images, self._encoded, self._start, self._read = 0, 0, time.perf_counter(), 0.0
         self._epochs, self._steps = epochs, steps
         self._event("task", task=task.index, tasks=tasks, name=task.name, epochs=epochs, steps=steps)
         where = f"task {task.index + 1}{f'/{tasks}' if tasks else ''}"
-        if self._grid:
-            self._grid.begin(task.index, tasks)
+        if self.live.grid:
+            self.live.grid.begin(task.index, tasks)
         if not steps:
             self.wait(f"{where}  evaluating")
-        elif self._lively:
-            self._rows(where, steps)
+        elif self.live.may:
+            self.live.rows(where, steps)
+
+    def encoded(self, examples: int) -> None:
+        """So many more were encoded, outside the steps."""
+        self._encoded += examples
+        self.live.move(f"{self._encoded:,} encoded")
 
     def step(self, step: int, loss: Tensor, images: int) -> None:
         """A step ended."""
@@ -163,19 +156,18 @@ class Screen:
         epoch = min(self._epochs, 1 + (step - 1) * self._epochs // max(self._steps, 1))
         if self.verbose and ends:
             self._tell(f"  epoch {epoch}/{self._epochs}  loss {float(loss):.4f}  {rate:,.0f} images/s")
-        if self._bar is not None:
+        if self.live.shown:
             line = f"epoch {epoch}/{self._epochs}  loss {float(loss):.3f}  {rate:,.0f} images/s"
-            done = "evaluating" if step == self._steps else line
-            self._bar.update(self._bar.task_ids[-1], completed=step, line=done)
-            if self._grid:
-                self._grid.within = step / max(self._steps, 1)
-                self._bar.update(self._bar.task_ids[0], completed=self._grid.share)
+            last = step == self._steps
+            self.live.move("evaluating" if last else line, step, step / max(self._steps, 1))
+            self._encoded = 0
         elif self.json:
             self._event("step", step=step, steps=self._steps, epoch=epoch, loss=float(loss), images_per_second=rate)
 
     def scores(self, task: Task, rows: list[Row]) -> None:
         """A task was learnt and evaluated."""
         self.close()
+        self._encoded = 0
         self._event("scores", task=task.index, rows=[asdict(row) for row in rows])
         seconds = time.perf_counter() - self._start
 
@@ -205,9 +197,9 @@ class Screen:
 
     def note(self, text: str) -> None:
         """Something the user should know."""
-        self.close()
-        self._event("note", text=text)
-        self._tell(text)
+        with self.live.aside():
+            self._event("note", text=text)
+            self._tell(text)
 
     def warn(self, text: str) -> None:
         """Something the user should know, beside the answers: on standard error, where no program takes it for one."""
@@ -345,28 +337,9 @@ class Screen:
         if self.json and not self.hushed and (kind in _RESULTS or not self.quiet):
             print(json_line({"event": kind, **content}), flush=True)
 
-    def _rows(self, where: str, steps: int | None) -> None:
-        """A bar for what is being done, of unknown length when `steps` is None; above it one for the whole grid."""
-        bar = BarColumn(bar_width=10 if self.live.width < 100 else 24)
-        line = TextColumn("{task.fields[line]}", markup=False)
-        shown = self._show(TextColumn("{task.description}", markup=False), bar, line, _TimeLeft())
-        if grid := self._grid:
-            run = f"run {grid.number + 1}/{grid.total}"
-            shown.update(shown.add_task(run, total=1.0, line=grid.name, left=grid.left), completed=grid.share)
-        shown.add_task(where, total=steps, line="")
-
-    def _show(self, *columns: ProgressColumn) -> Progress:
-        # Standard output stays as it is: it may go elsewhere than the bar.
-        shown = Progress(*columns, console=self.live, transient=True, refresh_per_second=4, redirect_stdout=False)
-        shown.start()
-        self._bar = shown
-        return shown
-
     def close(self) -> None:
         """Take away what is live."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        self.live.close()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -386,13 +359,3 @@ class Command:
     def __call__(self, screen: Screen) -> None:
         """Do it."""
         raise NotImplementedError
-
-
-class _TimeLeft(ProgressColumn):
-    """As `human_seconds`, once there is a speed to judge by."""
-
-    def render(self, task: Any) -> Text:
-        """The column's text."""
-        given = task.fields.get("left")
-        left = given() if given else None if task.finished else task.time_remaining
-        return Text("" if left is None else f"{human_seconds(left)} left")

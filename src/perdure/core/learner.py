@@ -71,6 +71,7 @@ class Core(SharedOut):
         self.last_epoch = False  # whether that step belongs to the task's last
         self.precision = torch.float32  # of the encoder
         self.scaler = GradScaler("cpu", enabled=False)  # of the loss, made anew for every task; for float16 only
+        self.looked: Callable[[int], None] | None = None  # told of each batch that is read: how many examples it has
         self.augment: Augment = AUGMENTS["none"]
         self.calibrate = 0.0  # share of each task's images that are set apart to fit the temperature to
         self.temperature = Temperature()
@@ -343,6 +344,8 @@ class Core(SharedOut):
         chunks = (positions[start : start + size] for start in range(0, len(positions), size))
         for batch in _ahead(lambda chunk: self.backbone.prepare(data.__getitems__(chunk)), chunks):
             yield to(batch, self.device)
+            if self.looked:
+                self.looked(len(batch["label"]))
 
 
 def _ahead(read: Callable[[Sequence[int]], Batch], chunks: Iterator[Sequence[int]]) -> Iterator[Batch]:

@@ -38,6 +38,7 @@ def twin_of(learner: L) -> L:
         memo |= {id(p): nn.Parameter(p.data, p.requires_grad) for p in backbone.parameters()}
         memo |= {id(b): b.data for b in backbone.buffers()}
         twin = copy.deepcopy(learner, memo)
+        twin.looked = None
         part(twin, learner)
         return twin
 

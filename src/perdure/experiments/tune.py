@@ -227,6 +227,9 @@ class _Watched(Quiet):
     def note(self, text: str) -> None:
         self.inner.note(text)
 
+    def encoded(self, examples: int) -> None:
+        self.inner.encoded(examples)
+
     def scores(self, task: Task, rows: list[Row]) -> None:
         self.inner.scores(task, rows)
         average = metrics.average_after(rows, task.index)

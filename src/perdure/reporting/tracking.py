@@ -152,6 +152,10 @@ class _Follower:
         """Something the user should know."""
         self.inner.note(text)
 
+    def encoded(self, examples: int) -> None:
+        """See `Progress.encoded`."""
+        self.inner.encoded(examples)
+
     def picture(self) -> None:
         """The matrix of scores, as a picture."""
         if not self.trackers:  # nothing was left to learn

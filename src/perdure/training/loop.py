@@ -41,6 +41,9 @@ class Progress(Protocol):
     def note(self, text: str) -> None:
         """Something the user should know."""
 
+    def encoded(self, examples: int) -> None:
+        """So many more of a task's examples were encoded, before its first step or after its last."""
+
 
 class Quiet:
     """No progress."""
@@ -55,6 +58,9 @@ class Quiet:
         """Nothing."""
 
     def note(self, text: str) -> None:
+        """Nothing."""
+
+    def encoded(self, examples: int) -> None:
         """Nothing."""
 
 
@@ -82,7 +88,10 @@ def _undisturbed(fit: Callable[Concatenate[Core, P], T]) -> Callable[Concatenate
     @functools.wraps(fit)
     def fitting(learner: Core, /, *args: P.args, **kwargs: P.kwargs) -> T:
         with learner.turn, plain(), as_found():
-            return fit(learner, *args, **kwargs)
+            try:
+                return fit(learner, *args, **kwargs)
+            finally:
+                learner.looked = None
 
     return fitting
 
@@ -96,6 +105,7 @@ def fit_task(
     save_step: SaveStep | None = None,
     resumed: tuple[int, Callable[[torch.optim.Optimizer], None]] | None = None,
     early: EarlyStop | None = None,
+    pause: Callable[[], None] | None = None,
 ) -> Fitted:
     """Learn one task.
 
@@ -107,6 +117,7 @@ def fit_task(
         save_step: called after every step with the number of steps done.
         resumed: number of steps already done, and what puts the optimizer's state back; the learner's is in place.
         early: what may end it before its last epoch.
+        pause: called after each batch that is encoded while there is no step to lose; may raise.
     """
     check_shared_out(learner, config.accumulate)
     check_trains(learner, config)
@@ -116,6 +127,15 @@ def fit_task(
     learner.accumulate = config.accumulate
     learner.scaler = GradScaler(learner.device.type, enabled=learner.precision == torch.float16)
     learner.prepare()
+
+    nothing_to_lose = True
+
+    def looked(examples: int) -> None:
+        progress.encoded(examples)
+        if pause and nothing_to_lose:
+            pause()
+
+    learner.looked = looked
     if resumed is None:
         learner.step = 0
         _reseed(learner, task, "begin")
@@ -126,6 +146,7 @@ def fit_task(
     data = method.data(learner, task)
     if learner.pretext is None:  # which looks at images, and at other parts of them in every step
         data = learner.cache.of(data, config.epochs)
+    learner.looked = None
     clock.append(time.perf_counter())
     steps = config.epochs * math.ceil(len(data) / config.batch_size)
     done, images = 0, 0
@@ -168,6 +189,7 @@ def fit_task(
     clock.append(time.perf_counter())
     learner.step, learner.last_epoch = steps, False  # also where a resumed run had no step left to do
     _reseed(learner, task, "end")
+    nothing_to_lose, learner.looked = not trains, looked
     method.finalize(learner, task)
     method.end_task(learner, task)
     learner.pretext = None

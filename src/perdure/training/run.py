@@ -321,7 +321,7 @@ def learn_stream(
             saver.begin(before, Along(learner, task, config.batch_size) if learner.online else None)
             early = watching(learner, watched.get(task.index), config, before)
             try:
-                fitted = fit_task(learner, task, config, progress, saver, resumed, early)
+                fitted = fit_task(learner, task, config, progress, saver, resumed, early, saver.pause)
             except Diverged as error:
                 if not stream.name:
                     raise

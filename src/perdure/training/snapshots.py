@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -63,10 +64,16 @@ class Saver:
         self.saved = time.perf_counter()
         self.took = self.saved - now
         if stopped:
-            raise Interrupted(
-                f"stopped after step {step} of task {self.learner.task.index}, all is saved; "
-                f"go on with 'perdure resume {self.out}'"
-            )
+            self.stop(f"after step {step} of task {self.learner.task.index}, all is saved")
+
+    def pause(self) -> None:
+        """A batch is encoded, and no step was taken since the task began or was resumed; may raise `Interrupted`."""
+        if self.learner.processes.world == 1 and self.stopped():  # several have not the same number of batches
+            self.stop(f"while task {self.learner.task.index} was encoded, before a step of it")
+
+    def stop(self, where: str) -> NoReturn:
+        """Say what is left to do."""
+        raise Interrupted(f"stopped {where}; go on with 'perdure resume {self.out}'")
 
 
 @contextmanager
