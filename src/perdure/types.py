@@ -216,6 +216,11 @@ class Task:
     pretext: str = ""
     """What is learnt of images without labels in a step of pre-training, as "masked()"; "" where labels are learnt."""
 
+    @property
+    def number(self) -> int:
+        """Its place as people count, from 1."""
+        return self.index + 1
+
     def describe(self) -> dict[str, Any]:
         """What `grow` may depend on, as JSON."""
         facts = {k: getattr(self, k) for k in ("index", "name", "classes", "names", "total")}

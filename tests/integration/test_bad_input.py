@@ -386,7 +386,7 @@ def test_training_that_diverges_says_so_and_keeps_what_was_learnt(perdure: Any, 
     wild = ("--method", "finetune", "--optimizer", "sgd", "--lr", "1e6", "--epochs", 30)
     one_line(
         perdure("run", *small, *wild, "--out", "x"),
-        "training diverged in task 0",
+        "training diverged in task 1",
         "start anew in another folder with a lower --lr than 1e+06",
     )
     photos("new", "cat dog"), photos("more", "emu fox")
@@ -395,7 +395,7 @@ def test_training_that_diverges_says_so_and_keeps_what_was_learnt(perdure: Any, 
     before = perdure("predict", "y", "new/cat/00.png").out
     one_line(
         perdure("learn", "more", "--into", "y", "--lr", "1e6", "--epochs", 30),
-        "training diverged in task 1",
+        "training diverged in task 2",
         "teach it again with a lower --lr than 1e+06",
     )
     assert perdure("predict", "y", "new/cat/00.png").out == before
@@ -460,7 +460,7 @@ def test_control_c_saves_and_says_how_to_go_on(perdure: Any, small: Any, pressed
     pressed(1, 2)
     stopped = perdure("run", *flags, "--out", "x")
     assert stopped.code == 130
-    assert stopped.err == "perdure: stopped after step 2 of task 1, all is saved; go on with 'perdure resume x'\n"
+    assert stopped.err == "perdure: stopped after step 2 of task 2, all is saved; go on with 'perdure resume x'\n"
     pressed(-1, 0)
     assert perdure("resume", "x").code == 0
     assert content_of(Path("x")) == content_of(Path("whole"))
@@ -474,7 +474,7 @@ def test_control_c_in_a_grid_goes_on_with_the_same_command(
     pressed(1, 2)
     stopped = perdure(*words, "--out", "grid")
     assert stopped.code == 130
-    assert "lora_rank=2-seed0: stopped after step 2 of task 1, all is saved; the same command goes on" in stopped.err
+    assert "lora_rank=2-seed0: stopped after step 2 of task 2, all is saved; the same command goes on" in stopped.err
     pressed(-1, 0)
     assert perdure(*words, "--out", "grid").code == 0
     for cell in Path("whole").glob("*-seed0"):

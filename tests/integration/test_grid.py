@@ -188,7 +188,7 @@ def test_what_would_fail_hours_later_is_refused_before_the_first_run(perdure: An
     method = "adapter(rank=3, tasks=1) + feature_distill"
     refused = perdure("compare", "--methods", "probe", method, *small, "--seeds", 0, 1, "--out", "grid")
     assert refused.code == 2
-    assert refused.err.startswith(f"perdure: --methods {method!r}: task 1: feature_distill has no effect")
+    assert refused.err.startswith(f"perdure: --methods {method!r}: task 2: feature_distill has no effect")
     assert refused.err.count("\n") == 1
     assert not Path("grid").exists()
 

@@ -169,7 +169,7 @@ def test_asked_to_stop_while_examples_are_encoded_it_stops_there(
     method: str, lab: Any, content_of: Any, tmp_path: Path
 ) -> None:
     presses, bench = Presses(), lab.but(per_class=40)
-    with pytest.raises(Interrupted, match="stopped while task 1 was encoded, before a step of it; go on with 'perdure"):
+    with pytest.raises(Interrupted, match="stopped while task 2 was encoded, before a step of it; go on with 'perdure"):
         run(bench.config(method), tmp_path / "out", presses)
     assert presses.learnt == 1
     assert len(whole(tmp_path / "out")) == 1

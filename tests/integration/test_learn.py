@@ -110,12 +110,12 @@ def test_replay_needs_the_old_pictures(perdure: Any, photos: Any) -> None:
     before = perdure("predict", "x", "more/emu").out
     shutil.move("first", "elsewhere")
     said = refused(perdure("learn", "last", "--into", "x"))
-    assert "the memory refers to examples of task 0 (first)" in said
+    assert "the memory refers to examples of task 1 (first)" in said
     assert "restore the folder" in said
     assert perdure("predict", "x", "more/emu").out == before
     shutil.move("elsewhere", "first")
     shutil.copy("first/cat/00.png", "first/cat/000.png")  # a memory refers to pictures by their position
-    assert "the memory refers to examples of task 0" in refused(perdure("learn", "last", "--into", "x"))
+    assert "the memory refers to examples of task 1" in refused(perdure("learn", "last", "--into", "x"))
     Path("first/cat/000.png").unlink()
     assert perdure("learn", "last", "--into", "x").code == 0
 

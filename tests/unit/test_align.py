@@ -175,5 +175,5 @@ def test_directions_lie_in_memory_as_they_would_be_loaded() -> None:
 
 
 def test_a_learning_rate_that_is_too_high_is_named(lab: Any) -> None:
-    with pytest.raises(ValueError, match=r"^align diverged after task 1: give a lower lr than 1e\+06$"):
+    with pytest.raises(ValueError, match=r"^align diverged after task 2: give a lower lr than 1e\+06$"):
         lab.taught("align(start='heads', lr=1e6)")

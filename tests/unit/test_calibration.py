@@ -72,7 +72,7 @@ def test_a_share_of_each_class_is_set_apart_and_never_all_of_it(lab: Any) -> Non
         assert torch.bincount(task.train.labels)[list(task.classes)].tolist() == [8 - apart] * 2
     learner.calibrate = 0.5
     single = lab.but(per_class=1).stream().tasks[0]
-    with pytest.raises(ValueError, match=r"^task 0: calibrate=0.5 needs a class of 2 images or more"):
+    with pytest.raises(ValueError, match=r"^task 1: calibrate=0.5 needs a class of 2 images or more"):
         set_apart(learner, single)
 
 

@@ -106,7 +106,7 @@ def test_another_methods_checkpoint_is_refused(method: str, lab: Any, learnt: Pa
 
 def test_another_stream_is_refused(lab: Any, learnt: Path) -> None:
     tasks = lab.but(classes=3).stream().tasks
-    with pytest.raises(ValueError, match=r"learnt task 0 as .* the data has changed; restore it, or start anew"):
+    with pytest.raises(ValueError, match=r"learnt task 1 as .* the data has changed; restore it, or start anew"):
         checkpoint.restore(lab.learner("lora(rank=2)"), checkpoint.whole(learnt)[-1], tasks)
 
 

@@ -147,12 +147,12 @@ FORESEEN = {
         r" has no text tower; it has: vision": "finetune(tower='text') | prefix(tower='text')",
         r"^size=5: icarl answers by exemplars, .* for each of 6 classes": "lora(rank=2) + icarl(size=5)",
         r"^bytes=500: expected at least 768, what one image takes at the size the mo": "lora + replay(bytes=500)",
-        r"^task 1: (lwf|feature_distill) has no effect where no part trains the encoder any more: ": (
+        r"^task 2: (lwf|feature_distill) has no effect where no part trains the encoder any more: ": (
             "lora(rank=2, tasks=1) + lwf | lora(rank=2, tasks=1) + feature_distill | "
             "adapter(rank=3, tasks=1) + feature_distill"
         ),
-        r"^task 2: feature_distill has no effect where no part": "feature_distill + lora(rank=2, tasks=2)",
-        r"^task 2: weight_average has no effect where no part": "lora(rank=2, tasks=2) + weight_average",
+        r"^task 3: feature_distill has no effect where no part": "feature_distill + lora(rank=2, tasks=2)",
+        r"^task 3: weight_average has no effect where no part": "lora(rank=2, tasks=2) + weight_average",
         r"^zscl keeps scores of images and texts, and classify reads no texts: use": "finetune + zscl",
         r"^mod_x needs captions, and classify learns classes: leave it out of .* --obj.* retrieve$": "lora + mod_x",
         r"^feature_distill\(tower='(text|both)'\): this objective reads no texts: use --objective zeroshot": (
@@ -193,7 +193,7 @@ FORESEEN = {
     "zeroshot": {
         r"^align re-trains heads, and this objective has none: use --objective class": "align",
         r"^objective 'zeroshot' has no option 'cosine'": "lora + cosine",
-        r"^task 1: zscl has no effect where no part trains the encoder any more": "lora(rank=2, tasks=1) + zscl",
+        r"^task 2: zscl has no effect where no part trains the encoder any more": "lora(rank=2, tasks=1) + zscl",
         r"text_gradient=False has no effect where no part trains the": "lora(rank=2) + zscl(text_gradient=False)",
         r"^mod_x needs captions, and zeroshot learns classes: leave it out of .* --obj.* retrieve$": "lora + mod_x",
         r"has no effect on the text tower, which no .* write tower='vision'": (
@@ -212,7 +212,7 @@ FORESEEN = {
         r"needs classes( or conversations)?, and retrieve learns captions: leave it out .* classify or .*zeroshot$": (
             "ncm | probe + align | ranpac | lora + derpp | finetune + icarl"
         ),
-        r"^task 1: mod_x has no effect where no part trains the encoder any": "lora(rank=2, tasks=1) + mod_x",
+        r"^task 2: mod_x has no effect where no part trains the encoder any": "lora(rank=2, tasks=1) + mod_x",
         r"^heads='frozen' has no effect where there are no heads": "lora(tower='both') + lwf(heads='frozen')",
         r"^mask=(True|False) has no effect where pairs compete.*: leave it out$": (
             "lora(rank=2) + gem(mask=True) | lora(rank=2) + agem(mask=False) | finetune(mask=False)"
@@ -225,7 +225,7 @@ LEARNT = {
     r"^of='updates': no part of .* adds a linear update to a layer, so (ewc|mas) would hold none; write of=": (
         "finetune + ewc(of='updates') | finetune + mas(of='updates')"
     ),
-    r"^every=4: task 0 had no more than 4 steps, .* such as every=1$": "lora(rank=2) + weight_average(every=4)",
+    r"^every=4: task 1 had no more than 4 steps, .* such as every=1$": "lora(rank=2) + weight_average(every=4)",
 }
 ENCODER = r"^\w+ changes features as no weights can express; keep this learner with save$"
 TOKENS = r"^prompts take part in the encoder, which no weights can hold; keep this learner with save$"

@@ -235,7 +235,7 @@ def test_a_folder_that_has_moved_is_told_of_when_a_task_begins(part: str, lab: A
     learner.grow(stream.tasks[1])
     learner.method.begin_task(learner, stream.tasks[1])
     (tmp_path / "old").rename(tmp_path / "moved")
-    said = r"^the memory refers to examples of task 0 \(old\), whose data is not at hand: restore the folder it was"
+    said = r"^the memory refers to examples of task 1 \(old\), whose data is not at hand: restore the folder it was"
     with pytest.raises(ValueError, match=said):
         learner.method.begin_task(learner, stream.tasks[1])
     learner.tasks[0] = replace(first, train=kept.train)

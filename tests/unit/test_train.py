@@ -238,7 +238,7 @@ def test_another_schedule_leaves_milestones_behind() -> None:
 
 
 def test_training_that_diverges_says_so(lab: Any) -> None:
-    with pytest.raises(ValueError, match=r"^training diverged in task 0: .* is not finite"):
+    with pytest.raises(ValueError, match=r"^training diverged in task 1: .* is not finite"):
         lab.taught("finetune(backbone_lr=1.0)", lr=1e6, optimizer="sgd")
 
 

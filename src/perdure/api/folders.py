@@ -222,7 +222,7 @@ def tasks_with_data(
             task = _again(source, described, learner, known)
             if not len(task.train):
                 note(
-                    f"{source['folder']} is gone or has changed since it was learnt (task {described.index + 1}): it "
+                    f"{source['folder']} is gone or has changed since it was learnt (task {described.number}): it "
                     "is not evaluated again, and its images cannot be replayed"
                 )
         tasks.append(task if task == described else described)

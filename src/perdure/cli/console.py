@@ -131,7 +131,7 @@ class Screen:
         self._images, self._encoded, self._start, self._read = 0, 0, time.perf_counter(), 0.0
         self._epochs, self._steps = epochs, steps
         self._event("task", task=task.index, tasks=tasks, name=task.name, epochs=epochs, steps=steps)
-        where = f"task {task.index + 1}{f'/{tasks}' if tasks else ''}"
+        where = f"task {task.number}{f'/{tasks}' if tasks else ''}"
         if self.live.grid:
             self.live.grid.begin(task.index, tasks)
         if not steps:
@@ -191,7 +191,7 @@ class Screen:
         shares = f"{f'{new[0]:.1%}' if new else 'no test':>8} {mean(score):>8} {mean(told):>13}"
         # Padded by what a character takes on the screen: a Chinese one takes two columns.
         padding = " " * max(0, room - Text(name).cell_len)
-        self._tell(f"  {task.index + 1:>4}  {name}{padding}{shares} {human_seconds(seconds):>10}")
+        self._tell(f"  {task.number:>4}  {name}{padding}{shares} {human_seconds(seconds):>10}")
         if task.total is not None and task.index + 1 < task.total:
             self.wait(f"task {task.index + 2}/{task.total}  preparing")
 
@@ -284,7 +284,7 @@ class Screen:
         for task in tasks:
             shares = [found.get((task.index, metric)) for metric in kinds]
             table.add_row(
-                str(task.index + 1),
+                str(task.number),
                 printable(shortened(task.name)),
                 *["–" if s is None else f"{s:.1%}" for s in shares],
             )

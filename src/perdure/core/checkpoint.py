@@ -156,7 +156,7 @@ def restore(learner: Core, checkpoint: Checkpoint, tasks: Sequence[Task] = ()) -
         task = tasks[index] if index < len(tasks) else described
         if task != described:
             raise ValueError(
-                f"{checkpoint.folder} learnt task {index} as {described.name!r}, the stream now has {task.name!r}: the "
+                f"{checkpoint.folder} learnt task {task.number} as {described.name!r}, the stream has {task.name!r}: the "
                 "data has changed; restore it, or start anew in another folder"
             )
         learner.grow(task, over=index < checkpoint.learnt)

@@ -74,7 +74,7 @@ def whole(folder: Path) -> list[Checkpoint]:
     for path in manifest_paths(folder, "task"):
         each = read_manifest(path, found[-1] if found else None)
         if int(each.folder.name.removeprefix("task-")) != each.learnt - 1:
-            raise DamagedCheckpoint(f"{path} is damaged: it is that of task {each.learnt - 1}; {remedy_of(path)}")
+            raise DamagedCheckpoint(f"{path} is damaged: it is that of task {each.learnt}; {remedy_of(path)}")
         index = each.learnt - 1 if each.manifest.get("alone") else found[-1].learnt if found else 0
         if each.learnt != index + 1:
             raise DamagedCheckpoint(

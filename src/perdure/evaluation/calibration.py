@@ -46,7 +46,7 @@ def set_apart(
         taken[mine[torch.randperm(len(mine), generator=generator)[:count]]] = True
     if not taken.any():
         raise ValueError(
-            f"task {task.index}: {option}={share:g} needs a class of 2 images or more, one of them to train on: leave "
+            f"task {task.number}: {option}={share:g} needs a class of 2 images or more, one of them to train on: leave "
             "it out, or give more images"
         )
     rest, apart = (~taken).nonzero().flatten(), taken.nonzero().flatten()

@@ -176,7 +176,7 @@ def check_moves(learner: Core, task: Task, part: Method) -> None:
     """Raise `ValueError` when `part` holds an encoder that `task` does not train."""
     if not trains_encoder(learner):
         raise ValueError(
-            f"task {task.index}: {part.name} has no effect where no part trains the encoder any more: take one that "
+            f"task {task.number}: {part.name} has no effect where no part trains the encoder any more: take one that "
             f"does in every task, as in 'lora + {part.name}', or leave {part.name} out"
         )
 
@@ -215,7 +215,7 @@ def specialised(learner: Core, task: Task, epochs: int, lr: float, batch_size: i
                 optimizer.step()
                 step += 1
         if not all(torch.isfinite(p).all() for p in trained):
-            raise ValueError(f"task {task.index}: its specialist diverged: give a lower lr than {lr:g}")
+            raise ValueError(f"task {task.number}: its specialist diverged: give a lower lr than {lr:g}")
         yield
     finally:
         with torch.no_grad():

@@ -55,7 +55,7 @@ def read_references(tasks: list[Task], refs: Tensor) -> Batch:
 def gone(task: Task) -> ValueError:
     """What to raise when examples of `task` are needed and its data is not at hand any more."""
     return ValueError(
-        f"the memory refers to examples of task {task.index} ({task.name}), whose data is not at hand: restore the "
+        f"the memory refers to examples of task {task.number} ({task.name}), whose data is not at hand: restore the "
         "folder it was learnt from, or teach a new learner"
     )
 

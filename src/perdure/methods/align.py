@@ -119,7 +119,7 @@ class Align(Method, name="align"):
             for p in frozen:
                 p.requires_grad_(False)
         if not all(torch.isfinite(p).all() for p in heads):
-            raise ValueError(f"align diverged after task {task.index}: give a lower lr than {self.lr:g}")
+            raise ValueError(f"align diverged after task {task.number}: give a lower lr than {self.lr:g}")
 
     def _means(self, learner: Core, task: Task) -> Tensor:
         """Means (classes, dim), older ones made shorter: μ · (1 - shrink · (1 - (t_c + 1) / (t + 1)))."""

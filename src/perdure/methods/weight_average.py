@@ -60,8 +60,8 @@ class WeightAverage(Method, name="weight_average"):
         """Refuse a task in which nothing that tasks share is trained."""
         if not any(not name.startswith("objective.") for name in self._averaged(learner)):
             raise ValueError(
-                f"task {task.index}: weight_average has no effect where no part trains what tasks share any more: take "
-                "one that does in every task, as in 'finetune + weight_average' or 'lora + weight_average'"
+                f"task {task.number}: weight_average has no effect where no part trains what tasks share any more: "
+                "take one that does in every task, as in 'finetune + weight_average' or 'lora + weight_average'"
             )
 
     def after_step(self, learner: Core, batch: Batch) -> None:
@@ -82,7 +82,7 @@ class WeightAverage(Method, name="weight_average"):
         """
         if self.form == "running" and self.every > 1 and int(self.count["taken"]) == 2:
             raise ValueError(
-                f"every={self.every}: task {task.index} had no more than {self.every} steps, so that half of the mean "
+                f"every={self.every}: task {task.number} had no more than {self.every} steps, so that half of the mean "
                 "is where it began: write a smaller number, such as every=1"
             )
         with torch.no_grad():

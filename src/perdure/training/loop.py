@@ -307,7 +307,7 @@ def _check_gradients(learner: Core, task: Task) -> None:
     idle = [n for n, p in learner.trainable().items() if p.grad is None and not n.startswith("backbone.")]
     if idle:
         raise ValueError(
-            f"task {task.index}: {len(idle)} trainable parameters get no gradient, the first is {idle[0]}: the loss "
+            f"task {task.number}: {len(idle)} trainable parameters get no gradient, the first is {idle[0]}: the loss "
             "does not depend on them. Is the adapted tower part of the objective? (classify uses the vision tower only)"
         )
 
@@ -316,4 +316,4 @@ def check_finite(learner: Core, task: Task) -> None:
     """Raise `Diverged` when a trained parameter is not finite."""
     bad = [n for n, p in learner.trainable().items() if not torch.isfinite(p).all()]
     if bad:
-        raise Diverged(f"training diverged in task {task.index}: {bad[0]} is not finite")
+        raise Diverged(f"training diverged in task {task.number}: {bad[0]} is not finite")

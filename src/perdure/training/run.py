@@ -309,7 +309,7 @@ def learn_stream(
         saver = Saver(save_every, out, learner, stopped)
         for task in stream.tasks[learnt:]:
             if stopped():
-                raise Interrupted(f"stopped before task {task.index}; go on with 'perdure resume {out}'")
+                raise Interrupted(f"stopped before task {task.number}; go on with 'perdure resume {out}'")
             resumed, start = None, time.perf_counter()
             if snapshot is not None:
                 before = snapshot.rows

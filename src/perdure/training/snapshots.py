@@ -64,12 +64,12 @@ class Saver:
         self.saved = time.perf_counter()
         self.took = self.saved - now
         if stopped:
-            self.stop(f"after step {step} of task {self.learner.task.index}, all is saved")
+            self.stop(f"after step {step} of task {self.learner.task.number}, all is saved")
 
     def pause(self) -> None:
         """A batch is encoded, and no step was taken since the task began or was resumed; may raise `Interrupted`."""
         if self.learner.processes.world == 1 and self.stopped():  # several have not the same number of batches
-            self.stop(f"while task {self.learner.task.index} was encoded, before a step of it")
+            self.stop(f"while task {self.learner.task.number} was encoded, before a step of it")
 
     def stop(self, where: str) -> NoReturn:
         """Say what is left to do."""
