@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -26,7 +27,8 @@ SUMS = (
     "finetune + weight_average | fm_lora(rank=4) + mas(of='updates') | inflora(rank=2) + ranpac(dim=64) | "
     "lora(rank=2) + align + derpp(size=12, selection='grand') | coda_prompt(strength=0.1) + replay(size=12) | "
     "moe_adapters + replay(size=12) | inflora(rank=2) + icarl(size=12) | lora(rank=2) + ewc(of='updates') | "
-    "probe + replay(size=12, selection='kmeans', augment='flip') | lora(rank=2) + joint + align"
+    "probe + replay(size=12, selection='kmeans', augment='flip') | lora(rank=2) + joint + align | "
+    "finetune + expert_distillation(epochs=1) | lora(rank=2) + expert_distillation(form='logits', epochs=1)"
 )
 ELSEWHERE = {
     "classify": SUMS,
@@ -104,6 +106,11 @@ def found(pair: Any, each: Asked, of: list[Asked], precision: str) -> dict[str, 
     said = pair(json.dumps(of), precision)[of.index(each)]
     assert isinstance(said, dict), said
     return said
+
+
+def test_every_method_that_learns_classes_is_among_them() -> None:
+    named = {part for each in EVERY for part in re.findall(r"\w+", each[0])}
+    assert {name for name, method in METHODS.items() if method.needs != ("conversations",)} <= named
 
 
 @pytest.mark.parametrize("each", SAMPLE, ids=place)

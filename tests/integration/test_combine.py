@@ -286,6 +286,17 @@ def test_merged_learners_are_one_that_answers_all_and_stores_what_one_does(perdu
     assert (refused.code, "density" in refused.err) == (2, True)
 
 
+@pytest.mark.parametrize("how", ["average()", "arithmetic(scale=1)", "ties(density=1)", "dare(drop=0)"])
+def test_who_has_no_weight_has_no_part_in_the_heads_either(how: str, tmp_path: Path) -> None:
+    pictures = torch.randint(0, 255, (16, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    made = {}
+    for seed in (0, 1):
+        learner = Learner.create("tiny(dim=16)", "lora(rank=2)", seed=seed, epochs=2, batch_size=4, precision="fp32")
+        made[str(seed)] = learner.learn(pictures, ["cat", "dog"] * 8)
+    one = merge(made, how, weights=(1, 0))
+    torch.testing.assert_close(one.predict_proba(pictures), made["0"].predict_proba(pictures), atol=1e-5, rtol=1e-4)
+
+
 def test_what_cannot_be_merged_says_why(members: list[str]) -> None:
     learners = {Path(each).name: Learner.load(each) for each in members}
     assert unlike(learners) == "animals and colours have different backbones"

@@ -319,6 +319,8 @@ def test_creating_with_an_unknown_option_names_the_near_one() -> None:
         Learner.create("tiny()", epoch=3)
     with pytest.raises(ValueError, match=r"^Learner\.learn has no option 'epoch'; did you mean 'epochs'\?"):
         Learner.create("tiny()").learn(*colours("cat dog"), epoch=3)
+    with pytest.raises(ValueError, match=r"^Learner\.create\(evaluate='last'\) has no effect: leave it out$"):
+        Learner.create("tiny()", evaluate="last")
     with pytest.raises(
         ValueError, match="precision='fp61': expected 'auto', 'fp32', 'bf16' or 'fp16'; did you mean 'fp16'"
     ):

@@ -11,6 +11,7 @@ import torch
 from perdure.api.folders import go_on, teach_folder
 from perdure.api.learner import Learner
 from perdure.core.checkpoint import whole
+from perdure.reporting.runs import RunResults
 from perdure.training.config import RunConfig
 from perdure.training.loop import Quiet
 from perdure.training.summary import read_summary
@@ -57,6 +58,9 @@ def test_before_a_lesson_and_between_two(perdure: Any, photos: Any) -> None:
     taught = perdure("learn", "next", "--into", "my learner", "--json").events[-1]
     assert [row is None for row in taught["summary"]["matrix"][3]] == [True, False, True, False]
     assert taught["summary"]["forgetting"] is not None
+    matrix = taught["summary"]["matrix"]
+    new = RunResults.read(Path("my learner")).numbers()["new_task_acc"]
+    assert new == pytest.approx((matrix[1][1] + matrix[3][3]) / 2)  # of lessons, each right after it
     assert [task.pretext for task in whole(Path("my learner"))[-1].tasks] == ["masked()", "", "distill()", ""]
     assert sorted(Learner.load("my learner").known) == ["cat", "dog", "emu", "fox"]
     shown = perdure("show", "my learner")

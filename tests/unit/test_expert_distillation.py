@@ -39,6 +39,21 @@ def test_the_specialist_knows_its_task_and_leaves_no_trace(lab: Any) -> None:
     assert all(p.grad is None for p in learner.trainable().values())
 
 
+def test_the_specialist_learns_what_the_task_trains_at_its_own_rate(lab: Any) -> None:
+    def first_step(share: float) -> float:
+        learner, task = lab.learner(f"finetune(backbone_lr={share})"), lab.stream().tasks[0]
+        learner.grow(task)
+        learner.train()
+        before = {name: p.detach().clone() for name, p in learner.backbone.named_parameters()}
+        with specialised(learner, task, 1, 1e-2, len(task.train)):
+            return max(
+                float((p.detach() - before[name]).abs().max()) for name, p in learner.backbone.named_parameters()
+            )
+
+    assert first_step(0.1) == pytest.approx(1e-3, rel=0.01)
+    assert first_step(0.001) == pytest.approx(1e-5, rel=0.01)
+
+
 @pytest.mark.parametrize("form", ["kl", "logits"])
 def test_each_teacher_speaks_of_its_own_classes(lab: Any, form: str) -> None:
     learner, task, part = begun(lab, f"lora(rank=2) + expert_distillation(strength=3, form='{form}')")
@@ -50,7 +65,7 @@ def test_each_teacher_speaks_of_its_own_classes(lab: Any, form: str) -> None:
 
     def way(wanted: Any, mine: Any) -> Any:
         if form == "logits":
-            return ((wanted - wanted.mean(1, True)) - (mine - mine.mean(1, True))).square().mean()
+            return (mine - (wanted - wanted.mean(1, True))).square().mean()  # DMC, equation 3: their level counts
         shares = F.softmax(wanted / 2, 1)
         return 4 * (shares * (shares.log() - F.log_softmax(mine / 2, 1))).sum(1).mean()
 

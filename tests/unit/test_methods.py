@@ -42,6 +42,11 @@ def test_ncm_beside_a_trained_encoder_takes_the_means_of_that_moment(lab: Any) -
     assert torch.equal(learner.method.parts[1].sums["0"], before)
 
 
+def test_ncm_beside_joint_counts_every_image_once(lab: Any) -> None:
+    learner = lab.taught("lora(rank=2) + joint + ncm")
+    assert {int(count) for count in learner.method.parts[2].counts.values()} == {lab.per_class}
+
+
 def test_replay_appends_old_examples_in_the_given_ratio(lab: Any) -> None:
     learner, stream = lab.learner("lora(rank=2) + replay(size=6, ratio=0.5)"), lab.stream()
     lab.teach(learner, stream.tasks[:2])

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from perdure.adapters.task_branches import routed
+from perdure.core.forgetting import forget_classes
 from perdure.mechanisms.class_statistics import TaskMeans
 from perdure.types import Told
 
@@ -42,6 +43,19 @@ def test_after_one_task_it_is_that_tasks_lora(method: str, lab: Any) -> None:
         with routed(list(learner.method.experts), torch.zeros(len(task.test), dtype=torch.int64)):
             wanted = learner.backbone(batch)
     torch.testing.assert_close(found, wanted.float())
+
+
+@pytest.mark.parametrize("method", ["hide_lora(rank=2)", "disco(rank=2)", "modal_prompt(tokens=2)"])
+def test_a_task_that_was_forgotten_takes_no_example(method: str, lab: Any) -> None:
+    learner, stream = lab.taught(method), lab.stream()
+    forget_classes(learner, stream.tasks[0].classes)
+    assert learner.method.router.tasks == [1, 2]
+    with learner.inference():
+        for task in stream:
+            (batch,) = learner.batches(task.test, 64)
+            assert 0 not in learner.method.routes(learner, batch)
+            if method != "modal_prompt(tokens=2)":
+                assert learner.method.shares(learner, batch)[:, 0].count_nonzero() == 0
 
 
 def test_without_temperature_disco_takes_the_expert_of_the_nearest_mean_alone(lab: Any) -> None:

@@ -260,3 +260,10 @@ def test_means_are_of_the_tasks_that_were_taught() -> None:
     assert taught_only(before, {0, 2}) == [[0.7]]  # as it is known after the last step
     assert taught_only([[None]], {0}) == []
     assert taught_only(before, set()) == before
+
+
+def test_an_early_stop_is_refused_where_it_was_asked_for_and_else_left_out(pictures: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"^Learner\.pretrain\(early_stop=1\) has no effect: leave it out$"):
+        made("lora(rank=2)").pretrain(pictures, early_stop=1)
+    learner = Learner.create("tiny(dim=16)", "lora(rank=2)", epochs=3, early_stop=1)
+    assert len(learner.pretrain(pictures).tasks) == 1

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from perdure.api.learner import OPEN, Learner
+from perdure.api.options import HELD_OUT, OF_STREAMS, check_options
 from perdure.api.specialists import Specialists, seen_by
 from perdure.backbones.base import Backbone
 from perdure.mechanisms.distillation import EXPERTS, EXPERTS_OF
@@ -67,6 +68,7 @@ def distil(
     Raises:
         ValueError: when there is nothing to distil on, or nothing to distil.
     """
+    check_options("distil", options, RunConfig, (*OF_STREAMS, *HELD_OUT))
     able = team._some("classes", "distil")
     names = list(team.known)
     owner = {name: place for place, each in reversed(list(enumerate(able))) for name in team.members[each].known}

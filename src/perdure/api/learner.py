@@ -12,6 +12,7 @@ import torch
 
 from perdure.api.abilities import TOKENS, Abilities
 from perdure.api.given import asked, check_first, known_task, measurable, pretraining_task, shown, task_of, told
+from perdure.api.options import HELD_OUT, OF_STREAMS, check_options
 from perdure.core import checkpoint
 from perdure.core.checkpoint import read_record
 from perdure.core.shared_copy import as_now, become, part, twin_of
@@ -23,7 +24,7 @@ from perdure.process import Turn, as_found, plain
 from perdure.streams import ImageSet
 from perdure.streams.single_task import free_name
 from perdure.streams.sources import Picture
-from perdure.training.config import RunConfig, check_options, former_parts
+from perdure.training.config import RunConfig, former_parts
 from perdure.training.defaults import for_lessons
 from perdure.training.early_stop import watching
 from perdure.training.loop import Progress, Quiet, TrainConfig, fit_task
@@ -69,7 +70,7 @@ class Learner(Abilities):
         Raises:
             ValueError: for names and options that do not exist.
         """
-        check_options("create", options, RunConfig)
+        check_options("Learner.create", options, RunConfig, OF_STREAMS)
         given = {name: value for name, value in (("method", method), ("objective", objective)) if value is not None}
         settings = for_lessons(backbone, objective) | given | options
         config = RunConfig(stream=OPEN, backbone=backbone, **settings)
@@ -120,7 +121,7 @@ class Learner(Abilities):
         Raises:
             ValueError: for images, labels or options that cannot be used.
         """
-        check_options("learn", options, TrainConfig)
+        check_options("Learner.learn", options, TrainConfig)
         train = self.usual_training().but(**options)
         with self.lesson("learn"):
             known = self.known
@@ -152,8 +153,9 @@ class Learner(Abilities):
         Raises:
             ValueError: for what cannot be used, and where a part of the method needs labels.
         """
-        check_options("pretrain", options, TrainConfig)
-        train = self.usual_training().but(**{"schedule": "warmup-cosine"} | options)
+        check_options("Learner.pretrain", options, TrainConfig, HELD_OUT)
+        no_stop = {"early_stop": 0, "early_stop_share": None}
+        train = self.usual_training().but(**no_stop | {"schedule": "warmup-cosine"} | options)
         with self.lesson("pretrain"):
             task = pretraining_task(self, images, pretext, captions)
             self._learn(task, self.long_enough(train, task, "epochs" in options), progress)

@@ -48,7 +48,8 @@ def merge(
     start = time.perf_counter()
     way = one(how, MERGES, "merge")
     vectors = [task_vector(each) for each in learners.values()]
-    update = merged_vectors(way, vectors, [1.0] * len(vectors) if weights is None else weights, seed)
+    shares = [1.0] * len(vectors) if weights is None else list(weights)
+    update = merged_vectors(way, vectors, shares, seed)
     first = next(iter(learners.values()))
     made = Learner.of(_config(first, _places(first)), first.runtime)
     made.scenario = first.scenario
@@ -64,7 +65,7 @@ def merge(
             adapter.merged.clear()
             for name, value in _factors(update[site.key], part).items():
                 adapter.merged[name] = value.to(made.device)
-    made.objective.load_state_dict(_heads(every, alike))
+    made.objective.load_state_dict(_heads(every, shares, alike))
     made.learnt = len(made.tasks)
     made._facts = facts_of(Fitted(0.0, 0.0, time.perf_counter() - start, 0, 0, True), 0.0)
     made.prepare()
@@ -134,11 +135,15 @@ def _tasks(learners: Sequence[Learner]) -> list[Task]:
     return found
 
 
-def _heads(learners: Sequence[Learner], alike: bool) -> dict[str, Tensor]:
-    """Heads side by side; where all have the same classes, their mean."""
+def _heads(learners: Sequence[Learner], weights: Sequence[float], alike: bool) -> dict[str, Tensor]:
+    """Heads side by side; where all have the same classes, their mean by the weights."""
     states = [each.objective.state_dict() for each in learners]
     if alike:
-        return {k: torch.stack([state[k].cpu() for state in states]).mean(0) for k in states[0]}
+        shares = torch.tensor(weights) / sum(weights)
+        return {
+            k: torch.stack([s[k].cpu() * share for s, share in zip(states, shares, strict=True)]).sum(0)
+            for k in states[0]
+        }
     found, before = {}, 0
     for state in states:
         numbers = {int(key.split(".")[1]) for key in state}

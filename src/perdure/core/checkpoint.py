@@ -156,8 +156,8 @@ def restore(learner: Core, checkpoint: Checkpoint, tasks: Sequence[Task] = ()) -
         task = tasks[index] if index < len(tasks) else described
         if task != described:
             raise ValueError(
-                f"{checkpoint.folder} learnt task {task.number} as {described.name!r}, the stream has {task.name!r}: the "
-                "data has changed; restore it, or start anew in another folder"
+                f"{checkpoint.folder} learnt task {task.number} as {described.name!r}, the stream has {task.name!r}: "
+                "the data has changed; restore it, or start anew in another folder"
             )
         learner.grow(task, over=index < checkpoint.learnt)
         learner.prepare()  # as before each task of an unbroken run

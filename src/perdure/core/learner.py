@@ -338,6 +338,14 @@ class Core(SharedOut):
         for number, batch in enumerate(self.batches(data, size, order)):
             yield self.augment(batch, self.generator(purpose, number))
 
+    def param_groups(self) -> list[dict[str, Any]]:
+        """What is trained, by its learning rate's factor, for an optimizer: `params` and `scale`."""
+        scales = self.method.param_groups(self)
+        groups: dict[float, list[nn.Parameter]] = {}
+        for name, p in self.trainable().items():
+            groups.setdefault(scales.get(name, 1.0), []).append(p)
+        return [{"params": params, "scale": scale} for scale, params in groups.items()]
+
     def batches(self, data: Data, size: int, order: Tensor | None = None) -> Iterator[Batch]:
         """`data` in batches on the learner's device, in `order` (positions) or as it stands."""
         positions: Sequence[int] = range(len(data)) if order is None else order.tolist()

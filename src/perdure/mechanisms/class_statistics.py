@@ -250,6 +250,13 @@ class TaskMeans(nn.Module):
         """A task's features (n, d); neither classes nor chance have a part in their mean."""
         self.means[str(task)] = features.float().mean(0)
 
+    def forget(self, left: Forgotten) -> None:
+        """Let go of tasks of which no class is left; the mean of another stays that of all of its examples."""
+        for task in left.tasks:
+            stays = left.stays(torch.tensor(task.classes))
+            if len(stays) and not bool(stays.any()):
+                self.means.pop(str(task.index), None)
+
     def cosines(self, features: Tensor) -> Tensor:
         """Of each of `features` (n, d) to each task, (n, tasks): the mean over kinds, 0 where one is missing."""
         means = torch.stack([self.means[str(task)] for task in self.tasks])

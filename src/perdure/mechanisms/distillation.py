@@ -203,15 +203,19 @@ def specialised(learner: Core, task: Task, epochs: int, lr: float, batch_size: i
     """
     trained = list(learner.trainable().values())
     before = [p.detach().clone() for p in trained]
-    optimizer, step = torch.optim.Adam(trained, lr), 0
+    groups = [{"params": each["params"], "lr": lr * each["scale"]} for each in learner.param_groups()]
+    optimizer, step = torch.optim.Adam(groups, lr), 0
     try:
         for epoch in range(epochs):
             order = torch.randperm(len(task.train), generator=learner.generator("expert order", epoch))
             for batch in learner.batches(task.train, batch_size, order):
                 batch = learner.augment(batch, learner.generator("expert augment", step))
                 features, batch = learner.encode(batch), learner.objective.embed_texts(learner, batch)
+                loss = learner.objective.loss(features, batch)
                 optimizer.zero_grad()
-                learner.objective.loss(features, batch).backward()  # type: ignore[no-untyped-call]
+                with learner.undivided():  # what is encoded once more on the way back is all here
+                    loss.backward()  # type: ignore[no-untyped-call]
+                learner.processes.average_gradients(trained)
                 optimizer.step()
                 step += 1
         if not all(torch.isfinite(p).all() for p in trained):

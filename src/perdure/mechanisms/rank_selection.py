@@ -113,7 +113,8 @@ class DRS(nn.Module):
         trained = list(learner.trainable().values())
         before = [p.detach().clone() for p in trained]
         raw = self._start().to(learner.device).requires_grad_()
-        optimizer = torch.optim.Adam([*trained, raw], self.lr)
+        groups = [{"params": each["params"], "lr": self.lr * each["scale"]} for each in learner.param_groups()]
+        optimizer = torch.optim.Adam([*groups, {"params": [raw]}], self.lr)
         share = torch.tensor(self.ranks, dtype=torch.float32, device=learner.device) / self.largest
         noise, complexity = learner.generator("drs noise"), 1.0
         steps, step = self.epochs * math.ceil(len(rest) / _BATCH), 0

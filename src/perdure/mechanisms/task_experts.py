@@ -178,8 +178,12 @@ class MixedExperts(TaskExperts):
         return sharing(list(self.experts), [self.shares(learner, batch)] * len(self.experts))
 
     def shares(self, learner: Core, batch: Batch) -> Tensor:
-        """What each example takes of each expert, (B, tasks); all of the one that is told under "task"."""
+        """What each example takes of each expert, (B, experts); all of the one that is told under "task"."""
+        every = torch.tensor(self.experts[0].tasks, device=learner.device)
         if "task" in batch:
             told: Tensor = batch["task"]
-            return (told.unsqueeze(1) == torch.tensor(self.router.tasks, device=told.device)).float()
-        return self.router.shares(self.keys_of(learner, batch))
+            return (told.unsqueeze(1) == every).float()
+        found = self.router.shares(self.keys_of(learner, batch))
+        shares = found.new_zeros(len(found), len(every))  # nothing of an expert whose task was forgotten
+        shares[:, torch.isin(every, torch.tensor(self.router.tasks, device=every.device))] = found
+        return shares

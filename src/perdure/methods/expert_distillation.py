@@ -36,7 +36,8 @@ class ExpertDistillation(Distillation, name="expert_distillation"):
     Args:
         strength: weight of the distillation; 0 is plain training.
         temperature: T of both distributions; None is 2.
-        form: `kl` of softened distributions, or `logits`: squared differences of scores less their mean, as in DMC.
+        form: `kl` of softened distributions, or `logits`: squared differences to the teachers' scores less their mean,
+            as in DMC, so that old and new classes stand on one level.
         epochs: passes in which the specialist learns its task.
         lr: its learning rate (Adam).
         batch_size: its images a step.
@@ -128,7 +129,7 @@ class ExpertDistillation(Distillation, name="expert_distillation"):
     def _way(self, wanted: Tensor, given: Tensor) -> Tensor:
         if self.form == "kl":
             return distillation(wanted, given, self.temperature)
-        return ((wanted - wanted.mean(1, keepdim=True)) - (given - given.mean(1, keepdim=True))).square().mean()
+        return (given - (wanted - wanted.mean(1, keepdim=True))).square().mean()
 
     def _read(self, learner: Core) -> tuple[list[Task], Tensor]:
         """The tasks of the reference, and the places (n, 2) of the images that are taken."""

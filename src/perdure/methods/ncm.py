@@ -41,7 +41,8 @@ class NCM(Method, name="ncm"):
     def end_task(self, learner: Core, task: Task) -> None:
         """Add the task's features to its classes' means."""
         if not (learner.online or task.pretext):
-            self._add(learner, learner.method.data(learner, task))
+            # The task's own images: those that `joint` adds were counted when they came.
+            self._add(learner, task.train)
 
     def _add(self, learner: Core, data: Data) -> None:
         features, labels = learner.features(data)

@@ -5,13 +5,9 @@ import io
 import itertools
 import math
 import re
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from perdure.core import checkpoint
 from perdure.evaluation import per_class
@@ -19,32 +15,12 @@ from perdure.evaluation.per_class import Answers
 from perdure.formatting import printable, spread_of
 from perdure.reporting.numbers import numbers_named
 from perdure.reporting.runs import Group, RunResults, grouped, varied
+from perdure.reporting.significance import classes_of, difference
 from perdure.storage.files import write_text
 
-ORDERS = 5
-"""Fewest repetitions from which a p-value says anything about the next one."""
-_RESAMPLES = 10_000
 _SHARES = ("acc", "aaa", "new_task_acc", "forgetting", "acc_with_task_id", "task_id_acc")
 _LATEX = ("acc", "aaa", "forgetting", "acc_with_task_id")
 _NUMBERS = (*_SHARES, "trainable_parameters", "stored_bytes", "seconds", "step_cost")
-
-
-@dataclass(frozen=True)
-class Difference:
-    """How much better one method ends than another, on the same test images in the same orders.
-
-    Args:
-        mean: of final average accuracy, over the orders that both have.
-        low, high: between which it lies in 95 % of resamples of the test images.
-        p: two-sided, with orders resampled too; None below five orders.
-        orders: how many both have.
-    """
-
-    mean: float
-    low: float
-    high: float
-    p: float | None
-    orders: int
 
 
 def write_tables(folders: Sequence[Path], out: Path, *, as_csv: bool, as_latex: bool) -> list[Path]:
@@ -72,41 +48,6 @@ def write_tables(folders: Sequence[Path], out: Path, *, as_csv: bool, as_latex: 
             f"{out} cannot be written ({error.strerror}): make room there, or give another --out"
         ) from error
     return [out / name for name in texts]
-
-
-def difference(one: Mapping[int, Answers], other: Mapping[int, Answers]) -> Difference | None:
-    """Of two methods' answers after their last tasks, by seed; None where no order's test images are the same.
-
-    Each image is right with one and wrong with the other, the other way round, or neither: resampling the images of a
-    task with replacement draws these three counts from a multinomial, so nothing needs to be sampled image by image.
-    """
-    generator = np.random.default_rng(0)
-    means, drawn = [], []
-    for seed in sorted(set(one) & set(other)):
-        tasks = sorted(one[seed])
-        if tasks != sorted(other[seed]) or any(not one[seed][t][0].equal(other[seed][t][0]) for t in tasks):
-            continue
-        mean, samples = [], []
-        for task in tasks:
-            labels, mine = one[seed][task]
-            right = (mine == labels).int() - (other[seed][task][1] == labels).int()
-            count = len(labels)
-            shares = [int((right == sign).sum()) / count for sign in (1, -1, 0)]
-            counts = generator.multinomial(count, shares, _RESAMPLES)
-            mean.append(shares[0] - shares[1])
-            samples.append((counts[:, 0] - counts[:, 1]) / count)
-        means.append(statistics.fmean(mean))
-        drawn.append(np.mean(samples, axis=0))
-    if not means:
-        return None
-    low, high = np.quantile(np.mean(drawn, axis=0), (0.025, 0.975))
-    p = None
-    if len(means) >= ORDERS:
-        picked = generator.integers(len(means), size=(len(means), _RESAMPLES))
-        both = np.stack(drawn)[picked, np.arange(_RESAMPLES)].mean(0)
-        # one more on each side: of so many resamples none can show that it is impossible
-        p = float(min(1.0, 2 * (1 + min((both <= 0).sum(), (both >= 0).sum())) / (_RESAMPLES + 1)))
-    return Difference(statistics.fmean(means), float(low), float(high), p, len(means))
 
 
 def latex(groups: Sequence[Group]) -> str:
@@ -171,8 +112,9 @@ def answers_of(run: RunResults) -> Answers:
 
 def _significance(groups: Sequence[Group], answers: Mapping[Path, Answers]) -> Iterable[dict[str, Any]]:
     kept = [{run.seed or 0: answers[run.folder] for run in group.runs if answers[run.folder]} for group in groups]
+    classes = {run.seed or 0: classes_of(run) for group in groups for run in group.runs}
     for (one, mine), (other, theirs) in itertools.combinations(zip(groups, kept, strict=True), 2):
-        if (found := difference(mine, theirs)) is not None:
+        if (found := difference(mine, theirs, classes)) is not None:
             yield {
                 **{"method": one.label, "other": other.label, "orders": found.orders, "difference": found.mean},
                 **{"low_95": found.low, "high_95": found.high, "p": found.p},

@@ -167,7 +167,8 @@ class RunResults:
             so_far |= {f"answers_kept_{number}": mean_kept(answers, number) for number in ("strict", "lenient")}
         known = dict.fromkeys((*_COSTS, *RARE)) | so_far
         found = {k: v if (stored := _number(self.summary.get(k))) is None else stored for k, v in known.items()}
-        new = metrics.new_task_acc([row[:done] for row in self.matrix()[:done]])
+        taught, matrix = [i for i in range(done) if i not in self.unlabelled()], self.matrix()
+        new = metrics.new_task_acc([[matrix[i][j] for j in taught] for i in taught])
         found["new_task_acc"] = None if unlike_scores(self.scores()) else new
         acc, told = found["acc"], found["acc_with_task_id"]
         found["gap"] = None if acc is None or told is None else told - acc

@@ -382,13 +382,3 @@ def one(text: str, registry: Any, kind: str, **given: Any) -> Any:
     if len(specs) != 1:
         raise ValueError(f"--{kind} {text!r}: expected one {kind}, not a sum; only methods can be combined with +")
     return build(specs[0], registry, kind, **given)
-
-
-def check_options(call: str, options: Mapping[str, Any], config: type) -> None:
-    """Refuse options of `Learner.<call>` that are no fields of the dataclass `config`, with a near name."""
-    known = [f.name for f in dataclasses.fields(config)]
-    for name in options:
-        if name not in known:
-            raise ValueError(
-                f"Learner.{call} has no option {name!r}{meant(name, known)}; it has: {', '.join(sorted(known))}"
-            )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.amp import GradScaler
 
 from perdure.core.compiling import begin, compiled
@@ -280,14 +280,9 @@ def check_shared_out(learner: Core, accumulate: int) -> None:
 
 def _optimizer(learner: Core, config: TrainConfig) -> torch.optim.Optimizer | None:
     """A fresh optimizer; None when nothing is trained."""
-    scales = learner.method.param_groups(learner)
-    groups: dict[float, list[nn.Parameter]] = {}
-    for name, p in learner.trainable().items():
-        groups.setdefault(scales.get(name, 1.0), []).append(p)
-    if not groups:
+    described = learner.param_groups()  # the rate itself is set before every step
+    if not described:
         return None
-    # the rate itself is set before every step
-    described = [{"params": params, "scale": scale} for scale, params in groups.items()]
     if config.optimizer == "sgd":
         return torch.optim.SGD(described, config.peak, momentum=0.9, weight_decay=config.weight_decay, fused=True)
     kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
