@@ -28,7 +28,7 @@ SUMS = (
     "lora(rank=2) + align + derpp(size=12, selection='grand') | coda_prompt(strength=0.1) + replay(size=12) | "
     "moe_adapters + replay(size=12) | inflora(rank=2) + icarl(size=12) | lora(rank=2) + ewc(of='updates') | "
     "probe + replay(size=12, selection='kmeans', augment='flip') | lora(rank=2) + joint + align | "
-    "finetune + expert_distillation(epochs=1) | lora(rank=2) + expert_distillation(form='logits', epochs=1)"
+    "lora(rank=2) + expert_distillation(epochs=1) | lora(rank=2) + expert_distillation(form='logits', epochs=1)"
 )
 ELSEWHERE = {
     "classify": SUMS,
