@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from perdure.core import checkpoint
+from perdure.mechanisms.gradients import gradients_on
 from perdure.training.loop import Quiet, fit_task
 
 
@@ -60,6 +61,33 @@ def test_a_step_that_overflows_moves_nothing_and_halves_the_scale(lab: Any, monk
 def test_who_takes_steps_within_a_step_refuses_float16(lab: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="reptile cannot learn with precision='fp16'"):
         lab.run("lora(rank=2) + reptile", tmp_path / "run", precision="fp16")
+
+
+@pytest.mark.parametrize("scale", [2.0**20, None])
+def test_gradients_beside_the_step_are_scaled_too(
+    scale: float | None, lab: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner, task = lab.learner("finetune"), lab.stream().tasks[0]
+    learner.precision = torch.float16
+    learner.grow(task)
+    learner.train()
+    learner.prepare()
+    learner.scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
+    losses = learner.objective.losses
+    monkeypatch.setattr(learner.objective, "losses", lambda *args, **more: losses(*args, **more) * 1e-7)
+    trained = [p for name, p in learner.trainable().items() if name.startswith("backbone.")]
+    found = gradients_on(learner, task.train.__getitems__(range(8)), trained)
+    share = sum(int(g.count_nonzero()) for g in found) / sum(g.numel() for g in found)
+    assert share > 0.9 if scale else share < 0.5  # else most is too small for what the encoder computes in
+    assert max(float(g.abs().max()) for g in found) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "method", ["lora(rank=2) + expert_distillation", "inflora(ranks=(1, 2))", "lora(rank=2) + ewc"]
+)
+def test_what_trains_or_measures_beside_the_steps_does_in_float16(method: str, lab: Any, tmp_path: Path) -> None:
+    half = lab.run(method, tmp_path / "half", precision="fp16", epochs=4)
+    assert half["acc"] == pytest.approx(lab.run(method, tmp_path / "full", epochs=4)["acc"], abs=0.15)
 
 
 def test_weights_that_are_trained_stay_in_float32(lab: Any) -> None:

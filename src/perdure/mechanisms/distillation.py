@@ -214,9 +214,10 @@ def specialised(learner: Core, task: Task, epochs: int, lr: float, batch_size: i
                 loss = learner.objective.loss(features, batch)
                 optimizer.zero_grad()
                 with learner.undivided():  # what is encoded once more on the way back is all here
-                    loss.backward()  # type: ignore[no-untyped-call]
+                    learner.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
                 learner.processes.average_gradients(trained)
-                optimizer.step()
+                learner.scaler.step(optimizer)
+                learner.scaler.update()
                 step += 1
         if not all(torch.isfinite(p).all() for p in trained):
             raise ValueError(f"task {task.number}: its specialist diverged: give a lower lr than {lr:g}")

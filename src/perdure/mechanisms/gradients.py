@@ -21,5 +21,5 @@ def gradients_on(learner: Core, batch: Batch, parameters: Sequence[nn.Parameter]
     """
     loss = learner.objective.losses(learner.encode(batch), batch, only_task=False).mean()
     with learner.undivided():  # what is encoded once more on the way back is all here
-        found = torch.autograd.grad(loss, parameters, materialize_grads=True)
-    return learner.processes.mean(found)
+        found = torch.autograd.grad(learner.scaler.scale(loss), parameters, materialize_grads=True)
+    return learner.processes.mean([gradient / learner.scaler.get_scale() for gradient in found])

@@ -122,7 +122,7 @@ class _Asked(nn.Module):
         self.added = {name: value for name, value in values.items() if name.startswith(_UPDATE)}
         named = {f"learner.{name}": value for name, value in values.items() if name not in self.added}
         out: Tensor = functional_call(self, named, (example,))
-        return out
+        return out * self.learner.scaler.get_scale()  # which `mean_one` takes out again
 
     def of_row(self, values: dict[str, Tensor], row: Batch) -> Tensor:
         """The output of one example without its first dimension, as `vmap` gives it."""

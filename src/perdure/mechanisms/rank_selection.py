@@ -131,9 +131,10 @@ class DRS(nn.Module):
                 loss = loss + self.cost * (F.softmax(logits, 0) * share).sum()
                 optimizer.zero_grad()
                 with learner.undivided():  # what is encoded once more on the way back is all here
-                    loss.backward()  # type: ignore[no-untyped-call]
+                    learner.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
                 learner.processes.average_gradients([*trained, raw])
-                optimizer.step()
+                learner.scaler.step(optimizer)
+                learner.scaler.update()
                 step += 1
             with torch.no_grad():
                 self._gate(branches, F.softmax(self.logits(complexity, _rising(raw)), 0))
