@@ -37,7 +37,15 @@ def test_what_is_neither_a_repository_nor_a_folder_is_refused(to: str, said: str
 def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from perdure.api.pushing import _upload
 
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(ValueError, match="the hub refuses") as found:
-        _upload(tmp_path, "name/model", public=False)
-    assert "\n" not in str(found.value)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    for offline in (False, True):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+        with pytest.raises(ValueError, match="the hub refuses") as found:
+            _upload(tmp_path, "name/model", public=False)
+        assert "\n" not in str(found.value)
+
+
+def test_public_says_nothing_of_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"public=True has no effect on .*which is a folder"):
+        push(tmp_path, str(tmp_path / "model"), public=True)
+    assert not (tmp_path / "model").exists()

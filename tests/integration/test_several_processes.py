@@ -82,10 +82,15 @@ def kill_a_worker(of: Started) -> None:
     assert "perdure resume" in of.text()
 
 
-def test_a_worker_that_is_killed_ends_the_run_with_one_line(start: Any, tmp_path: Path) -> None:
+def test_a_worker_that_is_killed_ends_the_run_with_one_line_and_leaves_nothing(
+    start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "aside").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "aside"))
     begun = start(tmp_path / "out")
     reach(tmp_path / "out", begun, 3)
     kill_a_worker(begun)
+    assert not list((tmp_path / "aside").iterdir())
 
 
 @pytest.mark.slow

@@ -99,6 +99,12 @@ def test_a_killed_search_goes_on_with_the_trial_that_was_in_work(tmp_path: Path)
         tuning.tune(_config(), space, out, trials=4)
 
 
+def test_a_study_with_other_options_says_which(tmp_path: Path) -> None:
+    tuning.tune(_config(), parse_space(SPACE), tmp_path / "study", trials=1)
+    with pytest.raises(ValueError, match=r"holds a study with batch_size=64, not 8: give the same options to go on"):
+        tuning.tune(_config(batch_size=8), parse_space(SPACE), tmp_path / "study", trials=1)
+
+
 def test_data_that_goes_away_ends_the_search_and_counts_no_trial_as_failed(tmp_path: Path) -> None:
     from PIL import Image
 

@@ -1,6 +1,7 @@
 """Tables for papers: classes and confusions from what was answered, and differences that are as sure as they are."""
 
 import csv
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,15 @@ def test_every_table_is_written_and_says_what_varies(grid: list[Path], tmp_path:
     tex = files["methods.tex"].read_text()
     assert r"\texttt{lora(rank=2)} & " in tex
     assert tex.count(r"\textbf") >= 3
+
+
+def test_tables_are_those_of_the_runs_that_are_given(grid: list[Path], tmp_path: Path) -> None:
+    assert (tmp_path / "significance.csv") in write_tables(grid, tmp_path, as_csv=True, as_latex=False)
+    write_tables(grid[:1], tmp_path, as_csv=True, as_latex=False)
+    assert not (tmp_path / "significance.csv").exists()
+    (row,) = csv.DictReader((tmp_path / "runs.csv").read_text().splitlines())
+    stored = json.loads((grid[0] / "summary.json").read_text())["stored_bytes"]
+    assert row["stored_bytes"] == str(stored)
 
 
 def test_the_report_shows_confusions_and_classes(grid: list[Path], tmp_path: Path) -> None:

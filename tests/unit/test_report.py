@@ -306,6 +306,27 @@ def test_a_run_still_going_is_shown_as_far_as_it_got(tmp_path: Path):
     assert "Not finished: 3 of 5 tasks are learnt and evaluated." in text
 
 
+def test_scores_of_unfinished_runs_are_no_final_ones(tmp_path: Path):
+    runs = [write_run(tmp_path / f"{seed}", seed=seed) for seed in (0, 1)]
+    whole, part = grouped([RunResults.read(each) for each in [*runs, write_run(tmp_path / "2", seed=2, learnt=1)]])
+    assert (whole.label, len(whole.runs)) == (INFLORA, 2)
+    assert part.label == f"{INFLORA} · 1 of 5 tasks"
+
+
+def test_runs_of_one_seed_differ_in_nothing(tmp_path: Path):
+    runs = [write_run(tmp_path / name) for name in "ab"]
+    assert "over 2 runs that differ in nothing, their seed included" in text_of(render(tmp_path, *runs))
+
+
+def test_only_a_report_is_written_over(tmp_path: Path):
+    folder = write_run(tmp_path / "a")
+    before = (folder / "run.json").read_bytes()
+    with pytest.raises(ValueError, match=r"run.json is there and is no report: give another --out"):
+        write_report([folder], folder / "run.json")
+    assert (folder / "run.json").read_bytes() == before
+    assert write_report([folder], write_report([folder], folder)) == folder / "report.html"
+
+
 @pytest.mark.parametrize("learnt", [0, 1])
 def test_a_run_at_its_very_beginning_gives_a_report(tmp_path: Path, learnt: int):
     folder = write_run(tmp_path / "a", learnt=learnt)

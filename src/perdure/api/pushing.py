@@ -9,6 +9,7 @@ from typing import Any
 from perdure.api.learner import Learner
 from perdure.export.model import export
 from perdure.formatting import printable
+from perdure.options.ranges import without_effect
 from perdure.options.spec import Spec, parse
 from perdure.reporting.contents import contents
 from perdure.storage.files import write_text
@@ -38,6 +39,8 @@ def push(folder: str | Path, to: str, kind: str = "merged", public: bool = False
         raise ValueError(f"{to!r}: expected 'name/model' of the hub, or a folder such as './model'")
     if place is not None and place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise ValueError(f"{to} is there already and not an empty folder: give a new one")
+    if place is not None:
+        without_effect(f"on {to}, which is a folder", public=public or None)
     with tempfile.TemporaryDirectory() as held:
         made = export(Learner.load(folder, device), Path(held) / "model", kind)
         readme = made / "README.md"
@@ -85,13 +88,13 @@ def _folder(to: str) -> Path | None:
 
 def _upload(made: Path, to: str, public: bool) -> str:
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]
 
     try:
         api = HfApi()
         where = str(api.create_repo(to, private=not public, exist_ok=True))
         api.upload_folder(repo_id=to, folder_path=str(made), commit_message="Written by perdure push")
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
+    except (HTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise ValueError(
             f"{to}: the hub refuses ({reason}); check name, network and 'hf auth login', or give a folder such as "

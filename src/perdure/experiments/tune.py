@@ -283,10 +283,11 @@ def _check_same(out: Path, asked: Mapping[str, Any]) -> None:
     if not (out / STUDY).is_file():
         return
     written = read_study(out)
-    for key, value in json.loads(json.dumps(asked)).items():
-        if written.get(key) != value:
+    before, now = ({**each, **each.get("config", {})} for each in (written, json.loads(json.dumps(asked))))
+    for key, value in now.items():
+        if key != "config" and before.get(key) != value:
             raise ValueError(
-                f"{out} holds a study with {key}={json.dumps(written.get(key))}, not {json.dumps(value)}: give the "
+                f"{out} holds a study with {key}={json.dumps(before.get(key))}, not {json.dumps(value)}: give the "
                 "same options to go on, or another --out to start anew"
             )
 

@@ -34,13 +34,15 @@ def write_tables(folders: Sequence[Path], out: Path, *, as_csv: bool, as_latex: 
     """
     runs = [RunResults.read(folder) for folder in dict.fromkeys(map(Path, folders))]
     groups = grouped(runs)
-    texts: dict[str, str] = {}
-    if as_csv:
-        texts = {f"{name}.csv": _csv(rows) for name, rows in _tables(runs, groups).items() if rows}
+    tables = _tables(runs, groups) if as_csv else {}
+    texts = {f"{name}.csv": _csv(rows) for name, rows in tables.items() if rows}
     if as_latex:
         texts["methods.tex"] = latex(groups)
     try:
         out.mkdir(parents=True, exist_ok=True)
+        for name in (f"{name}.csv" for name in tables):  # of an earlier call with other runs
+            if name not in texts:
+                (out / name).unlink(missing_ok=True)
         for name, text in texts.items():
             write_text(out / name, text)
     except OSError as error:
@@ -155,7 +157,9 @@ def _plain(value: Any) -> Any:
         value = printable(value)
         return f"'{value}" if value.startswith(("=", "+", "-", "@")) else value
     if isinstance(value, float):
-        return "" if not math.isfinite(value) else f"{value:.6g}"
+        if not math.isfinite(value):
+            return ""
+        return int(value) if value.is_integer() else f"{value:.6g}"  # bytes and parameters are counted
     return value
 
 

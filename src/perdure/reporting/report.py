@@ -20,7 +20,7 @@ from perdure.reporting.charts import duration, show
 from perdure.reporting.figures import Drawing, Point
 from perdure.reporting.numbers import STEP, numbers_named
 from perdure.reporting.runs import PHASES, Group, RunResults, grouped, ignore, varied
-from perdure.storage.files import write_text
+from perdure.storage.files import write_page
 from perdure.training.summary import unlike_scores
 
 _CALLED = {metrics.RECALL: "recall", metrics.SAID: "score"}
@@ -130,8 +130,7 @@ def write_report(
     page = _Page(runs)
     text, place = page.render(), target
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_text(target, text)
+        write_page(target, text)
         if drawings:
             place = drawings
             page.save(drawings)

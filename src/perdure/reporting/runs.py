@@ -150,6 +150,12 @@ class RunResults:
         matrix, without = self.matrix(), self.unlabelled()
         return next((i for i, row in enumerate(matrix) if row[i] is None and i not in without), len(matrix))
 
+    @property
+    def so_far(self) -> str:
+        """How many of its tasks an unfinished run has learnt, in words; else empty."""
+        learnt, tasks = self.learnt(), len(self.tasks())
+        return "" if learnt == tasks or self.summary else f"{learnt} of {tasks} tasks"
+
     def unlabelled(self) -> set[int]:
         """Which tasks were steps of pre-training, which nothing is measured on."""
         return {i for i, task in enumerate(self.tasks()) if task.get("pretext")}
@@ -248,6 +254,8 @@ class Group:
 
 def varied(runs: Sequence[RunResults]) -> str:
     """What differs between repetitions, as words: what a standard deviation over them is of; "" for nothing."""
+    if len(runs) > 1 and len({run.seed for run in runs}) == 1:
+        return "nothing, their seed included"
     seeds = {what: {_seed_of(run, what) for run in runs} for what in VARIED}
     orders = {str([(task.get("name"), task.get("names")) for task in run.tasks()]) for run in runs}
     splits = {str(run.facts["stream"].get("split")) for run in runs}
@@ -273,16 +281,20 @@ def _all_specs(text: Any) -> Iterator[Spec]:
 
 
 def grouped(runs: Sequence[RunResults]) -> list[Group]:
-    """Runs of the same method and settings together, in the order given; other settings are added to the label."""
+    """Runs of the same method and settings together, in the order given; other settings are added to the label.
+
+    So is how far they are, where they are not at their end: such scores are no final ones.
+    """
     found: dict[str, list[RunResults]] = {}
     for run in runs:
-        found.setdefault(json.dumps(_settings(run), sort_keys=True, default=str), []).append(run)
+        found.setdefault(json.dumps([_settings(run), run.so_far], sort_keys=True, default=str), []).append(run)
     groups = []
     for members in found.values():
         same = [_settings(other[0]) for other in found.values() if other[0].method == members[0].method]
         mine = _settings(members[0])
         differing = [k for k in mine if any(other.get(k) != mine[k] for other in same)]
-        groups.append(Group(" · ".join([members[0].method, *(f"{k} {mine[k]}" for k in differing)]), tuple(members)))
+        parts = [members[0].method, *(f"{k} {mine[k]}" for k in differing), members[0].so_far]
+        groups.append(Group(" · ".join(filter(None, parts)), tuple(members)))
     return groups
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from perdure.core.manifests import RECORD, read_record, read_specialists
 from perdure.formatting import human_bytes, printable, shortened
 from perdure.storage import schema
-from perdure.storage.files import write_text
+from perdure.storage.files import write_page
 from perdure.storage.schema import Damaged, MemberFacts, RoutingTable
 
 TABLE = "routing.json"
@@ -88,8 +88,7 @@ def write_team_report(folder: Path, path: Path) -> Path:
     size = "a file that is missing" if found["pool_bytes"] is None else human_bytes(found["pool_bytes"])
     page = jinja2.Environment(autoescape=True).from_string(_PAGE)
     shown = page.render(name=folder.name, found=found, classes=len(found["classes"]), size=size, bytes=human_bytes)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, shown)
+    write_page(path, shown)
     return path
 
 

@@ -54,6 +54,18 @@ def write_text(path: Path, text: str) -> None:
     place(path, text.encode())
 
 
+def write_page(path: Path, text: str) -> None:
+    """A page of HTML, in place of nothing or of another one.
+
+    Raises:
+        ValueError: when something else is there.
+    """
+    if path.exists() and not (path.is_file() and path.read_bytes()[:4096].lstrip().lower().startswith(b"<!doctype")):
+        raise ValueError(f"{path} is there and is no report: give another --out")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, text)
+
+
 def place(path: Path, content: bytes) -> None:
     """Write a file beside its name, force it to disk, and rename it."""
     draft = path.with_name(f".{path.name}.draft")

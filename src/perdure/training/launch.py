@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from tempfile import TemporaryDirectory
 from typing import Any
 
 RUN_ID = "perdure"
@@ -32,7 +33,7 @@ def launch(processes: int, arguments: Sequence[str], folder: object) -> None:
     Raises:
         Ended: with their exit code, where that is not 0.
     """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -41,20 +42,23 @@ def launch(processes: int, arguments: Sequence[str], folder: object) -> None:
             logging.getLogger(name).setLevel(logging.CRITICAL)  # the one line is ours
     threads = max(1, (os.cpu_count() or 1) // processes)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # each would take all of them
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=processes,
-        run_id=RUN_ID,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        local_addr="localhost",
-        max_restarts=0,
-        monitor_interval=0.1,
-        metrics_cfg={},
-    )
     try:
-        elastic_launch(config, sys.executable)("-m", "perdure.cli", *arguments)
+        with TemporaryDirectory(prefix="perdure-") as aside:  # what they put there goes, also of one that is killed
+            os.environ["TMPDIR"] = aside
+            config = LaunchConfig(
+                min_nodes=1,
+                max_nodes=1,
+                nproc_per_node=processes,
+                logs_specs=DefaultLogsSpecs(aside),
+                run_id=RUN_ID,
+                rdzv_backend="c10d",
+                rdzv_endpoint="localhost:0",
+                local_addr="localhost",
+                max_restarts=0,
+                monitor_interval=0.1,
+                metrics_cfg={},
+            )
+            elastic_launch(config, sys.executable)("-m", "perdure.cli", *arguments)
     except SignalException as stop:
         raise Ended("", 130) from stop
     except ChildFailedError as error:
