@@ -11,12 +11,15 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 from PIL import Image
 
+from perdure.app import drawing
 from perdure.app.gate import Gate
 from perdure.app.lessons import Lesson, Lessons, Outcome, Stopped
 from perdure.app.uploads import Limits, Store, looked_at
 from perdure.app.words import CHINESE, ENGLISH, worded
+from perdure.types import Task
 
 LIMITS = Limits(upload=10_000, unpacked=50_000, files=20, pictures=3)
 
@@ -267,3 +270,13 @@ def test_a_lesson_that_is_to_stop_stops_while_examples_are_encoded_too() -> None
     while not lesson.over and time.monotonic() < until:
         time.sleep(0.01)
     assert lesson.state == "stopped"
+
+
+def test_before_its_first_step_a_lesson_says_how_much_it_has_looked_at() -> None:
+    lesson = Lesson("a lesson", lambda _: Outcome((), []), state="learning")
+    lesson.encoded(256), lesson.encoded(44)
+    assert lesson.describe()["encoded"] == 300
+    assert "Learning: 300 looked at" in drawing.lesson(lesson, 0, "en")
+    lesson.task(Task(0, "x", (), ()), None, 1, 5)
+    lesson.step(1, torch.tensor(0.5), 8)
+    assert "Learning: step 1 of 5" in drawing.lesson(lesson, 0, "en")

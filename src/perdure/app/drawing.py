@@ -62,8 +62,9 @@ def _address(picture: Image.Image) -> str:
 def lesson(shown: Lesson, before: int, languages: str) -> str:
     """How far it is: its curve, and once it is learnt the matrix and what was forgotten."""
     facts = {"count": before, "steps": shown.steps or "?", "step": shown.losses[-1][0] if shown.losses else 0}
-    facts |= {"seconds": human_seconds(shown.seconds), "why": shown.said}
-    parts = [Markup("<h4>{}: {}</h4>").format(printable(shown.title), worded(shown.state, languages, **facts))]
+    facts |= {"seconds": human_seconds(shown.seconds), "why": shown.said, "encoded": shown.seen}
+    state = "looking" if shown.state == "learning" and not shown.losses else shown.state
+    parts = [Markup("<h4>{}: {}</h4>").format(printable(shown.title), worded(state, languages, **facts))]
     parts += [Markup("<p>{}</p>").format(note) for note in shown.notes]
     if len(shown.losses) > 1:
         parts.append(Markup("<p>{}</p>{}").format(worded("loss", languages), _curve(shown.losses, shown.steps)))

@@ -41,6 +41,8 @@ class Lesson:
     losses: list[tuple[int, float]] = field(default_factory=list)
     """Step and loss."""
     steps: int = 0
+    seen: int = 0
+    """How many examples were encoded outside the steps."""
     outcome: "Outcome | None" = None
     started: float = 0.0
     seconds: float = 0.0
@@ -65,6 +67,7 @@ class Lesson:
 
     def encoded(self, examples: int) -> None:
         """So many more were encoded; raises `Stopped` where they are to be the last."""
+        self.seen += examples
         if self.wanted.is_set():
             raise Stopped
 
@@ -78,7 +81,12 @@ class Lesson:
     def describe(self) -> dict[str, Any]:
         """As JSON."""
         facts = {"lesson": self.id, "title": self.title, "state": self.state, "steps": self.steps, "notes": self.notes}
-        facts |= {"step": self.losses[-1][0] if self.losses else 0, "losses": self.losses, "seconds": self.seconds}
+        facts |= {
+            "encoded": self.seen,
+            "step": self.losses[-1][0] if self.losses else 0,
+            "losses": self.losses,
+            "seconds": self.seconds,
+        }
         if self.said:
             facts["error"] = self.said
         return facts | (self.outcome.describe() if self.outcome else {})
