@@ -263,3 +263,21 @@ def test_what_is_taught_twice_in_a_row_is_learnt_once(perdure: Any, data: Path, 
         assert answer.code == 0
         assert len(whole(Path("x"))) == 1
     assert "nothing is learnt twice" in answer.out
+
+
+@pytest.mark.parametrize("method", ["lora(rank=2, tower='language')", "finetune(tower='language')"])
+def test_a_model_whose_output_layer_is_its_embeddings_is_opened_again(
+    method: str, data: Path, tiny_mllms: Callable[[str], Path], tmp_path: Path
+) -> None:
+    backbone = f"mllm(path={str(tiny_mllms('qwen2_vl'))!r})"
+    options = {"epochs": 2, "lr": 1e-2, "batch_size": 4, "precision": "fp32", "device": "cpu"}
+    config = RunConfig(stream="", backbone=backbone, method=method, objective="generate()")
+    into = tmp_path / "my.learner"
+    for name in ("colour", "red"):
+        teach_folder(data / f"{name}.jsonl", into, config, options if name == "colour" else {})
+    learner = Learner.load(into)
+    assert learner.backbone.model.lm_head.weight is learner.backbone.model.get_input_embeddings().weight
+    asked = [data / "colour0.png"], "Which colour?"
+    merged = learner.export(tmp_path / "merged", "merged")
+    again = Learner.create(f"mllm(path={str(merged)!r})", "probe", precision="fp32", device="cpu")
+    assert again.ask(*asked) == learner.ask(*asked)

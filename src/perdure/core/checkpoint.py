@@ -167,10 +167,11 @@ def restore(learner: Core, checkpoint: Checkpoint, tasks: Sequence[Task] = ()) -
         missing, unexpected = learner.load_state_dict(tensors, strict=False)
     except RuntimeError as error:
         raise ValueError(f"{path} does not fit this learner: {str(error).splitlines()[-1].strip()}") from error
-    frozen = {f"backbone.{n}" for n, p in learner.backbone.named_parameters() if not p.requires_grad}
-    missing = [
-        k for k in missing if k not in frozen and k not in dict(learner.backbone.named_buffers(prefix="backbone"))
-    ]
+    # by all their names: an output layer may be the embeddings once more
+    weights = dict(learner.backbone.named_parameters(prefix="backbone", remove_duplicate=False))
+    buffers = dict(learner.backbone.named_buffers(prefix="backbone", remove_duplicate=False))
+    here = {id(weights[k]) for k in tensors if k in weights} | {id(p) for p in weights.values() if not p.requires_grad}
+    missing = [k for k in missing if k not in buffers and id(weights.get(k)) not in here]
     if missing or unexpected:
         raise ValueError(
             f"{path} does not fit this learner: missing {missing[:3]}, unexpected {unexpected[:3]}; was it made by "
