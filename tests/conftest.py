@@ -136,6 +136,7 @@ class Laboratory:
         """Train on a task that `learner` has grown for, without ending it."""
         learner.train()
         learner.prepare()
+        learner.method.check(learner, task)
         learner.method.begin_task(learner, task)
         optimizer = torch.optim.Adam(learner.trainable().values(), 2e-2)
         batch = task.train.__getitems__(range(len(task.train)))

@@ -21,7 +21,7 @@ from perdure.core.method import METHODS as CATALOGUE
 from perdure.objectives.generate import Generate
 from perdure.streams import build_stream
 from perdure.training.config import make_method, register
-from perdure.training.loop import TrainConfig, fit_task
+from perdure.training.loop import Quiet, TrainConfig, fit_task
 from perdure.types import Batch, Task
 
 OTHERS = ("llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "smolvlm")
@@ -246,18 +246,25 @@ def test_adapters_that_have_learnt_nothing_leave_logits_as_they_were(method: str
     assert torch.equal(rows(learner, batch), before)
 
 
+class Stepless(Quiet):
+    """No step may be taken."""
+
+    def step(self, step: int, loss: torch.Tensor, images: int) -> None:
+        raise AssertionError("it has learnt")
+
+
 PAGE = (Path(__file__).parents[2] / "docs" / "mllm.md").read_text(encoding="utf-8")
 REFUSED = re.findall(r"^\| `(.+)` \| (.+) \|$", PAGE.split("| refused | because |")[1].split("\n\n")[0], flags=re.M)
 
 
 @pytest.mark.parametrize(("method", "why"), REFUSED)
-def test_what_the_page_says_is_refused_is_refused_when_it_is_built(method: str, why: str, bench: Any) -> None:
+def test_what_the_page_says_is_refused_is_refused_before_a_step(method: str, why: str, bench: Any) -> None:
     setting = bench("llava")
 
     def build() -> None:
         learner = setting.learner(method)
         learner.grow(setting.tasks[0])
-        learner.method.check(learner, setting.tasks[0])
+        fit_task(learner, setting.tasks[0], TRAIN, Stepless())
 
     with pytest.raises(ValueError, match=re.escape(why)):
         build()

@@ -160,7 +160,7 @@ def test_a_linear_update_of_the_layer_that_is_read_comes_first_or_is_refused(lab
     learner = lab.learner("adapter(rank=2) + lora(rank=2, at='fc2')")
     learner.grow(stream.tasks[0])
     with pytest.raises(ValueError, match=r"^adapter reads what .*fc2 gives, .*: write adapter last, or choose other"):
-        learner.method.begin_task(learner, stream.tasks[0])
+        learner.method.check(learner, stream.tasks[0])
     for spec in ("adapter(rank=2) + lora(rank=2)", "adapter(rank=2, parallel=True) + lora(rank=2, at='mlp')"):
         lab.teach(lab.learner(spec), stream.tasks[:1], epochs=1)
 

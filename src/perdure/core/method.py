@@ -94,7 +94,7 @@ class Method(nn.Module):
     def check(self, learner: AnyLearner, task: Task) -> None:
         """Raise `ValueError` for what cannot be, or would have no effect, in a task that all parts have grown for.
 
-        Depends on descriptions only: a run asks for all of its tasks before the first. `begin_task` asks again.
+        Depends on descriptions only: a run asks for all of its tasks before the first. Training asks again.
         """
 
     # Task boundaries: may read the task's data.

@@ -154,7 +154,6 @@ class Distillation(Method):
 
     def begin_task(self, learner: Core, task: Task) -> None:
         """Take the learner as teacher."""
-        self.check(learner, task)
         if self.holds(task):
             self.teacher.snapshot(learner)
 

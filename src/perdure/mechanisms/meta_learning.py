@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from perdure.core.learner import Core
 from perdure.core.method import Method
-from perdure.types import AnyLearner, Batch, Task, take
+from perdure.types import AnyLearner, Batch, take
 
 Weights = Mapping[str, Tensor]
 """Values of trainable parameters, by their names."""
@@ -152,7 +152,3 @@ class ModelAgnostic(Method):
             outer = loss_at(learner, weights, query, whole_loss)
             found: Sequence[Tensor | None] = torch.autograd.grad(outer, start, allow_unused=True)
         return dict(zip(weights, found, strict=True))
-
-    def begin_task(self, learner: Core, task: Task) -> None:
-        """Refuse what cannot be."""
-        self.check(learner, task)

@@ -341,8 +341,7 @@ class Rehearsal(Method):
         self.memory.check(learner)
 
     def begin_task(self, learner: Core, task: Task) -> None:
-        """Refuse what would have no effect, or could not be drawn."""
-        self.check(learner, task)
+        """Draw what is recalled."""
         self.memory.begin(learner)
 
     def after_step(self, learner: Core, batch: Batch) -> None:

@@ -67,10 +67,6 @@ class BottleneckAdapter(Method, name="adapter"):
                 attach(backbone, pair, adapter)
         self._train(task.index)
 
-    def begin_task(self, learner: Core, task: Task) -> None:
-        """Known now that all parts have grown."""
-        self.check(learner, task)
-
     def check(self, learner: Core, task: Task) -> None:
         """Refuse what would be predicted with otherwise than it was trained.
 

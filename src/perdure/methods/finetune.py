@@ -34,10 +34,6 @@ class Finetune(Method, name="finetune"):
         if not self.mask:
             learner.objective.unmask()
 
-    def begin_task(self, learner: Core, task: Task) -> None:
-        """Refuse what would have no effect."""
-        self.check(learner, task)
-
     def check(self, learner: Core, task: Task) -> None:
         """Refuse what would have no effect; known when all parts have grown."""
         check_mask(learner, None if self.mask else False)

@@ -45,10 +45,6 @@ class OML(Method, name="oml"):
                 "classify, without a part that answers in place of the heads"
             )
 
-    def begin_task(self, learner: Core, task: Task) -> None:
-        """Refuse what cannot be."""
-        self.check(learner, task)
-
     def backward(self, learner: Core, loss: Tensor, batch: Batch) -> None:
         """The meta-gradient of the representation, the plain one of the heads."""
         trained = learner.trainable()

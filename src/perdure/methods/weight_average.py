@@ -51,7 +51,6 @@ class WeightAverage(Method, name="weight_average"):
 
     def begin_task(self, learner: Core, task: Task) -> None:
         """Note the values before the first step."""
-        self.check(learner, task)
         for name in self._averaged(learner):
             self.average[name] = learner.get_parameter(name).contiguous()
         self.count["taken"] = torch.ones((), dtype=torch.int64)

@@ -108,7 +108,6 @@ class ZSCL(Method, name="zscl"):
 
     def begin_task(self, learner: Core, task: Task) -> None:
         """Note what the anchor holds."""
-        self.check(learner, task)
         if self.anchor:
             for name, parameter in learner.shared().items():
                 self.anchors[name] = parameter.contiguous()

@@ -122,6 +122,7 @@ def fit_task(
     check_shared_out(learner, config.accumulate)
     check_trains(learner, config)
     progress, method = progress or Quiet(), learner.method
+    method.check(learner, task)
     clock = [time.perf_counter()]
     learner.train()
     learner.accumulate = config.accumulate
