@@ -34,10 +34,13 @@ def average_after(rows: Iterable[Row], task: int) -> float | None:
     return None if only_new(values, task) else statistics.fmean(values.values())
 
 
-def only_new(measured: Iterable[int], task: int) -> bool:
-    """Whether after `task` no old one was `measured` though there are some, or none at all: then there is no mean."""
+def only_new(measured: Iterable[int], task: int, unlabelled: Collection[int] = ()) -> bool:
+    """Whether after `task` no old one was `measured` though there are some, or none at all: then there is no mean.
+
+    Steps of pre-training, `unlabelled`, can never be.
+    """
     on = [each for each in measured if each <= task]
-    return not on or bool(task and min(on) == task)
+    return not on or (min(on) == task and any(old not in unlabelled for old in range(task)))
 
 
 def matrix_of(rows: Iterable[Row], metric: str, tasks: int) -> list[list[float | None]]:
@@ -94,7 +97,13 @@ def running_averages(matrix: Matrix) -> list[float | None]:
     """
     square = _square(matrix)
     seen = [[j for j, value in enumerate(row[: i + 1]) if value is not None] for i, row in enumerate(square)]
-    return [None if only_new(seen[i], i) else _mean(row[: i + 1]) for i, row in enumerate(square)]
+    never = never_measured(square)
+    return [None if only_new(seen[i], i, never) else _mean(row[: i + 1]) for i, row in enumerate(square)]
+
+
+def never_measured(matrix: Sequence[Sequence[float | None]]) -> set[int]:
+    """The tasks of a T×T matrix that nothing is known of, not even right after they were learnt."""
+    return {j for j in range(len(matrix)) if all(row[j] is None for row in matrix)}
 
 
 def aaa(matrix: Matrix) -> float | None:

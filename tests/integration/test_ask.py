@@ -281,3 +281,12 @@ def test_a_model_whose_output_layer_is_its_embeddings_is_opened_again(
     merged = learner.export(tmp_path / "merged", "merged")
     again = Learner.create(f"mllm(path={str(merged)!r})", "probe", precision="fp32", device="cpu")
     assert again.ask(*asked) == learner.ask(*asked)
+
+
+def test_scores_of_unlike_scales_have_no_mean_on_the_screen_either(data: Path, perdure: Any) -> None:
+    for name, more in (("colour", ()), ("red", ("--score", "cider"))):
+        said = perdure("learn", data / f"{name}.jsonl", "--into", "my", *TINY, *FAST[:2], *more)
+        assert said.code == 0, said.err
+    assert "no means over tasks are given: scores of different scales have no mean: exact (to 1), cider" in said.out
+    (line,) = [line for line in said.out.splitlines() if line.split()[:2] == ["2", "red"]]
+    assert line.split()[3:5] == ["–", "–"]

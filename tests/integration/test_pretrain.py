@@ -1,6 +1,7 @@
 """`perdure pretrain`: images without labels teach a learner before its first lesson and between two."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,9 @@ def test_before_a_lesson_and_between_two(perdure: Any, photos: Any) -> None:
     said = answer.out.splitlines()[-1]
     assert said == "pre-trained on 15 images, masked(); teach it with: perdure learn FOLDER --into 'my learner'"
     assert "was only pre-trained, without labels" in refused(perdure("predict", "my learner", "new"))
-    assert perdure("learn", "first", "--into", "my learner", "--lr", "1e-2").code == 0
+    first = perdure("learn", "first", "--into", "my learner", "--lr", "1e-2")
+    score = read_summary(Path("my learner"))["acc"]
+    assert re.search(rf"first +{score:.1%} +{score:.1%} ", first.out), "pre-training is no old task to be measured"
     before = dict(Learner.load("my learner").objective.state_dict())
     answer = perdure("pretrain", "new", "--into", "my learner", "--pretext", "distill()", "--replay", "first")
     assert "3 images of" in answer.out

@@ -62,6 +62,7 @@ class Screen:
         self.live = Live(live, idle=as_json or quiet or hushed)
         self._images, self._start, self._read, self._epochs, self._steps = 0, 0.0, 0.0, 1, 0
         self._encoded, self._headed = 0, False
+        self.tasks: Sequence[Task] = ()  # learnt so far, also by former commands, and the one in work
 
     def wait(self, text: str) -> None:
         """On a terminal, say what is being done until something else is shown."""
@@ -130,6 +131,7 @@ class Screen:
         self.close()
         self._images, self._encoded, self._start, self._read = 0, 0, time.perf_counter(), 0.0
         self._epochs, self._steps = epochs, steps
+        self.tasks = *self.tasks[: task.index], task
         self._event("task", task=task.index, tasks=tasks, name=task.name, epochs=epochs, steps=steps)
         where = f"task {task.number}{f'/{tasks}' if tasks else ''}"
         if self.live.grid:
@@ -172,14 +174,19 @@ class Screen:
         seconds = time.perf_counter() - self._start
 
         from perdure.metrics import only_new, scored  # here: advice, which uses this file too, waits for no torch
+        from perdure.training.summary import unlike_scores
 
         score, told, _ = scored(rows)
         told, head = ("lenient", "lenient") if score == "strict" else (told, _BESIDE.get(score, "with task id"))
 
+        unlabelled = {each.index for each in self.tasks if each.pretext}
+        unlike = unlike_scores([each.score or "exact" for each in self.tasks if not each.pretext])
+
         def mean(metric: str) -> str:
             known = [row for row in rows if row.metric == metric and row.after == task.index]
             values = {row.on: row.value for row in known if row.on is not None and row.on <= task.index}
-            return "–" if only_new(values, task.index) else f"{sum(values.values()) / len(values):.1%}"
+            none = unlike or only_new(values, task.index, unlabelled)
+            return "–" if none else f"{sum(values.values()) / len(values):.1%}"
 
         new = [r.value for r in rows if r.metric == score and r.on == task.index == r.after]
         room = max(8, min(self.out.width, 100) - 53)
@@ -232,9 +239,9 @@ class Screen:
 
     def _square(self, matrix: Sequence[Sequence[float | None]], title: str, summary: Mapping[str, Any]) -> None:
         """A matrix of scores with a heading; means unless the scores of its tasks, or no old one, have any."""
-        from perdure.metrics import only_new
+        from perdure.metrics import never_measured, only_new
 
-        tasks = len(matrix)
+        tasks, never = len(matrix), never_measured(matrix)
         fitting = (self.out.width - len("after") - len("mean") - 4) // 4
         shown = ends(tasks, max(2, fitting))
         self._say("", title)
@@ -248,7 +255,7 @@ class Screen:
                 table.add_row("…")
                 continue
             seen = {j: v for j, v in enumerate(matrix[i][: i + 1]) if v is not None}
-            known = not summary.get("unlike_scores") and not only_new(seen, i)
+            known = not summary.get("unlike_scores") and not only_new(seen, i, never)
             cells = ["" if j is None or (v := matrix[i][j]) is None else f"{100 * v:.0f}" for j in shown]
             table.add_row(str(i + 1), *cells, f"{100 * sum(seen.values()) / len(seen):.1f}" if known else "–")
         self.out.print(table)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from perdure.api.learner import Learner
     from perdure.api.specialists import Specialists
     from perdure.streams import ImageSet
+    from perdure.types import Task
 
 
 def opened_and_told(folder: Path, device: str | None, screen: Screen) -> "Learner | Specialists":
@@ -26,6 +27,14 @@ def opened_and_told(folder: Path, device: str | None, screen: Screen) -> "Learne
         for name, why in found.missing.items():
             screen.warn(f"{name} is left out: {why}")
     return found
+
+
+def tasks_of(folder: Path) -> "Sequence[Task]":
+    """What a folder has learnt so far; nothing where there is none."""
+    from perdure.core.checkpoint import whole
+
+    done = whole(folder)
+    return done[-1].tasks if done else ()
 
 
 def tell_seen(
