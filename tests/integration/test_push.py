@@ -8,6 +8,8 @@ import torch
 from perdure.api.learner import Learner
 from perdure.api.pushing import push
 from perdure.backbones import BACKBONES
+from perdure.core.manifests import check_new
+from perdure.export.model import export
 
 
 def test_a_folder_gets_the_model_and_a_card_of_what_was_taught(saved: dict[str, Path], tmp_path: Path) -> None:
@@ -20,7 +22,8 @@ def test_a_folder_gets_the_model_and_a_card_of_what_was_taught(saved: dict[str, 
     assert card.startswith("---\nlibrary_name: perdure\n")
     assert "- Method: `lora(rank=2)`" in card
     assert "- Backbone: `clip(path='clip')`" in card
-    assert str(tmp_path) not in card
+    for file in (each for each in where.rglob("*") if each.suffix in (".json", ".md")):
+        assert str(saved["clip"]) not in file.read_text(), file.name
     assert "<img" not in card
     assert "a&#124;b" in card
     assert BACKBONES["clip"](str(where)).dim == 16
@@ -43,6 +46,17 @@ def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatc
         with pytest.raises(ValueError, match="the hub refuses") as found:
             _upload(tmp_path, "name/model", public=False)
         assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize("where", ["task-001", "more/model"])
+def test_nothing_is_written_into_the_folder_of_a_learner(where: str, tmp_path: Path) -> None:
+    learner = Learner.create("tiny()", "lora(rank=2)", precision="fp32", device="cpu", epochs=1)
+    learner.learn(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), ["a", "b"] * 2)
+    learner.save(tmp_path / "my")
+    for write in (lambda to: export(learner, to, "merged"), check_new):
+        with pytest.raises(ValueError, match=r"lies in .*my, which is a learner's or a run's: give a folder beside it"):
+            write(tmp_path / "my" / where)
+    assert not (tmp_path / "my" / where).exists()
 
 
 def test_public_says_nothing_of_a_folder(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,28 @@ def test_tables_are_those_of_the_runs_that_are_given(grid: list[Path], tmp_path:
     (row,) = csv.DictReader((tmp_path / "runs.csv").read_text().splitlines())
     stored = json.loads((grid[0] / "summary.json").read_text())["stored_bytes"]
     assert row["stored_bytes"] == str(stored)
+
+
+def test_runs_of_folders_of_one_name_are_told_apart(grid: list[Path], tmp_path: Path) -> None:
+    for where in ("first", "second"):
+        shutil.copytree(grid[0], tmp_path / where / "run")
+    folders = [tmp_path / where / "run" for where in ("first", "second")]
+    write_tables(folders, tmp_path / "tables", as_csv=True, as_latex=False)
+    for name in ("runs", "scores", "classes"):
+        rows = csv.DictReader((tmp_path / "tables" / f"{name}.csv").read_text().splitlines())
+        assert {row["run"] for row in rows} == {"first-run", "second-run"}
+    write_report(folders, tmp_path / "report.html", tmp_path / "figures")
+    assert {path.stem for path in (tmp_path / "figures").glob("matrix-*.pdf")} == {
+        "matrix-first-run",
+        "matrix-second-run",
+    }
+
+
+def test_the_latex_table_of_a_search_is_of_recall(lab: Any, tmp_path: Path) -> None:
+    lab.but(objective="retrieve").run("lora(rank=2)", tmp_path / "run")
+    (file,) = write_tables([tmp_path / "run"], tmp_path, as_csv=False, as_latex=True)
+    assert "Final recall" in file.read_text()
+    assert "ccuracy" not in file.read_text()
 
 
 def test_the_report_shows_confusions_and_classes(grid: list[Path], tmp_path: Path) -> None:

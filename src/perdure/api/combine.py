@@ -16,13 +16,12 @@ from perdure.api.specialists import Specialists, seen_by, unit_features, write_s
 from perdure.backbones.base import Backbone
 from perdure.core import checkpoint
 from perdure.core.learner import derived_seed
-from perdure.core.manifests import RECORD, read_record
+from perdure.core.manifests import check_new, read_record
 from perdure.formatting import count_bytes
 from perdure.mechanisms.experience_pool import ExperiencePool
 from perdure.mechanisms.routing import LinUCB, Route, router_of
 from perdure.process import plain
 from perdure.storage import schema
-from perdure.storage.schema import SPECIALISTS
 from perdure.streams import Captioned, ConversationSet, ImageSet
 from perdure.training.config import make_backbone
 from perdure.training.loop import Progress, Quiet
@@ -71,13 +70,6 @@ def combine(
     team = gather(folders, into, route, gate, pool_bytes, per_class, seed, device, progress)
     write_specialists(into, team.record, team.pool, team.router)
     return Specialists.load(into, device)
-
-
-def check_new(into: Path) -> None:
-    """Raise a ValueError where something lies already."""
-    for name in (RECORD, SPECIALISTS):
-        if (into / name).exists():
-            raise ValueError(f"{into} already holds a learner or specialists: give a new folder")
 
 
 @plain()

@@ -15,6 +15,7 @@ from torch import Tensor
 from perdure.adapters.injection import prompted, updates
 from perdure.adapters.low_rank import LowRank
 from perdure.api.learner import OPEN, Learner
+from perdure.core.manifests import check_new
 from perdure.core.method import parts_of, predicts, treated
 from perdure.mechanisms.merging import MERGES, Vector, merged_vectors
 from perdure.options.spec import Spec
@@ -165,6 +166,5 @@ def _factors(update: Tensor, part: int) -> dict[str, Tensor]:
 
 def write_merged(made: Learner, into: Path) -> Path:
     """Save a merged learner in a new folder."""
-    if (into / "run.json").exists():
-        raise ValueError(f"{into} already holds a learner: give a new folder")
+    check_new(into)
     return made.save(into)

@@ -1,16 +1,19 @@
 """An export with a model card, written from the run, in a repository of the hub or in a folder."""
 
+import json
 import re
 import shutil
 import tempfile
-from pathlib import Path, PurePath
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from perdure.api.learner import Learner
 from perdure.export.model import export
 from perdure.formatting import printable
+from perdure.options.paths import paths_in, unplaced, unplaced_path
 from perdure.options.ranges import without_effect
-from perdure.options.spec import Spec, parse
+from perdure.options.spec import parse
 from perdure.reporting.contents import contents
 from perdure.storage.files import write_text
 
@@ -43,8 +46,9 @@ def push(folder: str | Path, to: str, kind: str = "merged", public: bool = False
         without_effect(f"on {to}, which is a folder", public=public or None)
     with tempfile.TemporaryDirectory() as held:
         made = export(Learner.load(folder, device), Path(held) / "model", kind)
-        readme = made / "README.md"
-        write_text(readme, card(contents(folder)) + "\n## Use\n\n" + readme.read_text(encoding="utf-8"))
+        facts, readme = contents(folder), made / "README.md"
+        _without_paths(made, [facts["backbone"], facts["method"], facts["objective"]])
+        write_text(readme, card(facts) + "\n## Use\n\n" + readme.read_text(encoding="utf-8"))
         if place is None:
             return _upload(made, to, public)
         try:
@@ -60,7 +64,7 @@ def card(found: dict[str, Any]) -> str:
     base = _base(found["backbone"])
     facts = ["library_name: perdure", "tags:", "- continual-learning", *([f"base_model: {base}"] if base else [])]
     facts += ["license: other"] if found["licence"] else []
-    shown = {name: _plain(_pathless(found[name])) for name in ("backbone", "method", "objective")}
+    shown = {name: _plain(unplaced(found[name])) for name in ("backbone", "method", "objective")}
     lines = ["---", *facts, "---", "", f"# {len(found['tasks'])} tasks, learnt one after another", ""]
     lines += [f"- Backbone: `{shown['backbone']}`", f"- Method: `{shown['method']}`"]
     lines += [f"- Objective: `{shown['objective']}`", f"- Made by perdure {found['perdure'] or '?'}"]
@@ -112,14 +116,15 @@ def _base(backbone: str) -> str | None:
     return None
 
 
-def _pathless(text: str) -> str:
-    """A spec whose absolute paths are cut to their last name."""
-
-    def cut(value: Any) -> Any:
-        absolute = isinstance(value, str) and (PurePath(value).is_absolute() or value.startswith("~"))
-        return PurePath(value).name if absolute else value
-
-    return " + ".join(str(Spec(each.name, tuple((k, cut(v)) for k, v in each.kwargs))) for each in parse(text))
+def _without_paths(folder: Path, texts: Sequence[str]) -> None:
+    """In what is to be read of an export, paths that stand in descriptions are cut to their last names."""
+    paths = {path for text in texts for path in paths_in(text) if unplaced_path(path) != path}
+    for file in (each for each in folder.rglob("*") if each.suffix in (".json", ".md")):
+        content = file.read_text(encoding="utf-8")
+        for path in sorted(paths, key=len, reverse=True):
+            for written in (path, json.dumps(path)[1:-1]):
+                content = content.replace(written, unplaced_path(path))
+        write_text(file, content)
 
 
 def _plain(text: str) -> str:

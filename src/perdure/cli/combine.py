@@ -94,8 +94,9 @@ class Combine(LearnerCommand):
         screen.result(content, f"merged {', '.join(learners)}; {self._ask('it')}")
 
     def _distil(self, given: dict[str, Any], screen: Screen) -> None:
-        from perdure.api.combine import check_new, gather
+        from perdure.api.combine import gather
         from perdure.api.distil import distil
+        from perdure.core.manifests import check_new
 
         assert self.distil is not None
         check_new(self.into)

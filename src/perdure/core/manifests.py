@@ -204,6 +204,28 @@ def _vouched(folder: Path) -> int:
     return max(counts)
 
 
+def check_outside(target: Path) -> None:
+    """Refuse to write something of another kind into the folder of a learner, a run or specialists.
+
+    Raises:
+        ValueError: when `target` lies in one, where it may be taken for a task.
+    """
+    for folder in target.expanduser().absolute().parents:
+        if (folder / RECORD).is_file() or (folder / SPECIALISTS).is_file():
+            raise ValueError(f"{target} lies in {folder}, which is a learner's or a run's: give a folder beside it")
+
+
+def check_new(into: Path) -> None:
+    """Refuse a folder that holds a learner, a run or specialists, or lies in one that does.
+
+    Raises:
+        ValueError: with the remedy.
+    """
+    check_outside(into)
+    if (into / RECORD).exists() or (into / SPECIALISTS).exists():
+        raise ValueError(f"{into} already holds a learner or specialists: give a new folder")
+
+
 def manifest_paths(folder: Path, kind: str) -> list[Path]:
     """Of the folders `kind`-N, in the order of N: beyond the padded digits, names do not sort."""
     numbered = [(p.parent.name.removeprefix(f"{kind}-"), p) for p in folder.glob(f"{kind}-*/{MANIFEST}")]

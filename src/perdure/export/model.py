@@ -28,6 +28,7 @@ from perdure.backbones.open_clip_attention import fused_state
 from perdure.backbones.timm import Timm
 from perdure.backbones.vision import Vision
 from perdure.core.learner import Core
+from perdure.core.manifests import check_outside
 from perdure.core.method import parts_of
 from perdure.core.objective import Head
 from perdure.export import language
@@ -36,6 +37,7 @@ from perdure.export.graph import FILES, graph_readme, write_graph
 from perdure.export.head import answering, head_of
 from perdure.formatting import meant
 from perdure.mechanisms.task_experts import TaskExperts
+from perdure.options.paths import unplaced
 from perdure.storage.files import locked, write_json, write_text
 from perdure.training.config import make_backbone
 from perdure.version import __version__
@@ -65,6 +67,7 @@ def export(learner: Core, folder: Path, to: Target | str) -> Path:
     Raises:
         ValueError: when the other library could not do the same as this learner, or the folder holds something.
     """
+    check_outside(folder)
     _check(learner, to)
     to = "merged" if to == "transformers" else to
     target = folder.expanduser().resolve()
@@ -374,7 +377,7 @@ def _facts(learner: Core, use: Use, head: Head) -> dict[str, Any]:
     config = getattr(learner, "config", None)
     facts = {
         "labels": list(learner.objective.names) if "classes" in learner.objective.asks else [],
-        "objective": config.objective if config else learner.objective.name,
+        "objective": unplaced(config.objective) if config else learner.objective.name,
         "classifier": head.what,
         "features": f"features = {use.features}; head = head.safetensors; scores = {head.scores}",
         "preprocess": learner.backbone.preprocess.describe(),
@@ -383,7 +386,7 @@ def _facts(learner: Core, use: Use, head: Head) -> dict[str, Any]:
         "fingerprint": learner.fingerprint,
     }
     if config:
-        facts["method"] = config.method
+        facts["method"] = unplaced(config.method)
     if {"classes", "text"} <= learner.objective.asks | learner.objective.towers:
         facts["templates"] = list(learner.objective.templates)
     return facts

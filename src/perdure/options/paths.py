@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from perdure.options.spec import Spec, parse
@@ -47,6 +47,16 @@ def relocated(path: str, move: Relocation) -> str:
 def pathless(text: str) -> str:
     """A description without its paths: what stays the same wherever they lead."""
     return _changed(text, lambda _: "")
+
+
+def unplaced(text: str) -> str:
+    """A description whose absolute paths are cut to their last name: what others may read."""
+    return _changed(text, unplaced_path)
+
+
+def unplaced_path(value: str) -> str:
+    """The last name of an absolute path; what is none stays."""
+    return PurePath(value).name if PurePath(value).is_absolute() or value.startswith("~") else value
 
 
 def paths_in(text: str) -> list[str]:

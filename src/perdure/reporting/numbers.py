@@ -1,6 +1,14 @@
 """The numbers that a report shows: what each is called, and what it says to someone who reads it for the first time."""
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
+from typing import TYPE_CHECKING
+
+from perdure import metrics
+
+if TYPE_CHECKING:
+    from perdure.reporting.runs import RunResults
+
+_CALLED = {metrics.RECALL: "recall", metrics.SAID: "score"}
 
 # A number's key in summary.json, its name, and what it says to someone who reads it for the first time.
 _NUMBERS = (
@@ -133,3 +141,20 @@ def _worded(score: str) -> tuple[tuple[str, str, str], ...]:
         for key, name, text in _NUMBERS
         if key not in _ABSENT[score]
     )
+
+
+def score_of_all(runs: "Sequence[RunResults]") -> str:
+    """What tasks are scored by in all of `runs`, as `numbers_named` takes it."""
+    kinds = {run.scored for run in runs}
+    return _CALLED.get(kinds.pop(), "accuracy") if len(kinds) == 1 else "accuracy"
+
+
+def called(runs: "Sequence[RunResults]") -> list[str]:
+    """Names of runs by their folders; of folders of one name with as much of what they lie in as tells them apart."""
+    parts = [run.folder.absolute().parts for run in runs]
+    names = [each[-1] for each in parts]
+    for length in range(2, max(map(len, parts), default=0) + 1):
+        if len(set(names)) == len(names):
+            break
+        names = ["-".join(p[-length:]) if names.count(name) > 1 else name for p, name in zip(parts, names, strict=True)]
+    return names

@@ -13,7 +13,7 @@ from perdure.core import checkpoint
 from perdure.evaluation import per_class
 from perdure.evaluation.per_class import Answers
 from perdure.formatting import printable, spread_of
-from perdure.reporting.numbers import numbers_named
+from perdure.reporting.numbers import called, numbers_named, score_of_all
 from perdure.reporting.runs import Group, RunResults, grouped, varied
 from perdure.reporting.significance import classes_of, difference
 from perdure.storage.files import write_text
@@ -54,7 +54,7 @@ def write_tables(folders: Sequence[Path], out: Path, *, as_csv: bool, as_latex: 
 
 def latex(groups: Sequence[Group]) -> str:
     """The methods as a table for LaTeX (booktabs), in per cent, mean ± sample standard deviation, the best in bold."""
-    titles = {key: name for key, name, _ in numbers_named("accuracy", set())}
+    titles = {key: name for key, name, _ in numbers_named(score_of_all([r for g in groups for r in g.runs]), set())}
     keys = [key for key in _LATEX if any(group.spread(key) for group in groups)]
     best = {key: _best([group.spread(key) for group in groups], smallest=key == "forgetting") for key in keys}
     lines = [f"\\begin{{tabular}}{{l{'c' * len(keys)}}}", "\\toprule"]
@@ -78,9 +78,14 @@ Rows = list[dict[str, Any]]
 
 def _tables(runs: Sequence[RunResults], groups: Sequence[Group]) -> dict[str, Rows]:
     answers = {run.folder: answers_of(run) for run in runs}
+    labels = {run.folder: group.label for group in groups for run in group.runs}
+    whose = {
+        run.folder: {"run": name, "method": labels[run.folder], "seed": run.seed}
+        for name, run in zip(called(runs), runs, strict=True)
+    }
     classes, confusion, tasks = Rows(), Rows(), Rows()
     for run in runs:
-        who, named = _who(run), _names(run)
+        who, named = whose[run.folder], _names(run)
         for c, (right, count) in sorted(per_class.of_classes(answers[run.folder]).items()):
             classes.append(
                 {**who, "class": named.get(c, c), "images": count, "right": right, "accuracy": right / count}
@@ -92,10 +97,10 @@ def _tables(runs: Sequence[RunResults], groups: Sequence[Group]) -> dict[str, Ro
             tasks += [{**who, "task": i + 1, "answered_as": j + 1, "share": share} for j, share in pairs]
     return {
         "methods": [_method(group) for group in groups],
-        "runs": [{**_who(run), **{key: run.numbers().get(key) for key in _NUMBERS}} for run in runs],
+        "runs": [{**whose[run.folder], **{key: run.numbers().get(key) for key in _NUMBERS}} for run in runs],
         "scores": [
-            {**_who(run), "after": row.after + 1, "task": None if row.on is None else row.on + 1, "metric": row.metric}
-            | {"value": row.value}
+            {**whose[run.folder], "after": row.after + 1, "task": None if row.on is None else row.on + 1}
+            | {"metric": row.metric, "value": row.value}
             for run in runs
             for row in run.rows
         ],
@@ -129,10 +134,6 @@ def _method(group: Group) -> dict[str, Any]:
         mean, std = group.spread(key) or (None, None)
         row |= {key: mean, f"{key}_std": std}
     return row
-
-
-def _who(run: RunResults) -> dict[str, Any]:
-    return {"run": run.folder.name, "method": run.method, "seed": run.seed}
 
 
 def _names(run: RunResults) -> dict[int, str]:

@@ -18,12 +18,11 @@ from perdure.reporting import charts, figures
 from perdure.reporting import texts as language
 from perdure.reporting.charts import duration, show
 from perdure.reporting.figures import Drawing, Point
-from perdure.reporting.numbers import STEP, numbers_named
+from perdure.reporting.numbers import STEP, called, numbers_named, score_of_all
 from perdure.reporting.runs import PHASES, Group, RunResults, grouped, ignore, varied
 from perdure.storage.files import write_page
 from perdure.training.summary import unlike_scores
 
-_CALLED = {metrics.RECALL: "recall", metrics.SAID: "score"}
 _COMPARED = ("acc", "aaa", "new_task_acc", "forgetting", "acc_with_task_id", "task_id_acc", "gap", "feature_drift")
 # What tells why old tasks were kept or lost: heading, explanation, where it comes from, whether it ends at 1.
 _REASONS: tuple[tuple[str, str, Callable[[RunResults], list[float | None]], bool], ...] = (
@@ -167,8 +166,7 @@ class _Page:
 
     def __init__(self, runs: Sequence[RunResults]) -> None:
         self.runs, self.groups = runs, grouped(runs)
-        kinds = {run.scored for run in runs}
-        self.score = _CALLED.get(kinds.pop(), "accuracy") if len(kinds) == 1 else "accuracy"
+        self.score = score_of_all(runs)
         self.streams = list(dict.fromkeys(str(run.config.get("stream", "–")) for run in runs))
         self.backbones = list(dict.fromkeys(str(run.config.get("backbone", "–")) for run in runs))
         longest = max((run.names() for run in runs), key=len, default=[])
@@ -199,10 +197,10 @@ class _Page:
         drawings |= {re.sub(r"\W+", "-", title.lower()): drawing for title, _, drawing in self.reasons}
         if self.curves:
             drawings[f"{self.score}-over-time"] = self.curves
-        for run in self.runs:
+        for name, run in zip(called(self.runs), self.runs, strict=True):
             rows = run.matrix()[: run.learnt()]
             if rows:
-                drawings[f"matrix-{run.folder.name}"] = figures.matrix(f"Scores of {run.method}", rows, run.names())
+                drawings[f"matrix-{name}"] = figures.matrix(f"Scores of {run.method}", rows, run.names())
         for name, drawing in drawings.items():
             for kind in ("pdf", "png"):
                 drawing.save(folder / f"{name}.{kind}")
