@@ -93,8 +93,6 @@ def teach_folder(
                     "'mllm(path=...)'"
                 )
             learner = Learner.of(dataclasses.replace(config, stream=OPEN))
-            for line in said_of(config):
-                progress.note(line)
         asks, reading = min(learner.objective.asks), settled(reading, learner)
         pretext = reading.get("pretext")
         trained = {k: v for k, v in given.items() if k in {f.name for f in dataclasses.fields(TrainConfig)}}
@@ -124,6 +122,8 @@ def teach_folder(
         if (begun := unfinished(into, done)) and begun.get("content") != source["content"]:
             progress.note(f"{begun['folder']}, begun before, is given up: nothing was learnt of it yet")
         if not there:
+            for line in said_of(config if given.get("lr") else dataclasses.replace(config, lr=None)):
+                progress.note(line)
             write_record(into, learner.record())
         place_source(into, len(before), source)
         stream = Stream(OPEN, learner.scenario, (*before, task))

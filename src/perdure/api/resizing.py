@@ -46,6 +46,14 @@ def resize(folder: str | Path, **options: Any) -> str:
         learner.scenario = written["stream"]["scenario"]
         if learner.fingerprint.partition(" ")[0] != done[-1].manifest["backbone"].partition(" ")[0]:
             raise ValueError(f"{learner.backbone.spec} has other weights than {folder} stands on: it keeps its size")
-        checkpoint.restore(learner, done[-1])
+        try:
+            checkpoint.restore(learner, done[-1])
+        except ValueError as error:
+            if not learner.tunes_backbone:
+                raise
+            raise ValueError(
+                f"{folder} has trained the encoder itself, positions and all, which cannot have another number of "
+                "them: export it with --to merged, and give the export's backbone the new size"
+            ) from error
         write_size(folder, recorded_size(folder) | given)
         return learner.backbone.spec

@@ -29,15 +29,21 @@ def unread_scripts(
                 continue
             ids = tokens_of(word)
             letters = sum(map(str.isalpha, word))
-            if unknown in ids:
-                told[script] = f"its tokenizer does not know {word!r}"
+            if unknown in ids and script == "LATIN" and set(ids) != {unknown}:  # a sign in it, not its letters
+                told[script] = f"the text encoder knows {word!r} in part only: write it without what is no letter"
+            elif unknown in ids:
+                told[script] = _unread(script, f"its tokenizer does not know {word!r}")
             elif script != "LATIN" and len(ids) > letters:
-                told[script] = f"its tokenizer spells {word!r} byte by byte, {len(ids)} tokens for {letters} letters"
+                spelt = f"its tokenizer spells {word!r} byte by byte, {len(ids)} tokens for {letters} letters"
+                told[script] = _unread(script, spelt)
             elif only not in (None, script):
-                told[script] = f"its weights have seen words in {only.title()} script only"
-    for script, why in told.items():
-        named = "Chinese" if script == "CJK" else script.title()
-        yield f"the text encoder cannot read {named} script: {why}; answers to such words mean nothing"
+                told[script] = _unread(script, f"its weights have seen words in {only.title()} script only")
+    yield from told.values()
+
+
+def _unread(script: str, why: str) -> str:
+    named = "Chinese" if script == "CJK" else script.title()
+    return f"the text encoder cannot read {named} script: {why}; answers to such words mean nothing"
 
 
 def script_of(word: str) -> str | None:

@@ -50,7 +50,7 @@ class Combine(LearnerCommand):
     epochs: Epochs | None = None
     """With --distil: passes over the images; 5 unless said otherwise, and more over few, for at least 60 steps."""
     lr: Rate | None = None
-    """With --distil: the learning rate; 1e-3 unless said otherwise."""
+    """With --distil: the learning rate; the student's own unless said otherwise."""
     seed: Seed = 0
     """Of the images that are looked at, of what dare drops, and of a student."""
 

@@ -169,6 +169,8 @@ class Learn(Command):
         """Learn, say what is known now."""
         from perdure.api.folders import teach_folder
         from perdure.api.lesson_source import skipped_of
+        from perdure.core.checkpoint import read_record
+        from perdure.options.spec import parse_one
         from perdure.reporting.report import write_report
 
         screen.wait("reading the data and the model")
@@ -182,8 +184,8 @@ class Learn(Command):
             screen.note(f"no means over tasks are given: {why}")
         write_report([self.into], self.into / "report.html")
         into = shlex.quote(str(self.into))
-        asks = {"accuracy": f"predict {into} IMAGE", "recall": f"search {into} FOLDER 'words'"}
-        ask = asks.get(summary["score"], f"ask {into} IMAGE 'question'")
+        asks = {"retrieve": f"search {into} FOLDER 'words'", "generate": f"ask {into} IMAGE 'question'"}
+        ask = asks.get(parse_one(str(read_record(self.into)["config"]["objective"])).name, f"predict {into} IMAGE")
         screen.result(
             {"event": "learnt", "task": task.describe(), "summary": summary, "skipped": skipped},
             f"learnt {', '.join(map(shortened, task.names))}; ask it with: perdure {ask}",

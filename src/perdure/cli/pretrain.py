@@ -42,7 +42,7 @@ class Pretrain(Command):
     epochs: Epochs | None = None
     """Passes over the images; 5 unless said otherwise, and more over few images, for at least 60 steps."""
     lr: Rate | None = None
-    """Learning rate, after a warm-up and before a cosine; 1e-3 unless said otherwise."""
+    """Learning rate, after a warm-up and before a cosine; the method's own unless said otherwise."""
     batch_size: BatchSize | None = None
     """Images per step; 64 unless said otherwise."""
     seed: Seed | None = None
