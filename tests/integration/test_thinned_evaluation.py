@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from perdure.cli.main import main
+from perdure.mechanisms.task_experts import TaskExperts
 from perdure.metrics import average_after
 from perdure.reporting.report import write_report
 from perdure.reporting.runs import RunResults, grouped
@@ -124,3 +125,27 @@ def test_runs_of_before_the_option_stand_beside_those_of_today(runs: dict[str, P
     older = RunResults(today.folder, {**today.facts, "config": config}, today.summary, today.rows)
     assert len(grouped([today, older])) == 1
     assert RunConfig(**config).evaluate == "every"
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "asked"), [("every", [8, 16, 24, 32]), ("last", [8, 8, 8, 32]), ("sample:3", [8, 11, 14, 32])]
+)
+def test_a_router_is_asked_about_what_is_measured(
+    evaluate: str, asked: list[int], lab: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    measures, routes = TaskExperts.measures, TaskExperts.routes
+
+    def counting(self: TaskExperts, learner: Any) -> dict[str, float]:
+        seen.append(0)
+        with pytest.MonkeyPatch.context() as within:
+            within.setattr(TaskExperts, "routes", lambda *given: count(routes(*given)))
+            return measures(self, learner)
+
+    def count(found: Any) -> Any:
+        seen[-1] += len(found)
+        return found
+
+    monkeypatch.setattr(TaskExperts, "measures", counting)
+    lab.but(tasks=TASKS).run("lora_experts(rank=2)", tmp_path / "run", evaluate=evaluate)
+    assert seen == asked

@@ -64,6 +64,7 @@ class Core(SharedOut):
         self.register_module("pretext", None)  # what takes the objective's place in a step of pre-training
         self.scenario, self.seed = scenario, seed
         self.tasks: list[Task] = []
+        self.tested: Sequence[Task] | None = None  # of these as much of their tests as is measured now; None for all
         self.learnt = 0  # number of tasks behind us
         self.step = 0  # within the current task
         self.online = False  # whether it learns in one pass, without being told where a task begins or ends

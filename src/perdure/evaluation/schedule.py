@@ -81,7 +81,9 @@ class Evaluation:
             rows += self._beside(learner, task.index, seen, later)
         rows += self.retention.measure(learner, task.index)
         answered_once_learnt(learner, task, self.out)
+        learner.tested = sources
         rows += [Row(task.index, None, k, float(v)) for k, v in learner.method.measures(learner).items()]
+        learner.tested = None
         return rows + self.drift.measure(learner, task, [each for each in seen if each.index in whole])
 
     def end(self, learner: Core) -> None:

@@ -135,10 +135,10 @@ class TaskExperts(Method):
 
     @torch.no_grad()
     def measures(self, learner: Core) -> dict[str, float]:
-        """Of the test sets at hand: shares of examples that take their own task's expert, and that take none."""
+        """Of the test sets that are measured: shares of examples that take their own task's expert, and none."""
         right, none, total = 0, 0, 0
         with learner.inference():
-            for task in learner.tasks:
+            for task in learner.tasks if learner.tested is None else learner.tested:
                 for batch in learner.batches(learner.cache.test(task.test), 64) if len(task.test) else ():
                     taken = self.routes(learner, batch)
                     right += int((taken == task.index).sum())
