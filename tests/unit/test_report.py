@@ -311,6 +311,9 @@ def test_scores_of_unfinished_runs_are_no_final_ones(tmp_path: Path):
     whole, part = grouped([RunResults.read(each) for each in [*runs, write_run(tmp_path / "2", seed=2, learnt=1)]])
     assert (whole.label, len(whole.runs)) == (INFLORA, 2)
     assert part.label == f"{INFLORA} · 1 of 5 tasks"
+    assert (whole.finished, part.finished) == (True, False)
+    page = render(tmp_path, *runs, tmp_path / "2")
+    assert '<td class="best">' not in page, "of one finished method none is the best"
 
 
 def test_runs_of_one_seed_differ_in_nothing(tmp_path: Path):

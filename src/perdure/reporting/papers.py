@@ -56,7 +56,10 @@ def latex(groups: Sequence[Group]) -> str:
     """The methods as a table for LaTeX (booktabs), in per cent, mean ± sample standard deviation, the best in bold."""
     titles = {key: name for key, name, _ in numbers_named(score_of_all([r for g in groups for r in g.runs]), set())}
     keys = [key for key in _LATEX if any(group.spread(key) for group in groups)]
-    best = {key: _best([group.spread(key) for group in groups], smallest=key == "forgetting") for key in keys}
+    best = {
+        key: _best([group.spread(key) if group.finished else None for group in groups], smallest=key == "forgetting")
+        for key in keys
+    }
     lines = [f"\\begin{{tabular}}{{l{'c' * len(keys)}}}", "\\toprule"]
     lines.append(" & ".join(["method", *(_escaped(titles[key]) for key in keys)]) + " \\\\")
     lines.append("\\midrule")

@@ -231,7 +231,10 @@ class _Page:
             spreads=spread_of([(group.label, len(group.runs), varied(group.runs)) for group in groups]),
             compared=[(k, name) for k, name, _ in named if k in {*_COMPARED, *rare}],
             costs=[(k, name) for k, name, _ in named if k in _COSTS] + ([STEP[:2]] if steps else []),
-            winners={k: _winner(groups, k) for k in ("acc", "aaa", "new_task_acc", "acc_with_task_id", "task_id_acc")},
+            winners={
+                k: _winner([g for g in groups if g.finished], k)
+                for k in ("acc", "aaa", "new_task_acc", "acc_with_task_id", "task_id_acc")
+            },
             shared=[(k, facts[0][k]) for k in shared],
             differing=[k for k in keys if k not in shared],
             facts=facts,

@@ -235,6 +235,11 @@ class Group:
     label: str
     runs: tuple[RunResults, ...]
 
+    @property
+    def finished(self) -> bool:
+        """Whether its scores are final ones."""
+        return not self.runs[0].so_far
+
     def spread(self, key: str) -> tuple[float, float | None] | None:
         """Mean and standard deviation of a number over the runs that have it."""
         values = [v for run in self.runs if (v := run.numbers().get(key)) is not None]
