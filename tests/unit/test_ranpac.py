@@ -182,3 +182,15 @@ def test_in_a_composition_features_are_of_the_tasks_end(lab: Any) -> None:
     torch.testing.assert_close(
         unpack_symmetric(learner.method.parts[1].regression["gram"]).float(), wide.T @ wide, rtol=1e-4, atol=1e-4
     )
+
+
+def test_the_ridge_of_the_first_task_can_be_kept(lab: Any) -> None:
+    learner, stream = lab.learner("ranpac(dim=32, ridge='first')"), lab.stream()
+    chosen = []
+    for task in stream:
+        lab.teach(learner, [task])
+        chosen.append(learner.method.measures(learner)["ridge"])
+    assert len(set(chosen)) == 1
+    alone = lab.learner("ranpac(dim=32)")
+    lab.teach(alone, stream.tasks[:1])
+    assert alone.method.measures(alone)["ridge"] == chosen[0]
