@@ -122,7 +122,6 @@ def fit_task(
     check_shared_out(learner, config.accumulate)
     check_trains(learner, config)
     progress, method = progress or Quiet(), learner.method
-    method.check(learner, task)
     clock = [time.perf_counter()]
     learner.train()
     learner.accumulate = config.accumulate
@@ -138,6 +137,7 @@ def fit_task(
 
     learner.looked = looked
     if resumed is None:
+        method.check(learner, task)
         learner.step = 0
         _reseed(learner, task, "begin")
         if learner.pretext is not None:
