@@ -90,6 +90,28 @@ def test_what_trains_or_measures_beside_the_steps_does_in_float16(method: str, l
     assert half["acc"] == pytest.approx(lab.run(method, tmp_path / "full", epochs=4)["acc"], abs=0.15)
 
 
+@pytest.mark.parametrize(
+    "method", ["lora(rank=2) + mas", "lora(rank=2) + ewc", "lora(rank=2) + gem", "finetune + agem"]
+)
+def test_a_scale_that_single_examples_or_old_ones_do_not_bear_is_lowered(method: str, lab: Any) -> None:
+    learner, state = lab.learner(method), {}
+    learner.precision = torch.float16
+
+    class Raises(Quiet):
+        """The scale of a long task, which grows as long as a step's own gradient bears it."""
+
+        def step(self, step: int, loss: torch.Tensor, images: int) -> None:
+            learner.scaler.update(2.0**20)
+
+    for task in lab.stream():
+        learner.grow(task)
+        fit_task(learner, task, lab.train_config(epochs=2), Raises())
+        state = learner.learnt_state()
+        assert [name for name, value in state.items() if not torch.isfinite(value.float()).all()] == []
+    weights = [value for name, value in state.items() if ".weights." in name]
+    assert all(float(value.float().abs().max()) > 0 for value in weights)
+
+
 def test_weights_that_are_trained_stay_in_float32(lab: Any) -> None:
     learner = lab.learner("finetune")
     learner.precision = torch.float16

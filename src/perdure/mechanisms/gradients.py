@@ -1,6 +1,6 @@
 """Gradients of the step, and on old examples: what GEM and A-GEM compare."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,27 @@ def gradients_on(learner: Core, batch: Batch, parameters: Sequence[nn.Parameter]
     All seen classes compete, so what is learnt now may not outshout old classes either.
     """
     loss = learner.objective.losses(learner.encode(batch), batch, only_task=False).mean()
-    with learner.undivided():  # what is encoded once more on the way back is all here
-        found = torch.autograd.grad(learner.scaler.scale(loss), parameters, materialize_grads=True)
-    return learner.processes.mean([gradient / learner.scaler.get_scale() for gradient in found])
+
+    def scaled(scale: float) -> list[Tensor]:
+        with learner.undivided():  # what is encoded once more on the way back is all here
+            found = torch.autograd.grad(loss * scale, parameters, retain_graph=scale > 1, materialize_grads=True)
+        return learner.processes.mean(found)
+
+    return at_scale(learner.scaler.get_scale(), scaled)[0]
+
+
+def at_scale(scale: float, gradients: Callable[[float], Sequence[Tensor]]) -> tuple[list[Tensor], float]:
+    """Gradients of a loss that is multiplied, as float16 needs, at the first scale from `scale` down that they bear.
+
+    Args:
+        scale: to begin with; 1 where nothing is to be scaled.
+        gradients: of the loss times a scale.
+
+    Returns:
+        The gradients of the loss, and the scale.
+    """
+    while True:
+        found = gradients(scale)
+        if scale <= 1 or all(bool(gradient.isfinite().all()) for gradient in found):
+            return [gradient / scale for gradient in found], scale
+        scale = max(1.0, scale / 16)

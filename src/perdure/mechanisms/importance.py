@@ -1,6 +1,6 @@
 """Importance of parameters to single examples, and the quadratic penalty that holds what is important."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from perdure.adapters.injection import updates
 from perdure.adapters.state import BufferDict
 from perdure.core.learner import Core
 from perdure.core.objective import Competitors
+from perdure.mechanisms.gradients import at_scale
 from perdure.types import Batch, Data, Site, take
 
 Of = Literal["parameters", "updates"]
@@ -113,6 +114,7 @@ class _Asked(nn.Module):
         self.learner, self.output = learner, output
         self.rivals = Competitors()
         self.added: dict[str, Tensor] = {}
+        self.scale = learner.scaler.get_scale()  # of the output, lowered where an example's gradient does not bear it
 
     def forward(self, batch: Batch) -> Tensor:
         return self.output(self.learner.encode(batch), batch, self.rivals)
@@ -122,7 +124,7 @@ class _Asked(nn.Module):
         self.added = {name: value for name, value in values.items() if name.startswith(_UPDATE)}
         named = {f"learner.{name}": value for name, value in values.items() if name not in self.added}
         out: Tensor = functional_call(self, named, (example,))
-        return out * self.learner.scaler.get_scale()  # which `mean_one` takes out again
+        return out * self.scale
 
     def of_row(self, values: dict[str, Tensor], row: Batch) -> Tensor:
         """The output of one example without its first dimension, as `vmap` gives it."""
@@ -142,16 +144,27 @@ Gradients = Iterator[dict[str, Tensor]]
 
 def _at_once(asked: _Asked, at: dict[str, Tensor], batch: Batch, own: range) -> Gradients:
     # vmap has no rule for the fused kernels and would run them one example at a time
-    with sdpa_kernel(SDPBackend.MATH):
-        yield vmap(grad(asked.of_row), in_dims=(None, 0))(at, take(batch, own))
+    def scaled(scale: float) -> list[Tensor]:
+        asked.scale = scale
+        with sdpa_kernel(SDPBackend.MATH):
+            return list(vmap(grad(asked.of_row), in_dims=(None, 0))(at, take(batch, own)).values())
+
+    found, asked.scale = at_scale(asked.scale, scaled)
+    yield dict(zip(at, found, strict=True))
 
 
 def _in_turn(asked: _Asked, at: dict[str, Tensor], batch: Batch, own: range) -> Gradients:
     leaves = {name: value.clone().requires_grad_() for name, value in at.items()}
     for i in own:
-        with torch.enable_grad():
-            out = asked.of(leaves, asked.learner.objective.example(batch, i))
-            found = torch.autograd.grad(out, list(leaves.values()), allow_unused=True, materialize_grads=True)
+        example = asked.learner.objective.example(batch, i)
+
+        def scaled(scale: float, example: Batch = example) -> Sequence[Tensor]:
+            asked.scale = scale
+            with torch.enable_grad():
+                out = asked.of(leaves, example)
+                return torch.autograd.grad(out, list(leaves.values()), allow_unused=True, materialize_grads=True)
+
+        found, asked.scale = at_scale(asked.scale, scaled)
         yield {name: gradient[None] for name, gradient in zip(leaves, found, strict=True)}
 
 
