@@ -5,6 +5,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 Pair = Sequence[float | None] | None
@@ -160,6 +161,18 @@ def room_for(count: float, what: str) -> None:
     free = psutil.virtual_memory().available
     if count > free:
         raise ValueError(f"{what} takes {human_bytes(count)} of memory, and {human_bytes(free)} are free: give less")
+
+
+def told_apart(folders: Sequence[Path], between: str = "/") -> list[str]:
+    """Names of folders: the last part of each, and as much of what they lie in as tells those of one name apart."""
+    parts = [folder.absolute().parts for folder in folders]
+    names = [each[-1] for each in parts]
+    for length in range(2, max(map(len, parts), default=0) + 1):
+        if len(set(names)) == len(names):
+            break
+        longer = [between.join(each[-length:]) for each in parts]
+        names = [more if names.count(name) > 1 else name for name, more in zip(names, longer, strict=True)]
+    return names
 
 
 def spread_of(methods: Sequence[tuple[str, int, str | None]]) -> list[str]:

@@ -286,6 +286,29 @@ def test_merged_learners_are_one_that_answers_all_and_stores_what_one_does(perdu
     assert (refused.code, "density" in refused.err) == (2, True)
 
 
+def test_learners_of_folders_of_one_name_are_all_there(tmp_path: Path) -> None:
+    pictures = torch.zeros(4, 3, 16, 16, dtype=torch.uint8)
+    folders = [tmp_path / where for where in ("a/birds/learner", "b/birds/learner", "cars")]
+    for number, folder in enumerate(folders):
+        learner = Learner.create("tiny(dim=16)", "lora(rank=2)", epochs=1, precision="fp32")
+        learner.learn(pictures, [f"x{number}", f"y{number}"] * 2).save(folder)
+    team = combine(list(map(str, folders)), str(tmp_path / "team"), route="uniform")
+    assert len(team.members) == 3
+    assert sorted(team.known) == ["x0", "x1", "x2", "y0", "y1", "y2"]
+    assert {"a/birds/learner", "b/birds/learner", "cars"} == set(team.names)
+
+
+def test_the_same_classes_in_other_lessons_cannot_be_merged() -> None:
+    pictures = torch.zeros(8, 3, 16, 16, dtype=torch.uint8)
+    made = {}
+    for name, lessons in (("two", ("ab", "cd")), ("one", ("abcd",))):
+        made[name] = Learner.create("tiny(dim=16)", "lora(rank=2)", epochs=1, precision="fp32")
+        for lesson in lessons:
+            made[name].learn(pictures, list(lesson) * (8 // len(lesson)))
+    with pytest.raises(ValueError, match=r"several have learnt 'a', but in other lessons: combine them as specialists"):
+        merge(made)
+
+
 @pytest.mark.parametrize("how", ["average()", "arithmetic(scale=1)", "ties(density=1)", "dare(drop=0)"])
 def test_who_has_no_weight_has_no_part_in_the_heads_either(how: str, tmp_path: Path) -> None:
     pictures = torch.randint(0, 255, (16, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

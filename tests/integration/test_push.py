@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from perdure.api.learner import Learner
-from perdure.api.pushing import push
+from perdure.api.pushing import _without_paths, push
 from perdure.backbones import BACKBONES
 from perdure.core.manifests import check_new
 from perdure.export.model import export
@@ -46,6 +46,22 @@ def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatc
         with pytest.raises(ValueError, match="the hub refuses") as found:
             _upload(tmp_path, "name/model", public=False)
         assert "\n" not in str(found.value)
+
+
+def test_only_where_it_describes_itself_is_a_path_cut(tmp_path: Path) -> None:
+    files = {
+        "README.md": "vision(path='/model') from \"/model\"; see https://x.org/models/a and /modeller",
+        "labels.json": '{"backbone": "vision(path=\\"/model\\")"}',
+        "tokenizer.json": '{"/model": 1, "model": 2}',
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    _without_paths(tmp_path, ["vision(path='/model')", "lora(rank=2)"])
+    assert (tmp_path / "tokenizer.json").read_text() == files["tokenizer.json"]
+    assert (tmp_path / "labels.json").read_text() == '{"backbone": "vision(path=\\"model\\")"}'
+    assert (tmp_path / "README.md").read_text() == (
+        "vision(path='model') from \"model\"; see https://x.org/models/a and /modeller"
+    )
 
 
 @pytest.mark.parametrize("where", ["task-001", "more/model"])

@@ -105,6 +105,13 @@ def test_a_study_with_other_options_says_which(tmp_path: Path) -> None:
         tuning.tune(_config(batch_size=8), parse_space(SPACE), tmp_path / "study", trials=1)
 
 
+def test_a_backbone_that_cannot_be_is_a_trial_that_failed(tmp_path: Path) -> None:
+    config, space = _config(method="probe", backbone="tiny(dim=?)"), parse_space("dim=8..16")
+    found = tuning.tune(config, space, tmp_path / "study", trials=6)
+    assert found["failed"]
+    assert {row["options"]["dim"] % 4 for row in found["trials"]} == {0}
+
+
 def test_data_that_goes_away_ends_the_search_and_counts_no_trial_as_failed(tmp_path: Path) -> None:
     from PIL import Image
 

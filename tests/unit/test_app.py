@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from perdure.app import drawing
-from perdure.app.gate import Gate
+from perdure.app.gate import COOKIE, Gate, _pass
 from perdure.app.lessons import Lesson, Lessons, Outcome, Stopped
 from perdure.app.uploads import Limits, Store, looked_at
 from perdure.app.words import CHINESE, ENGLISH, worded
@@ -280,3 +280,10 @@ def test_before_its_first_step_a_lesson_says_how_much_it_has_looked_at() -> None
     lesson.task(Task(0, "x", (), ()), None, 1, 5)
     lesson.step(1, torch.tensor(0.5), 8)
     assert "Learning: step 1 of 5" in drawing.lesson(lesson, 0, "en")
+
+
+@pytest.mark.parametrize("beside", ['prefs={"a": 1}; ', "foo@bar=1; ", "a=b; "])
+def test_cookies_of_other_ports_do_not_hide_the_token(beside: str) -> None:
+    gate = Gate(_behind, "0.0.0.0", "secret", 1000)
+    assert gate.opens({"cookie": f"{beside}{COOKIE}={_pass('secret')}"})
+    assert not gate.opens({"cookie": f"{beside}{COOKIE}=other"})

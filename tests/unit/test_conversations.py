@@ -269,6 +269,15 @@ CHOICES: list[tuple[Any, Any, str]] = [
 ]
 
 
+def test_options_by_number_stand_in_the_order_of_numbers_and_the_answer_may_be_one(tmp_path: Path) -> None:
+    options = {str(number): f"o{number}" for number in range(1, 13)}
+    for answer in (11, "11", "o11"):
+        write(tmp_path / "q.jsonl", [{"question": "Which?", "options": options, "answer": answer}])
+        (each,) = examples(measured(tmp_path / "q.jsonl", score="choice"))
+        assert each.options == tuple(options.values())
+        assert each.answer == "K"
+
+
 @pytest.mark.parametrize(("options", "answer", "letter"), CHOICES)
 def test_options_are_written_out_and_the_answer_is_a_letter(
     options: Any, answer: Any, letter: str, tmp_path: Path

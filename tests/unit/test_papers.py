@@ -16,7 +16,8 @@ from perdure.evaluation import per_class
 from perdure.evaluation.per_class import Answers
 from perdure.reporting.papers import write_tables
 from perdure.reporting.report import write_report
-from perdure.reporting.significance import difference
+from perdure.reporting.runs import RunResults
+from perdure.reporting.significance import classes_of, difference
 
 
 @pytest.fixture(scope="module")
@@ -161,3 +162,30 @@ def test_answers_that_are_alike_in_every_order_count_once() -> None:
         assert found is not None
         missed += not found.low <= 0 <= found.high
     assert missed <= 12  # as 5 % of intervals of 95 % do; of 100 this many in one case of a thousand
+
+
+def test_classes_of_one_name_in_two_data_sets_are_two(lab: Any, tmp_path: Path) -> None:
+    lab.run("probe", tmp_path / "run")
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())["stream"]["tasks"]
+    run = RunResults.read(tmp_path / "run")
+    for task in run.facts["stream"]["tasks"]:
+        task["names"] = ["cat", "dog"]
+    assert len(set(classes_of(run).values())) == len(classes_of(run)) == 2 * len(facts)
+
+
+def test_of_very_many_images_the_interval_is_that_of_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = ({s: answered(s + more, right, 2000) for s in range(5)} for more, right in ((0, 0.8), (50, 0.75)))
+    drawn = difference(one, other, ALIKE)
+    monkeypatch.setattr("perdure.reporting.significance._MANY", 100)
+    normal = difference(one, other, ALIKE)
+    assert drawn is not None
+    assert normal is not None
+    assert (normal.mean, normal.orders) == (drawn.mean, drawn.orders)
+    assert normal.low == pytest.approx(drawn.low, abs=0.001)
+    assert normal.high == pytest.approx(drawn.high, abs=0.001)
+
+
+def test_tables_of_others_in_the_same_folder_stay(grid: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "significance.csv").write_text("mine")
+    write_tables(grid[:1], tmp_path, as_csv=True, as_latex=False)
+    assert (tmp_path / "significance.csv").read_text() == "mine"

@@ -17,7 +17,7 @@ from perdure.backbones.base import Backbone
 from perdure.core import checkpoint
 from perdure.core.learner import derived_seed
 from perdure.core.manifests import check_new, read_record
-from perdure.formatting import count_bytes
+from perdure.formatting import count_bytes, told_apart
 from perdure.mechanisms.experience_pool import ExperiencePool
 from perdure.mechanisms.routing import LinUCB, Route, router_of
 from perdure.process import plain
@@ -149,17 +149,12 @@ def open_all(folders: Sequence[str | Path], device: str | None = None) -> dict[s
         raise ValueError("one learner alone is no team: give the folders of two or more")
     if twice := [each for each in places if places.count(each) > 1]:
         raise ValueError(f"{twice[0]} stands twice: give each learner once")
-    return {_name(place, places): Learner.load(place, device) for place in places}
-
-
-def _name(place: Path, places: Sequence[Path]) -> str:
-    same = [each for each in places if each.name == place.name]
-    return place.name if len(same) == 1 else f"{place.parent.name}/{place.name}"
+    return {name: Learner.load(place, device) for name, place in zip(told_apart(places), places, strict=True)}
 
 
 def _folder_of(folders: Sequence[str | Path], name: str) -> Path:
     places = [Path(each).resolve() for each in folders]
-    return next(each for each in places if _name(each, places) == name)
+    return places[told_apart(places).index(name)]
 
 
 def _looks(learner: Learner) -> bool:

@@ -96,6 +96,8 @@ def unlike(learners: Mapping[str, Learner]) -> str:
     shared = [c for i, each in enumerate(known) for c in each if any(c in other for other in known[:i])]
     if shared and len(set(known)) > 1:
         return f"several have learnt {shared[0]!r}, but not all the same classes in one order"
+    if shared and len({tuple(task.names for task in each.tasks[: each.learnt]) for each in every}) > 1:
+        return f"several have learnt {shared[0]!r}, but in other lessons"
     return ""
 
 

@@ -17,6 +17,7 @@ from perdure.options.spec import parse
 from perdure.reporting.contents import contents
 from perdure.storage.files import write_text
 
+_DESCRIBING = ("README.md", "labels.json", "learnt.json", "adapter_config.json")
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -117,13 +118,13 @@ def _base(backbone: str) -> str | None:
 
 
 def _without_paths(folder: Path, texts: Sequence[str]) -> None:
-    """In what is to be read of an export, paths that stand in descriptions are cut to their last names."""
+    """Where an export describes itself, paths are cut to their last names; a path is what stands between quotes."""
     paths = {path for text in texts for path in paths_in(text) if unplaced_path(path) != path}
-    for file in (each for each in folder.rglob("*") if each.suffix in (".json", ".md")):
+    for file in (folder / name for name in _DESCRIBING if (folder / name).is_file()):
         content = file.read_text(encoding="utf-8")
-        for path in sorted(paths, key=len, reverse=True):
-            for written in (path, json.dumps(path)[1:-1]):
-                content = content.replace(written, unplaced_path(path))
+        for written in {each for path in paths for each in (path, json.dumps(path)[1:-1])}:
+            quoted = re.compile(rf"(?<=['\"]){re.escape(written)}(?=['\"\\])")
+            content = quoted.sub(lambda found: unplaced_path(found[0]), content)
         write_text(file, content)
 
 

@@ -4,11 +4,11 @@ import hmac
 import json
 from collections.abc import Mapping
 from hashlib import sha256
-from http.cookies import SimpleCookie
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from starlette.datastructures import Headers
+from starlette.requests import cookie_parser
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -53,8 +53,7 @@ class Gate:
         if not self.token:
             return self.local
         bearer = headers.get("authorization", "").removeprefix("Bearer ")
-        cookies = SimpleCookie(headers.get("cookie", ""))
-        cookie = cookies[COOKIE].value if COOKIE in cookies else ""
+        cookie = cookie_parser(headers.get("cookie", "")).get(COOKIE, "")  # also beside what other ports have set
         pairs = (bearer, self.token), (cookie, _pass(self.token))
         return any(hmac.compare_digest(given.encode(), wanted.encode()) for given, wanted in pairs)
 

@@ -19,7 +19,7 @@ from perdure.cli.ask import Ask, Chat
 from perdure.cli.catalogue import Listed, entries
 from perdure.cli.combine import Combine
 from perdure.cli.console import Command, Screen
-from perdure.cli.inputs import tasks_of, tell_skipped
+from perdure.cli.inputs import tell_learnt, tell_skipped
 from perdure.cli.pretrain import Pretrain
 from perdure.cli.report import Report
 from perdure.cli.reward import Reward
@@ -119,7 +119,7 @@ class Resume(Command):
             skippable("skip_bad=True in the stream of a new run"),
             tracked(screen, "", self.folder) if processes.first else nullcontext(screen) as progress,
         ):
-            screen.tasks = tasks_of(self.folder)
+            tell_learnt(self.folder, screen)
             summary = go_on(self.folder, progress, self.device)
         if processes.first:
             _finished(self.folder, summary, screen)
@@ -177,7 +177,7 @@ class Learn(Command):
         given = {f.name: getattr(self, f.name) for f in fields(RunConfig) if getattr(self, f.name, None) is not None}
         config = RunConfig(stream="", **for_lessons(self.backbone or RunConfig.backbone, self.objective) | given)
         reading = {n: getattr(self, n) for n in ("captions", "images", "score")}
-        screen.tasks = tasks_of(self.into)
+        tell_learnt(self.into, screen)
         task, summary = teach_folder(self.folder, self.into, config, given, screen, self.skip_bad, **reading)
         tell_skipped(skipped := skipped_of(task), screen.note)
         if why := summary.get("unlike_scores"):

@@ -63,6 +63,7 @@ class Screen:
         self._images, self._start, self._read, self._epochs, self._steps = 0, 0.0, 0.0, 1, 0
         self._encoded, self._headed = 0, False
         self.tasks: Sequence[Task] = ()  # learnt so far, also by former commands, and the one in work
+        self.usual = "exact"  # how answers are scored of tasks that do not say it
 
     def wait(self, text: str) -> None:
         """On a terminal, say what is being done until something else is shown."""
@@ -180,7 +181,7 @@ class Screen:
         told, head = ("lenient", "lenient") if score == "strict" else (told, _BESIDE.get(score, "with task id"))
 
         unlabelled = {each.index for each in self.tasks if each.pretext}
-        unlike = unlike_scores([each.score or "exact" for each in self.tasks if not each.pretext])
+        unlike = unlike_scores([each.score or self.usual for each in self.tasks if not each.pretext])
 
         def mean(metric: str) -> str:
             known = [row for row in rows if row.metric == metric and row.after == task.index]

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from perdure.api.learner import Learner
     from perdure.api.specialists import Specialists
     from perdure.streams import ImageSet
-    from perdure.types import Task
 
 
 def opened_and_told(folder: Path, device: str | None, screen: Screen) -> "Learner | Specialists":
@@ -29,12 +28,15 @@ def opened_and_told(folder: Path, device: str | None, screen: Screen) -> "Learne
     return found
 
 
-def tasks_of(folder: Path) -> "Sequence[Task]":
-    """What a folder has learnt so far; nothing where there is none."""
-    from perdure.core.checkpoint import whole
+def tell_learnt(folder: Path, screen: Screen) -> None:
+    """Let the screen know what a folder has learnt so far, where there is one, and how it is scored."""
+    from perdure.core.checkpoint import read_record, whole
+    from perdure.training.summary import scored_by
 
-    done = whole(folder)
-    return done[-1].tasks if done else ()
+    if (folder / "run.json").exists():
+        done = whole(folder)
+        screen.tasks = done[-1].tasks if done else ()
+        screen.usual = next(iter(scored_by(read_record(folder)["config"], [""])), screen.usual)
 
 
 def tell_seen(

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from perdure.cli.console import Command, Screen
-from perdure.cli.inputs import tasks_of, tell_skipped
+from perdure.cli.inputs import tell_learnt, tell_skipped
 from perdure.formatting import shortened
 from perdure.options.ranges import BatchSize, Epochs, Rate, Seed
 from perdure.training.config import RunConfig
@@ -72,7 +72,7 @@ class Pretrain(Command):
             "captions": self.captions,
             "replay": str(self.replay) if self.replay else None,
         }
-        screen.tasks = tasks_of(self.into)
+        tell_learnt(self.into, screen)
         task, summary = teach_folder(self.data, self.into, config, given, screen, self.skip_bad, **reading)
         skipped = list(getattr(task.train, "skipped", ()))
         tell_skipped(skipped, screen.note)

@@ -311,7 +311,10 @@ def _check_data(config: RunConfig, error: ValueError) -> None:
     """Raise `error` when it is not the options' fault but that of what is read: every other trial would have it too."""
     if isinstance(error, schema.Damaged | UnreadableImage):
         raise error
-    backbone = make_backbone(config.backbone, config.method)
+    try:
+        backbone = make_backbone(config.backbone, config.method)
+    except ValueError:  # it has options that are searched too
+        return
     try:
         make_stream(config, backbone.preprocess)
     except ValueError:

@@ -17,6 +17,7 @@ from perdure.backbones import pretrained
 from perdure.backbones.language import Language
 from perdure.core.learner import Core
 from perdure.export.files import TERMS, TOKENIZER, copy, options_of
+from perdure.options.paths import unplaced
 from perdure.options.spec import Spec, parse_one
 from perdure.storage.files import write_json, write_text
 from perdure.version import __version__
@@ -73,8 +74,8 @@ def describe(learner: Core, folder: Path, to: str) -> None:
     facts = {
         "tasks": [task.name for task in learner.tasks],
         **({"adapters": apart} if apart else {}),
-        "objective": config.objective if config else learner.objective.name,
-        "method": config.method if config else learner.method.spec,
+        "objective": unplaced(config.objective) if config else learner.objective.name,
+        "method": unplaced(config.method if config else learner.method.spec),
         "backbone": backbone.spec,
         "fingerprint": learner.fingerprint,
         "perdure": __version__,

@@ -147,14 +147,3 @@ def score_of_all(runs: "Sequence[RunResults]") -> str:
     """What tasks are scored by in all of `runs`, as `numbers_named` takes it."""
     kinds = {run.scored for run in runs}
     return _CALLED.get(kinds.pop(), "accuracy") if len(kinds) == 1 else "accuracy"
-
-
-def called(runs: "Sequence[RunResults]") -> list[str]:
-    """Names of runs by their folders; of folders of one name with as much of what they lie in as tells them apart."""
-    parts = [run.folder.absolute().parts for run in runs]
-    names = [each[-1] for each in parts]
-    for length in range(2, max(map(len, parts), default=0) + 1):
-        if len(set(names)) == len(names):
-            break
-        names = ["-".join(p[-length:]) if names.count(name) > 1 else name for p, name in zip(parts, names, strict=True)]
-    return names

@@ -12,8 +12,8 @@ from typing import Any
 from perdure.core import checkpoint
 from perdure.evaluation import per_class
 from perdure.evaluation.per_class import Answers
-from perdure.formatting import printable, spread_of
-from perdure.reporting.numbers import called, numbers_named, score_of_all
+from perdure.formatting import printable, spread_of, told_apart
+from perdure.reporting.numbers import numbers_named, score_of_all
 from perdure.reporting.runs import Group, RunResults, grouped, varied
 from perdure.reporting.significance import classes_of, difference
 from perdure.storage.files import write_text
@@ -40,8 +40,9 @@ def write_tables(folders: Sequence[Path], out: Path, *, as_csv: bool, as_latex: 
         texts["methods.tex"] = latex(groups)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for name in (f"{name}.csv" for name in tables):  # of an earlier call with other runs
-            if name not in texts:
+        written = (out / "methods.csv").exists() and (out / "runs.csv").exists()  # by an earlier call, of other runs
+        for name in (f"{name}.csv" for name in tables):
+            if written and name not in texts:
                 (out / name).unlink(missing_ok=True)
         for name, text in texts.items():
             write_text(out / name, text)
@@ -84,7 +85,7 @@ def _tables(runs: Sequence[RunResults], groups: Sequence[Group]) -> dict[str, Ro
     labels = {run.folder: group.label for group in groups for run in group.runs}
     whose = {
         run.folder: {"run": name, "method": labels[run.folder], "seed": run.seed}
-        for name, run in zip(called(runs), runs, strict=True)
+        for name, run in zip(told_apart([run.folder for run in runs], "-"), runs, strict=True)
     }
     classes, confusion, tasks = Rows(), Rows(), Rows()
     for run in runs:
@@ -122,8 +123,8 @@ def answers_of(run: RunResults) -> Answers:
 
 def _significance(groups: Sequence[Group], answers: Mapping[Path, Answers]) -> Iterable[dict[str, Any]]:
     kept = [{run.seed or 0: answers[run.folder] for run in group.runs if answers[run.folder]} for group in groups]
-    classes = {run.seed or 0: classes_of(run) for group in groups for run in group.runs}
     for (one, mine), (other, theirs) in itertools.combinations(zip(groups, kept, strict=True), 2):
+        classes = {run.seed or 0: classes_of(run) for run in one.runs}
         if (found := difference(mine, theirs, classes)) is not None:
             yield {
                 **{"method": one.label, "other": other.label, "orders": found.orders, "difference": found.mean},

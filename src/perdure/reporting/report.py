@@ -13,12 +13,12 @@ from typing import Any
 import jinja2
 
 from perdure import metrics
-from perdure.formatting import RARE, printable_lines, spread_of
+from perdure.formatting import RARE, printable_lines, spread_of, told_apart
 from perdure.reporting import charts, figures
 from perdure.reporting import texts as language
 from perdure.reporting.charts import duration, show
 from perdure.reporting.figures import Drawing, Point
-from perdure.reporting.numbers import STEP, called, numbers_named, score_of_all
+from perdure.reporting.numbers import STEP, numbers_named, score_of_all
 from perdure.reporting.runs import PHASES, Group, RunResults, grouped, ignore, varied
 from perdure.storage.files import write_page
 from perdure.training.summary import unlike_scores
@@ -197,7 +197,7 @@ class _Page:
         drawings |= {re.sub(r"\W+", "-", title.lower()): drawing for title, _, drawing in self.reasons}
         if self.curves:
             drawings[f"{self.score}-over-time"] = self.curves
-        for name, run in zip(called(self.runs), self.runs, strict=True):
+        for name, run in zip(told_apart([run.folder for run in self.runs], "-"), self.runs, strict=True):
             rows = run.matrix()[: run.learnt()]
             if rows:
                 drawings[f"matrix-{name}"] = figures.matrix(f"Scores of {run.method}", rows, run.names())

@@ -1,6 +1,7 @@
 """Whether a difference between two methods is one: paired bootstrap over test images (Efron & Tibshirani, 1993)."""
 
 import statistics
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -12,6 +13,8 @@ from perdure.reporting.runs import RunResults
 ORDERS = 5
 """Fewest repetitions from which a p-value says anything about the next one."""
 _RESAMPLES = 10_000
+_MANY = 20_000
+"""Answers from which drawing single images takes too long, and says nothing else."""
 Classes = Mapping[tuple[int, int], str]
 """(task, class) of a run -> what its test images are called, whatever number they have in a class order."""
 
@@ -40,7 +43,8 @@ def difference(
     """Of two methods' answers after their last tasks, by seed; None where no order's test images are the same.
 
     A test image is drawn, or not, in all orders at once: it is the same image, and answers to it are alike. It is known
-    by its class and its place among the images of that class. Of each class as many are drawn as it has.
+    by its class and its place among the images of that class. Of each class as many are drawn as it has. Of very many
+    images the sums are drawn from the normal distribution that resamples have.
 
     Args:
         one: by seed.
@@ -62,10 +66,19 @@ def difference(
                 own = adds[labels.numpy() == c]
                 called = classes[seed].get((task, c), f"{task}/{c}")
                 found.setdefault((called, len(own)), {})[place] = own
+    covariance = np.zeros((len(seeds), len(seeds)))
+    normal = sum(count * len(by_order) for (_, count), by_order in found.items()) > _MANY
     for (_, count), by_order in found.items():
+        orders = list(by_order)
+        if normal:
+            adds = np.stack(list(by_order.values()))
+            covariance[np.ix_(orders, orders)] += count * np.cov(adds, bias=True).reshape(len(orders), -1)
+            continue
         # images that add the same in every order are as one that is drawn as often as all of them
         kinds, number = np.unique(np.stack(list(by_order.values()), axis=1), axis=0, return_counts=True)
-        drawn[list(by_order)] += (generator.multinomial(count, number / count, _RESAMPLES) @ kinds).T
+        drawn[orders] += (generator.multinomial(count, number / count, _RESAMPLES) @ kinds).T
+    if normal:
+        drawn = generator.multivariate_normal(means, covariance, _RESAMPLES, method="eigh").T
     low, high = np.quantile(drawn.mean(0), (0.025, 0.975))
     p = None
     if len(seeds) >= ORDERS:
@@ -77,11 +90,11 @@ def difference(
 
 
 def classes_of(run: RunResults) -> Classes:
-    """What the test images of a run's tasks are called; a class of several tasks is another one in each."""
+    """What the test images of a run's tasks are called; a name that several tasks have is another one in each."""
     tasks = [(str(task.get("name")), task.get("classes") or (), task.get("names") or ()) for task in run.tasks()]
-    every = [c for _, classes, _ in tasks for c in classes]
+    every = Counter(str(called) for _, _, names in tasks for called in names)
     return {
-        (index, c): str(called) if every.count(c) == 1 else f"{name}/{called}"
+        (index, c): str(called) if every[str(called)] == 1 else f"{name}/{called}"
         for index, (name, classes, names) in enumerate(tasks)
         for c, called in zip(classes, names, strict=False)
     }

@@ -167,7 +167,7 @@ def _questions(
         lettered = list(zip(ascii_uppercase, options or (), strict=False))
         if options and not all(re.search(rf"\b{a}[.):]\s*{re.escape(each)}", text) for a, each in lettered):
             text = "\n".join((text, *(f"{letter}. {option}" for letter, option in lettered)))
-            right = (_letter(answer, right, options),)
+            right = (_letter(answer, right, options, _keys(_first(row, _OPTIONS))),)
             suffix = LETTER if suffix is None else suffix
         parts = _parts(f"{text}\n{suffix}" if suffix else text)
         if None not in parts:
@@ -256,7 +256,8 @@ def _options(given: Any) -> tuple[str, ...] | None:
     if isinstance(given, str):
         given = _json(given) if given.lstrip().startswith(("[", "{")) else [each.strip() for each in given.split("|")]
     if isinstance(given, Mapping):
-        given = [given[name] for name in sorted(given, key=str) if given[name] is not None]
+        named = {str(name): text for name, text in given.items()}
+        given = [named[key] for key in _keys(given)]
     if given is None:
         return None
     texts = [_plain(each, "an option").strip() for each in given] if isinstance(given, list | tuple) else []
@@ -268,14 +269,24 @@ def _options(given: Any) -> tuple[str, ...] | None:
     return tuple(texts)
 
 
-def _letter(given: Any, texts: Sequence[str], options: Sequence[str]) -> str:
-    """The letter of the right option, which is given by its text, its number from 0, or its letter."""
+def _keys(given: Any) -> list[str]:
+    """The keys of options that are given as a mapping, in their order, numbers as numbers; else none."""
+    if isinstance(given, str) and given.lstrip().startswith("{"):
+        given = _json(given)
+    keys = [str(key) for key, text in given.items() if text is not None] if isinstance(given, Mapping) else []
+    return sorted(keys, key=lambda key: (not key.isdecimal(), int(key) if key.isdecimal() else 0, key))
+
+
+def _letter(given: Any, texts: Sequence[str], options: Sequence[str], keys: Sequence[str]) -> str:
+    """The letter of the right option, which is given by its text, its key or else number from 0, or its letter."""
     same = [i for i, option in enumerate(options) if option.casefold() == texts[0].casefold()]
-    numbered = [given] if isinstance(given, int) and 0 <= given < len(options) else []
+    counted = isinstance(given, int) and 0 <= given < len(options)
+    numbered = [i for i, key in enumerate(keys) if key == texts[0]] if keys else [given] if counted else []
     if len(same) == 1 and numbered and same != numbered:
+        by = "key" if keys else "number from 0"
         raise ValueError(
-            f"the answer {given} is the text of option {ascii_uppercase[same[0]]}, and the number from 0 of option "
-            f"{ascii_uppercase[given]}: write the letter of the one that is meant"
+            f"the answer {given} is the text of option {ascii_uppercase[same[0]]}, and the {by} of option "
+            f"{ascii_uppercase[numbered[0]]}: write the letter of the one that is meant"
         )
     if found := same if len(same) == 1 else numbered:
         return ascii_uppercase[found[0]]

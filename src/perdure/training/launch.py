@@ -44,7 +44,6 @@ def launch(processes: int, arguments: Sequence[str], folder: object) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # each would take all of them
     try:
         with TemporaryDirectory(prefix="perdure-") as aside:  # what they put there goes, also of one that is killed
-            os.environ["TMPDIR"] = aside
             config = LaunchConfig(
                 min_nodes=1,
                 max_nodes=1,

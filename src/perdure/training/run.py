@@ -1,6 +1,7 @@
 """A run in a folder: build what the configuration names, learn task after task, evaluate, write everything down."""
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -363,7 +364,8 @@ def _examples_of(out: Path, processes: Processes) -> Iterator[Path]:
         processes.wait()
         yield out
         return
-    with TemporaryDirectory(prefix="perdure-") as aside:
+    kept = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", "")).parent  # in a folder that goes with the launcher
+    with TemporaryDirectory(prefix="perdure-", dir=kept if kept.is_absolute() and kept.is_dir() else None) as aside:
         for name in ("run.json", EXAMPLES):
             if (out / name).exists():
                 shutil.copy(out / name, aside)
