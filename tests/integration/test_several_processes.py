@@ -90,7 +90,8 @@ def test_a_worker_that_is_killed_ends_the_run_with_one_line_and_leaves_nothing(
     begun = start(tmp_path / "out")
     reach(tmp_path / "out", begun, 3)
     kill_a_worker(begun)
-    assert not list((tmp_path / "aside").iterdir())
+    left = [path.name for path in (tmp_path / "aside").iterdir()]
+    assert [name for name in left if not name.startswith("torchinductor")] == []  # which torch keeps on purpose
 
 
 @pytest.mark.slow

@@ -286,7 +286,7 @@ class Backbone(nn.Module):
         """The norm through which a block's MLP, whose first layer `site` is, reads the residual stream.
 
         It is the second of the two norms that stand in the block itself. None where norms come after the sums, as in a
-        BERT: there the MLP reads the stream itself.
+        BERT: there the MLP reads the stream itself; and in language models, whose norms are of kinds of their own.
         """
         block = max(
             (name for t in self.towers() for name in self._blocks(t) if site.layer.startswith(f"{name}.")), key=len

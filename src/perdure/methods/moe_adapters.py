@@ -11,7 +11,8 @@ identified in closed form: Gaussians on the pre-trained model's own features, wh
 AlexNet's; the limit comes from training images alone. Texts go their own way: a class name through the router of the
 task that taught it, a caption as an image does, where the published code sends them where the images go, and its router
 reads a token that is the same for all texts. By default experts stand in the vision tower only (published: in both).
-Routers read the mean of an input's tokens; their noise has a fixed deviation. No dropout. Growth is ours.
+Routers read the mean of an input's tokens; their noise has a fixed deviation. No dropout. Growth is ours. In a language
+model, whose norms are of kinds of their own, x is what the MLP itself reads.
 """
 
 from collections.abc import Iterator
