@@ -162,7 +162,10 @@ def _connected(cluster: Cluster) -> Iterator[Any]:
             ray.init(address=address, **quiet)
         except (ConnectionError, RuntimeError, TimeoutError) as error:
             why = str(error).splitlines()[0]
-            raise ValueError(f"--on {cluster.address!r}: no cluster answers there ({why})") from error
+            raise ValueError(
+                f"--on {cluster.address!r}: no cluster answers there ({why}); one of 'ray start' may ask for a token: "
+                "set RAY_AUTH_MODE=token, and copy its ~/.ray/auth_token here"
+            ) from error
     elif mine:
         ray.init(num_cpus=cluster.jobs * cluster.cpus, include_dashboard=False, **quiet)
     try:
