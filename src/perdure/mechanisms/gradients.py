@@ -39,8 +39,9 @@ def at_scale(scale: float, gradients: Callable[[float], Sequence[Tensor]]) -> tu
     Returns:
         The gradients of the loss, and the scale.
     """
-    while True:
+    while scale > 1:
         found = gradients(scale)
-        if scale <= 1 or all(bool(gradient.isfinite().all()) for gradient in found):
+        if all(bool(gradient.isfinite().all()) for gradient in found):
             return [gradient / scale for gradient in found], scale
-        scale = max(1.0, scale / 16)
+        scale /= 16
+    return list(gradients(1.0)), 1.0  # as they are: a copy of each example's would take their memory twice
