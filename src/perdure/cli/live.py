@@ -25,6 +25,7 @@ class Live:
         self.grid: Pace | None = None  # the grid that a run is one of
         self.shown: Progress | None = None
         self._text = ""  # of what is waited for; empty beside a bar of steps
+        self._fresh = False  # nothing has moved yet
 
     def wait(self, text: str) -> None:
         """Say what is being done, for as long as it takes."""
@@ -56,14 +57,18 @@ class Live:
         self._text = ""
 
     def move(self, line: str, done: int | None = None, share: float = 0.0) -> None:
-        """Say how far it is: `done` steps, which are this `share` of the task; None where there are no steps."""
+        """Say how far it is: `done` steps, which are this `share` of the task; None where there are no steps.
+
+        The first time it is drawn at once: what takes less than a frame is seen too.
+        """
         if self.shown is None:
             return
         below = self.shown.task_ids[-1]
         if self._text and not self.grid:
-            self.shown.update(below, description=f"{self._text}, {line}")
+            self.shown.update(below, description=f"{self._text}, {line}", refresh=self._fresh)
         else:
-            self.shown.update(below, completed=done, line=line)
+            self.shown.update(below, completed=done, line=line, refresh=self._fresh)
+        self._fresh = False
         if self.grid and done is not None:
             self.grid.within = share
             self.shown.update(self.shown.task_ids[0], completed=self.grid.share)
@@ -87,7 +92,7 @@ class Live:
     def _show(self, *columns: ProgressColumn) -> Progress:
         shown = Progress(*columns, console=self.console, transient=True, refresh_per_second=4, redirect_stdout=False)
         shown.start()
-        self.shown = shown
+        self.shown, self._fresh = shown, True
         return shown
 
 
