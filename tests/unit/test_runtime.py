@@ -48,12 +48,21 @@ def test_two_starts_choose_alike_however_busy_the_machine_is(
     assert [resolve(model, precision, "auto", "cpu").attention for _ in range(2)] == [chosen] * 2
 
 
-@pytest.mark.parametrize(("amx", "chosen"), [(True, "bf16"), (False, "fp32")])
+@pytest.mark.parametrize(
+    ("name", "amx", "avx", "chosen"),
+    [
+        ("Intel Xeon", True, True, "bf16"),
+        ("Intel Xeon", False, True, "fp32"),
+        ("AMD EPYC", False, True, "bf16"),
+        ("AMD EPYC", False, False, "fp32"),
+    ],
+)
 def test_a_cpu_computes_in_bfloat16_where_that_is_faster(
-    amx: bool, chosen: str, monkeypatch: pytest.MonkeyPatch
+    name: str, amx: bool, avx: bool, chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"cpu_name": name}, raising=False)
     monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: amx)
-    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: avx)
     for backbone in ("tiny()", "tiny_mllm()"):
         assert resolve(make_backbone(backbone), "auto", "auto", "cpu").precision == chosen
 

@@ -168,8 +168,9 @@ class RunConfig(TrainConfig):
     """What the seed changes, with commas between: order (of classes or tasks), images (which train images per_class,
     per_task or shots keep), start (first values, batches, all else that is random). The rest is as with seed 0."""
     precision: Precision = "auto"
-    """Of the encoder: auto takes bf16 on GPUs that have it and CPUs with AMX. fp16 is for GPUs without it: the loss is
-    scaled (GradScaler), and a step whose gradients overflow is left out."""
+    """Of the encoder: auto takes bf16 where it is native and faster: on GPUs that have it, CPUs with AMX and AMD's with
+    avx512_bf16. fp16 is for GPUs without it: the loss is scaled (GradScaler), and a step whose gradients overflow is
+    left out."""
     attention: Attention = "auto"
     """auto takes sdpa; eager where a CPU computes in bf16 and an image has at most 64 tokens."""
     device: str = "auto"
