@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -80,23 +79,11 @@ def pair(tmp_path_factory: Any) -> Callable[[str, str], list[Any]]:
     def started(every: str, precision: str) -> list[Any]:
         folder = tmp_path_factory.mktemp("pair")
         (folder / "asked.json").write_text(every)
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
-        there = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-        words = [sys.executable, str(ROOT / "tests/fixtures/pair.py"), "asked.json", "found.json"]
-        with (folder / "0").open("w") as first, (folder / "1").open("w") as second:
-            both = [
-                subprocess.Popen(
-                    words,
-                    cwd=folder,
-                    env=there | {"RANK": str(rank), "LOCAL_RANK": str(rank), "PERDURE_PAIR": precision},
-                    stderr=said,
-                )
-                for rank, said in enumerate((first, second))
-            ]
-            codes = [process.wait() for process in both]
-        assert codes == [0, 0], "\n".join((folder / rank).read_text()[-3000:] for rank in "01")
+        words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]  # finds its port
+        words += [str(ROOT / "tests/fixtures/pair.py"), "asked.json", "found.json"]
+        there = os.environ | {"PERDURE_PAIR": precision, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(words, cwd=folder, env=there, stderr=subprocess.PIPE, text=True)
+        assert done.returncode == 0, done.stderr[-6000:]
         return list(json.loads((folder / "found.json").read_text()))
 
     return lambda every, precision: started(every, precision)

@@ -172,7 +172,8 @@ def native_bf16(device: str) -> bool:
     if device == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device == "cpu":
-        told: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # newer than the oldest torch that is allowed
+        tell = getattr(torch.cpu, "get_capabilities", dict)  # newer than the oldest torch that is allowed
+        told: dict[str, object] = tell()
         amd = str(told.get("cpu_name")).startswith("AMD")
         return bool(torch.cpu._is_amx_tile_supported() or (amd and torch.cpu._is_avx512_bf16_supported()))
     return device in ("xpu", "npu")
