@@ -4,7 +4,7 @@
 
 Development streams: seeds 100, 101 and 102 draw the twenty classes, and which are taught when. No reported stream uses
 them. Every month is taught as `learn` does, at the method's own learning rate: 5 epochs, more where that is below 60
-steps, batches of 64, fp32; or with --epochs and --batch-size.
+steps, batches of 64, fp32; or with --epochs, --batch-size and --precision.
 """
 
 import argparse
@@ -23,10 +23,10 @@ MONTHS, CLASSES = 4, 5
 
 
 def taught(
-    backbone: str, method: str, data: str, seed: int, per_class: int, given: dict[str, Any]
+    backbone: str, method: str, data: str, seed: int, per_class: int, precision: str, given: dict[str, Any]
 ) -> dict[str, object]:
     """Accuracy among all twenty classes, on those of the last month and on those of the months before."""
-    learner = Learner.create(backbone, method, seed=seed, precision="fp32")
+    learner = Learner.create(backbone, method, seed=seed, precision=precision)
     path, _, label = data.partition(":")
     spec = f'parquet(path="{path}", label="{label}", tasks=1, per_class={per_class}, test_per_class=20)'
     [everything] = build_stream(spec, learner.backbone.preprocess, 0).tasks
@@ -45,7 +45,7 @@ def taught(
         "seed": seed,
         "backbone": backbone.rpartition("/")[2].rstrip('")') if "path" in backbone else backbone,
         "method": method,
-        "training": {"lr": learner.config.lr} | given,
+        "training": {"lr": learner.config.lr, "precision": precision} | given,
         "accuracy": sum(shares) / MONTHS,
         "last_month": shares[-1],
         "months_before": sum(shares[:-1]) / (MONTHS - 1),
@@ -70,6 +70,7 @@ def main() -> None:
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[100, 101, 102])
     parser.add_argument("--per-class", type=int, default=20)
+    parser.add_argument("--precision", default="fp32")
     for name, kind in (("lr", float), ("epochs", int), ("batch-size", int)):
         parser.add_argument(f"--{name}", type=kind)
     asked = parser.parse_args()
@@ -78,7 +79,7 @@ def main() -> None:
     for seed in asked.seeds:
         for data in asked.data:
             for method in asked.methods:
-                rows.append(taught(asked.backbone, method, data, seed, asked.per_class, given))
+                rows.append(taught(asked.backbone, method, data, seed, asked.per_class, asked.precision, given))
                 print(json.dumps(rows[-1]), flush=True)
     for method in asked.methods:
         cells = []

@@ -192,3 +192,12 @@ def test_a_stream_of_many_small_tasks_starts_no_thread_for_each(lab: Any, monkey
 
     monkeypatch.setattr("perdure.core.learner.ThreadPoolExecutor", refuse)
     assert lab.but(per_class=4).taught("lora(rank=2)").learnt == 3
+
+
+def test_what_was_asked_before_the_first_task_is_asked_anew_when_a_method_adapts_the_encoder(lab: Any) -> None:
+    [task, *_] = lab.stream().tasks
+    learner = lab.learner("finetune")
+    before = learner.cache.test(task.test)
+    learner.grow(task)
+    after = learner.cache.test(task.test)
+    assert "features" in before.__getitems__([0]) and "features" not in after.__getitems__([0])

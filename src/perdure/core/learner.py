@@ -112,6 +112,9 @@ class Core(SharedOut):
         """Make room for `task`, which may be `over`. Depends on descriptions only, so a resumed run can replay it."""
         self.tasks.append(task)
         with plain(), seeded(derived_seed(self.seed, task.index, "grow")):
+            if len(self.tasks) == 1:  # before, the method adapted nothing: what was asked then was no constant
+                self.kept.clear()
+                self.still.clear()
             self.objective.grow(self, task)
             self.method.grow(self, task)
             self.objective.grown(self)
