@@ -200,4 +200,5 @@ def test_what_was_asked_before_the_first_task_is_asked_anew_when_a_method_adapts
     before = learner.cache.test(task.test)
     learner.grow(task)
     after = learner.cache.test(task.test)
-    assert "features" in before.__getitems__([0]) and "features" not in after.__getitems__([0])
+    assert "features" in before.__getitems__([0])
+    assert "features" not in after.__getitems__([0])
