@@ -29,10 +29,11 @@ def test_what_is_asked_for_is_what_is_taken() -> None:
     [
         ("tiny(size=16)", "fp32", "sdpa"),
         ("tiny(size=16)", "bf16", "eager"),
-        ("tiny(size=64)", "bf16", "sdpa"),
-        ("tiny(size=64)", "fp32", "sdpa"),
+        ("tiny(size=128)", "bf16", "sdpa"),
+        ("tiny(size=128)", "fp32", "sdpa"),
         ("tiny_mllm()", "fp32", "sdpa"),
-        ("tiny_mllm()", "bf16", "sdpa"),
+        ("tiny_mllm()", "bf16", "eager"),
+        ("tiny_mllm(size=224)", "bf16", "sdpa"),
     ],
 )
 def test_two_starts_choose_alike_however_busy_the_machine_is(

@@ -26,7 +26,7 @@ from perdure.training.config import Attention, Precision
 if sys.platform != "win32":
     import resource
 
-FEW_TOKENS = 64
+FEW_TOKENS = 256
 """Up to so many, eager attention in bfloat16 is taken on a CPU."""
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -183,17 +183,21 @@ def attention_for(backbone: Backbone, device: str, precision: str) -> Literal["e
     """The kernel that `auto` takes: by a rule, so that two starts of a run compute alike, however busy the machine is.
 
     It is fused attention, which writes no matrix of all pairs of tokens. In float32 neither is faster on a CPU: eager
-    takes 0.96 to 1.04 of sdpa's time, at 17 to 577 tokens (`benchmarks/attention.py`). In bfloat16 on a CPU eager's
-    plain matrix products are, where tokens are few: every measured run of `pocket()`, which has 37, had chosen them.
-    Language models, whose answers are long and whose prompts are longer, were not measured.
+    takes 0.96 to 1.04 of sdpa's time, at 17 to 577 tokens (`benchmarks/attention.py`). In bfloat16 on a CPU eager is:
+    0.56 to 0.88 of sdpa's time at 37 to 400 tokens, and 0.83 in a step of a language model on 90. It is taken where
+    tokens are few, for its matrices take memory.
     """
-    images = not isinstance(backbone, Language) and backbone.has_blocks()
-    few = device == "cpu" and precision == "bf16" and images and _tokens(backbone) <= FEW_TOKENS
+    few = device == "cpu" and precision == "bf16" and 0 < _tokens(backbone) <= FEW_TOKENS
     return "eager" if few else "sdpa"
 
 
 def _tokens(backbone: Backbone) -> int:
-    """How many tokens the first vision block reads of an image."""
+    """Of an image, as the first vision block reads it, or of a short question about one; 0 where it is not known."""
+    if isinstance(backbone, Language):
+        [question] = backbone.tokens(backbone.sample())
+        return len(question)
+    if not backbone.has_blocks():
+        return 0
     side = backbone.preprocess.size
     image = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=next(backbone.parameters()).device)
     with torch.inference_mode():
