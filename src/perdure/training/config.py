@@ -172,7 +172,7 @@ class RunConfig(TrainConfig):
     avx512_bf16. fp16 is for GPUs without it: the loss is scaled (GradScaler), and a step whose gradients overflow is
     left out."""
     attention: Attention = "auto"
-    """auto takes sdpa; eager where a CPU computes in bf16 and an image, or a question about it, has up to 256 tokens."""
+    """auto takes sdpa; eager where a CPU computes in bf16 and an image, or a question about it, has <= 256 tokens."""
     device: str = "auto"
     """cpu, cuda, mps, ..."""
     shard: Literal["none", "blocks"] = "none"
