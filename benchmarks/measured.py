@@ -1,6 +1,7 @@
 """The table that `perdure advise` answers from, made of finished runs, and its copies in both pages on choosing.
 
     python benchmarks/measured.py runs/cifar runs/prompts --seeds 0 1 2
+    python benchmarks/measured.py runs/again --keep    # these methods anew, and what was measured before
     python benchmarks/measured.py        # without runs: the English page's tables, in Chinese, into the Chinese page
 
 Folders are grids' (with their steps.json), or any with runs in them. Running a finished grid's `perdure compare` once
@@ -42,6 +43,7 @@ def main() -> None:
     parser.add_argument("folders", nargs="*", type=Path)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="others are left out")
     parser.add_argument("--without", nargs="*", default=[], help="methods to leave out")
+    parser.add_argument("--keep", action="store_true", help="rows of the table that is there, where there is none anew")
     parser.add_argument("--steps", type=Path, help="folder with a steps.json for rows that have none beside them")
     parser.add_argument("--out", type=Path, default=ROOT / "src/perdure/reporting/measured.json")
     parser.add_argument("--page", type=Path, default=ROOT / "docs/choosing.md")
@@ -65,6 +67,9 @@ def measured(options: argparse.Namespace) -> None:
         setting["rows"] = [row for row in setting["rows"] if row["method"] not in options.without]
         for row in setting["rows"]:
             row["step"] = row["step"] or steps.get(row["method"])
+    if options.keep:
+        settings = kept(json.loads(options.out.read_text(encoding="utf-8"))["settings"], settings)
+    for setting in settings:
         setting["rows"].sort(key=lambda row: -row["after"]["acc"][-1][0])
     options.out.write_text(in_json({"settings": settings}), encoding="utf-8")
     tables = "\n".join(table(setting) for setting in settings)
@@ -72,6 +77,27 @@ def measured(options: argparse.Namespace) -> None:
     options.page.write_text(replaced(page, "measured", f"\n\n{tables}\n"), encoding="utf-8")
     for setting in settings:
         print(f"{setting['data']}, {setting['tasks']} tasks, {setting['backbone']}: {len(setting['rows'])} methods")
+
+
+def kept(before: list[dict[str, Any]], anew: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What was measured before, with the rows in its place that were measured anew, and the days of both.
+
+    Raises:
+        ValueError: when something new was measured in a setting that is not among the former ones.
+    """
+    alike = ("data", "scenario", "tasks", "classes", "images", "test_images", "backbone", "fingerprint", "training")
+    for new in anew:
+        found = [old for old in before if all(old[name] == new[name] for name in (*alike, "computed"))]
+        if len(found) != 1:
+            raise ValueError(f"{new['command']}: not a setting of the table, whose rows --keep keeps")
+        [old] = found
+        rows = {(row["method"], row.get("backbone")): row for row in old["rows"]}
+        for row in new["rows"]:
+            key = row["method"], row.get("backbone")
+            row["step"] = row["step"] or rows.get(key, {}).get("step")
+            rows[key] = row
+        old["rows"], old["created"] = list(rows.values()), sorted({*old["created"], *new["created"]})
+    return before
 
 
 def part_of(page: str, part: str) -> str:
