@@ -1,5 +1,6 @@
 """Zero-shot retention: what a CLIP still knows of data sets that it is never taught."""
 
+import inspect
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from perdure.core.learner import Core
 from perdure.objectives.zeroshot import class_texts
 from perdure.options.spec import parse_one
-from perdure.streams import build_stream
+from perdure.streams import STREAMS, build_stream
 from perdure.types import Row, Stream, Union
 
 ZERO_SHOT = "zero_shot"
@@ -42,8 +43,10 @@ class Retention:
             )
         self.sets: dict[str, Stream] = {}
         for text in held_out:
-            written = {name for name, _ in parse_one(text).kwargs}
-            whole = {} if written & {"tasks", "increments", "scenario"} else {"tasks": 1}
+            spec = parse_one(text)
+            options = inspect.signature(STREAMS[spec.name]).parameters if spec.name in STREAMS else {}
+            divided = {name for name, _ in spec.kwargs} & {"tasks", "increments", "scenario"}
+            whole = {"tasks": 1} if "tasks" in options and not divided else {}
             stream = build_stream(text, learner.backbone.preprocess, 0, measured, **whole)
             if stream.gives != "classes" or len({c for task in stream for c in task.classes}) < 2:
                 raise ValueError(f"retain={text!r}: there are no classes to tell apart; give a labelled data set")

@@ -164,10 +164,12 @@ def _questions(
     for question, answer in pairs:
         text = _text(question, "question")
         suffix, right = columns.suffix, _answers(answer)
-        lettered = list(zip(ascii_uppercase, options or (), strict=False))
-        if options and not all(re.search(rf"\b{a}[.):]\s*{re.escape(each)}", text) for a, each in lettered):
+        lettered, keys = list(zip(ascii_uppercase, options or (), strict=False)), _keys(_first(row, _OPTIONS))
+        shown = all(re.search(rf"\b{a}[.):]\s*{re.escape(each)}", text) for a, each in lettered)
+        if options and (not shown or isinstance(answer, int) or right[0] in keys):
+            right = (_letter(answer, right, options, keys),)
+        if options and not shown:
             text = "\n".join((text, *(f"{letter}. {option}" for letter, option in lettered)))
-            right = (_letter(answer, right, options, _keys(_first(row, _OPTIONS))),)
             suffix = LETTER if suffix is None else suffix
         parts = _parts(f"{text}\n{suffix}" if suffix else text)
         if None not in parts:
@@ -279,7 +281,13 @@ def _keys(given: Any) -> list[str]:
 
 def _letter(given: Any, texts: Sequence[str], options: Sequence[str], keys: Sequence[str]) -> str:
     """The letter of the right option, which is given by its text, its key or else number from 0, or its letter."""
-    same = [i for i, option in enumerate(options) if option.casefold() == texts[0].casefold()]
+    quoted = _LABELLED.fullmatch(texts[0])  # "B. dog"
+    same = [
+        i
+        for i, option in enumerate(options)
+        if option.casefold() == texts[0].casefold()
+        or (quoted and (quoted[1], quoted[2].casefold()) == (ascii_uppercase[i], option.casefold()))
+    ]
     counted = isinstance(given, int) and 0 <= given < len(options)
     numbered = [i for i, key in enumerate(keys) if key == texts[0]] if keys else [given] if counted else []
     if len(same) == 1 and numbered and same != numbered:

@@ -1,7 +1,6 @@
 """Streams of conversations from files and folders, from streams of images, and several of them in turn."""
 
 import functools
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,7 +25,7 @@ from perdure.streams.conversation_tasks import (
 )
 from perdure.streams.conversations import ConversationSet, Pictures, Record
 from perdure.streams.image_set import Budget, Captioned, ImageSet
-from perdure.streams.naming import Role, role_of
+from perdure.streams.naming import Role, role_of, told_role
 from perdure.streams.options import REGISTRY, StreamPlan, check_order, stream
 from perdure.streams.sources import Source
 from perdure.streams.task_split import ordered
@@ -124,7 +123,7 @@ def _asked(data: ImageSet, question: str, names: Mapping[int, str], pictures: Pi
     records = []
     for row, label in zip(data.rows.tolist(), data.labels.tolist(), strict=True):
         where, key = data.source.where(row), data.source.key(row)
-        number = pictures.number(where, functools.partial(_place, data.source, row), key)
+        number = pictures.number(data.source.identity(row) or where, functools.partial(_place, data.source, row), key)
         answer = names[label].replace("_", " ")
         records.append(Record((("user", (None, question)),), (number,), (answer,), where, key))
     asked = ConversationSet(records, pictures, score=score).relabelled(data.labels)
@@ -273,7 +272,7 @@ def find(path: Path, measured: bool = False) -> list[Place]:
     if path.is_file():
         if path.suffix not in ENDINGS:
             raise ValueError(f"path={str(path)!r}: expected a file that ends with {', '.join(ENDINGS)}, or a folder")
-        name, role = _role(path)
+        name, role = told_role(path.stem)
         return [Place(name or (path.resolve().parent.name if role else path.stem), [path])]
     if not path.is_dir():
         near = meant(path.name, [each.name for each in path.parent.iterdir()]) if path.parent.is_dir() else ""
@@ -285,9 +284,9 @@ def find(path: Path, measured: bool = False) -> list[Place]:
             "path= of one of them, or a list of those that are tasks"
         )
     if files:
-        return _together(path, [(file, *_role(file)) for file in files], measured)
+        return _together(path, [(file, *told_role(file.stem)) for file in files], measured)
     if any(role_of(each.name) for each in folders):
-        listed = [(file, _role(file)[0], role_of(each.name)) for each in folders for file in _files(each)]
+        listed = [(file, told_role(file.stem)[0], role_of(each.name)) for each in folders for file in _files(each)]
         return _together(path, listed, measured)
     places = [place for folder in folders for place in find(folder, measured)]
     if not places:
@@ -317,23 +316,6 @@ def _together(path: Path, files: Sequence[tuple[Path, str, Role | None]], measur
                 raise ValueError(f"{file} is a test file, and there is none to learn beside it; add it, or rename this")
             places[name].train, places[name].test = places[name].test, []
     return [places[name] for name in sorted(places)]
-
-
-_SHARD = re.compile(r"[-_.]?\d+(?:-of-\d+)?")
-
-
-def _role(file: Path) -> tuple[str, Role | None]:
-    """Of which task a file is, "" for that of its folder, and what for: by the first or the last word of its name."""
-    stem = file.name.removesuffix(file.suffix)
-    if role := role_of(stem) or role_of(_SHARD.sub("", stem)):
-        return "", role
-    for found in (
-        re.fullmatch(r"(?P<name>.+)[._-](?P<role>[a-zA-Z]+)", stem),
-        re.fullmatch(r"(?P<role>[a-zA-Z]+)[._-](?P<name>.+)", stem),
-    ):
-        if found and (role := role_of(found["role"])):
-            return found["name"], role
-    return stem, None
 
 
 def _files(folder: Path) -> list[Path]:

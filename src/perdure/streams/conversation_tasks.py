@@ -224,14 +224,13 @@ def _split(parts: Sequence[Part], share_images: bool) -> tuple[list[_Divided], s
     for i in whole:
         mine = [(record, group in tested) for (task, record), group in zip(rows, groups, strict=True) if task == i]
         divided[i] = _Divided([r for r, test in mine if not test], [r for r, test in mine if test])
-    kind = f"{SHARE:.0%} of the {'conversations' if share_images else 'images'} held out"
+    shown = not share_images and any(record.images for _, record in rows)
+    kind = f"{SHARE:.0%} of the {'images' if shown else 'conversations'} held out"
     return divided, kind if len(whole) == len(parts) else f"given; where not, {kind}"
 
 
 def _groups(records: Sequence[Record], apart: bool) -> list[int]:
-    """A number for each record, the same where two are connected by images; its own where they are kept `apart`."""
-    if apart:
-        return list(range(len(records)))
+    """A number for each record, the same where two are of one dialogue, or connected by images unless kept `apart`."""
     parent = list(range(len(records)))
 
     def root(i: int) -> int:
@@ -240,10 +239,11 @@ def _groups(records: Sequence[Record], apart: bool) -> list[int]:
             i = parent[i]
         return i
 
-    first: dict[int, int] = {}
+    first: dict[str | int, int] = {}
     for i, record in enumerate(records):
-        for image in record.images:
-            a, b = sorted((root(i), root(first.setdefault(image, i))))
+        connected: list[str | int] = [record.where, *(() if apart else record.images)]
+        for shared in connected:
+            a, b = sorted((root(i), root(first.setdefault(shared, i))))
             parent[b] = a
     return [root(i) for i in range(len(records))]
 

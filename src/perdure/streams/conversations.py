@@ -343,6 +343,7 @@ class ConversationSet:
 
 
 def _identity(pictures: Pictures, record: Record) -> int:
-    """A number for what a record shows, the same in other streams; for one without images, of its own."""
-    shown = "\n".join(pictures.identities[number] for number in record.images) or record.key
+    """A number for what a record shows, the same in other streams; for one without images, for what it says."""
+    said = repr((record.turns, record.answers))
+    shown = "\n".join(pictures.identities[number] for number in record.images) or said
     return int.from_bytes(sha256(shown.encode("utf-8", "surrogateescape")).digest()[:8], "big") >> 1

@@ -94,6 +94,10 @@ class ImageSet:
             made._pixels, made._done, made._asked = images, torch.ones(len(images), dtype=torch.bool), True
         return made
 
+    def identities(self) -> set[str]:
+        """What tells the images apart, by the place where they lie; see `Source.identity`."""
+        return {self.source.identity(row) for row in self.rows.tolist()} - {""}
+
     def __len__(self) -> int:
         return len(self.labels)
 

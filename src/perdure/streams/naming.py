@@ -17,6 +17,7 @@ _ROLE = {role: re.compile(rf"(?:{words}){_SORT}(?![a-z])", re.IGNORECASE) for ro
 Role = Literal["train", "test", "val"]
 """What a part of a data set is for."""
 _SHOWN = 3
+_SHARD = re.compile(r"[-_.]?\d+(?:-of-\d+)?")
 
 
 def task_name(number: int, classes: Sequence[str]) -> str:
@@ -88,3 +89,19 @@ def role_of(name: str, whole: bool = True) -> Role | None:
         if found and (not whole or found.end() == len(name)):
             return role  # type: ignore[return-value]
     return None
+
+
+def told_role(stem: str) -> tuple[str, Role | None]:
+    """What a file holds, "" where its name does not say, and what for: by the first or the last word of its `stem`.
+
+    `train-00000-of-00002`, `train_4w`, `flickr_train` and `labels.test` say what for; `train` alone says no more.
+    """
+    if role := role_of(stem) or role_of(_SHARD.sub("", stem)):
+        return "", role
+    for found in (
+        re.fullmatch(r"(?P<name>.+)[._-](?P<role>[a-zA-Z]+)", stem),
+        re.fullmatch(r"(?P<role>[a-zA-Z]+)[._-](?P<name>.+)", stem),
+    ):
+        if found and (role := role_of(found["role"])):
+            return found["name"], role
+    return stem, None

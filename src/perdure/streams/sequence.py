@@ -82,7 +82,7 @@ def undivided(spec: Spec, why: str, **more: str) -> StreamPlan:
             raise ValueError(f"{name}={value!r} has no effect on {spec.name!r} {why}: leave it out")
     factory = REGISTRY.get(spec.name)
     options = inspect.signature(factory).parameters if factory else {}
-    given = tuple((name, value) for name, value in decided.items() if name in options)
+    given = tuple((name, value) for name, value in decided.items() if name in options and "tasks" in options)
     plan: StreamPlan = build(Spec(spec.name, (*spec.kwargs, *given), spec.parts), REGISTRY, "stream")
     return plan
 
@@ -96,13 +96,18 @@ def _distinct(names: Sequence[str]) -> list[str]:
 
 
 def _joined(parts: Sequence[Stream], names: Sequence[str], scenario: Literal["task", "class"]) -> Stream:
+    for part, name in zip(parts, names, strict=True):
+        if len(part.tasks) != 1:
+            raise ValueError(f"sequence: {name!r} has {len(part.tasks)} tasks, and each data set is one: give it whole")
+        if not all(isinstance(data, ImageSet) for data in (part.tasks[0].train, part.tasks[0].test)):
+            raise ValueError(f"sequence: {name!r} has conversations: write in_turn(...) in its place")
     captioned = [isinstance(part.tasks[0].train, Captioned) for part in parts]
     if any(captioned) and not all(captioned):
         with_captions, without = names[captioned.index(True)], names[captioned.index(False)]
         raise ValueError(
             f"sequence: {with_captions!r} has captions, {without!r} has labels; make a sequence of one kind"
         )
-    sets = [[_set(data) for data in (part.tasks[0].train, part.tasks[0].test)] for part in parts]
+    sets: list[list[Any]] = [[part.tasks[0].train, part.tasks[0].test] for part in parts]
     if all(captioned):
         _align(sets)
     tasks = []
@@ -118,13 +123,7 @@ def _joined(parts: Sequence[Stream], names: Sequence[str], scenario: Literal["ta
     return _noted(parts, names, tasks, scenario)
 
 
-def _set(data: Any) -> ImageSet:
-    if not isinstance(data, ImageSet):
-        raise TypeError(f"a part of a sequence gave a {type(data).__name__}, expected an ImageSet")
-    return data
-
-
-def _align(sets: list[list[ImageSet]]) -> None:
+def _align(sets: list[list[Any]]) -> None:
     """Give captioned sets identities of their own."""
     following = 0
     for i, pair in enumerate(sets):

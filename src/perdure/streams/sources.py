@@ -8,6 +8,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,10 @@ class Source(ABC):
     def key(self, row: int) -> str:
         """What identifies the image wherever the data set lies."""
 
+    def identity(self, row: int) -> str:
+        """What tells the image apart in all data sets, by place: its file's whole path; "" where that is not known."""
+        return ""
+
     @abstractmethod
     def encoded(self, row: int) -> bytes | Path:
         """What is decoded, or its file; of an image that was never encoded, its values. Raises `UnreadableImage`."""
@@ -83,6 +88,10 @@ class Files(Source):
     def key(self, row: int) -> str:
         """The path within the folder."""
         return self.paths[row].replace("\\", "/")
+
+    def identity(self, row: int) -> str:
+        """The whole path."""
+        return _whole(self.root / self.paths[row])
 
     def encoded(self, row: int) -> Path:
         """The file."""
@@ -139,7 +148,17 @@ class Parquet(Source):
         file, inside = self._place(row)
         return f"{file.name}:{inside}"
 
-    @property
+    def identity(self, row: int) -> str:
+        """The whole path of the image's file, or the table's and the row."""
+        file, inside = self._place(row)
+        if not self.of_paths:
+            return f"{_whole(file)}, row {inside}"
+        try:
+            return _whole(Path(str(self.encoded(row))))
+        except UnreadableImage:
+            return ""
+
+    @cached_property
     def of_paths(self) -> bool:
         """Whether the column holds paths only."""
         return is_text(pq.read_schema(self.files[0]).field(self.column).type)
@@ -218,6 +237,11 @@ class InMemory(Source):
     def key(self, row: int) -> str:
         """The row."""
         return str(row)
+
+    def identity(self, row: int) -> str:
+        """The whole path of a file."""
+        image = self.images[row]
+        return _whole(Path(image)) if isinstance(image, str | Path) else ""
 
     def encoded(self, row: int) -> bytes | Path:
         """The file, or the pixels."""
@@ -360,6 +384,10 @@ def _paths(file: Path, column: str) -> list[str | None]:
         cells = pq.ParquetFile(file).read(columns=[f"{column}.path"])[column]
         return [cell and cell["path"] for cell in cells.to_pylist()]
     return [None] * int(pq.read_metadata(file).num_rows)
+
+
+def _whole(path: Path) -> str:
+    return str(Path(os.path.normpath(path)).absolute())
 
 
 def _inode(file: Path) -> str:

@@ -7,7 +7,7 @@ from typing import Any, Self, TypeVar
 
 import numpy as np
 
-from perdure.streams.sources import Source
+from perdure.streams.sources import Source, identities
 from perdure.types import Scenario, Stream, Task
 
 SHARE = 0.2
@@ -97,8 +97,8 @@ def divide(
 ) -> tuple[P, P, dict[str, str]]:
     """The train and the test part of a data set, and what is noted of them.
 
-    Without a test part a share of each of the `groups` of `train` is held out; `each` says what these are. Of what is
-    only measured, the test part or else all is tested.
+    Without a test part a share of each of the `groups` of `train` is held out; `each` says what these are. Rows of a
+    table that show the same image are held out together. Of what is only measured, the test part or else all is tested.
     """
     if measured:
         tested = train if test is None else test
@@ -106,11 +106,22 @@ def divide(
     elif test is not None:
         kind = "given"
     else:
-        held = held_out(groups, train.keys, SHARE, "test part")
+        first = _first_shown(train)
+        alone = list(dict.fromkeys(first))
+        drawn = held_out([groups[i] for i in alone], [train.keys[i] for i in alone], SHARE, "test part")
+        chosen = {alone[i] for i in drawn}
+        held = [i for i, shown in enumerate(first) if shown in chosen]
         kept = sorted({*range(len(train))} - {*held})
         train, test, kind = train.take(kept), train.take(held), f"{SHARE:.0%} of {each} held out"
     sums = {f"{which}_sha256": digest(sorted(part.keys)) for which, part in (("train", train), ("test", test))}
     return train, test, {"kind": kind} | sums
+
+
+def _first_shown(part: ImagePart) -> list[int]:
+    """For each row, the position of the first one that shows the same image; its own where that is not known."""
+    [shown] = identities([part.source])
+    first: dict[str, int] = {}
+    return [i if (image := shown[row]) is None else first.setdefault(image, i) for i, row in enumerate(part.rows)]
 
 
 def all_with_images(data: str, tasks: Iterable[Task], remedy: str, measured: bool = False) -> tuple[Task, ...]:

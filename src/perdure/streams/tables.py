@@ -23,7 +23,7 @@ from perdure.streams.columns import (
     read_table,
     require_column,
 )
-from perdure.streams.naming import Role, role_of
+from perdure.streams.naming import Role, role_of, told_role
 from perdure.streams.options import Options, stream
 from perdure.streams.parquet import batches
 from perdure.streams.sources import Files, Parquet, check_images, check_path, is_text
@@ -96,7 +96,7 @@ def table_files(path: Path, ending: str = ".parquet", measured: bool = False) ->
     """The files of the train part and of the test part; the latter are none when the data set is not split.
 
     Args:
-        path: a file, a folder of files whose names begin with what they are for, or one of folders called so.
+        path: a file, a folder of files whose names begin or end with what they are for, or one of folders called so.
         ending: of the files.
         measured: whether the data is only measured: then a test part may stand alone.
     """
@@ -117,6 +117,11 @@ def table_files(path: Path, ending: str = ".parquet", measured: bool = False) ->
             f"path={str(path)!r} holds {test[0].name} and {others[0].name}, but no train*{ending}: rename "
             "the files to learn from, or give path= of one"
         )
+    if train and others:
+        raise ValueError(
+            f"path={str(path)!r} holds {train[0].name} and {others[0].name}, whose name does not say what it is for: "
+            f"rename it (train*{ending}, test*{ending}), or move it elsewhere"
+        )
     return (train, test) if train and test else (train or test or files, [])
 
 
@@ -129,7 +134,8 @@ def _listed(path: Path, ending: str) -> tuple[list[Path], list[Role | None]]:
     """The files in a folder, in its folder `data`, or in folders called train, test and so on; and what each is for."""
     for folder in (path, path / "data"):
         if files := sorted(folder.glob(f"*{ending}")):
-            return files, [role_of(file.name.removesuffix(ending), whole=False) for file in files]
+            stems = [file.name.removesuffix(ending) for file in files]
+            return files, [role_of(stem, whole=False) or told_role(stem)[1] for stem in stems]
     folders = sorted({file.parent for depth in ("*", "*/*") for file in path.glob(f"{depth}/*{ending}")})
     configurations = sorted({str(folder.parent) for folder in folders if role_of(folder.name)})
     if len(configurations) > 1:
