@@ -13,7 +13,9 @@ import yaml
 
 from perdure.cli.main import main
 from perdure.core.method import METHODS
+from perdure.experiments.tune import command
 from perdure.options.own_methods import OWN_METHODS
+from perdure.training.config import RunConfig
 
 TINY = ["--stream", "synthetic(tasks=2, per_class=8)", "--backbone", "tiny()", "--epochs", "2", "--batch-size", "8"]
 GUARD = """
@@ -48,6 +50,24 @@ def test_a_runs_configuration_is_printed_and_gives_the_same_run_but_for_flags_th
     made = [json.loads((here / run / "run.json").read_text())["config"] for run in ("first", "second", "third")]
     assert made[1] == made[0]
     assert made[2] == made[0] | {"seed": 1}
+
+
+def test_a_learners_configuration_gives_the_same_learner(perdure: Any, photos: Any) -> None:
+    photos("january", "cat dog", 6)
+    small = ("--backbone", "tiny()", "--epochs", "1", "--precision", "fp32")
+    for method in ("inflora(rank=10)", "probe + align", "lora(rank=2)"):
+        perdure("learn", "january", "--into", method, "--method", method, *small)
+        Path("made.yaml").write_text(perdure("show", method, "--config").out)
+        perdure("learn", "january", "--into", f"{method} again", "--config", "made.yaml")
+        made = [json.loads(Path(folder, "run.json").read_text())["config"] for folder in (method, f"{method} again")]
+        assert made[0] == made[1]
+
+
+def test_the_command_that_reports_a_search_knows_own_methods(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    best = RunConfig(stream="synthetic()")
+    assert "--import" not in command(best, [0], here)
+    monkeypatch.setenv(OWN_METHODS, str(here / "own.py"))
+    assert command(best, [0], here).endswith(f" --import {here / 'own.py'}")
 
 
 @pytest.mark.parametrize(
@@ -135,3 +155,19 @@ def test_a_shell_completes_commands_and_flags(shell: str, capsys: pytest.Capture
     script = capsys.readouterr().out
     for word in ("perdure", "compare", "--batch-size", "predict"):
         assert word in script
+
+
+def test_a_learner_that_passed_once_is_measured_on_all_of_it_and_learns_on(perdure: Any, photos: Any) -> None:
+    stream = "synthetic(tasks=2, per_class=6, test_per_class=3)"
+    small = ("--backbone", "tiny()", "--batch-size", "8", "--precision", "fp32")
+    made = perdure(
+        "run", "--stream", stream, "--online", "--method", "lora(rank=2)", *small, "--out", "passed", "--json"
+    )
+    assert made.code == 0, made
+    [row] = [row for row in perdure("eval", "passed", "--json").events if row["metric"] == "accuracy"]
+    assert row["value"] == json.loads(Path("passed/summary.json").read_text())["matrix"][-1][0]
+    photos("january", "cat dog", 6)
+    assert perdure("learn", "january", "--into", "passed").code == 0
+    assert len([row for row in perdure("eval", "passed", "--json").events if row["metric"] == "accuracy"]) == 2
+    for asked in ("show", "report", "resume"):
+        assert perdure(asked, "passed").code == 0

@@ -233,6 +233,9 @@ def test_eval_of_a_taught_learner_measures_the_test_images_of_all_its_folders(pe
     assert "first is gone" in answer.err
     assert "without test images, and not measured: first" in answer.err
     assert [row["on"] for row in answer.events if row["metric"] == "accuracy"] == [1]
+    assert "task 'first' has no test images at hand: measure it on others" in refused(
+        perdure("eval", "x", "--task", "first")
+    )
     shutil.rmtree("more")
     assert "say what to measure on with --stream" in refused(perdure("eval", "x"))
 

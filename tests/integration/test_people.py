@@ -340,6 +340,17 @@ def test_a_folder_works_from_anywhere_and_after_a_move(
     assert (taught.code, "is gone or has changed" in taught.out) == (0, False)
 
 
+def test_a_backbone_that_was_resized_can_be_moved(vit: Path, perdure: Any, photos: Any) -> None:
+    photos("d", "cat dog")
+    perdure("learn", "d", "--into", "a", "--backbone", "vision(path='vit')", "--method", "ncm")
+    side = 2 * json.loads((vit / "config.json").read_text())["image_size"]
+    assert perdure("resize", "a", "--size", str(side)).code == 0
+    before = perdure("predict", "a", "d/cat/00.png", "--json").events[0]["labels"]
+    vit.rename("elsewhere")
+    assert perdure("move", "a", "vit=elsewhere").code == 0
+    assert perdure("predict", "a", "d/cat/00.png", "--json").events[0]["labels"] == before
+
+
 def test_a_move_to_another_model_is_refused(vit: Path, perdure: Any, photos: Any) -> None:
     from safetensors.torch import load_file, save_file
 

@@ -29,13 +29,14 @@ def test_a_taught_learner_says_what_was_taught_from_where_and_how_well(perdure: 
 def test_what_the_folder_holds_of_the_data_is_told_by_kind(perdure: Any, photos: Any) -> None:
     photos("january", "cat dog", 6)
     held = {}
-    for method in ("lora(rank=2)", "lora(rank=2) + replay(size=4)", "ncm"):
+    for method in ("lora(rank=2)", "lora(rank=2) + replay(size=4)", "ncm", "moe_adapters(experts=2)", "head_gates"):
         perdure("learn", "january", "--into", method, *TINY, "--method", method)
         held[method] = " ".join(perdure("show", method, "--json").events[0]["holds"])
     assert "may be replayed" not in held["lora(rank=2)"]
     assert "statistics" not in held["lora(rank=2)"]
     assert "positions of 4 images that may be replayed" in held["lora(rank=2) + replay(size=4)"]
-    assert "statistics of features" in held["ncm"]
+    for method in ("ncm", "moe_adapters(experts=2)", "head_gates"):  # of the latter two a router keeps them
+        assert "statistics of features" in held[method]
 
 
 def test_weights_that_allow_research_only_say_so(perdure: Any, photos: Any) -> None:

@@ -6,9 +6,10 @@ import pytest
 
 from perdure.cli.advise import advice_lines, use_command
 from perdure.core.learner import Core
+from perdure.core.method import METHODS
 from perdure.export.model import _check
 from perdure.options.spec import parse
-from perdure.reporting.abilities import NOT_EXPORTABLE, exportable
+from perdure.reporting.abilities import exportable
 from perdure.reporting.advise import Advice, Constraints, advise, bytes_at, in_words, shipped
 from perdure.training.config import FORMER, make_backbone, make_method, make_objective
 from perdure.types import Task
@@ -216,7 +217,13 @@ def test_what_cannot_be_exported_or_searched_is_left_out_where_that_is_asked_for
 
 
 @pytest.mark.parametrize(
-    "method", [*sorted(NOT_EXPORTABLE - ONLY_IN_WORDS), "inflora(rank=2) + align", "ncm", "gpm", "joint"]
+    "method",
+    [
+        *sorted(
+            name for name, kind in METHODS.items() if not kind.protects and "classes" in (kind.needs or {"classes"})
+        ),
+        *("inflora(rank=2) + align", "fm_lora(prompts=0)"),
+    ],
 )
 def test_exportable_is_what_export_says(method: str) -> None:
     learner = Core(make_backbone("pocket()"), make_objective("classify()"), make_method(method))

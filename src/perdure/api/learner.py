@@ -84,6 +84,7 @@ class Learner(Abilities):
         """A learner that has learnt nothing yet, from its configuration."""
         config = config.settled()
         learner, found = build_learner(cls, config, runtime)
+        learner.online = False  # a lesson is announced, also where a pass without borders was before
         learner.config, learner.runtime, learner._facts, learner.lessons = config, found, {}, Turn()
         learner.objective.bind(learner)  # a language model answers before it has learnt anything
         return learner

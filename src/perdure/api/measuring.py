@@ -52,6 +52,8 @@ def evaluate(
     known_as = known_task(learner, told_task)
     if known_as is not None and stream is None:
         tasks = [task for task in tasks if task.index == known_as.index]
+        if not tasks:
+            raise ValueError(f"task {known_as.name!r} has no test images at hand: measure it on others, with --stream")
     if stream is not None:
         known, unknown = taught_hashes(folder)
         tasks, count = _unseen(tasks, known, f"{described}: all", folder)

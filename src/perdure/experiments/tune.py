@@ -10,6 +10,7 @@ search goes on with the same command: the trial that was in work is resumed wher
 import contextlib
 import hashlib
 import json
+import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
@@ -21,6 +22,7 @@ from torch import Tensor
 from perdure import metrics
 from perdure.backbones.preprocess import UnreadableImage
 from perdure.core import checkpoint
+from perdure.options.own_methods import OWN_METHODS
 from perdure.options.search_space import Interval, Space, check_space, filled
 from perdure.storage import schema
 from perdure.training.config import (
@@ -362,7 +364,8 @@ def _by(row: Mapping[str, Any]) -> tuple[float, str]:
 def command(best: RunConfig, seeds: Sequence[int], out: Path) -> str:
     """The command line that reports the best options on other class orders."""
     words = ["perdure", "compare", "--methods", best.method, "--seeds", *map(str, seeds), "--out", str(out)]
-    return shlex.join([*words, *flags(best.describe(), ("method", "seed"))])
+    own = ["--import", file] if (file := os.environ.get(OWN_METHODS)) else []
+    return shlex.join([*words, *flags(best.describe(), ("method", "seed")), *own])
 
 
 @contextlib.contextmanager

@@ -33,7 +33,9 @@ _WITH_TEXTS = frozenset({"chinese_clip", "clip", "dual", "open_clip", "pocket"})
 
 def exportable(method: str, backbone: str) -> bool:
     """Whether `perdure export` writes it for other libraries; features of several blocks it does not."""
-    return not _takes_layers(backbone) and NOT_EXPORTABLE.isdisjoint(part.name for part in parse(method))
+    parts = parse(method)
+    prompted = any(part.name == "fm_lora" and dict(part.kwargs).get("prompts", 1) for part in parts)
+    return not (_takes_layers(backbone) or prompted) and NOT_EXPORTABLE.isdisjoint(part.name for part in parts)
 
 
 def searchable(backbone: str) -> bool:

@@ -19,7 +19,7 @@ from perdure.storage.schema import Damaged, Examples
 LICENCES = {"pocket": "the weights come from images that allow research use only (Tiny-ImageNet, Flickr8k)"}
 """Of weights that perdure brings itself, by backbone; those of others have the licence of whoever gave them."""
 _NAMED = 12  # classes on one line
-_STATISTICS = re.compile(r"\.(means|sums|covariances|gram|prototypes)\.|\.gram$")
+_STATISTICS = re.compile(r"[./](means|sums|covariances|gram|prototypes)([./]|$)")
 
 
 def contents(folder: Path) -> dict[str, Any]:

@@ -370,11 +370,13 @@ def make_backbone(text: str, method: str = "") -> Any:
 
 
 def make_stream(config: RunConfig, preprocess: "Preprocess") -> "Stream":
-    """The stream of a run, in its order and with its images, as a backbone with `preprocess` reads them."""
+    """The stream of a run as it is learnt: in its order, with its images as `preprocess` says, one task if online."""
     from perdure.streams import build_stream
+    from perdure.training.online import as_one
 
     draw = config.seed_of("images") if "images" in config.vary.split(",") else None
-    return build_stream(config.stream, preprocess, config.seed_of("order"), draw=draw)
+    stream = build_stream(config.stream, preprocess, config.seed_of("order"), draw=draw)
+    return as_one(stream, config.seed_of("start")) if config.online else stream
 
 
 def one(text: str, registry: Any, kind: str, **given: Any) -> Any:

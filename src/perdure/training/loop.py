@@ -163,7 +163,8 @@ def fit_task(
             done, restore = resumed
             if optimizer:
                 restore(optimizer)
-        ended = early is not None and early.over()
+        ended, unsure = early is not None and early.over(), True
+        sighted = any(each.images for each in getattr(task.train, "records", ()))  # of conversations
         for step, batch in () if ended else _training_batches(learner, task, data, config, done):
             learner.step, learner.last_epoch = step, step >= steps - steps // config.epochs
             _reseed(learner, task, "step", step)
@@ -177,7 +178,9 @@ def fit_task(
             if optimizer:
                 for group in optimizer.param_groups:
                     group["lr"] = config.rate(step, steps) * group["scale"]
-                loss = _descend(learner, task, batch, optimizer, first=step == done)
+                sure = unsure and (not sighted or any(each.get("images") for each in batch["conversation"]))
+                loss = _descend(learner, task, batch, optimizer, first=sure)
+                unsure = unsure and not sure
             method.after_step(learner, batch)
             images += len(batch["label"])
             progress.step(step + 1, loss.detach(), len(batch["label"]))
@@ -203,13 +206,17 @@ def fit_task(
 
 
 def _descend(learner: Core, task: Task, batch: Batch, optimizer: torch.optim.Optimizer, first: bool) -> Tensor:
-    """One step; returns the loss before it. In the `first` one all that is trained must have a gradient."""
+    """One step; returns the loss before it. In the `first` one all that is trained must have a gradient.
+
+    Conversations without images move nothing where the tower of the images is all that is trained.
+    """
     optimizer.zero_grad()
     trained, scaler = [p for group in optimizer.param_groups for p in group["params"]], learner.scaler
     with compiled(learner.backbone) if learner.compiles else nullcontext():
         loss = learner.loss(batch)
-        with learner.undivided():  # what is encoded once more, or in steps of a method's own, is all here
-            learner.method.backward(learner, scaler.scale(loss), batch)
+        if loss.requires_grad:
+            with learner.undivided():  # what is encoded once more, or in steps of a method's own, is all here
+                learner.method.backward(learner, scaler.scale(loss), batch)
     learner.processes.average_gradients(trained)
     scaler.unscale_(optimizer)
     if first:
@@ -300,7 +307,13 @@ def _reseed(learner: Core, task: Task, purpose: str, step: int | None = None) ->
 
 def _check_gradients(learner: Core, task: Task) -> None:
     """A parameter that is to be trained and gets no gradient is a request without effect."""
-    idle = [n for n, p in learner.trainable().items() if p.grad is None and not n.startswith("backbone.")]
+    still = [n for n, p in learner.trainable().items() if p.grad is None]
+    idle = still if len(still) == len(learner.trainable()) else [n for n in still if not n.startswith("backbone.")]
+    if idle and "conversations" in learner.objective.asks:
+        raise ValueError(
+            f"task {task.number}: {len(idle)} trainable parameters get no gradient, the first is {idle[0]}: its "
+            "conversations show no image that the towers of images could learn from. Adapt tower='language'"
+        )
     if idle:
         raise ValueError(
             f"task {task.number}: {len(idle)} trainable parameters get no gradient, the first is {idle[0]}: the loss "

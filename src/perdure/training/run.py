@@ -40,7 +40,7 @@ from perdure.training.config import (
 )
 from perdure.training.early_stop import check_trains, shares_of, watching
 from perdure.training.loop import Diverged, Progress, Quiet, TrainConfig, check_shared_out, fit_task
-from perdure.training.online import Along, as_one, check_borders
+from perdure.training.online import Along, check_borders
 from perdure.training.record import (
     check_unchanged,
     elsewhere,
@@ -253,7 +253,7 @@ def _build(config: RunConfig, runtime: Runtime | None, processes: Processes) -> 
     stream = make_stream(config, learner.backbone.preprocess)
     check_gives(stream, learner, config.stream, f", or use --objective {asking(stream.gives)}")
     learner.scenario = stream.scenario
-    return learner, as_one(stream, learner.seed) if config.online else stream, runtime
+    return learner, stream, runtime
 
 
 def check_gives(stream: Stream, learner: Core, described: str, remedy: str = "") -> None:
