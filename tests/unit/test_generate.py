@@ -1,5 +1,6 @@
 """Answers in words: what is learnt of them, and how they are scored."""
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,9 @@ from perdure.adapters.low_rank import LowRankSet
 from perdure.backbones.tiny import tiny
 from perdure.backbones.tiny_mllm import tiny_mllm
 from perdure.core.learner import Core
+from perdure.evaluation.answer_examples import _is_right
 from perdure.objectives import Generate
+from perdure.scoring import Reference, score_of
 from perdure.streams.conversations import Conversation
 from perdure.training.config import make_method, make_objective
 from perdure.types import Batch, Task
@@ -141,3 +144,13 @@ def test_beginnings_are_shared_unless_examples_choose_their_adapters(method: str
     learner.backbone.generate = lambda *args, **given: asked.append(given["alike"]) or generate(*args, **given)
     learner.objective.evaluate(learner, [Task(0, "colours", (0,), ("colours",), None, data, data)])
     assert asked == [shared]
+
+
+@pytest.mark.parametrize("score", ["cider", "bleu", "rouge", "exact"])
+def test_a_caption_in_the_words_of_the_truth_is_right_in_the_report(score: str) -> None:
+    truths = ["a dog runs on grass", "two cats sleep", "a red bus"]
+    references = [Reference((truth,)) for truth in truths]
+    said = ["A dog runs on grass.", "two cats sleep", "a bus"]
+    grade = score_of(score).grade(said, references)
+    found = map(partial(_is_right, score_of(score)), said, references, grade.marks)
+    assert list(found) == [True, True, False]

@@ -18,6 +18,7 @@ from perdure.reporting.papers import write_tables
 from perdure.reporting.report import write_report
 from perdure.reporting.runs import RunResults
 from perdure.reporting.significance import classes_of, difference
+from perdure.types import Task
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +103,37 @@ def test_the_report_shows_confusions_and_classes(grid: list[Path], tmp_path: Pat
     page = write_report([grid[2]], tmp_path / "report.html").read_text()
     assert "What is confused with what" in page
     assert "Accuracy of each class after the last task" in page
+
+
+def test_classes_of_one_name_are_told_apart(tmp_path: Path, lab: Any) -> None:
+    stream = "sequence(synthetic(classes_per_task=2), synthetic(classes_per_task=3, noise=0.5), scenario='class')"
+    lab.run("ncm", tmp_path / "run", stream=stream)
+    (first, second), done = (checkpoint.whole(tmp_path / "run")[-1].tasks, checkpoint.whole(tmp_path / "run"))
+    assert set(first.names) < set(second.names), "classes of both have the same names"
+    doubled = {f"{task.name}: {name}" for task in (first, second) for name in first.names}
+    facts = per_class.class_facts(done)
+    assert set(facts["class_accuracy"]) == doubled | (set(second.names) - set(first.names))
+    assert "confusion" in facts
+    files = write_tables([tmp_path / "run"], tmp_path / "tables", as_csv=True, as_latex=False)
+    (classes,) = (read(file) for file in files if file.name == "classes.csv")
+    assert {row["class"] for row in classes} == set(facts["class_accuracy"])
+
+
+def test_a_name_told_apart_is_no_other_class_s_name() -> None:
+    tasks = [
+        Task(0, "a", (0, 1), ("cat", "a: cat")),
+        Task(1, "a", (2, 3), ("cat", "dog")),
+        Task(2, "b", (3,), ("dog",)),
+    ]
+    assert per_class.named(tasks) == {0: "task 1, a: cat", 1: "a: cat", 2: "task 2, a: cat", 3: "dog"}
+
+
+def test_domains_have_no_confusion_of_tasks(tmp_path: Path, lab: Any) -> None:
+    lab.but(tasks=2, scenario="domain", epochs=1).run("ncm", tmp_path / "run")
+    assert set(per_class.class_facts(checkpoint.whole(tmp_path / "run"))) == {"class_accuracy"}
+    page = write_report([tmp_path / "run"], tmp_path / "report.html").read_text()
+    assert "What is confused with what" not in page
+    assert "Tasks share their classes" in page
 
 
 def test_what_a_spreadsheet_would_compute_is_text() -> None:

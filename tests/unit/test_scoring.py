@@ -226,6 +226,13 @@ def test_letters_alone_are_read_where_the_options_are_not_known() -> None:
     assert [read_choice(text).index for text in ("D", "(j)", "K", "Is it A?")] == [3, 9, None, 0]
 
 
+def test_a_box_without_an_area_is_no_truth_but_of_the_official_rule() -> None:
+    for truth in ("[50, 60, 10, 20]", "[1, 2, 1, 4]"):
+        with pytest.raises(ValueError, match="is a box without an area: expected left, top, right, bottom"):
+            measure([truth], [truth], "iou")
+        assert measure([truth], [Reference((truth,))], "coin_grounding")["official"] == 0
+
+
 def _any_references(score: str) -> list[Reference]:
     """Four references that the score can be asked of."""
     options = ("(A) red", "(B) blue", "(C) two cars", "(D) none")

@@ -1,6 +1,7 @@
 """What a language model answers before a stream, right after each task, and in the end: some questions of each task."""
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,8 @@ from perdure.core.learner import Core
 from perdure.evaluation.examples import EXAMPLES, read_examples, thumbnail
 from perdure.formatting import shortened
 from perdure.objectives.generate import reference_of
-from perdure.scoring import score_of
+from perdure.scoring import Mark, Reference, Score, score_of
+from perdure.scoring.captions import CaptionScore, words
 from perdure.storage.schema import AskedQuestion, Examples
 from perdure.types import Stream, Task
 
@@ -68,17 +70,22 @@ def _noted(learner: Core, tasks: Iterable[Task], noted: Examples, when: When) ->
             batch = next(learner.batches(task.test, count, places))
             said = objective.say(learner, batch)
         references = [reference_of(each) for each in batch["conversation"]]
-        marks = score_of(task.score or objective.score).grade(said, references).marks
+        score = score_of(task.score or objective.score)
+        right = map(partial(_is_right, score), said, references, score.grade(said, references).marks)
         known = [each for each in noted.get("questions", ()) if each["task"] == task.index]
         if not known:
             known = [_question(task, each, noted["pictures"]) for each in batch["conversation"]]
             noted["questions"] = [*noted.get("questions", ()), *known]
-        for question, answer, mark in zip(known, said, marks, strict=True):
+        for question, answer, is_right in zip(known, said, right, strict=True):
             question["said"][when] = shortened(answer, _LONGEST)
-            question["right"] = sorted(
-                {*question["right"], when} if mark.strict == 1 else {*question["right"]} - {when}
-            )
+            question["right"] = sorted({*question["right"], when} if is_right else {*question["right"]} - {when})
     return noted
+
+
+def _is_right(score: Score, answer: str, reference: Reference, mark: Mark) -> bool:
+    """Whether it got the highest mark, or is a caption in the words of a true one, whatever CIDEr makes of it."""
+    same = isinstance(score, CaptionScore) and words(answer) in map(words, reference.answers)
+    return mark.form == "parsed" and (same or mark.strict >= score.top * (1 - 1e-6))
 
 
 def _question(task: Task, conversation: Mapping[str, Any], pictures: dict[str, str]) -> AskedQuestion:

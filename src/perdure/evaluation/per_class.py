@@ -12,6 +12,7 @@ from torch import Tensor
 
 from perdure.core import checkpoint
 from perdure.core.checkpoint import Checkpoint
+from perdure.types import Task
 
 ANSWERS = "answers.safetensors"
 Answers = dict[int, tuple[Tensor, Tensor]]
@@ -59,7 +60,7 @@ def between_tasks(answers: Answers, owner: Mapping[int, int], tasks: int) -> lis
 
     Args:
         answers: as `read` gives them.
-        owner: class -> index of the task that taught it first.
+        owner: class -> index of the task that taught it, the only one.
         tasks: how many there are.
     """
     square: list[list[float | None]] = [[None] * tasks for _ in range(tasks)]
@@ -70,16 +71,37 @@ def between_tasks(answers: Answers, owner: Mapping[int, int], tasks: int) -> lis
     return square
 
 
+def named(tasks: Sequence[Task]) -> dict[int, str]:
+    """Names of classes, told apart: where two classes have one name, as of two data sets, "data set: name".
+
+    Args:
+        tasks: whose classes they are, in the order of the stream; the first that has a class names it.
+    """
+    first: dict[int, tuple[Task, str]] = {}
+    for task in tasks:
+        for c, name in zip(task.classes, task.names, strict=False):
+            first.setdefault(c, (task, name))
+    found, taken = dict[int, str](), Counter(name for _, name in first.values())
+    for c, (task, name) in first.items():
+        told = (name, f"{task.name}: {name}", f"task {task.number}, {task.name}: {name}", f"{name} ({c})")
+        # a name that others have too is none's
+        found[c] = next(each for i, each in enumerate(told) if taken[each] <= (i == 0) and each not in found.values())
+    return found
+
+
 def class_facts(done: Sequence[Checkpoint]) -> dict[str, Any]:
-    """What summary.json says of the last task's answers: accuracy of each class by its name, and `confusion`."""
+    """What summary.json says of the last task's answers: accuracy of each class by its name, and `confusion`.
+
+    No `confusion` where tasks share classes, as domains do: an answer is then no task's.
+    """
     answers = read(done[-1])
     if not answers:
         return {}
     tasks = done[-1].tasks[: done[-1].learnt]
-    names, owner = dict[int, str](), dict[int, int]()
-    for task in tasks:
-        for c, name in zip(task.classes, task.names, strict=True):
-            names.setdefault(c, name)
-            owner.setdefault(c, task.index)
-    shares = {names.get(c, str(c)): right / count for c, (right, count) in of_classes(answers).items()}
-    return {"class_accuracy": shares, "confusion": between_tasks(answers, owner, len(tasks))}
+    names, owner = named(tasks), {c: task.index for task in tasks for c in task.classes}
+    facts: dict[str, Any] = {
+        "class_accuracy": {names.get(c, str(c)): right / count for c, (right, count) in of_classes(answers).items()}
+    }
+    if len(owner) == sum(len(task.classes) for task in tasks):
+        facts["confusion"] = between_tasks(answers, owner, len(tasks))
+    return facts

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from string import ascii_uppercase
 from typing import Any, Literal
 
 import torch
@@ -14,7 +13,7 @@ from perdure.core.learner import Core
 from perdure.core.objective import Objective
 from perdure.options.ranges import Count, checked
 from perdure.scoring import Reference, measure, score_of
-from perdure.scoring.choices import index_of, unlabelled
+from perdure.scoring.choices import alternatives, index_of
 from perdure.types import Batch, Data, Task
 
 _TOGETHER = 256
@@ -175,7 +174,7 @@ class Generate(Objective, name="generate"):
     def _likeliest(self, learner: Core, batch: Batch, references: Sequence[Reference]) -> list[bool]:
         """Of those that have options: whether the likeliest one is right; the first of several alike counts."""
         with learner.computing():
-            candidates = [_candidates(each) for each in references]
+            candidates = [alternatives(each.answers[0], each.options) for each in references]
             # in every process alike: how many answers there are is not known from the batch
             with learner.undivided():
                 scores = self.backbone.likelihoods(batch, candidates, within=learner.applied)
@@ -184,13 +183,6 @@ class Generate(Objective, name="generate"):
 
     def _score(self, task: Task) -> str:
         return task.score or self.score
-
-
-def _candidates(reference: Reference) -> list[str]:
-    """What could be said in place of the right answer, in its form: letters, or the options' texts."""
-    if len(reference.answers[0].strip()) == 1 and all(len(unlabelled(each)) > 1 for each in reference.options):
-        return list(ascii_uppercase[: len(reference.options)])
-    return [unlabelled(each) for each in reference.options]
 
 
 def reference_of(conversation: Mapping[str, Any]) -> Reference:

@@ -17,6 +17,7 @@ from perdure.reporting.numbers import numbers_named, score_of_all
 from perdure.reporting.runs import Group, RunResults, grouped, varied
 from perdure.reporting.significance import classes_of, difference
 from perdure.storage.files import write_text
+from perdure.types import Task
 
 _SHARES = ("acc", "aaa", "new_task_acc", "forgetting", "acc_with_task_id", "task_id_acc")
 _LATEX = ("acc", "aaa", "forgetting", "acc_with_task_id")
@@ -141,11 +142,12 @@ def _method(group: Group) -> dict[str, Any]:
 
 
 def _names(run: RunResults) -> dict[int, str]:
-    return {
-        c: str(name)
-        for task in run.tasks()
-        for c, name in zip(task.get("classes") or (), task.get("names") or (), strict=False)
-    }
+    return per_class.named(
+        [
+            Task(i, str(task.get("name")), tuple(task.get("classes") or ()), tuple(map(str, task.get("names") or ())))
+            for i, task in enumerate(run.tasks())
+        ]
+    )
 
 
 def _csv(rows: Sequence[Mapping[str, Any]]) -> str:

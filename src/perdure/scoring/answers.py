@@ -143,11 +143,23 @@ def check_choice(reference: Reference) -> None:
 
 
 def check_box(reference: Reference) -> None:
-    """Raise a ValueError unless the truth is four numbers."""
+    """Raise a ValueError unless the truth is four numbers, as the official rule wants."""
     for truth in reference.answers or ("",):
         if read_box(truth)[0] is None:
             raise ValueError(
                 f"the truth {truth!r} is no box; give one such as '[0.1, 0.2, 0.5, 0.6]', or another score"
+            )
+
+
+def check_area(reference: Reference) -> None:
+    """Raise a ValueError unless the truth is a box with an area: no answer overlaps another, not even the same."""
+    check_box(reference)
+    for truth in reference.answers:
+        box, _ = read_box(truth)
+        if box is not None and not (box[0] < box[2] and box[1] < box[3]):
+            raise ValueError(
+                f"the truth {truth!r} is a box without an area: expected left, top, right, bottom, with left < right "
+                "and top < bottom; put them in this order, or leave the question out"
             )
 
 
@@ -157,6 +169,6 @@ ANSWER_SCORES: Sequence[PerAnswer] = (
     PerAnswer("vqa", mark_vqa, check_people),
     PerAnswer("choice", mark_choice, check_choice),
     PerAnswer("anls", mark_anls, has_truth),
-    PerAnswer("iou", mark_iou, check_box),
+    PerAnswer("iou", mark_iou, check_area),
 )
 """Scores that look at answers one by one."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from perdure.scoring.marks import Grade, Mark, Reference, check_all, form_of, has_truth, mean
-from perdure.scoring.normalise import HAN
+from perdure.scoring.symbols import HAN
 
 Words = tuple[str, ...]
 Counts = Counter[Words]

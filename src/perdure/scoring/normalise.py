@@ -6,9 +6,10 @@ that TextVQA, VizWiz and lmms-eval use.
 
 import re
 import unicodedata
+from functools import lru_cache
 
-HAN = "\u3005\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-"""Characters that are words by themselves, for a class of a regular expression."""
+from perdure.scoring.numerals import in_digits
+from perdure.scoring.symbols import HAN, kept, shown
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _GROUPED = re.compile(r"\d,\d")
@@ -16,7 +17,6 @@ _COUNTED = "zero one two three four five six seven eight nine ten"
 _NUMBERS = {"none": "0"} | {word: str(number) for number, word in enumerate(_COUNTED.split())}
 _ARTICLES = {"a", "an", "the"}
 _EDGES = ".,:;!?'\"*~“”‘’"
-_SIGN = re.compile(rf"(?<![^\W{HAN}])[-\u2212](?=\.?\d)")
 
 _WITH_APOSTROPHE = """ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
 haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't
@@ -34,27 +34,36 @@ _CONTRACTIONS = {
     if letter == "'"
 } | {"somebody'd": "somebodyd"}
 
-_NUMERAL = re.compile("[〇零一二两兩三四五六七八九十百千万萬亿億]+")
 _BLANK_BESIDE_HAN = re.compile(rf"\s+(?=[{HAN}])|(?<=[{HAN}])\s+")
 _POINT = re.compile(r"(?<=\d)\.(?=\d)")
-_LONGEST = 32  # characters of a numeral with units; what repeats 亿 without end is no number
 _LATIN = re.compile("[a-z0-9]")
 _COMMA = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+_NUMBER_ALONE = re.compile(r"负(\d+(?:\.\d+)?%?)")
+_MINUS = re.compile(r"\bminus (?=\d)")
+# Not words that only end in 不, 没, 非, 无 or 未, nor 是不是, nor what is denied twice.
+_OPPOSED = re.compile(
+    "(?:(?<![要岂何可莫无是])(?<!不[得能])不|(?<![淹沉出埋吞覆湮隐])没|(?<![除莫若无是南北东西中])非|(?<![有虚])无|(?<![周])未"
+    "|(?<![是要])不是|(?<!有)没有|并非)$"
+)
 
 
+@lru_cache(maxsize=4096)  # each truth is asked for at every answer to it, and by several rules
 def normalise(text: str) -> str:
     """The form in which answers are compared, whatever their language.
 
-    Full-width forms become plain ones and case goes. With Chinese characters in it: numerals become digits, punctuation
-    and the blanks beside characters go. Otherwise as `vqa_normalise`, and beyond it: quotes, colons and asterisks at
-    the edges of words go, and a minus before a number stays, which the evaluator drops (so that -3 is not 3). A text
-    that consists of an article alone keeps it.
+    Full-width forms become plain ones, case goes, and Chinese numerals become digits. With other Chinese characters in
+    it: punctuation and the blanks beside characters go. Otherwise as `vqa_normalise`, and beyond it: quotes, colons and
+    asterisks at the edges of words go. A minus before a number and signs of arithmetic stay, which the evaluator drops
+    (so that -3 is not 3, nor x+y x-y): see `symbols.kept`. A text that consists of an article alone keeps it.
     """
     plain = unicodedata.normalize("NFKC", text).strip()
     if has_han(plain):
-        return _chinese(plain)
-    words = (word.strip(_EDGES) for word in vqa_normalise(_SIGN.sub("minus ", plain)).split())
-    return " ".join(word for word in words if word) or plain.lower().strip(_EDGES) or plain.lower()
+        counted = in_digits(_COMMA.sub("", plain.lower()))
+        plain = _NUMBER_ALONE.sub(r"-\1", counted) if _NUMBER_ALONE.fullmatch(_bare(counted)) else counted
+        if has_han(plain):
+            return _chinese(plain) or text
+    words = (word.strip(_EDGES) for word in vqa_normalise(kept(plain)).split())
+    return shown(" ".join(word for word in words if word)) or plain.lower().strip(_EDGES) or plain.lower()
 
 
 def vqa_normalise(text: str) -> str:
@@ -79,15 +88,23 @@ def vqa_normalise(text: str) -> str:
 def contains(answer: str, truth: str) -> bool:
     """Whether `truth` stands in `answer` as whole words, or as characters in Chinese; both are normalised.
 
-    A number or a Latin word that is part of a longer one does not count.
+    A number or a Latin word that is part of a longer one does not count, nor a number after minus or in a fraction, nor
+    what Chinese denies: 是 in 不是, 猫 in 没有猫.
     """
     if not truth:
         return False
-    if has_han(answer) or has_han(truth):
-        before, after = (_LATIN.match(truth[i]) is not None for i in (0, -1))
-        edges = (r"(?<![a-z0-9负])(?<!\d\.)" if before else "", r"(?![a-z0-9]|\.\d)" if after else "")
-        return re.search(re.escape(truth).join(edges), answer) is not None
-    return f" {truth} " in f" {answer} "
+    chinese = has_han(answer) or has_han(truth)
+    before, after = r"(?<!\S)", r"(?!\S)"
+    if chinese:
+        answer, truth = (_MINUS.sub("负", each) for each in (answer, truth))
+        before = r"(?<![a-z0-9负])(?<!\d\.)" if _LATIN.match(truth[0]) else ""
+        after = r"(?![a-z0-9]|\.\d)" if _LATIN.match(truth[-1]) else ""
+    if truth[0].isdecimal():
+        before += "(?<!minus )(?<!/ )"
+    if truth[-1].isdecimal():
+        after += "(?! /)"
+    found = re.finditer(before + re.escape(truth) + after, answer)
+    return any(not (chinese and _OPPOSED.search(answer, 0, each.start())) for each in found)
 
 
 def has_han(text: str) -> bool:
@@ -96,27 +113,10 @@ def has_han(text: str) -> bool:
 
 
 def _chinese(text: str) -> str:
-    plain = _COMMA.sub("", _SIGN.sub("负", text.lower()))
-    plain = _NUMERAL.sub(lambda found: _digits(found[0]), plain)
-    plain = _POINT.sub("\0", plain)  # the point of 3.5 is no full stop
+    plain = _POINT.sub("\0", kept(text, "负"))  # the point of 3.5 is no full stop
     plain = "".join(" " if unicodedata.category(c)[0] in "PZ" else c for c in plain).replace("\0", ".")
-    return _BLANK_BESIDE_HAN.sub("", " ".join(plain.split())) or text
+    return _BLANK_BESIDE_HAN.sub("", " ".join(shown(plain).split()))
 
 
-def _digits(numeral: str) -> str:
-    """A Chinese numeral in digits: 三十五 is 35, 二〇二四 is 2024; a unit without a number, as in 千克, stays."""
-    values = [2 if c == "两" else int(unicodedata.numeric(c)) for c in numeral]
-    if max(values) < 10:
-        return "".join(map(str, values))
-    if values[0] > 10 or len(values) > _LONGEST:
-        return numeral
-    total = section = digit = 0
-    for value in values:
-        if value < 10:
-            digit = value
-        elif value < 10_000:
-            section, digit = section + (digit or 1) * value, 0
-        else:  # 亿 multiplies all before it, 万 what came after 亿
-            total = (total + section + digit) * value if value > 10_000 else total + (section + digit) * value
-            section = digit = 0
-    return str(total + section + digit)
+def _bare(text: str) -> str:
+    return text.strip(f"{_EDGES}。 ")
