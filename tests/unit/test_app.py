@@ -76,6 +76,60 @@ def test_an_archive_becomes_the_folder_of_its_classes(tmp_path: Path) -> None:
     assert tmp_path / "store" in found.parents
 
 
+@pytest.mark.parametrize(
+    ("entries", "classes"),
+    [
+        (("photos/cat/1.png", "photos/dog/1.png", "photos/dataset-metadata.json"), {"cat", "dog"}),
+        (("photos/cat/1.png", "photos/dog/1.png", "labels.csv"), {"cat", "dog"}),
+        (("photos/cat/1.png", "photos/dog/1.png", "photos/meta/labels.csv"), {"cat", "dog"}),
+        (("photos/cat/1.png", "photos/cat/1.json", "photos/dog/1.png"), {"cat", "dog"}),
+        (("photos/cat/1.png", "photos/dog/1.png", "cover.png"), {"cat", "dog"}),
+        (("cat/1.png", "cover.png"), {"cat"}),
+    ],
+)
+def test_a_learner_of_classes_takes_the_class_folders_whatever_lies_beside_them(
+    tmp_path: Path, entries: tuple[str, ...], classes: set[str]
+) -> None:
+    archive = packed(tmp_path, dict.fromkeys(entries, png()))
+    found = Store(tmp_path / "store", LIMITS).archive("a.zip", archive, tables=False)
+    assert {path.name for path in found.iterdir() if path.is_dir()} == classes
+    assert not [path for path in found.rglob("*") if path.suffix in (".json", ".csv")]
+
+
+def test_an_archive_of_tables_only_has_nothing_for_a_learner_of_classes(tmp_path: Path) -> None:
+    archive = packed(tmp_path, {"labels.csv": b"image,label"})
+    store = Store(tmp_path / "store", LIMITS)
+    assert store.archive("a.zip", archive).name == "labels.csv"
+    with pytest.raises(ValueError, match="holds no picture: give a folder for each class"):
+        store.archive("a.zip", archive, tables=False)
+
+
+@pytest.mark.parametrize("names", [("bird.",), ("cat.", "cat"), ("cat .",), ("猫" * 70,), ("x" * 201, "x" * 202)])
+def test_a_name_that_would_be_another_class_is_refused(tmp_path: Path, names: tuple[str, ...]) -> None:
+    store = Store(tmp_path / "store", LIMITS)
+    message = "(ends in a dot|is longer than 200 bytes), and would be another name as a folder's: rename it"
+    with pytest.raises(ValueError, match=f"class name .* {message}"):
+        store.classes([(name, [("a.png", png())]) for name in names])
+    archive = packed(tmp_path, {f"a/{name}/{i}.png": png() for i, name in enumerate(names)})
+    with pytest.raises(ValueError, match=f"the archive's folder .* {message}"):
+        store.archive("a.zip", archive)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [archive]
+
+
+def test_two_names_of_one_folder_are_refused_where_a_system_has_them_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Path.exists
+    monkeypatch.setattr(Path, "exists", lambda path: real(path) or real(path.with_name(path.name.lower())))
+    store = Store(tmp_path / "store", LIMITS)
+    with pytest.raises(ValueError, match="'Cat' and another name are one folder here: rename one of the two"):
+        store.classes([(name, [("a.png", png())]) for name in ("cat", "Cat")])
+    with pytest.raises(ValueError, match="'a/Cat' and another name are one folder here"):
+        store.archive("a.zip", packed(tmp_path, {"a/cat/1.png": png(), "a/Cat/2.png": png()}))
+    composed = packed(tmp_path, {"a/\u00e9/1.png": png(), "a/e\u0301/2.png": png()})
+    assert len(list(store.archive("a.zip", composed).rglob("*.png"))) == 2  # one class, as readers of folders have it
+
+
 @pytest.mark.parametrize("letter", ["x", "猫"])
 def test_a_name_that_is_too_long_keeps_its_ending(tmp_path: Path, letter: str) -> None:
     found = Store(tmp_path / "store", LIMITS).archive("a.zip", packed(tmp_path, {f"dog/{letter * 90}.png": png()}))

@@ -176,7 +176,7 @@ class Service:
         if archive:
             if pictures:
                 raise ValueError("pictures beside an archive have no effect: give one of the two")
-            where = self.store.archive(*archive)
+            where = self.store.archive(*archive, tables=self.asks != "classes")
         elif self.asks == "classes":
             where = self.store.classes(pictures)
         else:
