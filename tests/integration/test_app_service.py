@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from perdure.app.lessons import Lesson
@@ -48,3 +49,18 @@ def test_a_stray_table_in_an_archive_of_class_folders_is_left_out(tmp_path: Path
     lesson = ended(app.give([], ("photos.zip", tmp_path / "photos.zip")))
     assert lesson.state == "learnt", lesson.said
     assert [task["classes"] for task in app.describe()["tasks"]] == [["cat", "dog"]]
+
+
+@pytest.mark.parametrize("at", ["grid/probe", "grid", "."])
+def test_runs_are_a_folder_of_grids_a_grid_or_one_run(
+    tmp_path: Path, lab: Any, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    lab.but(tasks=2).run("probe", tmp_path / "runs" / "grid" / "probe")
+    monkeypatch.chdir(tmp_path / "runs" / at)
+    name = {".": "grid"}.get(at, Path(at).name)
+    for place in (Path(), Path.cwd()):
+        app = service(tmp_path, place)
+        assert {grid: [run.resolve() for run in runs] for grid, runs in app.grids().items()} == {
+            name: [tmp_path / "runs" / "grid" / "probe"]
+        }
+        assert "probe" in app.compared(name)

@@ -211,10 +211,9 @@ class Service:
             return {}
         found: dict[str, list[Path]] = {}
         for file in sorted(self.runs.rglob("summary.json")):
-            grid = file.parent.parent
-            found.setdefault(grid.name if grid == self.runs else str(grid.relative_to(self.runs)), []).append(
-                file.parent
-            )
+            run, grid = file.parent, file.parent.parent
+            within = self.runs not in (run, grid)  # it may be a grid itself, or one run
+            found.setdefault(str(grid.relative_to(self.runs)) if within else self.runs.resolve().name, []).append(run)
         return found
 
     def compared(self, grid: str) -> str:
