@@ -1,6 +1,7 @@
 """What the app does with lessons and runs, without a server: uploads are taught, given up and removed."""
 
 import io
+import threading
 import time
 import zipfile
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from perdure.app.lessons import Lesson
+from perdure.app.lessons import Lesson, Outcome
 from perdure.app.service import Service
 from perdure.training.config import RunConfig
 
@@ -27,8 +28,10 @@ def shown(*classes: str, count: int = 3) -> list[tuple[str, list[tuple[str, byte
 
 
 def service(folder: Path, runs: Path | None = None, **options: Any) -> Service:
-    config = RunConfig(stream="", backbone="tiny()", method="finetune()", device="cpu", precision="fp32", epochs=1)
-    return Service(folder / "learner", config, {"epochs": 1} | options, folder / "uploads", runs=runs)
+    options = {"epochs": 1} | options
+    made = {"backbone": "tiny()", "method": "finetune()", "device": "cpu", "precision": "fp32"}
+    config = RunConfig(stream="", **made | options)
+    return Service(folder / "learner", config, {"epochs": options["epochs"]}, folder / "uploads", runs=runs)
 
 
 def ended(lesson: Lesson) -> Lesson:
@@ -49,6 +52,65 @@ def test_a_stray_table_in_an_archive_of_class_folders_is_left_out(tmp_path: Path
     lesson = ended(app.give([], ("photos.zip", tmp_path / "photos.zip")))
     assert lesson.state == "learnt", lesson.said
     assert [task["classes"] for task in app.describe()["tasks"]] == [["cat", "dog"]]
+
+
+def kept(folder: Path) -> int:
+    return len(list((folder / "uploads").rglob("*.png")))
+
+
+def test_pictures_stay_of_what_was_learnt_only(tmp_path: Path) -> None:
+    app = service(tmp_path)
+    assert ended(app.give(shown("cat"))).state == "failed"  # a first task needs two
+    assert kept(tmp_path) == 0
+    assert ended(app.give(shown("cat", "dog"))).state == "learnt"
+    again = ended(app.give(shown("cat", "dog")))
+    assert "nothing is learnt twice" in again.notes[-1]
+    assert kept(tmp_path) == 6
+    assert ended(app.give(shown("emu", "fox"))).state == "learnt"
+    assert kept(tmp_path) == 12
+
+
+def test_a_refused_or_stopped_lesson_leaves_no_pictures(tmp_path: Path) -> None:
+    app, goes_on = service(tmp_path), threading.Event()
+
+    def teach(_: Lesson) -> Outcome:
+        goes_on.wait(60)
+        return Outcome((), [])
+
+    first = app.lessons.put("first", teach)
+    while first.state == "waiting":
+        time.sleep(0.01)
+    waiting = app.give(shown("cat", "dog"))
+    others = [app.lessons.put("other", lambda _: Outcome((), [])) for _ in range(15)]
+    assert kept(tmp_path) == 6
+    with pytest.raises(ValueError, match="16 lessons wait already"):
+        app.give(shown("emu", "fox"))
+    assert kept(tmp_path) == 6
+    assert app.lessons.stop(waiting.id).state == "stopped"
+    assert kept(tmp_path) == 0
+    assert app.give(shown("emu", "fox")).state == "waiting"
+    goes_on.set()
+    ended(others[-1])
+
+
+@pytest.mark.parametrize("locked", [False, True])
+def test_a_lesson_stopped_within_leaves_pictures_only_where_it_can_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locked: bool
+) -> None:
+    app = service(tmp_path, epochs=100_000, save_every=1)
+    if locked:
+
+        def give_up(_: Path) -> None:
+            raise ValueError("another process is working in it")
+
+        monkeypatch.setattr("perdure.app.service.give_up", give_up)
+    lesson = app.give(shown("cat", "dog"))
+    while not lesson.losses and not lesson.over:
+        time.sleep(0.01)
+    app.lessons.stop(lesson.id)
+    assert ended(lesson).state == "stopped"
+    assert kept(tmp_path) == 6 * locked
+    assert (tmp_path / "learner" / "task-000").exists() == locked
 
 
 @pytest.mark.parametrize("at", ["grid/probe", "grid", "."])

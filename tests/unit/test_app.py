@@ -3,6 +3,7 @@
 import asyncio
 import io
 import stat
+import threading
 import time
 import zipfile
 from collections.abc import Callable
@@ -316,14 +317,56 @@ def test_a_lesson_that_is_to_stop_stops_while_examples_are_encoded_too() -> None
             time.sleep(0.01)
         return Outcome((), [])
 
-    lesson = Lessons(lambda: None).put("a lesson", teach)
+    lessons = Lessons(lambda: None)
+    lesson = lessons.put("a lesson", teach)
     while lesson.state == "waiting":
         time.sleep(0.01)
-    lesson.wanted.set()
+    lessons.stop(lesson.id)
     until = time.monotonic() + 10
     while not lesson.over and time.monotonic() < until:
         time.sleep(0.01)
     assert lesson.state == "stopped"
+
+
+def test_a_lesson_that_waits_is_stopped_at_once_and_its_place_is_free() -> None:
+    goes_on = threading.Event()
+    tidied: list[int] = []
+
+    def teach(_: Lesson) -> Outcome:
+        goes_on.wait(10)
+        return Outcome((), [])
+
+    lessons = Lessons(lambda: None)
+    first = lessons.put("first", teach)
+    while first.state == "waiting":
+        time.sleep(0.01)
+    waiting = [lessons.put(str(i), lambda _: Outcome((), []), lambda i=i: tidied.append(i)) for i in range(16)]
+    with pytest.raises(ValueError, match="16 lessons wait already"):
+        lessons.put("one more", lambda _: Outcome((), []))
+    assert lessons.stop(waiting[3].id).state == "stopped"
+    assert tidied == [3]
+    assert lessons.before(waiting[4]) == 4
+    last = lessons.put("one more", lambda _: Outcome((), []))
+    goes_on.set()
+    until = time.monotonic() + 10
+    while not last.over and time.monotonic() < until:
+        time.sleep(0.01)
+    assert [each.state for each in (first, *waiting, last)].count("learnt") == 17
+    assert tidied == [3, *(i for i in range(16) if i != 3)]
+
+
+def test_only_an_upload_of_the_store_is_removed(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store", LIMITS)
+    first, second = (store.classes([("cat", [("a.png", png())])]) for _ in range(2))
+    others = [tmp_path / "store" / "january" / "cat", tmp_path / "elsewhere" / first.parent.name, tmp_path / "store"]
+    for place in others:
+        place.mkdir(parents=True, exist_ok=True)
+        store.drop(place)
+    store.drop(first, [str(first / "cat")])
+    assert all(place.exists() for place in (*others, first, second))
+    store.drop(first, [str(second)])
+    assert not first.parent.exists()
+    assert second.exists()
 
 
 def test_before_its_first_step_a_lesson_says_how_much_it_has_looked_at() -> None:

@@ -1,11 +1,10 @@
 """The queue of lessons: one at a time is taught, in the order in which they came, while the learner answers."""
 
 import math
-import queue
 import secrets
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -27,12 +26,17 @@ class Stopped(Exception):
     """Whoever gave the lesson wants no more of it."""
 
 
-@dataclass
+def _nothing() -> None: ...
+
+
+@dataclass(eq=False)
 class Lesson:
     """One thing to learn, and how far it is; implements `perdure.training.loop.Progress`."""
 
     title: str
     teach: Callable[["Lesson"], "Outcome"]
+    tidy: Callable[[], None] = _nothing
+    """Called once nothing more is done with it, however it ended."""
     id: str = field(default_factory=lambda: secrets.token_hex(8))
     state: State = "waiting"
     said: str = ""
@@ -128,23 +132,23 @@ class Lessons:
 
     def __init__(self, give_up: Callable[[], None], begun: Callable[[], bool] = lambda: False) -> None:
         self.give_up, self.begun = give_up, begun
-        self._waiting: queue.Queue[Lesson] = queue.Queue(_WAITING)
+        self._waiting: deque[Lesson] = deque()
         self._known: OrderedDict[str, Lesson] = OrderedDict()
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
         threading.Thread(target=self._work, name="perdure-lessons", daemon=True).start()
 
-    def put(self, title: str, teach: Callable[[Lesson], Outcome]) -> Lesson:
-        """A lesson to be taught once those before it are.
+    def put(self, title: str, teach: Callable[[Lesson], Outcome], tidy: Callable[[], None] = _nothing) -> Lesson:
+        """A lesson to be taught once those before it are; see `Lesson`.
 
         Raises:
             ValueError: when too many wait.
         """
-        lesson = Lesson(title, teach)
-        with self._lock:
-            try:
-                self._waiting.put_nowait(lesson)
-            except queue.Full:
-                raise ValueError(f"{_WAITING} lessons wait already: come back when some of them are learnt") from None
+        lesson = Lesson(title, teach, tidy)
+        with self._changed:
+            if len(self._waiting) >= _WAITING:
+                raise ValueError(f"{_WAITING} lessons wait already: come back when some of them are learnt")
+            self._waiting.append(lesson)
+            self._changed.notify()
             self._known[lesson.id] = lesson
             while len(self._known) > _REMEMBERED:
                 oldest = next((each for each in self._known.values() if each.over), None)
@@ -153,31 +157,42 @@ class Lessons:
                 del self._known[oldest.id]
         return lesson
 
+    def stop(self, id: str) -> Lesson:
+        """Have a lesson stopped: one that waits leaves its place at once, one that is learnt ends with its step."""
+        lesson = self[id]
+        with self._changed:
+            lesson.wanted.set()
+            if waited := lesson.state == "waiting":
+                self._waiting.remove(lesson)
+                lesson.state = "stopped"
+        if waited:
+            lesson.tidy()
+        return lesson
+
     def __getitem__(self, id: str) -> Lesson:
-        with self._lock:
+        with self._changed:
             if id not in self._known:
                 raise ValueError(f"there is no lesson {shortened(id, 40)!r}: it may be long past")
             return self._known[id]
 
     def before(self, lesson: Lesson) -> int:
         """How many lessons come first."""
-        with self._lock:
+        with self._changed:
             pending = [each for each in self._known.values() if not each.over]
         return pending.index(lesson) if lesson in pending else 0
 
     def _work(self) -> None:
         while True:
-            lesson = self._waiting.get()
-            if lesson.wanted.is_set():
-                lesson.state = "stopped"
-                continue
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting)
+                lesson = self._waiting.popleft()
+                lesson.state, lesson.started = "learning", time.monotonic()
             # in a thread of its own: a fault of ours ends that one, with its traceback on the console, and not this
             teacher = threading.Thread(target=self._teach, args=(lesson,), name="perdure-teacher", daemon=True)
             teacher.start()
             teacher.join()
 
     def _teach(self, lesson: Lesson) -> None:
-        lesson.state, lesson.started = "learning", time.monotonic()
         state: State = "failed"
         others = True  # until it is known
         try:
@@ -195,6 +210,7 @@ class Lessons:
                     lesson.said = lesson.said or _line(error)
             if state == "failed" and not lesson.said:
                 lesson.said = "it failed, and the console of the app says why"
+            lesson.tidy()
             lesson.seconds = time.monotonic() - lesson.started
             lesson.state = state
 

@@ -3,6 +3,7 @@
 import threading
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from perdure.api.chat import Talk
 from perdure.api.folders import go_on, refuse_without_effect, teach_folder
 from perdure.api.given import shown
 from perdure.api.learner import Learner
-from perdure.api.lesson_source import give_up, unfinished
+from perdure.api.lesson_source import give_up, lesson_paths, unfinished
 from perdure.app.lessons import Lesson, Lessons, Outcome
 from perdure.app.uploads import Limits, Store
 from perdure.core import checkpoint
@@ -186,7 +187,18 @@ class Service:
 
     def teach(self, where: Path, title: str, skip_bad: bool = False) -> Lesson:
         """Have the folder or file `where` taught once all lessons before are; see `perdure learn`."""
-        return self.lessons.put(shortened(title, 80), lambda lesson: self._teach(where, lesson, skip_bad))
+        try:
+            return self.lessons.put(
+                shortened(title, 80), lambda lesson: self._teach(where, lesson, skip_bad), lambda: self._tidy(where)
+            )
+        except ValueError:
+            self.store.drop(where)
+            raise
+
+    def _tidy(self, where: Path) -> None:
+        """Remove the upload of a lesson that is over, unless the learner refers to it."""
+        with suppress(ValueError, OSError):  # what cannot be read is believed to
+            self.store.drop(where, lesson_paths(self.folder))
 
     def _teach(self, where: Path, lesson: Lesson, skip_bad: bool) -> Outcome:
         teach_folder(where, self.folder, self.config, self.given, lesson, skip_bad)

@@ -1,12 +1,13 @@
 """What comes from a browser: limited in size, checked like all input, and written below one folder only."""
 
 import json
+import re
 import secrets
 import shutil
 import stat
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -24,6 +25,8 @@ _ENCODINGS = ("utf-8", "gb18030")
 """Of names in archives that do not say theirs: as macOS writes them, and Windows in Chinese."""
 _LONGEST = 120  # characters of a name that is shown
 _BYTES, _ENDING = 200, 16  # of a name that is written
+_NAMED = 6  # bytes of what an upload's folder is called
+_UPLOAD = re.compile(f"[0-9a-f]{{{2 * _NAMED}}}")
 _FORBIDDEN = '<>:"/\\|?*'
 
 
@@ -121,6 +124,18 @@ class Store:
                 ) from error
             return _inner(folder, tables)
 
+    def upload_of(self, place: str | Path) -> Path | None:
+        """The folder of the upload that `place` lies in; None where it is none of this store's."""
+        root, place = self.root.resolve(), Path(place).resolve()
+        names = place.relative_to(root).parts if root in place.parents else ("",)
+        return root / names[0] if _UPLOAD.fullmatch(names[0]) else None
+
+    def drop(self, place: Path, kept: Iterable[str] = ()) -> None:
+        """Remove the upload that `place` lies in, unless something that is to be `kept` lies there too."""
+        upload = self.upload_of(place)
+        if upload is not None and upload not in map(self.upload_of, kept):
+            shutil.rmtree(upload, ignore_errors=True)
+
     def _unpack(self, opened: zipfile.ZipFile, folder: Path, tables: bool) -> None:
         entries, left = opened.infolist(), self.limits.unpacked
         if len(entries) > self.limits.files:
@@ -160,7 +175,7 @@ class Store:
     @contextmanager
     def _new(self, title: str) -> Iterator[Path]:
         """A folder of its own, which is gone again where what is written to it turns out to be of no use."""
-        outer = self.root / secrets.token_hex(6)
+        outer = self.root / secrets.token_hex(_NAMED)
         folder = outer / _safe(title, "name")
         folder.mkdir(parents=True)
         try:
