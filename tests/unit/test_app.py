@@ -275,22 +275,21 @@ def test_a_page_event_fetches_nothing_from_elsewhere_and_pages_load_nothing_from
 
 
 @pytest.mark.parametrize(
-    ("error", "begun", "state", "given_up"),
+    ("error", "state", "given_up"),
     [
-        (ValueError("the folder is gone"), False, "failed", True),
-        (ValueError("the folder is gone"), True, "failed", False),  # what another process began can go on elsewhere
-        (Stopped(), True, "stopped", True),
-        (None, False, "learnt", False),
+        (ValueError("the folder is gone"), "failed", [False]),
+        (Stopped(), "stopped", [True]),
+        (None, "learnt", []),
     ],
 )
 @pytest.mark.parametrize("locked", [False, True])
-def test_a_lesson_that_ended_is_over_and_only_its_own_is_given_up(
-    error: Exception | None, begun: bool, state: str, given_up: bool, locked: bool
+def test_a_lesson_that_ended_is_over_and_what_it_began_is_given_up(
+    error: Exception | None, state: str, given_up: list[bool], locked: bool
 ) -> None:
-    calls: list[str] = []
+    calls: list[bool] = []
 
-    def give_up() -> None:
-        calls.append("given up")
+    def give_up(_: Lesson, stopped: bool) -> None:
+        calls.append(stopped)
         if locked:
             raise ValueError("another process is working in it")
 
@@ -299,12 +298,12 @@ def test_a_lesson_that_ended_is_over_and_only_its_own_is_given_up(
             raise error
         return Outcome((), [])
 
-    lesson = Lessons(give_up, lambda: begun).put("a lesson", teach)
+    lesson = Lessons(give_up).put("a lesson", teach)
     until = time.monotonic() + 10
     while not lesson.over and time.monotonic() < until:
         time.sleep(0.01)
     assert lesson.state == state
-    assert calls == ["given up"] * given_up
+    assert calls == given_up
     refused = "another process is working in it" if locked and given_up else ""
     assert lesson.said == (str(error) if state == "failed" else refused)
 
@@ -317,7 +316,7 @@ def test_a_lesson_that_is_to_stop_stops_while_examples_are_encoded_too() -> None
             time.sleep(0.01)
         return Outcome((), [])
 
-    lessons = Lessons(lambda: None)
+    lessons = Lessons(lambda *_: None)
     lesson = lessons.put("a lesson", teach)
     while lesson.state == "waiting":
         time.sleep(0.01)
@@ -336,7 +335,7 @@ def test_a_lesson_that_waits_is_stopped_at_once_and_its_place_is_free() -> None:
         goes_on.wait(10)
         return Outcome((), [])
 
-    lessons = Lessons(lambda: None)
+    lessons = Lessons(lambda *_: None)
     first = lessons.put("first", teach)
     while first.state == "waiting":
         time.sleep(0.01)

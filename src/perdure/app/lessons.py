@@ -37,6 +37,10 @@ class Lesson:
     teach: Callable[["Lesson"], "Outcome"]
     tidy: Callable[[], None] = _nothing
     """Called once nothing more is done with it, however it ended."""
+    shown: Callable[[str], str] = str
+    """What is said, as others may read it."""
+    source: str = ""
+    """Of which an unfinished lesson in the learner's folder is its own, and given up where it fails."""
     id: str = field(default_factory=lambda: secrets.token_hex(8))
     state: State = "waiting"
     said: str = ""
@@ -80,7 +84,7 @@ class Lesson:
 
     def note(self, text: str) -> None:
         """Something the user should know."""
-        self.notes.append(printable(shortened(text, 1000)))
+        self.notes.append(printable(shortened(self.shown(text), 1000)))
 
     def describe(self) -> dict[str, Any]:
         """As JSON."""
@@ -126,12 +130,12 @@ class Lessons:
     """Teaches in a thread of its own.
 
     Args:
-        give_up: called after a lesson that was stopped, and after one that failed unless it was `begun` before.
-        begun: whether a lesson is unfinished already, which another process has left.
+        give_up: called after a lesson that was stopped (True) or that failed (False), to forget what it began.
+        shown: what is said of lessons, as others may read it.
     """
 
-    def __init__(self, give_up: Callable[[], None], begun: Callable[[], bool] = lambda: False) -> None:
-        self.give_up, self.begun = give_up, begun
+    def __init__(self, give_up: Callable[[Lesson, bool], None], shown: Callable[[str], str] = str) -> None:
+        self.give_up, self.shown = give_up, shown
         self._waiting: deque[Lesson] = deque()
         self._known: OrderedDict[str, Lesson] = OrderedDict()
         self._changed = threading.Condition()
@@ -143,7 +147,7 @@ class Lessons:
         Raises:
             ValueError: when too many wait.
         """
-        lesson = Lesson(title, teach, tidy)
+        lesson = Lesson(title, teach, tidy, self.shown)
         with self._changed:
             if len(self._waiting) >= _WAITING:
                 raise ValueError(f"{_WAITING} lessons wait already: come back when some of them are learnt")
@@ -194,27 +198,24 @@ class Lessons:
 
     def _teach(self, lesson: Lesson) -> None:
         state: State = "failed"
-        others = True  # until it is known
         try:
-            others = self.begun()
             lesson.outcome, state = lesson.teach(lesson), "learnt"
         except Stopped:
             state = "stopped"
         except (ValueError, OSError) as error:
-            lesson.said = _line(error)
+            lesson.said = self._line(error)
         finally:
-            if state == "stopped" or (state == "failed" and not others):
+            if state != "learnt":
                 try:
-                    self.give_up()
+                    self.give_up(lesson, state == "stopped")
                 except (ValueError, OSError) as error:
-                    lesson.said = lesson.said or _line(error)
+                    lesson.said = lesson.said or self._line(error)
             if state == "failed" and not lesson.said:
                 lesson.said = "it failed, and the console of the app says why"
             lesson.tidy()
             lesson.seconds = time.monotonic() - lesson.started
             lesson.state = state
 
-
-def _line(error: Exception) -> str:
-    """An error as one line for people."""
-    return printable(shortened(" ".join(str(error).split()), 1000))
+    def _line(self, error: Exception) -> str:
+        """An error as one line for people."""
+        return printable(shortened(self.shown(" ".join(str(error).split())), 1000))

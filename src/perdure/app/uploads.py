@@ -130,6 +130,12 @@ class Store:
         names = place.relative_to(root).parts if root in place.parents else ("",)
         return root / names[0] if _UPLOAD.fullmatch(names[0]) else None
 
+    def unplaced(self, text: str) -> str:
+        """A text in which uploads have the names that they were given, and not where they lie."""
+        for root in {str(self.root), str(self.root.absolute()), str(self.root.resolve())}:
+            text = re.sub(rf"{re.escape(root)}[/\\]{_UPLOAD.pattern}[/\\]", "", text)
+        return text
+
     def drop(self, place: Path, kept: Iterable[str] = ()) -> None:
         """Remove the upload that `place` lies in, unless something that is to be `kept` lies there too."""
         upload = self.upload_of(place)
