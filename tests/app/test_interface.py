@@ -68,8 +68,8 @@ def test_a_lesson_that_is_stopped_leaves_the_learner_as_it_was(client: Any) -> N
     many = files(*(picture((10, 200, 200), i) for i in range(60)))
     first = client.post("/api/teach", files=many, data={"class": "cyan"}).json()["lesson"]
     second = client.post("/api/teach", files=many, data={"class": "teal"}).json()["lesson"]
-    for lesson in (second, first):
-        client.post(f"/api/lessons/{lesson}/stop")
+    assert client.post(f"/api/lessons/{second}/stop").json()["state"] == "stopped"  # it waits
+    client.post(f"/api/lessons/{first}/stop")
     assert [ended(client, lesson)["state"] for lesson in (first, second)] == ["stopped", "stopped"]
     assert client.get("/api/learner").json() == known
 

@@ -3,6 +3,7 @@
 import asyncio
 import io
 import stat
+import threading
 import time
 import zipfile
 from collections.abc import Callable
@@ -74,6 +75,60 @@ def test_an_archive_becomes_the_folder_of_its_classes(tmp_path: Path) -> None:
     found = Store(tmp_path / "store", LIMITS).archive("January photos.zip", archive)
     assert sorted(path.name for path in found.iterdir()) == ["dog", "猫"]
     assert tmp_path / "store" in found.parents
+
+
+@pytest.mark.parametrize(
+    ("entries", "classes"),
+    [
+        (("photos/cat/1.png", "photos/dog/1.png", "photos/dataset-metadata.json"), {"cat", "dog"}),
+        (("photos/cat/1.png", "photos/dog/1.png", "labels.csv"), {"cat", "dog"}),
+        (("photos/cat/1.png", "photos/dog/1.png", "photos/meta/labels.csv"), {"cat", "dog"}),
+        (("photos/cat/1.png", "photos/cat/1.json", "photos/dog/1.png"), {"cat", "dog"}),
+        (("photos/cat/1.png", "photos/dog/1.png", "cover.png"), {"cat", "dog"}),
+        (("cat/1.png", "cover.png"), {"cat"}),
+    ],
+)
+def test_a_learner_of_classes_takes_the_class_folders_whatever_lies_beside_them(
+    tmp_path: Path, entries: tuple[str, ...], classes: set[str]
+) -> None:
+    archive = packed(tmp_path, dict.fromkeys(entries, png()))
+    found = Store(tmp_path / "store", LIMITS).archive("a.zip", archive, tables=False)
+    assert {path.name for path in found.iterdir() if path.is_dir()} == classes
+    assert not [path for path in found.rglob("*") if path.suffix in (".json", ".csv")]
+
+
+def test_an_archive_of_tables_only_has_nothing_for_a_learner_of_classes(tmp_path: Path) -> None:
+    archive = packed(tmp_path, {"labels.csv": b"image,label"})
+    store = Store(tmp_path / "store", LIMITS)
+    assert store.archive("a.zip", archive).name == "labels.csv"
+    with pytest.raises(ValueError, match="holds no picture: give a folder for each class"):
+        store.archive("a.zip", archive, tables=False)
+
+
+@pytest.mark.parametrize("names", [("bird.",), ("cat.", "cat"), ("cat .",), ("猫" * 70,), ("x" * 201, "x" * 202)])
+def test_a_name_that_would_be_another_class_is_refused(tmp_path: Path, names: tuple[str, ...]) -> None:
+    store = Store(tmp_path / "store", LIMITS)
+    message = "(ends in a dot|is longer than 200 bytes), and would be another name as a folder's: rename it"
+    with pytest.raises(ValueError, match=f"class name .* {message}"):
+        store.classes([(name, [("a.png", png())]) for name in names])
+    archive = packed(tmp_path, {f"a/{name}/{i}.png": png() for i, name in enumerate(names)})
+    with pytest.raises(ValueError, match=f"the archive's folder .* {message}"):
+        store.archive("a.zip", archive)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [archive]
+
+
+def test_two_names_of_one_folder_are_refused_where_a_system_has_them_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Path.exists
+    monkeypatch.setattr(Path, "exists", lambda path: real(path) or real(path.with_name(path.name.lower())))
+    store = Store(tmp_path / "store", LIMITS)
+    with pytest.raises(ValueError, match="'Cat' and another name are one folder here: rename one of the two"):
+        store.classes([(name, [("a.png", png())]) for name in ("cat", "Cat")])
+    with pytest.raises(ValueError, match="'a/Cat' and another name are one folder here"):
+        store.archive("a.zip", packed(tmp_path, {"a/cat/1.png": png(), "a/Cat/2.png": png()}))
+    composed = packed(tmp_path, {"a/\u00e9/1.png": png(), "a/e\u0301/2.png": png()})
+    assert len(list(store.archive("a.zip", composed).rglob("*.png"))) == 2  # one class, as readers of folders have it
 
 
 @pytest.mark.parametrize("letter", ["x", "猫"])
@@ -220,22 +275,21 @@ def test_a_page_event_fetches_nothing_from_elsewhere_and_pages_load_nothing_from
 
 
 @pytest.mark.parametrize(
-    ("error", "begun", "state", "given_up"),
+    ("error", "state", "given_up"),
     [
-        (ValueError("the folder is gone"), False, "failed", True),
-        (ValueError("the folder is gone"), True, "failed", False),  # what another process began can go on elsewhere
-        (Stopped(), True, "stopped", True),
-        (None, False, "learnt", False),
+        (ValueError("the folder is gone"), "failed", [False]),
+        (Stopped(), "stopped", [True]),
+        (None, "learnt", []),
     ],
 )
 @pytest.mark.parametrize("locked", [False, True])
-def test_a_lesson_that_ended_is_over_and_only_its_own_is_given_up(
-    error: Exception | None, begun: bool, state: str, given_up: bool, locked: bool
+def test_a_lesson_that_ended_is_over_and_what_it_began_is_given_up(
+    error: Exception | None, state: str, given_up: list[bool], locked: bool
 ) -> None:
-    calls: list[str] = []
+    calls: list[bool] = []
 
-    def give_up() -> None:
-        calls.append("given up")
+    def give_up(_: Lesson, stopped: bool) -> None:
+        calls.append(stopped)
         if locked:
             raise ValueError("another process is working in it")
 
@@ -244,12 +298,12 @@ def test_a_lesson_that_ended_is_over_and_only_its_own_is_given_up(
             raise error
         return Outcome((), [])
 
-    lesson = Lessons(give_up, lambda: begun).put("a lesson", teach)
+    lesson = Lessons(give_up).put("a lesson", teach)
     until = time.monotonic() + 10
     while not lesson.over and time.monotonic() < until:
         time.sleep(0.01)
     assert lesson.state == state
-    assert calls == ["given up"] * given_up
+    assert calls == given_up
     refused = "another process is working in it" if locked and given_up else ""
     assert lesson.said == (str(error) if state == "failed" else refused)
 
@@ -262,14 +316,56 @@ def test_a_lesson_that_is_to_stop_stops_while_examples_are_encoded_too() -> None
             time.sleep(0.01)
         return Outcome((), [])
 
-    lesson = Lessons(lambda: None).put("a lesson", teach)
+    lessons = Lessons(lambda *_: None)
+    lesson = lessons.put("a lesson", teach)
     while lesson.state == "waiting":
         time.sleep(0.01)
-    lesson.wanted.set()
+    lessons.stop(lesson.id)
     until = time.monotonic() + 10
     while not lesson.over and time.monotonic() < until:
         time.sleep(0.01)
     assert lesson.state == "stopped"
+
+
+def test_a_lesson_that_waits_is_stopped_at_once_and_its_place_is_free() -> None:
+    goes_on = threading.Event()
+    tidied: list[int] = []
+
+    def teach(_: Lesson) -> Outcome:
+        goes_on.wait(10)
+        return Outcome((), [])
+
+    lessons = Lessons(lambda *_: None)
+    first = lessons.put("first", teach)
+    while first.state == "waiting":
+        time.sleep(0.01)
+    waiting = [lessons.put(str(i), lambda _: Outcome((), []), lambda i=i: tidied.append(i)) for i in range(16)]
+    with pytest.raises(ValueError, match="16 lessons wait already"):
+        lessons.put("one more", lambda _: Outcome((), []))
+    assert lessons.stop(waiting[3].id).state == "stopped"
+    assert tidied == [3]
+    assert lessons.before(waiting[4]) == 4
+    last = lessons.put("one more", lambda _: Outcome((), []))
+    goes_on.set()
+    until = time.monotonic() + 10
+    while not last.over and time.monotonic() < until:
+        time.sleep(0.01)
+    assert [each.state for each in (first, *waiting, last)].count("learnt") == 17
+    assert tidied == [3, *(i for i in range(16) if i != 3)]
+
+
+def test_only_an_upload_of_the_store_is_removed(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store", LIMITS)
+    first, second = (store.classes([("cat", [("a.png", png())])]) for _ in range(2))
+    others = [tmp_path / "store" / "january" / "cat", tmp_path / "elsewhere" / first.parent.name, tmp_path / "store"]
+    for place in others:
+        place.mkdir(parents=True, exist_ok=True)
+        store.drop(place)
+    store.drop(first, [str(first / "cat")])
+    assert all(place.exists() for place in (*others, first, second))
+    store.drop(first, [str(second)])
+    assert not first.parent.exists()
+    assert second.exists()
 
 
 def test_before_its_first_step_a_lesson_says_how_much_it_has_looked_at() -> None:

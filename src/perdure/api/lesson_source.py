@@ -142,6 +142,14 @@ def paths_of(source: LessonSource) -> list[str]:
     return [str(path) for name in _PATHS if (path := source.get(name))]
 
 
+def lesson_paths(into: Path) -> list[str]:
+    """The files and folders that the learner in a folder was taught from, and those of a lesson that is unfinished."""
+    done = checkpoint.whole(into)
+    sources = [found_now(source, into) for each in done if (source := each.manifest.get("source"))]
+    begun = unfinished(into, done)
+    return [path for source in [*sources, *([begun] if begun else [])] for path in paths_of(source)]
+
+
 def give_up(into: Path) -> None:
     """Forget a lesson that was begun in a folder and is not finished; what was learnt before stays."""
     with checkpoint.locked(into):

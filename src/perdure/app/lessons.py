@@ -1,11 +1,10 @@
 """The queue of lessons: one at a time is taught, in the order in which they came, while the learner answers."""
 
 import math
-import queue
 import secrets
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -27,12 +26,21 @@ class Stopped(Exception):
     """Whoever gave the lesson wants no more of it."""
 
 
-@dataclass
+def _nothing() -> None: ...
+
+
+@dataclass(eq=False)
 class Lesson:
     """One thing to learn, and how far it is; implements `perdure.training.loop.Progress`."""
 
     title: str
     teach: Callable[["Lesson"], "Outcome"]
+    tidy: Callable[[], None] = _nothing
+    """Called once nothing more is done with it, however it ended."""
+    shown: Callable[[str], str] = str
+    """What is said, as others may read it."""
+    source: str = ""
+    """Of which an unfinished lesson in the learner's folder is its own, and given up where it fails."""
     id: str = field(default_factory=lambda: secrets.token_hex(8))
     state: State = "waiting"
     said: str = ""
@@ -76,7 +84,7 @@ class Lesson:
 
     def note(self, text: str) -> None:
         """Something the user should know."""
-        self.notes.append(printable(shortened(text, 1000)))
+        self.notes.append(printable(shortened(self.shown(text), 1000)))
 
     def describe(self) -> dict[str, Any]:
         """As JSON."""
@@ -122,29 +130,29 @@ class Lessons:
     """Teaches in a thread of its own.
 
     Args:
-        give_up: called after a lesson that was stopped, and after one that failed unless it was `begun` before.
-        begun: whether a lesson is unfinished already, which another process has left.
+        give_up: called after a lesson that was stopped (True) or that failed (False), to forget what it began.
+        shown: what is said of lessons, as others may read it.
     """
 
-    def __init__(self, give_up: Callable[[], None], begun: Callable[[], bool] = lambda: False) -> None:
-        self.give_up, self.begun = give_up, begun
-        self._waiting: queue.Queue[Lesson] = queue.Queue(_WAITING)
+    def __init__(self, give_up: Callable[[Lesson, bool], None], shown: Callable[[str], str] = str) -> None:
+        self.give_up, self.shown = give_up, shown
+        self._waiting: deque[Lesson] = deque()
         self._known: OrderedDict[str, Lesson] = OrderedDict()
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
         threading.Thread(target=self._work, name="perdure-lessons", daemon=True).start()
 
-    def put(self, title: str, teach: Callable[[Lesson], Outcome]) -> Lesson:
-        """A lesson to be taught once those before it are.
+    def put(self, title: str, teach: Callable[[Lesson], Outcome], tidy: Callable[[], None] = _nothing) -> Lesson:
+        """A lesson to be taught once those before it are; see `Lesson`.
 
         Raises:
             ValueError: when too many wait.
         """
-        lesson = Lesson(title, teach)
-        with self._lock:
-            try:
-                self._waiting.put_nowait(lesson)
-            except queue.Full:
-                raise ValueError(f"{_WAITING} lessons wait already: come back when some of them are learnt") from None
+        lesson = Lesson(title, teach, tidy, self.shown)
+        with self._changed:
+            if len(self._waiting) >= _WAITING:
+                raise ValueError(f"{_WAITING} lessons wait already: come back when some of them are learnt")
+            self._waiting.append(lesson)
+            self._changed.notify()
             self._known[lesson.id] = lesson
             while len(self._known) > _REMEMBERED:
                 oldest = next((each for each in self._known.values() if each.over), None)
@@ -153,52 +161,61 @@ class Lessons:
                 del self._known[oldest.id]
         return lesson
 
+    def stop(self, id: str) -> Lesson:
+        """Have a lesson stopped: one that waits leaves its place at once, one that is learnt ends with its step."""
+        lesson = self[id]
+        with self._changed:
+            lesson.wanted.set()
+            if waited := lesson.state == "waiting":
+                self._waiting.remove(lesson)
+                lesson.state = "stopped"
+        if waited:
+            lesson.tidy()
+        return lesson
+
     def __getitem__(self, id: str) -> Lesson:
-        with self._lock:
+        with self._changed:
             if id not in self._known:
                 raise ValueError(f"there is no lesson {shortened(id, 40)!r}: it may be long past")
             return self._known[id]
 
     def before(self, lesson: Lesson) -> int:
         """How many lessons come first."""
-        with self._lock:
+        with self._changed:
             pending = [each for each in self._known.values() if not each.over]
         return pending.index(lesson) if lesson in pending else 0
 
     def _work(self) -> None:
         while True:
-            lesson = self._waiting.get()
-            if lesson.wanted.is_set():
-                lesson.state = "stopped"
-                continue
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting)
+                lesson = self._waiting.popleft()
+                lesson.state, lesson.started = "learning", time.monotonic()
             # in a thread of its own: a fault of ours ends that one, with its traceback on the console, and not this
             teacher = threading.Thread(target=self._teach, args=(lesson,), name="perdure-teacher", daemon=True)
             teacher.start()
             teacher.join()
 
     def _teach(self, lesson: Lesson) -> None:
-        lesson.state, lesson.started = "learning", time.monotonic()
         state: State = "failed"
-        others = True  # until it is known
         try:
-            others = self.begun()
             lesson.outcome, state = lesson.teach(lesson), "learnt"
         except Stopped:
             state = "stopped"
         except (ValueError, OSError) as error:
-            lesson.said = _line(error)
+            lesson.said = self._line(error)
         finally:
-            if state == "stopped" or (state == "failed" and not others):
+            if state != "learnt":
                 try:
-                    self.give_up()
+                    self.give_up(lesson, state == "stopped")
                 except (ValueError, OSError) as error:
-                    lesson.said = lesson.said or _line(error)
+                    lesson.said = lesson.said or self._line(error)
             if state == "failed" and not lesson.said:
                 lesson.said = "it failed, and the console of the app says why"
+            lesson.tidy()
             lesson.seconds = time.monotonic() - lesson.started
             lesson.state = state
 
-
-def _line(error: Exception) -> str:
-    """An error as one line for people."""
-    return printable(shortened(" ".join(str(error).split()), 1000))
+    def _line(self, error: Exception) -> str:
+        """An error as one line for people."""
+        return printable(shortened(self.shown(" ".join(str(error).split())), 1000))

@@ -223,7 +223,7 @@ class Page:
     def _stop(self, lesson: str, request: gr.Request) -> None:
         self._check(request)
         if lesson:
-            self.service.lessons[lesson].wanted.set()
+            self.service.lessons.stop(lesson)
 
     def _check(self, request: gr.Request) -> None:
         if not self.gate.opens(request.headers):

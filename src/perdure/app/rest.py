@@ -89,9 +89,7 @@ def interface(service: Service) -> FastAPI:
 
     @app.post("/api/lessons/{id}/stop")
     def stop(id: str) -> dict[str, Any]:
-        found = service.lessons[id]
-        found.wanted.set()
-        return found.describe()
+        return service.lessons.stop(id).describe()
 
     @app.get("/show/report", response_class=HTMLResponse)
     def report(grid: str | None = None) -> str:

@@ -2,7 +2,8 @@
 
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from perdure.api.chat import Talk
 from perdure.api.folders import go_on, refuse_without_effect, teach_folder
 from perdure.api.given import shown
 from perdure.api.learner import Learner
-from perdure.api.lesson_source import give_up, unfinished
+from perdure.api.lesson_source import give_up, lesson_paths, unfinished
 from perdure.app.lessons import Lesson, Lessons, Outcome
 from perdure.app.uploads import Limits, Store
 from perdure.core import checkpoint
@@ -74,9 +75,9 @@ class Service:
         self.learner = self._load()
         refuse_without_effect(folder, self.learner.config, given)
         self.gallery = _Gallery(images) if images else None
-        self.lessons = Lessons(lambda: give_up(folder), self._begun)
-        if self._begun():  # by a process that was killed meanwhile
-            self.lessons.put("?", self._go_on)
+        self.lessons = Lessons(self._give_up, self._shown)
+        if begun := self._begun():  # by a process that was killed meanwhile
+            self.lessons.put(Path(begun).name, self._go_on, lambda: self._tidy(Path(begun)))
 
     def _load(self) -> Learner:
         if (self.folder / SPECIALISTS).exists():
@@ -88,9 +89,24 @@ class Service:
             return Learner.load(self.folder, self.device) if known else Learner.untaught(self.folder, self.device)
         return Learner.of(self.config)
 
-    def _begun(self) -> bool:
-        there = (self.folder / "run.json").exists()
-        return there and unfinished(self.folder, checkpoint.whole(self.folder)) is not None
+    def _begun(self) -> str:
+        """Where the lesson lies that is unfinished in the learner's folder; empty when there is none."""
+        if not (self.folder / "run.json").exists():
+            return ""
+        begun = unfinished(self.folder, checkpoint.whole(self.folder))
+        return begun["folder"] if begun else ""
+
+    def _give_up(self, lesson: Lesson, stopped: bool) -> None:
+        """Forget what a lesson that is not learnt has begun; what another process began is its own, until stopped."""
+        if (begun := self._begun()) and (stopped or begun == lesson.source):
+            give_up(self.folder)
+
+    def _shown(self, text: str) -> str:
+        """A text without where the learner and its uploads lie on this machine."""
+        text = self.store.unplaced(text)
+        for folder in {self.folder.absolute(), self.folder.resolve()}:
+            text = text.replace(str(folder), folder.name) if folder.name else text
+        return text
 
     @property
     def asks(self) -> str:
@@ -176,7 +192,7 @@ class Service:
         if archive:
             if pictures:
                 raise ValueError("pictures beside an archive have no effect: give one of the two")
-            where = self.store.archive(*archive)
+            where = self.store.archive(*archive, tables=self.asks != "classes")
         elif self.asks == "classes":
             where = self.store.classes(pictures)
         else:
@@ -186,14 +202,35 @@ class Service:
 
     def teach(self, where: Path, title: str, skip_bad: bool = False) -> Lesson:
         """Have the folder or file `where` taught once all lessons before are; see `perdure learn`."""
-        return self.lessons.put(shortened(title, 80), lambda lesson: self._teach(where, lesson, skip_bad))
+        try:
+            return self.lessons.put(
+                shortened(title, 80), lambda lesson: self._teach(where, lesson, skip_bad), lambda: self._tidy(where)
+            )
+        except ValueError:
+            self.store.drop(where)
+            raise
+
+    def _tidy(self, where: Path) -> None:
+        """Remove the upload of a lesson that is over, unless the learner refers to it."""
+        with suppress(ValueError, OSError):  # what cannot be read is believed to
+            self.store.drop(where, lesson_paths(self.folder))
 
     def _teach(self, where: Path, lesson: Lesson, skip_bad: bool) -> Outcome:
-        teach_folder(where, self.folder, self.config, self.given, lesson, skip_bad)
+        if (begun := self._begun()) and self.store.upload_of(begun) and not Path(begun).exists():
+            lesson.note(f"{begun}, begun before, is given up: its pictures are gone")
+            give_up(self.folder)
+            begun = ""
+        source = str(where.resolve())
+        lesson.source = source if source != begun else ""
+        with _told(begun):
+            teach_folder(where, self.folder, self.config, self.given, lesson, skip_bad)
         return self._learnt()
 
     def _go_on(self, lesson: Lesson) -> Outcome:
-        go_on(self.folder, lesson, self.device)
+        begun = self._begun()
+        lesson.source = begun if self.store.upload_of(begun) else ""
+        with _told("" if lesson.source else begun):
+            go_on(self.folder, lesson, self.device)
         return self._learnt()
 
     def _learnt(self) -> Outcome:
@@ -211,10 +248,9 @@ class Service:
             return {}
         found: dict[str, list[Path]] = {}
         for file in sorted(self.runs.rglob("summary.json")):
-            grid = file.parent.parent
-            found.setdefault(grid.name if grid == self.runs else str(grid.relative_to(self.runs)), []).append(
-                file.parent
-            )
+            run, grid = file.parent, file.parent.parent
+            within = self.runs not in (run, grid)  # it may be a grid itself, or one run
+            found.setdefault(str(grid.relative_to(self.runs)) if within else self.runs.resolve().name, []).append(run)
         return found
 
     def compared(self, grid: str) -> str:
@@ -264,6 +300,17 @@ class _Gallery:
                 self.data = ImageSet.of(files, [0] * len(files), learner.backbone.preprocess)
                 self._embedded, self._of = _embedded(self.data, learner), learner
             return self._embedded
+
+
+@contextmanager
+def _told(begun: str) -> Iterator[None]:
+    """Mistakes about the lesson `begun` by another process say how the app goes on with it."""
+    try:
+        yield
+    except ValueError as error:
+        if begun and begun in str(error):
+            raise ValueError(f"{error}; to go on with {begun}, have it as it was and start the app again") from error
+        raise
 
 
 def _embedded(data: ImageSet, learner: Learner) -> Tensor:

@@ -1,12 +1,13 @@
 """What comes from a browser: limited in size, checked like all input, and written below one folder only."""
 
 import json
+import re
 import secrets
 import shutil
 import stat
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -24,6 +25,8 @@ _ENCODINGS = ("utf-8", "gb18030")
 """Of names in archives that do not say theirs: as macOS writes them, and Windows in Chinese."""
 _LONGEST = 120  # characters of a name that is shown
 _BYTES, _ENDING = 200, 16  # of a name that is written
+_NAMED = 6  # bytes of what an upload's folder is called
+_UPLOAD = re.compile(f"[0-9a-f]{{{2 * _NAMED}}}")
 _FORBIDDEN = '<>:"/\\|?*'
 
 
@@ -75,8 +78,10 @@ class Store:
             raise ValueError("there is nothing to learn: give pictures and what they show")
         names = [class_name(name, "class name") for name, _ in pictures]
         with self._new(", ".join(dict.fromkeys(names))) as folder:
+            made: set[tuple[str, ...]] = set()
             for name, (_, files) in zip(names, pictures, strict=True):
-                within = folder / _safe(name, "class name")
+                within = folder / _whole(name, "class name")
+                _refuse_another(within, (name,), made)
                 within.mkdir(exist_ok=True)
                 _write(within, files)
             return folder
@@ -96,8 +101,13 @@ class Store:
             rows.append({"question": question, "answer": answer})
         return self._table("questions", files, rows)
 
-    def archive(self, name: str, content: Path) -> Path:
+    def archive(self, name: str, content: Path, tables: bool = True) -> Path:
         """What a zip archive holds: a folder of class folders, or the one table in it.
+
+        Args:
+            name: what it is called.
+            content: where it lies.
+            tables: whether one is learnt from; a learner of classes leaves out those that lie beside its folders.
 
         Raises:
             ValueError: for what is no archive, is too large, or would be written elsewhere.
@@ -106,21 +116,47 @@ class Store:
         with self._new(title) as folder:
             try:
                 with zipfile.ZipFile(content) as opened:
-                    self._unpack(opened, folder)
+                    self._unpack(opened, folder, tables)
             except _DAMAGE as error:
                 raise ValueError(
                     f"{_title(name)} cannot be unpacked ({' '.join(str(error).split())}): give a zip archive without a "
                     "password"
                 ) from error
-            return _inner(folder)
+            return _inner(folder, tables)
 
-    def _unpack(self, opened: zipfile.ZipFile, folder: Path) -> None:
+    def upload_of(self, place: str | Path) -> Path | None:
+        """The folder of the upload that `place` lies in; None where it is none of this store's."""
+        root, place = self.root.resolve(), Path(place).resolve()
+        names = place.relative_to(root).parts if root in place.parents else ("",)
+        return root / names[0] if _UPLOAD.fullmatch(names[0]) else None
+
+    def unplaced(self, text: str) -> str:
+        """A text in which uploads have the names that they were given, and not where they lie."""
+        for root in {str(self.root), str(self.root.absolute()), str(self.root.resolve())}:
+            text = re.sub(rf"{re.escape(root)}[/\\]{_UPLOAD.pattern}[/\\]", "", text)
+        return text
+
+    def drop(self, place: Path, kept: Iterable[str] = ()) -> None:
+        """Remove the upload that `place` lies in, unless something that is to be `kept` lies there too."""
+        upload = self.upload_of(place)
+        if upload is not None and upload not in map(self.upload_of, kept):
+            shutil.rmtree(upload, ignore_errors=True)
+
+    def _unpack(self, opened: zipfile.ZipFile, folder: Path, tables: bool) -> None:
         entries, left = opened.infolist(), self.limits.unpacked
         if len(entries) > self.limits.files:
             raise ValueError(f"the archive holds {len(entries)} files: give at most {self.limits.files}")
-        if not (wanted := [(entry, path) for entry in entries if (path := _path_of(entry)) is not None]):
-            raise ValueError("the archive holds no picture and no table: give a folder for each class, with its images")
-        for entry, path in wanted:
+        wanted = [(entry, parts) for entry in entries if (parts := _parts_of(entry, tables)) is not None]
+        if not wanted:
+            nothing = "no picture and no table" if tables else "no picture"
+            raise ValueError(f"the archive holds {nothing}: give a folder for each class, with its images")
+        made: set[tuple[str, ...]] = set()
+        for entry, (*outer, last) in wanted:
+            within = folder
+            for number, part in enumerate(outer, 1):
+                within /= _whole(part, "the archive's folder")
+                _refuse_another(within, outer[:number], made)
+            path = within.relative_to(folder) / _safe(last, "the archive's")
             target = folder / path
             target.parent.mkdir(parents=True, exist_ok=True)
             if target.exists():
@@ -145,7 +181,7 @@ class Store:
     @contextmanager
     def _new(self, title: str) -> Iterator[Path]:
         """A folder of its own, which is gone again where what is written to it turns out to be of no use."""
-        outer = self.root / secrets.token_hex(6)
+        outer = self.root / secrets.token_hex(_NAMED)
         folder = outer / _safe(title, "name")
         folder.mkdir(parents=True)
         try:
@@ -157,8 +193,8 @@ class Store:
             raise
 
 
-def _path_of(entry: zipfile.ZipInfo) -> Path | None:
-    """Where an entry is written within the folder; None for what is left out.
+def _parts_of(entry: zipfile.ZipInfo, tables: bool) -> tuple[str, ...] | None:
+    """The names of an entry's folders and its own; None for what is left out.
 
     Raises:
         ValueError: for what would be written elsewhere, or is a link.
@@ -173,9 +209,7 @@ def _path_of(entry: zipfile.ZipInfo) -> Path | None:
         )
     if entry.is_dir() or any(part.startswith(".") or part == "__MACOSX" for part in path.parts):
         return None
-    if not (is_image(path.name) or path.suffix.lower() in _TABLES):
-        return None
-    return Path(*(_safe(part, "the archive's") for part in path.parts))
+    return path.parts if is_image(path.name) or (tables and path.suffix.lower() in _TABLES) else None
 
 
 def _named(entry: zipfile.ZipInfo) -> str:
@@ -189,15 +223,16 @@ def _named(entry: zipfile.ZipInfo) -> str:
     return entry.filename
 
 
-def _inner(folder: Path) -> Path:
+def _inner(folder: Path, tables: bool) -> Path:
     """The one table in a folder, or the folder below folders that hold nothing but one of classes."""
-    tables = [path for path in folder.rglob("*") if path.suffix.lower() in _TABLES]
-    if len(tables) == 1:
-        return tables[0]
-    while (
-        len(found := list(folder.iterdir())) == 1 and found[0].is_dir() and any(p.is_dir() for p in found[0].iterdir())
-    ):
-        folder = found[0]
+    if tables and len(found := [path for path in folder.rglob("*") if path.suffix.lower() in _TABLES]) == 1:
+        return found[0]
+    while len(inner := [path for path in folder.iterdir() if path.is_dir()]) == 1:
+        within = [path.is_dir() for path in inner[0].iterdir()]
+        alone = len(list(folder.iterdir())) == 1 or (not tables and all(within))  # a cover may lie beside it
+        if not (alone and any(within)):
+            break
+        folder = inner[0]
     return folder
 
 
@@ -243,3 +278,27 @@ def _safe(name: str, what: str) -> str:
     ending = ending if len(ending.encode()) <= _ENDING else ""
     stem = name.removesuffix(ending).encode()[: _BYTES - len(ending.encode())].decode(errors="ignore")
     return (stem + ending).rstrip(". ") or "_"
+
+
+def _whole(name: str, what: str) -> str:
+    """The same where the name stands for a class: it is not changed, but for blanks at its end.
+
+    Raises:
+        ValueError: when it would be.
+    """
+    safe = _safe(name, what)
+    if safe != name.rstrip(" "):
+        why = f"is longer than {_BYTES} bytes" if len(name.encode()) > _BYTES else "ends in a dot"
+        raise ValueError(f"{what} {name!r:.80} {why}, and would be another name as a folder's: rename it")
+    return safe
+
+
+def _refuse_another(folder: Path, names: Sequence[str], made: set[tuple[str, ...]]) -> None:
+    """Raise a ValueError where `folder` is there for other names than its `names`; those it was `made` for are kept.
+
+    Systems differ in which names are one folder's: "Cat" and "cat" are for some.
+    """
+    same = tuple(class_name(name, "folder") for name in names)
+    if same not in made and folder.exists():
+        raise ValueError(f"{'/'.join(names)!r:.80} and another name are one folder here: rename one of the two")
+    made.add(same)
