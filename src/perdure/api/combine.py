@@ -31,7 +31,7 @@ from perdure.version import __version__
 _TEXTS = 64
 """Captions or questions of a task that are remembered."""
 _LOOKING = ("gaussian", "nearest", "subspace", "linucb")
-"""Routes that are made from images."""
+"""Routes that are made from images; the last goes on with rewards where there are none."""
 
 
 @plain()
@@ -113,6 +113,8 @@ def gather(
             ]
             pool.add(number, list(shown.values()), features, list(ids))
             classes += [(number, each) for each in shown]
+    if route in _LOOKING[:3] and not classes:
+        route = _without_images(route, pool, spec, progress)
     router = router_of(route, pool, [member for member, _ in classes], len(learners), encoder.dim)
     facts = [_facts(_folder_of(folders, name), into, name, each) for name, each in learners.items()]
     record: dict[str, Any] = {
@@ -155,6 +157,15 @@ def open_all(folders: Sequence[str | Path], device: str | None = None) -> dict[s
 def _folder_of(folders: Sequence[str | Path], name: str) -> Path:
     places = [Path(each).resolve() for each in folders]
     return places[told_apart(places).index(name)]
+
+
+def _without_images(route: Route, pool: ExperiencePool, gate: str, progress: Progress) -> Route:
+    """The route of members that were taught no image: by their texts, which is told."""
+    why = f"no member was taught images, which --route {route} looks at"
+    if not pool.texts:
+        raise ValueError(f"{why}, and the gate {gate} reads no texts to choose by: give --gate 'pocket()'")
+    progress.note(f"{why}: their texts choose, as with --route text")
+    return "text"
 
 
 def _looks(learner: Learner) -> bool:

@@ -1,0 +1,96 @@
+"""`perdure combine` of learners that answer in words: with images, without any, and told the task."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from perdure.api.combine import combine
+from perdure.api.learner import Learner
+from perdure.api.specialists import Specialists
+
+MADE = ("--backbone", "tiny_mllm()", "--method", "lora(rank=2, tower='language')", "--precision", "fp32", "--epochs", 1)
+READS = ("--gate", "tiny(text=True)")
+TALKS = {
+    "sums": [{"question": "What is 2+2?", "answer": "4"}, {"question": "What is 3+3?", "answer": "6"}],
+    "legs": [{"question": "How many legs has a spider?", "answer": "8"}, {"question": "Say hi", "answer": "hi"}],
+}
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the members of all tests are taught, once."""
+    return tmp_path_factory.mktemp("kept")
+
+
+@pytest.fixture
+def voice(perdure: Any, kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """`voice("words", "sums")`: a learner that was taught these files of questions, one after the other."""
+
+    def taught(name: str, *talks: str) -> str:
+        if not (kept / name).exists():
+            monkeypatch.chdir(kept)
+            for talk in talks:
+                lines = TALKS.get(talk) or [
+                    {"image": f"{talk}/{each}/0{i}.png", "question": f"Which of {talk}?", "answer": each}
+                    for each in sorted(path.name for path in Path(talk).iterdir())
+                    for i in range(4)
+                ]
+                Path(f"{talk}.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
+                made = () if (kept / name).exists() else MADE
+                answer = perdure("learn", f"{talk}.jsonl", "--into", name, *made)
+                assert answer.code == 0, answer.err
+            monkeypatch.chdir(tmp_path)
+        shutil.copytree(kept / name, name)
+        return name
+
+    return taught
+
+
+@pytest.mark.parametrize("route", [None, "nearest", "subspace", "linucb"])
+def test_who_was_taught_no_images_is_asked_by_words(perdure: Any, voice: Any, route: str | None) -> None:
+    members = voice("x", "sums"), voice("y", "legs")
+    made = perdure("combine", *members, "--into", "team", *READS, *(("--route", route) if route else ()))
+    assert made.code == 0, made.err
+    assert ("their texts choose, as with --route text" in made.out) == (route != "linucb"), made.out
+    team = Specialists.load("team")
+    assert team.record["route"] == ("linucb" if route == "linucb" else "text")
+    for name, talk in zip(members, ("sums", "legs"), strict=True):
+        for question in (each["question"] for each in TALKS[talk]):
+            assert team._by_text([question], list(members)) == [name]
+            assert team.ask(None, question) == team.members[name].ask(None, question)
+
+
+def test_without_images_a_gate_that_reads_no_texts_is_refused_in_a_line(perdure: Any, voice: Any) -> None:
+    members = voice("x", "sums"), voice("y", "legs")
+    refused = perdure("combine", *members, "--into", "team", "--gate", "tiny()")
+    said = "no member was taught images, which --route gaussian looks at, and the gate tiny() reads no texts"
+    assert (refused.code, said in refused.err, Path("team").exists()) == (2, True, False), refused.err
+
+
+def test_a_question_about_an_image_goes_by_words_where_no_speaker_was_taught_images(
+    perdure: Any, voice: Any, photos: Any
+) -> None:
+    members = voice("x", "sums"), voice("y", "legs")
+    photos("animals", "cat dog", 4)
+    assert perdure("learn", "animals", "--into", "eyes", "--backbone", "tiny()", "--method", "ncm").code == 0
+    team = combine(["eyes", *members], "team", gate="tiny(text=True)")
+    assert team.record["route"] == "gaussian"
+    asked = []
+    for name in members:
+        team.members[name].reply = lambda found, *_, name=name: asked.append(name) or [name] * len(found)  # type: ignore[method-assign, misc]
+    for question in ("Say hi", "What is 2+2?"):
+        team.ask("animals/cat/00.png", question)
+    assert asked == ["y", "x"]
+
+
+def test_a_member_whose_texts_are_lost_does_not_keep_others_from_answering(perdure: Any, voice: Any) -> None:
+    for name in TALKS:
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(each) + "\n" for each in TALKS[name]))
+        assert perdure("learn", f"{name}.jsonl", "--into", f"of_{name}", *MADE).code == 0
+    Path("sums.jsonl").unlink()
+    team = combine(["of_sums", "of_legs"], "team", route="text", gate="tiny(text=True)")
+    assert team.ask(None, "What is 2+2?") == Learner.load("of_legs").ask(None, "What is 2+2?")
