@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from perdure.api.combine import combine
+from perdure.api.given import shown
 from perdure.api.learner import Learner
 from perdure.api.merge import merge, task_vector, unlike
 from perdure.api.resizing import resize
@@ -343,3 +344,25 @@ def test_specialists_of_different_backbones_are_distilled_into_one_that_learns_o
     photos("shapes", "round square", 8)
     assert perdure("learn", "shapes", "--into", "one").code == 0
     assert len(Learner.load("one").known) == 8
+
+
+def test_the_pool_holds_images_of_every_lesson_of_a_class(perdure: Any, photos: Any) -> None:
+    for lesson, look in (("first", "cat dog"), ("second", "emu kea"), ("other", "red green")):
+        photos(lesson, look, 12)
+    for name, look in (("cat", "emu"), ("dog", "kea")):
+        Path("second", look).rename(f"second/{name}")
+    for lesson, into in (("first", "one"), ("second", "one"), ("other", "two")):
+        made = () if Path(into).exists() else ("--backbone", "tiny(dim=16)", "--method", "ncm", "--precision", "fp32")
+        assert perdure("learn", lesson, "--into", into, *made).code == 0
+    team = combine(["one", "two"], "team", per_class=8)
+    seen = {lesson: shown(sorted(Path(lesson).rglob("*.png")), team) for lesson in ("first", "second")}
+    looks = {k: each.__getitems__(range(len(each)))["image"].flatten(1) for k, each in seen.items()}
+    for room in (team.record["pool_bytes"], team.pool.nbytes - 24 * team.pool.exemplars["0"][0].nbytes):
+        team.pool.limit = room  # where images give way, those of all lessons do
+        team.pool.evict()
+        mine = torch.cat([team.pool.exemplars["0"], team.pool.exemplars["1"]]).flatten(1)
+        held = [int((mine[:, None] == each).all(2).any(1).sum()) for each in looks.values()]
+        assert held == [len(mine) / 2] * 2, held
+    for lesson in ("first", "second"):
+        known = [each.known for each in team.answers(sorted(Path(lesson).rglob("*.png")))]
+        assert sum(known) > len(known) / 3, lesson

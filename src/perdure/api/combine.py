@@ -57,7 +57,7 @@ def combine(
         gate: the frozen encoder whose features decide; None is the first member's that sees and does not speak, else
             pocket().
         pool_bytes: most that the pool may take; its examples give way first.
-        per_class: training images of a class that are looked at.
+        per_class: training images of a class that are looked at, of all lessons that taught it in turn.
         seed: which those are.
         device: to compute on; None is each member's own.
         progress: who is told.
@@ -206,7 +206,12 @@ def _taught(
         said += _words(data, rows[:_TEXTS])
         if len(rows):
             shown.setdefault(task.name, []).append(_seen(data, rows[:per_class], gate))
-    return {name: torch.cat(each)[:per_class] for name, each in shown.items() if sum(map(len, each))}, said
+    return {name: _in_turn(each)[:per_class] for name, each in shown.items() if sum(map(len, each))}, said
+
+
+def _in_turn(lessons: Sequence[Tensor]) -> Tensor:
+    """The first image of each lesson, then the second of each: so the first of them are of all, however few."""
+    return torch.cat(list(lessons))[torch.cat([torch.arange(len(each)) for each in lessons]).argsort(stable=True)]
 
 
 def _some(rows: Tensor, most: int, generator: torch.Generator) -> Tensor:
