@@ -366,3 +366,37 @@ def test_the_pool_holds_images_of_every_lesson_of_a_class(perdure: Any, photos: 
     for lesson in ("first", "second"):
         known = [each.known for each in team.answers(sorted(Path(lesson).rglob("*.png")))]
         assert sum(known) > len(known) / 3, lesson
+
+
+def test_the_task_says_who_is_asked_where_it_has_all_that_a_member_still_knows(perdure: Any, photos: Any) -> None:
+    photos("pets", "cat dog"), photos("birds", "emu kea"), photos("hues", "red green")
+    made = ("--backbone", "tiny(text=True)", "--method", "ncm", "--objective", "zeroshot", "--precision", "fp32")
+    for lesson, into in (("pets", "one"), ("birds", "one"), ("hues", "two")):
+        assert perdure("learn", lesson, "--into", into, *(() if Path(into).exists() else made)).code == 0
+    image = "hues/red/00.png"
+    team = combine(["one", "two"], "team")
+    assert {name for name, _ in team.answers([image], task="birds")[0].labels} == {"emu", "kea"}
+    words = team.answers([image], classes=["a cat", "a dog"], task="birds")[0]  # of which no task has any
+    assert (words.member, words.labels) == ("one", team.members["one"].predict([image], classes=["a cat", "a dog"])[0])
+    for name in ("emu", "kea"):
+        assert perdure("forget", "one", name).code == 0
+    assert perdure("combine", "one", "two", "--into", "left").code == 0
+    told = perdure("predict", "left", image, "--task", "pets", "--json")
+    assert (told.code, told.err) == (0, "")
+    assert told.events[0]["member"] == "one"
+    refused = perdure("predict", "left", image, "--task", "birds")
+    assert (refused.code, "all classes of task 'birds' were forgotten" in refused.err) == (2, True), refused.err
+
+
+def test_what_teaches_no_class_need_not_be_at_hand(perdure: Any, photos: Any) -> None:
+    photos("new", "x y"), photos("pets", "cat dog"), photos("birds", "emu kea"), photos("hues", "red green")
+    made = ("--backbone", "tiny(dim=16)", "--method", "lora(rank=2)", "--precision", "fp32", "--epochs", 1)
+    assert perdure("pretrain", "new", "--into", "one", *made).code == 0
+    for lesson, into in (("pets", "one"), ("birds", "one"), ("hues", "two")):
+        assert perdure("learn", lesson, "--into", into, *(() if Path(into).exists() else made)).code == 0
+    for name in ("emu", "kea"):
+        assert perdure("forget", "one", name).code == 0
+    shutil.rmtree("new"), shutil.rmtree("birds")
+    said = perdure("combine", "one", "two", "--into", "team")
+    assert said.code == 0, said.err
+    assert [name for _, name in Specialists.load("team").record["classes"]] == ["cat", "dog", "green", "red"]

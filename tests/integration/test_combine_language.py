@@ -34,6 +34,8 @@ def voice(perdure: Any, kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         if not (kept / name).exists():
             monkeypatch.chdir(kept)
             for talk in talks:
+                if (tmp_path / talk).is_dir():
+                    shutil.copytree(tmp_path / talk, talk, dirs_exist_ok=True)
                 lines = TALKS.get(talk) or [
                     {"image": f"{talk}/{each}/0{i}.png", "question": f"Which of {talk}?", "answer": each}
                     for each in sorted(path.name for path in Path(talk).iterdir())
@@ -94,3 +96,18 @@ def test_a_member_whose_texts_are_lost_does_not_keep_others_from_answering(perdu
     Path("sums.jsonl").unlink()
     team = combine(["of_sums", "of_legs"], "team", route="text", gate="tiny(text=True)")
     assert team.ask(None, "What is 2+2?") == Learner.load("of_legs").ask(None, "What is 2+2?")
+
+
+def test_the_task_says_which_speaker_is_asked(perdure: Any, voice: Any, photos: Any) -> None:
+    photos("pets", "cat dog", 4), photos("birds", "emu kea", 4), photos("hues", "red green", 4)
+    members = voice("p", "pets", "birds"), voice("h", "hues")
+    assert perdure("combine", *members, "--into", "team").code == 0
+    for task, name in (("pets", "p"), ("birds", "p"), ("hues", "h")):
+        answer = perdure("ask", "team", "hues/red/00.png", "Which?", "--task", task, "--json")
+        assert answer.code == 0, answer.err
+        assert (
+            answer.events[0]["answer"]
+            == perdure("ask", name, "hues/red/00.png", "Which?", "--json").events[0]["answer"]
+        )
+    refused = perdure("ask", "team", "hues/red/00.png", "Which?", "--task", "pet")
+    assert (refused.code, "has a task 'pet'" in refused.err) == (2, True), refused.err

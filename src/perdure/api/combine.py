@@ -95,7 +95,7 @@ def gather(
     for number, (name, learner) in enumerate(learners.items()):
         folder = _folder_of(folders, name)
         tasks = tasks_with_data(learner, folder, checkpoint.whole(folder), progress.note)
-        gone = [task.name for task in tasks if not len(task.train)]
+        gone = [task.name for task in tasks if not len(task.train) and _to_be_seen(task, learner)]
         if gone and route in _LOOKING:
             raise ValueError(
                 f"what {folder} was taught as {gone[0]!r} cannot be read any more, and --route {route} looks at it: "
@@ -166,6 +166,11 @@ def _without_images(route: Route, pool: ExperiencePool, gate: str, progress: Pro
         raise ValueError(f"{why}, and the gate {gate} reads no texts to choose by: give --gate 'pocket()'")
     progress.note(f"{why}: their texts choose, as with --route text")
     return "text"
+
+
+def _to_be_seen(task: Task, learner: Learner) -> bool:
+    """Whether something is to be answered by what the task taught: by pre-training and forgotten classes it is not."""
+    return not task.pretext and bool(task.classes or "classes" not in learner.objective.asks)
 
 
 def _looks(learner: Learner) -> bool:

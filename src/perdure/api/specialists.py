@@ -210,7 +210,7 @@ class Specialists:
         for name in dict.fromkeys(who):
             rows = range(len(data)) if several else [row for row, each in enumerate(who) if each == name]
             learner = self.members[name]
-            told = task if task is not None and len(learner.tasks) > 1 else None
+            told = _told(learner, task, classes is None)
             part = seen_by(data.subset(torch.tensor(rows, dtype=torch.int64)), learner.backbone)
             for row, line in zip(rows, learner.predict(part, None, batch_size, classes, calibrated, told), strict=True):
                 for label, share in line:
@@ -244,8 +244,8 @@ class Specialists:
         able = self._knowing(self._some("text", "search"), task)
         able = [name for name in able if name in self.able("captions")] or able
         learner = self.members[self._by_text([text], able)[0]]
-        told = task if follows_task(learner.method) else None  # else it says who is asked, which is an effect too
-        return learner.search(seen_by(shown(images, self), learner.backbone), text, top, batch_size, told)
+        part = seen_by(shown(images, self), learner.backbone)
+        return learner.search(part, text, top, batch_size, _told(learner, task))
 
     @plain()
     def ask(self, images: Any, question: str | Sequence[str], tokens: int = TOKENS, task: str | None = None) -> Any:
@@ -262,9 +262,8 @@ class Specialists:
         said = [""] * len(who)
         for name in dict.fromkeys(who):
             rows = [row for row, each in enumerate(who) if each == name]
-            for row, answer in zip(
-                rows, self.members[name].reply([conversations[r] for r in rows], tokens, task), strict=True
-            ):
+            mine, learner = [conversations[row] for row in rows], self.members[name]
+            for row, answer in zip(rows, learner.reply(mine, tokens, _told(learner, task)), strict=True):
                 said[row] = answer
         return said
 
@@ -377,6 +376,17 @@ def unit_features(gate: Backbone, data: ImageSet) -> Tensor:
 
 def _tasks(learner: Learner) -> list[str]:
     return [task.name for task in learner.tasks[: learner.learnt]]
+
+
+def _told(learner: Learner, task: str | None, chosen: bool = False) -> str | None:
+    """`task` where it changes what `learner` answers; else it has said who is asked, which is an effect too.
+
+    `chosen` says that answers are chosen among the classes that were learnt, of which a task may have fewer.
+    """
+    if task is None or follows_task(learner.method):
+        return task
+    own = [{*each.classes} for each in learner.tasks[: learner.learnt] if each.name == task]
+    return task if chosen and own != [{*learner.objective.classes}] else None
 
 
 def _speaks(learner: Learner) -> bool:
