@@ -1,6 +1,7 @@
 """`perdure combine`: finished learners behind one face, told when one is gone, and merged where they are alike."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from perdure.api.combine import combine
+from perdure.api.distil import distil
 from perdure.api.given import shown
 from perdure.api.learner import Learner
 from perdure.api.merge import merge, task_vector, unlike
@@ -328,6 +330,17 @@ def test_what_cannot_be_merged_says_why(members: list[str]) -> None:
         merge(learners)
     team = combine(members, "team")
     assert not any("merged" in row["who"] for row in measure_routing(team)["rows"])
+
+
+@pytest.mark.parametrize(
+    "part", ["replay(size=10)", "derpp(size=10)", "icarl(size=10)", "gem(size=10)", "agem(size=10)", "joint()"]
+)
+def test_a_student_is_given_no_memory_of_images_that_nothing_keeps(members: list[str], part: str) -> None:
+    said = (
+        f"{part.partition('(')[0]} would refer to images that nothing keeps once the student is made: leave it out of "
+    )
+    with pytest.raises(ValueError, match=re.escape(said)):
+        distil(combine(members, "team"), f"lora(rank=2) + {part}", epochs=1)
 
 
 @pytest.mark.parametrize("unlabelled", [False, True])
