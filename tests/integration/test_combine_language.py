@@ -111,3 +111,28 @@ def test_the_task_says_which_speaker_is_asked(perdure: Any, voice: Any, photos: 
         )
     refused = perdure("ask", "team", "hues/red/00.png", "Which?", "--task", "pet")
     assert (refused.code, "has a task 'pet'" in refused.err) == (2, True), refused.err
+
+
+def test_the_command_that_is_named_is_one_that_members_answer_to(perdure: Any, voice: Any, photos: Any) -> None:
+    photos("hues", "red green", 4), photos("pets", "cat dog", 4)
+    for name in ("hues", "pets"):
+        pairs = [
+            {"image": str(path), "captions": [f"a {path.parent.name}"]} for path in sorted(Path(name).rglob("*.png"))
+        ]
+        Path(f"{name}-pairs.jsonl").write_text("".join(json.dumps(each) + "\n" for each in pairs))
+        made = ("--backbone", "tiny(text=True)", "--method", "lora(rank=2)", "--objective", "retrieve", "--epochs", 1)
+        assert perdure("learn", f"{name}-pairs.jsonl", "--into", f"s_{name}", *made).code == 0
+        classes = ("--backbone", "tiny()", "--method", "ncm", "--epochs", 1)
+        assert perdure("learn", name, "--into", f"c_{name}", *classes).code == 0
+    speaks, searches, sees = (voice("h", "hues"), voice("x", "sums")), ("s_hues", "s_pets"), ("c_hues", "c_pets")
+    for into, members, way, words in (
+        ("speak", speaks, "ask speak IMAGE 'question'", ("ask", "speak", "hues/red/00.png", "Which?")),
+        ("search", searches, "search search FOLDER 'words'", ("search", "search", "hues", "red")),
+        ("both", (speaks[0], searches[0]), "ask both IMAGE 'question'", ("ask", "both", "hues/red/00.png", "Which?")),
+        ("all", (*sees, speaks[0]), "predict all IMAGE", ("predict", "all", "hues/red/00.png")),
+    ):
+        said = perdure("combine", *members, "--into", into, *READS)
+        assert said.out.splitlines()[-1].endswith(f"; ask them with: perdure {way}"), said
+        assert ("only those that learnt classes" in said.out) == (into != "all")
+        answer = perdure(*words)
+        assert answer.code == 0, answer.err
