@@ -1,6 +1,7 @@
 """`perdure combine`: finished learners behind one face, told when one is gone, and merged where they are alike."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ import pytest
 import torch
 
 from perdure.api.combine import combine
+from perdure.api.distil import distil
+from perdure.api.given import shown
 from perdure.api.learner import Learner
 from perdure.api.merge import merge, task_vector, unlike
 from perdure.api.resizing import resize
@@ -329,6 +332,17 @@ def test_what_cannot_be_merged_says_why(members: list[str]) -> None:
     assert not any("merged" in row["who"] for row in measure_routing(team)["rows"])
 
 
+@pytest.mark.parametrize(
+    "part", ["replay(size=10)", "derpp(size=10)", "icarl(size=10)", "gem(size=10)", "agem(size=10)", "joint()"]
+)
+def test_a_student_is_given_no_memory_of_images_that_nothing_keeps(members: list[str], part: str) -> None:
+    said = (
+        f"{part.partition('(')[0]} would refer to images that nothing keeps once the student is made: leave it out of "
+    )
+    with pytest.raises(ValueError, match=re.escape(said)):
+        distil(combine(members, "team"), f"lora(rank=2) + {part}", epochs=1)
+
+
 @pytest.mark.parametrize("unlabelled", [False, True])
 def test_specialists_of_different_backbones_are_distilled_into_one_that_learns_on(
     perdure: Any, members: list[str], photos: Any, unlabelled: bool
@@ -343,3 +357,59 @@ def test_specialists_of_different_backbones_are_distilled_into_one_that_learns_o
     photos("shapes", "round square", 8)
     assert perdure("learn", "shapes", "--into", "one").code == 0
     assert len(Learner.load("one").known) == 8
+
+
+def test_the_pool_holds_images_of_every_lesson_of_a_class(perdure: Any, photos: Any) -> None:
+    for lesson, look in (("first", "cat dog"), ("second", "emu kea"), ("other", "red green")):
+        photos(lesson, look, 12)
+    for name, look in (("cat", "emu"), ("dog", "kea")):
+        Path("second", look).rename(f"second/{name}")
+    for lesson, into in (("first", "one"), ("second", "one"), ("other", "two")):
+        made = () if Path(into).exists() else ("--backbone", "tiny(dim=16)", "--method", "ncm", "--precision", "fp32")
+        assert perdure("learn", lesson, "--into", into, *made).code == 0
+    team = combine(["one", "two"], "team", per_class=8)
+    seen = {lesson: shown(sorted(Path(lesson).rglob("*.png")), team) for lesson in ("first", "second")}
+    looks = {k: each.__getitems__(range(len(each)))["image"].flatten(1) for k, each in seen.items()}
+    for room in (team.record["pool_bytes"], team.pool.nbytes - 24 * team.pool.exemplars["0"][0].nbytes):
+        team.pool.limit = room  # where images give way, those of all lessons do
+        team.pool.evict()
+        mine = torch.cat([team.pool.exemplars["0"], team.pool.exemplars["1"]]).flatten(1)
+        held = [int((mine[:, None] == each).all(2).any(1).sum()) for each in looks.values()]
+        assert held == [len(mine) / 2] * 2, held
+    for lesson in ("first", "second"):
+        known = [each.known for each in team.answers(sorted(Path(lesson).rglob("*.png")))]
+        assert sum(known) > len(known) / 3, lesson
+
+
+def test_the_task_says_who_is_asked_where_it_has_all_that_a_member_still_knows(perdure: Any, photos: Any) -> None:
+    photos("pets", "cat dog"), photos("birds", "emu kea"), photos("hues", "red green")
+    made = ("--backbone", "tiny(text=True)", "--method", "ncm", "--objective", "zeroshot", "--precision", "fp32")
+    for lesson, into in (("pets", "one"), ("birds", "one"), ("hues", "two")):
+        assert perdure("learn", lesson, "--into", into, *(() if Path(into).exists() else made)).code == 0
+    image = "hues/red/00.png"
+    team = combine(["one", "two"], "team")
+    assert {name for name, _ in team.answers([image], task="birds")[0].labels} == {"emu", "kea"}
+    words = team.answers([image], classes=["a cat", "a dog"], task="birds")[0]  # of which no task has any
+    assert (words.member, words.labels) == ("one", team.members["one"].predict([image], classes=["a cat", "a dog"])[0])
+    for name in ("emu", "kea"):
+        assert perdure("forget", "one", name).code == 0
+    assert perdure("combine", "one", "two", "--into", "left").code == 0
+    told = perdure("predict", "left", image, "--task", "pets", "--json")
+    assert (told.code, told.err) == (0, "")
+    assert told.events[0]["member"] == "one"
+    refused = perdure("predict", "left", image, "--task", "birds")
+    assert (refused.code, "all classes of task 'birds' were forgotten" in refused.err) == (2, True), refused.err
+
+
+def test_what_teaches_no_class_need_not_be_at_hand(perdure: Any, photos: Any) -> None:
+    photos("new", "x y"), photos("pets", "cat dog"), photos("birds", "emu kea"), photos("hues", "red green")
+    made = ("--backbone", "tiny(dim=16)", "--method", "lora(rank=2)", "--precision", "fp32", "--epochs", 1)
+    assert perdure("pretrain", "new", "--into", "one", *made).code == 0
+    for lesson, into in (("pets", "one"), ("birds", "one"), ("hues", "two")):
+        assert perdure("learn", lesson, "--into", into, *(() if Path(into).exists() else made)).code == 0
+    for name in ("emu", "kea"):
+        assert perdure("forget", "one", name).code == 0
+    shutil.rmtree("new"), shutil.rmtree("birds")
+    said = perdure("combine", "one", "two", "--into", "team")
+    assert said.code == 0, said.err
+    assert [name for _, name in Specialists.load("team").record["classes"]] == ["cat", "dog", "green", "red"]

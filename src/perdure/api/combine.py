@@ -31,7 +31,7 @@ from perdure.version import __version__
 _TEXTS = 64
 """Captions or questions of a task that are remembered."""
 _LOOKING = ("gaussian", "nearest", "subspace", "linucb")
-"""Routes that are made from images."""
+"""Routes that are made from images; the last goes on with rewards where there are none."""
 
 
 @plain()
@@ -57,7 +57,7 @@ def combine(
         gate: the frozen encoder whose features decide; None is the first member's that sees and does not speak, else
             pocket().
         pool_bytes: most that the pool may take; its examples give way first.
-        per_class: training images of a class that are looked at.
+        per_class: training images of a class that are looked at, of all lessons that taught it in turn.
         seed: which those are.
         device: to compute on; None is each member's own.
         progress: who is told.
@@ -95,7 +95,7 @@ def gather(
     for number, (name, learner) in enumerate(learners.items()):
         folder = _folder_of(folders, name)
         tasks = tasks_with_data(learner, folder, checkpoint.whole(folder), progress.note)
-        gone = [task.name for task in tasks if not len(task.train)]
+        gone = [task.name for task in tasks if not len(task.train) and _to_be_seen(task, learner)]
         if gone and route in _LOOKING:
             raise ValueError(
                 f"what {folder} was taught as {gone[0]!r} cannot be read any more, and --route {route} looks at it: "
@@ -113,6 +113,8 @@ def gather(
             ]
             pool.add(number, list(shown.values()), features, list(ids))
             classes += [(number, each) for each in shown]
+    if route in _LOOKING[:3] and not classes:
+        route = _without_images(route, pool, spec, progress)
     router = router_of(route, pool, [member for member, _ in classes], len(learners), encoder.dim)
     facts = [_facts(_folder_of(folders, name), into, name, each) for name, each in learners.items()]
     record: dict[str, Any] = {
@@ -157,6 +159,20 @@ def _folder_of(folders: Sequence[str | Path], name: str) -> Path:
     return places[told_apart(places).index(name)]
 
 
+def _without_images(route: Route, pool: ExperiencePool, gate: str, progress: Progress) -> Route:
+    """The route of members that were taught no image: by their texts, which is told."""
+    why = f"no member was taught images, which --route {route} looks at"
+    if not pool.texts:
+        raise ValueError(f"{why}, and the gate {gate} reads no texts to choose by: give --gate 'pocket()'")
+    progress.note(f"{why}: their texts choose, as with --route text")
+    return "text"
+
+
+def _to_be_seen(task: Task, learner: Learner) -> bool:
+    """Whether something is to be answered by what the task taught: by pre-training and forgotten classes it is not."""
+    return not task.pretext and bool(task.classes or "classes" not in learner.objective.asks)
+
+
 def _looks(learner: Learner) -> bool:
     return "vision" in learner.backbone.towers() and "conversations" not in learner.objective.asks
 
@@ -195,7 +211,12 @@ def _taught(
         said += _words(data, rows[:_TEXTS])
         if len(rows):
             shown.setdefault(task.name, []).append(_seen(data, rows[:per_class], gate))
-    return {name: torch.cat(each)[:per_class] for name, each in shown.items() if sum(map(len, each))}, said
+    return {name: _in_turn(each)[:per_class] for name, each in shown.items() if sum(map(len, each))}, said
+
+
+def _in_turn(lessons: Sequence[Tensor]) -> Tensor:
+    """The first image of each lesson, then the second of each: so the first of them are of all, however few."""
+    return torch.cat(list(lessons))[torch.cat([torch.arange(len(each)) for each in lessons]).argsort(stable=True)]
 
 
 def _some(rows: Tensor, most: int, generator: torch.Generator) -> Tensor:

@@ -11,7 +11,9 @@ from perdure.api.learner import OPEN, Learner
 from perdure.api.options import HELD_OUT, OF_STREAMS, check_options
 from perdure.api.specialists import Specialists, seen_by
 from perdure.backbones.base import Backbone
+from perdure.core.method import parts_of
 from perdure.mechanisms.distillation import EXPERTS, EXPERTS_OF
+from perdure.mechanisms.replay import ReplayBuffer
 from perdure.process import as_found, plain
 from perdure.streams import ImageSet
 from perdure.training.config import RunConfig
@@ -66,7 +68,7 @@ def distil(
         options: of the student's training, fields of `RunConfig`.
 
     Raises:
-        ValueError: when there is nothing to distil on, or nothing to distil.
+        ValueError: when there is nothing to distil on, or nothing to distil; for a part that would remember images.
     """
     check_options("distil", options, RunConfig, (*OF_STREAMS, *HELD_OUT))
     able = team._some("classes", "distil")
@@ -76,6 +78,12 @@ def distil(
     whole = method if "expert_distillation" in method else f"{method} + expert_distillation"
     config = RunConfig(stream=OPEN, backbone=backbone or first.config.backbone, method=whole, **options)
     student = Learner.of(config)
+    for part in parts_of(student.method):
+        if part.rehearses or any(isinstance(each, ReplayBuffer) for each in part.modules()):
+            raise ValueError(
+                f"{part.name} would refer to images that nothing keeps once the student is made: leave it out of "
+                f"{method!r}"
+            )
     if images is None:
         given, truths = _remembered(team, student.backbone)
     else:

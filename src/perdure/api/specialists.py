@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -20,12 +20,12 @@ from perdure.api.learner import Learner
 from perdure.backbones.base import Backbone
 from perdure.core.manifests import RECORD, read_record, read_specialists
 from perdure.core.method import follows_task
-from perdure.mechanisms.experience_pool import ExperiencePool
+from perdure.mechanisms.experience_pool import ExperiencePool, pool_file, read_pool
 from perdure.mechanisms.routing import LinUCB, Router, router_of
 from perdure.process import plain
 from perdure.storage import schema
 from perdure.storage.files import in_use, locked, place, write_sealed
-from perdure.storage.schema import SPECIALISTS, Damaged, MemberFacts, SpecialistsRecord
+from perdure.storage.schema import SPECIALISTS, MemberFacts, SpecialistsRecord
 from perdure.streams import ImageSet
 from perdure.streams.conversations import Conversation
 from perdure.training.config import make_backbone
@@ -112,7 +112,7 @@ class Specialists:
                     f"{record['members'][number]['name']} has forgotten {name!r} since {folder} was made, whose pool "
                     "still holds it: combine again"
                 )
-        tensors = _read_pool(folder, record)
+        tensors = read_pool(folder, record["sha256"])
         pool = ExperiencePool(record["pool_bytes"])
         pool.load_state_dict({k.removeprefix("pool."): v for k, v in tensors.items() if k.startswith("pool.")})
         owners = [member for member, _ in record["classes"]]
@@ -210,7 +210,7 @@ class Specialists:
         for name in dict.fromkeys(who):
             rows = range(len(data)) if several else [row for row, each in enumerate(who) if each == name]
             learner = self.members[name]
-            told = task if task is not None and len(learner.tasks) > 1 else None
+            told = _told(learner, task, classes is None)
             part = seen_by(data.subset(torch.tensor(rows, dtype=torch.int64)), learner.backbone)
             for row, line in zip(rows, learner.predict(part, None, batch_size, classes, calibrated, told), strict=True):
                 for label, share in line:
@@ -244,8 +244,8 @@ class Specialists:
         able = self._knowing(self._some("text", "search"), task)
         able = [name for name in able if name in self.able("captions")] or able
         learner = self.members[self._by_text([text], able)[0]]
-        told = task if follows_task(learner.method) else None  # else it says who is asked, which is an effect too
-        return learner.search(seen_by(shown(images, self), learner.backbone), text, top, batch_size, told)
+        part = seen_by(shown(images, self), learner.backbone)
+        return learner.search(part, text, top, batch_size, _told(learner, task))
 
     @plain()
     def ask(self, images: Any, question: str | Sequence[str], tokens: int = TOKENS, task: str | None = None) -> Any:
@@ -256,22 +256,22 @@ class Specialists:
 
     @plain()
     def reply(self, conversations: Sequence[Conversation], tokens: int = TOKENS, task: str | None = None) -> list[str]:
-        """What is said next in each of `conversations`: by the member that its image is most like, or its words."""
+        """What is said next in each of `conversations`: by whom its image is most like, or its words are."""
         able = self._knowing(self._some("conversations", "ask"), task)
         who = [self._speaker(each, able) for each in conversations]
         said = [""] * len(who)
         for name in dict.fromkeys(who):
             rows = [row for row, each in enumerate(who) if each == name]
-            for row, answer in zip(
-                rows, self.members[name].reply([conversations[r] for r in rows], tokens, task), strict=True
-            ):
+            mine, learner = [conversations[row] for row in rows], self.members[name]
+            for row, answer in zip(rows, learner.reply(mine, tokens, _told(learner, task)), strict=True):
                 said[row] = answer
         return said
 
     def _speaker(self, conversation: Conversation, able: Sequence[str]) -> str:
         if len(able) == 1:
             return able[0]
-        if conversation.images and self.router is not None:
+        judged = set() if self.router is None else {self.names[each] for each in self.router.judged}
+        if conversation.images and not judged.isdisjoint(able):
             return self.route(list(conversation.images[:1]), able)[0][0]
         return self._by_text([conversation.question], able)[0]
 
@@ -279,16 +279,16 @@ class Specialists:
         """For each of `texts` the member that was taught the most similar ones."""
         if len(among) == 1:
             return [among[0]] * len(texts)
-        if not self.pool.texts:
+        kept = {name: self.pool.texts.get(str(self.names.index(name))) for name in among}
+        if not (near := {name: rows for name, rows in kept.items() if rows is not None}):
             raise ValueError(
-                f"{' and '.join(among)} can answer, and the gate {self.backbone.spec} reads no texts to choose by: "
-                "combine with --gate 'pocket()', or ask one of them by itself"
+                f"{' and '.join(among)} can answer, and {self.folder} holds no texts of theirs to choose by: "
+                "combine with a --gate that reads texts, such as 'pocket()', or ask one of them by itself"
             )
         with torch.inference_mode():
             features = F.normalize(self.backbone.encode_text(list(texts)).float(), dim=1)
-        near = {name: self.pool.texts[str(self.names.index(name))] for name in among}
         scores = torch.stack([(features @ rows.to(features).T).amax(1) for rows in near.values()], dim=1)
-        return [among[place] for place in scores.argmax(1).tolist()]
+        return [list(near)[place] for place in scores.argmax(1).tolist()]
 
     @plain()
     def feedback(self, images: Any, members: Sequence[str], rewards: Sequence[float]) -> None:
@@ -351,27 +351,12 @@ def write_specialists(folder: Path, record: Any, pool: ExperiencePool, router: R
     digest = hashlib.sha256(content).hexdigest()
     limit = None if router is None or router.limit == -torch.inf else router.limit
     folder.mkdir(parents=True, exist_ok=True)
-    place(_pool(folder, digest), content)
+    place(pool_file(folder, digest), content)
     record = {k: v for k, v in record.items() if k != "seal"} | {"sha256": digest, "known": limit}
     write_sealed(folder / SPECIALISTS, record)
     for old in folder.glob("pool-*.safetensors"):
-        if old != _pool(folder, digest):
+        if old != pool_file(folder, digest):
             old.unlink()
-
-
-def _read_pool(folder: Path, record: SpecialistsRecord) -> dict[str, Tensor]:
-    path = _pool(folder, record["sha256"])
-    if not path.is_file():
-        raise Damaged(f"{path} is missing: restore it, or combine again")
-    content = path.read_bytes()
-    if hashlib.sha256(content).hexdigest() != record["sha256"]:
-        raise Damaged(f"{path} is damaged: its sha256 is not the one in {SPECIALISTS}; restore it, or combine again")
-    tensors: dict[str, Tensor] = load(content)
-    return tensors
-
-
-def _pool(folder: Path, digest: str) -> Path:
-    return folder / f"pool-{digest[:16]}.safetensors"
 
 
 def seen_by(data: ImageSet, backbone: Backbone) -> ImageSet:
@@ -391,6 +376,17 @@ def unit_features(gate: Backbone, data: ImageSet) -> Tensor:
 
 def _tasks(learner: Learner) -> list[str]:
     return [task.name for task in learner.tasks[: learner.learnt]]
+
+
+def _told(learner: Learner, task: str | None, chosen: bool = False) -> str | None:
+    """`task` where it changes what `learner` answers; else it has said who is asked, which is an effect too.
+
+    `chosen` says that answers are chosen among the classes that were learnt, of which a task may have fewer.
+    """
+    if task is None or follows_task(learner.method):
+        return task
+    own = [{*each.classes} for each in learner.tasks[: learner.learnt] if each.name == task]
+    return task if chosen and own != [{*learner.objective.classes}] else None
 
 
 def _speaks(learner: Learner) -> bool:

@@ -5,7 +5,7 @@ What it computes with is imported when it is called: its help waits for no torch
 
 import shlex
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -80,7 +80,7 @@ class Combine(LearnerCommand):
         _measured(team, {}, screen)
         members = [facts["name"] for facts in team.record["members"]]
         content = {"event": "combined", "folder": str(self.into), "members": members, "route": team.record["route"]}
-        screen.result(content, f"combined {', '.join(members)}; {self._ask('them')}")
+        screen.result(content, f"combined {', '.join(members)}; {self._ask('them', team.able)}")
 
     def _merge(self, screen: Screen) -> None:
         from perdure.api.combine import open_all
@@ -89,9 +89,10 @@ class Combine(LearnerCommand):
         assert self.merge is not None
         screen.wait("merging")
         learners = open_all(self.folders, self.device)
-        write_merged(merge(learners, self.merge, self.weights or None, self.seed), self.into)
+        made = merge(learners, self.merge, self.weights or None, self.seed)
+        write_merged(made, self.into)
         content = {"event": "merged", "folder": str(self.into), "members": list(learners), "merge": self.merge}
-        screen.result(content, f"merged {', '.join(learners)}; {self._ask('it')}")
+        screen.result(content, f"merged {', '.join(learners)}; {self._ask('it', made.objective.asks.__contains__)}")
 
     def _distil(self, given: dict[str, Any], screen: Screen) -> None:
         from perdure.api.combine import gather
@@ -109,15 +110,27 @@ class Combine(LearnerCommand):
         student.save(self.into)
         _measured(team, {"distilled": student}, screen)
         content = {"event": "distilled", "folder": str(self.into), "members": team.names, "method": self.distil}
-        screen.result(content, f"distilled {', '.join(team.names)}; {self._ask('it')}")
+        screen.result(
+            content, f"distilled {', '.join(team.names)}; {self._ask('it', student.objective.asks.__contains__)}"
+        )
 
-    def _ask(self, whom: str) -> str:
-        return f"ask {whom} with: perdure predict {shlex.quote(str(self.into))} IMAGE"
+    def _ask(self, whom: str, able: Callable[[str], object]) -> str:
+        """How they are asked: by the first of three commands that they are `able` to answer."""
+        into = shlex.quote(str(self.into))
+        ways = {
+            "classes": f"predict {into} IMAGE",
+            "conversations": f"ask {into} IMAGE 'question'",
+            "captions": f"search {into} FOLDER 'words'",
+        }
+        return f"ask {whom} with: perdure {next(way for asks, way in ways.items() if able(asks))}"
 
 
 def _measured(team: "Specialists", made: "Mapping[str, Learner]", screen: Screen) -> None:
     from perdure.api.routing_scores import measure_routing
 
+    if not team.able("classes"):
+        screen.note("not measured: of specialists only those that learnt classes are, and no member did")
+        return
     screen.wait("evaluating")
     try:
         table = measure_routing(team, None, screen, made)

@@ -3,15 +3,19 @@
 No published algorithm stands behind it: `docs/specialists.md`.
 """
 
+import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
+from safetensors.torch import load
 from torch import Tensor, nn
 
 from perdure.adapters.state import BufferDict
 from perdure.formatting import human_bytes
 from perdure.mechanisms.class_statistics import ClassStatistics
 from perdure.mechanisms.subspace import exact
+from perdure.storage.schema import SPECIALISTS, Damaged
 
 
 class ExperiencePool(nn.Module):
@@ -76,10 +80,33 @@ class ExperiencePool(nn.Module):
     def sample(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """At most `size` random examples: uint8 (n, 3, side, side), and the class of each, int64 (n,)."""
         keys = sorted(self.exemplars, key=int)
+        if not keys:
+            return torch.zeros(0, 3, 1, 1, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64)
         images = torch.cat([self.exemplars[key] for key in keys])
         classes = torch.cat([torch.full((len(self.exemplars[key]),), int(key)) for key in keys])
         chosen = torch.randperm(len(images), generator=generator)[:size]
         return images[chosen], classes[chosen]
+
+
+def pool_file(folder: Path, digest: str) -> Path:
+    """Where the pool of that sha256 lies, with what a router has learnt."""
+    return folder / f"pool-{digest[:16]}.safetensors"
+
+
+def read_pool(folder: Path, digest: str) -> dict[str, Tensor]:
+    """The tensors of the pool that was written with that sha256.
+
+    Raises:
+        Damaged: when it is missing, or another.
+    """
+    path = pool_file(folder, digest)
+    if not path.is_file():
+        raise Damaged(f"{path} is missing: restore it, or combine again")
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise Damaged(f"{path} is damaged: its sha256 is not the one in {SPECIALISTS}; restore it, or combine again")
+    tensors: dict[str, Tensor] = load(content)
+    return tensors
 
 
 def even_share(counts: Sequence[int], most: int) -> int:

@@ -56,7 +56,7 @@ def gone(task: Task) -> ValueError:
     """What to raise when examples of `task` are needed and its data is not at hand any more."""
     return ValueError(
         f"the memory refers to examples of task {task.number} ({task.name}), whose data is not at hand: restore the "
-        "folder it was learnt from, or teach a new learner"
+        "folder it was learnt from, or teach a new learner; what was given in Python or distilled is not read again"
     )
 
 

@@ -7,7 +7,7 @@ similar text (CLIP, Radford et al., ICML 2021, arXiv:2103.00020). `LinUCB` (Li e
 of each answer only what it was worth.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -23,11 +23,15 @@ _KNOWN = 0.95
 
 
 class Router(nn.Module):
-    """Base of all: members have scores; of what seems none of theirs the best score lies below `limit`."""
+    """Base of all: members have scores; of what seems none of theirs the best score lies below `limit`.
 
-    def __init__(self) -> None:
+    Args:
+        judged: members that it has something to judge by; the score of others is -inf.
+    """
+
+    def __init__(self, judged: Iterable[int]) -> None:
         super().__init__()
-        self.limit = -torch.inf
+        self.limit, self.judged = -torch.inf, frozenset(judged)
 
     def forward(self, features: Tensor) -> Tensor:
         """Scores (n, members) of unit features (n, d)."""
@@ -55,8 +59,8 @@ class ClassRouter(Router):
     """
 
     def __init__(self, pool: ExperiencePool, owners: Sequence[int], members: int, gaussian: bool) -> None:
-        super().__init__()
         statistics = pool.statistics
+        super().__init__(owners[c] for c in statistics.classes)
         means = exact(torch.stack([statistics.mean(c) for c in statistics.classes]))
         self.owners, self.members = torch.tensor([owners[c] for c in statistics.classes]), members
         self.root, self.prior = torch.eye(means.shape[1], dtype=means.dtype), torch.zeros(len(means))
@@ -79,7 +83,7 @@ class SubspaceRouter(Router):
     """A member's score is -|r - B Bᵀ r|², r = f - μ: what of an example its basis does not explain."""
 
     def __init__(self, bases: BufferDict, members: int) -> None:
-        super().__init__()
+        super().__init__(map(int, bases))
         self.bases, self.members = bases, members
 
     def forward(self, features: Tensor) -> Tensor:
@@ -96,7 +100,7 @@ class TextRouter(Router):
     """A member's score is the cosine to the most similar of its texts: class names, captions or questions."""
 
     def __init__(self, texts: BufferDict, members: int) -> None:
-        super().__init__()
+        super().__init__(map(int, texts))
         owners = [torch.full((len(rows),), int(key)) for key, rows in sorted(texts.items())]
         self.texts, self.owners = torch.cat([rows for _, rows in sorted(texts.items())]), torch.cat(owners)
         self.members = members
@@ -114,7 +118,7 @@ class LinUCB(Router):
     """
 
     def __init__(self, members: int, dim: int, width: float = 0.5) -> None:
-        super().__init__()
+        super().__init__(range(members))
         self.width = width
         self.register_buffer("inverse", torch.eye(dim + 1, dtype=torch.float64).repeat(members, 1, 1))
         self.register_buffer("reward", torch.zeros(members, dim + 1, dtype=torch.float64))
@@ -167,8 +171,8 @@ def router_of(route: Route, pool: ExperiencePool, owners: Sequence[int], members
         if not pool.texts:
             raise ValueError("route 'text' needs a gate that reads texts: give --gate 'pocket()', or another CLIP")
         return TextRouter(pool.texts, members)
-    return (
-        SubspaceRouter(pool.bases, members)
-        if route == "subspace"
-        else ClassRouter(pool, owners, members, gaussian=route == "gaussian")
-    )
+    if route == "subspace":
+        return SubspaceRouter(pool.bases, members)
+    if not pool.statistics.classes:
+        raise ValueError(f"route {route!r} looks at images, and no member was taught any: use --route text")
+    return ClassRouter(pool, owners, members, gaussian=route == "gaussian")
