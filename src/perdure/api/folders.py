@@ -285,11 +285,7 @@ def _tell_overlap(before: Sequence[Task], task: Task, progress: Progress) -> Non
     """Say when what is to be learnt was a test so far."""
     tests = torch.cat([t.test.pairs for t in before if hasattr(t.test, "pairs")] or [torch.empty(0)])
     if count := int(torch.isin(getattr(task.train, "pairs", torch.empty(0)), tests).sum()):
-        shown = [each for each in getattr(task.train, "records", ()) if each.images]
-        what = (
-            "images to learn are test images"
-            if isinstance(task.train, Captioned)
-            else "conversations to learn are tests"
-        )
-        what = "conversations to learn show test images" if shown else what
+        shows = any(each.images for each in getattr(task.train, "records", ()))
+        asked = f"conversations to learn {'show test images' if shows else 'are tests'}"
+        what = "images to learn are test images" if isinstance(task.train, Captioned) else asked
         progress.note(f"{count} {what} of earlier tasks, whose scores are no fair test any more")
