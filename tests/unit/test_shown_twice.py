@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from perdure.api.learner import Learner
 from perdure.backbones.tiny import tiny
 from perdure.evaluation.held_out import held_out_of, remarks
 from perdure.streams import build_stream
@@ -208,3 +209,12 @@ def test_an_option_that_is_quoted_with_another_letter_is_refused(tmp_path: Path)
     (tmp_path / "qa.json").write_text(json.dumps([entry]))
     with pytest.raises(ValueError, match="none of the options"):
         build_stream(f'conversations(path="{tmp_path}/qa.json")', PREPROCESS, 0)
+
+
+def test_joint_training_without_what_came_before_is_refused(tmp_path: Path) -> None:
+    images, labels = torch.randint(0, 255, (8, 3, 32, 32), dtype=torch.uint8), ["cat", "dog"] * 4
+    learner = Learner.create("tiny()", "lora(rank=2) + joint", precision="fp32", epochs=1)
+    learner.learn(images, labels).save(tmp_path / "kept")
+    with pytest.raises(ValueError, match=r"joint trains on all data so far, and that of task 1 .* is not at hand"):
+        Learner.load(tmp_path / "kept").learn(images, ["emu", "fox"] * 4)
+    learner.learn(images, ["emu", "fox"] * 4)

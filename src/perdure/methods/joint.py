@@ -38,7 +38,17 @@ class Joint(Method, name="joint"):
                 p.requires_grad_(True)
 
     def data(self, learner: Core, task: Task) -> Data:
-        """All training sets up to this task."""
+        """All training sets up to this task.
+
+        Raises:
+            ValueError: when one is not at hand any more.
+        """
+        for each in learner.tasks:
+            if each.classes and not len(each.train):
+                raise ValueError(
+                    f"joint trains on all data so far, and that of task {each.number} ({each.name}) is not at hand: "
+                    "restore the folder it was learnt from; what was given in Python is not kept"
+                )
         return Union(self._sets(learner))
 
     def param_groups(self, learner: Core) -> dict[str, float]:
