@@ -85,9 +85,14 @@ def kept(before: list[dict[str, Any]], anew: list[dict[str, Any]]) -> list[dict[
     Raises:
         ValueError: when something new was measured in a setting that is not among the former ones.
     """
-    alike = ("data", "scenario", "tasks", "classes", "images", "test_images", "backbone", "fingerprint", "training")
+    same = ("data", "scenario", "tasks", "classes", "images", "test_images", "backbone", "fingerprint")
+
+    def alike(old: dict[str, Any], new: dict[str, Any]) -> bool:
+        decided = [(old[what][name], new[what][name]) for what in ("training", "computed") for name in old[what]]
+        return all(old[name] == new[name] for name in same) and all(a == b for a, b in decided)
+
     for new in anew:
-        found = [old for old in before if all(old[name] == new[name] for name in (*alike, "computed"))]
+        found = [old for old in before if alike(old, new)]
         if len(found) != 1:
             raise ValueError(f"{new['command']}: not a setting of the table, whose rows --keep keeps")
         [old] = found
