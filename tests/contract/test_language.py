@@ -210,7 +210,7 @@ def refuses(family: str, method: str) -> str:
     """What is said where a family's attention takes no more tokens; see the page's table of methods."""
     if family.startswith("qwen") and method.startswith(("prompt", "prefix")) and "vision" in method:
         return "nothing can join the keys" if method.startswith("prefix") else "no token can join those of an image"
-    if family == "qwen3_vl" and method.startswith(("prompt", "modal_prompt")):
+    if family == "qwen3_vl" and method.startswith(("prompt", "modal_prompt", "fm_lora")) and "deep" not in method:
         return "no token can join those of a conversation"
     return ""
 

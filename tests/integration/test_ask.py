@@ -270,8 +270,9 @@ def test_a_model_whose_output_layer_is_its_embeddings_is_opened_again(
     method: str, data: Path, tiny_mllms: Callable[[str], Path], tmp_path: Path
 ) -> None:
     backbone = f"mllm(path={str(tiny_mllms('qwen2_vl'))!r})"
-    options = {"epochs": 2, "lr": 1e-2, "batch_size": 4, "precision": "fp32", "device": "cpu"}
-    config = RunConfig(stream="", backbone=backbone, method=method, objective="generate()")
+    options = {"epochs": 2, "lr": 1e-2, "batch_size": 4}
+    exact: Any = {"precision": "fp32", "device": "cpu"}
+    config = RunConfig(stream="", backbone=backbone, method=method, objective="generate()", **exact)
     into = tmp_path / "my.learner"
     for name in ("colour", "red"):
         teach_folder(data / f"{name}.jsonl", into, config, options if name == "colour" else {})

@@ -15,7 +15,7 @@ SPECS = {
     "clip": ("clip", "zeroshot", "lora(rank=3, tower='both')"),
     "timm": ("timm", "classify", "lora(rank=3) + ncm"),
     "pocket": ("pocket", "classify(cosine=True)", "lora(rank=3)"),
-    "dinov2": ("vision", "classify", "ranpac(dim=32)"),
+    "dinov2": ("vision", "classify", "probe + align"),
 }
 
 

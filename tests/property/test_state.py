@@ -30,7 +30,7 @@ register()
 EVERY = [
     f"lora(rank=2) + {name}" if method.protects else name
     for name, method in sorted(METHODS.items())
-    if name not in ("mod_x", "zscl")  # which need texts
+    if "classes" in (method.needs or {"classes"}) and name not in ("mod_x", "zscl")  # which need texts
 ]
 
 

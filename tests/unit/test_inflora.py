@@ -89,7 +89,7 @@ def test_an_exhausted_space_ends_plasticity_but_not_the_run(lab: Any, tmp_path: 
     images = bench.stream().tasks[0].test
     before = learner.features(images)[0]
     bench.teach(learner, [bench.stream().tasks[3]])
-    assert torch.equal(learner.features(images)[0], before)
+    torch.testing.assert_close(learner.features(images)[0], before, rtol=0, atol=1e-6)  # some processors round
 
 
 def test_free_dimensions_never_grow_back(lab: Any) -> None:

@@ -125,7 +125,7 @@ def test_a_name_told_apart_is_no_other_class_s_name() -> None:
         Task(1, "a", (2, 3), ("cat", "dog")),
         Task(2, "b", (3,), ("dog",)),
     ]
-    assert per_class.named(tasks) == {0: "task 1, a: cat", 1: "a: cat", 2: "task 2, a: cat", 3: "dog"}
+    assert per_class.class_names(tasks) == {0: "task 1, a: cat", 1: "a: cat", 2: "task 2, a: cat", 3: "dog"}
 
 
 def test_domains_have_no_confusion_of_tasks(tmp_path: Path, lab: Any) -> None:

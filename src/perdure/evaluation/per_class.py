@@ -71,7 +71,7 @@ def between_tasks(answers: Answers, owner: Mapping[int, int], tasks: int) -> lis
     return square
 
 
-def named(tasks: Sequence[Task]) -> dict[int, str]:
+def class_names(tasks: Sequence[Task]) -> dict[int, str]:
     """Names of classes, told apart: where two classes have one name, as of two data sets, "data set: name".
 
     Args:
@@ -98,7 +98,7 @@ def class_facts(done: Sequence[Checkpoint]) -> dict[str, Any]:
     if not answers:
         return {}
     tasks = done[-1].tasks[: done[-1].learnt]
-    names, owner = named(tasks), {c: task.index for task in tasks for c in task.classes}
+    names, owner = class_names(tasks), {c: task.index for task in tasks for c in task.classes}
     facts: dict[str, Any] = {
         "class_accuracy": {names.get(c, str(c)): right / count for c, (right, count) in of_classes(answers).items()}
     }

@@ -142,7 +142,7 @@ def _method(group: Group) -> dict[str, Any]:
 
 
 def _names(run: RunResults) -> dict[int, str]:
-    return per_class.named(
+    return per_class.class_names(
         [
             Task(i, str(task.get("name")), tuple(task.get("classes") or ()), tuple(map(str, task.get("names") or ())))
             for i, task in enumerate(run.tasks())

@@ -9,7 +9,7 @@ import unicodedata
 from functools import lru_cache
 
 from perdure.scoring.numerals import in_digits
-from perdure.scoring.symbols import HAN, kept, shown
+from perdure.scoring.symbols import HAN, signs_hidden, signs_shown
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _GROUPED = re.compile(r"\d,\d")
@@ -54,7 +54,7 @@ def normalise(text: str) -> str:
     Full-width forms become plain ones, case goes, and Chinese numerals become digits. With other Chinese characters in
     it: punctuation and the blanks beside characters go. Otherwise as `vqa_normalise`, and beyond it: quotes, colons and
     asterisks at the edges of words go. A minus before a number and signs of arithmetic stay, which the evaluator drops
-    (so that -3 is not 3, nor x+y x-y): see `symbols.kept`. A text that consists of an article alone keeps it.
+    (so that -3 is not 3, nor x+y x-y): see `symbols.signs_hidden`. A text that consists of an article alone keeps it.
     """
     plain = unicodedata.normalize("NFKC", text).strip()
     if has_han(plain):
@@ -62,8 +62,8 @@ def normalise(text: str) -> str:
         plain = _NUMBER_ALONE.sub(r"-\1", counted) if _NUMBER_ALONE.fullmatch(_bare(counted)) else counted
         if has_han(plain):
             return _chinese(plain) or text
-    words = (word.strip(_EDGES) for word in vqa_normalise(kept(plain)).split())
-    return shown(" ".join(word for word in words if word)) or plain.lower().strip(_EDGES) or plain.lower()
+    words = (word.strip(_EDGES) for word in vqa_normalise(signs_hidden(plain)).split())
+    return signs_shown(" ".join(word for word in words if word)) or plain.lower().strip(_EDGES) or plain.lower()
 
 
 def vqa_normalise(text: str) -> str:
@@ -113,9 +113,9 @@ def has_han(text: str) -> bool:
 
 
 def _chinese(text: str) -> str:
-    plain = _POINT.sub("\0", kept(text, "负"))  # the point of 3.5 is no full stop
+    plain = _POINT.sub("\0", signs_hidden(text, "负"))  # the point of 3.5 is no full stop
     plain = "".join(" " if unicodedata.category(c)[0] in "PZ" else c for c in plain).replace("\0", ".")
-    return _BLANK_BESIDE_HAN.sub("", " ".join(shown(plain).split()))
+    return _BLANK_BESIDE_HAN.sub("", " ".join(signs_shown(plain).split()))
 
 
 def _bare(text: str) -> str:

@@ -37,8 +37,8 @@ _GROUPS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _LISTED = re.compile(r"(?<=\d),(?=\d)")
 
 
-def kept(text: str, minus: str = "minus ") -> str:
-    """`text` with its signs out of reach of what drops punctuation, until `shown`.
+def signs_hidden(text: str, minus: str = "minus ") -> str:
+    """`text` with its signs out of reach of what drops punctuation, until `signs_shown`.
 
     + and signs of comparison stay; * and / between numbers, brackets or letters alone, but not within dates and words;
     % after a number; # after a letter. ".5" is "0.5", "1,000" is "1000", and "1,5" is no 15. An "a" that ends the text
@@ -63,6 +63,6 @@ def kept(text: str, minus: str = "minus ") -> str:
     return _NAMED_A.sub(_A, " ".join(plain.split()))
 
 
-def shown(text: str) -> str:
-    """`text` with the signs that `kept` hid."""
+def signs_shown(text: str) -> str:
+    """`text` with the signs that `signs_hidden` hid."""
     return text.translate(_SHOWN)
