@@ -346,9 +346,10 @@ def test_a_backbone_that_was_resized_can_be_moved(vit: Path, perdure: Any, photo
     side = 2 * json.loads((vit / "config.json").read_text())["image_size"]
     assert perdure("resize", "a", "--size", str(side)).code == 0
     before = perdure("predict", "a", "d/cat/00.png", "--json").events[0]["labels"]
-    vit.rename("elsewhere")
+    vit.rename("elsewhere"), Path("d").rename("pictures")
+    assert perdure("move", "a", "d=pictures").code == 0  # for which no model is read: it is away still
     assert perdure("move", "a", "vit=elsewhere").code == 0
-    assert perdure("predict", "a", "d/cat/00.png", "--json").events[0]["labels"] == before
+    assert perdure("predict", "a", "pictures/cat/00.png", "--json").events[0]["labels"] == before
 
 
 def test_a_move_to_another_model_is_refused(vit: Path, perdure: Any, photos: Any) -> None:

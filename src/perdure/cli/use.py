@@ -301,8 +301,8 @@ def move(folder: Path, change: str) -> list[tuple[str, str]]:
         there = ", ".join(dict.fromkeys(path for path in known if Path(path).is_absolute())) or "no path"
         raise ValueError(f"{folder} was made with nothing in {step[0]}; what it was made with: {there}")
     backbone = moved(config.backbone, [step])
-    made, needed = make_backbone(backbone).fingerprint(), written["backbone"]["fingerprint"]
-    if backbone != config.backbone and made.partition(" ")[0] != needed.partition(" ")[0]:  # whatever it was resized to
+    needed, _, _ = written["backbone"]["fingerprint"].partition(" ")  # behind it stands what it was resized to
+    if backbone != config.backbone and make_backbone(backbone).fingerprint().partition(" ")[0] != needed:
         raise ValueError(
             f"{backbone} is another model than {folder} was made with: give the one whose weights it needs"
         )

@@ -164,7 +164,6 @@ def fit_task(
             if optimizer:
                 restore(optimizer)
         ended, unsure = early is not None and early.over(), True
-        sighted = any(each.images for each in getattr(task.train, "records", ()))  # of conversations
         for step, batch in () if ended else _training_batches(learner, task, data, config, done):
             learner.step, learner.last_epoch = step, step >= steps - steps // config.epochs
             _reseed(learner, task, "step", step)
@@ -178,7 +177,7 @@ def fit_task(
             if optimizer:
                 for group in optimizer.param_groups:
                     group["lr"] = config.rate(step, steps) * group["scale"]
-                sure = unsure and (not sighted or any(each.get("images") for each in batch["conversation"]))
+                sure = unsure and (not _shows(task) or any(each.get("images") for each in batch["conversation"]))
                 loss = _descend(learner, task, batch, optimizer, first=sure)
                 unsure = unsure and not sure
             method.after_step(learner, batch)
@@ -309,7 +308,7 @@ def _check_gradients(learner: Core, task: Task) -> None:
     """A parameter that is to be trained and gets no gradient is a request without effect."""
     still = [n for n, p in learner.trainable().items() if p.grad is None]
     idle = still if len(still) == len(learner.trainable()) else [n for n in still if not n.startswith("backbone.")]
-    if idle and "conversations" in learner.objective.asks:
+    if idle and "conversations" in learner.objective.asks and not _shows(task):
         raise ValueError(
             f"task {task.number}: {len(idle)} trainable parameters get no gradient, the first is {idle[0]}: its "
             "conversations show no image that the towers of images could learn from. Adapt tower='language'"
@@ -319,6 +318,11 @@ def _check_gradients(learner: Core, task: Task) -> None:
             f"task {task.number}: {len(idle)} trainable parameters get no gradient, the first is {idle[0]}: the loss "
             "does not depend on them. Is the adapted tower part of the objective? (classify uses the vision tower only)"
         )
+
+
+def _shows(task: Task) -> bool:
+    """Whether there are conversations with images to learn from."""
+    return any(each.images for each in getattr(task.train, "records", ()))
 
 
 def check_finite(learner: Core, task: Task) -> None:
