@@ -143,6 +143,20 @@ def test_what_is_kept_is_told_for_each_number() -> None:
     assert mean_kept(answered([*rows, Row(-1, None, "answers/c/strict", 0.0)]), "strict") is None
 
 
+def test_the_screen_tells_each_held_out_set_though_one_has_nothing_to_lose(
+    taught: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary = json.loads((taught / "summary.json").read_text())
+    for name, numbers in summary["answers"].items():
+        numbers["strict"] |= {"before": 0.0, "drop": -0.25, "after": [0.0, 0.25]}
+        summary["zero_shot"] = {f"seen {name}": {"before": 0.5, "after": [0.125], "drop": 0.375, "ratio": 0.25}}
+    Screen(False).matrix(summary, ["colour", "red"], "lora")
+    said = capsys.readouterr().out
+    for name in summary["answers"]:
+        assert f"held out, {name}: 0.0% before, 25.0% now" in said
+    assert "held out, seen test: 50.0% before, 12.5% now" in said
+
+
 def test_eval_answers_held_out_questions(data: Path, taught: Path, capsys: pytest.CaptureFixture[str]) -> None:
     retain = config_of(data).retain
     main(["eval", str(taught), "--retain", *retain, "--json"])

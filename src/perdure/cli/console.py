@@ -237,6 +237,10 @@ class Screen:
         columns = column_names("lenient_matrix" in summary).items()
         parts = [f"{name} {summary[key]:.1%}" for key, name in columns if summary.get(key) is not None]
         self._say(*flowed([*parts, f"stored {human_bytes(summary['stored_bytes'])}"], self.out.width))
+        never_taught = {name: numbers["strict"] for name, numbers in summary.get("answers", {}).items()}
+        for name, score in (summary.get("zero_shot", {}) | never_taught).items():
+            if score["drop"] is not None:
+                self._say(f"held out, {shortened(name)}: {score['before']:.1%} before, {score['after'][-1]:.1%} now")
 
     def _square(self, matrix: Sequence[Sequence[float | None]], title: str, summary: Mapping[str, Any]) -> None:
         """A matrix of scores with a heading; means unless the scores of its tasks, or no old one, have any."""
