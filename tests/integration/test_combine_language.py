@@ -113,6 +113,14 @@ def test_the_task_says_which_speaker_is_asked(perdure: Any, voice: Any, photos: 
     assert (refused.code, "has a task 'pet'" in refused.err) == (2, True), refused.err
 
 
+def test_a_task_that_all_speakers_have_is_refused_for_it_decides_nothing(perdure: Any, voice: Any, photos: Any) -> None:
+    photos("hues", "red green", 4)
+    members = voice("h", "hues"), voice("g", "hues")
+    assert perdure("combine", *members, "--into", "team", "--route", "text", "--gate", "tiny(text=True)").code == 0
+    refused = perdure("ask", "team", "hues/red/00.png", "Which?", "--task", "hues")
+    assert (refused.code, "task='hues' has no effect: all who can be asked have it" in refused.err) == (2, True)
+
+
 def test_the_command_that_is_named_is_one_that_members_answer_to(perdure: Any, voice: Any, photos: Any) -> None:
     photos("hues", "red green", 4), photos("pets", "cat dog", 4)
     for name in ("hues", "pets"):

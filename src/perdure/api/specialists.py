@@ -158,11 +158,16 @@ class Specialists:
             f"no member of {self.folder} {what}, which {call} needs: {f'left out is {gone}' if gone else 'combine one'}"
         )
 
-    def _knowing(self, able: list[str], task: str | None) -> list[str]:
-        """Those of `able` who have learnt the task of that name, where one is named."""
+    def _knowing(self, able: list[str], task: str | None, chosen: bool = False) -> list[str]:
+        """Those of `able` who have learnt the task of that name, where one is named; `chosen` as in `_told`."""
         owners = [name for name in able if task is None or task in _tasks(self.members[name])]
         if not owners:
             raise ValueError(f"no member of {self.folder} who can be asked this has a task {task!r}")
+        if task is not None and owners == able and not any(_told(self.members[name], task, chosen) for name in able):
+            raise ValueError(
+                f"task={task!r} has no effect: all who can be asked have it, and answer the same whatever the task; "
+                "leave it out"
+            )
         return owners
 
     @plain()
@@ -202,7 +207,7 @@ class Specialists:
     ) -> list[Routed]:
         """As `predict`, with who answered."""
         able = self._some("classes", "predict") if classes is None else self._some("text", "predict with classes")
-        able = self._knowing(able, task)
+        able = self._knowing(able, task, classes is None)
         data = shown(images, self)
         several = self.router is None and len(able) > 1
         who, known = (list(able), [True] * len(data)) if several else self.route(data, able)
