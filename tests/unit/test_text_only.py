@@ -14,8 +14,8 @@ SHOWN: list[Any] = [
 TOLD: list[Any] = [{"question": f"{i} + 1", "answer": str(i + 1)} for i in range(5)]
 
 
-def learner(method: str, seed: int = 0) -> Learner:
-    return Learner.create("tiny_mllm()", method, "generate()", seed=seed, precision="fp32", epochs=1, batch_size=2)
+def learner(method: str, seed: int = 0, size: int = 2) -> Learner:
+    return Learner.create("tiny_mllm()", method, "generate()", seed=seed, precision="fp32", epochs=1, batch_size=size)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -35,6 +35,22 @@ def test_a_batch_without_images_is_a_batch_like_any_other(method: str, seed: int
     after = taught.learnt_state()
     assert all(torch.isfinite(value).all() for value in after.values() if value.is_floating_point())
     assert before.keys() != after.keys() or any(not torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        f"lora(rank=2, tower='vision'){part}"
+        for part in (" + ewc", " + mas", " + si", " + gem(size=8)", " + agem(size=8)", " + lwf", " + derpp(size=8)")
+    ]
+    + [f"lora(rank=2, tower='projector', at='mlp') + {part}" for part in ("reptile", "fomaml", "maml", "lamaml")]
+    + ["gpm(tower='vision')", "inflora(rank=2, tower='vision')", "finetune(tower='vision') + ewc"],
+)
+def test_what_asks_for_gradients_finds_none_in_texts_alone(method: str) -> None:
+    taught = learner(method, size=1)
+    for shift in (0, 3):  # the second lesson begins with what the first has left
+        taught.learn(conversations=[{**each, "answer": f"{i + shift}"} for i, each in enumerate([*SHOWN, *TOLD])])
+    assert all(torch.isfinite(value).all() for value in taught.learnt_state().values() if value.is_floating_point())
 
 
 @pytest.mark.parametrize("method", ["lora(rank=2, tower='vision')", "finetune(tower='vision')"])

@@ -1,4 +1,4 @@
-"""Gradients of the step, and on old examples: what GEM and A-GEM compare."""
+"""Gradients of the step, of a loss that may reach nothing, and on old examples: what GEM and A-GEM compare."""
 
 from collections.abc import Callable, Sequence
 
@@ -14,6 +14,27 @@ def with_gradients(learner: Core) -> list[nn.Parameter]:
     return [p for p in learner.trainable().values() if p.grad is not None]
 
 
+def gradients_of(loss: Tensor, parameters: Sequence[Tensor], **how: bool) -> tuple[Tensor | None, ...]:
+    """Gradients by each of `parameters`, None where the loss does not depend on it.
+
+    It may depend on none: conversations without images do not reach a tower of images.
+
+    Args:
+        loss: a scalar.
+        parameters: what it is differentiated by.
+        how: see `torch.autograd.grad`, of which `allow_unused` is always on.
+    """
+    if not (parameters and loss.requires_grad):
+        return (None,) * len(parameters)
+    return torch.autograd.grad(loss, parameters, allow_unused=True, **how)
+
+
+def or_zeros(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> list[Tensor]:
+    """`gradients` by `parameters`, zeros where there is none."""
+    pairs = zip(gradients, parameters, strict=True)
+    return [torch.zeros_like(p) if gradient is None else gradient for gradient, p in pairs]
+
+
 def gradients_on(learner: Core, batch: Batch, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
     """Gradient of the objective's loss on old examples, without penalties; zero where the loss does not reach.
 
@@ -23,8 +44,8 @@ def gradients_on(learner: Core, batch: Batch, parameters: Sequence[nn.Parameter]
 
     def scaled(scale: float) -> list[Tensor]:
         with learner.undivided():  # what is encoded once more on the way back is all here
-            found = torch.autograd.grad(loss * scale, parameters, retain_graph=scale > 1, materialize_grads=True)
-        return learner.processes.mean(found)
+            found = gradients_of(loss * scale, parameters, retain_graph=scale > 1)
+        return learner.processes.mean(or_zeros(found, parameters))
 
     return at_scale(learner.scaler.get_scale(), scaled)[0]
 

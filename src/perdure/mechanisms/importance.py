@@ -15,7 +15,7 @@ from perdure.adapters.injection import updates
 from perdure.adapters.state import BufferDict
 from perdure.core.learner import Core
 from perdure.core.objective import Competitors
-from perdure.mechanisms.gradients import at_scale
+from perdure.mechanisms.gradients import at_scale, gradients_of, or_zeros
 from perdure.types import Batch, Data, Site, take
 
 Of = Literal["parameters", "updates"]
@@ -162,7 +162,7 @@ def _in_turn(asked: _Asked, at: dict[str, Tensor], batch: Batch, own: range) -> 
             asked.scale = scale
             with torch.enable_grad():
                 out = asked.of(leaves, example)
-                return torch.autograd.grad(out, list(leaves.values()), allow_unused=True, materialize_grads=True)
+                return or_zeros(gradients_of(out, [*leaves.values()]), [*leaves.values()])
 
         found, asked.scale = at_scale(asked.scale, scaled)
         yield {name: gradient[None] for name, gradient in zip(leaves, found, strict=True)}

@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from perdure.core.learner import Core
 from perdure.core.method import Method
+from perdure.mechanisms.gradients import gradients_of
 from perdure.types import AnyLearner, Batch, take
 
 Weights = Mapping[str, Tensor]
@@ -68,7 +69,7 @@ def inner_step(
     """
     with twice_differentiable() if second_order else nullcontext():
         value = loss_at(learner, weights, batch, loss)
-        found = torch.autograd.grad(value, list(weights.values()), create_graph=second_order, allow_unused=True)
+        found = gradients_of(value, list(weights.values()), create_graph=second_order)
     gradients = {
         name: g if clip is None else g.clamp(-clip, clip)
         for name, g in zip(weights, found, strict=True)
@@ -150,5 +151,5 @@ class ModelAgnostic(Method):
             weights, _ = inner_step(learner, weights, support, self.inner_lr, second_order=self.second_order)
         with twice_differentiable() if self.second_order else nullcontext():
             outer = loss_at(learner, weights, query, whole_loss)
-            found: Sequence[Tensor | None] = torch.autograd.grad(outer, start, allow_unused=True)
+            found: Sequence[Tensor | None] = gradients_of(outer, start)
         return dict(zip(weights, found, strict=True))

@@ -60,11 +60,11 @@ class AGEM(Rehearsal, name="agem"):
 
     def after_backward(self, learner: Core) -> None:
         """Project the gradient where it points against the old examples'."""
-        if self._old is None:
-            return
-        parameters = with_gradients(learner)
-        reference = gradients_on(learner, self._old, parameters)
+        parameters, old = with_gradients(learner), self._old
         self._old = None
+        if old is None or not parameters:
+            return
+        reference = gradients_on(learner, old, parameters)
         with torch.no_grad():
             gradient = [p.grad for p in parameters if p.grad is not None]
             square = _inner(reference, reference).clamp_min(torch.finfo(torch.float32).tiny)

@@ -80,11 +80,11 @@ class GEM(Rehearsal, name="gem"):
 
     def after_backward(self, learner: Core) -> None:
         """Project the gradient where it points against a past task's."""
-        if not self._old:
-            return
         parameters = with_gradients(learner)
-        old = [gradients_on(learner, batch, parameters) for batch in self._old]
+        old = [gradients_on(learner, batch, parameters) for batch in self._old] if parameters else []
         self._old = []
+        if not old:
+            return
         with torch.no_grad():
             # a parameter's gradients, new one last: (tasks + 1, numbers), never all parameters' in one matrix
             rows = [

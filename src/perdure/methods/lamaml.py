@@ -19,6 +19,7 @@ from torch import Tensor
 
 from perdure.adapters.state import BufferDict
 from perdure.core.learner import Core
+from perdure.mechanisms.gradients import gradients_of
 from perdure.mechanisms.meta_learning import (
     Weights,
     check_second_order,
@@ -127,7 +128,7 @@ class LaMAML(Rehearsal, name="lamaml"):
             with twice_differentiable():
                 outer.append(loss_at(learner, weights, batch, whole_loss))
         both = [*start.values(), *rates.values()]
-        found = torch.autograd.grad(torch.stack(outer).mean(), both, allow_unused=True)
+        found = gradients_of(torch.stack(outer).mean(), both)
         return dict(zip(start, found[: len(start)], strict=True)), dict(zip(rates, found[len(start) :], strict=True))
 
     @torch.no_grad()

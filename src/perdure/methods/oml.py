@@ -17,6 +17,7 @@ from torch import Tensor
 
 from perdure.core.learner import Core
 from perdure.core.method import Method
+from perdure.mechanisms.gradients import gradients_of
 from perdure.mechanisms.meta_learning import Loss, Weights, halves, inner_step, loss_at, set_gradients
 from perdure.options.ranges import Rate
 from perdure.types import Batch, Task, take
@@ -57,7 +58,7 @@ class OML(Method, name="oml"):
         found = {
             name: gradient
             for of, by in both
-            for name, gradient in zip(by, torch.autograd.grad(of, list(by.values()), allow_unused=True), strict=True)
+            for name, gradient in zip(by, gradients_of(of, list(by.values())), strict=True)
         }
         set_gradients(learner, found)
 
