@@ -1,4 +1,4 @@
-"""Conversations without images among such with them: they teach the towers of images nothing, and stop no training."""
+"""What language models are shown: conversations with images, without them, and a model that was asked before."""
 
 from typing import Any
 
@@ -57,3 +57,13 @@ def test_what_asks_for_gradients_finds_none_in_texts_alone(method: str) -> None:
 def test_a_tower_of_images_that_is_shown_none_is_refused(method: str) -> None:
     with pytest.raises(ValueError, match=r"show no image that .* could learn from. Adapt tower='language'"):
         learner(method).learn(conversations=TOLD)
+
+
+@pytest.mark.parametrize("method", ["prompt(tower='vision')", "prefix(tower='vision')", "adapter(tower='vision')"])
+def test_it_does_not_matter_whether_the_model_was_asked_before_it_learns(method: str) -> None:
+    new, asked = learner(method), learner(method)
+    asked.backbone(asked.backbone.sample())  # LLaVA goes on with what transformers records, from the first call on
+    for each in (new, asked):
+        each.learn(conversations=SHOWN)
+    expected, found = new.learnt_state(), asked.learnt_state()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())

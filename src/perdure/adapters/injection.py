@@ -124,8 +124,21 @@ def attach(model: nn.Module, sites: Sequence[Site], adapter: Adapter, fold: bool
 
 def attach_behind(block: nn.Module, adapter: Adapter) -> None:
     """Put `adapter`, which no weight can hold, behind a whole block, whose input and output it sees as part 0."""
-    handle = block.register_forward_hook(partial(_behind, adapter))
+    handle = before_recorders(block, partial(_behind, adapter))
     setattr(block, _BEHIND, [*getattr(block, _BEHIND, ()), handle])
+
+
+def before_recorders(block: nn.Module, hook: Callable[..., Any]) -> RemovableHandle:
+    """Register a forward hook that changes what `block` gives: behind others, but before those of transformers.
+
+    These record what blocks give, which some models (LLaVA) go on with; the model's first call puts them there, whether
+    it comes before the hook or after.
+    """
+    handle, hooks = block.register_forward_hook(hook), block._forward_hooks
+    for key, other in [*hooks.items()]:
+        if getattr(other, "__module__", "").startswith("transformers."):
+            hooks[key] = hooks.pop(key)  # to the end
+    return handle
 
 
 def _behind(adapter: Adapter, _block: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perdure.adapters.injection import hold
+from perdure.adapters.injection import before_recorders, hold
 
 
 class PromptBase(nn.Module):
@@ -35,7 +35,7 @@ class PromptBase(nn.Module):
         if tower in ("text", "language"):
             for block in blocks[1:]:
                 hold(block, [block.register_forward_pre_hook(partial(_pass, self), with_kwargs=True)])
-        hold(blocks[-1], [blocks[-1].register_forward_hook(partial(_leave, self, place))])
+        hold(blocks[-1], [before_recorders(blocks[-1], partial(_leave, self, place))])
 
 
 class PromptTokens(PromptBase):
