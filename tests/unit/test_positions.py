@@ -194,6 +194,14 @@ def test_scaled_rotary_positions_make_room_and_one_is_the_published_model(
     assert not torch.equal(plain.head(plain(asked)), long.head(long(asked)))
 
 
+def test_a_length_beyond_the_positions_is_refused_unless_they_are_stretched(tiny_mllms: Callable[[str], Path]) -> None:
+    folder = str(tiny_mllms("llava"))
+    most = mllm(folder).dialogue.length
+    assert mllm(folder, length=2 * most, rope="linear", factor=2.0).dialogue.length == 2 * most
+    with pytest.raises(ValueError, match=rf"^length={most + 1}: .* has positions for {most} tokens; .*rope=, factor="):
+        mllm(folder, length=most + 1)
+
+
 @pytest.mark.parametrize(("rope", "factor"), [("yarn", None), (None, 2.0)])
 def test_half_a_request_for_a_longer_context_is_refused(
     rope: Any, factor: float | None, tiny_mllms: Callable[[str], Path]

@@ -64,6 +64,11 @@ class Language(Backbone):
         self.preprocess = preprocess_of(model.config)
         stops = _ids(model.generation_config.eos_token_id) + _ids(processor.tokenizer.eos_token_id)
         most = getattr(text, "max_position_embeddings", None)
+        if length and most and length > most:
+            raise ValueError(
+                f"length={length}: {spec} has positions for {most} tokens; give {most} or fewer, or stretch them: "
+                "mllm(rope=, factor=)"
+            )
         self.dialogue = Dialogue(processor, stops, length or most or 2**20, spec)
         # what checkpoints bring along (sampling, penalties of repetition) would change what is greedy
         kept = {"eos_token_id": self.dialogue.stops, "pad_token_id": self.dialogue.pad}

@@ -14,7 +14,9 @@ def with_gradients(learner: Core) -> list[nn.Parameter]:
     return [p for p in learner.trainable().values() if p.grad is not None]
 
 
-def gradients_of(loss: Tensor, parameters: Sequence[Tensor], **how: bool) -> tuple[Tensor | None, ...]:
+def gradients_of(
+    loss: Tensor, parameters: Sequence[Tensor], *, retain_graph: bool | None = None, create_graph: bool = False
+) -> tuple[Tensor | None, ...]:
     """Gradients by each of `parameters`, None where the loss does not depend on it.
 
     It may depend on none: conversations without images do not reach a tower of images.
@@ -22,11 +24,14 @@ def gradients_of(loss: Tensor, parameters: Sequence[Tensor], **how: bool) -> tup
     Args:
         loss: a scalar.
         parameters: what it is differentiated by.
-        how: see `torch.autograd.grad`, of which `allow_unused` is always on.
+        retain_graph: see `torch.autograd.grad`.
+        create_graph: so too.
     """
     if not (parameters and loss.requires_grad):
         return (None,) * len(parameters)
-    return torch.autograd.grad(loss, parameters, allow_unused=True, **how)
+    return torch.autograd.grad(
+        loss, parameters, retain_graph=retain_graph, create_graph=create_graph, allow_unused=True
+    )
 
 
 def or_zeros(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> list[Tensor]:
