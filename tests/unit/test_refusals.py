@@ -165,6 +165,9 @@ FORESEEN = {
         r"^(replay|derpp) has nothing to teach: ncm answers without the heads": (
             "ncm + replay(size=5) | ncm + derpp(size=5) | lora(rank=2, tasks=1) + ncm + replay"
         ),
+        r"^(maml|fomaml|reptile) has nothing to teach: (ncm|ranpac) answers without the heads": (
+            "ncm + maml | fomaml + ncm | ncm + reptile | ranpac(dim=8) + reptile"
+        ),
         r"^a?gem has no gradient to project: ncm answers without the heads": (
             "ncm + gem | ncm + agem | lora(rank=2, tasks=1) + ncm + gem | lora(rank=2, tasks=1) + ncm + agem"
         ),

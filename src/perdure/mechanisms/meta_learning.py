@@ -9,9 +9,9 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from perdure.core.learner import Core
-from perdure.core.method import Method
+from perdure.core.method import Method, check_trained
 from perdure.mechanisms.gradients import gradients_of
-from perdure.types import AnyLearner, Batch, take
+from perdure.types import AnyLearner, Batch, Task, take
 
 Weights = Mapping[str, Tensor]
 """Values of trainable parameters, by their names."""
@@ -109,6 +109,12 @@ def halves(labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     return order[1::2], order[0::2]
 
 
+def check_taught(learner: Core, part: Method, task: Task) -> None:
+    """Raise `ValueError` where already in the first task nothing is trained that answers depend on."""
+    if task.index == 0:
+        check_trained(learner, part, "nothing to teach")
+
+
 def check_second_order(learner: AnyLearner, part: Method, remedy: str) -> None:
     """Raise `ValueError` where gradients of gradients would be taken of the pre-trained weights themselves."""
     if learner.tunes_backbone:
@@ -132,6 +138,10 @@ class ModelAgnostic(Method):
     def __init__(self, inner_steps: int, inner_lr: float) -> None:
         super().__init__()
         self.inner_steps, self.inner_lr = inner_steps, inner_lr
+
+    def check(self, learner: Core, task: Task) -> None:
+        """Refuse what would have no effect; known when all parts have grown."""
+        check_taught(learner, self, task)
 
     def backward(self, learner: Core, loss: Tensor, batch: Batch) -> None:
         """The gradient of the outer loss."""

@@ -27,5 +27,6 @@ class MAML(ModelAgnostic, name="maml"):
         super().__init__(inner_steps, inner_lr)
 
     def check(self, learner: Core, task: Task) -> None:
-        """Refuse second order of pre-trained weights; known when all parts have grown."""
+        """Refuse second order of pre-trained weights too; known when all parts have grown."""
+        super().check(learner, task)
         check_second_order(learner, self, "fomaml")

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from perdure.core.learner import Core
 from perdure.core.method import Method
-from perdure.mechanisms.meta_learning import Weights, inner_step, interleaved, set_gradients, whole_loss
+from perdure.mechanisms.meta_learning import Weights, check_taught, inner_step, interleaved, set_gradients, whole_loss
 from perdure.options.ranges import Count, Rate
-from perdure.types import Batch, take
+from perdure.types import Batch, Task, take
 
 
 class Reptile(Method, name="reptile"):
@@ -33,6 +33,10 @@ class Reptile(Method, name="reptile"):
     def __init__(self, inner_steps: Count = 4, inner_lr: Rate = 0.1) -> None:
         super().__init__()
         self.inner_steps, self.inner_lr = inner_steps, inner_lr
+
+    def check(self, learner: Core, task: Task) -> None:
+        """Refuse what would have no effect; known when all parts have grown."""
+        check_taught(learner, self, task)
 
     def backward(self, learner: Core, loss: Tensor, batch: Batch) -> None:
         """The sum of the gradients along the way."""
