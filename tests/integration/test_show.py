@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from perdure.api.learner import Learner
+
 TINY = ("--backbone", "tiny()", "--epochs", 1)
 
 
@@ -24,6 +26,24 @@ def test_a_taught_learner_says_what_was_taught_from_where_and_how_well(perdure: 
     assert all(t["train"] and t["finished"] for t in found["tasks"])
     said = perdure("show", "mine").out
     assert all(words in said for words in ("2 tasks learnt", "cat, dog", "january")), said
+
+
+def test_tasks_that_were_saved_together_or_merged_are_all_told(perdure: Any, photos: Any) -> None:
+    photos("pets", "cat dog", 4), photos("birds", "emu kea", 4), photos("cars", "van bus", 4)
+    learner = Learner.create("tiny()", "lora(rank=2)", epochs=1, precision="fp32")
+    learner.learn("pets"), learner.learn("birds")
+    learner.save("saved")
+    assert perdure("learn", "cars", "--into", "more", *TINY, "--method", "lora(rank=2)", "--precision", "fp32").code == 0
+    assert perdure("combine", "saved", "more", "--into", "merged", "--merge", "average()").code == 0
+    for folder, count in (("saved", 2), ("merged", 3)):
+        (found,) = perdure("show", folder, "--json").events
+        tasks = [("pets", ["cat", "dog"]), ("birds", ["emu", "kea"]), ("cars", ["bus", "van"])][:count]
+        assert [(t["number"], t["name"], t["classes"]) for t in found["tasks"]] == [
+            (i + 1, *task) for i, task in enumerate(tasks)
+        ]
+        assert f"{count} tasks learnt" in perdure("show", folder).out
+        assert perdure("report", folder, "--out", f"{folder}.html").code == 0
+        assert all(name in Path(f"{folder}.html").read_text() for name, _ in tasks)
 
 
 def test_what_the_folder_holds_of_the_data_is_told_by_kind(perdure: Any, photos: Any) -> None:

@@ -41,19 +41,21 @@ def contents(folder: Path) -> dict[str, Any]:
     rows = [row for each in done for row in each.rows]
     score, _, _ = metrics.scored(rows)
     matrix = metrics.matrix_of(rows, score, len(done[-1].tasks) if done else 0)
+    ends = {each.learnt - 1: each for each in done}
     tasks = []
-    for each in done:
-        index, source = each.learnt - 1, each.manifest.get("source")
+    for index, task in enumerate(done[-1].tasks[: done[-1].learnt] if done else ()):
+        end = ends.get(index)  # none where several were learnt before one `save`, or in a member that was merged
+        source = end.manifest.get("source") if end else None
         facts = declared[index] if index < len(declared) else None
-        task = done[-1].tasks[index]
+        taught = _rows_in(end, "taught.safetensors") if end else None
         tasks.append(
             {
-                "number": each.learnt,
+                "number": index + 1,
                 "name": task.name,
                 "classes": list(task.names),
                 "folder": source["folder"] if source else None,
-                "finished": each.manifest.get("finished"),
-                "train": facts.get("train") if facts else _rows_in(each, "taught.safetensors"),
+                "finished": end.manifest.get("finished") if end else None,
+                "train": facts.get("train") if facts else taught,
                 "test": facts.get("test") if facts else None,
                 "when_learnt": matrix[index][index],
                 "now": matrix[done[-1].learnt - 1][index],
