@@ -145,6 +145,22 @@ def test_without_a_member_the_others_answer_and_it_is_told_in_a_line(
         assert (refused.code, "none of the members of team can be opened" in refused.err) == (2, True)
 
 
+def test_what_a_member_has_learnt_since_is_told(perdure: Any, photos: Any) -> None:
+    photos("pets", "cat dog", 4), photos("birds", "emu kea", 4), photos("cars", "van bus", 4)
+    made = ("--backbone", "tiny()", "--method", "ncm")
+    assert (
+        perdure("learn", "pets", "--into", "one", *made).code == perdure("learn", "birds", "--into", "two", *made).code
+    )
+    assert perdure("combine", "one", "two", "--into", "team").code == 0
+    assert perdure("predict", "team", "pets/cat/00.png").err == ""
+    assert perdure("learn", "cars", "--into", "one").code == 0
+    told = perdure("predict", "team", "cars/van/00.png")
+    (line,) = told.err.splitlines()
+    assert line.startswith("perdure: one has learnt 1 task since team was made, which its pool and its router do not")
+    states = [each["state"] for each in perdure("show", "team", "--json").events[0]["members"]]
+    assert states == ["there, with 1 task(s) more than the pool knows: combine again", "there"]
+
+
 def test_a_tree_that_was_moved_as_a_whole_still_answers(perdure: Any, members: list[str]) -> None:
     perdure("combine", *members, "--into", "runs/team")
     Path("runs").rename("archive")

@@ -33,7 +33,9 @@ def test_tasks_that_were_saved_together_or_merged_are_all_told(perdure: Any, pho
     learner = Learner.create("tiny()", "lora(rank=2)", epochs=1, precision="fp32")
     learner.learn("pets"), learner.learn("birds")
     learner.save("saved")
-    assert perdure("learn", "cars", "--into", "more", *TINY, "--method", "lora(rank=2)", "--precision", "fp32").code == 0
+    assert (
+        perdure("learn", "cars", "--into", "more", *TINY, "--method", "lora(rank=2)", "--precision", "fp32").code == 0
+    )
     assert perdure("combine", "saved", "more", "--into", "merged", "--merge", "average()").code == 0
     for folder, count in (("saved", 2), ("merged", 3)):
         (found,) = perdure("show", folder, "--json").events

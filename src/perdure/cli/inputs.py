@@ -18,13 +18,20 @@ if TYPE_CHECKING:
 
 
 def opened_and_told(folder: Path, device: str | None, screen: Screen) -> "Learner | Specialists":
-    """The learner or the specialists of a folder; which of these could not be opened is said."""
+    """The learner or the specialists of a folder; which of these could not be opened, or know more, is said."""
     from perdure.api.specialists import Specialists, opened
 
     found = opened(folder, device)
     if isinstance(found, Specialists):
         for name, why in found.missing.items():
             screen.warn(f"{name} is left out: {why}")
+        for facts in found.record["members"]:
+            name, member = facts["name"], found.members.get(facts["name"])
+            if member is not None and (more := member.learnt - facts["learnt"]):
+                screen.warn(
+                    f"{name} has learnt {more} task{'s' if more > 1 else ''} since {folder} was made, which its pool "
+                    "and its router do not know: combine again"
+                )
     return found
 
 

@@ -4,7 +4,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from perdure.core.manifests import RECORD, read_record, read_specialists
+from perdure.core.manifests import RECORD, read_record, read_specialists, whole
 from perdure.formatting import human_bytes, printable, shortened
 from perdure.storage import schema
 from perdure.storage.files import write_page
@@ -105,9 +105,13 @@ def _state(facts: MemberFacts, folder: Path) -> str:
     if there is None:
         return "missing"
     try:
-        return "there" if schema.seal(read_record(there)) == facts["run"] else "another learner"
+        if schema.seal(read_record(there)) != facts["run"]:
+            return "another learner"
+        done = whole(there)
     except Damaged:
         return "damaged"
+    more = (done[-1].learnt if done else 0) - facts["learnt"]
+    return f"there, with {more} task(s) more than the pool knows: combine again" if more > 0 else "there"
 
 
 def _exemplars(pool: Path) -> int:
