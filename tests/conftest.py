@@ -20,10 +20,10 @@ import torch
 from perdure_pocket import CLIP
 from safetensors.torch import load_file, save_file
 
-from perdure.backbones.tiny import Tiny, tiny
+from perdure.backbones.base import Backbone
 from perdure.core.learner import Core
 from perdure.streams import build_stream
-from perdure.training.config import RunConfig, make_method, make_objective
+from perdure.training.config import RunConfig, make_backbone, make_method, make_objective
 from perdure.training.loop import Progress, Quiet, TrainConfig, fit_task
 from perdure.training.run import resume, run
 from perdure.types import Row, Scenario, Stream, Task
@@ -96,9 +96,11 @@ class Laboratory:
         )
         if self.objective.startswith("retrieve"):
             stream = f"captions_synthetic(tasks={self.tasks}, test_per_task=8, scenario={self.scenario!r})"
+        if self.speaks:
+            stream = f"as_questions({stream}, question='Which?')"
         settings = {
             "stream": stream,
-            "backbone": f"tiny(dim={self.dim}, fused={self.fused}, text={self.text}, layers={self.layers})",
+            "backbone": self.backbone_spec,
             "objective": self.objective,
             "epochs": self.epochs,
             "batch_size": 8,
@@ -114,8 +116,18 @@ class Laboratory:
     def train_config(self, **more: Any) -> TrainConfig:
         return TrainConfig(**{"epochs": self.epochs, "batch_size": 8, "lr": self.lr} | more)
 
-    def backbone(self) -> Tiny:
-        return tiny(dim=self.dim, fused=self.fused, text=self.text, layers=self.layers)
+    @property
+    def speaks(self) -> bool:
+        return self.objective.startswith("generate")
+
+    @property
+    def backbone_spec(self) -> str:
+        if self.speaks:
+            return f"tiny_mllm(dim={self.dim})"
+        return f"tiny(dim={self.dim}, fused={self.fused}, text={self.text}, layers={self.layers})"
+
+    def backbone(self) -> Backbone:
+        return make_backbone(self.backbone_spec)
 
     def stream(self) -> Stream:
         return build_stream(self.config("probe").stream, self.backbone().preprocess, self.seed)
