@@ -92,6 +92,9 @@ def test_answers_are_the_same_in_python_on_the_command_line_in_a_batch_and_in_a_
     assert (asked.code, asked.err, asked.out) == (0, "", f"{said[0]}\n")
     (event,) = perdure("ask", taught, *files[:2], "Which colour?", "--tokens", 8, "--json").events
     assert event == {"images": [str(each) for each in files[:2]], "question": "Which colour?", "answer": both}
+    long = "Which colour has it, 图中是什么颜色? " * 8  # longer than the name of a file may be
+    asked = perdure("ask", taught, files[0], long, "--tokens", 4)
+    assert (asked.code, asked.out) == (0, f"{learner.ask(files[0], long, 4)}\n"), asked.err
     lines = [
         {"image": str(files[0]), "question": "Which colour?"},
         {"image": str(files[1]), "conversations": [{"from": "human", "value": "<image>\nWhich colour?"}]},
@@ -116,6 +119,7 @@ def test_answers_are_the_same_in_python_on_the_command_line_in_a_batch_and_in_a_
         (("ask", "L", "gone.png", "What?"), "there is no image 'gone.png': give an image, and the question in quotes"),
         (("ask", "L", "How", "many?"), "there is no image 'How': give an image, and the question in quotes"),
         (("ask", "L", "D/red0.png"), "is a file, and no question comes after it"),
+        (("ask", "L", "gone.png"), "there is no image 'gone.png', and no question comes after it: write perdure ask"),
         (("ask", "L"), "there is no question: write perdure ask"),
         (("ask", "L", " "), "there is no question: write perdure ask"),
         (("ask", "L", ""), "an empty word, number 2 after 'perdure ask', says nothing"),

@@ -14,6 +14,7 @@ import tyro
 from perdure.cli.console import Screen
 from perdure.cli.inputs import opened_and_told, tell_seen
 from perdure.cli.use import LearnerCommand
+from perdure.options.paths import is_file
 from perdure.options.ranges import Count
 from perdure.storage.schema import SPECIALISTS
 
@@ -57,7 +58,7 @@ class Ask(LearnerCommand):
                 raise ValueError(f"{_STDIN} is empty: give a JSON object with a question on each line")
             return
         together = (self.learner / SPECIALISTS).is_file()
-        if together and self.words and all(Path(word).is_file() for word in self.words):
+        if together and self.words and all(map(is_file, self.words)):
             # a gateway: images alone are for those who know classes
             team = opened_and_told(self.learner, self.device, screen)
             tell_seen(team, list(map(Path, self.words)), 3, False, screen, task=self.task)
@@ -69,13 +70,18 @@ class Ask(LearnerCommand):
         screen.result({"images": images, "question": question, "answer": answer}, *(answer.splitlines() or [""]))
 
     def _question(self) -> tuple[str, ...]:
+        from perdure.backbones.preprocess import is_image
+
         example = f'perdure ask {self.learner} cat.jpg "What is this?"'
         if not self.words or not self.words[-1].strip():
             raise ValueError(f"there is no question: write {example}")
         for word in self.words[:-1]:
             check_image(word, f"an image, and the question in quotes: {example}")
-        if Path(self.words[-1]).is_file():
-            raise ValueError(f"{self.words[-1]} is a file, and no question comes after it: write {example}")
+        last = self.words[-1]
+        if is_file(last):
+            raise ValueError(f"{last} is a file, and no question comes after it: write {example}")
+        if is_image(last) and not any(map(str.isspace, last)):
+            raise ValueError(f"there is no image {last!r}, and no question comes after it: write {example}")
         return self.words
 
     def _answer_lines(self, learner: "Learner | Specialists", lines: str, screen: Screen) -> None:
@@ -147,5 +153,5 @@ def check_image(path: str, example: str) -> None:
     Raises:
         ValueError: when there is no such file.
     """
-    if not Path(path).is_file():
+    if not is_file(path):
         raise ValueError(f"there is no image {path!r}: give {example}")

@@ -85,3 +85,11 @@ def _in_spec(spec: Spec, change: Callable[[str], str]) -> Spec:
 
     kwargs = tuple((name, option(name, value)) for name, value in spec.kwargs)
     return Spec(spec.name, kwargs, tuple(_in_spec(part, change) for part in spec.parts))
+
+
+def is_file(text: str) -> bool:
+    """Whether any text, a question too, is the path of a file."""
+    try:
+        return Path(text).is_file()
+    except OSError:  # longer than names may be
+        return False

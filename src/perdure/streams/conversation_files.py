@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from perdure.backbones.preprocess import UnreadableImage, decode
+from perdure.options.paths import is_file
 from perdure.streams.conversation_rows import Columns, records
 from perdure.streams.conversations import Pictures, Record
 from perdure.streams.parquet import batches
@@ -168,7 +169,7 @@ class Reader:
             return [self._known[folder, value]]
         check_path(value, "the image")
         path = os.path.normpath(folder / value)
-        if not _is_file(path):
+        if not is_file(path):
             raise MissingImage(f"there is no image {value!r:.120} in {folder}, the folder of the images; add it")
         whole, key = str(Path(path).absolute()), value.replace("\\", "/")
         self._known[folder, value] = self.pictures.number(whole, lambda: self._file(path), key)
@@ -187,13 +188,6 @@ def _png(image: Image.Image) -> bytes:
     written = io.BytesIO()
     decode(image, "of a conversation").save(written, "png")
     return written.getvalue()
-
-
-def _is_file(path: str) -> bool:
-    try:
-        return Path(path).is_file()
-    except OSError:  # longer than names may be
-        return False
 
 
 def read_json(file: Path) -> Iterator[FileEntry]:
