@@ -4,6 +4,7 @@ import copy
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -235,15 +236,37 @@ JUMPS = ("prompt", "modal_prompt", "prefix", "fm_lora", "finetune", "gpm", "head
 """What begins with more than adapters at zero (fm_lora by its prompts), or has none."""
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if "+ " not in m and not m.startswith(JUMPS)])
-def test_adapters_that_have_learnt_nothing_leave_logits_as_they_were(method: str, bench: Any) -> None:
-    setting = bench("llava")
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [
+        pytest.param(family, method, marks=() if family == "llava" or method in THREE else pytest.mark.slow)
+        for family in ("llava", *OTHERS)
+        for method in METHODS
+        if "+ " not in method and not method.startswith(JUMPS)
+    ],
+)
+def test_adapters_that_have_learnt_nothing_leave_logits_as_they_were(family: str, method: str, bench: Any) -> None:
+    setting = bench(family)
     learner = setting.learner(method)
     (batch,) = learner.batches(setting.tasks[0].train, 8)
     with torch.no_grad():
         before = learner.backbone(batch)
     learner.grow(setting.tasks[0])
     assert torch.equal(rows(learner, batch), before)
+
+
+@pytest.mark.parametrize("method", [L, f"{L} + replay(size=6)"])
+def test_answers_of_unlike_length_weigh_the_same_in_a_batch_that_is_encoded_in_parts(method: str, bench: Any) -> None:
+    found = []
+    for parts in (1, 4):
+        setting = bench("llava")
+        learner = setting.learner(method)
+        for task in setting.tasks:
+            learner.grow(task)
+            fit_task(learner, task, replace(TRAIN, accumulate=parts, optimizer="sgd"))
+        found.append(learner.learnt_state())
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-6)
 
 
 class Stepless(Quiet):
