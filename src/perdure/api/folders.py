@@ -266,7 +266,8 @@ def _read(
         place = photos, learner.backbone.preprocess, known, index, skip_bad, learner.seed
         return folder_task(*place, tell, None if again else "learn")
     if "conversations" in learner.objective.asks:
-        return conversation_task(photos, known, index, reading.get("images"), reading.get("score") or "", skip_bad)
+        images, score = reading.get("images"), reading.get("score") or ""
+        return conversation_task(photos, known, index, images, score, skip_bad, tell)
     return captioned_task(photos, learner.backbone.preprocess, known, index, reading["captions"], skip_bad, tell)
 
 

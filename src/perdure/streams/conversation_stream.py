@@ -233,10 +233,11 @@ def read_conversations(
         return [record for file in files for record in reader.read(file)]
 
     parts = [Part(each.name, read(each.train), read(each.test) if each.test else None, score) for each in places]
+    reader.check_named()
     if columns.by is not None:
         parts = by_topic(parts[0])
     name = Path(paths[0]).resolve().stem if len(paths) == 1 else "conversations"
-    return Dialogues(name, parts, reader.pictures, reader.left_out, written=len(paths) > 1)
+    return Dialogues(name, parts, reader.pictures, reader.left_out, len(paths) > 1, reader.remarks)
 
 
 def holds_conversations(path: Path) -> bool:
