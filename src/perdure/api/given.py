@@ -243,6 +243,11 @@ def asked(images: Any, questions: str | Sequence[str], learner: Sees) -> list[Co
     """
     if isinstance(questions, str):
         return [_conversation(images, questions, learner)]
+    if not hasattr(questions, "__len__"):
+        raise ValueError(f"question: got {questions!r:.60}, expected a text, or a list with one for each of the images")
+    if len(questions) == 0 and images is not None and several(images) is not images:  # one image
+        raise ValueError("question: got an empty list for an image, expected a text that says what you want to know")
+    questions = listed(questions, "question")
     shown = [None] * len(questions) if images is None else listed(images, "images")
     if len(shown) != len(questions):
         raise ValueError(
