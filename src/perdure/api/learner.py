@@ -129,6 +129,7 @@ class Learner(Abilities):
             task = task_of(self, images, known, labels=labels, captions=captions, conversations=conversations)
             given = "captions" if labels is None else "labels"
             check_first(self, task, known, str(images) if isinstance(images, str | Path) else given)
+            task = self.objective.planned(task)
             train = self.long_enough(train, task, "epochs" in options)
             self._learn(task, train, progress)
         return self

@@ -108,6 +108,9 @@ def as_questions(*stream: Spec | str | StreamPlan, question: str = "", score: st
             return _asked(data, question.strip(), names, pictures, score)
 
         tasks = [replace(t, train=asked(t.train), test=asked(t.test), score=score) for t in images]
+        for task in tasks:
+            if isinstance(task.test, ConversationSet):
+                task.test.check_score()
         notes = {**images.notes, "question": question.strip(), "conversations": _counts(tasks)}
         return replace(images, tasks=tuple(tasks), notes=notes)
 

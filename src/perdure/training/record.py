@@ -59,6 +59,15 @@ def facts_of_stream(stream: Stream) -> dict[str, Any]:
     return {"name": stream.name, "scenario": stream.scenario, "tasks": tasks} | stream.notes
 
 
+def as_recorded(stream: Stream, written: Mapping[str, Any]) -> Stream:
+    """`stream` with the scores that its tasks had when the run began; another version may choose others."""
+    scores = [task.get("score", "") for task in written.get("tasks", ())]
+    if len(scores) != len(stream):  # it has changed, and is refused for that
+        return stream
+    tasks = tuple(replace(task, score=score) for task, score in zip(stream, scores, strict=True))
+    return replace(stream, tasks=tasks)
+
+
 def facts_of_held_out(held_out: HeldOut) -> dict[str, Any]:
     """The same of each held-out stream, by name."""
     return {name: facts_of_stream(stream) for name, stream in held_out.sets.items()}
