@@ -16,7 +16,7 @@ from perdure.api.measuring import evaluate
 from perdure.backbones.tiny_mllm import tiny_mllm
 from perdure.training.config import RunConfig
 from perdure.training.loop import Quiet
-from perdure.training.record import as_recorded
+from perdure.training.record import as_recorded, check_unchanged
 from perdure.training.run import run
 from perdure.types import Stream, Task
 
@@ -82,6 +82,10 @@ def test_questions_with_options_are_multiple_choice_in_runs_and_lessons(files: l
     older = written | {"tasks": [{k: v for k, v in task.items() if k != "score"} for task in written["tasks"]]}
     settled = Stream("offered", "class", (Task(0, "offered", (0,), ("offered",), 1, score="choice"),))
     assert [as_recorded(settled, facts).tasks[0].score for facts in (written, older)] == ["choice", ""]
+    told = {"a": {"remarks": ["no images"], "tasks": 1}}
+    check_unchanged(out, "held-out data", {"a": {"tasks": 1}}, told)
+    with pytest.raises(ValueError, match=r"held-out data of .* has changed since the run began \(a\)"):
+        check_unchanged(out, "held-out data", {"a": {"tasks": 2}}, told)
     # what was measured by choice still is when more is taught
     assert teach_folder(Path(files[1]), out, config_of(files, stream=""), {"epochs": 1})[1]["scores"] == [
         "choice",
@@ -94,6 +98,17 @@ def test_questions_with_options_are_multiple_choice_in_runs_and_lessons(files: l
     with pytest.raises(ValueError, match="likelihood=True\\) has no effect"):
         run(config_of(files, objective="generate(likelihood=True)"), tmp_path / "likelihood")
     assert not (tmp_path / "likelihood" / "run.json").exists()
+
+
+def test_a_run_tells_before_it_learns_that_its_files_show_no_images(files: list[str], tmp_path: Path) -> None:
+    file, told = tmp_path / "img.json", Noted()
+    file.write_text(json.dumps([{"img": "0.png", "question": f"Which {i}?", "answer": "dot"} for i in range(6)]))
+    run(config_of([str(file)], epochs=1), tmp_path / "run", told)
+    at = [
+        i for i, note in enumerate(told.notes) if note.endswith("only texts are read; columns that are not read: img")
+    ]
+    assert len(at) == 1
+    assert at[0] < next(i for i, note in enumerate(told.notes) if "measuring the pre-trained model" in note)
 
 
 def test_answers_that_are_cut_are_counted_and_a_question_that_is_too_long_is_refused_with_its_line(

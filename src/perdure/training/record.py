@@ -176,12 +176,20 @@ _BESIDE_THE_DATA = ("name", "data", "skipped", "left_out", "other_files", "remar
 
 def check_unchanged(out: Path, what: str, written: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
     """Refuse to go on where `facts` of the data are not those that were written when the run in `out` began."""
-    now = json.loads(json.dumps(facts))
-    if changed := [key for key in now if key not in _BESIDE_THE_DATA and now[key] != written.get(key)]:
+    now = _without_remarks(json.loads(json.dumps(facts)))
+    then = _without_remarks(written)
+    if changed := [key for key in now if key not in _BESIDE_THE_DATA and now[key] != then.get(key)]:
         raise ValueError(
             f"the {what} of {out} has changed since the run began ({', '.join(changed)}): restore it, or start anew in "
             "another folder"
         )
+
+
+def _without_remarks(facts: Any) -> Any:
+    """Facts without what was said of data in them, as of each held-out set; versions differ in it."""
+    if isinstance(facts, Mapping):
+        return {name: _without_remarks(each) for name, each in facts.items() if name != "remarks"}
+    return list(map(_without_remarks, facts)) if isinstance(facts, list) else facts
 
 
 def _git_commit() -> str | None:

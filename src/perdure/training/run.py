@@ -99,7 +99,7 @@ def run(
         learner.objective.check_used([*stream, *chain.from_iterable(held_out.sets.values())])
         if unlike := unlike_scores(scored_by(config.describe(), [task.score for task in stream])):
             progress.note(f"no means over tasks are given: {unlike}")
-        for remark in remarks(held_out, stream):
+        for remark in (*stream.notes.get("remarks", ()), *remarks(held_out, stream)):
             progress.note(remark)
         if {"classes"} == set(learner.objective.asks) and "text" in learner.objective.towers:
             for line in learner.backbone.unread([name for task in stream for name in task.names]):
