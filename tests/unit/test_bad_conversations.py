@@ -193,7 +193,7 @@ def test_a_file_of_texts_tells_which_columns_are_not_read(folder: Path) -> None:
     rows = [{"id": i, "img": f"{i}.png", "question": "What?", "answer": "dot"} for i in range(6)]
     (folder / "q.json").write_text(json.dumps(rows))
     (remark,) = read(folder / "q.json").notes["remarks"]
-    assert remark == f"{folder / 'q.json'} shows no images: only texts are read; columns that are not read: id, img"
+    assert remark == f"no images in {folder / 'q.json'}: only texts are read; columns that are not read: id, img"
     told: list[str] = []
     conversation_task(folder / "q.json", {}, 0, tell=told.append)
     assert told == [remark]

@@ -122,7 +122,7 @@ class Reader:
         unread = self.columns.unread(held)
         if found and unread and not any(record.images for record in found):
             names = shortened(", ".join(unread), 100)
-            self.remarks.append(f"{name} shows no images: only texts are read; columns that are not read: {names}")
+            self.remarks.append(f"no images in {name}: only texts are read; columns that are not read: {names}")
         return found
 
     def check_named(self) -> None:

@@ -170,13 +170,16 @@ def conversation_task(
     return replace(_placed(found.parts[0].name, [train, *([test] if test else [])], known, index), score=score)
 
 
-def given_conversations(conversations: Sequence[Any], known: Mapping[str, int], index: int) -> Task:
+def given_conversations(
+    conversations: Sequence[Any], known: Mapping[str, int], index: int, tell: Callable[[str], None] = lambda _: None
+) -> Task:
     """The task of conversations given in Python; all of them are learnt, none held out.
 
     Args:
         conversations: entries as they stand in files, an image as a path or a Pillow image.
         known: name -> id of the tasks learnt so far.
         index: of the task.
+        tell: is told where none shows an image, though it has what is not read.
 
     Raises:
         ValueError: when one is not as expected, with its position.
@@ -186,6 +189,8 @@ def given_conversations(conversations: Sequence[Any], known: Mapping[str, int], 
     records = reader.records_of(entries, "conversations", f"given {index}", Path())
     if not records:
         raise ValueError("conversations are empty: a task needs at least one")
+    for line in reader.remarks:
+        tell(line)
     return _placed(f"conversations {index + 1}", [ConversationSet(records, reader.pictures)], known, index)
 
 
