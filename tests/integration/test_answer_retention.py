@@ -171,6 +171,8 @@ def test_eval_answers_held_out_questions(data: Path, taught: Path, capsys: pytes
 @pytest.mark.parametrize(
     ("retain", "objective", "message"),
     [
+        ("mmee(path='MME')", "generate", r"unknown stream or evaluation set 'mmee'; did you mean 'mme'\?$"),
+        ("nothing()", "generate", r"unknown stream or evaluation set 'nothing'; known: as_questions, .*mme_realworld"),
         ("synthetic()", "generate", r"^retain='synthetic\(\)': there is nothing to answer; give conversations"),
         ("mme(path='nowhere')", "classify", r"^mme is an evaluation set, which is asked and never taught"),
     ],

@@ -86,6 +86,9 @@ def test_answers_are_the_same_in_python_on_the_command_line_in_a_batch_and_in_a_
     with Image.open(files[0]) as picture:
         assert learner.ask([picture], "Which colour?", 8) == said[0]
         assert learner.ask(np.asarray(picture), "Which colour?", 8) == said[0]
+    for question, said_of in ((5, "got 5, expected a text, or a list"), ([], "got an empty list for an image")):
+        with pytest.raises(ValueError, match=f"^question: {said_of}"):
+            learner.ask(files[0], question)  # type: ignore[call-overload]
     both, none = learner.ask(files[:2], "Which colour?", 8), learner.ask(None, "Which colour?", 8)
     assert learner.ask([files[:2], None], ["Which colour?"] * 2, 8) == [both, none]
     asked = perdure("ask", taught, files[0], "Which colour?", "--tokens", 8)

@@ -11,10 +11,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from perdure.api.folders import teach_folder
+from perdure.api.measuring import evaluate
 from perdure.backbones.tiny_mllm import tiny_mllm
 from perdure.training.config import RunConfig
 from perdure.training.loop import Quiet
+from perdure.training.record import as_recorded, check_unchanged
 from perdure.training.run import run
+from perdure.types import Stream, Task
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
 METHOD = "lora(rank=4, tower='language', at='qkvo,mlp')"
@@ -42,7 +46,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def config_of(files: list[str], backbone: str = "tiny_mllm()", **more: Any) -> RunConfig:
     settings = {"epochs": 8, "batch_size": 4, "lr": 2e-2, "precision": "fp32", "attention": "sdpa", "device": "cpu"}
     stream = f"conversations(path={files!r})"
-    return RunConfig(method=METHOD, stream=stream, backbone=backbone, objective="generate", **settings | more)
+    named: dict[str, Any] = {"method": METHOD, "stream": stream, "backbone": backbone, "objective": "generate"}
+    return RunConfig(**named | settings | more)
 
 
 class Noted(Quiet):
@@ -62,6 +67,48 @@ def test_a_run_learns_what_is_asked_about_pictures(files: list[str], tmp_path: P
     assert summary["matrix"][1][1] > 0.5
     measured = {json.loads(line)["metric"] for line in (tmp_path / "results.jsonl").read_text().splitlines()}
     assert {"strict", "lenient", "empty", "unparsable"} <= measured
+
+
+def test_questions_with_options_are_multiple_choice_in_runs_and_lessons(files: list[str], tmp_path: Path) -> None:
+    rows = [json.loads(line) | {"options": [*COLOURS]} for line in Path(files[0]).read_text().splitlines()]
+    file = Path(files[0]).with_name("offered.json")
+    file.write_text(json.dumps(rows))
+    stream = f"conversations(path={str(file)!r})"
+    out, quick = tmp_path / "run", {"epochs": 1, "stream": stream}
+    assert run(config_of(files, **quick), out)["scores"] == ["choice"]
+    written = json.loads((out / "run.json").read_text())["stream"]
+    assert [task["score"] for task in written["tasks"]] == ["choice"]
+    # a run that began when there was no such rule goes on as it began
+    older = written | {"tasks": [{k: v for k, v in task.items() if k != "score"} for task in written["tasks"]]}
+    settled = Stream("offered", "class", (Task(0, "offered", (0,), ("offered",), 1, score="choice"),))
+    assert [as_recorded(settled, facts).tasks[0].score for facts in (written, older)] == ["choice", ""]
+    told = {"a": {"remarks": ["no images"], "tasks": 1}}
+    check_unchanged(out, "held-out data", {"a": {"tasks": 1}}, told)
+    with pytest.raises(ValueError, match=r"held-out data of .* has changed since the run began \(a\)"):
+        check_unchanged(out, "held-out data", {"a": {"tasks": 2}}, told)
+    # what was measured by choice still is when more is taught
+    assert teach_folder(Path(files[1]), out, config_of(files, stream=""), {"epochs": 1})[1]["scores"] == [
+        "choice",
+        "exact",
+    ]
+    tasks, _, _ = evaluate(out, None)
+    assert [task.score for task in tasks] == ["choice", "exact"]
+    with pytest.raises(ValueError, match=r"colour\.jsonl, line \d+: score 'vqa' needs the answers"):
+        run(config_of(files, objective="generate(score='vqa')"), tmp_path / "vqa")
+    with pytest.raises(ValueError, match="likelihood=True\\) has no effect"):
+        run(config_of(files, objective="generate(likelihood=True)"), tmp_path / "likelihood")
+    assert not (tmp_path / "likelihood" / "run.json").exists()
+
+
+def test_a_run_tells_before_it_learns_that_its_files_show_no_images(files: list[str], tmp_path: Path) -> None:
+    file, told = tmp_path / "img.json", Noted()
+    file.write_text(json.dumps([{"img": "0.png", "question": f"Which {i}?", "answer": "dot"} for i in range(6)]))
+    run(config_of([str(file)], epochs=1), tmp_path / "run", told)
+    at = [
+        i for i, note in enumerate(told.notes) if note.endswith("only texts are read; columns that are not read: img")
+    ]
+    assert len(at) == 1
+    assert at[0] < next(i for i, note in enumerate(told.notes) if "measuring the pre-trained model" in note)
 
 
 def test_answers_that_are_cut_are_counted_and_a_question_that_is_too_long_is_refused_with_its_line(

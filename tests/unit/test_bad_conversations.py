@@ -14,6 +14,7 @@ from PIL import Image
 
 from perdure.backbones.preprocess import Preprocess, UnreadableImage
 from perdure.streams.conversation_stream import conversations
+from perdure.streams.single_task import conversation_task
 from perdure.types import Stream
 
 SIZE = Preprocess(size=8, resize=8)
@@ -70,6 +71,16 @@ WRONG: list[tuple[Any, str]] = [
         {"image": "0.png", "question": "How many?", "answer": 2, "options": ["2", "3", "4"]},
         "the answer 2 is the text of option A, and the number from 0 of option C: write the letter",
     ),
+    (
+        {"image": "0.png", "question": "What?", "answer": ["red", "green"], "options": ["red", "blue"]},
+        "the answer 'green' is none of the options red, blue",
+    ),
+    (
+        {"image": "0.png", "question": "What?", "answer": "red", "answers": ["blue", "green"]},
+        "the answer 'red' is none of the answers beside it",
+    ),
+    ('{"image": "0.png", "question": "What?", "answer": NaN}', "no answer; write one"),
+    ('{"image": "0.png", "question": NaN, "answer": "dot"}', "no question in question or text"),
     ({"image": "0.png", "question": "What?", "answer": "an <image>"}, "<image> mark in the answer"),
     (said(ASKED), "no answer"),
     (said(("human", "<image><image> What?"), TOLD), "2 <image> mark(s) for 1 image(s)"),
@@ -151,6 +162,42 @@ def test_what_is_wrong_with_files_and_folders_is_told_in_one_line(folder: Path) 
     ]
     for name, options, message in wrong:
         refused(folder / name, message, **options)
+
+
+def test_a_named_column_that_no_entry_has_is_refused_with_what_was_meant(folder: Path) -> None:
+    rows = [{"img": f"{i}.png", "question": "What?", "answer": "dot"} for i in range(6)]
+    (folder / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pq.write_table(pa.Table.from_pylist(rows), folder / "q.parquet")
+    (folder / "q.csv").write_text("img,question,answer\n" + "".join(f"{i}.png,What?,dot\n" for i in range(6)))
+    for name in ("q.jsonl", "q.parquet", "q.csv"):
+        told = refused(folder / name, "no entry has image='imgg'; did you mean 'img'?; it has: img", image="imgg")
+        assert told.startswith(f"{folder / name}: ")
+        told = refused(folder / name, "no answer in 'answr'; did you mean 'answer'?; it has: img", answer="answr")
+        assert re.match(rf"{re.escape(str(folder / name))}, (line 1|row 0): ", told)
+        refused(folder / name, "no question in questio; did you mean 'question'?", question="questio")
+    talk = [json.dumps(GOOD | {"image": f"{i}.png"}) + "\n" for i in range(6)]
+    (folder / "talk.jsonl").write_text("".join(talk))
+    refused(folder / "talk.jsonl", "line 1: no image in 'imag'; did you mean 'image'?", image="imag")
+    for option in ("answer", "question"):
+        refused(
+            folder / "talk.jsonl", f"no entry has {option}='said'; it has: image, conversations", **{option: "said"}
+        )
+    # of several files one may have no images
+    (folder / "text.jsonl").write_text("".join(json.dumps({"question": "Two?", "answer": i}) + "\n" for i in range(6)))
+    stream = conversations([str(folder / "q.jsonl"), str(folder / "text.jsonl")], image="img")(SIZE, 0)
+    assert [sum(len(each.images) for each in task.test.records) > 0 for task in stream] == [True, False]  # type: ignore[attr-defined]
+    assert "remarks" not in stream.notes
+
+
+def test_a_file_of_texts_tells_which_columns_are_not_read(folder: Path) -> None:
+    rows = [{"id": i, "img": f"{i}.png", "question": "What?", "answer": "dot"} for i in range(6)]
+    (folder / "q.json").write_text(json.dumps(rows))
+    (remark,) = read(folder / "q.json").notes["remarks"]
+    assert remark == f"no images in {folder / 'q.json'}: only texts are read; columns that are not read: id, img"
+    told: list[str] = []
+    conversation_task(folder / "q.json", {}, 0, tell=told.append)
+    assert told == [remark]
+    assert "remarks" not in read(folder / "q.json", image="img").notes
 
 
 def test_missing_and_damaged_images_are_left_out_and_listed_when_asked(folder: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from perdure.backbones.preprocess import Preprocess
+from perdure.scoring import measure
 from perdure.streams.conversation_stream import as_questions, conversations, in_turn
 from perdure.streams.conversations import Conversation
 from perdure.types import Stream, Task
@@ -291,6 +292,45 @@ def test_options_are_written_out_and_the_answer_is_a_letter(
     write(file, [{"question": "Which?\n(A) red\n(B) blue", "options": ["red", "blue"], "answer": "B"}])
     (each,) = examples(measured(file, suffix="One letter."))
     assert (each.question, each.answer) == ("Which?\n(A) red\n(B) blue\nOne letter.", "B")
+
+
+def test_all_right_options_are_right(tmp_path: Path) -> None:
+    asked = {"question": "Which?", "options": ["red", "blue", "green"]}
+    for given in (["green", "red", "green"], ["C", "A"], [2, 0], ["C. green", "A."]):
+        write(tmp_path / "q.jsonl", [asked | {"answer": given}])
+        (each,) = examples(measured(tmp_path / "q.jsonl", score="choice"))
+        assert each.answers == ("C", "A")
+        assert [measure([said], [each.reference], "choice")["strict"] for said in "ABC"] == [1, 0, 1]
+
+
+def test_what_people_answered_is_right_and_the_answer_beside_it_is_taught(tmp_path: Path) -> None:
+    people = ["2", "two", "2", "three"]
+    for answers in (people, [{"answer": each, "answer_id": i} for i, each in enumerate(people)]):
+        write(tmp_path / "q.jsonl", [{"question": "How many?", "answer": "Three", "answers": answers}])
+        (each,) = examples(measured(tmp_path / "q.jsonl", score="vqa"))
+        assert (each.taught, sorted(each.answers)) == ("Three", ["2", "2", "Three", "two"])
+        (each,) = examples(measured(tmp_path / "q.jsonl", answer="answer"))
+        assert each.answers == ("Three",)
+    write(tmp_path / "q.jsonl", [{"question": "How many?", "answers": people}])
+    (each,) = examples(measured(tmp_path / "q.jsonl", score="vqa"))
+    assert each.answers == ("2", "two", "2", "three")
+
+
+def test_a_missing_cell_of_pandas_is_nothing_and_its_integers_stay_integers(tmp_path: Path) -> None:
+    nan = float("nan")
+    rows: list[dict[str, Any]] = [
+        {"question": "How long?", "answer": 2.5, "options": nan, "image": nan, "kind": nan},
+        {"question": "How many?", "answer": 3.0, "options": nan, "image": nan, "kind": "number"},
+        {"question": "Which?", "answer": 1.0, "options": ["red", "blue"], "image": nan, "kind": nan},
+    ]
+    write(tmp_path / "q.jsonl", rows)  # as NaN, which Python's json reads
+    columns = {name: [row[name] for row in rows] for name in ("question", "answer")}
+    options = [None if row["options"] is nan else row["options"] for row in rows]
+    pq.write_table(pa.table(columns | {"options": options, "kind": [nan, nan, nan]}), tmp_path / "q.parquet")
+    for name in ("q.jsonl", "q.parquet"):
+        found = examples(measured(tmp_path / name))
+        assert [each.answer for each in found] == ["2.5", "3", "B"]
+        assert [each.options for each in found] == [None, None, ("red", "blue")]
 
 
 def test_any_stream_of_images_becomes_questions_and_streams_follow_each_other(folder: Path) -> None:

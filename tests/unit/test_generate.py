@@ -1,6 +1,8 @@
 """Answers in words: what is learnt of them, and how they are scored."""
 
+import json
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,15 +12,19 @@ from PIL import Image
 from torch.nn import functional as F
 
 from perdure.adapters.low_rank import LowRankSet
+from perdure.backbones.preprocess import Preprocess
 from perdure.backbones.tiny import tiny
 from perdure.backbones.tiny_mllm import tiny_mllm
 from perdure.core.learner import Core
 from perdure.evaluation.answer_examples import _is_right
 from perdure.objectives import Generate
-from perdure.scoring import Reference, score_of
+from perdure.scoring import Reference, measure, score_of
+from perdure.streams import build_stream
 from perdure.streams.conversations import Conversation
 from perdure.training.config import make_method, make_objective
 from perdure.types import Batch, Task
+
+SIZE = Preprocess(size=8, resize=8)
 
 
 def example(question: str, answer: Any, colour: int = 0, **more: Any) -> Conversation:
@@ -130,6 +136,72 @@ def test_a_backbone_without_words_and_an_unknown_score_are_refused() -> None:
         make_objective("generate(score='exakt')")
     with pytest.raises(ValueError, match="unknown score 'vqaa'"):
         learner_of(score="vqaa")
+
+
+OFFERED: dict[str, Any] = {"options": ["red", "blue"], "answer": "blue"}
+
+
+def stream_of(folder: Path, rows: list[dict[str, Any]], score: str = "") -> Task:
+    file = folder / "q.jsonl"
+    file.write_text("".join(json.dumps({"question": f"Which {i}?"} | row) + "\n" for i, row in enumerate(rows)))
+    named = f", score={score!r}" if score else ""
+    return build_stream(f"conversations(path={str(file)!r}{named})", SIZE, 0, measured=True).tasks[0]
+
+
+@pytest.mark.parametrize(
+    ("objective", "score", "row", "expected"),
+    [
+        ("generate", "", {}, "choice"),
+        ("generate(score='contains')", "", {}, "contains"),
+        ("generate(score='exact')", "", {}, "exact"),
+        ("generate(score='contains')", "exact", {}, "exact"),
+        ("generate", "", {"options": None}, "exact"),
+        ("generate", "", {"conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "x"}]}, "exact"),
+    ],
+)
+def test_where_no_score_is_named_questions_with_options_are_multiple_choice(
+    objective: str, score: str, row: dict[str, Any], expected: str, tmp_path: Path
+) -> None:
+    made: Any = make_objective(objective)
+    task = made.planned(stream_of(tmp_path, [OFFERED, OFFERED | row], score))
+    assert made.score_for(task) == expected
+    if expected == "choice":
+        (asked, _) = task.test.__getitems__([0, 1])["conversation"]
+        found = measure(["B. blue", "the blue one"], [asked.reference] * 2, made.score_for(task))
+        assert (found["strict"], found["lenient"]) == (0.5, 1)
+
+
+def test_a_score_of_the_objective_is_checked_with_the_file_and_the_line(tmp_path: Path) -> None:
+    talk = {"conversations": [{"from": "human", "value": "Which?"}, {"from": "gpt", "value": "green"}]}
+    odd = [OFFERED, talk | {"options": ["red", "blue"]}]
+    for objective, rows, message in (
+        ("generate(score='vqa')", [OFFERED], "line 1: score 'vqa' needs the answers of at least 4 people"),
+        ("generate(score='iou')", [OFFERED], "line 1: the truth 'B' is no box"),
+        ("generate(likelihood=True)", odd, "line 2: the right answer 'green' of a multiple-choice question is not"),
+    ):
+        task = stream_of(tmp_path, rows)
+        with pytest.raises(ValueError, match=rf"q\.jsonl, {message}"):
+            make_objective(objective).planned(task)
+
+
+def test_the_likelihood_of_options_is_refused_where_nothing_has_options(tmp_path: Path) -> None:
+    offered, plain = stream_of(tmp_path, [OFFERED]), stream_of(tmp_path, [{"answer": "blue"}])
+    objective = make_objective("generate(likelihood=True)")
+    objective.check_used([plain, offered])
+    make_objective("generate").check_used([plain])
+    with pytest.raises(ValueError, match=r"^generate\(likelihood=True\) has no effect: no test conversation"):
+        objective.check_used([plain])
+    learner = Core(tiny_mllm(), objective, make_method("probe"))
+    learner.grow(plain)
+    assert objective.remarks() == ["likelihood=True measures nothing of 'q': no test conversation has options"]
+    learner.grow(offered)
+    assert objective.remarks() == []
+
+
+def test_the_likeliest_of_several_right_options_is_right() -> None:
+    asked = [example("Which?", answers, options=("red", "blue")) for answers in (["A", "B"], ["B", "A"])]
+    learner = learner_of("generate(likelihood=True)", asked, "choice")
+    assert learner.objective.evaluate(learner, learner.tasks)[0]["likeliest"] == 1
 
 
 @pytest.mark.parametrize(("method", "shared"), [("lora(tower='language')", True), ("lora_experts", False)])

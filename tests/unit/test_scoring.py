@@ -83,6 +83,9 @@ def test_an_answer_of_ten_people_is_worth_what_the_others_say(same: int, worth: 
         ("anls", "12 May", "12 may", 1, 1),
         ("anls", "13 may", "12 may", 5 / 6, 5 / 6),
         ("anls", "xyz", "abc", 0, 0),
+        ("anls", "三", "3", 1, 1),
+        ("anls", "“出口”。", "出口", 1, 1),
+        ("anls", "北京路", "北京街", 2 / 3, 2 / 3),
         ("anls", "the date is 12 may", "12 may", 0, 1),
         ("iou", "[0.1, 0.1, 0.5, 0.5]", "[0.1,0.1,0.5,0.5]", 1, 1),
         ("iou", "The box is [0.1, 0.1, 0.5, 0.5].", "[0.1,0.1,0.5,0.5]", 0, 1),
@@ -165,6 +168,16 @@ def test_cider_of_one_image_is_said_to_mean_nothing() -> None:
 
 def test_chinese_captions_are_scored_by_character() -> None:
     assert words("一只狗，在 grass 上。") == ("一", "只", "狗", "在", "grass", "上")
+    marked = [
+        "「一只」狗～在〈grass〉上",
+        "『一只』狗、在ＧＲＡＳＳ上！",
+        "一只狗（在 grass 上）",
+        "一_只狗／在grass﹏上",
+    ]
+    for each in marked:
+        assert words(each) == words("一只狗在grass上")
+    assert words("３．５米，cat，dog’s t-shirt") == ("3.5", "米", "cat", "dog", "'s", "t-shirt")
+    assert words("「A dog」~ ３") == ("「", "a", "dog", "」", "~", "３")  # English as the reference has it
     assert measure(["一只黑狗"], [["一只狗"]], "bleu_1")["strict"] == pytest.approx(3 / 4)
     # Longest common subsequence 3: precision 3/4, recall 1, beta 1.2.
     assert measure(["一只黑狗"], [["一只狗"]], "rouge")["strict"] == pytest.approx(2.44 * 0.75 / (1 + 1.44 * 0.75))

@@ -1,5 +1,7 @@
 """What language models are shown: conversations with images, without them, and a model that was asked before."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,6 +9,7 @@ import torch
 from PIL import Image
 
 from perdure.api.learner import Learner
+from perdure.training.loop import Quiet
 
 SHOWN: list[Any] = [
     {"image": Image.new("RGB", (28, 28), (40 * i, 0, 0)), "question": "What?", "answer": f"a{i}"} for i in range(5)
@@ -51,6 +54,22 @@ def test_what_asks_for_gradients_finds_none_in_texts_alone(method: str) -> None:
     for shift in (0, 3):  # the second lesson begins with what the first has left
         taught.learn(conversations=[{**each, "answer": f"{i + shift}"} for i, each in enumerate([*SHOWN, *TOLD])])
     assert all(torch.isfinite(value).all() for value in taught.learnt_state().values() if value.is_floating_point())
+
+
+def test_a_lesson_of_texts_alone_tells_what_is_not_read(tmp_path: Path) -> None:
+    class Noted(Quiet):
+        def note(self, text: str) -> None:
+            told.append(text)
+
+    rows, told = [{**each, "img": "0.png"} for each in TOLD], list[str]()
+    (tmp_path / "q.json").write_text(json.dumps(rows))
+    taught = learner("lora(rank=2, tower='language')")
+    taught.learn(conversations=rows, progress=Noted())
+    taught.learn(tmp_path / "q.json", progress=Noted())
+    said = ": only texts are read; columns that are not read: img"
+    assert [line for line in told if "images" in line] == [
+        f"no images in {where}{said}" for where in ("conversations", tmp_path / "q.json")
+    ]
 
 
 @pytest.mark.parametrize("method", ["lora(rank=2, tower='vision')", "finetune(tower='vision')"])

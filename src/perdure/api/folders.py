@@ -108,6 +108,7 @@ def teach_folder(
         task = dataclasses.replace(task, name=name)
         if not pretext:
             check_first(learner, task, known, str(photos))
+            task = learner.objective.planned(task)
         train = learner.long_enough(train, task, "epochs" in given)
         source: LessonSource = {**source_of(photos, task, skip_bad), "options": trained, **reading}  # type: ignore[typeddict-item]
         if asks != "classes" and not pretext:
@@ -216,6 +217,7 @@ def tasks_with_data(
     tasks: list[Task] = []
     for described in done[-1].tasks:
         task = declared[described.index] if described.index < len(declared) else described
+        task = dataclasses.replace(task, score=described.score)  # what it was measured by
         if (source := sources.get(described.index)) and not described.pretext:
             known = {name: c for t in tasks for name, c in zip(t.names, t.classes, strict=True)}
             source = found_now(source, folder)
@@ -237,7 +239,7 @@ def _again(source: LessonSource, described: Task, learner: Learner, known: Mappi
     own = dict(zip(described.names, described.classes, strict=True)) if "classes" in learner.objective.asks else {}
     try:
         place = folder, learner, {**known, **own}, described.index, source["skip_bad"]
-        task = _read(*place, reading_of(source), again=True)
+        task = dataclasses.replace(_read(*place, reading_of(source), again=True), score=described.score)
     except ValueError:  # no folder of classes any more
         return described
     if own == dict(zip(task.names, task.classes, strict=True)):
@@ -266,7 +268,8 @@ def _read(
         place = photos, learner.backbone.preprocess, known, index, skip_bad, learner.seed
         return folder_task(*place, tell, None if again else "learn")
     if "conversations" in learner.objective.asks:
-        return conversation_task(photos, known, index, reading.get("images"), reading.get("score") or "", skip_bad)
+        images, score = reading.get("images"), reading.get("score") or ""
+        return conversation_task(photos, known, index, images, score, skip_bad, tell)
     return captioned_task(photos, learner.backbone.preprocess, known, index, reading["captions"], skip_bad, tell)
 
 

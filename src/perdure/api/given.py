@@ -1,6 +1,6 @@
 """What people give a learner in Python: examples of a task, and questions."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -44,13 +44,20 @@ _BESIDE = {"classes": "labels", "captions": "captions", "conversations": "conver
 """What an objective asks for -> how it is called in `Learner.learn`."""
 
 
-def task_of(learner: Core, images: Any, known: Mapping[str, int], **beside: Any) -> Task:
+def task_of(
+    learner: Core,
+    images: Any,
+    known: Mapping[str, int],
+    tell: Callable[[str], None] = lambda _: None,
+    **beside: Any,
+) -> Task:
     """The task that is given to `Learner.learn`.
 
     Args:
         learner: who is to learn it.
         images: see there; a path is that of a folder or file.
         known: name -> id of what was learnt so far.
+        tell: is told what to know of a folder or file.
         beside: `labels`, `captions` and `conversations`, None where they were left out.
 
     Raises:
@@ -62,14 +69,14 @@ def task_of(learner: Core, images: Any, known: Mapping[str, int], **beside: Any)
         raise ValueError(f"{idle[0]} have no effect with {objective}, which learns {asks}: give {wanted}=[...]")
     given, preprocess, index = beside[wanted], learner.backbone.preprocess, learner.learnt
     if isinstance(images, str | Path):
-        return _read(learner, images, given, asks, known)
+        return _read(learner, images, given, asks, known, tell)
     if given is None:
         each = {"labels": "a name or number", "captions": "a text, or several,"}.get(wanted)
         raise ValueError(f"{wanted} are missing: give {f'{each} for each image' if each else 'a list, or a file'}")
     if asks == "conversations":
         if images is not None:
             raise ValueError("images stand in the conversations: give learn(conversations=[...]) alone")
-        return given_conversations(given, known, index)
+        return given_conversations(given, known, index, tell)
     if images is None:
         raise ValueError("images are missing: give pictures, or the path of a folder")
     make: Any = given_task if asks == "classes" else given_captions
@@ -118,23 +125,25 @@ def measurable(learner: Core, images: Any, labels: Any) -> Task:
     return replace(found, train=Nothing(), test=tests)
 
 
-def _read(learner: Core, path: str | Path, given: Any, asks: str, known: Mapping[str, int]) -> Task:
+def _read(
+    learner: Core, path: str | Path, given: Any, asks: str, known: Mapping[str, int], tell: Callable[[str], None]
+) -> Task:
     place = learner.backbone.preprocess, known, learner.learnt
     if asks == "classes":
         if given is not None:
             raise ValueError(f"{path} is a folder, whose sub-folders are the labels; leave labels out")
-        return folder_task(path, *place, seed=learner.seed)
+        return folder_task(path, *place, seed=learner.seed, tell=tell)
     if asks == "conversations":
         if given is not None:
             raise ValueError(f"{path} has the conversations; leave conversations= out")
-        return conversation_task(path, known, learner.learnt)
+        return conversation_task(path, known, learner.learnt, tell=tell)
     if not (Path(path).is_dir() or Path(path).suffix in (".jsonl", ".parquet")):
         raise ValueError(
             f"{path} is no parquet or JSONL file of images and captions: give pictures as a list, [{str(path)!r}]"
         )
     if not (given is None or isinstance(given, str)):
         raise ValueError(f"{path} is a file, which has the captions; give the name of their column, or none")
-    return captioned_task(path, *place, given)
+    return captioned_task(path, *place, given, tell=tell)
 
 
 def known_task(learner: Core, name: str | None, chosen: bool = True) -> Task | None:
@@ -243,6 +252,11 @@ def asked(images: Any, questions: str | Sequence[str], learner: Sees) -> list[Co
     """
     if isinstance(questions, str):
         return [_conversation(images, questions, learner)]
+    if not hasattr(questions, "__len__"):
+        raise ValueError(f"question: got {questions!r:.60}, expected a text, or a list with one for each of the images")
+    if len(questions) == 0 and images is not None and several(images) is not images:  # one image
+        raise ValueError("question: got an empty list for an image, expected a text that says what you want to know")
+    questions = listed(questions, "question")
     shown = [None] * len(questions) if images is None else listed(images, "images")
     if len(shown) != len(questions):
         raise ValueError(

@@ -126,9 +126,11 @@ class Learner(Abilities):
         train = self.usual_training().but(**options)
         with self.lesson("learn"):
             known = self.known
-            task = task_of(self, images, known, labels=labels, captions=captions, conversations=conversations)
+            beside = {"labels": labels, "captions": captions, "conversations": conversations}
+            task = task_of(self, images, known, (progress or Quiet()).note, **beside)
             given = "captions" if labels is None else "labels"
             check_first(self, task, known, str(images) if isinstance(images, str | Path) else given)
+            task = self.objective.planned(task)
             train = self.long_enough(train, task, "epochs" in options)
             self._learn(task, train, progress)
         return self

@@ -68,6 +68,12 @@ def evaluate(
     if "classes" in learner.objective.asks:
         tasks = _named_alike(tasks, learner, f"{described}: ", folder, remarks)
     if "conversations" in learner.objective.asks:  # by which score, for who wants means
+        known_scores = {task.index: task.score for task in learner.tasks} if stream is None else {}
+        plan = learner.objective.planned
+        tasks = [
+            dataclasses.replace(task, score=known_scores[task.index]) if task.index in known_scores else plan(task)
+            for task in tasks
+        ]
         scores = scored_by(learner.config.describe(), [task.score for task in tasks])
         tasks = [dataclasses.replace(task, score=score) for task, score in zip(tasks, scores, strict=True)]
     if known_as is not None:

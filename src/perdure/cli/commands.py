@@ -89,7 +89,7 @@ class Run(RunConfig, Command):
         ):
             summary = run(config, self.out, progress)
         if processes.first:
-            _finished(self.out, summary, screen)
+            _finished(self.out, summary, screen, told=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -337,21 +337,22 @@ def _launches(processes: int, words: Sequence[str], before: Sequence[str], out: 
     return True
 
 
-def _finished(out: Path, summary: dict[str, Any], screen: Screen) -> None:
+def _finished(out: Path, summary: dict[str, Any], screen: Screen, told: bool = False) -> None:
     from perdure.reporting.report import write_report
     from perdure.reporting.runs import RunResults
 
     found = RunResults.read(out)
-    _tell_notes([found.facts], screen)
+    _tell_notes([found.facts], screen, told)
     screen.matrix(summary, found.names(), found.method)
     path = write_report([out], out / "report.html")
     screen.result({"event": "done", "summary": summary, "report": str(path)}, f"report: {path}")
 
 
-def _tell_notes(records: Sequence[Mapping[str, Any]], screen: Screen) -> None:
-    """Say, once, what runs left out of their data."""
+def _tell_notes(records: Sequence[Mapping[str, Any]], screen: Screen, told: bool = False) -> None:
+    """Say, once, what runs left out of their data, and remarks on it unless they were `told` when they began."""
     from perdure.api.measuring import remarks_on
 
-    for line in dict.fromkeys(line for record in records for line in remarks_on(record["stream"])):
+    notes = [{**record["stream"], **({"remarks": []} if told else {})} for record in records]
+    for line in dict.fromkeys(line for each in notes for line in remarks_on(each)):
         screen.note(line)
     tell_skipped(records[0]["stream"].get("skipped", []), screen.note)

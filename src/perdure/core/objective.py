@@ -124,6 +124,13 @@ class Objective(nn.Module):
             former = {tuple(sorted({i for each in former for i in each}))}
         self.former = tuple(sorted(former))
 
+    def planned(self, task: Task) -> Task:
+        """`task` as it will be measured; raises a ValueError, before anything is, where its test set cannot be."""
+        return task
+
+    def check_used(self, tasks: Sequence[Task]) -> None:
+        """Raise a ValueError for an option that has no effect on `tasks`, which are all that is measured."""
+
     def grown(self, learner: AnyLearner) -> None:
         """Called when the method has made room too."""
 

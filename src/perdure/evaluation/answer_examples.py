@@ -70,7 +70,7 @@ def _noted(learner: Core, tasks: Iterable[Task], noted: Examples, when: When) ->
             batch = next(learner.batches(task.test, count, places))
             said = objective.say(learner, batch)
         references = [reference_of(each) for each in batch["conversation"]]
-        score = score_of(task.score or objective.score)
+        score = score_of(objective.score_for(task))
         right = map(partial(_is_right, score), said, references, score.grade(said, references).marks)
         known = [each for each in noted.get("questions", ()) if each["task"] == task.index]
         if not known:

@@ -9,9 +9,10 @@ from PIL import Image
 
 from perdure.core.learner import Core
 from perdure.evaluation.zero_shot_retention import kept_of
+from perdure.formatting import meant
 from perdure.options.spec import build, parse_one
 from perdure.scoring.official import COGNITION, PERCEPTION
-from perdure.streams import build_stream
+from perdure.streams import STREAMS, build_stream
 from perdure.streams.conversations import Conversation, messages
 from perdure.streams.evaluation_sets import EVALUATION_SETS
 from perdure.types import Batch, Data, Row, Stream
@@ -41,6 +42,10 @@ class AnswerRetention:
             spec = parse_one(text)
             if spec.name in EVALUATION_SETS:
                 stream = build(spec, EVALUATION_SETS, "evaluation set").stream()
+            elif spec.name not in STREAMS:
+                there = sorted({**STREAMS, **EVALUATION_SETS})
+                near = meant(spec.name, there) or f"; known: {', '.join(there)}"
+                raise ValueError(f"retain={text!r}: unknown stream or evaluation set {spec.name!r}{near}")
             else:
                 stream = build_stream(spec, learner.backbone.preprocess, 0, measured=True)
             if stream.gives == "captions":
@@ -55,7 +60,7 @@ class AnswerRetention:
                 name = stream.name if len(stream) == 1 else f"{stream.name} {task.name}"
                 name = name.replace("/", "_")  # what stands between the parts of a row's metric
                 name = name if name not in self.sets else f"{name} {len(self.sets) + 1}"
-                self.sets[name] = replace(stream, tasks=(task,))
+                self.sets[name] = replace(stream, tasks=(learner.objective.planned(task),))
 
     def measure(self, learner: Core, after: int) -> list[Row]:
         """All numbers of each set, see `perdure.scoring.measure`; `after` says after which task."""

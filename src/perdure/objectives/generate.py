@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -14,6 +15,7 @@ from perdure.core.objective import Objective
 from perdure.options.ranges import Count, checked
 from perdure.scoring import Reference, measure, score_of
 from perdure.scoring.choices import alternatives, index_of
+from perdure.streams.conversations import ConversationSet
 from perdure.types import Batch, Data, Task
 
 _TOGETHER = 256
@@ -28,7 +30,8 @@ class Generate(Objective, name="generate"):
 
     Args:
         tokens: most tokens of an answer.
-        score: how answers are scored where the stream does not say, a name of `perdure.scoring.SCORES`.
+        score: how answers are scored where the stream does not say, a name of `perdure.scoring.SCORES`; when "" it is
+            "choice" for a task whose test questions all have options, their answers among them, else "exact".
         per: the loss is the mean over the batch's answer "token"s, as in transformers and the published codes, or over
             its "answer"s, so that long ones (captions) weigh no more than short ones.
         likelihood: also measure, where there are options to choose from, how often the right one is the likeliest: what
@@ -49,15 +52,17 @@ class Generate(Objective, name="generate"):
     def __init__(
         self,
         tokens: Count = 32,
-        score: str = "exact",
+        score: str = "",
         per: Literal["token", "answer"] = "token",
         likelihood: bool = False,
     ) -> None:
         super().__init__()
-        score_of(score)
+        if score:
+            score_of(score)
         self.tokens, self.score, self.per, self.likelihood = tokens, score, per, likelihood
         self._learner: list[Core] = []  # in a list: the learner owns us, not we the learner
         self._cut: set[str] = set()  # where the current task's conversations stand whose answers were cut
+        self._optionless = ""  # the current task, where likelihood has nothing to measure
 
     def bind(self, learner: Core) -> None:
         """See `Objective.bind`."""
@@ -74,10 +79,34 @@ class Generate(Objective, name="generate"):
                 f"generate needs a language model, and {learner.backbone.spec} is none: use mllm(path=...), or another "
                 "--objective"
             )
-        if score := self._score(task):
-            score_of(score)
+        score_of(self.score_for(task))
         self.bind(learner)
         self._cut = set()
+        self._optionless = task.name if self.likelihood and len(task.test) and not _offers_options(task) else ""
+
+    def planned(self, task: Task) -> Task:
+        """`task` with the score that its questions ask for, where none was named.
+
+        Raises:
+            ValueError: for the first test question that cannot be measured so, with its file and line.
+        """
+        if not isinstance(test := task.test, ConversationSet):
+            return task
+        if not (task.score or self.score) and test.offers_choices:
+            task = replace(task, score="choice")
+        if self.score_for(task) != test.score:  # which the stream has checked
+            test.check_score(self.score_for(task))
+        if self.likelihood:
+            test.check_score("choice", offered=True)
+        return task
+
+    def check_used(self, tasks: Sequence[Task]) -> None:
+        """Raise a ValueError where the likelihood of options is to be measured, and nothing has options."""
+        if self.likelihood and not any(map(_offers_options, tasks)):
+            raise ValueError(
+                "generate(likelihood=True) has no effect: no test conversation has options to choose from; leave it "
+                "out, or give some with options"
+            )
 
     @property
     def backbone(self) -> Language:
@@ -124,13 +153,17 @@ class Generate(Objective, name="generate"):
         return torch.zeros_like(counts, dtype=rows.dtype).index_add(0, owners, rows) / counts
 
     def remarks(self) -> list[str]:
-        """How many answers were longer than there was room for."""
+        """How many answers were longer than there was room for; whether there was nothing to choose from."""
+        said = []
+        if self._optionless:
+            said = [f"likelihood=True measures nothing of {self._optionless!r}: no test conversation has options"]
         if not self._cut:
-            return []
+            return said
         count, room = len(self._cut), self.backbone.dialogue.length
         return [
+            *said,
             f"{count} answers were cut, to fit into {room} tokens with their questions, the first of {min(self._cut)}: "
-            "give a longer length= to mllm(), or shorten them"
+            "give a longer length= to mllm(), or shorten them",
         ]
 
     def answers(self, learner: Core, data: Data, tokens: int | None = None) -> list[str]:
@@ -168,7 +201,7 @@ class Generate(Objective, name="generate"):
             references += own
             if self.likelihood and any(each.options for each in own):
                 chosen += self._likeliest(learner, batch, own)
-        found = measure(said, references, self._score(task))
+        found = measure(said, references, self.score_for(task))
         return found | ({"likeliest": sum(chosen) / len(chosen)} if chosen else {})
 
     def _likeliest(self, learner: Core, batch: Batch, references: Sequence[Reference]) -> list[bool]:
@@ -179,10 +212,19 @@ class Generate(Objective, name="generate"):
             with learner.undivided():
                 scores = self.backbone.likelihoods(batch, candidates, within=learner.applied)
         pairs = zip(references, scores, strict=True)
-        return [int(own.argmax()) == index_of(each.answers[0], each.options) for each, own in pairs if each.options]
+        return [
+            int(own.argmax()) in {index_of(answer, each.options) for answer in each.answers}
+            for each, own in pairs
+            if each.options
+        ]
 
-    def _score(self, task: Task) -> str:
-        return task.score or self.score
+    def score_for(self, task: Task) -> str:
+        """The name of the score of a task's answers."""
+        return task.score or self.score or "exact"
+
+
+def _offers_options(task: Task) -> bool:
+    return bool(getattr(task.test, "offers_options", False))
 
 
 def reference_of(conversation: Mapping[str, Any]) -> Reference:

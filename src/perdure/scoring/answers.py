@@ -72,8 +72,11 @@ def mark_anls(answer: str, reference: Reference) -> Mark:
 
 
 def similarity(answer: str, truth: str) -> float:
-    """1 - edit distance / longer length, of texts in lower case with single blanks; 0 below one half."""
-    a, b = (" ".join(unicodedata.normalize("NFKC", text).lower().split()) for text in (answer, truth))
+    """1 - edit distance / longer length, of texts in lower case with single blanks; 0 below one half.
+
+    Those with Chinese characters are brought to the form in which `exact` compares them.
+    """
+    a, b = map(_near_form, (answer, truth))
     if 2 * abs(len(a) - len(b)) > max(len(a), len(b)):
         return 0.0  # known without counting, which takes long for an answer that does not end
     near = 1 - edit_distance(a, b) / max(len(a), len(b), 1)
@@ -120,6 +123,10 @@ def iou(a: Box, b: Box) -> float:
     height = max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
     union = sum((x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in (a, b)) - width * height
     return width * height / union if union > 0 else 0.0
+
+
+def _near_form(text: str) -> str:
+    return normalise(text) if has_han(text) else " ".join(unicodedata.normalize("NFKC", text).lower().split())
 
 
 def _vqa_form(text: str) -> str:

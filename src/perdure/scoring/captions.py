@@ -5,18 +5,20 @@ with the constants of pycocoevalcap 1.2.
 
 Differs: words are cut by a regular expression in place of the Penn Treebank tokeniser, which is a Java program. Case
 goes, and so do the punctuation marks that pycocoevalcap drops; 's and n't are words by themselves. Chinese is cut into
-characters.
+characters; with it all punctuation goes, and full-width forms become plain ones.
 """
 
 import math
 import re
 import statistics
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 from perdure.scoring.marks import Grade, Mark, Reference, check_all, form_of, has_truth, mean
+from perdure.scoring.normalise import has_han
 from perdure.scoring.symbols import HAN
 
 Words = tuple[str, ...]
@@ -30,6 +32,7 @@ Vector = tuple[list[dict[Words, float]], list[float], int]
 
 _WORD = re.compile(rf"[{HAN}]|n't\b|'[a-z]+|[^\W{HAN}]+?(?=n't\b)|[^\W{HAN}]+(?:[.,-][^\W{HAN}]+)*|[^\w\s]")
 _DROPPED = set("'\"`“”‘’.?!,:-;()[]{}—–…。，、：；？！（）《》【】·")
+_FULL_POINT = re.compile(r"(?<=\d)．(?=\d)")
 _SENTENCE = re.compile(r"[.!?:;]+(?=\s|$)|[。！？：；]|\n")
 _ORDERS = range(1, 5)
 _SIGMA = 6.0
@@ -40,8 +43,20 @@ _ALONE = ("CIDEr of one image is 0, whatever was said: its idf is log 1",)
 
 def words(caption: str) -> Words:
     """The words of a caption, the characters of a Chinese one."""
-    plain = caption.lower().replace("’", "'")
+    plain = (_plain_chinese(caption) if has_han(caption) else caption).lower().replace("’", "'")
     return tuple(word for word in _WORD.findall(plain) if word not in _DROPPED)
+
+
+def _plain_chinese(caption: str) -> str:
+    """A caption without punctuation but that of English words and numbers, such as 't-shirt' and 3.5."""
+    caption = _FULL_POINT.sub(".", caption)
+    wide = "".join(" " if _is_mark(each) and not each.isascii() and each != "’" else each for each in caption)
+    plain = unicodedata.normalize("NFKC", wide)
+    return "".join(" " if _is_mark(each) and each not in "'’.,-" else each for each in plain)
+
+
+def _is_mark(character: str) -> bool:
+    return unicodedata.category(character)[0] == "P" or character in "~～"
 
 
 def cider(references: References) -> One:

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from perdure.backbones.preprocess import UnreadableImage, decode
+from perdure.formatting import meant, shortened
 from perdure.options.paths import is_file
 from perdure.streams.conversation_rows import Columns, records
 from perdure.streams.conversations import Pictures, Record
@@ -57,7 +58,10 @@ class Reader:
         self.pictures = Pictures()
         self.left_out: list[str] = []
         """File and line of the entries that were left out."""
+        self.remarks: list[str] = []
+        """Of files that show no image, though they have columns that are not read."""
         self.columns = columns
+        self._names: dict[str, dict[str, None]] = {}  # names that entries hold, by file
         self.images = images
         self.skip_bad = skip_bad
         self._files = Files("", [])
@@ -101,10 +105,12 @@ class Reader:
             amend: see `read`.
         """
         found: list[Record] = []
+        held = self._names.setdefault(name, {})
         for entry in entries:
             place = f"{name}, {entry.place}"
             try:
                 value = amend(entry.value, entry.number) if amend else entry.value
+                held |= dict.fromkeys(map(str, value)) if isinstance(value, Mapping) else {}
                 found += records(
                     value, place, f"{key}:{entry.number}", lambda shown: self._shown(shown, folder), self.columns
                 )
@@ -114,7 +120,20 @@ class Reader:
                 self.left_out.append(place)
             except ValueError as error:
                 raise ValueError(f"{place}: {error}") from error
+        unread = self.columns.unread(held)
+        if found and unread and not any(record.images for record in found):
+            names = shortened(", ".join(unread), 100)
+            self.remarks.append(f"no images in {name}: only texts are read; columns that are not read: {names}")
         return found
+
+    def check_named(self) -> None:
+        """Raise a ValueError for a column that was named, and which no entry of all that was read has."""
+        for option, name in self.columns.named.items():
+            if not any(name in held for held in self._names.values()):
+                file, held = next(iter(self._names.items()))
+                raise ValueError(
+                    f"{file}: no entry has {option}={name!r}{meant(name, held)}; it has: {', '.join(held) or 'nothing'}"
+                )
 
     def entries(self, file: Path) -> Iterator[FileEntry]:
         """What stands in a file, one after another."""

@@ -108,6 +108,9 @@ def as_questions(*stream: Spec | str | StreamPlan, question: str = "", score: st
             return _asked(data, question.strip(), names, pictures, score)
 
         tasks = [replace(t, train=asked(t.train), test=asked(t.test), score=score) for t in images]
+        for task in tasks:
+            if isinstance(task.test, ConversationSet):
+                task.test.check_score()
         notes = {**images.notes, "question": question.strip(), "conversations": _counts(tasks)}
         return replace(images, tasks=tuple(tasks), notes=notes)
 
@@ -233,10 +236,11 @@ def read_conversations(
         return [record for file in files for record in reader.read(file)]
 
     parts = [Part(each.name, read(each.train), read(each.test) if each.test else None, score) for each in places]
+    reader.check_named()
     if columns.by is not None:
         parts = by_topic(parts[0])
     name = Path(paths[0]).resolve().stem if len(paths) == 1 else "conversations"
-    return Dialogues(name, parts, reader.pictures, reader.left_out, written=len(paths) > 1)
+    return Dialogues(name, parts, reader.pictures, reader.left_out, len(paths) > 1, reader.remarks)
 
 
 def holds_conversations(path: Path) -> bool:

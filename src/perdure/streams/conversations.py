@@ -277,11 +277,34 @@ class ConversationSet:
             sizes.setdefault(len(record.images), []).append((text, position))
         return [position for some in sizes.values() for _, position in sorted(some, reverse=True)[:count]]
 
-    def check_score(self) -> None:
-        """Raise a ValueError, with file and line, for the first conversation of which the score cannot be asked."""
-        for record in self.records if self.score else ():
+    @property
+    def offers_options(self) -> bool:
+        """Whether there is something to choose from in a conversation."""
+        return any(record.options for record in self.records)
+
+    @property
+    def offers_choices(self) -> bool:
+        """Whether there is something to choose from in each conversation, what is right included."""
+        try:
+            self.check_score("choice")
+        except ValueError:
+            return False
+        return all(record.options for record in self.records)
+
+    def check_score(self, score: str = "", offered: bool = False) -> None:
+        """Raise a ValueError, with file and line, for the first conversation of which a score cannot be asked.
+
+        Args:
+            score: its name; "" is its own, if any.
+            offered: whether only conversations with options are looked at.
+        """
+        if not (name := score or self.score):
+            return
+        for record in self.records:
+            if offered and not record.options:
+                continue
             try:
-                score_of(self.score).check(self._example(record, record.images).reference)
+                score_of(name).check(self._example(record, record.images).reference)
             except ValueError as error:
                 raise ValueError(f"{record.where}: {error}") from error
 

@@ -136,6 +136,11 @@ class _Asked:
     def __len__(self) -> int:
         return len(self.questions)
 
+    @property
+    def offers_options(self) -> bool:
+        """Whether there is something to choose from in a question."""
+        return any(each.reference.options for each in self.questions)
+
     def identities(self) -> set[str]:
         """The whole paths of the images; those within a table are told from none."""
         return {str(image.absolute()) for each in self.questions for image in each.images if isinstance(image, Path)}

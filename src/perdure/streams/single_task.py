@@ -140,6 +140,7 @@ def conversation_task(
     images: str | None = None,
     score: str = "",
     skip_bad: bool = False,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> Task:
     """The task in a file of conversations, or a folder with `train` and `test`; see the stream `conversations`.
 
@@ -153,6 +154,7 @@ def conversation_task(
         images: the folder that images' paths are relative to; None: that of each file.
         score: how answers are scored; "" leaves it to the objective.
         skip_bad: leave out what shows images that are missing or unreadable, as `skipped` of the task's data.
+        tell: is told which files show no image.
 
     Raises:
         ValueError: when the file is not as expected, with its line.
@@ -162,17 +164,22 @@ def conversation_task(
     place = Path(path).expanduser().resolve()
     options = ConversationOptions(skip_bad=skip_bad)
     found = read_conversations(str(place), Columns(), images, score, options)
+    for line in found.remarks:
+        tell(line)
     train, test = arrange_lesson(found, options, _ENOUGH_CAPTIONED)
     return replace(_placed(found.parts[0].name, [train, *([test] if test else [])], known, index), score=score)
 
 
-def given_conversations(conversations: Sequence[Any], known: Mapping[str, int], index: int) -> Task:
+def given_conversations(
+    conversations: Sequence[Any], known: Mapping[str, int], index: int, tell: Callable[[str], None] = lambda _: None
+) -> Task:
     """The task of conversations given in Python; all of them are learnt, none held out.
 
     Args:
         conversations: entries as they stand in files, an image as a path or a Pillow image.
         known: name -> id of the tasks learnt so far.
         index: of the task.
+        tell: is told where none shows an image, though it has what is not read.
 
     Raises:
         ValueError: when one is not as expected, with its position.
@@ -182,6 +189,8 @@ def given_conversations(conversations: Sequence[Any], known: Mapping[str, int], 
     records = reader.records_of(entries, "conversations", f"given {index}", Path())
     if not records:
         raise ValueError("conversations are empty: a task needs at least one")
+    for line in reader.remarks:
+        tell(line)
     return _placed(f"conversations {index + 1}", [ConversationSet(records, reader.pictures)], known, index)
 
 

@@ -59,6 +59,15 @@ def facts_of_stream(stream: Stream) -> dict[str, Any]:
     return {"name": stream.name, "scenario": stream.scenario, "tasks": tasks} | stream.notes
 
 
+def as_recorded(stream: Stream, written: Mapping[str, Any]) -> Stream:
+    """`stream` with the scores that its tasks had when the run began; another version may choose others."""
+    scores = [task.get("score", "") for task in written.get("tasks", ())]
+    if len(scores) != len(stream):  # it has changed, and is refused for that
+        return stream
+    tasks = tuple(replace(task, score=score) for task, score in zip(stream, scores, strict=True))
+    return replace(stream, tasks=tasks)
+
+
 def facts_of_held_out(held_out: HeldOut) -> dict[str, Any]:
     """The same of each held-out stream, by name."""
     return {name: facts_of_stream(stream) for name, stream in held_out.sets.items()}
@@ -167,12 +176,20 @@ _BESIDE_THE_DATA = ("name", "data", "skipped", "left_out", "other_files", "remar
 
 def check_unchanged(out: Path, what: str, written: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
     """Refuse to go on where `facts` of the data are not those that were written when the run in `out` began."""
-    now = json.loads(json.dumps(facts))
-    if changed := [key for key in now if key not in _BESIDE_THE_DATA and now[key] != written.get(key)]:
+    now = _without_remarks(json.loads(json.dumps(facts)))
+    then = _without_remarks(written)
+    if changed := [key for key in now if key not in _BESIDE_THE_DATA and now[key] != then.get(key)]:
         raise ValueError(
             f"the {what} of {out} has changed since the run began ({', '.join(changed)}): restore it, or start anew in "
             "another folder"
         )
+
+
+def _without_remarks(facts: Any) -> Any:
+    """Facts without what was said of data in them, as of each held-out set; versions differ in it."""
+    if isinstance(facts, Mapping):
+        return {name: _without_remarks(each) for name, each in facts.items() if name != "remarks"}
+    return list(map(_without_remarks, facts)) if isinstance(facts, list) else facts
 
 
 def _git_commit() -> str | None:

@@ -6,7 +6,9 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
@@ -42,6 +44,7 @@ from perdure.training.early_stop import check_trains, shares_of, watching
 from perdure.training.loop import Diverged, Progress, Quiet, TrainConfig, check_shared_out, fit_task
 from perdure.training.online import Along, check_borders
 from perdure.training.record import (
+    as_recorded,
     check_unchanged,
     elsewhere,
     facts_of_held_out,
@@ -93,9 +96,10 @@ def run(
             progress.note(line)
         dry_run(config, learner.backbone, stream)
         held_out = held_out_of(config.retain, learner)
+        learner.objective.check_used([*stream, *chain.from_iterable(held_out.sets.values())])
         if unlike := unlike_scores(scored_by(config.describe(), [task.score for task in stream])):
             progress.note(f"no means over tasks are given: {unlike}")
-        for remark in remarks(held_out, stream):
+        for remark in (*stream.notes.get("remarks", ()), *remarks(held_out, stream)):
             progress.note(remark)
         if {"classes"} == set(learner.objective.asks) and "text" in learner.objective.towers:
             for line in learner.backbone.unread([name for task in stream for name in task.names]):
@@ -187,9 +191,13 @@ def resume(out: Path, progress: Progress | None = None, device: str | None = Non
             raise ValueError(f"{out} is taught from folders: go on with 'perdure learn FOLDER --into {out}'")
         extra = elsewhere(out, runtime, progress)
         learner, stream, _ = _build(config, runtime, processes)
+        stream = as_recorded(stream, written["stream"])
         check_unchanged(out, "data", written["stream"], facts_of_stream(stream))
         held_out = held_out_of(config.retain, learner)
         if "held_out" in written:
+            for name, facts in written["held_out"].items():
+                if name in held_out.sets:
+                    held_out.sets[name] = as_recorded(held_out.sets[name], facts)
             check_unchanged(out, "held-out data", written["held_out"], facts_of_held_out(held_out))
         if config.shard != "none":
             shard(learner)
@@ -250,10 +258,11 @@ def check_compile(config: RunConfig, learner: Core) -> None:
 
 def _build(config: RunConfig, runtime: Runtime | None, processes: Processes) -> tuple[Core, Stream, Runtime]:
     learner, runtime = build_learner(Core, config, runtime, processes)
+    objective = learner.objective
     stream = make_stream(config, learner.backbone.preprocess)
     check_gives(stream, learner, config.stream, f", or use --objective {asking(stream.gives)}")
     learner.scenario = stream.scenario
-    return learner, stream, runtime
+    return learner, replace(stream, tasks=tuple(map(objective.planned, stream))), runtime
 
 
 def check_gives(stream: Stream, learner: Core, described: str, remedy: str = "") -> None:

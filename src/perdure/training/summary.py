@@ -152,7 +152,7 @@ def scored_by(config: Mapping[str, Any], scores: Sequence[str]) -> list[str]:
         scores: of each task as its stream has it; "" leaves it to the objective.
     """
     objective = parse_one(str(config.get("objective", "classify")))
-    default = str(dict(objective.kwargs).get("score", "exact"))
+    default = str(dict(objective.kwargs).get("score") or "exact")
     return [score or default for score in scores] if objective.name == "generate" else []
 
 
