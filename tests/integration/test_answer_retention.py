@@ -230,6 +230,8 @@ def test_strict_and_lenient_stand_side_by_side_on_the_console_in_tables_and_in_t
     assert f"strict {summary['acc']:.1%}" in said
     assert f"lenient {summary['lenient_acc']:.1%}" in said
     assert "task id" not in said
+    Screen().matrix(summary | {"scores": ["cider", "cider"]}, ["colour", "red"], "lora")
+    assert "lora: cider × 100 on each task (columns), after each task (rows)" in capsys.readouterr().out
     table = tabulate([("lora", RunResults.read(taught))])
     lines = markdown(table).splitlines()
     for title in ("final strict", "final lenient", "lenient forgetting"):

@@ -39,6 +39,7 @@ _MATRICES = {
     "matrix": "% right on each task (columns), after each task (rows)",
     "lenient_matrix": "the same where the truth is in what is said, in whatever form",
 }
+_OF_CAPTIONS = ("cider", "bleu", "rouge")  # scores that are no share of right answers
 _RESULTS = ("compared",)  # events that are what was asked for
 _UNBROKEN = 10_000  # columns of what is no terminal: a file or a pipe breaks no line
 
@@ -227,12 +228,15 @@ class Screen:
         self.close()
         if self.json:
             return
+        kinds = dict.fromkeys(summary.get("scores", ()))
+        unlike = [kind for kind in kinds if kind.startswith(_OF_CAPTIONS)]
         for key, what in _MATRICES.items():
             if key in summary:
+                what = what.replace("% right", f"{' and '.join(unlike)} × 100") if unlike else what
                 self._square(summary[key], f"{shortened(title)}: {what}" if key == "matrix" else what, summary)
         if why := summary.get("unlike_scores"):
             self._say(f"no means: {why}")
-        elif len(kinds := dict.fromkeys(summary.get("scores", ()))) > 1:
+        elif len(kinds) > 1:
             self._say(f"means are of different scores: {', '.join(kinds)}")
         columns = column_names("lenient_matrix" in summary).items()
         parts = [f"{name} {summary[key]:.1%}" for key, name in columns if summary.get(key) is not None]
