@@ -37,8 +37,8 @@ class ReplayBuffer(nn.Module):
             raise ValueError(f"size={size}: expected at least 1 example to remember")
         self.size, self.selection = size, selection
         self.counts_frames = False
-        # refs (n, 3): task, position, class; offered (1,); pairs (n,) of what shows images; where sequences count as
-        # their frames, frames (n,), and salt (1,), of their random order
+        # refs (n, 3): task, position, class; offered (1,); pairs (n,) of what shows images; where there are sequences,
+        # their frames (n,), and where these count, salt (1,), of their random order
         self.references = BufferDict()
 
     def __len__(self) -> int:
@@ -72,7 +72,8 @@ class ReplayBuffer(nn.Module):
         late = torch.arange(len(rows)) >= len(old)
         known = self.references.get("frames", torch.ones(len(old), dtype=torch.int64)).cpu()
         frames = torch.cat([known, frames_of(task.train)[order.cpu()]])
-        if several := self.counts_frames and bool((frames > 1).any()):
+        several = bool((frames > 1).any())
+        if self.counts_frames and several:
             kept = self._fitting(rows[heads], pairs[heads], frames[heads], generator)[:, 3]
         else:
             kept = self._chosen(rows[heads & ~late], rows[heads & late], generator)[:, 3]
@@ -93,7 +94,7 @@ class ReplayBuffer(nn.Module):
     def images(self) -> int:
         """Number of different images that are referred to, of which several examples may be kept.
 
-        Of sequences where these count as their frames: what two of them share is counted twice.
+        A sequence is its frames, whatever it counts as; what two of them share is counted twice.
         """
         if "pairs" not in self.references:
             return len(self)

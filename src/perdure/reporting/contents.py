@@ -134,7 +134,7 @@ def _held(folder: Path, done: list[Checkpoint]) -> Iterator[str]:
     if statistics := [name for name in shapes if _STATISTICS.search(name)]:
         yield f"statistics of features ({len(statistics)} tensors): means or covariances of classes"
     if held := sum(shape[0] for name, shape in shapes.items() if name.endswith("references.refs")):
-        yield f"positions of {held} images that may be replayed; the images stay where they lie"
+        yield f"positions of {held} examples that may be replayed; their images stay where they lie"
     if features := sum(
         max([0, *(s[0] for s in _shapes(each.folder / "features.safetensors").values())]) for each in done
     ):
