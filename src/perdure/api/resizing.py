@@ -7,10 +7,10 @@ from typing import Any
 from perdure.api.learner import Learner
 from perdure.core import checkpoint
 from perdure.core.checkpoint import read_record
-from perdure.core.manifests import latest_step
+from perdure.core.manifests import latest_step, recorded_size
 from perdure.options.spec import changed
 from perdure.process import plain
-from perdure.training.record import recorded_config, recorded_runtime, recorded_size, write_size
+from perdure.training.record import recorded_config, recorded_runtime, write_size
 
 
 @plain()
