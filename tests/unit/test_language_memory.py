@@ -55,6 +55,24 @@ def test_several_questions_about_an_image_cost_one_image_and_stay_together(selec
     assert again.images == 6
 
 
+@pytest.mark.parametrize("selection", ["reservoir", "class_balanced"])
+def test_a_memory_that_has_room_for_fewer_than_it_kept_keeps_as_many_of_all(selection: Any) -> None:
+    memory, stream = ReplayBuffer(12, selection), tasks()
+    for task in stream:
+        memory.size = 12 if task.index < 2 else 4
+        memory.add(task, torch.Generator().manual_seed(task.index))
+        assert memory.images == min(memory.size, 10 * (task.index + 1))
+    chosen = torch.zeros(3)
+    for seed in range(200):
+        memory = ReplayBuffer(12, selection)
+        for task in stream:
+            memory.size = 12 if task.index < 2 else 4
+            memory.add(task, torch.Generator().manual_seed(1000 * seed + task.index))
+        chosen += torch.bincount(memory.refs[:, 0], minlength=3) / len(memory)
+    if selection == "reservoir":
+        assert (chosen / 200 - 1 / 3).abs().max() < 0.06
+
+
 def test_images_that_two_tasks_show_are_counted_once_in_bytes() -> None:
     memory = ReplayBuffer(100, "reservoir")
     for task in tasks(shared=True):

@@ -120,9 +120,11 @@ class ReplayBuffer(nn.Module):
 
     def _reservoir(self, old: Tensor, new: Tensor, generator: torch.Generator) -> Tensor:
         offered = int(self.references["offered"]) if "offered" in self.references else 0
+        if len(old) > self.size:  # images became larger, and fewer have room in as many bytes
+            old = old[torch.randperm(len(old), generator=generator)[: self.size].sort().values]
         room = self.size - len(old)
         kept = torch.cat([old, new[:room]])
-        late = torch.arange(len(new))[max(room, 0) :]
+        late = torch.arange(len(new))[room:]
         slots = (torch.rand(len(late), generator=generator, dtype=torch.float64) * (offered + late + 1)).long()
         for position, slot in zip(late.tolist(), slots.tolist(), strict=True):
             if slot < self.size:
