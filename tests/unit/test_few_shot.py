@@ -1,5 +1,6 @@
 """Few-shot streams: a base task, sessions of few classes with few images, and their numbers."""
 
+import csv
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from perdure.backbones.tiny import tiny
 from perdure.core.learner import Core
 from perdure.metrics import harmonic_means, session_accuracies
 from perdure.objectives.classify import Classify
+from perdure.reporting.papers import write_tables
 from perdure.streams import build_stream
 from perdure.streams.few_shot import fewshot
 from perdure.streams.synthetic import synthetic
@@ -140,6 +142,13 @@ def test_a_few_shot_run_and_its_controls_tell_its_numbers_and_resume(
     assert summary["few_shot"]["accuracies"] == after
     assert summary["performance_drop"] == pytest.approx(after[0] - after[1])
     assert summary["harmonic_mean"] == summary["few_shot"]["harmonic_means"][-1]
+    write_tables([tmp_path / "unbroken"], tmp_path / "tables", as_csv=True, as_latex=True)
+    (row,) = csv.DictReader((tmp_path / "tables/runs.csv").read_text().splitlines())
+    assert float(row["performance_drop"]) == pytest.approx(summary["performance_drop"], abs=1e-5)
+    assert float(row["harmonic_mean"]) == pytest.approx(summary["harmonic_mean"], abs=1e-5)
+    assert "anytime_acc" not in row
+    heading = (tmp_path / "tables/methods.tex").read_text().splitlines()[2]
+    assert "Performance drop & Harmonic mean" in heading
 
 
 @pytest.mark.parametrize(
