@@ -12,8 +12,9 @@ Pair = Sequence[float | None] | None
 """Mean and standard deviation; None where nothing was measured."""
 
 _SAID = ("lenient_acc", "lenient_forgetting", "empty", "unparsable", "answers_kept_strict", "answers_kept_lenient")
-_OF_STREAMS = ("transfer", "average", "performance_drop", "harmonic_mean", "anytime_acc")
-RARE = (*_OF_STREAMS, "zero_shot_ratio", *_SAID)
+OF_STREAMS = ("transfer", "average", "performance_drop", "harmonic_mean", "anytime_acc")
+"""Scores that only some streams have."""
+RARE = (*OF_STREAMS, "zero_shot_ratio", *_SAID)
 """What a summary has of some streams (sequences of data sets, few-shot ones, passes without borders), with held-out
 data, and of answers in words."""
 

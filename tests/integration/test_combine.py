@@ -139,6 +139,11 @@ def test_without_a_member_the_others_answer_and_it_is_told_in_a_line(
     (said,) = found.err.splitlines()
     assert said.startswith("perdure: animals is left out: ")
     assert line in said
+    with locked(lost) if harm == "locked" else torch.no_grad():
+        named = perdure("predict", "team", image, "--task", "colours", "--json")  # which the others may not have
+        other = perdure("predict", "team", image, "--task", "animals")
+    assert (named.code, named.events) == (0, found.events)
+    assert (other.code, line in other.err.splitlines()[-1]) == (2, True)
     if harm != "locked":
         shutil.rmtree(members[1])
         refused = perdure("predict", "team", image)

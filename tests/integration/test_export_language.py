@@ -89,6 +89,15 @@ def test_plain_transformers_and_peft_give_the_logits_and_answers_of_the_learner(
         assert said == learner.ask(folder / "photo.jpg", "What is this?", tokens=12)
 
 
+def test_a_model_that_was_made_here_is_exported_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    learner = taught("tiny_mllm()")
+    merged = learner.export(tmp_path / "merged", "merged")
+    said = said_by_the_example(merged, monkeypatch, capsys)
+    assert said == learner.ask(merged / "photo.jpg", "What is this?", tokens=12)
+
+
 @pytest.mark.parametrize("path", ["llava"], indirect=True)
 def test_the_folder_of_a_lora_is_one_of_peft(path: str, tmp_path: Path) -> None:
     learner = taught(f"mllm(path={path!r})", "lora(rank=3, at='mlp', tower='projector')")

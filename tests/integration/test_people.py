@@ -350,6 +350,10 @@ def test_a_backbone_that_was_resized_can_be_moved(vit: Path, perdure: Any, photo
     assert perdure("move", "a", "d=pictures").code == 0  # for which no model is read: it is away still
     assert perdure("move", "a", "vit=elsewhere").code == 0
     assert perdure("predict", "a", "pictures/cat/00.png", "--json").events[0]["labels"] == before
+    here = f"vision(path={str(Path('elsewhere').absolute())!r}, size={side})"
+    assert perdure("show", "a", "--json").events[0]["backbone"] == here
+    assert perdure("report", "a", "--out", "r.html").code == 0
+    assert f"size={side}" in Path("r.html").read_text()
 
 
 def test_a_move_to_another_model_is_refused(vit: Path, perdure: Any, photos: Any) -> None:

@@ -56,7 +56,7 @@ def test_what_the_folder_holds_of_the_data_is_told_by_kind(perdure: Any, photos:
         held[method] = " ".join(perdure("show", method, "--json").events[0]["holds"])
     assert "may be replayed" not in held["lora(rank=2)"]
     assert "statistics" not in held["lora(rank=2)"]
-    assert "positions of 4 images that may be replayed" in held["lora(rank=2) + replay(size=4)"]
+    assert "positions of 4 examples that may be replayed" in held["lora(rank=2) + replay(size=4)"]
     for method in ("ncm", "moe_adapters(experts=2)", "head_gates"):  # of the latter two a router keeps them
         assert "statistics of features" in held[method]
 

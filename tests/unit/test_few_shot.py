@@ -1,5 +1,6 @@
 """Few-shot streams: a base task, sessions of few classes with few images, and their numbers."""
 
+import csv
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from perdure.backbones.tiny import tiny
 from perdure.core.learner import Core
 from perdure.metrics import harmonic_means, session_accuracies
 from perdure.objectives.classify import Classify
+from perdure.reporting.papers import write_tables
 from perdure.streams import build_stream
 from perdure.streams.few_shot import fewshot
 from perdure.streams.synthetic import synthetic
@@ -97,6 +99,7 @@ REFUSED = {
     "synthetic(classes_per_task=10, per_class=4), ways=2": "'picture 6' has 4 train images, fewer than shots=5",
     "synthetic(classes_per_task=10), ways=2, base=5": "10 classes, which are not base=5 and sessions of ways=2",
     "synthetic(classes_per_task=10), ways=5": "three fifths of the classes and sessions of ways=5: give a base",
+    "synthetic(classes_per_task=10), ways=10": "sessions of ways=10: give fewer ways$",
     "synthetic(tasks=5)": "tasks=5 has no effect on 'synthetic' in fewshot, which says what the tasks are",
     "cifar100(increments=(50, 50))": "increments=.* has no effect on 'cifar100' in fewshot",
     "captions_synthetic()": "fewshot: captions_synthetic is no stream of labelled images in one task",
@@ -139,6 +142,13 @@ def test_a_few_shot_run_and_its_controls_tell_its_numbers_and_resume(
     assert summary["few_shot"]["accuracies"] == after
     assert summary["performance_drop"] == pytest.approx(after[0] - after[1])
     assert summary["harmonic_mean"] == summary["few_shot"]["harmonic_means"][-1]
+    write_tables([tmp_path / "unbroken"], tmp_path / "tables", as_csv=True, as_latex=True)
+    (row,) = csv.DictReader((tmp_path / "tables/runs.csv").read_text().splitlines())
+    assert float(row["performance_drop"]) == pytest.approx(summary["performance_drop"], abs=1e-5)
+    assert float(row["harmonic_mean"]) == pytest.approx(summary["harmonic_mean"], abs=1e-5)
+    assert "anytime_acc" not in row
+    heading = (tmp_path / "tables/methods.tex").read_text().splitlines()[2]
+    assert "Performance drop & Harmonic mean" in heading
 
 
 @pytest.mark.parametrize(

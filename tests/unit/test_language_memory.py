@@ -55,6 +55,24 @@ def test_several_questions_about_an_image_cost_one_image_and_stay_together(selec
     assert again.images == 6
 
 
+@pytest.mark.parametrize("selection", ["reservoir", "class_balanced"])
+def test_a_memory_that_has_room_for_fewer_than_it_kept_keeps_as_many_of_all(selection: Any) -> None:
+    memory, stream = ReplayBuffer(12, selection), tasks()
+    for task in stream:
+        memory.size = 12 if task.index < 2 else 4
+        memory.add(task, torch.Generator().manual_seed(task.index))
+        assert memory.images == min(memory.size, 10 * (task.index + 1))
+    chosen = torch.zeros(3)
+    for seed in range(200):
+        memory = ReplayBuffer(12, selection)
+        for task in stream:
+            memory.size = 12 if task.index < 2 else 4
+            memory.add(task, torch.Generator().manual_seed(1000 * seed + task.index))
+        chosen += torch.bincount(memory.refs[:, 0], minlength=3) / len(memory)
+    if selection == "reservoir":
+        assert (chosen / 200 - 1 / 3).abs().max() < 0.06
+
+
 def test_images_that_two_tasks_show_are_counted_once_in_bytes() -> None:
     memory = ReplayBuffer(100, "reservoir")
     for task in tasks(shared=True):
@@ -138,6 +156,32 @@ def test_images_alone_are_kept_as_before_a_sequence_counted_its_frames() -> None
             memory.add(task, torch.Generator().manual_seed(task.index))
     assert torch.equal(plain.refs, counting.refs)
     assert counting.references.keys() == plain.references.keys()
+
+
+@pytest.mark.parametrize("method", ["replay(size=4)", "joint"])
+def test_bytes_referred_to_are_those_of_all_frames_whatever_a_sequence_counts_as(method: str, tmp_path: Path) -> None:
+    for task, frames in enumerate((3, 1)):
+        lines = []
+        for i in range(2):
+            shown = [f"{task}-{i}-{n}.png" for n in range(frames)]
+            for n, name in enumerate(shown):
+                Image.new("RGB", (8, 8), (50 * i, 20 * n, 60 * task)).save(tmp_path / name)
+            lines += [json.dumps({"images": shown, "question": asked, "answer": "a"}) for asked in ("What?", "Who?")]
+        (tmp_path / f"{task}.jsonl").write_text("\n".join(lines) + "\n")
+    files = str([str(tmp_path / f"{task}.jsonl") for task in range(2)])
+    config = RunConfig(
+        stream=f"conversations(path={files})",
+        backbone="tiny_mllm()",
+        objective="generate(tokens=2)",
+        method=f"lora(rank=2, tower='language') + {method}",
+        epochs=1,
+        precision="fp32",
+    )
+    run(config, tmp_path / "run")
+    rows = map(json.loads, (tmp_path / "run" / "results.jsonl").read_text().splitlines())
+    frame = 3 * tiny_mllm().preprocess.size ** 2
+    found = [row["value"] / frame for row in rows if row["metric"] == "referenced_bytes"]
+    assert found[-1] == 3 + 1  # the other half is tested
 
 
 def test_a_run_on_videos_refers_to_no_more_bytes_than_it_may_and_says_when_none_fits(tmp_path: Path) -> None:

@@ -61,7 +61,9 @@ def test_a_pass_that_was_stopped_and_resumed_equals_an_unbroken_one(
 def test_what_needs_borders_is_refused_by_name_before_anything_is_read(
     method: str, part: str, lab: Any, tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match=f"^{part} needs to be told where a task begins or ends.*derpp.*replay"):
+    with pytest.raises(
+        ValueError, match=f"^{part} needs to be told where a task begins or ends.*use one of adapter, .*lora, .*replay"
+    ):
         lab.run(method, tmp_path / "run", online=True)
     assert not (tmp_path / "run/run.json").exists()
 

@@ -159,7 +159,11 @@ def test_a_learner_that_reads_larger_images_knows_what_it_knew_and_can_go_back(o
     assert len(Learner.load(tmp_path / "my").known) == 4
     learner.save(tmp_path / "other")
     resize(tmp_path / "other", size=72)
+    with pytest.raises(ValueError, match=r"other reads that already, on pocket\(size=72\): there is nothing to change"):
+        resize(tmp_path / "other", size=72)
     resize(tmp_path / "other", size=48)
+    with pytest.raises(ValueError, match=r"other reads that already, on pocket: there is nothing to change"):
+        resize(tmp_path / "other", size=48)
     assert Learner.load(tmp_path / "other").predict(shown) == before
 
 

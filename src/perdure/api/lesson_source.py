@@ -9,6 +9,7 @@ from typing import Any
 from perdure.api.learner import Learner
 from perdure.core import checkpoint
 from perdure.core.checkpoint import Checkpoint, read_record
+from perdure.core.manifests import recorded_moves
 from perdure.core.pretext import make_pretext
 from perdure.options.paths import anchored, relocated
 from perdure.storage import schema
@@ -16,7 +17,6 @@ from perdure.storage.schema import LessonSource
 from perdure.streams import Captioned, ConversationSet, ImageSet
 from perdure.streams.single_task import COLUMN
 from perdure.streams.splits import digest
-from perdure.training.record import recorded_moves
 from perdure.types import Data, Task
 
 _SOURCE = "source.json"

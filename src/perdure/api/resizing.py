@@ -7,10 +7,10 @@ from typing import Any
 from perdure.api.learner import Learner
 from perdure.core import checkpoint
 from perdure.core.checkpoint import read_record
-from perdure.core.manifests import latest_step
-from perdure.options.spec import changed
+from perdure.core.manifests import latest_step, recorded_size
+from perdure.options.spec import changed, parse_one
 from perdure.process import plain
-from perdure.training.record import recorded_config, recorded_runtime, recorded_size, write_size
+from perdure.training.record import recorded_config, recorded_runtime, write_size
 
 
 @plain()
@@ -26,8 +26,9 @@ def resize(folder: str | Path, **options: Any) -> str:
         options: of its backbone, such as size=112; None leaves one as it is.
 
     Raises:
-        ValueError: when none is given, the backbone has no such option or cannot read that, what was learnt does not
-            fit it (an encoder that was trained itself, with its positions), or a task was begun.
+        ValueError: when none is given or all are as they were, the backbone has no such option or cannot read that,
+            what was learnt does not fit it (an encoder that was trained itself, with its positions), or a task was
+            begun.
     """
     folder = Path(folder)
     given = {name: value for name, value in options.items() if value is not None}
@@ -41,9 +42,13 @@ def resize(folder: str | Path, **options: Any) -> str:
         if latest_step(folder, done):
             raise ValueError(f"{folder} was stopped within a task: end it first with 'perdure resume {folder}'")
         config = recorded_config(folder, written)
+        read = dict(parse_one(config.backbone).kwargs)
         config = replace(config, backbone=changed(config.backbone, **given))
         learner = Learner.of(config, recorded_runtime(folder, written))
         learner.scenario = written["stream"]["scenario"]
+        reads = dict(parse_one(learner.backbone.spec).kwargs)
+        if any(all(read.get(name) == now.get(name) for name in given) for now in (given, reads)):
+            raise ValueError(f"{folder} reads that already, on {learner.backbone.spec}: there is nothing to change")
         if learner.fingerprint.partition(" ")[0] != done[-1].manifest["backbone"].partition(" ")[0]:
             raise ValueError(f"{learner.backbone.spec} has other weights than {folder} stands on: it keeps its size")
         try:

@@ -78,6 +78,7 @@ class Specialists:
     ) -> None:
         self.folder, self.record, self.backbone = folder, record, gate
         self.pool, self.router, self.members, self.missing = pool, router, members, missing
+        self._gone = "; ".join(f"left out is {name}: {why}" for name, why in missing.items())
         self.names = [facts["name"] for facts in record["members"]]
 
     @classmethod
@@ -152,18 +153,17 @@ class Specialists:
     def _some(self, asks: str, call: str) -> list[str]:
         if able := self.able(asks):
             return able
-        gone = "; ".join(f"{name}: {why}" for name, why in self.missing.items())
         what = {"text": "reads texts", "conversations": "answers in words"}.get(asks, f"has learnt {asks}")
-        raise ValueError(
-            f"no member of {self.folder} {what}, which {call} needs: {f'left out is {gone}' if gone else 'combine one'}"
-        )
+        raise ValueError(f"no member of {self.folder} {what}, which {call} needs: {self._gone or 'combine one'}")
 
     def _knowing(self, able: list[str], task: str | None, chosen: bool = False) -> list[str]:
         """Those of `able` who have learnt the task of that name, where one is named; `chosen` as in `_told`."""
         owners = [name for name in able if task is None or task in _tasks(self.members[name])]
         if not owners:
-            raise ValueError(f"no member of {self.folder} who can be asked this has a task {task!r}")
-        if task is not None and owners == able and not any(_told(self.members[name], task, chosen) for name in able):
+            gone = self._gone and f"; {self._gone}"
+            raise ValueError(f"no member of {self.folder} who can be asked this has a task {task!r}{gone}")
+        alone = owners == able and not self.missing  # whoever is left out may have other tasks
+        if task is not None and alone and not any(_told(self.members[name], task, chosen) for name in able):
             raise ValueError(
                 f"task={task!r} has no effect: all who can be asked have it, and answer the same whatever the task; "
                 "leave it out"

@@ -113,7 +113,7 @@ def words_of(at: str) -> list[str]:
             words += list(word)
         else:
             raise ValueError(
-                f"at={at!r}: cannot read {word!r}; write letters of qkvo, or fc1, fc2, gate, mlp: 'kv,mlp'"
+                f"at={at!r}: cannot read {word!r}; write letters of qkvo, or fc1 (up), fc2 (down), gate, mlp: 'kv,mlp'"
             )
     layers = [part for word in words for part in (_MLP if word == "mlp" else (word,))]
     if len(set(layers)) < len(layers):

@@ -277,9 +277,10 @@ def move(folder: Path, change: str) -> list[tuple[str, str]]:
     from perdure.api.lesson_source import found_now, paths_of, unfinished
     from perdure.core import checkpoint
     from perdure.core.checkpoint import read_record
+    from perdure.core.manifests import recorded_moves
     from perdure.options.paths import moved, paths_in, relocated
     from perdure.training.config import make_backbone
-    from perdure.training.record import recorded_config, recorded_moves, write_moves
+    from perdure.training.record import recorded_config, write_moves
 
     written = read_record(folder)
     old, equals, new = change.partition("=")

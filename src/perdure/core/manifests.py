@@ -8,14 +8,17 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+from perdure.options.paths import Relocation
 from perdure.storage import schema
 from perdure.storage.files import write_text
 from perdure.storage.replacement import settle
-from perdure.storage.schema import FORMAT, SPECIALISTS, Damaged, Manifest, RunRecord, SpecialistsRecord
+from perdure.storage.schema import FORMAT, SPECIALISTS, Damaged, Manifest, Moves, Resized, RunRecord, SpecialistsRecord
 from perdure.types import Row, Task
 
 LEARNER, MANIFEST, RECORD = "learner.safetensors", "manifest.json", "run.json"
+MOVED, RESIZED = "moved.json", "resized.json"
 _SUMMARY, _RESULTS = "summary.json", "results.jsonl"
 DamagedCheckpoint = Damaged
 
@@ -170,6 +173,24 @@ def read_record(folder: Path) -> RunRecord:
     record = schema.read_typed(path, RunRecord, f"restore it, or remove {folder} to start anew")
     _check_format(path, record.get("format", 1))
     return record
+
+
+def recorded_moves(out: Path) -> list[Relocation]:
+    """What `perdure move` wrote: `run.json`, which every manifest vouches for, stays as it is."""
+    path = out / MOVED
+    if not path.is_file():
+        return []
+    found = schema.read_typed(path, Moves, "restore it, or remove it and move again", must_be_sealed=True)["moved"]
+    return [(str(old), str(new)) for old, new in found]
+
+
+def recorded_size(out: Path) -> dict[str, Any]:
+    """Options of the backbone that `perdure resize` wrote, in place of those in `run.json`."""
+    path = out / RESIZED
+    if not path.is_file():
+        return {}
+    found = schema.read_typed(path, Resized, "restore it, or remove it and resize again", must_be_sealed=True)
+    return found["backbone"]
 
 
 def read_specialists(folder: Path) -> SpecialistsRecord:

@@ -33,8 +33,9 @@ def set_apart(
     if task.pretext:
         return task, None
     share = learner.calibrate if share is None else share
+    asked = f"{option}={share:g}" if option == "calibrate" else option.removesuffix("_share")
     if share and "classes" not in learner.objective.asks:
-        raise ValueError(f"{option}={share:g} has no effect where no classes are scored: leave it out")
+        raise ValueError(f"{asked} has no effect where no classes are scored: leave it out")
     if not share or not isinstance(task.train, ImageSet):
         return task, None
     generator = torch.Generator().manual_seed(derived_seed(learner.seed, task.index, option))
@@ -46,7 +47,7 @@ def set_apart(
         taken[mine[torch.randperm(len(mine), generator=generator)[:count]]] = True
     if not taken.any():
         raise ValueError(
-            f"task {task.number}: {option}={share:g} needs a class of 2 images or more, one of them to train on: leave "
+            f"task {task.number}: {asked} needs a class of 2 images or more, one of them to train on: leave "
             "it out, or give more images"
         )
     rest, apart = (~taken).nonzero().flatten(), taken.nonzero().flatten()

@@ -30,7 +30,9 @@ def whole_spec(backbone: Language) -> str:
     """The text of the same model in float32, to which updates can be added."""
     spec = parse_one(backbone.spec)
     kept = {name: value for name, value in spec.kwargs if name not in ("quantize", "checkpointing", "dtype")}
-    return str(Spec(spec.name, tuple({**kept, "dtype": "float32"}.items())))
+    if "path" in kept:  # what is made here is float32
+        kept["dtype"] = "float32"
+    return str(Spec(spec.name, tuple(kept.items())))
 
 
 def write_reading(backbone: Language, folder: Path) -> None:

@@ -37,8 +37,8 @@ class ReplayBuffer(nn.Module):
             raise ValueError(f"size={size}: expected at least 1 example to remember")
         self.size, self.selection = size, selection
         self.counts_frames = False
-        # refs (n, 3): task, position, class; offered (1,); pairs (n,) of what shows images; where sequences count as
-        # their frames, frames (n,), and salt (1,), of their random order
+        # refs (n, 3): task, position, class; offered (1,); pairs (n,) of what shows images; where there are sequences,
+        # their frames (n,), and where these count, salt (1,), of their random order
         self.references = BufferDict()
 
     def __len__(self) -> int:
@@ -72,7 +72,8 @@ class ReplayBuffer(nn.Module):
         late = torch.arange(len(rows)) >= len(old)
         known = self.references.get("frames", torch.ones(len(old), dtype=torch.int64)).cpu()
         frames = torch.cat([known, frames_of(task.train)[order.cpu()]])
-        if several := self.counts_frames and bool((frames > 1).any()):
+        several = bool((frames > 1).any())
+        if self.counts_frames and several:
             kept = self._fitting(rows[heads], pairs[heads], frames[heads], generator)[:, 3]
         else:
             kept = self._chosen(rows[heads & ~late], rows[heads & late], generator)[:, 3]
@@ -93,7 +94,7 @@ class ReplayBuffer(nn.Module):
     def images(self) -> int:
         """Number of different images that are referred to, of which several examples may be kept.
 
-        Of sequences where these count as their frames: what two of them share is counted twice.
+        A sequence is its frames, whatever it counts as; what two of them share is counted twice.
         """
         if "pairs" not in self.references:
             return len(self)
@@ -119,9 +120,11 @@ class ReplayBuffer(nn.Module):
 
     def _reservoir(self, old: Tensor, new: Tensor, generator: torch.Generator) -> Tensor:
         offered = int(self.references["offered"]) if "offered" in self.references else 0
+        if len(old) > self.size:  # images became larger, and fewer have room in as many bytes
+            old = old[torch.randperm(len(old), generator=generator)[: self.size].sort().values]
         room = self.size - len(old)
         kept = torch.cat([old, new[:room]])
-        late = torch.arange(len(new))[max(room, 0) :]
+        late = torch.arange(len(new))[room:]
         slots = (torch.rand(len(late), generator=generator, dtype=torch.float64) * (offered + late + 1)).long()
         for position, slot in zip(late.tolist(), slots.tolist(), strict=True):
             if slot < self.size:

@@ -32,6 +32,7 @@ class BottleneckAdapter(Method, name="adapter"):
     """
 
     changes_encoder = True
+    borderless = True  # without options that count tasks
     unlabelled = "any"
 
     def __init__(

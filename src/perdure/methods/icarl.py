@@ -62,9 +62,9 @@ class ICaRL(Method, name="icarl"):
         self.memory.grow(learner)
         learner.objective.unmask()
         if (seen := len(learner.objective.classes)) > self.memory.size:
-            raise ValueError(
-                f"size={self.memory.size}: icarl answers by exemplars, expected one or more for each of {seen} classes"
-            )
+            memory = self.memory
+            size = f"size={memory.size}" if memory.budget is None else f"bytes={memory.budget}, room for {memory.size}"
+            raise ValueError(f"{size}: icarl answers by exemplars, expected one or more for each of {seen} classes")
 
     def data(self, learner: Core, task: Task) -> Data:
         """The task's training set and the exemplars of the tasks before."""

@@ -5,6 +5,7 @@ from perdure.core.forgetting import only_classes
 from perdure.core.learner import Core
 from perdure.core.method import Method
 from perdure.options.ranges import Factor, without_effect
+from perdure.streams import ConversationSet
 from perdure.types import Data, Task, Union
 
 _RATE = 0.1
@@ -56,8 +57,12 @@ class Joint(Method, name="joint"):
         return {n: self.backbone_lr for n in learner.trainable() if n.startswith("backbone.")}
 
     def measures(self, learner: Core) -> dict[str, float]:
-        """Bytes of all training images so far, at the size the model sees: they have to be kept."""
-        return {"referenced_bytes": float(sum(map(len, self._sets(learner))) * learner.image_bytes)}
+        """Bytes of all training images so far, at the size the model sees: they have to be kept.
+
+        Of conversations those that a task shows, each once; one may show several, and many may show one.
+        """
+        counted = [data.images() if isinstance(data, ConversationSet) else len(data) for data in self._sets(learner)]
+        return {"referenced_bytes": float(sum(counted) * learner.image_bytes)}
 
     def _sets(self, learner: Core) -> list[Data]:
         """All training sets, without classes that were forgotten since."""

@@ -24,6 +24,7 @@ class LoRA(Method, name="lora"):
 
     changes_encoder = True
     carrier = True
+    borderless = True  # without options that count tasks
     unlabelled = "any"
 
     def __init__(

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from perdure import metrics
-from perdure.core.manifests import Checkpoint, read_record, whole
+from perdure.core.manifests import Checkpoint, read_record, recorded_moves, recorded_size, whole
 from perdure.formatting import human_bytes, shortened
-from perdure.options.spec import parse
+from perdure.options.paths import moved
+from perdure.options.spec import changed, parse
 from perdure.storage import schema
 from perdure.storage.schema import Damaged, Examples
 
@@ -63,7 +64,7 @@ def contents(folder: Path) -> dict[str, Any]:
             }
         )
     return {
-        **{name: config.get(name, "") for name in ("method", "backbone", "objective", "stream")},
+        **_described(folder, config),
         "created": record.get("created"),
         "perdure": record.get("perdure"),
         "licence": licence_of(str(config.get("backbone", ""))),
@@ -74,6 +75,14 @@ def contents(folder: Path) -> dict[str, Any]:
         "tasks": tasks,
         "holds": list(_held(folder, done)),
     }
+
+
+def _described(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """What the learner is made of, as it is since the last move and resize."""
+    moves, size = recorded_moves(folder), recorded_size(folder)
+    found = {name: config.get(name, "") for name in ("method", "backbone", "objective", "stream")}
+    found |= {name: moved(str(text), moves) for name, text in found.items() if moves and text}
+    return found | ({"backbone": changed(str(found["backbone"]), **size)} if size else {})
 
 
 def licence_of(backbone: str) -> str | None:
@@ -134,7 +143,7 @@ def _held(folder: Path, done: list[Checkpoint]) -> Iterator[str]:
     if statistics := [name for name in shapes if _STATISTICS.search(name)]:
         yield f"statistics of features ({len(statistics)} tensors): means or covariances of classes"
     if held := sum(shape[0] for name, shape in shapes.items() if name.endswith("references.refs")):
-        yield f"positions of {held} images that may be replayed; the images stay where they lie"
+        yield f"positions of {held} examples that may be replayed; their images stay where they lie"
     if features := sum(
         max([0, *(s[0] for s in _shapes(each.folder / "features.safetensors").values())]) for each in done
     ):

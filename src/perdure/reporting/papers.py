@@ -12,7 +12,7 @@ from typing import Any
 from perdure.core import checkpoint
 from perdure.evaluation import per_class
 from perdure.evaluation.per_class import Answers
-from perdure.formatting import printable, spread_of, told_apart
+from perdure.formatting import OF_STREAMS, RARE, printable, spread_of, told_apart
 from perdure.reporting.numbers import numbers_named, score_of_all
 from perdure.reporting.runs import Group, RunResults, grouped, varied
 from perdure.reporting.significance import classes_of, difference
@@ -21,6 +21,8 @@ from perdure.types import Task
 
 _SHARES = ("acc", "aaa", "new_task_acc", "forgetting", "acc_with_task_id", "task_id_acc")
 _LATEX = ("acc", "aaa", "forgetting", "acc_with_task_id")
+_SMALL = ("forgetting", "performance_drop")
+"""Of which less is better."""
 _NUMBERS = (*_SHARES, "trainable_parameters", "stored_bytes", "seconds", "step_cost")
 
 
@@ -56,10 +58,11 @@ def write_tables(folders: Sequence[Path], out: Path, *, as_csv: bool, as_latex: 
 
 def latex(groups: Sequence[Group]) -> str:
     """The methods as a table for LaTeX (booktabs), in per cent, mean ± sample standard deviation, the best in bold."""
-    titles = {key: name for key, name, _ in numbers_named(score_of_all([r for g in groups for r in g.runs]), set())}
-    keys = [key for key in _LATEX if any(group.spread(key) for group in groups)]
+    named = numbers_named(score_of_all([r for g in groups for r in g.runs]), OF_STREAMS)
+    titles = {key: name for key, name, _ in named}
+    keys = [key for key in (*_LATEX, *OF_STREAMS) if any(group.spread(key) for group in groups)]
     best = {
-        key: _best([group.spread(key) if group.finished else None for group in groups], smallest=key == "forgetting")
+        key: _best([group.spread(key) if group.finished else None for group in groups], smallest=key in _SMALL)
         for key in keys
     }
     lines = [f"\\begin{{tabular}}{{l{'c' * len(keys)}}}", "\\toprule"]
@@ -88,6 +91,8 @@ def _tables(runs: Sequence[RunResults], groups: Sequence[Group]) -> dict[str, Ro
         run.folder: {"run": name, "method": labels[run.folder], "seed": run.seed}
         for name, run in zip(told_apart([run.folder for run in runs], "-"), runs, strict=True)
     }
+    numbers = {run.folder: run.numbers() for run in runs}
+    keys = (*_NUMBERS, *(key for key in RARE if any(found.get(key) is not None for found in numbers.values())))
     classes, confusion, tasks = Rows(), Rows(), Rows()
     for run in runs:
         who, named = whose[run.folder], _names(run)
@@ -101,8 +106,8 @@ def _tables(runs: Sequence[RunResults], groups: Sequence[Group]) -> dict[str, Ro
             pairs = [(j, share) for j, share in enumerate(row) if share is not None]
             tasks += [{**who, "task": i + 1, "answered_as": j + 1, "share": share} for j, share in pairs]
     return {
-        "methods": [_method(group) for group in groups],
-        "runs": [{**whose[run.folder], **{key: run.numbers().get(key) for key in _NUMBERS}} for run in runs],
+        "methods": [_method(group, keys) for group in groups],
+        "runs": [{**whose[folder], **{key: found.get(key) for key in keys}} for folder, found in numbers.items()],
         "scores": [
             {**whose[run.folder], "after": row.after + 1, "task": None if row.on is None else row.on + 1}
             | {"metric": row.metric, "value": row.value}
@@ -133,9 +138,9 @@ def _significance(groups: Sequence[Group], answers: Mapping[Path, Answers]) -> I
             }
 
 
-def _method(group: Group) -> dict[str, Any]:
+def _method(group: Group, keys: Sequence[str]) -> dict[str, Any]:
     row: dict[str, Any] = {"method": group.label, "runs": len(group.runs), "varied": varied(group.runs)}
-    for key in _NUMBERS:
+    for key in keys:
         mean, std = group.spread(key) or (None, None)
         row |= {key: mean, f"{key}_std": std}
     return row

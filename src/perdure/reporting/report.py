@@ -13,6 +13,7 @@ from typing import Any
 import jinja2
 
 from perdure import metrics
+from perdure.core.manifests import recorded_size
 from perdure.formatting import RARE, printable_lines, spread_of, told_apart
 from perdure.reporting import charts, figures
 from perdure.reporting import texts as language
@@ -339,7 +340,8 @@ def _time(index: int, names: Sequence[str], task: Mapping[str, float]) -> tuple[
 
 def _facts(run: RunResults) -> dict[str, str]:
     """What must be equal for a fair comparison, then everything else that was set."""
-    stream, backbone, preprocess = run.facts["stream"], run.facts["backbone"], run.facts["backbone"].get("preprocess")
+    stream, backbone, resized = run.facts["stream"], run.facts["backbone"], recorded_size(run.folder)
+    preprocess = backbone.get("preprocess")
     answers = {
         "class": "class-incremental: any class seen so far may be answered, the task is not told",
         "task": "task-incremental: only the classes of the image's own task may be answered",
@@ -349,6 +351,7 @@ def _facts(run: RunResults) -> dict[str, str]:
     found: dict[str, Any] = {
         "Seed": run.facts.get("seed", run.config.get("seed")),
         "Backbone": run.config.get("backbone"),
+        "Reads since then": ", ".join(f"{name}={value}" for name, value in resized.items()),
         "Backbone fingerprint": backbone.get("fingerprint"),
         "Images and normalisation": ", ".join(f"{k} {v}" for k, v in preprocess.items())
         if isinstance(preprocess, dict)
@@ -361,11 +364,8 @@ def _facts(run: RunResults) -> dict[str, str]:
         "Version of perdure": run.facts.get("perdure"),
         "Git commit": run.facts.get("git"),
     }
-    return {
-        k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False)
-        for k, v in found.items()
-        if v not in (None, "")
-    }
+    said = {k: v for k, v in found.items() if v not in (None, "")}
+    return {k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in said.items()}
 
 
 def _plain(value: float | None) -> str:

@@ -79,9 +79,10 @@ def _sizes(classes: int, ways: int, base: int | None, name: str) -> list[int]:
     rest = classes - sessions * ways
     if sessions < 1 or (base is not None and rest != base):
         asked = "three fifths of the classes" if base is None else f"base={base}"
+        near = classes - ways * max(1, sessions)
+        remedy = f"give a base such as {near}, or other ways" if near > 0 else "give fewer ways"
         raise ValueError(
-            f"fewshot: {name} has {classes} classes, which are not {asked} and sessions of ways={ways}: give a base "
-            f"such as {max(1, classes - ways * max(1, sessions))}, or other ways"
+            f"fewshot: {name} has {classes} classes, which are not {asked} and sessions of ways={ways}: {remedy}"
         )
     return [rest, *[ways] * sessions]
 

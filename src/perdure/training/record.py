@@ -15,18 +15,17 @@ import msgspec
 from perdure.core import checkpoint
 from perdure.core.checkpoint import read_record
 from perdure.core.learner import Core
+from perdure.core.manifests import MOVED, RESIZED, recorded_moves, recorded_size
 from perdure.evaluation.held_out import HeldOut
 from perdure.options.paths import Relocation, moved
 from perdure.options.spec import changed
 from perdure.storage import schema
-from perdure.storage.schema import SPECIALISTS, Damaged, Moves, Resized, RunRecord
+from perdure.storage.schema import SPECIALISTS, Damaged, RunRecord
 from perdure.training.config import RunConfig
 from perdure.training.loop import Progress
 from perdure.training.runtime import Runtime, check_device
 from perdure.types import Stream
 from perdure.version import __version__
-
-_MOVED, _RESIZED = "moved.json", "resized.json"
 
 
 def record_of(
@@ -140,33 +139,14 @@ def elsewhere(out: Path, runtime: Runtime, progress: Progress) -> dict[str, Any]
     return found
 
 
-def recorded_moves(out: Path) -> list[Relocation]:
-    """What `perdure move` wrote: `run.json`, which every manifest vouches for, stays as it is."""
-    path = out / _MOVED
-    if not path.is_file():
-        return []
-    found = schema.read_typed(path, Moves, "restore it, or remove it and move again", must_be_sealed=True)["moved"]
-    return [(str(old), str(new)) for old, new in found]
-
-
-def recorded_size(out: Path) -> dict[str, Any]:
-    """Options of the backbone that `perdure resize` wrote, in place of those in `run.json`."""
-    path = out / _RESIZED
-    if not path.is_file():
-        return {}
-    return schema.read_typed(path, Resized, "restore it, or remove it and resize again", must_be_sealed=True)[
-        "backbone"
-    ]
-
-
 def write_size(out: Path, options: Mapping[str, Any]) -> None:
     """Write what the backbone reads from now on."""
-    checkpoint.write_sealed(out / _RESIZED, {"backbone": dict(options)})
+    checkpoint.write_sealed(out / RESIZED, {"backbone": dict(options)})
 
 
 def write_moves(out: Path, moves: Sequence[Relocation]) -> None:
     """Write what moved, the first move first."""
-    checkpoint.write_sealed(out / _MOVED, {"moved": list(map(list, moves))})
+    checkpoint.write_sealed(out / MOVED, {"moved": list(map(list, moves))})
 
 
 # Where the data lies and what it is called there, what else lies there, and what was said of it. Which images there are
