@@ -115,15 +115,21 @@ class Dialogue:
     Args:
         processor: of transformers.
         stops: ids of tokens that end an answer.
-        length: most tokens of a conversation with its answer, image tokens included.
         source: what the user calls the model, for errors.
+        length: most tokens of a conversation with its answer, image tokens included; None is `most`.
+        most: how many the model has positions for.
 
     Raises:
-        ValueError: when there is no chat template.
+        ValueError: when there is no chat template, or no position for so many tokens.
     """
 
-    def __init__(self, processor: Any, stops: Sequence[int], length: int, source: str) -> None:
-        self.processor, self.length, self.source = processor, length, source
+    def __init__(self, processor: Any, stops: Sequence[int], source: str, length: int | None, most: int) -> None:
+        if length and length > most:
+            raise ValueError(
+                f"length={length}: {source} has positions for {most} tokens; give {most} or fewer, or stretch them: "
+                "mllm(rope=, factor=)"
+            )
+        self.processor, self.length, self.source = processor, length or most, source
         self.tokenizer = processor.tokenizer
         if not getattr(processor, "chat_template", None):
             raise ValueError(

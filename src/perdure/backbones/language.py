@@ -64,12 +64,7 @@ class Language(Backbone):
         self.preprocess = preprocess_of(model.config)
         stops = _ids(model.generation_config.eos_token_id) + _ids(processor.tokenizer.eos_token_id)
         most = getattr(text, "max_position_embeddings", None)
-        if length and most and length > most:
-            raise ValueError(
-                f"length={length}: {spec} has positions for {most} tokens; give {most} or fewer, or stretch them: "
-                "mllm(rope=, factor=)"
-            )
-        self.dialogue = Dialogue(processor, stops, length or most or 2**20, spec)
+        self.dialogue = Dialogue(processor, stops, spec, length, most or 2**20)
         # what checkpoints bring along (sampling, penalties of repetition) would change what is greedy
         kept = {"eos_token_id": self.dialogue.stops, "pad_token_id": self.dialogue.pad}
         model.generation_config = type(model.generation_config)(**kept, do_sample=False, num_beams=1)
