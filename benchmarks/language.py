@@ -39,7 +39,7 @@ from perdure.training.config import RunConfig, make_backbone, make_method
 from perdure.training.runtime import Runtime
 from perdure.types import Task
 
-RANK, TOKENS = 8, 6
+RANK, TOKENS, QUESTIONS = 8, 6, 40
 ASKED = "What colour is it?", "Which colour has the picture?", "Name the colour.", "What is its colour, in one word?"
 COLOURS = {"red": (200, 30, 30), "blue": (30, 30, 200), "green": (30, 160, 30), "grey": (120, 120, 120)}
 RUNTIME = Runtime("cpu", "fp32", "sdpa", 1)
@@ -215,13 +215,11 @@ def main() -> None:
         if options.later:
             first, last = timed(config, 1), timed(config, options.later)
             print(f"step of task {options.later} / of task 1  {ratio(last, first, options.turns)}")
-        for line in evaluated(backbone, task):
-            print(f"evaluation, {line}")
-        with tempfile.TemporaryDirectory() as other:
-            several = written(Path(other), 2, (TURN + 1) * size, len(ASKED))
-            task = build_stream(several, backbone.preprocess, 0).tasks[0]
-            for line in evaluated(backbone, task):
-                print(f"evaluation, {len(ASKED)} questions about an image, {line}")
+        for about in (1, len(ASKED)):
+            with tempfile.TemporaryDirectory() as other:
+                asked = written(Path(other), 1, QUESTIONS, about)
+                for line in evaluated(backbone, build_stream(asked, backbone.preprocess, 0).tasks[0]):
+                    print(f"evaluation, {about} questions about an image, {line}")
         mine, theirs = peak(options, "perdure"), peak(options, "plain")
         print(f"peak memory / PEFT  {mine / theirs:.2f}   {mine / 1e6:.0f} MB against {theirs / 1e6:.0f} MB")
 
