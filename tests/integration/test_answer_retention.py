@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from perdure.backbones.tiny_mllm import tiny_mllm
@@ -14,16 +15,17 @@ from perdure.cli.tables import comparison
 from perdure.core.learner import Core
 from perdure.evaluation.answer_retention import answered, mean_kept
 from perdure.evaluation.held_out import held_out_of, remarks
+from perdure.evaluation.with_task import measured
 from perdure.reporting.report import write_report
 from perdure.reporting.runs import RunResults
 from perdure.reporting.tables import markdown, tabulate
 from perdure.reporting.texts import answers_kept
 from perdure.streams import build_stream
 from perdure.training.config import RunConfig, make_method, make_objective
-from perdure.training.loop import Quiet
+from perdure.training.loop import Quiet, fit_task
 from perdure.training.run import resume, run
 from perdure.training.summary import scores_of
-from perdure.types import Row
+from perdure.types import Row, Task
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
 
@@ -292,3 +294,39 @@ def test_captions_that_are_held_out_are_asked_for(data: Path) -> None:
     assert asked.question == "Describe the image in one short sentence."
     assert len(asked.answers) >= 1
     assert {row.metric.rpartition("/")[2] for row in held.measure(learner, 0)} >= {"strict", "lenient"}
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        {"method": "probe"},
+        {
+            "method": 'lora(tower="text")',
+            "backbone": "tiny(text=True)",
+            "objective": "zeroshot",
+            "stream": "synthetic(tasks=2, classes_per_task=2)",
+            "retain": (),
+        },
+    ],
+)
+def test_the_untaught_model_is_measured_in_the_precision_of_the_run(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: dict[str, Any]
+) -> None:
+    """What a frozen tower is said to keep is all of it, to the bit; and its weights lose no digit before training."""
+    found: list[torch.Tensor] = []
+    begun: list[torch.dtype] = []
+
+    def watched(learner: Core, tasks: list[Task], *rest: Any) -> Any:
+        with learner.inference():
+            found.append(learner.encode(next(learner.batches(tasks[0].test, 4))))
+        return measured(learner, tasks, *rest)
+
+    def fit(learner: Core, *rest: Any) -> Any:
+        begun.append(next(learner.backbone.parameters()).dtype)
+        return fit_task(learner, *rest)
+
+    monkeypatch.setattr("perdure.evaluation.schedule.measured", watched)
+    monkeypatch.setattr("perdure.training.run.fit_task", fit)
+    run(config_of(data, precision="bf16", attention="eager", epochs=1, **what), tmp_path / "run")
+    assert torch.equal(found[0], found[-1])
+    assert begun == [torch.float32, torch.bfloat16]

@@ -3,9 +3,11 @@
 import copy
 from typing import Any, Self, TypeVar
 
+import torch
 from torch import nn
 
 from perdure.adapters.injection import folded_into
+from perdure.backbones.base import Backbone
 from perdure.core.learner import Core
 from perdure.process import Turn, plain
 
@@ -29,18 +31,33 @@ def twin_of(learner: L) -> L:
     with learner.turn, plain():
         backbone = learner.backbone
         shared: list[Any] = [each for task in learner.tasks for each in (task, task.train, task.test)]
-        # tokenizer, preprocessing and the like; what a module consists of stands in dictionaries
-        shared += [each for each in vars(backbone).values() if not isinstance(each, dict | list)]
         shared += [pretrained for _, pretrained in folded_into(backbone)]
         memo = {id(each): each for each in shared}
-        # Each has tensors of its own over shared memory: thawing or casting one leaves the other as it is. `data`, not
-        # `detach`, which would also share what backward looks at to see that nothing was overwritten.
-        memo |= {id(p): nn.Parameter(p.data, p.requires_grad) for p in backbone.parameters()}
-        memo |= {id(b): b.data for b in backbone.buffers()}
-        twin = copy.deepcopy(learner, memo)
+        twin = copy.deepcopy(learner, memo | _same_memory(backbone))
         twin.looked = None
         part(twin, learner)
         return twin
+
+
+def cast_copy(backbone: Backbone, precision: torch.dtype) -> Backbone:
+    """A frozen encoder as a run in `precision` has it, and `backbone` itself as it is: its weights lose no digit."""
+    if precision == torch.float32 or all(p.dtype == precision for p in backbone.parameters() if p.is_floating_point()):
+        return backbone
+    return copy.deepcopy(backbone, _same_memory(backbone)).to(precision)
+
+
+def _same_memory(backbone: Backbone) -> dict[int, Any]:
+    """For `deepcopy`: each copy has tensors of its own over shared memory; thawing or casting one leaves the other.
+
+    `data`, not `detach`, which would also share what backward looks at to see that nothing was overwritten.
+    """
+    # tokenizer, preprocessing and the like; what a module consists of stands in dictionaries
+    shared = [each for each in vars(backbone).values() if not isinstance(each, dict | list)]
+    memo: dict[int, Any] = {id(each): each for each in shared}
+    # what is quantized is never written, and a parameter of a class of its own
+    plainly = [p for p in backbone.parameters() if type(p) is nn.Parameter]
+    memo |= {id(p): p for p in backbone.parameters()} | {id(p): nn.Parameter(p.data, p.requires_grad) for p in plainly}
+    return memo | {id(b): b.data for b in backbone.buffers()}
 
 
 def part(twin: Core, learner: Core) -> None:

@@ -10,6 +10,7 @@ import torch
 from perdure.core.learner import Core, derived_seed
 from perdure.core.method import Method, predicts
 from perdure.core.objective import Objective
+from perdure.core.shared_copy import cast_copy
 from perdure.evaluation.answer_examples import answered_after, answered_before, answered_once_learnt
 from perdure.evaluation.feature_drift import Drift
 from perdure.evaluation.held_out import HeldOut
@@ -118,9 +119,10 @@ class Evaluation:
         return found, whole
 
     def _untaught(self, learner: Core) -> list[Row]:
-        # in float32: the weights are not to lose digits before it is known whether they are trained
-        untaught, rows = Core(learner.backbone, copy.copy(learner.objective), Method(), self.stream.scenario), []
-        untaught.processes, untaught.store = learner.processes, learner.store
+        # a copy, for the weights are not to lose digits before it is known whether they are trained
+        backbone = cast_copy(learner.backbone, learner.precision)
+        untaught, rows = Core(backbone, copy.copy(learner.objective), Method(), self.stream.scenario), []
+        untaught.processes, untaught.store, untaught.fingerprint = learner.processes, learner.store, learner.fingerprint
         if learner.objective.open_vocabulary:
             for each in (task for task in self.stream if not task.pretext):
                 untaught.grow(each)
