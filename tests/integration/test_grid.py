@@ -210,3 +210,33 @@ def test_finished_runs_that_are_not_in_the_table_are_named(perdure: Any, small: 
     Path("grid/ncm-seed1/run.json").unlink()
     Path("grid/ncm-seed0").rename("elsewhere")
     assert "more finished" not in perdure(*asked, "--methods", "probe", "--seeds", 0, 1).out
+
+
+QUESTIONS = 'in_turn(conversations(path=["a.json", "b.json"]), conversations(path="c.json"){})'
+
+
+def test_seeds_that_do_not_change_the_order_of_tasks_are_told_of(perdure: Any) -> None:
+    """And each of a stream's orders can be asked for by its seed."""
+    for name in "abc":
+        rows = [{"question": f"Which of {n}?", "answer": name} for n in range(10)]
+        Path(f"{name}.json").write_text(json.dumps(rows))
+    given = ["--backbone", "tiny_mllm()", "--objective", "generate(tokens=2)", "--epochs", "1", "--methods", "probe"]
+    given += ["--seeds", "0", "1", "2"]
+    fixed = "has one order of tasks with all of the seeds 0 1 2"
+    told = perdure("compare", *given, "--stream", QUESTIONS.format(""), "--out", "fixed")
+    assert told.code == 0
+    assert fixed in told.out + told.err
+    refused = perdure("compare", *given, "--stream", QUESTIONS.format(""), "--vary", "order", "--out", "alone")
+    assert refused.code != 0
+    assert fixed in refused.err
+    assert 'order="seed"' in refused.err
+    own = perdure("compare", *given, "--stream", QUESTIONS.format(', order="seed"'), "--vary", "order", "--out", "own")
+    assert own.code == 0, own
+    assert fixed not in own.out + own.err
+    orders = {tuple(each["name"] for each in tasks_of(file)) for file in Path("own").glob("*/run.json")}
+    assert len(orders) > 1
+
+
+def tasks_of(file: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(file.read_text())["stream"]["tasks"]
+    return found

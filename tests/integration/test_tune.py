@@ -161,3 +161,25 @@ def test_a_trial_worse_than_the_others_is_given_up(tmp_path: Path) -> None:
     found = tuning.tune(config, space, tmp_path / "s", trials=14, progress=_Told())
     assert found["pruned"] > 0
     assert found["best"]["options"]["lr"] == 1e-1
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ({"stream": 'sequence(images(path="a"), images(path="b"), images(path="c"))'}, "has one order of tasks with"),
+        ({"vary": "start"}, "--vary start leaves the order of tasks as it is"),
+    ],
+)
+def test_options_are_not_chosen_on_the_order_that_is_reported(
+    photos: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], why: str
+) -> None:
+    """Though the seeds differ: their order does not."""
+    monkeypatch.chdir(tmp_path)
+    for folder in "abc":
+        photos(folder, "cat dog")
+    with pytest.raises(ValueError, match=why):
+        tuning.tune(_config(**given), parse_space(SPACE), tmp_path / "study", trials=1)
+    if "stream" in given:
+        own = given["stream"].removesuffix(")") + ', order="seed")'
+        found = tuning.tune(_config(stream=own), parse_space(SPACE), tmp_path / "own", trials=1)
+        assert len(found["trials"]) == 1

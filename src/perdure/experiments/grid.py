@@ -17,6 +17,7 @@ from perdure import metrics
 from perdure.core import checkpoint
 from perdure.experiments import step_cost
 from perdure.experiments.cluster import Cluster, run_beside
+from perdure.experiments.orders import REMEDY, fixed_order
 from perdure.process import as_found, plain
 from perdure.reporting.report import trade_offs
 from perdure.reporting.runs import RunResults, ignore, steps_of
@@ -122,7 +123,8 @@ def compare(
         for cell in grid:
             runtime = _made(config, cell, progress.note if progress else ignore) or runtime
         if unfinished := [cell for cell in grid if not cell.finished]:
-            runtime = _ready(config, unfinished, runtime)
+            seeds = list(dict.fromkeys(cell.seed for cell in grid))
+            runtime = _ready(config, unfinished, runtime, seeds, progress.note if progress else ignore)
         if unfinished and runtime is not None:
             if cluster is not None and cluster.beside:
                 _beside(config, grid, track, progress, dataclasses.replace(runtime, threads=cluster.cpus), cluster)
@@ -258,12 +260,25 @@ def _made(config: RunConfig, cell: Cell, note: Callable[[str], None]) -> Runtime
     return runtime
 
 
-def _ready(config: RunConfig, unfinished: Sequence[Cell], runtime: Runtime | None) -> Runtime:
-    """How cells compute; refuses methods that a task would refuse when its turn comes, perhaps after hours."""
+def _ready(
+    config: RunConfig,
+    unfinished: Sequence[Cell],
+    runtime: Runtime | None,
+    seeds: Sequence[int],
+    say: Callable[[str], None],
+) -> Runtime:
+    """How cells compute; refuses methods that a task would refuse when its turn comes, perhaps after hours.
+
+    And seeds by which the order of tasks alone is to differ, where the stream fixes it; else it is said that it does.
+    """
     backbone = make_backbone(config.backbone)
     if runtime is None:
         runtime = resolve(backbone, config.precision, config.attention, config.device)
     runtime.apply(backbone)
+    if "order" in config.vary.split(",") and (fixed := fixed_order(config, backbone.preprocess, seeds)):
+        if config.vary == "order":
+            raise ValueError(f"--vary order has no effect: {fixed}. {REMEDY}")
+        say(f"{fixed}. {REMEDY}")
     seed = unfinished[0].seed
     stream = make_stream(dataclasses.replace(config, seed=seed), backbone.preprocess)
     for method in dict.fromkeys(cell.method for cell in unfinished):

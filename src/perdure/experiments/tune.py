@@ -22,6 +22,7 @@ from torch import Tensor
 from perdure import metrics
 from perdure.backbones.preprocess import UnreadableImage
 from perdure.core import checkpoint
+from perdure.experiments.orders import REMEDY, fixed_order
 from perdure.options.own_methods import OWN_METHODS
 from perdure.options.search_space import Interval, Space, check_space, filled
 from perdure.storage import schema
@@ -90,7 +91,7 @@ def tune(
         )
     settings = [field.name for field in fields(TrainConfig)]
     check_space(space, {name: getattr(config, name) for name in TEXTS}, settings)
-    check_ends(config, space)
+    first = check_ends(config, space)
     asked = {
         "config": config.describe(),
         "space": {name: _described(each) for name, each in space.items()},
@@ -102,6 +103,8 @@ def tune(
         checkpoint.write_json(out / STUDY, asked)
         study = _study(optuna, out, config.seed)
         _propose_again(optuna, study)
+        if _done(study) < trials:
+            _check_order(first, report_seeds)
         while (done := _done(study)) < trials:
             _one(optuna, study, config, space, out, progress, (done, trials))
         found = asked | _result(study, config, space, report_seeds, out)
@@ -250,8 +253,8 @@ def configured(config: RunConfig, options: Mapping[str, Any]) -> RunConfig:
     return replace(config.but(**settings), **texts)
 
 
-def check_ends(config: RunConfig, space: Space) -> None:
-    """Build each end of the space, so that what no option takes is refused before the first trial."""
+def check_ends(config: RunConfig, space: Space) -> RunConfig:
+    """Build each end of the space, so that what no option takes is refused before any trial; returns a trial's."""
     ends = {n: (e.low, e.high) if isinstance(e, Interval) else e for n, e in space.items()}
     first = {name: values[0] for name, values in ends.items()}
     for name, values in ends.items():
@@ -261,6 +264,21 @@ def check_ends(config: RunConfig, space: Space) -> None:
             make_objective(mine.objective, mine.method)
             if mine.backbone != configured(config, first).backbone:
                 make_backbone(mine.backbone, mine.method)
+    return configured(config, first)
+
+
+def _check_order(config: RunConfig, report_seeds: Sequence[int]) -> None:
+    """Refuse to choose options on the order of tasks that will be reported, whatever the seeds are called."""
+    if not report_seeds:
+        return
+    chosen = "options chosen on the order that is reported look better on it than they are"
+    if "order" not in config.vary.split(","):
+        raise ValueError(
+            f"--vary {config.vary} leaves the order of tasks as it is with every seed: {chosen}. Add order"
+        )
+    preprocess = make_backbone(config.backbone, config.method).preprocess
+    if fixed := fixed_order(config, preprocess, (config.seed, *report_seeds)):
+        raise ValueError(f"{fixed}: {chosen}. {REMEDY}")
 
 
 def _suggest(trial: "Trial", name: str, each: Interval | tuple[Any, ...]) -> Any:

@@ -9,6 +9,8 @@ from perdure.options.spec import Spec, parse
 
 _PATHS = ("path", "checkpoint", "name", "vision", "text", "order", "images", "frames")
 """Options that may be a file or folder, of streams and backbones."""
+ORDERS = ("natural", "seed")
+"""What the option `order` may be besides a file: as the data has it, or by the run's seed."""
 _NESTED = ("embed", "reference", "teacher")
 """Options that are themselves described like this."""
 
@@ -79,7 +81,7 @@ def _in_spec(spec: Spec, change: Callable[[str], str]) -> Spec:
     def option(name: str, value: Any) -> Any:
         if isinstance(value, list | tuple):
             return type(value)(option(name, each) for each in value)
-        if isinstance(value, str) and name in _PATHS and (name, value) != ("order", "natural"):
+        if isinstance(value, str) and name in _PATHS and not (name == "order" and value in ORDERS):
             return change(value)
         return _changed(value, change) if isinstance(value, str) and name in _NESTED else value
 

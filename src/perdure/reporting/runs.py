@@ -264,7 +264,7 @@ def varied(runs: Sequence[RunResults]) -> str:
     seeds = {what: {_seed_of(run, what) for run in runs} for what in VARIED}
     orders = {str([(task.get("name"), task.get("names")) for task in run.tasks()]) for run in runs}
     splits = {str(run.facts["stream"].get("split")) for run in runs}
-    made_up = any(spec.name.endswith("synthetic") for run in runs for spec in _all_specs(run.config.get("stream")))
+    made_up = any(spec.name.endswith("synthetic") for run in runs for spec in all_specs(run.config.get("stream")))
     differ = {
         "order": len(orders) > 1,
         "images": len(seeds["images"] if not made_up else seeds["order"]) > 1 or len(splits) > 1,
@@ -278,7 +278,8 @@ def _seed_of(run: RunResults, what: str) -> int:
     return (run.seed or 0) if what in known else 0
 
 
-def _all_specs(text: Any) -> Iterator[Spec]:
+def all_specs(text: Any) -> Iterator[Spec]:
+    """What a description consists of, parts of parts too; nothing where there is none."""
     waiting = list(parse(text)) if isinstance(text, str) and text else []
     while waiting:
         yield (spec := waiting.pop())

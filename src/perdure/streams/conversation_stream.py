@@ -144,7 +144,7 @@ def in_turn(*streams: Spec | str | StreamPlan, order: Order | None = None) -> St
 
     Args:
         streams: `conversations`, `as_questions` and the like.
-        order: of all tasks together: as they come when None, else as of `conversations`.
+        order: of all tasks together: as they come when None, by the run's seed with "seed", else as of `conversations`.
 
     Raises:
         ValueError: when one of the streams has no conversations, or there are less than two.

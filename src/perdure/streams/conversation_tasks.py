@@ -23,8 +23,8 @@ class ConversationOptions:
 
     Args:
         only: names of the tasks to keep; all when None.
-        order: of the tasks: None (by the run's seed; where they are written in an order, in that), "natural", an
-            integer seed, all names as a list, or a file with a name a line.
+        order: of the tasks: None (by the run's seed; where they are written in an order, in that), "seed" (by the
+            run's), "natural", an integer seed, all names as a list, or a file with a name a line.
         per_task: at most so many train conversations a task. Which ones depends neither on the run's seed nor on the
             order; fewer are a subset of more.
         test_per_task: the same for test conversations.

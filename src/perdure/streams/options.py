@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 from perdure.backbones.preprocess import Preprocess
 from perdure.formatting import meant
+from perdure.options.paths import ORDERS
 from perdure.options.ranges import Count, Range, Seed, check_fields, hints_of, refuse, without_effect
 from perdure.options.spec import Spec
 from perdure.types import Scenario, Stream
@@ -40,9 +41,9 @@ class Options:
         increments: classes of each task, in place of `tasks`: `(50, 10, 10)`; the sum must be the number of classes.
         scenario: "class" (all seen classes compete), "task" (the task is told), "domain" (the same classes every time).
         domain: where the domain is written: a column, or a level of folders (0 is the outermost).
-        order: of the classes, or of the domains in a domain-incremental stream: None (by the run's seed), "natural",
-            an integer seed, all names as a list, or a file with a name a line. An integer in a list or file is the
-            class of that number where classes are whole numbers, else a position in the natural order.
+        order: of the classes, or of the domains in a domain-incremental stream: None or "seed" (by the run's),
+            "natural", an integer seed, all names as a list, or a file with a name a line. An integer in a list or
+            file is the class of that number where classes are whole numbers, else a position in the natural order.
         per_class: at most so many train images a class (and domain). Which ones depends neither on the run's seed nor
             on the order; fewer are a subset of more.
         test_per_class: the same for test images.
@@ -90,8 +91,8 @@ class CaptionOptions:
             order of the rows, or the column whose values are the topics, one task each.
         tasks: number of tasks; 5 when None. A column has its own number.
         embed: the backbone whose features are clustered; `pocket()` when None.
-        order: of the topics: None (by the run's seed), "natural", an integer seed, or all names as a list. Captions
-            in several languages come in the order written when None.
+        order: of the topics: None or "seed" (by the run's), "natural", an integer seed, or all names as a list.
+            Captions in several languages come in the order written when None.
         per_task: at most so many train images a task. Which ones depends neither on the run's seed nor on the order;
             fewer are a subset of more.
         test_per_task: the same for test images.
@@ -194,11 +195,11 @@ def _redrawn(spec: Spec, draw: int) -> Spec:
 
 
 def check_order(order: str | int | Sequence[str | int] | None) -> None:
-    """Raise a ValueError when `order` is a text but neither "natural" nor the path of a file."""
-    if isinstance(order, str) and order != "natural" and not Path(order).expanduser().is_file():
+    """Raise a ValueError when `order` is a text but none of `ORDERS` and no path of a file."""
+    if isinstance(order, str) and order not in ORDERS and not Path(order).expanduser().is_file():
         raise ValueError(
-            f"order={order!r}: expected 'natural', a seed, a list of names, or a file with a name a line"
-            f"{meant(order, ('natural',))}"
+            f"order={order!r}: expected 'natural', 'seed', a seed, a list of names, or a file with a name a line"
+            f"{meant(order, ORDERS)}"
         )
 
 

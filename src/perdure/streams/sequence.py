@@ -33,7 +33,8 @@ def sequence(
     Args:
         streams: the data sets, without options that divide them into tasks.
         scenario: "task" (each data set is answered among its own classes) or "class" (all seen classes compete).
-        order: None or "natural" (as written), an integer seed, or all names (or positions) as a list.
+        order: None or "natural" (as written), "seed" (by the run's), an integer seed, or all names (or positions) as a
+            list.
 
     Raises:
         ValueError: when there is only one part, when a part divides itself, or when labelled and captioned ones mix.

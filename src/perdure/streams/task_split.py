@@ -193,8 +193,8 @@ def ordered(
         seed: the run's.
         called: the numbers by which the data itself calls them; what their names say when None.
     """
-    if order is None or isinstance(order, int):
-        return splits.shuffled(names, f"{kind} order {seed if order is None else order}")
+    if order is None or order == "seed" or isinstance(order, int):
+        return splits.shuffled(names, f"{kind} order {order if isinstance(order, int) else seed}")
     if order == "natural":
         return list(range(len(names)))
     number = {n: i for i, n in enumerate(called or numbers(names) or range(len(names)))}
