@@ -262,6 +262,11 @@ def check_shared_out(learner: Core, accumulate: int) -> None:
                 f"{part.name} cannot learn with --compile: it takes steps of its own within a step, whose gradients "
                 "are differentiated again. Leave --compile out"
             )
+        if getattr(learner.backbone, "checkpointing", False) and type(part).backward is not Method.backward:
+            raise ValueError(
+                f"{part.name} cannot learn with checkpointing=True: activations would be computed again after its steps "
+                "within a step, with other weights. Leave checkpointing out of mllm()"
+            )
         if part.batchwise and (world > 1 or accumulate > 1):
             how = f"in {world} processes" if world > 1 else f"with accumulate={accumulate}"
             raise ValueError(
