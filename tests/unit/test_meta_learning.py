@@ -225,5 +225,5 @@ def test_activations_that_would_be_computed_again_with_other_weights_are_refused
     bench = lab.but(objective="generate")
     learner = bench.learner(f"lora(rank=2, tower='language') + {spec}")
     learner.backbone.checkpointing = True
-    with pytest.raises(ValueError, match="cannot learn with checkpointing=True.* Leave checkpointing out"):
+    with pytest.raises(ValueError, match=r"cannot learn with checkpointing=True.* Leave checkpointing out"):
         bench.teach(learner, bench.stream().tasks[:1])

@@ -264,8 +264,8 @@ def check_shared_out(learner: Core, accumulate: int) -> None:
             )
         if getattr(learner.backbone, "checkpointing", False) and type(part).backward is not Method.backward:
             raise ValueError(
-                f"{part.name} cannot learn with checkpointing=True: activations would be computed again after its steps "
-                "within a step, with other weights. Leave checkpointing out of mllm()"
+                f"{part.name} cannot learn with checkpointing=True: activations would be computed again after its own "
+                "steps within a step, with other weights. Leave checkpointing out of mllm()"
             )
         if part.batchwise and (world > 1 or accumulate > 1):
             how = f"in {world} processes" if world > 1 else f"with accumulate={accumulate}"
