@@ -10,6 +10,7 @@ put back. Labels of the new task count beside the teachers. DMC has unlabelled i
 the task's own are used, with `replay` in the sum old ones too. `kl` softens as Hinton et al. (2015, arXiv:1503.02531).
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -98,12 +99,12 @@ class ExpertDistillation(Distillation, name="expert_distillation"):
         return super().precompute(learner, batch) | self.expert.precompute(learner, batch)
 
     def penalty(self, learner: Core, batch: Batch, features: Tensor) -> Tensor | float:
-        """strength · (the specialist's term over the new classes + the former learner's over the old ones)."""
+        """strength · what parts the learner from the specialist on new classes, and from the former one on old ones."""
         objective = learner.objective
         if EXPERTS in batch:
             given, owners = objective.scores(features), batch[EXPERTS_OF][0]
             groups = [(owners == each).nonzero().flatten() for each in torch.unique(owners).tolist()]
-            return self.strength * sum(self._way(batch[EXPERTS][:, own], given[:, own]) for own in groups)
+            return self.strength * self._apart([(batch[EXPERTS][:, own], given[:, own]) for own in groups])
         if not self.expert.weights:
             return 0.0
         if self.reference is None:
@@ -117,8 +118,8 @@ class ExpertDistillation(Distillation, name="expert_distillation"):
             shown = {"image": read_references(tasks, places[rows])["image"].to(learner.device)}
             given = objective.scores(learner.encode(shown))
         own = list(objective.task_columns)
-        terms = [self._way(old[:, list(each)], given[:, list(each)]) for each in objective.former]
-        return self.strength * torch.stack([self._way(new[:, own], given[:, own]), *terms]).sum()
+        held = [(old[:, list(each)], given[:, list(each)]) for each in objective.former]
+        return self.strength * self._apart([(new[:, own], given[:, own]), *held])
 
     def end_task(self, learner: Core, task: Task) -> None:
         """Let both teachers go."""
@@ -126,10 +127,12 @@ class ExpertDistillation(Distillation, name="expert_distillation"):
         self.expert.clear()
         self.said.clear()
 
-    def _way(self, wanted: Tensor, given: Tensor) -> Tensor:
+    def _apart(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """How far what teachers say and what is given (n, k) are apart, a pair a teacher."""
         if self.form == "kl":
-            return distillation(wanted, given, self.temperature)
-        return (given - (wanted - wanted.mean(1, keepdim=True))).square().mean()
+            return torch.stack([distillation(wanted, given, self.temperature) for wanted, given in pairs]).sum()
+        ways = [given - (wanted - wanted.mean(1, keepdim=True)) for wanted, given in pairs]
+        return torch.cat(ways, dim=1).square().mean()
 
     def _read(self, learner: Core) -> tuple[list[Task], Tensor]:
         """The tasks of the reference, and the places (n, 2) of the images that are taken."""
