@@ -227,3 +227,20 @@ def test_activations_that_would_be_computed_again_with_other_weights_are_refused
     learner.backbone.checkpointing = True
     with pytest.raises(ValueError, match=r"cannot learn with checkpointing=True.* Leave checkpointing out"):
         bench.teach(learner, bench.stream().tasks[:1])
+
+
+@pytest.mark.parametrize("spec", ["reptile", "maml", "fomaml", "oml"])
+def test_what_parts_of_a_batch_say_of_each_other_one_example_has_not(spec: str, lab: Any, tmp_path: Any) -> None:
+    with pytest.raises(ValueError, match=f"^{spec} has no effect with batch_size=1: .*Give 2 or more$"):
+        lab.run(f"lora(rank=2) + {spec}", tmp_path / "out", batch_size=1)
+    assert not (tmp_path / "out" / "run.json").exists()
+
+
+def test_an_example_that_is_left_over_is_learnt_plainly_by_oml(begun: Any) -> None:
+    learner, batch = begun("lora(rank=2) + oml")
+    one = take(batch, torch.tensor([0]))
+    found = filled(learner, one)
+    learner.zero_grad()
+    learner.loss(one).backward()
+    wanted = {name: p.grad for name, p in learner.trainable().items() if p.grad is not None}
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)

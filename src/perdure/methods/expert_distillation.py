@@ -26,6 +26,9 @@ from perdure.streams import build_stream
 from perdure.types import Batch, Task
 
 _SIZE = 2000
+_EPOCHS = 3
+_LR = 1e-3
+_BATCH = 32
 
 
 class ExpertDistillation(Distillation, name="expert_distillation"):
@@ -54,9 +57,9 @@ class ExpertDistillation(Distillation, name="expert_distillation"):
         strength: Strength = 1.0,
         temperature: Factor | None = None,
         form: Literal["kl", "logits"] = "kl",
-        epochs: Epochs = 3,
-        lr: Rate = 1e-3,
-        batch_size: BatchSize = 32,
+        epochs: Epochs = _EPOCHS,
+        lr: Rate = _LR,
+        batch_size: BatchSize = _BATCH,
         reference: str | None = None,
         size: Count | None = None,
     ) -> None:
@@ -65,6 +68,11 @@ class ExpertDistillation(Distillation, name="expert_distillation"):
             without_effect("with form='logits'", temperature=temperature)
         if reference is None:
             without_effect("without a reference", size=size)
+        if not strength:
+            plain = {"form": "kl", "epochs": _EPOCHS, "lr": _LR, "batch_size": _BATCH}
+            given = {"form": form, "epochs": epochs, "lr": lr, "batch_size": batch_size}
+            changed = {name: None if value == plain[name] else value for name, value in given.items()}
+            without_effect("with strength=0", temperature=temperature, reference=reference, **changed)
         self.strength, self.temperature, self.form = strength, temperature or 2.0, form
         self.epochs, self.lr, self.batch_size = epochs, lr, batch_size
         self.reference, self.size = reference, size or _SIZE
