@@ -100,6 +100,8 @@ def check(learner: Any, task: Any) -> None:
     [
         ("head_gates(tower='language')", "each example has an expert in the vision tower alone"),
         ("head_gates + replay(size=4)", "replay has no effect beside head_gates"),
+        ("gem(size=4) + head_gates", "gem has no effect beside head_gates"),
+        ("head_gates + agem(size=4)", "agem has no effect beside head_gates"),
         ("head_gates + lora", "cannot be combined with lora"),
     ],
 )

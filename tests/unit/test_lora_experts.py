@@ -138,7 +138,8 @@ def test_activations_that_are_computed_twice_pass_the_same_expert() -> None:
         learner.loss(task.train.__getitems__(range(8))).backward()
         found.append({name: p.grad for name, p in learner.trainable().items()})
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
-    refused = Core(tiny_mllm(), Generate(), make_method("moe_adapters(rank=2, tower='language')"))
-    refused.backbone.checkpointing = True
-    with pytest.raises(ValueError, match="moe_adapters cannot route again"):
-        refused.grow(task)
+    for method in ("moe_adapters(rank=2, tower='language')", "head_gates"):
+        refused = Core(tiny_mllm(), Generate(), make_method(method))
+        refused.backbone.checkpointing = True
+        with pytest.raises(ValueError, match=f"{method.partition('(')[0]} cannot route again"):
+            refused.grow(task)

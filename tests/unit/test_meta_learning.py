@@ -184,3 +184,63 @@ def test_oml_without_a_representation_or_heads_to_train_is_refused(lab: Any) -> 
         lab.learner("oml")
     with pytest.raises(ValueError, match="oml learns heads within each step, and zeroshot trains none"):
         lab.but(objective="zeroshot").taught("lora(rank=2) + oml")
+
+
+@pytest.mark.parametrize(
+    ("objective", "spec"),
+    [
+        ("classify", "sd_lora(rank=2)"),
+        ("classify", "lora(rank=2) + lwf"),
+        ("zeroshot", "finetune(tower='both') + zscl"),
+        ("retrieve", "finetune(tower='both') + zscl"),
+        ("generate", "sd_lora(rank=2, tower='language')"),
+        ("generate", "lora(rank=2, tower='language') + feature_distill(tower='language')"),
+    ],
+)
+def test_the_loss_at_other_weights_is_that_of_a_learner_who_has_them(objective: str, spec: str, lab: Any) -> None:
+    bench = lab.but(objective=objective)
+    learner, tasks = bench.learner(spec), bench.stream().tasks
+    bench.teach(learner, tasks[:1], epochs=1)
+    learner.grow(tasks[1])
+    learner.train()
+    learner.prepare()
+    learner.method.begin_task(learner, tasks[1])
+    generator = torch.Generator().manual_seed(0)
+    others = {n: p.detach() + 0.1 * torch.randn(p.shape, generator=generator) for n, p in learner.trainable().items()}
+    others = {name: value.requires_grad_() for name, value in others.items()}
+    batch = tasks[1].train.__getitems__(range(6))
+    found = loss_at(learner, others, batch, whole_loss)
+    gradients = torch.autograd.grad(found, list(others.values()), allow_unused=True)
+    with torch.no_grad():
+        for name, p in learner.trainable().items():
+            p.copy_(others[name])
+    plain = whole_loss(learner, batch)
+    wanted = torch.autograd.grad(plain, list(learner.trainable().values()), allow_unused=True)
+    torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradients, wanted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("spec", ["reptile", "maml", "fomaml", "lamaml(size=6)"])
+def test_activations_that_would_be_computed_again_with_other_weights_are_refused(spec: str, lab: Any) -> None:
+    bench = lab.but(objective="generate")
+    learner = bench.learner(f"lora(rank=2, tower='language') + {spec}")
+    learner.backbone.checkpointing = True
+    with pytest.raises(ValueError, match=r"cannot learn with checkpointing=True.* Leave checkpointing out"):
+        bench.teach(learner, bench.stream().tasks[:1])
+
+
+@pytest.mark.parametrize("spec", ["reptile", "maml", "fomaml", "oml"])
+def test_what_parts_of_a_batch_say_of_each_other_one_example_has_not(spec: str, lab: Any, tmp_path: Any) -> None:
+    with pytest.raises(ValueError, match=f"^{spec} has no effect with batch_size=1: .*Give 2 or more$"):
+        lab.run(f"lora(rank=2) + {spec}", tmp_path / "out", batch_size=1)
+    assert not (tmp_path / "out" / "run.json").exists()
+
+
+def test_an_example_that_is_left_over_is_learnt_plainly_by_oml(begun: Any) -> None:
+    learner, batch = begun("lora(rank=2) + oml")
+    one = take(batch, torch.tensor([0]))
+    found = filled(learner, one)
+    learner.zero_grad()
+    learner.loss(one).backward()
+    wanted = {name: p.grad for name, p in learner.trainable().items() if p.grad is not None}
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)

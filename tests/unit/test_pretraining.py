@@ -61,6 +61,7 @@ def test_as_many_patches_of_each_image_are_hidden_as_asked_for_and_others_in_eac
     learner.step = 1
     assert not torch.equal(hidden, hidden_patches(learner, 6, 4, 0.6))
     assert hidden_patches(learner, 6, 4, 0.01).sum(1).tolist() == [1] * 6
+    assert hidden_patches(learner, 6, 4, 0.99).sum(1).tolist() == [15] * 6  # of all, nothing could be predicted
 
 
 def test_patches_are_pixels_of_their_place() -> None:

@@ -78,7 +78,15 @@ BUILT = {
     r"option rank_cost=0\.1 has no effect with drs='fixed': leave it out$": "fm_lora(drs='fixed', rank_cost=0.1)",
     r"option ranks=\(\): expected candidate ranks": "fm_lora(ranks=()) | inflora(ranks=())",
     r"option drs='afine': expected .*; did you mean 'affine'\?$": "fm_lora(drs='afine')",
-    r"temperature=3\.0 has no effect with strength=0": "icarl(strength=0, temperature=3.0)",
+    r"temperature=3\.0 has no effect with strength=0": (
+        "icarl(strength=0, temperature=3.0) | lora + expert_distillation(strength=0, temperature=3.0)"
+    ),
+    r"(form|epochs|lr|batch_size|reference)='?[\w.]+\(?\)?'? has no effect with strength=0": (
+        "lora + expert_distillation(strength=0, form='logits') | lora + expert_distillation(strength=0, epochs=4) | "
+        "lora + expert_distillation(strength=0, lr=0.5) | lora + expert_distillation(strength=0, batch_size=4) | "
+        "lora + expert_distillation(strength=0, reference='synthetic()')"
+    ),
+    r"share=0\.1 has no effect with strength=0: leave it out$": "reg_lora(strength=0, share=0.1)",
     r"method 'inflora', option moments=0: ": "inflora(moments=0)",
     r"option rank=4 has no effect beside ranks: leave it out$": "inflora(rank=4, ranks=(2, 4))",
     r"option rank_cost=0\.1 has no effect without ranks: leave it out$": "inflora(rank_cost=0.1)",

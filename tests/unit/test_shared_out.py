@@ -59,12 +59,12 @@ def test_no_more_of_a_batch_than_a_part_is_encoded_at_once(lab: Any) -> None:
 @pytest.mark.parametrize("spec", ["l2p(batchwise=True)", "dualprompt(batchwise=True)"])
 def test_a_method_that_looks_at_the_whole_batch_is_refused_by_name(spec: str, lab: Any) -> None:
     learner = lab.learner(spec)
-    check_shared_out(learner, 1)
+    check_shared_out(learner, lab.train_config())
     with pytest.raises(ValueError, match=r"^\w+\(batchwise=True\) cannot learn with accumulate=2"):
-        check_shared_out(learner, 2)
+        check_shared_out(learner, lab.train_config(accumulate=2))
     learner.processes = Processes(0, 2)
     with pytest.raises(ValueError, match=r"^\w+\(batchwise=True\) cannot learn in 2 processes"):
-        check_shared_out(learner, 1)
+        check_shared_out(learner, lab.train_config())
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Low-rank updates kept apart as directions, each with a magnitude that stays trainable (SD-LoRA)."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,12 @@ from torch.nn import functional as F
 from perdure.adapters.injection import Adapter, starting_rows
 from perdure.adapters.state import BufferDict
 from perdure.types import Site
+
+
+class Magnitudes(Protocol):
+    """Who holds the magnitudes (t,) that the adapters of all layers share."""
+
+    magnitudes: nn.Parameter
 
 
 class MagnitudeDirection(Adapter):
@@ -28,17 +34,17 @@ class MagnitudeDirection(Adapter):
         self.up: nn.Parameter | None = None
         # down (K, fan_in) and up (fan_out, K) of all directions side by side; owner (K,): which magnitude is a row's
         self.frozen = BufferDict()
-        self._magnitudes: tuple[nn.Parameter, ...] = ()  # in a tuple: it is the method's, not ours
+        self._holder: tuple[Magnitudes, ...] = ()  # in a tuple: it is the method, and no part of us
 
-    def open(self, rank: int, magnitudes: nn.Parameter) -> None:
-        """Start a branch of `rank` that changes nothing yet; the last of `magnitudes` (t,) is its own."""
+    def open(self, rank: int, holder: Magnitudes) -> None:
+        """Start a branch of `rank` that changes nothing yet; the last magnitude of `holder` is its own."""
         if rank < 1 or rank > self.fan_in:
             raise ValueError(f"rank={rank}: expected 1 to {self.fan_in}, the inputs of the layer")
         self.down, self.up = (
             nn.Parameter(starting_rows(rank, self.fan_in)),
             nn.Parameter(torch.zeros(self.fan_out, rank, dtype=torch.float32)),
         )
-        self._magnitudes = (magnitudes,)
+        self._holder = (holder,)
 
     @torch.no_grad()
     def close(self, keep: bool) -> None:
@@ -47,7 +53,7 @@ class MagnitudeDirection(Adapter):
         assert self.up is not None
         if keep:
             down, up, owner = self._frozen()
-            mine = torch.full((len(self.down),), len(self._magnitudes[0]) - 1, device=self.down.device)
+            mine = torch.full((len(self.down),), len(self._holder[0].magnitudes) - 1, device=self.down.device)
             self.frozen["down"] = torch.cat([down, self.down])
             self.frozen["up"] = torch.cat([up, self.up], dim=1)
             self.frozen["owner"] = torch.cat([owner, mine])
@@ -75,12 +81,13 @@ class MagnitudeDirection(Adapter):
     def factors(self, part: int) -> tuple[Tensor, Tensor] | None:
         """All of the update as (up (fan_out, k), down (k, fan_in)), magnitudes in `up`."""
         down, up, owner = self._frozen()
-        if not self._magnitudes:
+        if not self._holder:
             return None
-        scales = self._magnitudes[0][owner]
+        magnitudes = self._holder[0].magnitudes  # looked up each time: a step may compute with others in their place
+        scales = magnitudes[owner]
         if self.down is not None and self.up is not None:
             down, up = torch.cat([down, self.down]), torch.cat([up, self.up], dim=1)
-            scales = torch.cat([scales, self._magnitudes[0][-1:].expand(len(self.down))])
+            scales = torch.cat([scales, magnitudes[-1:].expand(len(self.down))])
         return up * scales, down
 
     def delta(self, part: int, branches: bool) -> Tensor | None:

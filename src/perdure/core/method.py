@@ -63,6 +63,8 @@ class Method(nn.Module):
     """Whether what it makes of an example depends on the others: several processes, or parts, cannot share a batch."""
     encodes_once: bool = False
     """Whether it counts what is encoded in a step, which is not to be encoded anew for its gradients."""
+    divides: bool = False
+    """Whether it sets parts of a batch against each other, and so learns plainly from one example."""
     learns_aside: bool = False
     """Whether what learns computes in training mode only, and answers go by former tasks until the task has ended."""
     treats: frozenset[str] = frozenset()

@@ -71,7 +71,8 @@ class Teacher(nn.Module):
     def swapped_in(self, learner: Core) -> Iterator[None]:
         """Within, `learner` answers as it did: in evaluation mode, without gradients; then it is what it has become."""
         # by pointer, not by torch.func: some parts hold parameters of others, which a call with other values misses
-        swapped = [(learner.get_parameter(name), self.weights[name]) for name in sorted(self.weights)]
+        now = dict(learner.named_parameters())  # which within a step of meta-learning are no parameters, but tensors
+        swapped = [(now[name], self.weights[name]) for name in sorted(self.weights)]
         present, training = [parameter.data for parameter, _ in swapped], learner.training
         try:
             for parameter, value in swapped:

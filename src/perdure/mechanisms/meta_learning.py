@@ -133,7 +133,7 @@ class ModelAgnostic(Method):
     """
 
     second_order: bool
-    borderless = True
+    borderless, divides = True, True
 
     def __init__(self, inner_steps: int, inner_lr: float) -> None:
         super().__init__()

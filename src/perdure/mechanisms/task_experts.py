@@ -94,8 +94,8 @@ class TaskExperts(Method):
             attach(learner.backbone, [site], expert, fold=False)
 
     def check(self, learner: Core, task: Task) -> None:
-        """Refuse parts that bring examples of old tasks, whose experts are finished."""
-        if others := [part.name for part in parts_of(learner.method) if part.rehearses]:
+        """Refuse parts that look at examples of old tasks, whose experts are finished."""
+        if others := [part.name for part in parts_of(learner.method) if part.rehearses or part.gradient_projection]:
             raise ValueError(
                 f"{others[0]} has no effect beside {self.name}, whose experts learn from their own task: leave it out"
             )

@@ -10,6 +10,7 @@ put back. Labels of the new task count beside the teachers. DMC has unlabelled i
 the task's own are used, with `replay` in the sum old ones too. `kl` softens as Hinton et al. (2015, arXiv:1503.02531).
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -25,6 +26,9 @@ from perdure.streams import build_stream
 from perdure.types import Batch, Task
 
 _SIZE = 2000
+_EPOCHS = 3
+_LR = 1e-3
+_BATCH = 32
 
 
 class ExpertDistillation(Distillation, name="expert_distillation"):
@@ -53,9 +57,9 @@ class ExpertDistillation(Distillation, name="expert_distillation"):
         strength: Strength = 1.0,
         temperature: Factor | None = None,
         form: Literal["kl", "logits"] = "kl",
-        epochs: Epochs = 3,
-        lr: Rate = 1e-3,
-        batch_size: BatchSize = 32,
+        epochs: Epochs = _EPOCHS,
+        lr: Rate = _LR,
+        batch_size: BatchSize = _BATCH,
         reference: str | None = None,
         size: Count | None = None,
     ) -> None:
@@ -64,6 +68,11 @@ class ExpertDistillation(Distillation, name="expert_distillation"):
             without_effect("with form='logits'", temperature=temperature)
         if reference is None:
             without_effect("without a reference", size=size)
+        if not strength:
+            plain = {"form": "kl", "epochs": _EPOCHS, "lr": _LR, "batch_size": _BATCH}
+            given = {"form": form, "epochs": epochs, "lr": lr, "batch_size": batch_size}
+            changed = {name: None if value == plain[name] else value for name, value in given.items()}
+            without_effect("with strength=0", temperature=temperature, reference=reference, **changed)
         self.strength, self.temperature, self.form = strength, temperature or 2.0, form
         self.epochs, self.lr, self.batch_size = epochs, lr, batch_size
         self.reference, self.size = reference, size or _SIZE
@@ -98,12 +107,12 @@ class ExpertDistillation(Distillation, name="expert_distillation"):
         return super().precompute(learner, batch) | self.expert.precompute(learner, batch)
 
     def penalty(self, learner: Core, batch: Batch, features: Tensor) -> Tensor | float:
-        """strength · (the specialist's term over the new classes + the former learner's over the old ones)."""
+        """strength · what parts the learner from the specialist on new classes, and from the former one on old ones."""
         objective = learner.objective
         if EXPERTS in batch:
             given, owners = objective.scores(features), batch[EXPERTS_OF][0]
             groups = [(owners == each).nonzero().flatten() for each in torch.unique(owners).tolist()]
-            return self.strength * sum(self._way(batch[EXPERTS][:, own], given[:, own]) for own in groups)
+            return self.strength * self._apart([(batch[EXPERTS][:, own], given[:, own]) for own in groups])
         if not self.expert.weights:
             return 0.0
         if self.reference is None:
@@ -117,8 +126,8 @@ class ExpertDistillation(Distillation, name="expert_distillation"):
             shown = {"image": read_references(tasks, places[rows])["image"].to(learner.device)}
             given = objective.scores(learner.encode(shown))
         own = list(objective.task_columns)
-        terms = [self._way(old[:, list(each)], given[:, list(each)]) for each in objective.former]
-        return self.strength * torch.stack([self._way(new[:, own], given[:, own]), *terms]).sum()
+        held = [(old[:, list(each)], given[:, list(each)]) for each in objective.former]
+        return self.strength * self._apart([(new[:, own], given[:, own]), *held])
 
     def end_task(self, learner: Core, task: Task) -> None:
         """Let both teachers go."""
@@ -126,10 +135,12 @@ class ExpertDistillation(Distillation, name="expert_distillation"):
         self.expert.clear()
         self.said.clear()
 
-    def _way(self, wanted: Tensor, given: Tensor) -> Tensor:
+    def _apart(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """How far what teachers say and what is given (n, k) are apart, a pair a teacher."""
         if self.form == "kl":
-            return distillation(wanted, given, self.temperature)
-        return (given - (wanted - wanted.mean(1, keepdim=True))).square().mean()
+            return torch.stack([distillation(wanted, given, self.temperature) for wanted, given in pairs]).sum()
+        ways = [given - (wanted - wanted.mean(1, keepdim=True)) for wanted, given in pairs]
+        return torch.cat(ways, dim=1).square().mean()
 
     def _read(self, learner: Core) -> tuple[list[Task], Tensor]:
         """The tasks of the reference, and the places (n, 2) of the images that are taken."""

@@ -22,9 +22,10 @@ from perdure.adapters.head_gates import HardConcrete, HeadGates
 from perdure.backbones.base import OneTower
 from perdure.core.learner import Core
 from perdure.mechanisms.class_statistics import TaskGaussians
+from perdure.mechanisms.prompting import check_routes_once
 from perdure.mechanisms.task_experts import TaskExperts
 from perdure.options.ranges import Factor, Strength
-from perdure.types import Batch
+from perdure.types import Batch, Task
 
 _DIRECTIONS, _KNOWN = 16, 0.99
 
@@ -50,6 +51,11 @@ class SparseHeads(TaskExperts, name="head_gates"):
     ) -> None:
         super().__init__(1, "o", blocks, tower, None, None, TaskGaussians(_DIRECTIONS, _KNOWN))
         self.strength, self.gates_lr = strength, gates_lr
+
+    def grow(self, learner: Core, task: Task) -> None:
+        """New gates."""
+        check_routes_once(learner, self)
+        super().grow(learner, task)
 
     def place(self, learner: Core, tower: OneTower) -> None:
         """One set of gates for all chosen blocks."""

@@ -32,7 +32,7 @@ class OML(Method, name="oml"):
 
     protects = "encoder"
     needs = ("classes",)
-    borderless = True
+    borderless, divides = True, True
 
     def __init__(self, inner_lr: Rate = 0.1) -> None:
         super().__init__()
@@ -47,7 +47,9 @@ class OML(Method, name="oml"):
             )
 
     def backward(self, learner: Core, loss: Tensor, batch: Batch) -> None:
-        """The meta-gradient of the representation, the plain one of the heads."""
+        """The meta-gradient of the representation, the plain one of the heads; one example is learnt plainly."""
+        if len(batch["label"]) < 2:
+            return super().backward(learner, loss, batch)
         trained = learner.trainable()
         heads = {name: p for name, p in trained.items() if name.startswith("objective.")}
         representation = {name: p for name, p in trained.items() if name not in heads}
@@ -61,6 +63,7 @@ class OML(Method, name="oml"):
             for name, gradient in zip(by, gradients_of(of, list(by.values())), strict=True)
         }
         set_gradients(learner, found)
+        return None
 
     def meta_loss(self, learner: Core, batch: Batch, features: Tensor, generator: torch.Generator) -> Tensor:
         """Loss on the batch of a head that has just learnt one half of it from `features` (B, dim)."""

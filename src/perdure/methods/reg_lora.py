@@ -19,8 +19,10 @@ from perdure.backbones.base import Tower
 from perdure.core.learner import Core
 from perdure.core.method import Method
 from perdure.mechanisms.held_entries import HeldEntries
-from perdure.options.ranges import Factor, Rank, Share, Strength
+from perdure.options.ranges import Factor, Rank, Share, Strength, without_effect
 from perdure.types import Batch, Task
+
+_SHARE = 0.02
 
 
 class RegLoRA(Method, name="reg_lora"):
@@ -46,9 +48,11 @@ class RegLoRA(Method, name="reg_lora"):
         tower: Tower = "vision",
         alpha: Factor | None = None,
         strength: Strength = 2500.0,
-        share: Share = 0.02,
+        share: Share = _SHARE,
     ) -> None:
         super().__init__()
+        if not strength:
+            without_effect("with strength=0", share=None if share == _SHARE else share)
         self.rank, self.at, self.blocks, self.tower, self.alpha = rank, at, blocks, tower, alpha
         self.strength = strength
         self.adapters, self.held = LowRankSet(), HeldEntries(share)

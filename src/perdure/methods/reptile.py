@@ -32,7 +32,7 @@ class Reptile(Method, name="reptile"):
 
     def __init__(self, inner_steps: Count = 4, inner_lr: Rate = 0.1) -> None:
         super().__init__()
-        self.inner_steps, self.inner_lr = inner_steps, inner_lr
+        self.inner_steps, self.inner_lr, self.divides = inner_steps, inner_lr, inner_steps > 1
 
     def check(self, learner: Core, task: Task) -> None:
         """Refuse what would have no effect; known when all parts have grown."""

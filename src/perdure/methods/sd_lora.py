@@ -87,7 +87,7 @@ class SDLoRA(Method, name="sd_lora"):
                 adapter.normalise(task.index - 1, self._length)
         self.magnitudes = nn.Parameter(torch.cat([old, old.new_full((1,), self.magnitude)]))
         for adapter in self.adapters:
-            adapter.open(self.ranks[sum(task.index >= drop for drop in self.drops)], self.magnitudes)
+            adapter.open(self.ranks[sum(task.index >= drop for drop in self.drops)], self)
 
     @torch.no_grad()
     def end_task(self, learner: Core, task: Task) -> None:

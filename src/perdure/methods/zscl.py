@@ -138,7 +138,8 @@ class ZSCL(Method, name="zscl"):
             if self.strength_text:
                 total = total + self.strength_text * distillation(wanted.T, given.T, self.temperature)
         if self.anchors:
-            ways = [learner.get_parameter(name) - self.anchors[name] for name in sorted(self.anchors)]
+            now = learner.trainable()
+            ways = [now[name] - self.anchors[name] for name in sorted(self.anchors)]
             total = total + self.anchor * torch.stack([way.square().sum() for way in ways]).sum()
         return total
 

@@ -27,9 +27,9 @@ def grid_of(backbone: Backbone) -> int:
 
 
 def hidden_patches(learner: Core, count: int, grid: int, ratio: float) -> Tensor:
-    """Which patches of `count` images a step hides, bool (count, grid²): round(ratio · grid²) of each, at least one."""
+    """Which patches of `count` images a step hides, bool (count, grid²): `ratio` of each image's, neither 0 nor all."""
     order = torch.rand(count, grid**2, generator=learner.generator("hidden patches", learner.step)).argsort(1)
-    return (order < max(1, round(ratio * grid**2))).to(learner.device)
+    return (order < min(max(1, round(ratio * grid**2)), grid**2 - 1)).to(learner.device)
 
 
 def without(backbone: Backbone, image: Tensor, hidden: Tensor) -> Tensor:

@@ -119,7 +119,7 @@ def fit_task(
         early: what may end it before its last epoch.
         pause: called after each batch that is encoded while there is no step to lose; may raise.
     """
-    check_shared_out(learner, config.accumulate)
+    check_shared_out(learner, config)
     check_trains(learner, config)
     progress, method = progress or Quiet(), learner.method
     clock = [time.perf_counter()]
@@ -245,22 +245,32 @@ def _training_batches(
         yield from enumerate(batches, epoch * per_epoch + skip)
 
 
-def check_shared_out(learner: Core, accumulate: int) -> None:
-    """Refuse methods whose batches several processes cannot share, or that cannot be encoded in `accumulate` parts.
+def check_shared_out(learner: Core, config: TrainConfig) -> None:
+    """Refuse methods whose batches several processes cannot share, or cannot be divided as they need it or are asked.
 
     Raises:
         ValueError: with the method's name.
     """
-    world = learner.processes.world
+    world, accumulate = learner.processes.world, config.accumulate
     if learner.pretext is not None and (world > 1 or accumulate > 1):
         raise ValueError(f"{learner.pretext.name} is learnt in one process and whole batches: leave accumulate out")
     if learner.sharded and learner.tunes_backbone:
         raise ValueError("shard='blocks' is for frozen weights, and here they are trained: leave it out, or take lora")
     for part in learner.method:
+        if part.divides and config.batch_size == 1:
+            raise ValueError(
+                f"{part.name} has no effect with batch_size=1: it sets parts of a batch against each other, which one "
+                "example has not. Give 2 or more"
+            )
         if learner.compiles and type(part).backward is not Method.backward:
             raise ValueError(
                 f"{part.name} cannot learn with --compile: it takes steps of its own within a step, whose gradients "
                 "are differentiated again. Leave --compile out"
+            )
+        if getattr(learner.backbone, "checkpointing", False) and type(part).backward is not Method.backward:
+            raise ValueError(
+                f"{part.name} cannot learn with checkpointing=True: activations would be computed again after its own "
+                "steps within a step, with other weights. Leave checkpointing out of mllm()"
             )
         if part.batchwise and (world > 1 or accumulate > 1):
             how = f"in {world} processes" if world > 1 else f"with accumulate={accumulate}"

@@ -136,7 +136,7 @@ def dry_run(config: RunConfig, backbone: Backbone, stream: Stream) -> None:
             described = Task.described(task.describe())
             learner.grow(described)
             learner.method.check(learner, described)
-        check_shared_out(learner, config.accumulate)
+        check_shared_out(learner, config)
         check_trains(learner, config)
         idle = {f"accumulate={config.accumulate}": config.accumulate > 1, "--compile": config.compile}
         for option, given in idle.items():
@@ -239,7 +239,7 @@ def build_learner(
     if config.compile:
         check_compile(config, learner)
         learner.compiles = True
-    check_shared_out(learner, config.accumulate)
+    check_shared_out(learner, config)
     return learner, runtime
 
 
