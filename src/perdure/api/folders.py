@@ -26,7 +26,7 @@ from perdure.core import checkpoint
 from perdure.core.checkpoint import Checkpoint, read_record
 from perdure.core.forgetting import only_classes
 from perdure.formatting import shortened
-from perdure.options.paths import anchored
+from perdure.options.paths import anchored, refuse_same_folder
 from perdure.options.spec import parse
 from perdure.process import as_found, plain
 from perdure.storage.schema import LessonSource
@@ -80,6 +80,7 @@ def teach_folder(
         Interrupted: after SIGINT or SIGTERM.
     """
     progress = progress or Quiet()
+    refuse_same_folder(into, photos, *(Path(each) for each in [reading.get("replay")] if each))
     with checkpoint.locked(into):
         there = (into / "run.json").exists()
         done = checkpoint.whole(into)

@@ -29,6 +29,7 @@ from perdure.evaluation.examples import EXAMPLES
 from perdure.evaluation.feature_drift import Drift
 from perdure.evaluation.held_out import HeldOut, held_out_of, remarks
 from perdure.evaluation.schedule import Evaluation, check_effect
+from perdure.options.paths import refuse_same
 from perdure.process import as_found, plain
 from perdure.streams.augment import AUGMENTS
 from perdure.training.config import (
@@ -86,6 +87,7 @@ def run(
         ValueError: for anything in `config` that cannot be done, before anything is learnt.
         Interrupted: after SIGINT or SIGTERM.
     """
+    refuse_same(out, config.stream, *config.retain)
     with joined(config.device) as processes, _held(out, processes):
         if processes.first and (out / "run.json").exists():
             raise ValueError(f"{out} already holds a run: go on with 'perdure resume {out}', or give another --out")
