@@ -38,7 +38,7 @@ from perdure.training.config import RunConfig, make_stream, said_of
 from perdure.training.defaults import usual
 from perdure.training.loop import Diverged, Progress, Quiet, TrainConfig
 from perdure.training.record import elsewhere, write_record
-from perdure.training.run import Interrupted, learn_stream, nothing_learnt_nothing_left, resume
+from perdure.training.run import Interrupted, learn_stream, nothing_learnt_nothing_left, resume, unread_names
 from perdure.types import Stream, Task
 
 _SPECS = ("backbone", "method", "objective")
@@ -114,6 +114,8 @@ def teach_folder(
         source: LessonSource = {**source_of(photos, task, skip_bad), "options": trained, **reading}  # type: ignore[typeddict-item]
         if asks != "classes" and not pretext:
             _tell_overlap(before, task, progress)
+        for line in unread_names(learner, [task]):
+            progress.note(line)
         refuse_other_task(into, done, source)
         if taught_last(done, source, task):
             progress.note(
