@@ -25,6 +25,30 @@ def files(*pictures: bytes) -> list[tuple[str, tuple[str, bytes]]]:
     return [("images", (f"{i}.png", content)) for i, content in enumerate(pictures)]
 
 
+def test_what_no_request_reads_is_refused(client: Any) -> None:
+    shown = files(picture((200, 30, 30), 0))
+    for path, form, said in (
+        (
+            "teach",
+            {"class": "x", "epochs": "2"},
+            "'epochs' is not read by /api/teach; there are: archive, images, class",
+        ),
+        ("teach", {"clas": "x"}, "'clas' is not read by /api/teach; did you mean 'class'?"),
+        ("teach", {"class": ["x", "y"]}, "class is given 2 times: keep one"),
+        ("predict", {"topp": "1"}, "'topp' is not read by /api/predict; did you mean 'top'?"),
+        ("predict?top=1", {}, "'top' is not read by /api/predict; there are: none"),
+        ("predict", {"classes": ["a cat", ""]}, "classes=['a cat', '']: a name is empty; leave it out"),
+    ):
+        answer = client.post(f"/api/{path}", files=shown, data=form)
+        assert answer.status_code == 422, (path, form)
+        assert said in answer.json()["error"]
+    answer = client.get("/api/search?text=red&tip=3")
+    assert answer.status_code == 422
+    assert answer.json()["error"] == "'tip' is not read by /api/search; did you mean 'top'?"
+    assert client.post("/api/predict", files=shown, data={"classes": ["a", "b"]}).status_code == 200
+    assert client.get("/api/nothing?a=b").status_code == 404
+
+
 @pytest.fixture
 def client(app: Any) -> httpx.Client:
     with httpx.Client(base_url=app.address, timeout=60, trust_env=False) as client:

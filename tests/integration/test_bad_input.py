@@ -512,3 +512,18 @@ def test_interrupted_before_anything_was_done_is_no_traceback(
     stopped = perdure("run", *small, "--out", "x")
     assert stopped.code == 130
     assert stopped.err.startswith("perdure: stopped at once")
+
+
+def test_results_do_not_stand_among_the_data(perdure: Any, photos: Any) -> None:
+    jan = photos("jan", "cat dog", 2)
+    before = sorted(jan.rglob("*"))
+    plain = ("--backbone", "tiny()", "--epochs", 1)
+    one_line(perdure("learn", "jan", "--into", "jan", *plain), "jan is the data's own folder", "give another")
+    one_line(perdure("pretrain", "jan", "--into", "jan", *plain), "jan is the data's own folder")
+    stream = ("--stream", "images(path='jan', tasks=2)")
+    one_line(perdure("run", *stream, *plain, "--out", "jan"), "jan is the data's own folder")
+    one_line(perdure("compare", *stream, *plain, "--methods", "probe", "--out", "jan"), "jan is the data's own folder")
+    for command in (["learn", "jan", "--into"], ["run", *stream, "--out"]):
+        within = perdure(*command, "jan/mine", *plain)
+        one_line(within, f"{Path('jan/mine')} is the folder of a learner or a run: keep it apart from images to learn")
+    assert sorted(jan.rglob("*")) == before

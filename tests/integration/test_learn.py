@@ -442,3 +442,37 @@ def test_a_lesson_that_a_version_without_numbers_has_begun_goes_on(
     assert len([*Path("x/task-001").glob("step-*")])
     assert perdure("resume", "x").code == 0
     assert [task.name for task in whole(Path("x"))[-1].tasks] == ["january", "january"]
+
+
+@pytest.mark.parametrize(
+    ("classes", "said"),
+    [
+        ("a cat", r"^classes='a cat': expected a list of names"),
+        (["a cat", 3], r"^classes=\['a cat', 3\]: expected a list of names"),
+        (["a cat", " "], "a name is empty; leave it out"),
+        (["a cat", "a dog", "a cat"], "^classes: 'a cat' stands there 2 times: keep one"),
+        ([], "classes is empty"),
+    ],
+)
+def test_words_to_choose_among_are_different_names(classes: Any, said: str) -> None:
+    learner = Learner.create("tiny(text=True)", "probe", precision="fp32")
+    images = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=said):
+        learner.predict(images, classes=classes)
+    assert len(learner.predict(images, classes=("a cat", "a dog"))[0]) == 2
+
+
+def test_names_that_the_text_encoder_cannot_read_are_told_wherever_it_reads_them(perdure: Any, photos: Any) -> None:
+    photos("jan", "红 蓝", 2)
+    photos("feb", "绿 黄", 2)
+    said = "the text encoder cannot read Chinese script"
+    made = ("--backbone", "pocket()", "--method", "probe", "--epochs", 1, "--precision", "fp32")
+    taught = perdure("learn", "jan", "--into", "words", *made, "--objective", "zeroshot", "--method", "lora(rank=1)")
+    assert said in taught.out
+    assert said not in perdure("learn", "jan", "--into", "one", *made).out  # a head needs no words
+    assert perdure("learn", "feb", "--into", "two", *made).code == 0
+    assert perdure("combine", "one", "two", "--into", "team").code == 0
+    for asked in (("predict", "team", "jan/红/00.png", "--classes", "红", "蓝"), ("search", "team", "jan", "红")):
+        answer = perdure(*asked)
+        assert answer.code == 0
+        assert f"one: {said}" in answer.err

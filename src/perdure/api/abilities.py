@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -14,7 +14,7 @@ from perdure.api.given import Asked, known_task, shown, told
 from perdure.core.forgetting import forget_classes
 from perdure.core.learner import Core
 from perdure.core.shared_copy import become, twin_of
-from perdure.formatting import meant
+from perdure.formatting import meant, shortened
 from perdure.objectives.zeroshot import class_texts
 from perdure.options.ranges import BatchSize, Count, checking
 from perdure.process import Turn, as_found, plain
@@ -170,8 +170,8 @@ class Abilities(Core):
                 )
         if calibrated:
             self.check_calibrated(classes)
-        if classes is not None and not len(classes):
-            raise ValueError("classes is empty: give at least one name, or None for what was learnt")
+        if classes is not None:
+            _check_words(classes)
         known = known_task(self, task, chosen=classes is None)
         data = told(shown(images, self), known)
         names: Sequence[str] = tuple(classes) if classes is not None else (known or self.objective).names
@@ -191,7 +191,11 @@ class Abilities(Core):
         """Raise a ValueError before the first task."""
         if all(task.pretext for task in self.tasks[: self.learnt]):
             what = "was only pre-trained, without labels" if self.learnt else "has learnt nothing yet"
-            raise ValueError(f"this learner {what}: call learn(images, labels) first")
+            raise ValueError(f"this learner {what}: teach it first, with 'perdure learn' or learn(images, labels)")
+
+    def unread(self, texts: Sequence[str]) -> list[str]:
+        """A line for each script of which the text encoder knows nothing, unless this learner was taught words."""
+        return [] if "captions" in self.objective.asks else self.backbone.unread(texts)
 
     def towards(self, data: Data, texts: Tensor, size: int) -> Tensor:
         """Cosines (n, m) of images to unit-length embeddings of texts (m, dim)."""
@@ -202,6 +206,24 @@ class Abilities(Core):
                 f"{texts.shape[1]}-dimensional texts: this learner cannot be asked by text"
             )
         return F.normalize(features, dim=1) @ texts.T
+
+
+def _check_words(classes: Any) -> None:
+    """Raise a ValueError for names to choose among that are none, or not different ones."""
+    if (
+        isinstance(classes, str)
+        or not isinstance(classes, Collection)
+        or not all(isinstance(name, str) for name in classes)
+    ):
+        raise ValueError(f"classes={shortened(repr(classes))}: expected a list of names, such as ['a cat', 'a dog']")
+    if not len(classes):
+        raise ValueError("classes is empty: give at least one name, or None for what was learnt")
+    if any(not name.strip() for name in classes):
+        raise ValueError(f"classes={shortened(repr(list(classes)))}: a name is empty; leave it out")
+    if twice := [name for name in classes if list(classes).count(name) > 1]:
+        raise ValueError(
+            f"classes: {shortened(twice[0])!r} stands there {list(classes).count(twice[0])} times: keep one"
+        )
 
 
 _OF_MODULES = {name for name in vars(nn.Module) if not name.startswith("__")}

@@ -26,7 +26,7 @@ from perdure.core import checkpoint
 from perdure.core.checkpoint import Checkpoint, read_record
 from perdure.core.forgetting import only_classes
 from perdure.formatting import shortened
-from perdure.options.paths import anchored
+from perdure.options.paths import anchored, refuse_same_folder
 from perdure.options.spec import parse
 from perdure.process import as_found, plain
 from perdure.storage.schema import LessonSource
@@ -38,7 +38,7 @@ from perdure.training.config import RunConfig, make_stream, said_of
 from perdure.training.defaults import usual
 from perdure.training.loop import Diverged, Progress, Quiet, TrainConfig
 from perdure.training.record import elsewhere, write_record
-from perdure.training.run import Interrupted, learn_stream, nothing_learnt_nothing_left, resume
+from perdure.training.run import Interrupted, learn_stream, nothing_learnt_nothing_left, resume, unread_names
 from perdure.types import Stream, Task
 
 _SPECS = ("backbone", "method", "objective")
@@ -80,6 +80,7 @@ def teach_folder(
         Interrupted: after SIGINT or SIGTERM.
     """
     progress = progress or Quiet()
+    refuse_same_folder(into, photos, *(Path(each) for each in [reading.get("replay")] if each))
     with checkpoint.locked(into):
         there = (into / "run.json").exists()
         done = checkpoint.whole(into)
@@ -113,6 +114,8 @@ def teach_folder(
         source: LessonSource = {**source_of(photos, task, skip_bad), "options": trained, **reading}  # type: ignore[typeddict-item]
         if asks != "classes" and not pretext:
             _tell_overlap(before, task, progress)
+        for line in unread_names(learner, [task]):
+            progress.note(line)
         refuse_other_task(into, done, source)
         if taught_last(done, source, task):
             progress.note(

@@ -83,8 +83,11 @@ class Page:
     def _predict(self, files: list[str] | None, camera: str | None, choices: str | None) -> str:
         given = _named([*(files or []), *([camera] if camera else [])])
         shown = looked_at(given, self.service.limits)
-        found = self.service.predict(shown, 5, [line.strip() for line in (choices or "").splitlines() if line.strip()])
-        return drawing.cards([(n, image, bars) for (n, _), image, bars in zip(given, shown, found, strict=True)])
+        words = [line.strip() for line in (choices or "").splitlines() if line.strip()]
+        found = self.service.predict(shown, 5, words)
+        return self._unread(words) + drawing.cards(
+            [(n, image, bars) for (n, _), image, bars in zip(given, shown, found, strict=True)]
+        )
 
     def _searching(self) -> None:
         with gr.Tab(_text("search"), id="search"):
@@ -103,7 +106,12 @@ class Page:
         if picture:
             (wanted,) = looked_at(_named([picture]), self.service.limits)
         found = self.service.search(wanted)
-        return drawing.cards([(each.name, each.picture, [("cos", each.cosine)]) for each in found])
+        return self._unread([] if picture else [words]) + drawing.cards(
+            [(each.name, each.picture, [("cos", each.cosine)]) for each in found]
+        )
+
+    def _unread(self, texts: list[str]) -> str:
+        return "".join(map(drawing.sentence, self.service.unread(texts)))
 
     def _asking(self) -> None:
         with gr.Tab(_text("ask"), id="ask"):

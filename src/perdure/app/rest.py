@@ -2,15 +2,16 @@
 
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_origin
 
-from fastapi import FastAPI, File, Form, Request, UploadFile
+from fastapi import Depends, FastAPI, File, Form, Request, UploadFile
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.routing import APIRoute
 
 from perdure.app.service import Service
 from perdure.app.uploads import looked_at
-from perdure.formatting import printable
+from perdure.formatting import meant, printable, shortened
 from perdure.reporting.report import write_report
 
 _MANY = Annotated[list[UploadFile], File()]
@@ -18,7 +19,13 @@ _MANY = Annotated[list[UploadFile], File()]
 
 def interface(service: Service) -> FastAPI:
     """The application that answers /api/... and shows reports."""
-    app = FastAPI(title="perdure", docs_url=None, redoc_url=None, openapi_url="/api/openapi.json")
+    app = FastAPI(
+        title="perdure",
+        docs_url=None,
+        redoc_url=None,
+        openapi_url="/api/openapi.json",
+        dependencies=[Depends(_known_fields)],
+    )
 
     @app.exception_handler(ValueError)
     async def refused(_: Request, error: ValueError) -> JSONResponse:
@@ -41,14 +48,16 @@ def interface(service: Service) -> FastAPI:
         classes: Annotated[list[str] | None, Form()] = None,
     ) -> list[dict[str, Any]]:
         found = service.predict(looked_at(_read(images), service.limits), top, classes or ())
+        notes = _notes(service.unread(classes or ()))
         return [
-            {"image": image.filename, "labels": [{"name": name, "score": score} for name, score in answer]}
+            {"image": image.filename, "labels": [{"name": name, "score": score} for name, score in answer], **notes}
             for image, answer in zip(images, found, strict=True)
         ]
 
     @app.get("/api/search")
     def search(text: str, top: int = 12) -> list[dict[str, Any]]:
-        return [{"image": each.name, "cosine": each.cosine} for each in service.search(text, top)]
+        found, notes = service.search(text, top), _notes(service.unread([text]))
+        return [{"image": each.name, "cosine": each.cosine, **notes} for each in found]
 
     @app.post("/api/search")
     def search_by_picture(image: UploadFile, top: Annotated[int, Form()] = 12) -> list[dict[str, Any]]:
@@ -101,6 +110,32 @@ def interface(service: Service) -> FastAPI:
         return JSONResponse({"error": "there is no such request: see docs/app.md"}, 404)
 
     return app
+
+
+async def _known_fields(request: Request) -> None:
+    """Refuse what a request does not read: a field or a parameter that it has not, and one of a kind given twice."""
+    route = request.scope.get("route")
+    if not (isinstance(route, APIRoute) and route.include_in_schema and route.path.startswith("/api/")):
+        return
+    form = await request.form() if request.method == "POST" else ()
+    typed = [name for name, _ in form.multi_items()] if form else []
+    asked = [name for name, _ in request.query_params.multi_items()]
+    for given, fields in ((typed, route.dependant.body_params), (asked, route.dependant.query_params)):
+        known = {each.alias: _is_list(each.field_info.annotation) for each in fields}
+        for name in given:
+            if name not in known:
+                near = meant(name, known) or f"; there are: {', '.join(known) or 'none'}"
+                raise ValueError(f"{printable(shortened(name, 80))!r} is not read by {route.path}{near}")
+            if given.count(name) > 1 and not known[name]:
+                raise ValueError(f"{name} is given {given.count(name)} times: keep one")
+
+
+def _is_list(hint: Any) -> bool:
+    return get_origin(hint) is list or any(map(_is_list, get_args(hint)))
+
+
+def _notes(lines: list[str]) -> dict[str, list[str]]:
+    return {"notes": lines} if lines else {}
 
 
 def _read(files: list[UploadFile] | None) -> list[tuple[str, bytes | Path]]:

@@ -125,6 +125,10 @@ class Service:
         """See `Learner.predict`."""
         return self.learner.predict(images, top, classes=classes or None)
 
+    def unread(self, texts: Sequence[str]) -> list[str]:
+        """See `Learner.unread`."""
+        return self.learner.unread(texts)
+
     def search(self, wanted: str | Image.Image, top: int = 12) -> list[Found]:
         """Pictures of the folder that fit words, or another picture, best.
 

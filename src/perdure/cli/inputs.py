@@ -93,9 +93,13 @@ def tell_unread(learner: "Learner | Specialists", texts: Sequence[str], screen: 
     """Say of which words a text encoder knows nothing, unless the learner was taught words itself."""
     from perdure.api.learner import Learner
 
-    if isinstance(learner, Learner) and "captions" not in learner.objective.asks:
-        for line in learner.backbone.unread(texts):
-            screen.warn(line)
+    if isinstance(learner, Learner):
+        readers = {"": learner}
+    else:
+        readers = {f"{name}: ": learner.members[name] for name in learner.able("text")}
+    for who, reader in readers.items():
+        for line in reader.unread(texts):
+            screen.warn(f"{who}{line}")
 
 
 def tell_skipped(skipped: Sequence[str], tell: Callable[[str], None]) -> None:

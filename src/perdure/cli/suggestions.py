@@ -14,6 +14,7 @@ from perdure.formatting import meant, shortened
 from perdure.options.ranges import expected, problem, ranged
 
 _CONFIG = (tyro.conf.OmitArgPrefixes,)
+_SEVERAL = re.compile(r"(?P<flag>\S+): no type matching .* could be instantiated from \[(?P<typed>.*?)\]\. Got errors")
 _SHELLS = ("bash", "zsh", "tcsh")
 
 
@@ -121,4 +122,7 @@ def _parsed(
         _, wrong, *_ = re.split(r"^\s*-{9,}\s*$", said.getvalue(), flags=re.MULTILINE)
         line = " ".join(wrong.split()).removeprefix("Error parsing ")
         hint = next((hint for shown, (_, hint) in flags.items() if line.startswith(f"{shown}:")), None)
+        if several := _SEVERAL.match(line):  # tyro names its own types, one by one
+            typed = shortened(" ".join(several["typed"].strip("'\"").split("', '")))
+            raise ValueError(f"{several['flag']} {typed!r}; expected {expected(hint)}") from stop
         raise ValueError(f"{line}; expected {expected(hint)}" if ranged(hint) else line) from stop

@@ -24,6 +24,7 @@ from perdure.backbones.preprocess import UnreadableImage
 from perdure.core import checkpoint
 from perdure.experiments.orders import REMEDY, fixed_order
 from perdure.options.own_methods import OWN_METHODS
+from perdure.options.paths import refuse_same
 from perdure.options.search_space import Interval, Space, check_space, filled
 from perdure.storage import schema
 from perdure.training.config import (
@@ -98,6 +99,7 @@ def tune(
         "order_seed": config.seed,
         "report_seeds": list(report_seeds),
     }
+    refuse_same(out, config.stream)
     with checkpoint.locked(out), _quiet(optuna):
         _check_same(out, asked)
         checkpoint.write_json(out / STUDY, asked)

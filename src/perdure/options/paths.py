@@ -68,6 +68,26 @@ def paths_in(text: str) -> list[str]:
     return found
 
 
+def refuse_same(out: Path, *described: str) -> None:
+    """Raise a `ValueError` where results would be written into a folder of data, among what is read from it."""
+    refuse_same_folder(out, *(Path(value) for text in described for value in paths_in(text)))
+
+
+def refuse_same_folder(out: Path, *places: Path) -> None:
+    """The same of folders that are named themselves."""
+    for place in places:
+        if is_folder(place) and is_folder(out) and place.samefile(out):
+            raise ValueError(f"{out} is the data's own folder, where results would stand among the data: give another")
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a path, or any text as one, is that of a folder."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):  # longer than names may be, or a NUL in it
+        return False
+
+
 def _changed(text: str, change: Callable[[str], str]) -> str:
     try:
         specs = parse(text)

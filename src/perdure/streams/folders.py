@@ -15,6 +15,8 @@ from perdure.streams.task_split import LabelledData, LabelledPart, arrange
 
 _OURS = ("__MACOSX", "__pycache__", "@eaDir", "lost+found")
 """Folders that systems make: of a Mac's zip files, of Python, of Synology's thumbnails, of a disk check."""
+_LEARNT = ("run.json", ".lock")
+"""What a folder holds that results are written into, also before the first ones are."""
 _SHOWN = 5
 
 Asker = Literal["stream", "learn"]
@@ -122,6 +124,9 @@ def _labelled(
     _loose(root, left_out)
     if domain is None and asking is not None:
         _check_arrangement(root, outer, asking)
+    for folder in (root, *outer):
+        if any((folder / mark).is_file() for mark in _LEARNT):
+            raise ValueError(f"{folder} is the folder of a learner or a run: keep it apart from images to learn")
     for folder in outer:
         name = class_name(folder.name, f"{root}: folder")
         if domain is None:

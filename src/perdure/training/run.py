@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -29,6 +29,7 @@ from perdure.evaluation.examples import EXAMPLES
 from perdure.evaluation.feature_drift import Drift
 from perdure.evaluation.held_out import HeldOut, held_out_of, remarks
 from perdure.evaluation.schedule import Evaluation, check_effect
+from perdure.options.paths import refuse_same
 from perdure.process import as_found, plain
 from perdure.streams.augment import AUGMENTS
 from perdure.training.config import (
@@ -86,6 +87,7 @@ def run(
         ValueError: for anything in `config` that cannot be done, before anything is learnt.
         Interrupted: after SIGINT or SIGTERM.
     """
+    refuse_same(out, config.stream, *config.retain)
     with joined(config.device) as processes, _held(out, processes):
         if processes.first and (out / "run.json").exists():
             raise ValueError(f"{out} already holds a run: go on with 'perdure resume {out}', or give another --out")
@@ -101,9 +103,8 @@ def run(
             progress.note(f"no means over tasks are given: {unlike}")
         for remark in (*stream.notes.get("remarks", ()), *remarks(held_out, stream)):
             progress.note(remark)
-        if {"classes"} == set(learner.objective.asks) and "text" in learner.objective.towers:
-            for line in learner.backbone.unread([name for task in stream for name in task.names]):
-                progress.note(line)
+        for line in unread_names(learner, stream):
+            progress.note(line)
         if processes.first:
             write_record(out, record_of(asked, learner, stream, runtime, held_out))
         processes.wait()
@@ -113,6 +114,13 @@ def run(
         nothing_left = nothing_learnt_nothing_left(out) if processes.first else nullcontext()
         with nothing_left, as_found(runtime.threads):
             return learn_stream(config, learner, stream, out, progress, config.save_every, held_out=held_out, most=most)
+
+
+def unread_names(learner: Core, tasks: Iterable[Task]) -> list[str]:
+    """A line for each script that names of classes are written in and the text encoder that is to read them cannot."""
+    if {"classes"} != set(learner.objective.asks) or "text" not in learner.objective.towers:
+        return []
+    return learner.backbone.unread([name for task in tasks for name in task.names])
 
 
 def dry_run(config: RunConfig, backbone: Backbone, stream: Stream) -> None:
