@@ -3,6 +3,7 @@
 import difflib
 import math
 import re
+import shlex
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -88,6 +89,12 @@ _USUAL = {
     "threshold": "keep",
 }
 """What others call it -> our name."""
+
+
+def command(*words: object) -> str:
+    """A command of perdure as a message names it, to be pasted: in quotes, where its words need none of their own."""
+    line = shlex.join(["perdure", *map(str, words)])
+    return line if "'" in line else f"'{line}'"
 
 
 def meant(word: str, known: Iterable[str]) -> str:

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from PIL import Image
 from rich.console import Console
 
 from perdure.cli.console import Screen
-from perdure.formatting import printable, printable_lines, shortened
+from perdure.formatting import command, printable, printable_lines, shortened
 from perdure.reporting.tables import markdown
 from perdure.types import Row, Task
 
@@ -135,3 +136,10 @@ def test_what_is_harmless_stays_as_it_is_and_the_rest_can_be_read() -> None:
     assert printable_lines("a\nb\rc") == "a\nb\\rc"
     assert json.loads(f'"{shortened("x" * 1000)}"') == f"{'x' * 133} … {'x' * 66}"
     assert shortened("short") == "short"
+
+
+@pytest.mark.parametrize("folder", ["runs/a", "my runs/a", "it's", "中 文", "$HOME"])
+def test_a_command_in_a_message_can_be_pasted(folder: str) -> None:
+    said = command("learn", "FOLDER", "--into", folder)
+    inside = said[1:-1] if said.startswith("'") else said
+    assert shlex.split(inside) == ["perdure", "learn", "FOLDER", "--into", folder]

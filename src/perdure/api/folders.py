@@ -25,7 +25,7 @@ from perdure.backbones.preprocess import skippable
 from perdure.core import checkpoint
 from perdure.core.checkpoint import Checkpoint, read_record
 from perdure.core.forgetting import only_classes
-from perdure.formatting import shortened
+from perdure.formatting import command, shortened
 from perdure.options.paths import anchored, refuse_same_folder
 from perdure.options.spec import parse
 from perdure.process import as_found, plain
@@ -138,7 +138,7 @@ def teach_folder(
         except Interrupted as stop:
             said, call = str(stop).partition(";")[0], "pretrain" if pretext else "learn"
             raise Interrupted(
-                f"{said}; go on with 'perdure {call} {photos} --into {into}' and the same options"
+                f"{said}; go on with {command(call, photos, '--into', into)} and the same options"
             ) from stop
         except Diverged as error:
             shutil.rmtree(into / f"task-{len(before):03d}", ignore_errors=True)  # of no use to go on from
@@ -167,7 +167,7 @@ def go_on(folder: Path, progress: Progress | None = None, device: str | None = N
     if written["config"].get("stream"):
         return resume(folder, progress, device)
     if not done:
-        raise ValueError(f"{folder} was taught nothing yet: go on with 'perdure learn FOLDER --into {folder}'")
+        raise ValueError(f"{folder} was taught nothing yet: go on with {command('learn', 'FOLDER', '--into', folder)}")
     progress = progress or Quiet()
     with checkpoint.locked(folder):
         learner = Learner.untaught(folder, device)
@@ -214,7 +214,7 @@ def tasks_with_data(
         if done[-1].learnt < len(declared):
             raise ValueError(
                 f"{folder} has learnt {done[-1].learnt} of its stream's {len(declared)} tasks: finish it with "
-                f"'perdure resume {folder}' before it learns more"
+                f"{command('resume', folder)} before it learns more"
             )
     sources = {each.learnt - 1: each.manifest.get("source") for each in done}
     tasks: list[Task] = []

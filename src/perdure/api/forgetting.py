@@ -14,6 +14,7 @@ from perdure.core.forgetting import forget_classes
 from perdure.core.manifests import LEARNER, MANIFEST
 from perdure.evaluation.feature_drift import FEATURES
 from perdure.evaluation.per_class import ANSWERS
+from perdure.formatting import command
 from perdure.process import plain
 from perdure.storage import replacement
 from perdure.storage.schema import FORMAT
@@ -41,7 +42,7 @@ def forget_in(folder: Path, name: str, device: str | None = None) -> Learner:
                 f"Learner.load({str(folder)!r}).forget({name!r}).save(...)"
             )
         if unfinished(folder, done) is not None:
-            raise ValueError(f"{folder} was stopped within a lesson: finish it first with 'perdure resume {folder}'")
+            raise ValueError(f"{folder} was stopped within a lesson: finish it first with {command('resume', folder)}")
         learner = Learner.load(folder, device)
         c = learner.class_called(name)
         draft = replacement.begin_draft(folder)

@@ -18,6 +18,7 @@ from perdure.core.checkpoint import read_record
 from perdure.core.shared_copy import as_now, become, part, twin_of
 from perdure.evaluation.calibration import fit, set_apart
 from perdure.export.model import export
+from perdure.formatting import command
 from perdure.objectives.zeroshot import class_texts
 from perdure.options.ranges import BatchSize, Count, checking
 from perdure.process import Turn, as_found, plain
@@ -356,7 +357,7 @@ class Learner(Abilities):
         read_record(Path(folder))
         done = checkpoint.whole(Path(folder))  # before the model is read, which may take longer
         if not done:
-            raise ValueError(f"{folder} has no learnt task yet: go on with 'perdure resume {folder}'")
+            raise ValueError(f"{folder} has no learnt task yet: go on with {command('resume', folder)}")
         learner = cls.untaught(Path(folder), device)
         with as_found(learner.runtime.threads):
             checkpoint.restore(learner, done[-1])

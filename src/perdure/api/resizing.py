@@ -8,6 +8,7 @@ from perdure.api.learner import Learner
 from perdure.core import checkpoint
 from perdure.core.checkpoint import read_record
 from perdure.core.manifests import latest_step, recorded_size
+from perdure.formatting import command
 from perdure.options.spec import changed, parse_one
 from perdure.process import plain
 from perdure.training.record import recorded_config, recorded_runtime, write_size
@@ -40,7 +41,7 @@ def resize(folder: str | Path, **options: Any) -> str:
         if not done:
             raise ValueError(f"{folder} has no learnt task yet: make a learner with these options of its backbone")
         if latest_step(folder, done):
-            raise ValueError(f"{folder} was stopped within a task: end it first with 'perdure resume {folder}'")
+            raise ValueError(f"{folder} was stopped within a task: end it first with {command('resume', folder)}")
         config = recorded_config(folder, written)
         read = dict(parse_one(config.backbone).kwargs)
         config = replace(config, backbone=changed(config.backbone, **given))

@@ -14,6 +14,7 @@ import tyro
 from perdure.cli.console import Screen
 from perdure.cli.inputs import opened_and_told, tell_seen
 from perdure.cli.use import LearnerCommand
+from perdure.formatting import command
 from perdure.options.paths import is_file
 from perdure.options.ranges import Count
 from perdure.storage.schema import SPECIALISTS
@@ -72,7 +73,7 @@ class Ask(LearnerCommand):
     def _question(self) -> tuple[str, ...]:
         from perdure.backbones.preprocess import is_image
 
-        example = f'perdure ask {self.learner} cat.jpg "What is this?"'
+        example = command("ask", self.learner, "cat.jpg", "What is this?")
         if not self.words or not self.words[-1].strip():
             raise ValueError(f"there is no question: write {example}")
         for word in self.words[:-1]:

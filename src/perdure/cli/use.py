@@ -12,7 +12,7 @@ import tyro
 from perdure.cli.console import Command, Screen
 from perdure.cli.inputs import opened_and_told, shown_images, tell_seen, tell_unread
 from perdure.cli.tables import routing_lines
-from perdure.formatting import shortened
+from perdure.formatting import command, shortened
 from perdure.options.ranges import Count, Range
 from perdure.storage.schema import SPECIALISTS
 
@@ -49,7 +49,7 @@ class Predict(LearnerCommand):
     def __call__(self, screen: Screen) -> None:
         """Print labels with scores."""
         if not self.images:
-            raise ValueError(f"no image given: write 'perdure predict {self.learner} cat.jpg'")
+            raise ValueError(f"no image given: write {command('predict', self.learner, 'cat.jpg')}")
         learner = opened_and_told(self.learner, self.device, screen)
         how = {"classes": self.classes or None, "calibrated": self.calibrated, "task": self.task}
         tell_unread(learner, self.classes, screen)

@@ -11,7 +11,7 @@ from typing import Any
 
 from perdure import metrics
 from perdure.core.manifests import Checkpoint, read_record, recorded_moves, recorded_size, whole
-from perdure.formatting import human_bytes, shortened
+from perdure.formatting import command, human_bytes, shortened
 from perdure.options.paths import moved
 from perdure.options.spec import changed, parse
 from perdure.storage import schema
@@ -152,7 +152,7 @@ def _held(folder: Path, done: list[Checkpoint]) -> Iterator[str]:
         yield "what was answered to each test image, by its number"
     path = folder / "examples.json"
     if path.is_file():
-        remedy = f"remove it, 'perdure resume {folder}' does not need it"
+        remedy = f"remove it, {command('resume', folder)} does not need it"
         pictures = schema.read_typed(path, Examples, remedy)["pictures"]
         yield f"{len(pictures)} small pictures of test images, with questions or captions (examples.json, report.html)"
 

@@ -13,7 +13,7 @@ from perdure.core import checkpoint
 from perdure.core.checkpoint import Checkpoint, read_record
 from perdure.evaluation import feature_drift as drift
 from perdure.evaluation.answer_retention import answered, mean_kept
-from perdure.formatting import RARE
+from perdure.formatting import RARE, command
 from perdure.options.spec import Spec, parse
 from perdure.reporting.figures import Series
 from perdure.storage import schema
@@ -366,7 +366,7 @@ def _known_summary(folder: Path, done: Sequence[Checkpoint], note: Callable[[str
             raise
         return said
     if path.exists() and (said is None or contradicts(said, found)):
-        note(f"{path} {why}: its numbers are taken from the manifests; 'perdure resume {folder}' writes it anew")
+        note(f"{path} {why}: its numbers are taken from the manifests; {command('resume', folder)} writes it anew")
     return cast(Summary, found)
 
 
@@ -376,7 +376,7 @@ def _tell_other_results(folder: Path, rows: Sequence[Row], note: Callable[[str],
     said = "".join(checkpoint.lines_of(rows)).encode()
     if path.exists() and not said.startswith(path.read_bytes()):
         note(
-            f"{path} is not what the manifests say: what is shown is taken from these; 'perdure resume {folder}' "
+            f"{path} is not what the manifests say: what is shown is taken from these; {command('resume', folder)} "
             "writes it anew"
         )
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from perdure.core.manifests import RECORD, read_record, read_specialists, whole
-from perdure.formatting import human_bytes, printable, shortened
+from perdure.formatting import command, human_bytes, printable, shortened
 from perdure.storage import schema
 from perdure.storage.files import write_page
 from perdure.storage.schema import Damaged, MemberFacts, RoutingTable
@@ -97,7 +97,7 @@ def read_routing(folder: Path) -> RoutingTable | None:
     path = folder / TABLE
     if not path.is_file():
         return None
-    return schema.read_typed(path, RoutingTable, f"remove it, and measure anew: perdure eval {folder}", True)
+    return schema.read_typed(path, RoutingTable, f"remove it, and measure anew: {command('eval', folder)}", True)
 
 
 def _state(facts: MemberFacts, folder: Path) -> str:

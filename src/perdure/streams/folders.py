@@ -7,7 +7,7 @@ from pathlib import Path, PurePath
 from typing import Any, Literal
 
 from perdure.backbones.preprocess import formats, is_image
-from perdure.formatting import meant
+from perdure.formatting import command, meant
 from perdure.streams.naming import class_name, natural, role_of
 from perdure.streams.options import Options, stream
 from perdure.streams.sources import Files
@@ -223,7 +223,7 @@ def _check_arrangement(root: Path, outer: Sequence[Path], asking: Asker) -> None
     inner = [tuple(each.name for each in _folders(folder)) for folder in outer]
     bare = [within != () and not _has_image(folder) for folder, within in zip(outer, inner, strict=True)]
     if len(outer) == 1 and bare[0]:
-        meant = {"learn": f"'perdure learn {outer[0]}'", "stream": f"path={str(outer[0])!r}"}[asking]
+        meant = {"learn": f"{command('learn', outer[0])}", "stream": f"path={str(outer[0])!r}"}[asking]
         raise ValueError(f"{outer[0]} holds only folders ({_few(inner[0])}): did you mean {meant}?")
     same = len(outer) > 1 and inner[0] != () and len(set(inner)) == 1
     if not same and not all(bare):
@@ -234,7 +234,7 @@ def _check_arrangement(root: Path, outer: Sequence[Path], asking: Asker) -> None
         remedy = "put these outermost, as train/<class> and test/<class>"
     elif asking == "learn":
         remedy = (
-            f"learn them one by one, as in 'perdure learn {outer[0]}', or move the images of a class into its folder"
+            f"learn them one by one, as in {command('learn', outer[0])}, or move the images of a class into its folder"
         )
     else:
         remedy = f"write domain=0 where {names} are domains, domain=1 where they are the classes"

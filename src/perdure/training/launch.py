@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from perdure.formatting import command
+
 RUN_ID = "perdure"
 """Under which torch's launcher tells its processes who has started them."""
 
@@ -78,6 +80,6 @@ def _ended(failures: Mapping[int, Any], processes: int, folder: object) -> Ended
     by = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     return Ended(
         f"process {rank} of {processes} {by}, and so all have ended; what was saved before is whole: go on with "
-        f"'perdure resume {folder}'",
+        f"{command('resume', folder)}",
         1,
     )

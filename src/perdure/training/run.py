@@ -29,6 +29,7 @@ from perdure.evaluation.examples import EXAMPLES
 from perdure.evaluation.feature_drift import Drift
 from perdure.evaluation.held_out import HeldOut, held_out_of, remarks
 from perdure.evaluation.schedule import Evaluation, check_effect
+from perdure.formatting import command
 from perdure.options.paths import refuse_same
 from perdure.process import as_found, plain
 from perdure.streams.augment import AUGMENTS
@@ -90,7 +91,7 @@ def run(
     refuse_same(out, config.stream, *config.retain)
     with joined(config.device) as processes, _held(out, processes):
         if processes.first and (out / "run.json").exists():
-            raise ValueError(f"{out} already holds a run: go on with 'perdure resume {out}', or give another --out")
+            raise ValueError(f"{out} already holds a run: go on with {command('resume', out)}, or give another --out")
         progress = (progress if processes.first else None) or Quiet()
         learner, stream, runtime = _build(config, runtime, processes)
         asked, config = config, config.settled()
@@ -196,7 +197,7 @@ def resume(out: Path, progress: Progress | None = None, device: str | None = Non
         checkpoint.whole(out)  # before the model is read, which may take longer
         config, runtime = recorded_config(out, written), recorded_runtime(out, written, device, processes.world)
         if not config.stream:
-            raise ValueError(f"{out} is taught from folders: go on with 'perdure learn FOLDER --into {out}'")
+            raise ValueError(f"{out} is taught from folders: go on with {command('learn', 'FOLDER', '--into', out)}")
         extra = elsewhere(out, runtime, progress)
         learner, stream, _ = _build(config, runtime, processes)
         stream = as_recorded(stream, written["stream"])
@@ -327,7 +328,7 @@ def learn_stream(
         saver = Saver(save_every, out, learner, stopped)
         for task in stream.tasks[learnt:]:
             if stopped():
-                raise Interrupted(f"stopped before task {task.number}; go on with 'perdure resume {out}'")
+                raise Interrupted(f"stopped before task {task.number}; go on with {command('resume', out)}")
             resumed, start = None, time.perf_counter()
             if snapshot is not None:
                 before = snapshot.rows

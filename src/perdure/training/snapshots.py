@@ -13,6 +13,7 @@ import torch
 from perdure.core import checkpoint
 from perdure.core.learner import Core
 from perdure.core.processes import Processes
+from perdure.formatting import command
 from perdure.training.loop import check_finite
 from perdure.training.online import Along
 from perdure.types import Row
@@ -73,7 +74,7 @@ class Saver:
 
     def stop(self, where: str) -> NoReturn:
         """Say what is left to do."""
-        raise Interrupted(f"stopped {where}; go on with 'perdure resume {self.out}'")
+        raise Interrupted(f"stopped {where}; go on with {command('resume', self.out)}")
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from perdure.evaluation import feature_drift as drift
 from perdure.evaluation import per_class
 from perdure.evaluation.answer_retention import answered, mean_kept
 from perdure.evaluation.zero_shot_retention import kept
+from perdure.formatting import command
 from perdure.metrics import CUTS
 from perdure.options.spec import parse_one
 from perdure.scoring import common_top
@@ -227,10 +228,10 @@ def read_summary(out: Path, must_be_sealed: bool | None = None) -> Summary:
     """
     path = out / SUMMARY
     if not path.is_file():
-        raise ValueError(f"{out} is not finished: it has no {SUMMARY}. Go on with 'perdure resume {out}'")
+        raise ValueError(f"{out} is not finished: it has no {SUMMARY}. Go on with {command('resume', out)}")
     if must_be_sealed is None:
         must_be_sealed = "format" in checkpoint.read_record(out)
-    remedy = f"restore it, or remove it and 'perdure resume {out}' writes it anew"
+    remedy = f"restore it, or remove it and {command('resume', out)} writes it anew"
     found = schema.read_typed(path, Summary, remedy, must_be_sealed)
     matrix = found.get("matrix", [])
     if any(len(row) != len(matrix) for row in matrix):
