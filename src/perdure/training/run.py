@@ -30,7 +30,7 @@ from perdure.evaluation.feature_drift import Drift
 from perdure.evaluation.held_out import HeldOut, held_out_of, remarks
 from perdure.evaluation.schedule import Evaluation, check_effect
 from perdure.process import as_found, plain
-from perdure.streams.augment import AUGMENTS
+from perdure.streams.augment import AUGMENTS, check_views
 from perdure.training.config import (
     RunConfig,
     make_backbone,
@@ -128,6 +128,7 @@ def dry_run(config: RunConfig, backbone: Backbone, stream: Stream) -> None:
     """
     objective, method = make_objective(config.objective, config.method), make_method(config.method)
     check_effect(measured_between(config.evaluate), stream, objective)
+    check_views(config.augment, objective.asks)
     learner = Core(backbone, objective, method, stream.scenario, config.seed_of("start"))
     learner.sharded = config.shard != "none"
     learner.online, learner.compiles = config.online, config.compile
