@@ -105,7 +105,9 @@ def meant(word: str, known: Iterable[str]) -> str:
     for meaning in (usual, f"--{usual}".replace("_", "-")):
         if usual and meaning in spelt:
             return f"; did you mean {spelt[meaning]!r}?"
-    near = difflib.get_close_matches(plain, list(spelt), n=1) if len(word) < 100 else []
+    # a sum in another order, of which difflib takes the last part to be meant
+    near = [each for each in spelt if "+" in each and sorted(each.split("+")) == sorted(re.split(r"\s*\+\s*", plain))]
+    near = near or (difflib.get_close_matches(plain, list(spelt), n=1) if len(word) < 100 else [])
     return f"; did you mean {spelt[near[0]]!r}?" if near else ""
 
 

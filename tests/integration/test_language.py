@@ -69,6 +69,15 @@ def test_a_run_learns_what_is_asked_about_pictures(files: list[str], tmp_path: P
     assert {"strict", "lenient", "empty", "unparsable"} <= measured
 
 
+@pytest.mark.parametrize("more", [{"augment": "flip"}, {"method": f"{METHOD} + replay(size=4, augment='crop')"}])
+def test_views_of_images_are_refused_where_questions_are_asked_about_them(
+    more: dict[str, str], files: list[str], tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"^augment='(flip|crop)' has no effect on conversations.*: leave it out$"):
+        run(config_of(files, **more), tmp_path)
+    assert not (tmp_path / "run.json").exists()
+
+
 def test_questions_with_options_are_multiple_choice_in_runs_and_lessons(files: list[str], tmp_path: Path) -> None:
     rows = [json.loads(line) | {"options": [*COLOURS]} for line in Path(files[0]).read_text().splitlines()]
     file = Path(files[0]).with_name("offered.json")

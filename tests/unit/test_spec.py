@@ -264,6 +264,8 @@ def test_parts_that_are_not_specs_with_parentheses_are_refused(text: str):
         ("InfLoRA", ["inflora", "lora"], "'inflora'"),
         ("slca", ["align", "lora"], "'align'"),
         ("threshold", ["keep", "rank"], "'keep'"),
+        ("language+projector", ["vision", "projector", "projector+language"], "'projector+language'"),
+        ("Language + vision + projector", ["language", "vision+projector+language"], "'vision+projector+language'"),
     ],
 )
 def test_words_of_others_lead_to_ours(word: str, known: list[str], found: str) -> None:

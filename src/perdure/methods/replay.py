@@ -17,7 +17,7 @@ from perdure.core.learner import Core
 from perdure.mechanisms.replay import ExemplarBuffer, Rehearsal, Selection
 from perdure.mechanisms.selection_scores import Position
 from perdure.options.ranges import Bytes, Count, Range, Ratio, without_effect
-from perdure.streams.augment import AUGMENTS
+from perdure.streams.augment import AUGMENTS, check_views
 from perdure.types import Batch, Task, join
 
 _EVERY = 10
@@ -60,7 +60,7 @@ class Replay(Rehearsal, name="replay"):
         super().__init__(ExemplarBuffer(size, bytes, selection, position))
         self.ratio = ratio
         self.every = (every or _EVERY) if schedule == "periodic" else None
-        self.augment = None if augment is None else AUGMENTS[augment]
+        self.augment = augment
 
     def grow(self, learner: Core, task: Task) -> None:
         """All heads learn: old classes are in the batch."""
@@ -69,11 +69,17 @@ class Replay(Rehearsal, name="replay"):
             # old classes are in every batch, or, with `periodic`, in every few: new ones may not compete alone
             learner.objective.unmask() if self.every else learner.objective.requires_grad_(True)
 
+    def check(self, learner: Core, task: Task) -> None:
+        """Refuse what would have no effect; known when all parts have grown."""
+        check_views(self.augment, learner.objective.asks)
+        super().check(learner, task)
+
     def batch(self, learner: Core, batch: Batch) -> Batch:
         """Append old examples; with `periodic`, replace the batch when it is time."""
         if not len(self.memory) or (self.every and learner.step % self.every):
             return batch
         n = max(1, round(self.ratio * len(batch["label"])))
         rows = self.memory.pick(n, learner.generator("replay", learner.step))
-        old = self.memory.recall(learner, rows, batch, self.augment)
+        view = None if self.augment is None else AUGMENTS[self.augment]
+        old = self.memory.recall(learner, rows, batch, view)
         return old if self.every else join([batch, old])

@@ -1,7 +1,7 @@
 """Random views of training images, on the device, a batch at a time."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
@@ -77,3 +77,20 @@ def _flip(image: Tensor, generator: torch.Generator) -> Tensor:
 
 
 AUGMENTS: dict[str, Augment] = {"none": none, "flip": flip, "crop": crop, "zoom": zoom}
+
+
+def check_views(name: str | None, asks: Collection[str]) -> None:
+    """Refuse a view, a name of `AUGMENTS` or none, where what is learnt shows its images as they are.
+
+    Args:
+        name: as it was given.
+        asks: what the objective asks for.
+
+    Raises:
+        ValueError: with the remedy.
+    """
+    if name not in (None, "none") and "conversations" in asks:
+        raise ValueError(
+            f"augment={name!r} has no effect on conversations, which may ask where things are and so show their images "
+            "as they stand: leave it out"
+        )

@@ -32,7 +32,7 @@ from perdure.evaluation.schedule import Evaluation, check_effect
 from perdure.formatting import command
 from perdure.options.paths import refuse_same
 from perdure.process import as_found, plain
-from perdure.streams.augment import AUGMENTS
+from perdure.streams.augment import AUGMENTS, check_views
 from perdure.training.config import (
     RunConfig,
     make_backbone,
@@ -137,6 +137,7 @@ def dry_run(config: RunConfig, backbone: Backbone, stream: Stream) -> None:
     """
     objective, method = make_objective(config.objective, config.method), make_method(config.method)
     check_effect(measured_between(config.evaluate), stream, objective)
+    check_views(config.augment, objective.asks)
     learner = Core(backbone, objective, method, stream.scenario, config.seed_of("start"))
     learner.sharded = config.shard != "none"
     learner.online, learner.compiles = config.online, config.compile
