@@ -337,7 +337,8 @@ def check_tower(learner: AnyLearner, part: Method, tower: Tower) -> None:
 def check_mask(learner: AnyLearner, mask: bool | None) -> None:
     """Raise `ValueError` when an option `mask` was given and would change nothing."""
     if "classes" not in learner.objective.asks:
-        without_effect("where pairs compete, and not classes", mask=mask)
+        competing = "tokens" if "conversations" in learner.objective.asks else "pairs"
+        without_effect(f"where {competing} compete, and not classes", mask=mask)
     if learner.scenario == "domain":
         without_effect("where every task has all classes", mask=mask)
     if mask and not learner.objective.masked_loss:

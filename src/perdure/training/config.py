@@ -157,7 +157,8 @@ class RunConfig(TrainConfig):
     method: str = "inflora(rank=10)"
     """How, such as 'inflora(rank=10) + replay(size=2000)'; see `perdure list methods`."""
     objective: str = "classify()"
-    """What is asked: classify() learns heads, zeroshot() compares with class names, retrieve() images with captions."""
+    """What is asked: classify() learns heads, zeroshot() compares with class names, retrieve() images with captions;
+    generate() lets a language model answer."""
     augment: Literal["none", "flip", "crop", "zoom"] = "none"
     """Random views of training images."""
     calibrate: Annotated[float, Range(0, 0.5)] = 0.0
