@@ -316,6 +316,10 @@ def test_learners_of_folders_of_one_name_are_all_there(tmp_path: Path) -> None:
     for number, folder in enumerate(folders):
         learner = Learner.create("tiny(dim=16)", "lora(rank=2)", epochs=1, precision="fp32")
         learner.learn(pictures, [f"x{number}", f"y{number}"] * 2).save(folder)
+    with pytest.raises(
+        ValueError, match=r"came from Python, .* with 'perdure learn FOLDER --into .*or use --route text"
+    ):
+        combine(list(map(str, folders)), str(tmp_path / "looking"))
     team = combine(list(map(str, folders)), str(tmp_path / "team"), route="uniform")
     assert len(team.members) == 3
     assert sorted(team.known) == ["x0", "x1", "x2", "y0", "y1", "y2"]

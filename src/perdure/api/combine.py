@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from perdure.api.folders import tasks_with_data
-from perdure.api.learner import Learner
+from perdure.api.learner import OPEN, Learner
 from perdure.api.specialists import Specialists, seen_by, unit_features, write_specialists
 from perdure.backbones.base import Backbone
 from perdure.core import checkpoint
 from perdure.core.learner import derived_seed
 from perdure.core.manifests import check_new, read_record
-from perdure.formatting import count_bytes, told_apart
+from perdure.formatting import command, count_bytes, told_apart
 from perdure.mechanisms.experience_pool import ExperiencePool
 from perdure.mechanisms.routing import LinUCB, Route, router_of
 from perdure.process import plain
@@ -94,12 +94,18 @@ def gather(
     classes: list[tuple[int, str]] = []
     for number, (name, learner) in enumerate(learners.items()):
         folder = _folder_of(folders, name)
-        tasks = tasks_with_data(learner, folder, checkpoint.whole(folder), progress.note)
+        done = checkpoint.whole(folder)
+        tasks = tasks_with_data(learner, folder, done, progress.note)
         gone = [task.name for task in tasks if not len(task.train) and _to_be_seen(task, learner)]
         if gone and route in _LOOKING:
+            written = learner.config.stream != OPEN or all("source" in each.manifest for each in done)
+            why, remedy = "cannot be read any more", "say where it is now with 'perdure move'"
+            if not written:
+                why = "came from Python, where nobody wrote down what images they were"
+                remedy = f"teach it from a folder, with {command('learn', 'FOLDER', '--into', folder)}"
             raise ValueError(
-                f"what {folder} was taught as {gone[0]!r} cannot be read any more, and --route {route} looks at it: "
-                "say where it is now with 'perdure move', or use --route text or uniform"
+                f"what {folder} was taught as {gone[0]!r} {why}, and --route {route} looks at it: {remedy}, or use "
+                "--route text or uniform"
             )
         shown, said = _taught(tasks, learner, encoder, per_class, seed + number)
         if "text" in encoder.towers() and said:
