@@ -13,8 +13,8 @@ REMEDY = 'Write order="seed" in the stream, by which each seed has its own, or g
 
 def fixed_order(config: RunConfig, preprocess: Preprocess, seeds: Sequence[int]) -> str:
     """Says that the stream has its several tasks in one order with all of `seeds`; "" where that is not so."""
-    made_up = any(spec.name.endswith("synthetic") for spec in all_specs(config.stream))
-    if made_up or len(set(seeds)) < 2:  # each seed has pictures of its own
+    made_up = any(spec.name.endswith("synthetic") for spec in all_specs(config.stream))  # anew by each seed
+    if made_up or len(set(seeds)) < 2:
         return ""
     found: list[Stream] = []
     for seed in dict.fromkeys(seeds):
