@@ -54,6 +54,16 @@ def slope(of: Any, start: dict[str, Tensor], way: dict[str, Tensor], step: float
     return float((of(ahead) - of(behind)).detach() / (2 * step))
 
 
+def rates_of(learner: Core, batch: Batch, rate: float) -> dict[str, float]:
+    """Of weights of heads in units of 10 / mean ‖feature‖²."""
+    length = float(learner.encode(batch).detach().square().sum(1).mean())
+    assert length != pytest.approx(1, rel=0.2)
+    return {
+        name: 10 * rate / length if name.endswith(".weight") and "heads" in name else rate
+        for name in learner.trainable()
+    }
+
+
 def along(gradients: dict[str, Tensor], way: dict[str, Tensor]) -> float:
     return float(sum((gradients[name] * way[name]).sum() for name in way))
 
@@ -61,12 +71,12 @@ def along(gradients: dict[str, Tensor], way: dict[str, Tensor]) -> float:
 @pytest.mark.parametrize("steps", [1, 3])
 def test_the_gradient_of_maml_is_that_of_the_loss_after_its_inner_steps(steps: int, begun: Any) -> None:
     learner, batch = begun(f"lora(rank=2) + ewc + maml(inner_steps={steps}, inner_lr=0.3)")
-    start, way = dict(learner.trainable()), directions(learner)
+    start, way, rates = dict(learner.trainable()), directions(learner), rates_of(learner, batch, 0.3)
     support, query = (take(batch, rows) for rows in halves(batch["label"], learner.generator("maml", learner.step)))
 
     def outer(weights: dict[str, Tensor]) -> Tensor:
         for _ in range(steps):
-            weights, _ = inner_step(learner, weights, support, 0.3)
+            weights, _ = inner_step(learner, weights, support, rates)
         return loss_at(learner, weights, query, whole_loss)
 
     assert along(filled(learner, batch), way) == pytest.approx(slope(outer, start, way), rel=1e-6)
@@ -75,7 +85,7 @@ def test_the_gradient_of_maml_is_that_of_the_loss_after_its_inner_steps(steps: i
 def test_the_gradient_of_fomaml_is_the_one_at_the_adapted_weights_and_another_than_mamls(begun: Any) -> None:
     learner, batch = begun("lora(rank=2) + fomaml(inner_lr=0.3)")
     support, query = (take(batch, rows) for rows in halves(batch["label"], learner.generator("fomaml", learner.step)))
-    weights, _ = inner_step(learner, dict(learner.trainable()), support, 0.3)
+    weights, _ = inner_step(learner, dict(learner.trainable()), support, rates_of(learner, batch, 0.3))
     weights = {name: value.detach().requires_grad_() for name, value in weights.items()}
     wanted = torch.autograd.grad(loss_at(learner, weights, query, whole_loss), list(weights.values()))
     found = filled(learner, batch)
@@ -89,15 +99,18 @@ def test_gradients_of_lamaml_and_of_its_rates_are_those_of_its_meta_loss(begun: 
     (method,) = (part for part in learner.method if part.name == "lamaml")
     start, way = dict(learner.trainable()), directions(learner)
     rates = {name: (0.1 + 0.05 * torch.rand_like(v)).requires_grad_() for name, v in start.items()}
+    units = rates_of(learner, batch, 1.0)
 
     def meta(weights: dict[str, Tensor], rates: dict[str, Tensor]) -> Tensor:
         losses = []
         for rows in interleaved(12, 2):
-            weights, _ = inner_step(learner, weights, take(batch, rows), rates)
+            own = {name: rate * units[name] for name, rate in rates.items()}
+            weights, _ = inner_step(learner, weights, take(batch, rows), own)
             losses.append(loss_at(learner, weights, batch, plain_loss))
         return torch.stack(losses).mean()
 
     assert len(batch["label"]) == 24
+    learner.loss(batch)  # as in a step, before its gradients
     by_parameter, by_rate = method.meta_gradients(learner, start, rates, batch)
     assert along(by_parameter, way) == pytest.approx(slope(lambda w: meta(w, rates), start, way), rel=1e-6)
     assert along(by_rate, way) == pytest.approx(slope(lambda r: meta(dict(start), r), rates, way), rel=1e-6)
@@ -135,12 +148,12 @@ def test_reptile_with_one_inner_step_is_plain_training_bit_for_bit(lab: Any) -> 
 
 def test_reptile_leaves_the_way_of_its_inner_steps_as_gradient(begun: Any) -> None:
     learner, batch = begun("lora(rank=2) + reptile(inner_steps=3, inner_lr=0.2)")
-    start = dict(learner.trainable())
+    start, rates = dict(learner.trainable()), rates_of(learner, batch, 0.2)
     weights = dict(start)
     for rows in interleaved(len(batch["label"]), 3):
-        weights, _ = inner_step(learner, weights, take(batch, rows), 0.2)
+        weights, _ = inner_step(learner, weights, take(batch, rows), rates)
         weights = {name: value.detach().requires_grad_() for name, value in weights.items()}
-    wanted = {name: (start[name] - weights[name]).detach() / 0.2 for name in start}
+    wanted = {name: (start[name] - weights[name]).detach() / rates[name] for name in start}
     torch.testing.assert_close(filled(learner, batch), wanted, rtol=1e-9, atol=1e-12)
 
 
@@ -244,3 +257,21 @@ def test_an_example_that_is_left_over_is_learnt_plainly_by_oml(begun: Any) -> No
     learner.loss(one).backward()
     wanted = {name: p.grad for name, p in learner.trainable().items() if p.grad is not None}
     torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("part", ["reptile", "fomaml", "maml", "lamaml(size=12, rate_lr=0.0, clip=1000.0)", "oml"])
+def test_steps_within_a_step_mean_the_same_whatever_the_length_of_features(part: str, begun: Any) -> None:
+    """Features 20 times as long before heads a twentieth as large: the same scores, and the same encoder learns."""
+    learner, batch = begun(f"lora(rank=2) + {part}")
+    found = filled(learner, batch)
+    (norm,) = (m for n, m in learner.backbone.named_modules() if n.endswith("norm") and "blocks" not in n)
+    with torch.no_grad():
+        norm.weight *= 20
+        norm.bias *= 20
+        for name, head in learner.trainable().items():
+            if name.endswith("weight") and "heads" in name:
+                head /= 20
+    longer = filled(learner, batch)
+    encoder = [name for name in found if "heads" not in name]
+    assert encoder
+    torch.testing.assert_close([longer[n] for n in encoder], [found[n] for n in encoder], rtol=1e-6, atol=1e-9)

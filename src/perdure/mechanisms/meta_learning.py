@@ -15,6 +15,8 @@ from perdure.types import AnyLearner, Batch, Task, take
 
 Weights = Mapping[str, Tensor]
 """Values of trainable parameters, by their names."""
+_HEADS_FASTER = 10.0  # than what makes features, where these are of length 1
+_LEAST = 1e-12  # of mean ‖feature‖²: features may all be zero
 Loss = Callable[[Core, Batch], Tensor]
 
 
@@ -51,7 +53,7 @@ def inner_step(
     learner: Core,
     weights: Weights,
     batch: Batch,
-    rates: Weights | float,
+    rates: Mapping[str, Tensor | float],
     loss: Loss = plain_loss,
     second_order: bool = False,
     clip: float | None = None,
@@ -62,7 +64,7 @@ def inner_step(
         learner: whose loss.
         weights: where the step starts; each needs a gradient.
         batch: what it descends on.
-        rates: of all weights, or of each number in each weight.
+        rates: of each weight, or of each number in it.
         loss: see `Loss`.
         second_order: whether gradients flow through the step's own gradients, or take these for constant.
         clip: gradients are cut to at most this, number by number.
@@ -75,8 +77,12 @@ def inner_step(
         for name, g in zip(weights, found, strict=True)
         if g is not None
     }
-    rate_of = rates if isinstance(rates, Mapping) else dict.fromkeys(weights, rates)
-    return {n: w - rate_of[n] * gradients[n] if n in gradients else w for n, w in weights.items()}, gradients
+    return {n: w - rates[n] * gradients[n] if n in gradients else w for n, w in weights.items()}, gradients
+
+
+def turns_features(name: str) -> bool:
+    """Whether the parameter called `name` is multiplied by features: the weight of a head."""
+    return name.startswith("objective.heads.") and name.endswith(".weight")
 
 
 def twice_differentiable() -> AbstractContextManager[None]:
@@ -124,7 +130,28 @@ def check_second_order(learner: AnyLearner, part: Method, remedy: str) -> None:
         )
 
 
-class ModelAgnostic(Method):
+class InnerSteps(Method):
+    """Base of what takes steps of gradient descent within a step.
+
+    Of the weights of heads their rate counts in units of 10 / mean ‖feature‖²: so it means the same whatever the length
+    of an encoder's features, which is 1 in one and 20 in another. At 0.1 a step on an example corrects its scores by
+    their error.
+    """
+
+    derived = ("_length",)
+    _length: Tensor | float = 1.0
+
+    def penalty(self, learner: AnyLearner, batch: Batch, features: Tensor) -> Tensor | float:
+        """Nothing of its own; it is noted how long the step's features are."""
+        self._length = features.detach().square().sum(1).mean().clamp_min(_LEAST)
+        return super().penalty(learner, batch, features)
+
+    def units(self, weights: Weights) -> dict[str, Tensor | float]:
+        """Of the rate of each of `weights`."""
+        return {name: _HEADS_FASTER / self._length if turns_features(name) else 1.0 for name in weights}
+
+
+class ModelAgnostic(InnerSteps):
     """Base of MAML and FOMAML: the gradient of the loss on a query after `inner_steps` steps on a support.
 
     Both are halves of the batch, without a common example. The steps descend on the objective's loss; what is asked of
@@ -156,9 +183,10 @@ class ModelAgnostic(Method):
     def meta_gradients(self, learner: Core, support: Batch, query: Batch) -> dict[str, Tensor | None]:
         """Of the outer loss on `query`, by the weights before the inner steps on `support`."""
         weights: Weights = dict(learner.trainable())
-        start = list(weights.values())
+        start, units = list(weights.values()), self.units(weights)
+        rates = {name: self.inner_lr * unit for name, unit in units.items()}
         for _ in range(self.inner_steps):
-            weights, _ = inner_step(learner, weights, support, self.inner_lr, second_order=self.second_order)
+            weights, _ = inner_step(learner, weights, support, rates, second_order=self.second_order)
         with twice_differentiable() if self.second_order else nullcontext():
             outer = loss_at(learner, weights, query, whole_loss)
             found: Sequence[Tensor | None] = gradients_of(outer, start)

@@ -15,7 +15,7 @@ class FOMAML(ModelAgnostic, name="fomaml"):
 
     Args:
         inner_steps: number of steps on the support.
-        inner_lr: their rate, of plain gradient descent.
+        inner_lr: their rate, of plain gradient descent; of heads' weights in units of 10 / mean ‖feature‖².
     """
 
     second_order = False

@@ -21,6 +21,7 @@ from perdure.adapters.state import BufferDict
 from perdure.core.learner import Core
 from perdure.mechanisms.gradients import gradients_of
 from perdure.mechanisms.meta_learning import (
+    InnerSteps,
     Weights,
     check_second_order,
     inner_step,
@@ -35,7 +36,7 @@ from perdure.options.ranges import Bytes, Count, Factor, Rate, Ratio, Strength
 from perdure.types import Batch, Task, join, take
 
 
-class LaMAML(Rehearsal, name="lamaml"):
+class LaMAML(InnerSteps, Rehearsal, name="lamaml"):
     """Small steps on new examples shall not harm new and old ones; how large they are, each parameter learns.
 
     The memory holds references into the tasks' training sets, which must stay at hand.
@@ -43,7 +44,7 @@ class LaMAML(Rehearsal, name="lamaml"):
     Args:
         size: number of examples remembered in all; None is 2000, or what `bytes` allow.
         inner_steps: number of steps on the new examples of a batch, each on a part of them.
-        inner_lr: the rate with which every parameter begins (α_0).
+        inner_lr: the rate with which every parameter begins (α_0); of heads' weights in units of 10 / mean ‖feature‖².
         rate_lr: the rate at which rates are learnt (η); 0 leaves them as they begin (C-MAML).
         second_order: whether gradients flow through the inner steps' own gradients.
         clip: inner gradients, and those of rates, are cut to at most this, number by number.
@@ -120,10 +121,11 @@ class LaMAML(Rehearsal, name="lamaml"):
     ) -> tuple[dict[str, Tensor | None], dict[str, Tensor | None]]:
         """Of the meta-loss on `batch`, by the parameters and by their rates."""
         parts = interleaved(self._new, self.inner_steps)
-        weights, outer = start, []
+        weights, outer, units = start, [], self.units(start)
+        inner = {name: rate * units[name] for name, rate in rates.items()}
         for rows in parts:
             weights, _ = inner_step(
-                learner, weights, take(batch, rows), rates, second_order=self.second_order, clip=self.clip
+                learner, weights, take(batch, rows), inner, second_order=self.second_order, clip=self.clip
             )
             with twice_differentiable():
                 outer.append(loss_at(learner, weights, batch, whole_loss))

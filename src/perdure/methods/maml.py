@@ -18,7 +18,8 @@ class MAML(ModelAgnostic, name="maml"):
 
     Args:
         inner_steps: number of steps on the support.
-        inner_lr: their rate, of plain gradient descent (the paper's α).
+        inner_lr: their rate, of plain gradient descent (the paper's α); of heads' weights in units of 10 / mean
+            ‖feature‖².
     """
 
     second_order = True

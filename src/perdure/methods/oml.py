@@ -5,29 +5,26 @@ anew learns one half of the batch, one example after another; the loss of that h
 steps, is what the representation descends on (algorithm 2). The learner's own heads descend on their plain loss.
 
 Differs: trajectory and remembered examples are halves of the batch, drawn anew in each step, old examples among them
-where a part rehearses. The rate of the inner steps counts in units of 1 / mean ‖feature‖², so that it means the same
-for every encoder. The learner's own heads, which answer, are no part of the meta-loss: the published prediction part is
-kept from one trajectory to the next but for the rows of its classes.
+where a part rehearses. The rate of the inner steps counts in units of 10 / mean ‖feature‖², so that it means the same
+for every encoder, and so do the values with which a head begins. The learner's own heads, which answer, are no part of
+the meta-loss: the published prediction part is kept from one trajectory to the next but for the rows of its classes.
 """
-
-import math
 
 import torch
 from torch import Tensor
 
 from perdure.core.learner import Core
-from perdure.core.method import Method
 from perdure.mechanisms.gradients import gradients_of
-from perdure.mechanisms.meta_learning import Loss, Weights, halves, inner_step, loss_at, set_gradients
+from perdure.mechanisms.meta_learning import InnerSteps, Loss, Weights, halves, inner_step, loss_at, set_gradients
 from perdure.options.ranges import Rate
 from perdure.types import Batch, Task, take
 
 
-class OML(Method, name="oml"):
+class OML(InnerSteps, name="oml"):
     """Trains the encoder so that a new head, learnt one example at a time, interferes little with itself.
 
     Args:
-        inner_lr: rate of the inner steps, in units of 1 / mean ‖feature‖².
+        inner_lr: rate of the inner steps; of weights in units of 10 / mean ‖feature‖².
     """
 
     protects = "encoder"
@@ -68,22 +65,20 @@ class OML(Method, name="oml"):
     def meta_loss(self, learner: Core, batch: Batch, features: Tensor, generator: torch.Generator) -> Tensor:
         """Loss on the batch of a head that has just learnt one half of it from `features` (B, dim)."""
         trajectory, _ = halves(batch["label"], generator)
-        rate = self.inner_lr / float(features.detach().square().sum(1).mean())
-        head: Weights = {
-            name: fresh(p, features.shape[1], generator)
-            for name, p in learner.trainable().items()
-            if name.startswith("objective.")
-        }
+        heads = {name: p for name, p in learner.trainable().items() if name.startswith("objective.")}
+        units = self.units(heads)
+        head: Weights = {name: fresh(p, features.shape[1], units[name], generator) for name, p in heads.items()}
+        rates = {name: self.inner_lr * unit for name, unit in units.items()}
         for row in torch.split(trajectory, 1):
             one = _from(features[row.to(features.device)])
-            head, _ = inner_step(learner, head, take(batch, row), rate, one, second_order=True)
+            head, _ = inner_step(learner, head, take(batch, row), rates, one, second_order=True)
         return loss_at(learner, head, batch, _from(features))
 
 
-def fresh(like: Tensor, dim: int, generator: torch.Generator) -> Tensor:
-    """A head's parameter before it has learnt anything, of the form of `like`; needs a gradient."""
+def fresh(like: Tensor, dim: int, unit: Tensor | float, generator: torch.Generator) -> Tensor:
+    """A head's parameter as it begins, of the form of `like`, for features (dim,); its rate counts in such units."""
     drawn = torch.rand(like.shape, generator=generator, dtype=torch.float32) * 2 - 1
-    return (drawn / math.sqrt(dim)).to(like).requires_grad_()
+    return (drawn.to(like) * (unit / dim) ** 0.5).requires_grad_()
 
 
 def _from(features: Tensor) -> Loss:

@@ -12,20 +12,27 @@ schedule.
 from torch import Tensor
 
 from perdure.core.learner import Core
-from perdure.core.method import Method
-from perdure.mechanisms.meta_learning import Weights, check_taught, inner_step, interleaved, set_gradients, whole_loss
+from perdure.mechanisms.meta_learning import (
+    InnerSteps,
+    Weights,
+    check_taught,
+    inner_step,
+    interleaved,
+    set_gradients,
+    whole_loss,
+)
 from perdure.options.ranges import Count, Rate
 from perdure.types import Batch, Task, take
 
 
-class Reptile(Method, name="reptile"):
+class Reptile(InnerSteps, name="reptile"):
     """Moves what its partner trains towards where several small steps in a row lead.
 
     The gradients of the parts of a batch are so made to agree, up to second order of the inner rate.
 
     Args:
         inner_steps: number of steps a batch, each on a part of it; at most one an example.
-        inner_lr: their rate, of plain gradient descent.
+        inner_lr: their rate, of plain gradient descent; of heads' weights in units of 10 / mean ‖feature‖².
     """
 
     borderless = True
@@ -41,9 +48,10 @@ class Reptile(Method, name="reptile"):
     def backward(self, learner: Core, loss: Tensor, batch: Batch) -> None:
         """The sum of the gradients along the way."""
         weights: Weights = dict(learner.trainable())
+        rates = {name: self.inner_lr * unit for name, unit in self.units(weights).items()}
         total: dict[str, Tensor] = {}
         for rows in interleaved(len(batch["label"]), self.inner_steps):
-            weights, gradients = inner_step(learner, weights, take(batch, rows), self.inner_lr, whole_loss)
+            weights, gradients = inner_step(learner, weights, take(batch, rows), rates, whole_loss)
             weights = {name: value.detach().requires_grad_() for name, value in weights.items()}
             for name, gradient in gradients.items():
                 total[name] = total[name] + gradient if name in total else gradient
