@@ -50,7 +50,8 @@ def test_a_batch_without_images_is_a_batch_like_any_other(method: str, seed: int
     + ["gpm(tower='vision')", "inflora(rank=2, tower='vision')", "finetune(tower='vision') + ewc"],
 )
 def test_what_asks_for_gradients_finds_none_in_texts_alone(method: str) -> None:
-    taught = learner(method, size=1)
+    # two where halves are set against each other, of which some hold a text alone
+    taught = learner(method, size=2 if method.endswith(("reptile", "maml")) and "lamaml" not in method else 1)
     for shift in (0, 3):  # the second lesson begins with what the first has left
         taught.learn(conversations=[{**each, "answer": f"{i + shift}"} for i, each in enumerate([*SHOWN, *TOLD])])
     assert all(torch.isfinite(value).all() for value in taught.learnt_state().values() if value.is_floating_point())
