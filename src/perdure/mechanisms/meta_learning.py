@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from perdure.core.learner import Core
 from perdure.core.method import Method, check_trained
-from perdure.mechanisms.gradients import gradients_of
+from perdure.mechanisms.gradients import gradients_of, or_zeros
 from perdure.types import AnyLearner, Batch, Task, take
 
 Weights = Mapping[str, Tensor]
@@ -190,4 +190,6 @@ class ModelAgnostic(InnerSteps):
         with twice_differentiable() if self.second_order else nullcontext():
             outer = loss_at(learner, weights, query, whole_loss)
             found: Sequence[Tensor | None] = gradients_of(outer, start)
+        if not outer.requires_grad:  # the support shows images, the query texts alone, which move nothing here
+            found = or_zeros(found, start)
         return dict(zip(weights, found, strict=True))
