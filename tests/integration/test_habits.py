@@ -13,7 +13,7 @@ import yaml
 
 from perdure.cli.main import main
 from perdure.core.method import METHODS
-from perdure.experiments.tune import command
+from perdure.experiments.tune import report_command
 from perdure.options.own_methods import OWN_METHODS
 from perdure.training.config import RunConfig
 
@@ -65,9 +65,9 @@ def test_a_learners_configuration_gives_the_same_learner(perdure: Any, photos: A
 
 def test_the_command_that_reports_a_search_knows_own_methods(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     best = RunConfig(stream="synthetic()")
-    assert "--import" not in command(best, [0], here)
+    assert "--import" not in report_command(best, [0], here)
     monkeypatch.setenv(OWN_METHODS, str(here / "own.py"))
-    assert command(best, [0], here).endswith(f" --import {here / 'own.py'}")
+    assert report_command(best, [0], here).endswith(f" --import {here / 'own.py'}")
 
 
 @pytest.mark.parametrize(

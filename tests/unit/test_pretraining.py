@@ -227,7 +227,7 @@ def test_captions_are_refused_where_they_cannot_be_read(pictures: Tensor) -> Non
         made("lora", "tiny(text=True)", objective="retrieve()").pretrain(pictures, "contrast()", captions=texts)
     with pytest.raises(ValueError, match="masked is learnt in one process and whole batches"):
         made("lora", accumulate=2).pretrain(pictures)
-    with pytest.raises(ValueError, match="this learner was only pre-trained, without labels: call learn"):
+    with pytest.raises(ValueError, match="this learner was only pre-trained, without labels: teach it first"):
         made("lora").pretrain(pictures).predict(pictures)
 
 

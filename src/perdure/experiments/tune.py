@@ -373,7 +373,7 @@ def _result(study: "Study", config: RunConfig, space: Space, report_seeds: Seque
         "failed": failed,
         "importance": importance,
         "best": rows[0],
-        "command": command(best, report_seeds, out / "report"),
+        "command": report_command(best, report_seeds, out / "report"),
     }
 
 
@@ -381,7 +381,7 @@ def _by(row: Mapping[str, Any]) -> tuple[float, str]:
     return -row["score"], row["folder"]
 
 
-def command(best: RunConfig, seeds: Sequence[int], out: Path) -> str:
+def report_command(best: RunConfig, seeds: Sequence[int], out: Path) -> str:
     """The command line that reports the best options on other class orders."""
     words = ["perdure", "compare", "--methods", best.method, "--seeds", *map(str, seeds), "--out", str(out)]
     own = ["--import", file] if (file := os.environ.get(OWN_METHODS)) else []
