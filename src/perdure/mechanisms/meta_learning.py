@@ -139,6 +139,7 @@ class InnerSteps(Method):
     """
 
     derived = ("_length",)
+    inner_lr: float
     _length: Tensor | float = 1.0
 
     def penalty(self, learner: AnyLearner, batch: Batch, features: Tensor) -> Tensor | float:
@@ -149,6 +150,10 @@ class InnerSteps(Method):
     def units(self, weights: Weights) -> dict[str, Tensor | float]:
         """Of the rate of each of `weights`."""
         return {name: _HEADS_FASTER / self._length if turns_features(name) else 1.0 for name in weights}
+
+    def inner_rates(self, weights: Weights) -> dict[str, Tensor | float]:
+        """Of each of `weights`."""
+        return {name: self.inner_lr * unit for name, unit in self.units(weights).items()}
 
 
 class ModelAgnostic(InnerSteps):
@@ -183,8 +188,7 @@ class ModelAgnostic(InnerSteps):
     def meta_gradients(self, learner: Core, support: Batch, query: Batch) -> dict[str, Tensor | None]:
         """Of the outer loss on `query`, by the weights before the inner steps on `support`."""
         weights: Weights = dict(learner.trainable())
-        start, units = list(weights.values()), self.units(weights)
-        rates = {name: self.inner_lr * unit for name, unit in units.items()}
+        start, rates = list(weights.values()), self.inner_rates(weights)
         for _ in range(self.inner_steps):
             weights, _ = inner_step(learner, weights, support, rates, second_order=self.second_order)
         with twice_differentiable() if self.second_order else nullcontext():

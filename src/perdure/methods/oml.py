@@ -68,7 +68,7 @@ class OML(InnerSteps, name="oml"):
         heads = {name: p for name, p in learner.trainable().items() if name.startswith("objective.")}
         units = self.units(heads)
         head: Weights = {name: fresh(p, features.shape[1], units[name], generator) for name, p in heads.items()}
-        rates = {name: self.inner_lr * unit for name, unit in units.items()}
+        rates = self.inner_rates(heads)
         for row in torch.split(trajectory, 1):
             one = _from(features[row.to(features.device)])
             head, _ = inner_step(learner, head, take(batch, row), rates, one, second_order=True)

@@ -48,7 +48,7 @@ class Reptile(InnerSteps, name="reptile"):
     def backward(self, learner: Core, loss: Tensor, batch: Batch) -> None:
         """The sum of the gradients along the way."""
         weights: Weights = dict(learner.trainable())
-        rates = {name: self.inner_lr * unit for name, unit in self.units(weights).items()}
+        rates = self.inner_rates(weights)
         total: dict[str, Tensor] = {}
         for rows in interleaved(len(batch["label"]), self.inner_steps):
             weights, gradients = inner_step(learner, weights, take(batch, rows), rates, whole_loss)
