@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from perdure.api.combine import combine
 from perdure.api.learner import Learner
+from perdure.api.merge import merge, task_vector
 from perdure.api.specialists import Specialists
 
 MADE = ("--backbone", "tiny_mllm()", "--method", "lora(rank=2, tower='language')", "--precision", "fp32", "--epochs", 1)
@@ -144,3 +146,24 @@ def test_the_command_that_is_named_is_one_that_members_answer_to(perdure: Any, v
         assert ("only those that learnt classes" in said.out) == (into != "all")
         answer = perdure(*words)
         assert answer.code == 0, answer.err
+
+
+def test_learners_that_speak_are_merged_into_one(perdure: Any, voice: Any) -> None:
+    members = voice("x", "sums"), voice("y", "legs")
+    made = perdure("combine", *members, "--into", "one", "--merge", "arithmetic(scale=1)")
+    assert made.code == 0, made.err
+    assert "ask it with: perdure ask one" in made.out
+    one, parts = Learner.load("one"), [task_vector(Learner.load(each)) for each in members]
+    assert [task.name for task in one.tasks] == ["sums", "legs"]
+    assert (found := task_vector(one)).keys() == parts[0].keys()
+    for layer, update in found.items():
+        torch.testing.assert_close(update, parts[0][layer] + parts[1][layer], rtol=1e-3, atol=1e-6)
+    alone = merge({each: Learner.load(each) for each in members}, "ties(density=1)", weights=(0, 1))
+    asked = [each["question"] for talk in TALKS.values() for each in talk]
+    assert alone.ask(None, asked) == Learner.load(members[1]).ask(None, asked)
+    lines = [{"question": "Who are you?", "answer": "me"}] * 4
+    Path("more.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
+    later = perdure("learn", "more.jsonl", "--into", "one")
+    assert later.code == 0, later.err
+    moved = task_vector(Learner.load("one"))
+    assert any((moved[layer] - found[layer]).abs().max() > 1e-5 for layer in found)

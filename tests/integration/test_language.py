@@ -149,3 +149,14 @@ def test_a_question_to_learn_that_is_too_long_is_refused_before_the_tasks_in_fro
     with pytest.raises(ValueError, match=r"why\.train\.jsonl, line 6: a conversation takes \d+ tokens"):
         run(wrong, tmp_path / "out", told)
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("task-*")), "nothing was learnt"
+
+
+def test_a_task_in_which_nothing_is_trained_is_told(files: list[str], tmp_path: Path) -> None:
+    said: dict[str, list[str]] = {}
+    for method in ("lora(rank=2, tower='language', tasks=1)", "lora(rank=2, tower='language')", "probe"):
+        noted = Noted()
+        run(config_of(files, method=method, epochs=1), tmp_path / str(len(said)), noted)
+        said[method] = [note for note in noted.notes if "trains nothing" in note]
+    once, always, never = said.values()
+    assert once == [f"task 2, red: {next(iter(said))} trains nothing in it, so answers stay as they were"]
+    assert always == never == []

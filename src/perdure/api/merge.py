@@ -15,6 +15,7 @@ from torch import Tensor
 from perdure.adapters.injection import prompted, updates
 from perdure.adapters.low_rank import LowRank
 from perdure.api.learner import OPEN, Learner
+from perdure.api.specialists import speaks
 from perdure.core.manifests import check_new
 from perdure.core.method import parts_of, predicts, treated
 from perdure.mechanisms.merging import MERGES, Vector, merged_vectors
@@ -55,7 +56,7 @@ def merge(
     made = Learner.of(_config(first, _places(first)), first.runtime)
     made.scenario = first.scenario
     every = list(learners.values())
-    alike = len({tuple(each.known) for each in every}) == 1
+    alike = not speaks(first) and len({tuple(each.known) for each in every}) == 1
     for task in _tasks([first] if alike else every):
         made.grow(task)
         made.prepare()
@@ -78,9 +79,7 @@ def unlike(learners: Mapping[str, Learner]) -> str:
     names, every = list(learners), list(learners.values())
     for name, each in learners.items():
         method = each.config.method
-        if "conversations" in each.objective.asks or any(
-            not k.startswith("heads.") for k in each.objective.state_dict()
-        ):
+        if any(not k.startswith("heads.") for k in each.objective.state_dict()):
             return f"{name} learns {min(each.objective.asks)}, and more than heads and updates would have to be merged"
         if predicts(each.method) or treated(each.method) or prompted(each.backbone) or each.tunes_backbone:
             return f"{name} was taught by {method!r}, whose answers no update of weights holds"
@@ -92,6 +91,8 @@ def unlike(learners: Mapping[str, Learner]) -> str:
             return f"{names[0]} and {name} have different objectives or scenarios"
         if _places(each) != _places(every[0]):
             return f"{names[0]} and {name} adapt different layers"
+    if speaks(every[0]):  # tasks of one name may be other questions: nothing is kept by name
+        return ""
     known = [tuple(each.known) for each in every]
     shared = [c for i, each in enumerate(known) for c in each if any(c in other for other in known[:i])]
     if shared and len(set(known)) > 1:
@@ -99,6 +100,10 @@ def unlike(learners: Mapping[str, Learner]) -> str:
     if shared and len({tuple(task.names for task in each.tasks[: each.learnt]) for each in every}) > 1:
         return f"several have learnt {shared[0]!r}, but in other lessons"
     return ""
+
+
+def _headed(learner: Learner) -> bool:
+    return bool(learner.objective.state_dict())
 
 
 def task_vector(learner: Learner) -> Vector:
@@ -121,7 +126,9 @@ def _places(learner: Learner) -> dict[str, Any]:
 
 
 def _config(first: Learner, places: Mapping[str, Any]) -> RunConfig:
-    method = str(Spec("lora", (("rank", 1), *places.items(), ("tasks", 1))))
+    """Of the merged learner; a later lesson teaches it a head, or a fresh branch where no head is taught."""
+    later = (("rank", 1), *places.items(), ("tasks", 1)) if _headed(first) else (*places.items(), ("per_task", True))
+    method = str(Spec("lora", later))
     return dataclasses.replace(first.config, stream=OPEN, method=method, calibrate=0.0, retain=())
 
 

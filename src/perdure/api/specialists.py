@@ -139,14 +139,14 @@ class Specialists:
     def able(self, asks: str) -> list[str]:
         """Members who are there and learnt `classes`, `captions` or `conversations`; or with `text` read texts."""
         if asks == "text":
-            return [n for n, each in self.members.items() if "text" in each.backbone.towers() and not _speaks(each)]
+            return [n for n, each in self.members.items() if "text" in each.backbone.towers() and not speaks(each)]
         return [n for n, each in self.members.items() if asks in each.objective.asks]
 
     def check_sees(self, call: str) -> None:
         """Raise a ValueError where no member can be asked for `call`, predict or search."""
         self._some("classes" if call == "predict" else "text", call)
 
-    def check_speaks(self) -> None:
+    def checkspeaks(self) -> None:
         """Raise a ValueError unless a member answers in words."""
         self._some("conversations", "ask")
 
@@ -255,7 +255,7 @@ class Specialists:
     @plain()
     def ask(self, images: Any, question: str | Sequence[str], tokens: int = TOKENS, task: str | None = None) -> Any:
         """What a member that speaks answers to a question, or to several; see `Learner.ask`."""
-        self.check_speaks()
+        self.checkspeaks()
         said = self.reply(asked(images, question, self), tokens, task)
         return said[0] if isinstance(question, str) else said
 
@@ -394,5 +394,6 @@ def _told(learner: Learner, task: str | None, chosen: bool = False) -> str | Non
     return task if chosen and own != [{*learner.objective.classes}] else None
 
 
-def _speaks(learner: Learner) -> bool:
+def speaks(learner: Learner) -> bool:
+    """Whether it answers in words."""
     return "conversations" in learner.objective.asks

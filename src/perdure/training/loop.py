@@ -14,7 +14,7 @@ from torch.amp import GradScaler
 
 from perdure.core.compiling import begin, compiled
 from perdure.core.learner import Core, derived_seed
-from perdure.core.method import Method, treated
+from perdure.core.method import Method, parts_of, predicts, treated
 from perdure.core.unsaved import check_saved
 from perdure.process import ALONE, as_found, plain
 from perdure.training.config import TrainConfig as TrainConfig
@@ -156,6 +156,8 @@ def fit_task(
     moved = bool(treated(method)) or not all(name.startswith("objective.") for name in learner.trainable())
     trains = optimizer is not None or learner.online  # a pass goes by, whether or not anything is trained
     progress.task(task, task.total, config.epochs, steps if trains else 0)
+    if not trains and not predicts(method) and any(part.changes_encoder for part in parts_of(method)):
+        progress.note(f"task {task.number}, {task.name}: {method.spec} trains nothing in it, so answers stay as they were")
     if learner.compiles:
         begin(learner.backbone)
     if trains:
