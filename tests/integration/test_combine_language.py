@@ -143,7 +143,7 @@ def test_the_command_that_is_named_is_one_that_members_answer_to(perdure: Any, v
     ):
         said = perdure("combine", *members, "--into", into, *READS)
         assert said.out.splitlines()[-1].endswith(f"; ask them with: perdure {way}"), said
-        assert ("only those that learnt classes" in said.out) == (into != "all")
+        assert ("learnt classes or answer in words, and no member" in said.out) == (into == "search")
         answer = perdure(*words)
         assert answer.code == 0, answer.err
 
@@ -155,7 +155,8 @@ def test_learners_that_speak_are_merged_into_one(perdure: Any, voice: Any) -> No
     assert "ask it with: perdure ask one" in made.out
     one, parts = Learner.load("one"), [task_vector(Learner.load(each)) for each in members]
     assert [task.name for task in one.tasks] == ["sums", "legs"]
-    assert (found := task_vector(one)).keys() == parts[0].keys()
+    found = task_vector(one)
+    assert found.keys() == parts[0].keys()
     for layer, update in found.items():
         torch.testing.assert_close(update, parts[0][layer] + parts[1][layer], rtol=1e-3, atol=1e-6)
     alone = merge({each: Learner.load(each) for each in members}, "ties(density=1)", weights=(0, 1))
@@ -167,3 +168,33 @@ def test_learners_that_speak_are_merged_into_one(perdure: Any, voice: Any) -> No
     assert later.code == 0, later.err
     moved = task_vector(Learner.load("one"))
     assert any((moved[layer] - found[layer]).abs().max() > 1e-5 for layer in found)
+
+
+def test_speakers_are_measured_with_the_router_and_what_is_merged(perdure: Any, tmp_path: Path) -> None:
+    for name, answer in {"x": "4", "y": "8"}.items():
+        Path(name).mkdir()
+        for part in ("train", "test"):
+            lines = [{"question": f"{name} {part} {i}?", "answer": answer} for i in range(6)]
+            Path(f"{name}/{part}.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
+        perdure("learn", name, "--into", f"my/{name}", *MADE, "--epochs", 20, "--lr", 0.02)
+    made = perdure("combine", "my/x", "my/y", "--into", "team", *READS, "--json")
+    [table] = [json.loads(line) for line in made.out.splitlines() if '"routing"' in line]
+    assert (table["images"], table["things"]) == (12, "questions")
+    rows = {row["who"]: row["accuracy"] for row in table["rows"]}
+    said = {each: Learner.load(f"my/{each}").ask(None, [f"{each} test {i}?" for i in range(6)]) for each in "xy"}
+    assert rows["oracle"] == pytest.approx((said["x"].count("4") + said["y"].count("8")) / 12)
+    assert rows["oracle"] > 0, said
+    assert rows["a random member"] == pytest.approx((rows["x alone"] + rows["y alone"]) / 2)
+    assert {f"merged by {how}" for how in ("average", "arithmetic", "ties", "dare")} < rows.keys()
+    team = Specialists.load("team")
+    routed = [*team.ask(None, [f"{each} test {i}?" for each in "xy" for i in range(6)])]
+    assert rows["routed (text)"] == pytest.approx((routed[:6].count("4") + routed[6:].count("8")) / 12)
+    lines = [{"question": f"new {i}?", "answer": "4"} for i in range(3)]
+    Path("new.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
+    other = perdure("eval", "team", "--stream", "conversations(path='new.jsonl')", "--json")
+    assert other.code == 0, other.err
+    [table] = [json.loads(line) for line in other.out.splitlines() if '"routing"' in line]
+    assert (table["images"], table["routing_accuracy"]) == (3, None)
+    assert "oracle" not in {row["who"] for row in table["rows"]}
+    shown = perdure("show", "team")
+    assert "questions" in shown.out

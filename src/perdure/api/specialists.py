@@ -146,7 +146,7 @@ class Specialists:
         """Raise a ValueError where no member can be asked for `call`, predict or search."""
         self._some("classes" if call == "predict" else "text", call)
 
-    def checkspeaks(self) -> None:
+    def check_speaks(self) -> None:
         """Raise a ValueError unless a member answers in words."""
         self._some("conversations", "ask")
 
@@ -255,7 +255,7 @@ class Specialists:
     @plain()
     def ask(self, images: Any, question: str | Sequence[str], tokens: int = TOKENS, task: str | None = None) -> Any:
         """What a member that speaks answers to a question, or to several; see `Learner.ask`."""
-        self.checkspeaks()
+        self.check_speaks()
         said = self.reply(asked(images, question, self), tokens, task)
         return said[0] if isinstance(question, str) else said
 

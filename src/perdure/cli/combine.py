@@ -128,9 +128,11 @@ class Combine(LearnerCommand):
 def _measured(team: "Specialists", made: "Mapping[str, Learner]", screen: Screen) -> None:
     from perdure.api.routing_scores import measure_routing
 
-    if not team.able("classes"):
-        screen.note("not measured: of specialists only those that learnt classes are, and no member did")
+    if not (team.able("classes") or team.able("conversations")):
+        screen.note("not measured: of specialists those are that learnt classes or answer in words, and no member does")
         return
+    if team.able("classes") and team.able("conversations"):
+        screen.note("measured are the members that learnt classes, not those that answer in words")
     screen.wait("evaluating")
     try:
         table = measure_routing(team, None, screen, made)

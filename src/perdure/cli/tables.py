@@ -117,7 +117,8 @@ def ends(count: int, room: int) -> list[int | None]:
 
 def routing_lines(table: Mapping[str, Any]) -> list[str]:
     """What was measured of specialists, a line each; `table` as in routing.json."""
-    titles = ("", "accuracy", "asked", "ms/image", "stored")
+    things = table.get("things", "images")
+    titles = ("", "accuracy", "asked", f"ms/{things[:-1]}", "stored")
     rows = [titles]
     for row in table["rows"]:
         took = "" if row["milliseconds"] is None else f"{row['milliseconds']:.1f}"
@@ -129,8 +130,10 @@ def routing_lines(table: Mapping[str, Any]) -> list[str]:
         numbers = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
         lines.append("   ".join([name + " " * (widths[0] - cell_len(name)), *numbers]))
     found = table["routing_accuracy"]
-    sent = "" if found is None else f"; {found:.1%} were routed to a member that was taught their class"
+    taught = "class" if things == "images" else "task"
+    sent = "" if found is None else f"; {found:.1%} were routed to a member that was taught their {taught}"
+    each = "an image" if things == "images" else "a question"
     return [
         *lines,
-        f"on {table['images']} images{sent}; asked: members an image; oracle: the best choice there could be",
+        f"on {table['images']} {things}{sent}; asked: members {each}; oracle: the best choice there could be",
     ]

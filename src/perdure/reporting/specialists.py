@@ -26,15 +26,18 @@ with <code>{{ found.gate }}</code>. The pool holds {{ classes }} classes in {{ s
 <td class="text">{{ each.method }}</td><td class="text">{{ each.backbone }}</td><td>{{ each.state }}</td></tr>
 {% endfor %}</table>
 {% if found.measured %}<h2>Measured</h2>
-<table><tr><th></th><th>accuracy</th><th>asked</th><th>ms/image</th><th>stored</th></tr>
+{% set things = found.measured.things or "images" %}{% set words = things == "questions" %}
+<table><tr><th></th><th>accuracy</th><th>asked</th><th>ms/{{ things[:-1] }}</th><th>stored</th></tr>
 {% for row in found.measured.rows %}<tr><td>{{ row.who }}</td><td>{{ "%.1f" | format(100 * row.accuracy) }} %</td>
 <td>{{ "%g" | format(row.asked) }}</td>
 <td>{% if row.milliseconds is not none %}{{ "%.1f" | format(row.milliseconds) }}{% endif %}</td>
 <td>{{ bytes(row.bytes) }}</td></tr>
 {% endfor %}</table>
-<p>On {{ found.measured.images }} test images.{% if found.measured.routing_accuracy is not none %}
-{{ "%.1f" | format(100 * found.measured.routing_accuracy) }} % were routed to a member that was taught their class.
-{% endif %} Asked: members an image. The oracle is the best choice there could be.</p>
+<p>On {{ found.measured.images }} test {{ things }}.{% if found.measured.routing_accuracy is not none %}
+{{ "%.1f" | format(100 * found.measured.routing_accuracy) }} % were routed to a member that was taught
+their {{ "task" if words else "class" }}.{% endif %}
+Asked: members {{ "a question" if words else "an image" }}. The oracle is the best choice there
+could be.</p>
 {% else %}<p>Nothing was measured yet: <code>perdure eval</code> does.</p>{% endif %}
 </body></html>
 """
@@ -76,7 +79,9 @@ def told_team(folder: Path, found: dict[str, Any]) -> list[str]:
     if measured := found["measured"]:
         routed = next((row for row in measured["rows"] if row["who"].startswith("routed")), None)
         if routed:
-            lines.append(f"routed: {routed['accuracy']:.1%} right on {measured['images']} images")
+            lines.append(
+                f"routed: {routed['accuracy']:.1%} right on {measured['images']} {measured.get('things', 'images')}"
+            )
     return lines
 
 

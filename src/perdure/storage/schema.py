@@ -311,9 +311,10 @@ class RoutingRow(TypedDict):
 
 
 class RoutingTable(TypedDict):
-    """routing.json: what was measured of specialists, on how many images."""
+    """routing.json: what was measured of specialists, on how many images, or questions where `things` says so."""
 
     images: Natural
+    things: NotRequired[Literal["images", "questions"]]
     routing_accuracy: float | None
     rows: list[RoutingRow]
     seal: str

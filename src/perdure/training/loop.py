@@ -157,7 +157,9 @@ def fit_task(
     trains = optimizer is not None or learner.online  # a pass goes by, whether or not anything is trained
     progress.task(task, task.total, config.epochs, steps if trains else 0)
     if not trains and not predicts(method) and any(part.changes_encoder for part in parts_of(method)):
-        progress.note(f"task {task.number}, {task.name}: {method.spec} trains nothing in it, so answers stay as they were")
+        progress.note(
+            f"task {task.number}, {task.name}: {method.spec} trains nothing in it, so answers stay as they were"
+        )
     if learner.compiles:
         begin(learner.backbone)
     if trains:
