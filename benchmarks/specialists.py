@@ -4,6 +4,7 @@
 
 No learner sees another's images. `combine` puts them together, and the team is measured on the test images of all
 tasks, with no task told: routed, each alone, a random one, all averaged, the oracle, and merged into one in each way.
+With a stream of questions, `--objective generate` and a language model the same, by what is answered.
 """
 
 import argparse
@@ -20,19 +21,31 @@ from perdure.api.combine import combine
 from perdure.api.folders import teach_folder
 from perdure.api.routing_scores import measure_routing
 from perdure.process import plain
-from perdure.streams import build_stream
+from perdure.streams import ConversationSet, build_stream
 from perdure.training.config import RunConfig, make_backbone
 from perdure.types import Task
 
 
 def written(task: Task, folder: Path) -> Path:
-    """The images of a task as class folders, at the size that the model reads."""
+    """A task's images as class folders, at the size that the model reads; or its questions as files with images."""
     for part, data in (("train", task.train), ("test", task.test)):
+        place = folder / part
+        place.mkdir(parents=True)
+        if isinstance(data, ConversationSet):
+            asked = data.__getitems__(range(len(data)))["conversation"]
+            lines = []
+            for i, each in enumerate(asked):
+                [image] = each.images
+                image.save(place / f"{i:05}.png")
+                line = {"image": f"{part}/{i:05}.png", "question": each.question, "answer": each.answer}
+                lines.append(json.dumps(line if each.options is None else line | {"options": each.options}) + "\n")
+            (folder / f"{part}.jsonl").write_text("".join(lines))
+            continue
         for i, label in enumerate(data.labels.tolist()):
-            place = folder / part / task.names[task.classes.index(label)]
-            place.mkdir(parents=True, exist_ok=True)
+            named = place / task.names[task.classes.index(label)]
+            named.mkdir(exist_ok=True)
             pixels = data.__getitems__([i])["image"][0]
-            Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(place / f"{i:05}.png")
+            Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(named / f"{i:05}.png")
     return folder
 
 
@@ -40,12 +53,13 @@ def measured(options: argparse.Namespace, seed: int, scratch: Path) -> list[dict
     """The rows of the team's table, its routing accuracy in each."""
     settings: dict[str, Any] = {"epochs": options.epochs, "batch_size": options.batch_size, "lr": options.lr}
     settings |= {"precision": options.precision, "attention": options.attention, "seed": seed}
-    config = RunConfig(stream="", backbone=options.backbone, method=options.method, **settings)
+    made = {"backbone": options.backbone, "method": options.method, "objective": options.objective}
+    config = RunConfig(stream="", **made, **settings)
     folders = []
     for task in build_stream(options.stream, make_backbone(config.backbone).preprocess, seed):
         folders.append(scratch / f"task-{task.number}")
         teach_folder(written(task, scratch / f"images-{task.number}"), folders[-1], config, settings)
-    table = measure_routing(combine(folders, scratch / "team", options.route))
+    table = measure_routing(combine(folders, scratch / "team", options.route, options.gate))
     return [row | {"routing_accuracy": table["routing_accuracy"], "seed": seed} for row in table["rows"]]
 
 
@@ -56,7 +70,9 @@ def main() -> None:
     parser.add_argument("--stream", required=True)
     parser.add_argument("--backbone", default="pocket()")
     parser.add_argument("--method", default="lora")
+    parser.add_argument("--objective", default="classify")
     parser.add_argument("--route", default="gaussian")
+    parser.add_argument("--gate", default=None)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=3e-3)
