@@ -310,6 +310,18 @@ def test_merged_learners_are_one_that_answers_all_and_stores_what_one_does(perdu
     assert (refused.code, "density" in refused.err) == (2, True)
 
 
+def test_what_a_killed_merge_has_left_is_no_learner(perdure: Any, photos: Any) -> None:
+    _, folders = merging(perdure, photos, "average")
+    for path in Path("one").iterdir():
+        if path.name not in ("run.json", ".lock"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    again = perdure("combine", *folders, "--into", "one", "--merge", "ties")
+    assert again.code == 0, again.err
+    assert Learner.load("one").learnt == 2
+    third = perdure("combine", *folders, "--into", "one", "--merge", "ties")
+    assert "already holds a learner" in third.err
+
+
 def test_learners_of_folders_of_one_name_are_all_there(tmp_path: Path) -> None:
     pictures = torch.zeros(4, 3, 16, 16, dtype=torch.uint8)
     folders = [tmp_path / where for where in ("a/birds/learner", "b/birds/learner", "cars")]

@@ -15,6 +15,7 @@ from perdure.api.given import asked, check_first, known_task, measurable, pretra
 from perdure.api.options import HELD_OUT, OF_STREAMS, check_options
 from perdure.core import checkpoint
 from perdure.core.checkpoint import read_record
+from perdure.core.manifests import holds_no_task
 from perdure.core.shared_copy import as_now, become, part, twin_of
 from perdure.evaluation.calibration import fit, set_apart
 from perdure.export.model import export
@@ -325,7 +326,7 @@ class Learner(Abilities):
         if not now.learnt:
             raise ValueError("this learner has learnt nothing yet: there is nothing to save")
         with checkpoint.locked(folder):
-            if not (folder / "run.json").exists():
+            if not (folder / "run.json").exists() or holds_no_task(folder):
                 write_record(folder, now.record())
             elif recorded_config(folder, read_record(folder)) != now.config:
                 raise ValueError(f"{folder} holds another learner; save to a new folder")

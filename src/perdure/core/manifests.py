@@ -243,8 +243,18 @@ def check_new(into: Path) -> None:
         ValueError: with the remedy.
     """
     check_outside(into)
-    if (into / RECORD).exists() or (into / SPECIALISTS).exists():
+    if ((into / RECORD).exists() and not holds_no_task(into)) or (into / SPECIALISTS).exists():
         raise ValueError(f"{into} already holds a learner or specialists: give a new folder")
+
+
+def holds_no_task(folder: Path) -> bool:
+    """Whether a learner's record lies there and nothing that it learnt: whoever saved it was killed before that."""
+    try:
+        record = read_record(folder)
+    except ValueError:
+        return False
+    manifests = (*folder.glob(f"task-*/{MANIFEST}"), *folder.glob(f"task-*/step-*/{MANIFEST}"))
+    return not record["config"].get("stream") and not manifests
 
 
 def manifest_paths(folder: Path, kind: str) -> list[Path]:
