@@ -17,6 +17,7 @@ from perdure.api.merge import merge, task_vector, unlike
 from perdure.api.resizing import resize
 from perdure.api.routing_scores import measure_routing
 from perdure.api.specialists import Specialists
+from perdure.mechanisms.routing import LinUCB
 from perdure.storage.files import locked
 from perdure.streams.conversations import Conversation, messages
 
@@ -198,6 +199,18 @@ def test_rewards_change_whom_a_bandit_asks_and_are_kept(members: list[str]) -> N
     assert len(list(Path("team").glob("pool-*"))) == 1
     with pytest.raises(ValueError, match="chooses by gaussian, not by rewards"):
         combine(members, "other").feedback(image, ["animals"], [1.0])
+
+
+def test_what_a_bandit_learns_counts_among_the_pool_s_bytes(members: list[str]) -> None:
+    gate, judged = "tiny(dim=128)", LinUCB.nbytes(len(members), 128)
+    team = combine(members, "team", route="linucb", gate=gate, pool_bytes="600kB")
+    assert judged > 100_000
+    [pool] = Path("team").glob("pool-*")
+    assert pool.stat().st_size < 600_000 + 10_000
+    rows = {row["who"]: row for row in measure_routing(team)["rows"]}
+    assert rows["routed (linucb)"]["bytes"] == rows["oracle"]["bytes"] + team.pool.nbytes + judged
+    with pytest.raises(ValueError, match=r"the bandit learns of \d members takes .* give more with --pool-bytes"):
+        combine(members, "other", route="linucb", gate=gate, pool_bytes=judged - 1)
 
 
 def test_members_are_a_list(members: list[str]) -> None:

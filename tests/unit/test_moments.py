@@ -43,6 +43,17 @@ def test_padding_does_not_count_and_a_balance_weighs_kinds_however_many_tokens_t
     torch.testing.assert_close(read(x, [shown, ~said & False], balance=0.25), mean[0], rtol=1e-5, atol=1e-6)
 
 
+def test_a_batch_without_tokens_of_a_kind_leaves_its_sketch_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moments, "WIDE", 8)
+    x, all_of_it = drawn(2, 6, WIDTH), torch.ones(2, 6, dtype=torch.bool)
+    found = read(x, [torch.zeros_like(all_of_it), all_of_it], balance=0.5, sketch=4)
+    alone = read(x, [all_of_it], sketch=4)
+    torch.testing.assert_close(found.rows.T @ found.rows, alone.rows.T @ alone.rows)
+    empty = Sketch.empty(WIDTH, 4).taking(torch.zeros(0, WIDTH))
+    assert empty.rows.shape == (4, WIDTH)
+    assert not empty.rows.any()
+
+
 @pytest.mark.parametrize("size", [4, 8, 16])
 def test_a_sketch_loses_no_more_than_its_bound_and_never_adds(size: int) -> None:
     x = (drawn(300, 6) @ drawn(6, WIDTH, seed=1) + 0.1 * drawn(300, WIDTH, seed=2)).double()

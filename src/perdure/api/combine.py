@@ -17,7 +17,7 @@ from perdure.backbones.base import Backbone
 from perdure.core import checkpoint
 from perdure.core.learner import derived_seed
 from perdure.core.manifests import check_new, read_record
-from perdure.formatting import command, count_bytes, told_apart
+from perdure.formatting import command, count_bytes, human_bytes, told_apart
 from perdure.mechanisms.experience_pool import ExperiencePool
 from perdure.mechanisms.routing import LinUCB, Route, router_of
 from perdure.process import plain
@@ -90,7 +90,13 @@ def gather(
     spec = gate or next((e.config.backbone for e in learners.values() if _looks(e)), "pocket()")
     encoder = make_backbone(spec).requires_grad_(False).eval().to("cpu" if device in (None, "auto") else device)
     limit = count_bytes(pool_bytes, "--pool-bytes ")
-    pool = ExperiencePool(limit)
+    judged = LinUCB.nbytes(len(learners), encoder.dim) if route == "linucb" else 0
+    if judged > limit:
+        raise ValueError(
+            f"what the bandit learns of {len(learners)} members takes {human_bytes(judged)}, and the pool may take "
+            f"{human_bytes(limit)}: give more with --pool-bytes, or a --gate with fewer features"
+        )
+    pool = ExperiencePool(limit - judged)
     classes: list[tuple[int, str]] = []
     for number, (name, learner) in enumerate(learners.items()):
         folder = _folder_of(folders, name)

@@ -17,6 +17,7 @@ from perdure.api.routing_exams import exam_of, place_of
 from perdure.api.specialists import Specialists
 from perdure.core import checkpoint
 from perdure.mechanisms.merging import MERGES
+from perdure.mechanisms.routing import LinUCB
 from perdure.process import plain
 from perdure.reporting.specialists import TABLE
 from perdure.storage.files import write_sealed
@@ -67,7 +68,8 @@ def measure_routing(
         place = torch.tensor([able.index(name) for name in chosen]).unsqueeze(0)
         found = owns.gather(0, place)[0].float().mean().item() if owns.any(0).all() else None
         spent = looked + sum(took[name] for name in chosen) / len(chosen)
-        held = every + team.pool.nbytes
+        router = LinUCB.nbytes(len(team.names), team.backbone.dim) if isinstance(team.router, LinUCB) else 0
+        held = every + team.pool.nbytes + router
         rows.append(_row(f"routed ({team.record['route']})", marks.gather(0, place)[0], 1, spent, held))
     if owns.any(0).all():
         rows.append(_row("oracle", (marks * owns).amax(0), 1, None, every))

@@ -7,6 +7,7 @@ that agree. DARE (Yu et al., ICML 2024, arXiv:2311.03099) drops random entries, 
 averages.
 
 Differs: who has weight 0 is left out, so TIES with density=1 and weights (1, 0) gives the first update; PEFT counts it.
+Entries that cancel exactly are 0 in TIES, where the published codes take the sign that most have, or plus.
 """
 
 from collections.abc import Callable, Sequence

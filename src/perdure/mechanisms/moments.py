@@ -49,7 +49,9 @@ class Sketch:
         return cls(zero, zero.new_zeros(()))
 
     def taking(self, x: Tensor) -> "Sketch":
-        """With the tokens (n, d) added, a few hundred at once."""
+        """With the tokens (n, d) added, a few hundred at once; itself where there are none."""
+        if not len(x):
+            return self
         rows, size = self.rows, len(self.rows)
         x = exact(x.detach().float()).to(rows.device)
         for piece in torch.split(x, max(size, 1)):

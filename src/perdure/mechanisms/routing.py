@@ -117,6 +117,11 @@ class LinUCB(Router):
     A_a⁻¹ b_a, and `width` · √(xᵀ A_a⁻¹ x) more where it is to be explored. A⁻¹ is updated by Sherman and Morrison.
     """
 
+    @staticmethod
+    def nbytes(members: int, dim: int) -> int:
+        """Of its matrices and vectors."""
+        return 8 * members * (dim + 1) * (dim + 2)
+
     def __init__(self, members: int, dim: int, width: float = 0.5) -> None:
         super().__init__(range(members))
         self.width = width

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from perdure.scoring.choices import index_of, read_choice
 from perdure.scoring.marks import Mark, PerAnswer, Reference, form_of, has_truth
-from perdure.scoring.normalise import contains, has_han, normalise, vqa_normalise
+from perdure.scoring.normalise import contains, has_han, normalise, one_form, vqa_normalise
 
-_NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)")
+_NUMBER = re.compile(r"[-+]?(?<![A-Za-z\d.])(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")  # not the 1 of x1
 _OVERLAP = 0.5
 _NEAR = 0.5
 
@@ -113,7 +113,7 @@ def read_box(text: str) -> tuple[Box | None, bool]:
         numbers = [float(number) for number in _NUMBER.findall(part)]
         if len(numbers) == 4:
             left, top, right, bottom = numbers
-            return (left, top, right, bottom), part is plain and not any(map(str.isalpha, plain))
+            return (left, top, right, bottom), part is plain and not any(map(str.isalpha, _NUMBER.sub("", plain)))
     return None, False
 
 
@@ -126,7 +126,7 @@ def iou(a: Box, b: Box) -> float:
 
 
 def _near_form(text: str) -> str:
-    return normalise(text) if has_han(text) else " ".join(unicodedata.normalize("NFKC", text).lower().split())
+    return normalise(text) if has_han(text) else " ".join(one_form(text).lower().split())
 
 
 def _vqa_form(text: str) -> str:

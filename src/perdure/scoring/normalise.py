@@ -38,6 +38,9 @@ _BLANK_BESIDE_HAN = re.compile(rf"\s+(?=[{HAN}])|(?<=[{HAN}])\s+")
 _POINT = re.compile(r"(?<=\d)\.(?=\d)")
 _LATIN = re.compile("[a-z0-9]")
 _COMMA = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+_UNSEEN = re.compile("[\ufeff\u200b]")
+_FRACTION = re.compile(r"(?<=\d)(?=[¼½¾⅐-⅞])")  # 3½ is 3 1/2
+_PERCENT = re.compile(r"(?<=\d)\s+%")
 _NUMBER_ALONE = re.compile(r"负(\d+(?:\.\d+)?%?)")
 _MINUS = re.compile(r"\bminus (?=\d)")
 # Not words that only end in 不, 没, 非, 无 or 未, nor 是不是, nor what is denied twice.
@@ -56,7 +59,7 @@ def normalise(text: str) -> str:
     asterisks at the edges of words go. A minus before a number and signs of arithmetic stay, which the evaluator drops
     (so that -3 is not 3, nor x+y x-y): see `symbols.signs_hidden`. A text that consists of an article alone keeps it.
     """
-    plain = unicodedata.normalize("NFKC", text).strip()
+    plain = one_form(text).strip()
     if has_han(plain):
         counted = in_digits(_COMMA.sub("", plain.lower()))
         plain = _NUMBER_ALONE.sub(r"-\1", counted) if _NUMBER_ALONE.fullmatch(_bare(counted)) else counted
@@ -64,6 +67,13 @@ def normalise(text: str) -> str:
             return _chinese(plain) or text
     words = (word.strip(_EDGES) for word in vqa_normalise(signs_hidden(plain)).split())
     return signs_shown(" ".join(word for word in words if word)) or plain.lower().strip(_EDGES) or plain.lower()
+
+
+def one_form(text: str) -> str:
+    """`text` with each character in its plain form: full-width ones, ½ as 1/2, ’ as '; marks that nobody sees go."""
+    parted = _FRACTION.sub(" ", _UNSEEN.sub("", text))
+    plain = unicodedata.normalize("NFKC", parted).replace("\u2044", "/").replace("’", "'")
+    return _PERCENT.sub("%", plain)
 
 
 def vqa_normalise(text: str) -> str:

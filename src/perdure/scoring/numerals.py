@@ -4,6 +4,8 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
+from perdure.scoring.symbols import HAN
+
 _DIGIT = "〇零一二两兩三四五六七八九"
 _LARGE = "万萬亿億"
 _UNITS = f"十百千{_LARGE}"
@@ -22,14 +24,36 @@ _DECIMAL = re.compile(
 _BELOW = re.compile(rf"零下(?=[\d{_ANY}])")
 _SHARE = re.compile(r"(?<![\d.])(\d+)分之(\d+(?:\.\d+)?)")
 _PERCENT = re.compile(r"百分之(?:(\d+(?:\.\d+)?)|百)")
+# Words in which a numeral is no number, as in 四川, 三角形, 一共 and 统一; not within a longer numeral, as in 十一样.
+_WORDS = """
+一样 一些 一起 一定 一直 一般 一旦 一边 一切 一致 一律 一共 一半 一向 一会 一再 一贯 一概 一齐 一同 一下
+二维 二手 二胡 三明治 三角形 三角洲 三角铁 三文鱼 三轮车 三脚架 三维 三国 三亚 四川 四处 四肢 四合院
+四边形 五边形 六边形 八边形 五角星 六角形 五颜六色 五彩 五官 五金 五花 七巧板 七彩 七夕 八卦 八角 八宝
+九寨沟 九龙 十字路口 十字架 十足 十全十美 百合 百货 百姓 百香果
+"""
+_WORD = (
+    f"(?<![{_ANY}0-9第])(?:{'|'.join(_WORDS.split())}|十分(?=[{HAN}])(?![钟之米币]))"
+    f"|(?:统|唯|单|同|专|(?<!分)之)一(?![{_ANY}])"
+)
+# About so many: 两三个, 七八十, 十七八岁; not 二三年 and 三四号.
+_ABOUT = (
+    f"(?<![{_ANY}])(?:[一二三四五六七八九]?[十百千万])?(?:一[二两]|[二两]三|三四|四五|五六|六七|七八|八九)[十百千万亿]*"
+    f"(?=[{HAN}])(?![{_ANY}年号路室班楼])"
+)
+_KEPT = re.compile(f"({_WORD}|{_ABOUT})")
 _LONGEST = 32  # characters of a numeral with units; what repeats 亿 without end is no number
 
 
 def in_digits(text: str) -> str:
     """`text` with its numerals in digits; a unit without a number, as in 千克, 万一 and 千万别, stays.
 
-    零下 before a number is 负, 百分之五 is 5%, and 三分之一 is 1/3.
+    零下 before a number is 负, 百分之五 is 5%, and 三分之一 is 1/3. What is no number stays: 三明治, 一共, 两三个.
     """
+    parts = _KEPT.split(text)
+    return "".join(part if place % 2 else _converted(part) for place, part in enumerate(parts))
+
+
+def _converted(text: str) -> str:
     plain = _DECIMAL.sub(_decimal, _BELOW.sub("负", text))
     plain = _NUMERAL.sub(lambda found: _digits(found[0]), _MIXED.sub(_mixed, plain))
     plain = _PERCENT.sub(lambda found: f"{found[1] or 100}%", plain)
