@@ -20,6 +20,12 @@ RARE = (*OF_STREAMS, "zero_shot_ratio", *_SAID)
 data, and of answers in words."""
 
 
+class Aside(str):
+    """A note on what happens, which who asks for results alone (`--quiet`) need not read."""
+
+    __slots__ = ()
+
+
 def human_bytes(count: float) -> str:
     """1536 -> '1.5 kB'."""
     if count < 0:

@@ -28,7 +28,7 @@ from perdure.cli.tune import Tune
 from perdure.cli.use import Eval, Export, Forget, Move, Predict, Push, Resize, Search
 from perdure.experiments.cluster import Cluster
 from perdure.experiments.recipes import DEMO_METHODS, demo, recipe
-from perdure.formatting import meant, shortened
+from perdure.formatting import Aside, meant, shortened
 from perdure.options.ranges import BatchSize, Epochs, Range, Rate, Seed
 from perdure.training.config import RunConfig, flags
 from perdure.training.defaults import for_lessons
@@ -46,7 +46,7 @@ class Demo(Command):
     def __call__(self, screen: Screen) -> None:
         """Compare the two methods and write the report."""
         config = demo()
-        screen.note(f"{config.stream} on {config.backbone}: {' beside '.join(DEMO_METHODS)}")
+        screen.note(Aside(f"{config.stream} on {config.backbone}: {' beside '.join(DEMO_METHODS)}"))
         _grid(config, DEMO_METHODS, (0,), self.out, screen, demo=True)
 
 
@@ -72,7 +72,7 @@ class Run(RunConfig, Command):
         """Run, report."""
         config = RunConfig(**{f.name: getattr(self, f.name) for f in fields(RunConfig)})
         if self.recipe:
-            screen.note(f"recipe {self.recipe}: {shlex.join(flags(config.describe()))}")
+            screen.note(Aside(f"recipe {self.recipe}: {shlex.join(flags(config.describe()))}"))
         tracked_by = ["--track", self.track] if self.track else []
         if _launches(self.processes, ["run", *flags(config.describe()), *tracked_by], ["--out"], self.out, screen):
             return

@@ -20,6 +20,7 @@ from perdure.cli.json_lines import json_line
 from perdure.cli.live import Live
 from perdure.cli.tables import column_names, comparison, ends, flowed
 from perdure.formatting import (
+    Aside,
     human_bytes,
     human_seconds,
     printable,
@@ -205,7 +206,10 @@ class Screen:
             self.wait(f"task {task.index + 2}/{task.total}  preparing")
 
     def note(self, text: str) -> None:
-        """Something the user should know."""
+        """Something the user should know; with `quiet` on standard error, for something may have no effect."""
+        if self.quiet and not self.hushed and not isinstance(text, Aside):
+            self.warn(text)
+            return
         with self.live.aside():
             self._event("note", text=text)
             self._tell(text)

@@ -17,6 +17,7 @@ from perdure.evaluation.held_out import HeldOut
 from perdure.evaluation.per_class import Answers
 from perdure.evaluation.search_examples import found_after, found_before
 from perdure.evaluation.with_task import measured
+from perdure.formatting import Aside
 from perdure.types import Data, Row, Stream, Subset, Task
 
 _LONGEST = 4
@@ -55,7 +56,7 @@ class Evaluation:
         """Grow for `task`; where a task can be measured unlearnt, measure this one first (forward transfer)."""
         rows: list[Row] = []
         if task.index == 0 and (learner.objective.open_vocabulary or self.retention.sets):
-            self.note("measuring the pre-trained model")
+            self.note(Aside("measuring the pre-trained model"))
             rows = self._untaught(learner)
         learner.grow(task)
         if task.index > 0 and len(task.test) and self._open(learner) and not (self._square and self.most != 0):

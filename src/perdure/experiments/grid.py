@@ -18,6 +18,7 @@ from perdure.core import checkpoint
 from perdure.experiments import step_cost
 from perdure.experiments.cluster import Cluster, run_beside
 from perdure.experiments.orders import REMEDY, fixed_order
+from perdure.formatting import Aside
 from perdure.options.paths import refuse_same
 from perdure.process import as_found, plain
 from perdure.reporting.report import trade_offs
@@ -117,7 +118,7 @@ def compare(
         Interrupted: after SIGINT or SIGTERM.
     """
     if config.lr is None and progress:
-        progress.note("each method learns at its own rate, see 'perdure list methods'; --lr gives all the same")
+        progress.note(Aside("each method learns at its own rate, see 'perdure list methods'; --lr gives all the same"))
     refuse_same(out, config.stream, *config.retain)
     with checkpoint.locked(out):
         runtime = None

@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from perdure.formatting import meant, shortened
+from perdure.formatting import Aside, meant, shortened
 from perdure.options.own_methods import import_own_methods
 from perdure.options.paths import anchored
 from perdure.options.ranges import (
@@ -353,7 +353,7 @@ def former_parts(config: RunConfig) -> str:
 
 def said_of(config: RunConfig) -> list[str]:
     """What who begins with a configuration should know: what is written in an old way, and the rate that is taken."""
-    rate = f"learning rate {config.recommended():g}, that of {shortened(config.method)}; --lr gives another"
+    rate = Aside(f"learning rate {config.recommended():g}, that of {shortened(config.method)}; --lr gives another")
     return [*filter(None, [former_parts(config)]), *([rate] if config.lr is None else [])]
 
 
