@@ -51,6 +51,9 @@ def test_questions_are_taught_asked_and_talked_about(speaking: Any, new_context:
         page.locator("#line textarea, #line input").first.fill("Which colour?")
         page.locator("#send").click()
         expect(page.locator("#lines [data-testid=bot]")).to_have_count(number, timeout=20_000)
+    page.locator("#line textarea, #line input").first.fill("Is a < b, or <b>bold</b>?")
+    page.locator("#send").click()
+    expect(page.locator("#lines [data-testid=user]").nth(2)).to_have_text("Is a < b, or <b>bold</b>?", timeout=20_000)
     if folder := os.environ.get("PERDURE_SHOTS"):
         page.screenshot(path=f"{folder}/chat.png", full_page=True)
 

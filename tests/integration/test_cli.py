@@ -386,3 +386,16 @@ def test_a_terminal_shows_a_live_bar_and_narrow_tables(
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
     assert "accuracy" in plain
     assert all(len(piece) <= 80 for line in plain.split("\n") for piece in line.split("\r"))
+
+
+def test_what_has_no_effect_is_told_where_only_results_are_asked_for(perdure: Any, small: Any, photos: Any) -> None:
+    idle = perdure("run", *small, "--method", "ncm", "--epochs", 9, "--out", "idle")
+    assert "learning rate 0.001, as for what has none of its own" in idle.out
+    assert "ncm trains nothing: epochs, learning rate, schedule and optimizer have no effect" in idle.out
+    pictures = photos("new", "cat dog")
+    (pictures / "cat" / "torn.png").write_bytes(b"no picture")
+    quiet = ("learn", pictures, "--into", "mine", "--backbone", "tiny()", "--method", "ncm", "--skip-bad", "--quiet")
+    first, again = perdure(*quiet), perdure(*quiet)
+    assert "1 unreadable image was left out" in first.err
+    assert "rate" not in first.err + first.out
+    assert "nothing is learnt twice" in again.err

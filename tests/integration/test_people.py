@@ -303,6 +303,7 @@ def test_a_name_in_another_unicode_form_is_the_same_class_and_another_case_is_to
     assert "classes 'dog' and 'Dog' differ in upper and lower case only" in said
     names = json.loads(Path("a/task-001/manifest.json").read_text())["tasks"][-1]["names"]
     assert names == ["Dog", "caf\u00e9"]
+    assert perdure("forget", "a", "cafe\u0301").code == 0  # as a file manager completes it
 
 
 # Paths
@@ -354,6 +355,23 @@ def test_a_backbone_that_was_resized_can_be_moved(vit: Path, perdure: Any, photo
     assert perdure("show", "a", "--json").events[0]["backbone"] == here
     assert perdure("report", "a", "--out", "r.html").code == 0
     assert f"size={side}" in Path("r.html").read_text()
+
+
+def test_a_place_with_an_equals_sign_moves_there_and_back_and_what_is_not_the_same_is_told(
+    perdure: Any, photos: Any
+) -> None:
+    photos("date=1/one", "cat dog"), photos("other/one", "emu fox")
+    assert perdure("learn", "date=1/one", "--into", "a", *NCM).code == 0
+    one_line(perdure("move", "a", "date=1=date=2"), "'date=2' does not exist")
+    Path("date=1").rename("date=2")
+    there = perdure("move", "a", "date=1=date=2")
+    assert (there.code, there.err) == (0, "")
+    other = perdure("move", "a", "date=2=other")
+    assert (other.code, "is gone or has changed since it was learnt" in other.err) == (0, True)
+    back = perdure("move", "a", "other=date=2")
+    assert (back.code, back.err) == (0, "")
+    Path("empty").mkdir()
+    one_line(perdure("move", "a", "date=2=empty"), "empty/one' does not exist: give the place where")
 
 
 def test_a_move_to_another_model_is_refused(vit: Path, perdure: Any, photos: Any) -> None:

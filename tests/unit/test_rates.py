@@ -37,7 +37,8 @@ def test_a_sum_takes_the_lowest_of_its_parts(method: str, rate: float) -> None:
     assert own_rate(method) == rate
     config = RunConfig(**SMALL, method=method)
     assert (config.lr, config.peak, config.settled().peak) == (None, USUAL, rate)
-    assert said_of(config) == [f"learning rate {rate:g}, that of {method}; --lr gives another"]
+    whose = "as for what has none of its own" if method == "ncm" else f"that of {method}"
+    assert said_of(config) == [f"learning rate {rate:g}, {whose}; --lr gives another"]
     given = RunConfig(**SMALL, method=method, lr=0.5)
     assert (given.settled(), said_of(given)) == (given, [])
 

@@ -16,7 +16,7 @@ from perdure.evaluation.feature_drift import FEATURES
 from perdure.evaluation.per_class import ANSWERS
 from perdure.formatting import command
 from perdure.process import plain
-from perdure.storage import replacement
+from perdure.storage.replacement import drafted
 from perdure.storage.schema import FORMAT
 from perdure.training.loop import Quiet
 from perdure.training.summary import SUMMARY, write_summary
@@ -45,21 +45,20 @@ def forget_in(folder: Path, name: str, device: str | None = None) -> Learner:
             raise ValueError(f"{folder} was stopped within a lesson: finish it first with {command('resume', folder)}")
         learner = Learner.load(folder, device)
         c = learner.class_called(name)
-        draft = replacement.begin_draft(folder)
-        for path in folder.iterdir():
-            if path.is_file() and path.name not in _MADE_ANEW:
-                shutil.copy2(path, draft)
-        last: Checkpoint | None = None
-        for each in done:
-            last = _anew(each, draft, folder, c, last, device, each is done[-1])
-        written = checkpoint.whole(draft)
-        learner.forget(name)
-        if not checkpoint.matches(written[-1], learner):
-            raise AssertionError(f"{folder}: what was written is not what is known without {name!r}; nothing changed")
-        checkpoint.write_results(draft, written)
-        write_summary(draft, Quiet().note)
-        (folder / "report.html").unlink(missing_ok=True)
-        replacement.replace(folder)
+        with drafted(folder) as draft:
+            for path in folder.iterdir():
+                if path.is_file() and path.name not in _MADE_ANEW:
+                    shutil.copy2(path, draft)
+            last: Checkpoint | None = None
+            for each in done:
+                last = _anew(each, draft, folder, c, last, device, each is done[-1])
+            written = checkpoint.whole(draft)
+            learner.forget(name)
+            if not checkpoint.matches(written[-1], learner):
+                raise AssertionError(f"{folder}: what was written is not what is known without {name!r}")
+            checkpoint.write_results(draft, written)
+            write_summary(draft, Quiet().note)
+            (folder / "report.html").unlink(missing_ok=True)
     return learner
 
 

@@ -23,6 +23,7 @@ from perdure.formatting import command
 from perdure.objectives.zeroshot import class_texts
 from perdure.options.ranges import BatchSize, Count, checking
 from perdure.process import Turn, as_found, plain
+from perdure.storage.replacement import drafted
 from perdure.streams import ImageSet
 from perdure.streams.single_task import free_name
 from perdure.streams.sources import Picture
@@ -30,7 +31,7 @@ from perdure.training.config import RunConfig, former_parts
 from perdure.training.defaults import for_lessons
 from perdure.training.early_stop import watching
 from perdure.training.loop import Progress, Quiet, TrainConfig, fit_task
-from perdure.training.record import record_of, recorded_config, recorded_runtime, write_record
+from perdure.training.record import record_of, recorded_config, recorded_runtime, refuse_team, write_record
 from perdure.training.run import build_learner
 from perdure.training.runtime import Runtime
 from perdure.training.summary import COSTS, facts_of, taught_files, write_summary
@@ -327,20 +328,28 @@ class Learner(Abilities):
             raise ValueError("this learner has learnt nothing yet: there is nothing to save")
         with checkpoint.locked(folder):
             if not (folder / "run.json").exists() or holds_no_task(folder):
-                write_record(folder, now.record())
+                refuse_team(folder)
+                with drafted(folder) as draft:
+                    write_record(draft, now.record())
+                    now._write(draft, rows)
             elif recorded_config(folder, read_record(folder)) != now.config:
                 raise ValueError(f"{folder} holds another learner; save to a new folder")
-            done = checkpoint.whole(folder)
-            before = done[-1].learnt if done else 0
-            if not (done and checkpoint.matches(done[-1], now)):
-                if before >= now.learnt or (done and done[-1].tasks != now.tasks[:before]):
-                    raise ValueError(f"{folder} has learnt something else since; save to a new folder")
-                gap = {"alone": True} if before < now.learnt - 1 else {}
-                checkpoint.save_task(folder, now, list(rows), now._facts | gap, taught_files(now.tasks[-1]))
-            # also when nothing was to be saved: a process may have been killed before it came here
-            checkpoint.write_results(folder, checkpoint.whole(folder))
-            write_summary(folder, Quiet().note)
+            else:
+                now._write(folder, rows)
         return folder
+
+    def _write(self, folder: Path, rows: Sequence[Row]) -> None:
+        """The task that was learnt last, beside the record of this learner."""
+        done = checkpoint.whole(folder)
+        before = done[-1].learnt if done else 0
+        if not (done and checkpoint.matches(done[-1], self)):
+            if before >= self.learnt or (done and done[-1].tasks != self.tasks[:before]):
+                raise ValueError(f"{folder} has learnt something else since; save to a new folder")
+            gap = {"alone": True} if before < self.learnt - 1 else {}
+            checkpoint.save_task(folder, self, list(rows), self._facts | gap, taught_files(self.tasks[-1]))
+        # also when nothing was to be saved: a process may have been killed before it came here
+        checkpoint.write_results(folder, checkpoint.whole(folder))
+        write_summary(folder, Quiet().note)
 
     @classmethod
     @plain()

@@ -1,6 +1,7 @@
 """The page, by Gradio: what it asks of the service, and how it shows the answers."""
 
 import functools
+import html
 import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ _KEY = "perdure_{}"
 _LANGUAGES = {"en": ENGLISH, **dict.fromkeys(("zh", "zh-CN", "zh-TW", "zh-HK", "zh-SG"), CHINESE)}
 WORDS = gr.I18n(**{name: {_KEY.format(k): v for k, v in texts.items()} for name, texts in _LANGUAGES.items()})
 _DROP = 140  # pixels of where files are dropped
+_WAIT = 80  # pixels where the spinner turns until there is an answer
 _MANY = 16
 """Events of one kind at a time; the learner has them take turns."""
 
@@ -77,7 +79,7 @@ class Page:
                 camera = gr.Image(sources=["webcam"], type="filepath", label=_text("camera"), show_label=False)
             choices = gr.Textbox(label=_text("choices"), lines=1, max_lines=8, visible=self._reads())
             button = gr.Button(_text("look"), variant="primary", elem_id="look")
-            answers = gr.HTML(elem_id="answers")
+            answers = gr.HTML(elem_id="answers", min_height=_WAIT)
         self._on(button.click, self._predict, [files, camera, choices], answers)
 
     def _predict(self, files: list[str] | None, camera: str | None, choices: str | None) -> str:
@@ -102,6 +104,8 @@ class Page:
         words = words or ""
         if picture and words.strip():
             raise ValueError("words and a picture at once: take one of the two away")
+        if not picture and not self._reads():
+            raise ValueError("there is no picture to compare with: give one")
         wanted: str | Image.Image = words
         if picture:
             (wanted,) = looked_at(_named([picture]), self.service.limits)
@@ -159,7 +163,8 @@ class Page:
             talk.turns, talk.images, talk.waiting = before
             raise
         shown = f"[{len(files)}] {line}" if files else line
-        new = [{"role": "user", "content": shown}, {"role": "assistant", "content": answer}]
+        said = (("user", shown), ("assistant", answer))
+        new = [{"role": role, "content": html.escape(text, quote=False)} for role, text in said]  # it is no HTML
         return talk, [*(lines or []), *new], None, ""
 
     def _teaching(self, asks: str, known: gr.HTML) -> None:

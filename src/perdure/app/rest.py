@@ -105,7 +105,7 @@ def interface(service: Service) -> FastAPI:
         with tempfile.TemporaryDirectory(prefix="perdure-") as folder:
             return write_report(service.reported(grid), Path(folder) / "report.html").read_text("utf-8")
 
-    @app.api_route("/api/{rest:path}", methods=["GET", "POST"], include_in_schema=False)
+    @app.api_route("/api/{rest:path}", methods=["GET", "POST", "PUT", "PATCH", "DELETE"], include_in_schema=False)
     def unknown(rest: str) -> JSONResponse:
         return JSONResponse({"error": "there is no such request: see docs/app.md"}, 404)
 

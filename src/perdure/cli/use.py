@@ -235,8 +235,10 @@ class Move(Command):
 
     def __call__(self, screen: Screen) -> None:
         """Check that it is the same, write it down, print what leads where."""
+        from perdure.api.moving import move
+
         screen.wait("comparing")
-        found = move(self.folder, self.change)
+        found = move(self.folder, self.change, screen.warn)
         for old, new in found:
             screen.result({"event": "moved", "from": old, "to": new}, f"{old} -> {new}")
 
@@ -266,46 +268,3 @@ class Resize(Command):
         options = {name: getattr(self, name) for name in ("size", "length", "positions", "rope", "factor")}
         backbone = resize(self.folder, **options)
         screen.result({"event": "resized", "backbone": backbone}, f"{self.folder} now stands on {backbone}")
-
-
-def move(folder: Path, change: str) -> list[tuple[str, str]]:
-    """Put paths right that a learner's record holds; returns those that changed, as they were and as they are.
-
-    Raises:
-        ValueError: when nothing recorded was there, nothing is there now, or the backbone there is another one.
-    """
-    from perdure.api.lesson_source import found_now, paths_of, unfinished
-    from perdure.core import checkpoint
-    from perdure.core.checkpoint import read_record
-    from perdure.core.manifests import recorded_moves
-    from perdure.options.paths import moved, paths_in, relocated
-    from perdure.training.config import make_backbone
-    from perdure.training.record import recorded_config, write_moves
-
-    written = read_record(folder)
-    old, equals, new = change.partition("=")
-    if not (old and equals and new):
-        raise ValueError(f"{change!r}: expected OLD=NEW, such as /old/photos=/new/photos")
-    if not Path(new).expanduser().exists():
-        raise ValueError(f"{new!r} does not exist: give the place where it is now")
-    step = (str(Path(old).expanduser().absolute()), str(Path(new).expanduser().absolute()))
-    config = recorded_config(folder, written)
-    texts = (config.stream, config.backbone, config.method, *config.retain)
-    done = checkpoint.whole(folder)
-    lessons = [found_now(each.manifest["source"], folder) for each in done if "source" in each.manifest]
-    if begun := unfinished(folder, done):
-        lessons.append(begun)
-    known = [path for text in texts for path in paths_in(text)]
-    known += [path for each in lessons for path in paths_of(each)]
-    changed = {path: relocated(path, step) for path in known if relocated(path, step) != path}
-    if not changed:
-        there = ", ".join(dict.fromkeys(path for path in known if Path(path).is_absolute())) or "no path"
-        raise ValueError(f"{folder} was made with nothing in {step[0]}; what it was made with: {there}")
-    backbone = moved(config.backbone, [step])
-    needed, _, _ = written["backbone"]["fingerprint"].partition(" ")  # behind it stands what it was resized to
-    if backbone != config.backbone and make_backbone(backbone).fingerprint().partition(" ")[0] != needed:
-        raise ValueError(
-            f"{backbone} is another model than {folder} was made with: give the one whose weights it needs"
-        )
-    write_moves(folder, [*recorded_moves(folder), step])
-    return list(changed.items())

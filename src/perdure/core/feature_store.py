@@ -8,7 +8,8 @@ import hashlib
 import os
 import time
 import uuid
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import filelock
@@ -62,6 +63,21 @@ class FeatureStore:
         self._taken: int | None = None
         self._sound: set[str] = set()  # keys of which the values were held against their digest, once a process
 
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Says of what the system refuses that it is about the cache, and may go."""
+        try:
+            yield
+        except (FileExistsError, IsADirectoryError, PermissionError) as error:
+            raise ValueError(
+                f"--cache {self.folder}: {error.filename}: {error.strerror}: remove it, or give another folder"
+            ) from error
+        except OSError as error:
+            raise ValueError(
+                f"--cache {self.folder}: {error.strerror or error}: make room there, give a lower --cache-bytes, or "
+                "leave it out"
+            ) from error
+
     def get(self, key: str, rows: int | None = None) -> Tensor | None:
         """The tensor of that key, mapped from its file; None where there is none.
 
@@ -83,7 +99,8 @@ class FeatureStore:
         except (SafetensorError, OSError):
             found = None
         if found is None or (rows is not None and (not found.dim() or len(found) != rows)):
-            path.unlink(missing_ok=True)
+            with self._told():
+                path.unlink(missing_ok=True)
             return None
         with suppress(OSError):  # another process may have made room
             os.utime(path)
@@ -95,23 +112,22 @@ class FeatureStore:
         if value.nbytes > self.most:
             return
         path = self._path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with self._told():
+            path.parent.mkdir(parents=True, exist_ok=True)
         # Called by nobody else: two cells of a grid may come to the same images at the same time.
         draft = path.with_name(f"{key}-{uuid.uuid4().hex}{_DRAFT}")
         kept = value.detach().cpu().contiguous()
         content = save({_NAME: kept}, {_KEY: key, _CONTENT: key_of(kept)})
-        try:
-            with draft.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            draft.replace(path)
-        except OSError as error:
-            draft.unlink(missing_ok=True)
-            raise ValueError(
-                f"--cache {self.folder}: {error.strerror or error}: make room there, give a lower --cache-bytes, or "
-                "leave it out"
-            ) from error
+        with self._told():
+            try:
+                with draft.open("wb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+                draft.replace(path)
+            except OSError:
+                draft.unlink(missing_ok=True)
+                raise
         sync_folder(path.parent)
         self.used = True
         self._taken = (sum(size for _, size, _ in self._entries()) if self._taken is None else self._taken) + len(

@@ -6,7 +6,8 @@ that they count; whoever opens the folder next, and finds the list, finishes wha
 
 import json
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from perdure.storage.files import sync_folder, write_json
@@ -14,23 +15,27 @@ from perdure.storage.files import sync_folder, write_json
 DRAFT, _LIST = ".new", "files.json"
 
 
-def begin_draft(folder: Path) -> Path:
-    """An empty draft in `folder`, which is locked; what a killed process has left of one is removed."""
+@contextmanager
+def drafted(folder: Path) -> Iterator[Path]:
+    """An empty draft in `folder`, which is locked; at the end its files count, and where something fails, none of them.
+
+    What a killed process has left of a draft is removed, as are those files of sub-folders of the same names in
+    `folder` that the draft has not.
+    """
     settle(folder)
     draft = folder / DRAFT
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir()
-    return draft
-
-
-def replace(folder: Path) -> None:
-    """Let the draft's files count; those of `folder` in sub-folders of the same names that it has not are removed."""
-    draft = folder / DRAFT
-    for place in (*draft.rglob("*"), draft):
-        if place.is_dir():
-            sync_folder(place)
-    files = [str(path.relative_to(draft)) for path in draft.rglob("*") if path.is_file()]
-    write_json(draft / _LIST, sorted(files))
+    try:
+        yield draft
+        for place in (*draft.rglob("*"), draft):
+            if place.is_dir():
+                sync_folder(place)
+        files = [str(path.relative_to(draft)) for path in draft.rglob("*") if path.is_file()]
+        write_json(draft / _LIST, sorted(files))
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
     settle(folder)
 
 
@@ -42,6 +47,7 @@ def settle(folder: Path) -> None:
     except (FileNotFoundError, NotADirectoryError):
         return
     for name in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         # another process may be doing the same
         with suppress(FileNotFoundError):
             (draft / name).replace(folder / name)

@@ -39,7 +39,7 @@ def class_name(text: str, where: str) -> str:
     except UnicodeEncodeError as error:
         shown = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
         raise ValueError(f"{where} {shown!r} is not UTF-8: rename it") from error
-    name = " ".join(unicodedata.normalize("NFC", text).split())
+    name = _one_form(text)
     if not name:
         raise ValueError(f"{where} {text!r} is empty: give each class a name")
     return name
@@ -63,8 +63,12 @@ def numbers(names: Sequence[str]) -> tuple[int, ...] | None:
 
 def recorded(names: Iterable[str], known: Mapping[str, int]) -> list[str]:
     """The names, each spelt as in `known` where it is there in another Unicode form, or with other blanks."""
-    spelt = {" ".join(unicodedata.normalize("NFC", name).split()): name for name in known}
-    return [name if name in known else spelt.get(name, name) for name in names]
+    spelt = {_one_form(name): name for name in known}
+    return [name if name in known else spelt.get(_one_form(name), name) for name in names]
+
+
+def _one_form(name: str) -> str:
+    return " ".join(unicodedata.normalize("NFC", name).split())
 
 
 def in_case_only(names: Iterable[str], known: Collection[str] = ()) -> list[str]:

@@ -26,7 +26,7 @@ from perdure.options.ranges import (
     refuse,
     without_effect,
 )
-from perdure.options.rates import RETRIEVING, SPEAKING, USUAL, own_rate
+from perdure.options.rates import RATES, RETRIEVING, SPEAKING, USUAL, own_rate
 from perdure.options.spec import Spec, build, parse, parse_one
 from perdure.training.defaults import usual
 
@@ -353,7 +353,9 @@ def former_parts(config: RunConfig) -> str:
 
 def said_of(config: RunConfig) -> list[str]:
     """What who begins with a configuration should know: what is written in an old way, and the rate that is taken."""
-    rate = Aside(f"learning rate {config.recommended():g}, that of {shortened(config.method)}; --lr gives another")
+    rated = usual(config.backbone) or any(part.name in RATES for part in parse(config.method))
+    whose = f"that of {shortened(config.method)}" if rated else "as for what has none of its own"
+    rate = Aside(f"learning rate {config.recommended():g}, {whose}; --lr gives another")
     return [*filter(None, [former_parts(config)]), *([rate] if config.lr is None else [])]
 
 

@@ -16,6 +16,7 @@ from perdure.core.compiling import begin, compiled
 from perdure.core.learner import Core, derived_seed
 from perdure.core.method import Method, parts_of, predicts, treated
 from perdure.core.unsaved import check_saved
+from perdure.formatting import Aside
 from perdure.process import ALONE, as_found, plain
 from perdure.training.config import TrainConfig as TrainConfig
 from perdure.training.early_stop import EarlyStop, check_trains
@@ -156,10 +157,8 @@ def fit_task(
     moved = bool(treated(method)) or not all(name.startswith("objective.") for name in learner.trainable())
     trains = optimizer is not None or learner.online  # a pass goes by, whether or not anything is trained
     progress.task(task, task.total, config.epochs, steps if trains else 0)
-    if not trains and not predicts(method) and any(part.changes_encoder for part in parts_of(method)):
-        progress.note(
-            f"task {task.number}, {task.name}: {method.spec} trains nothing in it, so answers stay as they were"
-        )
+    if not trains:
+        _tell_idle(learner, task, progress)
     if learner.compiles:
         begin(learner.backbone)
     if trains:
@@ -308,6 +307,15 @@ def _optimizer(learner: Core, config: TrainConfig) -> torch.optim.Optimizer | No
         return torch.optim.SGD(described, config.peak, momentum=0.9, weight_decay=config.weight_decay, fused=True)
     kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
     return kind(described, config.peak, weight_decay=config.weight_decay, fused=True)
+
+
+def _tell_idle(learner: Core, task: Task, progress: Progress) -> None:
+    """Say what has no effect where nothing is trained: the task, or what is asked of training."""
+    method, name = learner.method, learner.method.spec or learner.method.name
+    if any(part.changes_encoder for part in parts_of(method)) and not predicts(method):
+        progress.note(f"task {task.number}, {task.name}: {name} trains nothing in it, so answers stay as they were")
+    elif task.index == 0:
+        progress.note(Aside(f"{name} trains nothing: epochs, learning rate, schedule and optimizer have no effect"))
 
 
 def _reseed(learner: Core, task: Task, purpose: str, step: int | None = None) -> None:

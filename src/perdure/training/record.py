@@ -78,9 +78,14 @@ def write_record(out: Path, content: dict[str, Any]) -> None:
     Raises:
         ValueError: when specialists lie in `out`.
     """
+    refuse_team(out)
+    checkpoint.write_sealed(out / "run.json", content)
+
+
+def refuse_team(out: Path) -> None:
+    """Raise a ValueError where specialists lie in `out`."""
     if (out / SPECIALISTS).exists():
         raise ValueError(f"{out} holds specialists, which learn each in a folder of their own: give another folder")
-    checkpoint.write_sealed(out / "run.json", content)
 
 
 def recorded_config(out: Path, written: RunRecord) -> RunConfig:
