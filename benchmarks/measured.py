@@ -13,7 +13,6 @@ import json
 import re
 import shlex
 import statistics
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -166,9 +165,14 @@ def asked(setting: dict[str, Any], backbone: str) -> list[str]:
     rows = [row for row in setting["rows"] if row.get("backbone", "") == backbone]
     seeds = sorted({seed for row in rows for seed in row["seeds"]})
     other = f"--backbone {shlex.quote(backbone)} " if backbone else ""
-    methods = shlex.join(row["method"] for row in rows)
-    wrapped = textwrap.wrap(f"--methods {methods}", 116, break_long_words=False, break_on_hyphens=False)
-    return [f"{other}--seeds {' '.join(map(str, seeds))} --out runs/measured{'-layers' if backbone else ''}", *wrapped]
+    lines = [
+        f"{other}--seeds {' '.join(map(str, seeds))} --out runs/measured{'-layers' if backbone else ''}",
+        "--methods",
+    ]
+    for method in map(shlex.quote, (row["method"] for row in rows)):  # a shell keeps a line's end within quotes
+        fits = len(lines[-1]) + len(method) < 116
+        lines[-1:] = [f"{lines[-1]} {method}"] if fits else [lines[-1], method]
+    return lines
 
 
 def share(pair: Any) -> str:

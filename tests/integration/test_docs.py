@@ -64,6 +64,17 @@ def commands() -> Iterator[tuple[str, str]]:
                 yield block.page, line
 
 
+def test_no_line_of_a_command_ends_within_quotes() -> None:
+    for block in blocks("bash"):
+        text = ""
+        for line in block.text.splitlines(keepends=True):
+            text += line
+            if not line.endswith("\\\n"):
+                text = ""
+            elif not line.lstrip().startswith("#"):
+                shlex.split(text.removesuffix("\\\n"), comments=True)  # of an open quote it says so
+
+
 COMMAND_LINES = list(commands())
 PLAIN = [block for block in blocks("python") if block.tested == "plain"]
 

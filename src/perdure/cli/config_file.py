@@ -81,7 +81,10 @@ def _flags(named: str, kinds: Mapping[str, Any], typed: set[str]) -> list[str]:
 
 
 def written(config: Mapping[str, Any]) -> str:
-    """The file of a run's configuration, or a learner's: what is not as usual, as YAML."""
+    """The file of a run's configuration, or a learner's, as YAML: what is not as usual, and what was taught on what.
+
+    The usual backbone, method and objective stand there too, for those of lessons are not those of runs.
+    """
     import yaml
 
     from perdure.training.config import RunConfig
@@ -91,5 +94,6 @@ def written(config: Mapping[str, Any]) -> str:
     if not config.get("stream"):  # it is taught by hand, where other things are usual
         usual |= for_lessons(config["backbone"], config.get("objective"))
     known = {name: list(v) if isinstance(v, tuple) else v for name, v in config.items() if name in usual}
-    chosen = {name: v for name, v in known.items() if v not in ("", []) and v != usual[name]}
+    always = ("backbone", "method", "objective")
+    chosen = {name: v for name, v in known.items() if v not in ("", []) and (name in always or v != usual[name])}
     return str(yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True, width=10_000)).rstrip()
