@@ -332,3 +332,15 @@ def test_a_cache_that_cannot_be_is_refused_before_a_run_is_begun(place: str, lab
     with pytest.raises(ValueError, match=f"--cache {tmp_path / place}: .*: give a folder, or leave it out"):
         lab.run("ncm", tmp_path / "run", cache=str(tmp_path / place))
     assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_what_stands_in_the_way_of_an_entry_is_named(tmp_path: Path) -> None:
+    key = key_of("a")
+    store, path = FeatureStore(tmp_path, 10**6), tmp_path / key[:2] / f"{key}.safetensors"
+    path.mkdir(parents=True)
+    with pytest.raises(ValueError, match=rf"--cache .*{key}.safetensors: .*: remove it, or give another folder"):
+        store.get(key)
+    path.rmdir(), path.parent.rmdir()
+    path.parent.write_text("a file where the cache makes a folder")
+    with pytest.raises(ValueError, match=rf"--cache .*/{key[:2]}: .*: remove it, or give another folder"):
+        store.put(key, torch.zeros(3))

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from perdure.storage.files import sync_folder
+from perdure.storage.files import place
 
 _NAME, _KEY, _CONTENT, _ENDING, _DRAFT = "features", "key", "sha256", ".safetensors", ".draft"
 _ABANDONED = 3600.0  # seconds after which a draft is of a process that was killed
@@ -112,23 +112,13 @@ class FeatureStore:
         if value.nbytes > self.most:
             return
         path = self._path(key)
-        with self._told():
-            path.parent.mkdir(parents=True, exist_ok=True)
         # Called by nobody else: two cells of a grid may come to the same images at the same time.
         draft = path.with_name(f"{key}-{uuid.uuid4().hex}{_DRAFT}")
         kept = value.detach().cpu().contiguous()
         content = save({_NAME: kept}, {_KEY: key, _CONTENT: key_of(kept)})
         with self._told():
-            try:
-                with draft.open("wb") as file:
-                    file.write(content)
-                    file.flush()
-                    os.fsync(file.fileno())
-                draft.replace(path)
-            except OSError:
-                draft.unlink(missing_ok=True)
-                raise
-        sync_folder(path.parent)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            place(path, content, draft)
         self.used = True
         self._taken = (sum(size for _, size, _ in self._entries()) if self._taken is None else self._taken) + len(
             content

@@ -66,9 +66,9 @@ def write_page(path: Path, text: str) -> None:
     write_text(path, text)
 
 
-def place(path: Path, content: bytes) -> None:
-    """Write a file beside its name, force it to disk, and rename it."""
-    draft = path.with_name(f".{path.name}.draft")
+def place(path: Path, content: bytes, draft: Path | None = None) -> None:
+    """Write a file beside its name, as `draft` or a hidden one, force it to disk, and rename it."""
+    draft = draft or path.with_name(f".{path.name}.draft")
     try:
         with draft.open("wb") as file:
             file.write(content)
