@@ -1,5 +1,6 @@
 """`perdure combine`: finished learners behind one face, told when one is gone, and merged where they are alike."""
 
+import errno
 import json
 import re
 import shutil
@@ -333,6 +334,24 @@ def test_what_a_killed_merge_has_left_is_no_learner(perdure: Any, photos: Any) -
     assert Learner.load("one").learnt == 2
     third = perdure("combine", *folders, "--into", "one", "--merge", "ties")
     assert "already holds a learner" in third.err
+    Path("one/run.json").unlink()
+    with pytest.raises(ValueError, match=r"one has lost its run\.json: restore it"):
+        Learner.load(folders[0]).save("one")
+
+
+def test_a_new_folder_holds_a_whole_learner_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures = torch.zeros(4, 3, 16, 16, dtype=torch.uint8)
+    learner = Learner.create("tiny(dim=16)", "ncm", precision="fp32").learn(pictures, ["cat", "dog"] * 2)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("perdure.api.learner.write_summary", full)
+        with pytest.raises(OSError, match="No space left"):
+            learner.save(tmp_path / "one")
+    assert not (tmp_path / "one").exists()
+    assert Learner.load(learner.save(tmp_path / "one")).learnt == 1
 
 
 def test_learners_of_folders_of_one_name_are_all_there(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from perdure.api.given import asked, check_first, known_task, measurable, pretra
 from perdure.api.options import HELD_OUT, OF_STREAMS, check_options
 from perdure.core import checkpoint
 from perdure.core.checkpoint import read_record
-from perdure.core.manifests import holds_no_task
+from perdure.core.manifests import holds_no_task, manifest_paths
 from perdure.core.shared_copy import as_now, become, part, twin_of
 from perdure.evaluation.calibration import fit, set_apart
 from perdure.export.model import export
@@ -329,6 +329,8 @@ class Learner(Abilities):
         with checkpoint.locked(folder):
             if not (folder / "run.json").exists() or holds_no_task(folder):
                 refuse_team(folder)
+                if manifest_paths(folder, "task"):
+                    raise ValueError(f"{folder} has lost its run.json: restore it, or save to a new folder")
                 with drafted(folder) as draft:
                     write_record(draft, now.record())
                     now._write(draft, rows)
