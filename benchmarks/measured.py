@@ -31,6 +31,7 @@ CHINESE = {
     **{"method": "方法", "orders": "顺序数", "accuracy": "准确率", "new task": "新任务", "forgetting": "遗忘"},
     **{"with task id": "知道任务时", "stored": "存储", "a task more": "每多一个任务", "step": "每步"},
     **{"keeps old data": "保存旧数据", "yes": "是", "no": "否", "none": "无", "not measured": "未测"},
+    "measured apart": "另行测量",
     **{"family": "家族", "best of it": "其中最好的", "lines": "代码行数", "growing structure": "增长结构"},
     **{"replay": "回放", "isolation and regularisation": "隔离与正则化", "distillation": "蒸馏"},
     **{"elastic representations": "弹性表示", "meta-learning": "元学习", "cooperating specialists": "协作的专家"},

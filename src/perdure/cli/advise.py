@@ -60,6 +60,7 @@ class Advise(Constraints, Command):
                 lines.append("  ".join([first.ljust(widths[0]), second.ljust(widths[1]), *numbers]).rstrip())
         lines += ["", "choose", *(f"  {family.name}: {family.choose} ({family.source})" for family in FAMILIES)]
         lines.append("lines: of the method's file and of the adapters and mechanisms that it is made of")
+        lines.append("measured apart: what is no method, by benchmarks/specialists.py; figures in docs/choosing.md")
         families = [{"family": f.name, "choose": f.choose, "source": f.source} for f in FAMILIES]
         screen.result({"event": "families", "asked": said, "families": families, "answers": found}, *lines)
 

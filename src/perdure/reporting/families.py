@@ -6,7 +6,7 @@ them: what a classifier of statistics (`align`, `ranpac`, `ncm`) adds is no meri
 
 import ast
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,7 +93,11 @@ def family_of(method: str) -> Family | None:
 
 
 def best_of_families(answer: Advice) -> list[tuple[Family, RankedMethod | str]]:
-    """Each family with its best choice of an answer, or why it has none: `not measured`, `left out` by constraints."""
+    """Each family with its best choice of an answer, or why it has none.
+
+    `not measured`, `left out` by constraints, or `measured apart`: what is no method has no row in these tables, and its
+    figures stand in docs/choosing.md.
+    """
     found: dict[str, RankedMethod] = {}
     for choice in answer.choices:
         family = family_of(choice.method)
@@ -101,8 +105,13 @@ def best_of_families(answer: Advice) -> list[tuple[Family, RankedMethod | str]]:
             found.setdefault(family.name, choice)
     others = [method for methods in (*answer.left_out.values(), *answer.unknown.values()) for method in methods]
     measured = {family.name for family in map(_family_told, others) if family is not None}
-    why = {family.name: "left out" if family.name in measured else "not measured" for family in FAMILIES}
-    return [(family, found.get(family.name, why[family.name])) for family in FAMILIES]
+    return [(family, found.get(family.name) or _why_not(family, measured)) for family in FAMILIES]
+
+
+def _why_not(family: Family, measured: Collection[str]) -> str:
+    if not family.methods:
+        return "measured apart"
+    return "left out" if family.name in measured else "not measured"
 
 
 def _family_told(method: str) -> Family | None:
