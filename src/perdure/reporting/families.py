@@ -95,7 +95,7 @@ def family_of(method: str) -> Family | None:
 def best_of_families(answer: Advice) -> list[tuple[Family, RankedMethod | str]]:
     """Each family with its best choice of an answer, or why it has none.
 
-    `not measured`, `left out` by constraints, or `measured apart`: what is no method has no row in these tables, and its
+    `not measured`, `left out` by constraints, or `measured apart`: what is no method has no row in these tables; its
     figures stand in docs/choosing.md.
     """
     found: dict[str, RankedMethod] = {}
