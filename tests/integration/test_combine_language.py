@@ -91,6 +91,18 @@ def test_a_question_about_an_image_goes_by_words_where_no_speaker_was_taught_ima
     assert asked == ["y", "x"]
 
 
+def test_where_texts_choose_a_question_s_own_words_say_who(perdure: Any, voice: Any, photos: Any) -> None:
+    photos("hues", "red green", 4), photos("pets", "cat dog", 4)
+    members = voice("hh", "hues"), voice("pp", "pets")
+    team, asked = combine(members, "team", route="text", gate="tiny(text=True)"), []
+    for name in members:
+        team.members[name].reply = lambda found, *_, name=name: asked.append(name) or [name] * len(found)  # type: ignore[method-assign, misc]
+    for image in ("hues/red/00.png", "pets/cat/00.png"):
+        for question in ("Which of hues?", "Which of pets?"):
+            team.ask(image, question)
+    assert asked == ["hh", "pp", "hh", "pp"]
+
+
 def test_a_member_whose_texts_are_lost_does_not_keep_others_from_answering(perdure: Any, voice: Any) -> None:
     for name in TALKS:
         Path(f"{name}.jsonl").write_text("".join(json.dumps(each) + "\n" for each in TALKS[name]))

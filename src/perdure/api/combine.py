@@ -52,8 +52,8 @@ def combine(
         folders: of learners or runs, two or more.
         into: a new folder.
         route: how one is chosen for an image: `gaussian` or `nearest` by class statistics, `subspace` by what a basis
-            does not explain, `text` by the most similar class name, `linucb` by rewards (here: whether the one member
-            that was asked was right, on one pass over the pool's examples); `uniform` asks all and averages.
+            does not explain, `text` by the most similar class name, or question, `linucb` by rewards (here: whether the
+            one member that was asked was right, on one pass over the pool's examples); `uniform` asks all and averages.
         gate: the frozen encoder whose features decide; None is the first member's that sees and does not speak, else
             pocket().
         pool_bytes: most that the pool may take; its examples give way first.

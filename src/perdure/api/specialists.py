@@ -21,7 +21,7 @@ from perdure.backbones.base import Backbone
 from perdure.core.manifests import RECORD, read_record, read_specialists
 from perdure.core.method import follows_task
 from perdure.mechanisms.experience_pool import ExperiencePool, pool_file, read_pool
-from perdure.mechanisms.routing import LinUCB, Router, router_of
+from perdure.mechanisms.routing import LinUCB, Router, TextRouter, router_of
 from perdure.process import plain
 from perdure.storage import schema
 from perdure.storage.files import in_use, locked, place, write_sealed
@@ -275,7 +275,8 @@ class Specialists:
     def _speaker(self, conversation: Conversation, able: Sequence[str]) -> str:
         if len(able) == 1:
             return able[0]
-        judged = set() if self.router is None else {self.names[each] for each in self.router.judged}
+        by_words = self.router is None or isinstance(self.router, TextRouter)  # a question is no label of its image
+        judged = set() if self.router is None or by_words else {self.names[each] for each in self.router.judged}
         if conversation.images and not judged.isdisjoint(able):
             return self.route(list(conversation.images[:1]), able)[0][0]
         return self._by_text([conversation.question], able)[0]
