@@ -295,7 +295,7 @@ def _grid(
 ) -> None:
     from perdure.backbones.preprocess import skippable
     from perdure.experiments.grid import cells, compare
-    from perdure.experiments.tune import tuned_on
+    from perdure.experiments.study import tuned_on
     from perdure.reporting.report import write_report
     from perdure.reporting.runs import RunResults
 
