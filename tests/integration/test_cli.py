@@ -23,11 +23,11 @@ TRAINING = ["--epochs", "--batch-size", "--lr", "--optimizer", "--weight-decay",
 TRAINING += ["--milestones", "--decay"]
 RUNNING = ["--stream", "--backbone", "--method", "--objective", "--augment", "--seed", "--precision", "--attention"]
 RUNNING += ["--device", "--save-every", "--retain", "--calibrate", "--evaluate", "--cache", "--cache-bytes"]
-RUNNING += ["--shard", "--compile", "--online", "--vary", "--early-stop", "--early-stop-share"]
+RUNNING += ["--compile", "--online", "--vary", "--early-stop", "--early-stop-share"]
 TRAINING += ["--accumulate"]
 FLAGS = {
     "demo": ["--json", "--out"],
-    "run": ["--json", *TRAINING, *RUNNING, "--recipe", "--out", "--track", "--processes"],
+    "run": ["--json", *TRAINING, *RUNNING, "--recipe", "--out", "--track", "--processes", "--shard"],
     "resume": ["--json", "FOLDER", "--processes"],
     "learn": ["--json", "FOLDER", "--into", "--backbone", "--method", "--objective", "--epochs", "--lr"],
     "predict": ["--json", "LEARNER", "IMAGES", "--top", "--classes", "--calibrated", "--skip-bad", "--task"],

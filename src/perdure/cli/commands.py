@@ -202,6 +202,7 @@ class Compare(RunConfig, Command):
     seeds: tuple[Seed, ...] = (0, 1, 2)
     """One run a method for each; unless the stream fixes it, a seed is also a class order."""
     seed: Annotated[Seed, tyro.conf.Suppress] = field(default=0)
+    shard: Annotated[Literal["none", "blocks"], tyro.conf.Suppress] = field(default="none")
     out: Path
     """Folder of the grid; finished runs in it are not repeated."""
     track: str = ""

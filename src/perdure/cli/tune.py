@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -30,6 +30,7 @@ class Tune(RunConfig, Command):
     report_seeds: tuple[Seed, ...] = (0, 1, 2)
     """Class orders on which you will report: the one above must not be among them."""
     seed: Annotated[Seed, tyro.conf.Suppress] = 0
+    shard: Annotated[Literal["none", "blocks"], tyro.conf.Suppress] = "none"
     out: Path
     """Folder of the study; with the same options a search in it goes on."""
     config: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
