@@ -108,6 +108,7 @@ def test_predict_show_eval_and_report_open_specialists_like_a_learner(perdure: A
     ):
         refused = perdure(*words)
         assert (refused.code, expected in refused.err) == (2, True), refused
+        assert words[0] != "learn" or not refused.out  # not before it has said which rate it would learn at
 
 
 def test_predictions_do_not_depend_on_the_batch(members: list[str]) -> None:

@@ -170,9 +170,11 @@ class Learn(Command):
         from perdure.api.folders import teach_folder
         from perdure.api.lesson_source import skipped_of
         from perdure.core.checkpoint import read_record
+        from perdure.core.manifests import check_single
         from perdure.options.spec import parse_one
         from perdure.reporting.report import write_report
 
+        check_single(self.into)
         screen.wait("reading the data and the model")
         given = {f.name: getattr(self, f.name) for f in fields(RunConfig) if getattr(self, f.name, None) is not None}
         config = RunConfig(stream="", **for_lessons(self.backbone or RunConfig.backbone, self.objective) | given)

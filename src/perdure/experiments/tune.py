@@ -21,6 +21,7 @@ from torch import Tensor
 from perdure import metrics
 from perdure.backbones.preprocess import UnreadableImage
 from perdure.core import checkpoint
+from perdure.core.manifests import check_several
 from perdure.experiments.orders import REMEDY, fixed_order
 from perdure.experiments.study import (
     STUDY,
@@ -107,6 +108,7 @@ def tune(
         "order_seed": config.seed,
         "report_seeds": list(report_seeds),
     }
+    check_several(out)
     refuse_same(out, config.stream)
     with checkpoint.locked(out), nothing_begun_nothing_left(out), quiet(optuna):
         check_same(out, asked)
