@@ -46,6 +46,8 @@ def test_before_a_lesson_and_between_two(perdure: Any, photos: Any) -> None:
     said = answer.out.splitlines()[-1]
     assert said == "pre-trained on 15 images, masked(); teach it with: perdure learn FOLDER --into 'my learner'"
     assert "was only pre-trained, without labels" in refused(perdure("predict", "my learner", "new"))
+    for words in (("export", "my learner", "--out", "x"), ("push", "my learner", "./x")):
+        assert "was only pre-trained, without labels: teach it first" in refused(perdure(*words))
     first = perdure("learn", "first", "--into", "my learner", "--lr", "1e-2")
     score = read_summary(Path("my learner"))["acc"]
     assert re.search(rf"first +{score:.1%} +{score:.1%} ", first.out), "pre-training is no old task to be measured"
