@@ -62,7 +62,7 @@ def export(learner: Core, folder: Path, to: Target | str) -> Path:
     Args:
         learner: that has learnt at least one task.
         folder: new or empty.
-        to: `peft`, `merged` or `transformers`.
+        to: `peft`, `merged`, `transformers`, `onnx` or `torch`.
 
     Raises:
         ValueError: when the other library could not do the same as this learner, or the folder holds something.
