@@ -44,7 +44,7 @@ def one_line(answer: Any, *said: str) -> None:
             "trainable parameters get no gradient, the first is method.adapters.0.down",
         ),
         (["--lr", "nan"], "--lr nan: expected float above 0"),
-        (["--device", "gpu"], "device 'gpu' cannot be used here"),
+        (["--device", "gpu"], "device 'gpu' cannot be used here (devices are called cuda, cpu, mps, ...); use auto"),
     ],
 )
 def test_a_run_that_cannot_be_is_refused_and_leaves_its_folder_free(

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from perdure.cli.tune import search_lines
 from perdure.experiments import tune as tuning
 from perdure.experiments.study import JOURNAL
 from perdure.options.search_space import parse_space
@@ -188,6 +189,11 @@ def test_options_are_not_chosen_on_the_order_that_is_reported(
         assert len(found["trials"]) == 1
 
 
+def test_one_trial_is_no_trials() -> None:
+    found = {"trials": [{"score": 0.5, "options": {"rank": 2}}], "pruned": 0, "failed": [], "importance": {}}
+    assert search_lines(found | {"command": "perdure compare"})[0].startswith("1 trial finished, 0 given up early")
+
+
 def test_a_setting_beside_which_others_stand_may_be_given_where_it_is_searched(tmp_path: Path) -> None:
     config = _config(schedule="step", milestones="1", epochs=2)
     space = parse_space('rank=1..2, schedule=["step", "constant"]')
@@ -198,9 +204,7 @@ def test_a_setting_beside_which_others_stand_may_be_given_where_it_is_searched(t
     ("wrong", "said"),
     [({"vary": "images"}, "Add order"), ({"shard": "blocks"}, "none of the first 3 trials could be run")],
 )
-def test_a_refused_search_can_be_corrected_in_the_same_folder(
-    tmp_path: Path, wrong: dict[str, Any], said: str
-) -> None:
+def test_a_refused_search_can_be_corrected_in_the_same_folder(tmp_path: Path, wrong: dict[str, Any], said: str) -> None:
     study = tmp_path / "study"
     with pytest.raises(ValueError, match=said):
         tuning.tune(_config(**wrong), parse_space(SPACE), study, trials=4)

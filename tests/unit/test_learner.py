@@ -159,6 +159,7 @@ def test_it_shows_itself_in_one_line_and_completes_to_what_is_its_own() -> None:
     assert {"learn", "predict", "predict_proba", "evaluate", "save", "tasks"} <= set(dir(learner)) | {"tasks"}
     assert len([name for name in dir(learner) if not name.startswith("_")]) < 80
     assert "register_full_backward_pre_hook" not in dir(learner)
+    assert repr(learner.forget("dog")) == "Learner(tiny(), lora(rank=2); 1 task, 1 class)"
 
 
 def test_probabilities_are_the_scores_of_predict_column_by_column() -> None:

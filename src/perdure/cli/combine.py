@@ -61,7 +61,9 @@ class Combine(LearnerCommand):
         if self.merge is None:
             without_effect("without --merge", weights=self.weights or None)
         if self.distil is None:
-            without_effect("without --distil", images=" ".join(map(str, self.images)) or None, epochs=self.epochs, lr=self.lr)
+            without_effect(
+                "without --distil", images=" ".join(map(str, self.images)) or None, epochs=self.epochs, lr=self.lr
+            )
         if self.merge is not None:
             without_effect("with --merge, which leaves one learner", distil=self.distil, **looking)
             self._merge(screen)

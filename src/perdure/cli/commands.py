@@ -250,7 +250,7 @@ class List(Command):
         if self.what == "recipes":
             recipe(self.name)  # tells of those that are gone
         if self.name not in found:
-            near = meant(self.name, found) or f"; 'perdure list {self.what}' names them"
+            near = meant(self.name.partition("(")[0], found) or f"; 'perdure list {self.what}' names them"
             raise ValueError(f"{self.name!r} is not among the {self.what}{near}")
         entry = found[self.name]
         head = f"{self.name}({entry.options})" if entry.options else self.name

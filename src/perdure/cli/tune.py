@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from perdure.cli.console import Command, Screen
-from perdure.formatting import settings
+from perdure.formatting import counted, settings
 from perdure.options.ranges import Range, Seed
 from perdure.options.search_space import parse_space
 from perdure.training.config import RunConfig
@@ -62,7 +62,8 @@ class Tune(RunConfig, Command):
 def search_lines(found: Mapping[str, Any]) -> list[str]:
     """A finished search for people, line by line."""
     rows = found["trials"]
-    lines = [f"{len(rows)} trials finished, {found['pruned']} given up early, {len(found['failed'])} could not be run"]
+    pruned, failed = found["pruned"], len(found["failed"])
+    lines = [f"{counted(len(rows), 'trial')} finished, {pruned} given up early, {failed} could not be run"]
     lines += [f"  {100 * row['score']:5.1f} %  {settings(row['options'])}" for row in rows[:_MOST]]
     if found["importance"]:
         shares = ", ".join(f"{name} {100 * value:.0f} %" for name, value in found["importance"].items())

@@ -205,8 +205,9 @@ def _check_left_open(config: RunConfig, space: Space) -> None:
     for field in fields(TrainConfig):
         if field.name not in space:
             continue
+        usual: dict[str, Any] = {field.name: field.default}
         try:
-            left_out = replace(config, **{field.name: field.default})
+            left_out = replace(config, **usual)
         except ValueError:  # another setting, such as milestones, stands beside this value only
             continue
         if left_out != config:
