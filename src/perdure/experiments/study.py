@@ -121,7 +121,7 @@ def complete_of(study: "Study") -> "list[FrozenTrial]":
     return [trial for trial in study.get_trials(deepcopy=False) if trial.state.name == "COMPLETE"]
 
 
-def best_of(study: "Study") -> float | None:
+def best_score(study: "Study") -> float | None:
     """The best score so far."""
     return max((trial.value for trial in complete_of(study) if trial.value is not None), default=None)
 

@@ -25,7 +25,7 @@ from perdure.core.manifests import check_several
 from perdure.experiments.orders import REMEDY, fixed_order
 from perdure.experiments.study import (
     STUDY,
-    best_of,
+    best_score,
     check_same,
     complete_of,
     done_of,
@@ -138,7 +138,7 @@ def _one(
     options = {name: _suggest(trial, name, each) for name, each in space.items()}
     mine = configured(config, options)
     if progress:
-        progress.trial(*place, options, best_of(study))
+        progress.trial(*place, options, best_score(study))
     folder = out / _folder(mine)
     try:
         if (folder / "run.json").exists():
