@@ -57,6 +57,11 @@ def number(value: Pair) -> str:
     return "–" if value is None or value[0] is None else f"{value[0]:,.0f}"
 
 
+def counted(count: int, one: str, several: str = "") -> str:
+    """(1, "trial") -> '1 trial', (2, "class", "classes") -> '2 classes'."""
+    return f"{count} {one if count == 1 else several or f'{one}s'}"
+
+
 def settings(options: Mapping[str, Any]) -> str:
     """{"rank": 8, "lr": 0.00123456} -> 'rank=8, lr=0.001235'."""
     return ", ".join(f"{n}={v:.4g}" if isinstance(v, float) else f"{n}={v!r}" for n, v in options.items())

@@ -44,7 +44,7 @@ def one_line(answer: Any, *said: str) -> None:
             "trainable parameters get no gradient, the first is method.adapters.0.down",
         ),
         (["--lr", "nan"], "--lr nan: expected float above 0"),
-        (["--device", "gpu"], "device 'gpu' cannot be used here"),
+        (["--device", "gpu"], "device 'gpu' cannot be used here (devices are called cuda, cpu, mps, ...); use auto"),
     ],
 )
 def test_a_run_that_cannot_be_is_refused_and_leaves_its_folder_free(
@@ -185,6 +185,27 @@ def asking(grid: Path, perdure: Any, small: Any) -> Callable[[], dict[str, Any]]
         "advise": ("advise", "--from", "grid"),
     }
     return lambda: {name: perdure(*asked) for name, asked in words.items()}
+
+
+def test_a_run_and_several_runs_never_share_a_folder(grid: Path, perdure: Any, small: Any, photos: Any) -> None:
+    photos("photos", "cat dog")
+    shutil.copytree(grid, "grid")
+    Path("runs").mkdir()
+    shutil.copytree(grid / "ncm-seed0", "runs/one")
+    Path("team").mkdir()
+    Path("team/specialists.json").write_text("{}")
+    before = sorted(Path().rglob("*"))
+    for out, said in (("grid", "grid is the folder of several runs, as compare.json says"), ("runs", "one/run.json")):
+        one_line(perdure("run", *small, "--out", out), said, "give one of its own")
+        one_line(perdure("learn", "photos", "--into", out, "--backbone", "tiny()"), said)
+        one_line(perdure("pretrain", "photos", "--into", out, "--backbone", "tiny()"), said)
+    tune = ("tune", *small, "--method", "lora(rank=?)", "--space", "rank=1..2")
+    for words in ((*GRID, *small), ("demo",), tune):
+        one_line(perdure(*words, "--out", "runs/one"), "runs/one holds a run or a learner", "give another --out")
+        one_line(perdure(*words, "--out", "team"), "team holds specialists")
+    one_line(perdure("run", *small, "--out", "team"), "team holds specialists")
+    assert sorted(Path().rglob("*")) == before
+    assert perdure(*GRID, *small, "--out", "grid").code == 0
 
 
 @pytest.mark.parametrize("ruin", [*RUINS, changed(methods=...), changed(methods={"ncm": {"ratio": []}})])

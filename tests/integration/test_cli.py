@@ -23,11 +23,11 @@ TRAINING = ["--epochs", "--batch-size", "--lr", "--optimizer", "--weight-decay",
 TRAINING += ["--milestones", "--decay"]
 RUNNING = ["--stream", "--backbone", "--method", "--objective", "--augment", "--seed", "--precision", "--attention"]
 RUNNING += ["--device", "--save-every", "--retain", "--calibrate", "--evaluate", "--cache", "--cache-bytes"]
-RUNNING += ["--shard", "--compile", "--online", "--vary", "--early-stop", "--early-stop-share"]
+RUNNING += ["--compile", "--online", "--vary", "--early-stop", "--early-stop-share"]
 TRAINING += ["--accumulate"]
 FLAGS = {
     "demo": ["--json", "--out"],
-    "run": ["--json", *TRAINING, *RUNNING, "--recipe", "--out", "--track", "--processes"],
+    "run": ["--json", *TRAINING, *RUNNING, "--recipe", "--out", "--track", "--processes", "--shard"],
     "resume": ["--json", "FOLDER", "--processes"],
     "learn": ["--json", "FOLDER", "--into", "--backbone", "--method", "--objective", "--epochs", "--lr"],
     "predict": ["--json", "LEARNER", "IMAGES", "--top", "--classes", "--calibrated", "--skip-bad", "--task"],
@@ -207,7 +207,7 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
         ("learn a --into x --epoch 3", "'perdure learn' has no option --epoch; did you mean '--epochs'?"),
         (
             "run --stream s --out o --optimizer adamx",
-            "invalid choice 'adamx' for argument '--optimizer'. Expected one of",
+            "--optimizer 'adamx' is not among the choices; did you mean 'adam'?",
         ),
         ("run --stream s --out o --epochs few", "'few'; expected int from 1 to 100000"),
         ("run --stream s --out o --lr fast", "perdure: --lr 'fast'; expected float above 0 and at most 1e6 or None\n"),
@@ -215,11 +215,18 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
         ("run --stream s --out o lora(rank=1)", "does not know what to do with 'lora(rank=1)'"),
         ("run --stream s --out=o --lr=0", "--lr 0.0: expected float above 0 and at most 1e6"),
         ("run --stream s --out o --save-every=-1", "--save-every -1: expected int from 0 to 1e9"),
-        ("list method", "invalid choice 'method' for argument 'what'. Expected one of ('methods', 'streams',"),
+        ("list method", "WHAT 'method' is not among the choices; did you mean 'methods'?"),
+        ("list methods lora(rank=2)", "'lora(rank=2)' is not among the methods; did you mean 'lora'?"),
+        ("combine a b --into x --route foo", "expected gaussian, linucb, nearest, subspace, text, uniform\n"),
+        ("run --stream s --out o --epochs 2.5", "perdure: --epochs '2.5'; expected int from 1 to 100000\n"),
+        ("report a --out rr.pdf", "--out rr.pdf: a report is HTML: give a name that ends in .html"),
+        ("reward a j.jsonl", "a is no team of specialists, who are chosen by rewards: combine learners with"),
         ("list recipes fm_lora_cub200", "recipe 'fm_lora_cub200' is gone"),
         ("compare --method x", "'perdure compare' has no option --method; did you mean '--methods'?"),
         ("compare --stream s --out o --methods --seeds 0", "--methods needs a value"),
-        ("compare --stream s --out o --methods lora --seeds a", "arguments: ['a']; expected tuple[int from"),
+        ("compare --stream s --out o --methods lora --seeds a", "--seeds 'a'; expected int from -1e12 to 1e12, or"),
+        ("compare --stream s --out o --methods lora --seeds 0,1,2", ": write --seeds 0 1 2\n"),
+        ("compare --stream s --out o --methods lora --seeds 0-2", ": write --seeds 0 1 2\n"),
         ("run --stream s --out=", "--out needs a value, not an empty one"),
         ("run --stream s --out o --weight-decay nan", "--weight-decay nan: expected float from 0 to"),
         ("run --stream s --out o --seed 1e3", "'1e3'; expected int from"),

@@ -106,9 +106,11 @@ def test_predict_show_eval_and_report_open_specialists_like_a_learner(perdure: A
         (("combine", *members, "--into", "x", "--route", "text"), "needs a gate that reads texts"),
         (("combine", *members, "--into", "x", "--pool-bytes", "1kB"), "give more with --pool-bytes"),
         (("combine", *members, "--into", "x", "--weights", "1", "2"), "has no effect without --merge"),
+        (("combine", *members, "--into", "x", "--images", "all"), "images='all' has no effect without --distil"),
     ):
         refused = perdure(*words)
         assert (refused.code, expected in refused.err) == (2, True), refused
+        assert words[0] != "learn" or not refused.out  # not before it has said which rate it would learn at
 
 
 def test_predictions_do_not_depend_on_the_batch(members: list[str]) -> None:
@@ -322,6 +324,9 @@ def test_merged_learners_are_one_that_answers_all_and_stores_what_one_does(perdu
     assert dict(alone.predict(shown)[0]) == pytest.approx(dict(parts[0].predict(shown)[0]), abs=1e-5)
     refused = perdure("combine", *folders, "--into", "two", "--merge", "ties(density=2)")
     assert (refused.code, "density" in refused.err) == (2, True)
+    refused = perdure("combine", *folders, "--into", "two", "--merge", "average", "--seed", "7")
+    assert "seed=7 has no effect with average, which drops nothing at random: leave it out" in refused.err
+    assert perdure("combine", *folders, "--into", "two", "--merge", "dare", "--seed", "7").code == 0
 
 
 def test_what_a_killed_merge_has_left_is_no_learner(perdure: Any, photos: Any) -> None:

@@ -52,7 +52,7 @@ def test_a_grid_of_methods_and_seeds_survives_kill_9(lab: Any, tmp_path: Path) -
     options = {
         k: v
         for k, v in bench.config("probe").describe().items()
-        if k not in ("method", "seed") and v not in ([], "", None, False)
+        if k not in ("method", "seed", "shard") and v not in ([], "", None, False)
     }
     flags = [word for k, v in options.items() for word in (f"--{k.replace('_', '-')}", str(v))]
     words = ["compare", "--methods", *METHODS, *flags, "--seeds", *map(str, SEEDS), "--out", str(out)]

@@ -46,6 +46,8 @@ def test_before_a_lesson_and_between_two(perdure: Any, photos: Any) -> None:
     said = answer.out.splitlines()[-1]
     assert said == "pre-trained on 15 images, masked(); teach it with: perdure learn FOLDER --into 'my learner'"
     assert "was only pre-trained, without labels" in refused(perdure("predict", "my learner", "new"))
+    for words in (("export", "my learner", "--out", "x"), ("push", "my learner", "./x")):
+        assert "was only pre-trained, without labels: teach it first" in refused(perdure(*words))
     first = perdure("learn", "first", "--into", "my learner", "--lr", "1e-2")
     score = read_summary(Path("my learner"))["acc"]
     assert re.search(rf"first +{score:.1%} +{score:.1%} ", first.out), "pre-training is no old task to be measured"
@@ -106,7 +108,8 @@ def test_captions_teach_a_learner_of_classes(perdure: Any, photos: Any) -> None:
         ("new --into x --method ncm", "trains nothing that makes features"),
         ("new --into x --method ewc+lora", "ewc cannot be pre-trained, for it needs labels"),
         ("new --into x --captions words", "--captions words has no effect with masked()"),
-        ("new --into x --pretext contrast() --replay new", "--replay new has no effect with contrast()"),
+        ("new --into x --pretext contrast() --replay new", "new has no effect with contrast(): leave it out\n"),
+        ("new --into x --pretext contrast() --replay new --method lora", ": leave it out, or add feature_distill to"),
         ("new --into x --pretext mask()", "mask"),
         ("new --into taught", "ncm keeps statistics of the features of classes that were taught"),
         ("new --into taught --method lora", "taught was made with method="),

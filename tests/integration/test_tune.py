@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
+from perdure.cli.tune import search_lines
 from perdure.experiments import tune as tuning
+from perdure.experiments.study import JOURNAL
 from perdure.options.search_space import parse_space
 from perdure.training.config import RunConfig
 from perdure.training.loop import Quiet
@@ -78,7 +80,7 @@ def test_a_killed_search_goes_on_with_the_trial_that_was_in_work(tmp_path: Path)
         tuning.tune(_config(), space, out, trials=4, progress=killed)
     started = {folder.name for folder in out.glob("trial-*")}
     assert len(started) == 3
-    with (out / tuning.JOURNAL).open("ab") as file:
+    with (out / JOURNAL).open("ab") as file:
         file.write(b'{"op_code":')  # the kill came within a line
 
     def second_kill(*_: Any, **__: Any) -> None:
@@ -94,7 +96,7 @@ def test_a_killed_search_goes_on_with_the_trial_that_was_in_work(tmp_path: Path)
     assert len(told.options) == 2
     assert len(found["trials"]) + found["pruned"] == 4
     assert started < {folder.name for folder in out.glob("trial-*")}
-    (out / tuning.JOURNAL).write_bytes(b"no json\n")
+    (out / JOURNAL).write_bytes(b"no json\n")
     with pytest.raises(ValueError, match="line 1: it cannot be read as JSON"):
         tuning.tune(_config(), space, out, trials=4)
 
@@ -144,6 +146,8 @@ def test_data_that_goes_away_ends_the_search_and_counts_no_trial_as_failed(tmp_p
         ("lr=1e-3..1e-1", {}, "leaves rank open"),
         (SPACE, {"method": "lora(rang=?rank)"}, "has no option 'rang'"),
         ("rank=1..4, lr=0..1", {}, "lr=0"),
+        ("rank=1..4, epochs=1..2", {"epochs": 3}, "epochs=3 has no effect: the space searches epochs; leave it out"),
+        (SPACE, {"lr": 0.1}, "lr=0.1 has no effect: the space searches lr; leave it out"),
     ],
 )
 def test_a_search_that_cannot_be_is_refused_before_the_first_trial(
@@ -183,3 +187,26 @@ def test_options_are_not_chosen_on_the_order_that_is_reported(
         own = given["stream"].removesuffix(")") + ', order="seed")'
         found = tuning.tune(_config(stream=own), parse_space(SPACE), tmp_path / "own", trials=1)
         assert len(found["trials"]) == 1
+
+
+def test_one_trial_is_no_trials() -> None:
+    found = {"trials": [{"score": 0.5, "options": {"rank": 2}}], "pruned": 0, "failed": [], "importance": {}}
+    assert search_lines(found | {"command": "perdure compare"})[0].startswith("1 trial finished, 0 given up early")
+
+
+def test_a_setting_beside_which_others_stand_may_be_given_where_it_is_searched(tmp_path: Path) -> None:
+    config = _config(schedule="step", milestones="1", epochs=2)
+    space = parse_space('rank=1..2, schedule=["step", "constant"]')
+    assert len(tuning.tune(config, space, tmp_path / "study", trials=1)["trials"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [({"vary": "images"}, "Add order"), ({"shard": "blocks"}, "none of the first 3 trials could be run")],
+)
+def test_a_refused_search_can_be_corrected_in_the_same_folder(tmp_path: Path, wrong: dict[str, Any], said: str) -> None:
+    study = tmp_path / "study"
+    with pytest.raises(ValueError, match=said):
+        tuning.tune(_config(**wrong), parse_space(SPACE), study, trials=4)
+    assert not study.exists()
+    assert len(tuning.tune(_config(), parse_space(SPACE), study, trials=1)["trials"]) == 1

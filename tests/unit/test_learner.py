@@ -1,5 +1,6 @@
 """The learner: derived randomness, modes, what is remembered, what is computed once."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -158,6 +159,7 @@ def test_it_shows_itself_in_one_line_and_completes_to_what_is_its_own() -> None:
     assert {"learn", "predict", "predict_proba", "evaluate", "save", "tasks"} <= set(dir(learner)) | {"tasks"}
     assert len([name for name in dir(learner) if not name.startswith("_")]) < 80
     assert "register_full_backward_pre_hook" not in dir(learner)
+    assert repr(learner.forget("dog")) == "Learner(tiny(), lora(rank=2); 1 task, 1 class)"
 
 
 def test_probabilities_are_the_scores_of_predict_column_by_column() -> None:
@@ -185,3 +187,27 @@ def test_it_is_measured_on_what_is_given_or_on_its_own_tests() -> None:
         learner.evaluate()
     with pytest.raises(ValueError, match="class 'brigth' was not learnt; did you mean 'bright'"):
         learner.evaluate(images, ["brigth"] * 8)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"backbone": 3}, "backbone=3: expected str"),
+        ({"method": 3}, "method=3: expected str"),
+        ({"objective": 3}, "objective=3: expected str"),
+        ({"backbone": Path("tiny()")}, r"Path\('tiny\(\)'\), expected a text"),
+        ({"method": Path("lora")}, r"Path\('lora'\), expected a text"),
+    ],
+)
+def test_what_is_no_text_is_refused(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Learner.create(**{"backbone": "tiny()", **given})
+    with pytest.raises(ValueError, match="pretext=3: expected str"):
+        Learner.create("tiny()", "lora(rank=2)").pretrain(torch.zeros(4, 3, 16, 16, dtype=torch.uint8), 3)
+
+
+def test_a_folder_among_the_images_is_told_how_to_be_given(tmp_path: Path) -> None:
+    learner = Learner.create("tiny()", "ncm").learn(torch.zeros(4, 3, 16, 16, dtype=torch.uint8), ["cat", "dog"] * 2)
+    for images in (tmp_path, str(tmp_path), [tmp_path]):
+        with pytest.raises(ValueError, match=r"is a folder: give its images, as list\(Path\('"):
+            learner.predict(images)

@@ -14,7 +14,7 @@ from perdure.api.given import Asked, known_task, shown, told
 from perdure.core.forgetting import forget_classes
 from perdure.core.learner import Core
 from perdure.core.shared_copy import become, twin_of
-from perdure.formatting import meant, shortened
+from perdure.formatting import counted, meant, shortened
 from perdure.objectives.zeroshot import class_texts
 from perdure.options.ranges import BatchSize, Count, checking
 from perdure.process import Turn, as_found, plain
@@ -58,9 +58,10 @@ class Abilities(Core):
 
     def __repr__(self) -> str:
         """One line, where a module would show its hundred layers."""
-        tasks = f"{self.learnt} task{'' if self.learnt == 1 else 's'}"
+        tasks = counted(self.learnt, "task")
         if "classes" in self.objective.asks:
-            tasks += f", {len({c for task in self.tasks[: self.learnt] for c in task.classes})} classes"
+            classes = {c for task in self.tasks[: self.learnt] for c in task.classes}
+            tasks += f", {counted(len(classes), 'class', 'classes')}"
         return f"{type(self).__name__}({self.config.backbone}, {self.config.method}; {tasks})"
 
     def __dir__(self) -> list[str]:

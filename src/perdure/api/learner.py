@@ -59,6 +59,7 @@ class Learner(Abilities):
     _facts: dict[str, Any]
 
     @classmethod
+    @checking("backbone", "method", "objective")
     def create(
         cls, backbone: str = "pocket()", method: str | None = None, objective: str | None = None, **options: Any
     ) -> Self:
@@ -139,6 +140,7 @@ class Learner(Abilities):
         return self
 
     @plain()
+    @checking("pretext")
     def pretrain(
         self,
         images: Sequence[Picture] | torch.Tensor | str | Path,
@@ -379,7 +381,10 @@ class Learner(Abilities):
     @plain()
     @checking("folder", "to")
     def export(self, folder: str | Path, to: str) -> Path:
-        """Write the model for other libraries: `peft` or `merged`; see `perdure.export.model`."""
+        """Write the model for other libraries: `peft`, `merged`, `transformers`, `onnx` or `torch`.
+
+        See `perdure.export.model`.
+        """
         return export(as_now(self), Path(folder), to)
 
     def record(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from perdure.core.checkpoint import Checkpoint, read_record
 from perdure.core.manifests import recorded_moves
 from perdure.core.pretext import make_pretext
 from perdure.options.paths import anchored, relocated
+from perdure.options.spec import parse
 from perdure.storage import schema
 from perdure.storage.schema import LessonSource
 from perdure.streams import Captioned, ConversationSet, ImageSet
@@ -47,10 +48,11 @@ def settled(given: Mapping[str, str | None], learner: Learner) -> dict[str, str 
             raise ValueError(f"pretrain is for images, and {objective} learns answers: use 'perdure learn'")
         reading["pretext"] = anchored(str(reading["pretext"]))
         captions = make_pretext(str(reading["pretext"])).captions
+        keeps = any(part.name == "feature_distill" for part in parse(learner.config.method))
         if idle := [name for name in reading if name == ("replay" if captions else "captions")]:
             raise ValueError(
                 f"--{idle[0]} {reading[idle[0]]} has no effect with {reading['pretext']}: leave it out"
-                + (", or add feature_distill to the method" if captions else "")
+                + (", or add feature_distill to the method" if captions and not keeps else "")
             )
         if captions:
             reading.setdefault("captions", COLUMN)

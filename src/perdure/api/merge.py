@@ -19,7 +19,8 @@ from perdure.api.specialists import speaks
 from perdure.core.manifests import check_new
 from perdure.core.method import parts_of, predicts, treated
 from perdure.mechanisms.merging import MERGES, Vector, merged_vectors
-from perdure.options.spec import Spec
+from perdure.options.ranges import without_effect
+from perdure.options.spec import Spec, parse_one
 from perdure.process import plain
 from perdure.training.config import RunConfig, one
 from perdure.training.loop import Fitted
@@ -32,7 +33,10 @@ _EXACT = 1e-6
 
 @plain()
 def merge(
-    learners: Mapping[str, Learner], how: str = "ties()", weights: Sequence[float] | None = None, seed: int = 0
+    learners: Mapping[str, Learner],
+    how: str = "ties()",
+    weights: Sequence[float] | None = None,
+    seed: int | None = None,
 ) -> Learner:
     """One learner of all that several have learnt, which costs what one does; none of them is changed.
 
@@ -40,7 +44,7 @@ def merge(
         learners: by name; of one backbone, one objective, and updates of the same layers that weights can hold.
         how: `average`, `arithmetic`, `ties` or `dare`, with options.
         weights: of each one; 1 when None.
-        seed: of what is dropped by `dare`.
+        seed: of what is dropped by `dare`; 0 when None.
 
     Raises:
         ValueError: when they cannot be merged.
@@ -49,9 +53,11 @@ def merge(
         raise ValueError(f"{reason}: combine them as specialists, without --merge")
     start = time.perf_counter()
     way = one(how, MERGES, "merge")
+    if parse_one(how).name != "dare":
+        without_effect(f"with {how}, which drops nothing at random", seed=seed)
     vectors = [task_vector(each) for each in learners.values()]
     shares = [1.0] * len(vectors) if weights is None else list(weights)
-    update = merged_vectors(way, vectors, shares, seed)
+    update = merged_vectors(way, vectors, shares, seed or 0)
     first = next(iter(learners.values()))
     made = Learner.of(_config(first, _places(first)), first.runtime)
     made.scenario = first.scenario

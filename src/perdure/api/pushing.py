@@ -10,7 +10,7 @@ from typing import Any
 
 from perdure.api.learner import Learner
 from perdure.export.model import export
-from perdure.formatting import printable
+from perdure.formatting import counted, printable
 from perdure.options.paths import paths_in, unplaced, unplaced_path
 from perdure.options.ranges import without_effect
 from perdure.options.spec import parse
@@ -66,7 +66,7 @@ def card(found: dict[str, Any]) -> str:
     facts = ["library_name: perdure", "tags:", "- continual-learning", *([f"base_model: {base}"] if base else [])]
     facts += ["license: other"] if found["licence"] else []
     shown = {name: _plain(unplaced(found[name])) for name in ("backbone", "method", "objective")}
-    lines = ["---", *facts, "---", "", f"# {len(found['tasks'])} tasks, learnt one after another", ""]
+    lines = ["---", *facts, "---", "", f"# {counted(len(found['tasks']), 'task')}, learnt one after another", ""]
     lines += [f"- Backbone: `{shown['backbone']}`", f"- Method: `{shown['method']}`"]
     lines += [f"- Objective: `{shown['objective']}`", f"- Made by perdure {found['perdure'] or '?'}"]
     lines += [f"- Licence: {found['licence']}"] if found["licence"] else []

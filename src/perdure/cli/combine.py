@@ -51,8 +51,8 @@ class Combine(LearnerCommand):
     """With --distil: passes over the images; 5 unless said otherwise, and more over few, for at least 60 steps."""
     lr: Rate | None = None
     """With --distil: the learning rate; the student's own unless said otherwise."""
-    seed: Seed = 0
-    """Of the images that are looked at, of what dare drops, and of a student."""
+    seed: Seed | None = None
+    """Of the images that are looked at, of what dare drops, and of a student; 0 unless said otherwise."""
 
     def __call__(self, screen: Screen) -> None:
         """Combine, measure, print the table."""
@@ -61,7 +61,9 @@ class Combine(LearnerCommand):
         if self.merge is None:
             without_effect("without --merge", weights=self.weights or None)
         if self.distil is None:
-            without_effect("without --distil", images=self.images or None, epochs=self.epochs, lr=self.lr)
+            without_effect(
+                "without --distil", images=" ".join(map(str, self.images)) or None, epochs=self.epochs, lr=self.lr
+            )
         if self.merge is not None:
             without_effect("with --merge, which leaves one learner", distil=self.distil, **looking)
             self._merge(screen)
@@ -74,7 +76,7 @@ class Combine(LearnerCommand):
         from perdure.api.combine import combine
 
         screen.wait("looking at what members were taught")
-        team = combine(self.folders, self.into, seed=self.seed, device=self.device, progress=screen, **given)
+        team = combine(self.folders, self.into, seed=self.seed or 0, device=self.device, progress=screen, **given)
         for name, why in team.missing.items():
             screen.warn(f"{name} is left out: {why}")
         _measured(team, {}, screen)
@@ -103,10 +105,10 @@ class Combine(LearnerCommand):
         check_new(self.into)
         files = [file for path in self.images for file in images_in(path, Counter())]
         screen.wait("looking at what members were taught")
-        team = gather(self.folders, self.into, seed=self.seed, device=self.device, progress=screen, **given)
+        team = gather(self.folders, self.into, seed=self.seed or 0, device=self.device, progress=screen, **given)
         given = {"epochs": self.epochs, "lr": self.lr}
         options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-        student = distil(team, self.distil, files or None, progress=screen, seed=self.seed, **options)
+        student = distil(team, self.distil, files or None, progress=screen, seed=self.seed or 0, **options)
         student.save(self.into)
         _measured(team, {"distilled": student}, screen)
         content = {"event": "distilled", "folder": str(self.into), "members": team.names, "method": self.distil}

@@ -170,9 +170,11 @@ class Learn(Command):
         from perdure.api.folders import teach_folder
         from perdure.api.lesson_source import skipped_of
         from perdure.core.checkpoint import read_record
+        from perdure.core.manifests import check_single
         from perdure.options.spec import parse_one
         from perdure.reporting.report import write_report
 
+        check_single(self.into)
         screen.wait("reading the data and the model")
         given = {f.name: getattr(self, f.name) for f in fields(RunConfig) if getattr(self, f.name, None) is not None}
         config = RunConfig(stream="", **for_lessons(self.backbone or RunConfig.backbone, self.objective) | given)
@@ -202,6 +204,7 @@ class Compare(RunConfig, Command):
     seeds: tuple[Seed, ...] = (0, 1, 2)
     """One run a method for each; unless the stream fixes it, a seed is also a class order."""
     seed: Annotated[Seed, tyro.conf.Suppress] = field(default=0)
+    shard: Annotated[Literal["none", "blocks"], tyro.conf.Suppress] = field(default="none")
     out: Path
     """Folder of the grid; finished runs in it are not repeated."""
     track: str = ""
@@ -247,7 +250,7 @@ class List(Command):
         if self.what == "recipes":
             recipe(self.name)  # tells of those that are gone
         if self.name not in found:
-            near = meant(self.name, found) or f"; 'perdure list {self.what}' names them"
+            near = meant(self.name.partition("(")[0], found) or f"; 'perdure list {self.what}' names them"
             raise ValueError(f"{self.name!r} is not among the {self.what}{near}")
         entry = found[self.name]
         head = f"{self.name}({entry.options})" if entry.options else self.name
@@ -295,7 +298,7 @@ def _grid(
 ) -> None:
     from perdure.backbones.preprocess import skippable
     from perdure.experiments.grid import cells, compare
-    from perdure.experiments.tune import tuned_on
+    from perdure.experiments.study import tuned_on
     from perdure.reporting.report import write_report
     from perdure.reporting.runs import RunResults
 

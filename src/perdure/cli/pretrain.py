@@ -61,9 +61,11 @@ class Pretrain(Command):
     def __call__(self, screen: Screen) -> None:
         """Pre-train; say how well what was taught before is still known."""
         from perdure.api.folders import teach_folder
+        from perdure.core.manifests import check_single
         from perdure.reporting.report import write_report
         from perdure.reporting.runs import RunResults
 
+        check_single(self.into)
         screen.wait("reading the data and the model")
         given = {f.name: getattr(self, f.name) for f in fields(RunConfig) if getattr(self, f.name, None) is not None}
         config = RunConfig(stream="", **{"method": _METHOD} | given)

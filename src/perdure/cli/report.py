@@ -33,6 +33,10 @@ class Report(Command):
 
         if self.features and not self.figures:
             raise ValueError("--features needs a folder for the pictures: give --figures DIR too")
+        if self.out and not (self.out.suffix in (".html", ".htm") or self.out.is_dir()):
+            raise ValueError(
+                f"--out {self.out}: a report is HTML: give a name that ends in .html; --figures writes PDF"
+            )
         if teams := [folder for folder in self.folders if (folder / SPECIALISTS).is_file()]:
             self._team(teams[0], screen)
             return

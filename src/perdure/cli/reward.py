@@ -9,6 +9,7 @@ import msgspec
 import tyro
 
 from perdure.cli.console import Command, Screen
+from perdure.storage.schema import SPECIALISTS
 
 if TYPE_CHECKING:
     from perdure.api.specialists import Specialists
@@ -38,6 +39,11 @@ class Reward(Command):
         """Learn from all lines, or from none where one cannot be used."""
         from perdure.storage.files import locked
 
+        if not (self.team / SPECIALISTS).is_file():
+            raise ValueError(
+                f"{self.team} is no team of specialists, who are chosen by rewards: combine learners with "
+                "'perdure combine LEARNERS --into TEAM --route linucb'"
+            )
         lines = self._lines()
         with locked(self.team):  # another process may not read in between what is to be changed here
             team, told = self._learn(lines)

@@ -6,7 +6,7 @@ import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -15,6 +15,9 @@ from perdure.options.ranges import expected, problem, ranged
 
 _CONFIG = (tyro.conf.OmitArgPrefixes,)
 _SEVERAL = re.compile(r"(?P<flag>\S+): no type matching .* could be instantiated from \[(?P<typed>.*?)\]\. Got errors")
+_CHOICE = re.compile(r"invalid choice '(?P<typed>.*)' for argument '(?P<flag>.*)'\. Expected one of \((?P<known>.*)\)")
+_NUMBER = re.compile(r"(?P<flag>\S+): (invalid literal for int|could not convert string to float).*?: '(?P<typed>.*)'$")
+_LIST = re.compile(r"(?P<flag>\S+): Could not find valid parse for arguments: \[(?P<typed>.*)\]$")
 _SHELLS = ("bash", "zsh", "tcsh")
 
 
@@ -122,7 +125,28 @@ def _parsed(
         _, wrong, *_ = re.split(r"^\s*-{9,}\s*$", said.getvalue(), flags=re.MULTILINE)
         line = " ".join(wrong.split()).removeprefix("Error parsing ")
         hint = next((hint for shown, (_, hint) in flags.items() if line.startswith(f"{shown}:")), None)
-        if several := _SEVERAL.match(line):  # tyro names its own types, one by one
-            typed = shortened(" ".join(several["typed"].strip("'\"").split("', '")))
-            raise ValueError(f"{several['flag']} {typed!r}; expected {expected(hint)}") from stop
+        if choice := _CHOICE.match(line):  # in the order of a set, and with None for a flag that is left out
+            known = sorted({*re.findall("'(.*?)'", choice["known"])} - {"None"})
+            flag, typed = choice["flag"], choice["typed"]
+            where = flag if flag.startswith("-") else flag.upper()
+            near = meant(typed, known) or f": expected {', '.join(known)}"
+            raise ValueError(f"{where} {shortened(typed)!r} is not among the choices{near}") from stop
+        if listed := _LIST.match(line):
+            raise ValueError(_unlisted(listed["flag"], listed["typed"], hint)) from stop
+        if one := _SEVERAL.match(line) or _NUMBER.match(line):  # tyro names its own types, one by one
+            typed = shortened(" ".join(one["typed"].strip("'\"").split("', '")))
+            raise ValueError(f"{one['flag']} {typed!r}; expected {expected(hint)}") from stop
         raise ValueError(f"{line}; expected {expected(hint)}" if ranged(hint) else line) from stop
+
+
+def _unlisted(flag: str, typed: str, hint: Any) -> str:
+    """What is wrong with the words of a flag that takes several, with how numbers in one word are written."""
+    while get_origin(hint) is Annotated:
+        hint = get_args(hint)[0]
+    words = " ".join(typed.strip("'\"").split("', '"))
+    numbers = words.rstrip(",").split(",")
+    if ends := re.fullmatch(r"(\d{1,9})(?:-|\.\.)(\d{1,9})", words):
+        numbers = [str(each) for each in range(int(ends[1]), min(int(ends[2]), int(ends[1]) + 99) + 1)]
+    meant_so = len(numbers) > 1 and all(number.strip().isdecimal() for number in numbers)
+    remedy = f": write {flag} {' '.join(map(str.strip, numbers))}" if meant_so else ", or several with spaces between"
+    return f"{flag} {shortened(words)!r}; expected {expected(get_args(hint)[0])}{remedy}"

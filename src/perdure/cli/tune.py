@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from perdure.cli.console import Command, Screen
-from perdure.formatting import settings
+from perdure.formatting import counted, settings
 from perdure.options.ranges import Range, Seed
 from perdure.options.search_space import parse_space
 from perdure.training.config import RunConfig
@@ -30,6 +30,7 @@ class Tune(RunConfig, Command):
     report_seeds: tuple[Seed, ...] = (0, 1, 2)
     """Class orders on which you will report: the one above must not be among them."""
     seed: Annotated[Seed, tyro.conf.Suppress] = 0
+    shard: Annotated[Literal["none", "blocks"], tyro.conf.Suppress] = "none"
     out: Path
     """Folder of the study; with the same options a search in it goes on."""
     config: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
@@ -61,7 +62,8 @@ class Tune(RunConfig, Command):
 def search_lines(found: Mapping[str, Any]) -> list[str]:
     """A finished search for people, line by line."""
     rows = found["trials"]
-    lines = [f"{len(rows)} trials finished, {found['pruned']} given up early, {len(found['failed'])} could not be run"]
+    pruned, failed = found["pruned"], len(found["failed"])
+    lines = [f"{counted(len(rows), 'trial')} finished, {pruned} given up early, {failed} could not be run"]
     lines += [f"  {100 * row['score']:5.1f} %  {settings(row['options'])}" for row in rows[:_MOST]]
     if found["importance"]:
         shares = ", ".join(f"{name} {100 * value:.0f} %" for name, value in found["importance"].items())

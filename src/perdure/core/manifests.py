@@ -247,6 +247,32 @@ def check_new(into: Path) -> None:
         raise ValueError(f"{into} already holds a learner or specialists: give a new folder")
 
 
+def check_single(into: Path) -> None:
+    """Refuse to begin a run or a learner where specialists lie, or several runs, whose report stands there.
+
+    Raises:
+        ValueError: with the remedy.
+    """
+    if (into / SPECIALISTS).exists():
+        raise ValueError(f"{into} holds specialists, which learn each in a folder of their own: give another folder")
+    several = [*into.glob(f"*/{RECORD}"), *into.glob("compare.json"), *into.glob("study.json")]
+    if several and not (into / RECORD).exists():
+        raise ValueError(
+            f"{into} is the folder of several runs, as {min(several).relative_to(into)} says: give one of its own"
+        )
+
+
+def check_several(out: Path) -> None:
+    """Refuse to begin a grid or a search where a run, a learner or specialists lie, whose report stands there.
+
+    Raises:
+        ValueError: with the remedy.
+    """
+    for name, what in ((RECORD, "a run or a learner"), (SPECIALISTS, "specialists")):
+        if (out / name).exists():
+            raise ValueError(f"{out} holds {what}, and several runs need a folder of their own: give another --out")
+
+
 def holds_no_task(folder: Path) -> bool:
     """Whether a learner's record lies there and nothing that it learnt: whoever saved it was killed before that."""
     try:

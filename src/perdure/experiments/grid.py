@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from perdure import metrics
 from perdure.core import checkpoint
+from perdure.core.manifests import check_several
 from perdure.experiments import step_cost
 from perdure.experiments.cluster import Cluster, run_beside
 from perdure.experiments.orders import REMEDY, fixed_order
@@ -117,6 +118,7 @@ def compare(
             done.
         Interrupted: after SIGINT or SIGTERM.
     """
+    check_several(out)
     if config.lr is None and progress:
         progress.note(Aside("each method learns at its own rate, see 'perdure list methods'; --lr gives all the same"))
     refuse_same(out, config.stream, *config.retain)

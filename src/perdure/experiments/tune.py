@@ -7,12 +7,11 @@ The study's journal (`study.log`) holds what was proposed and measured; the runs
 search goes on with the same command: the trial that was in work is resumed where its run stands.
 """
 
-import contextlib
 import hashlib
 import json
 import os
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -22,7 +21,20 @@ from torch import Tensor
 from perdure import metrics
 from perdure.backbones.preprocess import UnreadableImage
 from perdure.core import checkpoint
+from perdure.core.manifests import check_several
 from perdure.experiments.orders import REMEDY, fixed_order
+from perdure.experiments.study import (
+    STUDY,
+    best_score,
+    check_same,
+    complete_of,
+    done_of,
+    errors_of,
+    nothing_begun_nothing_left,
+    open_study,
+    propose_again,
+    quiet,
+)
 from perdure.options.own_methods import OWN_METHODS
 from perdure.options.paths import refuse_same
 from perdure.options.search_space import Interval, Space, check_space, filled
@@ -42,13 +54,9 @@ from perdure.types import Row, Task
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
-    from optuna.trial import FrozenTrial
 
-STUDY = "study.json"
-JOURNAL = "study.log"
 TEXTS = ("method", "backbone", "objective")
 """Options of a run that may have holes."""
-_RESTORE = "restore it, or search anew in another folder"
 
 
 class TuneProgress(Progress, Protocol):
@@ -92,6 +100,7 @@ def tune(
         )
     settings = [field.name for field in fields(TrainConfig)]
     check_space(space, {name: getattr(config, name) for name in TEXTS}, settings)
+    _check_left_open(config, space)
     first = check_ends(config, space)
     asked = {
         "config": config.describe(),
@@ -99,84 +108,20 @@ def tune(
         "order_seed": config.seed,
         "report_seeds": list(report_seeds),
     }
+    check_several(out)
     refuse_same(out, config.stream)
-    with checkpoint.locked(out), _quiet(optuna):
-        _check_same(out, asked)
+    with checkpoint.locked(out), nothing_begun_nothing_left(out), quiet(optuna):
+        check_same(out, asked)
         checkpoint.write_json(out / STUDY, asked)
-        study = _study(optuna, out, config.seed)
-        _propose_again(optuna, study)
-        if _done(study) < trials:
+        study = open_study(optuna, out, config.seed)
+        propose_again(optuna, study)
+        if done_of(study) < trials:
             _check_order(first, report_seeds)
-        while (done := _done(study)) < trials:
+        while (done := done_of(study)) < trials:
             _one(optuna, study, config, space, out, progress, (done, trials))
         found = asked | _result(study, config, space, report_seeds, out)
         checkpoint.write_json(out / STUDY, found)
         return found
-
-
-def tuned_on(out: Path, seeds: Sequence[int]) -> str:
-    """A warning for who reports, in `out`, class orders on which a study there or above chose options; else empty."""
-    for folder in (out, *out.parents):
-        if (folder / STUDY).is_file():
-            order = read_study(folder)["order_seed"]
-            if order in seeds:
-                return (
-                    f"seed {order} is the class order on which {folder} chose the options: its score is too good; "
-                    "leave it out of what you report"
-                )
-            return ""
-    return ""
-
-
-def read_study(folder: Path) -> dict[str, Any]:
-    """`study.json` of a folder."""
-    path = folder / STUDY
-    found = schema.decode_json(path.read_bytes(), str(path), _RESTORE)
-    if not isinstance(found, dict) or not isinstance(found.get("order_seed"), int):
-        raise schema.Damaged(f"{path} is damaged: it does not say on which class order was searched; {_RESTORE}")
-    return found
-
-
-def _study(optuna: Any, out: Path, seed: int) -> "Study":
-    from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
-
-    journal = str(out / JOURNAL)
-    _check_journal(out / JOURNAL)
-    storage = JournalStorage(JournalFileBackend(journal, JournalFileOpenLock(journal)))
-    study: Study = optuna.create_study(
-        study_name="perdure",
-        storage=storage,
-        direction="maximize",
-        load_if_exists=True,
-        pruner=optuna.pruners.MedianPruner(n_startup_trials=4),
-    )
-    # The trials so far seed the sampler too: else a search that goes on would propose what it began with.
-    study.sampler = optuna.samplers.TPESampler(seed=(seed + len(study.get_trials(deepcopy=False))) % 2**31)
-    return study
-
-
-def _propose_again(optuna: Any, study: "Study") -> None:
-    """Of a killed search: the options that were in work are proposed once more, and their run goes on."""
-    states = optuna.trial.TrialState
-    waiting = [each.system_attrs.get("fixed_params") for each in study.get_trials(states=(states.WAITING,))]
-    for old in study.get_trials(states=(states.RUNNING,)):
-        if old.params not in waiting:  # else the kill came between these two lines
-            study.enqueue_trial(old.params)
-        study.tell(old.number, state=states.FAIL)
-
-
-def _check_journal(path: Path) -> None:
-    """A line that a kill cut short is dropped; any other that is no JSON object is damage."""
-    if not path.is_file():
-        return
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if whole != content:
-        path.write_bytes(whole)
-    for number, line in enumerate(whole.splitlines(), 1):
-        if not isinstance(schema.decode_json(line, f"{path}, line {number}", _RESTORE), dict):
-            raise schema.Damaged(f"{path}, line {number}: expected a JSON object; {_RESTORE}")
 
 
 def _one(
@@ -193,7 +138,7 @@ def _one(
     options = {name: _suggest(trial, name, each) for name, each in space.items()}
     mine = configured(config, options)
     if progress:
-        progress.trial(*place, options, _best(study))
+        progress.trial(*place, options, best_score(study))
     folder = out / _folder(mine)
     try:
         if (folder / "run.json").exists():
@@ -255,6 +200,21 @@ def configured(config: RunConfig, options: Mapping[str, Any]) -> RunConfig:
     return replace(config.but(**settings), **texts)
 
 
+def _check_left_open(config: RunConfig, space: Space) -> None:
+    """Refuse a setting that is given and searched too."""
+    for field in fields(TrainConfig):
+        if field.name not in space:
+            continue
+        usual: dict[str, Any] = {field.name: field.default}
+        try:
+            left_out = replace(config, **usual)
+        except ValueError:  # another setting, such as milestones, stands beside this value only
+            continue
+        if left_out != config:
+            value = getattr(config, field.name)
+            raise ValueError(f"{field.name}={value!r} has no effect: the space searches {field.name}; leave it out")
+
+
 def check_ends(config: RunConfig, space: Space) -> RunConfig:
     """Build each end of the space, so that what no option takes is refused before any trial; returns a trial's."""
     ends = {n: (e.low, e.high) if isinstance(e, Interval) else e for n, e in space.items()}
@@ -301,34 +261,6 @@ def _folder(config: RunConfig) -> str:
     return f"trial-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
-def _check_same(out: Path, asked: Mapping[str, Any]) -> None:
-    if not (out / STUDY).is_file():
-        return
-    written = read_study(out)
-    before, now = ({**each, **each.get("config", {})} for each in (written, json.loads(json.dumps(asked))))
-    for key, value in now.items():
-        if key != "config" and before.get(key) != value:
-            raise ValueError(
-                f"{out} holds a study with {key}={json.dumps(before.get(key))}, not {json.dumps(value)}: give the "
-                "same options to go on, or another --out to start anew"
-            )
-
-
-def _done(study: "Study") -> int:
-    """Trials that are behind us: finished, given up, or impossible."""
-    return sum(
-        t.state.name in ("COMPLETE", "PRUNED") or "error" in t.user_attrs for t in study.get_trials(deepcopy=False)
-    )
-
-
-def _complete(study: "Study") -> "list[FrozenTrial]":
-    return [trial for trial in study.get_trials(deepcopy=False) if trial.state.name == "COMPLETE"]
-
-
-def _best(study: "Study") -> float | None:
-    return max((trial.value for trial in _complete(study) if trial.value is not None), default=None)
-
-
 def _check_data(config: RunConfig, error: ValueError) -> None:
     """Raise `error` when it is not the options' fault but that of what is read: every other trial would have it too."""
     if isinstance(error, schema.Damaged | UnreadableImage):
@@ -344,19 +276,15 @@ def _check_data(config: RunConfig, error: ValueError) -> None:
 
 
 def _refuse_when_none_can_run(study: "Study", error: ValueError) -> None:
-    errors = _errors(study)
-    if len(errors) >= 3 and len(errors) == _done(study):
+    errors = errors_of(study)
+    if len(errors) >= 3 and len(errors) == done_of(study):
         raise ValueError(f"none of the first {len(errors)} trials could be run; the last one: {error}") from error
-
-
-def _errors(study: "Study") -> list[str]:
-    return [trial.user_attrs["error"] for trial in study.get_trials(deepcopy=False) if "error" in trial.user_attrs]
 
 
 def _result(study: "Study", config: RunConfig, space: Space, report_seeds: Sequence[int], out: Path) -> dict[str, Any]:
     import optuna
 
-    complete, failed = _complete(study), _errors(study)
+    complete, failed = complete_of(study), errors_of(study)
     if not complete:
         raise ValueError(f"no trial was finished: {failed[-1] if failed else 'all were given up'}; change the space")
     rows = sorted(
@@ -369,7 +297,7 @@ def _result(study: "Study", config: RunConfig, space: Space, report_seeds: Seque
     best = configured(config, rows[0]["options"])
     return {
         "trials": rows,
-        "pruned": _done(study) - len(complete) - len(failed),
+        "pruned": done_of(study) - len(complete) - len(failed),
         "failed": failed,
         "importance": importance,
         "best": rows[0],
@@ -386,14 +314,3 @@ def report_command(best: RunConfig, seeds: Sequence[int], out: Path) -> str:
     words = ["perdure", "compare", "--methods", best.method, "--seeds", *map(str, seeds), "--out", str(out)]
     own = ["--import", file] if (file := os.environ.get(OWN_METHODS)) else []
     return shlex.join([*words, *flags(best.describe(), ("method", "seed")), *own])
-
-
-@contextlib.contextmanager
-def _quiet(optuna: Any) -> Iterator[None]:
-    """Optuna without its own lines: what is worth telling is told by `progress`."""
-    before = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        yield
-    finally:
-        optuna.logging.set_verbosity(before)

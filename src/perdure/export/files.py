@@ -14,6 +14,7 @@ from perdure.backbones.timm import Timm
 from perdure.backbones.vision import Vision
 from perdure.core.learner import Core
 from perdure.core.objective import Head
+from perdure.formatting import counted
 from perdure.options.spec import parse_one
 from perdure.version import __version__
 
@@ -142,9 +143,9 @@ def readme(learner: Core, to: str, use: Use, head: Head) -> str:
         f"    scores = {head.scores}",
         "print(labels[int(scores.argmax())])",
     ]
-    learnt = "Images and captions" if captioned else f"{len(learner.objective.names)} classes"
+    learnt = "Images and captions" if captioned else counted(len(learner.objective.names), "class", "classes")
     return (
-        f"# {learnt}, learnt in {learner.learnt} tasks\n\n"
+        f"# {learnt}, learnt in {counted(learner.learnt, 'task')}\n\n"
         f"Written by perdure {__version__}: {what}.\n"
         f"The classifier is {head.what}. `labels.json` says the rest.\n\n"
         "```python\n" + "\n".join(code) + "\n```\n"

@@ -22,6 +22,7 @@ from perdure.core.learner import Core
 from perdure.core.objective import COSINES
 from perdure.core.shared_copy import twin_of
 from perdure.export.head import head_of
+from perdure.formatting import counted
 
 FILES: dict[str, str] = {"onnx": "model.onnx", "torch": "model.pt2"}
 
@@ -150,7 +151,7 @@ def graph_readme(learner: Core, to: str, version: str) -> str:
         'print(facts["labels"][int(scores[0].argmax())])',
     ]
     return (
-        f"# {classes} classes, learnt in {learner.learnt} tasks\n\n"
+        f"# {counted(classes, 'class', 'classes')}, learnt in {counted(learner.learnt, 'task')}\n\n"
         f"Written by perdure {version}: {learner.backbone.spec} with what was learnt, as one graph. Images are uint8 "
         f"(B, 3, {side}, {side}); it normalises them itself.\n\n```python\n" + "\n".join(code) + "\n```\n"
     )

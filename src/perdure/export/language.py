@@ -17,6 +17,7 @@ from perdure.backbones import pretrained
 from perdure.backbones.language import Language
 from perdure.core.learner import Core
 from perdure.export.files import TERMS, TOKENIZER, copy, options_of
+from perdure.formatting import counted
 from perdure.options.paths import unplaced
 from perdure.options.spec import Spec, parse_one
 from perdure.storage.files import write_json, write_text
@@ -132,7 +133,7 @@ def _readme(learner: Core, backbone: Language, to: str, apart: Sequence[str]) ->
     ]
     names = ", ".join(task.name for task in learner.tasks)
     return (
-        f"# Questions, learnt in {learner.learnt} tasks\n\n"
+        f"# Questions, learnt in {counted(learner.learnt, 'task')}\n\n"
         f"Written by perdure {__version__}: {what}.\n"
         f"It was taught, one after another: {names}. `learnt.json` says how.\n\n"
         f"{choice}```python\n" + "\n".join(code) + "\n```\n"

@@ -62,7 +62,7 @@ def export(learner: Core, folder: Path, to: Target | str) -> Path:
     Args:
         learner: that has learnt at least one task.
         folder: new or empty.
-        to: `peft`, `merged` or `transformers`.
+        to: `peft`, `merged`, `transformers`, `onnx` or `torch`.
 
     Raises:
         ValueError: when the other library could not do the same as this learner, or the folder holds something.
@@ -154,6 +154,8 @@ def _check(learner: Core, to: str) -> None:
         raise ValueError(f"unknown export {to!r}{near}")
     if not learner.learnt:
         raise ValueError("this learner has learnt nothing yet: there is nothing to export")
+    if "classes" in learner.objective.asks and all(task.pretext for task in learner.tasks[: learner.learnt]):
+        raise ValueError("this learner was only pre-trained, without labels: teach it first, with 'perdure learn'")
     if not isinstance(backbone, Clip | Vision | Timm | OpenClip | Language):
         raise ValueError(
             f"{backbone.spec} cannot be exported: learn on pocket(), clip(...), open_clip(...), vision(...), timm(...) "

@@ -48,6 +48,8 @@ def parse(text: str) -> tuple[Spec, ...]:
     Raises:
         ValueError: when `text` is anything but names with literal keyword arguments and parts of the same form.
     """
+    if not isinstance(text, str):
+        raise ValueError(f"got {text!r:.60}, expected a text: {_FORM}")
     line = text.replace("\n", " ").strip()
     if not line:
         raise ValueError(f"cannot read an empty text: {_FORM}")

@@ -65,6 +65,11 @@ def folder_task(
     Raises:
         ValueError: when the folder is not as expected, or a class has no train image.
     """
+    if asking and Path(path).is_file():
+        raise ValueError(
+            f"path={str(path)!r} is a file; give a folder of class folders, or a new learner: with --objective "
+            "retrieve it learns captions, with --backbone 'mllm(path=...)' questions"
+        )
     found = read_folders(Path(path), asking=asking)
     check_classes(found)
     names = recorded(found.names, known)
@@ -116,7 +121,15 @@ def captioned_task(
         ValueError: when the file is not as expected.
     """
     place = Path(path).expanduser().resolve()  # as it is found again, wherever from and by whatever link
-    found = captioned_data(place.name, read_tables(place, "image"), (column or COLUMN,), None)
+    try:
+        parts = read_tables(place, "image")
+    except ValueError as error:
+        if place.is_dir() and any(each.is_dir() for each in place.iterdir()):
+            raise ValueError(
+                f"{error} of captions, for --objective retrieve; classify() learns class folders"
+            ) from error
+        raise
+    found = captioned_data(place.name, parts, (column or COLUMN,), None)
     for line in found.notes.get("remarks", ()):
         tell(line)
     count = len(found.train)

@@ -22,6 +22,7 @@ from perdure.core import checkpoint
 from perdure.core.checkpoint import read_record
 from perdure.core.feature_store import FeatureStore
 from perdure.core.learner import Core
+from perdure.core.manifests import check_single
 from perdure.core.objective import asking
 from perdure.core.processes import Processes
 from perdure.evaluation import calibration, per_class
@@ -88,6 +89,7 @@ def run(
         ValueError: for anything in `config` that cannot be done, before anything is learnt.
         Interrupted: after SIGINT or SIGTERM.
     """
+    check_single(out)
     refuse_same(out, config.stream, *config.retain)
     with joined(config.device) as processes, _held(out, processes):
         if processes.first and (out / "run.json").exists():

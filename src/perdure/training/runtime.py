@@ -159,7 +159,10 @@ def check_device(name: str, given: str, remedy: str) -> None:
     try:
         torch.ones(1, device=name).item()  # a number that comes back: "meta" makes tensors, but keeps none
     except (RuntimeError, AssertionError, ImportError) as error:
-        raise ValueError(f"{given} cannot be used here ({str(error).splitlines()[0]}); {remedy}") from error
+        why = str(error).splitlines()[0]
+        if why.startswith("Expected one of"):  # and torch lists all that it was ever built for
+            why = "devices are called cuda, cpu, mps, ..."
+        raise ValueError(f"{given} cannot be used here ({why}); {remedy}") from error
 
 
 def native_bf16(device: str) -> bool:
