@@ -275,9 +275,8 @@ class Specialists:
     def _speaker(self, conversation: Conversation, able: Sequence[str]) -> str:
         if len(able) == 1:
             return able[0]
-        by_words = self.router is None or isinstance(self.router, TextRouter)  # a question is no label of its image
-        judged = set() if self.router is None or by_words else {self.names[each] for each in self.router.judged}
-        if conversation.images and not judged.isdisjoint(able):
+        looks = () if self.router is None or isinstance(self.router, TextRouter) else self.router.judged
+        if conversation.images and any(self.names[each] in able for each in looks):  # by texts: no image's label
             return self.route(list(conversation.images[:1]), able)[0][0]
         return self._by_text([conversation.question], able)[0]
 
