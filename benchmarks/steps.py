@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from perdure.experiments.step_cost import PLAIN, TimedLearner, measure_steps, ratio
+from perdure.experiments.step_cost import TimedLearner, measure_steps, plain_of, ratio
 from perdure.formatting import times
 from perdure.training.config import RunConfig
 from perdure.training.runtime import Runtime
@@ -64,7 +64,7 @@ def main() -> None:
         options.out.mkdir(parents=True, exist_ok=True)
         measure_steps(config, options.methods, runtime, options.out, Said())
         return
-    plain = TimedLearner(replace(config, method=PLAIN), runtime)
+    plain = TimedLearner(replace(config, method=plain_of(config)), runtime)
     print(f"| method | {' | '.join(f'task {n}' for n in options.tasks)} |")
     print("|---" * (len(options.tasks) + 1) + "|")
     for method in options.methods:

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from perdure.experiments.step_cost import PLAIN, TURN, TimedLearner, measure_steps, ratio
+from perdure.experiments.step_cost import PLAIN, TURN, TimedLearner, measure_steps, plain_of, ratio
+from perdure.training.config import RunConfig
 from perdure.training.runtime import Runtime
 
 RUNTIME = Runtime("cpu", "fp32", "sdpa", 1)
@@ -69,3 +70,16 @@ def test_turns_leave_the_learner_fit_to_end_the_task(method: str, lab: Any) -> N
     assert [len(one.turn()) for _ in range(2)] == [TURN] * 2
     learner = one.learner
     learner.method.end_task(learner, learner.task)
+
+
+def test_a_language_model_s_methods_are_measured_against_lora_in_its_language_tower(tmp_path: Path) -> None:
+    lines = [{"question": f"What is {i}?", "answer": str(i)} for i in range(6)]
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
+    files = [str(tmp_path / f"{name}.jsonl") for name in ("one", "two")]
+    config = RunConfig(
+        stream=f"conversations(path={files!r})", backbone="tiny_mllm()", objective="generate", batch_size=2, epochs=1
+    )
+    assert plain_of(config) == "lora(tower='language')"
+    measure_steps(config, ["probe"], RUNTIME, tmp_path)
+    assert json.loads((tmp_path / "steps.json").read_text())["options"]["plain"] == "lora(tower='language')"

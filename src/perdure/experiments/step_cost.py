@@ -20,6 +20,7 @@ from torch import Tensor
 
 from perdure.core import checkpoint
 from perdure.core.learner import Core
+from perdure.options.spec import parse_one
 from perdure.reporting.runs import STEPS, steps_of
 from perdure.storage.schema import Cost
 from perdure.training.config import RunConfig, make_stream
@@ -28,8 +29,8 @@ from perdure.training.run import build_learner
 from perdure.training.runtime import Runtime
 from perdure.types import Batch, Data, Stream
 
-PLAIN = "lora"
-"""The method that all are measured against."""
+PLAIN, SPEAKING = "lora", "lora(tower='language')"
+"""The methods that all are measured against: of encoders, and of language models."""
 TURN = 4
 """Steps of one turn, after a first one that is not counted: it makes the optimizer's state."""
 _LEAST, _MOST, _SECONDS = 3, 8, 8.0  # turns of each, and how long their steps may take
@@ -120,6 +121,7 @@ def measure_steps(
         progress: who is told.
     """
     options = {name: getattr(config, name) for name in _DECIDE} | runtime.describe()
+    options |= {} if plain_of(config) == PLAIN else {"plain": plain_of(config)}
     written = steps_of(out)
     known = written["methods"] if written["options"] == options else {}
     plain: TimedLearner | None = None
@@ -129,7 +131,7 @@ def measure_steps(
         if progress:
             progress.step_cost(number, len(methods), method)
         try:
-            plain = plain or TimedLearner(dataclasses.replace(config, method=PLAIN), runtime)
+            plain = plain or TimedLearner(dataclasses.replace(config, method=plain_of(config)), runtime)
             one = TimedLearner(dataclasses.replace(config, method=method), runtime, stream=plain.stream)
             found = ratio(one, plain)
         except ValueError as error:
@@ -140,6 +142,11 @@ def measure_steps(
             found = {"ratio": None, "why": "out of memory beside plain LoRA"}
         known[method] = cast(Cost, found | ({"task": len(plain.learner.tasks)} if plain else {}))
         checkpoint.write_json(out / STEPS, {"options": options, "methods": known})
+
+
+def plain_of(config: RunConfig) -> str:
+    """The plain LoRA of a configuration's objective."""
+    return SPEAKING if parse_one(config.objective).name == "generate" else PLAIN
 
 
 class _Enough(Exception):

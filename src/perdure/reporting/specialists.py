@@ -19,8 +19,8 @@ th { border-bottom: 1px solid #888 } th:first-child, td:first-child { text-align
 td.text { text-align: left; font-family: monospace }
 </style></head><body>
 <h1>{{ name }}</h1>
-<p>{{ found.members | length }} specialists; what is asked goes to one of them by <code>{{ found.route }}</code>, which looks
-with <code>{{ found.gate }}</code>. The pool holds {{ classes }} classes in {{ size }}.</p>
+<p>{{ found.members | length }} specialists; what is asked goes to one of them by <code>{{ found.route }}</code>,
+which looks with <code>{{ found.gate }}</code>. The pool holds {{ classes }} classes in {{ size }}.</p>
 <table><tr><th>member</th><th>learns</th><th>tasks</th><th>method</th><th>backbone</th><th>now</th></tr>
 {% for each in found.members %}<tr><td>{{ each.name }}</td><td>{{ each.gives }}</td><td>{{ each.learnt }}</td>
 <td class="text">{{ each.method }}</td><td class="text">{{ each.backbone }}</td><td>{{ each.state }}</td></tr>
