@@ -433,7 +433,11 @@ def test_a_full_disk_ends_in_one_line_and_the_run_goes_on(
     assert sizes[0] < most < sizes[1]
 
     with no_file_above(most):
-        one_line(perdure("run", *flags, "--out", "x"), "perdure: File too large: ", "free some space, then resume")
+        one_line(
+            perdure("run", *flags, "--out", "x"),
+            "perdure: File too large: ",
+            "free some space, then go on with 'perdure resume'",
+        )
     assert not Path("x/task-001/manifest.json").exists()
     assert perdure("resume", "x").code == 0
     assert content_of(Path("x")) == content_of(Path("whole"))

@@ -96,7 +96,7 @@ def _said(error: OSError) -> str:
     where = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else None
     if error.errno in _FULL:
         full = f"{error.strerror}{f': {where}' if where else ''}"
-        again = "give the same command again, or go on with 'perdure resume'; what was learnt before is whole"
+        again = "go on with 'perdure resume', or give the same command again; what was learnt before is whole"
         return f"{full}: free some space, then {again}"
     return f"{error.strerror or error}{f': {where}: check the path and its permissions' if where else ''}"
 

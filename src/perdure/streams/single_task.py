@@ -67,8 +67,8 @@ def folder_task(
     """
     if asking and Path(path).is_file():
         raise ValueError(
-            f"path={str(path)!r} is a file; give a folder of class folders, or a new learner: with --objective "
-            "retrieve it learns captions, with --backbone 'mllm(path=...)' questions"
+            f"path={str(path)!r} is a file; give a folder of class folders, or a new learner: of captions with "
+            "objective=retrieve, of questions with backbone=mllm(path=...)"
         )
     found = read_folders(Path(path), asking=asking)
     check_classes(found)
