@@ -171,9 +171,9 @@ def test_what_has_no_effect_is_refused(perdure: Any, album: Any, photos: Any) ->
     said = perdure("learn", "classes", "--into", "x", *MADE)
     assert said.code == 2
     assert "holds no .parquet, .jsonl or .csv file" in said.err
-    assert "of captions, for --objective retrieve; classify() learns class folders" in said.err
+    assert "of captions, as objective=retrieve learns them" in said.err
     said = perdure("learn", "first.jsonl", "--into", "x", "--backbone", "tiny()")
-    assert "is a file; give a folder of class folders, or a new learner: with --objective retrieve it" in said.err
+    assert "is a file; give a folder of class folders, or a new learner: of captions with" in said.err
 
 
 def pictures(count: int, seed: int) -> torch.Tensor:

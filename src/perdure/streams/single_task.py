@@ -126,7 +126,7 @@ def captioned_task(
     except ValueError as error:
         if place.is_dir() and any(each.is_dir() for each in place.iterdir()):
             raise ValueError(
-                f"{error} of captions, for --objective retrieve; classify() learns class folders"
+                f"{error} of captions, as objective=retrieve learns them; class folders are learnt by classify()"
             ) from error
         raise
     found = captioned_data(place.name, parts, (column or COLUMN,), None)
