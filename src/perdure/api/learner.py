@@ -15,7 +15,7 @@ from perdure.api.given import asked, check_first, known_task, measurable, pretra
 from perdure.api.options import HELD_OUT, OF_STREAMS, check_options
 from perdure.core import checkpoint
 from perdure.core.checkpoint import read_record
-from perdure.core.manifests import holds_no_task, manifest_paths
+from perdure.core.manifests import holds_no_task, manifest_paths, refuse_team
 from perdure.core.shared_copy import as_now, become, part, twin_of
 from perdure.evaluation.calibration import fit, set_apart
 from perdure.export.model import export
@@ -31,7 +31,7 @@ from perdure.training.config import RunConfig, former_parts
 from perdure.training.defaults import for_lessons
 from perdure.training.early_stop import watching
 from perdure.training.loop import Progress, Quiet, TrainConfig, fit_task
-from perdure.training.record import record_of, recorded_config, recorded_runtime, refuse_team, write_record
+from perdure.training.record import record_of, recorded_config, recorded_runtime, write_record
 from perdure.training.run import build_learner
 from perdure.training.runtime import Runtime
 from perdure.training.summary import COSTS, facts_of, taught_files, write_summary

@@ -13,7 +13,7 @@ from perdure.api.learner import Learner
 from perdure.api.specialists import Specialists, seen_by, unit_features
 from perdure.core import checkpoint
 from perdure.objectives.generate import reference_of
-from perdure.scoring import common_top, score_of
+from perdure.scoring import Reference, common_top, score_of
 from perdure.streams import ConversationSet, ImageSet, build_stream
 from perdure.training.loop import Progress
 from perdure.training.summary import taught_hashes
@@ -118,39 +118,40 @@ class QuestionExam:
         self.team, self.able = team, team.able("conversations")
         objective: Any = team.members[self.able[0]].objective
         found = _fresh(team, stream, "conversations") if stream else _own(team, self.able, progress)
-        self.tests: list[tuple[ConversationSet, str]] = []
+        self.tests: list[ConversationSet] = []
+        self.scored: list[tuple[str, list[Reference]]] = []
         owners: list[list[bool]] = []
         for task, of in found:
             test = task.test
             assert isinstance(test, ConversationSet)
-            self.tests.append((test, objective.score_for(task if task.score else objective.planned(task))))
+            self.tests.append(test)
+            score = objective.score_for(task if task.score else objective.planned(task))
+            self.scored.append((score, [reference_of(each) for each in _conversations(test)]))
             owners += [[each in of for each in self.able]] * len(test)
         if not owners:
             raise ValueError(
                 f"the members of {team.folder} have no test questions that can be read: give some with --stream"
             )
-        common_top(score for _, score in self.tests)
+        common_top(score for score, _ in self.scored)
         self.owns = torch.tensor(owners).T
 
     def ask(self, learner: Learner) -> list[list[str]]:
         """Its answers to each set of questions."""
         objective: Any = learner.objective
-        return [objective.answers(learner, test) for test, _ in self.tests]
+        return [objective.answers(learner, test) for test in self.tests]
 
     def marks(self, said: Sequence[Sequence[str]]) -> Tensor:
         """See `Exam.marks`; the strict score of each answer."""
-        found = []
-        for answers, (test, score) in zip(said, self.tests, strict=True):
-            references = [reference_of(each) for each in _conversations(test)]
-            found += [mark.strict for mark in score_of(score).grade(answers, references).marks]
-        return torch.tensor(found)
+        pairs = zip(said, self.scored, strict=True)
+        grades = [score_of(score).grade(answers, references) for answers, (score, references) in pairs]
+        return torch.tensor([mark.strict for grade in grades for mark in grade.marks])
 
     def together(self, said: Sequence[object]) -> None:
         """Words have no mean."""
 
     def routed(self) -> list[str]:
         """See `Exam.routed`."""
-        return [self.team._speaker(each, self.able) for test, _ in self.tests for each in _conversations(test)]
+        return [self.team._speaker(each, self.able) for test in self.tests for each in _conversations(test)]
 
 
 def exam_of(team: Specialists, stream: str | None, progress: Progress) -> Exam[Any]:

@@ -253,13 +253,18 @@ def check_single(into: Path) -> None:
     Raises:
         ValueError: with the remedy.
     """
-    if (into / SPECIALISTS).exists():
-        raise ValueError(f"{into} holds specialists, which learn each in a folder of their own: give another folder")
+    refuse_team(into)
     several = [*into.glob(f"*/{RECORD}"), *into.glob("compare.json"), *into.glob("study.json")]
     if several and not (into / RECORD).exists():
         raise ValueError(
             f"{into} is the folder of several runs, as {min(several).relative_to(into)} says: give one of its own"
         )
+
+
+def refuse_team(into: Path) -> None:
+    """Raise a ValueError where specialists lie in `into`."""
+    if (into / SPECIALISTS).exists():
+        raise ValueError(f"{into} holds specialists, which learn each in a folder of their own: give another folder")
 
 
 def check_several(out: Path) -> None:

@@ -15,12 +15,12 @@ import msgspec
 from perdure.core import checkpoint
 from perdure.core.checkpoint import read_record
 from perdure.core.learner import Core
-from perdure.core.manifests import MOVED, RESIZED, recorded_moves, recorded_size
+from perdure.core.manifests import MOVED, RESIZED, recorded_moves, recorded_size, refuse_team
 from perdure.evaluation.held_out import HeldOut
 from perdure.options.paths import Relocation, moved
 from perdure.options.spec import changed
 from perdure.storage import schema
-from perdure.storage.schema import SPECIALISTS, Damaged, RunRecord
+from perdure.storage.schema import Damaged, RunRecord
 from perdure.training.config import RunConfig
 from perdure.training.loop import Progress
 from perdure.training.runtime import Runtime, check_device
@@ -80,12 +80,6 @@ def write_record(out: Path, content: dict[str, Any]) -> None:
     """
     refuse_team(out)
     checkpoint.write_sealed(out / "run.json", content)
-
-
-def refuse_team(out: Path) -> None:
-    """Raise a ValueError where specialists lie in `out`."""
-    if (out / SPECIALISTS).exists():
-        raise ValueError(f"{out} holds specialists, which learn each in a folder of their own: give another folder")
 
 
 def recorded_config(out: Path, written: RunRecord) -> RunConfig:
