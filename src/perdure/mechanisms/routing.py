@@ -25,6 +25,8 @@ _KNOWN = 0.95
 class Router(nn.Module):
     """Base of all: members have scores; of what seems none of theirs the best score lies below `limit`.
 
+    Products are taken in double precision: so rounded, what ties does so in every batch.
+
     Args:
         judged: members that it has something to judge by; the score of others is -inf.
     """
@@ -88,11 +90,11 @@ class SubspaceRouter(Router):
 
     def forward(self, features: Tensor) -> Tensor:
         """See `Router.forward`."""
+        known = exact(features)
         scores = features.new_full((len(features), self.members), -torch.inf)
         for key, basis in self.bases.items():
-            rest = features - basis[0].to(features)
-            rows = basis[1:].to(features)
-            scores[:, int(key)] = -(rest - rest @ rows.T @ rows).square().sum(1)
+            rest, rows = known - basis[0].to(known), basis[1:].to(known)
+            scores[:, int(key)] = -(rest - rest @ rows.T @ rows).square().sum(1).to(features)
         return scores
 
 
@@ -107,7 +109,8 @@ class TextRouter(Router):
 
     def forward(self, features: Tensor) -> Tensor:
         """See `Router.forward`."""
-        return best_of(features @ self.texts.to(features).T, self.owners, self.members)
+        known = exact(features)
+        return best_of((known @ self.texts.to(known).T).to(features), self.owners, self.members)
 
 
 class LinUCB(Router):
