@@ -2,6 +2,7 @@
 
     python benchmarks/language.py
     python benchmarks/language.py --backbone 'mllm(path="build/pocket-mllm")' --batch-size 4 --turns 3 --later 0
+    python benchmarks/language.py --backbone 'mllm(path="build/pocket-mllm", dtype="bfloat16")' --only evaluation
 
 Pictures and questions are made here. Both sides train LoRA of one rank on q and v of the language model, in float32, on
 the same batches: as perdure is by itself, with images and texts read once (`once`; PEFT's are tokenised before, too,
@@ -145,6 +146,15 @@ def evaluated(backbone: Any, task: Task) -> list[str]:
     ]
 
 
+def compared(backbone: Any) -> None:
+    """Print how evaluations compare with one question an image, and with several."""
+    for about in (1, len(ASKED)):
+        with tempfile.TemporaryDirectory() as folder:
+            asked = written(Path(folder), 1, QUESTIONS, about)
+            for line in evaluated(backbone, build_stream(asked, backbone.preprocess, 0).tasks[0]):
+                print(f"evaluation, {about} questions about an image, {line}", flush=True)
+
+
 def anonymous() -> int:
     """Bytes of memory that stand for no file."""
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -180,7 +190,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--later", type=int, default=20, help="the task whose step is compared with the first; 0: none")
-    parser.add_argument("--only", choices=("perdure", "plain"), help="print the most memory that steps take")
+    parser.add_argument(
+        "--only", choices=("evaluation", "perdure", "plain"), help="evaluations, or the most memory that steps take"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     size = options.batch_size
@@ -201,6 +213,9 @@ def main() -> None:
             print(most(turn))
             return
         backbone = make_backbone(options.backbone)
+        if options.only == "evaluation":
+            compared(backbone)
+            return
         task = build_stream(stream, backbone.preprocess, 0).tasks[0]
         if options.only == "plain":
             plain = Plain(backbone, task, size)
@@ -215,11 +230,7 @@ def main() -> None:
         if options.later:
             first, last = timed(config, 1), timed(config, options.later)
             print(f"step of task {options.later} / of task 1  {ratio(last, first, options.turns)}")
-        for about in (1, len(ASKED)):
-            with tempfile.TemporaryDirectory() as other:
-                asked = written(Path(other), 1, QUESTIONS, about)
-                for line in evaluated(backbone, build_stream(asked, backbone.preprocess, 0).tasks[0]):
-                    print(f"evaluation, {about} questions about an image, {line}")
+        compared(backbone)
         mine, theirs = peak(options, "perdure"), peak(options, "plain")
         print(f"peak memory / PEFT  {mine / theirs:.2f}   {mine / 1e6:.0f} MB against {theirs / 1e6:.0f} MB")
 
