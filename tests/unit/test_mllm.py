@@ -1,6 +1,7 @@
 """Multimodal language models as a backbone: seven families, random and tiny, read by the real loaders."""
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -267,6 +268,17 @@ def test_what_is_too_long_is_cut_in_the_answer_and_refused_in_the_prompt(tiny_ml
     tight = mllm(str(tiny_mllms("llava")), length=whole.prompt)
     with pytest.raises(ValueError, match=rf"takes {whole.prompt} tokens, those of its 1 images included"):
         tight.prepare({"conversation": [talks()[0]]})
+
+
+def test_the_tokenizer_says_nothing_of_its_own_of_long_contexts(
+    tiny_mllms: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = mllm(str(tiny_mllms("llava")), rope="linear", factor=4)
+    monkeypatch.setattr(model.dialogue.tokenizer, "model_max_length", 4)
+    said: list[str] = []
+    monkeypatch.setattr(logging.getLogger("transformers.tokenization_utils_base"), "warning", said.append)
+    assert len(model.dialogue(talks()[0])) > 4
+    assert not said
 
 
 def test_checkpointing_computes_blocks_again_and_gives_the_same_gradients(tiny_mllms: Callable[[str], Path]) -> None:

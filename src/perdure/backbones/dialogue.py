@@ -169,7 +169,7 @@ class Dialogue:
             given |= {"videos": [videos], "do_sample_frames": False} if videos else {}
             if videos and getattr(self.processor, "video_processor", None) is None:
                 raise ValueError(f"{self.source!r} reads no videos: give their frames as images")
-            inputs = dict(self.processor(text=[text], return_tensors="pt", **self._special(text), **given))
+            inputs = dict(self.processor(text=[text], return_tensors="pt", **self._words(text), **given))
         asked = Tokens({name: value for name, value in inputs.items() if isinstance(value, Tensor)}, 0)
         asked = Tokens(asked.inputs, len(asked))
         if len(asked) >= self.length:
@@ -210,17 +210,19 @@ class Dialogue:
             before = self._ids(prompt)
             ids = self._ids(prompt + said)
             if ids[: len(before)] != before:  # the border runs through a token
-                before, ids = [], self.tokenizer(said, add_special_tokens=False)["input_ids"]
+                before, ids = [], self.tokenizer(said, add_special_tokens=False, verbose=False)["input_ids"]
         after = [int(self.tokenizer.convert_tokens_to_ids(stop))] if end else []
         return [*ids[len(before) :], *after]
 
     def _ids(self, text: str) -> list[int]:
-        found: list[int] = self.tokenizer(text, **self._special(text))["input_ids"]
+        found: list[int] = self.tokenizer(text, **self._words(text))["input_ids"]
         return found
 
-    def _special(self, text: str) -> dict[str, bool]:
+    def _words(self, text: str) -> dict[str, bool]:
+        """How `text` becomes tokens: with one begin token; too many are told by `_read`, not by the tokenizer."""
         begin = self.tokenizer.bos_token
-        return {"add_special_tokens": False} if begin is not None and text.startswith(begin) else {}
+        special = {"add_special_tokens": False} if begin is not None and text.startswith(begin) else {}
+        return special | {"verbose": False}
 
     def _text(self, messages: list[dict[str, Any]], asking: bool) -> str:
         text: str = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=asking)
