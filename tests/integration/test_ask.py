@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from perdure.api.folders import teach_folder
@@ -159,9 +160,15 @@ def test_few_questions_are_all_learnt_and_a_learner_that_sees_says_no_words(data
     before = learner.ask(data / "few0.png", "Which colour?", tokens=4)
     learner.learn(data / "few.jsonl")
     picture = Image.open(data / "few0.png")
-    learner.learn(conversations=[{"image": picture, "question": "Is it red?", "answer": "yes"}])
-    assert [len(task.train) for task in learner.tasks] == [4, 1]
+    asked = {"question": "Is it red?", "answer": "yes"}
+    learner.learn(conversations=[{"image": picture, **asked}, {"image": data / "few1.png", **asked}])
+    assert [len(task.train) for task in learner.tasks] == [4, 2]
     assert list(learner.known) == ["few", "conversations 2"]
+    for given in (np.zeros((4, 4, 3), np.uint8), torch.zeros(3, 4, 4), 7):
+        with pytest.raises(
+            ValueError, match=r"^[^\n]*expected the path of an image, or in Python a Pillow image[^\n]*$"
+        ):
+            learner.learn(conversations=[{"image": given, **asked}])
     assert isinstance(before, str)
     with pytest.raises(ValueError, match="learns classes and does not answer in words"):
         Learner.create("tiny()", "probe").ask(None, "Why?")

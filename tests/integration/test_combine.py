@@ -230,11 +230,79 @@ def test_rewards_that_cannot_be_used_change_nothing(members: list[str]) -> None:
     for named, rewards, message in (
         (["animals", "animals"], [1.0], "got 2 images, 2 members, 1 rewards: give as many"),
         (["animals", "nobody"], [1.0, 1.0], "member 'nobody' is none of animals, colours"),
-        (["animals", "animals"], [1.0, "good"], "could not convert string to float"),
+        (["animals", "animals"], [1.0, "good"], "a reward is 'good': expected a number from 0 to 1"),
+        (["animals", "animals"], [1.0, None], "a reward is None: expected a number from 0 to 1"),
+        (["animals", "animals"], [float("nan"), 1.0], "a reward is nan: expected a number from 0 to 1"),
+        (["animals", "animals"], [5, 1.0], "a reward is 5: expected a number from 0 to 1"),
+        (["animals", "animals"], [1.0, -1], "a reward is -1: expected a number from 0 to 1"),
     ):
         with pytest.raises(ValueError, match=message):
             team.feedback(images, named, rewards)
     assert all(value.equal(before[name]) for name, value in team.router.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"route": "foo"}, "route='foo': expected 'gaussian', 'nearest'"),
+        ({"per_class": -1}, "per_class=-1: expected int from 1"),
+        ({"per_class": 0}, "per_class=0: expected int from 1"),
+        ({"per_class": "5"}, "per_class='5': expected int"),
+        ({"seed": "a"}, "seed='a': expected int"),
+        ({"into": None}, "into=None: expected str or Path"),
+    ],
+)
+def test_what_cannot_be_combined_by_is_refused_before_anything_is_written(
+    given: dict[str, Any], message: str, members: list[str]
+) -> None:
+    before = sorted(Path().iterdir())
+    with pytest.raises(ValueError, match=message):
+        combine(members, **{"into": "team", **given})
+    assert sorted(Path().iterdir()) == before
+
+
+def test_specialists_are_asked_as_a_learner_is(members: list[str]) -> None:
+    team, image = combine(members, "team"), [Path("colours/test/red/01.png")]
+    for wrong in (0, -1, 1.5, True, "2"):
+        for call in (team.predict, team.answers):
+            with pytest.raises(ValueError, match="top="):
+                call(image, top=wrong)  # type: ignore[operator]
+    with pytest.raises(ValueError, match="member 'nobody' is none of animals, colours"):
+        team.route(image, ["nobody", "animals"])
+    with pytest.raises(ValueError, match="member 'nobody' is none of animals, colours"):
+        team.route(image, ["nobody"])
+
+
+def test_learners_whose_heads_alone_were_taught_are_measured_and_merged(perdure: Any, photos: Any) -> None:
+    for name, classes in CLASSES.items():
+        photos(f"{name}/train", classes, 6), photos(f"{name}/test", classes, 2)
+        assert perdure("learn", name, "--into", f"runs/{name}", "--backbone", "tiny()", "--precision", "fp32").code == 0
+    answer = perdure("combine", *(f"runs/{name}" for name in CLASSES), "--into", "team", "--json")
+    assert {"merged by ties", "merged by dare"} <= {*table_of(answer)}
+    assert perdure("eval", "team").code == 0
+    probes = {name: Learner.create("tiny()", "probe", epochs=1, seed=0) for name in CLASSES}
+    images = torch.randint(0, 255, (8, 3, 16, 16), dtype=torch.uint8)
+    for name, probe in probes.items():
+        probe.learn(images, [f"{name} {i % 2}" for i in range(8)])
+    for how in ("average", "arithmetic", "ties", "dare"):
+        both = merge(probes, f"{how}()")
+        assert both.class_names == (*probes["animals"].class_names, *probes["colours"].class_names)
+    with pytest.raises(ValueError, match="expected 0 or more each"):
+        merge(probes, weights=[float("nan"), 1.0])
+
+
+def test_a_folder_that_was_taught_in_python_is_remembered_as_by_the_command(perdure: Any, photos: Any) -> None:
+    for name, classes in CLASSES.items():
+        photos(name, classes, 10)
+        Learner.create("tiny()", "lora(rank=2)", epochs=2, precision="fp32").learn(name).save(f"runs/{name}")
+        made = ("--backbone", "tiny()", "--method", "lora(rank=2)", "--epochs", 2, "--precision", "fp32")
+        assert perdure("learn", name, "--into", f"typed/{name}", *made).code == 0
+        for folder in ("runs", "typed"):
+            again = perdure("learn", name, "--into", f"{folder}/{name}")
+            assert "nothing is learnt twice" in again.err + again.out
+    measured = [perdure("eval", f"{folder}/animals", "--json").events for folder in ("runs", "typed")]
+    assert str(measured[0]).replace("runs/", "typed/") == str(measured[1])
+    assert len(combine([f"runs/{name}" for name in CLASSES], "team").record["classes"]) == 6
 
 
 def test_rewards_on_the_command_line_change_whom_a_bandit_asks(perdure: Any, members: list[str]) -> None:

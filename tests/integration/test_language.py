@@ -17,7 +17,7 @@ from perdure.backbones.tiny_mllm import tiny_mllm
 from perdure.training.config import RunConfig
 from perdure.training.loop import Quiet
 from perdure.training.record import as_recorded, check_unchanged
-from perdure.training.run import run
+from perdure.training.run import resume, run
 from perdure.types import Stream, Task
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
@@ -61,7 +61,8 @@ class Noted(Quiet):
 
 
 def test_a_run_learns_what_is_asked_about_pictures(files: list[str], tmp_path: Path) -> None:
-    summary = run(config_of(files), tmp_path)
+    summary = run(config_of(files), str(tmp_path))
+    assert resume(str(tmp_path)) == summary
     assert summary["score"] == "strict"
     assert summary["matrix"][0][0] > 0.5
     assert summary["matrix"][1][1] > 0.5

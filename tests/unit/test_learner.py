@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from perdure.adapters.injection import updates
@@ -187,6 +188,46 @@ def test_it_is_measured_on_what_is_given_or_on_its_own_tests() -> None:
         learner.evaluate()
     with pytest.raises(ValueError, match="class 'brigth' was not learnt; did you mean 'bright'"):
         learner.evaluate(images, ["brigth"] * 8)
+
+
+def test_images_of_a_folder_that_were_taught_are_no_test(tmp_path: Path) -> None:
+    for number in range(24):
+        place = tmp_path / "pets" / ("cat" if number % 2 else "dog") / f"{number}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (10 * number, 0, 0)).save(place)
+    learner = Learner.create("tiny()", "ncm").learn(tmp_path / "pets")
+    own, taught = learner.evaluate(), len(learner.tasks[0].train)
+    assert 0 < taught < 24
+    learner.save(tmp_path / "kept")
+    for each in (learner, Learner.load(tmp_path / "kept")):
+        with pytest.warns(UserWarning, match=f"{taught} images were taught to this learner and are left out"):
+            assert each.evaluate(tmp_path / "pets") == own
+    train = learner.tasks[0].train
+    seen = {train.source.paths[row] for row in train.rows.tolist()}
+    for place in (tmp_path / "pets").rglob("*.png"):
+        if str(place.relative_to(tmp_path / "pets")) not in seen:
+            place.unlink()
+    with pytest.raises(ValueError, match=f"all {taught} images were taught to this learner: measure on others"):
+        learner.evaluate(tmp_path / "pets")
+    with pytest.raises(ValueError, match="has no effect without images: leave it out"):
+        learner.evaluate(labels=["cat"])
+
+
+def test_what_says_nothing_of_a_learner_is_refused_when_it_is_made() -> None:
+    for name, value in (("online", True), ("stream", "synthetic()"), ("retain", ())):
+        with pytest.raises(ValueError, match=rf"create\({name}=.* has no effect: leave it out"):
+            Learner.create("tiny()", "probe", **{name: value})
+    with pytest.raises(ValueError, match=r"nothing to protect in 'lora\(rank=2, per_task=True\) \+ ewc'"):
+        Learner.create("tiny()", "lora(rank=2, per_task=True) + ewc")
+
+
+def test_a_language_model_is_not_pre_trained() -> None:
+    learner = Learner.create("tiny_mllm()", "lora(rank=2, tower='vision')", epochs=1)
+    images = torch.randint(0, 255, (8, 3, 28, 28), dtype=torch.uint8)
+    for pretext in ("masked()", "distill()"):
+        with pytest.raises(ValueError, match=r"is a language model: teach it captions or questions with"):
+            learner.pretrain(images, pretext)
+    assert learner.learnt == 0
 
 
 @pytest.mark.parametrize(

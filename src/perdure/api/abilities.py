@@ -2,26 +2,29 @@
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perdure.api.given import Asked, known_task, shown, told
+from perdure.api.given import Asked, known_task, measurable, shown, told
 from perdure.core.forgetting import forget_classes
 from perdure.core.learner import Core
 from perdure.core.shared_copy import become, twin_of
 from perdure.formatting import counted, meant, shortened
 from perdure.objectives.zeroshot import class_texts
-from perdure.options.ranges import BatchSize, Count, checking
+from perdure.options.ranges import BatchSize, Count, checking, without_effect
 from perdure.process import Turn, as_found, plain
 from perdure.streams.conversations import Conversation
 from perdure.streams.naming import recorded
 from perdure.training.config import RunConfig, TrainConfig
 from perdure.training.runtime import Runtime
+from perdure.training.summary import hashes_taught
 from perdure.types import Data, Task
 
 TOKENS = 256
@@ -36,6 +39,8 @@ class Abilities(Core):
     config: RunConfig
     runtime: Runtime
     lessons: Turn
+    _folder: Path | None = None
+    """Where it was loaded from."""
 
     @contextmanager
     def lesson(self, call: str) -> Iterator[None]:
@@ -79,6 +84,34 @@ class Abilities(Core):
             return train
         steps = math.ceil(len(task.train) / train.batch_size)
         return dataclasses.replace(train, epochs=max(train.epochs, math.ceil(_LEAST_STEPS / steps)))
+
+    @plain()
+    def evaluate(self, images: Any = None, labels: Any = None) -> dict[str, float]:
+        """Scores by name, the mean over tasks: of the test images at hand, or of `images` with `labels`.
+
+        Args:
+            images: as in `learn`, of classes that were learnt; of a folder, those that this learner was taught are left
+                out, with a warning. None measures the test images of the tasks that this object has learnt, or that
+                came with their folders.
+            labels: a name or number for each image; None for a folder.
+
+        Raises:
+            ValueError: when there is nothing to measure, all images were taught, or a class was not learnt.
+        """
+        self.check_learnt()
+        tasks = [task for task in self.tasks[: self.learnt] if len(task.test)]
+        if images is None:
+            without_effect("without images", labels=labels)
+        else:
+            taught = hashes_taught(self.tasks[: self.learnt], self._folder) if isinstance(images, str | Path) else None
+            task, seen = measurable(self, images, labels, taught)
+            tasks = [task]
+            if seen:
+                warnings.warn(f"{images}: {seen} images were taught to this learner and are left out", stacklevel=3)
+        if not tasks:
+            raise ValueError("there are no test images at hand: give evaluate(images, labels), or use 'perdure eval'")
+        found = self.objective.evaluate(self, tasks)
+        return {name: sum(each[name] for each in found) / len(found) for name in found[0]}
 
     @plain()
     @checking("tokens", "task")

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from perdure.api.folders import tasks_with_data
+from perdure.api.given import seen_by, unit_features
 from perdure.api.learner import OPEN, Learner
-from perdure.api.specialists import Specialists, seen_by, unit_features, write_specialists
+from perdure.api.specialists import Specialists, write_specialists
 from perdure.backbones.base import Backbone
 from perdure.core import checkpoint
 from perdure.core.learner import derived_seed
@@ -20,6 +21,7 @@ from perdure.core.manifests import check_new, read_record
 from perdure.formatting import command, count_bytes, human_bytes, told_apart
 from perdure.mechanisms.experience_pool import ExperiencePool
 from perdure.mechanisms.routing import LinUCB, Route, router_of
+from perdure.options.ranges import Count, Seed, checking
 from perdure.process import plain
 from perdure.storage import schema
 from perdure.streams import Captioned, ConversationSet, ImageSet
@@ -35,14 +37,15 @@ _LOOKING = ("gaussian", "nearest", "subspace", "linucb")
 
 
 @plain()
+@checking("into", "route", "gate", "per_class", "seed")
 def combine(
     folders: Sequence[str | Path],
     into: str | Path,
     route: Route = "gaussian",
     gate: str | None = None,
     pool_bytes: float | str = "20MB",
-    per_class: int = 50,
-    seed: int = 0,
+    per_class: Count = 50,
+    seed: Seed = 0,
     device: str | None = None,
     progress: Progress | None = None,
 ) -> Specialists:
@@ -73,14 +76,15 @@ def combine(
 
 
 @plain()
+@checking("route", "gate", "per_class", "seed")
 def gather(
     folders: Sequence[str | Path],
     into: Path,
     route: Route = "gaussian",
     gate: str | None = None,
     pool_bytes: float | str = "20MB",
-    per_class: int = 50,
-    seed: int = 0,
+    per_class: Count = 50,
+    seed: Seed = 0,
     device: str | None = None,
     progress: Progress | None = None,
 ) -> Specialists:

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from perdure.api.given import seen_by
 from perdure.api.learner import OPEN, Learner
 from perdure.api.options import HELD_OUT, OF_STREAMS, check_options
-from perdure.api.specialists import Specialists, seen_by
+from perdure.api.specialists import Specialists
 from perdure.backbones.base import Backbone
 from perdure.core.method import parts_of
 from perdure.mechanisms.distillation import EXPERTS, EXPERTS_OF

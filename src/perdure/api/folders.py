@@ -47,8 +47,8 @@ _FIXED = (*_SPECS, "seed", "precision", "attention", "calibrate")
 
 @plain()
 def teach_folder(
-    photos: Path,
-    into: Path,
+    photos: str | Path,
+    into: str | Path,
     config: RunConfig,
     given: Mapping[str, Any],
     progress: Progress | None = None,
@@ -79,6 +79,7 @@ def teach_folder(
         ValueError: for a folder that cannot be learnt from, options that would have no effect, or a damaged learner.
         Interrupted: after SIGINT or SIGTERM.
     """
+    photos, into = Path(photos), Path(into)
     progress = progress or Quiet()
     refuse_same_folder(into, photos, *(Path(each) for each in [reading.get("replay")] if each))
     with checkpoint.locked(into):
@@ -149,13 +150,14 @@ def teach_folder(
             raise
 
 
-def go_on(folder: Path, progress: Progress | None = None, device: str | None = None) -> dict[str, Any]:
+def go_on(folder: str | Path, progress: Progress | None = None, device: str | None = None) -> dict[str, Any]:
     """Finish what was stopped or killed in a folder: a run's tasks, or a learner's last lesson; returns the summary.
 
     Raises:
         ValueError: when `folder` is neither's, something in it is damaged, or a learner has nothing to go on with.
         Interrupted: after SIGINT or SIGTERM.
     """
+    folder = Path(folder)
     written, done = read_record(folder), checkpoint.whole(folder)
     begun = unfinished(folder, done)
     if begun is not None:

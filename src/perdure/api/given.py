@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from PIL import Image
-from torch import empty, int64
+from torch import Tensor
+from torch.nn import functional as F
 
 from perdure.backbones.base import Backbone
 from perdure.core.learner import Core
@@ -16,6 +18,7 @@ from perdure.core.pretext import make_pretext
 from perdure.formatting import meant
 from perdure.options.paths import anchored
 from perdure.streams import (
+    ConversationSet,
     ImageSet,
     captioned_task,
     conversation_task,
@@ -28,7 +31,7 @@ from perdure.streams.conversations import Conversation, messages
 from perdure.streams.single_task import COLUMN
 from perdure.streams.sources import listed
 from perdure.streams.unlabelled import given_unlabelled, unlabelled_task
-from perdure.types import Batch, Data, Nothing, Task, Told, Union
+from perdure.types import Batch, Data, Nothing, Task, Told, Union, to
 
 
 class Sees(Protocol):
@@ -104,11 +107,28 @@ def pretraining_task(learner: Core, images: Any, pretext: str, captions: Any) ->
     return given_unlabelled(several(images), captions, preprocess, index, pretext)
 
 
-def measurable(learner: Core, images: Any, labels: Any) -> Task:
+def untaught(data: Data, known: Tensor) -> tuple[Data, int]:
+    """`data` without what shows one of the images whose hashes are known, and how many these were."""
+    if not (isinstance(data, ImageSet | ConversationSet) and len(known)):
+        return data, 0
+    seen = data.shows(known)
+    return data.subset((~seen).nonzero().flatten()), int(seen.sum())
+
+
+def measurable(learner: Core, images: Any, labels: Any, taught: Tensor | None) -> tuple[Task, int]:
     """What is given to `Learner.evaluate`, as a task whose images are tests.
 
+    Args:
+        learner: who is measured.
+        images: given, with `labels`.
+        labels: of the images.
+        taught: hashes of images that are left out; None leaves out none.
+
+    Returns:
+        The task, and how many images were left out.
+
     Raises:
-        ValueError: when it cannot be used, or a class was not learnt.
+        ValueError: when it cannot be used, all images were taught, or a class was not learnt.
     """
     if "classes" not in learner.objective.asks:
         raise ValueError(
@@ -121,8 +141,11 @@ def measurable(learner: Core, images: Any, labels: Any) -> Task:
     found = task_of(learner, images, known, labels=labels)
     if unknown := [name for name in found.names if name not in known]:
         raise ValueError(f"class {unknown[0]!r} was not learnt{meant(unknown[0], known)}; leave its images out")
-    tests = Union([found.train, found.test]) if len(found.test) else found.train
-    return replace(found, train=Nothing(), test=tests)
+    parts = [(part, 0) if taught is None else untaught(part, taught) for part in (found.train, found.test)]
+    tests, count = [part for part, _ in parts if len(part)], sum(seen for _, seen in parts)
+    if not tests:
+        raise ValueError(f"{images}: all {count} images were taught to this learner: measure on others")
+    return replace(found, train=Nothing(), test=tests[0] if len(tests) == 1 else Union(tests)), count
 
 
 def _read(
@@ -232,7 +255,7 @@ class Asked:
 
     def __init__(self, conversations: Sequence[Conversation]) -> None:
         self.conversations = conversations
-        self.labels = empty(0, dtype=int64)
+        self.labels = torch.empty(0, dtype=torch.int64)
 
     def __len__(self) -> int:
         return len(self.conversations)
@@ -279,3 +302,18 @@ def decoded(images: Any, learner: Sees) -> list[Image.Image]:
     """One or several images as they are, of any size."""
     source = shown(images, learner).source
     return [source.read(row) for row in range(len(source))]
+
+
+def seen_by(data: ImageSet, backbone: Backbone) -> ImageSet:
+    """The same images as `backbone` wants to see them."""
+    return ImageSet(data.source, data.rows, data.labels, backbone.preprocess)
+
+
+@torch.inference_mode()
+def unit_features(encoder: Backbone, data: ImageSet, batch_size: int = 256) -> Tensor:
+    """What `encoder` makes of images: features (n, d) of unit length, float32 on the CPU."""
+    device, found = next(encoder.parameters()).device, [torch.zeros(0, encoder.dim)]
+    for start in range(0, len(data), batch_size):
+        batch = to(encoder.prepare(data.__getitems__(range(start, min(start + batch_size, len(data))))), device)
+        found.append(F.normalize(encoder(batch).float(), dim=1).cpu())
+    return torch.cat(found)

@@ -11,7 +11,8 @@ from typing import Any, Self, overload
 import torch
 
 from perdure.api.abilities import TOKENS, Abilities
-from perdure.api.given import asked, check_first, known_task, measurable, pretraining_task, shown, task_of, told
+from perdure.api.given import asked, check_first, known_task, pretraining_task, shown, task_of, told
+from perdure.api.lesson_source import given_source
 from perdure.api.options import HELD_OUT, OF_STREAMS, check_options
 from perdure.core import checkpoint
 from perdure.core.checkpoint import read_record
@@ -24,6 +25,7 @@ from perdure.objectives.zeroshot import class_texts
 from perdure.options.ranges import BatchSize, Count, checking
 from perdure.process import Turn, as_found, plain
 from perdure.storage.replacement import drafted
+from perdure.storage.schema import LessonSource
 from perdure.streams import ImageSet
 from perdure.streams.single_task import free_name
 from perdure.streams.sources import Picture
@@ -136,7 +138,7 @@ class Learner(Abilities):
             check_first(self, task, known, str(images) if isinstance(images, str | Path) else given)
             task = self.objective.planned(task)
             train = self.long_enough(train, task, "epochs" in options)
-            self._learn(task, train, progress)
+            self._learn(task, train, progress, given_source(self, images, task, options, {"captions": captions}))
         return self
 
     @plain()
@@ -166,11 +168,12 @@ class Learner(Abilities):
         train = self.usual_training().but(**no_stop | {"schedule": "warmup-cosine"} | options)
         with self.lesson("pretrain"):
             task = pretraining_task(self, images, pretext, captions)
-            self._learn(task, self.long_enough(train, task, "epochs" in options), progress)
+            source = given_source(self, images, task, options, {"pretext": pretext, "captions": captions})
+            self._learn(task, self.long_enough(train, task, "epochs" in options), progress, source)
         return self
 
-    def _learn(self, task: Task, train: TrainConfig, progress: Progress | None) -> None:
-        """Teach a twin, and become it."""
+    def _learn(self, task: Task, train: TrainConfig, progress: Progress | None, source: LessonSource | None) -> None:
+        """Teach a twin, and become it; `source` says where the task came from."""
         task = replace(task, name=free_name(task.name, [each.name for each in self.tasks[: self.learnt]]))
         twin = twin_of(self)
         task, watched = set_apart(self, task, train.held_out, "early_stop_share")
@@ -178,6 +181,7 @@ class Learner(Abilities):
         twin.grow(learnt)
         part(twin, self)
         twin._facts = facts_of(fit_task(twin, learnt, train, progress, early=watching(twin, watched, train)), 0.0)
+        twin._facts |= {"source": source} if source else {}
         fit(twin, held)
         become(self, twin)
 
@@ -231,27 +235,6 @@ class Learner(Abilities):
         Columns are in the order of `class_names`, of `classes` where these are given, or of the names of `task`.
         """
         return self._shares(images, batch_size, classes, calibrated, task)[1]
-
-    @plain()
-    def evaluate(self, images: Any = None, labels: Any = None) -> dict[str, float]:
-        """Scores by name, the mean over tasks: of the test images at hand, or of `images` with `labels`.
-
-        Args:
-            images: as in `learn`, of classes that were learnt; None measures the test images of the tasks that this
-                object has learnt, or that came with their folders.
-            labels: a name or number for each image; None for a folder.
-
-        Raises:
-            ValueError: when there is nothing to measure, or a class was not learnt.
-        """
-        self.check_learnt()
-        tasks = [task for task in self.tasks[: self.learnt] if len(task.test)]
-        if images is not None:
-            tasks = [measurable(self, images, labels)]
-        if not tasks:
-            raise ValueError("there are no test images at hand: give evaluate(images, labels), or use 'perdure eval'")
-        found = self.objective.evaluate(self, tasks)
-        return {name: sum(each[name] for each in found) / len(found) for name in found[0]}
 
     @plain()
     @checking("text", "top", "batch_size", "task")
@@ -376,6 +359,7 @@ class Learner(Abilities):
         with as_found(learner.runtime.threads):
             checkpoint.restore(learner, done[-1])
         learner._facts = {k: v for k, v in done[-1].manifest.items() if k in COSTS}
+        learner._folder = Path(folder)
         return learner
 
     @plain()

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from perdure.api.folders import taught_tasks
-from perdure.api.given import known_task, within
+from perdure.api.given import known_task, untaught, within
 from perdure.api.learner import Learner
 from perdure.backbones.preprocess import skippable
 from perdure.evaluation.calibration import errors
 from perdure.evaluation.with_task import measured
 from perdure.formatting import meant, shortened
 from perdure.process import plain
-from perdure.streams import ConversationSet, ImageSet, build_stream
+from perdure.streams import build_stream
 from perdure.streams.folders import told_left_out
 from perdure.streams.naming import recorded
 from perdure.training.config import make_stream
@@ -27,7 +27,7 @@ from perdure.types import Batch, Data, Row, Task
 
 @plain()
 def evaluate(
-    folder: Path, stream: str | None, device: str | None = None, told_task: str | None = None
+    folder: str | Path, stream: str | None, device: str | None = None, told_task: str | None = None
 ) -> tuple[list[Task], list[Row], list[str]]:
     """The tasks of a stream, a learner's accuracy on them, and what to know about it; classes are matched by name.
 
@@ -38,6 +38,7 @@ def evaluate(
     Raises:
         ValueError: when no class of the stream is among those that were learnt, or all images were taught.
     """
+    folder = Path(folder)
     learner = Learner.load(folder, device)
     described, remarks, tasks = stream or learner.config.stream or str(folder), list[str](), list[Task]()
     if stream or learner.config.stream:
@@ -56,7 +57,7 @@ def evaluate(
             raise ValueError(f"task {known_as.name!r} has no test images at hand: measure it on others, with --stream")
     if stream is not None:
         known, unknown = taught_hashes(folder)
-        tasks, count = _unseen(tasks, known, f"{described}: all", folder)
+        tasks, count = _untaught(tasks, known, f"{described}: all", folder)
         images = sum(len(task.test) for task in tasks)
         things = "questions" if "conversations" in learner.objective.asks else "images"
         if unknown:
@@ -93,16 +94,13 @@ def remarks_on(notes: Mapping[str, Any]) -> list[str]:
     return [*([told_left_out(left_out)] if left_out else []), *notes.get("remarks", ())]
 
 
-def _unseen(tasks: Sequence[Task], known: Tensor, what: str, folder: Path) -> tuple[list[Task], int]:
+def _untaught(tasks: Sequence[Task], known: Tensor, what: str, folder: Path) -> tuple[list[Task], int]:
     """The tasks without the images whose hashes are known, and how many these were."""
-    kept, count = [], 0
-    for task in tasks:
-        if isinstance(task.test, ImageSet | ConversationSet) and len(known):
-            seen = task.test.shows(known)
-            count += int(seen.sum())
-            task = dataclasses.replace(task, test=task.test.subset((~seen).nonzero().flatten()))
-        if len(task.test):
-            kept.append(task)
+    parts = [(task, *untaught(task.test, known)) for task in tasks]
+    kept, count = (
+        [dataclasses.replace(task, test=test) for task, test, _ in parts if len(test)],
+        sum(n for *_, n in parts),
+    )
     if not kept:
         raise ValueError(f"{what} {count} images were taught to {folder}: measure on others")
     return kept, count

@@ -6,7 +6,7 @@ from typing import Any
 
 from perdure.formatting import meant
 
-OF_STREAMS = ("stream", "vary", "evaluate", "retain", "shard")
+OF_STREAMS = ("stream", "vary", "evaluate", "retain", "shard", "online")
 """Options of a run that say nothing of a learner, which is taught lesson after lesson."""
 HELD_OUT = ("early_stop", "early_stop_share", "calibrate")
 """Options that set images with labels apart."""

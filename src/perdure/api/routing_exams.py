@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from perdure.api.folders import tasks_with_data
+from perdure.api.given import seen_by, unit_features
 from perdure.api.learner import Learner
-from perdure.api.specialists import Specialists, seen_by, unit_features
+from perdure.api.specialists import Specialists
 from perdure.core import checkpoint
 from perdure.objectives.generate import reference_of
 from perdure.scoring import Reference, common_top, score_of

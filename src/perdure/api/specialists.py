@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -15,13 +16,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from perdure.api.abilities import TOKENS
-from perdure.api.given import asked, shown
+from perdure.api.given import asked, seen_by, shown, unit_features
 from perdure.api.learner import Learner
 from perdure.backbones.base import Backbone
 from perdure.core.manifests import RECORD, read_record, read_specialists
 from perdure.core.method import follows_task
+from perdure.formatting import shortened
 from perdure.mechanisms.experience_pool import ExperiencePool, pool_file, read_pool
 from perdure.mechanisms.routing import LinUCB, Router, TextRouter, router_of
+from perdure.options.ranges import BatchSize, Count, checking
 from perdure.process import plain
 from perdure.storage import schema
 from perdure.storage.files import in_use, locked, place, write_sealed
@@ -29,7 +32,6 @@ from perdure.storage.schema import SPECIALISTS, MemberFacts, SpecialistsRecord
 from perdure.streams import ImageSet
 from perdure.streams.conversations import Conversation
 from perdure.training.config import make_backbone
-from perdure.types import to
 
 _SIZE = 256
 
@@ -178,13 +180,19 @@ class Specialists:
             images: as in `Learner.predict`.
             among: members that come into question; None is all that learnt classes.
         """
-        among = self._some("classes", "predict") if among is None else list(among)
+        among = self._some("classes", "predict") if among is None else self._named(among)
         data = shown(images, self)
         if len(among) == 1 or not len(data):
             return among * len(data), [True] * len(data)
         if self.router is None:
             raise ValueError(f"{self.folder} asks all its members and chooses none: combine with another --route")
         return self._chosen(self.encode(data), among)
+
+    def _named(self, members: Sequence[str]) -> list[str]:
+        """`members`, refused where one is none of these."""
+        if wrong := [name for name in members if name not in self.names]:
+            raise ValueError(f"member {wrong[0]!r} is none of {', '.join(self.names)}")
+        return list(members)
 
     def _chosen(self, features: Tensor, among: Sequence[str]) -> tuple[list[str], list[bool]]:
         assert self.router is not None
@@ -196,11 +204,12 @@ class Specialists:
         return unit_features(self.backbone, data)
 
     @plain()
+    @checking("top", "batch_size", "calibrated", "task")
     def answers(
         self,
         images: Any,
-        top: int | None = None,
-        batch_size: int = _SIZE,
+        top: Count | None = None,
+        batch_size: BatchSize = _SIZE,
         classes: Sequence[str] | None = None,
         calibrated: bool = False,
         task: str | None = None,
@@ -233,8 +242,6 @@ class Specialists:
             batch_size: images at once; the answer does not depend on it.
             how: `classes`, `calibrated` and `task`, see `Learner.predict`; only members with that task are asked.
         """
-        if top is not None and top < 1:
-            raise ValueError(f"top={top}: expected 1 or more, or None for all")
         return [each.labels for each in self.answers(images, top, batch_size, **how)]
 
     @plain()
@@ -309,12 +316,10 @@ class Specialists:
         """
         if not isinstance(self.router, LinUCB):
             raise ValueError(f"{self.folder} chooses by {self.record['route']}, not by rewards: use --route linucb")
-        if wrong := [name for name in members if name not in self.names]:
-            raise ValueError(f"member {wrong[0]!r} is none of {', '.join(self.names)}")
-        data, worth = shown(images, self), [float(reward) for reward in rewards]
-        if len({len(data), len(members), len(worth)}) > 1:
-            raise ValueError(f"got {len(data)} images, {len(members)} members, {len(worth)} rewards: give as many")
-        for feature, name, reward in zip(self.encode(data), members, worth, strict=True):
+        data, named, worth = shown(images, self), self._named(members), [_worth(reward) for reward in rewards]
+        if len({len(data), len(named), len(worth)}) > 1:
+            raise ValueError(f"got {len(data)} images, {len(named)} members, {len(worth)} rewards: give as many")
+        for feature, name, reward in zip(self.encode(data), named, worth, strict=True):
             self.router.learn(feature, self.names.index(name), reward)
 
 
@@ -364,19 +369,14 @@ def write_specialists(folder: Path, record: Any, pool: ExperiencePool, router: R
             old.unlink()
 
 
-def seen_by(data: ImageSet, backbone: Backbone) -> ImageSet:
-    """The same images as `backbone` wants to see them."""
-    return ImageSet(data.source, data.rows, data.labels, backbone.preprocess)
-
-
-@torch.inference_mode()
-def unit_features(gate: Backbone, data: ImageSet) -> Tensor:
-    """Features (n, d) of unit length, float32."""
-    device, found = next(gate.parameters()).device, [torch.zeros(0, gate.dim)]
-    for start in range(0, len(data), _SIZE):
-        batch = to(gate.prepare(data.__getitems__(range(start, min(start + _SIZE, len(data))))), device)
-        found.append(F.normalize(gate(batch).float(), dim=1).cpu())
-    return torch.cat(found)
+def _worth(reward: float) -> float:
+    try:
+        found = float(reward)
+    except (TypeError, ValueError):
+        found = math.nan
+    if not 0 <= found <= 1:
+        raise ValueError(f"a reward is {shortened(repr(reward))}: expected a number from 0 to 1")
+    return found
 
 
 def _tasks(learner: Learner) -> list[str]:

@@ -296,9 +296,9 @@ def compose(parts: Sequence[Method]) -> Method:
         shared = guard.protects == "shared_parameters"
         if not any(p.trains_shared if shared else p.changes_encoder for p in parts):
             lacks = "trains parameters that tasks share" if shared else "changes the encoder"
+            written = " + ".join(p.spec or p.name for p in parts)
             raise ValueError(
-                f"{guard.name} has nothing to protect in {' + '.join(p.name for p in parts)!r}: no part {lacks}. "
-                f"Write {_carried(guard)}"
+                f"{guard.name} has nothing to protect in {written!r}: no part {lacks}. Write {_carried(guard)}"
             )
     if len(twice := [p.name for p in parts if p.rehearses]) > 1:
         raise ValueError(

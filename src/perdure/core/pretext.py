@@ -60,8 +60,14 @@ def begin_pretext(learner: AnyLearner, task: Task) -> Pretext:
     """The pretext of a `task` without labels that the learner has grown for; heads are frozen.
 
     Raises:
-        ValueError: when a part of the method needs labels, or nothing that makes features is trained.
+        ValueError: when the backbone reads conversations, a part of the method needs labels, or nothing that makes
+            features is trained.
     """
+    if "language" in learner.backbone.towers():
+        raise ValueError(
+            f"pre-training is for encoders of images, and {learner.backbone.spec} is a language model: teach it "
+            "captions or questions with 'perdure learn'"
+        )
     pretext = make_pretext(task.pretext)
     taught = any(not each.pretext for each in learner.tasks[:-1])
     for part in parts_of(learner.method):

@@ -66,7 +66,7 @@ class GridProgress(Progress, step_cost.StepProgress, Protocol):
         """A run among others that go on at the same time was scored (`scores`), or has something to say (`note`)."""
 
 
-def cells(methods: Sequence[str], seeds: Sequence[int], out: Path) -> list[Cell]:
+def cells(methods: Sequence[str], seeds: Sequence[int], out: str | Path) -> list[Cell]:
     """The grid, seeds outermost: after each seed the table is complete for it.
 
     Raises:
@@ -84,14 +84,14 @@ def cells(methods: Sequence[str], seeds: Sequence[int], out: Path) -> list[Cell]
     for seed in seeds:
         if seeds.count(seed) > 1:
             raise ValueError(f"seed {seed} stands twice among the seeds; write each once")
-    return [Cell(m, s, out / f"{n}-seed{s}") for s in seeds for n, m in zip(names, methods, strict=True)]
+    return [Cell(m, s, Path(out) / f"{n}-seed{s}") for s in seeds for n, m in zip(names, methods, strict=True)]
 
 
 @plain()
 def compare(
     config: RunConfig,
     grid: Sequence[Cell],
-    out: Path,
+    out: str | Path,
     progress: GridProgress | None = None,
     *,
     steps: bool = True,
@@ -118,6 +118,7 @@ def compare(
             done.
         Interrupted: after SIGINT or SIGTERM.
     """
+    out = Path(out)
     check_several(out)
     if config.lr is None and progress:
         progress.note(Aside("each method learns at its own rate, see 'perdure list methods'; --lr gives all the same"))

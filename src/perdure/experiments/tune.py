@@ -69,7 +69,7 @@ class TuneProgress(Progress, Protocol):
 def tune(
     config: RunConfig,
     space: Space,
-    out: Path,
+    out: str | Path,
     *,
     trials: int,
     report_seeds: Sequence[int] = (0, 1, 2),
@@ -90,6 +90,7 @@ def tune(
         ValueError: when the development order is a reported one, the space does not fit, or `out` holds another study.
         Interrupted: after SIGINT or SIGTERM.
     """
+    out = Path(out)
     import optuna
 
     if config.seed in report_seeds:

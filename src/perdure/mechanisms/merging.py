@@ -10,6 +10,7 @@ Differs: who has weight 0 is left out, so TIES with density=1 and weights (1, 0)
 Entries that cancel exactly are 0 in TIES, where the published codes take the sign that most have, or plus.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Annotated
 
@@ -97,7 +98,7 @@ def merged_vectors(merge: Merge, vectors: Sequence[Vector], weights: Sequence[fl
     """
     if len(vectors) != len(weights):
         raise ValueError(f"weights: got {len(weights)} for {len(vectors)} members, expected one each")
-    if min(weights) < 0 or max(weights) == 0:
+    if not all(0 <= w < math.inf for w in weights) or max(weights) == 0:
         raise ValueError(f"weights {tuple(weights)}: expected 0 or more each, and one above 0")
     counted = [(vector, w) for vector, w in zip(vectors, weights, strict=True) if w]
     return merge([v for v, _ in counted], [w for _, w in counted], torch.Generator().manual_seed(seed))
@@ -114,6 +115,8 @@ def _combined(vectors: Sequence[Vector], factors: Sequence[float]) -> Vector:
 
 
 def _trimmed(vector: Vector, density: float) -> Vector:
+    if not vector:  # a head alone was taught
+        return {}
     sizes = torch.cat([update.abs().flatten() for update in vector.values()])
     kept = max(1, round(density * len(sizes)))
     least = sizes.kthvalue(len(sizes) - kept + 1).values

@@ -170,7 +170,7 @@ class Reader:
 
     def _shown(self, value: Any, folder: Path) -> list[int]:
         """Numbers of the images that stand in an entry."""
-        if value is None or value == "":
+        if value is None or (isinstance(value, str) and not value):
             return []
         if isinstance(value, list | tuple):
             return [number for each in value for number in self._shown(each, folder)]
@@ -180,8 +180,11 @@ class Reader:
             return [self._held(_png(value))]
         if isinstance(value, Mapping):
             value = next((value[name] for name in ("path", "url", "image") if value.get(name)), None)
+        if isinstance(value, os.PathLike):
+            value = os.fspath(value)
         if not isinstance(value, str):
-            raise ValueError(f"an image is {value!r:.60}; expected the path of an image")
+            said = " ".join(f"{value!r:.60}".split())
+            raise ValueError(f"an image is {said}; expected the path of an image, or in Python a Pillow image")
         if (encoded := _decoded(value)) is not None:
             return [self._held(encoded)]
         if (folder, value) in self._known:

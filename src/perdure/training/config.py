@@ -313,7 +313,10 @@ def make_method(text: str) -> "Method":
     specs = parse(text)
     # an empty part stands for a former one, so that saved learners keep the keys of the others
     empty = {name: type(name, (Method,), {"name": name}) for name in FORMER}
-    method = compose([empty[s.name]() if s.name in empty else build(s, METHODS, "method") for s in specs])
+    parts = [empty[s.name]() if s.name in empty else build(s, METHODS, "method") for s in specs]
+    for part, spec in zip(parts, specs, strict=True):
+        part.spec = str(spec)
+    method = compose(parts)
     method.spec = " + ".join(map(str, specs))
     return method
 

@@ -75,7 +75,7 @@ C = TypeVar("C", bound=Core)
 
 @plain()
 def run(
-    config: RunConfig, out: Path, progress: Progress | None = None, runtime: Runtime | None = None
+    config: RunConfig, out: str | Path, progress: Progress | None = None, runtime: Runtime | None = None
 ) -> dict[str, Any]:
     """Learn a stream in a new folder; returns the summary.
 
@@ -89,6 +89,7 @@ def run(
         ValueError: for anything in `config` that cannot be done, before anything is learnt.
         Interrupted: after SIGINT or SIGTERM.
     """
+    out = Path(out)
     check_single(out)
     refuse_same(out, config.stream, *config.retain)
     with joined(config.device) as processes, _held(out, processes):
@@ -182,7 +183,7 @@ def nothing_learnt_nothing_left(out: Path) -> Iterator[None]:
 
 
 @plain()
-def resume(out: Path, progress: Progress | None = None, device: str | None = None) -> dict[str, Any]:
+def resume(out: str | Path, progress: Progress | None = None, device: str | None = None) -> dict[str, Any]:
     """Go on where a run's folder stands; a finished run only gets its results and its summary again.
 
     Args:
@@ -194,6 +195,7 @@ def resume(out: Path, progress: Progress | None = None, device: str | None = Non
         ValueError: when `out` is no run's folder, or something in it is damaged.
         Interrupted: after SIGINT or SIGTERM.
     """
+    out = Path(out)
     written = read_record(out)
     with joined(device or written["resolved"]["device"]) as processes, _held(out, processes):
         progress = (progress if processes.first else None) or Quiet()

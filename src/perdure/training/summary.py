@@ -266,6 +266,15 @@ def taught_files(task: Task) -> dict[str, dict[str, Tensor]]:
     return {TAUGHT: {_HASHES: torch.unique(hashes[hashes != 0])}}
 
 
+def hashes_taught(tasks: Sequence[Task], folder: Path | None) -> Tensor:
+    """Hashes (n,) of the images of `tasks` whose data is at hand, and of those taught to the learner in `folder`."""
+    found = [task.train.hashes() for task in tasks if isinstance(task.train, ImageSet | ConversationSet)]
+    if folder is not None and (folder / "run.json").exists():
+        found.append(taught_hashes(folder)[0])
+    every = torch.cat([torch.empty(0, dtype=torch.int64), *found])
+    return every[every != 0]  # of an image that is gone
+
+
 def taught_hashes(folder: Path) -> tuple[Tensor, list[int]]:
     """Hashes (n,) of all images taught to the learner in `folder`, and the tasks of which they are not known."""
     known = [(each.learnt - 1, checkpoint.beside(each, TAUGHT)) for each in checkpoint.whole(folder)]
