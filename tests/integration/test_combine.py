@@ -12,15 +12,19 @@ import torch
 
 from perdure.api.combine import combine
 from perdure.api.distil import distil
+from perdure.api.folders import teach_folder
 from perdure.api.given import shown
 from perdure.api.learner import Learner
 from perdure.api.merge import merge, task_vector, unlike
 from perdure.api.resizing import resize
 from perdure.api.routing_scores import measure_routing
 from perdure.api.specialists import Specialists
+from perdure.core.manifests import check_new
 from perdure.mechanisms.routing import LinUCB
 from perdure.storage.files import locked
+from perdure.storage.replacement import DRAFT
 from perdure.streams.conversations import Conversation, messages
+from perdure.training.config import RunConfig
 
 FAST = ("--precision", "fp32", "--epochs", 12, "--lr", 0.01, "--batch-size", 16)
 CLASSES = {"animals": "cat dog cow", "colours": "red green blue"}
@@ -425,6 +429,44 @@ def test_a_new_folder_holds_a_whole_learner_or_none(tmp_path: Path, monkeypatch:
             learner.save(tmp_path / "one")
     assert not (tmp_path / "one").exists()
     assert Learner.load(learner.save(tmp_path / "one")).learnt == 1
+
+
+def half_saved(folder: Path, counts: bool) -> bytes:
+    """Make a saved learner what a killed `save` leaves, a draft, which `counts` or does not; returns its record."""
+    (folder / DRAFT).mkdir()
+    for path in [each for each in folder.iterdir() if each.name not in (DRAFT, ".lock")]:
+        path.rename(folder / DRAFT / path.name)
+    files = [str(path.relative_to(folder / DRAFT)) for path in (folder / DRAFT).rglob("*") if path.is_file()]
+    if counts:
+        (folder / DRAFT / "files.json").write_text(json.dumps(sorted(files)))
+    return (folder / DRAFT / "run.json").read_bytes()
+
+
+def test_what_a_killed_save_has_left_is_a_learner_or_nothing(perdure: Any, photos: Any) -> None:
+    photos("jan", "cat dog"), photos("feb", "emu fox")
+    made = ("--backbone", "tiny(dim=16)", "--method", "ncm", "--precision", "fp32")
+    learner = Learner.create("tiny(dim=16)", "ncm", precision="fp32").learn("jan")
+    other = Learner.create("tiny(dim=16)", "probe", precision="fp32", epochs=1).learn("feb")
+    for name in ("draft", "taught", "told", "kept", "merged"):
+        learner.save(name)
+    half_saved(Path("draft"), counts=False)
+    assert "is neither a run's nor a grid's folder" in perdure("report", "draft").err
+    assert perdure("learn", "feb", "--into", "draft", *made).code == 0
+    assert Learner.load("draft").learnt == 1
+
+    record = half_saved(Path("taught"), counts=True)
+    teach_folder(Path("feb"), Path("taught"), RunConfig(stream=""), {})
+    assert Path("taught/run.json").read_bytes() == record
+    assert Learner.load("taught").learnt == 2
+    half_saved(Path("told"), counts=True)
+    assert perdure("learn", "feb", "--into", "told").code == 0
+    half_saved(Path("kept"), counts=True)
+    with pytest.raises(ValueError, match="kept holds another learner"):
+        other.save("kept")
+    half_saved(Path("merged"), counts=True)
+    with pytest.raises(ValueError, match="merged already holds a learner"):
+        check_new(Path("merged"))
+    assert not list(Path().glob(f"*/{DRAFT}"))[1:]
 
 
 def test_learners_of_folders_of_one_name_are_all_there(tmp_path: Path) -> None:

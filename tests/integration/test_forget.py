@@ -226,6 +226,7 @@ def test_whoever_is_killed_leaves_the_old_or_the_new(perdure: Any, photos: Any) 
         assert sum(same) == 1, moment
         assert ("dog" in found.known) == same[0]
         assert [each.folder.name for each in whole(Path("x"))] == ["task-000", "task-001"]
+        assert same[0] or not any(Path("x").glob(".new/*")), moment
         ends.append(same[1])
         if child.exitcode == 0:
             break

@@ -1,6 +1,11 @@
 """An export with a model card in a folder, offline; nothing of the data but names goes along."""
 
+import multiprocessing
+import os
+import signal
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,6 +34,40 @@ def test_a_folder_gets_the_model_and_a_card_of_what_was_taught(saved: dict[str, 
     assert BACKBONES["clip"](str(where)).dim == 16
     with pytest.raises(ValueError, match="is there already and not an empty folder"):
         push(tmp_path / "my", str(where))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_whoever_is_killed_leaves_a_whole_model_or_none(saved: dict[str, Path], tmp_path: Path) -> None:
+    learner = Learner.create(f"clip(path={str(saved['clip'])!r})", "ncm", precision="fp32", device="cpu")
+    learner.learn(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), ["a", "b"] * 2).save(tmp_path / "my")
+    files = {path.name for path in Path(push(tmp_path / "my", str(tmp_path / "whole"))).iterdir()}
+    ends = []
+    for moment in range(1, 200, 4):
+        child = multiprocessing.get_context("fork").Process(target=_killed, args=(tmp_path, moment))
+        child.start()
+        child.join()
+        there = (tmp_path / "model").exists()
+        assert not there or {path.name for path in (tmp_path / "model").iterdir()} == files, moment
+        ends.append(child.exitcode)
+        if there:
+            break
+    assert ends[0] == -signal.SIGKILL
+    assert there
+
+
+def _killed(folder: Path, moment: int) -> None:
+    """Push, and be killed after so many changes to files in `folder`."""
+    left = [moment]
+
+    def heard(event: str, details: tuple[Any, ...]) -> None:
+        if event in ("open", "os.rename", "os.mkdir", "os.remove") and str(details[0]).startswith(str(folder)):
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(heard)
+    push(folder / "my", str(folder / "model"))
 
 
 @pytest.mark.parametrize(("to", "said"), [("a/b/c/d", "expected 'name/model'"), ("x y", "expected 'name/model'")])

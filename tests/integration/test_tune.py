@@ -9,7 +9,7 @@ import pytest
 
 from perdure.cli.tune import search_lines
 from perdure.experiments import tune as tuning
-from perdure.experiments.study import JOURNAL
+from perdure.experiments.study import JOURNAL, _check_journal
 from perdure.options.search_space import parse_space
 from perdure.training.config import RunConfig
 from perdure.training.loop import Quiet
@@ -99,6 +99,24 @@ def test_a_killed_search_goes_on_with_the_trial_that_was_in_work(tmp_path: Path)
     (out / JOURNAL).write_bytes(b"no json\n")
     with pytest.raises(ValueError, match="line 1: it cannot be read as JSON"):
         tuning.tune(_config(), space, out, trials=4)
+
+
+def test_a_line_that_a_kill_cut_is_dropped_without_writing_the_others_anew(no_file_above: Any, tmp_path: Path) -> None:
+    tuning.tune(_config(), parse_space(SPACE), tmp_path, trials=1)
+    whole = (tmp_path / JOURNAL).read_bytes()
+    with (tmp_path / JOURNAL).open("ab") as file:
+        file.write(b'{"op_code":')
+    with no_file_above(0):  # where nothing can be written, what was there must stay
+        _check_journal(tmp_path / JOURNAL)
+    assert (tmp_path / JOURNAL).read_bytes() == whole
+
+
+def test_nobody_waits_for_the_lock_of_a_killed_search(tmp_path: Path) -> None:
+    tuning.tune(_config(), parse_space(SPACE), tmp_path, trials=1)
+    for left in ("", "5f.rename"):  # as Optuna calls it, and what it renames it to before it removes it
+        (tmp_path / f"{JOURNAL}.lock{left}").touch()
+    tuning.tune(_config(), parse_space(SPACE), tmp_path, trials=1)
+    assert not list(tmp_path.glob(f"{JOURNAL}.lock*"))
 
 
 def test_a_study_with_other_options_says_which(tmp_path: Path) -> None:

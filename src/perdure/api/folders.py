@@ -83,8 +83,8 @@ def teach_folder(
     progress = progress or Quiet()
     refuse_same_folder(into, photos, *(Path(each) for each in [reading.get("replay")] if each))
     with checkpoint.locked(into):
+        done = checkpoint.whole(into)  # which also ends what a killed process has begun to write there
         there = (into / "run.json").exists()
-        done = checkpoint.whole(into)
         if there:
             learner = Learner.untaught(into, given.get("device"))
             refuse_without_effect(into, learner.config, given)

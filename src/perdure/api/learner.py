@@ -24,7 +24,7 @@ from perdure.formatting import command
 from perdure.objectives.zeroshot import class_texts
 from perdure.options.ranges import BatchSize, Count, checking
 from perdure.process import Turn, as_found, plain
-from perdure.storage.replacement import drafted
+from perdure.storage.replacement import drafted, settle
 from perdure.storage.schema import LessonSource
 from perdure.streams import ImageSet
 from perdure.streams.single_task import free_name
@@ -312,6 +312,7 @@ class Learner(Abilities):
         if not now.learnt:
             raise ValueError("this learner has learnt nothing yet: there is nothing to save")
         with checkpoint.locked(folder):
+            settle(folder)
             if not (folder / "run.json").exists() or holds_no_task(folder):
                 refuse_team(folder)
                 if manifest_paths(folder, "task"):

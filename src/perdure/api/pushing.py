@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,19 +44,16 @@ def push(folder: str | Path, to: str, kind: str = "merged", public: bool = False
         raise ValueError(f"{to} is there already and not an empty folder: give a new one")
     if place is not None:
         without_effect(f"on {to}, which is a folder", public=public or None)
-    with tempfile.TemporaryDirectory() as held:
-        made = export(Learner.load(folder, device), Path(held) / "model", kind)
+
+    def describe(made: Path) -> None:
         facts, readme = contents(folder), made / "README.md"
         _without_paths(made, [facts["backbone"], facts["method"], facts["objective"]])
         write_text(readme, card(facts) + "\n## Use\n\n" + readme.read_text(encoding="utf-8"))
-        if place is None:
-            return _upload(made, to, public)
-        try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copytree(made, place, dirs_exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"{to} cannot be written ({error.strerror}): make room there, or give another") from error
-        return str(place)
+
+    if place is not None:
+        return str(export(Learner.load(folder, device), place, kind, describe))
+    with tempfile.TemporaryDirectory() as held:
+        return _upload(export(Learner.load(folder, device), Path(held) / "model", kind, describe), to, public)
 
 
 def card(found: dict[str, Any]) -> str:

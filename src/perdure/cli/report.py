@@ -70,9 +70,11 @@ class Report(Command):
 
 
 def _runs_in(folder: Path) -> list[Path]:
-    if (folder / "run.json").exists():
+    from perdure.core.manifests import RECORD, runs_in
+
+    inner = runs_in(folder)
+    if (folder / RECORD).exists():
         return [folder]
-    inner = sorted(p.parent for p in folder.glob("*/run.json"))
     if not inner:
         raise ValueError(f"{folder} is neither a run's nor a grid's folder: it has no run.json")
     return inner

@@ -13,7 +13,7 @@ from typing import Any
 from perdure.options.paths import Relocation
 from perdure.storage import schema
 from perdure.storage.files import write_text
-from perdure.storage.replacement import settle
+from perdure.storage.replacement import DRAFT, settle
 from perdure.storage.schema import FORMAT, SPECIALISTS, Damaged, Manifest, Moves, Resized, RunRecord, SpecialistsRecord
 from perdure.types import Row, Task
 
@@ -243,6 +243,7 @@ def check_new(into: Path) -> None:
         ValueError: with the remedy.
     """
     check_outside(into)
+    settle(into)
     if ((into / RECORD).exists() and not holds_no_task(into)) or (into / SPECIALISTS).exists():
         raise ValueError(f"{into} already holds a learner or specialists: give a new folder")
 
@@ -254,7 +255,7 @@ def check_single(into: Path) -> None:
         ValueError: with the remedy.
     """
     refuse_team(into)
-    several = [*into.glob(f"*/{RECORD}"), *into.glob("compare.json"), *into.glob("study.json")]
+    several = [*(run / RECORD for run in runs_in(into)), *into.glob("compare.json"), *into.glob("study.json")]
     if several and not (into / RECORD).exists():
         raise ValueError(
             f"{into} is the folder of several runs, as {min(several).relative_to(into)} says: give one of its own"
@@ -286,6 +287,12 @@ def holds_no_task(folder: Path) -> bool:
         return False
     manifests = (*folder.glob(f"task-*/{MANIFEST}"), *folder.glob(f"task-*/step-*/{MANIFEST}"))
     return not record["config"].get("stream") and not manifests
+
+
+def runs_in(folder: Path) -> list[Path]:
+    """The folders of runs and learners right below `folder`; a draft that a killed process has left is none."""
+    settle(folder)
+    return sorted(path.parent for path in folder.glob(f"*/{RECORD}") if path.parent.name != DRAFT)
 
 
 def manifest_paths(folder: Path, kind: str) -> list[Path]:

@@ -53,12 +53,14 @@ def read_study(folder: Path) -> dict[str, Any]:
 
 
 def open_study(optuna: Any, out: Path, seed: int) -> "Study":
-    """The journal of a folder as Optuna's study, a new one where there is none."""
+    """The journal of a folder, which is locked, as Optuna's study; a new one where there is none."""
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
     journal = str(out / JOURNAL)
     _check_journal(out / JOURNAL)
+    for left in out.glob(f"{JOURNAL}.lock*"):  # by a killed process, which Optuna would wait half a minute for
+        left.unlink(missing_ok=True)
     storage = JournalStorage(JournalFileBackend(journal, JournalFileOpenLock(journal)))
     study: Study = optuna.create_study(
         study_name="perdure",
@@ -89,7 +91,8 @@ def _check_journal(path: Path) -> None:
     content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     if whole != content:
-        path.write_bytes(whole)
+        with path.open("r+b") as file:
+            file.truncate(len(whole))
     for number, line in enumerate(whole.splitlines(), 1):
         if not isinstance(schema.decode_json(line, f"{path}, line {number}", _RESTORE), dict):
             raise schema.Damaged(f"{path}, line {number}: expected a JSON object; {_RESTORE}")

@@ -7,7 +7,7 @@ branches', or added to the weights. Experts of a language model that stay apart 
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -51,7 +51,7 @@ _DRAFT = ".draft"
 _PROCESSOR = ("*processor_config.json",)
 
 
-def export(learner: Core, folder: Path, to: Target | str) -> Path:
+def export(learner: Core, folder: Path, to: Target | str, last: Callable[[Path], None] | None = None) -> Path:
     """Write `learner` to `folder`, whole or not at all; returns `folder`.
 
     Beside a language model stand its processor and `learnt.json`, see `export.language`; beside others
@@ -63,6 +63,7 @@ def export(learner: Core, folder: Path, to: Target | str) -> Path:
         learner: that has learnt at least one task.
         folder: new or empty.
         to: `peft`, `merged`, `transformers`, `onnx` or `torch`.
+        last: is called with the draft of the folder before it counts.
 
     Raises:
         ValueError: when the other library could not do the same as this learner, or the folder holds something.
@@ -78,6 +79,8 @@ def export(learner: Core, folder: Path, to: Target | str) -> Path:
         _drop_drafts(target.parent)
         with _draft(target) as draft:
             _write(learner, draft, to)
+            if last:
+                last(draft)
             if target.exists():
                 target.rmdir()
             draft.rename(target)
@@ -97,6 +100,7 @@ def _draft(target: Path) -> Iterator[Path]:
     with locked(held):
         try:
             draft = held / target.name
+            shutil.rmtree(draft, ignore_errors=True)
             draft.mkdir()
             yield draft
         finally:

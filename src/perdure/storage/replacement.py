@@ -57,5 +57,8 @@ def settle(folder: Path) -> None:
                 path.unlink(missing_ok=True)
         sync_folder(inner)
     sync_folder(folder)
-    (draft / _LIST).unlink(missing_ok=True)
+    with suppress(FileNotFoundError):
+        for left in [each for each in draft.iterdir() if each.is_dir()]:
+            shutil.rmtree(left, ignore_errors=True)
+    (draft / _LIST).unlink(missing_ok=True)  # last: as long as it is there, whoever is next goes on
     shutil.rmtree(draft, ignore_errors=True)
