@@ -51,9 +51,9 @@ class Adapter(nn.Module):
     def factors(self, part: int) -> tuple[Tensor, Tensor] | None:
         """All of the update as (up (fan_out, k), down (k, fan_in)), exact; None when there is none."""
         update = self.delta(part, branches=True)
-        return (
-            None if update is None else (update, torch.eye(update.shape[1], dtype=update.dtype, device=update.device))
-        )
+        if update is None:
+            return None
+        return update, torch.eye(update.shape[1], dtype=update.dtype, device=update.device)
 
 
 def starting_rows(rank: int, fan_in: int) -> Tensor:

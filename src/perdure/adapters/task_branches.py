@@ -13,7 +13,6 @@ from perdure.adapters.state import BufferDict, ParameterStore
 from perdure.types import Site
 
 _PARTS = ("down", "up")
-_STACKED = tuple(enumerate(_PARTS))  # along which dimension branches of several tasks stand side by side
 
 
 class TaskBranches(Adapter):
@@ -63,9 +62,8 @@ class TaskBranches(Adapter):
         if self.training and "down" in self.open:
             return y + self._update(x, self.open["down"], self.open["up"])
         if self.shares is not None:
-            down, up = (
-                torch.cat([self.closed[f"{task}/{part}"] for task in self.tasks], dim) for dim, part in _STACKED
-            )
+            down = torch.cat([self.closed[f"{task}/down"] for task in self.tasks])
+            up = torch.cat([self.closed[f"{task}/up"] for task in self.tasks], dim=1)
             return torch.add(y, mixed(x, down, up, self.shares), alpha=self.scale)
         if self.routes is None:
             return y

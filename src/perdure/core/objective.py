@@ -89,9 +89,8 @@ class Objective(nn.Module):
         self.former: tuple[tuple[int, ...], ...] = ()  # columns of former tasks' classes that answer together
         self.answered: dict[int, tuple[Tensor, Tensor]] = {}  # by task, of the last evaluation: labels, answers
         self.masked_loss = True  # False: every seen class always competes
-        self._learner: list[
-            AnyLearner
-        ] = []  # who reads texts for it; in a list: the learner owns us, not we the learner
+        # who reads texts for it; in a list: the learner owns us, not we the learner
+        self._learner: list[AnyLearner] = []
 
     def bind(self, learner: AnyLearner) -> None:
         """Called when it belongs to another learner than before."""

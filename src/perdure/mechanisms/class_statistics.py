@@ -154,9 +154,8 @@ class TaskGaussians(nn.Module):
     def __init__(self, rank: int, known: float) -> None:
         super().__init__()
         self.rank, self.known = rank, known
-        self.gaussians = (
-            BufferDict()
-        )  # "task/means" (c, d), "task/directions" (k, d), "task/variances" (k + 1,), "task/limit"
+        # "task/means" (c, d), "task/directions" (k, d), "task/variances" (k + 1,), "task/limit"
+        self.gaussians = BufferDict()
 
     @property
     def tasks(self) -> list[int]:

@@ -317,7 +317,9 @@ class ExemplarBuffer(ReplayBuffer):
     def _scores(self, residuals: Tensor, inputs: Tensor) -> Tensor:
         if self.chooses == "el2n":
             return selection_scores.el2n(residuals)
-        return (selection_scores.grand if self.chooses == "grand" else selection_scores.influence)(residuals, inputs)
+        if self.chooses == "grand":
+            return selection_scores.grand(residuals, inputs)
+        return selection_scores.influence(residuals, inputs)
 
 
 class Rehearsal(Method):

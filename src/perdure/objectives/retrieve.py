@@ -210,8 +210,7 @@ class Retrieve(Objective, name="retrieve"):
         task_of = torch.cat([torch.full((len(own.texts),), i) for i, own in enumerate(galleries)])
         found = []
         for i, own in enumerate(galleries):
-            queries = (own.images, own.pair, own.texts, own.pair_of_text)
-            near, far = recalls(*queries, own.parts), recalls(*queries, union.parts, task_of == i)
+            near, far = recalls(*own.parts, own.parts), recalls(*own.parts, union.parts, task_of == i)
             found.append(
                 {"recall": sum(far.values()) / len(far), "recall_own_gallery": sum(near.values()) / len(near)}
                 | {f"own/{k}": v for k, v in near.items()}
