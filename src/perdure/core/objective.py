@@ -59,7 +59,7 @@ class Objective(nn.Module):
     name: ClassVar[str]
     """As it is written."""
     asks: ClassVar[frozenset[str]] = frozenset({"classes"})
-    """What a stream must have for it: `classes`, or `captions`."""
+    """What a stream must have for it: `classes`, `captions` or `conversations`."""
     towers: ClassVar[frozenset[str]] = frozenset({"vision"})
     """Whose output it reads: what may be computed once, and where adapters have an effect."""
     outputs: ClassVar[tuple[str, ...]] = ("scores",)
