@@ -1,6 +1,6 @@
 """Tensors and parameters by name, whose number and shapes grow from task to task."""
 
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from typing import Any, Self
 
 from torch import Tensor, nn
@@ -47,6 +47,11 @@ class BufferDict(nn.Module, MutableMapping[str, Tensor]):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
         self._held = {k[len(prefix) :]: v.detach().clone() for k, v in state_dict.items() if k.startswith(prefix)}
+
+
+def numbers_in(keys: Iterable[str]) -> list[int]:
+    """The numbers that some of `keys` begin with, as in "3/down", in ascending order."""
+    return sorted({int(key.partition("/")[0]) for key in keys if key[:1].isdigit()})
 
 
 class ParameterStore(nn.Module):

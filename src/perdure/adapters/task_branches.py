@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from perdure.adapters.injection import Adapter, starting_rows
 from perdure.adapters.low_rank_mixture import mixed
-from perdure.adapters.state import BufferDict, ParameterStore
+from perdure.adapters.state import BufferDict, ParameterStore, numbers_in
 from perdure.types import Site
 
 _PARTS = ("down", "up")
@@ -43,7 +43,7 @@ class TaskBranches(Adapter):
     @property
     def tasks(self) -> list[int]:
         """Those that have a branch, in ascending order."""
-        return sorted({int(key.partition("/")[0]) for key in self.closed})
+        return numbers_in(self.closed)
 
     def start(self, device: torch.device, former: int = 0) -> None:
         """Open a branch that changes nothing yet, in the place of one that may be open; it does not see others."""

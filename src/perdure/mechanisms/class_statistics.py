@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perdure.adapters.state import BufferDict
+from perdure.adapters.state import BufferDict, numbers_in
 from perdure.core.forgetting import Forgotten
 from perdure.mechanisms.subspace import exact, pack_symmetric, unpack_symmetric
 
@@ -160,7 +160,7 @@ class TaskGaussians(nn.Module):
     @property
     def tasks(self) -> list[int]:
         """Those that were added, in ascending order."""
-        return sorted({int(key.partition("/")[0]) for key in self.gaussians})
+        return numbers_in(self.gaussians)
 
     def add(self, task: int, features: Tensor, labels: Tensor, generator: torch.Generator) -> None:
         """Fit a task from features (n, d) and labels (n,)."""
