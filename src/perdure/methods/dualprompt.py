@@ -148,10 +148,6 @@ class DualPrompt(QueriedPrompts[Prompts], name="dualprompt"):
         """-strength · mean of cos(q, k) over inputs, k being the key of each one's own task, added over towers."""
         return -self.strength * sum(own.nearness(asked, labels) for own, asked, labels in self.asked(learner, batch))
 
-    def measures(self, learner: Core) -> dict[str, float]:
-        """`batchwise` where the batch votes: such scores are not comparable."""
-        return {"batchwise": 1.0} if self.batchwise else {}
-
     def _place(self, learner: Core, tower: OneTower) -> Prompts:
         backbone = learner.backbone
         depth = len(backbone.blocks(tower))
