@@ -7,7 +7,7 @@ branches', or added to the weights. Experts of a language model that stay apart 
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -136,7 +136,7 @@ def _write_graph(learner: Core, folder: Path, to: str) -> None:
     write_text(folder / "README.md", graph_readme(learner, to, __version__))
     options = options_of(learner.backbone)
     if isinstance(learner.backbone, Clip | Vision) and "vision" not in options:
-        copy(_folder(options["path"]) if "path" in options else pocket_weights("CLIP"), TERMS, folder)
+        copy(_source(options), TERMS, folder)
     finish(folder)
 
 
@@ -326,8 +326,7 @@ def _write_transformers(backbone: Any, folder: Path) -> None:
         copy(_folder(options["vision"]), _PROCESSOR, folder)
         backbone.tokenizer.save_pretrained(folder)  # says which class it is of, which a copied vocabulary need not
     else:
-        source = _folder(options["path"]) if "path" in options else pocket_weights("CLIP")
-        copy(source, (*_PROCESSOR, *TERMS, *(TOKENIZER if isinstance(backbone, Clip) else ())), folder)
+        copy(_source(options), (*_PROCESSOR, *TERMS, *(TOKENIZER if isinstance(backbone, Clip) else ())), folder)
         if "length" in options:  # the tokenizer cuts texts off as well
             backbone.tokenizer.save_pretrained(folder)
     changes: dict[str, Any] = {"do_normalize": False} if options.get("input_norm") == "none" else {}
@@ -341,6 +340,11 @@ def _write_transformers(backbone: Any, folder: Path) -> None:
 
 def _folder(model: str) -> Path:
     return Path(pretrained.locate(model)[1])
+
+
+def _source(options: Mapping[str, Any]) -> Path:
+    """The folder that a model with these options came from."""
+    return _folder(options["path"]) if "path" in options else pocket_weights()
 
 
 def _write_timm(backbone: Timm, folder: Path) -> None:
