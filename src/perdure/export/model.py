@@ -195,22 +195,24 @@ def _check(learner: Core, to: str) -> None:
                 "merged weights can hold it; keep this learner with save"
             )
     if to == "peft":
-        if isinstance(backbone, OpenClip):
-            raise ValueError("OpenCLIP's attention is one fused layer, which no LoRA of PEFT fits: export to 'merged'")
-        if "vision" in options_of(backbone):
-            raise ValueError(f"{backbone.spec} was put together here, no folder has it for a LoRA: export to 'merged'")
-        if backbone.changed:
-            raise ValueError(f"a LoRA does not bring {backbone.changed}, which its model has not: export to 'merged'")
-        if learner.tunes_backbone:
-            raise ValueError("the encoder's own weights were trained, which a LoRA cannot hold: export to 'merged'")
-        if not linear:
-            raise ValueError("no layer of the encoder was adapted, so there is no LoRA to write: export to 'merged'")
-        remedy = "keep this learner with save" if experts else "export to 'merged'"
-        if isinstance(backbone, Language) and "path" not in options_of(backbone):
-            raise ValueError(f"{backbone.spec} is made here, and no folder has it for a LoRA; {remedy}")
+        _check_lora(learner, experts, linear)
 
 
-# The model
+def _check_lora(learner: Core, experts: bool, linear: bool) -> None:
+    backbone = learner.backbone
+    if isinstance(backbone, OpenClip):
+        raise ValueError("OpenCLIP's attention is one fused layer, which no LoRA of PEFT fits: export to 'merged'")
+    if "vision" in options_of(backbone):
+        raise ValueError(f"{backbone.spec} was put together here, no folder has it for a LoRA: export to 'merged'")
+    if backbone.changed:
+        raise ValueError(f"a LoRA does not bring {backbone.changed}, which its model has not: export to 'merged'")
+    if learner.tunes_backbone:
+        raise ValueError("the encoder's own weights were trained, which a LoRA cannot hold: export to 'merged'")
+    if not linear:
+        raise ValueError("no layer of the encoder was adapted, so there is no LoRA to write: export to 'merged'")
+    remedy = "keep this learner with save" if experts else "export to 'merged'"
+    if isinstance(backbone, Language) and "path" not in options_of(backbone):
+        raise ValueError(f"{backbone.spec} is made here, and no folder has it for a LoRA; {remedy}")
 
 
 def _write_lora(learner: Core, folder: Path) -> None:
@@ -343,7 +345,6 @@ def _folder(model: str) -> Path:
 
 
 def _source(options: Mapping[str, Any]) -> Path:
-    """The folder that a model with these options came from."""
     return _folder(options["path"]) if "path" in options else pocket_weights()
 
 
