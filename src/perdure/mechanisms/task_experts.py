@@ -15,6 +15,8 @@ from perdure.mechanisms.class_statistics import TaskMeans
 from perdure.mechanisms.prompting import QUERY, conversation_query, query
 from perdure.types import Batch, Task
 
+ExpertTower = Literal["language", "vision"]
+Keys = Literal["image,text", "image", "text"]
 _LOOK = 4096  # examples of a task that the router is fitted to
 
 
@@ -42,10 +44,11 @@ class TaskExperts(Method):
     model is given of its images and words, which nothing that is trained changes.
 
     Args:
-        rank, at, blocks, alpha: of the branches, see `LoRAExperts`.
-        tower: where experts stand; None is `language` in a language model, else `vision`.
-        keys: what the router looks at: images, words, or both; None is all there is.
         router: which has learnt nothing yet.
+        tower: where experts stand; None is `language` in a language model, else `vision`.
+        blocks: which blocks, all by default.
+        rank, at, alpha: of the branches, see `LoRAExperts`; not read where `place` puts something else.
+        keys: what the router looks at: images, words, or both; None is all there is.
     """
 
     changes_encoder, sole_adapter, follows_task, learns_aside = True, True, True, True
@@ -56,13 +59,14 @@ class TaskExperts(Method):
 
     def __init__(
         self,
-        rank: int,
-        at: str,
-        blocks: str | None,
-        tower: Literal["language", "vision"] | None,
-        alpha: float | None,
-        keys: Literal["image,text", "image", "text"] | None,
         router: TaskRouter,
+        tower: ExpertTower | None,
+        blocks: str | None = None,
+        *,
+        rank: int = 0,
+        at: str = "",
+        alpha: float | None = None,
+        keys: Keys | None = None,
     ) -> None:
         super().__init__()
         self.rank, self.at, self.blocks, self.tower, self.alpha, self.keys = rank, at, blocks, tower, alpha, keys
