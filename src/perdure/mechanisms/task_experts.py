@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from perdure.adapters.injection import Adapters, attach
+from perdure.adapters.low_rank import scale_of
 from perdure.adapters.task_branches import TaskBranches, routed, sharing
 from perdure.backbones.base import OneTower
 from perdure.core.learner import Core
@@ -91,7 +92,7 @@ class TaskExperts(Method):
 
     def place(self, learner: Core, tower: OneTower) -> None:
         """Put what holds the experts into `tower`."""
-        scale = 1.0 if self.alpha is None else self.alpha / self.rank
+        scale = scale_of(self.alpha, self.rank)
         for site in learner.backbone.sites(self.at, self.blocks, tower):
             expert = TaskBranches(site, self.rank, scale)
             self.experts.append(expert)

@@ -9,6 +9,7 @@ trained. In a ViT or CLIP it is ours.
 """
 
 from perdure.adapters.injection import Adapters, attach
+from perdure.adapters.low_rank import scale_of
 from perdure.adapters.low_rank_mixture import TokenMixture
 from perdure.backbones.base import Tower
 from perdure.core.learner import Core
@@ -50,7 +51,7 @@ class MoELoRA(Method, name="moe_lora"):
         """Experts and routers at the first task; later ones go on with them."""
         if len(self.adapters):
             return
-        scale = 1.0 if self.alpha is None else self.alpha / self.rank
+        scale = scale_of(self.alpha, self.rank)
         for site in learner.backbone.sites(self.at, self.blocks, self.tower):
             adapter = TokenMixture(site, self.experts, self.rank // self.experts, scale)
             self.adapters.append(adapter)

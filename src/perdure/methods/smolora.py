@@ -18,6 +18,7 @@ from contextlib import AbstractContextManager
 import torch
 
 from perdure.adapters.injection import Adapters, attach
+from perdure.adapters.low_rank import scale_of
 from perdure.adapters.low_rank_mixture import SeparateMixtures, keyed
 from perdure.core.learner import Core
 from perdure.core.method import Method
@@ -60,7 +61,7 @@ class SMoLoRA(Method, name="smolora"):
         check_routes_once(learner, self)
         if len(self.adapters):
             return
-        scale = 1.0 if self.alpha is None else self.alpha / self.rank
+        scale = scale_of(self.alpha, self.rank)
         for site in learner.backbone.sites(self.at, self.blocks, "language"):
             adapter = SeparateMixtures(site, self.experts, self.rank, scale, learner.backbone.dim)
             self.adapters.append(adapter)
