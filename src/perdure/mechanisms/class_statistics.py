@@ -151,7 +151,7 @@ class TaskGaussians(nn.Module):
             Gaussians that were fitted without them, or else they would seem nearer than new examples are.
     """
 
-    def __init__(self, rank: int, known: float) -> None:
+    def __init__(self, rank: int = 16, known: float = 0.99) -> None:
         super().__init__()
         self.rank, self.known = rank, known
         # "task/means" (c, d), "task/directions" (k, d), "task/variances" (k + 1,), "task/limit"

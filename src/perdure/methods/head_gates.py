@@ -26,8 +26,6 @@ from perdure.mechanisms.task_experts import ExpertTower, TaskExperts
 from perdure.options.ranges import Factor, Strength
 from perdure.types import Batch, Task
 
-_DIRECTIONS, _KNOWN = 16, 0.99
-
 
 class SparseHeads(TaskExperts, name="head_gates"):
     """Gates of attention heads, a set a task, sparse and frozen afterwards; each example takes those of its task.
@@ -48,7 +46,7 @@ class SparseHeads(TaskExperts, name="head_gates"):
         tower: ExpertTower | None = None,
         gates_lr: Factor = 50.0,
     ) -> None:
-        super().__init__(TaskGaussians(_DIRECTIONS, _KNOWN), tower, blocks, at="o")
+        super().__init__(TaskGaussians(), tower, blocks, at="o")
         self.strength, self.gates_lr = strength, gates_lr
 
     def grow(self, learner: Core, task: Task) -> None:

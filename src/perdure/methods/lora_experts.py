@@ -16,9 +16,6 @@ from perdure.mechanisms.class_statistics import TaskGaussians
 from perdure.mechanisms.task_experts import ExpertTower, Keys, TaskExperts
 from perdure.options.ranges import Factor, Rank, Share, without_effect
 
-_DIRECTIONS = 16
-_THRESHOLD = 0.99
-
 
 class LoRAExperts(TaskExperts, name="lora_experts"):
     """A branch a task, each trained from the pre-trained model alone; every example takes the one that knows it.
@@ -47,6 +44,6 @@ class LoRAExperts(TaskExperts, name="lora_experts"):
     ) -> None:
         if not fallback:
             without_effect("with fallback=False", threshold=threshold)
-        router = TaskGaussians(_DIRECTIONS, _THRESHOLD if threshold is None else threshold)
+        router = TaskGaussians() if threshold is None else TaskGaussians(known=threshold)
         super().__init__(router, tower, blocks, rank=rank, at=at, alpha=alpha, keys=keys)
         self.fallback = fallback

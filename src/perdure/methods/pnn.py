@@ -20,9 +20,6 @@ from perdure.mechanisms.class_statistics import TaskGaussians
 from perdure.mechanisms.task_experts import ExpertTower, Keys, TaskExperts
 from perdure.options.ranges import Rank
 
-_DIRECTIONS = 16
-_KNOWN = 0.99  # of no effect: every example takes a column
-
 
 class ProgressiveNetwork(TaskExperts, name="pnn"):
     """A column of adapters a task with lateral connections to all former ones, which are frozen.
@@ -43,7 +40,7 @@ class ProgressiveNetwork(TaskExperts, name="pnn"):
         lateral: bool = True,
         keys: Keys | None = None,
     ) -> None:
-        super().__init__(TaskGaussians(_DIRECTIONS, _KNOWN), tower, blocks, rank=rank, keys=keys)
+        super().__init__(TaskGaussians(), tower, blocks, rank=rank, keys=keys)
         self.lateral = lateral
 
     def place(self, learner: Core, tower: OneTower) -> None:
