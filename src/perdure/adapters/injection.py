@@ -69,14 +69,16 @@ A = TypeVar("A", bound=Adapter)
 class Adapters(nn.ModuleList, Generic[A]):
     """A method's adapters, one per layer; empty until they are placed."""
 
-    def place(self, backbone: nn.Module, sites: Iterable[Site], make: Callable[[Site], A]) -> None:
-        """Make an adapter for each site and put it there; nothing when that has been done."""
+    def place(
+        self, backbone: nn.Module, sites: Iterable[Site], make: Callable[[Site], A], fold: bool | None = None
+    ) -> None:
+        """Make an adapter for each site and put it there, `fold` as in `attach`; nothing when that has been done."""
         if len(self):
             return
         for site in sites:
             adapter = make(site)
             self.append(adapter)
-            attach(backbone, [site], adapter)
+            attach(backbone, [site], adapter, fold)
 
     def __iter__(self) -> Iterator[A]:
         return super().__iter__()  # type: ignore[return-value]

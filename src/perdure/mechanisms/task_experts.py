@@ -6,7 +6,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from perdure.adapters.injection import Adapters, attach
+from perdure.adapters.injection import Adapters
 from perdure.adapters.low_rank import scale_of
 from perdure.adapters.task_branches import TaskBranches, routed, sharing
 from perdure.backbones.base import OneTower
@@ -92,11 +92,8 @@ class TaskExperts(Method):
 
     def place(self, learner: Core, tower: OneTower) -> None:
         """Put what holds the experts into `tower`."""
-        scale = scale_of(self.alpha, self.rank)
-        for site in learner.backbone.sites(self.at, self.blocks, tower):
-            expert = TaskBranches(site, self.rank, scale)
-            self.experts.append(expert)
-            attach(learner.backbone, [site], expert, fold=False)
+        sites, scale = learner.backbone.sites(self.at, self.blocks, tower), scale_of(self.alpha, self.rank)
+        self.experts.place(learner.backbone, sites, lambda site: TaskBranches(site, self.rank, scale), fold=False)
 
     def check(self, learner: Core, task: Task) -> None:
         """Refuse parts that look at examples of old tasks, whose experts are finished."""
