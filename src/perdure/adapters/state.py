@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 
 
@@ -36,6 +37,10 @@ class BufferDict(nn.Module, MutableMapping[str, Tensor]):
 
     def __bool__(self) -> bool:
         return bool(self._held)
+
+    def append(self, key: str, value: Tensor, dim: int = 0) -> None:
+        """Put `value` behind what is kept under `key`, along `dim`."""
+        self[key] = torch.cat([self[key], value.detach()], dim) if key in self else value
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._held = {k: fn(v) for k, v in self._held.items()}

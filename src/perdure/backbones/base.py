@@ -203,7 +203,7 @@ class Backbone(nn.Module):
         Raises:
             ValueError: when any of it is not finite: everything that is learnt from it would be worth nothing.
         """
-        self.check_weights()
+        self._check_weights()
         with torch.no_grad():
             found = [self(self.sample())]
             if "text" in self.towers():
@@ -211,9 +211,7 @@ class Backbone(nn.Module):
         if not all(features.isfinite().all() for features in found):
             raise self._not_finite("the model gives features that are")
 
-    @final
-    def check_weights(self) -> None:
-        """Raise `ValueError` for the first weight that is not finite."""
+    def _check_weights(self) -> None:
         for name, weight in self.named_parameters():
             # two numbers, where isfinite would write as many as there are; a NaN is its own least and greatest
             if weight.numel() and not torch.stack(torch.aminmax(weight)).isfinite().all():

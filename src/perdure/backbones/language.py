@@ -307,7 +307,7 @@ class Language(Backbone):
         Raises:
             ValueError: when any of it is not finite, or the model is none whose answers are read from left to right.
         """
-        self.check_weights()
+        self._check_weights()
         asked = self.dialogue({"messages": [{"role": "user", "content": "a"}]})
         first, other = (asked.with_answer([token, token, last]) for token, last in ((0, 1), (0, 2)))
         with torch.no_grad():

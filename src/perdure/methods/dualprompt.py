@@ -57,8 +57,7 @@ class Prompts(PromptPool):
     def put_away(self) -> None:
         """Keep key and E-prompt as those of a former task; their values go on."""
         for name, value in (("keys", self.key), ("prompts", self.prompt)):
-            new = value.detach()[None]
-            self.past[name] = torch.cat([self.past[name], new]) if name in self.past else new
+            self.past.append(name, value[None])
 
     def know(self, owner: Mapping[int, int], tasks: int, names: bool) -> None:
         """Which of so many tasks each class belongs to, and whether the inputs are but the names of these classes."""
