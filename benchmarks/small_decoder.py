@@ -73,7 +73,7 @@ def compose(tokenizer_file: Path) -> tuple[Any, Any]:
     tokenizer = hf.PreTrainedTokenizerFast(
         tokenizer_file=str(tokenizer_file), pad_token="<pad>", eos_token="<|end|>", unk_token="<unk>"
     )
-    pocket = pocket_weights("CLIP")
+    pocket = pocket_weights()
     end, pad, image = (tokenizer.convert_tokens_to_ids(token) for token in ("<|end|>", "<pad>", "<image>"))
     config = hf.LlavaConfig(
         vision_config=json.loads((pocket / "config.json").read_text())["vision_config"],

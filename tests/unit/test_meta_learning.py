@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from perdure.core.learner import Core
-from perdure.mechanisms.meta_learning import halves, inner_step, interleaved, loss_at, plain_loss, whole_loss
+from perdure.mechanisms.meta_learning import halves, inner_step, interleaved, loss_at
 from perdure.types import Batch, take
 
 
@@ -77,7 +77,7 @@ def test_the_gradient_of_maml_is_that_of_the_loss_after_its_inner_steps(steps: i
     def outer(weights: dict[str, Tensor]) -> Tensor:
         for _ in range(steps):
             weights, _ = inner_step(learner, weights, support, rates)
-        return loss_at(learner, weights, query, whole_loss)
+        return loss_at(learner, weights, query, Core.loss)
 
     assert along(filled(learner, batch), way) == pytest.approx(slope(outer, start, way), rel=1e-6)
 
@@ -87,7 +87,7 @@ def test_the_gradient_of_fomaml_is_the_one_at_the_adapted_weights_and_another_th
     support, query = (take(batch, rows) for rows in halves(batch["label"], learner.generator("fomaml", learner.step)))
     weights, _ = inner_step(learner, dict(learner.trainable()), support, rates_of(learner, batch, 0.3))
     weights = {name: value.detach().requires_grad_() for name, value in weights.items()}
-    wanted = torch.autograd.grad(loss_at(learner, weights, query, whole_loss), list(weights.values()))
+    wanted = torch.autograd.grad(loss_at(learner, weights, query, Core.loss), list(weights.values()))
     found = filled(learner, batch)
     torch.testing.assert_close(list(found.values()), list(wanted), rtol=1e-9, atol=1e-12)
     second, _ = begun("lora(rank=2) + maml(inner_lr=0.3)")
@@ -106,7 +106,7 @@ def test_gradients_of_lamaml_and_of_its_rates_are_those_of_its_meta_loss(begun: 
         for rows in interleaved(12, 2):
             own = {name: rate * units[name] for name, rate in rates.items()}
             weights, _ = inner_step(learner, weights, take(batch, rows), own)
-            losses.append(loss_at(learner, weights, batch, plain_loss))
+            losses.append(loss_at(learner, weights, batch, Core.plain_loss))
         return torch.stack(losses).mean()
 
     assert len(batch["label"]) == 24
@@ -222,12 +222,12 @@ def test_the_loss_at_other_weights_is_that_of_a_learner_who_has_them(objective: 
     others = {n: p.detach() + 0.1 * torch.randn(p.shape, generator=generator) for n, p in learner.trainable().items()}
     others = {name: value.requires_grad_() for name, value in others.items()}
     batch = tasks[1].train.__getitems__(range(6))
-    found = loss_at(learner, others, batch, whole_loss)
+    found = loss_at(learner, others, batch, Core.loss)
     gradients = torch.autograd.grad(found, list(others.values()), allow_unused=True)
     with torch.no_grad():
         for name, p in learner.trainable().items():
             p.copy_(others[name])
-    plain = whole_loss(learner, batch)
+    plain = learner.loss(batch)
     wanted = torch.autograd.grad(plain, list(learner.trainable().values()), allow_unused=True)
     torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(gradients, wanted, rtol=1e-4, atol=1e-6)

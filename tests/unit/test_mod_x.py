@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from perdure.backbones.tiny import tiny
 from perdure.core.learner import Core
 from perdure.methods.mod_x import ModX
-from perdure.objectives.retrieve import Retrieve, at
+from perdure.objectives.retrieve import Retrieve, picked
 from perdure.streams import build_stream
 from perdure.streams.augment import AUGMENTS
 from perdure.training.config import make_method
@@ -55,7 +55,7 @@ def test_the_penalty_is_the_divergence_of_rows_that_the_old_model_had_right(temp
     with torch.no_grad():
         rows, places = learner.objective.chosen(batch)
         images, texts = part.teacher(learner, batch).values()
-        old = F.normalize(images, dim=1) @ F.normalize(at(texts, (rows, places)), dim=1).T
+        old = F.normalize(images, dim=1) @ F.normalize(picked(texts, (rows, places)), dim=1).T
         features = learner.encode(batch)
         new = F.normalize(features, dim=1) @ F.normalize(learner.objective.shown(batch)[0], dim=1).T
         penalty = part.penalty(learner, learner.cache.complete(batch), features)

@@ -10,7 +10,7 @@ from perdure.backbones.tiny import tiny
 from perdure.core.learner import Core
 from perdure.mechanisms.distillation import distillation
 from perdure.methods.zscl import ZSCL
-from perdure.objectives.retrieve import Retrieve, at, embedded
+from perdure.objectives.retrieve import Retrieve, embedded, picked
 from perdure.streams import build_stream
 from perdure.training.config import make_method
 from perdure.types import Batch, Stream, Task
@@ -66,7 +66,7 @@ def test_captions_of_the_step_are_the_texts_where_captions_are_learnt(shown: int
     untaught, batch = tiny(dim=16, text=True), whole(task)
     with torch.no_grad():
         rows, places = learner.objective.chosen(batch)
-        texts = at(embedded(Core(untaught, Retrieve(), make_method("probe")), batch["text"]), (rows, places))
+        texts = picked(embedded(Core(untaught, Retrieve(), make_method("probe")), batch["text"]), (rows, places))
         teacher = untaught.logit_scale * cosines(untaught(batch), texts)
         student = untaught.logit_scale * cosines(learner.encode(batch), learner.objective.shown(batch)[0])
     expected = distillation(teacher, student, 2.0) + distillation(teacher.T, student.T, 2.0)

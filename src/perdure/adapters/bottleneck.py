@@ -33,7 +33,8 @@ class Bottleneck(Adapter):
         self.scale = scale
         down = starting_rows(rank, fan_in)
         self.down, self.down_bias = nn.Parameter(down), nn.Parameter(down.new_zeros(rank))
-        self.up, self.up_bias = (nn.Parameter(down.new_zeros(site.fan_out, *more)) for more in ((rank,), ()))
+        self.up = nn.Parameter(down.new_zeros(site.fan_out, rank))
+        self.up_bias = nn.Parameter(down.new_zeros(site.fan_out))
 
     def added(self, y: Tensor, x: Tensor) -> Tensor:
         """`y` (..., fan_out) with what the bottleneck makes of `x` (..., fan_in)."""

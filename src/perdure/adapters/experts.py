@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from perdure.adapters.injection import Adapter, starting_rows
-from perdure.adapters.state import BufferDict, ParameterStore
+from perdure.adapters.state import BufferDict, ParameterStore, numbers_in
 from perdure.types import Site
 
 _PARTS = ("down", "down_bias", "up", "up_bias")
@@ -85,12 +85,12 @@ class Experts(Adapter):
     @property
     def open(self) -> list[int]:
         """Numbers of the experts in training."""
-        return _numbers(self.learnt.names)
+        return numbers_in(self.learnt.names)
 
     @property
     def shut(self) -> list[int]:
         """Numbers of the frozen experts."""
-        return _numbers(list(self.fixed))
+        return numbers_in(self.fixed)
 
     def add(self, count: int, device: torch.device) -> None:
         """New experts, which give nothing yet."""
@@ -199,7 +199,3 @@ def routing(experts: Sequence[Experts], routes: Sequence[Routes]) -> Iterator[No
     finally:
         for each in experts:
             each.routes = each._read = None
-
-
-def _numbers(names: Sequence[str]) -> list[int]:
-    return sorted({int(name.partition("/")[0]) for name in names if name[0].isdigit()})

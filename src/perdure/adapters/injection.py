@@ -51,9 +51,9 @@ class Adapter(nn.Module):
     def factors(self, part: int) -> tuple[Tensor, Tensor] | None:
         """All of the update as (up (fan_out, k), down (k, fan_in)), exact; None when there is none."""
         update = self.delta(part, branches=True)
-        return (
-            None if update is None else (update, torch.eye(update.shape[1], dtype=update.dtype, device=update.device))
-        )
+        if update is None:
+            return None
+        return update, torch.eye(update.shape[1], dtype=update.dtype, device=update.device)
 
 
 def starting_rows(rank: int, fan_in: int) -> Tensor:
@@ -69,14 +69,16 @@ A = TypeVar("A", bound=Adapter)
 class Adapters(nn.ModuleList, Generic[A]):
     """A method's adapters, one per layer; empty until they are placed."""
 
-    def place(self, backbone: nn.Module, sites: Iterable[Site], make: Callable[[Site], A]) -> None:
-        """Make an adapter for each site and put it there; nothing when that has been done."""
+    def place(
+        self, backbone: nn.Module, sites: Iterable[Site], make: Callable[[Site], A], fold: bool | None = None
+    ) -> None:
+        """Make an adapter for each site and put it there, `fold` as in `attach`; nothing when that has been done."""
         if len(self):
             return
         for site in sites:
             adapter = make(site)
             self.append(adapter)
-            attach(backbone, [site], adapter)
+            attach(backbone, [site], adapter, fold)
 
     def __iter__(self) -> Iterator[A]:
         return super().__iter__()  # type: ignore[return-value]

@@ -12,6 +12,11 @@ from perdure.adapters.state import BufferDict
 from perdure.types import Site
 
 
+def scale_of(alpha: float | None, rank: int) -> float:
+    """Factor of a branch: alpha / rank, as in the LoRA paper; 1 where alpha is None."""
+    return 1.0 if alpha is None else alpha / rank
+
+
 class LowRank(Adapter):
     """y + scale · up (down x), for one or more layers that read the same input.
 

@@ -40,10 +40,8 @@ class MagnitudeDirection(Adapter):
         """Start a branch of `rank` that changes nothing yet; the last magnitude of `holder` is its own."""
         if rank < 1 or rank > self.fan_in:
             raise ValueError(f"rank={rank}: expected 1 to {self.fan_in}, the inputs of the layer")
-        self.down, self.up = (
-            nn.Parameter(starting_rows(rank, self.fan_in)),
-            nn.Parameter(torch.zeros(self.fan_out, rank, dtype=torch.float32)),
-        )
+        self.down = nn.Parameter(starting_rows(rank, self.fan_in))
+        self.up = nn.Parameter(torch.zeros(self.fan_out, rank, dtype=torch.float32))
         self._holder = (holder,)
 
     @torch.no_grad()

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from perdure.adapters.injection import Adapter, starting_rows
-from perdure.adapters.state import BufferDict, ParameterStore
+from perdure.adapters.state import BufferDict, ParameterStore, numbers_in
 
 _OWN = ("down", "bias", "up")
 _LATERAL = ("scale", "lateral_down", "lateral_up")
@@ -38,7 +38,7 @@ class ProgressiveColumns(Adapter):
     @property
     def tasks(self) -> list[int]:
         """Those that have a column, in ascending order."""
-        return sorted({int(key.partition("/")[0]) for key in self.closed})
+        return numbers_in(self.closed)
 
     def start(self, device: torch.device, former: int = 0) -> None:
         """Open a column that gives nothing yet and reads `former` ones, in the place of one that may be open."""

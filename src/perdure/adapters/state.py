@@ -1,8 +1,9 @@
 """Tensors and parameters by name, whose number and shapes grow from task to task."""
 
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 
 
@@ -37,6 +38,10 @@ class BufferDict(nn.Module, MutableMapping[str, Tensor]):
     def __bool__(self) -> bool:
         return bool(self._held)
 
+    def append(self, key: str, value: Tensor, dim: int = 0) -> None:
+        """Put `value` behind what is kept under `key`, along `dim`."""
+        self[key] = torch.cat([self[key], value.detach()], dim) if key in self else value
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._held = {k: fn(v) for k, v in self._held.items()}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -47,6 +52,11 @@ class BufferDict(nn.Module, MutableMapping[str, Tensor]):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
         self._held = {k[len(prefix) :]: v.detach().clone() for k, v in state_dict.items() if k.startswith(prefix)}
+
+
+def numbers_in(keys: Iterable[str]) -> list[int]:
+    """The numbers that some of `keys` begin with, as in "3/down", in ascending order."""
+    return sorted({int(key.partition("/")[0]) for key in keys if key[:1].isdigit()})
 
 
 class ParameterStore(nn.Module):

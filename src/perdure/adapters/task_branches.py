@@ -9,11 +9,10 @@ from torch.nn import functional as F
 
 from perdure.adapters.injection import Adapter, starting_rows
 from perdure.adapters.low_rank_mixture import mixed
-from perdure.adapters.state import BufferDict, ParameterStore
+from perdure.adapters.state import BufferDict, ParameterStore, numbers_in
 from perdure.types import Site
 
 _PARTS = ("down", "up")
-_STACKED = tuple(enumerate(_PARTS))  # along which dimension branches of several tasks stand side by side
 
 
 class TaskBranches(Adapter):
@@ -44,7 +43,7 @@ class TaskBranches(Adapter):
     @property
     def tasks(self) -> list[int]:
         """Those that have a branch, in ascending order."""
-        return sorted({int(key.partition("/")[0]) for key in self.closed})
+        return numbers_in(self.closed)
 
     def start(self, device: torch.device, former: int = 0) -> None:
         """Open a branch that changes nothing yet, in the place of one that may be open; it does not see others."""
@@ -63,9 +62,8 @@ class TaskBranches(Adapter):
         if self.training and "down" in self.open:
             return y + self._update(x, self.open["down"], self.open["up"])
         if self.shares is not None:
-            down, up = (
-                torch.cat([self.closed[f"{task}/{part}"] for task in self.tasks], dim) for dim, part in _STACKED
-            )
+            down = torch.cat([self.closed[f"{task}/down"] for task in self.tasks])
+            up = torch.cat([self.closed[f"{task}/up"] for task in self.tasks], dim=1)
             return torch.add(y, mixed(x, down, up, self.shares), alpha=self.scale)
         if self.routes is None:
             return y

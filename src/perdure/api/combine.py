@@ -109,24 +109,14 @@ def gather(
         gone = [task.name for task in tasks if not len(task.train) and _to_be_seen(task, learner)]
         if gone and route in _LOOKING:
             written = learner.config.stream != OPEN or all("source" in each.manifest for each in done)
-            why, remedy = "cannot be read any more", "say where it is now with 'perdure move'"
-            if not written:
-                why = "came from Python, where nobody wrote down what images they were"
-                remedy = f"teach it from a folder, with {command('learn', 'FOLDER', '--into', folder)}"
-            raise ValueError(
-                f"what {folder} was taught as {gone[0]!r} {why}, and --route {route} looks at it: {remedy}, or use "
-                "--route text or uniform"
-            )
+            raise _gone(folder, gone[0], route, written)
         shown, said = _taught(tasks, learner, encoder, per_class, seed + number)
         if "text" in encoder.towers() and said:
             with torch.inference_mode():
                 pool.texts[str(number)] = F.normalize(encoder.encode_text(said).float(), dim=1).cpu()
         if shown:
             ids = range(len(classes), len(classes) + len(shown))
-            features = [
-                unit_features(encoder, ImageSet.of(each, [0] * len(each), encoder.preprocess))
-                for each in shown.values()
-            ]
+            features = [unit_features(encoder, ImageSet.queries(each, encoder.preprocess)) for each in shown.values()]
             pool.add(number, list(shown.values()), features, list(ids))
             classes += [(number, each) for each in shown]
     if route in _LOOKING[:3] and not classes:
@@ -150,7 +140,7 @@ def gather(
     elif router is not None and classes:
         images, _ = pool.sample(4096, torch.Generator().manual_seed(derived_seed(seed, 0, "limit")))
         if len(images):
-            router.settle(unit_features(encoder, ImageSet.of(images, [0] * len(images), encoder.preprocess)))
+            router.settle(unit_features(encoder, ImageSet.queries(images, encoder.preprocess)))
     return team
 
 
@@ -182,6 +172,18 @@ def _without_images(route: Route, pool: ExperiencePool, gate: str, progress: Pro
         raise ValueError(f"{why}, and the gate {gate} reads no texts to choose by: give --gate 'pocket()'")
     progress.note(f"{why}: their texts choose, as with --route text")
     return "text"
+
+
+def _gone(folder: Path, task: str, route: Route, written: bool) -> ValueError:
+    """What to raise when images that `route` looks at are gone; `written` says that it is known which they were."""
+    why, remedy = "cannot be read any more", "say where it is now with 'perdure move'"
+    if not written:
+        why = "came from Python, where nobody wrote down what images they were"
+        remedy = f"teach it from a folder, with {command('learn', 'FOLDER', '--into', folder)}"
+    return ValueError(
+        f"what {folder} was taught as {task!r} {why}, and --route {route} looks at it: {remedy}, or use --route text "
+        "or uniform"
+    )
 
 
 def _to_be_seen(task: Task, learner: Learner) -> bool:
@@ -248,7 +250,7 @@ def _seen(data: Data, rows: Tensor, gate: Backbone) -> Tensor:
     side = gate.preprocess.size
     if not pictures:
         return torch.zeros(0, 3, side, side, dtype=torch.uint8)
-    given = ImageSet.of(pictures, [0] * len(pictures), gate.preprocess)
+    given = ImageSet.queries(pictures, gate.preprocess)
     read: Tensor = given.__getitems__(range(len(pictures)))["image"]
     return read
 
@@ -272,7 +274,7 @@ def _try_out(team: Specialists, router: LinUCB, seed: int) -> None:
         return
     images, truths = images[rows], [names[c] for c in ids[rows].tolist()]
     said = {name: [line[0][0] for line in team.members[name].predict(images, 1)] for name in able}
-    features = unit_features(team.backbone, ImageSet.of(images, [0] * len(images), team.backbone.preprocess))
+    features = unit_features(team.backbone, ImageSet.queries(images, team.backbone.preprocess))
     places = torch.tensor([team.names.index(name) for name in able])
     for row, (feature, truth) in enumerate(zip(features, truths, strict=True)):
         bounds = router.explored(feature.unsqueeze(0))[0, places]

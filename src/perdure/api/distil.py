@@ -88,7 +88,7 @@ def distil(
     if images is None:
         given, truths = _remembered(team, student.backbone)
     else:
-        given = ImageSet.of(list(images), [0] * len(images), student.backbone.preprocess)
+        given = ImageSet.queries(list(images), student.backbone.preprocess)
         truths = [line[0][0] for line in team.predict(given, 1)]
     columns = {name: place for place, name in enumerate(names)}
     given = given.relabelled(torch.tensor([columns[name] for name in truths], dtype=torch.int64))
@@ -116,5 +116,5 @@ def _remembered(team: Specialists, backbone: Backbone) -> tuple[ImageSet, list[s
     rows = torch.tensor([row for row, c in enumerate(classes.tolist()) if names[c] in known], dtype=torch.int64)
     if not len(rows):
         raise ValueError("the pool holds no images to distil on: give more --pool-bytes, or --images of your own")
-    given = ImageSet.of(images[rows], [0] * len(rows), backbone.preprocess)
+    given = ImageSet.queries(images[rows], backbone.preprocess)
     return given, [names[c] for c in classes[rows].tolist()]

@@ -85,16 +85,7 @@ def teach_folder(
     with checkpoint.locked(into):
         done = checkpoint.whole(into)  # which also ends what a killed process has begun to write there
         there = (into / "run.json").exists()
-        if there:
-            learner = Learner.untaught(into, given.get("device"))
-            refuse_without_effect(into, learner.config, given)
-        else:
-            if not usual(config.backbone) and holds_conversations(photos):
-                raise ValueError(
-                    f"{photos} holds conversations, and {config.backbone} cannot answer in words: give --backbone "
-                    "'mllm(path=...)'"
-                )
-            learner = Learner.of(dataclasses.replace(config, stream=OPEN))
+        learner = _known_or_new(into, photos, config, given)
         asks, reading = min(learner.objective.asks), settled(reading, learner)
         pretext = reading.get("pretext")
         trained = {k: v for k, v in given.items() if k in {f.name for f in dataclasses.fields(TrainConfig)}}
@@ -148,6 +139,20 @@ def teach_folder(
             if len(checkpoint.whole(into)) == len(done) and checkpoint.latest_step(into, done) is None:
                 shutil.rmtree(into / f"task-{len(before):03d}", ignore_errors=True)  # refused: nothing was begun
             raise
+
+
+def _known_or_new(into: Path, photos: Path, config: RunConfig, given: Mapping[str, Any]) -> Learner:
+    """The learner of the folder `into` as it was before its first task; one of `config` where there is none yet."""
+    if (into / "run.json").exists():
+        learner = Learner.untaught(into, given.get("device"))
+        refuse_without_effect(into, learner.config, given)
+        return learner
+    if not usual(config.backbone) and holds_conversations(photos):
+        raise ValueError(
+            f"{photos} holds conversations, and {config.backbone} cannot answer in words: give --backbone "
+            "'mllm(path=...)'"
+        )
+    return Learner.of(dataclasses.replace(config, stream=OPEN))
 
 
 def go_on(folder: str | Path, progress: Progress | None = None, device: str | None = None) -> dict[str, Any]:

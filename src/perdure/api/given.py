@@ -239,7 +239,7 @@ def shown(images: Any, learner: Sees) -> ImageSet:
     for each in images if isinstance(images, list | tuple) else ():
         if isinstance(each, str | Path) and Path(each).is_dir():
             raise ValueError(f"{each} is a folder: give its images, as list(Path({str(each)!r}).rglob('*.jpg'))")
-    return ImageSet.of(images, [0] * len(images), learner.backbone.preprocess)
+    return ImageSet.queries(images, learner.backbone.preprocess)
 
 
 def several(images: Any) -> Any:

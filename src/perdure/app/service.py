@@ -296,12 +296,12 @@ class _Gallery:
         with self._lock:
             if self._of is not learner:
                 files = [self.folder / name for name in self.names]
-                data = ImageSet.of(files, [0] * len(files), learner.backbone.preprocess).readable()
+                data = ImageSet.queries(files, learner.backbone.preprocess).readable()
                 self.names = [self.names[row] for row in data.rows.tolist()]
                 if not self.names:
                     raise ValueError(f"no picture of {self.folder.name} can be read: give a folder of some")
                 files = [self.folder / name for name in self.names]
-                self.data = ImageSet.of(files, [0] * len(files), learner.backbone.preprocess)
+                self.data = ImageSet.queries(files, learner.backbone.preprocess)
                 self._embedded, self._of = _embedded(self.data, learner), learner
             return self._embedded
 

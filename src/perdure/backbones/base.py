@@ -203,16 +203,19 @@ class Backbone(nn.Module):
         Raises:
             ValueError: when any of it is not finite: everything that is learnt from it would be worth nothing.
         """
-        for name, weight in self.named_parameters():
-            # two numbers, where isfinite would write as many as there are; a NaN is its own least and greatest
-            if weight.numel() and not torch.stack(torch.aminmax(weight)).isfinite().all():
-                raise self._not_finite(f"the weight {name} is")
+        self._check_weights()
         with torch.no_grad():
             found = [self(self.sample())]
             if "text" in self.towers():
                 found.append(self.encode_text(["a"]))
         if not all(features.isfinite().all() for features in found):
             raise self._not_finite("the model gives features that are")
+
+    def _check_weights(self) -> None:
+        for name, weight in self.named_parameters():
+            # two numbers, where isfinite would write as many as there are; a NaN is its own least and greatest
+            if weight.numel() and not torch.stack(torch.aminmax(weight)).isfinite().all():
+                raise self._not_finite(f"the weight {name} is")
 
     def _not_finite(self, what: str) -> ValueError:
         return ValueError(

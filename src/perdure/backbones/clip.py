@@ -379,17 +379,17 @@ def pocket(
         positions: with `length`, how positions become more, see `perdure.backbones.positions`: "stretch" keeps the
             first 20 as they are (Long-CLIP), "interpolate" none; "stretch" when None.
     """
-    return elastic(load_clip(str(pocket_weights("CLIP")), "pocket"), size, length, positions).reading(layers, means)
+    return elastic(load_clip(str(pocket_weights()), "pocket"), size, length, positions).reading(layers, means)
 
 
-def pocket_weights(which: str) -> Path:
-    """Folder of weights in the package `perdure-pocket`.
+def pocket_weights() -> Path:
+    """Folder of the weights of `pocket`, in the package `perdure-pocket`.
 
     Raises:
         ValueError: when it is not installed.
     """
     try:
-        found: Path = getattr(import_module("perdure_pocket"), which)
+        found: Path = import_module("perdure_pocket").CLIP
     except ModuleNotFoundError as error:
         raise ValueError(
             "the weights of pocket() are a package of their own, and it is not installed: pip install 'perdure[demo]' "

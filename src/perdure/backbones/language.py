@@ -307,9 +307,7 @@ class Language(Backbone):
         Raises:
             ValueError: when any of it is not finite, or the model is none whose answers are read from left to right.
         """
-        for name, weight in self.named_parameters():
-            if weight.numel() and not torch.stack(torch.aminmax(weight)).isfinite().all():
-                raise self._not_finite(f"the weight {name} is")
+        self._check_weights()
         asked = self.dialogue({"messages": [{"role": "user", "content": "a"}]})
         first, other = (asked.with_answer([token, token, last]) for token, last in ((0, 1), (0, 2)))
         with torch.no_grad():

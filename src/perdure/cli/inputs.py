@@ -82,7 +82,7 @@ def shown_images(
     if left_out:
         screen.warn(told_left_out(left_out))
     screen.wait("looking")
-    shown = ImageSet.of(files, [0] * len(files), learner.backbone.preprocess)
+    shown = ImageSet.queries(files, learner.backbone.preprocess)
     if skip_bad:
         shown = shown.readable()
         tell_skipped(shown.skipped, screen.warn)

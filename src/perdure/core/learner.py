@@ -235,6 +235,11 @@ class Core(SharedOut):
         features, batch = self.encode(batch), self.objective.embed_texts(self, batch)
         return self.objective.loss(features, batch) + self.method.penalty(self, batch, features)
 
+    def plain_loss(self, batch: Batch) -> Tensor:
+        """The objective's alone."""
+        features, batch = self.encode(batch), self.objective.embed_texts(self, batch)
+        return self.objective.loss(features, batch)
+
     def forward(self, batch: Batch) -> Tensor:
         """Scores (B, seen classes)."""
         return self.method.predict(self, batch)

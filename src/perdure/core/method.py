@@ -114,7 +114,7 @@ class Method(nn.Module):
         """Remember what later tasks need, of the parameters as they will be."""
 
     def measures(self, learner: AnyLearner) -> dict[str, float]:
-        """Facts about the method itself after a task, for results and report: `{"free_dimension/<layer>": 120}`."""
+        """Facts about the method itself after a task, for results and report: `{"free_dimension/<input>": 120}`."""
         return {}
 
     # Steps, in the order in which they run.

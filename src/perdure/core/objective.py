@@ -59,7 +59,7 @@ class Objective(nn.Module):
     name: ClassVar[str]
     """As it is written."""
     asks: ClassVar[frozenset[str]] = frozenset({"classes"})
-    """What a stream must have for it: `classes`, or `captions`."""
+    """What a stream must have for it: `classes`, `captions` or `conversations`."""
     towers: ClassVar[frozenset[str]] = frozenset({"vision"})
     """Whose output it reads: what may be computed once, and where adapters have an effect."""
     outputs: ClassVar[tuple[str, ...]] = ("scores",)
@@ -89,9 +89,8 @@ class Objective(nn.Module):
         self.former: tuple[tuple[int, ...], ...] = ()  # columns of former tasks' classes that answer together
         self.answered: dict[int, tuple[Tensor, Tensor]] = {}  # by task, of the last evaluation: labels, answers
         self.masked_loss = True  # False: every seen class always competes
-        self._learner: list[
-            AnyLearner
-        ] = []  # who reads texts for it; in a list: the learner owns us, not we the learner
+        # who reads texts for it; in a list: the learner owns us, not we the learner
+        self._learner: list[AnyLearner] = []
 
     def bind(self, learner: AnyLearner) -> None:
         """Called when it belongs to another learner than before."""

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from perdure.adapters.state import BufferDict
 
 _LEAST, _MOST = math.log(1e-4), math.log(1e4)
+_BINS = 15
 
 
 class Temperature(BufferDict):
@@ -56,16 +57,15 @@ def fitted(scores: Tensor, target: Tensor) -> float:
     return float(minimize_scalar(loss, bounds=(_LEAST, _MOST), method="bounded", options={"xatol": 1e-6}).x)
 
 
-def calibration_error(scores: Tensor, target: Tensor, bins: int = 15) -> float:
+def calibration_error(scores: Tensor, target: Tensor) -> float:
     """Expected calibration error: mean distance of sureness and rightness, over bins of equal width in sureness.
 
     Args:
         scores: (n, columns), of which the softmax says how sure each is.
         target: column of the right answer, (n,).
-        bins: how many.
     """
     sure, answer = scores.double().softmax(1).max(1)
     right = (answer == target).double()
-    place = (sure * bins).ceil().long().clamp(1, bins) - 1
-    apart = torch.zeros(bins, dtype=torch.float64).index_add_(0, place.cpu(), (right - sure).cpu())
+    place = (sure * _BINS).ceil().long().clamp(1, _BINS) - 1
+    apart = torch.zeros(_BINS, dtype=torch.float64).index_add_(0, place.cpu(), (right - sure).cpu())
     return float(apart.abs().sum() / len(target))

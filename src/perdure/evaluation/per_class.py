@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from perdure.adapters.state import numbers_in
 from perdure.core import checkpoint
 from perdure.core.checkpoint import Checkpoint
 from perdure.types import Task
@@ -32,8 +33,7 @@ def files(given: Answers) -> dict[str, dict[str, Tensor]]:
 def read(done: Checkpoint) -> Answers:
     """What was answered after a task; nothing where an older version did not keep it."""
     found = checkpoint.beside(done, ANSWERS)
-    tasks = sorted({int(key.partition("/")[0]) for key in found})
-    return {task: (found[f"{task}/label"], found[f"{task}/answer"]) for task in tasks}
+    return {task: (found[f"{task}/label"], found[f"{task}/answer"]) for task in numbers_in(found)}
 
 
 def of_classes(answers: Answers) -> dict[int, tuple[int, int]]:

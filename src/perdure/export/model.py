@@ -5,10 +5,8 @@ branches', or added to the weights. Experts of a language model that stay apart 
 """
 
 import json
-import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -38,7 +36,8 @@ from perdure.export.head import answering, head_of
 from perdure.formatting import meant
 from perdure.mechanisms.task_experts import TaskExperts
 from perdure.options.paths import unplaced
-from perdure.storage.files import locked, write_json, write_text
+from perdure.storage.files import write_json, write_text
+from perdure.storage.replacement import draft_beside, drop_drafts
 from perdure.training.config import make_backbone
 from perdure.version import __version__
 
@@ -46,7 +45,6 @@ Target = Literal["peft", "merged", "transformers", "onnx", "torch"]
 """`peft`: a LoRA for the pre-trained model; `merged`: the whole model with the updates in its weights; `transformers`:
 the same, for a model of that library alone; `onnx` and `torch`: images to scores as one graph, see `export.graph`."""
 
-_DRAFT = ".draft"
 # Beside config and weights: how images and texts are read, and what may be done with the model.
 _PROCESSOR = ("*processor_config.json",)
 
@@ -76,8 +74,8 @@ def export(learner: Core, folder: Path, to: Target | str, last: Callable[[Path],
         raise ValueError(f"{folder} is there already and not an empty folder: give a new one")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _drop_drafts(target.parent)
-        with _draft(target) as draft:
+        drop_drafts(target.parent)
+        with draft_beside(target) as draft:
             _write(learner, draft, to)
             if last:
                 last(draft)
@@ -91,27 +89,6 @@ def export(learner: Core, folder: Path, to: Target | str, last: Callable[[Path],
             f"{folder} cannot be written ({why}): make room or get leave there, or give another"
         ) from error
     return folder
-
-
-@contextmanager
-def _draft(target: Path) -> Iterator[Path]:
-    """A folder on the disk of `target`, within one that this process holds and that is removed in the end."""
-    held = target.with_name(f".{target.name}{_DRAFT}")
-    with locked(held):
-        try:
-            draft = held / target.name
-            shutil.rmtree(draft, ignore_errors=True)
-            draft.mkdir()
-            yield draft
-        finally:
-            shutil.rmtree(held, ignore_errors=True)
-
-
-def _drop_drafts(folder: Path) -> None:
-    """Remove what killed exports left in `folder`: nobody holds it any more."""
-    for lock in folder.glob(f".*{_DRAFT}/.lock"):
-        with suppress(ValueError), locked(lock.parent):  # refused while its export goes on
-            shutil.rmtree(lock.parent, ignore_errors=True)
 
 
 def _write(learner: Core, folder: Path, to: str) -> None:
@@ -140,7 +117,7 @@ def _write_graph(learner: Core, folder: Path, to: str) -> None:
     write_text(folder / "README.md", graph_readme(learner, to, __version__))
     options = options_of(learner.backbone)
     if isinstance(learner.backbone, Clip | Vision) and "vision" not in options:
-        copy(_folder(options["path"]) if "path" in options else pocket_weights("CLIP"), TERMS, folder)
+        copy(_source(options), TERMS, folder)
     finish(folder)
 
 
@@ -199,22 +176,24 @@ def _check(learner: Core, to: str) -> None:
                 "merged weights can hold it; keep this learner with save"
             )
     if to == "peft":
-        if isinstance(backbone, OpenClip):
-            raise ValueError("OpenCLIP's attention is one fused layer, which no LoRA of PEFT fits: export to 'merged'")
-        if "vision" in options_of(backbone):
-            raise ValueError(f"{backbone.spec} was put together here, no folder has it for a LoRA: export to 'merged'")
-        if backbone.changed:
-            raise ValueError(f"a LoRA does not bring {backbone.changed}, which its model has not: export to 'merged'")
-        if learner.tunes_backbone:
-            raise ValueError("the encoder's own weights were trained, which a LoRA cannot hold: export to 'merged'")
-        if not linear:
-            raise ValueError("no layer of the encoder was adapted, so there is no LoRA to write: export to 'merged'")
-        remedy = "keep this learner with save" if experts else "export to 'merged'"
-        if isinstance(backbone, Language) and "path" not in options_of(backbone):
-            raise ValueError(f"{backbone.spec} is made here, and no folder has it for a LoRA; {remedy}")
+        _check_lora(learner, experts, linear)
 
 
-# The model
+def _check_lora(learner: Core, experts: bool, linear: bool) -> None:
+    backbone = learner.backbone
+    if isinstance(backbone, OpenClip):
+        raise ValueError("OpenCLIP's attention is one fused layer, which no LoRA of PEFT fits: export to 'merged'")
+    if "vision" in options_of(backbone):
+        raise ValueError(f"{backbone.spec} was put together here, no folder has it for a LoRA: export to 'merged'")
+    if backbone.changed:
+        raise ValueError(f"a LoRA does not bring {backbone.changed}, which its model has not: export to 'merged'")
+    if learner.tunes_backbone:
+        raise ValueError("the encoder's own weights were trained, which a LoRA cannot hold: export to 'merged'")
+    if not linear:
+        raise ValueError("no layer of the encoder was adapted, so there is no LoRA to write: export to 'merged'")
+    remedy = "keep this learner with save" if experts else "export to 'merged'"
+    if isinstance(backbone, Language) and "path" not in options_of(backbone):
+        raise ValueError(f"{backbone.spec} is made here, and no folder has it for a LoRA; {remedy}")
 
 
 def _write_lora(learner: Core, folder: Path) -> None:
@@ -330,8 +309,7 @@ def _write_transformers(backbone: Any, folder: Path) -> None:
         copy(_folder(options["vision"]), _PROCESSOR, folder)
         backbone.tokenizer.save_pretrained(folder)  # says which class it is of, which a copied vocabulary need not
     else:
-        source = _folder(options["path"]) if "path" in options else pocket_weights("CLIP")
-        copy(source, (*_PROCESSOR, *TERMS, *(TOKENIZER if isinstance(backbone, Clip) else ())), folder)
+        copy(_source(options), (*_PROCESSOR, *TERMS, *(TOKENIZER if isinstance(backbone, Clip) else ())), folder)
         if "length" in options:  # the tokenizer cuts texts off as well
             backbone.tokenizer.save_pretrained(folder)
     changes: dict[str, Any] = {"do_normalize": False} if options.get("input_norm") == "none" else {}
@@ -345,6 +323,10 @@ def _write_transformers(backbone: Any, folder: Path) -> None:
 
 def _folder(model: str) -> Path:
     return Path(pretrained.locate(model)[1])
+
+
+def _source(options: Mapping[str, Any]) -> Path:
+    return _folder(options["path"]) if "path" in options else pocket_weights()
 
 
 def _write_timm(backbone: Timm, folder: Path) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perdure.adapters.state import BufferDict
+from perdure.adapters.state import BufferDict, numbers_in
 from perdure.core.forgetting import Forgotten
 from perdure.mechanisms.subspace import exact, pack_symmetric, unpack_symmetric
 
@@ -151,17 +151,16 @@ class TaskGaussians(nn.Module):
             Gaussians that were fitted without them, or else they would seem nearer than new examples are.
     """
 
-    def __init__(self, rank: int, known: float) -> None:
+    def __init__(self, rank: int = 16, known: float = 0.99) -> None:
         super().__init__()
         self.rank, self.known = rank, known
-        self.gaussians = (
-            BufferDict()
-        )  # "task/means" (c, d), "task/directions" (k, d), "task/variances" (k + 1,), "task/limit"
+        # "task/means" (c, d), "task/directions" (k, d), "task/variances" (k + 1,), "task/limit"
+        self.gaussians = BufferDict()
 
     @property
     def tasks(self) -> list[int]:
         """Those that were added, in ascending order."""
-        return sorted({int(key.partition("/")[0]) for key in self.gaussians})
+        return numbers_in(self.gaussians)
 
     def add(self, task: int, features: Tensor, labels: Tensor, generator: torch.Generator) -> None:
         """Fit a task from features (n, d) and labels (n,)."""

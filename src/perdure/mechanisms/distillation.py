@@ -210,8 +210,7 @@ def specialised(learner: Core, task: Task, epochs: int, lr: float, batch_size: i
             order = torch.randperm(len(task.train), generator=learner.generator("expert order", epoch))
             for batch in learner.batches(task.train, batch_size, order):
                 batch = learner.augment(batch, learner.generator("expert augment", step))
-                features, batch = learner.encode(batch), learner.objective.embed_texts(learner, batch)
-                loss = learner.objective.loss(features, batch)
+                loss = learner.plain_loss(batch)
                 optimizer.zero_grad()
                 with learner.undivided():  # what is encoded once more on the way back is all here
                     learner.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]

@@ -18,6 +18,7 @@ Weights = Mapping[str, Tensor]
 _HEADS_FASTER = 10.0  # than what makes features, where these are of length 1
 _LEAST = 1e-12  # of mean ‖feature‖²: features may all be zero
 Loss = Callable[[Core, Batch], Tensor]
+"""`Core.plain_loss`, the objective's alone; or `Core.loss`, with the penalties of all parts."""
 
 
 class _Asked(nn.Module):
@@ -38,23 +39,12 @@ def loss_at(learner: Core, weights: Weights, batch: Batch, loss: Loss) -> Tensor
     return found
 
 
-def whole_loss(learner: Core, batch: Batch) -> Tensor:
-    """What a step descends on: the objective's loss, and the penalties of all parts."""
-    return learner.loss(batch)
-
-
-def plain_loss(learner: Core, batch: Batch) -> Tensor:
-    """The objective's loss alone."""
-    features, batch = learner.encode(batch), learner.objective.embed_texts(learner, batch)
-    return learner.objective.loss(features, batch)
-
-
 def inner_step(
     learner: Core,
     weights: Weights,
     batch: Batch,
     rates: Mapping[str, Tensor | float],
-    loss: Loss = plain_loss,
+    loss: Loss = Core.plain_loss,
     second_order: bool = False,
     clip: float | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -192,7 +182,7 @@ class ModelAgnostic(InnerSteps):
         for _ in range(self.inner_steps):
             weights, _ = inner_step(learner, weights, support, rates, second_order=self.second_order)
         with twice_differentiable() if self.second_order else nullcontext():
-            outer = loss_at(learner, weights, query, whole_loss)
+            outer = loss_at(learner, weights, query, Core.loss)
             found: Sequence[Tensor | None] = gradients_of(outer, start)
         if not outer.requires_grad:  # the support shows images, the query texts alone, which move nothing here
             found = or_zeros(found, start)

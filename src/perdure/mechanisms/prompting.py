@@ -140,6 +140,10 @@ class QueriedPrompts(PerTower[C]):
         labels = batch.get("label") if self.training else None
         return self.of(tower).joining(self.asked_of(learner, batch, tower), labels)
 
+    def measures(self, learner: Core) -> dict[str, float]:
+        """`batchwise` where the batch votes: such scores are not comparable."""
+        return {"batchwise": 1.0} if self.batchwise else {}
+
     def asked(self, learner: Core, batch: Batch) -> Iterator[tuple[C, Tensor, Tensor]]:
         """What a step reads: prompts of a tower, its queries (n, dim), and classes (n,) of what they are of."""
         for tower in named_towers(self.tower):

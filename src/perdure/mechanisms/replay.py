@@ -61,27 +61,8 @@ class ReplayBuffer(nn.Module):
         shown: Tensor | None = getattr(task.train, "pairs", None)
         if shown is None:
             self.references["refs"] = self._chosen(old, new, generator)
-            return
-        # several questions about one image cost one image: images are chosen, and all that is asked about them kept
-        every = torch.cat([old, new])
-        pairs = torch.cat([self.references.get("pairs", torch.arange(len(old))).cpu(), shown.cpu()[order.cpu()]])
-        images = torch.unique(torch.stack([every[:, 0], pairs], 1), dim=0, return_inverse=True)[1]
-        rows = torch.cat([every, images.unsqueeze(1)], dim=1)
-        first = torch.full((len(rows),), len(rows)).scatter_reduce(0, images, torch.arange(len(rows)), "amin")
-        heads = first[images] == torch.arange(len(rows))
-        late = torch.arange(len(rows)) >= len(old)
-        known = self.references.get("frames", torch.ones(len(old), dtype=torch.int64)).cpu()
-        frames = torch.cat([known, frames_of(task.train)[order.cpu()]])
-        several = bool((frames > 1).any())
-        if self.counts_frames and several:
-            kept = self._fitting(rows[heads], pairs[heads], frames[heads], generator)[:, 3]
         else:
-            kept = self._chosen(rows[heads & ~late], rows[heads & late], generator)[:, 3]
-        place = torch.full((len(rows),), len(rows)).scatter(0, kept, torch.arange(len(kept)))[images]
-        members = place.argsort(stable=True)[: int((place < len(rows)).sum())]
-        self.references["refs"], self.references["pairs"] = every[members], pairs[members]
-        if several:
-            self.references["frames"] = frames[members]
+            self._add_shown(old, new, shown.cpu()[order.cpu()], frames_of(task.train)[order.cpu()], generator)
 
     def forget(self, left: Forgotten) -> None:
         """Let go of the examples of classes."""
@@ -103,6 +84,36 @@ class ReplayBuffer(nn.Module):
         if "frames" not in self.references:
             return len(shown)
         return int(torch.zeros(len(shown), dtype=torch.int64).scatter(0, place, self.references["frames"].cpu()).sum())
+
+    def _add_shown(self, old: Tensor, new: Tensor, shown: Tensor, frames: Tensor, generator: torch.Generator) -> None:
+        """Choose images, and keep all that is asked about them: several questions about one cost one image.
+
+        Args:
+            old: references (n, 3) that are kept so far.
+            new: references (m, 3) that are offered, in their order.
+            shown: identities (m,) of what new ones show.
+            frames: how many images each of them shows, (m,).
+            generator: of the choice.
+        """
+        every = torch.cat([old, new])
+        pairs = torch.cat([self.references.get("pairs", torch.arange(len(old))).cpu(), shown])
+        images = torch.unique(torch.stack([every[:, 0], pairs], 1), dim=0, return_inverse=True)[1]
+        rows = torch.cat([every, images.unsqueeze(1)], dim=1)
+        first = torch.full((len(rows),), len(rows)).scatter_reduce(0, images, torch.arange(len(rows)), "amin")
+        heads = first[images] == torch.arange(len(rows))
+        late = torch.arange(len(rows)) >= len(old)
+        known = self.references.get("frames", torch.ones(len(old), dtype=torch.int64)).cpu()
+        frames = torch.cat([known, frames])
+        several = bool((frames > 1).any())
+        if self.counts_frames and several:
+            kept = self._fitting(rows[heads], pairs[heads], frames[heads], generator)[:, 3]
+        else:
+            kept = self._chosen(rows[heads & ~late], rows[heads & late], generator)[:, 3]
+        place = torch.full((len(rows),), len(rows)).scatter(0, kept, torch.arange(len(kept)))[images]
+        members = place.argsort(stable=True)[: int((place < len(rows)).sum())]
+        self.references["refs"], self.references["pairs"] = every[members], pairs[members]
+        if several:
+            self.references["frames"] = frames[members]
 
     def _fitting(self, rows: Tensor, pairs: Tensor, frames: Tensor, generator: torch.Generator) -> Tensor:
         """Which of `rows` are kept where each costs its `frames`; `pairs` are their identities."""
@@ -317,7 +328,9 @@ class ExemplarBuffer(ReplayBuffer):
     def _scores(self, residuals: Tensor, inputs: Tensor) -> Tensor:
         if self.chooses == "el2n":
             return selection_scores.el2n(residuals)
-        return (selection_scores.grand if self.chooses == "grand" else selection_scores.influence)(residuals, inputs)
+        if self.chooses == "grand":
+            return selection_scores.grand(residuals, inputs)
+        return selection_scores.influence(residuals, inputs)
 
 
 class Rehearsal(Method):

@@ -20,6 +20,8 @@ from perdure.mechanisms.subspace import exact, shrunk
 Route = Literal["gaussian", "nearest", "subspace", "text", "linucb", "uniform"]
 _KNOWN = 0.95
 """Share of the examples that a router was made from that it takes for known."""
+_ALPHA = 0.5
+"""Of `LinUCB`: how much what is unsure counts."""
 
 
 class Router(nn.Module):
@@ -117,7 +119,7 @@ class LinUCB(Router):
     """For each member a ridge regression of the reward on the features; in learning, with its upper confidence bound.
 
     A_a = I + Σ x xᵀ, b_a = Σ r x over the examples that member a was asked, x = (f, 1); its score is θ_aᵀ x, θ_a =
-    A_a⁻¹ b_a, and `width` · √(xᵀ A_a⁻¹ x) more where it is to be explored. A⁻¹ is updated by Sherman and Morrison.
+    A_a⁻¹ b_a, and α · √(xᵀ A_a⁻¹ x) more where it is to be explored. A⁻¹ is updated by Sherman and Morrison.
     """
 
     @staticmethod
@@ -125,9 +127,8 @@ class LinUCB(Router):
         """Of its matrices and vectors."""
         return 8 * members * (dim + 1) * (dim + 2)
 
-    def __init__(self, members: int, dim: int, width: float = 0.5) -> None:
+    def __init__(self, members: int, dim: int) -> None:
         super().__init__(range(members))
-        self.width = width
         self.register_buffer("inverse", torch.eye(dim + 1, dtype=torch.float64).repeat(members, 1, 1))
         self.register_buffer("reward", torch.zeros(members, dim + 1, dtype=torch.float64))
         self.inverse: Tensor
@@ -142,7 +143,7 @@ class LinUCB(Router):
         """Upper confidence bounds (n, members)."""
         x = _with_one(features)
         unsure = torch.einsum("ni,aij,nj->na", x, self.inverse, x).clamp_min(0).sqrt()
-        bounds: Tensor = self(features) + self.width * unsure.to(features)
+        bounds: Tensor = self(features) + _ALPHA * unsure.to(features)
         return bounds
 
     def learn(self, feature: Tensor, member: int, reward: float) -> None:

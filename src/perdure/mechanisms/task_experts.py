@@ -6,7 +6,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from perdure.adapters.injection import Adapters, attach
+from perdure.adapters.injection import Adapters
+from perdure.adapters.low_rank import scale_of
 from perdure.adapters.task_branches import TaskBranches, routed, sharing
 from perdure.backbones.base import OneTower
 from perdure.core.learner import Core
@@ -15,6 +16,8 @@ from perdure.mechanisms.class_statistics import TaskMeans
 from perdure.mechanisms.prompting import QUERY, conversation_query, query
 from perdure.types import Batch, Task
 
+ExpertTower = Literal["language", "vision"]
+Keys = Literal["image,text", "image", "text"]
 _LOOK = 4096  # examples of a task that the router is fitted to
 
 
@@ -42,10 +45,11 @@ class TaskExperts(Method):
     model is given of its images and words, which nothing that is trained changes.
 
     Args:
-        rank, at, blocks, alpha: of the branches, see `LoRAExperts`.
-        tower: where experts stand; None is `language` in a language model, else `vision`.
-        keys: what the router looks at: images, words, or both; None is all there is.
         router: which has learnt nothing yet.
+        tower: where experts stand; None is `language` in a language model, else `vision`.
+        blocks: which blocks, all by default.
+        rank, at, alpha: of the branches, see `LoRAExperts`; not read where `place` puts something else.
+        keys: what the router looks at: images, words, or both; None is all there is.
     """
 
     changes_encoder, sole_adapter, follows_task, learns_aside = True, True, True, True
@@ -56,13 +60,14 @@ class TaskExperts(Method):
 
     def __init__(
         self,
-        rank: int,
-        at: str,
-        blocks: str | None,
-        tower: Literal["language", "vision"] | None,
-        alpha: float | None,
-        keys: Literal["image,text", "image", "text"] | None,
         router: TaskRouter,
+        tower: ExpertTower | None,
+        blocks: str | None = None,
+        *,
+        rank: int = 0,
+        at: str = "",
+        alpha: float | None = None,
+        keys: Keys | None = None,
     ) -> None:
         super().__init__()
         self.rank, self.at, self.blocks, self.tower, self.alpha, self.keys = rank, at, blocks, tower, alpha, keys
@@ -87,11 +92,8 @@ class TaskExperts(Method):
 
     def place(self, learner: Core, tower: OneTower) -> None:
         """Put what holds the experts into `tower`."""
-        scale = 1.0 if self.alpha is None else self.alpha / self.rank
-        for site in learner.backbone.sites(self.at, self.blocks, tower):
-            expert = TaskBranches(site, self.rank, scale)
-            self.experts.append(expert)
-            attach(learner.backbone, [site], expert, fold=False)
+        sites, scale = learner.backbone.sites(self.at, self.blocks, tower), scale_of(self.alpha, self.rank)
+        self.experts.place(learner.backbone, sites, lambda site: TaskBranches(site, self.rank, scale), fold=False)
 
     def check(self, learner: Core, task: Task) -> None:
         """Refuse parts that look at examples of old tasks, whose experts are finished."""

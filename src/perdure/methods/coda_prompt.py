@@ -47,8 +47,7 @@ class Components(PromptPool):
     def grow(self, shapes: dict[str, tuple[int, ...]], start: Start) -> None:
         """Put the last task's components away, and start new ones of these shapes."""
         for name, value in self.new.items():
-            old = value.detach()
-            self.past[name] = torch.cat([self.past[name], old], dim=1) if name in self.past else old
+            self.past.append(name, value, dim=1)
         for name, shape in shapes.items():
             self.new[name] = nn.Parameter(self._begin(name, shape, start))
 

@@ -77,7 +77,10 @@ class DERPP(Rehearsal, name="derpp"):
         """All heads learn from old images, and without the mask from new ones."""
         super().grow(learner, task)
         if task.index > 0 and (self.alpha or self.beta):
-            learner.objective.requires_grad_(True) if self.mask else learner.objective.unmask()
+            if self.mask:
+                learner.objective.requires_grad_(True)
+            else:
+                learner.objective.unmask()
 
     def check(self, learner: Core, task: Task) -> None:
         """Refuse what would have no effect; known when all parts have grown."""

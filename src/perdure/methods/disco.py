@@ -9,11 +9,9 @@ embeddings, not those of a CLIP beside it. The projector is not trained. Where a
 CLIP, that is looked at, which is ours.
 """
 
-from typing import Literal
-
 from perdure.core.learner import Core
 from perdure.mechanisms.class_statistics import TaskMeans
-from perdure.mechanisms.task_experts import MixedExperts
+from perdure.mechanisms.task_experts import ExpertTower, Keys, MixedExperts
 from perdure.options.ranges import Factor, Rank
 from perdure.types import Task
 
@@ -36,12 +34,12 @@ class Disco(MixedExperts, name="disco"):
         rank: Rank = 16,
         at: str = "qkvo,mlp",
         blocks: str | None = None,
-        tower: Literal["language", "vision"] | None = None,
+        tower: ExpertTower | None = None,
         alpha: Factor | None = None,
-        keys: Literal["image,text", "image", "text"] | None = None,
+        keys: Keys | None = None,
         temperature: Factor = 0.05,
     ) -> None:
-        super().__init__(rank, at, blocks, tower, alpha, keys, TaskMeans(temperature))
+        super().__init__(TaskMeans(temperature), tower, blocks, rank=rank, at=at, alpha=alpha, keys=keys)
 
     def grow(self, learner: Core, task: Task) -> None:
         """A new branch; it is known now whether there are words."""

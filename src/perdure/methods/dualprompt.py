@@ -57,8 +57,7 @@ class Prompts(PromptPool):
     def put_away(self) -> None:
         """Keep key and E-prompt as those of a former task; their values go on."""
         for name, value in (("keys", self.key), ("prompts", self.prompt)):
-            new = value.detach()[None]
-            self.past[name] = torch.cat([self.past[name], new]) if name in self.past else new
+            self.past.append(name, value[None])
 
     def know(self, owner: Mapping[int, int], tasks: int, names: bool) -> None:
         """Which of so many tasks each class belongs to, and whether the inputs are but the names of these classes."""
@@ -147,10 +146,6 @@ class DualPrompt(QueriedPrompts[Prompts], name="dualprompt"):
     def penalty(self, learner: Core, batch: Batch, features: Tensor) -> Tensor | float:
         """-strength · mean of cos(q, k) over inputs, k being the key of each one's own task, added over towers."""
         return -self.strength * sum(own.nearness(asked, labels) for own, asked, labels in self.asked(learner, batch))
-
-    def measures(self, learner: Core) -> dict[str, float]:
-        """`batchwise` where the batch votes: such scores are not comparable."""
-        return {"batchwise": 1.0} if self.batchwise else {}
 
     def _place(self, learner: Core, tower: OneTower) -> Prompts:
         backbone = learner.backbone

@@ -97,8 +97,7 @@ class ExpertDistillation(Distillation, name="expert_distillation"):
             for rows in torch.split(places, 256):
                 batch = {"image": read_references(tasks, rows)["image"].to(learner.device)}
                 for name, teacher in (("new", self.expert), ("old", self.teacher)):
-                    scores = teacher.ask(learner, batch)["scores"]
-                    self.said[name] = torch.cat([self.said[name], scores]) if name in self.said else scores
+                    self.said.append(name, teacher.ask(learner, batch)["scores"])
 
     def precompute(self, learner: Core, batch: Batch) -> Batch:
         """What both teachers say of each image that is learnt."""

@@ -20,7 +20,7 @@ from perdure.backbones.base import Tower
 from perdure.core.learner import Core
 from perdure.core.method import check_tower, treated
 from perdure.mechanisms.distillation import Distillation
-from perdure.objectives.retrieve import at
+from perdure.objectives.retrieve import picked
 from perdure.objectives.zeroshot import class_texts
 from perdure.options.ranges import Strength, without_effect
 from perdure.types import Batch, Task
@@ -99,7 +99,7 @@ class FeatureDistill(Distillation, name="feature_distill"):
             if "features" in wanted:
                 total = total + self.strength * self._distance(wanted["features"], features)
             if "captions" in wanted:
-                shown = at(wanted["captions"], objective.chosen(batch))
+                shown = picked(wanted["captions"], objective.chosen(batch))
                 total = total + self.strength * self._distance(shown, objective.shown(batch)[0])
         if self.name_embeddings:
             total = total + self.strength * self._distance(self.name_embeddings["old"], self._embed(learner))

@@ -82,7 +82,7 @@ class FMLoRA(Method, name="fm_lora"):
         self.drs = DRS(candidates, drs, rank_cost)
         self.bases: Adapters[SharedBasis] = Adapters()
         self.branches = LowRankSet()  # instead of the bases, when they are not shared
-        self.tokens = nn.ModuleDict()  # of Tokens, for each tower
+        self.tokens = nn.ModuleDict()  # PromptTokens by tower
         self.previous_prompts = BufferDict()  # "<tower>": P of the last task
 
     def shared_parameters(self) -> Iterable[nn.Parameter]:

@@ -13,7 +13,6 @@ start open, so that a task begins with the pre-trained model.
 """
 
 from contextlib import AbstractContextManager
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,11 +22,9 @@ from perdure.backbones.base import OneTower
 from perdure.core.learner import Core
 from perdure.mechanisms.class_statistics import TaskGaussians
 from perdure.mechanisms.prompting import check_routes_once
-from perdure.mechanisms.task_experts import TaskExperts
+from perdure.mechanisms.task_experts import ExpertTower, TaskExperts
 from perdure.options.ranges import Factor, Strength
 from perdure.types import Batch, Task
-
-_DIRECTIONS, _KNOWN = 16, 0.99
 
 
 class SparseHeads(TaskExperts, name="head_gates"):
@@ -46,10 +43,10 @@ class SparseHeads(TaskExperts, name="head_gates"):
         self,
         strength: Strength = 0.3,
         blocks: str | None = None,
-        tower: Literal["language", "vision"] | None = None,
+        tower: ExpertTower | None = None,
         gates_lr: Factor = 50.0,
     ) -> None:
-        super().__init__(1, "o", blocks, tower, None, None, TaskGaussians(_DIRECTIONS, _KNOWN))
+        super().__init__(TaskGaussians(), tower, blocks, at="o")
         self.strength, self.gates_lr = strength, gates_lr
 
     def grow(self, learner: Core, task: Task) -> None:

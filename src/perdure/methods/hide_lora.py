@@ -11,14 +11,13 @@ beside it. The projector is not trained. For images alone, in a ViT or CLIP, it 
 """
 
 from contextlib import AbstractContextManager
-from typing import Literal
 
 import torch
 
 from perdure.adapters.task_branches import sharing
 from perdure.core.learner import Core
 from perdure.mechanisms.class_statistics import TaskMeans
-from perdure.mechanisms.task_experts import MixedExperts
+from perdure.mechanisms.task_experts import ExpertTower, MixedExperts
 from perdure.options.ranges import Factor, Rank
 from perdure.types import Batch
 
@@ -42,11 +41,11 @@ class HiDeLoRA(MixedExperts, name="hide_lora"):
         rank: Rank = 16,
         at: str = "qkvo,mlp",
         blocks: str | None = None,
-        tower: Literal["language", "vision"] | None = None,
+        tower: ExpertTower | None = None,
         alpha: Factor | None = None,
         temperature: Factor = 0.1,
     ) -> None:
-        super().__init__(rank, at, blocks, tower, alpha, None, TaskMeans(temperature))
+        super().__init__(TaskMeans(temperature), tower, blocks, rank=rank, at=at, alpha=alpha)
 
     def answering(self, learner: Core, batch: Batch) -> AbstractContextManager[None]:
         """Within, the last block mixes the branches for each example, and the others add them all."""

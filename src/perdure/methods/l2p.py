@@ -116,10 +116,6 @@ class L2P(QueriedPrompts[Pool], name="l2p"):
             return 0.0
         return -self.strength * sum(pool.nearness(asked) for pool, asked, _ in self.asked(learner, batch))
 
-    def measures(self, learner: Core) -> dict[str, float]:
-        """`batchwise` where the batch votes: such scores are not comparable."""
-        return {"batchwise": 1.0} if self.batchwise else {}
-
     def _pool(self, learner: Core, tower: OneTower) -> Pool:
         backbone, tokens = learner.backbone, RoutedPrompts()
         tokens.reads = tower == "vision" and self.from_prompts

@@ -29,7 +29,6 @@ from perdure.mechanisms.meta_learning import (
     loss_at,
     set_gradients,
     twice_differentiable,
-    whole_loss,
 )
 from perdure.mechanisms.replay import ExemplarBuffer, Rehearsal
 from perdure.options.ranges import Bytes, Count, Factor, Rate, Ratio, Strength
@@ -128,7 +127,7 @@ class LaMAML(InnerSteps, Rehearsal, name="lamaml"):
                 learner, weights, take(batch, rows), inner, second_order=self.second_order, clip=self.clip
             )
             with twice_differentiable():
-                outer.append(loss_at(learner, weights, batch, whole_loss))
+                outer.append(loss_at(learner, weights, batch, Core.loss))
         both = [*start.values(), *rates.values()]
         found = gradients_of(torch.stack(outer).mean(), both)
         return dict(zip(start, found[: len(start)], strict=True)), dict(zip(rates, found[len(start) :], strict=True))

@@ -1,6 +1,6 @@
 """LoRA in sequence (Hu et al., ICLR 2022, arXiv:2106.09685): one branch per layer, or a fresh one for each task."""
 
-from perdure.adapters.low_rank import LowRankSet
+from perdure.adapters.low_rank import LowRankSet, scale_of
 from perdure.backbones.base import Tower
 from perdure.core.learner import Core
 from perdure.core.method import Method
@@ -51,9 +51,8 @@ class LoRA(Method, name="lora"):
         if self._over(task.index):
             self.adapters.merge()  # they are when the task before has ended, but not where only descriptions are known
         elif task.index == 0 or self.per_task:
-            scale = 1.0 if self.alpha is None else self.alpha / self.rank
             sites = learner.backbone.sites(self.at, self.blocks, self.tower)
-            self.adapters.open(learner.backbone, sites, self.rank, scale)
+            self.adapters.open(learner.backbone, sites, self.rank, scale_of(self.alpha, self.rank))
 
     def end_task(self, learner: Core, task: Task) -> None:
         """Close the branches when no later task trains them."""

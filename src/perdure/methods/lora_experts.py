@@ -12,14 +12,9 @@ it, is answered by the untouched model.
 Differs: nothing is asked of a batch as a whole, no examples of old tasks are kept, experts never mix.
 """
 
-from typing import Literal
-
 from perdure.mechanisms.class_statistics import TaskGaussians
-from perdure.mechanisms.task_experts import TaskExperts
+from perdure.mechanisms.task_experts import ExpertTower, Keys, TaskExperts
 from perdure.options.ranges import Factor, Rank, Share, without_effect
-
-_DIRECTIONS = 16
-_THRESHOLD = 0.99
 
 
 class LoRAExperts(TaskExperts, name="lora_experts"):
@@ -41,14 +36,14 @@ class LoRAExperts(TaskExperts, name="lora_experts"):
         rank: Rank = 16,
         at: str = "qkvo,mlp",
         blocks: str | None = None,
-        tower: Literal["language", "vision"] | None = None,
+        tower: ExpertTower | None = None,
         alpha: Factor | None = None,
-        keys: Literal["image,text", "image", "text"] | None = None,
+        keys: Keys | None = None,
         fallback: bool = True,
         threshold: Share | None = None,
     ) -> None:
         if not fallback:
             without_effect("with fallback=False", threshold=threshold)
-        router = TaskGaussians(_DIRECTIONS, _THRESHOLD if threshold is None else threshold)
-        super().__init__(rank, at, blocks, tower, alpha, keys, router)
+        router = TaskGaussians() if threshold is None else TaskGaussians(known=threshold)
+        super().__init__(router, tower, blocks, rank=rank, at=at, alpha=alpha, keys=keys)
         self.fallback = fallback

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from perdure.core.learner import Core
 from perdure.mechanisms.distillation import Distillation
-from perdure.objectives.retrieve import at
+from perdure.objectives.retrieve import picked
 from perdure.options.ranges import Factor, Strength
 from perdure.types import Batch, Task
 
@@ -46,7 +46,7 @@ class ModX(Distillation, name="mod_x"):
             return 0.0
         said, objective = self.teacher(learner, batch), learner.objective
         chosen, (texts, image_of) = objective.chosen(batch), objective.shown(batch)
-        old, new = _cosines(said["features"], at(said["captions"], chosen)), _cosines(features, texts)
+        old, new = _cosines(said["features"], picked(said["captions"], chosen)), _cosines(features, texts)
         true = batch["pair"][:, None] == batch["pair"][image_of][None]
         return self.strength / 2 * (self._kept(old, new, true) + self._kept(old.T, new.T, true.T))
 

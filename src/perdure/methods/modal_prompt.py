@@ -14,7 +14,6 @@ not behind the first. In the vision tower of a ViT or CLIP, guided by the image 
 """
 
 from contextlib import AbstractContextManager
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +26,7 @@ from perdure.backbones.base import OneTower
 from perdure.core.learner import Core
 from perdure.mechanisms.class_statistics import TaskMeans
 from perdure.mechanisms.prompting import QUERY, check_routes_once, check_tokens
-from perdure.mechanisms.task_experts import TaskExperts
+from perdure.mechanisms.task_experts import ExpertTower, TaskExperts
 from perdure.options.ranges import Length, Strength
 from perdure.types import Batch, Task
 
@@ -77,10 +76,8 @@ class ModalPrompt(TaskExperts, name="modal_prompt"):
 
     router: TaskMeans
 
-    def __init__(
-        self, tokens: Length = 10, tower: Literal["language", "vision"] | None = None, strength: Strength = 1.0
-    ) -> None:
-        super().__init__(0, "", None, tower, None, None, TaskMeans(1.0))
+    def __init__(self, tokens: Length = 10, tower: ExpertTower | None = None, strength: Strength = 1.0) -> None:
+        super().__init__(TaskMeans(1.0), tower)
         self.tokens, self.strength = tokens, strength
 
     def place(self, learner: Core, tower: OneTower) -> None:

@@ -8,7 +8,8 @@ Differs: W_g starts as A does (Kaiming uniform); scores are computed in float32;
 trained. In a ViT or CLIP it is ours.
 """
 
-from perdure.adapters.injection import Adapters, attach
+from perdure.adapters.injection import Adapters
+from perdure.adapters.low_rank import scale_of
 from perdure.adapters.low_rank_mixture import TokenMixture
 from perdure.backbones.base import Tower
 from perdure.core.learner import Core
@@ -48,10 +49,6 @@ class MoELoRA(Method, name="moe_lora"):
 
     def grow(self, learner: Core, task: Task) -> None:
         """Experts and routers at the first task; later ones go on with them."""
-        if len(self.adapters):
-            return
-        scale = 1.0 if self.alpha is None else self.alpha / self.rank
-        for site in learner.backbone.sites(self.at, self.blocks, self.tower):
-            adapter = TokenMixture(site, self.experts, self.rank // self.experts, scale)
-            self.adapters.append(adapter)
-            attach(learner.backbone, [site], adapter, fold=False)
+        backbone, each, scale = learner.backbone, self.rank // self.experts, scale_of(self.alpha, self.rank)
+        sites = backbone.sites(self.at, self.blocks, self.tower)
+        self.adapters.place(backbone, sites, lambda site: TokenMixture(site, self.experts, each, scale), fold=False)

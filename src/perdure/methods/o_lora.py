@@ -67,6 +67,5 @@ class OLoRA(Method, name="o_lora"):
         """Keep the new branch's rows, and merge it."""
         for i, adapter in enumerate(self.adapters):
             assert adapter.down is not None
-            former = [self.past_rows[str(i)]] if str(i) in self.past_rows else []
-            self.past_rows[str(i)] = torch.cat([*former, adapter.down.detach()])
+            self.past_rows.append(str(i), adapter.down)
             adapter.merge()

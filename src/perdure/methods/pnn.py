@@ -11,19 +11,14 @@ are adapters of one frozen network, and former columns are asked about the hidde
 GELU for ReLU, of which a few units may all be dead.
 """
 
-from typing import Literal
-
 from perdure.adapters.injection import attach_behind
 from perdure.adapters.progressive_columns import ProgressiveColumns
 from perdure.backbones.base import OneTower
 from perdure.backbones.sites import block_numbers
 from perdure.core.learner import Core
 from perdure.mechanisms.class_statistics import TaskGaussians
-from perdure.mechanisms.task_experts import TaskExperts
+from perdure.mechanisms.task_experts import ExpertTower, Keys, TaskExperts
 from perdure.options.ranges import Rank
-
-_DIRECTIONS = 16
-_KNOWN = 0.99  # of no effect: every example takes a column
 
 
 class ProgressiveNetwork(TaskExperts, name="pnn"):
@@ -41,11 +36,11 @@ class ProgressiveNetwork(TaskExperts, name="pnn"):
         self,
         rank: Rank = 16,
         blocks: str | None = None,
-        tower: Literal["language", "vision"] | None = None,
+        tower: ExpertTower | None = None,
         lateral: bool = True,
-        keys: Literal["image,text", "image", "text"] | None = None,
+        keys: Keys | None = None,
     ) -> None:
-        super().__init__(rank, "", blocks, tower, None, keys, TaskGaussians(_DIRECTIONS, _KNOWN))
+        super().__init__(TaskGaussians(), tower, blocks, rank=rank, keys=keys)
         self.lateral = lateral
 
     def place(self, learner: Core, tower: OneTower) -> None:

@@ -37,7 +37,7 @@ class Prompt(Method, name="prompt"):
         if not deep:
             without_effect("with deep=False, where tokens pass through all blocks", blocks=blocks)
         self.tokens, self.deep, self.blocks, self.tower = tokens, deep, blocks, tower
-        self.prompts = torch.nn.ModuleList()  # of Tokens
+        self.prompts = torch.nn.ModuleList()  # of PromptTokens
 
     def grow(self, learner: Core, task: Task) -> None:
         """Tokens at the first task; later ones go on with them."""

@@ -14,7 +14,7 @@ training set in several styles, is done to data, and not here. In a ViT or CLIP 
 import torch
 from torch import Tensor
 
-from perdure.adapters.low_rank import LowRankSet
+from perdure.adapters.low_rank import LowRankSet, scale_of
 from perdure.backbones.base import Tower
 from perdure.core.learner import Core
 from perdure.core.method import Method
@@ -59,9 +59,8 @@ class RegLoRA(Method, name="reg_lora"):
 
     def grow(self, learner: Core, task: Task) -> None:
         """A fresh branch in every layer."""
-        scale = 1.0 if self.alpha is None else self.alpha / self.rank
         sites = learner.backbone.sites(self.at, self.blocks, self.tower)
-        self.adapters.open(learner.backbone, sites, self.rank, scale)
+        self.adapters.open(learner.backbone, sites, self.rank, scale_of(self.alpha, self.rank))
 
     def penalty(self, learner: Core, batch: Batch, features: Tensor) -> Tensor | float:
         """What the open branches do to held entries; 0 in the first task."""

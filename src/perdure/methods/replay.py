@@ -65,9 +65,10 @@ class Replay(Rehearsal, name="replay"):
     def grow(self, learner: Core, task: Task) -> None:
         """All heads learn: old classes are in the batch."""
         super().grow(learner, task)
-        if task.index > 0:
-            # old classes are in every batch, or, with `periodic`, in every few: new ones may not compete alone
-            learner.objective.unmask() if self.every else learner.objective.requires_grad_(True)
+        if task.index > 0 and self.every:  # old classes are in every few batches: new ones may not compete alone
+            learner.objective.unmask()
+        elif task.index > 0:
+            learner.objective.requires_grad_(True)
 
     def check(self, learner: Core, task: Task) -> None:
         """Refuse what would have no effect; known when all parts have grown."""

@@ -12,15 +12,7 @@ schedule.
 from torch import Tensor
 
 from perdure.core.learner import Core
-from perdure.mechanisms.meta_learning import (
-    InnerSteps,
-    Weights,
-    check_taught,
-    inner_step,
-    interleaved,
-    set_gradients,
-    whole_loss,
-)
+from perdure.mechanisms.meta_learning import InnerSteps, Weights, check_taught, inner_step, interleaved, set_gradients
 from perdure.options.ranges import Count, Rate
 from perdure.types import Batch, Task, take
 
@@ -51,7 +43,7 @@ class Reptile(InnerSteps, name="reptile"):
         rates = self.inner_rates(weights)
         total: dict[str, Tensor] = {}
         for rows in interleaved(len(batch["label"]), self.inner_steps):
-            weights, gradients = inner_step(learner, weights, take(batch, rows), rates, whole_loss)
+            weights, gradients = inner_step(learner, weights, take(batch, rows), rates, Core.loss)
             weights = {name: value.detach().requires_grad_() for name, value in weights.items()}
             for name, gradient in gradients.items():
                 total[name] = total[name] + gradient if name in total else gradient

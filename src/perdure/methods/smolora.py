@@ -17,13 +17,14 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from perdure.adapters.injection import Adapters, attach
+from perdure.adapters.injection import Adapters
+from perdure.adapters.low_rank import scale_of
 from perdure.adapters.low_rank_mixture import SeparateMixtures, keyed
 from perdure.core.learner import Core
 from perdure.core.method import Method
 from perdure.mechanisms.prompting import QUERY, check_routes_once, conversation_query
 from perdure.options.ranges import Count, Factor, Rank
-from perdure.types import Batch, Task
+from perdure.types import Batch, Site, Task
 
 
 class SMoLoRA(Method, name="smolora"):
@@ -58,13 +59,12 @@ class SMoLoRA(Method, name="smolora"):
     def grow(self, learner: Core, task: Task) -> None:
         """Experts and gates at the first task; later ones go on with them."""
         check_routes_once(learner, self)
-        if len(self.adapters):
-            return
-        scale = 1.0 if self.alpha is None else self.alpha / self.rank
-        for site in learner.backbone.sites(self.at, self.blocks, "language"):
-            adapter = SeparateMixtures(site, self.experts, self.rank, scale, learner.backbone.dim)
-            self.adapters.append(adapter)
-            attach(learner.backbone, [site], adapter, fold=False)
+        backbone, scale = learner.backbone, scale_of(self.alpha, self.rank)
+
+        def make(site: Site) -> SeparateMixtures:
+            return SeparateMixtures(site, self.experts, self.rank, scale, backbone.dim)
+
+        self.adapters.place(backbone, backbone.sites(self.at, self.blocks, "language"), make, fold=False)
 
     def precompute(self, learner: Core, batch: Batch) -> Batch:
         """What the gates read, in training too."""

@@ -44,9 +44,8 @@ class WeightAverage(Method, name="weight_average"):
         else:
             without_effect("with form='wise', which looks at the ends only", every=every)
         self.form, self.every, self.alpha = form, every or 1, 0.5 if alpha is None else alpha
-        self.average = (
-            BufferDict()
-        )  # name of a parameter of the learner -> its mean so far, or its value before the task
+        # name of a parameter of the learner -> its mean so far, or its value before the task
+        self.average = BufferDict()
         self.count = BufferDict()  # "taken": how many values a mean is of
 
     def begin_task(self, learner: Core, task: Task) -> None:
@@ -86,10 +85,8 @@ class WeightAverage(Method, name="weight_average"):
             )
         with torch.no_grad():
             for name in sorted(self.average):
-                value = learner.get_parameter(name)
-                value.copy_(
-                    self.average[name] if self.form == "running" else self.average[name].lerp(value, self.alpha)
-                )
+                value, average = learner.get_parameter(name), self.average[name]
+                value.copy_(average if self.form == "running" else average.lerp(value, self.alpha))
         self.average.clear()
         self.count.clear()
 

@@ -27,7 +27,7 @@ from perdure.core.method import Method
 from perdure.core.shared_copy import Constant
 from perdure.mechanisms.distillation import check_moves, distillation
 from perdure.mechanisms.references import read_references
-from perdure.objectives.retrieve import at
+from perdure.objectives.retrieve import picked
 from perdure.options.ranges import Count, Factor, Strength, without_effect
 from perdure.options.spec import parse_one
 from perdure.streams import build_stream
@@ -126,7 +126,7 @@ class ZSCL(Method, name="zscl"):
         """What the teacher makes of images, (B, dim), and of captions, (captions, dim) an image."""
         if not self.distils or self.reference is not None or not learner.training:
             return {}
-        return self._asked(learner, batch)
+        return self._said_of(learner, batch)
 
     def penalty(self, learner: Core, batch: Batch, features: Tensor) -> Tensor | float:
         """Both distillations and the anchor."""
@@ -153,10 +153,10 @@ class ZSCL(Method, name="zscl"):
         if self.reference is not None:
             images, features, lines, texts = self._drawn(learner, len(batch["label"]))
         else:
-            said = self._asked(learner, batch)
+            said = self._said_of(learner, batch)
             images = said[_IMAGES]
             if "captions" in objective.asks:
-                lines, texts = [], at(said[_CAPTIONS], objective.chosen(batch))
+                lines, texts = [], picked(said[_CAPTIONS], objective.chosen(batch))
             else:
                 lines, texts = self._names(learner)
                 labels = torch.tensor(objective.classes, device=learner.device)
@@ -173,7 +173,7 @@ class ZSCL(Method, name="zscl"):
         """A step's reference: features by teacher and student, texts, and their embeddings by the teacher."""
         if not self._material:
             assert self.reference is not None
-            self._material.append(_Reference(self.reference, self.size, learner, self._taught_by(learner)))
+            self._material.append(_Reference(self.reference, self.size, learner, self._untaught(learner)))
         material, generator = self._material[0], learner.generator("zscl", learner.step)
         count = self.images or count
         rows = torch.randperm(len(material.features), generator=generator)[:count]
@@ -184,10 +184,11 @@ class ZSCL(Method, name="zscl"):
             lines, texts = [lines[i] for i in chosen.tolist()], texts[chosen.to(learner.device)]
         return material.features[rows.to(learner.device)], features, lines, texts
 
-    def _asked(self, learner: Core, batch: Batch) -> Batch:
+    def _said_of(self, learner: Core, batch: Batch) -> Batch:
+        """What the teacher makes of a step's own images and captions, see `precompute`."""
         if _IMAGES in batch:
             return {name: batch[name] for name in (_IMAGES, _CAPTIONS) if name in batch}
-        teacher = self._taught_by(learner)
+        teacher = self._untaught(learner)
         shown: Batch = {name: batch[name] for name in ("image", "features") if name in batch}
         with torch.no_grad():
             said: Batch = {_IMAGES: teacher.encode(shown)}
@@ -201,11 +202,11 @@ class ZSCL(Method, name="zscl"):
         if self._sentences is None or self._sentences[0] != names:
             lines = _sentences(names, learner)
             with torch.no_grad():
-                self._sentences = names, lines, self._taught_by(learner).embed_texts(lines)
+                self._sentences = names, lines, self._untaught(learner).embed_texts(lines)
         return self._sentences[1:]
 
-    def _taught_by(self, learner: Core) -> Core:
-        """The pre-trained model as a learner that was never taught."""
+    def _untaught(self, learner: Core) -> Core:
+        """The teacher: the pre-trained model as a learner that was never taught."""
         if not self._teacher:
             objective = copy(learner.objective)
             teacher = Core(self._pretrained[0].to(learner.device), objective, Method(), seed=learner.seed)

@@ -83,7 +83,7 @@ class Retrieve(Objective, name="retrieve"):
     def distributions(self, features: Tensor | None, batch: Batch, old: bool = False) -> list[Tensor]:
         """Scaled cosines of images to the captions that a step shows, (R, n), and of captions to images, (n, R)."""
         if features is None:
-            features, texts = batch["features"], at(batch[_CAPTIONS], self.chosen(batch))
+            features, texts = batch["features"], picked(batch[_CAPTIONS], self.chosen(batch))
         else:
             texts, _ = self.shown(batch)
         scores = self.similarity(features, texts)
@@ -96,7 +96,7 @@ class Retrieve(Objective, name="retrieve"):
         chosen = self.chosen(batch)
         image_of = chosen[0].to(batch["label"].device)
         if _CAPTIONS in batch:
-            return at(batch[_CAPTIONS], chosen), image_of
+            return picked(batch[_CAPTIONS], chosen), image_of
         return self._learner[0].embed_texts(*self._said(batch, chosen)), image_of
 
     def embed_texts(self, learner: Core, batch: Batch) -> Batch:
@@ -210,8 +210,7 @@ class Retrieve(Objective, name="retrieve"):
         task_of = torch.cat([torch.full((len(own.texts),), i) for i, own in enumerate(galleries)])
         found = []
         for i, own in enumerate(galleries):
-            queries = (own.images, own.pair, own.texts, own.pair_of_text)
-            near, far = recalls(*queries, own.parts), recalls(*queries, union.parts, task_of == i)
+            near, far = recalls(*own.parts, own.parts), recalls(*own.parts, union.parts, task_of == i)
             found.append(
                 {"recall": sum(far.values()) / len(far), "recall_own_gallery": sum(near.values()) / len(near)}
                 | {f"own/{k}": v for k, v in near.items()}
@@ -265,6 +264,6 @@ def embedded(learner: Core, texts: Sequence[Sequence[str]]) -> list[Tensor]:
     return list(torch.split(found, list(map(len, texts))))
 
 
-def at(values: Sequence[Tensor], chosen: tuple[Tensor, Tensor]) -> Tensor:
+def picked(values: Sequence[Tensor], chosen: tuple[Tensor, Tensor]) -> Tensor:
     """Of `values`, (texts, dim) an image, those at (rows, places), (n, dim)."""
     return torch.stack([values[row][place] for row, place in zip(*(each.tolist() for each in chosen), strict=True)])

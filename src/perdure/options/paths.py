@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -34,7 +35,7 @@ def anchored(text: str) -> str:
 def moved(text: str, moves: Sequence[Relocation]) -> str:
     """A description after some moves, the first one first."""
     for move in moves:
-        text = _changed(text, lambda value, move=move: relocated(value, move))  # type: ignore[misc]
+        text = _changed(text, partial(relocated, move=move))
     return text
 
 
@@ -64,7 +65,12 @@ def unplaced_path(value: str) -> str:
 def paths_in(text: str) -> list[str]:
     """What in a description may be a path."""
     found: list[str] = []
-    _changed(text, lambda value: found.append(value) or value)  # type: ignore[func-returns-value]
+
+    def note(value: str) -> str:
+        found.append(value)
+        return value
+
+    _changed(text, note)
     return found
 
 

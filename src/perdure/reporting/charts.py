@@ -25,11 +25,11 @@ class Segment:
     label: str
 
 
-def percent(share: float | None, digits: int = 1) -> str:
+def percent(share: float | None) -> str:
     """`0.7134` -> `71.3`, with a true minus sign; a dash when there is none."""
     if share is None:
         return "–"
-    text = f"{100 * share:.{digits}f}"
+    text = f"{100 * share:.1f}"
     return text.removeprefix("-") if float(text) == 0 else text.replace("-", "−")
 
 

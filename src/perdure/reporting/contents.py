@@ -48,7 +48,7 @@ def contents(folder: Path) -> dict[str, Any]:
         end = ends.get(index)  # none where several were learnt before one `save`, or in a member that was merged
         source = end.manifest.get("source") if end else None
         facts = declared[index] if index < len(declared) else None
-        taught = _rows_in(end, "taught.safetensors") if end else None
+        taught = _hashes_beside(end) if end else None
         tasks.append(
             {
                 "number": index + 1,
@@ -137,7 +137,7 @@ def _held(folder: Path, done: list[Checkpoint]) -> Iterator[str]:
     if not done:
         return
     yield "names of tasks and classes, and the paths that the data was read from (run.json, manifests)"
-    if hashes := sum(_rows_in(each, "taught.safetensors") or 0 for each in done):
+    if hashes := sum(_hashes_beside(each) or 0 for each in done):
         yield f"fingerprints of {hashes} taught images, by which an image can be recognised and not be drawn"
     shapes = _shapes(done[-1].folder / "learner.safetensors")
     if statistics := [name for name in shapes if _STATISTICS.search(name)]:
@@ -157,9 +157,9 @@ def _held(folder: Path, done: list[Checkpoint]) -> Iterator[str]:
         yield f"{len(pictures)} small pictures of test images, with questions or captions (examples.json, report.html)"
 
 
-def _rows_in(checkpoint: Checkpoint, name: str) -> int | None:
-    """How many rows the one tensor in a file beside a learner has; None where there is no such file."""
-    return next((shape[0] for shape in _shapes(checkpoint.folder / name).values() if shape), None)
+def _hashes_beside(checkpoint: Checkpoint) -> int | None:
+    """How many hashes of what was taught stand beside a learner; None where there is no such file."""
+    return next((shape[0] for shape in _shapes(checkpoint.folder / "taught.safetensors").values() if shape), None)
 
 
 def _shapes(path: Path) -> dict[str, list[int]]:

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from perdure.storage.files import sync_folder, write_json
+from perdure.storage.files import locked, sync_folder, write_json
 
-DRAFT, _LIST = ".new", "files.json"
+DRAFT, _BESIDE, _LIST = ".new", ".draft", "files.json"
 
 
 @contextmanager
@@ -62,3 +62,24 @@ def settle(folder: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
     (draft / _LIST).unlink(missing_ok=True)  # last: as long as it is there, whoever is next goes on
     shutil.rmtree(draft, ignore_errors=True)
+
+
+@contextmanager
+def draft_beside(target: Path) -> Iterator[Path]:
+    """An empty folder on the disk of `target`, within one that this process holds and that is removed in the end."""
+    held = target.with_name(f".{target.name}{_BESIDE}")
+    with locked(held):
+        try:
+            draft = held / target.name
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir()
+            yield draft
+        finally:
+            shutil.rmtree(held, ignore_errors=True)
+
+
+def drop_drafts(folder: Path) -> None:
+    """Remove what killed processes left beside their targets in `folder`: nobody holds it any more."""
+    for lock in folder.glob(f".*{_BESIDE}/.lock"):
+        with suppress(ValueError), locked(lock.parent):  # refused while its export goes on
+            shutil.rmtree(lock.parent, ignore_errors=True)

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from perdure.types import Batch
 
 Augment = Callable[[Batch, torch.Generator], Batch]
+_TRIES = 10  # windows drawn for an image, as in torchvision
 
 
 def none(batch: Batch, generator: torch.Generator) -> Batch:
@@ -58,14 +59,14 @@ def zoom(batch: Batch, generator: torch.Generator) -> Batch:
     return batch | {"image": enlarged.round().to(image.dtype)}
 
 
-def _windows(count: int, side: int, generator: torch.Generator, tries: int = 10) -> tuple[Tensor, Tensor]:
+def _windows(count: int, side: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Heights and widths (count,) in whole pixels: of each image's tries the first that fits, else the full side."""
-    area = torch.empty(count, tries, dtype=torch.float32).uniform_(0.05, 1, generator=generator) * side**2
+    area = torch.empty(count, _TRIES, dtype=torch.float32).uniform_(0.05, 1, generator=generator) * side**2
     bound = math.log(4 / 3)
     ratio = torch.empty_like(area).uniform_(-bound, bound, generator=generator).exp()
     sides = torch.stack([(area / ratio).sqrt(), (area * ratio).sqrt()]).round().clamp(min=1)
     fits = (sides <= side).all(0)
-    first = torch.where(fits, torch.arange(tries), tries).argmin(1)
+    first = torch.where(fits, torch.arange(_TRIES), _TRIES).argmin(1)
     high, wide = sides.gather(2, first.expand(2, count)[..., None]).squeeze(2)
     fitted = fits.any(1)
     return torch.where(fitted, high, side), torch.where(fitted, wide, side)

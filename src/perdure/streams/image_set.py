@@ -94,6 +94,11 @@ class ImageSet:
             made._pixels, made._done, made._asked = images, torch.ones(len(images), dtype=torch.bool), True
         return made
 
+    @classmethod
+    def queries(cls, images: Sequence[Picture] | Tensor, preprocess: Preprocess) -> "ImageSet":
+        """The same of images that are asked about: their labels, all 0, mean nothing."""
+        return cls.of(images, [0] * len(images), preprocess)
+
     def identities(self) -> set[str]:
         """What tells the images apart, by the place where they lie; see `Source.identity`."""
         return {self.source.identity(row) for row in self.rows.tolist()} - {""}

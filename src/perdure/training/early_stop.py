@@ -70,9 +70,7 @@ class EarlyStop:
         learner = self.learner
 
         def loss(batch: Batch) -> Tensor:
-            batch = learner.cache.complete(batch)
-            features, batch = learner.encode(batch), learner.objective.embed_texts(learner, batch)
-            return learner.objective.loss(features, batch) * len(batch["label"])
+            return learner.plain_loss(learner.cache.complete(batch)) * len(batch["label"])
 
         with learner.inference():
             if any(part.learns_aside for part in parts_of(learner.method)):

@@ -138,20 +138,13 @@ def fit_task(
 
     learner.looked = looked
     if resumed is None:
-        method.check(learner, task)
-        learner.step = 0
-        _reseed(learner, task, "begin")
-        if learner.pretext is not None:
-            learner.pretext.begin_task(learner)
-        method.begin_task(learner, task)
-        learner.processes.agree(learner.learnt_state())
+        _begin(learner, task)
     data = method.data(learner, task)
     if learner.pretext is None:  # which looks at images, and at other parts of them in every step
         data = learner.cache.of(data, config.epochs)
     learner.looked = None
     clock.append(time.perf_counter())
     steps = config.epochs * math.ceil(len(data) / config.batch_size)
-    done, images = 0, 0
     optimizer = _optimizer(learner, config)
     trainable = sum(p.numel() for p in learner.trainable().values())
     moved = bool(treated(method)) or not all(name.startswith("objective.") for name in learner.trainable())
@@ -161,50 +154,83 @@ def fit_task(
         _tell_idle(learner, task, progress)
     if learner.compiles:
         begin(learner.backbone)
-    if trains:
-        if resumed:
-            done, restore = resumed
-            if optimizer:
-                restore(optimizer)
-        ended, unsure = early is not None and early.over(), True
-        for step, batch in () if ended else _training_batches(learner, task, data, config, done):
-            learner.step, learner.last_epoch = step, step >= steps - steps // config.epochs
-            _reseed(learner, task, "step", step)
-            if learner.online:
-                learner.newest = range(step * config.batch_size, min((step + 1) * config.batch_size, len(data)))
-            batch = method.batch(learner, batch)
-            if "image" in batch:
-                batch = learner.augment(batch, learner.generator("augment", step))
-            batch = learner.cache.complete(batch)
-            loss = torch.zeros(())
-            if optimizer:
-                for group in optimizer.param_groups:
-                    group["lr"] = config.rate(step, steps) * group["scale"]
-                sure = unsure and (not _shows(task) or any(each.get("images") for each in batch["conversation"]))
-                loss = _descend(learner, task, batch, optimizer, first=sure)
-                unsure = unsure and not sure
-            method.after_step(learner, batch)
-            images += len(batch["label"])
-            progress.step(step + 1, loss.detach(), len(batch["label"]))
-            ended = early is not None and (step + 1) % (steps // config.epochs) == 0 and early.epoch()
-            if save_step:
-                save_step(step + 1, optimizer)
-            if ended:
-                break
-        check_finite(learner, task)
+    images = _train(learner, task, data, config, optimizer, progress, save_step, resumed, early) if trains else 0
     clock.append(time.perf_counter())
     learner.step, learner.last_epoch = steps, False  # also where a resumed run had no step left to do
-    _reseed(learner, task, "end")
     nothing_to_lose, learner.looked = not trains, looked
-    method.finalize(learner, task)
-    method.end_task(learner, task)
+    _end(learner, task)
+    clock.append(time.perf_counter())
+    return Fitted(clock[1] - clock[0], clock[2] - clock[1], clock[3] - clock[2], images, trainable, moved)
+
+
+def _begin(learner: Core, task: Task) -> None:
+    """The parts prepare themselves; all processes go on from one state."""
+    learner.method.check(learner, task)
+    learner.step = 0
+    _reseed(learner, task, "begin")
+    if learner.pretext is not None:
+        learner.pretext.begin_task(learner)
+    learner.method.begin_task(learner, task)
+    learner.processes.agree(learner.learnt_state())
+
+
+def _train(
+    learner: Core,
+    task: Task,
+    data: Data,
+    config: TrainConfig,
+    optimizer: torch.optim.Optimizer | None,
+    progress: Progress,
+    save_step: SaveStep | None,
+    resumed: tuple[int, Callable[[torch.optim.Optimizer], None]] | None,
+    early: EarlyStop | None,
+) -> int:
+    """All steps that are left of a task, see `fit_task`; returns how many examples were learnt from."""
+    method, per_epoch = learner.method, math.ceil(len(data) / config.batch_size)
+    steps, done, images = config.epochs * per_epoch, 0, 0
+    if resumed:
+        done, restore = resumed
+        if optimizer:
+            restore(optimizer)
+    ended, unsure = early is not None and early.over(), True
+    for step, batch in () if ended else _training_batches(learner, task, data, config, done):
+        learner.step, learner.last_epoch = step, step >= steps - per_epoch
+        _reseed(learner, task, "step", step)
+        if learner.online:
+            learner.newest = range(step * config.batch_size, min((step + 1) * config.batch_size, len(data)))
+        batch = method.batch(learner, batch)
+        if "image" in batch:
+            batch = learner.augment(batch, learner.generator("augment", step))
+        batch = learner.cache.complete(batch)
+        loss = torch.zeros(())
+        if optimizer:
+            for group in optimizer.param_groups:
+                group["lr"] = config.rate(step, steps) * group["scale"]
+            sure = unsure and (not _shows(task) or any(each.get("images") for each in batch["conversation"]))
+            loss = _descend(learner, task, batch, optimizer, first=sure)
+            unsure = unsure and not sure
+        method.after_step(learner, batch)
+        images += len(batch["label"])
+        progress.step(step + 1, loss.detach(), len(batch["label"]))
+        ended = early is not None and (step + 1) % per_epoch == 0 and early.epoch()
+        if save_step:
+            save_step(step + 1, optimizer)
+        if ended:
+            break
+    check_finite(learner, task)
+    return images
+
+
+def _end(learner: Core, task: Task) -> None:
+    """The parts settle what was trained, and remember what later tasks need of it."""
+    _reseed(learner, task, "end")
+    learner.method.finalize(learner, task)
+    learner.method.end_task(learner, task)
     learner.pretext = None
     check_saved(learner)
     learner.processes.agree(learner.learnt_state())
     learner.prepare()
     learner.learnt = task.index + 1
-    clock.append(time.perf_counter())
-    return Fitted(clock[1] - clock[0], clock[2] - clock[1], clock[3] - clock[2], images, trainable, moved)
 
 
 def _descend(learner: Core, task: Task, batch: Batch, optimizer: torch.optim.Optimizer, first: bool) -> Tensor:
@@ -260,17 +286,18 @@ def check_shared_out(learner: Core, config: TrainConfig) -> None:
     if learner.sharded and learner.tunes_backbone:
         raise ValueError("shard='blocks' is for frozen weights, and here they are trained: leave it out, or take lora")
     for part in learner.method:
+        steps_within = type(part).backward is not Method.backward
         if part.divides and config.batch_size == 1:
             raise ValueError(
                 f"{part.name} has no effect with batch_size=1: it sets parts of a batch against each other, which one "
                 "example has not. Give 2 or more"
             )
-        if learner.compiles and type(part).backward is not Method.backward:
+        if learner.compiles and steps_within:
             raise ValueError(
                 f"{part.name} cannot learn with --compile: it takes steps of its own within a step, whose gradients "
                 "are differentiated again. Leave --compile out"
             )
-        if getattr(learner.backbone, "checkpointing", False) and type(part).backward is not Method.backward:
+        if getattr(learner.backbone, "checkpointing", False) and steps_within:
             raise ValueError(
                 f"{part.name} cannot learn with checkpointing=True: activations would be computed again after its own "
                 "steps within a step, with other weights. Leave checkpointing out of mllm()"
@@ -281,12 +308,12 @@ def check_shared_out(learner: Core, config: TrainConfig) -> None:
                 f"{part.name}(batchwise=True) cannot learn {how}: what it makes of an example depends on all of its "
                 "batch. Leave batchwise out, or learn in one process without accumulate"
             )
-        if accumulate > 1 and type(part).backward is not Method.backward:
+        if accumulate > 1 and steps_within:
             raise ValueError(
                 f"{part.name} cannot learn with accumulate={accumulate}: it takes steps of its own within a step, of "
                 "whole batches. Leave accumulate out (and give a smaller batch_size)"
             )
-        if learner.precision == torch.float16 and type(part).backward is not Method.backward:
+        if learner.precision == torch.float16 and steps_within:
             raise ValueError(
                 f"{part.name} cannot learn with precision='fp16': it takes steps of its own within a step, whose loss "
                 "nobody scales. Give precision='bf16' or 'fp32'"
