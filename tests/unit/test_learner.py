@@ -221,6 +221,14 @@ def test_what_says_nothing_of_a_learner_is_refused_when_it_is_made() -> None:
         Learner.create("tiny()", "lora(rank=2, per_task=True) + ewc")
 
 
+@pytest.mark.parametrize("progress", [3, [], print, "loud"])
+def test_who_cannot_be_told_is_refused_before_a_lesson(progress: Any) -> None:
+    learner, images = Learner.create("tiny()", "ncm"), torch.zeros(4, 3, 16, 16, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"progress=.* has no task\(\.\.\.\): expected an object such as Screen\(\)"):
+        learner.learn(images, ["cat", "dog"] * 2, progress)
+    assert learner.learnt == 0
+
+
 def test_a_language_model_is_not_pre_trained() -> None:
     learner = Learner.create("tiny_mllm()", "lora(rank=2, tower='vision')", epochs=1)
     images = torch.randint(0, 255, (8, 3, 28, 28), dtype=torch.uint8)

@@ -26,7 +26,7 @@ from perdure.process import plain
 from perdure.storage import schema
 from perdure.streams import Captioned, ConversationSet, ImageSet
 from perdure.training.config import make_backbone
-from perdure.training.loop import Progress, Quiet
+from perdure.training.loop import Progress, told_by
 from perdure.types import Data, Task
 from perdure.version import __version__
 
@@ -89,7 +89,7 @@ def gather(
     progress: Progress | None = None,
 ) -> Specialists:
     """The same in memory, for what is to lie in `into`: nothing is written."""
-    progress = progress or Quiet()
+    progress = told_by(progress)
     learners = open_all(folders, device)
     spec = gate or next((e.config.backbone for e in learners.values() if _looks(e)), "pocket()")
     encoder = make_backbone(spec).requires_grad_(False).eval().to("cpu" if device in (None, "auto") else device)

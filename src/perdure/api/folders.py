@@ -36,7 +36,7 @@ from perdure.streams.single_task import free_name
 from perdure.streams.unlabelled import unlabelled_task
 from perdure.training.config import RunConfig, make_stream, said_of
 from perdure.training.defaults import usual
-from perdure.training.loop import Diverged, Progress, Quiet, TrainConfig
+from perdure.training.loop import Diverged, Progress, TrainConfig, told_by
 from perdure.training.record import elsewhere, write_record
 from perdure.training.run import Interrupted, learn_stream, nothing_learnt_nothing_left, resume, unread_names
 from perdure.types import Stream, Task
@@ -80,7 +80,7 @@ def teach_folder(
         Interrupted: after SIGINT or SIGTERM.
     """
     photos, into = Path(photos), Path(into)
-    progress = progress or Quiet()
+    progress = told_by(progress)
     refuse_same_folder(into, photos, *(Path(each) for each in [reading.get("replay")] if each))
     with checkpoint.locked(into):
         done = checkpoint.whole(into)  # which also ends what a killed process has begun to write there
@@ -175,7 +175,7 @@ def go_on(folder: str | Path, progress: Progress | None = None, device: str | No
         return resume(folder, progress, device)
     if not done:
         raise ValueError(f"{folder} was taught nothing yet: go on with {command('learn', 'FOLDER', '--into', folder)}")
-    progress = progress or Quiet()
+    progress = told_by(progress)
     with checkpoint.locked(folder):
         learner = Learner.untaught(folder, device)
         return _finish(learner, tasks_with_data(learner, folder, done, progress.note), folder, progress)

@@ -32,7 +32,7 @@ from perdure.streams.sources import Picture
 from perdure.training.config import RunConfig, former_parts
 from perdure.training.defaults import for_lessons
 from perdure.training.early_stop import watching
-from perdure.training.loop import Progress, Quiet, TrainConfig, fit_task
+from perdure.training.loop import Progress, Quiet, TrainConfig, fit_task, told_by
 from perdure.training.record import record_of, recorded_config, recorded_runtime, write_record
 from perdure.training.run import build_learner
 from perdure.training.runtime import Runtime
@@ -133,7 +133,7 @@ class Learner(Abilities):
         with self.lesson("learn"):
             known = self.known
             beside = {"labels": labels, "captions": captions, "conversations": conversations}
-            task = task_of(self, images, known, (progress or Quiet()).note, **beside)
+            task = task_of(self, images, known, told_by(progress).note, **beside)
             given = "captions" if labels is None else "labels"
             check_first(self, task, known, str(images) if isinstance(images, str | Path) else given)
             task = self.objective.planned(task)

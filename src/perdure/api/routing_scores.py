@@ -22,7 +22,7 @@ from perdure.process import plain
 from perdure.reporting.specialists import TABLE
 from perdure.storage.files import write_sealed
 from perdure.storage.schema import SPECIALISTS, RoutingTable
-from perdure.training.loop import Progress, Quiet
+from perdure.training.loop import Progress, told_by
 
 
 @plain()
@@ -43,7 +43,7 @@ def measure_routing(
     Raises:
         ValueError: when there is nothing to measure on, or a class is none that a member has learnt.
     """
-    exam = exam_of(team, stream, progress or Quiet())
+    exam = exam_of(team, stream, told_by(progress))
     able, owns, count = exam.able, exam.owns, exam.owns.shape[1]
     said, took = {}, {}
 

@@ -27,7 +27,7 @@ from perdure.reporting.runs import RunResults, ignore, steps_of
 from perdure.reporting.tables import check_complete, markdown, tabulate
 from perdure.reporting.tracking import tracked
 from perdure.training.config import BESIDE_RESULTS, RunConfig, make_backbone, make_method, make_stream, with_former
-from perdure.training.loop import Progress, Quiet
+from perdure.training.loop import Progress, Quiet, told_by
 from perdure.training.record import recorded_config
 from perdure.training.run import Interrupted, dry_run, resume, run
 from perdure.training.runtime import Runtime, resolve
@@ -156,7 +156,7 @@ def _in_turn(
         if progress:
             progress.cell(number, len(grid), cell.method, cell.seed, seconds_left(grid))
         try:
-            _run_cell(cell.configured(config), cell.folder, track, runtime, progress or Quiet())
+            _run_cell(cell.configured(config), cell.folder, track, runtime, told_by(progress))
         except Interrupted as stop:
             raise _stopped(cell, stop) from stop
 

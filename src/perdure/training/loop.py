@@ -65,6 +65,20 @@ class Quiet:
         """Nothing."""
 
 
+def told_by(progress: Progress | None) -> Progress:
+    """Who is told: `progress`, or nobody.
+
+    Raises:
+        ValueError: when it lacks one of the methods of `Progress`.
+    """
+    if progress is None:
+        return Quiet()
+    for name in ("task", "step", "scores", "note", "encoded"):
+        if not callable(getattr(progress, name, None)):
+            raise ValueError(f"progress={progress!r:.60} has no {name}(...): expected an object such as Screen()")
+    return progress
+
+
 @dataclass(frozen=True)
 class Fitted:
     """What learning one task took: wall time of its parts (`prepare` and `finish` are the method's own hooks)."""
@@ -122,7 +136,7 @@ def fit_task(
     """
     check_shared_out(learner, config)
     check_trains(learner, config)
-    progress, method = progress or Quiet(), learner.method
+    progress, method = told_by(progress), learner.method
     clock = [time.perf_counter()]
     learner.train()
     learner.accumulate = config.accumulate

@@ -44,7 +44,7 @@ from perdure.training.config import (
     said_of,
 )
 from perdure.training.early_stop import check_trains, shares_of, watching
-from perdure.training.loop import Diverged, Progress, Quiet, TrainConfig, check_shared_out, fit_task
+from perdure.training.loop import Diverged, Progress, TrainConfig, check_shared_out, fit_task, told_by
 from perdure.training.online import Along, check_borders
 from perdure.training.record import (
     as_recorded,
@@ -95,7 +95,7 @@ def run(
     with joined(config.device) as processes, _held(out, processes):
         if processes.first and (out / "run.json").exists():
             raise ValueError(f"{out} already holds a run: go on with {command('resume', out)}, or give another --out")
-        progress = (progress if processes.first else None) or Quiet()
+        progress = told_by(progress if processes.first else None)
         learner, stream, runtime = _build(config, runtime, processes)
         asked, config = config, config.settled()
         for line in said_of(asked):
@@ -198,7 +198,7 @@ def resume(out: str | Path, progress: Progress | None = None, device: str | None
     out = Path(out)
     written = read_record(out)
     with joined(device or written["resolved"]["device"]) as processes, _held(out, processes):
-        progress = (progress if processes.first else None) or Quiet()
+        progress = told_by(progress if processes.first else None)
         checkpoint.whole(out)  # before the model is read, which may take longer
         config, runtime = recorded_config(out, written), recorded_runtime(out, written, device, processes.world)
         if not config.stream:
