@@ -5,7 +5,7 @@ What needs tensors imports torch when it is called: who only reads what a folder
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -231,6 +231,11 @@ class Task:
         """A task without data, from what `describe` wrote."""
         told = (facts["index"], facts["name"], tuple(facts["classes"]), tuple(facts["names"]), facts["total"])
         return cls(*told, score=facts.get("score", ""), pretext=facts.get("pretext", ""))
+
+
+def class_ids(tasks: Iterable[Task]) -> dict[str, int]:
+    """Name -> id of all classes of `tasks`."""
+    return {name: c for task in tasks for name, c in zip(task.names, task.classes, strict=True)}
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from perdure.streams.naming import recorded
 from perdure.training.config import RunConfig, TrainConfig
 from perdure.training.runtime import Runtime
 from perdure.training.summary import hashes_taught
-from perdure.types import Data, Task
+from perdure.types import Data, Task, class_ids
 
 TOKENS = 256
 """Most of an answer to `ask`, unless said otherwise; what was taught ends by itself."""
@@ -53,8 +53,7 @@ class Abilities(Core):
     @property
     def known(self) -> dict[str, int]:
         """Name -> id of all classes learnt so far; of captions and conversations, of all tasks."""
-        tasks = self.tasks  # once: a lesson in another thread may end here
-        return {name: c for task in tasks for name, c in zip(task.names, task.classes, strict=True)}
+        return class_ids(self.tasks)
 
     @property
     def class_names(self) -> tuple[str, ...]:

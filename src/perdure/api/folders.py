@@ -39,7 +39,7 @@ from perdure.training.defaults import usual
 from perdure.training.loop import Diverged, Progress, TrainConfig, told_by
 from perdure.training.record import elsewhere, write_record
 from perdure.training.run import Interrupted, learn_stream, nothing_learnt_nothing_left, resume, unread_names
-from perdure.types import Stream, Task
+from perdure.types import Stream, Task, class_ids
 
 _SPECS = ("backbone", "method", "objective")
 _FIXED = (*_SPECS, "seed", "precision", "attention", "calibrate")
@@ -92,7 +92,7 @@ def teach_folder(
         rate = {"schedule": "warmup-cosine"} if pretext else {}
         train = learner.usual_training().but(**rate | trained)
         before = tasks_with_data(learner, into, done, progress.note)
-        known = {name: c for task in before for name, c in zip(task.names, task.classes, strict=True)}
+        known = class_ids(before)
         with skippable("--skip-bad"):
             task = _read(photos, learner, known, len(before), skip_bad, reading, progress.note)
         # what was begun keeps the name it had, which versions without numbers gave
@@ -229,7 +229,7 @@ def tasks_with_data(
         task = declared[described.index] if described.index < len(declared) else described
         task = dataclasses.replace(task, score=described.score)  # what it was measured by
         if (source := sources.get(described.index)) and not described.pretext:
-            known = {name: c for t in tasks for name, c in zip(t.names, t.classes, strict=True)}
+            known = class_ids(tasks)
             source = found_now(source, folder)
             task = _again(source, described, learner, known)
             if not len(task.train):
@@ -246,16 +246,16 @@ def _again(source: LessonSource, described: Task, learner: Learner, known: Mappi
     folder = Path(source["folder"])
     if not folder.exists():
         return described
-    own = dict(zip(described.names, described.classes, strict=True)) if "classes" in learner.objective.asks else {}
+    own = class_ids([described]) if "classes" in learner.objective.asks else {}
     try:
         place = folder, learner, {**known, **own}, described.index, source["skip_bad"]
         task = dataclasses.replace(_read(*place, reading_of(source), again=True), score=described.score)
     except ValueError:  # no folder of classes any more
         return described
-    if own == dict(zip(task.names, task.classes, strict=True)):
+    if own == class_ids([task]):
         # The folder may be called otherwise now, and versions differ in how they sort classes
         task = dataclasses.replace(described, train=task.train, test=task.test)
-    elif own and own.items() <= dict(zip(task.names, task.classes, strict=True)).items():
+    elif own and own.items() <= class_ids([task]).items():
         # Some were forgotten; in the training set they stay: a memory refers to images by their position.
         task = dataclasses.replace(described, train=task.train, test=only_classes(task.test, described.classes))
     return task if task == described and digest_of(task.train) == source["train_sha256"] else described

@@ -31,7 +31,7 @@ from perdure.streams.conversations import Conversation, messages
 from perdure.streams.single_task import COLUMN
 from perdure.streams.sources import listed
 from perdure.streams.unlabelled import given_unlabelled, unlabelled_task
-from perdure.types import Batch, Data, Nothing, Task, Told, Union, to
+from perdure.types import Batch, Data, Nothing, Task, Told, Union, class_ids, to
 
 
 class Sees(Protocol):
@@ -135,9 +135,7 @@ def measurable(learner: Core, images: Any, labels: Any, taught: Tensor | None) -
             f"evaluate(images, labels) measures classes, which {learner.objective.name} does not learn: measure a file "
             "with 'perdure eval'"
         )
-    known = {
-        name: c for task in learner.tasks[: learner.learnt] for name, c in zip(task.names, task.classes, strict=True)
-    }
+    known = class_ids(learner.tasks[: learner.learnt])
     found = task_of(learner, images, known, labels=labels)
     if unknown := [name for name in found.names if name not in known]:
         raise ValueError(f"class {unknown[0]!r} was not learnt{meant(unknown[0], known)}; leave its images out")
