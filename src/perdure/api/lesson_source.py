@@ -4,8 +4,9 @@ import shutil
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from perdure.api.abilities import Abilities
 from perdure.core import checkpoint
 from perdure.core.checkpoint import Checkpoint, read_record
 from perdure.core.manifests import recorded_moves
@@ -18,9 +19,6 @@ from perdure.streams import Captioned, ConversationSet, ImageSet
 from perdure.streams.single_task import COLUMN
 from perdure.streams.splits import digest
 from perdure.types import Data, Task
-
-if TYPE_CHECKING:
-    from perdure.api.learner import Learner
 
 _SOURCE = "source.json"
 _WORDS = {"folder": "folders", "train_sha256": "images", "content": "images", "captions": "captions' columns"}
@@ -37,7 +35,7 @@ def reading_of(source: LessonSource) -> dict[str, str | None]:
     return {name: value for name, value in source.items() if name in {*_READING, *_PRETRAINING}}  # type: ignore[misc]
 
 
-def settled(given: Mapping[str, str | None], learner: "Learner") -> dict[str, str | None]:
+def settled(given: Mapping[str, str | None], learner: Abilities) -> dict[str, str | None]:
     """How a lesson of `learner` is read, where `given` says it and by default.
 
     Raises:
@@ -84,7 +82,7 @@ def source_of(photos: Path, task: Task, skip_bad: bool) -> LessonSource:
 
 
 def given_source(
-    learner: "Learner", given: Any, task: Task, options: Mapping[str, Any], reading: Mapping[str, Any]
+    learner: Abilities, given: Any, task: Task, options: Mapping[str, Any], reading: Mapping[str, Any]
 ) -> LessonSource | None:
     """The same of a lesson that is given in Python; None where it is no path, but the images themselves."""
     if not isinstance(given, str | Path):
