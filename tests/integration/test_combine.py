@@ -21,6 +21,7 @@ from perdure.api.routing_scores import measure_routing
 from perdure.api.specialists import Specialists
 from perdure.core.manifests import check_new
 from perdure.mechanisms.routing import LinUCB
+from perdure.reporting.contents import contents
 from perdure.storage.files import locked
 from perdure.storage.replacement import DRAFT
 from perdure.streams.conversations import Conversation, messages
@@ -307,6 +308,35 @@ def test_a_folder_that_was_taught_in_python_is_remembered_as_by_the_command(perd
     measured = [perdure("eval", f"{folder}/animals", "--json").events for folder in ("runs", "typed")]
     assert str(measured[0]).replace("runs/", "typed/") == str(measured[1])
     assert len(combine([f"runs/{name}" for name in CLASSES], "team").record["classes"]) == 6
+
+
+def test_all_lessons_before_one_save_are_remembered_as_with_a_save_after_each(perdure: Any, photos: Any) -> None:
+    for name, classes in CLASSES.items():
+        photos(name, classes, 10)
+    one = Learner.create("tiny()", "lora(rank=2)", epochs=2, precision="fp32", device="cpu")
+    for name in CLASSES:
+        one.learn(name)
+        one.save("each")
+    one.save("once")
+    Learner.load("once").save("copied")
+    measured = [perdure("eval", folder, "--json").events for folder in ("each", "once", "copied")]
+    assert str(measured[1]).replace("once", "each") == str(measured[0])
+    assert str(measured[2]).replace("copied", "each") == str(measured[0])
+    once, each = (contents(Path(folder))["tasks"] for folder in ("once", "each"))
+    told = [{name: task[name] for name in ("folder", "train", "skipped")} for task in once]
+    assert told == [{name: task[name] for name in told[0]} for task in each]
+    assert told[0]["folder"] == str(Path("animals").resolve())
+    scores = []
+    for folder in ("each", "once", "copied"):
+        with pytest.warns(UserWarning, match="24 images were taught to this learner and are left out"):
+            scores.append(Learner.load(folder).evaluate("animals"))
+    assert scores[0] == scores[1] == scores[2]
+    assert len(combine(["once", "copied"], "team").record["classes"]) == 12  # each of the six by two members
+    shutil.move("animals", "creatures")
+    assert perdure("move", "once", "animals=creatures").code == 0
+    again = perdure("eval", "once", "--json")
+    assert "creatures" not in again.err
+    assert again.events[-1] == measured[0][-1]
 
 
 def test_rewards_on_the_command_line_change_whom_a_bandit_asks(perdure: Any, members: list[str]) -> None:

@@ -108,7 +108,7 @@ def gather(
         tasks = tasks_with_data(learner, folder, done, progress.note)
         gone = [task.name for task in tasks if not len(task.train) and _to_be_seen(task, learner)]
         if gone and route in _LOOKING:
-            written = learner.config.stream != OPEN or all("source" in each.manifest for each in done)
+            written = learner.config.stream != OPEN or len(checkpoint.sources(done)) == len(tasks)
             raise _gone(folder, gone[0], route, written)
         shown, said = _taught(tasks, learner, encoder, per_class, seed + number)
         if "text" in encoder.towers() and said:

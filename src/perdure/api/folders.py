@@ -223,7 +223,7 @@ def tasks_with_data(
                 f"{folder} has learnt {done[-1].learnt} of its stream's {len(declared)} tasks: finish it with "
                 f"{command('resume', folder)} before it learns more"
             )
-    sources = {each.learnt - 1: each.manifest.get("source") for each in done}
+    sources = checkpoint.sources(done)
     tasks: list[Task] = []
     for described in done[-1].tasks:
         task = declared[described.index] if described.index < len(declared) else described

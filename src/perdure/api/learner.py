@@ -12,11 +12,11 @@ import torch
 
 from perdure.api.abilities import TOKENS, Abilities
 from perdure.api.given import asked, check_first, known_task, pretraining_task, shown, task_of, told
-from perdure.api.lesson_source import given_source
+from perdure.api.lesson_source import found_now, given_source, sources_facts
 from perdure.api.options import HELD_OUT, OF_STREAMS, check_options
 from perdure.core import checkpoint
 from perdure.core.checkpoint import read_record
-from perdure.core.manifests import holds_no_task, manifest_paths, refuse_team
+from perdure.core.manifests import RECORD, holds_no_task, manifest_paths, refuse_team
 from perdure.core.shared_copy import as_now, become, part, twin_of
 from perdure.evaluation.calibration import fit, set_apart
 from perdure.export.model import export
@@ -36,7 +36,7 @@ from perdure.training.loop import Progress, Quiet, TrainConfig, fit_task, told_b
 from perdure.training.record import record_of, recorded_config, recorded_runtime, write_record
 from perdure.training.run import build_learner
 from perdure.training.runtime import Runtime
-from perdure.training.summary import COSTS, facts_of, taught_files, write_summary
+from perdure.training.summary import COSTS, facts_of, taught_files, taught_hashes, write_summary
 from perdure.types import Row, Stream, Task
 
 OPEN = ""
@@ -59,6 +59,7 @@ class Learner(Abilities):
 
     config: RunConfig
     _facts: dict[str, Any]
+    _sources: dict[int, LessonSource]
 
     @classmethod
     @checking("backbone", "method", "objective")
@@ -91,7 +92,8 @@ class Learner(Abilities):
         config = config.settled()
         learner, found = build_learner(cls, config, runtime)
         learner.online = False  # a lesson is announced, also where a pass without borders was before
-        learner.config, learner.runtime, learner._facts, learner.lessons = config, found, {}, Turn()
+        learner.config, learner.runtime, learner.lessons = config, found, Turn()
+        learner._facts, learner._sources = {}, {}
         learner.objective.bind(learner)  # a language model answers before it has learnt anything
         return learner
 
@@ -181,7 +183,7 @@ class Learner(Abilities):
         twin.grow(learnt)
         part(twin, self)
         twin._facts = facts_of(fit_task(twin, learnt, train, progress, early=watching(twin, watched, train)), 0.0)
-        twin._facts |= {"source": source} if source else {}
+        twin._sources = self._sources | ({task.index: source} if source else {})
         fit(twin, held)
         become(self, twin)
 
@@ -333,8 +335,10 @@ class Learner(Abilities):
         if not (done and checkpoint.matches(done[-1], self)):
             if before >= self.learnt or (done and done[-1].tasks != self.tasks[:before]):
                 raise ValueError(f"{folder} has learnt something else since; save to a new folder")
-            gap = {"alone": True} if before < self.learnt - 1 else {}
-            checkpoint.save_task(folder, self, list(rows), self._facts | gap, taught_files(self.tasks[-1]))
+            new = self.tasks[before : self.learnt]
+            facts = self._facts | sources_facts(self._sources, new) | ({"alone": True} if len(new) > 1 else {})
+            known = taught_hashes(self._folder) if self._folder and (self._folder / RECORD).exists() else {}
+            checkpoint.save_task(folder, self, list(rows), facts, taught_files(new, known))
         # also when nothing was to be saved: a process may have been killed before it came here
         checkpoint.write_results(folder, checkpoint.whole(folder))
         write_summary(folder, Quiet().note)
@@ -360,6 +364,7 @@ class Learner(Abilities):
         with as_found(learner.runtime.threads):
             checkpoint.restore(learner, done[-1])
         learner._facts = {k: v for k, v in done[-1].manifest.items() if k in COSTS}
+        learner._sources = {i: found_now(source, Path(folder)) for i, source in checkpoint.sources(done).items()}
         learner._folder = Path(folder)
         return learner
 

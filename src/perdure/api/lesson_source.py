@@ -93,6 +93,13 @@ def given_source(
     return source
 
 
+def sources_facts(sources: Mapping[int, LessonSource], tasks: Sequence[Task]) -> dict[str, Any]:
+    """What the manifest of `tasks`, learnt since the one before, says of where they came from."""
+    known = {task.name: sources[task.index] for task in tasks if task.index in sources}
+    last = known.pop(tasks[-1].name, None)
+    return ({"earlier": known} if known else {}) | ({"source": last} if last else {})
+
+
 def _content(task: Task) -> str:
     """Of the bytes of the images to learn, with their classes or captions, in whatever order and under any name."""
     data = task.train
@@ -159,7 +166,7 @@ def paths_of(source: LessonSource) -> list[str]:
 def lesson_paths(into: Path) -> list[str]:
     """The files and folders that the learner in a folder was taught from, and those of a lesson that is unfinished."""
     done = checkpoint.whole(into)
-    sources = [found_now(source, into) for each in done if (source := each.manifest.get("source"))]
+    sources = [found_now(source, into) for source in checkpoint.sources(done).values()]
     begun = unfinished(into, done)
     return [path for source in [*sources, *([begun] if begun else [])] for path in paths_of(source)]
 

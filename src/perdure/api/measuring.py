@@ -21,7 +21,7 @@ from perdure.streams.folders import told_left_out
 from perdure.streams.naming import recorded
 from perdure.training.config import make_stream
 from perdure.training.run import check_gives
-from perdure.training.summary import scored_by, taught_hashes
+from perdure.training.summary import hashes_taught, scored_by, taught_hashes
 from perdure.types import Batch, Data, Row, Task
 
 
@@ -56,14 +56,12 @@ def evaluate(
         if not tasks:
             raise ValueError(f"task {known_as.name!r} has no test images at hand: measure it on others, with --stream")
     if stream is not None:
-        known, unknown = taught_hashes(folder)
-        tasks, count = _untaught(tasks, known, f"{described}: all", folder)
+        unknown = learner.learnt - len(taught_hashes(folder))
+        tasks, count = _untaught(tasks, hashes_taught((), folder), f"{described}: all", folder)
         images = sum(len(task.test) for task in tasks)
         things = "questions" if "conversations" in learner.objective.asks else "images"
         if unknown:
-            remarks.append(
-                f"which images {len(unknown)} of {learner.learnt} tasks were taught is not known: they count"
-            )
+            remarks.append(f"which images {unknown} of {learner.learnt} tasks were taught is not known: they count")
         apart = f"; {count} more were taught to this learner and are left out" if count else ""
         remarks.append(f"{images} {things} are measured{apart}")
     if "classes" in learner.objective.asks:

@@ -30,7 +30,7 @@ def move(folder: Path, change: str, warn: Callable[[str], None]) -> list[tuple[s
         written = read_record(folder)
         config = recorded_config(folder, written)
         done = checkpoint.whole(folder)
-        lessons = [found_now(each.manifest["source"], folder) for each in done if "source" in each.manifest]
+        lessons = [found_now(source, folder) for source in checkpoint.sources(done).values()]
         if begun := unfinished(folder, done):
             lessons.append(begun)
         texts = (config.stream, config.backbone, config.method, *config.retain)

@@ -25,6 +25,7 @@ from perdure.core.manifests import latest_step as latest_step
 from perdure.core.manifests import lines_of as lines_of
 from perdure.core.manifests import read_manifest as read_manifest
 from perdure.core.manifests import read_record as read_record
+from perdure.core.manifests import sources as sources
 from perdure.core.manifests import whole as whole
 from perdure.core.manifests import write_results as write_results
 from perdure.core.renamed_keys import SINCE, renamed

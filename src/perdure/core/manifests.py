@@ -14,10 +14,21 @@ from perdure.options.paths import Relocation
 from perdure.storage import schema
 from perdure.storage.files import write_text
 from perdure.storage.replacement import DRAFT, settle
-from perdure.storage.schema import FORMAT, SPECIALISTS, Damaged, Manifest, Moves, Resized, RunRecord, SpecialistsRecord
+from perdure.storage.schema import (
+    FORMAT,
+    SPECIALISTS,
+    Damaged,
+    LessonSource,
+    Manifest,
+    Moves,
+    Resized,
+    RunRecord,
+    SpecialistsRecord,
+)
 from perdure.types import Row, Task
 
 LEARNER, MANIFEST, RECORD = "learner.safetensors", "manifest.json", "run.json"
+TAUGHT = "taught.safetensors"
 MOVED, RESIZED = "moved.json", "resized.json"
 _SUMMARY, _RESULTS = "summary.json", "results.jsonl"
 DamagedCheckpoint = Damaged
@@ -58,11 +69,26 @@ class Checkpoint:
         listed = self.manifest.get("rows", [])
         return [Row(row["after"], row["on"], row["metric"], row["value"]) for row in listed]
 
+    def task_of(self, name: str) -> int:
+        """The position of the task whose images' hashes stand as `name` in the file `TAUGHT`."""
+        return int(name.partition("/")[2] or self.learnt - 1)
+
     @property
     def tasks(self) -> list[Task]:
         """Descriptions of the tasks that the learner has grown for."""
         own = [Task.described(dict(facts)) for facts in self.manifest["tasks"]]
         return [*self.before[: own[0].index if own else None], *own]
+
+
+def sources(done: Sequence[Checkpoint]) -> dict[int, LessonSource]:
+    """Where the lessons of a folder came from, by the position of the task, as far as it was written down."""
+    found: dict[int, LessonSource] = {}
+    for each in done:
+        given: dict[str, LessonSource] = dict(each.manifest.get("earlier", {}))
+        found |= {task.index: given[task.name] for task in each.tasks[: each.learnt] if task.name in given}
+        if "source" in each.manifest:
+            found[each.learnt - 1] = each.manifest["source"]
+    return found
 
 
 def whole(folder: Path) -> list[Checkpoint]:

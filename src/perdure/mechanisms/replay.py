@@ -154,10 +154,6 @@ class ReplayBuffer(nn.Module):
             picks.append(mine[by_turns(mine[:, 0])][: share + (i < extra)])
         return torch.cat(picks)
 
-    def draw(self, tasks: list[Task], n: int, generator: torch.Generator) -> Batch:
-        """`n` kept examples, drawn with replacement, read from the training sets of `tasks`."""
-        return read_references(tasks, self.refs[self.pick(n, generator)])
-
     def pick(self, n: int, generator: torch.Generator) -> Tensor:
         """Rows (n,) of `refs`, drawn with replacement."""
         return torch.randint(len(self), (n,), generator=generator)

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from perdure import metrics
-from perdure.core.manifests import Checkpoint, read_record, recorded_moves, recorded_size, whole
+from perdure.core.manifests import TAUGHT, Checkpoint, read_record, recorded_moves, recorded_size, whole
+from perdure.core.manifests import sources as sources_of
 from perdure.formatting import command, human_bytes, shortened
 from perdure.options.paths import moved
 from perdure.options.spec import changed, parse
@@ -42,13 +43,12 @@ def contents(folder: Path) -> dict[str, Any]:
     rows = [row for each in done for row in each.rows]
     score, _, _ = metrics.scored(rows)
     matrix = metrics.matrix_of(rows, score, len(done[-1].tasks) if done else 0)
-    ends = {each.learnt - 1: each for each in done}
+    ends, sources, taught = {each.learnt - 1: each for each in done}, sources_of(done), _taught(done)
     tasks = []
     for index, task in enumerate(done[-1].tasks[: done[-1].learnt] if done else ()):
         end = ends.get(index)  # none where several were learnt before one `save`, or in a member that was merged
-        source = end.manifest.get("source") if end else None
+        source = sources.get(index)
         facts = declared[index] if index < len(declared) else None
-        taught = _hashes_beside(end) if end else None
         tasks.append(
             {
                 "number": index + 1,
@@ -56,7 +56,7 @@ def contents(folder: Path) -> dict[str, Any]:
                 "classes": list(task.names),
                 "folder": source["folder"] if source else None,
                 "finished": end.manifest.get("finished") if end else None,
-                "train": facts.get("train") if facts else taught,
+                "train": facts.get("train") if facts else taught.get(index),
                 "test": facts.get("test") if facts else None,
                 "when_learnt": matrix[index][index],
                 "now": matrix[done[-1].learnt - 1][index],
@@ -137,7 +137,7 @@ def _held(folder: Path, done: list[Checkpoint]) -> Iterator[str]:
     if not done:
         return
     yield "names of tasks and classes, and the paths that the data was read from (run.json, manifests)"
-    if hashes := sum(_hashes_beside(each) or 0 for each in done):
+    if hashes := sum(_taught(done).values()):
         yield f"fingerprints of {hashes} taught images, by which an image can be recognised and not be drawn"
     shapes = _shapes(done[-1].folder / "learner.safetensors")
     if statistics := [name for name in shapes if _STATISTICS.search(name)]:
@@ -157,9 +157,10 @@ def _held(folder: Path, done: list[Checkpoint]) -> Iterator[str]:
         yield f"{len(pictures)} small pictures of test images, with questions or captions (examples.json, report.html)"
 
 
-def _hashes_beside(checkpoint: Checkpoint) -> int | None:
-    """How many hashes of what was taught stand beside a learner; None where there is no such file."""
-    return next((shape[0] for shape in _shapes(checkpoint.folder / "taught.safetensors").values() if shape), None)
+def _taught(done: list[Checkpoint]) -> dict[int, int]:
+    """How many images were taught, by their hashes, by the position of the task; none of whom it is not known."""
+    beside = [(each, _shapes(each.folder / TAUGHT)) for each in done]
+    return {each.task_of(name): shape[0] for each, shapes in beside for name, shape in shapes.items() if shape}
 
 
 def _shapes(path: Path) -> dict[str, list[int]]:

@@ -6,7 +6,7 @@ them: what a classifier of statistics (`align`, `ranpac`, `ncm`) adds is no meri
 
 import ast
 import functools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,19 +141,6 @@ def code_lines(method: str) -> int:
     for spec in parse(method):
         modules |= _made_of(f"methods/{spec.name}.py")
     return sum(map(_lines, modules))
-
-
-def families_table(answers: Sequence[Advice]) -> str:
-    """The tables of the page on choosing."""
-    parts = []
-    for answer in answers:
-        about = answer.setting
-        parts.append(
-            f"{about['data']}, {about['tasks']} tasks, {about['scenario']}-incremental, `{about['backbone']}`.\n"
-        )
-        rows = [TITLES, ("---",) * len(TITLES), *(family_cells(*each) for each in best_of_families(answer))]
-        parts.append("\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n")
-    return "\n".join(parts)
 
 
 @functools.cache

@@ -100,6 +100,7 @@ class Manifest(TypedDict):
     alone: NotRequired[bool]
     forgotten: NotRequired[list[str]]
     source: NotRequired[LessonSource]
+    earlier: NotRequired[dict[str, LessonSource]]
     device: NotRequired[str]
     processes: NotRequired[int]
     held_out_share: NotRequired[Annotated[float, Meta(ge=0, lt=1)]]

@@ -361,7 +361,7 @@ def learn_stream(
             facts = facts_of(fitted, measured + time.perf_counter() - start)
             check_there(out)
             if processes.first:
-                beside = {**features.files(task), **taught_files(task), **per_class.files(evaluation.answered)}
+                beside = {**features.files(task), **taught_files([task], {}), **per_class.files(evaluation.answered)}
                 facts |= {"held_out_share": config.held_out} if config.held_out else {}
                 checkpoint.save_task(out, learner, new, facts | (extra or {}), beside)
                 with (out / "results.jsonl").open("a", encoding="utf-8") as file:

@@ -13,6 +13,7 @@ from torch import Tensor
 from perdure import metrics
 from perdure.core import checkpoint
 from perdure.core.checkpoint import Checkpoint
+from perdure.core.manifests import TAUGHT as TAUGHT
 from perdure.evaluation import feature_drift as drift
 from perdure.evaluation import per_class
 from perdure.evaluation.answer_retention import answered, mean_kept
@@ -31,7 +32,7 @@ from perdure.training.runtime import peak_memory
 from perdure.types import Row, Task
 
 SUMMARY = "summary.json"
-TAUGHT, _HASHES = "taught.safetensors", "hashes"
+_HASHES = "hashes"
 COSTS = ("finished", "seconds", "images", "trainable_parameters", "peak_rss_bytes")
 """What `facts_of` gives."""
 
@@ -101,7 +102,7 @@ def summary_of(out: Path, done: Sequence[Checkpoint]) -> dict[str, Any]:
     train = sum(s["train"] for s in seconds)
     referenced = [row.value for row in rows if row.metric == "referenced_bytes"]
     notes: dict[str, Any] = dict(checkpoint.read_record(out)["stream"])
-    sources = [each.manifest["source"] for each in done if "source" in each.manifest]
+    sources = checkpoint.sources(done).values()
     config = checkpoint.read_record(out)["config"]
     unlabelled = {task.index for task in done[-1].tasks if task.pretext}
     found = scores_of(rows, tasks, scored_by(config, [task.score for task in done[-1].tasks[:tasks]]), unlabelled) | {
@@ -258,25 +259,34 @@ def _recall(rows: list[Row], tasks: int) -> dict[str, dict[str, list[float | Non
     return found
 
 
-def taught_files(task: Task) -> dict[str, dict[str, Tensor]]:
-    """What is kept of a task: 8 bytes of hash an image."""
-    if not isinstance(task.train, ImageSet | ConversationSet):
-        return {}
-    hashes = task.train.hashes()
-    return {TAUGHT: {_HASHES: torch.unique(hashes[hashes != 0])}}
+def taught_files(tasks: Sequence[Task], before: Mapping[int, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """What is kept of the tasks of one checkpoint: 8 bytes of hash an image.
+
+    Args:
+        tasks: learnt since the checkpoint before, in order.
+        before: what was kept of tasks whose data is not at hand, by their position.
+    """
+    named = {}
+    for task in tasks:
+        name = _HASHES if task is tasks[-1] else f"{_HASHES}/{task.index}"
+        if isinstance(task.train, ImageSet | ConversationSet):
+            hashes = task.train.hashes()
+            named[name] = torch.unique(hashes[hashes != 0])
+        elif task.index in before:
+            named[name] = before[task.index]
+    return {TAUGHT: named} if named else {}
 
 
 def hashes_taught(tasks: Sequence[Task], folder: Path | None) -> Tensor:
     """Hashes (n,) of the images of `tasks` whose data is at hand, and of those taught to the learner in `folder`."""
     found = [task.train.hashes() for task in tasks if isinstance(task.train, ImageSet | ConversationSet)]
     if folder is not None and (folder / "run.json").exists():
-        found.append(taught_hashes(folder)[0])
+        found += taught_hashes(folder).values()
     every = torch.cat([torch.empty(0, dtype=torch.int64), *found])
     return every[every != 0]  # of an image that is gone
 
 
-def taught_hashes(folder: Path) -> tuple[Tensor, list[int]]:
-    """Hashes (n,) of all images taught to the learner in `folder`, and the tasks of which they are not known."""
-    known = [(each.learnt - 1, checkpoint.beside(each, TAUGHT)) for each in checkpoint.whole(folder)]
-    found = [tensors[_HASHES] for _, tensors in known if tensors]
-    return torch.cat([torch.empty(0, dtype=torch.int64), *found]), [index for index, tensors in known if not tensors]
+def taught_hashes(folder: Path) -> dict[int, Tensor]:
+    """Hashes (n,) of the images taught to the learner in `folder`, by the position of the task; of those known."""
+    beside = [(each, checkpoint.beside(each, TAUGHT)) for each in checkpoint.whole(folder)]
+    return {each.task_of(name): hashes for each, tensors in beside for name, hashes in tensors.items()}
