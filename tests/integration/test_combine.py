@@ -339,6 +339,24 @@ def test_all_lessons_before_one_save_are_remembered_as_with_a_save_after_each(pe
     assert again.events[-1] == measured[0][-1]
 
 
+def test_who_comes_from_others_leaves_out_what_these_were_taught(perdure: Any, photos: Any) -> None:
+    for name, classes in CLASSES.items():
+        photos(name, classes, 10)
+        Learner.create("tiny()", "lora(rank=2)", epochs=2, precision="fp32").learn(name).save(f"runs/{name}")
+    team = combine([f"runs/{name}" for name in CLASSES], "team")
+    made = {"merged": merge(team.members), "distilled": distil(team, "lora(rank=2)", epochs=1)}
+    alike = merge({"one": team.members["animals"], "two": Learner.load("runs/animals")})
+    for name, learner in (*made.items(), ("alike", alike)):
+        learner.save(name)
+        for each in (learner, Learner.load(name)):
+            with pytest.warns(UserWarning, match="24 images were taught to this learner and are left out"):
+                each.evaluate("animals")
+    for name in made:
+        measured = perdure("eval", name, "--stream", "images(path='colours')", "--json")
+        assert "24 more were taught" in measured.err + measured.out, measured.err
+        assert "is not known" not in measured.err + measured.out
+
+
 def test_rewards_on_the_command_line_change_whom_a_bandit_asks(perdure: Any, members: list[str]) -> None:
     assert perdure("combine", *members, "--into", "team", "--route", "linucb").code == 0
     image = "colours/test/red/01.png"
@@ -420,7 +438,10 @@ def test_merged_learners_are_one_that_answers_all_and_stores_what_one_does(perdu
     assert {name for name, _ in one.predict(["animals/test/cat/00.png"])[0]} == set(one.known)
     table = table_of(perdure("combine", *folders, "--into", "team", "--json"))
     assert {f"merged by {how}" for how in ("average", "arithmetic", "ties", "dare")} <= table.keys()
-    assert perdure("eval", "one", "--stream", "images(path='animals/test', tasks=1)").code == 0
+    photos("others", CLASSES["animals"], 14)
+    measured = perdure("eval", "one", "--stream", "images(path='others', tasks=1)")
+    assert measured.code == 0, measured.err
+    assert "36 more were taught to this learner and are left out" in measured.err + measured.out
     alone = merge({"animals": parts[0]}, "average()")
     shown = ["animals/test/cat/01.png"]
     assert dict(alone.predict(shown)[0]) == pytest.approx(dict(parts[0].predict(shown)[0]), abs=1e-5)

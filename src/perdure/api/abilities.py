@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from perdure.api.given import Asked, known_task, measurable, shown, told
 from perdure.core.forgetting import forget_classes
 from perdure.core.learner import Core
+from perdure.core.manifests import RECORD
 from perdure.core.shared_copy import become, twin_of
 from perdure.formatting import counted, meant, shortened
 from perdure.objectives.zeroshot import class_texts
@@ -24,7 +25,7 @@ from perdure.streams.conversations import Conversation
 from perdure.streams.naming import recorded
 from perdure.training.config import RunConfig, TrainConfig
 from perdure.training.runtime import Runtime
-from perdure.training.summary import hashes_taught
+from perdure.training.summary import hashes_at_hand, of_all_tasks, taught_hashes
 from perdure.types import Data, Task, class_ids
 
 TOKENS = 256
@@ -41,6 +42,8 @@ class Abilities(Core):
     lessons: Turn
     _folder: Path | None = None
     """Where it was loaded from."""
+    _hashes: Mapping[int, Tensor] = {}
+    """Of images that its tasks were taught elsewhere: to learners that became this one."""
 
     @contextmanager
     def lesson(self, call: str) -> Iterator[None]:
@@ -49,6 +52,12 @@ class Abilities(Core):
             if self.lessons.depth > 1:
                 raise ValueError(f"this learner is learning: {call} cannot be called from its progress; call it after")
             yield
+
+    def _taught(self) -> dict[int, Tensor]:
+        """Hashes (n,) of the images of each task learnt, by its position, as far as they are known."""
+        there = self._folder is not None and (self._folder / RECORD).exists()
+        kept = taught_hashes(self._folder) if there and self._folder else {}
+        return {**self._hashes, **kept, **hashes_at_hand(self.tasks[: self.learnt])}
 
     @property
     def known(self) -> dict[str, int]:
@@ -102,7 +111,7 @@ class Abilities(Core):
         if images is None:
             without_effect("without images", labels=labels)
         else:
-            taught = hashes_taught(self.tasks[: self.learnt], self._folder) if isinstance(images, str | Path) else None
+            taught = of_all_tasks([self._taught()]) if isinstance(images, str | Path) else None
             task, seen = measurable(self, images, labels, taught)
             tasks = [task]
             if seen:

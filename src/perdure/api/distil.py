@@ -19,7 +19,7 @@ from perdure.process import as_found, plain
 from perdure.streams import ImageSet
 from perdure.training.config import RunConfig
 from perdure.training.loop import Progress, fit_task
-from perdure.training.summary import facts_of
+from perdure.training.summary import facts_of, of_all_tasks
 from perdure.types import Batch, Task
 
 _LEAST = 1e-6
@@ -105,6 +105,9 @@ def distil(
     with student.lessons, as_found(student.runtime.threads):
         student.grow(task)
         student.method.check(student, task)
+        known = {name: team.members[name]._taught() for name in able}
+        if all(len(known[name]) == team.members[name].learnt for name in able):
+            student._hashes = {0: torch.unique(of_all_tasks([*known.values(), {0: given.hashes()}]))}
         student._facts = facts_of(fit_task(student, task, train, progress), 0.0)
     return student
 

@@ -16,7 +16,7 @@ from perdure.api.lesson_source import found_now, given_source, sources_facts
 from perdure.api.options import HELD_OUT, OF_STREAMS, check_options
 from perdure.core import checkpoint
 from perdure.core.checkpoint import read_record
-from perdure.core.manifests import RECORD, holds_no_task, manifest_paths, refuse_team
+from perdure.core.manifests import holds_no_task, manifest_paths, refuse_team
 from perdure.core.shared_copy import as_now, become, part, twin_of
 from perdure.evaluation.calibration import fit, set_apart
 from perdure.export.model import export
@@ -36,7 +36,7 @@ from perdure.training.loop import Progress, Quiet, TrainConfig, fit_task, told_b
 from perdure.training.record import record_of, recorded_config, recorded_runtime, write_record
 from perdure.training.run import build_learner
 from perdure.training.runtime import Runtime
-from perdure.training.summary import COSTS, facts_of, taught_files, taught_hashes, write_summary
+from perdure.training.summary import COSTS, facts_of, taught_files, write_summary
 from perdure.types import Row, Stream, Task
 
 OPEN = ""
@@ -337,8 +337,8 @@ class Learner(Abilities):
                 raise ValueError(f"{folder} has learnt something else since; save to a new folder")
             new = self.tasks[before : self.learnt]
             facts = self._facts | sources_facts(self._sources, new) | ({"alone": True} if len(new) > 1 else {})
-            known = taught_hashes(self._folder) if self._folder and (self._folder / RECORD).exists() else {}
-            checkpoint.save_task(folder, self, list(rows), facts, taught_files(new, known))
+            hashes = {index: kept for index, kept in self._taught().items() if index >= before}
+            checkpoint.save_task(folder, self, list(rows), facts, taught_files(hashes, new[-1].index))
         # also when nothing was to be saved: a process may have been killed before it came here
         checkpoint.write_results(folder, checkpoint.whole(folder))
         write_summary(folder, Quiet().note)

@@ -21,7 +21,7 @@ from perdure.streams.folders import told_left_out
 from perdure.streams.naming import recorded
 from perdure.training.config import make_stream
 from perdure.training.run import check_gives
-from perdure.training.summary import hashes_taught, scored_by, taught_hashes
+from perdure.training.summary import of_all_tasks, scored_by, taught_hashes
 from perdure.types import Batch, Data, Row, Task
 
 
@@ -56,8 +56,9 @@ def evaluate(
         if not tasks:
             raise ValueError(f"task {known_as.name!r} has no test images at hand: measure it on others, with --stream")
     if stream is not None:
-        unknown = learner.learnt - len(taught_hashes(folder))
-        tasks, count = _untaught(tasks, hashes_taught((), folder), f"{described}: all", folder)
+        known = taught_hashes(folder)
+        unknown = learner.learnt - len(known)
+        tasks, count = _untaught(tasks, of_all_tasks([known]), f"{described}: all", folder)
         images = sum(len(task.test) for task in tasks)
         things = "questions" if "conversations" in learner.objective.asks else "images"
         if unknown:

@@ -75,6 +75,7 @@ def merge(
                 adapter.merged[name] = value.to(made.device)
     made.objective.load_state_dict(_heads(every, shares, alike))
     made.learnt = len(made.tasks)
+    made._hashes = _hashes(every, len(made.tasks))
     made._facts = facts_of(Fitted(0.0, 0.0, time.perf_counter() - start, 0, 0, True), 0.0)
     made.prepare()
     return made
@@ -149,6 +150,15 @@ def _tasks(learners: Sequence[Learner]) -> list[Task]:
             found.append(Task(len(found), name, classes, task.names, None, score=task.score))
         start = max((c for task in found for c in task.classes), default=-1) + 1
     return found
+
+
+def _hashes(learners: Sequence[Learner], tasks: int) -> dict[int, Tensor]:
+    """Of the images that they were taught, by the position of the task in who they become, where all know them."""
+    known = [(learner, learner._taught()) for learner in learners]
+    each = [hashes.get(index) for learner, hashes in known for index in range(learner.learnt)]
+    found = {index: each[index::tasks] for index in range(tasks)}  # several where all have the same tasks
+    every = {index: [hashes for hashes in some if hashes is not None] for index, some in found.items()}
+    return {index: torch.unique(torch.cat(some)) for index, some in every.items() if len(some) == len(found[index])}
 
 
 def _heads(learners: Sequence[Learner], weights: Sequence[float], alike: bool) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from perdure.objectives.generate import reference_of
 from perdure.scoring import Reference, common_top, score_of
 from perdure.streams import ConversationSet, ImageSet, build_stream
 from perdure.training.loop import Progress
-from perdure.training.summary import hashes_taught
+from perdure.training.summary import of_all_tasks, taught_hashes
 from perdure.types import Nothing, Task
 
 Said = TypeVar("Said")
@@ -195,7 +195,7 @@ def _fresh(team: Specialists, described: str, gives: str) -> list[tuple[Task, li
     stream = build_stream(described, team.backbone.preprocess, 0, measured=True)
     if stream.gives != gives:
         raise ValueError(f"{described} gives {stream.gives}: give a stream of {gives}")
-    taught = torch.cat([hashes_taught((), place_of(team, name)) for name in team.members])
+    taught = of_all_tasks(taught_hashes(place_of(team, name)) for name in team.members)
     knows = {name: {task.name for task in each.tasks[: each.learnt]} for name, each in team.members.items()}
     found = []
     for task in stream:

@@ -63,6 +63,7 @@ from perdure.training.snapshots import Saver, check_there, interruptible
 from perdure.training.summary import (
     drop_summary_beyond,
     facts_of,
+    hashes_at_hand,
     scored_by,
     taught_files,
     unlike_scores,
@@ -361,7 +362,8 @@ def learn_stream(
             facts = facts_of(fitted, measured + time.perf_counter() - start)
             check_there(out)
             if processes.first:
-                beside = {**features.files(task), **taught_files([task], {}), **per_class.files(evaluation.answered)}
+                beside = features.files(task) | taught_files(hashes_at_hand([task]), task.index)
+                beside |= per_class.files(evaluation.answered)
                 facts |= {"held_out_share": config.held_out} if config.held_out else {}
                 checkpoint.save_task(out, learner, new, facts | (extra or {}), beside)
                 with (out / "results.jsonl").open("a", encoding="utf-8") as file:

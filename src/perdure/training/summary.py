@@ -1,7 +1,7 @@
 """What a run's checkpoints add up to: summary.json; and which images they were taught."""
 
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -259,34 +259,24 @@ def _recall(rows: list[Row], tasks: int) -> dict[str, dict[str, list[float | Non
     return found
 
 
-def taught_files(tasks: Sequence[Task], before: Mapping[int, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """What is kept of the tasks of one checkpoint: 8 bytes of hash an image.
-
-    Args:
-        tasks: learnt since the checkpoint before, in order.
-        before: what was kept of tasks whose data is not at hand, by their position.
-    """
-    named = {}
-    for task in tasks:
-        name = _HASHES if task is tasks[-1] else f"{_HASHES}/{task.index}"
-        if isinstance(task.train, ImageSet | ConversationSet):
-            hashes = task.train.hashes()
-            named[name] = torch.unique(hashes[hashes != 0])
-        elif task.index in before:
-            named[name] = before[task.index]
+def taught_files(hashes: Mapping[int, Tensor], last: int) -> dict[str, dict[str, Tensor]]:
+    """What is kept of the images of one checkpoint's tasks, of which `last` is the last: 8 bytes of hash an image."""
+    named = {_HASHES if index == last else f"{_HASHES}/{index}": kept for index, kept in hashes.items()}
     return {TAUGHT: named} if named else {}
 
 
-def hashes_taught(tasks: Sequence[Task], folder: Path | None) -> Tensor:
-    """Hashes (n,) of the images of `tasks` whose data is at hand, and of those taught to the learner in `folder`."""
-    found = [task.train.hashes() for task in tasks if isinstance(task.train, ImageSet | ConversationSet)]
-    if folder is not None and (folder / "run.json").exists():
-        found += taught_hashes(folder).values()
-    every = torch.cat([torch.empty(0, dtype=torch.int64), *found])
-    return every[every != 0]  # of an image that is gone
+def hashes_at_hand(tasks: Sequence[Task]) -> dict[int, Tensor]:
+    """Hashes (n,) of the images of those of `tasks` whose data is at hand, by the position of the task."""
+    found = {t.index: t.train.hashes() for t in tasks if isinstance(t.train, ImageSet | ConversationSet)}
+    return {index: torch.unique(hashes[hashes != 0]) for index, hashes in found.items()}  # 0 is of one that is gone
 
 
 def taught_hashes(folder: Path) -> dict[int, Tensor]:
-    """Hashes (n,) of the images taught to the learner in `folder`, by the position of the task; of those known."""
+    """The same of the images taught to the learner in `folder`, as far as they are known."""
     beside = [(each, checkpoint.beside(each, TAUGHT)) for each in checkpoint.whole(folder)]
     return {each.task_of(name): hashes for each, tensors in beside for name, hashes in tensors.items()}
+
+
+def of_all_tasks(hashes: Iterable[Mapping[int, Tensor]]) -> Tensor:
+    """The hashes (n,) of all tasks of several learners."""
+    return torch.cat([torch.empty(0, dtype=torch.int64), *(kept for each in hashes for kept in each.values())])
