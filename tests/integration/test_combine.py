@@ -438,6 +438,11 @@ def test_merged_learners_are_one_that_answers_all_and_stores_what_one_does(perdu
     assert {name for name, _ in one.predict(["animals/test/cat/00.png"])[0]} == set(one.known)
     table = table_of(perdure("combine", *folders, "--into", "team", "--json"))
     assert {f"merged by {how}" for how in ("average", "arithmetic", "ties", "dare")} <= table.keys()
+    assert [task["folder"] for task in contents(Path("one"))["tasks"]] == [
+        str(Path(name).resolve()) for name in CLASSES
+    ]
+    rows = perdure("eval", "one", "--json").events
+    assert {row.get("on") for row in rows if row.get("metric") == "accuracy"} == {0, 1}
     photos("others", CLASSES["animals"], 14)
     measured = perdure("eval", "one", "--stream", "images(path='others', tasks=1)")
     assert measured.code == 0, measured.err

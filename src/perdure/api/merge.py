@@ -76,6 +76,9 @@ def merge(
     made.objective.load_state_dict(_heads(every, shares, alike))
     made.learnt = len(made.tasks)
     made._hashes = _hashes(every, len(made.tasks))
+    if not alike:
+        sources = [each._sources.get(index) for each in every for index in range(each.learnt)]
+        made._sources = {index: source for index, source in enumerate(sources) if source}
     made._facts = facts_of(Fitted(0.0, 0.0, time.perf_counter() - start, 0, 0, True), 0.0)
     made.prepare()
     return made
