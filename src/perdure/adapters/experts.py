@@ -1,7 +1,7 @@
 """Experts beside an MLP: bottlenecks of which each image or text takes a few, chosen by the router of its task."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from perdure.adapters.injection import Adapter, starting_rows
-from perdure.adapters.state import BufferDict, ParameterStore, numbers_in
+from perdure.adapters.state import BufferDict, ParameterStore, given, numbers_in
 from perdure.types import Site
 
 _PARTS = ("down", "down_bias", "up", "up_bias")
@@ -189,13 +189,6 @@ def _mean(tokens: Tensor, counted: Tensor | None) -> Tensor:
     return (tokens * weights).sum(1) / weights.sum(1).clamp_min(1)
 
 
-@contextmanager
-def routing(experts: Sequence[Experts], routes: Sequence[Routes]) -> Iterator[None]:
+def routing(experts: Sequence[Experts], routes: Sequence[Routes]) -> AbstractContextManager[None]:
     """Within, images or texts take what `routes` say, one for each of `experts`."""
-    for each, its in zip(experts, routes, strict=True):
-        each.routes = its
-    try:
-        yield
-    finally:
-        for each in experts:
-            each.routes = each._read = None
+    return given(experts, "routes", routes)

@@ -1,7 +1,7 @@
 """Gates of attention heads: each head's output is multiplied before the output projection sums them up."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from perdure.adapters.injection import hold
-from perdure.adapters.state import BufferDict, ParameterStore
+from perdure.adapters.state import BufferDict, ParameterStore, given
 from perdure.types import Site
 
 _OPEN = "log_alpha"
@@ -69,14 +69,9 @@ class HeadGates(nn.Module):
         places = torch.searchsorted(torch.tensor(known, device=tasks.device), tasks)
         return every[torch.where(tasks < 0, len(known), places)].transpose(0, 1)
 
-    @contextmanager
-    def using(self, gates: Tensor) -> Iterator[None]:
+    def using(self, gates: Tensor) -> AbstractContextManager[None]:
         """Within, heads are multiplied by `gates` (blocks, B, heads); B is 1 where all examples have the same."""
-        before, self._given = self._given, gates
-        try:
-            yield
-        finally:
-            self._given = before
+        return given([self], "_given", [gates])
 
     def of(self, number: int) -> Tensor | None:
         """The gates (B, heads) of block number `number` of those attached."""

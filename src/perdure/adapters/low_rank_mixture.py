@@ -1,13 +1,14 @@
 """Mixtures of low-rank branches: what every token, or example, takes of each is said by gates."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perdure.adapters.injection import Adapter, starting_rows
+from perdure.adapters.state import given
 from perdure.types import Site
 
 
@@ -106,13 +107,6 @@ class SeparateMixtures(_Mixture):
         return torch.add(y, (found * shares.unsqueeze(-1)).sum(-2), alpha=self.scale)
 
 
-@contextmanager
-def keyed(mixtures: Sequence[SeparateMixtures], keys: Tensor) -> Iterator[None]:
+def keyed(mixtures: Sequence[SeparateMixtures], keys: Tensor) -> AbstractContextManager[None]:
     """Within, examples take the branches that their `keys` (B, 2, width) choose."""
-    for each in mixtures:
-        each.keys = keys
-    try:
-        yield
-    finally:
-        for each in mixtures:
-            each.keys = None
+    return given(mixtures, "keys", [keys] * len(mixtures))

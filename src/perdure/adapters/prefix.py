@@ -6,8 +6,8 @@ which are cut off before the output projection. So it is exact in any kind of at
 eager or fused kernels, with scaled or normalised keys, masks, gates, or registers before rotated positions.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from perdure.adapters.injection import hold
 from perdure.adapters.prompt_tokens import with_masks
+from perdure.adapters.state import given
 from perdure.types import Site
 
 
@@ -52,14 +53,9 @@ class Prefix(nn.Module):
             hold(attention, handles)
         return layers
 
-    @contextmanager
-    def using(self, values: Sequence[Tensor]) -> Iterator[None]:
+    def using(self, values: Sequence[Tensor]) -> AbstractContextManager[None]:
         """Within, one (length, 2 · width) or (B, length, 2 · width) per block joins: keys beside values."""
-        before, self._given = self._given, values
-        try:
-            yield
-        finally:
-            self._given = before
+        return given([self], "_given", [values])
 
     def of(self, number: int) -> Tensor | None:
         """What joins block number `number` of those attached."""

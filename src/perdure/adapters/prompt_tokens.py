@@ -1,7 +1,7 @@
 """Prompt tokens that pass through the blocks beside the input's own, and the attention masks that let them."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perdure.adapters.injection import before_recorders, hold
+from perdure.adapters.state import given
 
 
 class PromptBase(nn.Module):
@@ -64,14 +65,9 @@ class RoutedPrompts(PromptBase):
         """See `PromptBase.now`."""
         return self._values
 
-    @contextmanager
-    def using(self, values: Tensor) -> Iterator[None]:
+    def using(self, values: Tensor) -> AbstractContextManager[None]:
         """Within, images are encoded with `values`, (m, width) or (B, m, width)."""
-        self._values = values
-        try:
-            yield
-        finally:
-            self._values = None
+        return given([self], "_values", [values])
 
 
 def _enter(

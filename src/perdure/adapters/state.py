@@ -1,6 +1,7 @@
-"""Tensors and parameters by name, whose number and shapes grow from task to task."""
+"""Tensors and parameters by name, whose number and shapes grow from task to task; and what is given for a while."""
 
-from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
@@ -52,6 +53,19 @@ class BufferDict(nn.Module, MutableMapping[str, Tensor]):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
         self._held = {k[len(prefix) :]: v.detach().clone() for k, v in state_dict.items() if k.startswith(prefix)}
+
+
+@contextmanager
+def given(modules: Sequence[nn.Module], name: str, values: Iterable[Any]) -> Iterator[None]:
+    """Within, each of `modules` has its own of `values` as its attribute `name`; then what it had before."""
+    before = [getattr(each, name) for each in modules]
+    for each, its in zip(modules, values, strict=True):
+        setattr(each, name, its)
+    try:
+        yield
+    finally:
+        for each, its in zip(modules, before, strict=True):
+            setattr(each, name, its)
 
 
 def numbers_in(keys: Iterable[str]) -> list[int]:

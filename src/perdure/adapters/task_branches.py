@@ -1,7 +1,7 @@
 """Low-rank branches that stay apart, one a task: of each input one is used, none, or shares of all."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from perdure.adapters.injection import Adapter, starting_rows
 from perdure.adapters.low_rank_mixture import mixed
-from perdure.adapters.state import BufferDict, ParameterStore, numbers_in
+from perdure.adapters.state import BufferDict, ParameterStore, given, numbers_in
 from perdure.types import Site
 
 _PARTS = ("down", "up")
@@ -93,25 +93,11 @@ class TaskBranches(Adapter):
         return update if self.scale == 1 else self.scale * update
 
 
-@contextmanager
-def routed(adapters: Sequence[TaskBranches], routes: Tensor) -> Iterator[None]:
+def routed(adapters: Sequence[TaskBranches], routes: Tensor) -> AbstractContextManager[None]:
     """Within, each example takes the branch of the task that `routes` (B,) says; -1 for none."""
-    for each in adapters:
-        each.routes = routes
-    try:
-        yield
-    finally:
-        for each in adapters:
-            each.routes = None
+    return given(adapters, "routes", [routes] * len(adapters))
 
 
-@contextmanager
-def sharing(adapters: Sequence[TaskBranches], shares: Sequence[Tensor]) -> Iterator[None]:
+def sharing(adapters: Sequence[TaskBranches], shares: Sequence[Tensor]) -> AbstractContextManager[None]:
     """Within, examples take of each branch what `shares` (B, tasks) say, one for each of `adapters`."""
-    for each, its in zip(adapters, shares, strict=True):
-        each.shares = its
-    try:
-        yield
-    finally:
-        for each in adapters:
-            each.shares = None
+    return given(adapters, "shares", shares)
