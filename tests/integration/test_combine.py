@@ -92,7 +92,12 @@ def test_predict_show_eval_and_report_open_specialists_like_a_learner(perdure: A
     shown = perdure("show", "team", "--json").events[0]
     assert [(e["name"], e["state"]) for e in shown["members"]] == [("animals", "there"), ("colours", "there")]
     assert shown["exemplars"] == 72
-    assert "2 specialists, chosen by gaussian" in perdure("show", "team").out
+    before = perdure("show", "team").out
+    assert "2 specialists, chosen by gaussian" in before
+    table = Path("team/routing.json").rename("routing.json")  # a process was killed before it was measured
+    assert "not measured yet: 'perdure eval team' does" in perdure("show", "team").out
+    table.rename("team/routing.json")
+    assert perdure("show", "team").out == before
     assert perdure("report", "team").code == 0
     page = Path("team/report.html").read_text()
     assert "routed (gaussian)" in page

@@ -193,6 +193,18 @@ def test_resume_goes_on_with_a_lesson_that_was_stopped(perdure: Any, photos: Any
     assert "was taught nothing yet" in refused(perdure("resume", taught_nothing("empty")))
 
 
+def test_who_asks_a_learner_that_was_killed_in_its_first_lesson_is_told_what_goes_on(perdure: Any, photos: Any) -> None:
+    photos("first", "cat dog")
+    assert perdure("learn", "first", "--into", "whole", *MADE).code == 0
+    answer = perdure("predict", taught_nothing("empty"), "first/cat/00.png")  # the lesson was not written down yet
+    assert "go on with 'perdure learn FOLDER --into empty'" in refused(answer)
+    Path("empty/task-000").mkdir()
+    shutil.copy("whole/task-000/source.json", "empty/task-000")
+    assert "go on with 'perdure resume empty'" in refused(perdure("predict", "empty", "first/cat/00.png"))
+    assert perdure("resume", "empty").code == 0
+    assert perdure("predict", "empty", "first/cat/00.png").code == 0
+
+
 class PowerCut(Quiet):
     def step(self, step: int, *more: Any) -> None:
         if step == 2:

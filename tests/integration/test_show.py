@@ -61,6 +61,20 @@ def test_what_the_folder_holds_of_the_data_is_told_by_kind(perdure: Any, photos:
         assert "statistics of features" in held[method]
 
 
+def test_what_a_killed_lesson_has_left_is_told_too(perdure: Any, photos: Any) -> None:
+    photos("january", "cat dog", 4), photos("february", "cow", 4)
+    perdure("learn", "january", "--into", "mine", *TINY, "--method", "ncm")
+    perdure("learn", "february", "--into", "mine")
+    paths = perdure("show", "mine", "--json").events[0]["holds"][0]
+    for name in ("summary.json", "results.jsonl"):
+        Path("mine", name).unlink()
+    for task in ("task-001", "task-000"):  # killed before the second was whole, and before the first was
+        Path("mine", task, "manifest.json").unlink()
+        held = perdure("show", "mine", "--json").events[0]["holds"]
+        assert held[:2] == [paths, f"what was saved so far of a task that is not finished ({task})"]
+        assert json.loads(Path("mine", task, "source.json").read_text())["folder"]
+
+
 def test_weights_that_allow_research_only_say_so(perdure: Any, photos: Any) -> None:
     photos("january", "cat dog", 4)
     perdure("learn", "january", "--into", "mine", "--method", "ncm")

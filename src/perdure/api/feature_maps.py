@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from perdure.api.folders import tasks_with_data
 from perdure.api.learner import Learner
+from perdure.api.lesson_source import nothing_learnt
 from perdure.core import checkpoint
-from perdure.formatting import command
 from perdure.process import as_found, plain
 from perdure.reporting.figures import Cloud, clouds, without_glyphs
 from perdure.reporting.runs import ignore
@@ -48,7 +48,7 @@ def draw_features(
     if find_spec("sklearn") is None:
         raise ValueError("pictures of features need scikit-learn: pip install 'perdure[figures]'")
     if not (done := checkpoint.whole(folder)):
-        raise ValueError(f"{folder} has no learnt task yet: go on with {command('resume', folder)}")
+        raise nothing_learnt(folder)
     learner = Learner.untaught(folder, device)
     if not learner.objective.one_row:
         raise ValueError(f"{folder} learns examples of several rows, which have no features to map: leave it out")

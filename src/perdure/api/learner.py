@@ -12,7 +12,7 @@ import torch
 
 from perdure.api.abilities import TOKENS, Abilities
 from perdure.api.given import asked, check_first, known_task, pretraining_task, shown, task_of, told
-from perdure.api.lesson_source import found_now, given_source, sources_facts
+from perdure.api.lesson_source import found_now, given_source, nothing_learnt, sources_facts
 from perdure.api.options import HELD_OUT, OF_STREAMS, check_options
 from perdure.core import checkpoint
 from perdure.core.checkpoint import read_record
@@ -20,7 +20,6 @@ from perdure.core.manifests import holds_no_task, manifest_paths, refuse_team
 from perdure.core.shared_copy import as_now, become, part, twin_of
 from perdure.evaluation.calibration import fit, set_apart
 from perdure.export.model import export
-from perdure.formatting import command
 from perdure.objectives.zeroshot import class_texts
 from perdure.options.ranges import BatchSize, Count, checking
 from perdure.process import Turn, as_found, plain
@@ -359,7 +358,7 @@ class Learner(Abilities):
         read_record(Path(folder))
         done = checkpoint.whole(Path(folder))  # before the model is read, which may take longer
         if not done:
-            raise ValueError(f"{folder} has no learnt task yet: go on with {command('resume', folder)}")
+            raise nothing_learnt(Path(folder))
         learner = cls.untaught(Path(folder), device)
         with as_found(learner.runtime.threads):
             checkpoint.restore(learner, done[-1])

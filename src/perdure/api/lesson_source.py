@@ -11,6 +11,7 @@ from perdure.core import checkpoint
 from perdure.core.checkpoint import Checkpoint, read_record
 from perdure.core.manifests import recorded_moves
 from perdure.core.pretext import make_pretext
+from perdure.formatting import command
 from perdure.options.paths import anchored, relocated
 from perdure.options.spec import parse
 from perdure.storage import schema
@@ -148,6 +149,13 @@ def unfinished(into: Path, done: Sequence[Checkpoint]) -> LessonSource | None:
         return None
     remedy = f"restore it, or remove {path.parent} to give this task up"
     return found_now(schema.read_typed(path, LessonSource, remedy, "format" in read_record(into)), into)
+
+
+def nothing_learnt(folder: Path) -> ValueError:
+    """What to raise where a folder has no whole task, with the command that goes on there."""
+    begun = read_record(folder)["config"].get("stream") or unfinished(folder, ()) is not None
+    call = command("resume", folder) if begun else command("learn", "FOLDER", "--into", folder)
+    return ValueError(f"{folder} has no learnt task yet: go on with {call}")
 
 
 def found_now(source: LessonSource, into: Path) -> LessonSource:

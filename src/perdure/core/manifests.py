@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from perdure.formatting import command
 from perdure.options.paths import Relocation
 from perdure.storage import schema
 from perdure.storage.files import write_text
@@ -271,7 +272,9 @@ def check_new(into: Path) -> None:
     check_outside(into)
     settle(into)
     if ((into / RECORD).exists() and not holds_no_task(into)) or (into / SPECIALISTS).exists():
-        raise ValueError(f"{into} already holds a learner or specialists: give a new folder")
+        raise ValueError(
+            f"{into} already holds a learner or specialists, as {command('show', into)} says: give a new folder"
+        )
 
 
 def check_single(into: Path) -> None:

@@ -73,7 +73,7 @@ def contents(folder: Path) -> dict[str, Any]:
         "declared": len(declared),
         "forgotten": [day for each in done for day in each.manifest.get("forgotten", ())],
         "tasks": tasks,
-        "holds": list(_held(folder, done)),
+        "holds": list(_held(folder, done, bool(declared))),
     }
 
 
@@ -132,11 +132,16 @@ def _told_task(task: dict[str, Any], score: str) -> Iterator[str]:
         yield f"   {len(task['skipped'])} files could not be read and were left out"
 
 
-def _held(folder: Path, done: list[Checkpoint]) -> Iterator[str]:
-    """What of the data can be found in the folder, for who gives it away."""
+def _held(folder: Path, done: list[Checkpoint], declared: bool) -> Iterator[str]:
+    """What of the data can be found in the folder, for who gives it away; `declared`: tasks of a stream can."""
+    begun = folder / f"task-{done[-1].learnt if done else 0:03d}"
+    unfinished = begun.is_dir() and any(begun.iterdir())
+    if done or declared or unfinished:
+        yield "names of tasks and classes, and the paths that the data was read from (run.json, manifests)"
+    if unfinished:
+        yield f"what was saved so far of a task that is not finished ({begun.name})"
     if not done:
         return
-    yield "names of tasks and classes, and the paths that the data was read from (run.json, manifests)"
     if hashes := sum(_taught(done).values()):
         yield f"fingerprints of {hashes} taught images, by which an image can be recognised and not be drawn"
     shapes = _shapes(done[-1].folder / "learner.safetensors")

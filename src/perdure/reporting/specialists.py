@@ -82,6 +82,8 @@ def told_team(folder: Path, found: dict[str, Any]) -> list[str]:
             lines.append(
                 f"routed: {routed['accuracy']:.1%} right on {measured['images']} {measured.get('things', 'images')}"
             )
+    else:
+        lines.append(f"not measured yet: {command('eval', folder)} does")
     return lines
 
 

@@ -83,3 +83,6 @@ def drop_drafts(folder: Path) -> None:
     for lock in folder.glob(f".*{_BESIDE}/.lock"):
         with suppress(ValueError), locked(lock.parent):  # refused while its export goes on
             shutil.rmtree(lock.parent, ignore_errors=True)
+    for left in folder.glob(f".*{_BESIDE}"):
+        with suppress(OSError):  # all but the folder was removed; whoever takes its lock now makes it again
+            left.rmdir()
