@@ -22,9 +22,8 @@ def drafted(folder: Path) -> Iterator[Path]:
     What a killed process has left of a draft is removed, as are those files of sub-folders of the same names in
     `folder` that the draft has not.
     """
-    settle(folder)
+    drop_draft(folder)
     draft = folder / DRAFT
-    shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir()
     try:
         yield draft
@@ -62,6 +61,12 @@ def settle(folder: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
     (draft / _LIST).unlink(missing_ok=True)  # last: as long as it is there, whoever is next goes on
     shutil.rmtree(draft, ignore_errors=True)
+
+
+def drop_draft(folder: Path) -> None:
+    """Remove the draft that a killed process has left in `folder`, which is locked; one that counts is finished."""
+    settle(folder)
+    shutil.rmtree(folder / DRAFT, ignore_errors=True)
 
 
 @contextmanager

@@ -33,6 +33,7 @@ from perdure.evaluation.schedule import Evaluation, check_effect
 from perdure.formatting import command
 from perdure.options.paths import refuse_same
 from perdure.process import as_found, plain
+from perdure.storage.replacement import drop_draft
 from perdure.streams.augment import AUGMENTS, check_views
 from perdure.training.config import (
     RunConfig,
@@ -318,6 +319,7 @@ def learn_stream(
     processes = learner.processes
     learnt = done[-1].learnt if done else 0
     if processes.first:
+        drop_draft(out)
         for each in done:
             checkpoint.drop_steps(each.folder)
         # The manifests vouch for what was measured; a line without its task is of a killed process.
