@@ -68,10 +68,12 @@ def test_what_a_killed_lesson_has_left_is_told_too(perdure: Any, photos: Any) ->
     paths = perdure("show", "mine", "--json").events[0]["holds"][0]
     for name in ("summary.json", "results.jsonl"):
         Path("mine", name).unlink()
+    Path("mine/examples.json").write_text('{"queries": [], "searched": [], "pictures": {}}')  # noted before a task
     for task in ("task-001", "task-000"):  # killed before the second was whole, and before the first was
         Path("mine", task, "manifest.json").unlink()
         held = perdure("show", "mine", "--json").events[0]["holds"]
         assert held[:2] == [paths, f"what was saved so far of a task that is not finished ({task})"]
+        assert "small pictures of test images" in held[-1]
         assert json.loads(Path("mine", task, "source.json").read_text())["folder"]
 
 

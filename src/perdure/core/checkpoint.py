@@ -36,6 +36,7 @@ from perdure.storage.files import place, sync_folder
 from perdure.storage.files import write_json as write_json
 from perdure.storage.files import write_sealed as write_sealed
 from perdure.storage.files import write_text as write_text
+from perdure.storage.replacement import drop_draft
 from perdure.storage.schema import FORMAT
 from perdure.types import Row, Task
 
@@ -91,6 +92,13 @@ def save_step(folder: Path, learner: Core, step: int, optimizer: torch.optim.Opt
         if old != target:
             shutil.rmtree(old, ignore_errors=True)
     return target
+
+
+def drop_left(folder: Path, done: Sequence[Checkpoint]) -> None:
+    """Remove what a killed process has left in `folder`, which is locked: a draft, and snapshots within whole tasks."""
+    drop_draft(folder)
+    for each in done:
+        drop_steps(each.folder)
 
 
 def drop_steps(task: Path) -> None:

@@ -140,11 +140,9 @@ def _held(folder: Path, done: list[Checkpoint], declared: bool) -> Iterator[str]
         yield "names of tasks and classes, and the paths that the data was read from (run.json, manifests)"
     if unfinished:
         yield f"what was saved so far of a task that is not finished ({begun.name})"
-    if not done:
-        return
     if hashes := sum(_taught(done).values()):
         yield f"fingerprints of {hashes} taught images, by which an image can be recognised and not be drawn"
-    shapes = _shapes(done[-1].folder / "learner.safetensors")
+    shapes = _shapes(done[-1].folder / "learner.safetensors") if done else {}
     if statistics := [name for name in shapes if _STATISTICS.search(name)]:
         yield f"statistics of features ({len(statistics)} tensors): means or covariances of classes"
     if held := sum(shape[0] for name, shape in shapes.items() if name.endswith("references.refs")):

@@ -33,7 +33,6 @@ from perdure.evaluation.schedule import Evaluation, check_effect
 from perdure.formatting import command
 from perdure.options.paths import refuse_same
 from perdure.process import as_found, plain
-from perdure.storage.replacement import drop_draft
 from perdure.streams.augment import AUGMENTS, check_views
 from perdure.training.config import (
     RunConfig,
@@ -319,9 +318,7 @@ def learn_stream(
     processes = learner.processes
     learnt = done[-1].learnt if done else 0
     if processes.first:
-        drop_draft(out)
-        for each in done:
-            checkpoint.drop_steps(each.folder)
+        checkpoint.drop_left(out, done)
         # The manifests vouch for what was measured; a line without its task is of a killed process.
         if checkpoint.write_results(out, done) and done:
             progress.note(f"{out / 'results.jsonl'} was not what the manifests say: it was written anew from them")
