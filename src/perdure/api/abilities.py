@@ -53,11 +53,11 @@ class Abilities(Core):
                 raise ValueError(f"this learner is learning: {call} cannot be called from its progress; call it after")
             yield
 
-    def _taught(self) -> dict[int, Tensor]:
-        """Hashes (n,) of the images of each task learnt, by its position, as far as they are known."""
-        there = self._folder is not None and (self._folder / RECORD).exists()
-        kept = taught_hashes(self._folder) if there and self._folder else {}
-        return {**self._hashes, **kept, **hashes_at_hand(self.tasks[: self.learnt])}
+    def _taught(self, first: int = 0) -> dict[int, Tensor]:
+        """Hashes (n,) of the images of each task learnt from `first` on, by its position, as far as they are known."""
+        kept = taught_hashes(self._folder) if self._folder and (self._folder / RECORD).exists() else {}
+        known = {**self._hashes, **kept, **hashes_at_hand(self.tasks[first : self.learnt])}
+        return {index: hashes for index, hashes in known.items() if first <= index < self.learnt}
 
     @property
     def known(self) -> dict[str, int]:

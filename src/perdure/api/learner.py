@@ -336,8 +336,8 @@ class Learner(Abilities):
                 raise ValueError(f"{folder} has learnt something else since; save to a new folder")
             new = self.tasks[before : self.learnt]
             facts = self._facts | sources_facts(self._sources, new) | ({"alone": True} if len(new) > 1 else {})
-            hashes = {index: kept for index, kept in self._taught().items() if index >= before}
-            checkpoint.save_task(folder, self, list(rows), facts, taught_files(hashes, new[-1].index))
+            taught = taught_files(self._taught(before), new[-1].index)
+            checkpoint.save_task(folder, self, list(rows), facts, taught)
         # also when nothing was to be saved: a process may have been killed before it came here
         checkpoint.write_results(folder, checkpoint.whole(folder))
         write_summary(folder, Quiet().note)
