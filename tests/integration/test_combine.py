@@ -158,7 +158,11 @@ def test_without_a_member_the_others_answer_and_it_is_told_in_a_line(
         other = perdure("predict", "team", image, "--task", "animals")
     assert (named.code, named.events) == (0, found.events)
     assert (other.code, line in other.err.splitlines()[-1]) == (2, True)
+    assert "has a task 'animals'; they have: 'colours'; left out is" in other.err
     if harm != "locked":
+        if harm == "damaged":
+            file.write_bytes(file.read_bytes()[:-1])  # what is cut off is seen without being read
+        assert f"; {harm}" in perdure("show", "team").out
         shutil.rmtree(members[1])
         refused = perdure("predict", "team", image)
         assert (refused.code, "none of the members of team can be opened" in refused.err) == (2, True)
@@ -297,7 +301,7 @@ def test_learners_whose_heads_alone_were_taught_are_measured_and_merged(perdure:
     for how in ("average", "arithmetic", "ties", "dare"):
         both = merge(probes, f"{how}()")
         assert both.class_names == (*probes["animals"].class_names, *probes["colours"].class_names)
-    with pytest.raises(ValueError, match="expected 0 or more each"):
+    with pytest.raises(ValueError, match="expected numbers of 0 or more"):
         merge(probes, weights=[float("nan"), 1.0])
 
 

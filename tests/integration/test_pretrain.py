@@ -106,7 +106,7 @@ def test_captions_teach_a_learner_of_classes(perdure: Any, photos: Any) -> None:
     [
         ("gone --into x", "does not exist"),
         ("new --into x --method ncm", "trains nothing that makes features"),
-        ("new --into x --method ewc+lora", "ewc cannot be pre-trained, for it needs labels"),
+        ("new --into x --method ewc+lora", "ewc takes no part in a step without labels"),
         ("new --into x --captions words", "--captions words has no effect with masked()"),
         ("new --into x --pretext contrast() --replay new", "new has no effect with contrast(): leave it out\n"),
         ("new --into x --pretext contrast() --replay new --method lora", ": leave it out, or add feature_distill to"),
@@ -128,7 +128,7 @@ def test_a_refused_step_leaves_the_learner_as_it_was(perdure: Any, photos: Any, 
     photos("new", "x y", 3)
     assert perdure("learn", "new", "--into", "taught", *MADE, "--method", "probe + align").code == 0
     before = content_of(Path("taught"))
-    assert "probe cannot be pre-trained" in refused(perdure("pretrain", "new", "--into", "taught"))
+    assert "probe takes no part" in refused(perdure("pretrain", "new", "--into", "taught"))
     assert content_of(Path("taught")) == before
     assert not Path("taught/task-001").exists()
     assert perdure("forget", "taught", "x").code == 0

@@ -100,6 +100,7 @@ REFUSED = {
     "synthetic(classes_per_task=10), ways=2, base=5": "10 classes, which are not base=5 and sessions of ways=2",
     "synthetic(classes_per_task=10), ways=5": "three fifths of the classes and sessions of ways=5: give a base",
     "synthetic(classes_per_task=10), ways=10": "sessions of ways=10: give fewer ways$",
+    "synthetic(classes_per_task=10), ways=10, base=10": "base=10 and sessions of ways=10: give a smaller base",
     "synthetic(tasks=5)": "tasks=5 has no effect on 'synthetic' in fewshot, which says what the tasks are",
     "cifar100(increments=(50, 50))": "increments=.* has no effect on 'cifar100' in fewshot",
     "captions_synthetic()": "fewshot: captions_synthetic is no stream of labelled images in one task",

@@ -197,9 +197,9 @@ def test_pairs_of_images_and_captions_teach_both_ways(pictures: Tensor) -> None:
 @pytest.mark.parametrize(
     ("method", "pretext", "message"),
     [
-        ("ewc + lora", "masked()", "ewc cannot be pre-trained, for it needs labels: pre-train with parts that do not"),
-        ("probe", "masked()", "probe cannot be pre-trained"),
-        ("inflora(ranks=(2, 4))", "masked()", "inflora cannot be pre-trained"),
+        ("ewc + lora", "masked()", "ewc takes no part in a step without labels: pre-train with parts that do"),
+        ("probe", "masked()", "probe takes no part"),
+        ("inflora(ranks=(2, 4))", "masked()", "inflora with these options takes no part"),
         ("lora", "masked(ratio=1)", "ratio=1.*expected less than 1"),
         ("lora", "distill(ratio=0)", "ratio=0.*leave nothing to learn"),
         ("lora", "mask()", "mask"),

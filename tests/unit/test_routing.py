@@ -1,5 +1,7 @@
 """Routers against hand calculations; the pool keeps to its bytes; merging against the papers' rules."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -139,6 +141,12 @@ def test_dare_drops_and_keeps_the_mean() -> None:
 
 
 def test_weights_that_say_nothing_are_refused() -> None:
-    for weights, said in (([0, 0], "one above 0"), ([1, -1], "0 or more each"), ([1], "got 1 for 2 members")):
+    given: list[tuple[Any, str]] = [
+        ([0, 0], "one above 0"),
+        ([1, -1], "of 0 or more"),
+        (["x", 1], "expected numbers"),
+        ([1], "got 1 for 2 members"),
+    ]
+    for weights, said in given:
         with pytest.raises(ValueError, match=said):
             merged("average", [torch.ones(1, 1)] * 2, weights)

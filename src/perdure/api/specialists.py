@@ -118,8 +118,7 @@ class Specialists:
         tensors = read_pool(folder, record["sha256"])
         pool = ExperiencePool(record["pool_bytes"])
         pool.load_state_dict({k.removeprefix("pool."): v for k, v in tensors.items() if k.startswith("pool.")})
-        owners = [member for member, _ in record["classes"]]
-        router = router_of(record["route"], pool, owners, len(record["members"]), gate.dim)
+        router = router_of(record["route"], pool, [m for m, _ in record["classes"]], len(record["members"]), gate.dim)
         if isinstance(router, LinUCB):  # the others are made of the pool
             router.load_state_dict({k.removeprefix("router."): v for k, v in tensors.items() if "router." in k})
         if router is not None:
@@ -162,8 +161,9 @@ class Specialists:
         """Those of `able` who have learnt the task of that name, where one is named; `chosen` as in `_told`."""
         owners = [name for name in able if task is None or task in _tasks(self.members[name])]
         if not owners:
-            gone = self._gone and f"; {self._gone}"
-            raise ValueError(f"no member of {self.folder} who can be asked this has a task {task!r}{gone}")
+            tasks = ", ".join(dict.fromkeys(repr(each) for name in able for each in _tasks(self.members[name])))
+            have = "; ".join(filter(None, [f"they have: {tasks}", self._gone]))
+            raise ValueError(f"no member of {self.folder} who can be asked this has a task {task!r}; {have}")
         alone = owners == able and not self.missing  # whoever is left out may have other tasks
         if task is not None and alone and not any(_told(self.members[name], task, chosen) for name in able):
             raise ValueError(
@@ -338,7 +338,7 @@ def member_of(facts: MemberFacts, folder: Path, device: str | None = None) -> Le
     places = Path(facts["folder"]), folder / facts["beside"]
     there = next((each for each in places if (each / RECORD).is_file()), None)
     if there is None:
-        raise ValueError(f"{facts['folder']} is not there: bring it back, or combine the others")
+        raise ValueError(f"{facts['folder']} is not there, or has no {RECORD}: bring it back, or combine the others")
     if schema.seal(read_record(there)) != facts["run"]:
         raise ValueError(f"{there} holds another learner than was combined: combine again")
     if in_use(there):

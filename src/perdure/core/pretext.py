@@ -60,7 +60,7 @@ def begin_pretext(learner: AnyLearner, task: Task) -> Pretext:
     """The pretext of a `task` without labels that the learner has grown for; heads are frozen.
 
     Raises:
-        ValueError: when the backbone reads conversations, a part of the method needs labels, or nothing that makes
+        ValueError: when the backbone reads conversations, a part of the method takes no part, or nothing that makes
             features is trained.
     """
     if "language" in learner.backbone.towers():
@@ -73,9 +73,10 @@ def begin_pretext(learner: AnyLearner, task: Task) -> Pretext:
     for part in parts_of(learner.method):
         if not part.unlabelled:
             able = ", ".join(sorted(name for name, each in METHODS.items() if each.unlabelled == "any"))
+            how = " with these options" if METHODS[part.name].unlabelled else ""
             raise ValueError(
-                f"{part.name} cannot be pre-trained, for it needs labels: pre-train with parts that do not ({able}), "
-                "or leave pretrain out"
+                f"{part.name}{how} takes no part in a step without labels: pre-train with parts that do ({able}), or "
+                "leave pretrain out"
             )
         if part.unlabelled == "untaught" and taught:
             raise ValueError(

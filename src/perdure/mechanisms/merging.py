@@ -98,8 +98,8 @@ def merged_vectors(merge: Merge, vectors: Sequence[Vector], weights: Sequence[fl
     """
     if len(vectors) != len(weights):
         raise ValueError(f"weights: got {len(weights)} for {len(vectors)} members, expected one each")
-    if not all(0 <= w < math.inf for w in weights) or max(weights) == 0:
-        raise ValueError(f"weights {tuple(weights)}: expected 0 or more each, and one above 0")
+    if not all(isinstance(w, int | float) and 0 <= w < math.inf for w in weights) or max(weights) == 0:
+        raise ValueError(f"weights {tuple(weights)}: expected numbers of 0 or more, and one above 0")
     counted = [(vector, w) for vector, w in zip(vectors, weights, strict=True) if w]
     return merge([v for v, _ in counted], [w for _, w in counted], torch.Generator().manual_seed(seed))
 

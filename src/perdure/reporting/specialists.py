@@ -4,7 +4,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from perdure.core.manifests import RECORD, read_record, read_specialists, whole
+from perdure.core.manifests import LEARNER, RECORD, Checkpoint, read_record, read_specialists, whole
 from perdure.formatting import command, human_bytes, printable, shortened
 from perdure.storage import schema
 from perdure.storage.files import write_page
@@ -115,10 +115,19 @@ def _state(facts: MemberFacts, folder: Path) -> str:
         if schema.seal(read_record(there)) != facts["run"]:
             return "another learner"
         done = whole(there)
+        if done and _cut(done[-1]):
+            return "damaged"
     except Damaged:
         return "damaged"
     more = (done[-1].learnt if done else 0) - facts["learnt"]
     return f"there, with {more} task(s) more than the pool knows: combine again" if more > 0 else "there"
+
+
+def _cut(checkpoint: Checkpoint) -> bool:
+    """Whether the file of what was learnt is gone or has another size; what is in it is read when it is opened."""
+    file = checkpoint.folder / LEARNER
+    size = checkpoint.manifest.get("bytes", {}).get(LEARNER)
+    return not file.is_file() or (size is not None and file.stat().st_size != size)
 
 
 def _exemplars(pool: Path) -> int:

@@ -80,7 +80,8 @@ def _sizes(classes: int, ways: int, base: int | None, name: str) -> list[int]:
     if sessions < 1 or (base is not None and rest != base):
         asked = "three fifths of the classes" if base is None else f"base={base}"
         near = classes - ways * max(1, sessions)
-        remedy = f"give a base such as {near}, or other ways" if near > 0 else "give fewer ways"
+        fewer = "fewer ways" if base is None or base < classes else "a smaller base and fewer ways"
+        remedy = f"give a base such as {near}, or other ways" if near > 0 else f"give {fewer}"
         raise ValueError(
             f"fewshot: {name} has {classes} classes, which are not {asked} and sessions of ways={ways}: {remedy}"
         )
