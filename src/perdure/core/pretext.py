@@ -73,7 +73,7 @@ def begin_pretext(learner: AnyLearner, task: Task) -> Pretext:
     for part in parts_of(learner.method):
         if not part.unlabelled:
             able = ", ".join(sorted(name for name, each in METHODS.items() if each.unlabelled == "any"))
-            how = " with these options" if METHODS[part.name].unlabelled else ""
+            how = " with these options" if type(part).unlabelled else ""
             raise ValueError(
                 f"{part.name}{how} takes no part in a step without labels: pre-train with parts that do ({able}), or "
                 "leave pretrain out"
