@@ -179,8 +179,8 @@ def _shapes(path: Path) -> dict[str, list[int]]:
         size = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         header = file.read(size) if size <= path.stat().st_size else b""
     remedy = f"restore it, or remove {path.parent} to go back to the task before"
-    found = schema.decode_json(header, f"{path} is damaged", remedy)
     try:
+        found = schema.decode_json(header or b"null", f"{path} is damaged", remedy)
         return {name: list(each["shape"]) for name, each in found.items() if name != "__metadata__"}
     except (AttributeError, KeyError, TypeError) as error:
         raise Damaged(f"{path} is damaged: its header names no tensors; {remedy}") from error
