@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from perdure.adapters.injection import Adapter, starting_rows
-from perdure.adapters.state import BufferDict, ParameterStore, given, numbers_in
+from perdure.adapters.state import BufferDict, ParameterStore, assigned, numbers_in
 from perdure.types import Site
 
 _PARTS = ("down", "down_bias", "up", "up_bias")
@@ -191,4 +191,4 @@ def _mean(tokens: Tensor, counted: Tensor | None) -> Tensor:
 
 def routing(experts: Sequence[Experts], routes: Sequence[Routes]) -> AbstractContextManager[None]:
     """Within, images or texts take what `routes` say, one for each of `experts`."""
-    return given(experts, "routes", routes)
+    return assigned(experts, "routes", routes)

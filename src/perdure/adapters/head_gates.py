@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from perdure.adapters.injection import hold
-from perdure.adapters.state import BufferDict, ParameterStore, given
+from perdure.adapters.state import BufferDict, ParameterStore, assigned
 from perdure.types import Site
 
 _OPEN = "log_alpha"
@@ -71,7 +71,7 @@ class HeadGates(nn.Module):
 
     def using(self, gates: Tensor) -> AbstractContextManager[None]:
         """Within, heads are multiplied by `gates` (blocks, B, heads); B is 1 where all examples have the same."""
-        return given([self], "_given", [gates])
+        return assigned([self], "_given", [gates])
 
     def of(self, number: int) -> Tensor | None:
         """The gates (B, heads) of block number `number` of those attached."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perdure.adapters.injection import Adapter, starting_rows
-from perdure.adapters.state import given
+from perdure.adapters.state import assigned
 from perdure.types import Site
 
 
@@ -109,4 +109,4 @@ class SeparateMixtures(_Mixture):
 
 def keyed(mixtures: Sequence[SeparateMixtures], keys: Tensor) -> AbstractContextManager[None]:
     """Within, examples take the branches that their `keys` (B, 2, width) choose."""
-    return given(mixtures, "keys", [keys] * len(mixtures))
+    return assigned(mixtures, "keys", [keys] * len(mixtures))

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from perdure.adapters.injection import hold
 from perdure.adapters.prompt_tokens import with_masks
-from perdure.adapters.state import given
+from perdure.adapters.state import assigned
 from perdure.types import Site
 
 
@@ -55,7 +55,7 @@ class Prefix(nn.Module):
 
     def using(self, values: Sequence[Tensor]) -> AbstractContextManager[None]:
         """Within, one (length, 2 · width) or (B, length, 2 · width) per block joins: keys beside values."""
-        return given([self], "_given", [values])
+        return assigned([self], "_given", [values])
 
     def of(self, number: int) -> Tensor | None:
         """What joins block number `number` of those attached."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perdure.adapters.injection import before_recorders, hold
-from perdure.adapters.state import given
+from perdure.adapters.state import assigned
 
 
 class PromptBase(nn.Module):
@@ -67,7 +67,7 @@ class RoutedPrompts(PromptBase):
 
     def using(self, values: Tensor) -> AbstractContextManager[None]:
         """Within, images are encoded with `values`, (m, width) or (B, m, width)."""
-        return given([self], "_values", [values])
+        return assigned([self], "_values", [values])
 
 
 def _enter(

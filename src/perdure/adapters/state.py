@@ -56,7 +56,7 @@ class BufferDict(nn.Module, MutableMapping[str, Tensor]):
 
 
 @contextmanager
-def given(modules: Sequence[nn.Module], name: str, values: Iterable[Any]) -> Iterator[None]:
+def assigned(modules: Sequence[nn.Module], name: str, values: Iterable[Any]) -> Iterator[None]:
     """Within, each of `modules` has its own of `values` as its attribute `name`; then what it had before."""
     before = [getattr(each, name) for each in modules]
     for each, its in zip(modules, values, strict=True):

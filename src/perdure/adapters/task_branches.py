@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from perdure.adapters.injection import Adapter, starting_rows
 from perdure.adapters.low_rank_mixture import mixed
-from perdure.adapters.state import BufferDict, ParameterStore, given, numbers_in
+from perdure.adapters.state import BufferDict, ParameterStore, assigned, numbers_in
 from perdure.types import Site
 
 _PARTS = ("down", "up")
@@ -95,9 +95,9 @@ class TaskBranches(Adapter):
 
 def routed(adapters: Sequence[TaskBranches], routes: Tensor) -> AbstractContextManager[None]:
     """Within, each example takes the branch of the task that `routes` (B,) says; -1 for none."""
-    return given(adapters, "routes", [routes] * len(adapters))
+    return assigned(adapters, "routes", [routes] * len(adapters))
 
 
 def sharing(adapters: Sequence[TaskBranches], shares: Sequence[Tensor]) -> AbstractContextManager[None]:
     """Within, examples take of each branch what `shares` (B, tasks) say, one for each of `adapters`."""
-    return given(adapters, "shares", shares)
+    return assigned(adapters, "shares", shares)
