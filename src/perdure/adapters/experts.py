@@ -1,7 +1,7 @@
 """Experts beside an MLP: bottlenecks of which each image or text takes a few, chosen by the router of its task."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -189,6 +189,8 @@ def _mean(tokens: Tensor, counted: Tensor | None) -> Tensor:
     return (tokens * weights).sum(1) / weights.sum(1).clamp_min(1)
 
 
-def routing(experts: Sequence[Experts], routes: Sequence[Routes]) -> AbstractContextManager[None]:
-    """Within, images or texts take what `routes` say, one for each of `experts`."""
-    return assigned(experts, "routes", routes)
+@contextmanager
+def routing(experts: Sequence[Experts], routes: Sequence[Routes]) -> Iterator[None]:
+    """Within, images or texts take what `routes` say, one for each of `experts`; what was read on the way goes."""
+    with assigned(experts, "routes", routes), assigned(experts, "_read", [None] * len(experts)):
+        yield
