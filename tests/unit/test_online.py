@@ -29,7 +29,13 @@ def lab(lab: Any) -> Any:
     return lab.but(epochs=1)
 
 
-@pytest.mark.parametrize("method", [*ABLE, "probe + replay(size=8)", "finetune + reptile", "adapter(rank=2) + oml"])
+WHOLE = ("prompt(tokens=2)", "prefix(length=2)", "moe_lora(rank=4, experts=2)", "l2p(pool=4, length=2, top=2)")
+"""Learnt by all tasks alike, and so of a pass."""
+
+
+@pytest.mark.parametrize(
+    "method", [*ABLE, *WHOLE, "probe + replay(size=8)", "finetune + reptile", "adapter(rank=2) + oml"]
+)
 def test_a_pass_that_was_stopped_and_resumed_equals_an_unbroken_one(
     method: str, lab: Any, content_of: Any, tmp_path: Path
 ) -> None:
@@ -54,7 +60,7 @@ def test_a_pass_that_was_stopped_and_resumed_equals_an_unbroken_one(
         ("probe + align", "align"),
         ("ranpac", "ranpac"),
         ("finetune + icarl", "icarl"),
-        ("l2p", "l2p"),
+        ("dualprompt", "dualprompt"),
         ("joint", "joint"),
     ],
 )
@@ -86,7 +92,7 @@ def test_what_a_pass_cannot_have_is_refused_in_one_line(
         text.run(changes.pop("method", "lora + replay"), tmp_path / "run", online=True, **changes)
 
 
-@pytest.mark.parametrize("method", [*ABLE[:3], "ncm"])
+@pytest.mark.parametrize("method", [*ABLE, *WHOLE])
 def test_no_method_is_told_of_a_border(method: str, lab: Any) -> None:
     """The same images cut into other tasks are the same pass, but for their order within a task."""
     preprocess = lab.backbone().preprocess

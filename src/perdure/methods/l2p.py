@@ -77,7 +77,7 @@ class L2P(QueriedPrompts[Pool], name="l2p"):
         tower: which encoder; each has a pool of its own.
     """
 
-    trains_shared = True
+    trains_shared, borderless = True, True
 
     def __init__(
         self,

@@ -30,7 +30,7 @@ class MoELoRA(Method, name="moe_lora"):
         alpha: scale times rank; None means a scale of 1.
     """
 
-    changes_encoder, trains_shared = True, True
+    changes_encoder, trains_shared, borderless = True, True, True
 
     def __init__(
         self,

@@ -25,7 +25,7 @@ class PrefixTuning(Method, name="prefix"):
         tower: which encoder.
     """
 
-    changes_encoder, trains_shared = True, True
+    changes_encoder, trains_shared, borderless = True, True, True
 
     def __init__(self, length: Length = 10, blocks: str | None = None, tower: Tower = "vision") -> None:
         super().__init__()

@@ -28,7 +28,7 @@ class Prompt(Method, name="prompt"):
         tower: which encoder.
     """
 
-    changes_encoder, trains_shared = True, True
+    changes_encoder, trains_shared, borderless = True, True, True
 
     def __init__(
         self, tokens: Length = 10, deep: bool = False, blocks: str | None = None, tower: Tower = "vision"
