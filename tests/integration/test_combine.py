@@ -154,6 +154,7 @@ def test_without_a_member_the_others_answer_and_it_is_told_in_a_line(
     assert said.startswith("perdure: animals is left out: ")
     assert line in said
     with locked(lost) if harm == "locked" else torch.no_grad():
+        assert (f"; {harm}" in perdure("show", "team").out) == (harm != "damaged")  # of which no byte is missing
         named = perdure("predict", "team", image, "--task", "colours", "--json")  # which the others may not have
         other = perdure("predict", "team", image, "--task", "animals")
     assert (named.code, named.events) == (0, found.events)
@@ -198,6 +199,9 @@ def test_a_pool_that_was_changed_is_refused(perdure: Any, members: list[str]) ->
     pool.write_bytes(pool.read_bytes()[:-1] + b"\x7f")
     refused = perdure("predict", "team", "colours/test/red/01.png")
     assert (refused.code, "is damaged: its sha256" in refused.err) == (2, True)
+    pool.write_bytes(pool.read_bytes()[:3])
+    shown = perdure("show", "team")
+    assert (shown.code, shown.err.count("\n"), f"{pool} is damaged: " in shown.err) == (2, 1, True)
     record = json.loads(Path("team/specialists.json").read_text())
     Path("team/specialists.json").write_text(json.dumps(record | {"route": "nearest"}, indent=2) + "\n")
     refused = perdure("predict", "team", "colours/test/red/01.png")

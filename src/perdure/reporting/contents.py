@@ -4,7 +4,6 @@ Read from what is sealed, without tensors: it waits for no torch.
 """
 
 import re
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ from perdure.formatting import command, human_bytes, shortened
 from perdure.options.paths import moved
 from perdure.options.spec import changed, parse
 from perdure.storage import schema
-from perdure.storage.schema import Damaged, Examples
+from perdure.storage.files import tensor_shapes
+from perdure.storage.schema import Examples
 
 LICENCES = {"pocket": "the weights come from images that allow research use only (Tiny-ImageNet, Flickr8k)"}
 """Of weights that perdure brings itself, by backbone; those of others have the licence of whoever gave them."""
@@ -142,14 +142,12 @@ def _held(folder: Path, done: list[Checkpoint], declared: bool) -> Iterator[str]
         yield f"what was saved so far of a task that is not finished ({begun.name})"
     if hashes := sum(_taught(done).values()):
         yield f"fingerprints of {hashes} taught images, by which an image can be recognised and not be drawn"
-    shapes = _shapes(done[-1].folder / "learner.safetensors") if done else {}
+    shapes = _shapes(done[-1], "learner.safetensors") if done else {}
     if statistics := [name for name in shapes if _STATISTICS.search(name)]:
         yield f"statistics of features ({len(statistics)} tensors): means or covariances of classes"
     if held := sum(shape[0] for name, shape in shapes.items() if name.endswith("references.refs")):
         yield f"positions of {held} examples that may be replayed; their images stay where they lie"
-    if features := sum(
-        max([0, *(s[0] for s in _shapes(each.folder / "features.safetensors").values())]) for each in done
-    ):
+    if features := sum(max([0, *(s[0] for s in _shapes(each, "features.safetensors").values())]) for each in done):
         yield f"features of {features} test images"
     if any((each.folder / "answers.safetensors").is_file() for each in done):
         yield "what was answered to each test image, by its number"
@@ -162,25 +160,10 @@ def _held(folder: Path, done: list[Checkpoint], declared: bool) -> Iterator[str]
 
 def _taught(done: list[Checkpoint]) -> dict[int, int]:
     """How many images were taught, by their hashes, by the position of the task; none of whom it is not known."""
-    beside = [(each, _shapes(each.folder / TAUGHT)) for each in done]
+    beside = [(each, _shapes(each, TAUGHT)) for each in done]
     return {each.task_of(name): shape[0] for each, shapes in beside for name, shape in shapes.items() if shape}
 
 
-def _shapes(path: Path) -> dict[str, list[int]]:
-    """Name -> shape of the tensors in a safetensors file, by its header alone; empty when there is no file.
-
-    Raises:
-        Damaged: when there is no such header.
-    """
-    if not path.is_file():
-        return {}
-    with path.open("rb") as file:
-        start = file.read(8)
-        size = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        header = file.read(size) if size <= path.stat().st_size else b""
-    remedy = f"restore it, or remove {path.parent} to go back to the task before"
-    try:
-        found = schema.decode_json(header or b"null", f"{path} is damaged", remedy)
-        return {name: list(each["shape"]) for name, each in found.items() if name != "__metadata__"}
-    except (AttributeError, KeyError, TypeError) as error:
-        raise Damaged(f"{path} is damaged: its header names no tensors; {remedy}") from error
+def _shapes(checkpoint: Checkpoint, name: str) -> dict[str, list[int]]:
+    folder = checkpoint.folder
+    return tensor_shapes(folder / name, f"restore it, or remove {folder} to go back to the task before")

@@ -1,13 +1,12 @@
 """Specialists as people read them: who is a member, what is shared, and what was measured of their routing."""
 
-import struct
 from pathlib import Path
 from typing import Any
 
 from perdure.core.manifests import LEARNER, RECORD, Checkpoint, read_record, read_specialists, whole
 from perdure.formatting import command, human_bytes, printable, shortened
 from perdure.storage import schema
-from perdure.storage.files import write_page
+from perdure.storage.files import in_use, tensor_shapes, write_page
 from perdure.storage.schema import Damaged, MemberFacts, RoutingTable
 
 TABLE = "routing.json"
@@ -114,6 +113,8 @@ def _state(facts: MemberFacts, folder: Path) -> str:
     try:
         if schema.seal(read_record(there)) != facts["run"]:
             return "another learner"
+        if in_use(there):
+            return "locked, another process is working in it"
         done = whole(there)
         if done and _cut(done[-1]):
             return "damaged"
@@ -131,11 +132,6 @@ def _cut(checkpoint: Checkpoint) -> bool:
 
 
 def _exemplars(pool: Path) -> int:
-    """How many images a pool holds, by the header of its file alone."""
-    if not pool.is_file():
-        return 0
-    with pool.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = schema.decode_json(file.read(min(length, 2**26)), f"{pool} is damaged", "combine again")
-    kept = [v["shape"][0] for k, v in header.items() if k.startswith("pool.exemplars.")]
-    return sum(kept)
+    """How many images a pool holds."""
+    shapes = tensor_shapes(pool, "combine again")
+    return sum(shape[0] for name, shape in shapes.items() if name.startswith("pool.exemplars."))

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import filelock
+from safetensors import SafetensorError, safe_open
 
-from perdure.storage.schema import sealed
+from perdure.storage.schema import Damaged, sealed
 
 
 @contextmanager
@@ -108,3 +109,18 @@ def in_use(folder: Path) -> bool:
         return False
     lock.release()
     return False
+
+
+def tensor_shapes(path: Path, remedy: str) -> dict[str, list[int]]:
+    """Name -> shape of the tensors in a safetensors file, by its header alone; empty when there is no file.
+
+    Raises:
+        Damaged: when its header cannot be read, or tells of more or fewer bytes than there are.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        with safe_open(path, framework="numpy") as file:  # which waits for no torch
+            return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - it is no mapping
+    except (SafetensorError, OSError) as error:
+        raise Damaged(f"{path} is damaged: {error}; {remedy}") from error
