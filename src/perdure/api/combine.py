@@ -103,13 +103,7 @@ def gather(
     pool = ExperiencePool(limit - judged)
     classes: list[tuple[int, str]] = []
     for number, (name, learner) in enumerate(learners.items()):
-        folder = _folder_of(folders, name)
-        done = checkpoint.whole(folder)
-        tasks = tasks_with_data(learner, folder, done, progress.note)
-        gone = [task.name for task in tasks if not len(task.train) and _to_be_seen(task, learner)]
-        if gone and route in _LOOKING:
-            written = learner.config.stream != OPEN or len(checkpoint.sources(done)) == len(tasks)
-            raise _gone(folder, gone[0], route, written)
+        tasks = _lessons(learner, _folder_of(folders, name), route, progress)
         shown, said = _taught(tasks, learner, encoder, per_class, seed + number)
         if "text" in encoder.towers() and said:
             with torch.inference_mode():
@@ -172,6 +166,21 @@ def _without_images(route: Route, pool: ExperiencePool, gate: str, progress: Pro
         raise ValueError(f"{why}, and the gate {gate} reads no texts to choose by: give --gate 'pocket()'")
     progress.note(f"{why}: their texts choose, as with --route text")
     return "text"
+
+
+def _lessons(learner: Learner, folder: Path, route: Route, progress: Progress) -> list[Task]:
+    """What a member was taught, with the data that is at hand.
+
+    Raises:
+        ValueError: when the route looks at images of which none of a task are.
+    """
+    done = checkpoint.whole(folder)
+    tasks = tasks_with_data(learner, folder, done, progress.note)
+    gone = [task.name for task in tasks if not len(task.train) and _to_be_seen(task, learner)]
+    if gone and route in _LOOKING:
+        written = learner.config.stream != OPEN or len(checkpoint.sources(done)) == len(tasks)
+        raise _gone(folder, gone[0], route, written)
+    return tasks
 
 
 def _gone(folder: Path, task: str, route: Route, written: bool) -> ValueError:
