@@ -17,8 +17,8 @@ import torch
 from perdure.core.compiling import compiled
 from perdure.core.learner import Core
 from perdure.streams import build_stream
+from perdure.training.building import build_learner
 from perdure.training.config import RunConfig
-from perdure.training.run import build_learner
 
 METHODS = ("lora(rank=10)", "inflora(rank=10)", "finetune")
 

@@ -40,9 +40,10 @@ from perdure.experiments.cluster import Cluster, run_beside
 from perdure.experiments.grid import cells, compare
 from perdure.reporting.tracking import tracked
 from perdure.streams import build_stream
+from perdure.training.building import build_learner
 from perdure.training.config import RunConfig
 from perdure.training.loop import Quiet, fit_task
-from perdure.training.run import build_learner, run
+from perdure.training.run import run
 from perdure.training.runtime import joined, shard
 from perdure.types import Task
 

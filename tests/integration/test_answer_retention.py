@@ -326,7 +326,7 @@ def test_the_untaught_model_is_measured_in_the_precision_of_the_run(
         return fit_task(learner, *rest)
 
     monkeypatch.setattr("perdure.evaluation.schedule.measured", watched)
-    monkeypatch.setattr("perdure.training.run.fit_task", fit)
+    monkeypatch.setattr("perdure.training.tasks.fit_task", fit)
     run(config_of(data, precision="bf16", attention="eager", epochs=1, **what), tmp_path / "run")
     assert torch.equal(found[0], found[-1])
     assert begun == [torch.float32, torch.bfloat16]

@@ -144,7 +144,7 @@ def test_a_task_that_is_saved_stays_whatever_is_refused_after_it(
         raise ValueError("no room for the summary")
 
     with monkeypatch.context() as patched:
-        patched.setattr("perdure.training.run.write_summary", full)
+        patched.setattr("perdure.training.tasks.write_summary", full)
         assert "no room" in refused(perdure("learn", "new", "--into", "taught"))
     assert len(whole(Path("taught"))) == 2
     assert Learner.load("taught").class_names == ("cat", "dog", "x", "y")

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from perdure.core.learner import Core
+from perdure.training.building import dry_run
 from perdure.training.config import make_method
 from perdure.training.loop import fit_task
-from perdure.training.run import dry_run
 from perdure.types import Batch, Task
 
 

@@ -7,8 +7,8 @@ import pytest
 from perdure.backbones.clip import pocket
 from perdure.core.learner import Core
 from perdure.export.model import export
+from perdure.training.building import dry_run
 from perdure.training.config import make_method, make_objective
-from perdure.training.run import dry_run
 from perdure.types import Task
 
 SCORES = "reservoir class_balanced herding kmeans"

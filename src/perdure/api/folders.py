@@ -34,11 +34,14 @@ from perdure.streams import Captioned, captioned_task, conversation_task, folder
 from perdure.streams.conversation_stream import holds_conversations
 from perdure.streams.single_task import free_name
 from perdure.streams.unlabelled import unlabelled_task
+from perdure.training.building import unread_names
 from perdure.training.config import RunConfig, make_stream, said_of
 from perdure.training.defaults import usual
 from perdure.training.loop import Diverged, Progress, TrainConfig, told_by
 from perdure.training.record import elsewhere, write_record
-from perdure.training.run import Interrupted, learn_stream, nothing_learnt_nothing_left, resume, unread_names
+from perdure.training.run import nothing_learnt_nothing_left, resume
+from perdure.training.snapshots import Interrupted
+from perdure.training.tasks import learn_stream
 from perdure.types import Stream, Task, class_ids
 
 _SPECS = ("backbone", "method", "objective")

@@ -28,12 +28,12 @@ from perdure.storage.schema import LessonSource
 from perdure.streams import ImageSet
 from perdure.streams.single_task import free_name
 from perdure.streams.sources import Picture
+from perdure.training.building import build_learner
 from perdure.training.config import RunConfig, former_parts
 from perdure.training.defaults import for_lessons
 from perdure.training.early_stop import watching
 from perdure.training.loop import Progress, Quiet, TrainConfig, fit_task, told_by
 from perdure.training.record import record_of, recorded_config, recorded_runtime, write_record
-from perdure.training.run import build_learner
 from perdure.training.runtime import Runtime
 from perdure.training.summary import COSTS, facts_of, taught_files, write_summary
 from perdure.types import Row, Stream, Task

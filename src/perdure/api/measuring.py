@@ -19,8 +19,8 @@ from perdure.process import plain
 from perdure.streams import build_stream
 from perdure.streams.folders import told_left_out
 from perdure.streams.naming import recorded
+from perdure.training.building import check_gives
 from perdure.training.config import make_stream
-from perdure.training.run import check_gives
 from perdure.training.summary import of_all_tasks, scored_by, taught_hashes
 from perdure.types import Batch, Data, Row, Task
 

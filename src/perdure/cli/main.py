@@ -67,7 +67,7 @@ def main(args: Sequence[str] | None = None) -> None:
         if os.environ.get("TORCHELASTIC_RUN_ID") != _LAUNCHED:  # whoever started us says which one it was
             screen.error(f"{lost}, and so does this one; what was saved before is whole: go on with 'perdure resume'")
         sys.exit(1)
-    except _raised("perdure.training.run", "Interrupted") as stop:
+    except _raised("perdure.training.snapshots", "Interrupted") as stop:
         screen.error(str(stop))
         sys.exit(130)
     except RuntimeError as error:

@@ -26,11 +26,13 @@ from perdure.reporting.report import trade_offs
 from perdure.reporting.runs import RunResults, ignore, steps_of
 from perdure.reporting.tables import check_complete, markdown, tabulate
 from perdure.reporting.tracking import tracked
+from perdure.training.building import dry_run
 from perdure.training.config import BESIDE_RESULTS, RunConfig, make_backbone, make_method, make_stream, with_former
 from perdure.training.loop import Progress, Quiet, told_by
 from perdure.training.record import recorded_config
-from perdure.training.run import Interrupted, dry_run, resume, run
+from perdure.training.run import resume, run
 from perdure.training.runtime import Runtime, resolve
+from perdure.training.snapshots import Interrupted
 from perdure.types import Row, Task
 
 

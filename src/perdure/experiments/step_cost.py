@@ -23,9 +23,9 @@ from perdure.core.learner import Core
 from perdure.options.spec import parse_one
 from perdure.reporting.runs import STEPS, steps_of
 from perdure.storage.schema import Cost
+from perdure.training.building import build_learner
 from perdure.training.config import RunConfig, make_stream
 from perdure.training.loop import Quiet, fit_task
-from perdure.training.run import build_learner
 from perdure.training.runtime import Runtime
 from perdure.types import Batch, Data, Stream
 
