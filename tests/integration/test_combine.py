@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from perdure.api.combine import combine
 from perdure.api.distil import distil
@@ -20,12 +21,15 @@ from perdure.api.resizing import resize
 from perdure.api.routing_scores import measure_routing
 from perdure.api.specialists import Specialists
 from perdure.core.manifests import check_new
+from perdure.core.method import parts_of
+from perdure.mechanisms.distillation import EXPERTS, EXPERTS_OF
 from perdure.mechanisms.routing import LinUCB
 from perdure.reporting.contents import contents
 from perdure.storage.files import locked
 from perdure.storage.replacement import DRAFT
 from perdure.streams.conversations import Conversation, messages
 from perdure.training.config import RunConfig
+from perdure.training.loop import fit_task
 
 FAST = ("--precision", "fp32", "--epochs", 12, "--lr", 0.01, "--batch-size", 16)
 CLASSES = {"animals": "cat dog cow", "colours": "red green blue"}
@@ -183,6 +187,11 @@ def test_what_a_member_has_learnt_since_is_told(perdure: Any, photos: Any) -> No
     assert line.startswith("perdure: one has learnt 1 task since team was made, which its pool and its router do not")
     states = [each["state"] for each in perdure("show", "team", "--json").events[0]["members"]]
     assert states == ["there, with 1 task(s) more than the pool knows: combine again", "there"]
+    assert perdure("combine", "one", "two", "--into", "again").code == 0
+    shutil.rmtree("one/task-001")
+    told = perdure("predict", "again", "pets/cat/00.png")
+    assert "one is left out: " in told.err
+    assert "one has 1 tasks and had 2 when it was combined" in told.err
 
 
 def test_a_tree_that_was_moved_as_a_whole_still_answers(perdure: Any, members: list[str]) -> None:
@@ -191,6 +200,27 @@ def test_a_tree_that_was_moved_as_a_whole_still_answers(perdure: Any, members: l
     found = perdure("predict", "archive/team", "colours/test/red/01.png", "--json")
     assert (found.code, found.err) == (0, "")
     assert found.events[0]["member"] == "colours"
+
+
+def test_what_seems_to_be_of_no_known_kind_is_told_by_a_team_that_is_opened_again(members: list[str]) -> None:
+    team = combine(members, "team")
+    images, _ = team.pool.sample(10**6, torch.Generator().manual_seed(0))
+    assert 0.9 < sum(team.route(images)[1]) / len(images) < 1
+    limit = team.router.limit
+    team.save()
+    assert Specialists.load("team").router.limit == limit
+
+
+def test_another_gate_is_refused_and_another_learner_in_the_place_of_a_member_left_out(
+    members: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = combine(members, "team").backbone
+    shutil.rmtree(members[0])
+    shutil.copytree(members[1], members[0])
+    assert "holds another learner than was combined" in Specialists.load("team").missing["animals"]
+    monkeypatch.setattr(type(gate), "fingerprint", lambda _: "another")
+    with pytest.raises(ValueError, match="the gate of team, has other weights now: restore them"):
+        Specialists.load("team")
 
 
 def test_a_pool_that_was_changed_is_refused(perdure: Any, members: list[str]) -> None:
@@ -552,6 +582,8 @@ def test_learners_of_folders_of_one_name_are_all_there(tmp_path: Path) -> None:
     assert len(team.members) == 3
     assert sorted(team.known) == ["x0", "x1", "x2", "y0", "y1", "y2"]
     assert {"a/birds/learner", "b/birds/learner", "cars"} == set(team.names)
+    shares = {name: share / 3 for each in team.members.values() for name, share in each.predict(pictures[:1])[0]}
+    assert dict(team.predict(pictures[:1])[0]) == pytest.approx(shares)
 
 
 def test_the_same_classes_in_other_lessons_cannot_be_merged() -> None:
@@ -574,6 +606,75 @@ def test_who_has_no_weight_has_no_part_in_the_heads_either(how: str, tmp_path: P
         made[str(seed)] = learner.learn(pictures, ["cat", "dog"] * 8)
     one = merge(made, how, weights=(1, 0))
     torch.testing.assert_close(one.predict_proba(pictures), made["0"].predict_proba(pictures), atol=1e-5, rtol=1e-4)
+
+
+def pair(tmp_path: Path, methods: tuple[str, str], classes: tuple[str, str] = ("ab", "cd")) -> dict[str, Learner]:
+    """Two learners of one backbone, taught and saved."""
+    pictures = torch.randint(0, 255, (8, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    made = {}
+    for name, method, known in zip(("one", "two"), methods, classes, strict=True):
+        made[name] = Learner.create("tiny(dim=16)", method, epochs=1, batch_size=4, precision="fp32")
+        made[name].learn(pictures, list(known) * 4).save(tmp_path / name)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("methods", "why"),
+    [
+        (("finetune", "finetune"), "one was taught by 'finetune', whose answers no update of weights holds"),
+        (("lora(rank=2)", "lora(rank=2) + ncm"), "two was taught by .*, whose answers no update of weights holds"),
+        (("moe_lora", "lora(rank=2)"), "one was taught by 'moe_lora', whose update depends on the image"),
+        (("lora(rank=2, at='fc2')", "lora(rank=2)"), "one and two adapt different layers"),
+    ],
+)
+def test_what_no_update_of_the_same_layers_holds_is_not_merged(
+    methods: tuple[str, str], why: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=why):
+        merge(pair(tmp_path, methods))
+
+
+def test_the_seed_says_what_dare_drops(tmp_path: Path) -> None:
+    made = pair(tmp_path, ("lora(rank=2)", "lora(rank=2)"))
+    zero, one, again = (task_vector(merge(made, "dare()", seed=seed)) for seed in (0, 1, 1))
+    assert all(torch.equal(one[layer], again[layer]) for layer in one)
+    assert not any(torch.equal(one[layer], zero[layer]) for layer in one)
+
+
+def test_a_student_hears_of_each_class_from_the_first_who_knows_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = pair(tmp_path, ("lora(rank=2)", "ncm"), ("ab", "ac"))
+    team, given = combine([tmp_path / name for name in made], tmp_path / "team", route="uniform"), []
+    monkeypatch.setattr("perdure.api.distil.fit_task", lambda *how: given.append(how) or fit_task(*how))
+    noise = torch.randint(0, 255, (5, 16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    images = [Image.fromarray(each.numpy()) for each in noise]
+    distil(team, "lora(rank=2)", images, epochs=1, precision="fp32")  # type: ignore[arg-type]
+    [(student, task, *_)] = given
+    assert [part.name for part in parts_of(student.method)] == ["lora", "expert_distillation"]
+    batch, names = task.train.__getitems__([3, 0]), student.class_names
+    assert {name: int(owner) for name, owner in zip(names, batch[EXPERTS_OF][0], strict=True)} == {
+        "a": 0,
+        "b": 0,
+        "c": 1,
+    }
+    for row, said in zip((3, 0), batch[EXPERTS].exp(), strict=True):
+        one, two = (dict(made[name].predict([images[row]])[0]) for name in ("one", "two"))
+        shares = [max({"a": one["a"], "b": one["b"], "c": two["c"]}[name], 1e-6) for name in names]
+        assert said.tolist() == pytest.approx(shares, rel=1e-4)
+
+
+def test_a_team_is_measured_by_who_knows_a_class_and_not_on_what_was_taught(members: list[str], photos: Any) -> None:
+    team = combine(members, "team")
+    team.router.choose = lambda features, among: (  # type: ignore[method-assign, union-attr]
+        torch.zeros(len(features), dtype=torch.int64),
+        torch.ones(len(features), dtype=torch.bool),
+    )
+    assert measure_routing(team)["routing_accuracy"] == pytest.approx(0.5)
+    photos("others", CLASSES["animals"], 14)  # of each class the first twelve are those that were taught
+    assert measure_routing(team, "images(path='others')")["images"] == 3 * 2
+    with pytest.raises(ValueError, match=r"^images\(path='animals/test'\) has no images that members of team were not"):
+        measure_routing(team, "images(path='animals/test')")
 
 
 def test_what_cannot_be_merged_says_why(members: list[str]) -> None:

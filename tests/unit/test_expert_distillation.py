@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from perdure.core.learner import Core
 from perdure.mechanisms.distillation import EXPERTS, EXPERTS_OF, specialised
+from perdure.mechanisms.references import read_references
 from perdure.types import Task
 
 
@@ -19,6 +20,12 @@ def begun(lab: Any, spec: str) -> tuple[Core, Task, Any]:
     learner.train()
     learner.method.begin_task(learner, stream.tasks[1])
     return learner, stream.tasks[1], list(learner.method)[-1]
+
+
+def way(wanted: Any, mine: Any, temperature: float = 2.0) -> Any:
+    """What parts two distributions, by hand."""
+    shares = F.softmax(wanted / temperature, 1)
+    return temperature**2 * (shares * (shares.log() - F.log_softmax(mine / temperature, 1))).sum(1).mean()
 
 
 def loss_of(learner: Core, batch: Any) -> float:
@@ -54,28 +61,31 @@ def test_the_specialist_learns_what_the_task_trains_at_its_own_rate(lab: Any) ->
     assert first_step(0.001) == pytest.approx(1e-5, rel=0.01)
 
 
-@pytest.mark.parametrize("form", ["kl", "logits"])
-def test_each_teacher_speaks_of_its_own_classes(lab: Any, form: str) -> None:
-    learner, task, part = begun(lab, f"lora(rank=2) + expert_distillation(strength=3, form='{form}')")
+@pytest.mark.parametrize("options", ["", ", temperature=5", ", form='logits'"])
+def test_each_teacher_speaks_of_its_own_classes(lab: Any, options: str) -> None:
+    learner, task, part = begun(lab, f"lora(rank=2) + expert_distillation(strength=3{options})")
     batch = task.train.__getitems__(range(8))
     new, old = part.expert(learner, batch)["scores"], part.teacher(learner, batch)["scores"]
     with torch.no_grad():
         features = learner.encode(batch)
         given, found = learner.objective.scores(features), part.penalty(learner, batch, features)
 
-    def way(wanted: Any, mine: Any) -> Any:
-        shares = F.softmax(wanted / 2, 1)
-        return 4 * (shares * (shares.log() - F.log_softmax(mine / 2, 1))).sum(1).mean()
-
     def level(wanted: Any) -> Any:
         return wanted - wanted.mean(1, True)
 
-    by_hand = way(new[:, 2:], given[:, 2:]) + way(old[:, :2], given[:, :2])
-    if form == "logits":  # DMC, equation 3: the mean over all classes, however many are new; their level counts
+    by_hand = sum(way(of[:, own], given[:, own], part.temperature) for of, own in ((new, [2, 3]), (old, [0, 1])))
+    assert part.temperature == (5 if "temperature" in options else 2)
+    if "logits" in options:  # DMC, equation 3: the mean over all classes, however many are new; their level counts
         by_hand = (given - torch.cat([level(old[:, :2]), level(new[:, 2:])], 1)).square().mean()
     torch.testing.assert_close(found, 3 * by_hand)
     torch.testing.assert_close(old, given)  # nothing has moved yet, and the specialist has
     assert not torch.allclose(new, given)
+
+
+def test_old_heads_learn_on_where_their_teacher_holds_them(lab: Any) -> None:
+    for strength, learns in ((1.0, True), (0.0, False)):
+        learner, *_ = begun(lab, f"lora(rank=2) + expert_distillation(strength={strength})")
+        assert all(p.requires_grad == learns for p in learner.objective.heads[0].parameters())
 
 
 def test_old_tasks_are_kept_no_worse_than_by_plain_training_and_the_last_is_learnt_nearly_as_well(lab: Any) -> None:
@@ -102,10 +112,7 @@ def test_finished_experts_that_the_data_brings_are_the_teachers_from_the_first_t
     part = list(learner.method)[-1]
     found = part.penalty(learner, batch | {EXPERTS: said, EXPERTS_OF: owners.expand(6, -1)}, features)
     given = learner.objective.scores(features)
-    by_hand = 0
-    for own in ([0, 1], [2, 3]):
-        shares = F.softmax(said[:, own] / 2, 1)
-        by_hand = by_hand + 4 * (shares * (shares.log() - F.log_softmax(given[:, own] / 2, 1))).sum(1).mean()
+    by_hand = sum(way(said[:, own], given[:, own]) for own in ([0, 1], [2, 3]))
     torch.testing.assert_close(found, by_hand)
     assert part.penalty(learner, batch, features) == 0.0
 
@@ -115,7 +122,14 @@ def test_a_reference_is_read_without_its_labels(lab: Any) -> None:
     assert {name: tuple(said.shape) for name, said in part.said.items()} == {"new": (10, 4), "old": (10, 4)}
     features = learner.encode(task.train.__getitems__(range(4)))
     batch = {"label": torch.zeros(4, dtype=torch.int64)}
-    assert part.penalty(learner, batch, features).item() > 0
+    tasks, places = part._read(learner)
+    rows = torch.randperm(10, generator=learner.generator("expert_distillation", learner.step))[:4]
+    images = {"image": read_references(tasks, places[rows])["image"]}
+    new, old = (teacher.ask(learner, images)["scores"] for teacher in (part.expert, part.teacher))
+    given = learner.objective.scores(learner.encode(images))
+    assert not torch.allclose(new, old)
+    by_hand = way(new[:, 2:], given[:, 2:]) + way(old[:, :2], given[:, :2])
+    torch.testing.assert_close(part.penalty(learner, batch, features), by_hand)
     part.end_task(learner, task)
     assert not part.said
     assert not part.expert.weights

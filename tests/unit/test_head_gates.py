@@ -90,6 +90,41 @@ def test_gates_of_old_tasks_are_frozen(lab: Any) -> None:
         assert torch.equal(learner.encode(told), features)
 
 
+def test_what_no_task_knows_keeps_all_heads(lab: Any) -> None:
+    bench = lab.but(per_class=40)
+    learner = bench.taught("head_gates(strength=3.0)")
+    noise = "synthetic(tasks=1, classes_per_task=2, per_class=32, noise=9)"
+    data = build_stream(noise, bench.backbone().preprocess, 77).tasks[0].train
+    images = data.__getitems__(range(len(data)))
+    with learner.inference():
+        taken, features = learner.method.routes(learner, images), learner.encode(images)
+        assert not torch.equal(learner.encode(images | {"task": torch.zeros_like(taken)}), features)
+    assert (taken < 0).any()
+    assert torch.equal(features[taken < 0], bench.backbone()(images)[taken < 0])
+
+
+def test_options_say_which_heads_have_gates_what_open_ones_cost_and_how_fast_they_learn(lab: Any) -> None:
+    learner = lab.learner("head_gates(blocks='1', strength=0.5, gates_lr=7)")
+    learner.grow(lab.stream().tasks[0])
+    method = learner.method
+    assert method.gates.shape == (1, 4)
+    (name,) = (name for name in learner.trainable() if name.endswith("log_alpha"))
+    assert method.param_groups(learner) == {name: 7}
+    with torch.no_grad():
+        method.gates.log_alpha.copy_(torch.tensor([[-9.0, -1.0, 2.0, 9.0]]))
+    cost = HardConcrete.open(method.gates.log_alpha).sum() / 4
+    torch.testing.assert_close(method.penalty(learner, {}, torch.empty(0)), 0.5 * cost)
+
+
+def test_measures_tell_the_heads_of_a_task_and_those_of_any(lab: Any) -> None:
+    learner = lab.taught("head_gates")
+    closed = learner.method.gates.closed
+    for task, heads in enumerate(([1.0, 0.5, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0])):
+        closed[str(task)] = torch.tensor([heads] * 2)
+    measured = learner.method.measures(learner)
+    assert (measured["heads_open"], measured["heads_open_of_any"]) == (pytest.approx(0.25), 0.5)
+
+
 def check(learner: Any, task: Any) -> None:
     learner.grow(task)
     learner.method.check(learner, task)

@@ -7,6 +7,10 @@ import torch
 from torch.nn import functional as F
 
 from perdure.adapters.low_rank_mixture import SeparateMixtures, TokenMixture, keyed, mixed
+from perdure.backbones.tiny_mllm import tiny_mllm
+from perdure.core.learner import Core
+from perdure.objectives.generate import Generate
+from perdure.training.config import make_method
 from perdure.types import Site
 
 SITE = Site("0:q", "0", "0", 6, (0, 4))
@@ -75,6 +79,25 @@ def test_a_step_of_tokens_that_start_at_zero_changes_nothing() -> None:
     adapter = SeparateMixtures(SITE, 4, 2, 1.0, 5)
     with keyed([adapter], torch.randn(2, 2, 5)):
         assert torch.equal(adapter(x, y, 0), y)
+
+
+def test_alpha_is_divided_by_the_rank_of_all_experts_of_moe_lora_and_by_that_of_one_of_smolora(lab: Any) -> None:
+    learner, task = lab.learner("moe_lora(rank=4, experts=2, alpha=2)"), lab.stream().tasks[0]
+    learner.grow(task)
+    assert {adapter.scale for adapter in learner.method.adapters} == {0.5}
+    talking = Core(tiny_mllm(), Generate(), make_method("smolora(rank=4, experts=4, alpha=2)"))
+    talking.grow(task)
+    assert {adapter.scale for adapter in talking.method.adapters} == {0.5}
+
+
+def test_one_half_of_the_experts_of_smolora_reads_images_and_the_other_words(lab: Any) -> None:
+    learner = Core(tiny_mllm(), Generate(), make_method("smolora(rank=2, experts=4)"))
+    learner.grow(lab.stream().tasks[0])
+    asked = {"conversation": [{"messages": [{"role": "user", "content": "Which colour?"}]}]}
+    with learner.inference(), learner.method.applied(learner, asked, "language"):
+        keys = learner.method.adapters[0].keys
+    assert keys is not None
+    assert keys.any(-1).tolist() == [[False, True]]  # there is no image
 
 
 @pytest.mark.parametrize(

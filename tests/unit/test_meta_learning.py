@@ -116,15 +116,18 @@ def test_gradients_of_lamaml_and_of_its_rates_are_those_of_its_meta_loss(begun: 
     assert along(by_rate, way) == pytest.approx(slope(lambda r: meta(dict(start), r), rates, way), rel=1e-6)
 
 
-def test_the_representation_of_oml_descends_on_the_loss_of_a_head_learnt_from_it(begun: Any) -> None:
-    learner, batch = begun("lora(rank=2) + oml")
+@pytest.mark.parametrize("guard", ["", " + ewc(strength=30.0)"])
+def test_the_representation_of_oml_descends_on_the_loss_of_a_head_learnt_from_it(guard: str, begun: Any) -> None:
+    learner, batch = begun(f"lora(rank=2){guard} + oml")
     (method,) = (part for part in learner.method if part.name == "oml")
     shared = {name: p for name, p in learner.trainable().items() if not name.startswith("objective.")}
     way = {name: value for name, value in directions(learner).items() if name in shared}
 
     def outer(weights: dict[str, Tensor]) -> Tensor:
         def of(core: Core, batch: Batch) -> Tensor:
-            return method.meta_loss(core, batch, core.encode(batch), core.generator("oml", core.step))
+            features = core.encode(batch)
+            meta = method.meta_loss(core, batch, features, core.generator("oml", core.step))
+            return meta + core.method.penalty(core, batch, features)  # what guards old tasks counts too
 
         return loss_at(learner, weights, batch, of)
 
@@ -163,6 +166,7 @@ def test_lamaml_with_rates_that_stay_is_its_own_gradient_and_a_rate_of_zero_stop
     name = "objective.heads.1.weight"
     method.rates[name] = method.rates[name].clone()
     method.rates[name][0] = 0.0
+    method.rates[name][1, :4] = -0.3  # no step goes uphill
     before = {n: p.detach().clone() for n, p in learner.trainable().items()}
     filled(learner, batch)
     torch.optim.SGD(learner.trainable().values(), 0.1).step()
@@ -171,8 +175,45 @@ def test_lamaml_with_rates_that_stay_is_its_own_gradient_and_a_rate_of_zero_stop
     for n, p in learner.trainable().items():
         wanted = before[n] - 0.1 * gradients[n]
         if n == name:
-            wanted[0] = before[n][0]
+            wanted[0], wanted[1, :4] = before[n][0], before[n][1, :4]
         torch.testing.assert_close(p.detach(), wanted, rtol=1e-6, atol=1e-8)
+
+
+def test_lamaml_learns_its_rates_against_their_cut_gradient_and_keeps_them_in_the_next_task(
+    begun: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner, batch = begun("lora(rank=2) + lamaml(size=12, ratio=0.5, rate_lr=0.5)")
+    assert len(batch["label"]) == 12 + 6
+    (method,) = (part for part in learner.method if part.name == "lamaml")
+    kept = {name for name, rate in method.rates.items() if (rate - 0.1).abs().max() > 1e-6}
+    assert kept == {name for name in learner.trainable() if "heads.1" not in name}  # a new head's begin
+    before = {name: rate.clone() for name, rate in method.rates.items()}
+    ways = {name: torch.linspace(-3, 3, rate.numel()).view_as(rate) for name, rate in before.items()}
+    monkeypatch.setattr(method, "meta_gradients", lambda *_: ({}, ways))
+    filled(learner, batch)
+    for name, way in ways.items():
+        torch.testing.assert_close(method.rates[name], before[name] - 0.5 * way.clamp(-1, 1), check_dtype=False)
+
+
+@pytest.mark.parametrize("options", ["clip=1000.0, second_order=False", "clip=0.003, second_order=False"])
+def test_without_second_order_lamaml_leaves_the_gradients_at_the_end_of_each_step(options: str, begun: Any) -> None:
+    learner, batch = begun(f"lora(rank=2) + lamaml(size=12, inner_steps=2, {options})")
+    rates, clip = rates_of(learner, batch, 0.1), float(options.split("=")[1].partition(",")[0])
+    (method,) = (part for part in learner.method if part.name == "lamaml")
+    for name in method.rates:
+        method.rates[name] = torch.full_like(method.rates[name], 0.1)
+    learner.loss(batch)
+    weights, wanted = dict(learner.trainable()), dict.fromkeys(learner.trainable(), 0.0)
+    for rows in interleaved(12, 2):
+        part = torch.autograd.grad(
+            loss_at(learner, weights, take(batch, rows), Core.plain_loss), list(weights.values()), allow_unused=True
+        )
+        steps = {n: 0.0 if g is None else rates[n] * g.clamp(-clip, clip) for n, g in zip(weights, part, strict=True)}
+        weights = {name: (value - steps[name]).detach().requires_grad_() for name, value in weights.items()}
+        whole = torch.autograd.grad(loss_at(learner, weights, batch, Core.plain_loss), list(weights.values()))
+        wanted = {name: wanted[name] + each / 2 for name, each in zip(weights, whole, strict=True)}
+    found = filled(learner, batch)
+    torch.testing.assert_close(list(found.values()), list(wanted.values()), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("labels", [[0, 0, 0, 0, 1, 1], [0, 1, 2, 3], [0, 0, 0], [5, 4]])

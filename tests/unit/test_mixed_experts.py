@@ -7,9 +7,13 @@ import torch
 from torch.nn import functional as F
 
 from perdure.adapters.task_branches import routed
+from perdure.backbones.tiny_mllm import tiny_mllm
 from perdure.core.forgetting import forget_classes
+from perdure.core.learner import Core
 from perdure.mechanisms.class_statistics import TaskMeans
-from perdure.types import Told
+from perdure.objectives.generate import Generate
+from perdure.training.config import make_method
+from perdure.types import Task, Told
 
 
 def encoded(learner: Any, data: Any) -> Any:
@@ -71,7 +75,8 @@ def test_without_temperature_disco_takes_the_expert_of_the_nearest_mean_alone(la
 
 
 def test_hide_lora_adds_up_all_branches_below_the_last_block_without_cross_terms(lab: Any) -> None:
-    learner, task = lab.taught("hide_lora(rank=2)"), lab.stream().tasks[1]
+    learner, task = lab.taught("hide_lora(rank=2, alpha=1, temperature=0.03)"), lab.stream().tasks[1]
+    assert learner.method.router.temperature == 0.03
     experts = list(learner.method.experts)
     blocks = learner.backbone.blocks()
     assert {expert.block for expert in experts} == set(blocks)
@@ -86,7 +91,7 @@ def test_hide_lora_adds_up_all_branches_below_the_last_block_without_cross_terms
         wanted = shares if expert.block == blocks[-1] else torch.ones_like(shares)
         assert torch.equal(given[id(expert)], wanted)
     kept = experts[0].closed
-    fused = sum(x @ kept[f"{t}/down"].T @ kept[f"{t}/up"].T for t in range(3))
+    fused = sum(0.5 * x @ kept[f"{t}/down"].T @ kept[f"{t}/up"].T for t in range(3))
     torch.testing.assert_close(found, fused, rtol=1e-5, atol=1e-6)
 
 
@@ -116,6 +121,28 @@ def test_a_prototype_is_drawn_to_its_task_and_old_prompts_stay_as_they_are(lab: 
             cosines = learner.method.router.cosines(learner.method.keys_of(learner, batch)).mean(0)
         assert int(cosines.argmax()) == task.index
     assert not torch.equal(encoded(learner, Told(stream.tasks[0].test, 1)), encoded(learner, stream.tasks[0].test))
+
+
+def test_a_prototype_is_drawn_to_images_and_to_words_as_hard_as_it_is_told(lab: Any) -> None:
+    spec, task = "modal_prompt(tokens=2, strength=0.5)", lab.stream().tasks[0]
+    seeing, talking = lab.learner(spec), Core(tiny_mllm(), Generate(), make_method(spec))
+    turns = [{"messages": [{"role": "user", "content": text}]} for text in ("Which colour?", "How many are there?")]
+    given = ((seeing, 1, task.train.__getitems__(range(4))), (talking, 2, {"conversation": turns}))
+    for learner, kinds, batch in given:
+        learner.grow(Task(0, "", (0,), ("a",), 2))
+        prototype, keys = learner.method.experts[0].prototype(), learner.method.query(learner, batch)
+        wanted = sum((1 - key @ F.normalize(prototype, dim=0)).mean() for key in keys.chunk(kinds, dim=1))
+        torch.testing.assert_close(learner.method.penalty(learner, batch, torch.empty(0)), 0.5 * wanted)
+
+
+def test_of_a_conversation_disco_compares_the_words_and_hide_lora_the_images_too() -> None:
+    turns = [{"messages": [{"role": "user", "content": text}]} for text in ("Which colour?", "How many are there?")]
+    for spec, kinds in (("disco(rank=2)", 1), ("disco(rank=2, keys='image')", 1), ("hide_lora(rank=2)", 2)):
+        learner = Core(tiny_mllm(), Generate(), make_method(spec))
+        learner.grow(Task(0, "", (0,), ("a",), 2))
+        keys = learner.method.keys_of(learner, {"conversation": turns})
+        assert (learner.method.router.kinds, keys.shape[1]) == (kinds, kinds * learner.backbone.dim)
+        assert bool(keys.any()) == ("image" not in spec)  # nothing is shown
 
 
 @pytest.mark.parametrize(

@@ -190,6 +190,8 @@ def test_gates_are_the_softmax_over_the_best_scores_of_an_images_own_router(lab:
             name = f"{number}/{part}"
             (adapter.learnt if name in adapter.learnt else adapter.fixed)[name].data.normal_()
     x, y, place = torch.randn(3, 5, 16), torch.randn(3, 5, 16), torch.tensor([1, -1, 0])
+    # an expert that came after a router is none of its, however low the others stand
+    adapter.fixed["router/0"] = -torch.tensor([[1.0], [2.0], [3.0]]) * x[2].mean(0)
     with torch.no_grad(), routing([adapter], [Routes([0, 1], place)]):
         adapter.overhear(x)
         out = adapter(x, y, 1)
@@ -221,7 +223,7 @@ def test_the_most_used_experts_are_frozen_and_stay_as_they_are(lab: Any) -> None
 
 
 def test_the_experts_that_are_frozen_are_those_that_the_steps_took_most(lab: Any) -> None:
-    learner, task = lab.learner("moe_adapters(experts=5)"), lab.stream().tasks[0]
+    learner, task = lab.learner("moe_adapters(experts=5, freeze=3)"), lab.stream().tasks[0]
     learner.grow(task)
     adapter, method = learner.method.of("vision").adapters[0], learner.method
     learner.train()
@@ -234,7 +236,7 @@ def test_the_experts_that_are_frozen_are_those_that_the_steps_took_most(lab: Any
         method.after_step(learner, batch)
     assert total.sum() == 3 * 16 * 2
     method.end_task(learner, task)
-    assert adapter.shut == sorted(total.argsort(descending=True, stable=True)[:2].tolist())
+    assert adapter.shut == sorted(total.argsort(descending=True, stable=True)[:3].tolist())
 
 
 def test_old_routers_stay_and_new_ones_are_trained(lab: Any) -> None:
@@ -271,6 +273,18 @@ def test_images_of_old_tasks_pass_their_own_router_in_training(lab: Any) -> None
     labels = torch.tensor([*stream.tasks[1].classes, *stream.tasks[0].classes])
     routes = moe.of("vision").in_training(learner, 4, labels)
     assert [routes[0].routers[place] for place in routes[0].place.tolist()] == [None, None, 0, 0]
+
+
+def test_options_say_how_tasks_are_told_apart_and_how_much_routers_try_out(lab: Any) -> None:
+    noise = []
+    for share in (0.7, 0.35):
+        learner = lab.learner(f"moe_adapters(experts=4, directions=3, known=0.8, noise={share})")
+        learner.grow(lab.stream().tasks[0])
+        mixture = learner.method.of("vision")
+        assert (mixture.task_identifier.rank, mixture.task_identifier.known) == (3, 0.8)
+        noise.append(mixture.in_training(learner, 4, None)[0].noise)
+    torch.testing.assert_close(noise[0], 2 * noise[1])
+    assert noise[0].any()
 
 
 TEXTS = ["a photo of a picture 0.", "a photo of a picture 3.", "something that no task has ever said"]

@@ -137,7 +137,7 @@ def test_accuracy_along_a_pass_by_hand() -> None:
     rows = [
         Row(0, None, f"online/{n}/{i}", v) for n, vs in ((10, (0.5, 0.0)), (40, (0.2, 0.8))) for i, v in enumerate(vs)
     ]
-    found = along([*rows, Row(0, 0, "accuracy", 0.1)], (20, 20))
+    found = along([*rows, Row(0, 0, "accuracy", 0.1)], (10, 30))  # of the second task none is seen at 10
     assert found["images"] == [10, 40]
     assert found["tasks"] == [[0.5, 0.0], [0.2, 0.8]]
     assert found["begun"] == pytest.approx([0.5, 0.5])
@@ -158,3 +158,18 @@ def test_a_configuration_of_a_pass_is_read_back_as_it_was_written() -> None:
     assert config.epochs == 1
     assert flags(config.describe()) == ["--epochs", "1", "--stream", "synthetic()", "--online"]
     assert RunConfig(**config.describe() | {"retain": ()}) == config
+
+
+def test_the_seed_decides_in_which_order_the_images_of_a_task_come(lab: Any) -> None:
+    stream = lab.stream()
+    orders = [as_one(stream, seed).tasks[0].train.sets for seed in (0, 0, 1)]
+    rows = [[each.rows.tolist() for each in sets] for sets in orders]
+    assert rows[0] == rows[1]
+    assert all(a != b and sorted(a) == sorted(b) for a, b in zip(rows[0], rows[2], strict=True))
+
+
+def test_what_is_told_of_tasks_beside_each_other_is_not_told_of_a_pass(lab: Any, tmp_path: Path) -> None:
+    few = "fewshot(synthetic(classes_per_task=6, per_class=8, test_per_class=4), ways=2, shots=2)"
+    summary = lab.run("ncm", tmp_path / "run", online=True, stream=few)
+    assert "few_shot" not in summary
+    assert len(summary["online"]["tasks"][-1]) == 2

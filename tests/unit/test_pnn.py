@@ -49,6 +49,26 @@ def test_with_laterals_at_zero_a_column_is_an_isolated_adapter(name: str) -> Non
     assert torch.equal(kept.given(h, 1), alone.given(h, 1))
 
 
+def test_former_columns_are_heard_without_gradient() -> None:
+    kept, h = columns(1), torch.randn(4, 6, requires_grad=True)
+    kept.start(torch.device("cpu"), 1)
+    torch.nn.init.normal_(kept.open["lateral_up"])
+    kept.train()
+    heard, opened = kept.given(h.detach(), 0), {name: kept.open[name] for name in kept.open.names}
+    wanted = h + kept._column(opened, h, [heard])
+    found = kept(h, h, 0)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(*(torch.autograd.grad(each.sum(), h) for each in (found, wanted)))
+
+
+def test_options_say_where_columns_stand_and_whether_they_hear_each_other(lab: Any) -> None:
+    learner = lab.learner("pnn(rank=3, blocks='1', lateral=False)")
+    for task in lab.stream().tasks[:2]:
+        learner.grow(task)
+    (columns,) = learner.method.experts
+    assert set(columns.open.names) == {"down", "bias", "up"}
+
+
 @pytest.mark.parametrize("backbone", [{}, {"fused": False}, {"objective": "zeroshot"}])
 def test_told_the_task_an_old_column_answers_bit_for_bit_as_before_others_were_learnt(backbone: Any, lab: Any) -> None:
     bench = lab.but(**backbone, scenario="task")

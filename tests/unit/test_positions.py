@@ -14,7 +14,7 @@ from perdure.api.learner import Learner
 from perdure.api.resizing import resize
 from perdure.backbones import BACKBONES, Backbone, mllm
 from perdure.backbones.language import Language
-from perdure.backbones.positions import stretched
+from perdure.backbones.positions import _positions, stretched
 from perdure.options.spec import build, parse_one
 
 VISION = ["vit", "deit", "dinov2", "clip", "siglip", "chinese_clip", "timm", "open_clip"]
@@ -111,6 +111,21 @@ def test_longer_texts_are_read_to_their_end_and_short_ones_as_before(family: str
     assert long.fingerprint() == f"{plain.fingerprint()} length=48"
     if family != "siglip":  # it reads its padding, which is longer now
         torch.testing.assert_close(plain.encode_text(["a b"]), long.encode_text(["a b"]))
+
+
+def test_all_positions_of_a_text_are_interpolated_where_that_is_asked_for(
+    options: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, long = made(options, "clip"), made(options, "clip", length=48, positions="interpolate")
+    tables = [_positions(each.get_submodule(each.towers()["text"])) for each in (plain, long)]
+    old, new = (found[2] for found in tables if found)
+    assert torch.equal(new, stretched(old, 48, 0))
+    assert long.fingerprint() == f"{plain.fingerprint()} length=48, positions=interpolate"
+    again = build(parse_one(long.spec), BACKBONES, "backbone")
+    assert torch.equal(again.encode_text(["a b c"]), long.encode_text(["a b c"]))
+    monkeypatch.setattr("perdure.backbones.positions.KEPT", 23)
+    with pytest.raises(ValueError, match="keeps the first 23 of 24 positions: write positions='interpolate'"):
+        made(options, "clip", length=48)
 
 
 @pytest.mark.parametrize(

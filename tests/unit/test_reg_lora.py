@@ -61,3 +61,18 @@ def test_what_former_tasks_moved_most_moves_less(place: Any, lab: Any) -> None:
         steps = [(b - a).flatten() for a, b in zip(before, after, strict=True)]
         moved.append(sum(float(s[masks[str(n)][: len(s)]].abs().sum()) for n, s in enumerate(steps)))
     assert moved[1] < 0.2 * moved[0]
+
+
+def test_the_penalty_is_the_mean_over_layers_of_what_the_open_branch_does_to_what_is_held(lab: Any) -> None:
+    learner, tasks = lab.learner("reg_lora(rank=2, alpha=6, strength=10, share=0.1)"), lab.stream().tasks
+    lab.teach(learner, tasks[:1])
+    learner.grow(tasks[1])
+    method, means, entries = learner.method, [], []
+    for number, adapter in enumerate(method.adapters):
+        torch.nn.init.normal_(adapter.up[0])
+        update = (3 * adapter.up[0] @ adapter.down).abs().flatten()
+        entries.append(update.numel())
+        means.append(update[method.held.mask(str(number), update.numel())].mean())
+    torch.testing.assert_close(method.penalty(learner, {}, torch.empty(0)), 10 * torch.stack(means).mean())
+    held = sum(round(0.1 * count) for count in entries)
+    assert method.measures(learner)["held_share"] == pytest.approx(held / sum(entries))

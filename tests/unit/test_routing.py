@@ -26,15 +26,18 @@ def clouds(spread: float = 0.1) -> list[Tensor]:
 
 
 def test_the_gaussian_router_is_linear_discriminant_analysis() -> None:
-    features = clouds()
+    features = [cloud[:count] for cloud, count in zip(clouds(), (40, 20, 10), strict=True)]
     pool = pool_of(features)
     router = ClassRouter(pool, [0, 1, 2], 3, gaussian=True)
     asked = torch.cat(features)[::7]
     wide = pool.statistics.pooled()
     sure = torch.linalg.inv(router.root @ router.root.T)  # what Σ became when it was shrunk
-    torch.testing.assert_close(sure, shrunk(wide, 117), rtol=1e-2, atol=1e-5)
+    torch.testing.assert_close(sure, shrunk(wide, 67), rtol=1e-2, atol=1e-5)
     ways = asked.double()[:, None] - torch.stack([f.double().mean(0) for f in features])
-    by_hand = torch.tensor(1 / 3).log() - torch.einsum("nci,ij,ncj->nc", ways, torch.linalg.inv(sure), ways) / 2
+    by_hand = (
+        torch.tensor([4 / 7, 2 / 7, 1 / 7]).log()
+        - torch.einsum("nci,ij,ncj->nc", ways, torch.linalg.inv(sure), ways) / 2
+    )
     torch.testing.assert_close(router(asked).double(), by_hand, rtol=1e-4, atol=1e-4)
 
 
@@ -100,6 +103,9 @@ def test_a_basis_explains_what_lies_in_it() -> None:
     router = SubspaceRouter(pool_of([plane, torch.eye(8)[2:].repeat(8, 1)]).bases, 2)
     assert router(plane)[:, 0].abs().max() < 1e-6
     assert (router(plane).argmax(1) == 0).all()
+    moved = SubspaceRouter(pool_of([plane + 3, plane - 3]).bases, 2)  # each lies in its own place
+    assert moved(plane + 3)[:, 0].abs().max() < 1e-6
+    assert moved(plane - 3)[:, 0].max() < -1
 
 
 def merged(how: str, updates: list[Tensor], weights: list[float], **options: float) -> Tensor:
@@ -124,6 +130,26 @@ def test_ties_beats_the_average_on_updates_that_disagree_in_what_is_small() -> N
     noisy[1][:, :4] -= 0.3  # small entries that go against the other's large ones
     error = {how: float((merged(how, noisy, [1, 1]) - wanted).norm()) for how in ("ties", "average")}
     assert error["ties"] < error["average"] / 3, error
+
+
+def test_weights_and_scales_count_in_every_way() -> None:
+    first, second = torch.tensor([[1.0, 4.0]]), torch.tensor([[-2.0, 2.0]])
+    for how, options, wanted in (
+        ("average", {"scale": 2}, [[0.5, 7.0]]),
+        ("dare", {"drop": 0, "scale": 2}, [[0.5, 7.0]]),
+        ("arithmetic", {}, [[0.4, 5.6]]),  # 0.4 of the sum
+        ("ties", {"density": 1, "scale": 2}, [[2.0, 7.0]]),  # 3 - 2 > 0 elects plus, of which only the first is
+    ):
+        torch.testing.assert_close(merged(how, [first, second], [3, 1], **options), torch.tensor(wanted))
+
+
+def test_what_ties_keeps_is_largest_in_all_layers_and_what_dare_drops_follows_the_seed() -> None:
+    vector = {"a": torch.tensor([10.0, -9.0]), "b": torch.tensor([1.0, 0.5])}
+    found = merged_vectors(MERGES["ties"](density=0.5), [vector], [1.0])
+    assert {layer: update.tolist() for layer, update in found.items()} == {"a": [10.0, -9.0], "b": [0.0, 0.0]}
+    drawn = [merged_vectors(MERGES["dare"](), [{"a": torch.ones(99)}], [1.0], seed)["a"] for seed in (0, 0, 1)]
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
 
 
 def test_ties_trims_elects_and_averages_as_in_the_papers_figure() -> None:

@@ -67,9 +67,7 @@ class ClassExam:
             self.sets.append((seen_by(data, team.backbone), list(map(name, data.labels.tolist()))))
         truths = [name for _, names in self.sets for name in names]
         if not truths:
-            raise ValueError(
-                f"the members of {team.folder} have no test images that can be read: give some with --stream"
-            )
+            raise _nothing(team, stream, "images")
         if strange := [name for name in truths if name not in team.known]:
             raise ValueError(f"class {strange[0]!r} is none that a member of {team.folder} has learnt")
         self.columns = {name: place for place, name in enumerate(dict.fromkeys((*team.known, *truths)))}
@@ -130,9 +128,7 @@ class QuestionExam:
             self.scored.append((score, [reference_of(each) for each in _conversations(test)]))
             owners += [[each in of for each in self.able]] * len(test)
         if not owners:
-            raise ValueError(
-                f"the members of {team.folder} have no test questions that can be read: give some with --stream"
-            )
+            raise _nothing(team, stream, "questions")
         common_top(score for score, _ in self.scored)
         self.owns = torch.tensor(owners).T
 
@@ -173,6 +169,13 @@ def place_of(team: Specialists, name: str) -> Path:
     facts = next(each for each in team.record["members"] if each["name"] == name)
     there = Path(facts["folder"])
     return there if there.exists() else team.folder / facts["beside"]
+
+
+def _nothing(team: Specialists, stream: str | None, things: str) -> ValueError:
+    """What to raise where nothing is left to measure on."""
+    if stream:
+        return ValueError(f"{stream} has no {things} that members of {team.folder} were not taught: give others")
+    return ValueError(f"the members of {team.folder} have no test {things} that can be read: give some with --stream")
 
 
 def _conversations(test: ConversationSet) -> list[Any]:
