@@ -160,6 +160,23 @@ def test_the_command_that_is_named_is_one_that_members_answer_to(perdure: Any, v
         assert answer.code == 0, answer.err
 
 
+def test_words_are_searched_for_by_those_who_learnt_captions(perdure: Any, photos: Any) -> None:
+    photos("hues", "red green", 4), photos("pets", "cat dog", 4)
+    pairs = [
+        {"image": str(path), "captions": [f"a {path.parent.name}"]} for path in sorted(Path("hues").rglob("*.png"))
+    ]
+    Path("pairs.jsonl").write_text("".join(json.dumps(each) + "\n" for each in pairs))
+    for data, into, objective in (("pairs.jsonl", "captioned", "retrieve"), ("pets", "named", "zeroshot")):
+        made = ("--backbone", "tiny(text=True)", "--method", "lora(rank=2)", "--objective", objective, "--epochs", 1)
+        assert perdure("learn", data, "--into", into, *made).code == 0
+    team, asked = combine(["named", "captioned"], "team"), []
+    for name, member in team.members.items():
+        member.search = lambda *_, name=name: asked.append(name)  # type: ignore[method-assign, misc]
+    for words in ("a photo of a cat.", "a red"):  # the first was taught to the other
+        team.search(sorted(Path("pets").rglob("*.png")), words)
+    assert asked == ["captioned", "captioned"]
+
+
 def test_learners_that_speak_are_merged_into_one(perdure: Any, voice: Any) -> None:
     members = voice("x", "sums"), voice("y", "legs")
     made = perdure("combine", *members, "--into", "one", "--merge", "arithmetic(scale=1)")

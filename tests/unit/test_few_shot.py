@@ -116,6 +116,11 @@ def test_what_cannot_be_divided_is_refused_in_one_line(stream: str, message: str
     assert "\n" not in str(error.value)
 
 
+def test_where_nothing_is_learnt_no_class_has_too_few_images() -> None:
+    stream = build_stream("fewshot(synthetic(classes_per_task=10, per_class=4), ways=2)", SIZE, 0, measured=True)
+    assert [len(task.train) for task in stream] == [6 * 4, 2 * 4, 2 * 4]
+
+
 def test_a_stream_given_in_python_must_be_one_task() -> None:
     with pytest.raises(ValueError, match="in one task; give one of these"):
         fewshot(synthetic(tasks=2), ways=2)(SIZE, 0)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from perdure.api.learner import Learner
 from perdure.api.resizing import resize
 from perdure.backbones import BACKBONES, Backbone, mllm
 from perdure.backbones.language import Language
+from perdure.backbones.mllm import longer
 from perdure.backbones.positions import _positions, stretched
 from perdure.options.spec import build, parse_one
 
@@ -211,6 +213,18 @@ def test_scaled_rotary_positions_make_room_and_one_is_the_published_model(
     torch.testing.assert_close(ratio[-1], torch.tensor(0.25))
     assert float(ratio[0]) == pytest.approx(0.25 if rope == "linear" else 1)
     assert not torch.equal(plain.head(plain(asked)), long.head(long(asked)))
+
+
+def test_what_is_written_down_counts_the_numbers_of_a_head_that_turn_and_the_length_that_was_trained() -> None:
+    for rope, wanted in (
+        ("ntk", {"rope_theta": 100.0 * 4 ** (8 / 6)}),
+        ("yarn", {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}),
+    ):
+        given = {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5}
+        text = SimpleNamespace(head_dim=16, max_position_embeddings=64, rope_parameters=given)
+        longer(SimpleNamespace(get_text_config=lambda text=text: text), rope, 4.0, "folder")  # type: ignore[arg-type]
+        assert text.rope_parameters == given | wanted
+        assert text.max_position_embeddings == 256
 
 
 def test_a_length_beyond_the_positions_is_refused_unless_they_are_stretched(tiny_mllms: Callable[[str], Path]) -> None:
