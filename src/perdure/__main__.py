@@ -1,7 +1,8 @@
 """The process around the command line: its streams, its signals, and how it ends.
 
 Nothing is imported here that takes time, so that Ctrl-C is met from the first moment on: one line and exit code 130
-while modules are still being imported too, when Python by itself would print where each of them stood.
+while modules are still being imported too, when Python by itself would print where each of them stood. SIGTERM is met
+alike: by itself it would end the process before that has tidied up.
 """
 
 import contextlib
@@ -11,13 +12,16 @@ import sys
 from types import FrameType
 
 _IMPORTING = "<frozen importlib._bootstrap>"
+# a launcher ends by SIGTERM the processes that it has started, and knows them by that
+_ASKING = (signal.SIGINT,) if "RANK" in os.environ else (signal.SIGINT, signal.SIGTERM)
 _STOPPED = "perdure: stopped at once; what was saved before is whole, and the same command can go on\n"
 
 
 def main() -> None:
     """Entry point of the script `perdure`."""
     _open_streams()
-    signal.signal(signal.SIGINT, _interrupt)
+    for number in _ASKING:
+        signal.signal(number, _interrupt)
     sys.unraisablehook = _unraisable
     code: object = 0
     try:
@@ -31,7 +35,8 @@ def main() -> None:
     except KeyboardInterrupt:
         _leave()
     ended = code if isinstance(code, int) else int(code is not None)
-    signal.signal(signal.SIGINT, lambda *_: os._exit(ended))  # all is done: Python only tidies up
+    for number in _ASKING:
+        signal.signal(number, lambda *_: os._exit(ended))  # all is done: Python only tidies up
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -46,7 +51,8 @@ def main() -> None:
 
 def _interrupt(_number: int, frame: FrameType | None) -> None:
     """Raise where work is under way; leave where modules are imported, which no one can tidy up after."""
-    signal.signal(signal.SIGINT, lambda *_: _leave(""))  # the impatient need no second line
+    for number in _ASKING:
+        signal.signal(number, lambda *_: _leave(""))  # the impatient need no second line
     while frame is not None:
         if frame.f_code.co_filename == _IMPORTING:
             _leave()

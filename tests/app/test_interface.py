@@ -1,6 +1,7 @@
 """What programs ask of a running app, several at once."""
 
 import io
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -136,3 +137,17 @@ def test_nothing_outside_is_reached(client: Any, app: Any, address: str, status:
     assert not address.startswith("/api") or set(client.get(address).json()) == {"error"}
     inside = Path(app.folder).name
     assert inside not in client.get(address).text
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+def test_an_app_that_is_asked_to_stop_leaves_no_upload_behind_and_says_one_line(
+    start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "aside").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "aside"))
+    served = start(tmp_path, "--backbone", "tiny()")
+    assert list((tmp_path / "aside").glob("perdure-app-*"))
+    served.process.terminate()
+    assert served.process.wait(30) == 130
+    assert (tmp_path / "errors.txt").read_text().count("stopped at once") == 1
+    assert not list((tmp_path / "aside").glob("perdure-*"))

@@ -16,7 +16,7 @@ class Press:
     def find_spec(self, name, path=None, target=None):
         if name == {module!r}:
             for _ in range({times}):
-                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), signal.{name})
 sys.meta_path.insert(0, Press())
 from perdure.__main__ import main
 sys.argv = ["perdure", "run", "--stream", "synthetic()", "--backbone", "tiny()", "--out", "x"]
@@ -45,9 +45,20 @@ def python(*words: str, cwd: Path, **more: Any) -> tuple[int, str, str]:
     return done.returncode, done.stdout or "", done.stderr or ""
 
 
-@pytest.mark.parametrize(("module", "times"), [("perdure.cli.main", 2), ("tyro", 1), ("rich.console", 2), ("torch", 1)])
-def test_control_c_while_modules_are_imported_is_one_line(module: str, times: int, tmp_path: Path) -> None:
-    ended = python("-c", PRESSED.format(module=module, times=times), cwd=tmp_path)
+@pytest.mark.parametrize(
+    ("module", "times", "name"),
+    [
+        ("perdure.cli.main", 2, "SIGINT"),
+        ("tyro", 1, "SIGINT"),
+        ("rich.console", 2, "SIGTERM"),
+        ("torch", 1, "SIGINT"),
+        ("torch", 1, "SIGTERM"),
+    ],
+)
+def test_control_c_or_sigterm_while_modules_are_imported_is_one_line(
+    module: str, times: int, name: str, tmp_path: Path
+) -> None:
+    ended = python("-c", PRESSED.format(module=module, times=times, name=name), cwd=tmp_path)
     assert ended == (130, "", STOPPED)
     assert not any(tmp_path.iterdir())
 
