@@ -1,7 +1,10 @@
 """What the app does with lessons and runs, without a server: uploads are taught, given up and removed."""
 
 import io
+import multiprocessing
+import os
 import shutil
+import signal
 import threading
 import time
 import zipfile
@@ -14,6 +17,7 @@ import torch
 from PIL import Image
 
 from perdure.api.folders import teach_folder
+from perdure.app import uploads
 from perdure.app.lessons import Lesson, Outcome
 from perdure.app.service import Service
 from perdure.app.uploads import Limits, Store
@@ -151,6 +155,43 @@ def test_what_was_killed_with_the_app_goes_on(tmp_path: Path) -> None:
     lesson = resumed(service(tmp_path, epochs=4, save_every=1))
     assert (lesson.state, lesson.title, lesson.losses[0][0]) == ("learnt", "cat, dog", 3)
     assert kept(tmp_path) == 6
+
+
+def _killed_app(folder: Path) -> None:
+    """The body of a child process: an app that is killed within a lesson, behind which others wait or are uploaded."""
+    app = service(folder, epochs=60, save_every=1)
+    lessons = [app.give(shown(*classes)) for classes in (("cat", "dog"), ("emu", "fox"), ("gnu", "hen"))]
+    (folder / "ids").write_text(" ".join(each.id for each in lessons))
+    while not (lessons[0].losses or lessons[0].over):
+        time.sleep(0.01)
+    written = uploads._write
+
+    def killed(within: Path, files: Any) -> list[Path]:
+        written(within, files)
+        os.kill(os.getpid(), signal.SIGKILL)
+        return []
+
+    uploads._write = killed
+    app.give(shown("ibis", "jay"))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_lessons_that_waited_when_the_app_was_killed_are_learnt_by_the_next_one(tmp_path: Path) -> None:
+    child = multiprocessing.get_context("fork").Process(target=_killed_app, args=(tmp_path,))
+    child.start()
+    child.join(60)
+    assert child.exitcode == -signal.SIGKILL
+    ids = (tmp_path / "ids").read_text().split()
+    assert kept(tmp_path) == 21  # of the last upload one class only
+    app = service(tmp_path, epochs=1)
+    assert kept(tmp_path) == 18
+    assert Store(tmp_path / "uploads", Limits()).left(tmp_path / "learner") == []  # an app beside it takes over none
+    assert [ended(app.lessons[id]).state for id in ids] == ["learnt"] * 3
+    assert [app.lessons[id].title for id in ids] == ["cat, dog", "emu, fox", "gnu, hen"]
+    assert [task["classes"] for task in app.describe()["tasks"]] == [["cat", "dog"], ["emu", "fox"], ["gnu", "hen"]]
+    assert kept(tmp_path) == 18
+    assert not list((tmp_path / "uploads").glob("*/lesson.json"))
 
 
 @pytest.mark.parametrize("gone", [".", "cat", "cat/00000.png"])

@@ -29,6 +29,11 @@ class Stopped(Exception):
 def _nothing() -> None: ...
 
 
+def new_id() -> str:
+    """What a lesson is asked for by."""
+    return secrets.token_hex(8)
+
+
 @dataclass(eq=False)
 class Lesson:
     """One thing to learn, and how far it is; implements `perdure.training.loop.Progress`."""
@@ -41,7 +46,7 @@ class Lesson:
     """What is said, as others may read it."""
     source: str = ""
     """Of which an unfinished lesson in the learner's folder is its own, and given up where it fails."""
-    id: str = field(default_factory=lambda: secrets.token_hex(8))
+    id: str = field(default_factory=new_id)
     state: State = "waiting"
     said: str = ""
     """Why it failed."""
@@ -141,15 +146,29 @@ class Lessons:
         self._changed = threading.Condition()
         threading.Thread(target=self._work, name="perdure-lessons", daemon=True).start()
 
-    def put(self, title: str, teach: Callable[[Lesson], Outcome], tidy: Callable[[], None] = _nothing) -> Lesson:
+    def put(
+        self,
+        title: str,
+        teach: Callable[[Lesson], Outcome],
+        tidy: Callable[[], None] = _nothing,
+        id: str = "",
+        again: bool = False,
+    ) -> Lesson:
         """A lesson to be taught once those before it are; see `Lesson`.
+
+        Args:
+            title: see `Lesson`, as of the others.
+            teach: see there.
+            tidy: see there.
+            id: see there; one of its own where it is left out.
+            again: it waited before, in an app that is no more, and has its place.
 
         Raises:
             ValueError: when too many wait.
         """
-        lesson = Lesson(title, teach, tidy, self.shown)
+        lesson = Lesson(title, teach, tidy, self.shown, id=id or new_id())
         with self._changed:
-            if len(self._waiting) >= _WAITING:
+            if len(self._waiting) >= _WAITING and not again:
                 raise ValueError(f"{_WAITING} lessons wait already: come back when some of them are learnt")
             self._waiting.append(lesson)
             self._changed.notify()

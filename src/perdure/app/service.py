@@ -1,6 +1,7 @@
 """What the page and the HTTP interface share: one learner that answers many, and is taught beside it."""
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -19,7 +20,8 @@ from perdure.api.folders import go_on, refuse_without_effect, teach_folder
 from perdure.api.given import shown
 from perdure.api.learner import Learner
 from perdure.api.lesson_source import give_up, lesson_paths, unfinished
-from perdure.app.lessons import Lesson, Lessons, Outcome
+from perdure.app.lessons import Lesson, Lessons, Outcome, new_id
+from perdure.app.noted import Noted
 from perdure.app.uploads import Limits, Store
 from perdure.core import checkpoint
 from perdure.formatting import shortened
@@ -76,8 +78,19 @@ class Service:
         refuse_without_effect(folder, self.learner.config, given)
         self.gallery = _Gallery(images) if images else None
         self.lessons = Lessons(self._give_up, self._shown)
-        if begun := self._begun():  # by a process that was killed meanwhile
-            self.lessons.put(Path(begun).name, self._go_on, lambda: self._tidy(Path(begun)))
+        self._take_over()
+
+    def _take_over(self) -> None:
+        """Put in the queue what a process that is no more has left: the lesson that it had begun, then those behind."""
+        begun = self._begun()
+        lessons = self.store.left(self.folder, lesson_paths(self.folder))
+        if begun:
+            mine = next((each for each in lessons if str(each.where) == begun), None)
+            title, id = (mine.title, mine.id) if mine else (Path(begun).name, "")
+            self.lessons.put(title, self._go_on, lambda: self._tidy(Path(begun)), id, again=True)
+        for each in lessons:
+            if str(each.where) != begun:
+                self._put(each, again=True)
 
     def _load(self) -> Learner:
         if (self.folder / SPECIALISTS).exists():
@@ -207,12 +220,22 @@ class Service:
     def teach(self, where: Path, title: str, skip_bad: bool = False) -> Lesson:
         """Have the folder or file `where` taught once all lessons before are; see `perdure learn`."""
         try:
-            return self.lessons.put(
-                shortened(title, 80), lambda lesson: self._teach(where, lesson, skip_bad), lambda: self._tidy(where)
-            )
+            noted = Noted(new_id(), shortened(title, 80), where, skip_bad, self.folder, time.time())
+            self.store.note(noted)
+            return self._put(noted)
         except ValueError:
             self.store.drop(where)
             raise
+
+    def _put(self, noted: Noted, again: bool = False) -> Lesson:
+        where, skip_bad = noted.where, noted.skip_bad
+        return self.lessons.put(
+            noted.title,
+            lambda lesson: self._teach(where, lesson, skip_bad),
+            lambda: self._tidy(where),
+            noted.id,
+            again,
+        )
 
     def _tidy(self, where: Path) -> None:
         """Remove the upload of a lesson that is over, unless the learner refers to it."""

@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from PIL import Image
 
+from perdure.app.noted import Held, Noted
 from perdure.backbones.preprocess import decode, is_image
 from perdure.formatting import human_bytes, shortened
 from perdure.streams.naming import class_name
@@ -71,6 +72,7 @@ class Store:
 
     def __init__(self, root: Path, limits: Limits) -> None:
         self.root, self.limits = root, limits
+        self._held = Held()
 
     def classes(self, pictures: Sequence[tuple[str, Sequence[tuple[str, bytes | Path]]]]) -> Path:
         """Pictures as a folder of class folders: what each class is called, and its files."""
@@ -136,10 +138,29 @@ class Store:
             text = re.sub(rf"{re.escape(root)}[/\\]{_UPLOAD.pattern}[/\\]", "", text)
         return text
 
+    def note(self, lesson: Noted) -> None:
+        """Write down what is to be done with the upload that a lesson is from; nothing where it is none of these."""
+        if upload := self.upload_of(lesson.where):
+            with _refusing():
+                self._held.note(upload, lesson)
+
+    def left(self, learner: Path, kept: Iterable[str] = ()) -> list[Noted]:
+        """The lessons for `learner` that an app which is no more has left; what it had begun to write is removed."""
+        lessons, parts = self._held.left(self.root, learner)
+        for upload in parts:
+            self.drop(upload / "pictures", kept)
+        return lessons
+
     def drop(self, place: Path, kept: Iterable[str] = ()) -> None:
-        """Remove the upload that `place` lies in, unless something that is to be `kept` lies there too."""
+        """Remove the upload that `place` lies in, unless something that is to be `kept` lies there too.
+
+        Nothing more is done with it, in either case.
+        """
         upload = self.upload_of(place)
-        if upload is not None and upload not in map(self.upload_of, kept):
+        if upload is None:
+            return
+        self._held.leave(upload)
+        if upload not in map(self.upload_of, kept):
             shutil.rmtree(upload, ignore_errors=True)
 
     def _unpack(self, opened: zipfile.ZipFile, folder: Path, tables: bool) -> None:
@@ -183,14 +204,23 @@ class Store:
         """A folder of its own, which is gone again where what is written to it turns out to be of no use."""
         outer = self.root / secrets.token_hex(_NAMED)
         folder = outer / _safe(title, "name")
-        folder.mkdir(parents=True)
         try:
-            yield folder
-        except BaseException as error:
-            shutil.rmtree(outer, ignore_errors=True)
-            if isinstance(error, OSError):
-                raise ValueError(f"the upload cannot be written here: {error.strerror or error}") from error
+            with _refusing():
+                folder.mkdir(parents=True)
+                self._held.begin(outer.resolve())
+                yield folder
+        except BaseException:
+            self.drop(folder)
             raise
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """An upload that cannot be written is refused as one that is wrong."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"the upload cannot be written here: {error.strerror or error}") from error
 
 
 def _parts_of(entry: zipfile.ZipInfo, tables: bool) -> tuple[str, ...] | None:
