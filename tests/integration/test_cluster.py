@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import random
+import subprocess
 import sys
 import threading
 import time
@@ -85,6 +86,58 @@ def test_a_grid_ends_with_the_same_table_when_a_machine_dies(machines: Any, tmp_
         {k: v for k, v in row.items() if k not in timed} for row in here
     ]
     assert all(json.loads((cell.folder / "run.json").read_text())["resolved"]["threads"] == 1 for cell in grid)
+
+
+ASKED = """
+import time
+from perdure.experiments.cluster import Cluster, _connected
+try:
+    with _connected(Cluster(jobs=2)):
+        print("ready", flush=True)
+        time.sleep(60)
+except KeyboardInterrupt:
+    print("asked")
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+def test_sigterm_stops_a_grid_as_control_c_does() -> None:
+    pytest.importorskip("ray", reason="ray is not installed")
+    with subprocess.Popen([sys.executable, "-c", ASKED], stdout=subprocess.PIPE, text=True) as grid:
+        assert grid.stdout is not None
+        assert grid.stdout.readline() == "ready\n"
+        grid.terminate()
+        assert grid.stdout.read() == "asked\n"
+    assert grid.returncode == 0
+
+
+DIED = """
+import time
+import psutil
+from perdure.experiments.cluster import Cluster, run_beside
+
+def call(tell):
+    tell("note", {})
+    time.sleep(1)
+
+def told(*_):
+    for each in psutil.Process().children(recursive=True):
+        if each.name() == "raylet":
+            each.kill()
+
+try:
+    run_beside(Cluster(jobs=2), [(call, {})] * 6, told)
+except ValueError as error:
+    print(error)
+"""
+
+
+@pytest.mark.slow  # Ray takes half a minute to tidy up
+def test_a_grid_whose_ray_was_killed_says_so_in_one_line() -> None:
+    pytest.importorskip("ray", reason="ray is not installed")
+    ended = subprocess.run([sys.executable, "-c", DIED], check=False, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    assert "Ray has ended before the grid (LocalRayletDiedError): what was saved is whole, and" in ended.stdout
 
 
 def _kill(folders: list[Path], kills: list[float], ended: threading.Event) -> None:

@@ -8,6 +8,8 @@ under the same paths, as on a network file system.
 import contextlib
 import importlib
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -70,8 +72,8 @@ def run_beside(cluster: Cluster, calls: Sequence[tuple[Callable[..., None], dict
         told: hears what the calls say with `tell(event, facts)`.
 
     Raises:
-        ValueError: when the cluster cannot be reached, has no room for a single call, or a call raised one.
-        KeyboardInterrupt: after Ctrl-C, once the calls have saved what they did.
+        ValueError: when the cluster cannot be reached, has no room for a single call, or ends; or a call raised one.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM, once the calls have saved what they did.
     """
     with _connected(cluster) as ray:
         needs = {"num_cpus": cluster.cpus, "num_gpus": cluster.gpus}
@@ -90,6 +92,11 @@ def run_beside(cluster: Cluster, calls: Sequence[tuple[Callable[..., None], dict
                     for number, event, facts in ray.get(board.since.remote(heard)):
                         heard += 1
                         told(number, event, facts)
+        except ray.exceptions.RayError as error:  # its own process on this machine was killed, or the head's
+            raise ValueError(
+                f"Ray has ended before the grid ({type(error).__name__}): what was saved is whole, and the same "
+                "command goes on from here"
+            ) from error
         except BaseException:
             for each in waiting:
                 ray.cancel(each, force=False)  # as Ctrl-C: they finish the step, save and end
@@ -154,7 +161,7 @@ def _connected(cluster: Cluster) -> Iterator[Any]:
         ray = importlib.import_module("ray")
     except ImportError as error:
         raise ValueError("cells run beside each other by Ray, which is missing: pip install 'perdure[ray]'") from error
-    mine = not ray.is_initialized()
+    mine, handler = not ray.is_initialized(), signal.getsignal(signal.SIGTERM)
     quiet = {"log_to_driver": False, "logging_level": "error", "configure_logging": False}
     if mine and cluster.address:
         address = "auto" if cluster.address == "ray" else cluster.address
@@ -168,8 +175,14 @@ def _connected(cluster: Cluster) -> Iterator[Any]:
             ) from error
     elif mine:
         ray.init(num_cpus=cluster.jobs * cluster.cpus, include_dashboard=False, **quiet)
+    first = threading.current_thread() is threading.main_thread()
+    if first:  # as Ctrl-C: Ray has set one of its own, that aborts the process and shows its stack
+        pressed = signal.getsignal(signal.SIGINT)
+        signal.signal(signal.SIGTERM, pressed if callable(pressed) else signal.default_int_handler)
     try:
         yield ray
     finally:
         if mine:
             ray.shutdown()
+        if first:
+            signal.signal(signal.SIGTERM, handler or signal.SIG_DFL)
