@@ -1,18 +1,22 @@
 """A search for options: from the command line to a study that goes on after a kill."""
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 
 from perdure.cli.tune import search_lines
 from perdure.experiments import tune as tuning
-from perdure.experiments.study import JOURNAL, _check_journal
+from perdure.experiments.study import JOURNAL, _check_journal, complete_of, open_study
 from perdure.options.search_space import parse_space
 from perdure.training.config import RunConfig
 from perdure.training.loop import Quiet
+from perdure.training.run import Interrupted
 
 SPACE = "rank=1..4, lr=1e-3..1e-1 log"
 
@@ -99,6 +103,42 @@ def test_a_killed_search_goes_on_with_the_trial_that_was_in_work(tmp_path: Path)
     (out / JOURNAL).write_bytes(b"no json\n")
     with pytest.raises(ValueError, match="line 1: it cannot be read as JSON"):
         tuning.tune(_config(), space, out, trials=4)
+
+
+@pytest.mark.parametrize("dies", range(4))
+def test_a_killed_search_ends_with_the_trials_of_an_unbroken_one(
+    dies: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it was killed while options were drawn."""
+    space = parse_space(SPACE)
+    found = tuning.tune(_config(), space, tmp_path / "unbroken", trials=4)
+    with pytest.raises(SystemExit):
+        tuning.tune(_config(), space, tmp_path / "killed", trials=4, progress=_Told(dies=dies))
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise SystemExit
+
+    with monkeypatch.context() as patch:
+        patch.setattr("optuna.Trial.suggest_float", killed)
+        for _ in range(2):
+            with pytest.raises(SystemExit):
+                tuning.tune(_config(), space, tmp_path / "killed", trials=4)
+    again = tuning.tune(_config(), space, tmp_path / "killed", trials=4)
+    assert again["trials"] == found["trials"]
+    told = [
+        [each.intermediate_values for each in complete_of(open_study(optuna, tmp_path / name))]
+        for name in ("unbroken", "killed")
+    ]
+    assert told[0] == told[1]
+
+
+def test_a_search_that_is_asked_to_stop_says_what_goes_on(tmp_path: Path) -> None:
+    class Presses(_Told):
+        def step(self, *_: Any) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted, match=r"^trial-\w+: stopped after .*; the same command goes on from here$"):
+        tuning.tune(_config(), parse_space(SPACE), tmp_path, trials=2, progress=Presses())
 
 
 def test_a_line_that_a_kill_cut_is_dropped_without_writing_the_others_anew(no_file_above: Any, tmp_path: Path) -> None:

@@ -2,14 +2,14 @@
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from perdure.storage import schema
 
 if TYPE_CHECKING:
-    from optuna import Study
+    from optuna import Study, Trial
     from optuna.trial import FrozenTrial
 
 STUDY = "study.json"
@@ -52,7 +52,7 @@ def read_study(folder: Path) -> dict[str, Any]:
     return found
 
 
-def open_study(optuna: Any, out: Path, seed: int) -> "Study":
+def open_study(optuna: Any, out: Path) -> "Study":
     """The journal of a folder, which is locked, as Optuna's study; a new one where there is none."""
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
@@ -69,17 +69,27 @@ def open_study(optuna: Any, out: Path, seed: int) -> "Study":
         load_if_exists=True,
         pruner=optuna.pruners.MedianPruner(n_startup_trials=4),
     )
-    # The trials so far seed the sampler too: else a search that goes on would propose what it began with.
-    study.sampler = optuna.samplers.TPESampler(seed=(seed + len(study.get_trials(deepcopy=False))) % 2**31)
     return study
 
 
-def propose_again(optuna: Any, study: "Study") -> None:
-    """Of a killed search: the options that were in work are proposed once more, and their run goes on."""
+def next_trial(optuna: Any, study: "Study", seed: int) -> "Trial":
+    """The next trial, whose options depend on `seed` and on the trials that are behind us.
+
+    Not on how many there were since the process began: a search that was killed proposes what it would have.
+    """
+    study.sampler = optuna.samplers.TPESampler(seed=(seed + done_of(study)) % 2**31)
+    return study.ask()
+
+
+def propose_again(optuna: Any, study: "Study", names: Collection[str]) -> None:
+    """Of a killed search: the options that were in work are proposed once more, and their run goes on.
+
+    Where not all of `names` had been drawn yet, none is: they are drawn anew, the same ones.
+    """
     states = optuna.trial.TrialState
     waiting = [each.system_attrs.get("fixed_params") for each in study.get_trials(states=(states.WAITING,))]
     for old in study.get_trials(states=(states.RUNNING,)):
-        if old.params not in waiting:  # else the kill came between these two lines
+        if {*old.params} == {*names} and old.params not in waiting:  # else the kill came between these two lines
             study.enqueue_trial(old.params)
         study.tell(old.number, state=states.FAIL)
 

@@ -30,6 +30,7 @@ from perdure.experiments.study import (
     complete_of,
     done_of,
     errors_of,
+    next_trial,
     nothing_begun_nothing_left,
     open_study,
     propose_again,
@@ -49,7 +50,7 @@ from perdure.training.config import (
     make_stream,
 )
 from perdure.training.loop import Progress, Quiet
-from perdure.training.run import resume, run
+from perdure.training.run import Interrupted, resume, run
 from perdure.types import Row, Task
 
 if TYPE_CHECKING:
@@ -114,8 +115,8 @@ def tune(
     with checkpoint.locked(out), nothing_begun_nothing_left(out), quiet(optuna):
         check_same(out, asked)
         checkpoint.write_json(out / STUDY, asked)
-        study = open_study(optuna, out, config.seed)
-        propose_again(optuna, study)
+        study = open_study(optuna, out)
+        propose_again(optuna, study, space)
         if done_of(study) < trials:
             _check_order(first, report_seeds)
         while (done := done_of(study)) < trials:
@@ -135,17 +136,22 @@ def _one(
     place: tuple[int, int],
 ) -> None:
     """One trial: its options, its run, its score."""
-    trial = study.ask()
+    trial = next_trial(optuna, study, config.seed)
     options = {name: _suggest(trial, name, each) for name, each in space.items()}
     mine = configured(config, options)
     if progress:
         progress.trial(*place, options, best_score(study))
     folder = out / _folder(mine)
+    watched = _Watched(trial, progress)
     try:
         if (folder / "run.json").exists():
-            summary = resume(folder, _Watched(trial, progress))
+            watched.again(folder)
+            summary = resume(folder, watched)
         else:
-            summary = run(mine, folder, _Watched(trial, progress))
+            summary = run(mine, folder, watched)
+    except Interrupted as stop:
+        said = str(stop).partition(";")[0]
+        raise Interrupted(f"{folder.name}: {said}; the same command goes on from here") from stop
     except _Pruned:
         study.tell(trial, state=optuna.trial.TrialState.PRUNED)
         return
@@ -185,6 +191,14 @@ class _Watched(Quiet):
 
     def scores(self, task: Task, rows: list[Row]) -> None:
         self.inner.scores(task, rows)
+        self._report(task, rows)
+
+    def again(self, folder: Path) -> None:
+        """What a run has learnt already is told to the study, which takes it for another trial; may raise `_Pruned`."""
+        for done in checkpoint.whole(folder):
+            self._report(done.tasks[-1], done.rows)
+
+    def _report(self, task: Task, rows: list[Row]) -> None:
         average = metrics.average_after(rows, task.index)
         if average is None:  # old tasks are measured after the last one only: nothing to give up by
             return
