@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from perdure.cli.advise import advice_lines, use_command
+from perdure.cli.main import main
 from perdure.core.learner import Core
 from perdure.core.method import METHODS
 from perdure.export.model import _check
@@ -138,6 +139,20 @@ def test_only_the_scenario_asked_for_answers_the_nearest_number_of_tasks_first()
     assert advise(settings[1:2], Constraints()) == []
     several = [setting(row(f"m{n}", 0.1)) | {"tasks": n} for n in (4, 3, 2)]
     assert [a.setting["tasks"] for a in advise(several, Constraints(tasks=3))] == [3, 4, 2]
+
+
+def test_a_longer_stream_asked_for_fewer_tasks_says_after_how_many_its_scores_are(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    known = setting(row("a", 0.1)) | {"classes": 8, "backbone": "tiny()", "created": ["now"], "git": [], "perdure": []}
+    for tasks, said in ((2, ", after the first 2 tasks"), (4, ""), (9, "")):
+        asked = Constraints(tasks=tasks)
+        lines = advice_lines(in_words(asked), advise([known], asked), None)
+        assert lines[2] == f"shapes, 4 tasks, 8 classes, tiny(){said}"
+    main(["advise", "--tasks", "10", "--family"])
+    heads = [line for line in capsys.readouterr().out.splitlines() if " classes, " in line]
+    assert [("after the first 10 tasks" in head) == (" 20 tasks, " in head) for head in heads] == [True] * len(heads)
+    assert len(heads) > 1
 
 
 def test_one_run_is_named_as_such() -> None:

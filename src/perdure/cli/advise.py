@@ -47,13 +47,14 @@ class Advise(Constraints, Command):
     def _families(self, said: Sequence[str], answers: Sequence[Advice], screen: Screen) -> None:
         found, lines = [], [f"asked: {', '.join(said)}"]
         for answer in answers:
-            about, best = answer.setting, best_of_families(answer)
+            best = best_of_families(answer)
             rows = [family_cells(*each) for each in best]
             named_cells = [dict(zip(TITLES, row, strict=True)) for row in rows]
             choices = [{"family": f.name, "choice": c if isinstance(c, str) else asdict(c)} for f, c in best]
             sizes = [{"lines": int(row["lines"] or 0) or None} for row in named_cells]
-            found.append({"setting": about, "families": [a | b for a, b in zip(choices, sizes, strict=True)]})
-            lines += ["", f"{about['data']}, {about['tasks']} tasks, {about['classes']} classes, {about['backbone']}"]
+            families = [a | b for a, b in zip(choices, sizes, strict=True)]
+            found.append({"setting": answer.setting, "tasks": answer.tasks, "families": families})
+            lines += ["", _heading(answer)]
             widths = [max(map(len, column)) for column in zip(TITLES, *rows, strict=True)]
             for first, second, *rest in (TITLES, *rows):
                 numbers = [cell.rjust(width) for cell, width in zip(rest, widths[2:], strict=True)]
@@ -61,8 +62,15 @@ class Advise(Constraints, Command):
         lines += ["", "choose", *(f"  {family.name}: {family.choose} ({family.source})" for family in FAMILIES)]
         lines.append("lines: of the method's file and of the adapters and mechanisms that it is made of")
         lines.append("measured apart: what is no method, by benchmarks/specialists.py; figures in docs/choosing.md")
-        families = [{"family": f.name, "choose": f.choose, "source": f.source} for f in FAMILIES]
-        screen.result({"event": "families", "asked": said, "families": families, "answers": found}, *lines)
+        known = [{"family": f.name, "choose": f.choose, "source": f.source} for f in FAMILIES]
+        screen.result({"event": "families", "asked": said, "families": known, "answers": found}, *lines)
+
+
+def _heading(answer: Advice) -> str:
+    """What was measured; of a longer stream also after how many tasks, where all tables would seem to be of the end."""
+    about = answer.setting
+    early = f", after the first {answer.tasks} tasks" if answer.tasks < about["tasks"] else ""
+    return f"{about['data']}, {about['tasks']} tasks, {about['classes']} classes, {about['backbone']}{early}"
 
 
 def advice_lines(asked: Sequence[str], answers: Sequence[Advice], folder: str | None) -> list[str]:
@@ -87,7 +95,7 @@ def _answer(answer: Advice, first: bool) -> list[str]:
     """What one setting says; in full for the first, which fits best."""
     most = _MOST if first else _FEWER
     about = answer.setting
-    lines = [f"{about['data']}, {about['tasks']} tasks, {about['classes']} classes, {about['backbone']}"]
+    lines = [_heading(answer)]
     if not answer.choices:
         lines.append("not known: no method that was measured here is known to keep to all of this")
     else:
