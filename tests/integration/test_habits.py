@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
 
 from perdure.cli.main import main
 from perdure.core.method import METHODS
@@ -131,6 +132,25 @@ def test_a_method_in_a_file_is_known_everywhere_once_it_is_imported(
     main(["list", "methods", "of_mine", "--import", "my_method.py"])
     assert "Nothing." in capsys.readouterr().out
     assert os.environ[OWN_METHODS] == str(here / "my_method.py")  # so that processes of a grid know it
+
+
+def test_what_an_own_method_learnt_names_the_way_to_bring_its_file(
+    here: Path, perdure: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (here / "my_method.py").write_text(GUARD)
+    main(["run", "--import", "my_method.py", *TINY, "--method", "lora(rank=2) + of_mine", "--out", "run", "--quiet"])
+    Image.new("RGB", (8, 8)).save("cat.png")
+    monkeypatch.setenv(OWN_METHODS, "")
+    METHODS.pop("of_mine")
+    for command in (["predict", "run", "cat.png"], ["resume", "run"]):
+        without = perdure(*command)
+        assert without.code == 2
+        assert "run was learnt with 'of_mine', which is no method of perdure" in without.err
+        assert "--import FILE.py" in without.err
+        nowhere = perdure(*command, "--import", "your_method.py")
+        assert nowhere.err == "perdure: --import your_method.py: expected a Python file, such as my_method.py\n"
+    assert perdure("show", "run").code == 0  # which reads no method, but a file that is not there is a mistake
+    assert perdure("show", "run", "--import", "your_method.py").code == 2
 
 
 @pytest.mark.parametrize(

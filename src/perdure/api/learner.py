@@ -33,7 +33,7 @@ from perdure.training.config import RunConfig, former_parts
 from perdure.training.defaults import for_lessons
 from perdure.training.early_stop import watching
 from perdure.training.loop import Progress, Quiet, TrainConfig, fit_task, told_by
-from perdure.training.record import record_of, recorded_config, recorded_runtime, write_record
+from perdure.training.record import check_method, record_of, recorded_config, recorded_runtime, write_record
 from perdure.training.runtime import Runtime
 from perdure.training.summary import COSTS, facts_of, taught_files, write_summary
 from perdure.types import Row, Stream, Task
@@ -100,7 +100,9 @@ class Learner(Abilities):
     def untaught(cls, folder: Path, device: str | None = None) -> Self:
         """The learner of a folder, as it was before its first task; on `device` instead of its own."""
         written = read_record(folder)
-        learner = cls.of(recorded_config(folder, written), recorded_runtime(folder, written, device))
+        config = recorded_config(folder, written)
+        check_method(folder, config)
+        learner = cls.of(config, recorded_runtime(folder, written, device))
         learner.scenario = written["stream"]["scenario"]
         return learner
 

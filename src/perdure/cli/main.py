@@ -43,6 +43,8 @@ def main(args: Sequence[str] | None = None) -> None:
         if screen.quiet and screen.verbose:
             raise ValueError("--quiet and --verbose contradict each other: leave one out")
         if command.import_ is not None:  # which processes that are started from here inherit
+            if not command.import_.is_file():  # also where nothing that was learnt is read, and the file has no say
+                raise ValueError(f"--import {command.import_}: expected a Python file, such as my_method.py")
             os.environ[OWN_METHODS] = str(command.import_.absolute())
         command(screen)
     except KeyboardInterrupt:

@@ -16,12 +16,13 @@ from perdure.core import checkpoint
 from perdure.core.checkpoint import read_record
 from perdure.core.learner import Core
 from perdure.core.manifests import MOVED, RESIZED, recorded_moves, recorded_size, refuse_team
+from perdure.core.method import METHODS
 from perdure.evaluation.held_out import HeldOut
 from perdure.options.paths import Relocation, moved
-from perdure.options.spec import changed
+from perdure.options.spec import changed, parse
 from perdure.storage import schema
 from perdure.storage.schema import Damaged, RunRecord
-from perdure.training.config import RunConfig
+from perdure.training.config import FORMER, RunConfig, register
 from perdure.training.loop import Progress
 from perdure.training.runtime import Runtime, check_device
 from perdure.types import Stream
@@ -103,6 +104,20 @@ def recorded_config(out: Path, written: RunRecord) -> RunConfig:
         config = replace(config, lr=written.get("lr"))
     resized = recorded_size(out)
     return replace(config, backbone=changed(config.backbone, **resized)) if resized else config
+
+
+def check_method(out: Path, config: RunConfig) -> None:
+    """Refuse what was learnt with a method that is not known here, which a nearest name would only hide.
+
+    Raises:
+        ValueError: when a part of the method is in no file that was imported.
+    """
+    register()
+    if unknown := [part.name for part in parse(config.method) if part.name not in METHODS and part.name not in FORMER]:
+        raise ValueError(
+            f"{out} was learnt with {unknown[0]!r}, which is no method of perdure {__version__}: bring the file of a "
+            "method of your own with --import FILE.py, or import it in Python"
+        )
 
 
 def recorded_runtime(out: Path, written: RunRecord, device: str | None = None, processes: int = 1) -> Runtime:

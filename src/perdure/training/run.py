@@ -20,6 +20,7 @@ from perdure.training.config import RunConfig, measured_between, said_of
 from perdure.training.loop import Progress, told_by
 from perdure.training.record import (
     as_recorded,
+    check_method,
     check_unchanged,
     elsewhere,
     facts_of_held_out,
@@ -124,6 +125,7 @@ def resume(out: str | Path, progress: Progress | None = None, device: str | None
         config, runtime = recorded_config(out, written), recorded_runtime(out, written, device, processes.world)
         if not config.stream:
             raise ValueError(f"{out} is taught from folders: go on with {command('learn', 'FOLDER', '--into', out)}")
+        check_method(out, config)
         extra = elsewhere(out, runtime, progress)
         learner, stream, _ = build_run(config, runtime, processes)
         stream = as_recorded(stream, written["stream"])
