@@ -186,7 +186,7 @@ def test_what_a_member_has_learnt_since_is_told(perdure: Any, photos: Any) -> No
     (line,) = told.err.splitlines()
     assert line.startswith("perdure: one has learnt 1 task since team was made, which its pool and its router do not")
     states = [each["state"] for each in perdure("show", "team", "--json").events[0]["members"]]
-    assert states == ["there, with 1 task(s) more than the pool knows: combine again", "there"]
+    assert states == ["there, with 1 task more than the pool knows: combine again", "there"]
     assert perdure("combine", "one", "two", "--into", "again").code == 0
     shutil.rmtree("one/task-001")
     told = perdure("predict", "again", "pets/cat/00.png")
@@ -277,6 +277,8 @@ def test_rewards_that_cannot_be_used_change_nothing(members: list[str]) -> None:
     images, before = sorted(Path("animals/test").rglob("*.png"))[:2], team.router.state_dict()
     for named, rewards, message in (
         (["animals", "animals"], [1.0], "got 2 images, 2 members, 1 rewards: give as many"),
+        ("animals", [1.0, 1.0], "members: got a str, expected a list"),
+        (["animals", "animals"], 1.0, "rewards: got a float, expected a list"),
         (["animals", "nobody"], [1.0, 1.0], "member 'nobody' is none of animals, colours"),
         (["animals", "animals"], [1.0, "good"], "a reward is 'good': expected a number from 0 to 1"),
         (["animals", "animals"], [1.0, None], "a reward is None: expected a number from 0 to 1"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -31,6 +31,7 @@ from perdure.storage.files import in_use, locked, place, write_sealed
 from perdure.storage.schema import SPECIALISTS, MemberFacts, SpecialistsRecord
 from perdure.streams import ImageSet
 from perdure.streams.conversations import Conversation
+from perdure.streams.sources import listed
 from perdure.training.config import make_backbone
 
 _SIZE = 256
@@ -190,7 +191,7 @@ class Specialists:
 
     def _named(self, members: Sequence[str]) -> list[str]:
         """`members`, refused where one is none of these."""
-        if wrong := [name for name in members if name not in self.names]:
+        if wrong := [name for name in listed(members, "members") if name not in self.names]:
             raise ValueError(f"member {wrong[0]!r} is none of {', '.join(self.names)}")
         return list(members)
 
@@ -316,7 +317,7 @@ class Specialists:
         """
         if not isinstance(self.router, LinUCB):
             raise ValueError(f"{self.folder} chooses by {self.record['route']}, not by rewards: use --route linucb")
-        data, named, worth = shown(images, self), self._named(members), [_worth(reward) for reward in rewards]
+        data, named, worth = shown(images, self), self._named(members), list(map(_worth, listed(rewards, "rewards")))
         if len({len(data), len(named), len(worth)}) > 1:
             raise ValueError(f"got {len(data)} images, {len(named)} members, {len(worth)} rewards: give as many")
         for feature, name, reward in zip(self.encode(data), named, worth, strict=True):
@@ -370,10 +371,9 @@ def write_specialists(folder: Path, record: Any, pool: ExperiencePool, router: R
 
 
 def _worth(reward: float) -> float:
-    try:
+    found = math.nan
+    with suppress(TypeError, ValueError):
         found = float(reward)
-    except (TypeError, ValueError):
-        found = math.nan
     if not 0 <= found <= 1:
         raise ValueError(f"a reward is {shortened(repr(reward))}: expected a number from 0 to 1")
     return found

@@ -68,7 +68,7 @@ def told_team(folder: Path, found: dict[str, Any]) -> list[str]:
     """The same for people, line by line."""
     lines = [f"{folder}: {len(found['members'])} specialists, chosen by {found['route']}, seen by {found['gate']}"]
     for each in found["members"]:
-        what = f"{each['gives']} in {each['learnt']} task(s) by {each['method']} on {each['backbone']}"
+        what = f"{each['gives']} in {_tasks(each['learnt'])} by {each['method']} on {each['backbone']}"
         lines.append(printable(shortened(f"  {each['name']}: {what}; {each['state']}")))
     size = "missing" if found["pool_bytes"] is None else human_bytes(found["pool_bytes"])
     lines.append(
@@ -121,7 +121,11 @@ def _state(facts: MemberFacts, folder: Path) -> str:
     except Damaged:
         return "damaged"
     more = (done[-1].learnt if done else 0) - facts["learnt"]
-    return f"there, with {more} task(s) more than the pool knows: combine again" if more > 0 else "there"
+    return f"there, with {_tasks(more)} more than the pool knows: combine again" if more > 0 else "there"
+
+
+def _tasks(count: int) -> str:
+    return f"{count} task{'' if count == 1 else 's'}"
 
 
 def _cut(checkpoint: Checkpoint) -> bool:
