@@ -372,6 +372,14 @@ def test_the_reference_lists_every_command_and_every_key_of_the_summary(lab: Any
     assert {key for keys in _table(text, "## `summary.json`") for key in keys.split("`, `")} == keys
 
 
+@pytest.mark.parametrize("end", ["", ".zh-CN"])
+def test_options_of_captions_stand_on_the_page_with_their_defaults(end: str) -> None:
+    text = (ROOT / f"docs/bring-your-data{end}.md").read_text(encoding="utf-8")
+    shown = dict(option.split("=") for option in _table(text, "--objective retrieve"))
+    options = {k: p.default for k, p in inspect.signature(STREAMS["captions"]).parameters.items() if k != "path"}
+    assert {k: ast.literal_eval(v) for k, v in shown.items()} == options
+
+
 def test_no_page_refers_to_a_folder_of_one_machine() -> None:
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
