@@ -303,7 +303,7 @@ def test_scores_of_unlike_scales_have_no_mean_on_the_screen_either(data: Path, p
         said = perdure("learn", data / f"{name}.jsonl", "--into", "my", *TINY, *FAST[:2], *more)
         assert said.code == 0, said.err
     few = perdure("learn", data / "few.jsonl", "--into", "other", *TINY, "--epochs", 1).out
-    assert "learning rate 0.0002, that of lora(rank=16, at='qkvo,mlp', tower='language')" in few
+    assert "learning rate 0.0002, as for language models; --lr gives another" in few
     assert "ask it with: perdure ask other IMAGE" in few  # though nothing of it was measured
     assert "no means over tasks are given: scores of different scales have no mean: exact (to 1), cider" in said.out
     (line,) = [line for line in said.out.splitlines() if line.split()[:2] == ["2", "red"]]

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from perdure.cli.tables import comparison
 from perdure.core.checkpoint import read_record
 from perdure.core.method import METHODS
 from perdure.experiments.grid import cells, compare
@@ -50,6 +51,20 @@ def test_texts_have_lower_ones() -> None:
     assert TrainConfig().rate(0, 10) == USUAL
 
 
+@pytest.mark.parametrize(
+    ("more", "whose"),
+    [
+        ({"objective": "zeroshot()", "method": "lora(rank=2)"}, "the highest for zeroshot"),
+        ({"objective": "zeroshot()", "method": "finetune"}, "that of finetune"),
+        ({"objective": "retrieve()", "method": "lora(rank=2)"}, "as for retrieve"),
+        ({"backbone": "tiny_mllm()", "method": "lora(rank=2)"}, "as for language models"),
+    ],
+)
+def test_a_rate_that_is_not_the_methods_own_is_not_said_to_be(more: dict[str, str], whose: str) -> None:
+    config = RunConfig(**SMALL | more)
+    assert said_of(config) == [f"learning rate {config.recommended():g}, {whose}; --lr gives another"]
+
+
 def test_a_run_keeps_the_rate_it_began_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(RunConfig(**SMALL, method="lora(rank=2)"), tmp_path / "own")
     run(RunConfig(**SMALL, method="lora(rank=2)", lr=3e-3), tmp_path / "given")
@@ -72,3 +87,12 @@ def test_a_grid_gives_each_its_own_unless_one_is_given(tmp_path: Path) -> None:
     rows = compare(RunConfig(**SMALL, lr=1e-2), grid, tmp_path / "one", steps=False)
     assert [row["lr"] for row in rows] == [1e-2, 1e-2]
     assert "learning rate" not in (tmp_path / "one" / "compare.md").read_text()
+
+
+def test_what_trains_nothing_shows_no_rate_in_either_table(tmp_path: Path) -> None:
+    rows = compare(RunConfig(**SMALL), cells(["ncm", "probe"], [0], tmp_path), tmp_path, steps=False)
+    head, ncm, probe, *_ = comparison(rows, 300)
+    place = head.index(" lr") + 1
+    assert [line[: place + 2].split()[-1] for line in (ncm, probe)] == ["–", "0.003"]
+    written = (tmp_path / "compare.md").read_text().splitlines()
+    assert [line.split(" | ")[2] for line in written[2:4]] == ["–", "0.003"]

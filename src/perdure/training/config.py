@@ -356,9 +356,14 @@ def former_parts(config: RunConfig) -> str:
 
 def said_of(config: RunConfig) -> list[str]:
     """What who begins with a configuration should know: what is written in an old way, and the rate that is taken."""
-    rated = usual(config.backbone) or any(part.name in RATES for part in parse(config.method))
+    taken, objective = config.recommended(), parse_one(config.objective).name
+    rated = any(part.name in RATES for part in parse(config.method))
     whose = f"that of {shortened(config.method)}" if rated else "as for what has none of its own"
-    rate = Aside(f"learning rate {config.recommended():g}, {whose}; --lr gives another")
+    if usual(config.backbone) or objective == "retrieve":
+        whose = f"as for {'language models' if usual(config.backbone) else objective}"
+    elif taken < own_rate(config.method):
+        whose = f"the highest for {objective}"
+    rate = Aside(f"learning rate {taken:g}, {whose}; --lr gives another")
     return [*filter(None, [former_parts(config)]), *([rate] if config.lr is None else [])]
 
 
