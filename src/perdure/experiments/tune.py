@@ -50,7 +50,8 @@ from perdure.training.config import (
     make_stream,
 )
 from perdure.training.loop import Progress, Quiet
-from perdure.training.run import Interrupted, resume, run
+from perdure.training.run import resume, run
+from perdure.training.snapshots import Interrupted
 from perdure.types import Row, Task
 
 if TYPE_CHECKING:
