@@ -107,6 +107,7 @@ def test_captioned_data_sets_share_a_shape_and_no_image() -> None:
         ("sequence(synthetic(), synthetc())", "unknown stream 'synthetc'; did you mean 'synthetic'?"),
         ("sequence(synthetic(), synthetic(sise=3))", "did you mean 'size'?"),
         ("sequence(synthetic(), synthetic(), order='neutral')", "did you mean 'natural'?"),
+        ("sequence(synthetic(), synthetic(), order='order.txt')", "there is no such file; expected 'natural', 'seed'"),
         ("sequence(synthetic(), synthetic(), order=['synthetic', 'synth (2)'])", "did you mean 'synthetic (2)'?"),
         ("sequence(synthetic(), captions(path='x', captions=('a', 'b')))", "makes a task of each column"),
     ],

@@ -197,8 +197,9 @@ def _redrawn(spec: Spec, draw: int) -> Spec:
 def check_order(order: str | int | Sequence[str | int] | None) -> None:
     """Raise a ValueError when `order` is a text but none of `ORDERS` and no path of a file."""
     if isinstance(order, str) and order not in ORDERS and not Path(order).expanduser().is_file():
+        gone = "there is no such file; " if Path(order).suffix or len(Path(order).parts) > 1 else ""
         raise ValueError(
-            f"order={order!r}: expected 'natural', 'seed', a seed, a list of names, or a file with a name a line"
+            f"order={order!r}: {gone}expected 'natural', 'seed', a seed, a list of names, or a file with a name a line"
             f"{meant(order, ORDERS)}"
         )
 
