@@ -7,7 +7,7 @@ import pytest
 
 from perdure.cli.tables import comparison
 from perdure.core.checkpoint import read_record
-from perdure.core.method import METHODS
+from perdure.core.method import METHODS, Method
 from perdure.experiments.grid import cells, compare
 from perdure.options.rates import RATES, RETRIEVING, SPEAKING, USUAL, own_rate
 from perdure.training.config import RunConfig, TrainConfig, register, said_of
@@ -22,9 +22,14 @@ SMALL: dict[str, Any] = {
 }
 
 
-def test_every_method_that_trains_the_encoder_has_its_own() -> None:
+def _ours() -> dict[str, type[Method]]:
+    """The methods that perdure brings, without those that other tests have registered."""
     register()
-    ours = {name: made for name, made in METHODS.items() if made.__module__.startswith("perdure.methods.")}
+    return {name: made for name, made in METHODS.items() if made.__module__.startswith("perdure.methods.")}
+
+
+def test_every_method_that_trains_the_encoder_has_its_own() -> None:
+    ours = _ours()
     assert RATES.keys() <= ours.keys()
     assert {name for name, made in ours.items() if made.changes_encoder} <= RATES.keys()
     assert all(each.source for each in RATES.values())
@@ -32,16 +37,34 @@ def test_every_method_that_trains_the_encoder_has_its_own() -> None:
 
 @pytest.mark.parametrize(
     ("method", "rate"),
-    [("l2p", 3e-2), ("lora(rank=2) + ewc", 3e-3), ("ncm", USUAL), ("finetune + lora", 1e-3), ("probe + align", 3e-3)],
+    [
+        ("l2p", 3e-2),
+        ("lora(rank=2) + ewc", 3e-3),
+        ("replay", USUAL),
+        ("finetune + lora", 1e-3),
+        ("probe + align", 3e-3),
+    ],
 )
 def test_a_sum_takes_the_lowest_of_its_parts(method: str, rate: float) -> None:
     assert own_rate(method) == rate
     config = RunConfig(**SMALL, method=method)
     assert (config.lr, config.peak, config.settled().peak) == (None, USUAL, rate)
-    whose = "as for what has none of its own" if method == "ncm" else f"that of {method}"
+    whose = "as for what has none of its own" if method == "replay" else f"that of {method}"
     assert said_of(config) == [f"learning rate {rate:g}, {whose}; --lr gives another"]
     given = RunConfig(**SMALL, method=method, lr=0.5)
     assert (given.settled(), said_of(given)) == (given, [])
+
+
+def test_it_is_told_where_something_is_trained(lab: Any) -> None:
+    task = lab.stream().tasks[0]
+    for name, kind in _ours().items():
+        try:
+            learner = lab.learner(name)
+            learner.grow(task)
+        except ValueError:  # not alone, or for another backbone
+            continue
+        assert bool(learner.param_groups()) == kind.trains, name
+        assert bool(said_of(RunConfig(**SMALL, method=name))) == kind.trains, name
 
 
 def test_texts_have_lower_ones() -> None:

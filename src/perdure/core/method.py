@@ -57,6 +57,8 @@ class Method(nn.Module):
     """Whether it can stand in a step of pre-training, which has no labels: only before classes are taught, or any."""
     follows_task: ClassVar[bool] = False
     """Whether it answers by what a task has taught where a batch says which one, under `task`."""
+    trains: bool = True
+    """Whether anything is trained by it alone: heads, or what makes features."""
     borderless: bool = False
     """Whether it can learn in one pass in which no task is announced: see `Core.online`."""
     batchwise: bool = False

@@ -22,6 +22,7 @@ class NCM(Method, name="ncm"):
     needs = ("classes",)
     unlabelled = "untaught"
     borderless = True
+    trains = False
 
     def __init__(self) -> None:
         super().__init__()

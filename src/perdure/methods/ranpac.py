@@ -47,6 +47,7 @@ class RanPAC(Method, name="ranpac"):
     needs = ("classes",)
     unlabelled = "untaught"
     derived = ("_projection",)
+    trains = False
 
     def __init__(
         self,

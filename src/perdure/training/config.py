@@ -364,7 +364,8 @@ def said_of(config: RunConfig) -> list[str]:
     elif taken < own_rate(config.method):
         whose = f"the highest for {objective}"
     rate = Aside(f"learning rate {taken:g}, {whose}; --lr gives another")
-    return [*filter(None, [former_parts(config)]), *([rate] if config.lr is None else [])]
+    told = config.lr is None and any(part.trains for part in make_method(config.method))
+    return [*filter(None, [former_parts(config)]), *([rate] if told else [])]
 
 
 def make_backbone(text: str, method: str = "") -> Any:
