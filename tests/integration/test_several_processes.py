@@ -24,8 +24,8 @@ METHOD = "inflora(rank=2) + replay(size=8)"
 class Started:
     """A command in two processes, and what it says."""
 
-    def __init__(self, words: list[str], said: Path) -> None:
-        self.said = said
+    def __init__(self, words: list[str], out: Path, said: Path) -> None:
+        self.out, self.said = out, said
         with said.open("w") as file:
             command = [sys.executable, "-m", "perdure", *words, "--processes", "2"]
             self.process = subprocess.Popen(command, stdout=file, stderr=file)
@@ -52,7 +52,7 @@ def start(lab: Any, tmp_path: Path) -> Iterator[Callable[..., Started]]:
     def started(out: Path) -> Started:
         begun = (out / "run.json").exists()
         words = ["resume", str(out)] if begun else ["run", *flags(options), "--out", str(out)]
-        all_of_them.append(Started(words, tmp_path / f"said {len(all_of_them)}"))
+        all_of_them.append(Started(words, out, tmp_path / f"said {len(all_of_them)}"))
         return all_of_them[-1]
 
     yield started
@@ -79,7 +79,7 @@ def kill_a_worker(of: Started) -> None:
     assert time.monotonic() - since < PATIENCE
     assert of.text().count("perdure:") == 1, of.text()
     assert "process 1 of 2 was killed by SIGKILL" in of.text()
-    assert "perdure resume" in of.text()
+    assert f"perdure resume {of.out} --processes 2" in of.text()
 
 
 def test_a_worker_that_is_killed_ends_the_run_with_one_line_and_leaves_nothing(
@@ -105,6 +105,7 @@ def test_two_processes_that_are_stopped_and_killed_end_as_if_nothing_had_happene
     assert asked.end() == 130, asked.text()
     assert asked.text().count("perdure:") == 1
     assert "all is saved" in asked.text()
+    assert f"perdure resume {out} --processes 2" in asked.text()
     stopped = next(out.glob("task-000/step-*"))
 
     killed = start(out)

@@ -80,6 +80,6 @@ def _ended(failures: Mapping[int, Any], processes: int, folder: object) -> Ended
     by = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     return Ended(
         f"process {rank} of {processes} {by}, and so all have ended; what was saved before is whole: go on with "
-        f"{command('resume', folder)}",
+        f"{command('resume', folder, '--processes', processes)}",
         1,
     )

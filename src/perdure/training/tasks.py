@@ -19,11 +19,10 @@ from perdure.evaluation.examples import EXAMPLES
 from perdure.evaluation.feature_drift import Drift
 from perdure.evaluation.held_out import HeldOut, held_out_of
 from perdure.evaluation.schedule import Evaluation
-from perdure.formatting import command
 from perdure.training.early_stop import shares_of, watching
 from perdure.training.loop import Diverged, Progress, TrainConfig, fit_task
 from perdure.training.online import Along
-from perdure.training.snapshots import Interrupted, Saver, check_there, interruptible
+from perdure.training.snapshots import Saver, check_there, interrupted, interruptible
 from perdure.training.summary import drop_summary_beyond, facts_of, hashes_at_hand, taught_files, write_summary
 from perdure.types import Row, Stream
 
@@ -69,7 +68,7 @@ def learn_stream(
         saver = Saver(save_every, out, learner, stopped)
         for task in stream.tasks[learnt:]:
             if stopped():
-                raise Interrupted(f"stopped before task {task.number}; go on with {command('resume', out)}")
+                raise interrupted(f"before task {task.number}", out, processes)
             start = time.perf_counter()
             before = snapshot.rows if snapshot else evaluation.before(learner, task)
             measured = time.perf_counter() - start
