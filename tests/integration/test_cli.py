@@ -395,6 +395,16 @@ def test_a_terminal_shows_a_live_bar_and_narrow_tables(
     assert all(len(piece) <= 80 for line in plain.split("\n") for piece in line.split("\r"))
 
 
+def test_processes_that_are_started_say_as_much_as_was_asked_for(perdure: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    words: list[str] = []
+    monkeypatch.setattr("perdure.training.launch.launch", lambda _count, given, _out: words.extend(given))
+    for option in ("--json", "--quiet", "--verbose"):
+        words.clear()
+        asked = ("--stream", "synthetic()", "--method", "probe", "--processes", 2, option, "--out", "x")
+        assert perdure("run", *asked).code == 0
+        assert [each for each in words if each in ("--json", "--quiet", "--verbose")] == [option]
+
+
 def test_what_has_no_effect_is_told_where_only_results_are_asked_for(perdure: Any, small: Any, photos: Any) -> None:
     idle = perdure("run", *small, "--method", "ncm", "--epochs", 9, "--out", "idle")
     assert "learning rate 0.001" not in idle.out

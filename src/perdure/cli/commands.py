@@ -336,7 +336,8 @@ def _launches(processes: int, words: Sequence[str], before: Sequence[str], out: 
         return False
     from perdure.training.launch import launch
 
-    launch(processes, [*words, *(["--json"] if screen.json else []), *before, str(out)], out)
+    said = [f"--{each}" for each in ("json", "quiet", "verbose") if getattr(screen, each)]
+    launch(processes, [*words, *said, *before, str(out)], out)
     return True
 
 
