@@ -14,7 +14,7 @@ from types import FrameType
 _IMPORTING = "<frozen importlib._bootstrap>"
 # a launcher ends by SIGTERM the processes that it has started, and knows them by that
 _ASKING = (signal.SIGINT,) if "RANK" in os.environ else (signal.SIGINT, signal.SIGTERM)
-_STOPPED = "perdure: stopped at once; what was saved before is whole, and the same command can go on\n"
+_STOPPED = "perdure: stopped at once; what was saved before is whole: the same command goes on, or says what does\n"
 
 
 def main() -> None:

@@ -36,7 +36,7 @@ sys.argv = Words(["perdure", "list", "methods"])
 from perdure.__main__ import main
 main()
 """
-STOPPED = "perdure: stopped at once; what was saved before is whole, and the same command can go on\n"
+STOPPED = "perdure: stopped at once; what was saved before is whole: the same command goes on, or says what does\n"
 
 
 def python(*words: str, cwd: Path, **more: Any) -> tuple[int, str, str]:

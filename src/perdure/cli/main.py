@@ -48,7 +48,7 @@ def main(args: Sequence[str] | None = None) -> None:
             os.environ[OWN_METHODS] = str(command.import_.absolute())
         command(screen)
     except KeyboardInterrupt:
-        screen.error("stopped at once; what was saved before is whole, and the same command can go on")
+        screen.error("stopped at once; what was saved before is whole: the same command goes on, or says what does")
         sys.exit(130)
     except BrokenPipeError:  # who reads our output has had enough
         raise
