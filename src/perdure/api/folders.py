@@ -2,7 +2,8 @@
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -127,21 +128,27 @@ def teach_folder(
         place_source(into, len(before), source)
         stream = Stream(OPEN, learner.scenario, (*before, task))
         facts = {"source": source} | (elsewhere(into, learner.runtime, progress) if there else {})
-        try:
-            with skippable("--skip-bad"), nothing_learnt_nothing_left(into), as_found(learner.runtime.threads):
-                return task, learn_stream(train, learner, stream, into, progress, learner.config.save_every, facts)
-        except Interrupted as stop:
-            said, call = str(stop).partition(";")[0], "pretrain" if pretext else "learn"
-            raise Interrupted(
-                f"{said}; go on with {command(call, photos, '--into', into)} and the same options"
-            ) from stop
-        except Diverged as error:
-            shutil.rmtree(into / f"task-{len(before):03d}", ignore_errors=True)  # of no use to go on from
-            raise ValueError(f"{error}: teach it again with a lower --lr than {train.peak:g}") from error
-        except ValueError:
-            if len(checkpoint.whole(into)) == len(done) and checkpoint.latest_step(into, done) is None:
-                shutil.rmtree(into / f"task-{len(before):03d}", ignore_errors=True)  # refused: nothing was begun
-            raise
+        again = command("pretrain" if pretext else "learn", photos, "--into", into)
+        with _ending(into, done, again, train), skippable("--skip-bad"), as_found(learner.runtime.threads):
+            return task, learn_stream(train, learner, stream, into, progress, learner.config.save_every, facts)
+
+
+@contextmanager
+def _ending(into: Path, done: Sequence[Checkpoint], again: str, train: TrainConfig) -> Iterator[None]:
+    """A lesson that stops says which command goes on, and one of which nothing can come leaves nothing behind."""
+    begun = into / f"task-{done[-1].learnt if done else 0:03d}"
+    try:
+        with nothing_learnt_nothing_left(into):
+            yield
+    except Interrupted as stop:
+        raise Interrupted(f"{str(stop).partition(';')[0]}; go on with {again} and the same options") from stop
+    except Diverged as error:
+        shutil.rmtree(begun, ignore_errors=True)  # of no use to go on from
+        raise ValueError(f"{error}: teach it again with a lower --lr than {train.peak:g}") from error
+    except ValueError:
+        if len(checkpoint.whole(into)) == len(done) and checkpoint.latest_step(into, done) is None:
+            shutil.rmtree(begun, ignore_errors=True)  # refused: nothing was begun
+        raise
 
 
 def _known_or_new(into: Path, photos: Path, config: RunConfig, given: Mapping[str, Any]) -> Learner:
