@@ -12,7 +12,9 @@ import torch
 from perdure.api.combine import combine
 from perdure.api.learner import Learner
 from perdure.api.merge import merge, task_vector
+from perdure.api.routing_exams import QuestionExam
 from perdure.api.specialists import Specialists
+from perdure.scoring import Reference
 
 MADE = ("--backbone", "tiny_mllm()", "--method", "lora(rank=2, tower='language')", "--precision", "fp32", "--epochs", 1)
 READS = ("--gate", "tiny(text=True)")
@@ -197,6 +199,12 @@ def test_learners_that_speak_are_merged_into_one(perdure: Any, voice: Any) -> No
     assert later.code == 0, later.err
     moved = task_vector(Learner.load("one"))
     assert any((moved[layer] - found[layer]).abs().max() > 1e-5 for layer in found)
+
+
+def test_an_answer_is_right_that_says_nothing_else() -> None:
+    exam = object.__new__(QuestionExam)
+    exam.scored = [("exact", [Reference(("4",))] * 3)]
+    assert exam.marks([["4", "it is 4", "5"]]).tolist() == [1, 0, 0]
 
 
 def test_speakers_are_measured_with_the_router_and_what_is_merged(perdure: Any, tmp_path: Path) -> None:

@@ -8,9 +8,11 @@ import torch
 from perdure.adapters.experts import Routes, routing
 from perdure.backbones.clip import pocket
 from perdure.backbones.tiny import tiny
+from perdure.backbones.tiny_mllm import tiny_mllm
 from perdure.core.learner import Core
 from perdure.mechanisms.class_statistics import TaskGaussians
-from perdure.mechanisms.prompting import query, text_query
+from perdure.mechanisms.prompting import conversation_query, query, text_query
+from perdure.objectives.generate import Generate
 from perdure.streams import build_stream
 from perdure.training.config import make_method, make_objective
 from perdure.types import Batch, Task
@@ -285,6 +287,16 @@ def test_options_say_how_tasks_are_told_apart_and_how_much_routers_try_out(lab: 
         noise.append(mixture.in_training(learner, 4, None)[0].noise)
     torch.testing.assert_close(noise[0], 2 * noise[1])
     assert noise[0].any()
+
+
+def test_routers_of_a_language_model_read_the_words_of_a_conversation() -> None:
+    learner = Core(tiny_mllm(), Generate(), make_method("moe_adapters(rank=2, tower='language')"))
+    learner.grow(Task(0, "", (0,), ("a",), 2))
+    asked = {"conversation": [{"messages": [{"role": "user", "content": "Which colour?"}]}]}
+    with learner.inference(), learner.method.applied(learner, asked, "language"):
+        read = learner.method.of("language").adapters[0].routes.seen
+        assert read.any()
+        assert torch.equal(read, conversation_query(learner, asked).chunk(2, dim=1)[1])
 
 
 TEXTS = ["a photo of a picture 0.", "a photo of a picture 3.", "something that no task has ever said"]
