@@ -347,8 +347,8 @@ def member_of(facts: MemberFacts, folder: Path, device: str | None = None) -> Le
     learner = Learner.load(there, device)
     if learner.learnt < facts["learnt"]:
         raise ValueError(
-            f"{there} has {learner.learnt} tasks and had {facts['learnt']} when it was combined: restore them, or "
-            "combine again"
+            f"{there} has {learner.learnt} of the {facts['learnt']} tasks that it had when it was combined: restore "
+            "them, or combine again"
         )
     return learner
 
