@@ -194,8 +194,9 @@ def in_json(content: dict[str, Any]) -> str:
 
 def rounded(value: Any) -> Any:
     if isinstance(value, float):
-        found = float(f"{round(value, 6):.{DIGITS}g}")
-        return int(found) if found.is_integer() else found
+        # whole bytes stay: of two sizes of 14 MB the difference, what a task more takes, may be 10 kB
+        found = float(f"{round(value, 6):.{DIGITS}g}") if abs(value) < 10**DIGITS else round(value)
+        return int(found) if found == int(found) else found
     if isinstance(value, dict):
         return {k: rounded(v) for k, v in value.items()}
     return [rounded(v) for v in value] if isinstance(value, list | tuple) else value

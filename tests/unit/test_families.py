@@ -59,7 +59,7 @@ def test_the_command_shows_the_best_of_each_family(capsys: Any) -> None:
     first = {each["family"]: each["choice"] for each in found["answers"][0]["families"]}
     assert list(first) == [family.name for family in FAMILIES]
     assert first["replay"]["method"] == "lora + icarl"
-    assert first["meta-learning"]["method"] == "lora + fomaml"
+    assert first["meta-learning"]["method"] == "lora + reptile"
     assert first["cooperating specialists"] == "measured apart"
     main(["advise", "--family", "--no-old-data"])
     said = capsys.readouterr().out
