@@ -16,7 +16,7 @@ from perdure.experiments.study import JOURNAL, _check_journal, complete_of, open
 from perdure.options.search_space import parse_space
 from perdure.training.config import RunConfig
 from perdure.training.loop import Quiet
-from perdure.training.run import Interrupted
+from perdure.training.snapshots import Interrupted
 
 SPACE = "rank=1..4, lr=1e-3..1e-1 log"
 
