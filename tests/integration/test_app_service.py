@@ -67,6 +67,13 @@ def test_a_stray_table_in_an_archive_of_class_folders_is_left_out(tmp_path: Path
     assert [task["classes"] for task in app.describe()["tasks"]] == [["cat", "dog"]]
 
 
+def test_a_class_that_was_taught_twice_is_named_once(tmp_path: Path) -> None:
+    app = service(tmp_path)
+    for classes in (("cat", "dog"), ("dog", "emu")):
+        ended(app.give(shown(*classes)))
+    assert app.names() == ["cat", "dog", "emu"]
+
+
 def kept(folder: Path) -> int:
     return len(list((folder / "uploads").rglob("*.png")))
 

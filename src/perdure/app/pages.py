@@ -62,7 +62,7 @@ class Page:
         return event(_told(work), inputs, outputs, **options)
 
     def _known(self, request: gr.Request) -> str:
-        names = [name for task in self.service.describe()["tasks"] for name in task["classes"]]
+        names = self.service.names()
         languages = _languages(request)
         if self.gate.closed or not self.gate.opens(request.headers):
             return drawing.sentence(worded("closed", languages, why=self.gate.remedy()))

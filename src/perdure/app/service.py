@@ -132,6 +132,11 @@ class Service:
         tasks = [{"name": task.name, "classes": list(task.names)} for task in learner.tasks[: learner.learnt]]
         return {"learner": self.folder.name, "learns": self.asks, "method": learner.method.spec, "tasks": tasks}
 
+    def names(self) -> list[str]:
+        """Of the classes that were taught, each once, though several tasks taught it."""
+        learner = self.learner
+        return list(dict.fromkeys(name for task in learner.tasks[: learner.learnt] for name in task.names))
+
     def predict(
         self, images: Sequence[Image.Image], top: int = 5, classes: Sequence[str] = ()
     ) -> list[list[tuple[str, float]]]:
