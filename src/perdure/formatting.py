@@ -67,6 +67,11 @@ def settings(options: Mapping[str, Any]) -> str:
     return ", ".join(f"{n}={v:.4g}" if isinstance(v, float) else f"{n}={v!r}" for n, v in options.items())
 
 
+def rate(lr: float, images_per_second: Sequence[float] | None) -> str:
+    """A learning rate; '–' where no image was trained on in any task."""
+    return f"{lr:g}" if images_per_second and images_per_second[0] else "–"
+
+
 def times(step: dict[str, Any] | None) -> str:
     """What a step costs: a multiple of plain LoRA's, 'none' without steps, '–' where it is not known."""
     if step is None or (step["ratio"] is None and step.get("why") != "no steps"):

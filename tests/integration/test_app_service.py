@@ -1,6 +1,7 @@
 """What the app does with lessons and runs, without a server: uploads are taught, given up and removed."""
 
 import io
+import json
 import multiprocessing
 import os
 import shutil
@@ -19,9 +20,10 @@ from PIL import Image
 from perdure.api.folders import teach_folder
 from perdure.app import uploads
 from perdure.app.lessons import Lesson, Outcome
+from perdure.app.noted import Noted
 from perdure.app.service import Service
 from perdure.app.uploads import Limits, Store
-from perdure.storage.files import locked
+from perdure.storage.files import locked, write_sealed
 from perdure.training.config import RunConfig
 from perdure.training.loop import Quiet
 
@@ -199,6 +201,67 @@ def test_lessons_that_waited_when_the_app_was_killed_are_learnt_by_the_next_one(
     assert [task["classes"] for task in app.describe()["tasks"]] == [["cat", "dog"], ["emu", "fox"], ["gnu", "hen"]]
     assert kept(tmp_path) == 18
     assert not list((tmp_path / "uploads").glob("*/lesson.json"))
+
+
+def waiting(folder: Path) -> Path:
+    """Where an upload lies that an app which is no more was to teach."""
+    store = Store(folder / "uploads", Limits())
+    where = store.classes(shown("cat"))
+    store.note(Noted("1" * 16, "cat", where, False, folder / "learner", 1.0))
+    return where
+
+
+def left(folder: Path, learner: str = "learner") -> list[Path]:
+    return [each.where for each in Store(folder / "uploads", Limits()).left(folder / learner)]
+
+
+def test_what_waits_is_found_where_learner_and_uploads_were_moved_together(tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    where = waiting(tmp_path / "here").relative_to(tmp_path / "here")
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert left(tmp_path / "there") == [tmp_path / "there" / where]
+
+
+def test_what_waits_for_another_learner_is_not_held_up(tmp_path: Path) -> None:
+    where, other = waiting(tmp_path), Store(tmp_path / "uploads", Limits())
+    assert other.left(tmp_path / "other") == []
+    assert left(tmp_path) == [where]
+
+
+def test_an_upload_that_was_half_removed_is_removed_by_the_next_app(tmp_path: Path) -> None:
+    def killed(*_: Any, **_more: Any) -> None:
+        raise Killed
+
+    where = waiting(tmp_path)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("shutil.rmtree", killed)  # as the pictures are removed
+        with pytest.raises(Killed):
+            Store(tmp_path / "uploads", Limits()).drop(where)
+    assert kept(tmp_path) == 3
+    assert left(tmp_path) == []
+    assert not list((tmp_path / "uploads").iterdir())
+
+
+@pytest.mark.parametrize("facts", [{"place": "a\0b"}, {"place": "../away"}, {"id": 7}, {}])
+def test_a_note_that_says_nothing_is_left_alone(tmp_path: Path, facts: Any) -> None:
+    where = waiting(tmp_path)
+    note = where.parent / "lesson.json"
+    if facts:
+        write_sealed(note, {k: v for k, v in json.loads(note.read_text()).items() if k != "seal"} | facts)
+    else:
+        note.write_text("{}")
+    assert left(tmp_path) == []
+    assert kept(tmp_path) == 3
+
+
+def test_a_lesson_that_failed_is_not_taught_by_the_next_app_though_nobody_knows_what_the_learner_keeps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = service(tmp_path)
+    monkeypatch.setattr("perdure.app.service.lesson_paths", lambda _folder: json.loads("damaged"))
+    with locked(tmp_path / "learner"):
+        assert ended(app.give(shown("cat", "dog"))).state == "failed"
+    assert left(tmp_path) == []
 
 
 @pytest.mark.parametrize("gone", [".", "cat", "cat/00000.png"])

@@ -67,6 +67,7 @@ def test_options_say_where_columns_stand_and_whether_they_hear_each_other(lab: A
         learner.grow(task)
     (columns,) = learner.method.experts
     assert set(columns.open.names) == {"down", "bias", "up"}
+    assert {len(columns.open.down), len(columns.open.bias)} == {3}
 
 
 @pytest.mark.parametrize("backbone", [{}, {"fused": False}, {"objective": "zeroshot"}])

@@ -55,7 +55,9 @@ def test_a_sum_takes_the_lowest_of_its_parts(method: str, rate: float) -> None:
     assert (given.settled(), said_of(given)) == (given, [])
 
 
-def test_it_is_told_where_something_is_trained(lab: Any) -> None:
+@pytest.mark.parametrize("objective", ["classify", "zeroshot"])
+def test_it_is_told_where_something_is_trained(objective: str, lab: Any) -> None:
+    lab = lab.but(objective=objective)
     task = lab.stream().tasks[0]
     for name, kind in _ours().items():
         try:
@@ -63,8 +65,9 @@ def test_it_is_told_where_something_is_trained(lab: Any) -> None:
             learner.grow(task)
         except ValueError:  # not alone, or for another backbone
             continue
-        assert bool(learner.param_groups()) == kind.trains, name
-        assert bool(said_of(RunConfig(**SMALL, method=name))) == kind.trains, name
+        trains = bool(learner.param_groups())
+        assert bool(said_of(RunConfig(**SMALL, method=name, objective=objective))) == trains, name
+        assert objective != "classify" or trains == kind.trains, name
 
 
 def test_texts_have_lower_ones() -> None:

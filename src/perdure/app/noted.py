@@ -4,6 +4,9 @@ An app that is killed, or stopped, forgets its queue. What it held is free from 
 takes it over; what another one holds stays that one's.
 """
 
+import os
+import re
+import shutil
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +15,11 @@ from typing import TypedDict
 import filelock
 
 from perdure.storage.files import write_sealed
-from perdure.storage.schema import Damaged, read_typed
+from perdure.storage.schema import read_typed
 
+NAMED = 6
+"""Bytes of what an upload's folder is called."""
+UPLOAD = re.compile(f"[0-9a-f]{{{2 * NAMED}}}")
 _NOTE = "lesson.json"
 
 
@@ -68,15 +74,24 @@ class Held:
             "title": lesson.title,
             "place": str(lesson.where.resolve().relative_to(upload)),
             "skip_bad": lesson.skip_bad,
-            "learner": str(lesson.learner.resolve()),
+            "learner": os.path.relpath(lesson.learner.resolve(), upload),  # both may be moved together
             "since": lesson.since,
         }
         write_sealed(upload / _NOTE, facts)
 
     def leave(self, upload: Path) -> None:
-        """Nothing more is done with an upload."""
+        """Nothing more is done with an upload, whose pictures stay."""
         with suppress(OSError):  # where nothing can be written
             (upload / _NOTE).unlink()
+        self._free(upload)
+
+    def remove(self, upload: Path) -> None:
+        """Remove an upload; where a kill comes between, its empty note stays to the last, and tells the next app."""
+        with suppress(OSError):  # it is gone, or nothing can be written
+            (upload / _NOTE).write_bytes(b"")
+            for each in filter(Path.is_dir, upload.iterdir()):
+                shutil.rmtree(each, ignore_errors=True)
+        shutil.rmtree(upload, ignore_errors=True)
         self._free(upload)
 
     def left(self, root: Path, learner: Path) -> tuple[list[Noted], list[Path]]:
@@ -86,16 +101,19 @@ class Held:
             The lessons for `learner` in the order in which they came, and the uploads of which not all was written.
         """
         lessons, parts = [], []
-        for path in sorted(root.glob(f"*/{_NOTE}")):
-            upload = path.parent.resolve()
-            if not self._take(upload):
+        for upload in sorted(path.parent.resolve() for path in root.glob(f"*/{_NOTE}")):
+            if not (UPLOAD.fullmatch(upload.name) and _mine(upload, learner) and self._take(upload)):
                 continue
-            if not path.stat().st_size:
-                parts.append(upload)
-            elif (found := _read(path)) and found.learner == learner.resolve():
+            found = _mine(upload, learner)  # who held it may have done with it meanwhile
+            if isinstance(found, Noted):
                 lessons.append(found)
+            elif found:
+                parts.append(upload)
             else:
                 self._free(upload)
+                with suppress(OSError):  # the lock made its folder anew
+                    (upload / ".lock").unlink()
+                    upload.rmdir()
         return sorted(lessons, key=lambda each: (each.since, each.id)), parts
 
     def _take(self, upload: Path) -> bool:
@@ -113,15 +131,18 @@ class Held:
             lock.release()
 
 
-def _read(path: Path) -> Noted | None:
-    """A note; None for one that is no more what was written, which says of nobody that he is to be taught."""
+def _mine(upload: Path, learner: Path) -> Noted | bool:
+    """What is noted for `learner`; True where not all was written; False where nothing, or for another one.
+
+    A note that is no more what was written says of nobody that he is to be taught.
+    """
     try:
-        found = read_typed(path, _Facts, "remove its folder", must_be_sealed=True)
-    except Damaged:
-        return None
-    where = (path.parent / found["place"]).resolve()
-    if path.parent.resolve() not in where.parents:
-        return None
-    return Noted(
-        found["id"], found["title"], where, found["skip_bad"], Path(found["learner"]).resolve(), found["since"]
-    )
+        if not (upload / _NOTE).stat().st_size:
+            return True
+        found = read_typed(upload / _NOTE, _Facts, "remove its folder", must_be_sealed=True)
+        where, whom = (upload / found["place"]).resolve(), (upload / found["learner"]).resolve()
+    except (OSError, ValueError):  # it is gone, damaged, or names no path
+        return False
+    if upload not in where.parents or whom != learner.resolve():
+        return False
+    return Noted(found["id"], found["title"], where, found["skip_bad"], whom, found["since"])

@@ -4,7 +4,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -244,8 +244,11 @@ class Service:
 
     def _tidy(self, where: Path) -> None:
         """Remove the upload of a lesson that is over, unless the learner refers to it."""
-        with suppress(ValueError, OSError):  # what cannot be read is believed to
-            self.store.drop(where, lesson_paths(self.folder))
+        try:
+            kept = lesson_paths(self.folder)
+        except (ValueError, OSError):  # what cannot be read is believed to
+            kept = [str(where)]
+        self.store.drop(where, kept)
 
     def _teach(self, where: Path, lesson: Lesson, skip_bad: bool) -> Outcome:
         if (begun := self._begun()) and self.store.upload_of(begun) and not Path(begun).exists():

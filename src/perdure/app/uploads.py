@@ -3,7 +3,6 @@
 import json
 import re
 import secrets
-import shutil
 import stat
 import zipfile
 import zlib
@@ -14,7 +13,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from PIL import Image
 
-from perdure.app.noted import Held, Noted
+from perdure.app.noted import NAMED, UPLOAD, Held, Noted
 from perdure.backbones.preprocess import decode, is_image
 from perdure.formatting import human_bytes, shortened
 from perdure.streams.naming import class_name
@@ -26,8 +25,6 @@ _ENCODINGS = ("utf-8", "gb18030")
 """Of names in archives that do not say theirs: as macOS writes them, and Windows in Chinese."""
 _LONGEST = 120  # characters of a name that is shown
 _BYTES, _ENDING = 200, 16  # of a name that is written
-_NAMED = 6  # bytes of what an upload's folder is called
-_UPLOAD = re.compile(f"[0-9a-f]{{{2 * _NAMED}}}")
 _FORBIDDEN = '<>:"/\\|?*'
 
 
@@ -130,12 +127,12 @@ class Store:
         """The folder of the upload that `place` lies in; None where it is none of this store's."""
         root, place = self.root.resolve(), Path(place).resolve()
         names = place.relative_to(root).parts if root in place.parents else ("",)
-        return root / names[0] if _UPLOAD.fullmatch(names[0]) else None
+        return root / names[0] if UPLOAD.fullmatch(names[0]) else None
 
     def unplaced(self, text: str) -> str:
         """A text in which uploads have the names that they were given, and not where they lie."""
         for root in {str(self.root), str(self.root.absolute()), str(self.root.resolve())}:
-            text = re.sub(rf"{re.escape(root)}[/\\]{_UPLOAD.pattern}[/\\]", "", text)
+            text = re.sub(rf"{re.escape(root)}[/\\]{UPLOAD.pattern}[/\\]", "", text)
         return text
 
     def note(self, lesson: Noted) -> None:
@@ -159,9 +156,10 @@ class Store:
         upload = self.upload_of(place)
         if upload is None:
             return
-        self._held.leave(upload)
-        if upload not in map(self.upload_of, kept):
-            shutil.rmtree(upload, ignore_errors=True)
+        if upload in map(self.upload_of, kept):
+            self._held.leave(upload)
+        else:
+            self._held.remove(upload)
 
     def _unpack(self, opened: zipfile.ZipFile, folder: Path, tables: bool) -> None:
         entries, left = opened.infolist(), self.limits.unpacked
@@ -202,7 +200,7 @@ class Store:
     @contextmanager
     def _new(self, title: str) -> Iterator[Path]:
         """A folder of its own, which is gone again where what is written to it turns out to be of no use."""
-        outer = self.root / secrets.token_hex(_NAMED)
+        outer = self.root / secrets.token_hex(NAMED)
         folder = outer / _safe(title, "name")
         try:
             with _refusing():

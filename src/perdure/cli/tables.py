@@ -5,7 +5,17 @@ from typing import Any
 
 from rich.cells import cell_len
 
-from perdure.formatting import RARE, human_bytes, number, percent_with_spread, printable, shortened, spread_of, times
+from perdure.formatting import (
+    RARE,
+    human_bytes,
+    number,
+    percent_with_spread,
+    printable,
+    rate,
+    shortened,
+    spread_of,
+    times,
+)
 
 COLUMNS = {
     "acc": "accuracy",
@@ -48,7 +58,7 @@ def comparison(rows: Sequence[dict[str, Any]], width: int) -> list[str]:
         if key not in RARE or any(row.get(key) for row in rows)
     }
     if len({row.get("lr") for row in rows}) > 1:  # each method has its own
-        columns["lr"] = [f"{row['lr']:g}" if row["trainable_parameters"] else "–" for row in rows]
+        columns["lr"] = [rate(row["lr"], row["images_per_second"]) for row in rows]
     columns["stored"] = [human_bytes(row["stored_bytes"][0]) for row in rows]
     columns["step"] = [times(row.get("step")) for row in rows]
     columns["images/s"] = [number(row["images_per_second"]) for row in rows]

@@ -18,6 +18,7 @@ from perdure.formatting import meant
 
 _POLL = 0.2  # seconds between two looks at what cells told
 _RETRIES = 20  # deaths of workers and machines that a cell survives
+_WHOLE = "what was saved is whole, and the same command goes on from here"
 _HANGS = 60  # seconds within which a cluster must answer
 
 
@@ -92,15 +93,14 @@ def run_beside(cluster: Cluster, calls: Sequence[tuple[Callable[..., None], dict
                     for number, event, facts in ray.get(board.since.remote(heard)):
                         heard += 1
                         told(number, event, facts)
-        except ray.exceptions.RayError as error:  # its own process on this machine was killed, or the head's
-            raise ValueError(
-                f"Ray has ended before the grid ({type(error).__name__}): what was saved is whole, and the same "
-                "command goes on from here"
-            ) from error
-        except BaseException:
+        except (ray.exceptions.LocalRayletDiedError, ray.exceptions.RaySystemError) as error:  # nobody is left to ask
+            raise ValueError(f"Ray has ended before the grid ({type(error).__name__}): {_WHOLE}") from error
+        except BaseException as error:
             for each in waiting:
                 ray.cancel(each, force=False)  # as Ctrl-C: they finish the step, save and end
             ray.wait(list(waiting), num_returns=len(waiting), timeout=_HANGS)
+            if isinstance(error, ray.exceptions.RayError):  # for want of memory, a place on disk, ...
+                raise ValueError(f"Ray has given up a cell ({type(error).__name__}): {_WHOLE}") from error
             raise
 
 
@@ -136,9 +136,7 @@ def _result(ray: Any, reference: Any) -> None:
         cause = error.cause
         raise (cause if isinstance(cause, ValueError) else RuntimeError(str(cause))) from error
     except ray.exceptions.WorkerCrashedError as error:
-        raise ValueError(
-            f"a worker died {_RETRIES} times and was given up; the same command goes on from here"
-        ) from error
+        raise ValueError(f"a worker died {_RETRIES} times and was given up: {_WHOLE}") from error
 
 
 def _check_room(ray: Any, needs: dict[str, float]) -> None:

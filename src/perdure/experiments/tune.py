@@ -146,7 +146,8 @@ def _one(
     watched = _Watched(trial, progress)
     try:
         if (folder / "run.json").exists():
-            watched.again(folder)
+            if not (folder / "summary.json").exists():  # what has ended costs nothing, and is not given up
+                watched.again(folder)
             summary = resume(folder, watched)
         else:
             summary = run(mine, folder, watched)

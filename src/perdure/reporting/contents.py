@@ -145,9 +145,9 @@ def _held(folder: Path, done: list[Checkpoint], declared: bool) -> Iterator[str]
     shapes = _shapes(done[-1], "learner.safetensors") if done else {}
     if statistics := [name for name in shapes if _STATISTICS.search(name)]:
         yield f"statistics of features ({len(statistics)} tensors): means or covariances of classes"
-    if held := sum(shape[0] for name, shape in shapes.items() if name.endswith("references.refs")):
+    if held := sum(shape[0] for name, shape in shapes.items() if shape and name.endswith("references.refs")):
         yield f"positions of {held} examples that may be replayed; their images stay where they lie"
-    if features := sum(max([0, *(s[0] for s in _shapes(each, "features.safetensors").values())]) for each in done):
+    if features := sum(max([0, *(s[0] for s in _shapes(each, "features.safetensors").values() if s)]) for each in done):
         yield f"features of {features} test images"
     if any((each.folder / "answers.safetensors").is_file() for each in done):
         yield "what was answered to each test image, by its number"

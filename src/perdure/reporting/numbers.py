@@ -31,7 +31,7 @@ _NUMBERS = (
         "Feature drift",
         "How far features of old test images moved since their task was learnt, relative to their length. 0 is best.",
     ),
-    ("trainable_parameters", "Trainable parameters", "Numbers that training may change, in the largest task."),
+    ("trainable_parameters", "Trainable parameters", "Numbers that training may change, in the last task."),
     ("stored_bytes", "Stored", "All that was learnt, with images a memory refers to, without the pre-trained model."),
     ("seconds", "Time", "Preparing, training, finishing and evaluating all tasks."),
     ("evaluation_seconds", "Evaluation", "The part of it in which tasks and held-out data were measured."),

@@ -138,4 +138,4 @@ def _cut(checkpoint: Checkpoint) -> bool:
 def _exemplars(pool: Path) -> int:
     """How many images a pool holds."""
     shapes = tensor_shapes(pool, "combine again")
-    return sum(shape[0] for name, shape in shapes.items() if name.startswith("pool.exemplars."))
+    return sum(shape[0] for name, shape in shapes.items() if shape and name.startswith("pool.exemplars."))

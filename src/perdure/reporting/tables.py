@@ -17,7 +17,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from perdure import metrics
-from perdure.formatting import RARE, printable, spread_of, times
+from perdure.formatting import RARE, printable, rate, spread_of, times
 from perdure.options.spec import parse
 from perdure.reporting.charts import show
 from perdure.reporting.runs import Group, RunResults, steps_of, varied
@@ -132,7 +132,7 @@ def markdown(table: Sequence[dict[str, Any]]) -> str:
     titles = [*(["learning rate"] if own else []), *(title for _, title in shown)]
     lines = [f"| method | runs | {' | '.join(titles)} |", "|---" * (len(titles) + 2) + "|"]
     for row in table:
-        cells = [f"{row['lr']:g}" if row["trainable_parameters"] else "–"] if own else []
+        cells = [rate(row["lr"], row["images_per_second"])] if own else []
         cells += [times(row["step"]) if key == "step" else _shown(key, row[key]) for key, _ in shown]
         lines.append(f"| {_code(row['method'])} | {row['runs']} | {' | '.join(cells)} |")
     reasons = dict.fromkeys(row["no_means"] for row in table if row.get("no_means"))

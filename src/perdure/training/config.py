@@ -348,10 +348,8 @@ def former_parts(config: RunConfig) -> str:
         return ""
     rest = " + ".join(str(part) for part in parts if part.name not in FORMER) or "probe"
     kinds = dict.fromkeys(FORMER[name][0] for name in former)
-    more = "".join(
-        f" --{kind} {shlex.quote(with_former(getattr(config, kind), kind, config.method))}" for kind in kinds
-    )
-    return f"{former[0]} is no method any more, but an option: write --method {shlex.quote(rest)}{more}"
+    more = [f"--{each} {shlex.quote(with_former(getattr(config, each), each, config.method))}" for each in kinds]
+    return " ".join([f"{former[0]} is no method any more, but an option: write --method {shlex.quote(rest)}", *more])
 
 
 def said_of(config: RunConfig) -> list[str]:
@@ -363,9 +361,10 @@ def said_of(config: RunConfig) -> list[str]:
         whose = f"as for {'language models' if usual(config.backbone) else objective}"
     elif taken < own_rate(config.method):
         whose = f"the highest for {objective}"
-    rate = Aside(f"learning rate {taken:g}, {whose}; --lr gives another")
-    told = config.lr is None and any(part.trains for part in make_method(config.method))
-    return [*filter(None, [former_parts(config)]), *([rate] if told else [])]
+    parts, heads = make_method(config.method), objective == "classify"
+    trains = any(p.changes_encoder or p.rehearses == "all" or (p.trains and heads) for p in parts)
+    rate = Aside(f"learning rate {taken:g}, {whose}; --lr gives another") if trains and config.lr is None else ""
+    return [*filter(None, [former_parts(config), rate])]
 
 
 def make_backbone(text: str, method: str = "") -> Any:
