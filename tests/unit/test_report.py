@@ -155,7 +155,7 @@ def test_one_run_shows_its_numbers_in_words(tmp_path: Path):
     run = RunResults.read(tmp_path / "a")
     meaning = "Mean accuracy over all tasks after the last one was learnt. Higher is better."
     assert f"Final accuracy {meaning} {100 * run.numbers()['acc']:.1f} %" in text
-    assert "Trainable parameters Numbers that training may change, in the largest task. 1,240,080" in text
+    assert "Trainable parameters Numbers that training may change, in the last task. 1,240,080" in text
     assert "7.34 MB" in text
     assert "2.15 GB" in text
     assert "318 /s" in text
