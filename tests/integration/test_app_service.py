@@ -20,9 +20,9 @@ from PIL import Image
 from perdure.api.folders import teach_folder
 from perdure.app import uploads
 from perdure.app.lessons import Lesson, Outcome
-from perdure.app.noted import Noted
 from perdure.app.service import Service
 from perdure.app.uploads import Limits, Store
+from perdure.app.waiting import WaitingLesson
 from perdure.storage.files import locked, write_sealed
 from perdure.training.config import RunConfig
 from perdure.training.loop import Quiet
@@ -207,7 +207,7 @@ def waiting(folder: Path) -> Path:
     """Where an upload lies that an app which is no more was to teach."""
     store = Store(folder / "uploads", Limits())
     where = store.classes(shown("cat"))
-    store.note(Noted("1" * 16, "cat", where, False, folder / "learner", 1.0))
+    store.note(WaitingLesson("1" * 16, "cat", where, False, folder / "learner", 1.0))
     return where
 
 

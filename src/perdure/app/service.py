@@ -21,8 +21,8 @@ from perdure.api.given import shown
 from perdure.api.learner import Learner
 from perdure.api.lesson_source import give_up, lesson_paths, unfinished
 from perdure.app.lessons import Lesson, Lessons, Outcome, new_id
-from perdure.app.noted import Noted
 from perdure.app.uploads import Limits, Store
+from perdure.app.waiting import WaitingLesson
 from perdure.core import checkpoint
 from perdure.formatting import shortened
 from perdure.objectives.zeroshot import class_texts
@@ -225,14 +225,14 @@ class Service:
     def teach(self, where: Path, title: str, skip_bad: bool = False) -> Lesson:
         """Have the folder or file `where` taught once all lessons before are; see `perdure learn`."""
         try:
-            noted = Noted(new_id(), shortened(title, 80), where, skip_bad, self.folder, time.time())
+            noted = WaitingLesson(new_id(), shortened(title, 80), where, skip_bad, self.folder, time.time())
             self.store.note(noted)
             return self._put(noted)
         except ValueError:
             self.store.drop(where)
             raise
 
-    def _put(self, noted: Noted, again: bool = False) -> Lesson:
+    def _put(self, noted: WaitingLesson, again: bool = False) -> Lesson:
         where, skip_bad = noted.where, noted.skip_bad
         return self.lessons.put(
             noted.title,

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from PIL import Image
 
-from perdure.app.noted import NAMED, UPLOAD, Held, Noted
+from perdure.app.waiting import NAMED, UPLOAD, Held, WaitingLesson
 from perdure.backbones.preprocess import decode, is_image
 from perdure.formatting import human_bytes, shortened
 from perdure.streams.naming import class_name
@@ -135,13 +135,13 @@ class Store:
             text = re.sub(rf"{re.escape(root)}[/\\]{UPLOAD.pattern}[/\\]", "", text)
         return text
 
-    def note(self, lesson: Noted) -> None:
+    def note(self, lesson: WaitingLesson) -> None:
         """Write down what is to be done with the upload that a lesson is from; nothing where it is none of these."""
         if upload := self.upload_of(lesson.where):
             with _refusing():
                 self._held.note(upload, lesson)
 
-    def left(self, learner: Path, kept: Iterable[str] = ()) -> list[Noted]:
+    def left(self, learner: Path, kept: Iterable[str] = ()) -> list[WaitingLesson]:
         """The lessons for `learner` that an app which is no more has left; what it had begun to write is removed."""
         lessons, parts = self._held.left(self.root, learner)
         for upload in parts:

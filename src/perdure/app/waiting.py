@@ -36,7 +36,7 @@ class _Facts(TypedDict):
 
 
 @dataclass(frozen=True)
-class Noted:
+class WaitingLesson:
     """A lesson that waits, or is learnt.
 
     Args:
@@ -67,7 +67,7 @@ class Held:
         self._take(upload)
         (upload / _NOTE).touch()
 
-    def note(self, upload: Path, lesson: Noted) -> None:
+    def note(self, upload: Path, lesson: WaitingLesson) -> None:
         """Write down what is to be done with an upload that is whole."""
         facts = {
             "id": lesson.id,
@@ -94,7 +94,7 @@ class Held:
         shutil.rmtree(upload, ignore_errors=True)
         self._free(upload)
 
-    def left(self, root: Path, learner: Path) -> tuple[list[Noted], list[Path]]:
+    def left(self, root: Path, learner: Path) -> tuple[list[WaitingLesson], list[Path]]:
         """What nobody holds any more of the uploads in `root`, and is held from now on.
 
         Returns:
@@ -105,7 +105,7 @@ class Held:
             if not (UPLOAD.fullmatch(upload.name) and _mine(upload, learner) and self._take(upload)):
                 continue
             found = _mine(upload, learner)  # who held it may have done with it meanwhile
-            if isinstance(found, Noted):
+            if isinstance(found, WaitingLesson):
                 lessons.append(found)
             elif found:
                 parts.append(upload)
@@ -131,7 +131,7 @@ class Held:
             lock.release()
 
 
-def _mine(upload: Path, learner: Path) -> Noted | bool:
+def _mine(upload: Path, learner: Path) -> WaitingLesson | bool:
     """What is noted for `learner`; True where not all was written; False where nothing, or for another one.
 
     A note that is no more what was written says of nobody that he is to be taught.
@@ -145,4 +145,4 @@ def _mine(upload: Path, learner: Path) -> Noted | bool:
         return False
     if upload not in where.parents or whom != learner.resolve():
         return False
-    return Noted(found["id"], found["title"], where, found["skip_bad"], whom, found["since"])
+    return WaitingLesson(found["id"], found["title"], where, found["skip_bad"], whom, found["since"])
