@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def _interrupt(_number: int, frame: FrameType | None) -> None:
-    """Raise where work is under way; leave where modules are imported, which no one can tidy up after."""
+    """Raise where work is under way; leave where modules are imported, which can swallow what is raised."""
     for number in _ASKING:
         signal.signal(number, lambda *_: _leave(""))  # the impatient need no second line
     while frame is not None:
@@ -69,6 +69,8 @@ def _unraisable(told: "sys.UnraisableHookArgs") -> None:
 
 def _leave(saying: str = _STOPPED) -> None:
     _tell(saying if os.environ.get("RANK", "0") == "0" else "")  # of several processes one speaks
+    if "perdure.storage.files" in sys.modules:  # else nothing was made yet
+        getattr(sys.modules["perdure.storage.files"], "remove_temporary", lambda: None)()
     os._exit(130)
 
 

@@ -22,6 +22,25 @@ from perdure.__main__ import main
 sys.argv = ["perdure", "run", "--stream", "synthetic()", "--backbone", "tiny()", "--out", "x"]
 main()
 """
+ASIDE = """
+import os, signal, sys
+from perdure.__main__ import main
+from perdure.cli import main as command_line
+from perdure.storage.files import temporary_folder
+class Press:
+    def find_spec(self, name, path=None, target=None):
+        if name == "imported.later":
+            os.kill(os.getpid(), signal.{name})
+def working():
+    with temporary_folder() as folder:
+        (folder / "upload.png").write_bytes(b"a picture")
+        import imported.later
+sys.modules["imported"] = type(sys)("imported")
+sys.modules["imported"].__path__ = []
+sys.meta_path.insert(0, Press())
+command_line.main = working
+main()
+"""
 BESIDE = """
 import os, signal, sys
 class Last:
@@ -60,6 +79,13 @@ def test_control_c_or_sigterm_while_modules_are_imported_is_one_line(
 ) -> None:
     ended = python("-c", PRESSED.format(module=module, times=times, name=name), cwd=tmp_path)
     assert ended == (130, "", STOPPED)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_what_lies_aside_goes_where_a_module_is_imported_with_it_open(name: str, tmp_path: Path) -> None:
+    aside = os.environ | {"TMPDIR": str(tmp_path)}
+    assert python("-c", ASIDE.format(name=name), cwd=tmp_path, env=aside) == (130, "", STOPPED)
     assert not any(tmp_path.iterdir())
 
 

@@ -2,7 +2,6 @@
 
 import json
 import re
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from perdure.options.paths import paths_in, unplaced, unplaced_path
 from perdure.options.ranges import without_effect
 from perdure.options.spec import parse
 from perdure.reporting.contents import contents
-from perdure.storage.files import write_text
+from perdure.storage.files import temporary_folder, write_text
 
 _DESCRIBING = ("README.md", "labels.json", "learnt.json", "adapter_config.json")
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -52,8 +51,8 @@ def push(folder: str | Path, to: str, kind: str = "merged", public: bool = False
 
     if place is not None:
         return str(export(Learner.load(folder, device), place, kind, describe))
-    with tempfile.TemporaryDirectory() as held:
-        return _upload(export(Learner.load(folder, device), Path(held) / "model", kind, describe), to, public)
+    with temporary_folder() as held:
+        return _upload(export(Learner.load(folder, device), held / "model", kind, describe), to, public)
 
 
 def card(found: dict[str, Any]) -> str:

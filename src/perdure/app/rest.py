@@ -1,6 +1,6 @@
 """The HTTP interface for programs: /api/..., JSON in every answer. docs/app.md has a curl line for each."""
 
-import tempfile
+import shutil
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
@@ -13,6 +13,7 @@ from perdure.app.service import Service
 from perdure.app.uploads import looked_at
 from perdure.formatting import meant, printable, shortened
 from perdure.reporting.report import write_report
+from perdure.storage.files import temporary_folder
 
 _MANY = Annotated[list[UploadFile], File()]
 
@@ -82,13 +83,12 @@ def interface(service: Service) -> FastAPI:
         questions: Annotated[str, Form()] = "",
         skip_bad: Annotated[bool, Form()] = False,
     ) -> dict[str, Any]:
-        with tempfile.NamedTemporaryFile(prefix="perdure-", suffix=".zip") as packed:
+        with temporary_folder() as folder:
             given = None
             if archive is not None:
-                while chunk := archive.file.read(1 << 20):
-                    packed.write(chunk)
-                packed.flush()
-                given = archive.filename or "photos.zip", Path(packed.name)
+                given = archive.filename or "photos.zip", folder / "given.zip"
+                with given[1].open("wb") as packed:
+                    shutil.copyfileobj(archive.file, packed)
             lesson = service.give([(name, _read(images))] if images else [], given, captions, questions, skip_bad)
         return lesson.describe()
 
@@ -102,8 +102,8 @@ def interface(service: Service) -> FastAPI:
 
     @app.get("/show/report", response_class=HTMLResponse)
     def report(grid: str | None = None) -> str:
-        with tempfile.TemporaryDirectory(prefix="perdure-") as folder:
-            return write_report(service.reported(grid), Path(folder) / "report.html").read_text("utf-8")
+        with temporary_folder() as folder:
+            return write_report(service.reported(grid), folder / "report.html").read_text("utf-8")
 
     @app.api_route("/api/{rest:path}", methods=["GET", "POST", "PUT", "PATCH", "DELETE"], include_in_schema=False)
     def unknown(rest: str) -> JSONResponse:

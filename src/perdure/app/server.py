@@ -3,7 +3,6 @@
 import logging
 import os
 import socket
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from starlette.types import ASGIApp
 
 from perdure.app.gate import Gate
 from perdure.app.service import Service
+from perdure.storage.files import temporary_folder
 
 _BACKLOG = 128
 
@@ -37,8 +37,8 @@ def serve(service: Service, host: str, port: int, token: str, ready: Callable[[s
         raise ValueError(
             f"{host}:{port} cannot be listened on ({error.strerror}): give another --port or --host"
         ) from error
-    with listening, tempfile.TemporaryDirectory(prefix="perdure-app-") as folder:
-        app = application(service, host, token, Path(folder))
+    with listening, temporary_folder("perdure-app-") as folder:
+        app = application(service, host, token, folder)
         shown = f"[{host}]" if ":" in host else host
         ready(f"http://{shown}:{listening.getsockname()[1]}")
         settings = uvicorn.Config(app, log_level=logging.WARNING, timeout_graceful_shutdown=1, server_header=False)

@@ -2,15 +2,19 @@
 
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import filelock
 from safetensors import SafetensorError, safe_open
 
 from perdure.storage.schema import Damaged, sealed
+
+_TEMPORARY: dict[str, TemporaryDirectory[str]] = {}
 
 
 @contextmanager
@@ -38,6 +42,24 @@ def locked(folder: Path) -> Iterator[None]:
                 (folder / ".lock").unlink()
                 folder.rmdir()
         lock.release()
+
+
+@contextmanager
+def temporary_folder(prefix: str = "perdure-", within: Path | None = None) -> Iterator[Path]:
+    """A folder that goes when it is left, and with a process that leaves at once; in the system's unless `within`."""
+    made = TemporaryDirectory(prefix=prefix, dir=within)
+    _TEMPORARY[made.name] = made
+    try:
+        with made:
+            yield Path(made.name)
+    finally:
+        del _TEMPORARY[made.name]
+
+
+def remove_temporary() -> None:
+    """For a process that ends without unwinding."""
+    for name in list(_TEMPORARY):
+        shutil.rmtree(name, ignore_errors=True)
 
 
 def write_json(path: Path, content: object) -> None:

@@ -5,10 +5,10 @@ import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from perdure.formatting import command
+from perdure.storage.files import temporary_folder
 
 RUN_ID = "perdure"
 """Under which torch's launcher tells its processes who has started them."""
@@ -45,12 +45,12 @@ def launch(processes: int, arguments: Sequence[str], folder: object) -> None:
     threads = max(1, (os.cpu_count() or 1) // processes)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # each would take all of them
     try:
-        with TemporaryDirectory(prefix="perdure-") as aside:  # what they put there goes, also of one that is killed
+        with temporary_folder() as aside:  # what they put there goes, also of one that is killed
             config = LaunchConfig(
                 min_nodes=1,
                 max_nodes=1,
                 nproc_per_node=processes,
-                logs_specs=DefaultLogsSpecs(aside),
+                logs_specs=DefaultLogsSpecs(str(aside)),
                 run_id=RUN_ID,
                 rdzv_backend="c10d",
                 rdzv_endpoint="localhost:0",

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from perdure.core import checkpoint
@@ -19,6 +18,7 @@ from perdure.evaluation.examples import EXAMPLES
 from perdure.evaluation.feature_drift import Drift
 from perdure.evaluation.held_out import HeldOut, held_out_of
 from perdure.evaluation.schedule import Evaluation
+from perdure.storage.files import temporary_folder
 from perdure.training.early_stop import shares_of, watching
 from perdure.training.loop import Diverged, Progress, TrainConfig, fit_task
 from perdure.training.online import Along
@@ -145,9 +145,9 @@ def _examples_of(out: Path, processes: Processes) -> Iterator[Path]:
         yield out
         return
     kept = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", "")).parent  # in a folder that goes with the launcher
-    with TemporaryDirectory(prefix="perdure-", dir=kept if kept.is_absolute() and kept.is_dir() else None) as aside:
+    with temporary_folder(within=kept if kept.is_absolute() and kept.is_dir() else None) as aside:
         for name in ("run.json", EXAMPLES):
             if (out / name).exists():
                 shutil.copy(out / name, aside)
         processes.wait()
-        yield Path(aside)
+        yield aside
