@@ -27,17 +27,17 @@ Asked = tuple[Path, str, str]
 """An image, a question about it and the answer."""
 
 
-def held_out(file: Path, count: int, folder: Path) -> list[Asked]:
+def held_out(file: Path, count: int, folder: Path, seed: int) -> list[Asked]:
     """Questions about `count` images, one each, from all over the file; the images are written to `folder`."""
     rows = {row["image"]["bytes"]: row for row in pq.read_table(file).to_pylist()}
     found = []
-    for number, row in enumerate(random.Random(0).sample(list(rows.values()), count)):
+    for number, row in enumerate(random.Random(seed).sample(list(rows.values()), count)):
         (image := folder / f"held-{number}.jpg").write_bytes(row["image"]["bytes"])
         found.append((image, row["question"], row["answer"]))
     return found
 
 
-def colours(part: str, count: int) -> list[Asked]:
+def colours(part: str, count: int, seed: int) -> list[Asked]:
     """Questions of easy-vqa about the colour of `count` images."""
     if part == "train":
         (questions, answers, numbers), paths = easy_vqa.get_train_questions(), easy_vqa.get_train_image_paths()
@@ -48,12 +48,12 @@ def colours(part: str, count: int) -> list[Asked]:
         for question, answer, number in zip(questions, answers, numbers, strict=True)
         if question.startswith("what color")
     }
-    return random.Random(0).sample(list(asked.values()), count)
+    return random.Random(seed).sample(list(asked.values()), count)
 
 
-def written(part: str, asked: Sequence[Asked], before: int, folder: Path) -> Path:
+def written(part: str, asked: Sequence[Asked], before: int, folder: Path, seed: int) -> Path:
     """A file of conversations in which `before` images of other questions stand before each one's own."""
-    drawn, rows = random.Random(before), []
+    drawn, rows = random.Random(before + 1000 * seed), []
     for own, question, answer in asked:
         others = drawn.choices([image for image, _, _ in asked if image != own], k=before)
         turns = [("human", "<image>\n" * (before + 1) + question), ("gpt", answer)]
@@ -89,29 +89,33 @@ def main() -> None:
     parser.add_argument("--taught-behind", type=int, default=3, help="images before each one's own in the lesson")
     parser.add_argument("--count", type=int, default=40, help="questions asked of each kind")
     parser.add_argument("--lessons", type=int, default=160, help="questions taught")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="draws the questions, what stands before them, and training"
+    )
     options = parser.parse_args()
+    seed = options.seed
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         kinds = {
-            "held out": held_out(options.questions, options.count, folder),
-            "colours": colours("test", options.count),
+            "held out": held_out(options.questions, options.count, folder, seed),
+            "colours": colours("test", options.count, seed),
         }
-        train = colours("train", options.lessons)
+        train = colours("train", options.lessons, seed)
         files = {}
         for kind, before in itertools.product(kinds, options.before):
-            files[kind, before] = written("test", kinds[kind], before, place := folder / f"{kind}-{before}")
-            written("train", train[:1], 0, place)  # a stream has something to learn
-        lesson = written("train", train, options.taught_behind, folder / "lesson")
+            files[kind, before] = written("test", kinds[kind], before, place := folder / f"{kind}-{before}", seed)
+            written("train", train[:1], 0, place, seed)  # a stream has something to learn
+        lesson = written("train", train, options.taught_behind, folder / "lesson", seed)
         for rope in options.rope:
             scaled = f", rope={rope!r}, factor={options.factor})" if rope != "its own" else ")"
             learner = Learner.create(
-                options.backbone.rstrip(")") + scaled, options.method, "generate(tokens=8)", precision="bf16"
+                options.backbone.rstrip(")") + scaled, options.method, "generate(tokens=8)", precision="bf16", seed=seed
             )
             for when in ("before", "after"):
                 if when == "after":
                     learner.learn(str(lesson), lr=1e-3, epochs=2, batch_size=4)
                 for (kind, before), file in files.items():
-                    row = {"positions": rope, "lesson": when, "asked": kind, "images": before + 1}
+                    row = {"seed": seed, "positions": rope, "lesson": when, "asked": kind, "images": before + 1}
                     print(json.dumps(row | {"strict": strict(learner, file)}), flush=True)
 
 
