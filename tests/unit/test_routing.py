@@ -75,13 +75,26 @@ def test_a_bandit_that_sees_rewards_alone_learns_whom_to_ask() -> None:
     order = torch.randperm(120, generator=torch.Generator().manual_seed(1)).tolist()
     asked, truth = torch.cat(features), torch.arange(3).repeat_interleave(40)
     for row in order:
-        member = int(bandit.explored(asked[row : row + 1]).argmax())
+        member = int(bandit.choose(asked[row : row + 1], [0, 1, 2])[0])
         bandit.learn(asked[row], member, float(member == truth[row]))
     assert (bandit.choose(asked, [0, 1, 2])[0] == truth).float().mean() > 0.9
     x = torch.cat([asked[0], torch.ones(1)]).double()
     before = torch.linalg.inv(bandit.inverse[1])
     bandit.learn(asked[0], 1, 0.5)
     torch.testing.assert_close(torch.linalg.inv(bandit.inverse[1]), before + x.outer(x))  # Sherman and Morrison
+
+
+@pytest.mark.parametrize("worth", [0.0, 0.4])
+def test_a_bandit_tries_who_was_never_asked_where_the_other_is_worth_less(worth: float) -> None:
+    """Rewards come for who answered alone: whoever is not tried could never show that it is worth more."""
+    bandit, example = LinUCB(2, 8), clouds()[0][:1]
+    asked = []
+    for _ in range(30):
+        (member,) = bandit.choose(example, [0, 1])[0].tolist()
+        bandit.learn(example[0], member, (worth, 1.0)[member])
+        asked.append(member)
+    assert asked[0] == 0
+    assert asked[-10:] == [1] * 10
 
 
 def test_examples_give_way_to_the_limit_and_statistics_never_do() -> None:

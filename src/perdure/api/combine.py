@@ -284,8 +284,7 @@ def _try_out(team: Specialists, router: LinUCB, seed: int) -> None:
     images, truths = images[rows], [names[c] for c in ids[rows].tolist()]
     said = {name: [line[0][0] for line in team.members[name].predict(images, 1)] for name in able}
     features = unit_features(team.backbone, ImageSet.queries(images, team.backbone.preprocess))
-    places = torch.tensor([team.names.index(name) for name in able])
+    places = [team.names.index(name) for name in able]
     for row, (feature, truth) in enumerate(zip(features, truths, strict=True)):
-        bounds = router.explored(feature.unsqueeze(0))[0, places]
-        place = int(places[int(bounds.argmax())])
+        place = int(router.choose(feature.unsqueeze(0), places)[0])
         router.learn(feature, place, float(said[team.names[place]][row] == truth))

@@ -41,13 +41,18 @@ class Router(nn.Module):
         """Scores (n, members) of unit features (n, d)."""
         raise NotImplementedError
 
+    def bounds(self, features: Tensor) -> Tensor:
+        """What `choose` goes by, (n, members): the scores, and where rewards have to be found out more than these."""
+        found: Tensor = self(features)
+        return found
+
     def settle(self, features: Tensor) -> None:
         """Set the limit by examples (n, d) that are known."""
         self.limit = float(torch.quantile(self(features).amax(1), 1 - _KNOWN))
 
     def choose(self, features: Tensor, among: Sequence[int]) -> tuple[Tensor, Tensor]:
         """For each of `features` (n, d) the best member of some, int64 (n,), and whether it seems known, bool (n,)."""
-        scores = self(features)
+        scores = self.bounds(features)
         best = scores[:, list(among)].max(1)
         return torch.tensor(among, device=features.device)[best.indices], best.values >= self.limit
 
@@ -116,10 +121,11 @@ class TextRouter(Router):
 
 
 class LinUCB(Router):
-    """For each member a ridge regression of the reward on the features; in learning, with its upper confidence bound.
+    """For each member a ridge regression of the reward on the features; chosen is the largest upper confidence bound.
 
     A_a = I + Σ x xᵀ, b_a = Σ r x over the examples that member a was asked, x = (f, 1); its score is θ_aᵀ x, θ_a =
-    A_a⁻¹ b_a, and α · √(xᵀ A_a⁻¹ x) more where it is to be explored. A⁻¹ is updated by Sherman and Morrison.
+    A_a⁻¹ b_a, its bound α · √(xᵀ A_a⁻¹ x) more: rewards of who is never asked would never come. A⁻¹ is updated by
+    Sherman and Morrison.
     """
 
     @staticmethod
@@ -139,7 +145,7 @@ class LinUCB(Router):
         scores: Tensor = _with_one(features) @ torch.einsum("aij,aj->ai", self.inverse, self.reward).T
         return scores.to(features)
 
-    def explored(self, features: Tensor) -> Tensor:
+    def bounds(self, features: Tensor) -> Tensor:
         """Upper confidence bounds (n, members)."""
         x = _with_one(features)
         unsure = torch.einsum("ni,aij,nj->na", x, self.inverse, x).clamp_min(0).sqrt()
