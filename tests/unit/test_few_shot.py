@@ -26,14 +26,20 @@ NUMBERS = [f"{c:03d}" for c in range(10)]
 
 @pytest.fixture(scope="module")
 def layouts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Ten classes of seven train and two test images: as class folders, a CSV file, and the folder of CUB-200."""
+    """Ten classes of seven train and two test images: as class folders, CSV files, and the folder of CUB-200.
+
+    Of miniImageNet images lie in one folder, and lists with their names alone in another.
+    """
     root = tmp_path_factory.mktemp("few")
     lines: dict[str, list[str]] = {"images.txt": [], "train_test_split.txt": [], "train.csv": ["filename,label"]}
+    mini = {"train.csv": ["filename,label"], "test.csv": ["filename,label"]}
     for c in NUMBERS:
         for i in range(9):
             part, name = "train" if i < 7 else "test", f"{c}.bird {c}/{i}.png"
             picture = Image.new("RGB", (8, 8), (25 * int(c), 25 * i, 0))
-            for file in (root / "folders" / part / name, root / "cub/images" / name):
+            mini[f"{part}.csv"].append(f"n{c}{i:08d}.png,n{c}")
+            files = root / "folders" / part / name, root / "cub/images" / name, root / f"mini/images/n{c}{i:08d}.png"
+            for file in files:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 picture.save(file)
             number = len(lines["images.txt"]) + 1
@@ -42,14 +48,19 @@ def layouts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
             lines["train.csv"].append(f"images/{name},{c}")
     for name, text in lines.items():
         (root / "cub" / name).write_text("\n".join(text) + "\n")
+    (root / "mini/split").mkdir()
+    for name, text in mini.items():
+        (root / "mini/split" / name).write_text("\n".join(text) + "\n")
+    lists, pictures = str(root / "mini/split"), str(root / "mini/images")
     return {
         "folders": f"images(path={str(root / 'folders')!r})",
         "csv": f"csv(path={str(root / 'cub/train.csv')!r}, image='filename', label='label')",
+        "mini": f"csv(path={lists!r}, image='filename', images={pictures!r})",
         "cub": f"cub200(path={str(root / 'cub')!r})",
     }
 
 
-@pytest.mark.parametrize("layout", ["folders", "csv", "cub"])
+@pytest.mark.parametrize("layout", ["folders", "csv", "mini", "cub"])
 def test_a_base_has_all_images_of_its_classes_and_a_session_few_of_few(layout: str, layouts: dict[str, str]) -> None:
     stream = build_stream(f"fewshot({layouts[layout]}, shots=3, ways=2)", SIZE, 0)
     assert [len(task.classes) for task in stream] == [6, 2, 2]

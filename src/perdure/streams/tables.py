@@ -60,7 +60,12 @@ def parquet(
 
 @stream(arrange)
 def csv(
-    options: Options, path: str, label: str = "label", image: str = "image", names: str | None = None
+    options: Options,
+    path: str,
+    label: str = "label",
+    image: str = "image",
+    names: str | None = None,
+    images: str | None = None,
 ) -> Callable[[bool], LabelledData]:
     """CSV files with labels of images: a folder with `train*.csv` and `test*.csv` (or `val*`), or one file.
 
@@ -70,15 +75,22 @@ def csv(
         options: the common ones.
         path: folder or file.
         label: column of the class: integers or strings.
-        image: column of the images: paths relative to the file.
+        image: column of the images: paths relative to the file, or to the folder `images`.
         names: column that names the class of an integer label.
+        images: the folder that paths of images are relative to; None: that of the file.
 
     Raises:
-        ValueError: when the folder, a column or a label is not as expected.
+        ValueError: when a folder, a column or a label is not as expected.
     """
     choice = LabelColumns(label, names, options.domain_column())
 
-    return lambda measured: read_table(Path(path).name or path, read_parts(Path(path), ".csv", image, measured), choice)
+    def read(measured: bool) -> LabelledData:
+        if images is not None and not Path(images).is_dir():
+            raise ValueError(f"images={images!r} is no folder: give the one that paths of images are relative to")
+        parts = read_parts(Path(path), ".csv", image, measured, None if images is None else Path(images))
+        return read_table(Path(path).name or path, parts, choice)
+
+    return read
 
 
 def read_parquet(path: str, image: str, choice: LabelColumns, measured: bool = False) -> LabelledData:
@@ -86,9 +98,12 @@ def read_parquet(path: str, image: str, choice: LabelColumns, measured: bool = F
     return read_table(Path(path).name or path, read_parts(Path(path), ".parquet", image, measured), choice)
 
 
-def read_parts(path: Path, ending: str, image: str, measured: bool) -> list[TablePart]:
-    """The train and (when there is one) the test part of the files of that ending at `path`; see `table_files`."""
-    read = {".parquet": _parquet, ".csv": _csv, ".jsonl": _json_lines}[ending]
+def read_parts(path: Path, ending: str, image: str, measured: bool, images: Path | None = None) -> list[TablePart]:
+    """The train and (when there is one) the test part of the files of that ending at `path`; see `table_files`.
+
+    Paths of images in CSV files are relative to `images`, where it is given.
+    """
+    read = {".parquet": _parquet, ".csv": partial(_csv, images=images), ".jsonl": _json_lines}[ending]
     return [read(files, image) for files in table_files(path, ending, measured) if files]
 
 
@@ -198,7 +213,8 @@ def read_csv(file: Path) -> pa.Table:
     return pa.table(dict(zip(names, columns, strict=True)))
 
 
-def _csv(files: Sequence[Path], image: str) -> TablePart:
+def _csv(files: Sequence[Path], image: str, images: Path | None) -> TablePart:
+    root = images or files[0].parent
     tables = [read_csv(file) for file in files]
     texts = {name for table in tables for name in table.column_names if is_text(table[name].type)}
     placed: list[str] = []
@@ -214,8 +230,8 @@ def _csv(files: Sequence[Path], image: str) -> TablePart:
             if not path:
                 raise ValueError(f"{where} is empty; expected the path of an image")
             check_path(path, where)
-            placed.append(Path(os.path.relpath(file.parent / path, files[0].parent)).as_posix())
-    return TablePart(made, Files(files[0].parent, placed), range(len(placed)))
+            placed.append(Path(os.path.relpath((images or file.parent) / path, root)).as_posix())
+    return TablePart(made, Files(root, placed), range(len(placed)))
 
 
 def _json_lines(files: Sequence[Path], image: str) -> TablePart:
