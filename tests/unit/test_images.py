@@ -25,6 +25,8 @@ from perdure.backbones.preprocess import (
     rgb,
 )
 
+from perdure.streams import ImageSet, image_set
+
 RNG = np.random.default_rng(0)
 PLAIN = Preprocess(24, 24)
 
@@ -263,3 +265,16 @@ def test_columns_that_are_cropped_away_are_left_out_with_the_same_pixels(interpo
             left, top = (wanted._margin(side) for side in whole.size)
             expected = np.array(whole.crop((left, top, left + size, top + size)))
             assert torch.equal(wanted(image), torch.from_numpy(expected).permute(2, 0, 1))
+
+
+@pytest.mark.parametrize("seconds", [0.0, 60.0])  # an image that takes longer is decoded in a thread of its own
+def test_slow_images_are_read_where_nothing_is_to_be_trained_and_may_be_trained_on(
+    seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image_set, "_WORTH_A_THREAD", seconds)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    images = ImageSet.queries([photo(40, 30) for _ in range(12)], PLAIN)
+    with torch.inference_mode():
+        asked = images.__getitems__(range(12))["image"]
+    assert not asked.is_inference()
+    assert torch.equal(asked, images.__getitems__(range(12))["image"])

@@ -116,7 +116,8 @@ class ImageSet:
         if len(chosen) and not 0 <= int(chosen.min()) <= int(chosen.max()) < len(self):
             raise IndexError(f"positions {int(chosen.min())}..{int(chosen.max())} of a set of {len(self)} images")
         try:
-            return {"image": self._images(chosen), "label": self.labels[chosen]}
+            with torch.inference_mode(False):  # threads that decode are in no such mode, and may not write what is
+                return {"image": self._images(chosen), "label": self.labels[chosen]}
         except UnreadableImage as error:
             if len(self) == 1:
                 raise

@@ -103,7 +103,8 @@ def read_parts(path: Path, ending: str, image: str, measured: bool, images: Path
 
     Paths of images in CSV files are relative to `images`, where it is given.
     """
-    read = {".parquet": _parquet, ".csv": partial(_csv, images=images), ".jsonl": _json_lines}[ending]
+    of_csv = partial(_csv, images=images)
+    read: Callable[[list[Path], str], TablePart] = {".parquet": _parquet, ".csv": of_csv, ".jsonl": _json_lines}[ending]
     return [read(files, image) for files in table_files(path, ending, measured) if files]
 
 
