@@ -24,7 +24,6 @@ from perdure.backbones.preprocess import (
     is_image,
     rgb,
 )
-
 from perdure.streams import ImageSet, image_set
 
 RNG = np.random.default_rng(0)

@@ -103,9 +103,11 @@ def read_parts(path: Path, ending: str, image: str, measured: bool, images: Path
 
     Paths of images in CSV files are relative to `images`, where it is given.
     """
-    of_csv = partial(_csv, images=images)
-    read: Callable[[list[Path], str], TablePart] = {".parquet": _parquet, ".csv": of_csv, ".jsonl": _json_lines}[ending]
-    return [read(files, image) for files in table_files(path, ending, measured) if files]
+    found = [files for files in table_files(path, ending, measured) if files]
+    if ending == ".csv":
+        return [_csv(files, image, images) for files in found]
+    read = {".parquet": _parquet, ".jsonl": _json_lines}[ending]
+    return [read(files, image) for files in found]
 
 
 def table_files(path: Path, ending: str = ".parquet", measured: bool = False) -> tuple[list[Path], list[Path]]:
