@@ -190,6 +190,27 @@ def test_it_is_measured_on_what_is_given_or_on_its_own_tests() -> None:
         learner.evaluate(images, ["brigth"] * 8)
 
 
+@pytest.mark.parametrize(("backbone", "objective"), [("tiny()", "classify"), ("tiny(text=True)", "zeroshot")])
+def test_measured_with_its_task_it_answers_within_that_task_and_then_as_before(backbone: str, objective: str) -> None:
+    first, second = (torch.full((8, 3, 16, 16), shade, dtype=torch.uint8) for shade in (40, 41))
+    first[:4], second[:4] = 0, 1  # as the other task's, nearly
+    learner = Learner.create(backbone, "pnn(rank=2)", objective=objective)
+    learner.learn(first, ["dark"] * 4 + ["bright"] * 4, epochs=4)
+    learner.learn(second, ["black"] * 4 + ["white"] * 4, epochs=4)
+    one, two = (task.name for task in learner.tasks)
+    for images, names, task in ((first, ("dark", "bright"), one), (second, ("black", "white"), two)):
+        labels = [names[0]] * 4 + [names[1]] * 4
+        before = learner.evaluate(images, labels)
+        right = [line[0][0] == name for line, name in zip(learner.predict(images, task=task), labels, strict=True)]
+        assert learner.evaluate(images, labels, task=task)["accuracy"] == sum(right) / 8
+        assert learner.evaluate(images, labels) == before
+    assert learner.scenario == "class"
+    for wrong, message in (("three", "has no task 'three'"), (one, "'black' is none of task")):
+        with pytest.raises(ValueError, match=message):
+            learner.evaluate(second, ["black"] * 8, task=wrong)
+    assert learner.scenario == "class"
+
+
 def test_images_of_a_folder_that_were_taught_are_no_test(tmp_path: Path) -> None:
     for number in range(24):
         place = tmp_path / "pets" / ("cat" if number % 2 else "dog") / f"{number}.png"

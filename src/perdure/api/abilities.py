@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perdure.api.given import Asked, known_task, measurable, shown, told
+from perdure.api.given import Asked, known_task, measurable, shown, told, within
 from perdure.core.forgetting import forget_classes
 from perdure.core.learner import Core
 from perdure.core.manifests import RECORD
@@ -94,7 +94,8 @@ class Abilities(Core):
         return dataclasses.replace(train, epochs=max(train.epochs, math.ceil(_LEAST_STEPS / steps)))
 
     @plain()
-    def evaluate(self, images: Any = None, labels: Any = None) -> dict[str, float]:
+    @checking("task")
+    def evaluate(self, images: Any = None, labels: Any = None, task: str | None = None) -> dict[str, float]:
         """Scores by name, the mean over tasks: of the test images at hand, or of `images` with `labels`.
 
         Args:
@@ -102,23 +103,28 @@ class Abilities(Core):
                 out, with a warning. None measures the test images of the tasks that this object has learnt, or that
                 came with their folders.
             labels: a name or number for each image; None for a folder.
+            task: name of the task that all of it belongs to, where it is known, see `predict`; without images that
+                task alone is measured.
 
         Raises:
             ValueError: when there is nothing to measure, all images were taught, or a class was not learnt.
         """
         self.check_learnt()
+        known = known_task(self, task)
         tasks = [task for task in self.tasks[: self.learnt] if len(task.test)]
         if images is None:
             without_effect("without images", labels=labels)
+            tasks = [each for each in tasks if known is None or each.index == known.index]
         else:
             taught = of_all_tasks([self._taught()]) if isinstance(images, str | Path) else None
-            task, seen = measurable(self, images, labels, taught)
-            tasks = [task]
+            given, seen = measurable(self, images, labels, taught)
+            tasks = [given]
             if seen:
                 warnings.warn(f"{images}: {seen} images were taught to this learner and are left out", stacklevel=3)
         if not tasks:
             raise ValueError("there are no test images at hand: give evaluate(images, labels), or use 'perdure eval'")
-        found = self.objective.evaluate(self, tasks)
+        with within(known, self, tasks) as asked:
+            found = self.objective.evaluate(self, asked)
         return {name: sum(each[name] for each in found) / len(found) for name in found[0]}
 
     @plain()

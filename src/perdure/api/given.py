@@ -1,6 +1,7 @@
 """What people give a learner in Python: examples of a task, and questions."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -205,19 +206,28 @@ def told(data: Data, known: Task | None) -> Data:
     return data if known is None else Told(data, known.index)
 
 
-def within(known: Task, learner: Core, tasks: Sequence[Task]) -> list[Task]:
-    """`tasks` to be measured by a `learner` who is told that all of it belongs to the task `known`.
+@contextmanager
+def within(known: Task | None, learner: Core, tasks: Sequence[Task]) -> Iterator[Sequence[Task]]:
+    """`tasks` as they are measured while a `learner` is told that all of it belongs to the task `known`, if any.
 
     Raises:
         ValueError: when one has a class that this task has not.
     """
-    if "classes" in learner.objective.asks:
-        learner.scenario = "task"  # a learner of this evaluation alone: no other classes compete
-        names = dict(zip(learner.objective.classes, learner.objective.names, strict=True))
-        if strange := [names[c] for task in tasks for c in task.classes if c not in known.classes]:
-            raise ValueError(f"class {strange[0]!r} is none of task {known.name!r}: measure it without task")
-        tasks = [replace(task, classes=known.classes, names=known.names) for task in tasks]
-    return [replace(task, test=Told(task.test, known.index)) for task in tasks]
+    if known is None:
+        yield tasks
+        return
+    names = dict(zip(learner.objective.classes, learner.objective.names, strict=True))
+    with learner.turn:
+        scenario = learner.scenario
+        try:
+            if "classes" in learner.objective.asks:
+                learner.scenario = "task"  # no other classes compete
+                if strange := [names[c] for task in tasks for c in task.classes if c not in known.classes]:
+                    raise ValueError(f"class {strange[0]!r} is none of task {known.name!r}: measure it without task")
+                tasks = [replace(task, classes=known.classes, names=known.names) for task in tasks]
+            yield [replace(task, test=Told(task.test, known.index)) for task in tasks]
+        finally:
+            learner.scenario = scenario
 
 
 def check_first(learner: Core, task: Task, known: Mapping[str, int], where: str) -> None:

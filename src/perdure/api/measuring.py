@@ -76,15 +76,15 @@ def evaluate(
         ]
         scores = scored_by(learner.config.describe(), [task.score for task in tasks])
         tasks = [dataclasses.replace(task, score=score) for task, score in zip(tasks, scores, strict=True)]
-    if known_as is not None:
-        tasks = within(known_as, learner, tasks)
-    with skippable("skip_bad=True in the stream"):
-        # of its own tasks the number says which they are
-        found_on = (measured if stream is None and known_as is None else learner.objective.evaluate)(learner, tasks)
+    with within(known_as, learner, tasks) as asked:
+        with skippable("skip_bad=True in the stream"):
+            # of its own tasks the number says which they are
+            found_on = (measured if stream is None and known_as is None else learner.objective.evaluate)(learner, asked)
+        sure = errors(learner, list(asked)) if "classes" in learner.objective.asks else []
     rows = [
-        Row(learner.learnt - 1, t.index, k, v) for t, each in zip(tasks, found_on, strict=True) for k, v in each.items()
+        Row(learner.learnt - 1, t.index, k, v) for t, each in zip(asked, found_on, strict=True) for k, v in each.items()
     ]
-    return tasks, rows + (errors(learner, tasks) if "classes" in learner.objective.asks else []), remarks
+    return list(asked), rows + sure, remarks
 
 
 def remarks_on(notes: Mapping[str, Any]) -> list[str]:
