@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from perdure.api.learner import Learner
+from perdure.api.merge import merge
 from perdure.backbones.tiny import tiny
 from perdure.metrics import taught_only
 from perdure.pretraining.masked import Masked, normalised
@@ -229,6 +230,28 @@ def test_captions_are_refused_where_they_cannot_be_read(pictures: Tensor) -> Non
         made("lora", accumulate=2).pretrain(pictures)
     with pytest.raises(ValueError, match="this learner was only pre-trained, without labels: teach it first"):
         made("lora").pretrain(pictures).predict(pictures)
+
+
+def test_a_step_without_labels_is_no_task_to_answer_within(pictures: Tensor) -> None:
+    learner = made("lora").pretrain(pictures).learn(pictures, ["a", "b"] * 12)
+    step = learner.tasks[0].name
+    for asked in (learner.predict, learner.predict_proba):
+        with pytest.raises(ValueError, match=f"^task '{step}' is a step of pre-training, which taught nothing to be"):
+            asked(pictures, task=step)
+
+
+def test_steps_without_labels_stay_such_in_who_is_merged(pictures: Tensor, tmp_path: Any) -> None:
+    one = made("lora(rank=2)").pretrain(pictures).learn(pictures, ["a", "b"] * 12)
+    two = made("lora(rank=2)").learn(pictures, ["c", "d"] * 12)
+    both = merge({"one": one, "two": two}, "average()", weights=(1, 0))
+    assert [task.pretext for task in both.tasks] == ["masked()", "", ""]
+    assert both.pretext is None
+    both.save(tmp_path / "both")
+    again = Learner.load(tmp_path / "both")
+    assert [task.pretext for task in again.tasks] == ["masked()", "", ""]
+    found = again.predict_proba(pictures, task=again.tasks[1].name)
+    torch.testing.assert_close(found, one.predict_proba(pictures), atol=1e-5, rtol=1e-4)
+    again.learn(pictures, ["e", "f"] * 12)
 
 
 def test_nothing_is_trained_where_the_encoder_stays(pictures: Tensor) -> None:

@@ -191,7 +191,9 @@ def known_task(learner: Core, name: str | None, chosen: bool = True) -> Task | N
             f"tasks {numbers} of this learner are both called {name!r}, which does not say one: leave it out"
         )
     found = learner.tasks[names.index(name)]
-    if "classes" in learner.objective.asks and not (found.classes or found.pretext):
+    if found.pretext:
+        raise ValueError(f"task {name!r} is a step of pre-training, which taught nothing to be asked for: leave it out")
+    if "classes" in learner.objective.asks and not found.classes:
         raise ValueError(f"all classes of task {name!r} were forgotten: leave it out")
     fewer = chosen and "classes" in learner.objective.asks and {*found.classes} != {*learner.objective.classes}
     if not fewer and not follows_task(learner.method):

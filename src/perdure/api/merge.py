@@ -64,7 +64,7 @@ def merge(
     every = list(learners.values())
     alike = not speaks(first) and len({tuple(each.known) for each in every}) == 1
     for task in _tasks([first] if alike else every):
-        made.grow(task)
+        made.grow(task, over=True)
         made.prepare()
     for site, adapter, part in updates(made.backbone):
         assert isinstance(adapter, LowRank)
@@ -150,7 +150,7 @@ def _tasks(learners: Sequence[Learner]) -> list[Task]:
         for task in learner.tasks[: learner.learnt]:
             name = task.name if task.name not in {each.name for each in found} else f"{task.name} ({len(found)})"
             classes = tuple(start + c for c in task.classes)
-            found.append(Task(len(found), name, classes, task.names, None, score=task.score))
+            found.append(Task(len(found), name, classes, task.names, None, score=task.score, pretext=task.pretext))
         start = max((c for task in found for c in task.classes), default=-1) + 1
     return found
 
