@@ -10,6 +10,7 @@ from perdure.api.learner import Learner
 from perdure.api.merge import merge
 from perdure.backbones.tiny import tiny
 from perdure.metrics import taught_only
+from perdure.pretraining.distill import Distill
 from perdure.pretraining.masked import Masked, normalised
 from perdure.pretraining.patches import grid_of, hidden_patches, patches_of, tokens_of, without
 from perdure.training.loop import Quiet
@@ -113,6 +114,39 @@ def test_a_patch_of_one_colour_is_predicted_as_nothing() -> None:
     rows = normalised(torch.rand(5, 48, generator=torch.Generator().manual_seed(1)))
     assert rows.mean(1) == pytest.approx(torch.zeros(5), abs=1e-5)
     assert rows.std(1, correction=0) == pytest.approx(torch.ones(5), abs=1e-3)
+
+
+@pytest.mark.parametrize("teacher", ["", "teacher='tiny(dim=8, size=24, seed=3)', ratio=0.25"])
+def test_distillation_compares_whitened_features_of_hidden_images_with_the_teachers_of_whole_ones(
+    teacher: str, pictures: Tensor
+) -> None:
+    learner = grown("lora(rank=2)", f"distill({teacher})")
+    pretext, image = learner.pretext, pictures[:6]
+    assert isinstance(pretext, Distill)
+    with torch.no_grad():
+        whole = learner.backbone({"image": image})  # fresh LoRA changes nothing
+        hidden = hidden_patches(learner, 6, 4, 0.25 if teacher else 0.5)
+        given = learner.backbone({"image": without(learner.backbone, image, hidden)})
+        if teacher:
+            other = tiny(dim=8, size=24, seed=3)
+            large = torch.nn.functional.interpolate(image.float(), (24, 24), mode="bicubic", antialias=True)
+            whole = other({"image": large.round().clamp(0, 255).to(torch.uint8)})
+            pretext.projection.weight.mul_(20)
+            given = pretext.projection(given)
+        else:
+            given = whitened(given)
+        apart = given - whitened(whole)
+        by_hand = torch.where(apart.abs() < 2, apart.square() / 4, apart.abs() - 1).mean()
+        assert bool((apart.abs() > 2).any()) == bool(teacher)
+        pretext.begin_task(learner)
+        loss = pretext.loss(learner, {"image": image, "label": torch.full((6,), -1)})
+    torch.testing.assert_close(loss, by_hand, rtol=1e-5, atol=1e-6)
+
+
+def whitened(x: Tensor) -> Tensor:
+    """Rows of mean 0 and variance 1."""
+    centred = x - x.mean(1, keepdim=True)
+    return centred / (centred.square().mean(1, keepdim=True) + 1e-5).sqrt()
 
 
 def test_the_grid_is_that_of_the_model() -> None:
