@@ -13,7 +13,7 @@ from perdure.api.folders import go_on, teach_folder
 from perdure.api.learner import Learner
 from perdure.core.checkpoint import whole
 from perdure.reporting.runs import RunResults
-from perdure.training.config import RunConfig
+from perdure.training.config import RunConfig, TrainConfig
 from perdure.training.loop import Quiet
 from perdure.training.summary import read_summary
 
@@ -74,6 +74,36 @@ def test_before_a_lesson_and_between_two(perdure: Any, photos: Any) -> None:
     assert perdure("report", "my learner").code == 0
     shutil.rmtree("new")  # nothing is replayed from there
     assert perdure("learn", "first", "--into", "my learner").code == 0
+
+
+def test_the_learning_rate_is_warmed_up_again_in_each_step_and_in_no_lesson(
+    perdure: Any, photos: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used, rate = [], TrainConfig.rate
+
+    def noted(train: TrainConfig, step: int, steps: int) -> float:
+        used.append(rate(train, step, steps) / train.peak)
+        return used[-1]
+
+    monkeypatch.setattr(TrainConfig, "rate", noted)
+    photos("new", "x y", 15), photos("first", "cat dog", 15)
+    learner = Learner.create("tiny()", "lora(rank=2)", epochs=20, batch_size=16, precision="fp32")
+    more = ("--epochs", 20, "--batch-size", 16)
+    for teach, warm in (
+        (lambda: perdure("pretrain", "new", "--into", "my", *MADE[:4], "--method", "lora(rank=2)", *more), True),
+        (lambda: perdure("learn", "first", "--into", "my", *more), False),
+        (lambda: perdure("pretrain", "new", "--into", "my", *more), True),
+        (lambda: learner.pretrain("new"), True),
+        (lambda: learner.learn("first"), False),
+    ):
+        used.clear()
+        teach()
+        assert len(used) > 20
+        top = used.index(max(used))
+        assert (top > 0) == warm
+        assert used[:top] == sorted(used[:top])
+        assert used[top:] == sorted(used[top:], reverse=True)
+        assert used[-1] < 0.1
 
 
 def test_the_same_command_again_is_no_second_step_but_another_objective_is(perdure: Any, photos: Any) -> None:
