@@ -46,6 +46,23 @@ def test_the_specialist_knows_its_task_and_leaves_no_trace(lab: Any) -> None:
     assert all(p.grad is None for p in learner.trainable().values())
 
 
+def test_the_specialist_sees_images_changed_as_the_run_changes_them(lab: Any) -> None:
+    learner, task = lab.learner("lora(rank=2) + expert_distillation"), lab.stream().tasks[0]
+    learner.grow(task)
+    learner.train()
+    learner.prepare()
+    turned = lab.learner("lora(rank=2) + expert_distillation")
+    turned.grow(task)
+    turned.train()
+    turned.prepare()
+    turned.augment = lambda batch, generator: batch | {"image": batch["image"].flip(3)}
+    states = []
+    for each in (learner, turned):
+        with specialised(each, task, 1, 1e-2, 8):
+            states.append({name: p.detach().clone() for name, p in each.trainable().items()})
+    assert all(not torch.equal(states[0][name], states[1][name]) for name in states[0] if "heads" in name)
+
+
 def test_the_specialist_learns_what_the_task_trains_at_its_own_rate(lab: Any) -> None:
     def first_step(share: float) -> float:
         learner, task = lab.learner(f"finetune(backbone_lr={share})"), lab.stream().tasks[0]
