@@ -71,6 +71,7 @@ METHODS = [
             "mas",
             "si",
             "lwf",
+            "expert_distillation(epochs=1)",
             "feature_distill(tower='language')",
             "replay(size=6)",
             *(f"replay(size=6, selection={how!r})" for how in ("class_balanced", "herding", "kmeans", "el2n")),
@@ -309,6 +310,37 @@ def test_a_guard_changes_what_is_learnt(guard: str, bench: Any, plain: Tensor) -
     setting = bench("llava")
     learner = taught(setting, f"{L} + {guard}")
     assert not torch.equal(logits(learner, setting.tasks[0], 8), plain)
+
+
+def test_a_specialist_and_the_former_learner_are_asked_for_every_token(bench: Any) -> None:
+    setting = bench("llava")
+    learner = setting.learner(f"{L} + expert_distillation(strength=3, temperature=1.5, epochs=9, lr=0.01)")
+    learner.grow(setting.tasks[0])
+    fit_task(learner, setting.tasks[0], TRAIN)
+    learner.grow(setting.tasks[1])
+    learner.train()
+    learner.method.begin_task(learner, setting.tasks[1])
+    part = list(learner.method)[-1]
+    (batch,) = learner.batches(setting.tasks[1].train, 8)
+    with torch.no_grad():
+        features = learner.encode(batch)
+        (given,) = learner.objective.distributions(features, batch)
+        by_hand = []
+        for teacher in (part.expert, part.teacher):
+            (wanted,) = teacher.distributions(learner, batch)
+            places = wanted.topk(64, 1).indices  # fewer than the vocabulary has
+            logs = [(scores / 1.5).log_softmax(1) for scores in (wanted, given)]
+            near = [torch.cat([each.gather(1, places), _rest(each, places)], 1) for each in logs]
+            by_hand.append(1.5**2 * (near[0].exp() * (near[0] - near[1])).sum(1).mean())
+        found = part.penalty(learner, batch, features)
+        known = batch | part.precompute(learner, batch)
+        torch.testing.assert_close(part.penalty(learner, known, features), found)
+    torch.testing.assert_close(found, 3 * (by_hand[0] + by_hand[1]), rtol=1e-3, atol=1e-5)
+    assert by_hand[1].abs() < 1e-5 < by_hand[0]  # nothing has moved yet, and the specialist has
+
+
+def _rest(logs: Tensor, places: Tensor) -> Tensor:
+    return logs.scatter(1, places, -torch.inf).logsumexp(1, keepdim=True)
 
 
 def taught(setting: Bench, method: str) -> Core:

@@ -88,10 +88,10 @@ def scores(seed: int) -> Tensor:
 def test_the_likeliest_tokens_hold_all_when_they_are_all_and_never_more(temperature: float) -> None:
     teacher, student = scores(0), scores(1).requires_grad_()
     whole = distillation(teacher, student, temperature)
-    held = [held_to(*likeliest(teacher, top, temperature), student, temperature) for top in (1, 5, 19, 20, 64)]
+    held = [held_to([likeliest(teacher, top, temperature)], student, temperature) for top in (1, 5, 19, 20, 64)]
     torch.testing.assert_close(held[-2:], [whole, whole], rtol=1e-4, atol=1e-5)
     assert held[0] < held[1] < held[2] <= whole + 1e-5
-    assert held_to(*likeliest(teacher, 5, temperature), teacher, temperature).abs() < 1e-5
+    assert held_to([likeliest(teacher, 5, temperature)], teacher, temperature).abs() < 1e-5
     held[1].backward()
     assert student.grad is not None
     assert student.grad.abs().min() > 0

@@ -12,9 +12,12 @@ from perdure.core.learner import Core
 from perdure.core.method import Method
 from perdure.types import Batch, Task
 
+Likeliest = tuple[Tensor, Tensor]
+"""Tokens int64 (n, k) and the logarithms of their probabilities, float32 (n, k + 1), the last of all other tokens."""
 EXPERTS, EXPERTS_OF = "experts", "experts_of"
 """In a batch that brings it: what finished specialists say of each class, as logarithms of shares (B, classes); and the
 number of the one who says it, int64 (B, classes), the same in every row."""
+_TOP = 64
 _LEAST = -60.0  # logarithm of a probability that counts as none
 
 
@@ -62,6 +65,20 @@ class Teacher(nn.Module):
         with self.swapped_in(learner):
             return learner.objective.distributions(learner.encode(batch), batch, old)
 
+    def tokens(self, learner: Core, batch: Batch, top: int | None, temperature: float) -> list[Likeliest]:
+        """Of answers in words its `top` likeliest tokens at each place of each answer; None is 64."""
+        if (known := f"{self.name}/tokens") in batch:
+            found: list[Likeliest] = batch[known]
+            return found
+        (scores,) = self.distributions(learner, batch)
+        counts = torch.bincount(learner.objective.owners(batch), minlength=len(batch["label"])).tolist()
+        return [likeliest(each, top or _TOP, temperature) for each in torch.split(scores, counts)]
+
+    def precompute_tokens(self, learner: Core, batch: Batch, top: int | None, temperature: float) -> Batch:
+        """The same of each example of a training set, for `Method.precompute`."""
+        asked = self.weights and learner.training
+        return {f"{self.name}/tokens": self.tokens(learner, batch, top, temperature)} if asked else {}
+
     def ask(self, learner: Core, batch: Batch) -> Batch:
         """The same, asked for now."""
         with self.swapped_in(learner):
@@ -100,25 +117,21 @@ def distillation(teacher: Tensor, student: Tensor, temperature: float) -> Tensor
     return temperature**2 * F.kl_div(given, wanted, reduction="batchmean", log_target=True)
 
 
-Likeliest = tuple[Tensor, Tensor]
-"""Tokens int64 (n, k) and the logarithms of their probabilities, float32 (n, k + 1), the last of all other tokens."""
-
-
 def likeliest(scores: Tensor, top: int, temperature: float) -> Likeliest:
     """The `top` likeliest columns of each row of softmax(scores / T), kept on the CPU."""
     tokens = scores.topk(min(top, scores.shape[1]), dim=1).indices
     return tokens.cpu(), _grouped(tokens, scores, temperature).cpu()
 
 
-def held_to(tokens: Tensor, wanted: Tensor, student: Tensor, temperature: float) -> Tensor:
+def held_to(said: Sequence[Likeliest], student: Tensor, temperature: float) -> Tensor:
     """`distillation` where of the teacher only the likeliest columns are known, and all others count as one.
 
     Args:
-        tokens: (n, k).
-        wanted: see `Likeliest`.
+        said: by the teacher, of n places in all.
         student: scores (n, columns), which get the gradient.
         temperature: of both.
     """
+    tokens, wanted = (torch.cat(each).to(student.device) for each in zip(*said, strict=True))
     given = _grouped(tokens, student, temperature)
     return temperature**2 * F.kl_div(given, wanted, reduction="batchmean", log_target=True)
 

@@ -8,6 +8,7 @@ specialist and asks both teachers, `penalty` is DMC's equation 3, or its softene
 Differs: no second network; the specialist is what the task trains, trained plainly from where the learner stands, then
 put back. Labels of the new task count beside the teachers. DMC has unlabelled images only (`reference`); without one
 the task's own are used, with `replay` in the sum old ones too. `kl` softens as Hinton et al. (2015, arXiv:1503.02531).
+Answers in words have one vocabulary in place of classes of each teacher's own: both are asked for every token (ours).
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,15 @@ from torch import Tensor
 from perdure.adapters.state import BufferDict
 from perdure.core.learner import Core, derived_seed
 from perdure.core.shared_copy import Constant
-from perdure.mechanisms.distillation import EXPERTS, EXPERTS_OF, Distillation, Teacher, distillation, specialised
+from perdure.mechanisms.distillation import (
+    EXPERTS,
+    EXPERTS_OF,
+    Distillation,
+    Teacher,
+    distillation,
+    held_to,
+    specialised,
+)
 from perdure.mechanisms.references import read_references
 from perdure.options.ranges import BatchSize, Count, Epochs, Factor, Rate, Strength, without_effect
 from perdure.streams import build_stream
@@ -33,6 +42,8 @@ _BATCH = 32
 
 class ExpertDistillation(Distillation, name="expert_distillation"):
     """Keeps scores near a specialist's for the new classes, and near the former learner's for the old ones.
+
+    Of answers in words the 64 likeliest tokens of both are kept at each place, the rest counting as one.
 
     Where a training set brings what finished specialists say of each image, as `perdure combine --distil` does, these
     are the teachers, also in the first task.
@@ -49,7 +60,7 @@ class ExpertDistillation(Distillation, name="expert_distillation"):
         size: how many of them are taken; None is 2000.
     """
 
-    needs = ("classes",)
+    needs = ("classes", "conversations")
     derived = ("_material",)
 
     def __init__(
@@ -81,7 +92,12 @@ class ExpertDistillation(Distillation, name="expert_distillation"):
         self._material: Constant[tuple[list[Task], Tensor]] = Constant()  # in a list: it is no part of any state
 
     def grow(self, learner: Core, task: Task) -> None:
-        """Old heads learn on."""
+        """Old heads learn on; of words no logits can stand on one level, and images alone have no answers."""
+        if "conversations" in learner.objective.asks:
+            if self.form == "logits" or self.reference is not None:
+                raise ValueError("expert_distillation of answers in words: leave out form and reference")
+            self.ask_for(())
+            self.expert.outputs = ()
         if self.strength and task.index:
             learner.objective.requires_grad_(True)
 
@@ -100,9 +116,12 @@ class ExpertDistillation(Distillation, name="expert_distillation"):
                     self.said.append(name, teacher.ask(learner, batch)["scores"])
 
     def precompute(self, learner: Core, batch: Batch) -> Batch:
-        """What both teachers say of each image that is learnt."""
+        """What both teachers say of each example that is learnt."""
         if self.reference is not None:
             return {}
+        if "conversations" in learner.objective.asks:
+            mine = [each.precompute_tokens(learner, batch, None, self.temperature) for each in self._teachers]
+            return mine[0] | mine[1]
         return super().precompute(learner, batch) | self.expert.precompute(learner, batch)
 
     def penalty(self, learner: Core, batch: Batch, features: Tensor) -> Tensor | float:
@@ -114,6 +133,10 @@ class ExpertDistillation(Distillation, name="expert_distillation"):
             return self.strength * self._apart([(batch[EXPERTS][:, own], given[:, own]) for own in groups])
         if not self.expert.weights:
             return 0.0
+        if "conversations" in objective.asks:
+            scores = objective.distributions(features, batch)[0]
+            said = [each.tokens(learner, batch, None, self.temperature) for each in self._teachers]
+            return self.strength * torch.stack([held_to(each, scores, self.temperature) for each in said]).sum()
         if self.reference is None:
             new, old = self.expert(learner, batch)["scores"], self.teacher(learner, batch)["scores"]
             given = objective.scores(features)
@@ -133,6 +156,10 @@ class ExpertDistillation(Distillation, name="expert_distillation"):
         super().end_task(learner, task)
         self.expert.clear()
         self.said.clear()
+
+    @property
+    def _teachers(self) -> tuple[Teacher, Teacher]:
+        return self.expert, self.teacher
 
     def _apart(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """How far what teachers say and what is given (n, k) are apart, a pair a teacher."""

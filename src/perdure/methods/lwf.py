@@ -15,12 +15,9 @@ import torch
 from torch import Tensor
 
 from perdure.core.learner import Core
-from perdure.mechanisms.distillation import Distillation, Likeliest, distillation, held_to, likeliest
+from perdure.mechanisms.distillation import Distillation, distillation, held_to
 from perdure.options.ranges import Count, Factor, Strength, without_effect
 from perdure.types import Batch, Task
-
-_SAID = "lwf/likeliest"
-_TOP = 64
 
 
 class LwF(Distillation, name="lwf"):
@@ -84,17 +81,7 @@ class LwF(Distillation, name="lwf"):
         """What the teacher says of each example; of answers in words their likeliest tokens."""
         if "conversations" not in learner.objective.asks:
             return super().precompute(learner, batch)
-        return {_SAID: self._said(learner, batch)} if self.teacher.weights and learner.training else {}
-
-    def _said(self, learner: Core, batch: Batch) -> list[Likeliest]:
-        """The teacher's likeliest tokens at each place of each answer."""
-        if _SAID in batch:
-            known: list[Likeliest] = batch[_SAID]
-            return known
-        (scores,) = self.teacher.distributions(learner, batch)
-        counts = torch.bincount(learner.objective.owners(batch), minlength=len(batch["label"])).tolist()
-        rows = torch.split(scores, counts)
-        return [likeliest(each, self.top or _TOP, self.temperature) for each in rows]
+        return self.teacher.precompute_tokens(learner, batch, self.top, self.temperature)
 
     def penalty(self, learner: Core, batch: Batch, features: Tensor) -> Tensor | float:
         """strength · T² · KL of the teacher's and the student's distribution over old classes."""
@@ -102,9 +89,8 @@ class LwF(Distillation, name="lwf"):
             return 0.0
         objective = learner.objective
         if "conversations" in objective.asks:
-            said = self._said(learner, batch)
-            tokens, logs = (torch.cat(each).to(features.device) for each in zip(*said, strict=True))
-            return self.strength * held_to(tokens, logs, objective.distributions(features, batch)[0], self.temperature)
+            said = self.teacher.tokens(learner, batch, self.top, self.temperature)
+            return self.strength * held_to(said, objective.distributions(features, batch)[0], self.temperature)
         old = self.teacher.distributions(learner, batch, old=True)
         new = objective.distributions(features, batch, old=True)
         temperatures: list[float | None] = [self.temperature] * len(new)
