@@ -68,7 +68,9 @@ def _unraisable(told: "sys.UnraisableHookArgs") -> None:
 
 
 def _leave(saying: str = _STOPPED) -> None:
-    _tell(saying if os.environ.get("RANK", "0") == "0" else "")  # of several processes one speaks
+    # of several processes one speaks: the one that has started them, where that is `perdure.training.launch`
+    first = os.environ.get("RANK", "0") == "0" and os.environ.get("TORCHELASTIC_RUN_ID") != "perdure"
+    _tell(saying if first else "")
     if "perdure.storage.files" in sys.modules:  # else nothing was made yet
         getattr(sys.modules["perdure.storage.files"], "remove_temporary", lambda: None)()
     os._exit(130)

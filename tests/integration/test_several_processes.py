@@ -94,6 +94,15 @@ def test_a_worker_that_is_killed_ends_the_run_with_one_line_and_leaves_nothing(
     assert [name for name in left if not name.startswith("torchinductor")] == []  # which torch keeps on purpose
 
 
+def test_processes_that_are_stopped_before_they_learn_say_so_in_one_line(start: Any, tmp_path: Path) -> None:
+    asked = start(tmp_path / "out")
+    while not asked.workers() and asked.process.poll() is None:
+        time.sleep(0.01)
+    asked.process.send_signal(signal.SIGTERM)  # modules are imported then
+    assert asked.end() == 130, asked.text()
+    assert asked.text().count("perdure: stopped") == 1, asked.text()
+
+
 @pytest.mark.slow
 def test_two_processes_that_are_stopped_and_killed_end_as_if_nothing_had_happened(
     start: Any, content_of: Any, tmp_path: Path

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from perdure.backbones.tiny import tiny
 from perdure.core.processes import Processes
-from perdure.training.launch import _ended
+from perdure.training.launch import RUN_ID, _ended, says_itself
 from perdure.training.loop import check_shared_out, fit_task
 from perdure.training.run import run
 from perdure.training.runtime import resolve
@@ -97,8 +98,22 @@ class Failure:
     timestamp: float
 
 
-def test_the_process_that_was_killed_is_named_and_not_those_that_ended_for_it() -> None:
-    ended = _ended({0: Failure(1, 1.0), 1: Failure(-9, 2.0), 2: Failure(-15, 0.5)}, 3, "runs/x")
+def test_the_process_that_was_killed_is_named_and_not_those_that_ended_for_it(tmp_path: Path) -> None:
+    ended = _ended({0: Failure(1, 1.0), 1: Failure(-9, 2.0), 2: Failure(-15, 0.5)}, 3, "runs/x", tmp_path)
     assert ended.args[0].startswith("process 1 of 3 was killed by SIGKILL")
     assert "perdure resume runs/x" in ended.args[0]
-    assert _ended({0: Failure(2, 2.0), 1: Failure(-15, 1.0)}, 2, "runs/x").args == ("", 2)
+    assert _ended({0: Failure(2, 2.0), 1: Failure(-15, 1.0)}, 2, "runs/x", tmp_path).args == ("", 2)
+
+
+def test_processes_that_were_stopped_have_said_so_or_the_launcher_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped = {0: Failure(130, 1.0), 1: Failure(-15, 1.0)}
+    assert isinstance(_ended(stopped, 2, "runs/x", tmp_path), KeyboardInterrupt)
+    (tmp_path / "0").mkdir()
+    found = {"TORCHELASTIC_RUN_ID": RUN_ID, "TORCHELASTIC_ERROR_FILE": str(tmp_path / "0" / "error.json")}
+    for rank, said in (("1", False), ("0", True)):
+        for name, value in (found | {"RANK": rank}).items():
+            monkeypatch.setenv(name, value)
+        says_itself()
+        assert (_ended(stopped, 2, "runs/x", tmp_path).args == ("", 130)) == said

@@ -48,7 +48,8 @@ def main(args: Sequence[str] | None = None) -> None:
             os.environ[OWN_METHODS] = str(command.import_.absolute())
         command(screen)
     except KeyboardInterrupt:
-        screen.error("stopped at once; what was saved before is whole: the same command goes on, or says what does")
+        if os.environ.get("TORCHELASTIC_RUN_ID") != _LAUNCHED:  # whoever started us says it
+            screen.error("stopped at once; what was saved before is whole: the same command goes on, or says what does")
         sys.exit(130)
     except BrokenPipeError:  # who reads our output has had enough
         raise
@@ -70,6 +71,7 @@ def main(args: Sequence[str] | None = None) -> None:
             screen.error(f"{lost}, and so does this one; what was saved before is whole: go on with 'perdure resume'")
         sys.exit(1)
     except _raised("perdure.training.snapshots", "Interrupted") as stop:
+        import_module("perdure.training.launch").says_itself()
         screen.error(str(stop))
         sys.exit(130)
     except RuntimeError as error:

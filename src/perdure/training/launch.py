@@ -4,7 +4,9 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from perdure.formatting import command
@@ -12,6 +14,8 @@ from perdure.storage.files import temporary_folder
 
 RUN_ID = "perdure"
 """Under which torch's launcher tells its processes who has started them."""
+_SAID = "said"
+_PASSED_ON = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
 
 
 class Ended(Exception):
@@ -34,6 +38,7 @@ def launch(processes: int, arguments: Sequence[str], folder: object) -> None:
 
     Raises:
         Ended: with their exit code, where that is not 0.
+        KeyboardInterrupt: where they were stopped and none of them has said so, as before it learns.
     """
     from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -44,8 +49,8 @@ def launch(processes: int, arguments: Sequence[str], folder: object) -> None:
             logging.getLogger(name).setLevel(logging.CRITICAL)  # the one line is ours
     threads = max(1, (os.cpu_count() or 1) // processes)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # each would take all of them
-    try:
-        with temporary_folder() as aside:  # what they put there goes, also of one that is killed
+    with temporary_folder() as aside:  # what they put there goes, also of one that is killed
+        try:
             config = LaunchConfig(
                 min_nodes=1,
                 max_nodes=1,
@@ -59,14 +64,37 @@ def launch(processes: int, arguments: Sequence[str], folder: object) -> None:
                 monitor_interval=0.1,
                 metrics_cfg={},
             )
-            elastic_launch(config, sys.executable)("-m", "perdure.cli", *arguments)
-    except SignalException as stop:
-        raise Ended("", 130) from stop
-    except ChildFailedError as error:
-        raise _ended(error.failures, processes, folder) from error
+            with _handlers_kept():
+                elastic_launch(config, sys.executable)("-m", "perdure.cli", *arguments)
+        except SignalException as stop:
+            raise _stopped(aside) from stop
+        except ChildFailedError as error:
+            raise _ended(error.failures, processes, folder, aside) from error
 
 
-def _ended(failures: Mapping[int, Any], processes: int, folder: object) -> Ended:
+def says_itself() -> None:
+    """Note for the launcher, in one of its processes, that this one says how far it was when it was stopped."""
+    if os.environ.get("TORCHELASTIC_RUN_ID") == RUN_ID and os.environ["RANK"] == "0":
+        with suppress(OSError):  # the launcher is no more
+            Path(os.environ["TORCHELASTIC_ERROR_FILE"]).with_name(_SAID).touch()
+
+
+@contextmanager
+def _handlers_kept() -> Iterator[None]:
+    """Torch's handlers go with its launcher: they raise what nobody else expects."""
+    before = {name: signal.getsignal(getattr(signal, name)) for name in _PASSED_ON if hasattr(signal, name)}
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(getattr(signal, name), handler or signal.SIG_DFL)
+
+
+def _stopped(aside: Path) -> BaseException:
+    return Ended("", 130) if list(aside.rglob(_SAID)) else KeyboardInterrupt()
+
+
+def _ended(failures: Mapping[int, Any], processes: int, folder: object, aside: Path) -> BaseException:
     """Of the processes that ended before their time, who was the first and whether it has said why."""
 
     def order(rank: int) -> tuple[bool, bool, float]:
@@ -75,7 +103,9 @@ def _ended(failures: Mapping[int, Any], processes: int, folder: object) -> Ended
 
     rank = min(failures, key=order)
     code = int(failures[rank].exitcode)
-    if code in (2, 130):  # it has said why
+    if code == 130:
+        return _stopped(aside)
+    if code == 2:  # it has said why
         return Ended("", code)
     by = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     return Ended(
