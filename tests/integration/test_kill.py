@@ -7,7 +7,6 @@ import random
 import shutil
 import signal
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +63,19 @@ def go_on(lab: Any, method: str, out: Path, moments: float) -> None:
         run(lab.config(method, save_every=1), out, progress)
 
 
-def command(arguments: list[str], said: Path) -> None:
-    """The body of a child process: the command line, with what it says in a file."""
+def command(arguments: list[str], said: Path, asked: int = 0, at: str = "") -> None:
+    """The body of a child process: the command line, with what it says in a file.
+
+    It asks itself to stop by the signal `asked` as it first opens a file in a folder called `at`.
+    """
+    left = [at] if at else []
+
+    def heard(event: str, details: tuple[Any, ...]) -> None:
+        if left and event == "open" and f"/{at}/" in str(details[0]):
+            left.clear()
+            os.kill(os.getpid(), asked)
+
+    sys.addaudithook(heard)
     sys.stdout = sys.stderr = said.open("w")
     cli.main(arguments)
 
@@ -128,14 +138,9 @@ def test_asked_to_stop_it_finishes_the_step_saves_and_says_how_to_go_on(
 ) -> None:
     bench, out, said = lab.but(epochs=15, tasks=2), tmp_path / "out", tmp_path / "said"
     options = bench.config("lora(rank=2)", save_every=1).describe()
-    child = fork(command, ["run", *flags(options), "--out", str(out)], said)
-    begun = [out / "task-000" / f"step-{step:06d}" for step in range(3, 30)]
-    while child.is_alive() and not any(path.exists() for path in begun):
-        time.sleep(0.001)
-    os.kill(child.pid, asked)
-    child.join()
+    code = end_of(command, ["run", *flags(options), "--out", str(out)], said, asked, "step-000003")
     text = " ".join(said.read_text().split())
-    assert child.exitcode == 130, text
+    assert code == 130, text
     assert "all is saved" in text
     assert "perdure resume" in text
     assert len(list(out.glob("task-000/step-*/manifest.json"))) == 1
