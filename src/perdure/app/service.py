@@ -117,7 +117,7 @@ class Service:
     def _shown(self, text: str) -> str:
         """A text without where the learner and its uploads lie on this machine."""
         text = self.store.unplaced(text)
-        for folder in {self.folder.absolute(), self.folder.resolve()}:
+        for folder in sorted({self.folder.absolute(), self.folder.resolve()}, key=lambda each: -len(str(each))):
             text = text.replace(str(folder), folder.name) if folder.name else text
         return text
 

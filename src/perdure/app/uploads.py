@@ -131,7 +131,8 @@ class Store:
 
     def unplaced(self, text: str) -> str:
         """A text in which uploads have the names that they were given, and not where they lie."""
-        for root in {str(self.root), str(self.root.absolute()), str(self.root.resolve())}:
+        # the longest first: the others may be a part of it
+        for root in sorted({str(self.root), str(self.root.absolute()), str(self.root.resolve())}, key=len)[::-1]:
             text = re.sub(rf"{re.escape(root)}[/\\]{UPLOAD.pattern}[/\\]", "", text)
         return text
 
