@@ -3,7 +3,9 @@
 import contextlib
 import dataclasses
 import json
+import os
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -15,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
-from perdure.experiments.cluster import Cluster
+from perdure.experiments.cluster import Cluster, _connected
 from perdure.experiments.grid import GridProgress, cells, compare
 from perdure.training.config import RunConfig
 from perdure.training.loop import Quiet
@@ -109,6 +111,21 @@ def test_sigterm_stops_a_grid_as_control_c_does() -> None:
         grid.terminate()
         assert grid.stdout.read() == "asked\n"
     assert grid.returncode == 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+def test_sigterm_while_ray_starts_does_so_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray", reason="ray is not installed")
+
+    def starting(**_: Any) -> None:
+        signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(number))  # as Ray does
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("ray.init", starting)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), _connected(Cluster(jobs=2)):
+        pass
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 DIED = """

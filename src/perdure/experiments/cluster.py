@@ -160,27 +160,36 @@ def _connected(cluster: Cluster) -> Iterator[Any]:
     except ImportError as error:
         raise ValueError("cells run beside each other by Ray, which is missing: pip install 'perdure[ray]'") from error
     mine, handler = not ray.is_initialized(), signal.getsignal(signal.SIGTERM)
-    quiet = {"log_to_driver": False, "logging_level": "error", "configure_logging": False}
-    if mine and cluster.address:
-        address = "auto" if cluster.address == "ray" else cluster.address
-        try:
-            ray.init(address=address, **quiet)
-        except (ConnectionError, RuntimeError, TimeoutError) as error:
-            why = str(error).splitlines()[0]
-            raise ValueError(
-                f"--on {cluster.address!r}: no cluster answers there ({why}); one of 'ray start' may ask for a token: "
-                "set RAY_AUTH_MODE=token, and copy its ~/.ray/auth_token here"
-            ) from error
-    elif mine:
-        ray.init(num_cpus=cluster.jobs * cluster.cpus, include_dashboard=False, **quiet)
     first = threading.current_thread() is threading.main_thread()
-    if first:  # as Ctrl-C: Ray has set one of its own, that aborts the process and shows its stack
-        pressed = signal.getsignal(signal.SIGINT)
-        signal.signal(signal.SIGTERM, pressed if callable(pressed) else signal.default_int_handler)
     try:
+        if mine:
+            _begin(ray, cluster)
+        if first:  # as Ctrl-C: Ray has set one of its own, that aborts the process and shows its stack
+            pressed = signal.getsignal(signal.SIGINT)
+            signal.signal(signal.SIGTERM, pressed if callable(pressed) else signal.default_int_handler)
         yield ray
     finally:
         if mine:
             ray.shutdown()
         if first:
             signal.signal(signal.SIGTERM, handler or signal.SIG_DFL)
+
+
+def _begin(ray: Any, cluster: Cluster) -> None:
+    quiet = {"log_to_driver": False, "logging_level": "error", "configure_logging": False}
+    address = "auto" if cluster.address == "ray" else cluster.address
+    try:
+        if address:
+            ray.init(address=address, **quiet)
+        else:
+            ray.init(num_cpus=cluster.jobs * cluster.cpus, include_dashboard=False, **quiet)
+    except SystemExit as stop:  # by which Ray meets SIGTERM while it starts, for seconds
+        raise KeyboardInterrupt from stop
+    except (ConnectionError, RuntimeError, TimeoutError) as error:
+        if not address:
+            raise
+        why = str(error).splitlines()[0]
+        raise ValueError(
+            f"--on {cluster.address!r}: no cluster answers there ({why}); one of 'ray start' may ask for a token: "
+            "set RAY_AUTH_MODE=token, and copy its ~/.ray/auth_token here"
+        ) from error
