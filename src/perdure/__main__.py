@@ -5,10 +5,12 @@ while modules are still being imported too, when Python by itself would print wh
 alike: by itself it would end the process before that has tidied up.
 """
 
+import atexit
 import contextlib
 import os
 import signal
 import sys
+import threading
 from types import FrameType
 
 _IMPORTING = "<frozen importlib._bootstrap>"
@@ -46,6 +48,10 @@ def main() -> None:
             broken = isinstance(error, BrokenPipeError)  # who reads has had enough, and need not be told
             _tell("" if broken else f"perdure: {error.strerror}: the output could not be written\n")
             code = code or (1 if broken else 2)
+    if code == 130 and any(each.daemon for each in threading.enumerate()):
+        # such as a lesson of the app: where one computes, Python would end it in the middle of C++, which aborts
+        atexit._run_exitfuncs()
+        os._exit(130)
     sys.exit(code)  # type: ignore[arg-type]
 
 

@@ -41,6 +41,24 @@ sys.meta_path.insert(0, Press())
 command_line.main = working
 main()
 """
+COMPUTING = """
+import sys, threading
+import torch
+from perdure.__main__ import main
+from perdure.cli import main as command_line
+def lesson():
+    weight = torch.ones(8, 8, requires_grad=True)
+    weight.register_hook(lambda gradient: gradient * sum(range(100)))
+    while True:
+        (weight @ weight).sum().backward()
+def stopped():
+    for _ in range(4):
+        threading.Thread(target=lesson, daemon=True).start()
+    threading.Event().wait(0.5)
+    sys.exit(130)
+command_line.main = stopped
+main()
+"""
 BESIDE = """
 import os, signal, sys
 class Last:
@@ -87,6 +105,10 @@ def test_what_lies_aside_goes_where_a_module_is_imported_with_it_open(name: str,
     aside = os.environ | {"TMPDIR": str(tmp_path)}
     assert python("-c", ASIDE.format(name=name), cwd=tmp_path, env=aside) == (130, "", STOPPED)
     assert not any(tmp_path.iterdir())
+
+
+def test_a_command_that_is_stopped_beside_threads_that_compute_is_not_aborted(tmp_path: Path) -> None:
+    assert python("-c", COMPUTING, cwd=tmp_path) == (130, "", "")
 
 
 def test_control_c_where_python_cannot_raise_stops_too(tmp_path: Path) -> None:
