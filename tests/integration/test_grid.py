@@ -8,7 +8,6 @@ import re
 import shlex
 import signal
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,22 @@ SEEDS = [0, 1]
 TIMED = ("seconds", "evaluation_seconds", "images_per_second", "step_cost", "step")
 
 
-def ask(arguments: list[str], said: Path) -> None:
-    """The body of a child process: the command line, with what it says in a file."""
+def ask(arguments: list[str], said: Path, out: Path | None = None, enough: int = 0, moments: int = 0) -> None:
+    """The body of a child process: the command line, with what it says in a file.
+
+    It kills itself so many moments after `enough` runs in `out` are finished, of all 8 after a step was measured too;
+    a moment is whatever happens to a file there.
+    """
+    left = [moments]
+
+    def heard(event: str, details: tuple[Any, ...]) -> None:
+        if event in ("open", "os.rename", "os.mkdir", "os.remove") and str(details[0]).startswith(str(out)):
+            left[0] -= len(finished(Path(str(out)))) >= enough and (enough < 8 or Path(f"{out}/steps.json").exists())
+            if left[0] < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    if out:
+        sys.addaudithook(heard)
     sys.stdout = sys.stderr = said.open("w")
     cli.main(arguments)
 
@@ -63,12 +76,9 @@ def test_a_grid_of_methods_and_seeds_survives_kill_9(lab: Any, tmp_path: Path) -
     moments, kept = random.Random(7), {}
     fork = multiprocessing.get_context("fork").Process
     for enough in (1, 3, 6, 8):  # finished runs, after which it is killed at a random moment
-        child = fork(target=ask, args=(words, tmp_path / "said"))
+        moment = moments.randint(0, 4 if enough == 8 else 15)  # a step is measured in three
+        child = fork(target=ask, args=(words, tmp_path / "said", out, enough, moment))
         child.start()
-        while child.is_alive() and (len(finished(out)) < enough or (enough == 8 and not (out / "steps.json").exists())):
-            time.sleep(0.005)
-        time.sleep(moments.uniform(0.0, 0.2))
-        os.kill(child.pid or 0, signal.SIGKILL)
         child.join()
         assert child.exitcode == -signal.SIGKILL, (tmp_path / "said").read_text()
         now = content(finished(out))

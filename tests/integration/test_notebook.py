@@ -24,7 +24,7 @@ learner
 @pytest.mark.filterwarnings("ignore")  # of the kernel's own libraries
 def test_a_notebook_shows_the_bar_the_epochs_and_the_learner_in_one_line() -> None:
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(CELL)])
-    nbclient.NotebookClient(notebook, timeout=240, kernel_name="python3").execute()
+    nbclient.NotebookClient(notebook, timeout=240, startup_timeout=240, kernel_name="python3").execute()
     outputs: list[Any] = notebook.cells[0].outputs
     assert [each for each in outputs if each.output_type == "error"] == []
     shown = " ".join(str(each.get("data", each.get("text"))) for each in outputs)
