@@ -14,7 +14,10 @@ import pytest
 from PIL import Image
 
 pytest.importorskip("gradio")
-sync_playwright = pytest.importorskip("playwright.sync_api").sync_playwright
+playwright = pytest.importorskip("playwright.sync_api")
+PATIENCE = 60_000
+"""Milliseconds; how long a page on a machine that is busy with other things may take."""
+playwright.expect.set_options(timeout=PATIENCE)
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "white": (240, 240, 240)}
 
@@ -59,7 +62,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Se
     for process in running:
         process.terminate()
     for process in running:
-        process.communicate(timeout=20)
+        process.communicate(timeout=60)
 
 
 @pytest.fixture(scope="module")
@@ -89,8 +92,8 @@ def chromium() -> Iterator[Any]:
     if CHROMIUM is None:
         pytest.skip("there is no Chromium here")
     quiet = ["--no-sandbox", "--disable-background-networking"]
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=quiet)
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=quiet)
         yield browser
         browser.close()
 
@@ -102,6 +105,7 @@ def new_context(chromium: Any) -> Iterator[Callable[..., Any]]:
 
     def opening(**options: Any) -> Any:
         contexts.append(chromium.new_context(**options))
+        contexts[-1].set_default_timeout(PATIENCE)
         return contexts[-1]
 
     yield opening
