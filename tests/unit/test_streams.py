@@ -137,6 +137,7 @@ def test_pickled_set_is_small_and_gives_the_same_images(tmp_path: Path) -> None:
         assert reds(pickle.loads(text)) == images
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes")  # on a machine of one core
 @pytest.mark.parametrize("workers", [0, 2])
 def test_loader_reads_the_same_with_and_without_workers(tmp_path: Path, workers: int) -> None:
     data = build("parquet", path=tables(tmp_path), tasks=1).tasks[0].train
