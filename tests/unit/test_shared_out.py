@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from perdure.backbones.tiny import tiny
 from perdure.core.processes import Processes
-from perdure.training.launch import RUN_ID, _ended, says_itself
+from perdure.training.launch import RUN_ID, _ended, first_has_said, says_itself
 from perdure.training.loop import check_shared_out, fit_task
 from perdure.training.run import run
 from perdure.training.runtime import resolve
@@ -116,4 +116,5 @@ def test_processes_that_were_stopped_have_said_so_or_the_launcher_does(
         for name, value in (found | {"RANK": rank}).items():
             monkeypatch.setenv(name, value)
         says_itself()
+        assert first_has_said() == said
         assert (_ended(stopped, 2, "runs/x", tmp_path).args == ("", 130)) == said

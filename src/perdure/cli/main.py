@@ -85,8 +85,12 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def _tell(screen: Screen, text: str) -> None:
     """Say what was wrong; where several processes are wrong alike the first does, whose end is that of the others."""
+    if "RANK" in os.environ:
+        import_module("perdure.training.launch").says_itself()
     if _RANK != "0":
         time.sleep(_FIRST)
+        if import_module("perdure.training.launch").first_has_said():
+            return  # though it may not have ended yet
         screen, text = Screen(screen.json), f"process {_RANK}: {text}"
     screen.error(text)
 

@@ -73,10 +73,21 @@ def launch(processes: int, arguments: Sequence[str], folder: object) -> None:
 
 
 def says_itself() -> None:
-    """Note for the launcher, in one of its processes, that this one says how far it was when it was stopped."""
-    if os.environ.get("TORCHELASTIC_RUN_ID") == RUN_ID and os.environ["RANK"] == "0":
+    """Note for the launcher and the others, in the first of its processes, that this one says why it ends."""
+    if (note := _note()) and os.environ["RANK"] == "0":
         with suppress(OSError):  # the launcher is no more
-            Path(os.environ["TORCHELASTIC_ERROR_FILE"]).with_name(_SAID).touch()
+            note.touch()
+
+
+def first_has_said() -> bool:
+    """Whether the first of the launcher's processes, of which this is one, has said why it ends."""
+    note = _note()
+    return note is not None and note.exists()
+
+
+def _note() -> Path | None:
+    ours = os.environ.get("TORCHELASTIC_RUN_ID") == RUN_ID
+    return Path(os.environ["TORCHELASTIC_ERROR_FILE"]).parents[1] / _SAID if ours else None
 
 
 @contextmanager
