@@ -11,7 +11,7 @@ import torch
 
 from perdure.api.folders import go_on, teach_folder
 from perdure.api.learner import Learner
-from perdure.core.checkpoint import whole
+from perdure.core.checkpoint import read_record, whole
 from perdure.reporting.runs import RunResults
 from perdure.training.config import RunConfig, TrainConfig
 from perdure.training.loop import Quiet
@@ -104,6 +104,23 @@ def test_the_learning_rate_is_warmed_up_again_in_each_step_and_in_no_lesson(
         assert used[:top] == sorted(used[:top])
         assert used[top:] == sorted(used[top:], reverse=True)
         assert used[-1] < 0.1
+
+
+def test_python_mixes_old_images_in_as_the_command_does(perdure: Any, photos: Any) -> None:
+    photos("new", "x y z", 5), photos("old", "cat dog", 9)
+    assert perdure("pretrain", "new", "--into", "by command", *MADE, "--replay", "old").code == 0
+    made = read_record(Path("by command"))["config"]
+    given = {name: made[name] for name in ("epochs", "lr", "batch_size", "seed", "precision", "device")}
+    learner = Learner.create(made["backbone"], made["method"], made["objective"], **given)
+    learner.pretrain("new", replay="old").save("by python")
+    found = [whole(Path(folder))[-1].manifest["source"] for folder in ("by command", "by python")]
+    assert found[0]["replay"] == found[1]["replay"] == str(Path("old").resolve())
+    assert found[0]["train_sha256"] == found[1]["train_sha256"]
+    assert len(learner.tasks[0].train) == 15 + 3
+    with pytest.raises(ValueError, match="replay='old' has no effect with images that are given themselves"):
+        learner.pretrain([*Path("new").rglob("*.png")], replay="old")
+    with pytest.raises(ValueError, match="replay='old' has no effect with contrast"):
+        learner.pretrain("new", "contrast()", replay=Path("old"))
 
 
 def test_the_same_command_again_is_no_second_step_but_another_objective_is(perdure: Any, photos: Any) -> None:

@@ -275,6 +275,8 @@ def test_a_step_without_labels_is_no_task_to_answer_within(pictures: Tensor) -> 
     for asked in (learner.predict, learner.predict_proba):
         with pytest.raises(ValueError, match=f"^task '{step}' is a step of pre-training, which taught nothing to be"):
             asked(pictures, task=step)
+    with pytest.raises(ValueError, match=f"no task 'moths'; it has learnt: '{learner.tasks[1].name}'$"):
+        learner.predict(pictures, task="moths")
 
 
 def test_steps_without_labels_stay_such_in_who_is_merged(pictures: Tensor, tmp_path: Any) -> None:

@@ -88,7 +88,7 @@ def task_of(
     return made
 
 
-def pretraining_task(learner: Core, images: Any, pretext: str, captions: Any) -> Task:
+def pretraining_task(learner: Core, images: Any, pretext: str, captions: Any, replay: str | Path | None = None) -> Task:
     """The step of pre-training that is given to `Learner.pretrain`; arguments as there.
 
     Raises:
@@ -98,11 +98,14 @@ def pretraining_task(learner: Core, images: Any, pretext: str, captions: Any) ->
     reads = make_pretext(pretext).captions
     if captions is not None and not reads:
         raise ValueError(f"captions have no effect with {pretext}: write pretext='contrast()', or leave them out")
+    if replay is not None and (reads or not isinstance(images, str | Path)):
+        idle = pretext if reads else "images that are given themselves"
+        raise ValueError(f"replay={str(replay)!r} has no effect with {idle}: put old ones among them, or leave it out")
     if isinstance(images, str | Path):
         if not (captions is None or isinstance(captions, str)):
             raise ValueError(f"{images} is a file, which has the captions; give the name of their column, or none")
         column = (captions or COLUMN) if reads else None
-        return unlabelled_task(images, preprocess, index, pretext, column, seed=learner.seed)
+        return unlabelled_task(images, preprocess, index, pretext, column, replay, seed=learner.seed)
     if reads and captions is None:
         raise ValueError("captions are missing: give a text, or several, for each image")
     return given_unlabelled(several(images), captions, preprocess, index, pretext)
@@ -183,7 +186,8 @@ def known_task(learner: Core, name: str | None, chosen: bool = True) -> Task | N
         return None
     names = [task.name for task in learner.tasks[: learner.learnt]]
     if name not in names:
-        near = meant(name, names) or f"; it has learnt: {', '.join(map(repr, names)) or 'nothing'}"
+        taught = [task.name for task in learner.tasks[: learner.learnt] if not task.pretext]
+        near = meant(name, taught) or f"; it has learnt: {', '.join(map(repr, taught)) or 'nothing'}"
         raise ValueError(f"this learner has no task {name!r}{near}")
     if names.count(name) > 1:  # of versions that let folders of one name be tasks of one name
         numbers = " and ".join(str(i + 1) for i, each in enumerate(names) if each == name)

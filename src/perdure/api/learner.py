@@ -152,6 +152,7 @@ class Learner(Abilities):
         pretext: str = "masked()",
         captions: Sequence[str | Sequence[str]] | str | None = None,
         progress: Progress | None = None,
+        replay: str | Path | None = None,
         **options: Any,
     ) -> Self:
         """One step of pre-training: images without labels teach what makes features, and no head is touched.
@@ -161,6 +162,7 @@ class Learner(Abilities):
             pretext: what is learnt, `masked()`, `distill()` or `contrast()`; see `perdure.pretraining`.
             captions: with `contrast()`, a text or several for each image; of a file, the column that holds them.
             progress: who is told.
+            replay: with a folder, one of images of the old domain, mixed in as a fifth of what is learnt.
             options: fields of `TrainConfig`; the schedule is warmup-cosine unless said otherwise.
 
         Raises:
@@ -170,8 +172,9 @@ class Learner(Abilities):
         no_stop = {"early_stop": 0, "early_stop_share": None}
         train = self.usual_training().but(**no_stop | {"schedule": "warmup-cosine"} | options)
         with self.lesson("pretrain"):
-            task = pretraining_task(self, images, pretext, captions)
-            source = given_source(self, images, task, options, {"pretext": pretext, "captions": captions})
+            task = pretraining_task(self, images, pretext, captions, replay)
+            reading = {"pretext": pretext, "captions": captions, "replay": replay and str(replay)}
+            source = given_source(self, images, task, options, reading)
             self._learn(task, self.long_enough(train, task, "epochs" in options), progress, source)
         return self
 

@@ -380,7 +380,7 @@ def _worth(reward: float) -> float:
 
 
 def _tasks(learner: Learner) -> list[str]:
-    return [task.name for task in learner.tasks[: learner.learnt]]
+    return [task.name for task in learner.tasks[: learner.learnt] if not task.pretext]
 
 
 def _told(learner: Learner, task: str | None, chosen: bool = False) -> str | None:
