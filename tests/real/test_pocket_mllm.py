@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -60,17 +59,10 @@ def test_it_answers_as_its_authors_measured(model: Language, questions: list[dic
         assert measure(*map(list, zip(*own, strict=True)), "exact")["strict"] >= least, kind
 
 
-def test_answers_are_the_same_at_every_batch_size_and_come_faster_together(
-    model: Language, questions: list[dict[str, Any]]
-) -> None:
+def test_answers_are_the_same_at_every_batch_size(model: Language, questions: list[dict[str, Any]]) -> None:
     batch = model.prepare({"conversation": questions[:24]})
-    said, seconds = {}, {}
-    for size in (24, 5, 1):
-        start = time.process_time()
-        said[size] = model.generate(batch, tokens=8, size=size)
-        seconds[size] = time.process_time() - start
+    said = {size: model.generate(batch, tokens=8, size=size) for size in (24, 5, 1)}
     assert said[24] == said[5] == said[1]
-    assert seconds[1] > 1.5 * seconds[24], seconds
 
 
 def test_it_is_taught_file_after_file_asked_and_exported_as_people_do_it(
