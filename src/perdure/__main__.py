@@ -13,6 +13,7 @@ import sys
 import threading
 from types import FrameType
 
+_OURS = os.getpid()
 _IMPORTING = "<frozen importlib._bootstrap>"
 # a launcher ends by SIGTERM the processes that it has started, and knows them by that
 _ASKING = (signal.SIGINT,) if "RANK" in os.environ else (signal.SIGINT, signal.SIGTERM)
@@ -74,9 +75,9 @@ def _unraisable(told: "sys.UnraisableHookArgs") -> None:
 
 
 def _leave(saying: str = _STOPPED) -> None:
-    # of several processes one speaks: the one that has started them, where that is `perdure.training.launch`
-    first = os.environ.get("RANK", "0") == "0" and os.environ.get("TORCHELASTIC_RUN_ID") != "perdure"
-    _tell(saying if first else "")
+    # of several processes one speaks: the one that has started them, by a fork or by `perdure.training.launch`
+    started = os.getpid() != _OURS or os.environ.get("TORCHELASTIC_RUN_ID") == "perdure"
+    _tell("" if started or os.environ.get("RANK", "0") != "0" else saying)
     if "perdure.storage.files" in sys.modules:  # else nothing was made yet
         getattr(sys.modules["perdure.storage.files"], "remove_temporary", lambda: None)()
     os._exit(130)

@@ -41,6 +41,27 @@ sys.meta_path.insert(0, Press())
 command_line.main = working
 main()
 """
+FORKED = """
+import os, signal, sys
+from perdure.__main__ import main
+from perdure.cli import main as command_line
+from perdure.storage.files import temporary_folder
+class Press:
+    def find_spec(self, name, path=None, target=None):
+        if name == "imported.later":
+            os.kill(os.getpid(), signal.SIGINT)
+def working():
+    with temporary_folder() as folder:
+        (folder / "upload.png").write_bytes(b"a picture")
+        if not os.fork():
+            import imported.later
+        print(os.waitstatus_to_exitcode(os.wait()[1]), *(each.name for each in folder.iterdir()))
+sys.modules["imported"] = type(sys)("imported")
+sys.modules["imported"].__path__ = []
+sys.meta_path.insert(0, Press())
+command_line.main = working
+main()
+"""
 COMPUTING = """
 import sys, threading
 import torch
@@ -104,6 +125,12 @@ def test_control_c_or_sigterm_while_modules_are_imported_is_one_line(
 def test_what_lies_aside_goes_where_a_module_is_imported_with_it_open(name: str, tmp_path: Path) -> None:
     aside = os.environ | {"TMPDIR": str(tmp_path)}
     assert python("-c", ASIDE.format(name=name), cwd=tmp_path, env=aside) == (130, "", STOPPED)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_fork_that_leaves_at_once_says_nothing_and_takes_nothing_of_who_started_it(tmp_path: Path) -> None:
+    aside = os.environ | {"TMPDIR": str(tmp_path)}
+    assert python("-c", FORKED, cwd=tmp_path, env=aside) == (0, "130 upload.png\n", "")
     assert not any(tmp_path.iterdir())
 
 

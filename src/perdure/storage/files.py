@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 
 from perdure.storage.schema import Damaged, sealed
 
-_TEMPORARY: dict[str, TemporaryDirectory[str]] = {}
+_TEMPORARY: dict[str, int] = {}
+"""Folders that are to go, and the process that has made each: a fork inherits them, and they are not its own."""
 
 
 @contextmanager
@@ -48,7 +49,7 @@ def locked(folder: Path) -> Iterator[None]:
 def temporary_folder(prefix: str = "perdure-", within: Path | None = None) -> Iterator[Path]:
     """A folder that goes when it is left, and with a process that leaves at once; in the system's unless `within`."""
     made = TemporaryDirectory(prefix=prefix, dir=within)
-    _TEMPORARY[made.name] = made
+    _TEMPORARY[made.name] = os.getpid()
     try:
         with made:
             yield Path(made.name)
@@ -57,9 +58,10 @@ def temporary_folder(prefix: str = "perdure-", within: Path | None = None) -> It
 
 
 def remove_temporary() -> None:
-    """For a process that ends without unwinding."""
-    for name in list(_TEMPORARY):
-        shutil.rmtree(name, ignore_errors=True)
+    """For a process that ends without unwinding: what it has made by `temporary_folder`."""
+    for name, owner in list(_TEMPORARY.items()):
+        if owner == os.getpid():
+            shutil.rmtree(name, ignore_errors=True)
 
 
 def write_json(path: Path, content: object) -> None:
