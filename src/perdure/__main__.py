@@ -23,6 +23,8 @@ _STOPPED = "perdure: stopped at once; what was saved before is whole: the same c
 def main() -> None:
     """Entry point of the script `perdure`."""
     _open_streams()
+    unwound: list[int] = []
+    atexit.register(lambda: [os._exit(each) for each in unwound])  # registered first, it is called last
     for number in _ASKING:
         signal.signal(number, _interrupt)
     sys.unraisablehook = _unraisable
@@ -51,8 +53,7 @@ def main() -> None:
             code = code or (1 if broken else 2)
     if code == 130 and any(each.daemon for each in threading.enumerate()):
         # such as a lesson of the app: where one computes, Python would end it in the middle of C++, which aborts
-        atexit._run_exitfuncs()
-        os._exit(130)
+        unwound.append(130)
     sys.exit(code)  # type: ignore[arg-type]
 
 

@@ -63,7 +63,7 @@ command_line.main = working
 main()
 """
 COMPUTING = """
-import sys, threading
+import atexit, sys, threading
 import torch
 from perdure.__main__ import main
 from perdure.cli import main as command_line
@@ -76,6 +76,8 @@ def stopped():
     for _ in range(4):
         threading.Thread(target=lesson, daemon=True).start()
     threading.Event().wait(0.5)
+    threading.Thread(target=lambda: print("written", threading.Event().wait(0.5), flush=True)).start()
+    atexit.register(print, "tidied up", flush=True)
     sys.exit(130)
 command_line.main = stopped
 main()
@@ -135,7 +137,7 @@ def test_a_fork_that_leaves_at_once_says_nothing_and_takes_nothing_of_who_starte
 
 
 def test_a_command_that_is_stopped_beside_threads_that_compute_is_not_aborted(tmp_path: Path) -> None:
-    assert python("-c", COMPUTING, cwd=tmp_path) == (130, "", "")
+    assert python("-c", COMPUTING, cwd=tmp_path) == (130, "written False\ntidied up\n", "")
 
 
 def test_control_c_where_python_cannot_raise_stops_too(tmp_path: Path) -> None:
