@@ -14,6 +14,7 @@ import threading
 from types import FrameType
 
 _OURS = os.getpid()
+_LAUNCHED = "perdure"  # `perdure.training.launch.RUN_ID`, for which nothing is to be imported here
 _IMPORTING = "<frozen importlib._bootstrap>"
 # a launcher ends by SIGTERM the processes that it has started, and knows them by that
 _ASKING = (signal.SIGINT,) if "RANK" in os.environ else (signal.SIGINT, signal.SIGTERM)
@@ -77,7 +78,7 @@ def _unraisable(told: "sys.UnraisableHookArgs") -> None:
 
 def _leave(saying: str = _STOPPED) -> None:
     # of several processes one speaks: the one that has started them, by a fork or by `perdure.training.launch`
-    started = os.getpid() != _OURS or os.environ.get("TORCHELASTIC_RUN_ID") == "perdure"
+    started = os.getpid() != _OURS or os.environ.get("TORCHELASTIC_RUN_ID") == _LAUNCHED
     _tell("" if started or os.environ.get("RANK", "0") != "0" else saying)
     if "perdure.storage.files" in sys.modules:  # else nothing was made yet
         getattr(sys.modules["perdure.storage.files"], "remove_temporary", lambda: None)()

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from perdure.training.launch import RUN_ID
+
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals and descriptors of POSIX")
 PRESSED = """
 import os, signal, sys
@@ -121,6 +123,13 @@ def test_control_c_or_sigterm_while_modules_are_imported_is_one_line(
     ended = python("-c", PRESSED.format(module=module, times=times, name=name), cwd=tmp_path)
     assert ended == (130, "", STOPPED)
     assert not any(tmp_path.iterdir())
+
+
+def test_of_several_processes_that_leave_at_once_only_who_started_them_says_so(tmp_path: Path) -> None:
+    script = PRESSED.format(module="torch", times=1, name="SIGINT")
+    for rank, launcher, said in (("0", "torchrun", STOPPED), ("1", "torchrun", ""), ("0", RUN_ID, "")):
+        told = os.environ | {"RANK": rank, "TORCHELASTIC_RUN_ID": launcher}
+        assert python("-c", script, cwd=tmp_path, env=told) == (130, "", said)
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])

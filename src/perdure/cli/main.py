@@ -18,7 +18,6 @@ from perdure.version import __version__
 
 _RANK = os.environ.get("RANK", "0")  # of several processes that learn together
 _FIRST = 3  # seconds until one of the others speaks
-_LAUNCHED = "perdure"  # `perdure.training.launch.RUN_ID`, which waits for nothing here
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -48,7 +47,7 @@ def main(args: Sequence[str] | None = None) -> None:
             os.environ[OWN_METHODS] = str(command.import_.absolute())
         command(screen)
     except KeyboardInterrupt:
-        if os.environ.get("TORCHELASTIC_RUN_ID") != _LAUNCHED:  # whoever started us says it
+        if not ("RANK" in os.environ and _launch().launched()):  # whoever started us says it
             screen.error("stopped at once; what was saved before is whole: the same command goes on, or says what does")
         sys.exit(130)
     except BrokenPipeError:  # who reads our output has had enough
@@ -67,11 +66,11 @@ def main(args: Sequence[str] | None = None) -> None:
             screen.error(text)
         sys.exit(code)
     except _raised("perdure.core.processes", "Lost") as lost:
-        if os.environ.get("TORCHELASTIC_RUN_ID") != _LAUNCHED:  # whoever started us says which one it was
+        if not ("RANK" in os.environ and _launch().launched()):  # whoever started us says which one it was
             screen.error(f"{lost}, and so does this one; what was saved before is whole: go on with 'perdure resume'")
         sys.exit(1)
     except _raised("perdure.training.snapshots", "Interrupted") as stop:
-        import_module("perdure.training.launch").says_itself()
+        _launch().says_itself()
         screen.error(str(stop))
         sys.exit(130)
     except RuntimeError as error:
@@ -86,13 +85,18 @@ def main(args: Sequence[str] | None = None) -> None:
 def _tell(screen: Screen, text: str) -> None:
     """Say what was wrong; where several processes are wrong alike the first does, whose end is that of the others."""
     if "RANK" in os.environ:
-        import_module("perdure.training.launch").says_itself()
+        _launch().says_itself()
     if _RANK != "0":
         time.sleep(_FIRST)
-        if import_module("perdure.training.launch").first_has_said():
+        if _launch().first_has_said():
             return  # though it may not have ended yet
         screen, text = Screen(screen.json), f"process {_RANK}: {text}"
     screen.error(text)
+
+
+def _launch() -> Any:
+    """Who starts several processes; imported late, for most commands need it never."""
+    return import_module("perdure.training.launch")
 
 
 def _raised(module: str, name: str) -> tuple[type[BaseException], ...]:

@@ -72,6 +72,11 @@ def launch(processes: int, arguments: Sequence[str], folder: object) -> None:
             raise _ended(error.failures, processes, folder, aside) from error
 
 
+def launched() -> bool:
+    """Whether this process is one of those that `launch` has started, which says itself why they ended."""
+    return os.environ.get("TORCHELASTIC_RUN_ID") == RUN_ID
+
+
 def says_itself() -> None:
     """Note for the launcher and the others, in the first of its processes, that this one says why it ends."""
     if (note := _note()) and os.environ["RANK"] == "0":
@@ -86,8 +91,7 @@ def first_has_said() -> bool:
 
 
 def _note() -> Path | None:
-    ours = os.environ.get("TORCHELASTIC_RUN_ID") == RUN_ID
-    return Path(os.environ["TORCHELASTIC_ERROR_FILE"]).parents[1] / _SAID if ours else None
+    return Path(os.environ["TORCHELASTIC_ERROR_FILE"]).parents[1] / _SAID if launched() else None
 
 
 @contextmanager
