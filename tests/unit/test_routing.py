@@ -78,6 +78,9 @@ def test_a_bandit_that_sees_rewards_alone_learns_whom_to_ask() -> None:
         member = int(bandit.choose(asked[row : row + 1], [0, 1, 2])[0])
         bandit.learn(asked[row], member, float(member == truth[row]))
     assert (bandit.choose(asked, [0, 1, 2])[0] == truth).float().mean() > 0.9
+    bandit.settle(asked)
+    assert bandit.choose(asked, [0, 1, 2])[1].float().mean() == pytest.approx(0.95, abs=0.01)
+    assert not bandit.choose(torch.eye(8)[5:], [0, 1, 2])[1].any()  # who is unsure of them would try them
     x = torch.cat([asked[0], torch.ones(1)]).double()
     before = torch.linalg.inv(bandit.inverse[1])
     bandit.learn(asked[0], 1, 0.5)

@@ -41,10 +41,9 @@ class Router(nn.Module):
         """Scores (n, members) of unit features (n, d)."""
         raise NotImplementedError
 
-    def bounds(self, features: Tensor) -> Tensor:
+    def bounds(self, features: Tensor, scores: Tensor) -> Tensor:
         """What `choose` goes by, (n, members): the scores, and where rewards have to be found out more than these."""
-        found: Tensor = self(features)
-        return found
+        return scores
 
     def settle(self, features: Tensor) -> None:
         """Set the limit by examples (n, d) that are known."""
@@ -52,9 +51,10 @@ class Router(nn.Module):
 
     def choose(self, features: Tensor, among: Sequence[int]) -> tuple[Tensor, Tensor]:
         """For each of `features` (n, d) the best member of some, int64 (n,), and whether it seems known, bool (n,)."""
-        scores = self.bounds(features)
-        best = scores[:, list(among)].max(1)
-        return torch.tensor(among, device=features.device)[best.indices], best.values >= self.limit
+        scores: Tensor = self(features)
+        best = self.bounds(features, scores)[:, list(among)].argmax(1)
+        known = scores[:, list(among)].amax(1) >= self.limit  # not by bounds, which are higher for what is unknown
+        return torch.tensor(among, device=features.device)[best], known
 
 
 class ClassRouter(Router):
@@ -145,12 +145,11 @@ class LinUCB(Router):
         scores: Tensor = _with_one(features) @ torch.einsum("aij,aj->ai", self.inverse, self.reward).T
         return scores.to(features)
 
-    def bounds(self, features: Tensor) -> Tensor:
+    def bounds(self, features: Tensor, scores: Tensor) -> Tensor:
         """Upper confidence bounds (n, members)."""
         x = _with_one(features)
         unsure = torch.einsum("ni,aij,nj->na", x, self.inverse, x).clamp_min(0).sqrt()
-        bounds: Tensor = self(features) + _ALPHA * unsure.to(features)
-        return bounds
+        return scores + _ALPHA * unsure.to(features)
 
     def learn(self, feature: Tensor, member: int, reward: float) -> None:
         """What asking `member` about one example (d,) was worth."""
