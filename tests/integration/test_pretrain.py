@@ -119,6 +119,8 @@ def test_python_mixes_old_images_in_as_the_command_does(perdure: Any, photos: An
     assert len(learner.tasks[0].train) == 15 + 3
     with pytest.raises(ValueError, match="replay='old' has no effect with images that are given themselves"):
         learner.pretrain([*Path("new").rglob("*.png")], replay="old")
+    with pytest.raises(ValueError, match="replay=3: expected str"):
+        learner.pretrain("new", replay=3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="replay='old' has no effect with contrast"):
         learner.pretrain("new", "contrast()", replay=Path("old"))
 

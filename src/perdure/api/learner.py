@@ -145,7 +145,7 @@ class Learner(Abilities):
         return self
 
     @plain()
-    @checking("pretext")
+    @checking("pretext", "replay")
     def pretrain(
         self,
         images: Sequence[Picture] | torch.Tensor | str | Path,
