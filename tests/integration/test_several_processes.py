@@ -1,5 +1,6 @@
 """A run in several processes that are stopped, killed or left alone goes on, and ends as if nothing had happened."""
 
+import contextlib
 import math
 import random
 import shutil
@@ -32,8 +33,12 @@ class Started:
 
     def workers(self) -> list[psutil.Process]:
         """The processes that learn, the first one first."""
-        found = psutil.Process(self.process.pid).children()
-        return sorted((each for each in found if each.is_running()), key=lambda each: each.environ().get("RANK", ""))
+        found: dict[str, psutil.Process] = {}
+        for each in psutil.Process(self.process.pid).children():
+            with contextlib.suppress(psutil.Error):  # it has ended since; torch asks a few programs what machine it is
+                if rank := each.environ().get("RANK"):
+                    found[rank] = each
+        return [found[rank] for rank in sorted(found)]
 
     def end(self, seconds: float = PATIENCE) -> int:
         """Exit code, once the launcher and all that it has started have ended."""

@@ -47,7 +47,7 @@ def main(args: Sequence[str] | None = None) -> None:
             os.environ[OWN_METHODS] = str(command.import_.absolute())
         command(screen)
     except KeyboardInterrupt:
-        if not ("RANK" in os.environ and _launch().launched()):  # whoever started us says it
+        if not ("RANK" in os.environ and _launch().launched_by_us()):  # whoever started us says it
             screen.error("stopped at once; what was saved before is whole: the same command goes on, or says what does")
         sys.exit(130)
     except BrokenPipeError:  # who reads our output has had enough
@@ -66,7 +66,7 @@ def main(args: Sequence[str] | None = None) -> None:
             screen.error(text)
         sys.exit(code)
     except _raised("perdure.core.processes", "Lost") as lost:
-        if not ("RANK" in os.environ and _launch().launched()):  # whoever started us says which one it was
+        if not ("RANK" in os.environ and _launch().launched_by_us()):  # whoever started us says which one it was
             screen.error(f"{lost}, and so does this one; what was saved before is whole: go on with 'perdure resume'")
         sys.exit(1)
     except _raised("perdure.training.snapshots", "Interrupted") as stop:

@@ -72,7 +72,7 @@ def launch(processes: int, arguments: Sequence[str], folder: object) -> None:
             raise _ended(error.failures, processes, folder, aside) from error
 
 
-def launched() -> bool:
+def launched_by_us() -> bool:
     """Whether this process is one of those that `launch` has started, which says itself why they ended."""
     return os.environ.get("TORCHELASTIC_RUN_ID") == RUN_ID
 
@@ -91,7 +91,7 @@ def first_has_said() -> bool:
 
 
 def _note() -> Path | None:
-    return Path(os.environ["TORCHELASTIC_ERROR_FILE"]).parents[1] / _SAID if launched() else None
+    return Path(os.environ["TORCHELASTIC_ERROR_FILE"]).parents[1] / _SAID if launched_by_us() else None
 
 
 @contextmanager

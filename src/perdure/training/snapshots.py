@@ -14,7 +14,7 @@ from perdure.core import checkpoint
 from perdure.core.learner import Core
 from perdure.core.processes import Processes
 from perdure.formatting import command
-from perdure.training.launch import launched
+from perdure.training.launch import launched_by_us
 from perdure.training.loop import check_finite
 from perdure.training.online import Along
 from perdure.types import Row
@@ -80,7 +80,7 @@ class Saver:
 
 def interrupted(where: str, out: Path, processes: Processes) -> Interrupted:
     """What to raise once a run in `out` has stopped there, with the command that goes on to the same numbers."""
-    ours = processes.world > 1 and launched()  # another launcher is to start it
+    ours = processes.world > 1 and launched_by_us()  # another launcher is to start it
     there = ["--processes", processes.world] if ours else []
     return Interrupted(f"stopped {where}; go on with {command('resume', out, *there)}")
 
