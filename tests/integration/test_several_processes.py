@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 import random
 import shutil
 import signal
@@ -106,6 +107,37 @@ def test_processes_that_are_stopped_before_they_learn_say_so_in_one_line(start: 
     asked.process.send_signal(signal.SIGTERM)  # modules are imported then
     assert asked.end() == 130, asked.text()
     assert asked.text().count("perdure: stopped") == 1, asked.text()
+
+
+LOST = """
+import os, signal, sys
+from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+real = subprocess_handler.SubprocessHandler.__init__
+def begun(self, *given, **how):
+    real(self, *given, **how)
+    os.kill(os.getpid(), signal.SIGTERM)  # it runs, and torch has not noted it
+subprocess_handler.SubprocessHandler.__init__ = begun
+from perdure.__main__ import main
+main()
+"""
+
+
+def test_a_process_that_was_started_as_the_signal_came_is_ended_too(lab: Any, tmp_path: Path) -> None:
+    words = ["run", *flags(lab.config(METHOD).describe()), "--out", str(tmp_path / "out"), "--processes", "2"]
+    (tmp_path / "aside").mkdir()
+    aside = os.environ | {"TMPDIR": str(tmp_path / "aside")}
+    with (tmp_path / "said").open("w") as said:  # no pipe, which what is lost would hold open
+        code = subprocess.run([sys.executable, "-c", LOST, *words], check=False, stderr=said, env=aside).returncode
+    assert code == 130
+    assert (tmp_path / "said").read_text().count("perdure: stopped") == 1
+    assert not any((tmp_path / "aside").glob("perdure-*"))
+    assert [each.pid for each in psutil.process_iter() if str(tmp_path / "aside") in _environment(each)] == []
+
+
+def _environment(process: psutil.Process) -> str:
+    with contextlib.suppress(psutil.Error):
+        return str(process.environ())
+    return ""
 
 
 @pytest.mark.slow

@@ -9,6 +9,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from perdure.formatting import command
 from perdure.storage.files import temporary_folder
 
@@ -70,6 +72,8 @@ def launch(processes: int, arguments: Sequence[str], folder: object) -> None:
             raise _stopped(aside) from stop
         except ChildFailedError as error:
             raise _ended(error.failures, processes, folder, aside) from error
+        finally:
+            _end_lost()
 
 
 def launched_by_us() -> bool:
@@ -103,6 +107,13 @@ def _handlers_kept() -> Iterator[None]:
     finally:
         for name, handler in before.items():
             signal.signal(getattr(signal, name), handler or signal.SIG_DFL)
+
+
+def _end_lost() -> None:
+    """End what torch had just started and not noted yet when a signal came: nobody else would."""
+    for each in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it has ended by itself
+            each.kill()
 
 
 def _stopped(aside: Path) -> BaseException:

@@ -94,6 +94,9 @@ def joined(device: str) -> Iterator[Processes]:
         yield Processes()
         return
     theirs = bool(PartialState._shared_state)  # a caller's, or an outer one of ours
+    if not theirs:  # before it waits for the others
+        watch = threading.Thread(target=_end_with, args=(os.getppid(),), name="perdure-launcher", daemon=True)
+        watch.start()
     # unless it is told, Accelerate joins no processes where there is nothing but the CPU
     state = PartialState(cpu=device == "cpu" or not torch.accelerator.is_available(), timeout=PATIENCE)
     if state.num_processes != launched():
@@ -102,9 +105,6 @@ def joined(device: str) -> Iterator[Processes]:
         )
     gloo = distributed.get_backend() == "gloo"
     control = None if gloo else distributed.new_group(backend="gloo", timeout=PATIENCE)
-    if not theirs:
-        watch = threading.Thread(target=_end_with, args=(os.getppid(),), name="perdure-launcher", daemon=True)
-        watch.start()
     try:
         yield Processes(state.process_index, state.num_processes, control)
     finally:
