@@ -25,7 +25,7 @@ def main() -> None:
     """Entry point of the script `perdure`."""
     _open_streams()
     unwound: list[int] = []
-    atexit.register(lambda: [os._exit(each) for each in unwound])  # registered first, it is called last
+    atexit.register(_end, unwound)  # registered first, it is called last
     for number in _ASKING:
         signal.signal(number, _interrupt)
     sys.unraisablehook = _unraisable
@@ -52,10 +52,20 @@ def main() -> None:
             broken = isinstance(error, BrokenPipeError)  # who reads has had enough, and need not be told
             _tell("" if broken else f"perdure: {error.strerror}: the output could not be written\n")
             code = code or (1 if broken else 2)
-    if code == 130 and any(each.daemon for each in threading.enumerate()):
-        # such as a lesson of the app: where one computes, Python would end it in the middle of C++, which aborts
-        unwound.append(130)
+    if any(each.daemon for each in threading.enumerate()):
+        # such as a lesson of the app: where one computes, Python would end it in the middle of C++, which aborts; or
+        # of processes that have learnt together, in which torch's own threads do at times
+        unwound.append(code if isinstance(code, int) else ended)
     sys.exit(code)  # type: ignore[arg-type]
+
+
+def _end(codes: list[int]) -> None:
+    """Leave by the first of `codes`, if there is one, before Python ends its threads."""
+    for code in codes:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):  # it is full, or closed
+                stream.flush()
+        os._exit(code)
 
 
 def _interrupt(_number: int, frame: FrameType | None) -> None:

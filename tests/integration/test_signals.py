@@ -79,8 +79,8 @@ def stopped():
         threading.Thread(target=lesson, daemon=True).start()
     threading.Event().wait(0.5)
     threading.Thread(target=lambda: print("written", threading.Event().wait(0.5), flush=True)).start()
-    atexit.register(print, "tidied up", flush=True)
-    sys.exit(130)
+    atexit.register(print, "tidied up")
+    sys.exit(int(sys.argv[1]))
 command_line.main = stopped
 main()
 """
@@ -145,8 +145,9 @@ def test_a_fork_that_leaves_at_once_says_nothing_and_takes_nothing_of_who_starte
     assert not any(tmp_path.iterdir())
 
 
-def test_a_command_that_is_stopped_beside_threads_that_compute_is_not_aborted(tmp_path: Path) -> None:
-    assert python("-c", COMPUTING, cwd=tmp_path) == (130, "written False\ntidied up\n", "")
+@pytest.mark.parametrize("code", [0, 2, 130])
+def test_a_command_that_ends_beside_threads_that_compute_is_not_aborted(code: int, tmp_path: Path) -> None:
+    assert python("-c", COMPUTING, str(code), cwd=tmp_path) == (code, "written False\ntidied up\n", "")
 
 
 def test_control_c_where_python_cannot_raise_stops_too(tmp_path: Path) -> None:
