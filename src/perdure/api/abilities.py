@@ -111,7 +111,7 @@ class Abilities(Core):
         """
         self.check_learnt()
         known = known_task(self, task)
-        tasks = [task for task in self.tasks[: self.learnt] if len(task.test)]
+        tasks = [each for each in self.tasks[: self.learnt] if len(each.test)]
         if images is None:
             without_effect("without images", labels=labels)
             tasks = [each for each in tasks if known is None or each.index == known.index]
